@@ -1,0 +1,362 @@
+"""The last place where data becomes words: one answer as structured content and the same facts as text."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from evolink_mcp import sizes
+from evolink_mcp.errors import Charged, EvolinkError, Problem, advice_for
+from evolink_mcp.journal import Entry, Picture
+from evolink_mcp.models import COMPLETED, FAILED, IMAGES_MAX, Task
+from evolink_mcp.quoting import harmless
+
+PROMPT_SHOWN = 200
+
+
+# --- what is published as output schemas ------------------------------------------------------------------
+
+
+class Pixels(BaseModel):
+    width: int
+    height: int
+
+
+class ImageOut(BaseModel):
+    """One picture."""
+
+    index: int
+    url: str | None = None
+    url_expires_at: str | None = None
+    path: str | None = None
+    mime_type: str | None = None
+    width: int | None = None
+    height: int | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    resource_uri: str | None = None
+    markdown: str | None = None
+    error: str | None = None
+
+
+class ErrorOut(BaseModel):
+    code: str
+    message: str
+    retryable: bool
+    advice: str
+
+
+class NextAction(BaseModel):
+    tool: str
+    arguments: dict[str, Any]
+
+
+class TaskOut(BaseModel):
+    """What generate_image and get_task answer."""
+
+    task_id: str | None = None
+    status: str = Field("unknown", description="pending, processing, completed, failed, cancelled or unknown")
+    progress: float | None = None
+    created_at: str | None = None
+    request: dict[str, Any] | None = None
+    images: list[ImageOut] = []
+    expected_size: Pixels | None = None
+    charged: Charged = "unknown"
+    credits: float | None = Field(default=None, description="charged by EvoLink")
+    error: ErrorOut | None = None
+    next_action: NextAction | None = None
+    notes: list[str] = []
+
+
+class TaskList(BaseModel):
+    """What list_tasks answers."""
+
+    tasks: list[dict[str, Any]] = Field([], description="as get_task answers them, newest first")
+    credits_today: float | None = None
+    synced: bool | None = None
+    error: ErrorOut | None = None
+    notes: list[str] = []
+
+
+class BalanceOut(BaseModel):
+    """What get_balance answers, in credits."""
+
+    account_remaining: float | None = None
+    account_used: float | None = None
+    key_remaining: float | None = None
+    key_used: float | None = None
+    key_unlimited: bool | None = None
+    error: ErrorOut | None = None
+
+
+class Crop(BaseModel):
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+class SizeOut(BaseModel):
+    """What compute_size answers."""
+
+    width: int | None = None
+    height: int | None = None
+    pixels: int | None = None
+    megapixels: float | None = None
+    aspect_ratio: str | None = None
+    downscaled: bool | None = None
+    explicit_size: str | None = None
+    resolution_applies: bool | None = None
+    rule: str | None = None
+    estimated_tokens: int | None = None
+    estimated_credits: float | None = None
+    estimated_usd: float | None = None
+    alternatives: list[str] = []
+    scale: float | None = None
+    crop: Crop | None = None
+    closest_ratio: str | None = None
+    closest_resolution: str | None = None
+    error: ErrorOut | None = None
+    notes: list[str] = []
+
+
+# --- from data to those ------------------------------------------------------------------------------------
+
+
+def error_out(problem: Problem) -> ErrorOut:
+    return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
+
+
+def iso(seconds: float | None) -> str | None:
+    """Epoch seconds as UTC in ISO 8601, to the second."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def image_out(task_id: str, picture: Picture) -> ImageOut:
+    saved = picture.path is not None
+    return ImageOut(
+        index=picture.index,
+        url=picture.url,
+        url_expires_at=iso(picture.url_expires_at),
+        path=picture.path,
+        mime_type=picture.mime_type,
+        width=picture.width,
+        height=picture.height,
+        bytes=picture.bytes,
+        sha256=picture.sha256,
+        resource_uri=f"evolink://images/{task_id}/{picture.index}" if saved else None,
+        markdown=_markdown(picture) if saved else None,
+        error=picture.error,
+    )
+
+
+def task_out(entry: Entry, *, rule: str, problem: Problem | None = None, joined: bool = False) -> TaskOut:
+    """Everything there is to say about an entry. `problem` is what kept this very call from its end."""
+    task = entry.task
+    failure = _failure(entry) or problem
+    waiting = not entry.complete and failure is None
+    return TaskOut(
+        task_id=entry.task_id,
+        status=entry.status,
+        progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
+        created_at=iso(entry.created_at),
+        request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
+        images=[image_out(task.id, picture) for picture in entry.pictures] if task else [],
+        expected_size=_expected(entry, rule),
+        charged=entry.charged,
+        credits=task.credits_used if task and task.status == COMPLETED else 0.0 if entry.charged == "no" else None,
+        error=error_out(failure) if failure else None,
+        next_action=_next_action(entry, failure) if waiting or failure else None,
+        notes=_notes(entry, rule, joined),
+    )
+
+
+def refusal(error: EvolinkError) -> TaskOut:
+    """A call that came to nothing, in the shape of a task."""
+    return TaskOut(
+        status=FAILED if error.charged == "no" else "unknown",
+        charged=error.charged,
+        error=error_out(error.problem),
+    )
+
+
+def is_error(out: TaskOut) -> bool:
+    """Whether the caller did not get what was asked: failed, unknown, or finished without a single picture."""
+    if out.status == COMPLETED:
+        return out.error is not None and not any(image.path or image.url for image in out.images)
+    return out.error is not None
+
+
+def brief(out: TaskOut) -> dict[str, Any]:
+    """The same for a list: long prompts cut."""
+    data = out.model_dump(mode="json")
+    if data["request"] and len(data["request"].get("prompt", "")) > PROMPT_SHOWN:
+        data["request"]["prompt"] = data["request"]["prompt"][: PROMPT_SHOWN - 1] + "…"
+    return data
+
+
+def _failure(entry: Entry) -> Problem | None:
+    if entry.error is not None:
+        return entry.error
+    task = entry.task
+    if task is None or not task.settled or task.status == COMPLETED:
+        if task and task.status == COMPLETED and entry.complete and not any(p.saved for p in entry.pictures):
+            told = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
+            return Problem(
+                "download_failed", told or "no picture came", True, "Call get_task to try the download again."
+            )
+        return None
+    code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
+    advice = advice_for(code)
+    said = f"; EvoLink says: “{task.error.message}”" if task.error else ""
+    return Problem(code, f"{advice.meaning}{said}", advice.repeat, advice.todo)
+
+
+def _expected(entry: Entry, rule: str) -> Pixels | None:
+    if not entry.request:
+        return None
+    try:
+        size = sizes.resolve(entry.request.get("size", "auto"), entry.request.get("resolution", "1K"), rule).size
+    except ValueError:
+        return None
+    return Pixels(width=size.width, height=size.height) if size else None
+
+
+def _next_action(entry: Entry, failure: Problem | None) -> NextAction | None:
+    if entry.task_id and (failure is None or entry.status not in (FAILED, "cancelled")):
+        return NextAction(tool="get_task", arguments={"task_id": entry.task_id})
+    if entry.charged == "unknown":
+        return NextAction(tool="list_tasks", arguments={"sync": True})
+    return None
+
+
+def _notes(entry: Entry, rule: str, joined: bool) -> list[str]:
+    notes: list[str] = []
+    if joined:
+        notes.append("This was bought by an earlier identical call that never received it; nothing was charged "
+                     "again. force_new=true buys another.")  # fmt: skip
+    if entry.request.get("n", 1) > IMAGES_MAX:
+        return notes
+    asked = entry.request.get("n", 1)
+    task = entry.task
+    if task and task.status == COMPLETED and entry.pictures and len(entry.pictures) < asked:
+        notes.append(f"Asked for {asked} pictures, {len(entry.pictures)} came; each is billed singly, "
+                     "so only what came is charged.")  # fmt: skip
+    if task and task.status == COMPLETED and not task.results:
+        notes.append("EvoLink says the task is completed but names no picture. Do not buy it again at once: call "
+                     "get_task later, or ask support@evolink.ai with this task id.")  # fmt: skip
+    wish = _expected(entry, rule)
+    odd = [p for p in entry.pictures if wish and p.saved and (p.width, p.height) != (wish.width, wish.height)]
+    if wish and odd:
+        notes.append(f"Computed {wish.width}×{wish.height} pixels (rule {rule}), got {odd[0].width}×{odd[0].height}. "
+                     "Give size as WxH to be certain, or set EVOLINK_SIZE_RULE.")  # fmt: skip
+    notes += [
+        f"The file of picture {picture.index} was moved or deleted."
+        for picture in entry.pictures
+        if picture.path and not Path(picture.path).is_file()
+    ]
+    if entry.phase == "sending":
+        notes.append("The request has been sent and EvoLink has not answered yet; it goes on in the background.")
+    return notes
+
+
+def _markdown(picture: Picture) -> str:
+    path = picture.path or ""
+    target = f"<{path}>" if any(c in path for c in " ()<>") else path
+    return f"![{Path(path).stem}]({target})"
+
+
+# --- the same in words -----------------------------------------------------------------------------------
+
+
+def task_text(out: TaskOut) -> str:
+    """What happened, what it cost, what to do now; then every fact of `out`, one to a line."""
+    lines = [_headline(out), _money(out)]
+    if out.error is not None and out.error.advice:
+        lines.append(out.error.advice)
+    if out.next_action is not None:
+        lines.append(f"Next: call {out.next_action.tool} with {_compact(out.next_action.arguments)}.")
+    for image in out.images:
+        lines += ["", *_image_lines(image)]
+    if out.notes:
+        lines += ["", *(f"Note: {note}" for note in out.notes)]
+    if out.task_id or out.request:
+        lines += ["", *_about(out)]
+    return "\n".join(lines)
+
+
+def _headline(out: TaskOut) -> str:
+    name = f"Task {out.task_id}" if out.task_id else "The request"
+    saved = [image for image in out.images if image.path]
+    if out.status == COMPLETED and saved:
+        count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
+        failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
+        return f"{name} is completed: {count} saved{failed}."
+    if out.error is not None:
+        message = out.error.message[:1].upper() + out.error.message[1:]
+        return f"{name} {_fate(out)}: {message}{'' if message.endswith(('.', '”')) else '.'}"
+    if out.status == COMPLETED:
+        return f"{name} is completed; its pictures are being fetched."
+    progress = f", {out.progress:.0f} %" if out.progress is not None else ""
+    return f"{name} is not finished yet (status {out.status}{progress}). This is not an error: it goes on by itself."
+
+
+def _fate(out: TaskOut) -> str:
+    if out.task_id is None:
+        return "has an unknown outcome" if out.charged == "unknown" else "was not carried out"
+    return {COMPLETED: "is completed, but", FAILED: "failed", "cancelled": "was cancelled"}.get(
+        out.status, f"could not be followed (status {out.status})"
+    )
+
+
+def _money(out: TaskOut) -> str:
+    if out.charged == "yes":
+        return f"Charged: yes{f', {out.credits:g} credits' if out.credits is not None else ''}."
+    if out.charged == "no":
+        return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
+    return "Charged: unknown yet." if out.error is None else "Charged: unknown."
+
+
+def _image_lines(image: ImageOut) -> list[str]:
+    lines = [f"Picture {image.index}:"]
+    if image.path:
+        lines += [image.path, image.markdown or ""]
+        lines.append(
+            f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes} bytes, sha256 {image.sha256}"
+        )
+    if image.error:
+        lines.append(f"Not saved: {image.error}.")
+    if image.url:
+        lines += [image.url, f"(link expires {image.url_expires_at})"]
+    if image.resource_uri:
+        lines.append(image.resource_uri)
+    return lines
+
+
+def _about(out: TaskOut) -> list[str]:
+    lines = [f"Task: {out.task_id or 'none'}, status {out.status}, created {out.created_at}."]
+    if out.expected_size:
+        lines.append(f"Computed size: {out.expected_size.width}×{out.expected_size.height}.")
+    if out.request:
+        lines.append("Request: " + _compact(out.request))
+    if out.error:
+        lines.append(f"Error code: {out.error.code} (repeating {'may' if out.error.retryable else 'does not'} help).")
+    return lines
+
+
+def _compact(data: dict[str, Any]) -> str:
+    """Arguments in one line of JSON, long texts cut."""
+    import json
+
+    short = {k: harmless(v, PROMPT_SHOWN) if isinstance(v, str) else v for k, v in data.items()}
+    return json.dumps(short, ensure_ascii=False)
+
+
+def adopted_task_out(task: Task, rule: str) -> TaskOut:
+    """A task of the account that the journal does not know."""
+    return task_out(Entry("", "", "found", task.created or 0.0, task=task), rule=rule)

@@ -1,0 +1,162 @@
+"""What `evolink-mcp` does on the command line: arguments, settings, studio, transport."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from evolink_mcp import __version__
+from evolink_mcp.quoting import harmless
+
+DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it speaks MCP over stdin and stdout."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
+    logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
+    for noisy in ("httpx2", "httpcore2", "mcp"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        code = run(options)
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads may still block on stdin or a picture: nothing of theirs is worth waiting for.
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evolink-mcp", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"evolink-mcp {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell on stderr what happens")
+    parser.set_defaults(run=_stdio)
+    commands = parser.add_subparsers(metavar="command")
+    for name, what in (("http", "streamable HTTP at /mcp"), ("sse", "SSE at /sse, for older clients")):
+        serve = commands.add_parser(name, help=f"serve {what}")
+        serve.add_argument("--host", default="127.0.0.1")
+        serve.add_argument("--port", type=int, default=8000)
+        serve.add_argument("--insecure", action="store_true", help="serve other machines without any authentication")
+        serve.set_defaults(run=_http, transport=name)
+    demo = commands.add_parser("demo", help="make a picture without key or network, with a simulated EvoLink")
+    demo.add_argument("prompt", nargs="?", default="A calm sunset over the ocean, islands on the horizon")
+    demo.set_defaults(run=_demo)
+    simulate = commands.add_parser("simulate", help="serve a simulated EvoLink")
+    simulate.add_argument("--port", type=int, default=8765)
+    simulate.add_argument("--seconds", type=float, default=8.0, help="how long a picture takes")
+    simulate.set_defaults(run=_simulate)
+    tasks = commands.add_parser("tasks", help="show what was bought")
+    tasks.add_argument("--limit", type=int, default=20)
+    tasks.add_argument("--json", action="store_true")
+    tasks.set_defaults(run=_tasks)
+    return parser
+
+
+def _settings():
+    from evolink_mcp.settings import BadSetting, Settings
+
+    try:
+        return Settings.from_environment()
+    except BadSetting as error:
+        print(f"evolink-mcp: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _stdio(_: argparse.Namespace) -> int:
+    settings = _settings()
+    import anyio
+
+    from evolink_mcp.stdio import serve_stdio
+    from evolink_mcp.wiring import open_studio, server_for
+
+    async def serve(read: object, write: object) -> None:
+        async with open_studio(settings) as studio:
+            lowlevel = server_for(studio, settings)._lowlevel_server
+            await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
+
+    if sys.stdin.isatty():
+        print(
+            "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
+            file=sys.stderr,
+        )
+    return anyio.run(serve_stdio, serve)
+
+
+def _http(options: argparse.Namespace) -> int:
+    from evolink_mcp.web import is_loopback, serve_web
+
+    settings = _settings()
+    if not is_loopback(options.host) and not options.insecure:
+        print(
+            f"evolink-mcp: {harmless(options.host, 60)} is reachable from other machines, and whoever reaches it spends "
+            "your credits. Use --host 127.0.0.1, or --insecure if something else guards it.",
+            file=sys.stderr,
+        )
+        return 2
+    import anyio
+
+    return anyio.run(serve_web, settings, options.transport, options.host, options.port)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    import anyio
+
+    from evolink_mcp.demo import run_demo
+
+    return anyio.run(run_demo, options.prompt, print)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import anyio
+
+    from evolink_mcp.simulator import FAULTS, Simulator
+    from evolink_mcp.web import serve_app
+
+    print(f"A simulated EvoLink on http://127.0.0.1:{options.port} (any key will do). Point the server at it with")
+    print(f"  EVOLINK_BASE_URL=http://127.0.0.1:{options.port} EVOLINK_API_KEY=sk-simulated evolink-mcp")
+    print("Words in a prompt order faults:")
+    for word, meaning in FAULTS.items():
+        print(f"  {word:24} {meaning}")
+    sys.stdout.flush()
+    return anyio.run(serve_app, Simulator(duration_s=options.seconds).app, "127.0.0.1", options.port)
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    import json
+
+    from evolink_mcp import answers
+    from evolink_mcp.errors import JournalUnwritable
+    from evolink_mcp.journal.sqlite import SqliteJournal
+
+    settings = _settings()
+    journal = SqliteJournal(settings.data_dir)
+    if not journal.path.exists():
+        print("[]" if options.json else f"Nothing was bought yet: there is no journal at {journal.path}.")
+        return 0
+    try:
+        entries = journal.recent(options.limit)
+    except JournalUnwritable as error:
+        print(f"evolink-mcp: {error.what}", file=sys.stderr)
+        return 1
+    outs = [answers.task_out(entry, rule=settings.size_rule) for entry in entries]
+    if options.json:
+        print(json.dumps([answers.brief(out) for out in outs], indent=2))
+        return 0
+    for out in outs:
+        cost = f"{out.credits:g} credits" if out.credits is not None else ""
+        asked = harmless((out.request or {}).get("prompt", ""), 60)
+        print(
+            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:16} {asked}"
+        )
+        for image in out.images:
+            print(f"    {image.path or image.error or image.url}")
+        if out.error:
+            print(f"    {out.error.message}. {out.error.advice}")
+    print(f"{len(outs)} entries in {journal.path}")
+    return 0

@@ -1,0 +1,498 @@
+"""EvoLink over HTTP: one door for reads (may be repeated), one for purchases (one POST), one for pictures (no key).
+
+The key goes to the two configured EvoLink origins and nowhere else; redirects are never followed.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import ipaddress
+import json
+import logging
+import math
+import re
+import ssl
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
+
+import anyio
+import httpx2 as httpx
+from pydantic import SecretStr
+
+from evolink_mcp import __version__, addresses
+from evolink_mcp.errors import (
+    BY_STATUS,
+    DownloadFailed,
+    EvolinkError,
+    KeyMissing,
+    LinkExpired,
+    OutcomeUnknown,
+    RateLimited,
+    Rejected,
+    Unreachable,
+    Unreadable,
+)
+from evolink_mcp.models import Task, is_task_id, read_task
+from evolink_mcp.quoting import harmless
+
+log = logging.getLogger(__name__)
+
+BASE_URL = "https://api.evolink.ai"
+FILES_BASE_URL = "https://files-api.evolink.ai"
+USER_AGENT = f"evolink-mcp/{__version__}"
+
+CONNECT_TIMEOUT_S = 10.0
+SUBMIT_DEADLINE_S = 75.0
+READ_DEADLINE_S = 20.0
+UPLOAD_DEADLINE_S = 180.0
+DOWNLOAD_DEADLINE_S = 120.0
+JSON_MAX_BYTES = 1 << 20
+PICTURE_MAX_BYTES = 100 << 20
+SLOWEST_BYTES_PER_S = 10_000
+SLOW_START_S = 15.0
+POOL_SIZE = 16
+BATCH_MAX = 50
+RETRY_AFTER_MAX_S = 120.0
+
+# Everything httpx raises for a request that went wrong on the way; a test holds this against its whole tree.
+TRANSPORT_ERRORS = (
+    httpx.HTTPError,
+    httpx.InvalidURL,
+    httpx.StreamError,
+    httpx.CookieConflict,
+    ssl.SSLError,
+    OSError,
+)
+_NEVER_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+_POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE, keepalive_expiry=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One HTTP answer, read whole and within the cap."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    def json(self) -> Any:
+        """The body as JSON; BOMs are skipped, NaN and Infinity become None.
+
+        Raises:
+            Unreadable: it is not JSON.
+        """
+        try:
+            return json.loads(self.body.decode("utf-8-sig"), parse_constant=lambda _: None)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"EvoLink's answer (HTTP {self.status}) is not JSON") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """`GET /v1/credits`: credits left and used of the account and of this key; None where not told."""
+
+    account_remaining: float | None
+    account_used: float | None
+    key_remaining: float | None
+    key_used: float | None
+    key_unlimited: bool | None
+
+
+class EvolinkClient:
+    """EvoLink's API for one key. Use as an async context manager.
+
+    Every method raises only `EvolinkError`s. Reads may be repeated by the caller; `submit` never repeats itself.
+    """
+
+    def __init__(
+        self,
+        key: SecretStr | None,
+        *,
+        base_url: str = BASE_URL,
+        files_base_url: str = FILES_BASE_URL,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._key = key
+        self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
+        self._loopback = urlsplit(base_url).scheme == "http"
+        self._transport = transport
+        self._opened: list[httpx.AsyncClient] = []
+
+    async def __aenter__(self) -> EvolinkClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self._opened:
+            await client.aclose()
+
+    # The HTTP clients are opened at first use: reading the system's certificates takes longer than starting.
+
+    @cached_property
+    def _trust(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()
+
+    @cached_property
+    def _reads(self) -> httpx.AsyncClient:
+        return self._open(_POOL)
+
+    @cached_property
+    def _pays(self) -> httpx.AsyncClient:
+        # A purchase never rides on an old connection: an idle one closed under it is an ambiguous failure.
+        return self._open(httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0))
+
+    @cached_property
+    def _pictures(self) -> httpx.AsyncClient:
+        if self._transport is None and not self._loopback and not urllib.request.getproxies():
+            return self._open(_POOL, _CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=_POOL)))
+        return self._open(_POOL)
+
+    def _open(self, limits: httpx.Limits, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(
+            transport=transport or self._transport,
+            limits=limits,
+            verify=self._trust,
+            timeout=httpx.Timeout(SUBMIT_DEADLINE_S, connect=CONNECT_TIMEOUT_S),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            follow_redirects=False,
+        )
+        self._opened.append(client)
+        return client
+
+    @property
+    def has_key(self) -> bool:
+        return self._key is not None
+
+    # --- the purchase ---
+
+    async def submit(self, body: dict[str, Any], *, idempotency_key: str, on_sending: Callable[[], object]) -> Task:
+        """`POST /v1/images/generations`, once. `on_sending` runs just before the first byte; if it raises,
+        nothing is sent.
+
+        Raises:
+            Unreachable: provably not one byte was sent.
+            Rejected, RateLimited: EvoLink said no; not charged.
+            OutcomeUnknown: it was sent, and the answer was lost or makes no sense.
+        """
+        sent = False
+        traced = self._transport is None
+
+        async def trace(event: str, _info: dict[str, Any]) -> None:
+            nonlocal sent
+            if event.endswith("send_request_headers.started"):
+                on_sending()
+                sent = True
+
+        if not traced:  # an injected transport tells nothing about its bytes
+            on_sending()
+
+        try:
+            request = self._request(
+                self._pays,
+                "POST",
+                "/v1/images/generations",
+                content=_dump(body),
+                headers={"Idempotency-Key": idempotency_key},
+                extensions={"trace": trace},
+            )
+            reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
+        except (Unreadable, *TRANSPORT_ERRORS) as error:
+            if not sent and (traced or isinstance(error, _NEVER_CONNECTED)):
+                raise Unreachable(f"EvoLink could not be reached ({_why(error)})") from error
+            raise OutcomeUnknown(f"the request was sent and its answer was lost ({_why(error)})") from error
+        if 200 <= reply.status < 300:
+            try:
+                return read_task(reply.json())
+            except Unreadable as error:
+                raise OutcomeUnknown(f"the request was sent, but {_lower(error.what)}") from error
+        if reply.status in BY_STATUS:
+            raise _rejection(reply)
+        raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
+
+    # --- reads ---
+
+    async def task(self, task_id: str) -> Task:
+        """`GET /v1/tasks/{task_id}`."""
+        reply = await self._ask("GET", f"/v1/tasks/{_segment(task_id)}")
+        return read_task(reply.json())
+
+    async def tasks(self, task_ids: Iterable[str]) -> dict[str, Task]:
+        """`POST /v1/tasks/batch` (undocumented): up to 50 tasks by id; unknown ones are absent."""
+        ids = [task_id for task_id in task_ids if is_task_id(task_id)][:BATCH_MAX]
+        reply = await self._ask("POST", "/v1/tasks/batch", content=_dump({"task_ids": ids}))
+        return {task.id: task for task in _each_task(reply.json())}
+
+    async def recent_tasks(self, page_size: int = 50) -> list[Task]:
+        """`GET /v1/tasks` (undocumented): the account's newest tasks, newest first, without result links."""
+        reply = await self._ask("GET", f"/v1/tasks?page=1&page_size={page_size}")
+        return list(_each_task(reply.json()))
+
+    async def balance(self) -> Balance:
+        """`GET /v1/credits`."""
+        data = (await self._ask("GET", "/v1/credits")).json()
+        data = data.get("data") if isinstance(data, dict) else None
+        user, token = ((data.get(k) if isinstance(data, dict) else None) or {} for k in ("user", "token"))
+        if not isinstance(user, dict) or not isinstance(token, dict) or not (user or token):
+            raise Unreadable("EvoLink's answer about credits makes no sense")
+        left, used = "remaining_credits", "used_credits"
+        amounts = [
+            _amount(user.get(left)),
+            _amount(user.get(used)),
+            _amount(token.get(left)),
+            _amount(token.get(used)),
+        ]
+        unlimited = token.get("unlimited_credits")
+        return Balance(*amounts, key_unlimited=unlimited if isinstance(unlimited, bool) else None)
+
+    async def upload(self, name: str, mime_type: str, content: bytes | BinaryIO) -> str:
+        """`POST /api/v1/files/upload/stream`: free of charge, kept by EvoLink for 72 h; returns its URL."""
+        reply = await self._ask(
+            "POST",
+            "/api/v1/files/upload/stream",
+            origin="files",
+            deadline_s=UPLOAD_DEADLINE_S,
+            files={"file": (name, content, mime_type)},
+        )
+        answer = reply.json()
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(answer, dict) or answer.get("success") is False or not isinstance(data, dict):
+            said = (
+                harmless(answer.get("msg") or answer.get("message") or "no reason") if isinstance(answer, dict) else ""
+            )
+            raise Rejected(
+                f"EvoLink's file API did not take the picture: “{said}”",
+                code="upload_refused",
+                advice="Use another picture or give a public URL instead.",
+            )
+        url = data.get("file_url") or data.get("download_url")
+        if not isinstance(url, str):
+            raise Unreadable("EvoLink's file API names no URL for the upload")
+        try:
+            addresses.check_public_url(url, schemes=("https",))
+        except ValueError as error:
+            if not self._loopback:
+                raise Unreadable("EvoLink's file API names an unusable URL for the upload") from error
+        return url
+
+    # --- pictures ---
+
+    async def download(self, url: str, into: BinaryIO) -> int:
+        """Write the picture at `url` to `into`, without the key; returns the bytes written.
+
+        Raises:
+            LinkExpired: the host says 403, 404 or 410.
+            DownloadFailed: anything else; `into` may hold a part.
+        """
+        try:
+            addresses.check_public_url(url, schemes=("https",), max_length=8192)
+        except ValueError as error:
+            if not (self._loopback and url.startswith(self._origins["api"] + "/")):
+                raise DownloadFailed(
+                    f"EvoLink's link to the picture is not usable: {error}", retryable=False
+                ) from error
+        started = time.monotonic()
+        written = 0
+        try:
+            with anyio.fail_after(DOWNLOAD_DEADLINE_S):
+                async with self._stream(self._pictures, self._pictures.build_request("GET", url)) as response:
+                    if response.status_code in (403, 404, 410):
+                        raise LinkExpired("EvoLink's link to the picture has expired")
+                    if response.status_code != 200:
+                        raise DownloadFailed(f"the picture's host answered HTTP {response.status_code}")
+                    async for chunk in response.aiter_raw(64 << 10):
+                        written += len(chunk)
+                        if written > PICTURE_MAX_BYTES:
+                            raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
+                        into.write(chunk)
+                        took = time.monotonic() - started
+                        if took > SLOW_START_S and written < took * SLOWEST_BYTES_PER_S:
+                            raise DownloadFailed("the picture's host sends less than 10 kB/s")
+                    declared = response.headers.get("content-length", "")
+                    if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
+                        raise DownloadFailed("the picture arrived incomplete")
+        except TimeoutError as error:
+            raise DownloadFailed(f"the picture took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from error
+        except TRANSPORT_ERRORS as error:
+            raise DownloadFailed(f"the picture could not be fetched ({_why(error)})") from error
+        return written
+
+    # --- one way out ---
+
+    def _request(self, client: httpx.AsyncClient, method: str, path: str, *, origin: str = "api", **more: Any):
+        """A request with the key, and a proof that it goes where the key may go."""
+        if self._key is None:
+            raise KeyMissing("no EvoLink API key is set")
+        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **more.pop("headers", {})}
+        if "content" in more:
+            headers["Content-Type"] = "application/json"
+        request = client.build_request(method, self._origins[origin] + path, headers=headers, **more)
+        wanted = httpx.URL(self._origins[origin])
+        if (request.url.scheme, request.url.host, request.url.port) != (
+            wanted.scheme,
+            wanted.host,
+            wanted.port,
+        ):
+            raise Rejected("the request would have left EvoLink's origin", code="wrong_origin")
+        return request
+
+    async def _ask(self, method: str, path: str, *, deadline_s: float = READ_DEADLINE_S, **more: Any) -> Reply:
+        """A call that costs nothing, read whole: the caller may repeat it."""
+        request = self._request(self._reads, method, path, **more)
+        try:
+            reply = await self._exchange(self._reads, request, deadline_s)
+        except TRANSPORT_ERRORS as error:
+            raise Unreadable(f"EvoLink could not be read ({_why(error)})") from error
+        if 200 <= reply.status < 300:
+            return reply
+        if reply.status in BY_STATUS:
+            raise _rejection(reply)
+        raise Unreadable(f"EvoLink answered HTTP {reply.status}", http_status=reply.status)
+
+    async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
+        """Send and read whole, within a total deadline and the JSON cap."""
+        try:
+            with anyio.fail_after(deadline_s):
+                async with self._stream(client, request) as response:
+                    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+                        raise Unreadable("EvoLink's answer is compressed although it was asked not to be")
+                    body = bytearray()
+                    async for chunk in response.aiter_raw():
+                        body += chunk
+                        if len(body) > JSON_MAX_BYTES:
+                            raise Unreadable("EvoLink's answer is larger than 1 MiB")
+                    return Reply(response.status_code, response.headers, bytes(body))
+        except TimeoutError as error:
+            raise Unreadable(f"no complete answer within {deadline_s:.0f} s") from error
+
+    @asynccontextmanager
+    async def _stream(self, client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+        response = await client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+
+
+class _CheckedAddress(httpx.AsyncBaseTransport):
+    """Connects to the very address that was checked to be public, so that DNS cannot answer differently later."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        found = await anyio.getaddrinfo(host, request.url.port or 443)
+        public = [str(entry[4][0]) for entry in found if addresses.is_public_ip(str(entry[4][0]))]
+        if not public or len(public) != len(found):
+            raise httpx.ConnectError(f"{harmless(host, 80)} is not a public address")
+        chosen = next((ip for ip in public if ipaddress.ip_address(ip).version == 4), public[0])
+        request.extensions = {**request.extensions, "sni_hostname": host}
+        request.url = request.url.copy_with(host=chosen)
+        return await self._inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:
+    """`Retry-After` in seconds, from seconds or an HTTP date, clamped to [0, 120]; None when absent or garbage."""
+    text = headers.get("retry-after", "").strip()
+    if not text or len(text) > 64:
+        return None
+    if re.fullmatch(r"[+-]?(\d+(\.\d*)?|inf|nan)", text, re.IGNORECASE) or re.fullmatch(r"\d+e\d+", text):
+        wait = float(text)
+        return None if math.isnan(wait) else min(max(wait, 0.0), RETRY_AFTER_MAX_S)
+    try:
+        when = email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
+    return min(max(when - (time.time() if now is None else now), 0.0), RETRY_AFTER_MAX_S)
+
+
+def _rejection(reply: Reply) -> EvolinkError:
+    """A definite no, in any of the shapes EvoLink is known to answer with."""
+    code, advice = BY_STATUS[reply.status]
+    said, upstream_code = _words(reply)
+    what = f"{advice.meaning} (HTTP {reply.status}"
+    what += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
+    if said:
+        what += f"; EvoLink says: “{said}”"
+    kind = RateLimited if reply.status == 429 else Rejected
+    return kind(
+        what,
+        code=code,
+        retryable=advice.repeat,
+        advice=advice.todo,
+        http_status=reply.status,
+        retry_after_s=retry_after_s(reply.headers),
+    )
+
+
+def _words(reply: Reply) -> tuple[str, str]:
+    """(message, code) of an error body: {"error": {...}}, {"error": "x"}, {"code", "msg"}, or neither."""
+    try:
+        data = reply.json()
+    except Unreadable:
+        return "", ""
+    if not isinstance(data, dict):
+        return "", ""
+    inner = data.get("error")
+    source = inner if isinstance(inner, dict) else data
+    message = source.get("message") or source.get("msg") or source.get("error_description")
+    if message is None and isinstance(inner, str):
+        message = inner
+    code = source.get("code")
+    return harmless(message) if message else "", harmless(code, 60) if isinstance(code, str | int) else ""
+
+
+def _each_task(data: Any) -> Iterable[Task]:
+    rows = data.get("data") if isinstance(data, dict) else data
+    if isinstance(rows, dict):
+        rows = rows.get("tasks") or rows.get("items") or rows.get("list")
+    if not isinstance(rows, list):
+        raise Unreadable("EvoLink's answer is not a list of tasks")
+    for row in rows:
+        try:
+            yield read_task(row)
+        except Unreadable:
+            continue
+
+
+def _segment(task_id: str) -> str:
+    if not is_task_id(task_id):
+        raise Rejected(
+            "this is not a task id", code="invalid_task_id", advice="Give the id as generate_image named it."
+        )
+    return quote(task_id, safe="")
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _amount(value: Any) -> float | None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if ok else None
+
+
+def _why(error: BaseException) -> str:
+    """The kind of a transport failure; texts of foreign exceptions may hold more than should be told."""
+    if isinstance(error, EvolinkError):
+        return _lower(error.what)
+    return {
+        "ConnectError": "no connection",
+        "ConnectTimeout": f"no connection within {CONNECT_TIMEOUT_S:.0f} s",
+        "ReadError": "the connection broke",
+        "WriteError": "the connection broke",
+        "RemoteProtocolError": "the connection was closed early or the answer was not HTTP",
+    }.get(type(error).__name__, type(error).__name__)
+
+
+def _lower(text: str) -> str:
+    return text if text.startswith("EvoLink") else text[:1].lower() + text[1:]

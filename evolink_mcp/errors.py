@@ -1,0 +1,196 @@
+"""Every way a call can go wrong, and what each means for the money.
+
+EvolinkError
+├── Refused                 stopped here: nothing was sent, nothing was charged
+│   ├── KeyMissing          no API key is set
+│   ├── OverBudget          the computed price is above a cap
+│   ├── JournalUnwritable   the journal cannot be written, so nothing may be bought
+│   ├── ReferenceRefused    a local picture may not or cannot be used
+│   └── FolderRefused       a picture may not or cannot be saved there
+├── Unreachable             not one byte of the request left: it may be repeated
+├── Rejected                EvoLink answered with a definite no: not charged
+│   └── RateLimited         EvoLink asks to wait (429)
+├── OutcomeUnknown          a paid request left and its answer was lost: it may have been charged
+├── Unreadable              a read (never a purchase) failed: it may be repeated
+└── DownloadFailed          a finished picture could not be fetched or kept; its task is paid
+    └── LinkExpired         EvoLink's link to it has ended (24 h)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Charged = Literal["no", "yes", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is told about an error, as data: the same fields in every answer."""
+
+    code: str
+    message: str
+    retryable: bool
+    advice: str
+
+
+class EvolinkError(Exception):
+    """`what` happened, the machine `code`, what was `charged`, whether a repeat can help, what to do now."""
+
+    code: str = "error"
+    charged: Charged = "no"
+    retryable: bool = False
+    advice: str = ""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        code: str | None = None,
+        charged: Charged | None = None,
+        retryable: bool | None = None,
+        advice: str | None = None,
+        http_status: int | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.code = code or self.code
+        self.charged = charged or self.charged
+        self.retryable = self.retryable if retryable is None else retryable
+        self.advice = self.advice if advice is None else advice
+        self.http_status = http_status
+        self.retry_after_s = retry_after_s
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.code, self.what, self.retryable, self.advice)
+
+
+class Refused(EvolinkError):
+    code = "refused"
+
+
+class KeyMissing(Refused):
+    code = "key_missing"
+    advice = (
+        "Set EVOLINK_API_KEY in the configuration of this MCP server and restart it. "
+        "Keys are made at https://evolink.ai/dashboard/keys. compute_size and list_tasks work without one."
+    )
+
+
+class OverBudget(Refused):
+    code = "over_budget"
+
+
+class JournalUnwritable(Refused):
+    code = "journal_unwritable"
+    advice = (
+        "Nothing is bought that cannot be written down first. Make the folder writable or free some space, "
+        "or set EVOLINK_MCP_DATA_DIR to another folder, then call again."
+    )
+
+
+class ReferenceRefused(Refused):
+    code = "reference_refused"
+
+
+class FolderRefused(Refused):
+    code = "folder_refused"
+
+
+class Unreachable(EvolinkError):
+    code = "unreachable"
+    retryable = True
+    advice = "Nothing was sent. Check the network and EVOLINK_BASE_URL, then call again."
+
+
+class Rejected(EvolinkError):
+    code = "rejected"
+
+
+class RateLimited(Rejected):
+    code = "rate_limited"
+    retryable = True
+
+
+class OutcomeUnknown(EvolinkError):
+    code = "outcome_unknown"
+    charged = "unknown"
+    advice = (
+        "Do not simply repeat it. Call list_tasks with sync=true: if the task exists it is listed there and "
+        "get_task fetches its pictures. Call generate_image again only if the user accepts a possible second charge."
+    )
+
+
+class Unreadable(EvolinkError):
+    code = "unreadable"
+    retryable = True
+    advice = "Call again in a moment; nothing is lost."
+
+
+class DownloadFailed(EvolinkError):
+    code = "download_failed"
+    charged = "yes"
+    retryable = True
+    advice = "The picture is paid and its URL is in this answer until it expires: call get_task to try again."
+
+
+class LinkExpired(DownloadFailed):
+    code = "link_expired"
+    retryable = False
+    advice = "EvoLink keeps results for 24 hours. A picture saved earlier is still in its folder."
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a code means, what to do, and whether the same request may be repeated."""
+
+    meaning: str
+    todo: str
+    repeat: bool = False
+
+
+_REWORD = "Change the prompt or the reference pictures, then call generate_image again."
+_LATER = "Wait a minute, then call generate_image again."
+
+# Definite answers to a request, by HTTP status (evolink-api.md, errors; EvoLink's error page).
+BY_STATUS: dict[int, tuple[str, Advice]] = {
+    400: ("invalid_request", Advice("EvoLink refused the request", "Correct the argument that the message names.")),
+    401: ("unauthorized", Advice("EvoLink did not accept the API key",
+          "Check EVOLINK_API_KEY (deleted, mistyped, or of another account), then restart the server.")),
+    402: ("insufficient_credits", Advice("the account or key has not enough credits",
+          "Top up at https://evolink.ai/dashboard or raise the key's limit; get_balance shows what is left.")),
+    403: ("forbidden", Advice("the API key may not do this", "Use a key that may use this model, or the task's own key.")),
+    404: ("not_found", Advice("EvoLink does not know this task", "Check the id. Old tasks are forgotten by EvoLink.")),
+    409: ("idempotency_conflict", Advice("EvoLink knows this request's key with other contents", "Call again.", True)),
+    413: ("too_large", Advice("the request is too large for EvoLink", "Send URLs or smaller pictures.")),
+    422: ("invalid_request", Advice("EvoLink refused the request", "Correct the argument that the message names.")),
+    429: ("rate_limited", Advice("EvoLink asks to slow down", "Wait a moment, then call again.", True)),
+}  # fmt: skip
+
+# How a task can fail (docs.evolink.ai, task error codes). The set is open: others get UNKNOWN_FAILURE.
+BY_TASK_CODE: dict[str, Advice] = {
+    "content_policy_violation": Advice("the content policy does not allow this picture", _REWORD),
+    "invalid_parameters": Advice("EvoLink could not use an argument", "Correct the argument that the message names."),
+    "image_processing_error": Advice("a reference picture could not be used",
+        "Check that each reference opens without a login and is a real .png, .jpg or .webp."),
+    "image_dimension_mismatch": Advice("the mask and the picture differ in size", "Give a mask of the same pixel size."),
+    "request_cancelled": Advice("the task was cancelled", "Call generate_image again if it is still wanted."),
+    "generation_failed_no_content": Advice("the model made no picture of this prompt", _REWORD),
+    "service_error": Advice("EvoLink had a fault", _LATER, True),
+    "service_unavailable": Advice("EvoLink's provider is unavailable", _LATER, True),
+    "generation_timeout": Advice("the picture took too long at EvoLink", _LATER, True),
+    "resource_exhausted": Advice("EvoLink is at its capacity", "Wait some minutes, then call generate_image again.", True),
+    "quota_exceeded": Advice("a rate or credit limit was reached",
+        "Check get_balance, wait a few seconds, then call generate_image again.", True),
+    "resource_not_found": Advice("something the task needs was not found", "Check the reference URLs.", True),
+    "expired": Advice("the task expired at EvoLink", _LATER, True),
+    "unknown_error": Advice("EvoLink gives no reason", "Try once more; if it persists, ask support@evolink.ai.", True),
+}  # fmt: skip
+UNKNOWN_FAILURE = Advice("EvoLink reports a failure", "Read the message; change the request or try once more.", False)
+
+
+def advice_for(code: str) -> Advice:
+    """The advice for a task's error code; codes nobody documented get a cautious one."""
+    return BY_TASK_CODE.get(code, UNKNOWN_FAILURE)

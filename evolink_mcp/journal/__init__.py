@@ -1,0 +1,167 @@
+"""Everything that was bought, or may have been: one entry per purchase, written before the money leaves.
+
+An entry goes `intent` → `sending` → `submitted`, or ends as `refused` (a definite no), `unsent` (provably
+nothing left) or `unknown` (it left and the answer was lost). `found` marks a task bought elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from evolink_mcp.errors import Charged, Problem
+from evolink_mcp.models import COMPLETED, Task
+
+Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture of a task: where EvoLink has it (for 24 h) and where it was saved; times in epoch seconds."""
+
+    index: int
+    url: str
+    url_expires_at: float
+    path: str | None = None
+    mime_type: str | None = None
+    width: int | None = None
+    height: int | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    error: str | None = None
+
+    @property
+    def saved(self) -> bool:
+        return self.path is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One purchase. `key` goes out as `Idempotency-Key`; `estimate` and `credits` are credits, times epoch seconds."""
+
+    key: str
+    owner: str
+    phase: Phase
+    created_at: float
+    fingerprint: str = ""
+    request: dict[str, Any] = field(default_factory=dict)
+    estimate: float = 0.0
+    save_as: str | None = None
+    attended: bool = False
+    delivered_at: float | None = None
+    task: Task | None = None
+    error: Problem | None = None
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def task_id(self) -> str | None:
+        return self.task.id if self.task else None
+
+    @property
+    def status(self) -> str:
+        """What became of it, in the API's words; `unknown` where nobody can say."""
+        if self.task is not None:
+            return self.task.status
+        return {"refused": "failed", "unsent": "failed", "unknown": "unknown", "sending": "unknown"}.get(
+            self.phase, "pending"
+        )
+
+    @property
+    def charged(self) -> Charged:
+        """What was paid for it, as far as anyone can know."""
+        if self.task is not None:
+            return self.task.charged
+        return "unknown" if self.phase in ("sending", "unknown") else "no"
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: settled, and every picture that came is saved or cannot be had."""
+        if self.task is None:
+            return self.phase in ("refused", "unsent", "unknown")
+        if self.task.status != COMPLETED:
+            return self.task.settled
+        return bool(self.pictures) and all(picture.saved or picture.error for picture in self.pictures)
+
+
+def new_key() -> str:
+    """A fresh idempotency key: 16 to 96 characters of [A-Za-z0-9._-]."""
+    return f"evomcp-{uuid.uuid4().hex}"
+
+
+def fingerprint(body: dict[str, Any], tenant: str = "") -> str:
+    """The same for identical requests, whatever the order of their fields."""
+    said = json.dumps([tenant, body], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+class Journal(Protocol):
+    """What a journal promises. Every write is durable when it returns; entries are never deleted.
+
+    Raises (all methods): JournalUnwritable, naming the place and the setting.
+    """
+
+    def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
+        """Write a new entry down, before anything is sent. With a `cap`, credits spent since then and the entry's
+        estimate must stay within it, judged in the same transaction: else nothing is written and the sum returned."""
+        ...
+
+    def update(self, entry: Entry) -> None:
+        """Write the entry's new state; whoever calls holds its only live copy."""
+        ...
+
+    def leave(self, key: str) -> None:
+        """No call waits for this entry any more."""
+        ...
+
+    def claim(self, key: str) -> bool:
+        """Attend an undelivered, unattended entry; False when another call was faster."""
+        ...
+
+    def by_key(self, key: str) -> Entry | None:
+        """The entry with this key."""
+        ...
+
+    def by_task(self, task_id: str) -> Entry | None:
+        """The entry of this task."""
+        ...
+
+    def recent(
+        self, limit: int, status: str | None = None, since: float | None = None, until: float | None = None
+    ) -> list[Entry]:
+        """Entries, newest first."""
+        ...
+
+    def undelivered(self, fingerprint: str) -> list[Entry]:
+        """Entries of identical requests that nobody received and nobody waits for, oldest first."""
+        ...
+
+    def open_entries(self) -> list[Entry]:
+        """This owner's entries that are not complete."""
+        ...
+
+    def adopt(self) -> list[Entry]:
+        """Take over what dead servers left open; living servers' entries are not touched."""
+        ...
+
+    def known_tasks(self, task_ids: list[str]) -> set[str]:
+        """Which of these tasks have an entry."""
+        ...
+
+    def spent_since(self, since: float) -> float:
+        """Credits charged, or estimated where the charge is not known yet, for entries created since then."""
+        ...
+
+    def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
+        """A reference picture is at EvoLink under this URL until then."""
+        ...
+
+    def find_upload(self, sha256: str, after: float) -> str | None:
+        """The URL of an uploaded picture that lives beyond `after`."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; unfinished entries become adoptable."""
+        ...

@@ -1,0 +1,125 @@
+"""Reads of unfinished tasks, gathered: many that are due together go out as one batch request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.abc
+
+from evolink_mcp.client import BATCH_MAX, EvolinkClient
+from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
+from evolink_mcp.models import COMPLETED, Task
+
+log = logging.getLogger(__name__)
+
+GATHER_S = 0.05
+READS_PER_S = 100
+
+
+@dataclass(slots=True)
+class _Wish:
+    """One caller who waits for a look at one task."""
+
+    task_id: str
+    done: anyio.Event = field(default_factory=anyio.Event)
+    task: Task | None = None
+    error: EvolinkError | None = None
+
+
+class Lookout:
+    """Looks at tasks for any number of watchers; its requests run in `group`, so no watcher's end disturbs another."""
+
+    def __init__(
+        self,
+        client: EvolinkClient,
+        group: anyio.abc.TaskGroup,
+        *,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        monotonic: Callable[[], float] = anyio.current_time,
+    ) -> None:
+        self._client = client
+        self._group = group
+        self._sleep = sleep
+        self._monotonic = monotonic
+        self._wishes: list[_Wish] = []
+        self._batch_works = True
+        self._next_read = 0.0
+        self.watchers = 0
+
+    async def look(self, task_id: str) -> Task:
+        """The task's state now.
+
+        Raises:
+            EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
+        """
+        if self.watchers <= 1 or not self._batch_works:
+            await self._spaced()
+            return await self._client.task(task_id)
+        wish = _Wish(task_id)
+        self._wishes.append(wish)
+        if len(self._wishes) == 1:
+            self._group.start_soon(self._gather)
+        await wish.done.wait()
+        if wish.error is not None:
+            raise wish.error
+        assert wish.task is not None
+        return wish.task
+
+    async def _gather(self) -> None:
+        await self._sleep(GATHER_S)
+        wishes, self._wishes = self._wishes, []
+        for start in range(0, len(wishes), BATCH_MAX):
+            self._group.start_soon(self._grant, wishes[start : start + BATCH_MAX])
+
+    async def _grant(self, wishes: list[_Wish]) -> None:
+        try:
+            found = await self._together([wish.task_id for wish in wishes]) if len(wishes) > 1 else {}
+        except EvolinkError as error:
+            for wish in wishes:
+                wish.error = error
+                wish.done.set()
+            return
+        for wish in wishes:
+            task = found.get(wish.task_id)
+            # What a batch does not tell in full is read singly: absent tasks, and links of finished ones.
+            if task is None or (task.status == COMPLETED and not task.results):
+                self._group.start_soon(self._single, wish)
+            else:
+                wish.task = task
+                wish.done.set()
+
+    async def _single(self, wish: _Wish) -> None:
+        try:
+            await self._spaced()
+            wish.task = await self._client.task(wish.task_id)
+        except EvolinkError as error:
+            wish.error = error
+        finally:
+            if wish.task is None and wish.error is None:
+                wish.error = Unreadable("the look at the task was interrupted")
+            wish.done.set()
+
+    async def _together(self, task_ids: list[str]) -> dict[str, Task]:
+        if not self._batch_works:
+            return {}
+        try:
+            await self._spaced()
+            return await self._client.tasks(task_ids)
+        except RateLimited:
+            raise
+        except (Rejected, Unreadable) as error:
+            if error.http_status in (400, 404, 405) or (isinstance(error, Unreadable) and error.http_status is None):
+                self._batch_works = False
+                log.info("EvoLink does not answer batch reads; tasks are read one by one")
+                return {}
+            raise
+
+    async def _spaced(self) -> None:
+        """Keep all reads of this process below 100 a second."""
+        now = self._monotonic()
+        self._next_read = max(self._next_read + 1 / READS_PER_S, now)
+        if self._next_read > now:
+            await self._sleep(self._next_read - now)

@@ -1,0 +1,200 @@
+"""The purchase: written down before the money leaves, sent once, and never repeated unless provably unsent."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+import anyio
+
+from evolink_mcp.client import SUBMIT_DEADLINE_S, EvolinkClient
+from evolink_mcp.costs import Price
+from evolink_mcp.errors import (
+    EvolinkError,
+    OutcomeUnknown,
+    OverBudget,
+    Problem,
+    RateLimited,
+    Rejected,
+    Unreachable,
+)
+from evolink_mcp.journal import Entry, Journal
+from evolink_mcp.models import MODEL, Task
+from evolink_mcp.pace import backoff_s
+
+log = logging.getLogger(__name__)
+
+REPEATS_MAX = 2
+REPEAT_WITHIN_S = 30.0
+CLOCK_SKEW_S = 60.0
+# When the account is asked about a lost answer: at once, and again for a task that was still being made.
+RECONCILE_AFTER_S = (0.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Caps in credits, from the settings; None means no cap."""
+
+    per_call: float | None = None
+    per_day: float | None = None
+    confirm_above: float | None = None
+
+
+class Till:
+    """Buys tasks. Holds nothing open; every state it reaches is in the journal before it is acted upon."""
+
+    def __init__(
+        self,
+        client: EvolinkClient,
+        journal: Journal,
+        budget: Budget,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._client = client
+        self._journal = journal
+        self._clock = clock
+        self._sleep = sleep
+        self._draw = draw
+        self.budget = budget
+
+    def check(self, price: Price, max_credits: float | None) -> None:
+        """Refuse a price above the caller's or the owner's cap, before anything is sent.
+
+        Raises:
+            OverBudget: names the price and the cap.
+        """
+        credits = price.credits
+        if max_credits is not None and credits > max_credits:
+            raise OverBudget(
+                f"the computed price is {credits:g} credits (${price.usd:g}), above max_credits={max_credits:g}",
+                advice=f"Ask the user; then call again with max_credits={credits:g} or more, or a smaller or lower quality.",
+            )
+        cap = self.budget.per_call
+        if cap is not None and credits > cap:
+            raise OverBudget(
+                f"the computed price is {credits:g} credits (${price.usd:g}), above the cap of {cap:g} credits per call",
+                advice="Choose a smaller size, lower quality or smaller n; the cap is EVOLINK_MCP_MAX_CREDITS_PER_CALL.",
+            )
+
+    def open(self, entry: Entry) -> None:
+        """Write the intent down, unless the day's cap forbids it: the cap and the entry are one transaction.
+
+        Raises:
+            OverBudget: the day's credits would go above EVOLINK_MCP_MAX_CREDITS_PER_DAY.
+            JournalUnwritable: nothing may be bought.
+        """
+        cap = self.budget.per_day
+        spent = self._journal.intend(entry, since=start_of_day(entry.created_at), cap=cap)
+        if spent is not None:
+            raise OverBudget(
+                f"the computed price is {entry.estimate:g} credits, and {spent:g} of today's {cap:g} are spent",
+                advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
+            )
+
+    async def buy(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
+        """Send the request of an `intent` entry; returns it `submitted`, `refused`, `unsent` or `unknown`.
+
+        `on_phase` hears of every state after it is in the journal. A cancelled call leaves the entry `sending`.
+        """
+        current = entry
+
+        def turn(**changes: object) -> Entry:
+            nonlocal current
+            current = replace(current, **changes)  # pyright: ignore[reportArgumentType]
+            self._journal.update(current)
+            on_phase(current)
+            return current
+
+        started = self._clock()
+        for repeat in range(REPEATS_MAX + 1):
+            try:
+                task = await self._client.submit(
+                    entry.request, idempotency_key=entry.key, on_sending=lambda: turn(phase="sending")
+                )
+            except (RateLimited, Unreachable) as error:
+                wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))
+                if repeat == REPEATS_MAX or self._clock() - started + wait > REPEAT_WITHIN_S:
+                    phase = "refused" if isinstance(error, RateLimited) else "unsent"
+                    return turn(phase=phase, error=error.problem)
+                log.info("the request was not taken (%s); once more in %.1f s", error.code, wait)
+                turn(phase="intent")
+                await self._sleep(wait)
+            except Rejected as error:
+                return turn(phase="refused", error=error.problem)
+            except OutcomeUnknown as error:
+                turn(phase="unknown", error=error.problem)
+                return await self.reconcile(current, on_phase)
+            else:
+                return self._accept(current, task, on_phase)
+        raise AssertionError("unreachable")
+
+    async def reconcile(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
+        """Ask the account's task list (read-only) what became of an `unknown` entry.
+
+        Exactly one task of its time that nobody accounts for is adopted; several are named; none leaves it unknown.
+        """
+        candidates: list[Task] = []
+        for wait in RECONCILE_AFTER_S:
+            if wait:
+                await self._sleep(wait)
+            try:
+                candidates = await self._unaccounted(entry)
+            except EvolinkError as error:
+                log.info("the account's tasks could not be listed: %s", error.code)
+            if candidates:
+                break
+        if len(candidates) == 1 and not self._rivals(entry):
+            log.info("a lost answer was found in the account's list: %s", candidates[0].id)
+            return self._accept(entry, candidates[0], on_phase)
+        said = entry.error.message if entry.error else "the answer to the request was lost"
+        advice = OutcomeUnknown.advice
+        if candidates:
+            ids = ", ".join(task.id for task in candidates[:5])
+            advice = (
+                f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
+            )
+        entry = replace(entry, phase="unknown", error=Problem("outcome_unknown", said, False, advice))
+        self._journal.update(entry)
+        on_phase(entry)
+        return entry
+
+    async def _unaccounted(self, entry: Entry) -> list[Task]:
+        """The account's tasks of the entry's time that no journal entry knows."""
+        earliest = entry.created_at - CLOCK_SKEW_S
+        latest = entry.created_at + REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
+        tasks = [
+            task
+            for task in await self._client.recent_tasks()
+            if task.created is not None and earliest <= task.created <= latest and task.model in (None, MODEL)
+        ]
+        known = self._journal.known_tasks([task.id for task in tasks])
+        return [task for task in tasks if task.id not in known]
+
+    def _rivals(self, entry: Entry) -> bool:
+        """Whether another purchase of the same time may own the task: then nobody can say whose it is."""
+        span = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
+        near = self._journal.recent(200, since=entry.created_at - span, until=entry.created_at + span)
+        return any(other.key != entry.key and other.phase in ("sending", "unknown") for other in near)
+
+    def _accept(self, entry: Entry, task: Task, on_phase: Callable[[Entry], None]) -> Entry:
+        """Note the id in the same breath as the answer: there is no await in here."""
+        entry = replace(entry, phase="submitted", task=task, error=None)
+        try:
+            self._journal.update(entry)
+        except EvolinkError:
+            # The id must reach the caller even when the disk is full; `sending` is on disk for the next start.
+            log.exception("the id %s could not be written down", task.id)
+        on_phase(entry)
+        return entry
+
+
+def start_of_day(now: float) -> float:
+    """Local midnight before `now`, in epoch seconds."""
+    return datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()

@@ -1,0 +1,573 @@
+"""The tools: what a model may ask for, in words written for a model."""
+
+import base64
+import contextlib
+import logging
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.resolve import Elicit, Resolve
+from mcp.server.mcpserver.tools import Tool
+from mcp_types import CallToolResult, ImageContent, ToolAnnotations
+from pydantic import BaseModel, BeforeValidator, Field, Strict
+
+from evolink_mcp import answers, sizes
+from evolink_mcp.adapter import flat_tool, result
+from evolink_mcp.costs import Price, price
+from evolink_mcp.errors import EvolinkError, OverBudget, Refused
+from evolink_mcp.hosts import Host, host_named
+from evolink_mcp.images import in_picture_thread, preview
+from evolink_mcp.journal import Entry
+from evolink_mcp.models import (
+    COMPLETED,
+    IMAGES_MAX,
+    Arguments,
+    Count,
+    GenerationRequest,
+    Optional,
+    Quality,
+    Resolution,
+    Task,
+    TaskId,
+)
+from evolink_mcp.studio import Job, Order, Studio
+from evolink_mcp.till import start_of_day
+
+log = logging.getLogger(__name__)
+
+WAIT_MAX_S = 900
+LAST_LOOK_S = 1.0
+ID_GRACE_S = 15.0
+HEARTBEAT_S = 4.0
+PREVIEW_EDGE = 1024
+PREVIEW_MIN_CHARS = 20_000
+GALLERY_URI = "ui://evolink/gallery.html"
+
+PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
+READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True)
+OFFLINE = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
+
+WaitSeconds = Annotated[
+    float,
+    Strict(),
+    Field(
+        ge=0,
+        le=WAIT_MAX_S,
+        description="How long this call waits; the task goes on after it. Default: what this host bears.",
+    ),
+]
+Credits = Annotated[
+    float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it costs more credits.")
+]
+Edge = Annotated[int, Strict(), Field(ge=1, le=sizes.MAX_WISH_EDGE)]
+
+
+class GenerateImageArguments(GenerationRequest):
+    """generate_image: the API's fields and ours."""
+
+    wait_seconds: WaitSeconds | Optional = None
+    save_as: Annotated[
+        str | Optional, Field(description="File name, or path inside an allowed folder; never overwrites.")
+    ] = None
+    max_credits: Credits | Optional = None
+    force_new: Annotated[
+        bool,
+        Strict(),
+        Field(description="Buy even if an identical earlier picture was paid but never delivered."),
+    ] = False
+
+
+class GetTaskArguments(Arguments):
+    """get_task."""
+
+    task_id: TaskId
+    wait_seconds: WaitSeconds | Optional = None
+
+
+class ComputeSizeArguments(Arguments):
+    """compute_size: a size to look up, or a width and height that are needed."""
+
+    size: Annotated[str | Optional, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
+    resolution: Resolution = "1K"
+    quality: Quality = "medium"
+    n: Count = 1
+    width: Annotated[Edge | Optional, Field(description="Instead of size: the width you need, any number.")] = None
+    height: Annotated[Edge | Optional, Field(description="With width: the height you need.")] = None
+
+
+class ViewImageArguments(Arguments):
+    """view_image."""
+
+    task_id: TaskId
+    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0.")] = 0
+    max_edge: Annotated[int, Strict(), Field(ge=64, le=2048, description="Longest edge in pixels.")] = PREVIEW_EDGE
+
+
+class ListTasksArguments(Arguments):
+    """list_tasks."""
+
+    limit: Annotated[int, Strict(), Field(ge=1, le=50, description="How many.")] = 10
+    status: Annotated[
+        str | Optional,
+        BeforeValidator(lambda value: value.strip().lower() if isinstance(value, str) else value),
+        Field(description="Only pending, processing, completed, failed, cancelled or unknown."),
+    ] = None
+    since: Annotated[str | Optional, Field(description="Only from this time on, ISO 8601.")] = None
+    sync: Annotated[
+        bool,
+        Strict(),
+        Field(description="Also ask EvoLink for the account's tasks, and about unknown outcomes."),
+    ] = False
+
+
+class GetBalanceArguments(Arguments):
+    """get_balance takes nothing."""
+
+
+class Confirm(BaseModel):
+    """What the user is asked before a call above EVOLINK_MCP_CONFIRM_ABOVE."""
+
+    go_ahead: bool = Field(title="Go ahead", description="Spend these credits")
+
+
+class Tools:
+    """The tools over one studio. `wait_s` None lets the host decide; `preview_edge` 0 sends no previews."""
+
+    def __init__(
+        self,
+        studio: Studio,
+        *,
+        wait_s: float | None = None,
+        preview_edge: int | None = None,
+        resource_links: bool = False,
+    ) -> None:
+        self._studio = studio
+        self._wait_s = wait_s
+        self._preview_edge = PREVIEW_EDGE if preview_edge is None else preview_edge
+        self._links = resource_links
+
+    def all(self) -> list[Tool]:
+        """Every tool, as the server publishes them."""
+        studio, tools = self._studio, self
+        app = {"ui": {"resourceUri": GALLERY_URI}, "ui/resourceUri": GALLERY_URI}
+
+        def confirm_cost(req: GenerateImageArguments, ctx: Context) -> Confirm | Elicit[Confirm]:
+            cost = studio.price(req)
+            limit = studio.till.budget.confirm_above
+            if limit is None or cost.credits <= limit:
+                return Confirm(go_ahead=True)
+            if _can_ask(ctx):
+                return Elicit(f"This will cost about {cost.credits:g} credits (${cost.usd:g}). Go ahead?", Confirm)
+            return Confirm(go_ahead=req.max_credits is not None and req.max_credits >= cost.credits)
+
+        async def generate_image(
+            req: GenerateImageArguments,
+            ctx: Context,
+            confirm: Annotated[ElicitationResult[Confirm], Resolve(confirm_cost)],
+        ) -> CallToolResult:
+            """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. One call does all: it submits,
+            waits, downloads, saves the files and answers with paths, URLs (valid 24 h), sizes and a small preview.
+            If the wait ends first, the answer has task_id and next_action: call get_task with that id; never call
+            generate_image again for the same picture. To edit, give image_urls. Ratios take a resolution tier; for
+            certain pixels give size as WxH (compute_size tells them, and the price, free of charge).
+            Show the user the file path and the markdown line."""
+            if not (isinstance(confirm, AcceptedElicitation) and confirm.data.go_ahead):
+                raise tools._unconfirmed(studio.price(req), asked=_can_ask(ctx))
+            order = Order(_request(req), req.save_as, req.max_credits, req.force_new)
+            return await tools._follow(await studio.order(order), req.wait_seconds, ctx, _notes(req))
+
+        async def get_task(req: GetTaskArguments, ctx: Context) -> CallToolResult:
+            """Wait for a task and get its pictures, by id: any time later, after a restart, or for a task of another
+            client with the same key. Free of charge; saves what is not saved yet, and never twice. If the wait ends
+            first, call it again with the same id."""
+            return await tools._follow(await studio.resume(req.task_id), req.wait_seconds, ctx, [])
+
+        async def compute_size(req: ComputeSizeArguments, ctx: Context) -> CallToolResult:
+            """What pixels and what price a size, ratio and tier mean, before anything is spent: offline, free. Or the
+            other way round: give width and height you need (such as 1200 and 628) for the nearest legal size that
+            covers them, the closest ratio and tier, and what to crop."""
+            out = compute(req, studio.rule)
+            return result(size_text(out), out, is_error=out.error is not None)
+
+        async def view_image(req: ViewImageArguments, ctx: Context) -> CallToolResult:
+            """Look at a saved picture: returns the image itself, made small. Use it to check your work or when you only
+            got a path. Free of charge."""
+            return await tools._view(req, ctx)
+
+        async def list_tasks(req: ListTasksArguments, ctx: Context) -> CallToolResult:
+            """What was bought with this server, newest first: pictures, paths, costs, and calls whose outcome is unknown.
+            Use it to find a lost task id or file. Free of charge."""
+            return await tools._list(req)
+
+        async def get_balance(req: GetBalanceArguments, ctx: Context) -> CallToolResult:
+            """Credits left on the EvoLink account and key. Free of charge."""
+            balance = await studio.balance()
+            out = answers.BalanceOut(
+                account_remaining=balance.account_remaining,
+                account_used=balance.account_used,
+                key_remaining=balance.key_remaining,
+                key_used=balance.key_used,
+                key_unlimited=balance.key_unlimited,
+            )
+            words = [f"{name.replace('_', ' ')}: {_amount(value)}" for name, value in out if name != "error"]
+            return result("Credits. " + ", ".join(words) + ".", out)
+
+        task, size = answers.TaskOut, answers.SizeOut
+        return [
+            flat_tool(generate_image, GenerateImageArguments, task, _refuse_task, title="Generate image",
+                      annotations=PAID, meta=app),
+            flat_tool(get_task, GetTaskArguments, task, _refuse_task, title="Get task", annotations=READS, meta=app),
+            flat_tool(compute_size, ComputeSizeArguments, size, _refuse_size, title="Compute size", annotations=OFFLINE),
+            flat_tool(view_image, ViewImageArguments, None, _refuse_plain, title="View image", annotations=READS),
+            flat_tool(list_tasks, ListTasksArguments, answers.TaskList, partial(_refuse, answers.TaskList),
+                      title="List tasks", annotations=READS),
+            flat_tool(get_balance, GetBalanceArguments, answers.BalanceOut, partial(_refuse, answers.BalanceOut),
+                      title="Get balance", annotations=READS),
+        ]  # fmt: skip
+
+    # --- generate_image and get_task ---
+
+    async def _follow(self, job: Job, wait: float | None, ctx: Context, notes: list[str]) -> CallToolResult:
+        """Watch the job for as long as the call may wait; leave it running when that ends."""
+        host = _host(ctx)
+        deadline = anyio.current_time() + (wait if wait is not None else self._wait_s or host.wait_s)
+        try:
+            await self._watch(job, deadline, ctx)
+            out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem, joined=job.joined)
+            out.notes[:0] = notes
+            pictures = [] if not job.finished else await self._previews(job.entry, host, out)
+        except anyio.get_cancelled_exc_class():
+            self._studio.leave(job)
+            raise
+        if job.finished and job.problem is None:
+            self._studio.deliver(job)
+        else:
+            self._studio.leave(job)
+        return result(
+            answers.task_text(out), out, *pictures, *self._resource_links(out), is_error=answers.is_error(out)
+        )
+
+    async def _watch(self, job: Job, deadline: float, ctx: Context) -> None:
+        shown = _Rising(ctx)
+        async with aclosing(job.states(HEARTBEAT_S)) as states:
+            with anyio.CancelScope(deadline=deadline - min(LAST_LOOK_S, (deadline - anyio.current_time()) / 4)):
+                async for entry in states:
+                    await shown.tell(entry)
+        if job.finished:
+            return
+        job.look_now()
+        async with aclosing(job.states(HEARTBEAT_S)) as states:
+            with anyio.CancelScope(deadline=deadline):
+                async for entry in states:
+                    await shown.tell(entry)
+        if job.finished or job.entry.task is not None:
+            return
+        # Only the id makes an answer that nothing can be lost from: it is worth some seconds more.
+        async with aclosing(job.states(HEARTBEAT_S)) as states:
+            with anyio.move_on_after(ID_GRACE_S):
+                async for entry in states:
+                    await shown.tell(entry)
+                    if entry.task is not None:
+                        break
+
+    async def _previews(self, entry: Entry, host: Host, out: answers.TaskOut) -> list[ImageContent]:
+        """As many small previews as fit beside the text; a picture that cannot be shown is not an error."""
+        saved = [picture.path for picture in entry.pictures if picture.path]
+        if not self._preview_edge or entry.status != COMPLETED or not saved:
+            return []
+        edge = min(self._preview_edge, (1024, 1024, 768, 768, 640, 512, 512, 512, 512, 512, 512)[min(len(saved), 10)])
+        room = host.answer_max - 3 * len(out.model_dump_json())
+        blocks: list[ImageContent] = []
+        for path in saved:
+            if room < PREVIEW_MIN_CHARS:
+                break
+            data = await _preview_of(Path(path), edge, room * 3 // 4)
+            if data is not None:
+                encoded = base64.b64encode(data).decode()
+                room -= len(encoded)
+                blocks.append(ImageContent(type="image", data=encoded, mime_type="image/webp"))
+        return blocks
+
+    def _resource_links(self, out: answers.TaskOut) -> list[Any]:
+        if not self._links:
+            return []
+        from mcp_types import ResourceLink
+
+        return [
+            ResourceLink(
+                type="resource_link",
+                uri=image.resource_uri,
+                name=Path(image.path).name,
+                mime_type=image.mime_type,
+            )
+            for image in out.images
+            if image.resource_uri and image.path
+        ]
+
+    def _unconfirmed(self, cost: Price, *, asked: bool) -> OverBudget:
+        limit = self._studio.till.budget.confirm_above
+        if asked:
+            return OverBudget(
+                f"the user did not agree to spend {cost.credits:g} credits", code="not_confirmed",
+                advice="Do not call again unless the user asks for it.",
+            )  # fmt: skip
+        return OverBudget(
+            f"the computed price is {cost.credits:g} credits (${cost.usd:g}), above {limit:g}: the user must agree first",
+            code="confirmation_needed",
+            advice=f"Ask the user, then call again with max_credits={cost.credits:g}.",
+        )
+
+    # --- the others ---
+
+    async def _view(self, req: ViewImageArguments, ctx: Context) -> CallToolResult:
+        job = await self._studio.resume(req.task_id)
+        await self._watch(job, anyio.current_time() + (self._wait_s or _host(ctx).wait_s), ctx)
+        picture = next((p for p in job.entry.pictures if p.index == req.index), None)
+        if picture is None or picture.path is None:
+            out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem)
+            raise Refused(
+                f"there is no saved picture {req.index} of {req.task_id} (status {out.status}, {len(out.images)} pictures)",
+                code="no_such_picture",
+                charged=out.charged,
+                advice="Call get_task with this id; indexes count from 0.",
+            )
+        data = await _preview_of(Path(picture.path), req.max_edge, _host(ctx).answer_max * 3 // 4)
+        if data is None:
+            raise Refused(f"the file {picture.path} cannot be shown", code="no_preview", charged=job.entry.charged,
+                          advice="It may have been moved or deleted; call get_task.")  # fmt: skip
+        line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {picture.path}"
+        encoded = base64.b64encode(data).decode()
+        return result(line, None, ImageContent(type="image", data=encoded, mime_type="image/webp"))
+
+    async def _list(self, req: ListTasksArguments) -> CallToolResult:
+        studio = self._studio
+        studio.wake()
+        since = _instant(req.since) if req.since else None
+        notes: list[str] = []
+        elsewhere: list[Task] = []
+        problem = None
+        if req.sync:
+            elsewhere, problem = await studio.sync(req.limit)
+            notes += [f"The account's own list could not be had: {problem}."] if problem else []
+        entries = studio.journal.recent(req.limit, req.status, since)
+        spent = studio.journal.spent_since(start_of_day(studio.now()))
+        outs = [answers.task_out(entry, rule=studio.rule) for entry in entries]
+        outs += [
+            answers.adopted_task_out(task, studio.rule)
+            for task in elsewhere
+            if req.status in (None, task.status) and (since is None or (task.created or 0) >= since)
+        ]
+        outs = sorted(outs, key=lambda out: out.created_at or "", reverse=True)[: req.limit]
+        if elsewhere:
+            notes.append(
+                f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures."
+            )
+        synced = None if not req.sync else problem is None
+        out = answers.TaskList(
+            tasks=[answers.brief(task) for task in outs],
+            credits_today=round(spent, 4),
+            synced=synced,
+            notes=notes,
+        )
+        lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g}."]
+        for task in outs:
+            lines += ["", answers.task_text(task)]
+        return result("\n".join([*lines, "", *(f"Note: {note}" for note in notes)]).rstrip(), out)
+
+
+# --- compute_size --------------------------------------------------------------------------------------------
+
+
+def compute(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
+    """Pixels and price of a size; or the size that covers a wish."""
+    wish = (req.width, req.height)
+    if req.size is None and None not in wish:
+        return _covering(req, rule)
+    if req.size is None or any(wish):
+        raise Refused(
+            "give either size, or both width and height",
+            code="invalid_arguments",
+            advice="Correct them and call again.",
+        )
+    try:
+        resolved = sizes.resolve(req.size, req.resolution, rule)
+    except sizes.IllegalSize as error:
+        nearest = [str(size) for size in error.nearest]
+        problem = answers.ErrorOut(
+            code="illegal_size", message=error.reason, retryable=False,
+            advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
+        )  # fmt: skip
+        return answers.SizeOut(alternatives=nearest, error=problem)
+    out = _sized(resolved.size, req)
+    out.downscaled = resolved.downscaled
+    out.resolution_applies = resolved.resolution_applies
+    out.rule = resolved.rule
+    if resolved.size is None:
+        out.notes.append("auto lets the model decide: the price assumes 2048x2048, as EvoLink's own estimate does.")
+    elif not resolved.resolution_applies and "resolution" in req.model_fields_set:
+        out.notes.append("resolution has no effect with WxH.")
+    if resolved.resolution_applies:
+        other = next(name for name in sizes.RULES if name != rule)
+        twin = sizes.resolve(req.size, req.resolution, other).size
+        if twin != resolved.size:
+            out.alternatives.append(str(twin))
+            out.notes.append(f"EvoLink's {other} rule makes {twin} of this; give explicit_size to be certain.")
+    return out
+
+
+def _covering(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
+    assert req.width is not None
+    assert req.height is not None
+    cover = sizes.cover(req.width, req.height, rule)
+    out = _sized(cover.size, req)
+    out.rule, out.downscaled, out.resolution_applies = "explicit", False, False
+    out.scale = round(cover.scale, 4)
+    out.crop = answers.Crop(left=cover.left, top=cover.top, width=cover.crop.width, height=cover.crop.height)
+    out.closest_ratio, out.closest_resolution = cover.ratio, cover.tier
+    out.alternatives = [str(cover.tier_size)]
+    enlarged = f"enlarge it by {cover.scale:.4g}, then " if cover.scale > 1 else ""
+    if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or enlarged:
+        out.notes.append(
+            f"For {req.width}×{req.height}: {enlarged}crop to {cover.crop} at ({cover.left}, {cover.top})."
+        )
+    covers = "covers it" if cover.tier_covers else "is smaller"
+    out.notes.append(f"Closest ratio and tier: {cover.ratio} at {cover.tier}, {cover.tier_size}, which {covers}.")
+    return out
+
+
+def _sized(size: sizes.Size | None, req: ComputeSizeArguments) -> answers.SizeOut:
+    cost = price(size, req.quality, req.n)
+    out = answers.SizeOut(estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=cost.usd)
+    if size is not None:
+        out.width, out.height, out.explicit_size = size.width, size.height, str(size)
+        out.pixels, out.megapixels, out.aspect_ratio = size.pixels, size.megapixels, size.aspect_ratio
+    return out
+
+
+def size_text(out: answers.SizeOut) -> str:
+    """The same facts in words."""
+    if out.error is not None:
+        near = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""
+        return f"{out.error.message}{near} Nothing was sent or charged. {out.error.advice}"
+    words = [f"{out.width}×{out.height} pixels" if out.width else "The model decides the pixels (auto)"]
+    if out.width:
+        words[0] += (
+            f' ({out.pixels} = {out.megapixels} MP, {out.aspect_ratio}); pass size="{out.explicit_size}" to be certain'
+        )
+    facts = f"rule {out.rule}, downscaled {_yes(out.downscaled)}, resolution applies {_yes(out.resolution_applies)}"
+    cost = f"about {out.estimated_credits:g} credits (${out.estimated_usd:g}), {out.estimated_tokens} output tokens"
+    words += [facts, f"{cost}, without the prompt and reference images"]
+    if out.crop:
+        words.append(
+            f"scale {out.scale:g}, crop {out.crop.width}×{out.crop.height} at ({out.crop.left}, {out.crop.top})"
+        )
+        words.append(f"closest ratio {out.closest_ratio} at {out.closest_resolution}")
+    if out.alternatives:
+        words.append("alternatives: " + ", ".join(out.alternatives))
+    return ". ".join(words) + "." + "".join(f"\nNote: {note}" for note in out.notes)
+
+
+# --- small things ----------------------------------------------------------------------------------------------
+
+
+class _Rising:
+    """Progress as the protocol wants it: every number above the last, 100 only at the end."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._last = 0.0
+        self._speak_from = anyio.current_time() + HEARTBEAT_S - 0.1
+
+    async def tell(self, entry: Entry) -> None:
+        """Report the entry's state; nothing is said before the task has an id, unless that takes long."""
+        if self._last >= 100 or (entry.task is None and anyio.current_time() < self._speak_from):
+            return
+        known = (entry.task.progress if entry.task else None) or 0.0
+        value = 100.0 if entry.complete else min(known, 99.0)
+        self._last = value if value > self._last else self._last + (99.9 - self._last) / 100
+        await self._ctx.report_progress(round(self._last, 4), 100.0, _progress_words(entry))
+
+
+def _progress_words(entry: Entry) -> str:
+    if entry.task is None:
+        return "waiting for EvoLink to take the request"
+    saved = sum(picture.saved for picture in entry.pictures)
+    if entry.status == COMPLETED:
+        return f"{entry.task.id} completed, {saved} of {len(entry.task.results)} saved"
+    progress = f" {entry.task.progress:.0f} %" if entry.task.progress is not None else ""
+    return f"{entry.task.id} {entry.status}{progress}"
+
+
+def _request(req: GenerateImageArguments) -> GenerationRequest:
+    said = {name for name in req.model_fields_set if name in GenerationRequest.model_fields}
+    return GenerationRequest.model_construct(_fields_set=said, **{
+        name: getattr(req, name) for name in GenerationRequest.model_fields
+    })  # fmt: skip
+
+
+def _notes(req: GenerateImageArguments) -> list[str]:
+    if "resolution" in req.model_fields_set and req.size not in sizes.RATIOS:
+        what = "auto" if req.size == "auto" else "explicit pixels"
+        return [f"resolution has no effect with {what}: it was not sent."]
+    return []
+
+
+def _refuse_task(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    out = answers.refusal(error)
+    return result(answers.task_text(out), out, is_error=True)
+
+
+def _refuse_size(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
+    out = answers.SizeOut(alternatives=list(nearest), error=answers.error_out(error.problem))
+    return result(size_text(out), out, is_error=True)
+
+
+def _refuse(shape: type[BaseModel], error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    told = answers.error_out(error.problem)
+    return result(f"{told.message}. Charged: no. {told.advice}", shape(error=told), is_error=True)  # pyright: ignore[reportCallIssue]
+
+
+def _refuse_plain(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    return result(f"{error.what}. Nothing was charged for looking. {error.advice}", None, is_error=True)
+
+
+async def _preview_of(path: Path, edge: int, budget: int) -> bytes | None:
+    with contextlib.suppress(OSError, ValueError, SyntaxError):
+        return await in_picture_thread(partial(preview, path, edge, budget))
+    return None
+
+
+def _host(ctx: Context) -> Host:
+    params = ctx.session.client_params
+    return host_named(params.client_info.name if params else None)
+
+
+def _can_ask(ctx: Context) -> bool:
+    """Whether this host can put a question to the user, in either protocol era."""
+    capabilities = ctx.client_capabilities
+    modern = (ctx.protocol_version or "") >= "2026-07-28"
+    return bool(capabilities and capabilities.elicitation) and (modern or ctx.session.can_send_request)
+
+
+def _instant(text: str) -> float:
+    from datetime import UTC, datetime
+
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError as error:
+        raise Refused("since is not an ISO 8601 time", code="invalid_arguments",
+                      advice="Give something like 2026-11-22 or 2026-11-22T10:00:00Z.") from error  # fmt: skip
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _amount(value: object) -> str:
+    return "not told" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _yes(value: bool | None) -> str:
+    return "unknown" if value is None else "yes" if value else "no"

@@ -1,0 +1,48 @@
+"""From settings to an open studio and its server: who is given what."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2 as httpx
+from mcp.server.mcpserver import MCPServer
+
+from evolink_mcp.client import EvolinkClient
+from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.references import References
+from evolink_mcp.server import build_server
+from evolink_mcp.settings import Settings
+from evolink_mcp.studio import Studio
+from evolink_mcp.till import Till
+
+
+@asynccontextmanager
+async def open_studio(
+    settings: Settings, *, remote: bool = False, transport: httpx.AsyncBaseTransport | None = None
+) -> AsyncIterator[Studio]:
+    """A studio over the settings' account and folders. `remote`: its callers are not on this machine."""
+    client = EvolinkClient(
+        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport
+    )
+    journal = SqliteJournal(settings.data_dir)
+    local = not remote or settings.allowed_dirs_given
+    references = References(client, journal, settings.folders, local=local)
+    till = Till(client, journal, settings.budget)
+    studio = Studio(
+        client, journal, settings.folders, references, till,
+        rule=settings.size_rule, locks=settings.data_dir / "locks", key_problem=settings.key_problem,
+    )  # fmt: skip
+    async with client, studio:
+        yield studio
+
+
+def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:
+    """The MCP server of an open studio."""
+    return build_server(
+        studio,
+        wait_s=settings.wait_s,
+        preview_edge=settings.preview_edge,
+        resource_links=settings.resource_links,
+    )
