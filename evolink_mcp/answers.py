@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 from evolink_mcp import sizes
 from evolink_mcp.errors import Charged, EvolinkError, Problem, advice_for
 from evolink_mcp.journal import Entry, Picture
-from evolink_mcp.models import COMPLETED, FAILED, IMAGES_MAX, Task
 from evolink_mcp.quoting import harmless
+from evolink_mcp.tasks import COMPLETED, FAILED, Task
 
 PROMPT_SHOWN = 200
 
@@ -240,8 +240,6 @@ def _notes(entry: Entry, rule: str, joined: bool) -> list[str]:
     if joined:
         notes.append("This was bought by an earlier identical call that never received it; nothing was charged "
                      "again. force_new=true buys another.")  # fmt: skip
-    if entry.request.get("n", 1) > IMAGES_MAX:
-        return notes
     asked = entry.request.get("n", 1)
     task = entry.task
     if task and task.status == COMPLETED and entry.pictures and len(entry.pictures) < asked:

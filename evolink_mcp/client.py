@@ -5,12 +5,8 @@ The key goes to the two configured EvoLink origins and nowhere else; redirects a
 
 from __future__ import annotations
 
-import email.utils
-import ipaddress
-import json
 import logging
 import math
-import re
 import ssl
 import time
 import urllib.request
@@ -29,17 +25,28 @@ from evolink_mcp import __version__, addresses
 from evolink_mcp.errors import (
     BY_STATUS,
     DownloadFailed,
-    EvolinkError,
     KeyMissing,
     LinkExpired,
     OutcomeUnknown,
-    RateLimited,
     Rejected,
     Unreachable,
     Unreadable,
 )
-from evolink_mcp.models import Task, is_task_id, read_task
 from evolink_mcp.quoting import harmless
+from evolink_mcp.tasks import Task, is_task_id, read_task
+from evolink_mcp.wire import (
+    CONNECT_TIMEOUT_S,
+    NEVER_CONNECTED,
+    POOL,
+    POOL_SIZE,
+    TRANSPORT_ERRORS,
+    CheckedAddress,
+    Reply,
+    dump,
+    lower_first,
+    rejection,
+    why,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +54,6 @@ BASE_URL = "https://api.evolink.ai"
 FILES_BASE_URL = "https://files-api.evolink.ai"
 USER_AGENT = f"evolink-mcp/{__version__}"
 
-CONNECT_TIMEOUT_S = 10.0
 SUBMIT_DEADLINE_S = 75.0
 READ_DEADLINE_S = 20.0
 UPLOAD_DEADLINE_S = 180.0
@@ -56,41 +62,7 @@ JSON_MAX_BYTES = 1 << 20
 PICTURE_MAX_BYTES = 100 << 20
 SLOWEST_BYTES_PER_S = 10_000
 SLOW_START_S = 15.0
-POOL_SIZE = 16
 BATCH_MAX = 50
-RETRY_AFTER_MAX_S = 120.0
-
-# Everything httpx raises for a request that went wrong on the way; a test holds this against its whole tree.
-TRANSPORT_ERRORS = (
-    httpx.HTTPError,
-    httpx.InvalidURL,
-    httpx.StreamError,
-    httpx.CookieConflict,
-    ssl.SSLError,
-    OSError,
-)
-_NEVER_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
-_POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE, keepalive_expiry=30)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One HTTP answer, read whole and within the cap."""
-
-    status: int
-    headers: httpx.Headers
-    body: bytes
-
-    def json(self) -> Any:
-        """The body as JSON; BOMs are skipped, NaN and Infinity become None.
-
-        Raises:
-            Unreadable: it is not JSON.
-        """
-        try:
-            return json.loads(self.body.decode("utf-8-sig"), parse_constant=lambda _: None)
-        except (ValueError, RecursionError) as error:
-            raise Unreadable(f"EvoLink's answer (HTTP {self.status}) is not JSON") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +111,7 @@ class EvolinkClient:
 
     @cached_property
     def _reads(self) -> httpx.AsyncClient:
-        return self._open(_POOL)
+        return self._open(POOL)
 
     @cached_property
     def _pays(self) -> httpx.AsyncClient:
@@ -149,8 +121,8 @@ class EvolinkClient:
     @cached_property
     def _pictures(self) -> httpx.AsyncClient:
         if self._transport is None and not self._loopback and not urllib.request.getproxies():
-            return self._open(_POOL, _CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=_POOL)))
-        return self._open(_POOL)
+            return self._open(POOL, CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL)))
+        return self._open(POOL)
 
     def _open(self, limits: httpx.Limits, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
         client = httpx.AsyncClient(
@@ -196,22 +168,22 @@ class EvolinkClient:
                 self._pays,
                 "POST",
                 "/v1/images/generations",
-                content=_dump(body),
+                content=dump(body),
                 headers={"Idempotency-Key": idempotency_key},
                 extensions={"trace": trace},
             )
             reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
         except (Unreadable, *TRANSPORT_ERRORS) as error:
-            if not sent and (traced or isinstance(error, _NEVER_CONNECTED)):
-                raise Unreachable(f"EvoLink could not be reached ({_why(error)})") from error
-            raise OutcomeUnknown(f"the request was sent and its answer was lost ({_why(error)})") from error
+            if not sent and (traced or isinstance(error, NEVER_CONNECTED)):
+                raise Unreachable(f"EvoLink could not be reached ({why(error)})") from error
+            raise OutcomeUnknown(f"the request was sent and its answer was lost ({why(error)})") from error
         if 200 <= reply.status < 300:
             try:
                 return read_task(reply.json())
             except Unreadable as error:
-                raise OutcomeUnknown(f"the request was sent, but {_lower(error.what)}") from error
+                raise OutcomeUnknown(f"the request was sent, but {lower_first(error.what)}") from error
         if reply.status in BY_STATUS:
-            raise _rejection(reply)
+            raise rejection(reply)
         raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
 
     # --- reads ---
@@ -224,7 +196,7 @@ class EvolinkClient:
     async def tasks(self, task_ids: Iterable[str]) -> dict[str, Task]:
         """`POST /v1/tasks/batch` (undocumented): up to 50 tasks by id; unknown ones are absent."""
         ids = [task_id for task_id in task_ids if is_task_id(task_id)][:BATCH_MAX]
-        reply = await self._ask("POST", "/v1/tasks/batch", content=_dump({"task_ids": ids}))
+        reply = await self._ask("POST", "/v1/tasks/batch", content=dump({"task_ids": ids}))
         return {task.id: task for task in _each_task(reply.json())}
 
     async def recent_tasks(self, page_size: int = 50) -> list[Task]:
@@ -318,7 +290,7 @@ class EvolinkClient:
         except TimeoutError as error:
             raise DownloadFailed(f"the picture took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from error
         except TRANSPORT_ERRORS as error:
-            raise DownloadFailed(f"the picture could not be fetched ({_why(error)})") from error
+            raise DownloadFailed(f"the picture could not be fetched ({why(error)})") from error
         return written
 
     # --- one way out ---
@@ -346,11 +318,11 @@ class EvolinkClient:
         try:
             reply = await self._exchange(self._reads, request, deadline_s)
         except TRANSPORT_ERRORS as error:
-            raise Unreadable(f"EvoLink could not be read ({_why(error)})") from error
+            raise Unreadable(f"EvoLink could not be read ({why(error)})") from error
         if 200 <= reply.status < 300:
             return reply
         if reply.status in BY_STATUS:
-            raise _rejection(reply)
+            raise rejection(reply)
         raise Unreadable(f"EvoLink answered HTTP {reply.status}", http_status=reply.status)
 
     async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
@@ -379,78 +351,6 @@ class EvolinkClient:
                 await response.aclose()
 
 
-class _CheckedAddress(httpx.AsyncBaseTransport):
-    """Connects to the very address that was checked to be public, so that DNS cannot answer differently later."""
-
-    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
-        self._inner = inner
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        host = request.url.host
-        found = await anyio.getaddrinfo(host, request.url.port or 443)
-        public = [str(entry[4][0]) for entry in found if addresses.is_public_ip(str(entry[4][0]))]
-        if not public or len(public) != len(found):
-            raise httpx.ConnectError(f"{harmless(host, 80)} is not a public address")
-        chosen = next((ip for ip in public if ipaddress.ip_address(ip).version == 4), public[0])
-        request.extensions = {**request.extensions, "sni_hostname": host}
-        request.url = request.url.copy_with(host=chosen)
-        return await self._inner.handle_async_request(request)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-
-def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:
-    """`Retry-After` in seconds, from seconds or an HTTP date, clamped to [0, 120]; None when absent or garbage."""
-    text = headers.get("retry-after", "").strip()
-    if not text or len(text) > 64:
-        return None
-    if re.fullmatch(r"[+-]?(\d+(\.\d*)?|inf|nan)", text, re.IGNORECASE) or re.fullmatch(r"\d+e\d+", text):
-        wait = float(text)
-        return None if math.isnan(wait) else min(max(wait, 0.0), RETRY_AFTER_MAX_S)
-    try:
-        when = email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, TypeError, OverflowError, OSError):
-        return None
-    return min(max(when - (time.time() if now is None else now), 0.0), RETRY_AFTER_MAX_S)
-
-
-def _rejection(reply: Reply) -> EvolinkError:
-    """A definite no, in any of the shapes EvoLink is known to answer with."""
-    code, advice = BY_STATUS[reply.status]
-    said, upstream_code = _words(reply)
-    what = f"{advice.meaning} (HTTP {reply.status}"
-    what += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
-    if said:
-        what += f"; EvoLink says: “{said}”"
-    kind = RateLimited if reply.status == 429 else Rejected
-    return kind(
-        what,
-        code=code,
-        retryable=advice.repeat,
-        advice=advice.todo,
-        http_status=reply.status,
-        retry_after_s=retry_after_s(reply.headers),
-    )
-
-
-def _words(reply: Reply) -> tuple[str, str]:
-    """(message, code) of an error body: {"error": {...}}, {"error": "x"}, {"code", "msg"}, or neither."""
-    try:
-        data = reply.json()
-    except Unreadable:
-        return "", ""
-    if not isinstance(data, dict):
-        return "", ""
-    inner = data.get("error")
-    source = inner if isinstance(inner, dict) else data
-    message = source.get("message") or source.get("msg") or source.get("error_description")
-    if message is None and isinstance(inner, str):
-        message = inner
-    code = source.get("code")
-    return harmless(message) if message else "", harmless(code, 60) if isinstance(code, str | int) else ""
-
-
 def _each_task(data: Any) -> Iterable[Task]:
     rows = data.get("data") if isinstance(data, dict) else data
     if isinstance(rows, dict):
@@ -472,27 +372,6 @@ def _segment(task_id: str) -> str:
     return quote(task_id, safe="")
 
 
-def _dump(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-
-
 def _amount(value: Any) -> float | None:
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if ok else None
-
-
-def _why(error: BaseException) -> str:
-    """The kind of a transport failure; texts of foreign exceptions may hold more than should be told."""
-    if isinstance(error, EvolinkError):
-        return _lower(error.what)
-    return {
-        "ConnectError": "no connection",
-        "ConnectTimeout": f"no connection within {CONNECT_TIMEOUT_S:.0f} s",
-        "ReadError": "the connection broke",
-        "WriteError": "the connection broke",
-        "RemoteProtocolError": "the connection was closed early or the answer was not HTTP",
-    }.get(type(error).__name__, type(error).__name__)
-
-
-def _lower(text: str) -> str:
-    return text if text.startswith("EvoLink") else text[:1].lower() + text[1:]

@@ -11,7 +11,7 @@ import anyio.abc
 
 from evolink_mcp.client import BATCH_MAX, EvolinkClient
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
-from evolink_mcp.models import COMPLETED, Task
+from evolink_mcp.tasks import COMPLETED, Task
 
 log = logging.getLogger(__name__)
 

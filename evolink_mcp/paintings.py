@@ -144,11 +144,8 @@ class Scene:
 
     def ridge(self, base: float, swell: float) -> Callable[[float], float]:
         """A rolling line of hills: y at x."""
-        rng, unit = self.rng, self.unit
-        waves = [
-            (swell * unit * high, often * rng.uniform(0.8, 1.2) / unit, 6.3 * rng.random())
-            for high, often in ((0.62, 1.4), (0.26, 3.3), (0.1, 7))
-        ]
+        rng, unit, tune = self.rng, self.unit, ((0.62, 1.4), (0.26, 3.3), (0.1, 7))
+        waves = [(swell * unit * a, b * rng.uniform(0.8, 1.2) / unit, 6.3 * rng.random()) for a, b in tune]
         return lambda x: base - sum(high * math.sin(often * x + shift) for high, often, shift in waves)
 
     def hills(self, line: Callable[[float], float], top: Colour, foot: Colour) -> None:

@@ -12,9 +12,9 @@ from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 
 from evolink_mcp import answers, sizes
 from evolink_mcp.images import sniff
-from evolink_mcp.models import is_task_id
 from evolink_mcp.quoting import harmless, scrub
 from evolink_mcp.studio import Studio
+from evolink_mcp.tasks import is_task_id
 
 # TypeScript stdio clients close on messages above 10 MiB; base64 adds a third.
 IMAGE_MAX_BYTES = 7_000_000

@@ -66,7 +66,7 @@ class Size:
         return f"{self.width}x{self.height}"
 
 
-class IllegalSize(ValueError):  # noqa: N818
+class IllegalSize(ValueError):
     """A size EvoLink would refuse: `reason` in one sentence, `nearest` the closest legal sizes, if any."""
 
     def __init__(self, reason: str, nearest: tuple[Size, ...] = ()) -> None:

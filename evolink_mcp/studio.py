@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,47 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.abc
-from filelock import FileLock, Timeout
 
 from evolink_mcp import costs, sizes
 from evolink_mcp.client import Balance, EvolinkClient
-from evolink_mcp.errors import (
-    DownloadFailed,
-    EvolinkError,
-    JournalUnwritable,
-    KeyMissing,
-    LinkExpired,
-    Problem,
-    RateLimited,
-    Refused,
-    Rejected,
-    Unreadable,
-)
+from evolink_mcp.collect import Collector
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem
 from evolink_mcp.folders import Folders
-from evolink_mcp.images import keep
+from evolink_mcp.jobs import Job, Sleep
 from evolink_mcp.journal import Entry, Journal, Picture, fingerprint, new_key
 from evolink_mcp.lookout import Lookout
-from evolink_mcp.models import COMPLETED, GenerationRequest, Task
-from evolink_mcp.pace import RetryBudget, Schedule, backoff_s
+from evolink_mcp.models import GenerationRequest
 from evolink_mcp.references import References
+from evolink_mcp.tasks import COMPLETED, Task
 from evolink_mcp.till import Till
+from evolink_mcp.watch import Watcher
 
 log = logging.getLogger(__name__)
 
-LINK_LIVES_S = 24 * 3600
 RECOVER_AFTER_S = 1.0
 RECOVER_WITHIN_S = 48 * 3600
 SUBMIT_GRACE_S = 1.0
-NOT_FOUND_GRACE_S = 10.0
-REREADS_MAX = 3
-DOWNLOAD_REPEATS_MAX = 2
-DOWNLOADS_AT_ONCE = 4
+# A prompt up to this long costs less than 0.05 credit: too little to refuse a call that compute_size priced.
+PROMPT_TOKENS_FREE = 160
+JOINABLE = ("intent", "sending", "unknown")
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a caller wants, checked; `body` has URLs only, `identity` tells identical orders apart from others."""
+    """What a caller wants, checked."""
 
     request: GenerationRequest
     save_as: str | None = None
@@ -60,58 +47,9 @@ class Order:
     force_new: bool = False
 
 
-class Job:
-    """One entry on its way, owned by the studio: calls come, watch and go, the job goes on."""
-
-    def __init__(self, entry: Entry, *, joined: bool = False) -> None:
-        self.entry = entry
-        self.joined = joined
-        self.problem: Problem | None = None
-        self.started = anyio.current_time()
-        self.finished = False
-        self._changed = anyio.Event()
-        self._nudge = anyio.Event()
-
-    def turn(self, entry: Entry) -> None:
-        """The entry has a new state: tell whoever watches."""
-        self.entry = entry
-        self._changed.set()
-        self._changed = anyio.Event()
-
-    def finish(self) -> None:
-        self.finished = True
-        self.turn(self.entry)
-
-    def look_now(self) -> None:
-        """A caller is about to leave: look once more before."""
-        self._nudge.set()
-
-    async def rest(self, seconds: float, sleep: Callable[[float], Awaitable[object]]) -> None:
-        """Sleep, unless a caller asks for a look."""
-        async with anyio.create_task_group() as group:
-
-            async def wake() -> None:
-                await self._nudge.wait()
-                group.cancel_scope.cancel()
-
-            group.start_soon(wake)
-            await sleep(seconds)
-            group.cancel_scope.cancel()
-        self._nudge = anyio.Event()
-
-    async def states(self, heartbeat_s: float = 4.0) -> AsyncGenerator[Entry, None]:
-        """The entry now, at every change, and at least every `heartbeat_s` seconds; ends when the job does."""
-        yield self.entry
-        while not self.finished:
-            changed = self._changed
-            with anyio.move_on_after(heartbeat_s):
-                await changed.wait()
-            yield self.entry
-
-
 class Studio:
     """Makes pictures for one account. Use as an async context manager; what is unfinished at its end is resumed
-    by the next one."""
+    by the next one. `on_change` hears every new state of an entry."""
 
     def __init__(
         self,
@@ -125,21 +63,20 @@ class Studio:
         locks: Path | None = None,
         key_problem: str | None = None,
         clock: Callable[[], float] = time.time,
-        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        sleep: Sleep = anyio.sleep,
     ) -> None:
         self.client = client
         self.journal = journal
         self.folders = folders
         self.till = till
         self.rule = rule
-        self.on_change: list[Callable[[Entry], None]] = []
+        self.on_change: list[Callable[[Entry], Coroutine[Any, Any, None]]] = []
         self._references = references
         self._locks = locks
         self._key_problem = key_problem
         self._clock = clock
         self._sleep = sleep
-        self._jobs: dict[str, Job] = {}
-        self._budget = RetryBudget()
+        self._jobs: list[Job] = []
         self._woken = anyio.Event()
 
     async def __aenter__(self) -> Studio:
@@ -152,10 +89,15 @@ class Studio:
 
     @asynccontextmanager
     async def _live(self) -> AsyncIterator[None]:
-        self._downloads = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
+        timing: Any = {"clock": self._clock, "sleep": self._sleep}
         try:
             async with anyio.create_task_group() as self._group:
-                self._lookout = Lookout(self.client, self._group, sleep=self._sleep)
+                lookout = Lookout(self.client, self._group, sleep=self._sleep)
+                self._watcher = Watcher(lookout, self._seen, **timing)
+                self._collector = Collector(
+                    self.client, self.folders, known=self._known, seen=self._seen, kept=self._kept,
+                    locks=self._locks, **timing,
+                )  # fmt: skip
                 self._group.start_soon(self._recover_later)
                 try:
                     yield
@@ -168,7 +110,7 @@ class Studio:
 
     async def _paid(self) -> None:
         """Wait until no request is on its way any more."""
-        for job in list(self._jobs.values()):
+        for job in list(self._jobs):
             async with aclosing(job.states()) as states:
                 async for entry in states:
                     if entry.phase != "sending":
@@ -196,7 +138,7 @@ class Studio:
                 return job
         entry = Entry(
             key=new_key(),
-            owner=getattr(self.journal, "owner", ""),
+            owner=self.journal.owner,
             phase="intent",
             created_at=self._clock(),
             fingerprint=mark,
@@ -211,29 +153,29 @@ class Studio:
     async def resume(self, task_id: str) -> Job:
         """The task with this id: finished and saved, under way, or bought elsewhere with the same key."""
         self._woken.set()
+        if (job := next((job for job in self._jobs if job.entry.task_id == task_id), None)) is not None:
+            return job
         entry = self._known(task_id)
         if entry is None:
             entry = Entry("", "", "found", self._clock(), task=Task(task_id, status="unknown"))
-        elif job := self._jobs.get(entry.key):
-            return job
-        if entry.complete and not self._lost_files(entry):
+        if entry.complete and not self._to_fetch(entry):
             job = Job(entry)
             job.finish()
             return job
         self._need_key()
-        return self._start(self._without_lost_files(entry))
+        return self._start(entry)
 
     def deliver(self, job: Job) -> None:
         """The caller has the result: it will not be handed over again."""
         if job.entry.key and job.entry.delivered_at is None:
-            job.turn(replace(job.entry, delivered_at=self._clock()))
-            self._note(job.entry)
+            now = self._clock()
+            job.turn(replace(job.entry, delivered_at=now))
+            self._softly(partial(self.journal.deliver, job.entry.key, now))
 
     def leave(self, job: Job) -> None:
         """The caller went without the result: the next identical order gets it."""
         if job.entry.key and job.entry.delivered_at is None:
-            with suppress(JournalUnwritable):
-                self.journal.leave(job.entry.key)
+            self._softly(partial(self.journal.leave, job.entry.key))
 
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
         """Compare with the account's own list, and try again to find what became of lost answers.
@@ -241,22 +183,22 @@ class Studio:
         Returns tasks of the account that the journal does not know, and why the list could not be had, if so.
         """
         self._need_key()
-        for entry in self.journal.recent(limit, status="unknown"):
-            if entry.phase == "unknown" and entry.key not in self._jobs:
-                self._start(entry)
-        for job in [job for job in self._jobs.values() if job.entry.phase == "unknown"]:
+        busy = {job.entry.key for job in self._jobs}
+        lost = [entry for entry in self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
+        for job in [self._start(entry) for entry in lost if entry.key not in busy]:
             async with aclosing(job.states()) as states:
                 async for entry in states:
                     if entry.phase != "unknown":
                         break
         try:
-            tasks = await self.client.recent_tasks(limit)
+            tasks = await self.client.recent_tasks()
         except EvolinkError as error:
             return [], error.what
         known = self.journal.known_tasks([task.id for task in tasks])
         return [task for task in tasks if task.id not in known], None
 
     def now(self) -> float:
+        """The wall clock, in epoch seconds."""
         return self._clock()
 
     def wake(self) -> None:
@@ -269,18 +211,15 @@ class Studio:
         return await self.client.balance()
 
     def price(self, request: GenerationRequest) -> costs.Price:
-        """What the request will cost, its prompt and references included as estimates."""
+        """What the request will cost: references as their upper bound, a long prompt as an estimate."""
+        tokens = costs.prompt_tokens(request.prompt)
         return costs.price(
-            self.expected(request.size, request.resolution).size,
+            sizes.resolve(request.size, request.resolution, self.rule).size,
             request.quality,
             request.n,
             references=len(request.image_urls or ()) + (1 if request.mask_url else 0),
-            prompt_tokens=costs.prompt_tokens(request.prompt),
+            prompt_tokens=tokens if tokens > PROMPT_TOKENS_FREE else 0,
         )
-
-    def expected(self, size: str, resolution: str) -> sizes.Resolved:
-        """The pixels a size and tier mean under this studio's rule."""
-        return sizes.resolve(size, resolution, self.rule)
 
     def _need_key(self) -> None:
         if not self.client.has_key:
@@ -289,23 +228,30 @@ class Studio:
     # --- jobs ---
 
     def _undelivered(self, mark: str) -> Job | None:
-        """A bought and never delivered picture of the same order, now attended by this caller."""
+        """What an identical order bought and nobody received, now attended by this caller."""
         for entry in self.journal.undelivered(mark):
-            live = any(p.saved or p.url_expires_at > self._clock() for p in entry.pictures)
-            under_way = entry.task is not None and not entry.task.settled
-            fetchable = entry.task is not None and entry.task.status == COMPLETED and (live or not entry.pictures)
-            if (under_way or fetchable or entry.phase in ("intent", "sending")) and self.journal.claim(entry.key):
-                job = self._jobs.get(entry.key) or self._start(self._without_lost_files(entry))
+            if self._worth_joining(entry) and self.journal.claim(entry.key):
+                running = next((job for job in self._jobs if job.entry.key == entry.key), None)
+                job = running or self._start(entry)
                 job.joined = True
                 return job
         return None
 
+    def _worth_joining(self, entry: Entry) -> bool:
+        """Under way, of unknown outcome, or completed with pictures that can still be had."""
+        if entry.task is None:
+            return entry.phase in JOINABLE
+        if not entry.task.settled:
+            return True
+        here = any(picture.path and Path(picture.path).is_file() for picture in entry.pictures)
+        return entry.task.status == COMPLETED and (here or not entry.pictures or self._to_fetch(entry))
+
     def _start(self, entry: Entry) -> Job:
         job = Job(entry)
-        if entry.complete and entry.phase != "unknown":
+        if entry.complete and entry.phase != "unknown" and not self._to_fetch(entry):
             job.finish()
             return job
-        self._jobs[entry.key or entry.task_id or ""] = job
+        self._jobs.append(job)
         self._group.start_soon(self._guarded, job)
         return job
 
@@ -321,151 +267,44 @@ class Studio:
                 "internal_error", "the server had an internal fault", True, "Call get_task with the id."
             )
         finally:
-            for name in [name for name, other in self._jobs.items() if other is job]:
-                del self._jobs[name]
+            self._jobs.remove(job)
             job.finish()
 
     async def _run(self, job: Job) -> None:
-        on_phase = partial(self._turn, job)
+        turn = partial(self._turn, job)
         if job.entry.phase == "intent":
-            await self.till.buy(job.entry, on_phase)
+            await self.till.buy(job.entry, turn)
         elif job.entry.phase in ("sending", "unknown"):
-            await self.till.reconcile(replace(job.entry, phase="unknown"), on_phase)
+            await self.till.reconcile(replace(job.entry, phase="unknown"), turn)
         if job.entry.task is None:
             return
-        self._lookout.watchers += 1
-        try:
-            await self._watch(job)
-            if job.entry.task.status == COMPLETED:
-                await self._collect(job)
-        finally:
-            self._lookout.watchers -= 1
+        job.fresh = job.entry.phase == "submitted"
+        await self._watcher.watch(job)
+        if job.entry.task.status == COMPLETED:
+            await self._collector.collect(job)
 
     def _turn(self, job: Job, entry: Entry) -> None:
-        # Delivery is noted by the caller's side meanwhile: it must not be undone.
+        # What the caller's side noted meanwhile must not be undone by the till's copy.
         job.turn(replace(entry, delivered_at=job.entry.delivered_at))
         for tell in self.on_change:
-            tell(job.entry)
-
-    # --- look until done ---
-
-    async def _watch(self, job: Job) -> None:
-        """Look at the task until it is settled; a failing look never fails the task."""
-        task = job.entry.task
-        assert task is not None
-        schedule = Schedule(task.estimated_time_s)
-        accepted = anyio.current_time() - max(0.0, self._clock() - job.entry.created_at)
-        first = job.entry.phase != "submitted" or job.started - accepted > 1.0
-        failures = 0
-        while not task.settled:
-            if not first:
-                wait = schedule.next_s(anyio.current_time() - accepted, task.progress)
-                await job.rest(wait, self._sleep)
-            first = False
-            try:
-                seen = await self._lookout.look(task.id)
-            except Rejected as error:
-                early = self._clock() - job.entry.created_at < NOT_FOUND_GRACE_S and job.entry.phase != "found"
-                if isinstance(error, RateLimited):
-                    await self._sleep(error.retry_after_s if error.retry_after_s is not None else 5.0)
-                elif not (error.http_status == 404 and early):
-                    raise
-                continue
-            except Unreadable as error:
-                failures += 1
-                lost = error.http_status is None
-                if self._budget.spend(lost=lost):
-                    await self._sleep(backoff_s(min(failures, 3)))
-                    first = True
-                log.info("a look at %s failed: %s", task.id, error.code)
-                continue
-            failures = 0
-            self._budget.earn()
-            task = _merged(task, seen)
-            self._seen(job, task)
+            self._group.start_soon(tell, job.entry)
 
     def _seen(self, job: Job, task: Task) -> None:
-        """Note a task's new state; only a change of status is worth the disk."""
-        before = job.entry
-        entry = replace(before, task=task)
+        """Note a task's new state; only a change of status or links is worth the disk."""
+        before = job.entry.task
+        entry = replace(job.entry, task=task)
         if not entry.key:  # a task that this journal did not know
-            entry = replace(entry, key=new_key(), owner=getattr(self.journal, "owner", ""),
-                            created_at=task.created or entry.created_at)  # fmt: skip
-            with suppress(JournalUnwritable):
-                self.journal.intend(entry)
-        elif before.task is None or before.task.status != task.status or before.task.results != task.results:
-            self._note(entry)
+            created = task.created or entry.created_at
+            entry = replace(entry, key=new_key(), owner=self.journal.owner, created_at=created)
+            self._softly(partial(self.journal.intend, entry))
+        elif before is None or (before.status, before.results) != (task.status, task.results):
+            self._softly(partial(self.journal.update, entry))
         self._turn(job, entry)
 
-    # --- fetch and keep ---
-
-    async def _collect(self, job: Job) -> None:
-        """Save every picture that is not saved yet: once, even with another server on the same task."""
-        await self._reread(job)
-        task = job.entry.task
-        assert task is not None
-        async with self._alone(task.id):
-            if (known := self._known(task.id)) is not None and len(known.pictures) > len(job.entry.pictures):
-                self._turn(job, replace(job.entry, pictures=known.pictures))
-            expires = self._clock() + LINK_LIVES_S if job.entry.phase != "found" else (task.created or 0) + LINK_LIVES_S
-            pictures = {p.index: p for p in job.entry.pictures}
-            for index, url in enumerate(task.results):
-                pictures.setdefault(index, Picture(index, url, expires))
-            self._keep(job, pictures)
-            async with anyio.create_task_group() as group:
-                for picture in list(pictures.values()):
-                    if not picture.saved:
-                        group.start_soon(self._fetch, job, pictures, picture)
-
-    async def _fetch(self, job: Job, pictures: dict[int, Picture], picture: Picture) -> None:
-        async with self._downloads:
-            try:
-                kept = await self._download(job, picture)
-            except EvolinkError as error:
-                pictures[picture.index] = replace(picture, error=error.what)
-                job.problem = job.problem or error.problem
-            else:
-                pictures[picture.index] = replace(
-                    picture, path=str(kept.path), mime_type=kept.mime_type, width=kept.width, height=kept.height,
-                    bytes=kept.bytes, sha256=kept.sha256, error=None,
-                )  # fmt: skip
-        self._keep(job, pictures)
-
-    async def _download(self, job: Job, picture: Picture):
-        task_id = job.entry.task_id
-        target = self.folders.output / f"{task_id}-{picture.index}"
-        if job.entry.save_as is not None:
-            with suppress(Refused):
-                target = self.folders.target(job.entry.save_as)
-        for repeat in range(DOWNLOAD_REPEATS_MAX + 1):
-            try:
-                return await keep(partial(self.client.download, picture.url), target)
-            except DownloadFailed as error:
-                if isinstance(error, LinkExpired) or not error.retryable or repeat == DOWNLOAD_REPEATS_MAX:
-                    raise
-                await self._sleep(backoff_s(repeat))
-        raise AssertionError("unreachable")
-
-    def _keep(self, job: Job, pictures: dict[int, Picture]) -> None:
-        entry = replace(job.entry, pictures=tuple(pictures[index] for index in sorted(pictures)))
-        self._note(entry)
+    def _kept(self, job: Job, pictures: tuple[Picture, ...]) -> None:
+        entry = replace(job.entry, pictures=pictures)
+        self._softly(partial(self.journal.keep, entry.key, pictures, entry.complete))
         self._turn(job, entry)
-
-    async def _reread(self, job: Job) -> None:
-        """A finished task without its links is read again, a few times; it is never bought again."""
-        task = job.entry.task
-        assert task is not None
-        asked = job.entry.request.get("n", 1)
-        for attempt in range(REREADS_MAX):
-            if task.results and (len(task.results) >= asked or attempt >= 1):
-                break
-            await self._sleep(0.5 * (attempt + 1))
-            with suppress(EvolinkError):
-                task = _merged(task, await self.client.task(task.id))
-        self._seen(job, task)
-
-    def _alone(self, task_id: str):
-        return _FileTurn(self._locks / f"{task_id}.lock" if self._locks else None, self._sleep)
 
     # --- what an earlier server left ---
 
@@ -473,80 +312,32 @@ class Studio:
         with anyio.move_on_after(RECOVER_AFTER_S):
             await self._woken.wait()
         if self.client.has_key:
-            try:
-                self._resume(self.journal.adopt())
-            except JournalUnwritable as error:
-                log.warning("%s", error.what)
+            self._softly(lambda: self._resume(self.journal.adopt()))
 
     def _resume(self, entries: list[Entry]) -> None:
         for entry in entries:
             if entry.phase == "intent":
                 problem = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
-                self._note(replace(entry, phase="unsent", error=problem))
+                self._softly(partial(self.journal.update, replace(entry, phase="unsent", error=problem)))
             elif self._clock() - entry.created_at < RECOVER_WITHIN_S:
                 log.info("taking up %s", entry.task_id or entry.key)
                 self._start(entry)
 
     def _known(self, task_id: str) -> Entry | None:
-        try:
+        with suppress(JournalUnwritable):
             return self.journal.by_task(task_id)
-        except JournalUnwritable as error:
-            log.warning("%s", error.what)
-            return None
+        return None
 
-    def _note(self, entry: Entry) -> None:
-        """Write a state down that is not worth failing for: what matters most is on disk already."""
+    def _softly(self, write: Callable[[], object]) -> None:
+        """Do what is not worth failing for: the purchase itself is on disk, and the picture in its folder."""
         try:
-            self.journal.update(entry)
+            write()
         except JournalUnwritable as error:
             log.warning("%s", error.what)
 
-    def _lost_files(self, entry: Entry) -> bool:
-        return any(p.path and not Path(p.path).is_file() and p.url_expires_at > self._clock() for p in entry.pictures)
-
-    def _without_lost_files(self, entry: Entry) -> Entry:
-        """Pictures whose file was moved or deleted, and those that failed before, are to be fetched again."""
-
-        def again(picture: Picture) -> Picture:
-            if picture.url_expires_at <= self._clock():
-                return picture
-            missing = picture.path is not None and not Path(picture.path).is_file()
-            return Picture(picture.index, picture.url, picture.url_expires_at) if missing or picture.error else picture
-
-        return replace(entry, pictures=tuple(again(picture) for picture in entry.pictures))
-
-
-class _FileTurn:
-    """One server at a time, by a lock file that dies with its process; without a usable folder, no turns are taken."""
-
-    def __init__(self, path: Path | None, sleep: Callable[[float], Awaitable[object]]) -> None:
-        self._lock = FileLock(path, thread_local=False) if path else None
-        self._sleep = sleep
-
-    async def __aenter__(self) -> None:
-        while self._lock is not None:
-            try:
-                Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._lock.acquire(blocking=False)
-                return
-            except Timeout:
-                await self._sleep(0.2)
-            except OSError:
-                self._lock = None
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            with suppress(OSError):
-                Path(self._lock.lock_file).unlink()
-
-
-def _merged(before: Task, seen: Task) -> Task:
-    """The newer state; what it does not tell any more is kept."""
-    return replace(
-        seen,
-        estimated_time_s=seen.estimated_time_s if seen.estimated_time_s is not None else before.estimated_time_s,
-        credits_reserved=seen.credits_reserved if seen.credits_reserved is not None else before.credits_reserved,
-        created=seen.created or before.created,
-        results=seen.results or before.results,
-    )
+    def _to_fetch(self, entry: Entry) -> bool:
+        """Whether a picture is missing here whose link still lives: never saved, moved or deleted."""
+        return any(
+            picture.url_expires_at > self._clock() and not (picture.path and Path(picture.path).is_file())
+            for picture in entry.pictures
+        )

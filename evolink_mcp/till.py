@@ -23,8 +23,9 @@ from evolink_mcp.errors import (
     Unreachable,
 )
 from evolink_mcp.journal import Entry, Journal
-from evolink_mcp.models import MODEL, Task
+from evolink_mcp.models import MODEL
 from evolink_mcp.pace import backoff_s
+from evolink_mcp.tasks import Task
 
 log = logging.getLogger(__name__)
 

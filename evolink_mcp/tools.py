@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import logging
-from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,119 +13,39 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult, ImageContent, ToolAnnotations
-from pydantic import BaseModel, BeforeValidator, Field, Strict
+from pydantic import BaseModel, Field
 
 from evolink_mcp import answers, sizes
 from evolink_mcp.adapter import flat_tool, result
-from evolink_mcp.costs import Price, price
+from evolink_mcp.arguments import (
+    VIEW_EDGE,
+    ComputeSizeArguments,
+    GenerateImageArguments,
+    GetBalanceArguments,
+    GetTaskArguments,
+    ListTasksArguments,
+    ViewImageArguments,
+)
+from evolink_mcp.costs import Price
 from evolink_mcp.errors import EvolinkError, OverBudget, Refused
+from evolink_mcp.following import follow
 from evolink_mcp.hosts import Host, host_named
 from evolink_mcp.images import in_picture_thread, preview
 from evolink_mcp.journal import Entry
-from evolink_mcp.models import (
-    COMPLETED,
-    IMAGES_MAX,
-    Arguments,
-    Count,
-    GenerationRequest,
-    Optional,
-    Quality,
-    Resolution,
-    Task,
-    TaskId,
-)
+from evolink_mcp.models import GenerationRequest
+from evolink_mcp.sizing import compute, size_text
 from evolink_mcp.studio import Job, Order, Studio
+from evolink_mcp.tasks import COMPLETED, Task
 from evolink_mcp.till import start_of_day
 
 log = logging.getLogger(__name__)
 
-WAIT_MAX_S = 900
-LAST_LOOK_S = 1.0
-ID_GRACE_S = 15.0
-HEARTBEAT_S = 4.0
-PREVIEW_EDGE = 1024
 PREVIEW_MIN_CHARS = 20_000
 GALLERY_URI = "ui://evolink/gallery.html"
 
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
 READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True)
 OFFLINE = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
-
-WaitSeconds = Annotated[
-    float,
-    Strict(),
-    Field(
-        ge=0,
-        le=WAIT_MAX_S,
-        description="How long this call waits; the task goes on after it. Default: what this host bears.",
-    ),
-]
-Credits = Annotated[
-    float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it costs more credits.")
-]
-Edge = Annotated[int, Strict(), Field(ge=1, le=sizes.MAX_WISH_EDGE)]
-
-
-class GenerateImageArguments(GenerationRequest):
-    """generate_image: the API's fields and ours."""
-
-    wait_seconds: WaitSeconds | Optional = None
-    save_as: Annotated[
-        str | Optional, Field(description="File name, or path inside an allowed folder; never overwrites.")
-    ] = None
-    max_credits: Credits | Optional = None
-    force_new: Annotated[
-        bool,
-        Strict(),
-        Field(description="Buy even if an identical earlier picture was paid but never delivered."),
-    ] = False
-
-
-class GetTaskArguments(Arguments):
-    """get_task."""
-
-    task_id: TaskId
-    wait_seconds: WaitSeconds | Optional = None
-
-
-class ComputeSizeArguments(Arguments):
-    """compute_size: a size to look up, or a width and height that are needed."""
-
-    size: Annotated[str | Optional, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
-    resolution: Resolution = "1K"
-    quality: Quality = "medium"
-    n: Count = 1
-    width: Annotated[Edge | Optional, Field(description="Instead of size: the width you need, any number.")] = None
-    height: Annotated[Edge | Optional, Field(description="With width: the height you need.")] = None
-
-
-class ViewImageArguments(Arguments):
-    """view_image."""
-
-    task_id: TaskId
-    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0.")] = 0
-    max_edge: Annotated[int, Strict(), Field(ge=64, le=2048, description="Longest edge in pixels.")] = PREVIEW_EDGE
-
-
-class ListTasksArguments(Arguments):
-    """list_tasks."""
-
-    limit: Annotated[int, Strict(), Field(ge=1, le=50, description="How many.")] = 10
-    status: Annotated[
-        str | Optional,
-        BeforeValidator(lambda value: value.strip().lower() if isinstance(value, str) else value),
-        Field(description="Only pending, processing, completed, failed, cancelled or unknown."),
-    ] = None
-    since: Annotated[str | Optional, Field(description="Only from this time on, ISO 8601.")] = None
-    sync: Annotated[
-        bool,
-        Strict(),
-        Field(description="Also ask EvoLink for the account's tasks, and about unknown outcomes."),
-    ] = False
-
-
-class GetBalanceArguments(Arguments):
-    """get_balance takes nothing."""
 
 
 class Confirm(BaseModel):
@@ -148,7 +67,7 @@ class Tools:
     ) -> None:
         self._studio = studio
         self._wait_s = wait_s
-        self._preview_edge = PREVIEW_EDGE if preview_edge is None else preview_edge
+        self._preview_edge = VIEW_EDGE if preview_edge is None else preview_edge
         self._links = resource_links
 
     def all(self) -> list[Tool]:
@@ -235,9 +154,9 @@ class Tools:
     async def _follow(self, job: Job, wait: float | None, ctx: Context, notes: list[str]) -> CallToolResult:
         """Watch the job for as long as the call may wait; leave it running when that ends."""
         host = _host(ctx)
-        deadline = anyio.current_time() + (wait if wait is not None else self._wait_s or host.wait_s)
+        wait = self._wait(host) if wait is None else wait
         try:
-            await self._watch(job, deadline, ctx)
+            await follow(job, wait, ctx.report_progress)
             out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem, joined=job.joined)
             out.notes[:0] = notes
             pictures = [] if not job.finished else await self._previews(job.entry, host, out)
@@ -252,28 +171,8 @@ class Tools:
             answers.task_text(out), out, *pictures, *self._resource_links(out), is_error=answers.is_error(out)
         )
 
-    async def _watch(self, job: Job, deadline: float, ctx: Context) -> None:
-        shown = _Rising(ctx)
-        async with aclosing(job.states(HEARTBEAT_S)) as states:
-            with anyio.CancelScope(deadline=deadline - min(LAST_LOOK_S, (deadline - anyio.current_time()) / 4)):
-                async for entry in states:
-                    await shown.tell(entry)
-        if job.finished:
-            return
-        job.look_now()
-        async with aclosing(job.states(HEARTBEAT_S)) as states:
-            with anyio.CancelScope(deadline=deadline):
-                async for entry in states:
-                    await shown.tell(entry)
-        if job.finished or job.entry.task is not None:
-            return
-        # Only the id makes an answer that nothing can be lost from: it is worth some seconds more.
-        async with aclosing(job.states(HEARTBEAT_S)) as states:
-            with anyio.move_on_after(ID_GRACE_S):
-                async for entry in states:
-                    await shown.tell(entry)
-                    if entry.task is not None:
-                        break
+    def _wait(self, host: Host) -> float:
+        return host.wait_s if self._wait_s is None else self._wait_s
 
     async def _previews(self, entry: Entry, host: Host, out: answers.TaskOut) -> list[ImageContent]:
         """As many small previews as fit beside the text; a picture that cannot be shown is not an error."""
@@ -326,7 +225,7 @@ class Tools:
 
     async def _view(self, req: ViewImageArguments, ctx: Context) -> CallToolResult:
         job = await self._studio.resume(req.task_id)
-        await self._watch(job, anyio.current_time() + (self._wait_s or _host(ctx).wait_s), ctx)
+        await follow(job, self._wait(_host(ctx)), ctx.report_progress)
         picture = next((p for p in job.entry.pictures if p.index == req.index), None)
         if picture is None or picture.path is None:
             out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem)
@@ -380,127 +279,7 @@ class Tools:
         return result("\n".join([*lines, "", *(f"Note: {note}" for note in notes)]).rstrip(), out)
 
 
-# --- compute_size --------------------------------------------------------------------------------------------
-
-
-def compute(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
-    """Pixels and price of a size; or the size that covers a wish."""
-    wish = (req.width, req.height)
-    if req.size is None and None not in wish:
-        return _covering(req, rule)
-    if req.size is None or any(wish):
-        raise Refused(
-            "give either size, or both width and height",
-            code="invalid_arguments",
-            advice="Correct them and call again.",
-        )
-    try:
-        resolved = sizes.resolve(req.size, req.resolution, rule)
-    except sizes.IllegalSize as error:
-        nearest = [str(size) for size in error.nearest]
-        problem = answers.ErrorOut(
-            code="illegal_size", message=error.reason, retryable=False,
-            advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
-        )  # fmt: skip
-        return answers.SizeOut(alternatives=nearest, error=problem)
-    out = _sized(resolved.size, req)
-    out.downscaled = resolved.downscaled
-    out.resolution_applies = resolved.resolution_applies
-    out.rule = resolved.rule
-    if resolved.size is None:
-        out.notes.append("auto lets the model decide: the price assumes 2048x2048, as EvoLink's own estimate does.")
-    elif not resolved.resolution_applies and "resolution" in req.model_fields_set:
-        out.notes.append("resolution has no effect with WxH.")
-    if resolved.resolution_applies:
-        other = next(name for name in sizes.RULES if name != rule)
-        twin = sizes.resolve(req.size, req.resolution, other).size
-        if twin != resolved.size:
-            out.alternatives.append(str(twin))
-            out.notes.append(f"EvoLink's {other} rule makes {twin} of this; give explicit_size to be certain.")
-    return out
-
-
-def _covering(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
-    assert req.width is not None
-    assert req.height is not None
-    cover = sizes.cover(req.width, req.height, rule)
-    out = _sized(cover.size, req)
-    out.rule, out.downscaled, out.resolution_applies = "explicit", False, False
-    out.scale = round(cover.scale, 4)
-    out.crop = answers.Crop(left=cover.left, top=cover.top, width=cover.crop.width, height=cover.crop.height)
-    out.closest_ratio, out.closest_resolution = cover.ratio, cover.tier
-    out.alternatives = [str(cover.tier_size)]
-    enlarged = f"enlarge it by {cover.scale:.4g}, then " if cover.scale > 1 else ""
-    if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or enlarged:
-        out.notes.append(
-            f"For {req.width}×{req.height}: {enlarged}crop to {cover.crop} at ({cover.left}, {cover.top})."
-        )
-    covers = "covers it" if cover.tier_covers else "is smaller"
-    out.notes.append(f"Closest ratio and tier: {cover.ratio} at {cover.tier}, {cover.tier_size}, which {covers}.")
-    return out
-
-
-def _sized(size: sizes.Size | None, req: ComputeSizeArguments) -> answers.SizeOut:
-    cost = price(size, req.quality, req.n)
-    out = answers.SizeOut(estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=cost.usd)
-    if size is not None:
-        out.width, out.height, out.explicit_size = size.width, size.height, str(size)
-        out.pixels, out.megapixels, out.aspect_ratio = size.pixels, size.megapixels, size.aspect_ratio
-    return out
-
-
-def size_text(out: answers.SizeOut) -> str:
-    """The same facts in words."""
-    if out.error is not None:
-        near = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""
-        return f"{out.error.message}{near} Nothing was sent or charged. {out.error.advice}"
-    words = [f"{out.width}×{out.height} pixels" if out.width else "The model decides the pixels (auto)"]
-    if out.width:
-        words[0] += (
-            f' ({out.pixels} = {out.megapixels} MP, {out.aspect_ratio}); pass size="{out.explicit_size}" to be certain'
-        )
-    facts = f"rule {out.rule}, downscaled {_yes(out.downscaled)}, resolution applies {_yes(out.resolution_applies)}"
-    cost = f"about {out.estimated_credits:g} credits (${out.estimated_usd:g}), {out.estimated_tokens} output tokens"
-    words += [facts, f"{cost}, without the prompt and reference images"]
-    if out.crop:
-        words.append(
-            f"scale {out.scale:g}, crop {out.crop.width}×{out.crop.height} at ({out.crop.left}, {out.crop.top})"
-        )
-        words.append(f"closest ratio {out.closest_ratio} at {out.closest_resolution}")
-    if out.alternatives:
-        words.append("alternatives: " + ", ".join(out.alternatives))
-    return ". ".join(words) + "." + "".join(f"\nNote: {note}" for note in out.notes)
-
-
-# --- small things ----------------------------------------------------------------------------------------------
-
-
-class _Rising:
-    """Progress as the protocol wants it: every number above the last, 100 only at the end."""
-
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
-        self._last = 0.0
-        self._speak_from = anyio.current_time() + HEARTBEAT_S - 0.1
-
-    async def tell(self, entry: Entry) -> None:
-        """Report the entry's state; nothing is said before the task has an id, unless that takes long."""
-        if self._last >= 100 or (entry.task is None and anyio.current_time() < self._speak_from):
-            return
-        known = (entry.task.progress if entry.task else None) or 0.0
-        value = 100.0 if entry.complete else min(known, 99.0)
-        self._last = value if value > self._last else self._last + (99.9 - self._last) / 100
-        await self._ctx.report_progress(round(self._last, 4), 100.0, _progress_words(entry))
-
-
-def _progress_words(entry: Entry) -> str:
-    if entry.task is None:
-        return "waiting for EvoLink to take the request"
-    saved = sum(picture.saved for picture in entry.pictures)
-    if entry.status == COMPLETED:
-        return f"{entry.task.id} completed, {saved} of {len(entry.task.results)} saved"
-    progress = f" {entry.task.progress:.0f} %" if entry.task.progress is not None else ""
-    return f"{entry.task.id} {entry.status}{progress}"
+# --- small things ---
 
 
 def _request(req: GenerateImageArguments) -> GenerationRequest:
@@ -567,7 +346,3 @@ def _instant(text: str) -> float:
 
 def _amount(value: object) -> str:
     return "not told" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-def _yes(value: bool | None) -> str:
-    return "unknown" if value is None else "yes" if value else "no"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.client import EvolinkClient
+from evolink_mcp.jobs import Sleep
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.references import References
 from evolink_mcp.server import build_server
@@ -20,19 +23,24 @@ from evolink_mcp.till import Till
 
 @asynccontextmanager
 async def open_studio(
-    settings: Settings, *, remote: bool = False, transport: httpx.AsyncBaseTransport | None = None
+    settings: Settings,
+    *,
+    remote: bool = False,
+    transport: httpx.AsyncBaseTransport | None = None,
+    clock: Callable[[], float] = time.time,
+    sleep: Sleep = anyio.sleep,
 ) -> AsyncIterator[Studio]:
     """A studio over the settings' account and folders. `remote`: its callers are not on this machine."""
     client = EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport
     )
-    journal = SqliteJournal(settings.data_dir)
+    journal = SqliteJournal(settings.data_dir, clock=clock)
     local = not remote or settings.allowed_dirs_given
-    references = References(client, journal, settings.folders, local=local)
-    till = Till(client, journal, settings.budget)
+    references = References(client, journal, settings.folders, local=local, clock=clock)
+    till = Till(client, journal, settings.budget, clock=clock, sleep=sleep)
     studio = Studio(
         client, journal, settings.folders, references, till,
-        rule=settings.size_rule, locks=settings.data_dir / "locks", key_problem=settings.key_problem,
+        rule=settings.size_rule, locks=settings.data_dir / "locks", key_problem=settings.key_problem, clock=clock, sleep=sleep,
     )  # fmt: skip
     async with client, studio:
         yield studio

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from evolink_mcp.errors import Charged, Problem
-from evolink_mcp.models import COMPLETED, Task
+from evolink_mcp.tasks import COMPLETED, Task
 
 Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
 
@@ -103,13 +103,24 @@ class Journal(Protocol):
     Raises (all methods): JournalUnwritable, naming the place and the setting.
     """
 
+    owner: str
+
     def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
         """Write a new entry down, before anything is sent. With a `cap`, credits spent since then and the entry's
         estimate must stay within it, judged in the same transaction: else nothing is written and the sum returned."""
         ...
 
     def update(self, entry: Entry) -> None:
-        """Write the entry's new state; whoever calls holds its only live copy."""
+        """Write the entry's new phase, task and error. Pictures, delivery and attendance have their own verbs, so that
+        a late copy in another server undoes nothing."""
+        ...
+
+    def keep(self, key: str, pictures: tuple[Picture, ...], complete: bool) -> None:
+        """Write down which pictures were saved, and whether any is still to come."""
+        ...
+
+    def deliver(self, key: str, at: float) -> None:
+        """A caller has the result."""
         ...
 
     def leave(self, key: str) -> None:

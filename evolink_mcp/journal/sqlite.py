@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from evolink_mcp.errors import JournalUnwritable, Problem
 from evolink_mcp.journal import Entry, Picture
-from evolink_mcp.models import Task, TaskError
+from evolink_mcp.tasks import Task, TaskError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,6 +44,7 @@ _WRITTEN = (
     "owner", "phase", "created_at", "fingerprint", "task_id", "status", "complete", "attended", "delivered_at",
     "estimate", "credits", "charged", "request", "save_as", "task", "error", "pictures",
 )  # fmt: skip
+_STATE = {"phase", "task_id", "status", "complete", "credits", "charged", "task", "error"}
 
 
 class SqliteJournal:
@@ -79,12 +80,19 @@ class SqliteJournal:
 
     def update(self, entry: Entry) -> None:
         key, *values = _row(entry)
-        # `owner` and `attended` belong to adopt, leave and claim: a late copy must not undo them.
-        pairs = [(n, v) for n, v in zip(_WRITTEN, values, strict=True) if n not in ("owner", "attended")]
+        pairs = [(name, value) for name, value in zip(_WRITTEN, values, strict=True) if name in _STATE]
         assignments = ", ".join(f"{name} = ?" for name, _ in pairs)
         self._run(
             lambda db: db.execute(f"UPDATE entries SET {assignments} WHERE key = ?", (*(v for _, v in pairs), key))
         )
+
+    def keep(self, key: str, pictures: tuple[Picture, ...], complete: bool) -> None:
+        told = json.dumps([asdict(picture) for picture in pictures])
+        statement = "UPDATE entries SET pictures = ?, complete = ? WHERE key = ?"
+        self._run(lambda db: db.execute(statement, (told, complete, key)))
+
+    def deliver(self, key: str, at: float) -> None:
+        self._run(lambda db: db.execute("UPDATE entries SET delivered_at = ? WHERE key = ?", (at, key)))
 
     def leave(self, key: str) -> None:
         self._run(lambda db: db.execute("UPDATE entries SET attended = 0 WHERE key = ?", (key,)))

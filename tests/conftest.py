@@ -1,0 +1,106 @@
+"""A studio in a folder: simulated EvoLink in process, a clock that only tests turn, nothing outside tmp_path."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from mcp.client import Client
+
+from evolink_mcp.server import build_server
+from evolink_mcp.settings import Settings
+from evolink_mcp.simulator import Simulator
+from evolink_mcp.studio import Studio
+from evolink_mcp.wiring import open_studio
+
+KEY = "sk-canary-0123456789abcdef"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Clock:
+    """Wall time for studio and simulator: sleeping turns it, and lets everything else run."""
+
+    def __init__(self) -> None:
+        self.now = 1_790_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        await anyio.sleep(0)
+
+
+@dataclass
+class World:
+    """One studio, its simulator and clock, and the folder it lives in."""
+
+    studio: Studio
+    simulator: Simulator
+    clock: Clock
+    folder: Path
+    settings: Settings
+
+    @property
+    def posts(self) -> int:
+        """How many purchases went out."""
+        return sum(r.method == "POST" and r.path == "/v1/images/generations" for r in self.simulator.requests)
+
+    @property
+    def files(self) -> list[Path]:
+        """The saved pictures."""
+        return sorted(path for path in (self.folder / "pictures").rglob("*") if path.is_file())
+
+    @asynccontextmanager
+    async def client(self, mode: Any = "auto", **server: Any) -> AsyncIterator[Client]:
+        """A real MCP client, in process."""
+        async with Client(build_server(self.studio, **server), mode=mode) as client:
+            yield client
+
+
+Open = Callable[..., AbstractAsyncContextManager[World]]
+
+
+@pytest.fixture
+def open_world(tmp_path: Path) -> Open:
+    """Open a world: `environ` adds settings, `simulator` and `clock` carry over from an earlier life."""
+
+    @asynccontextmanager
+    async def opened(
+        environ: dict[str, str] | None = None,
+        simulator: Simulator | None = None,
+        clock: Clock | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> AsyncIterator[World]:
+        clock = clock or Clock()
+        simulator = simulator or Simulator(clock=clock)
+        settings = Settings.from_environment(
+            {
+                "EVOLINK_API_KEY": KEY,
+                "EVOLINK_BASE_URL": "http://127.0.0.1:9",
+                "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
+                "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
+                **(environ or {}),
+            }
+        )
+        transport = transport or httpx.ASGITransport(simulator.app)
+        async with open_studio(settings, transport=transport, clock=clock, sleep=clock.sleep) as studio:
+            yield World(studio, simulator, clock, tmp_path, settings)
+
+    return opened
+
+
+@pytest.fixture
+async def world(open_world: Open) -> AsyncIterator[World]:
+    async with open_world() as opened:
+        yield opened

@@ -1,0 +1,59 @@
+"""The main promise, through the front door: one call, the picture in the folder, paid once."""
+
+from __future__ import annotations
+
+import json
+
+import anyio
+import pytest
+from conftest import Open, World
+
+pytestmark = pytest.mark.anyio
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+
+
+@ERAS
+async def test_one_call_brings_the_pictures_and_sends_one_post(world: World, mode: str) -> None:
+    wish = {"prompt": "A calm sunset over the ocean", "size": "16:9", "resolution": "2K", "n": 2}
+    with anyio.fail_after(20):
+        async with world.client(mode) as client:
+            answer = await client.call_tool("generate_image", wish)
+    facts = answer.structured_content
+    assert answer.is_error is False
+    assert facts["status"] == "completed"
+    assert [(image["width"], image["height"]) for image in facts["images"]] == [(2048, 1152)] * 2
+    assert sorted(image["path"] for image in facts["images"]) == [str(path) for path in world.files]
+    assert facts["charged"] == "yes"
+    assert world.posts == 1
+    sent = next(r.body for r in world.simulator.requests if r.path == "/v1/images/generations")
+    assert json.loads(sent) == {"model": "gpt-image-2", **wish}
+
+
+async def test_a_wait_that_ends_is_a_handle_and_get_task_completes_it(world: World) -> None:
+    with anyio.fail_after(20):
+        async with world.client() as client:
+            handle = await client.call_tool("generate_image", {"prompt": "sim:slow a fox", "wait_seconds": 0})
+            assert handle.is_error is False
+            assert handle.structured_content["status"] in ("pending", "processing")
+            action = handle.structured_content["next_action"]
+            answer = await client.call_tool(action["tool"], action["arguments"])
+            again = await client.call_tool("get_task", action["arguments"])
+    assert answer.structured_content["status"] == "completed"
+    assert again.structured_content["images"] == answer.structured_content["images"]
+    assert world.posts == 1
+    assert len([r for r in world.simulator.requests if r.path.startswith("/pictures/")]) == 1
+
+
+async def test_an_order_that_nobody_received_is_handed_over_before_another_is_bought(open_world: Open) -> None:
+    with anyio.fail_after(20):
+        async with open_world() as world, world.client() as client:
+            with anyio.move_on_after(0.05):
+                await client.call_tool("generate_image", {"prompt": "sim:slow=1000000 a fox"})
+            assert world.posts == 1
+            joined = await client.call_tool("generate_image", {"prompt": "sim:slow=1000000 a fox", "wait_seconds": 0})
+            assert "earlier identical call" in joined.content[0].text
+            assert world.posts == 1
+            await client.call_tool(
+                "generate_image", {"prompt": "sim:slow=1000000 a fox", "wait_seconds": 0, "force_new": True}
+            )
+            assert world.posts == 2
