@@ -10,8 +10,9 @@ import httpx2 as httpx
 import pytest
 from PIL import Image
 
-from evolink_mcp import simulator
-from evolink_mcp.simulator import FAULTS, Simulator, objection, pixels, price
+from evolink_mcp import simulation, simulator
+from evolink_mcp.rulebook import FAULTS, REFUSED_AT_ONCE, objection, pixels, price
+from evolink_mcp.simulator import Simulator
 
 pytestmark = pytest.mark.anyio
 
@@ -378,6 +379,7 @@ async def test_every_request_is_recorded_as_it_came_refused_or_not(desk):
 
 def test_every_fault_has_a_word_and_a_meaning():
     words = {word.partition("=")[0] for word in FAULTS}
-    asked = Path(simulator.__file__).read_text(encoding="utf-8").partition("class SimulatedTask")[2]
-    assert all(f'"{word.removeprefix("sim:")}"' in asked or word[4:] in simulator.REFUSED_AT_ONCE for word in words)
+    rooms = (simulation.__file__, simulator.__file__)
+    asked = "".join(Path(room).read_text(encoding="utf-8") for room in rooms)
+    assert all(f'"{word.removeprefix("sim:")}"' in asked or word[4:] in REFUSED_AT_ONCE for word in words)
     assert all(FAULTS.values())
