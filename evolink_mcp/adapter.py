@@ -68,7 +68,7 @@ def flat_tool(
     annotations: ToolAnnotations,
     meta: dict[str, Any] | None = None,
 ) -> Tool:
-    """`fn(req, ctx, ...)` as a tool: its docstring is the description, `arguments` its schema, `output` its answer's."""
+    """`fn(req, ctx, ...)` as a tool: its docstring describes it, `arguments` and `output` are its schemas."""
     resolved = find_resolved_parameters(fn)
 
     @functools.wraps(fn)
@@ -108,7 +108,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArgument
     """What was wrong, a line an argument, and the nearest legal sizes where a size was."""
     lines: dict[str, None] = {}
     nearest: tuple[str, ...] = ()
-    for fault in error.errors(include_url=False)[:FIELDS_SHOWN]:
+    faults = [fault for fault in error.errors(include_url=False) if fault["type"] != "none_required"]
+    for fault in faults[:FIELDS_SHOWN]:
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, IllegalSize):
             nearest = tuple(str(size) for size in cause.nearest)
@@ -117,7 +118,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArgument
 
 
 def _line(fault: Any, cause: object, known: list[str]) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+    # pydantic names the arm of a union too: only the argument and the place in its list are of interest.
+    path = ".".join(str(part) for number, part in enumerate(fault["loc"]) if number == 0 or isinstance(part, int))
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][0])
         return f"{harmless(name, VALUE_SHOWN)}: unknown argument{_meant(name, known)}"

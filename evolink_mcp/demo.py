@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import uvicorn
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
-from evolink_mcp.settings import Settings
+from evolink_mcp.settings import Settings, environment_without_ours
 from evolink_mcp.simulator import Simulator
 
 PICTURE_SECONDS = 5.0
@@ -51,7 +50,7 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
         command=sys.executable,
         args=["-m", "evolink_mcp"],
         env={
-            **{name: value for name, value in _environment().items() if not name.startswith("EVOLINK_")},
+            **environment_without_ours(),
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
             "EVOLINK_API_KEY": "sk-demo-no-money",
             "EVOLINK_MCP_DATA_DIR": data,
@@ -67,11 +66,6 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
         answer = await client.call_tool("generate_image", {"prompt": prompt, **SIZE}, progress_callback=show)
     bar.end()
     return answer
-
-
-def _environment() -> dict[str, str]:
-    """What the child needs of this process: its own settings replace the user's."""
-    return dict(os.environ)
 
 
 def _tell(answer, took_s: float, say: Callable[..., None]) -> int:

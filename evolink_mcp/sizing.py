@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from evolink_mcp import answers, sizes
+from evolink_mcp import shapes, sizes
 from evolink_mcp.arguments import ComputeSizeArguments
 from evolink_mcp.costs import price
 from evolink_mcp.errors import Refused
 
 
-def compute(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
+def compute(req: ComputeSizeArguments, rule: str) -> shapes.SizeOut:
     """Pixels and price of a size; or the size that covers a wish."""
     wish = (req.width, req.height)
     if req.size is None and None not in wish:
@@ -23,11 +23,11 @@ def compute(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
         resolved = sizes.resolve(req.size, req.resolution, rule)
     except sizes.IllegalSize as error:
         nearest = [str(size) for size in error.nearest]
-        problem = answers.ErrorOut(
+        problem = shapes.ErrorOut(
             code="illegal_size", message=error.reason, retryable=False,
             advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
         )  # fmt: skip
-        return answers.SizeOut(alternatives=nearest, error=problem)
+        return shapes.SizeOut(alternatives=nearest, error=problem)
     out = _sized(resolved.size, req)
     out.downscaled = resolved.downscaled
     out.resolution_applies = resolved.resolution_applies
@@ -45,14 +45,14 @@ def compute(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
     return out
 
 
-def _covering(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
+def _covering(req: ComputeSizeArguments, rule: str) -> shapes.SizeOut:
     assert req.width is not None
     assert req.height is not None
     cover = sizes.cover(req.width, req.height, rule)
     out = _sized(cover.size, req)
     out.rule, out.downscaled, out.resolution_applies = "explicit", False, False
     out.scale = round(cover.scale, 4)
-    out.crop = answers.Crop(left=cover.left, top=cover.top, width=cover.crop.width, height=cover.crop.height)
+    out.crop = shapes.Crop(left=cover.left, top=cover.top, width=cover.crop.width, height=cover.crop.height)
     out.closest_ratio, out.closest_resolution = cover.ratio, cover.tier
     out.alternatives = [str(cover.tier_size)]
     enlarged = f"enlarge it by {cover.scale:.4g}, then " if cover.scale > 1 else ""
@@ -65,16 +65,16 @@ def _covering(req: ComputeSizeArguments, rule: str) -> answers.SizeOut:
     return out
 
 
-def _sized(size: sizes.Size | None, req: ComputeSizeArguments) -> answers.SizeOut:
+def _sized(size: sizes.Size | None, req: ComputeSizeArguments) -> shapes.SizeOut:
     cost = price(size, req.quality, req.n)
-    out = answers.SizeOut(estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=cost.usd)
+    out = shapes.SizeOut(estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=cost.usd)
     if size is not None:
         out.width, out.height, out.explicit_size = size.width, size.height, str(size)
         out.pixels, out.megapixels, out.aspect_ratio = size.pixels, size.megapixels, size.aspect_ratio
     return out
 
 
-def size_text(out: answers.SizeOut) -> str:
+def size_text(out: shapes.SizeOut) -> str:
     """The same facts in words."""
     if out.error is not None:
         near = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""

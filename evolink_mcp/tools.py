@@ -1,21 +1,19 @@
 """The tools: what a model may ask for, in words written for a model."""
 
-import base64
-import contextlib
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
 from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
-from mcp_types import CallToolResult, ImageContent, ToolAnnotations
+from mcp_types import CallToolResult, ToolAnnotations
 from pydantic import BaseModel, Field
 
-from evolink_mcp import answers, sizes
+from evolink_mcp import answers, shapes, sizes
 from evolink_mcp.adapter import flat_tool, result
 from evolink_mcp.arguments import (
     VIEW_EDGE,
@@ -30,12 +28,11 @@ from evolink_mcp.costs import Price
 from evolink_mcp.errors import EvolinkError, OverBudget, Refused
 from evolink_mcp.following import follow
 from evolink_mcp.hosts import Host, host_named
-from evolink_mcp.images import in_picture_thread, preview
-from evolink_mcp.journal import Entry
 from evolink_mcp.models import GenerationRequest
+from evolink_mcp.showing import links, picture_block, previews
 from evolink_mcp.sizing import compute, size_text
 from evolink_mcp.studio import Job, Order, Studio
-from evolink_mcp.tasks import COMPLETED, Task
+from evolink_mcp.tasks import Task
 from evolink_mcp.till import start_of_day
 
 log = logging.getLogger(__name__)
@@ -126,7 +123,7 @@ class Tools:
         async def get_balance(req: GetBalanceArguments, ctx: Context) -> CallToolResult:
             """Credits left on the EvoLink account and key. Free of charge."""
             balance = await studio.balance()
-            out = answers.BalanceOut(
+            out = shapes.BalanceOut(
                 account_remaining=balance.account_remaining,
                 account_used=balance.account_used,
                 key_remaining=balance.key_remaining,
@@ -136,16 +133,16 @@ class Tools:
             words = [f"{name.replace('_', ' ')}: {_amount(value)}" for name, value in out if name != "error"]
             return result("Credits. " + ", ".join(words) + ".", out)
 
-        task, size = answers.TaskOut, answers.SizeOut
+        task, size = shapes.TaskOut, shapes.SizeOut
         return [
             flat_tool(generate_image, GenerateImageArguments, task, _refuse_task, title="Generate image",
                       annotations=PAID, meta=app),
             flat_tool(get_task, GetTaskArguments, task, _refuse_task, title="Get task", annotations=READS, meta=app),
             flat_tool(compute_size, ComputeSizeArguments, size, _refuse_size, title="Compute size", annotations=OFFLINE),
             flat_tool(view_image, ViewImageArguments, None, _refuse_plain, title="View image", annotations=READS),
-            flat_tool(list_tasks, ListTasksArguments, answers.TaskList, partial(_refuse, answers.TaskList),
+            flat_tool(list_tasks, ListTasksArguments, shapes.TaskList, partial(_refuse, shapes.TaskList),
                       title="List tasks", annotations=READS),
-            flat_tool(get_balance, GetBalanceArguments, answers.BalanceOut, partial(_refuse, answers.BalanceOut),
+            flat_tool(get_balance, GetBalanceArguments, shapes.BalanceOut, partial(_refuse, shapes.BalanceOut),
                       title="Get balance", annotations=READS),
         ]  # fmt: skip
 
@@ -159,54 +156,19 @@ class Tools:
             await follow(job, wait, ctx.report_progress)
             out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem, joined=job.joined)
             out.notes[:0] = notes
-            pictures = [] if not job.finished else await self._previews(job.entry, host, out)
+            pictures = await previews(out, self._preview_edge, host.answer_max)
         except anyio.get_cancelled_exc_class():
             self._studio.leave(job)
             raise
+        more = links(out) if self._links else []
         if job.finished and job.problem is None:
             self._studio.deliver(job)
         else:
             self._studio.leave(job)
-        return result(
-            answers.task_text(out), out, *pictures, *self._resource_links(out), is_error=answers.is_error(out)
-        )
+        return result(answers.task_text(out), out, *pictures, *more, is_error=answers.is_error(out))
 
     def _wait(self, host: Host) -> float:
         return host.wait_s if self._wait_s is None else self._wait_s
-
-    async def _previews(self, entry: Entry, host: Host, out: answers.TaskOut) -> list[ImageContent]:
-        """As many small previews as fit beside the text; a picture that cannot be shown is not an error."""
-        saved = [picture.path for picture in entry.pictures if picture.path]
-        if not self._preview_edge or entry.status != COMPLETED or not saved:
-            return []
-        edge = min(self._preview_edge, (1024, 1024, 768, 768, 640, 512, 512, 512, 512, 512, 512)[min(len(saved), 10)])
-        room = host.answer_max - 3 * len(out.model_dump_json())
-        blocks: list[ImageContent] = []
-        for path in saved:
-            if room < PREVIEW_MIN_CHARS:
-                break
-            data = await _preview_of(Path(path), edge, room * 3 // 4)
-            if data is not None:
-                encoded = base64.b64encode(data).decode()
-                room -= len(encoded)
-                blocks.append(ImageContent(type="image", data=encoded, mime_type="image/webp"))
-        return blocks
-
-    def _resource_links(self, out: answers.TaskOut) -> list[Any]:
-        if not self._links:
-            return []
-        from mcp_types import ResourceLink
-
-        return [
-            ResourceLink(
-                type="resource_link",
-                uri=image.resource_uri,
-                name=Path(image.path).name,
-                mime_type=image.mime_type,
-            )
-            for image in out.images
-            if image.resource_uri and image.path
-        ]
 
     def _unconfirmed(self, cost: Price, *, asked: bool) -> OverBudget:
         limit = self._studio.till.budget.confirm_above
@@ -235,13 +197,16 @@ class Tools:
                 charged=out.charged,
                 advice="Call get_task with this id; indexes count from 0.",
             )
-        data = await _preview_of(Path(picture.path), req.max_edge, _host(ctx).answer_max * 3 // 4)
-        if data is None:
-            raise Refused(f"the file {picture.path} cannot be shown", code="no_preview", charged=job.entry.charged,
-                          advice="It may have been moved or deleted; call get_task.")  # fmt: skip
+        block = await picture_block(Path(picture.path), req.max_edge, _host(ctx).answer_max)
+        if block is None:
+            raise Refused(
+                f"the file {picture.path} cannot be shown",
+                code="no_preview",
+                charged=job.entry.charged,
+                advice="It may have been moved or deleted; call get_task.",
+            )
         line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {picture.path}"
-        encoded = base64.b64encode(data).decode()
-        return result(line, None, ImageContent(type="image", data=encoded, mime_type="image/webp"))
+        return result(line, None, block)
 
     async def _list(self, req: ListTasksArguments) -> CallToolResult:
         studio = self._studio
@@ -267,7 +232,7 @@ class Tools:
                 f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures."
             )
         synced = None if not req.sync else problem is None
-        out = answers.TaskList(
+        out = shapes.TaskList(
             tasks=[answers.brief(task) for task in outs],
             credits_today=round(spent, 4),
             synced=synced,
@@ -302,7 +267,7 @@ def _refuse_task(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
 
 
 def _refuse_size(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
-    out = answers.SizeOut(alternatives=list(nearest), error=answers.error_out(error.problem))
+    out = shapes.SizeOut(alternatives=list(nearest), error=answers.error_out(error.problem))
     return result(size_text(out), out, is_error=True)
 
 
@@ -313,12 +278,6 @@ def _refuse(shape: type[BaseModel], error: EvolinkError, _: tuple[str, ...]) -> 
 
 def _refuse_plain(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
     return result(f"{error.what}. Nothing was charged for looking. {error.advice}", None, is_error=True)
-
-
-async def _preview_of(path: Path, edge: int, budget: int) -> bytes | None:
-    with contextlib.suppress(OSError, ValueError, SyntaxError):
-        return await in_picture_thread(partial(preview, path, edge, budget))
-    return None
 
 
 def _host(ctx: Context) -> Host:

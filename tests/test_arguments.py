@@ -1,0 +1,171 @@
+"""What may be asked, through the front door: a refusal costs nothing, names the fault, and sends nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import pytest
+from conftest import World
+
+pytestmark = pytest.mark.anyio
+PROMPT = "A calm sunset"
+FAMILY = "\U0001f468‍\U0001f469‍\U0001f467‍\U0001f466"
+
+REFUSED = [
+    pytest.param({}, "prompt: required", id="no prompt"),
+    pytest.param({"prompt": ""}, "at least 1 character", id="empty prompt"),
+    pytest.param({"prompt": " \t\n"}, "only white space", id="blank prompt"),
+    pytest.param({"prompt": "a" * 32_001}, "at most 32000", id="one code point too many"),
+    pytest.param({"prompt": "\ud800"}, "surrogate", id="half a surrogate pair"),
+    pytest.param({"prompt": 1.5}, "prompt", id="a number as prompt"),
+    pytest.param({"prompt": PROMPT, "n": 0}, "greater than or equal to 1", id="n below"),
+    pytest.param({"prompt": PROMPT, "n": 11}, "less than or equal to 10", id="n above"),
+    pytest.param({"prompt": PROMPT, "n": "3"}, "n: ", id="n as text is not guessed"),
+    pytest.param({"prompt": PROMPT, "n": True}, "n: ", id="true is not one"),
+    pytest.param({"prompt": PROMPT, "n": 2.5}, "n: ", id="n with a fraction"),
+    pytest.param({"prompt": PROMPT, "quality": "hd"}, "'low', 'medium' or 'high'", id="quality of another API"),
+    pytest.param({"prompt": PROMPT, "resolution": "8K"}, "'1K', '2K' or '4K'", id="tier that is not"),
+    pytest.param({"prompt": PROMPT, "seed": 1}, "seed: unknown argument", id="unknown argument"),
+    pytest.param({"prompt": PROMPT, "sizes": "16:9"}, "did you mean size?", id="misspelt argument"),
+    pytest.param({"Prompt": PROMPT}, "did you mean prompt?", id="argument in another case"),
+    pytest.param({"prompt": PROMPT, "size": "1000x1000"}, "1008x1008", id="illegal size names the nearest"),
+    pytest.param({"prompt": PROMPT, "size": "１６:９"}, "size", id="full-width digits"),
+    pytest.param({"prompt": PROMPT, "size": "9" * 1_000_000}, "size", id="a megabyte of nines"),
+    pytest.param({"prompt": PROMPT, "callback_url": "http://example.com/h"}, "callback_url", id="plain http callback"),
+    pytest.param({"prompt": PROMPT, "callback_url": "https://127.1/h"}, "callback_url", id="short loopback"),
+    pytest.param({"prompt": PROMPT, "callback_url": "https://[::ffff:10.0.0.1]/"}, "callback_url", id="v4-mapped"),
+    pytest.param({"prompt": PROMPT, "image_urls": []}, "image_urls", id="no references in the list"),
+    pytest.param({"prompt": PROMPT, "image_urls": ["https://example.com/a.png"] * 17}, "at most 16", id="17 references"),
+    pytest.param({"prompt": PROMPT, "image_urls": ["ftp://example.com/a.png"]}, "image_urls.0", id="ftp reference"),
+    pytest.param({"prompt": PROMPT, "image_urls": ["http://localhost/a.png"]}, "image_urls.0", id="loopback reference"),
+    pytest.param({"prompt": PROMPT, "mask_url": "https://example.com/m.png"}, "mask_url needs image_urls", id="mask alone"),
+    pytest.param({"prompt": PROMPT, "background": "transparent", "output_format": "jpeg"}, "jpeg has no", id="no alpha"),
+    pytest.param({"prompt": PROMPT, "wait_seconds": 901}, "wait_seconds", id="too long a wait"),
+    pytest.param({"prompt": PROMPT, "save_as": "../../x.png"}, "outside the allowed folders", id="path out of the folder"),
+    pytest.param({"prompt": PROMPT, "api_key": "sk-abcdefghijkl"}, "api_key: unknown argument", id="a key as argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED)
+async def test_a_bad_call_is_refused_with_words_and_no_request(
+    world: World, arguments: dict[str, Any], words: str
+) -> None:
+    with anyio.fail_after(5):
+        async with world.client() as client:
+            answer = await client.call_tool("generate_image", arguments)
+    assert answer.is_error is True
+    assert words in answer.content[0].text
+    assert len(answer.content[0].text) < 2_000
+    assert answer.structured_content["charged"] == "no"
+    assert world.simulator.requests == []
+
+
+TAKEN = [
+    pytest.param({}, {}, id="the prompt alone: no default goes out"),
+    pytest.param({"size": "16:9", "resolution": "2K"}, {"size": "16:9", "resolution": "2K"}, id="ratio and tier unchanged"),
+    pytest.param({"size": " 1536 X 1024 "}, {"size": "1536x1024"}, id="blanks and case of pixels"),
+    pytest.param({"size": "3840×2160"}, {"size": "3840x2160"}, id="multiplication sign"),
+    pytest.param({"size": "AUTO"}, {"size": "auto"}, id="auto in capitals"),
+    pytest.param({"quality": "HIGH"}, {"quality": "high"}, id="quality in capitals"),
+    pytest.param({"size": "3:2", "resolution": "2k"}, {"size": "3:2", "resolution": "2K"}, id="tier in small letters"),
+    pytest.param({"size": "1024x1024", "resolution": "4K"}, {"size": "1024x1024"}, id="a tier without effect stays here"),
+    pytest.param({"quality": None}, {"quality": "medium"}, id="null is the default"),
+    pytest.param({"callback_url": None, "wait_seconds": None}, {}, id="null of an optional is nothing"),
+    pytest.param({"n": 1}, {"n": 1}, id="a default that was said goes out"),
+    pytest.param({"callback_url": "https://8.8.8.8/h"}, {"callback_url": "https://8.8.8.8/h"}, id="public address"),
+    pytest.param(
+        {"image_urls": '["https://example.com/a.png"]'}, {"image_urls": ["https://example.com/a.png"]},
+        id="a list written as JSON",
+    ),
+    pytest.param({"output_format": "webp", "background": "transparent"},
+                 {"output_format": "webp", "background": "transparent"}, id="later fields, when given"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sent"), TAKEN)
+async def test_the_body_holds_what_was_said_and_nothing_else(
+    world: World, arguments: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    with anyio.fail_after(10):
+        async with world.client() as client:
+            answer = await client.call_tool("generate_image", {"prompt": PROMPT, "wait_seconds": 0, **arguments})
+    assert answer.is_error is False
+    body = next(r.body for r in world.simulator.requests if r.path == "/v1/images/generations")
+    assert json.loads(body) == {"model": "gpt-image-2", "prompt": PROMPT, **sent}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param("é" * 16_000, id="32,000 code points are not normalised to fewer"),
+        pytest.param(FAMILY * 4_571, id="graphemes of seven code points"),
+        pytest.param("\ufeffstart", id="byte order mark"),
+        pytest.param("'; DROP TABLE entries; --", id="SQL"),
+        pytest.param("a\x07\x1b[31mred", id="control characters"),
+        pytest.param("../../etc/passwd", id="a path"),
+    ],
+)
+async def test_a_prompt_goes_out_as_it_came(world: World, prompt: str) -> None:
+    with anyio.fail_after(10):
+        async with world.client() as client:
+            answer = await client.call_tool("generate_image", {"prompt": prompt, "wait_seconds": 0})
+    assert answer.is_error is False
+    body = next(r.body for r in world.simulator.requests if r.path == "/v1/images/generations")
+    assert json.loads(body)["prompt"] == prompt
+
+
+async def test_a_tier_without_effect_is_told(world: World) -> None:
+    async with world.client() as client:
+        wish = {"prompt": PROMPT, "size": "auto", "resolution": "4K", "wait_seconds": 0}
+        answer = await client.call_tool("generate_image", wish)
+    assert "resolution has no effect with auto: it was not sent." in answer.structured_content["notes"]
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    ["   ", "task-unified-", "../credits", "task-unified-1/../../credits", "task-unified-1?x=1", "task-unified-1#f",
+     "//evil.example/task-unified-1", "https://evil.example/task-unified-1", "task-unified-1 2", "{id}", "null"],
+)  # fmt: skip
+async def test_an_id_never_reaches_another_endpoint(world: World, task_id: str) -> None:
+    async with world.client() as client:
+        answer = await client.call_tool("get_task", {"task_id": task_id})
+    assert answer.is_error is True
+    assert world.simulator.requests == []
+
+
+async def test_blanks_around_an_id_are_trimmed_and_a_stranger_is_not_found(world: World) -> None:
+    async with world.client() as client:
+        answer = await client.call_tool("get_task", {"task_id": " task-unified-1757156493-imcg5zqt\n"})
+    assert answer.structured_content["error"]["code"] == "not_found"
+    assert [r.path for r in world.simulator.requests] == ["/v1/tasks/task-unified-1757156493-imcg5zqt"]
+
+
+async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: Any) -> None:
+    nowhere = {"EVOLINK_API_KEY": "", "EVOLINK_MCP_DATA_DIR": "/proc/nowhere", "EVOLINK_MCP_OUTPUT_DIR": "/proc/nowhere"}
+    async with open_world(nowhere) as world, world.client() as client:
+        answer = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})
+        paid = await client.call_tool("generate_image", {"prompt": PROMPT})
+    assert (answer.structured_content["width"], answer.structured_content["height"]) == (2048, 1152)
+    assert "EVOLINK_API_KEY" in paid.content[0].text
+    assert world.simulator.requests == []
+
+
+@pytest.mark.parametrize(
+    ("quality", "tokens", "credits"), [("low", 196, 0.3599), ("medium", 1756, 3.2241), ("high", 7024, 12.8961)]
+)
+async def test_compute_size_tells_the_price(world: World, quality: str, tokens: int, credits: float) -> None:
+    async with world.client() as client:
+        answer = await client.call_tool("compute_size", {"size": "1024x1024", "quality": quality})
+    facts = answer.structured_content
+    assert (facts["estimated_tokens"], facts["estimated_credits"]) == (tokens, credits)
+
+
+async def test_compute_size_answers_the_other_way_round(world: World) -> None:
+    async with world.client() as client:
+        answer = await client.call_tool("compute_size", {"width": 1200, "height": 628})
+    facts = answer.structured_content
+    assert facts["explicit_size"] == "1200x640"
+    assert facts["crop"] == {"left": 0, "top": 6, "width": 1200, "height": 628}
+    assert facts["closest_ratio"] == "2:1"

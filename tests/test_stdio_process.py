@@ -1,0 +1,135 @@
+"""The real process: protocol eras, bytes on stdout, what a poor environment and bad lines do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
+
+pytestmark = pytest.mark.anyio
+
+
+class Talk:
+    """A server process and its wire, line by line."""
+
+    def __init__(self, home: Path, **environ: str) -> None:
+        env = {"HOME": str(home), "PATH": os.environ.get("PATH", ""), **environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "evolink_mcp"], env=env, cwd=home,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def say(self, line: bytes | dict[str, Any]) -> None:
+        data = line if isinstance(line, bytes) else json.dumps(line).encode()
+        assert self.process.stdin
+        self.process.stdin.write(data + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline())
+
+    def greet(self, version: str = "2025-06-18") -> dict[str, Any]:
+        client = {"protocolVersion": version, "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        self.say({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client})
+        answer = self.hear()
+        self.say({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        return answer
+
+    def end(self) -> tuple[int, bytes, bytes]:
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Talk]]:
+    opened: list[Talk] = []
+
+    def starting(**environ: str) -> Talk:
+        opened.append(Talk(tmp_path, **environ))
+        return opened[-1]
+
+    yield starting
+    for one in opened:
+        one.process.kill()
+        one.process.communicate()
+
+
+@pytest.fixture
+def talk(start: Callable[..., Talk]) -> Talk:
+    return start()
+
+
+@pytest.mark.parametrize("version", ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"])
+def test_older_protocol_versions_are_spoken(talk: Talk, version: str) -> None:
+    assert talk.greet(version)["result"]["protocolVersion"] == version
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
+async def test_the_official_client_works_in_every_mode(tmp_path: Path, mode: Any) -> None:
+    server = StdioServerParameters(
+        command=sys.executable, args=["-m", "evolink_mcp"], env={"HOME": str(tmp_path)}, cwd=tmp_path
+    )
+    with anyio.fail_after(30):
+        async with Client(server, mode=mode) as client:
+            answer = await client.call_tool("compute_size", {"size": "3:2"})
+    assert answer.structured_content["explicit_size"] == "1536x1024"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stdout_is_protocol_only_and_an_end_of_input_ends_it_cleanly(talk: Talk) -> None:
+    talk.greet()
+    talk.say({"jsonrpc": "2.0", "id": 2, "method": "tools/list", "params": {}})
+    assert {tool["name"] for tool in talk.hear()["result"]["tools"]} >= {"generate_image", "get_task", "compute_size"}
+    assert talk.end() == (0, b"", b"")
+
+
+def test_lines_that_are_not_json_are_answered_and_the_server_goes_on(talk: Talk) -> None:
+    talk.greet()
+    talk.say(b"not json at all")
+    assert talk.hear()["error"]["code"] == -32700
+    talk.say(b"[" * 100_000)
+    assert talk.hear()["error"]["code"] == -32700
+    talk.say(b'{"jsonrpc":"2.0","id":7,"metho":"x"}')
+    assert (talk.hear()["error"]["code"], "id") == (-32600, "id")
+    talk.say({"jsonrpc": "2.0", "id": 8, "method": "ping"})
+    assert talk.hear()["id"] == 8
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e400", "-0.0", "1" * 5000])
+def test_json_that_breaks_parsers_gets_an_answer_with_its_id(talk: Talk, value: str) -> None:
+    talk.greet()
+    name, other = ("prompt", "n") if value.startswith('"') else ("n", "prompt")
+    call = f'{{"name":"generate_image","arguments":{{"{name}":{value},"{other}":{"1" if other == "n" else chr(34) * 2}}}}}'
+    talk.say(f'{{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{call}}}'.encode())
+    answer = talk.hear()
+    assert answer.get("error", {}).get("code") == -32700 or answer["result"]["isError"] is True
+    talk.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
+    assert talk.hear()["id"] == 6
+
+
+def test_a_poor_environment_starts_and_a_missing_key_is_told(start: Callable[..., Talk]) -> None:
+    talk = start(EVOLINK_API_KEY="${user_config.api_key}", EVOLINK_MCP_OUTPUT_DIR="${HOME}/Pictures/EvoLink")
+    talk.greet()
+    arguments = {"name": "generate_image", "arguments": {"prompt": "a fox"}}
+    talk.say({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": arguments})
+    result = talk.hear()["result"]
+    assert result["isError"] is True
+    assert "EVOLINK_API_KEY" in result["content"][0]["text"]
+    assert talk.end()[0] == 0
+
+
+def test_a_setting_that_cannot_be_used_is_named_on_stderr(start: Callable[..., Talk]) -> None:
+    code, out, err = start(EVOLINK_BASE_URL="http://api.evolink.ai").end()
+    assert (code, out) == (2, b"")
+    assert b"EVOLINK_BASE_URL must be an https address" in err
+    assert b"Traceback" not in err
