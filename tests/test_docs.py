@@ -1,0 +1,68 @@
+"""What README says is what the code does."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import World
+
+from evolink_mcp import __version__
+from evolink_mcp.settings import VARIABLES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "evolink_mcp"
+
+
+def between(mark: str) -> str:
+    return README.split(f"<!-- {mark}:begin -->\n")[1].split(f"<!-- {mark}:end -->")[0]
+
+
+def test_the_settings_table_is_the_settings() -> None:
+    rows = [f"| `{name}` | {default} | {what} |" for name, (default, what) in VARIABLES.items()]
+    table = "\n".join(["| Variable | Default | What it does |", "|---|---|---|", *rows]) + "\n"
+    if os.environ.get("UPDATE_DOCS"):
+        begin, end = "<!-- settings:begin -->\n", "<!-- settings:end -->"
+        written = README.replace(f"{begin}{between('settings')}{end}", f"{begin}{table}{end}")
+        (ROOT / "README.md").write_text(written, encoding="utf-8")
+    assert between("settings") == table
+
+
+@pytest.mark.anyio
+async def test_the_tools_table_names_every_tool(world: World) -> None:
+    async with world.client() as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", between("tools"), re.MULTILINE))
+    assert list(rows) == list(tools)
+    assert {name for name, cost in rows.items() if cost == "credits"} == {
+        name for name, tool in tools.items() if not tool.annotations.read_only_hint
+    }
+
+
+def test_the_map_shows_every_room() -> None:
+    shown = set(re.findall(r"`(\w+)`", README.split("## The house")[1]))
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms - {"__init__", "__main__"} - shown == set()
+    assert {name for name in shown if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).exists()} == shown
+
+
+def test_every_link_into_the_repository_leads_somewhere() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
+        assert [link for link in links if not (document.parent / link).exists()] == [], document.name
+
+
+def test_readme_is_short_and_the_changelog_knows_the_version() -> None:
+    assert len(README.splitlines()) <= 200
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_error_tree_in_the_source_is_the_tree() -> None:
+    from evolink_mcp import errors
+
+    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
+    built = [name for name, thing in vars(errors).items() if isinstance(thing, type) and issubclass(thing, errors.EvolinkError)]
+    assert sorted(drawn) == sorted(set(built) - {"EvolinkError"})
