@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, default=20)
     tasks.add_argument("--json", action="store_true")
     tasks.set_defaults(run=_tasks)
+    doctor = commands.add_parser("doctor", help="check this installation, and print every host's configuration")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -160,3 +163,27 @@ def _tasks(options: argparse.Namespace) -> int:
             print(f"    {out.error.message}. {out.error.advice}")
     print(f"{len(outs)} entries in {journal.path}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import json
+
+    import anyio
+
+    from evolink_mcp.doctor import examine
+
+    report = anyio.run(examine)
+    if options.json:
+        print(json.dumps(report.data(), indent=2))
+        return report.exit_code
+    print(f"evolink-mcp {__version__}\n")
+    for finding in report.findings:
+        print(f"  {finding.verdict:8} {finding.subject:9} {finding.words}")
+        if finding.todo:
+            print(f"{'':21}{finding.todo}")
+    print("\nTo start this installation from a host (put your key in place of the example):")
+    for text in dict.fromkeys(block.text for block in report.blocks):
+        where = ", ".join(f"{block.host} ({block.where})" for block in report.blocks if block.text == text)
+        print(f"\n--- {where}\n{text}")
+    print("\nSomething is broken: see above." if report.exit_code else "\nNothing is broken.")
+    return report.exit_code

@@ -1,4 +1,4 @@
-"""EvoLink over HTTP: one door for reads (may be repeated), one for purchases (one POST), one for pictures (no key).
+"""EvoLink over HTTP: one door for reads (may be repeated), one for purchases (one POST).
 
 The key goes to the two configured EvoLink origins and nowhere else; redirects are never followed.
 """
@@ -6,13 +6,9 @@ The key goes to the two configured EvoLink origins and nowhere else; redirects a
 from __future__ import annotations
 
 import logging
-import math
 import ssl
-import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
@@ -24,16 +20,14 @@ from pydantic import SecretStr
 from evolink_mcp import __version__, addresses
 from evolink_mcp.errors import (
     BY_STATUS,
-    DownloadFailed,
     KeyMissing,
-    LinkExpired,
     OutcomeUnknown,
     Rejected,
     Unreachable,
     Unreadable,
 )
 from evolink_mcp.quoting import harmless
-from evolink_mcp.tasks import Task, is_task_id, read_task
+from evolink_mcp.tasks import Balance, Task, is_task_id, read_balance, read_task, read_tasks
 from evolink_mcp.wire import (
     CONNECT_TIMEOUT_S,
     NEVER_CONNECTED,
@@ -45,6 +39,8 @@ from evolink_mcp.wire import (
     dump,
     lower_first,
     rejection,
+    stream,
+    whole_body,
     why,
 )
 
@@ -57,23 +53,7 @@ USER_AGENT = f"evolink-mcp/{__version__}"
 SUBMIT_DEADLINE_S = 75.0
 READ_DEADLINE_S = 20.0
 UPLOAD_DEADLINE_S = 180.0
-DOWNLOAD_DEADLINE_S = 120.0
-JSON_MAX_BYTES = 1 << 20
-PICTURE_MAX_BYTES = 100 << 20
-SLOWEST_BYTES_PER_S = 10_000
-SLOW_START_S = 15.0
 BATCH_MAX = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """`GET /v1/credits`: credits left and used of the account and of this key; None where not told."""
-
-    account_remaining: float | None
-    account_used: float | None
-    key_remaining: float | None
-    key_used: float | None
-    key_unlimited: bool | None
 
 
 class EvolinkClient:
@@ -119,7 +99,8 @@ class EvolinkClient:
         return self._open(httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0))
 
     @cached_property
-    def _pictures(self) -> httpx.AsyncClient:
+    def pictures(self) -> httpx.AsyncClient:
+        """For pictures: it knows no key, and connects to public addresses only."""
         if self._transport is None and not self._loopback and not urllib.request.getproxies():
             return self._open(POOL, CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL)))
         return self._open(POOL)
@@ -140,6 +121,10 @@ class EvolinkClient:
     def has_key(self) -> bool:
         return self._key is not None
 
+    def simulates(self, url: str) -> bool:
+        """Whether `url` is at a stand-in of EvoLink on this machine: then its pictures are there, too."""
+        return self._loopback and url.startswith(self._origins["api"] + "/")
+
     # --- the purchase ---
 
     async def submit(self, body: dict[str, Any], *, idempotency_key: str, on_sending: Callable[[], object]) -> Task:
@@ -154,9 +139,10 @@ class EvolinkClient:
         sent = False
         traced = self._transport is None
 
-        async def trace(event: str, _info: dict[str, Any]) -> None:
+        async def trace(event: str, info: dict[str, Any]) -> None:
             nonlocal sent
-            if event.endswith("send_request_headers.started"):
+            # A proxy's CONNECT is told of, too: it carries nothing of the purchase.
+            if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
                 on_sending()
                 sent = True
 
@@ -182,7 +168,8 @@ class EvolinkClient:
                 return read_task(reply.json())
             except Unreadable as error:
                 raise OutcomeUnknown(f"the request was sent, but {lower_first(error.what)}") from error
-        if reply.status in BY_STATUS:
+        # A conflict means that EvoLink has seen this fresh key before: something has sent the request twice.
+        if reply.status in BY_STATUS and reply.status != 409:
             raise rejection(reply)
         raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
 
@@ -190,36 +177,25 @@ class EvolinkClient:
 
     async def task(self, task_id: str) -> Task:
         """`GET /v1/tasks/{task_id}`."""
-        reply = await self._ask("GET", f"/v1/tasks/{_segment(task_id)}")
-        return read_task(reply.json())
+        task = read_task((await self._ask("GET", f"/v1/tasks/{_segment(task_id)}")).json())
+        if task.id != task_id:
+            raise Unreadable("EvoLink answered with another task")
+        return task
 
     async def tasks(self, task_ids: Iterable[str]) -> dict[str, Task]:
         """`POST /v1/tasks/batch` (undocumented): up to 50 tasks by id; unknown ones are absent."""
         ids = [task_id for task_id in task_ids if is_task_id(task_id)][:BATCH_MAX]
         reply = await self._ask("POST", "/v1/tasks/batch", content=dump({"task_ids": ids}))
-        return {task.id: task for task in _each_task(reply.json())}
+        return {task.id: task for task in read_tasks(reply.json())}
 
     async def recent_tasks(self, page_size: int = 50) -> list[Task]:
         """`GET /v1/tasks` (undocumented): the account's newest tasks, newest first, without result links."""
         reply = await self._ask("GET", f"/v1/tasks?page=1&page_size={page_size}")
-        return list(_each_task(reply.json()))
+        return list(read_tasks(reply.json()))
 
     async def balance(self) -> Balance:
         """`GET /v1/credits`."""
-        data = (await self._ask("GET", "/v1/credits")).json()
-        data = data.get("data") if isinstance(data, dict) else None
-        user, token = ((data.get(k) if isinstance(data, dict) else None) or {} for k in ("user", "token"))
-        if not isinstance(user, dict) or not isinstance(token, dict) or not (user or token):
-            raise Unreadable("EvoLink's answer about credits makes no sense")
-        left, used = "remaining_credits", "used_credits"
-        amounts = [
-            _amount(user.get(left)),
-            _amount(user.get(used)),
-            _amount(token.get(left)),
-            _amount(token.get(used)),
-        ]
-        unlimited = token.get("unlimited_credits")
-        return Balance(*amounts, key_unlimited=unlimited if isinstance(unlimited, bool) else None)
+        return read_balance((await self._ask("GET", "/v1/credits")).json())
 
     async def upload(self, name: str, mime_type: str, content: bytes | BinaryIO) -> str:
         """`POST /api/v1/files/upload/stream`: free of charge, kept by EvoLink for 72 h; returns its URL."""
@@ -250,48 +226,6 @@ class EvolinkClient:
             if not self._loopback:
                 raise Unreadable("EvoLink's file API names an unusable URL for the upload") from error
         return url
-
-    # --- pictures ---
-
-    async def download(self, url: str, into: BinaryIO) -> int:
-        """Write the picture at `url` to `into`, without the key; returns the bytes written.
-
-        Raises:
-            LinkExpired: the host says 403, 404 or 410.
-            DownloadFailed: anything else; `into` may hold a part.
-        """
-        try:
-            addresses.check_public_url(url, schemes=("https",), max_length=8192)
-        except ValueError as error:
-            if not (self._loopback and url.startswith(self._origins["api"] + "/")):
-                raise DownloadFailed(
-                    f"EvoLink's link to the picture is not usable: {error}", retryable=False
-                ) from error
-        started = time.monotonic()
-        written = 0
-        try:
-            with anyio.fail_after(DOWNLOAD_DEADLINE_S):
-                async with self._stream(self._pictures, self._pictures.build_request("GET", url)) as response:
-                    if response.status_code in (403, 404, 410):
-                        raise LinkExpired("EvoLink's link to the picture has expired")
-                    if response.status_code != 200:
-                        raise DownloadFailed(f"the picture's host answered HTTP {response.status_code}")
-                    async for chunk in response.aiter_raw(64 << 10):
-                        written += len(chunk)
-                        if written > PICTURE_MAX_BYTES:
-                            raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
-                        into.write(chunk)
-                        took = time.monotonic() - started
-                        if took > SLOW_START_S and written < took * SLOWEST_BYTES_PER_S:
-                            raise DownloadFailed("the picture's host sends less than 10 kB/s")
-                    declared = response.headers.get("content-length", "")
-                    if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
-                        raise DownloadFailed("the picture arrived incomplete")
-        except TimeoutError as error:
-            raise DownloadFailed(f"the picture took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from error
-        except TRANSPORT_ERRORS as error:
-            raise DownloadFailed(f"the picture could not be fetched ({why(error)})") from error
-        return written
 
     # --- one way out ---
 
@@ -329,39 +263,19 @@ class EvolinkClient:
         """Send and read whole, within a total deadline and the JSON cap."""
         try:
             with anyio.fail_after(deadline_s):
-                async with self._stream(client, request) as response:
-                    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-                        raise Unreadable("EvoLink's answer is compressed although it was asked not to be")
-                    body = bytearray()
-                    async for chunk in response.aiter_raw():
-                        body += chunk
-                        if len(body) > JSON_MAX_BYTES:
-                            raise Unreadable("EvoLink's answer is larger than 1 MiB")
-                    return Reply(response.status_code, response.headers, bytes(body))
+                async with stream(client, request) as response:
+                    try:
+                        body = await whole_body(response)
+                    except (Unreadable, *TRANSPORT_ERRORS):
+                        # A definite no needs no words: the status line has said everything about the money.
+                        if response.status_code not in BY_STATUS:
+                            raise
+                        body = b""
+                    if self._key is not None:  # an answer that quotes the key must not carry it any further
+                        body = body.replace(self._key.get_secret_value().encode(), b"(the key)")
+                    return Reply(response.status_code, response.headers, body)
         except TimeoutError as error:
             raise Unreadable(f"no complete answer within {deadline_s:.0f} s") from error
-
-    @asynccontextmanager
-    async def _stream(self, client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-        response = await client.send(request, stream=True)
-        try:
-            yield response
-        finally:
-            with anyio.CancelScope(shield=True):
-                await response.aclose()
-
-
-def _each_task(data: Any) -> Iterable[Task]:
-    rows = data.get("data") if isinstance(data, dict) else data
-    if isinstance(rows, dict):
-        rows = rows.get("tasks") or rows.get("items") or rows.get("list")
-    if not isinstance(rows, list):
-        raise Unreadable("EvoLink's answer is not a list of tasks")
-    for row in rows:
-        try:
-            yield read_task(row)
-        except Unreadable:
-            continue
 
 
 def _segment(task_id: str) -> str:
@@ -370,8 +284,3 @@ def _segment(task_id: str) -> str:
             "this is not a task id", code="invalid_task_id", advice="Give the id as generate_image named it."
         )
     return quote(task_id, safe="")
-
-
-def _amount(value: Any) -> float | None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None

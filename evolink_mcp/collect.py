@@ -12,12 +12,14 @@ from pathlib import Path
 import anyio
 
 from evolink_mcp.client import EvolinkClient
+from evolink_mcp.downloads import download
 from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, Refused
 from evolink_mcp.folders import Folders
 from evolink_mcp.images import Kept, keep
 from evolink_mcp.jobs import FileTurn, Job, Sleep
 from evolink_mcp.journal import Entry, Picture
 from evolink_mcp.pace import backoff_s
+from evolink_mcp.sidecar import lay_beside
 from evolink_mcp.tasks import Task
 from evolink_mcp.watch import merged
 
@@ -40,6 +42,7 @@ class Collector:
         seen: Callable[[Job, Task], None],
         kept: Callable[[Job, tuple[Picture, ...]], None],
         locks: Path | None = None,
+        sidecars: bool = True,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
     ) -> None:
@@ -49,6 +52,7 @@ class Collector:
         self._seen = seen
         self._kept = kept
         self._locks = locks
+        self._sidecars = sidecars
         self._clock = clock
         self._sleep = sleep
         self._at_once = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
@@ -99,6 +103,8 @@ class Collector:
                     bytes=kept.bytes,
                     sha256=kept.sha256,
                 )
+                if self._sidecars:
+                    await lay_beside(job.entry, pictures[picture.index])
         self._kept(job, _ordered(pictures))
 
     async def _download(self, job: Job, picture: Picture) -> Kept:
@@ -108,7 +114,7 @@ class Collector:
                 target = self._folders.target(job.entry.save_as)
         for repeat in range(REPEATS_MAX + 1):
             try:
-                return await keep(partial(self._client.download, picture.url), target)
+                return await keep(partial(download, self._client, picture.url), target)
             except DownloadFailed as error:
                 if isinstance(error, LinkExpired) or not error.retryable or repeat == REPEATS_MAX:
                     raise

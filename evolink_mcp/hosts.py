@@ -7,35 +7,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One host, by the name its client gives; times in seconds, sizes in characters of the JSON answer."""
+    """One host; times in seconds, sizes in characters of the JSON answer.
+
+    `wait_s` is how long a call waits unless told otherwise. Where the host's own `limit_s` is known, the wait and the
+    grace for a task id that is late end before it.
+    """
 
     name: str
     wait_s: float = 45.0
     answer_max: int = 700_000
+    limit_s: float | None = None
 
 
-UNKNOWN = Host("unknown")
-# (start of the client's own name in lower case, host). `wait_s` ends well before the host's limit in the comment.
+UNKNOWN = Host("any other host")
+# (start of the client's own name in lower case, host): the first that fits counts.
 KNOWN: tuple[tuple[str, Host], ...] = (
-    ("claude-code", Host("Claude Code", wait_s=110)),  # calls over 120 s move to the background
-    ("claude-ai", Host("Claude Desktop", wait_s=45)),  # about 60 s on some surfaces, 240 s on others
-    ("codex", Host("Codex", wait_s=280)),  # 300 s exactly
-    ("gemini-cli", Host("Gemini CLI", wait_s=300)),  # 600 s
-    ("visual studio code", Host("VS Code", wait_s=240)),  # no limit of its own; 300 s in 1.103 to 1.105
-    ("cursor", Host("Cursor", wait_s=45)),  # about 60 s reported
-    ("zed", Host("Zed", wait_s=45)),  # 60 s
-    ("windsurf", Host("Windsurf", wait_s=45)),  # not known
-    ("cline", Host("Cline", wait_s=45)),  # 60 s
-    ("kilo", Host("Kilo Code", wait_s=45)),  # 60 s
-    ("opencode", Host("opencode", wait_s=45)),  # 60 s
-    ("copilot-intellij", Host("Copilot for JetBrains", wait_s=25)),  # about 30 s
-    ("github-copilot-intellij", Host("Copilot for JetBrains", wait_s=25)),
-    ("github-copilot", Host("GitHub Copilot", wait_s=45)),  # 60 s
-    ("copilot", Host("GitHub Copilot", wait_s=45)),  # 60 s
+    ("claude-code", Host("Claude Code", wait_s=105, limit_s=120)),  # not an end: then it moves to the background
+    ("claude-ai", Host("Claude Desktop", limit_s=60)),  # on some surfaces; 240 s on others
+    ("local-agent-mode", Host("Cowork and Code in Claude Desktop", limit_s=60)),
+    ("codex", Host("Codex", wait_s=280, limit_s=300)),
+    ("gemini-cli", Host("Gemini CLI", wait_s=300, limit_s=600)),
+    ("visual studio code", Host("VS Code", wait_s=240, limit_s=300)),  # in 1.103 to 1.105, none since
+    ("cursor", Host("Cursor", limit_s=60)),
+    ("windsurf", Host("Windsurf")),
+    ("zed", Host("Zed", limit_s=60)),
+    ("cline", Host("Cline", limit_s=60)),
+    ("roo code", Host("Roo Code", limit_s=60)),
+    ("kilo", Host("Kilo Code", limit_s=60)),
+    ("opencode", Host("opencode", limit_s=60)),
+    ("jetbrains", Host("JetBrains IDEs", wait_s=15, limit_s=30)),
+    ("github-copilot", Host("GitHub Copilot CLI")),
 )
 
 
 def host_named(client_name: str | None) -> Host:
-    """The host whose client calls itself so; unknown ones get what the most impatient known default bears."""
+    """The host whose client calls itself so; unknown ones get what the most impatient common default bears."""
     name = (client_name or "").strip().lower()
     return next((host for start, host in KNOWN if name.startswith(start)), UNKNOWN)

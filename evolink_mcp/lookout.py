@@ -11,12 +11,15 @@ import anyio.abc
 
 from evolink_mcp.client import BATCH_MAX, EvolinkClient
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
-from evolink_mcp.tasks import COMPLETED, Task
+from evolink_mcp.tasks import COMPLETED, FAILED, Task
+from evolink_mcp.wire import TRANSPORT_ERRORS
 
 log = logging.getLogger(__name__)
 
 GATHER_S = 0.05
 READS_PER_S = 100
+NO_BATCH_HERE = (400, 404, 405, 501)
+SENSELESS_MAX = 3
 
 
 @dataclass(slots=True)
@@ -46,6 +49,7 @@ class Lookout:
         self._monotonic = monotonic
         self._wishes: list[_Wish] = []
         self._batch_works = True
+        self._senseless = 0
         self._next_read = 0.0
         self.watchers = 0
 
@@ -84,8 +88,7 @@ class Lookout:
             return
         for wish in wishes:
             task = found.get(wish.task_id)
-            # What a batch does not tell in full is read singly: absent tasks, and links of finished ones.
-            if task is None or (task.status == COMPLETED and not task.results):
+            if task is None or not _told_in_full(task):
                 self._group.start_soon(self._single, wish)
             else:
                 wish.task = task
@@ -107,15 +110,22 @@ class Lookout:
             return {}
         try:
             await self._spaced()
-            return await self._client.tasks(task_ids)
+            found = await self._client.tasks(task_ids)
         except RateLimited:
             raise
         except (Rejected, Unreadable) as error:
-            if error.http_status in (400, 404, 405) or (isinstance(error, Unreadable) and error.http_status is None):
+            # A broken connection says nothing about batch reads: only a definite no, or nonsense again and again.
+            if error.http_status is None and isinstance(error.__cause__, TRANSPORT_ERRORS):
+                raise
+            if error.http_status not in (None, *NO_BATCH_HERE):
+                raise
+            self._senseless += 1
+            if error.http_status is not None or self._senseless >= SENSELESS_MAX:
                 self._batch_works = False
                 log.info("EvoLink does not answer batch reads; tasks are read one by one")
-                return {}
-            raise
+            return {}
+        self._senseless = 0
+        return found
 
     async def _spaced(self) -> None:
         """Keep all reads of this process below 100 a second."""
@@ -123,3 +133,10 @@ class Lookout:
         self._next_read = max(self._next_read + 1 / READS_PER_S, now)
         if self._next_read > now:
             await self._sleep(self._next_read - now)
+
+
+def _told_in_full(task: Task) -> bool:
+    """Whether a batch says all that a single read would: an end needs its links and price, or its reason."""
+    if task.status == COMPLETED:
+        return bool(task.results) and task.credits_used is not None
+    return task.status != FAILED or task.error is not None

@@ -11,6 +11,7 @@ FIRST_LOOK_MIN_S, FIRST_LOOK_MAX_S = 3.0, 15.0
 LOOK_MIN_S, LOOK_MAX_S = 2.5, 5.0
 SPRINT_S, SPRINT_LOOKS, SPRINT_FROM = 1.5, 5, 90.0
 HONEST_FROM = 5.0
+STILL_LOOKS = 2
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 8.0
 
 
@@ -23,6 +24,7 @@ class Schedule:
     _looks: int = 0
     _sprints: int = 0
     _progress: float = 0.0
+    _still: int = 0
     _honest: bool = True
 
     def next_s(self, elapsed_s: float, progress: float | None = None) -> float:
@@ -44,12 +46,15 @@ class Schedule:
         if progress is None or progress < self._progress:
             self._honest = self._honest and progress is None
             return base
+        self._still = 0 if progress > self._progress else self._still + 1
         self._progress = progress
         if not self._honest or progress < HONEST_FROM:
             return base
         if progress >= SPRINT_FROM:
             self._sprints += 1
             return SPRINT_S if self._sprints <= SPRINT_LOOKS else base
+        if self._still >= STILL_LOOKS:  # a number that stands still says nothing about the end
+            return base
         remaining = elapsed_s * (100 - progress) / progress
         return min(max(remaining / 2, base), 2 * base)
 

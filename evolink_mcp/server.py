@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from evolink_mcp import __version__
+from evolink_mcp.gallery import gallery
+from evolink_mcp.prompts import add_prompts
 from evolink_mcp.resources import ResourceServer, add_resources
 from evolink_mcp.studio import Studio
 from evolink_mcp.tools import Tools
@@ -40,6 +42,7 @@ def build_server(
         version=__version__,
         instructions=INSTRUCTIONS,
         tools=tools.all(),
+        extensions=[gallery()],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
         cache_hints={
@@ -49,6 +52,7 @@ def build_server(
         },
     )
     add_resources(server, studio)
+    add_prompts(server, studio)
 
     @server.custom_route("/healthz", methods=["GET"])
     async def healthz(_: Request) -> Response:

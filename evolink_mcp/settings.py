@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from evolink_mcp.sizes import RULES
 from evolink_mcp.till import Budget
 
 KEY = re.compile(r"[\x21-\x7e]{8,512}")
-PLACEHOLDER = re.compile(r"\$\{.*\}")
+PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
+EXAMPLE_KEY = "YOUR_EVOLINK_API_KEY"
 WAIT_MAX_S = 900
 PREVIEW_EDGE_MAX = 2048
 
@@ -36,6 +38,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     ),
     "EVOLINK_MCP_WAIT_SECONDS": ("what the host bears", "How long one call waits, 0 to 900."),
     "EVOLINK_MCP_PREVIEW": ("auto", "Inline preview: auto, off, or its longest edge in pixels."),
+    "EVOLINK_MCP_SIDECAR": ("1", "0 leaves out the JSON file beside each picture that says how it was made."),
     "EVOLINK_MCP_RESOURCE_LINKS": ("0", "1 adds resource_link blocks; some hosts fail on them."),
     "EVOLINK_MCP_MAX_CREDITS_PER_CALL": ("none", "Refuse a call whose computed price is higher."),
     "EVOLINK_MCP_MAX_CREDITS_PER_DAY": ("none", "Refuse what would take the day's total higher."),
@@ -62,6 +65,7 @@ class Settings:
     wait_s: float | None
     preview_edge: int | None
     resource_links: bool
+    sidecars: bool
     budget: Budget
 
     @classmethod
@@ -79,7 +83,9 @@ class Settings:
         files = _base_url("EVOLINK_FILES_BASE_URL", files or (FILES_BASE_URL if base == BASE_URL else base))
         output = _folder(said, "EVOLINK_MCP_OUTPUT_DIR") or _pictures()
         allowed = tuple(
-            _path(part) for part in said.get("EVOLINK_MCP_ALLOWED_DIRS", "").split(os.pathsep) if part.strip()
+            _path("EVOLINK_MCP_ALLOWED_DIRS", part)
+            for part in map(str.strip, said.get("EVOLINK_MCP_ALLOWED_DIRS", "").split(os.pathsep))
+            if part and not PLACEHOLDER.fullmatch(part)
         )
         return cls(
             key=key,
@@ -93,12 +99,28 @@ class Settings:
             wait_s=_number(said, "EVOLINK_MCP_WAIT_SECONDS", WAIT_MAX_S),
             preview_edge=_preview(said.get("EVOLINK_MCP_PREVIEW", "auto")),
             resource_links=_switch(said, "EVOLINK_MCP_RESOURCE_LINKS"),
+            sidecars=_switch(said, "EVOLINK_MCP_SIDECAR"),
             budget=Budget(
                 per_call=_number(said, "EVOLINK_MCP_MAX_CREDITS_PER_CALL"),
                 per_day=_number(said, "EVOLINK_MCP_MAX_CREDITS_PER_DAY"),
                 confirm_above=_number(said, "EVOLINK_MCP_CONFIRM_ABOVE"),
             ),
         )
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """Variables that look like ours and are read by nobody, each with the one that was probably meant."""
+    names = [name for name in (os.environ if environ is None else environ) if name.startswith("EVOLINK_")]
+    return {
+        name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1)), None)
+        for name in sorted(names)
+        if name not in VARIABLES
+    }
+
+
+def environment_without_ours() -> dict[str, str]:
+    """This process's environment for a child that gets settings of its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
 
 
 def _said(environ: Mapping[str, str]) -> dict[str, str]:
@@ -109,6 +131,12 @@ def _said(environ: Mapping[str, str]) -> dict[str, str]:
 def _key(value: str | None) -> tuple[SecretStr | None, str | None]:
     if value is None:
         return None, None
+    if value == EXAMPLE_KEY:
+        return None, f"EVOLINK_API_KEY is still the example's {EXAMPLE_KEY}"
+    if PLACEHOLDER.search(value):
+        return None, "EVOLINK_API_KEY has a ${...} in it that the host did not replace"
+    if value[0] in "\"'" or value.lower().startswith("bearer"):
+        return None, "EVOLINK_API_KEY must be the key alone, without quotes and without “Bearer”"
     if not KEY.fullmatch(value):
         return (
             None,
@@ -118,11 +146,11 @@ def _key(value: str | None) -> tuple[SecretStr | None, str | None]:
 
 
 def _base_url(name: str, value: str) -> str:
-    parts = urlsplit(value)
     try:
+        parts = urlsplit(value)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        host = ""
+        parts, host = urlsplit(""), ""
     safe = parts.scheme == "https" or (parts.scheme == "http" and _loopback(host))
     if not host or not safe or parts.username or parts.query or parts.fragment:
         raise BadSetting(f"{name} must be an https address (http only on loopback), without user name or query")
@@ -137,14 +165,13 @@ def _loopback(host: str) -> bool:
 
 
 def _folder(said: Mapping[str, str], name: str) -> Path | None:
-    return _path(said[name]) if name in said else None
+    return _path(name, said[name]) if name in said else None
 
 
-def _path(text: str) -> Path:
+def _path(name: str, text: str) -> Path:
     """A folder as people and bundles write it: `~`, ${HOME}, ${DESKTOP}, ${DOCUMENTS}, ${DOWNLOADS}, ${PICTURES}."""
     import platformdirs
 
-    text = text.strip()
     known = {
         "HOME": lambda: str(Path.home()),
         "DESKTOP": platformdirs.user_desktop_dir,
@@ -152,10 +179,15 @@ def _path(text: str) -> Path:
         "DOWNLOADS": platformdirs.user_downloads_dir,
         "PICTURES": platformdirs.user_pictures_dir,
     }
-    for name, value in known.items():
-        if f"${{{name}}}" in text:
-            text = text.replace(f"${{{name}}}", value())
-    return Path(text).expanduser().absolute()
+    for word, value in known.items():
+        if f"${{{word}}}" in text:
+            text = text.replace(f"${{{word}}}", value())
+    if left := PLACEHOLDER.search(text):
+        raise BadSetting(f"{name} has {left[0]} in it, which the host did not replace; give the whole path")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise BadSetting(f"{name} names the home folder of a user who does not exist here") from error
 
 
 def _pictures() -> Path:
@@ -208,7 +240,7 @@ def _preview(value: str) -> int | None:
 
 
 def _switch(said: Mapping[str, str], name: str) -> bool:
-    value = said.get(name, "0").lower()
+    value = said.get(name, VARIABLES[name][0]).lower()
     if value not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
         raise BadSetting(f"{name} must be 0 or 1")
     return value in ("1", "true", "yes", "on")

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 
 from evolink_mcp import costs, sizes
-from evolink_mcp.client import Balance, EvolinkClient
+from evolink_mcp.client import EvolinkClient
 from evolink_mcp.collect import Collector
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem
 from evolink_mcp.folders import Folders
@@ -23,7 +23,7 @@ from evolink_mcp.journal import Entry, Journal, Picture, fingerprint, new_key
 from evolink_mcp.lookout import Lookout
 from evolink_mcp.models import GenerationRequest
 from evolink_mcp.references import References
-from evolink_mcp.tasks import COMPLETED, Task
+from evolink_mcp.tasks import COMPLETED, Balance, Task
 from evolink_mcp.till import Till
 from evolink_mcp.watch import Watcher
 
@@ -61,6 +61,7 @@ class Studio:
         *,
         rule: str = "anchor-edge",
         locks: Path | None = None,
+        sidecars: bool = True,
         key_problem: str | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
@@ -73,6 +74,7 @@ class Studio:
         self.on_change: list[Callable[[Entry], Coroutine[Any, Any, None]]] = []
         self._references = references
         self._locks = locks
+        self._sidecars = sidecars
         self._key_problem = key_problem
         self._clock = clock
         self._sleep = sleep
@@ -96,7 +98,7 @@ class Studio:
                 self._watcher = Watcher(lookout, self._seen, **timing)
                 self._collector = Collector(
                     self.client, self.folders, known=self._known, seen=self._seen, kept=self._kept,
-                    locks=self._locks, **timing,
+                    locks=self._locks, sidecars=self._sidecars, **timing,
                 )  # fmt: skip
                 self._group.start_soon(self._recover_later)
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from evolink_mcp.quoting import harmless
 
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 SETTLED = frozenset({COMPLETED, FAILED, CANCELLED})
+_LINK = re.compile(r"https?://[\x21-\x7e\u00a1-\u1fff\u3001-\ud7ff\uf900-\ufdff]+")
 _SPELLINGS = {"canceled": CANCELLED, "expired": FAILED, "error": FAILED}
 
 
@@ -56,6 +58,17 @@ class Task:
         return "no" if self.status == FAILED else "unknown"
 
 
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """`GET /v1/credits`: credits left and used of the account and of this key; None where not told."""
+
+    account_remaining: float | None
+    account_used: float | None
+    key_remaining: float | None
+    key_used: float | None
+    key_unlimited: bool | None
+
+
 def read_task(data: Any) -> Task:
     """`data` as a task. Unknown fields are ignored, odd values become None.
 
@@ -88,19 +101,55 @@ def read_task(data: Any) -> Task:
     )
 
 
+def read_tasks(data: Any) -> Iterator[Task]:
+    """The tasks of a list, in any of its known shapes; what is no task in it is left out.
+
+    Raises:
+        Unreadable: `data` holds no list.
+    """
+    rows = data.get("data") if isinstance(data, dict) else data
+    if isinstance(rows, dict):
+        rows = rows.get("tasks") or rows.get("items") or rows.get("list")
+    if not isinstance(rows, list):
+        raise Unreadable("EvoLink's answer is not a list of tasks")
+    for row in rows:
+        try:
+            yield read_task(row)
+        except Unreadable:
+            continue
+
+
+def read_balance(data: Any) -> Balance:
+    """`GET /v1/credits`.
+
+    Raises:
+        Unreadable: `data` tells of no account and no key.
+    """
+    data = data.get("data") if isinstance(data, dict) else None
+    user, token = ((data.get(k) if isinstance(data, dict) else None) or {} for k in ("user", "token"))
+    if not isinstance(user, dict) or not isinstance(token, dict) or not (user or token):
+        raise Unreadable("EvoLink's answer about credits makes no sense")
+    amounts = [_amount(part.get(name)) for part in (user, token) for name in ("remaining_credits", "used_credits")]
+    unlimited = token.get("unlimited_credits")
+    return Balance(*amounts, key_unlimited=unlimited if isinstance(unlimited, bool) else None)
+
+
 def is_task_id(value: object) -> bool:
     """Whether `value` can be a task id: the only ids that ever reach a path."""
     return isinstance(value, str) and re.fullmatch(TASK_ID_PATTERN, value) is not None
 
 
 def _results(data: dict[str, Any]) -> tuple[str, ...]:
-    """Result URLs in order, each once: `results` first, `result_data` only where that is empty."""
+    """Result URLs in order, each once: `results` first, `result_data` only where that is empty.
+
+    What is no link in one line of visible characters is left out: it would be shown, and could say anything.
+    """
     urls = [item for item in _list(data.get("results")) if isinstance(item, str)]
     if not urls:
         for item in _list(data.get("result_data")) or [data.get("result_data")]:
             found = [_dict(item).get(name) for name in ("url", "image_url")]
             urls += [url for url in found if isinstance(url, str)][:1]
-    return tuple(dict.fromkeys(url for url in urls if url and len(url) <= URL_MAX))
+    return tuple(dict.fromkeys(url for url in urls if len(url) <= URL_MAX and _LINK.fullmatch(url)))
 
 
 def _error(error: Any, status: str) -> TaskError | None:
@@ -127,6 +176,11 @@ def _number(value: Any, low: float = 0.0, high: float = math.inf) -> float | Non
     if isinstance(value, int) and abs(value) > 10**15:
         return None
     return min(max(value, low), high) if math.isfinite(value) else None
+
+
+def _amount(value: Any) -> float | None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if ok else None
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from evolink_mcp.client import SUBMIT_DEADLINE_S, EvolinkClient
 from evolink_mcp.costs import Price
 from evolink_mcp.errors import (
     EvolinkError,
+    JournalUnwritable,
     OutcomeUnknown,
     OverBudget,
     Problem,
@@ -75,13 +76,13 @@ class Till:
         if max_credits is not None and credits > max_credits:
             raise OverBudget(
                 f"the computed price is {credits:g} credits (${price.usd:g}), above max_credits={max_credits:g}",
-                advice=f"Ask the user; then call again with max_credits={credits:g} or more, or a smaller or lower quality.",
+                advice=f"Ask the user; then call again with max_credits={credits:g}, or a smaller size or lower quality.",
             )
         cap = self.budget.per_call
         if cap is not None and credits > cap:
             raise OverBudget(
-                f"the computed price is {credits:g} credits (${price.usd:g}), above the cap of {cap:g} credits per call",
-                advice="Choose a smaller size, lower quality or smaller n; the cap is EVOLINK_MCP_MAX_CREDITS_PER_CALL.",
+                f"the computed price is {credits:g} credits (${price.usd:g}), above the cap of {cap:g} per call",
+                advice="Choose a smaller size, quality or n; the cap is EVOLINK_MCP_MAX_CREDITS_PER_CALL.",
             )
 
     def open(self, entry: Entry) -> None:
@@ -102,38 +103,38 @@ class Till:
     async def buy(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
         """Send the request of an `intent` entry; returns it `submitted`, `refused`, `unsent` or `unknown`.
 
-        `on_phase` hears of every state after it is in the journal. A cancelled call leaves the entry `sending`.
+        `on_phase` hears of every state. A cancelled call leaves the entry `sending`.
+
+        Raises:
+            JournalUnwritable: `sending` could not be written down, so nothing was sent.
         """
-        current = entry
+        sending = replace(entry, phase="sending")
 
-        def turn(**changes: object) -> Entry:
-            nonlocal current
-            current = replace(current, **changes)  # pyright: ignore[reportArgumentType]
-            self._journal.update(current)
-            on_phase(current)
-            return current
+        def on_sending() -> None:
+            self._journal.update(sending)
+            on_phase(sending)
 
-        started = self._clock()
+        used_s = 0.0
         for repeat in range(REPEATS_MAX + 1):
+            began = anyio.current_time()
             try:
-                task = await self._client.submit(
-                    entry.request, idempotency_key=entry.key, on_sending=lambda: turn(phase="sending")
-                )
+                task = await self._client.submit(entry.request, idempotency_key=entry.key, on_sending=on_sending)
             except (RateLimited, Unreachable) as error:
                 wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))
-                if repeat == REPEATS_MAX or self._clock() - started + wait > REPEAT_WITHIN_S:
+                used_s += anyio.current_time() - began + wait
+                if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S:
                     phase = "refused" if isinstance(error, RateLimited) else "unsent"
-                    return turn(phase=phase, error=error.problem)
+                    return self._note(replace(entry, phase=phase, error=error.problem), on_phase)
                 log.info("the request was not taken (%s); once more in %.1f s", error.code, wait)
-                turn(phase="intent")
+                self._note(entry, on_phase)
                 await self._sleep(wait)
             except Rejected as error:
-                return turn(phase="refused", error=error.problem)
+                return self._note(replace(entry, phase="refused", error=error.problem), on_phase)
             except OutcomeUnknown as error:
-                turn(phase="unknown", error=error.problem)
-                return await self.reconcile(current, on_phase)
+                lost = self._note(replace(entry, phase="unknown", error=error.problem), on_phase)
+                return await self.reconcile(lost, on_phase)
             else:
-                return self._accept(current, task, on_phase)
+                return self._accept(entry, task, on_phase)
         raise AssertionError("unreachable")
 
     async def reconcile(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
@@ -147,13 +148,13 @@ class Till:
                 await self._sleep(wait)
             try:
                 candidates = await self._unaccounted(entry)
+                if len(candidates) == 1 and not self._rivals(entry):
+                    log.info("a lost answer was found in the account's list: %s", candidates[0].id)
+                    return self._accept(entry, candidates[0], on_phase)
             except EvolinkError as error:
-                log.info("the account's tasks could not be listed: %s", error.code)
+                log.info("the account's tasks could not be compared: %s", error.code)
             if candidates:
                 break
-        if len(candidates) == 1 and not self._rivals(entry):
-            log.info("a lost answer was found in the account's list: %s", candidates[0].id)
-            return self._accept(entry, candidates[0], on_phase)
         said = entry.error.message if entry.error else "the answer to the request was lost"
         advice = OutcomeUnknown.advice
         if candidates:
@@ -161,10 +162,8 @@ class Till:
             advice = (
                 f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
             )
-        entry = replace(entry, phase="unknown", error=Problem("outcome_unknown", said, False, advice))
-        self._journal.update(entry)
-        on_phase(entry)
-        return entry
+        problem = Problem("outcome_unknown", said, False, advice)
+        return self._note(replace(entry, phase="unknown", error=problem), on_phase)
 
     async def _unaccounted(self, entry: Entry) -> list[Task]:
         """The account's tasks of the entry's time that no journal entry knows."""
@@ -186,12 +185,18 @@ class Till:
 
     def _accept(self, entry: Entry, task: Task, on_phase: Callable[[Entry], None]) -> Entry:
         """Note the id in the same breath as the answer: there is no await in here."""
-        entry = replace(entry, phase="submitted", task=task, error=None)
+        return self._note(replace(entry, phase="submitted", task=task, error=None), on_phase)
+
+    def _note(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
+        """Write down what became of a request that was let go.
+
+        The caller must hear of it even when the disk is full; what is on disk says then no more than that it was
+        sent, and the next start asks EvoLink.
+        """
         try:
             self._journal.update(entry)
-        except EvolinkError:
-            # The id must reach the caller even when the disk is full; `sending` is on disk for the next start.
-            log.exception("the id %s could not be written down", task.id)
+        except JournalUnwritable as error:
+            log.error("%s of %s could not be written down: %s", entry.phase, entry.task_id or entry.key, error.what)
         on_phase(entry)
         return entry
 

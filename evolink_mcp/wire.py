@@ -9,6 +9,8 @@ import math
 import re
 import ssl
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from evolink_mcp.quoting import harmless
 
 CONNECT_TIMEOUT_S = 10.0
 RETRY_AFTER_MAX_S = 120.0
+JSON_MAX_BYTES = 1 << 20
 POOL_SIZE = 16
 
 # Everything httpx raises for a request that went wrong on the way; a test holds this against its whole tree.
@@ -68,6 +71,29 @@ class CheckedAddress(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+@asynccontextmanager
+async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+    """An answer as it arrives; its connection is given back even when the reader is cancelled."""
+    response = await client.send(request, stream=True)
+    try:
+        yield response
+    finally:
+        with anyio.CancelScope(shield=True):
+            await response.aclose()
+
+
+async def whole_body(response: httpx.Response) -> bytes:
+    """The body as it came, never unpacked: what is small on the wire can be large beyond it."""
+    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+        raise Unreadable("EvoLink's answer is compressed although it was asked not to be")
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > JSON_MAX_BYTES:
+            raise Unreadable("EvoLink's answer is larger than 1 MiB")
+    return bytes(body)
 
 
 def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:

@@ -40,7 +40,8 @@ async def open_studio(
     till = Till(client, journal, settings.budget, clock=clock, sleep=sleep)
     studio = Studio(
         client, journal, settings.folders, references, till,
-        rule=settings.size_rule, locks=settings.data_dir / "locks", key_problem=settings.key_problem, clock=clock, sleep=sleep,
+        rule=settings.size_rule, locks=settings.data_dir / "locks", sidecars=settings.sidecars,
+        key_problem=settings.key_problem, clock=clock, sleep=sleep,
     )  # fmt: skip
     async with client, studio:
         yield studio

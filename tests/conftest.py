@@ -58,8 +58,8 @@ class World:
 
     @property
     def files(self) -> list[Path]:
-        """The saved pictures."""
-        return sorted(path for path in (self.folder / "pictures").rglob("*") if path.is_file())
+        """The saved pictures, and whatever else lies among them that should not."""
+        return sorted(p for p in (self.folder / "pictures").rglob("*") if p.is_file() and p.suffix != ".json")
 
     @asynccontextmanager
     async def client(self, mode: Any = "auto", **server: Any) -> AsyncIterator[Client]:

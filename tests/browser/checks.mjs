@@ -1,0 +1,358 @@
+// Every check is what a person would see: real server, simulated EvoLink, official App bridge, headless Chromium.
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { appendFileSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { createServer } from "node:http";
+import { createRequire } from "node:module";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+import { Client } from "@modelcontextprotocol/client";
+import { StdioClientTransport } from "@modelcontextprotocol/client/stdio";
+import { build } from "esbuild";
+import { chromium } from "playwright-core";
+
+const [python, shots] = process.argv.slice(2);
+const root = resolve(import.meta.dirname, "../..");
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const SECONDS = 2; // how long the simulated EvoLink takes
+const SHOWN_WITHIN_MS = 1000;
+const URI = "ui://evolink/gallery.html";
+const MIME = "text/html;profile=mcp-app";
+// What a host allows an App that asks for nothing (the specification's restrictive default).
+const POLICY =
+  "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; " +
+  "img-src 'self' data:; media-src 'self' data:; connect-src 'none'; frame-src 'none'; object-src 'none'; base-uri 'self'";
+const CHAT = `<!doctype html><html lang="en"><meta charset="utf-8"><title>Chat</title><style>
+  body { margin: 0; padding: 20px; background: #fff; font: 15px/1.5 system-ui, sans-serif }
+  html[data-theme=dark] body { background: #151413 }
+  iframe { border: 1px solid #8883; border-radius: 14px; display: block; height: 120px }
+</style><main id="app"></main><script src="/host.js"></script></html>`;
+
+let passed = 0;
+let failed = 0;
+const started = Date.now();
+const complaints = [];
+
+async function check(name, act) {
+  try {
+    const told = await act();
+    passed += 1;
+    console.log(`ok    ${name}${typeof told === "string" ? ` (${told})` : ""}`);
+  } catch (error) {
+    failed += 1;
+    console.log(`FAIL  ${name}\n      ${String(error.message ?? error).split("\n").slice(0, 12).join("\n      ")}`);
+  }
+}
+
+async function served(answer) {
+  const server = createServer((request, response) => {
+    const [type, body, headers = {}] = answer(request.url);
+    response.writeHead(200, { "content-type": type, ...headers }).end(body);
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  return { origin: `http://127.0.0.1:${server.address().port}`, close: () => server.close() };
+}
+
+async function freePort() {
+  const probe = createServer().listen(0, "127.0.0.1");
+  await once(probe, "listening");
+  const { port } = probe.address();
+  probe.close();
+  await once(probe, "close");
+  return port;
+}
+
+async function simulator() {
+  const port = await freePort();
+  const child = spawn(python, ["-m", "evolink_mcp", "simulate", "--port", port, "--seconds", SECONDS], {
+    cwd: root,
+    stdio: ["ignore", "ignore", "inherit"],
+  });
+  const url = `http://127.0.0.1:${port}`;
+  for (let tries = 0; ; tries += 1) {
+    try {
+      await fetch(`${url}/v1/credits`);
+      return { url, stop: () => child.kill() };
+    } catch (error) {
+      if (tries > 100 || child.exitCode !== null) throw error;
+      await new Promise((done) => setTimeout(done, 100));
+    }
+  }
+}
+
+async function connected(mode, evolink, home) {
+  const client = new Client(
+    { name: "gallery checks", version: "1.0.0" },
+    {
+      versionNegotiation: { mode },
+      capabilities: { extensions: { "io.modelcontextprotocol/ui": { mimeTypes: [MIME] } } },
+    },
+  );
+  const transport = new StdioClientTransport({
+    command: python,
+    args: ["-m", "evolink_mcp"],
+    cwd: root,
+    env: { HOME: home, PATH: process.env.PATH, EVOLINK_BASE_URL: evolink, EVOLINK_API_KEY: "sk-simulated" },
+    stderr: "inherit",
+  });
+  await client.connect(transport);
+  return client;
+}
+
+async function audited(frame, name) {
+  await frame.evaluate(axe);
+  const { violations, passes } = await frame.evaluate(() => axe.run(document));
+  const told = violations.map((v) => `${v.id}: ${v.help}: ${v.nodes.map((n) => n.html.slice(0, 120)).join(" | ")}`);
+  assert.deepEqual(told, [], `${name}: ${told.join("\n")}`);
+  return `${passes.length} rules passed`;
+}
+
+async function underOneEra(mode, browser, evolink, hostScript) {
+  const home = mkdtempSync(join(tmpdir(), "gallery-"));
+  const client = await connected(mode, evolink, home);
+  const era = client.getNegotiatedProtocolVersion?.() ?? mode;
+  const name = (text) => `${mode === "legacy" ? "legacy" : "modern"}: ${text}`;
+  let html = "";
+  const view = await served(() => ["text/html; charset=utf-8", html, { "content-security-policy": POLICY }]);
+  const chat = await served((url) =>
+    url === "/" ? ["text/html; charset=utf-8", CHAT] : url === "/host.js" ? ["text/javascript", hostScript] : ["text/plain", ""]);
+  const page = await (await browser.newContext({ permissions: ["clipboard-read"], viewport: { width: 860, height: 900 }, deviceScaleFactor: 1 })).newPage();
+  page.on("console", (m) => {
+    // Chromium says this of every frame that the specification asks for.
+    if (!["error", "warning"].includes(m.type()) || m.text().startsWith("An iframe which has both allow-scripts and")) return;
+    complaints.push(`${mode} ${m.type()}: ${m.text()}`);
+  });
+  page.on("pageerror", (error) => complaints.push(`${mode}: ${error.message}`));
+  await page.exposeFunction("toServer", (method, params) => client.request({ method, params }, { timeout: 60_000 }));
+  await page.goto(chat.origin);
+
+  let tool;
+  const frame = () => page.frames().find((one) => one.url().startsWith(view.origin));
+  const app = () => page.frameLocator("iframe");
+  const opened = (more = {}) =>
+    page.evaluate((o) => openApp(o), { url: view.origin, theme: "light", tool, width: 820, ...more });
+  const shot = async (file) => {
+    await page.waitForTimeout(450); // let pictures fade in
+    await page.locator("iframe").screenshot({ path: join(shots, `${mode === "legacy" ? "legacy-" : ""}${file}.png`) });
+  };
+  const allShown = (n) =>
+    frame().waitForFunction(
+      (wanted) => {
+        const pictures = [...document.querySelectorAll("#grid img")];
+        return pictures.length === wanted && pictures.every((p) => p.complete && p.naturalWidth > 0 && p.src.startsWith("data:image/"));
+      },
+      n,
+      { timeout: 30_000, polling: 20 },
+    );
+
+  await check(name(`the tool names the page and the page has the App type (protocol ${era})`), async () => {
+    const { tools } = await client.request({ method: "tools/list", params: {} });
+    tool = tools.find((one) => one.name === "generate_image");
+    assert.equal(tool._meta.ui.resourceUri, URI);
+    const { contents } = await client.request({ method: "resources/read", params: { uri: URI } });
+    assert.equal(contents[0].mimeType, MIME);
+    html = contents[0].text;
+  });
+
+  await check(name("the page initialises under the official bridge and the default content policy"), async () => {
+    const info = await opened();
+    assert.equal(info.name, "evolink-gallery");
+  });
+
+  const wish = { prompt: "A quiet harbour at dawn, mist over the water", n: 2, size: "3:2" };
+  await check(name("a running task shows what is made, with a busy bar and empty frames"), async () => {
+    await page.evaluate((w) => { window.pending = callTool("generate_image", w); }, wish);
+    await app().getByRole("heading", { name: "Making 2 pictures" }).waitFor();
+    await app().getByRole("progressbar").waitFor();
+    assert.equal(await app().locator("#grid li").count(), 2);
+    await app().getByText(wish.prompt).first().waitFor();
+    await app().getByText(/\b1 s\b/).waitFor();
+    await shot("working-light");
+    return await audited(frame(), "working");
+  });
+
+  await check(name("two finished pictures are shown within a second of the answer"), async () => {
+    await page.evaluate(() => window.pending);
+    await allShown(2);
+    const took = await page.evaluate(() => performance.now() - resultAt);
+    assert.ok(took < SHOWN_WITHIN_MS, `took ${took.toFixed(0)} ms`);
+    await app().getByRole("heading", { name: "2 pictures" }).waitFor();
+    return `${took.toFixed(0)} ms`;
+  });
+
+  await check(name("they are the full pictures, read through the host"), async () => {
+    await frame().waitForFunction(() => [...document.querySelectorAll("#grid img")].every((one) => one.naturalWidth === 1536), null, { timeout: 5000 });
+  });
+
+  await check(name("the frame is as high as its content"), async () => {
+    await page.waitForTimeout(300);
+    const [scroll, inner] = await frame().evaluate(() => [document.documentElement.scrollHeight, innerHeight]);
+    assert.ok(Math.abs(scroll - inner) <= 1, `content ${scroll}, frame ${inner}`);
+  });
+
+  await check(name("no accessibility violation in light"), () => audited(frame(), "light"));
+  await shot("light-wide");
+  await check(name("no accessibility violation in dark"), async () => {
+    await page.evaluate(() => dressApp("dark"));
+    await page.waitForTimeout(250);
+    return audited(frame(), "dark");
+  });
+  await shot("dark-wide");
+  await check(name("nothing is cut off at 320 pixels"), async () => {
+    await page.evaluate(() => sizeApp(320));
+    await page.waitForTimeout(250);
+    const [scroll, inner] = await frame().evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+    assert.ok(scroll <= inner, `content ${scroll}, frame ${inner}`);
+    await audited(frame(), "narrow");
+  });
+  await shot("dark-narrow");
+  await page.evaluate(() => dressApp("light"));
+  await shot("light-narrow");
+  await page.evaluate(() => sizeApp(820));
+
+  await check(name("“Edit this one” puts a message with the picture's address and prompt into the chat"), async () => {
+    await app().getByRole("button", { name: "Edit this one: picture 2" }).click();
+    await page.waitForFunction(() => seen.messages.length === 1);
+    const [{ role, content }] = await page.evaluate(() => seen.messages);
+    assert.equal(role, "user");
+    assert.match(content[0].text, /evolink:\/\/images\/task-unified-\S+\/1\b/);
+    assert.ok(content[0].text.includes(wish.prompt));
+    await app().getByRole("status").getByText("Sent to the chat").waitFor({ state: "attached" });
+  });
+  await check(name("“Another like it” does too"), async () => {
+    await app().getByRole("button", { name: "Another like it: picture 1" }).click();
+    await page.waitForFunction(() => seen.messages.length === 2);
+    const text = await page.evaluate(() => seen.messages[1].content[0].text);
+    assert.match(text, /evolink:\/\/images\/task-unified-\S+\/0\b/);
+    assert.ok(text.includes(wish.prompt));
+  });
+  await check(name("the path is copied and the link is opened by the host"), async () => {
+    await app().getByRole("button", { name: "Copy path: picture 1" }).click();
+    await app().getByRole("status").getByText("Copied").waitFor({ state: "attached" });
+    await page.bringToFront();
+    await page.evaluate(() => window.focus());
+    assert.match(await page.evaluate(() => navigator.clipboard.readText()), /Pictures.*task-unified-\S+\.png$/);
+    await app().getByRole("button", { name: "Open link: picture 1" }).click();
+    await page.waitForFunction(() => seen.links.length === 1);
+    assert.match(await page.evaluate(() => seen.links[0].url), /\/pictures\/task-unified-\S+\/1\.png$/);
+  });
+  await check(name("the large view opens, turns and closes by keyboard and gives the focus back"), async () => {
+    const open = app().getByRole("button", { name: "Open picture 1 large" });
+    await open.focus();
+    await page.keyboard.press("Enter");
+    const dialog = app().getByRole("dialog", { name: /Picture 1 of 2/ });
+    await dialog.waitFor();
+    await page.keyboard.press("ArrowRight");
+    await app().getByRole("dialog", { name: /Picture 2 of 2/ }).waitFor();
+    await audited(frame(), "large");
+    await shot("large-light");
+    await page.keyboard.press("Escape");
+    await app().getByRole("dialog").waitFor({ state: "hidden" });
+    assert.ok(await open.evaluate((node) => node === document.activeElement), "the focus went elsewhere");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("a handle is followed by get_task alone until the pictures are there"), async () => {
+    await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
+    await opened({ theme: "dark" });
+    await page.evaluate(() => { document.documentElement.dataset.theme = "dark"; });
+    const handle = await page.evaluate(() => callTool("generate_image", { prompt: "sim:slow=6 A fox in the snow", n: 2, wait_seconds: 0 }));
+    assert.equal(handle.structuredContent.next_action.tool, "get_task");
+    await frame().waitForFunction(() => document.getElementById("bar").ariaValueNow > 0, null, { timeout: 20_000 });
+    await app().getByText(/\d+ % · \d+ s/).waitFor();
+    await audited(frame(), "progress");
+    await shot("progress-dark");
+    await allShown(2);
+    const [calls, took, context] = await page.evaluate(() => [seen.calls, performance.now() - seen.answers.at(-1).at, seen.contexts]);
+    assert.deepEqual([...new Set(calls.map((call) => call.name))], ["get_task"]);
+    assert.ok(calls.every((call) => call.arguments.wait_seconds <= 20));
+    assert.ok(took < SHOWN_WITHIN_MS, `took ${took.toFixed(0)} ms`);
+    assert.match(context[0].content[0].text, /completed.*evolink:\/\/images\//);
+    return `${calls.length} looks, shown after ${took.toFixed(0)} ms`;
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("a failed task shows its reason and that nothing was charged"), async () => {
+    await opened({ theme: "light" });
+    await page.evaluate(() => { document.documentElement.dataset.theme = "light"; });
+    const answer = await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast sim:fail A crowd at a concert" }));
+    assert.equal(answer.isError, true);
+    await app().getByRole("heading", { name: "No picture was made" }).waitFor();
+    const text = await app().getByRole("region", { name: "What went wrong" }).innerText();
+    assert.ok(text.toLowerCase().includes(answer.structuredContent.error.message.slice(0, 30).toLowerCase()), text);
+    assert.ok(text.includes("Nothing was charged."), text);
+    await shot("failed-light");
+    await audited(frame(), "failed in light");
+    await page.evaluate(() => dressApp("dark"));
+    await page.waitForTimeout(250);
+    await audited(frame(), "failed in dark");
+    await shot("failed-dark");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("a single wide picture keeps its shape, and the large view asks the host for the full screen"), async () => {
+    await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
+    await opened({ modes: ["inline", "fullscreen"] });
+    await page.evaluate(() => dressApp("light"));
+    await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A lighthouse above a calm sea", size: "16:9", resolution: "4K" }));
+    await allShown(1);
+    await app().getByRole("heading", { name: "Your picture" }).waitFor();
+    const { width, height } = await app().locator(".pic").boundingBox();
+    assert.ok(Math.abs(width / height - 16 / 9) < 0.01, `${width} by ${height}`);
+    await shot("one-light");
+    await app().getByRole("button", { name: "Open picture 1 large" }).click();
+    await app().getByRole("button", { name: "Close" }).click();
+    await page.waitForFunction(() => seen.modes.join() === "fullscreen,inline");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("a picture above the cap of one message shows its path, and its link"), async () => {
+    await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
+    const made = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A mountain" } } });
+    const { task_id, images: [image] } = made.structuredContent;
+    appendFileSync(image.path, Buffer.alloc(7_100_000)); // a PNG ends where it says so: what follows is not looked at
+    await opened();
+    await page.evaluate((id) => callTool("get_task", { task_id: id }, true), task_id);
+    await app().getByText("It cannot be shown here, but it is saved:").waitFor();
+    await app().locator(".away").getByText(image.path).waitFor();
+    await app().getByRole("button", { name: "Open link: picture 1" }).click();
+    await page.waitForFunction((url) => seen.links[0]?.url === url, image.url);
+    await shot("too-large-light");
+    return await audited(frame(), "too large");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("ten pictures come in rows"), async () => {
+    await opened();
+    await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A garden in June", n: 10 }));
+    await allShown(10);
+    await shot("ten-light");
+  });
+  await page.evaluate(() => closeApp());
+
+  await client.close();
+  view.close();
+  chat.close();
+  await page.context().close();
+  rmSync(home, { recursive: true, force: true });
+}
+
+const evolink = await simulator();
+const bundle = await build({ entryPoints: [join(import.meta.dirname, "host.js")], bundle: true, write: false, format: "iife", platform: "browser", logLevel: "error" });
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync"],
+});
+try {
+  for (const mode of ["auto", "legacy"]) await underOneEra(mode, browser, evolink.url, bundle.outputFiles[0].text);
+  await check("no error and no warning in the console", () => assert.deepEqual(complaints, []));
+} finally {
+  await browser.close();
+  evolink.stop();
+}
+console.log(`${passed} passed, ${failed} failed`);
+console.error(`screenshots in ${shots}, ${((Date.now() - started) / 1000).toFixed(0)} s`);
+process.exit(failed ? 1 : 0);

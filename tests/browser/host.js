@@ -1,0 +1,62 @@
+// A host as the official App bridge makes it: the page of a chat with one App in a frame. Node answers for the server.
+import { AppBridge, PostMessageTransport } from "@modelcontextprotocol/ext-apps/app-bridge";
+
+const ask = (method, params) => window.toServer(method, params);
+const at = () => performance.now();
+
+window.seen = { messages: [], links: [], contexts: [], modes: [], calls: [], answers: [], sizes: [] };
+
+window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
+  const frame = document.createElement("iframe");
+  frame.title = "App";
+  frame.sandbox = "allow-scripts allow-same-origin";
+  frame.allow = "clipboard-write";
+  frame.style.width = `${width}px`;
+  document.getElementById("app").replaceChildren(frame);
+  const bridge = new AppBridge(
+    null,
+    { name: "test host", version: "1.0.0" },
+    { openLinks: {}, serverTools: {}, serverResources: {}, message: { text: {} }, updateModelContext: { text: {} } },
+    { hostContext: { theme, displayMode: "inline", availableDisplayModes: modes, toolInfo: { tool }, locale: "en-GB" } },
+  );
+  bridge.oncalltool = async (params) => {
+    seen.calls.push(params);
+    const answer = await ask("tools/call", params);
+    seen.answers.push({ at: at(), answer });
+    return answer;
+  };
+  bridge.onreadresource = (params) => ask("resources/read", params);
+  bridge.onmessage = async (params) => (seen.messages.push(params), {});
+  bridge.onopenlink = async (params) => (seen.links.push(params), {});
+  bridge.onupdatemodelcontext = async (params) => (seen.contexts.push(params), {});
+  bridge.onrequestdisplaymode = async ({ mode }) => (seen.modes.push(mode), { mode });
+  bridge.onsizechange = ({ height }) => {
+    seen.sizes.push(height);
+    frame.style.height = `${height}px`;
+  };
+  const ready = new Promise((resolve) => (bridge.oninitialized = resolve));
+  await bridge.connect(new PostMessageTransport(frame.contentWindow, frame.contentWindow));
+  frame.src = url;
+  await ready;
+  window.bridge = bridge;
+  return bridge.getAppVersion();
+};
+
+// As hosts do: the input before the call, the result after it. `textOnly`: some keep the pictures in an answer to themselves.
+window.callTool = async (name, args, textOnly = false) => {
+  await bridge.sendToolInput({ arguments: args });
+  const answer = await ask("tools/call", { name, arguments: args });
+  if (textOnly) answer.content = answer.content.filter((block) => block.type === "text");
+  window.resultAt = at();
+  await bridge.sendToolResult(answer);
+  return answer;
+};
+window.dressApp = (theme) => {
+  document.documentElement.dataset.theme = theme;
+  return bridge.sendHostContextChange({ theme });
+};
+window.sizeApp = (width) => (document.querySelector("iframe").style.width = `${width}px`);
+window.closeApp = async () => {
+  await bridge.teardownResource({});
+  await bridge.close();
+};

@@ -1,0 +1,244 @@
+"""Drives this server with clients that others wrote, each at home in a folder of its own, and judges what they saw.
+
+    drive.py PYTHON WORK [NAME...]     NAME: only clients whose name contains it
+
+The client scripts only call and report (python/, typescript/, hosts.py); what is right is said here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hosts
+from stage import TRANSPORTS, Score, Stage, npm_install
+
+HERE = Path(__file__).resolve().parent
+AT_ONCE = 3
+INSTALL_WITHIN_S, CALLS_WITHIN_S = 300, 120
+TOOLS = {"generate_image", "get_task", "compute_size", "view_image", "list_tasks", "get_balance"}
+SIZE = ("compute_size", {"size": "16:9", "resolution": "2K"})
+PICTURE_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client: its name, what it is installed from, the script that drives it, and where it can go."""
+
+    name: str
+    packages: tuple[str, ...]
+    script: str
+    modes: tuple[str, ...] = ("",)
+    transports: tuple[str, ...] = TRANSPORTS
+    not_there: tuple[tuple[str, str], ...] = ()  # (mode, transport) that make no sense
+
+
+PYTHON_CLIENTS = (
+    Client("pydantic-ai", ("pydantic-ai-slim[mcp]==2.68.0",), "pydantic_ai_toolset.py"),
+    Client("langchain", ("langchain-mcp-adapters==0.3.2",), "langchain_adapters.py"),
+    Client("openai-agents", ("openai-agents==0.24.0",), "openai_agents.py"),
+    Client("fastmcp 4", ("fastmcp-slim[client]==4.2.1",), "fastmcp_client.py"),
+    Client("fastmcp 2", ("fastmcp==2.14.7",), "fastmcp_client.py"),
+    Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),)),
+    Client("mcp 1.30", ("mcp==1.30.0",), "mcp1.py"),
+    Client("mcp 1.9", ("mcp==1.9.4", "pydantic<2.11"), "mcp1.py"),
+)
+NODE_CLIENTS = (
+    Client("typescript sdk 1", (), "sdk1.mjs"),
+    Client("typescript client 2", (), "client2.mjs", ("legacy", "auto"), not_there=(("auto", "sse"),)),
+)
+
+
+class Drive:
+    """All clients against one stage."""
+
+    def __init__(self, stage: Stage, wanted: list[str], uv: str, npm: str) -> None:
+        self.stage, self.wanted, self.uv, self.npm = stage, wanted, uv, npm
+        self.score = Score()
+        self.prompts: list[str] = []
+        self.table: list[tuple[str, str, str, str, str]] = []
+        self._turn = threading.Lock()
+
+    def everything(self) -> int:
+        """Every client, a few at a time; the exit code."""
+        families = [self._hosts, self._typescript, *(self._python(client) for client in PYTHON_CLIENTS)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for done in [pool.submit(self._guarded, family) for family in families]:
+                done.result()
+        self._once_each()
+        return self.score.close()
+
+    def _guarded(self, family: Any) -> None:
+        try:
+            family()
+        except Exception as error:  # noqa: BLE001 - one client's trouble is its own line, not the end of all
+            traceback.print_exc()
+            self._tell(getattr(family, "__name__", "a client").strip("_"), "", "", f"{type(error).__name__}: {error}")
+
+    def _asked_for(self, name: str) -> bool:
+        return not self.wanted or any(word in name for word in self.wanted)
+
+    # --- one family each ---
+
+    def _python(self, client: Client):
+        def family() -> None:
+            if not self._asked_for(client.name):
+                return
+            folder = self.stage.work / client.name.replace(" ", "-")
+            python = str(folder / "bin" / "python")
+            self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder)])
+            self._install([self.uv, "pip", "install", "-q", "--python", python, *client.packages])
+            self._legs(client, [python, str(HERE / "python" / client.script)])
+
+        family.__name__ = client.name
+        return family
+
+    def _typescript(self) -> None:
+        clients = [client for client in NODE_CLIENTS if self._asked_for(client.name)]
+        if clients:
+            folder = self.stage.work / "typescript"
+            npm_install(self.npm, HERE / "typescript", folder)
+            for client in clients:
+                self._legs(client, [str(folder / "node_modules" / ".bin" / "node"), str(folder / client.script)])
+
+    def _hosts(self) -> None:
+        names = [name for name in ("claude code", "gemini cli", "codex") if self._asked_for(name)]
+        if not names:
+            return
+        folder = self.stage.work / "hosts"
+        npm_install(self.npm, HERE / "hosts", folder)
+        modules = folder / "node_modules"
+        for name, package, list_servers in (
+            ("claude code", "@anthropic-ai/claude-code", hosts.claude_code),
+            ("gemini cli", "@google/gemini-cli", hosts.gemini_cli),
+        ):
+            if name in names:
+                for transport, problem in list_servers(self.stage, modules):
+                    self._tell(name, hosts.version_of(modules, package), transport, problem, "mcp list: connected")
+        if "codex" in names:
+            with hosts.codex(self.stage, modules) as call:
+                for transport in ("stdio", "http"):
+                    prompt = self._prompt("codex", transport)
+                    seen = {
+                        "tools": list(call(transport, "tools/list", {})["tools"]),
+                        "size": _wired(call(transport, *SIZE)),
+                        "image": _wired(call(transport, "generate_image", {"prompt": prompt, "n": 1})),
+                        "bad": _wired(call(transport, "generate_image", {"prompt": prompt, "promt": "a typing error"})),
+                    }
+                    self._tell(
+                        "codex", hosts.version_of(modules, "@openai/codex"), transport,
+                        "; ".join(self._faults(seen)), _remark(seen),
+                    )  # fmt: skip
+
+    # --- one leg each ---
+
+    def _legs(self, client: Client, command: list[str]) -> None:
+        for mode in client.modes:
+            for transport in client.transports:
+                if (mode, transport) not in client.not_there:
+                    self._leg(client, command, mode, transport)
+
+    def _leg(self, client: Client, command: list[str], mode: str, transport: str) -> None:
+        name = f"{client.name} {mode}".strip()
+        target = {**self.stage.target(transport), "mode": mode, "prompt": self._prompt(name, transport)}
+        try:
+            told = subprocess.run(
+                [*command, json.dumps(target)], env=self.stage.client_env(), cwd=self.stage.home,
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALLS_WITHIN_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            self._tell(name, "", transport, f"no end within {CALLS_WITHIN_S} s")
+            return
+        report = next((line[7:] for line in told.stdout.splitlines() if line.startswith("REPORT ")), None)
+        if report is None:
+            sys.stderr.write(told.stdout[-2000:] + told.stderr[-4000:])
+            self._tell(name, "", transport, f"exit code {told.returncode} and no report")
+            return
+        seen = json.loads(report)
+        self._tell(name, seen["version"], transport, "; ".join(self._faults(seen)), _remark(seen))
+
+    def _faults(self, seen: dict[str, Any]) -> Iterable[str]:
+        """What a client saw and should not have, or should have seen and did not."""
+        if not set(seen["tools"]) >= TOOLS:
+            yield f"lists only {seen['tools']}"
+        size, image, bad = seen["size"], seen["image"], seen["bad"]
+        if size["error"] or not _says(size, "2048", "1152"):
+            yield f"compute_size answered {size}"
+        path = _path(image)
+        if image["error"] or path is None:
+            yield f"generate_image answered {image}"
+        elif not Path(path).is_relative_to(self.stage.pictures) or not Path(path).read_bytes().startswith(PICTURE_MAGIC):
+            yield f"{path} is no picture"
+        elif image["text"] and path not in image["text"]:
+            yield "the text does not name the picture"
+        shown = image.get("progress")
+        if shown is not None and (not shown or shown != sorted(set(shown)) or shown[-1] != 100):
+            yield f"progress went {shown}"
+        if bad["error"] is False or not _says(bad, "promt: unknown argument; did you mean prompt?"):
+            yield f"the bad call was answered {bad}"
+
+    def _once_each(self) -> None:
+        """Every picture that was asked for is in the journal once: neither bad calls nor probes bought any."""
+        bought = sorted(entry["request"]["prompt"] for entry in self.stage.bought())
+        odd = "" if bought == sorted(self.prompts) else f"asked for {sorted(self.prompts)}, bought {bought}"
+        self.score.tell("one journal for all: each picture bought once", odd, f"{len(bought)} pictures")
+
+    def _prompt(self, name: str, transport: str) -> str:
+        prompt = f"A lighthouse for {name} over {transport}"
+        with self._turn:
+            self.prompts.append(prompt)
+        return prompt
+
+    def _tell(self, name: str, version: str, transport: str, problem: str, remark: str = "") -> None:
+        with self._turn:
+            self.table.append((name, version, transport, problem, remark))
+            self.score.tell(f"{name} [{version}] {transport}".replace(" []", "").strip(), problem, remark)
+
+    def _install(self, command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_WITHIN_S)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _says(answer: dict[str, Any], *words: str) -> bool:
+    told = f"{answer['text']}\n{json.dumps(answer['structured'], ensure_ascii=False)}"
+    return all(word in told for word in words)
+
+
+def _path(image: dict[str, Any]) -> str | None:
+    """The picture's path, from the structured answer, else from the text's own line."""
+    if image["structured"]:
+        return next((picture["path"] for picture in image["structured"]["images"]), None)
+    return next((line for line in image["text"].splitlines() if line.startswith("/") and line.endswith(".png")), None)
+
+
+def _wired(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as it is on the wire."""
+    text = "\n".join(block["text"] for block in result["content"] if block["type"] == "text")
+    return {"text": text, "structured": result.get("structuredContent"), "error": bool(result.get("isError"))}
+
+
+def _remark(seen: dict[str, Any]) -> str:
+    parts = [seen.get("protocol", ""), "progress" if seen["image"].get("progress") else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def main(python: str, work: str, *wanted: str) -> int:
+    folder = Path(work).resolve()
+    with Stage(python, folder) as stage:
+        drive = Drive(stage, list(wanted), uv=str(folder / "uv" / "bin" / "uv"), npm="npm")
+        code = drive.everything()
+        (folder / "results.json").write_text(json.dumps(drive.table, indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

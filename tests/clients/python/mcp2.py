@@ -1,0 +1,30 @@
+"""The Python SDK 2.x: `Client`, negotiating by itself (auto) or by the old handshake (legacy)."""
+
+import anyio
+from calls import BAD, IMAGE, MODE, SIZE, TARGET, TRANSPORT, report, result_of
+from mcp.client import Client
+from mcp.client.sse import sse_client
+from mcp.client.stdio import StdioServerParameters
+
+
+def server():
+    if TRANSPORT == "stdio":
+        return StdioServerParameters(command=TARGET["command"], args=TARGET["args"], env=TARGET["env"])
+    return TARGET["url"] if TRANSPORT == "http" else sse_client(TARGET["url"])
+
+
+async def main() -> None:
+    shown = []
+
+    async def progress(value, total, message) -> None:
+        shown.append(value)
+
+    async with Client(server(), mode=MODE) as client:
+        tools = [tool.name for tool in (await client.list_tools()).tools]
+        size = result_of(await client.call_tool(*SIZE))
+        image = result_of(await client.call_tool(*IMAGE, progress_callback=progress), progress=shown)
+        bad = result_of(await client.call_tool(*BAD))
+        report("mcp", client.protocol_version, tools, size, image, bad)
+
+
+anyio.run(main)

@@ -1,0 +1,31 @@
+"""openai-agents: its MCP servers, and our schemas made strict as its models want them."""
+
+import asyncio
+
+from agents import Agent, RunContextWrapper
+from agents.mcp import MCPServerSse, MCPServerStdio, MCPServerStreamableHttp, MCPUtil
+from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, report, result_of
+
+# Its default is 5 s for every answer, which no picture keeps.
+PATIENCE_S = 120
+
+
+def server():
+    if TRANSPORT == "stdio":
+        params = {name: TARGET[name] for name in ("command", "args", "env")}
+        return MCPServerStdio(params, client_session_timeout_seconds=PATIENCE_S)
+    kind = MCPServerStreamableHttp if TRANSPORT == "http" else MCPServerSse
+    return kind({"url": TARGET["url"]}, client_session_timeout_seconds=PATIENCE_S)
+
+
+async def main() -> None:
+    async with server() as mcp:
+        strict = await MCPUtil.get_function_tools(mcp, True, RunContextWrapper(None), Agent("none"))
+        assert all(tool.strict_json_schema for tool in strict), "a schema cannot be made strict"
+        size = result_of(await mcp.call_tool(*SIZE))
+        image = result_of(await mcp.call_tool(*IMAGE))
+        bad = result_of(await mcp.call_tool(*BAD))
+        report("openai-agents", "", [tool.name for tool in strict], size, image, bad)
+
+
+asyncio.run(main())

@@ -1,0 +1,162 @@
+"""The stage for clients from elsewhere: a simulated EvoLink, this server on two ports, and a home of its own.
+
+Only the standard library: it runs under the Python that has the package, beside clients that do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+UP_WITHIN_S = 30.0
+PICTURE_S = "1"
+TRANSPORTS = ("stdio", "http", "sse")
+
+
+class Stage:
+    """What a client needs to know; use as a context manager. Everything that is written lies under `work`."""
+
+    def __init__(self, python: str, work: Path) -> None:
+        # Not resolved: a virtual environment is found by the link's own place.
+        python = python if os.sep not in python else os.path.abspath(python)
+        # A checkout that is not installed is started without PYTHONPATH: Gemini CLI withholds it from servers.
+        start = ["-m", "evolink_mcp"]
+        if subprocess.run([python, "-c", "import evolink_mcp"], cwd="/", capture_output=True, timeout=60).returncode:
+            start = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evolink_mcp.cli import main; main()"]
+        self.command = [python, *start]
+        self.work = work
+        self.home = work / "home"
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.pictures = work / "pictures"
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Stage:
+        simulator, self.http_port, self.sse_port = free_port(), free_port(), free_port()
+        self.server_env = {
+            "HOME": str(self.home),
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "EVOLINK_API_KEY": "sk-simulated",
+            "EVOLINK_BASE_URL": f"http://127.0.0.1:{simulator}",
+            "EVOLINK_MCP_DATA_DIR": str(self.work / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(self.pictures),
+        }
+        try:
+            self._serve("simulate", simulator, "--seconds", PICTURE_S)
+            self._serve("http", self.http_port)
+            self._serve("sse", self.sse_port)
+            await_up(f"http://127.0.0.1:{simulator}/v1/credits")
+            for port in (self.http_port, self.sse_port):
+                await_up(f"http://127.0.0.1:{port}/healthz")
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def url(self, transport: str) -> str:
+        return f"http://127.0.0.1:{self.http_port}/mcp" if transport == "http" else f"http://127.0.0.1:{self.sse_port}/sse"
+
+    def target(self, transport: str) -> dict:
+        """How to reach the server over `transport`, as the client scripts take it."""
+        if transport == "stdio":
+            return {"transport": transport, "command": self.command[0], "args": self.command[1:], "env": self.server_env}
+        return {"transport": transport, "url": self.url(transport)}
+
+    def client_env(self, **more: str) -> dict[str, str]:
+        """A poor environment: nothing of whoever runs this reaches a client."""
+        return {"HOME": str(self.home), "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **more}
+
+    def bought(self) -> list[dict]:
+        """What the journal says, newest first."""
+        told = subprocess.run(
+            [*self.command, "tasks", "--json", "--limit", "500"], env=self.server_env, cwd=self.home,
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        return json.loads(told.stdout)
+
+    def _serve(self, what: str, port: int, *more: str) -> None:
+        self._stack.enter_context(
+            background([*self.command, what, "--port", str(port), *more], self.server_env, self.work / f"{what}.log", self.home)
+        )
+
+
+@contextmanager
+def background(command: list[str], env: dict[str, str], log: Path, cwd: Path):
+    """A process that ends with the block."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def await_up(url: str) -> None:
+    """Return as soon as somebody answers at `url`, whatever the answer."""
+    deadline = time.monotonic() + UP_WITHIN_S
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+class Score:
+    """One line a check, and how many went well."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = 0
+
+    def tell(self, name: str, problem: str = "", remark: str = "") -> None:
+        good = not problem
+        self.passed += good
+        self.failed += not good
+        tail = f"  {problem or remark}" if problem or remark else ""
+        print(f"{'ok  ' if good else 'FAIL'} {name}{tail}", flush=True)
+
+    def close(self) -> int:
+        print(f"{self.passed} passed, {self.failed} failed", flush=True)
+        return 1 if self.failed else 0
+
+
+def npm_install(npm: str, source: Path, folder: Path, env: dict[str, str] | None = None) -> None:
+    """Install what `source/package.json` names into `folder`, without a lock file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".mjs"):
+            shutil.copy(file, folder)
+    run = subprocess.run(
+        [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--no-update-notifier", "--loglevel=error"],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if run.returncode:
+        sys.stderr.write(run.stdout + run.stderr)
+        raise RuntimeError(f"npm install failed in {folder.name}")

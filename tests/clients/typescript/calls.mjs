@@ -1,0 +1,25 @@
+// The four calls every client makes, and what it reports of them: one line of JSON on stdout for drive.py to judge.
+import { readFileSync } from "node:fs";
+
+export const target = JSON.parse(process.argv[2]);
+const prompt = target.prompt;
+
+const seen = (result, more = {}) => ({
+  text: result.content.filter((block) => block.type === "text").map((block) => block.text).join("\n"),
+  structured: result.structuredContent ?? null,
+  error: Boolean(result.isError),
+  ...more,
+});
+
+export async function drive(name, client, call) {
+  const tools = (await client.listTools()).tools.map((tool) => tool.name);
+  const shown = [];
+  const size = seen(await call({ name: "compute_size", arguments: { size: "16:9", resolution: "2K" } }));
+  const onprogress = (told) => shown.push(told.progress);
+  const image = seen(await call({ name: "generate_image", arguments: { prompt, n: 1 } }, { onprogress }), { progress: shown });
+  const bad = seen(await call({ name: "generate_image", arguments: { prompt, promt: "a typing error" } }));
+  const version = JSON.parse(readFileSync(new URL(`node_modules/${name}/package.json`, import.meta.url))).version;
+  const protocol = client.getNegotiatedProtocolVersion?.() ?? client.transport?.protocolVersion ?? "";
+  await client.close();
+  console.log("\nREPORT " + JSON.stringify({ version: `${name} ${version}`, protocol, tools, size, image, bad }));
+}
