@@ -51,7 +51,7 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
         Block("Gemini CLI", TERMINAL, "sh", _typed(gemini)),
         Block("Gemini CLI", "~/.gemini/settings.json", "json", servers),
         Block("Windsurf", "~/.codeium/windsurf/mcp_config.json", "json", servers),
-        Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: entry}})),
+        Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: {"args": [], **entry}}})),
     )
 
 
@@ -78,7 +78,7 @@ def vscode_link(command: str, args: Sequence[str], env: Mapping[str, str]) -> st
 
 
 def _entry(command: str, args: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
-    return {"command": command, "args": list(args), "env": dict(env)}
+    return {"command": command, **({"args": list(args)} if args else {}), "env": dict(env)}
 
 
 def _vscode(entry: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def _codex(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
     return "\n".join([
         f"[mcp_servers.{SERVER_NAME}]",
         f"command = {_compact(command)}",
-        f"args = {_compact(list(args))}",
+        *([f"args = {_compact(list(args))}"] if args else []),
         f"startup_timeout_sec = {CODEX_STARTUP_S}",
         f"tool_timeout_sec = {CODEX_CALL_S}",
         "",

@@ -83,7 +83,7 @@ class Collector:
             if picture.saved and not Path(picture.path or "").is_file() and picture.url_expires_at > self._clock():
                 picture = Picture(picture.index, picture.url, picture.url_expires_at)
             if picture.saved or not pictures.get(picture.index, picture).saved:
-                pictures[picture.index] = replace(picture, error=None)
+                pictures[picture.index] = replace(picture, error=None, lost=False)
         return pictures
 
     async def _fetch(self, job: Job, pictures: dict[int, Picture], picture: Picture) -> None:
@@ -91,7 +91,8 @@ class Collector:
             try:
                 kept = await self._download(job, picture)
             except EvolinkError as error:
-                pictures[picture.index] = replace(picture, error=error.what)
+                lost = isinstance(error, LinkExpired) or (isinstance(error, DownloadFailed) and not error.retryable)
+                pictures[picture.index] = replace(picture, error=error.what, lost=lost)
                 job.problem = job.problem or error.problem
             else:
                 pictures[picture.index] = replace(

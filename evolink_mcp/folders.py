@@ -36,7 +36,10 @@ class Folders:
 
     def confines(self, path: Path) -> bool:
         """Whether `path`, all links followed, lies inside an allowed folder."""
-        return self._around(path) is not None
+        if path.drive.lower() not in {folder.drive.lower() for folder in self.allowed}:
+            return False  # following a Windows network path would already send credentials there
+        real = path.resolve()
+        return any(real.is_relative_to(root) for root in self._roots())
 
     def target(self, save_as: str) -> Path:
         """Where `save_as` points: a name or path below the output folder, or an absolute path in an allowed one.
@@ -98,10 +101,12 @@ class Folders:
         Raises:
             OSError: it is gone, or not the plain file any more that it was.
         """
-        root = self._around(path)
+        root = next((root for root in self._roots() if path.is_relative_to(root)), None)
         if root is None:
             raise PermissionError(errno.EACCES, "it is outside the allowed folders")
-        if os.open not in os.supports_dir_fd:
+        if os.open not in os.supports_dir_fd:  # Windows: the best there is
+            if path.resolve() != path:
+                raise PermissionError(errno.EACCES, "a link took its place")
             return open_plain(path)
         *folders, name = path.relative_to(root).parts
         here = os.open(root, _STEP)
@@ -114,13 +119,8 @@ class Folders:
         finally:
             os.close(here)
 
-    def _around(self, path: Path) -> Path | None:
-        """The allowed folder, links followed, that `path` lies in after its own links were followed."""
-        if path.drive.lower() not in {folder.drive.lower() for folder in self.allowed}:
-            return None  # following a Windows network path would already send credentials there
-        real = path.resolve()
-        roots = (folder.resolve() for folder in self.allowed)
-        return next((root for root in roots if real.is_relative_to(root)), None)
+    def _roots(self) -> list[Path]:
+        return [folder.resolve() for folder in self.allowed]
 
     def _how_to_allow(self) -> str:
         return (

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
 import anyio.to_thread
 
 from evolink_mcp.errors import DownloadFailed, FolderRefused
+from evolink_mcp.folders import PICTURE_SUFFIXES, open_plain
 from evolink_mcp.sizes import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 LADDER = ((1.0, 80), (0.75, 60), (0.5, 50), (0.25, 40))
 # Halve by averaging before resampling where more than 1.5 times the target is left: half the time, and no one sees it.
 REDUCING_GAP = 1.5
+PART = (".evolink-", ".part")
+PART_LIVES_S = 3600
+_SWEPT: set[Path] = set()
 T = TypeVar("T")
 _ONE_WORKER: list[anyio.CapacityLimiter] = []
 
@@ -120,7 +125,7 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path) -> Kep
     """
     try:
         make_folder(target.parent)
-        handle, name = tempfile.mkstemp(prefix=".evolink-", suffix=".part", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=PART[0], suffix=PART[1], dir=target.parent)
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     part = Path(name)
@@ -139,6 +144,7 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path) -> Kep
 
 def _settle(part: Path, target: Path) -> Kept:
     """Check the whole file, make it durable, and give it the first free name."""
+    _sweep(target.parent)
     with part.open("rb") as file:
         facts = examine(file)
     with part.open("rb") as file:
@@ -147,7 +153,7 @@ def _settle(part: Path, target: Path) -> Kept:
     size = part.stat().st_size
     number = 0
     while True:
-        stem = target.stem if _is_picture_suffix(target.suffix) else target.name
+        stem = target.stem if target.suffix.lower() in PICTURE_SUFFIXES else target.name
         path = target.with_name(f"{stem}{f'-{number}' if number else ''}{facts.suffix}")
         if place(part, path) or _same(path, size, digest):
             break
@@ -156,8 +162,15 @@ def _settle(part: Path, target: Path) -> Kept:
     return Kept(path.resolve(), facts.mime_type, facts.width, facts.height, size, digest)
 
 
-def _is_picture_suffix(suffix: str) -> bool:
-    return suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+def _sweep(folder: Path) -> None:
+    """Once in a server's life, remove what an earlier one left when it was killed: nothing is written for so long."""
+    if folder in _SWEPT:
+        return
+    _SWEPT.add(folder)
+    with suppress(OSError):
+        for old in folder.glob("*".join(PART)):
+            if time.time() - old.lstat().st_mtime > PART_LIVES_S:
+                old.unlink()
 
 
 def make_folder(folder: Path) -> None:
@@ -222,7 +235,7 @@ def preview(path: Path, edge: int, budget: int, kind: Literal["webp", "png"] = "
         NotAPicture: too large, damaged, or not a picture (any more).
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file, _opened(file) as image:
+    with open_plain(path) as file, _opened(file) as image:
         image.draft("RGB", (edge, edge))  # a JPEG is decoded at the size that is needed
         mode = "RGBA" if image.has_transparency_data else "RGB"
         step = image.convert(mode) if image.mode != mode else image

@@ -88,6 +88,6 @@ class FileTurn:
 
     async def __aexit__(self, *_: object) -> None:
         if self._lock is not None:
-            self._lock.release()
             with suppress(OSError):
+                self._lock.release()
                 Path(self._lock.lock_file).unlink()

@@ -126,7 +126,7 @@ class _Watchers:
         if connection not in self._watched:
             connection.exit_stack.callback(self._watched.pop, connection, None)
         watched = self._watched.setdefault(connection, set())
-        if len(watched) >= WATCHED_MAX:
+        if len(watched) >= WATCHED_MAX and uri not in watched:
             raise MCPError(INVALID_PARAMS, f"{WATCHED_MAX} subscriptions are the most; unsubscribe from some")
         watched.add(uri)
         return EmptyResult()

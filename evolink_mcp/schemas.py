@@ -10,11 +10,19 @@ Schema = dict[str, Any]
 
 
 def input_schema(model: type[BaseModel]) -> Schema:
-    """The arguments of a tool: optional ones are simply absent, null is never mentioned."""
+    """The arguments of a tool: optional ones are simply absent, null is never mentioned.
+
+    Gemini refuses every tool for one word that it does not know: const, exclusiveMaximum and examples are such.
+    """
     schema = _plain(model.model_json_schema(), {})
     for field in schema["properties"].values():
         if field.get("default", ...) is None:
             del field["default"]
+        if "const" in field:
+            field["enum"] = [field.pop("const")]
+        if "exclusiveMaximum" in field:
+            field["maximum"] = field.pop("exclusiveMaximum") - 1
+        field.pop("examples", None)
     return schema
 
 

@@ -15,6 +15,7 @@ from evolink_mcp.gallery import gallery
 from evolink_mcp.prompts import add_prompts
 from evolink_mcp.resources import ResourceServer, add_resources
 from evolink_mcp.studio import Studio
+from evolink_mcp.tasks_extension import Tasks
 from evolink_mcp.tools import Tools
 
 NAME = "evolink-mcp"
@@ -35,14 +36,15 @@ def build_server(
     resource_links: bool = False,
 ) -> MCPServer[Any]:
     """Tools, resources and prompts over `studio`, which is opened and closed by the caller."""
-    tools = Tools(studio, wait_s=wait_s, preview_edge=preview_edge, resource_links=resource_links)
+    tools = Tools(studio, wait_s=wait_s, preview_edge=preview_edge, resource_links=resource_links).all()
+    get_task = next(tool for tool in tools if tool.name == "get_task")
     server = ResourceServer(
         NAME,
         title="EvoLink Images",
         version=__version__,
         instructions=INSTRUCTIONS,
-        tools=tools.all(),
-        extensions=[gallery()],
+        tools=tools,
+        extensions=[gallery(), Tasks(studio, get_task)],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
         cache_hints={

@@ -20,7 +20,7 @@ from evolink_mcp.till import Budget
 
 KEY = re.compile(r"[\x21-\x7e]{8,512}")
 PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
-EXAMPLE_KEY = "YOUR_EVOLINK_API_KEY"
+EXAMPLE_KEY = "sk-..."
 WAIT_MAX_S = 900
 PREVIEW_EDGE_MAX = 2048
 

@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from evolink_mcp import __version__
 from evolink_mcp.folders import open_plain
-from evolink_mcp.images import place
+from evolink_mcp.images import PART, place
 from evolink_mcp.journal import Entry, Picture
 from evolink_mcp.quoting import scrub
 
@@ -66,7 +66,7 @@ async def lay_beside(entry: Entry, picture: Picture) -> None:
 
 def _write(path: Path, facts: dict[str, Any]) -> bool:
     """Put the file there whole, or leave what is there: someone else's file, or this picture's facts already."""
-    handle, name = tempfile.mkstemp(prefix=".evolink-", suffix=".part", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PART[0], suffix=PART[1], dir=path.parent)
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:

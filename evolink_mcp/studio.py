@@ -13,9 +13,9 @@ from typing import Any
 
 import anyio
 
-from evolink_mcp import costs, sizes
 from evolink_mcp.client import EvolinkClient
 from evolink_mcp.collect import Collector
+from evolink_mcp.costs import Price
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem
 from evolink_mcp.folders import Folders
 from evolink_mcp.jobs import Job, Sleep
@@ -24,7 +24,7 @@ from evolink_mcp.lookout import Lookout
 from evolink_mcp.models import GenerationRequest
 from evolink_mcp.references import References
 from evolink_mcp.tasks import COMPLETED, Balance, Task
-from evolink_mcp.till import Till
+from evolink_mcp.till import Till, price_of
 from evolink_mcp.watch import Watcher
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 RECOVER_AFTER_S = 1.0
 RECOVER_WITHIN_S = 48 * 3600
 SUBMIT_GRACE_S = 1.0
-# A prompt up to this long costs less than 0.05 credit: too little to refuse a call that compute_size priced.
-PROMPT_TOKENS_FREE = 160
-JOINABLE = ("intent", "sending", "unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +157,7 @@ class Studio:
         entry = self._known(task_id)
         if entry is None:
             entry = Entry("", "", "found", self._clock(), task=Task(task_id, status="unknown"))
-        if entry.complete and not self._to_fetch(entry):
+        if entry.complete and not entry.to_fetch(self._clock()):
             job = Job(entry)
             job.finish()
             return job
@@ -185,9 +182,8 @@ class Studio:
         Returns tasks of the account that the journal does not know, and why the list could not be had, if so.
         """
         self._need_key()
-        busy = {job.entry.key for job in self._jobs}
         lost = [entry for entry in self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
-        for job in [self._start(entry) for entry in lost if entry.key not in busy]:
+        for job in [self._start(entry) for entry in lost if not self._running(entry.key)]:
             async with aclosing(job.states()) as states:
                 async for entry in states:
                     if entry.phase != "unknown":
@@ -204,7 +200,9 @@ class Studio:
         return self._clock()
 
     def wake(self) -> None:
-        """A caller is here: take up what an earlier server left."""
+        """A caller is here: take up what an earlier server left, or one that has died meanwhile."""
+        if self._woken.is_set() and self.client.has_key:
+            self._softly(lambda: self._resume(self.journal.adopt()))
         self._woken.set()
 
     async def balance(self) -> Balance:
@@ -212,16 +210,9 @@ class Studio:
         self._need_key()
         return await self.client.balance()
 
-    def price(self, request: GenerationRequest) -> costs.Price:
-        """What the request will cost: references as their upper bound, a long prompt as an estimate."""
-        tokens = costs.prompt_tokens(request.prompt)
-        return costs.price(
-            sizes.resolve(request.size, request.resolution, self.rule).size,
-            request.quality,
-            request.n,
-            references=len(request.image_urls or ()) + (1 if request.mask_url else 0),
-            prompt_tokens=tokens if tokens > PROMPT_TOKENS_FREE else 0,
-        )
+    def price(self, request: GenerationRequest) -> Price:
+        """What the request will cost."""
+        return price_of(request, self.rule)
 
     def _need_key(self) -> None:
         if not self.client.has_key:
@@ -232,25 +223,18 @@ class Studio:
     def _undelivered(self, mark: str) -> Job | None:
         """What an identical order bought and nobody received, now attended by this caller."""
         for entry in self.journal.undelivered(mark):
-            if self._worth_joining(entry) and self.journal.claim(entry.key):
-                running = next((job for job in self._jobs if job.entry.key == entry.key), None)
-                job = running or self._start(entry)
+            if entry.worth_joining(self._clock()) and self.journal.claim(entry.key):
+                job = self._running(entry.key) or self._start(entry)
                 job.joined = True
                 return job
         return None
 
-    def _worth_joining(self, entry: Entry) -> bool:
-        """Under way, of unknown outcome, or completed with pictures that can still be had."""
-        if entry.task is None:
-            return entry.phase in JOINABLE
-        if not entry.task.settled:
-            return True
-        here = any(picture.path and Path(picture.path).is_file() for picture in entry.pictures)
-        return entry.task.status == COMPLETED and (here or not entry.pictures or self._to_fetch(entry))
+    def _running(self, key: str) -> Job | None:
+        return next((job for job in self._jobs if job.entry.key == key), None)
 
     def _start(self, entry: Entry) -> Job:
         job = Job(entry)
-        if entry.complete and entry.phase != "unknown" and not self._to_fetch(entry):
+        if entry.complete and entry.phase != "unknown" and not entry.to_fetch(self._clock()):
             job.finish()
             return job
         self._jobs.append(job)
@@ -305,7 +289,7 @@ class Studio:
 
     def _kept(self, job: Job, pictures: tuple[Picture, ...]) -> None:
         entry = replace(job.entry, pictures=pictures)
-        self._softly(partial(self.journal.keep, entry.key, pictures, entry.complete))
+        self._softly(partial(self.journal.keep, entry))
         self._turn(job, entry)
 
     # --- what an earlier server left ---
@@ -321,7 +305,7 @@ class Studio:
             if entry.phase == "intent":
                 problem = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
                 self._softly(partial(self.journal.update, replace(entry, phase="unsent", error=problem)))
-            elif self._clock() - entry.created_at < RECOVER_WITHIN_S:
+            elif self._clock() - entry.created_at < RECOVER_WITHIN_S and not self._running(entry.key):
                 log.info("taking up %s", entry.task_id or entry.key)
                 self._start(entry)
 
@@ -336,10 +320,3 @@ class Studio:
             write()
         except JournalUnwritable as error:
             log.warning("%s", error.what)
-
-    def _to_fetch(self, entry: Entry) -> bool:
-        """Whether a picture is missing here whose link still lives: never saved, moved or deleted."""
-        return any(
-            picture.url_expires_at > self._clock() and not (picture.path and Path(picture.path).is_file())
-            for picture in entry.pictures
-        )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 import anyio
 
+from evolink_mcp import costs, sizes
 from evolink_mcp.client import SUBMIT_DEADLINE_S, EvolinkClient
 from evolink_mcp.costs import Price
 from evolink_mcp.errors import (
@@ -24,7 +24,7 @@ from evolink_mcp.errors import (
     Unreachable,
 )
 from evolink_mcp.journal import Entry, Journal
-from evolink_mcp.models import MODEL
+from evolink_mcp.models import MODEL, GenerationRequest
 from evolink_mcp.pace import backoff_s
 from evolink_mcp.tasks import Task
 
@@ -35,6 +35,8 @@ REPEAT_WITHIN_S = 30.0
 CLOCK_SKEW_S = 60.0
 # When the account is asked about a lost answer: at once, and again for a task that was still being made.
 RECONCILE_AFTER_S = (0.0, 3.0)
+# A prompt up to this long costs less than 0.05 credit: too little to refuse a call that compute_size priced.
+PROMPT_TOKENS_FREE = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,11 @@ class Till:
         journal: Journal,
         budget: Budget,
         *,
-        clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._client = client
         self._journal = journal
-        self._clock = clock
         self._sleep = sleep
         self._draw = draw
         self.budget = budget
@@ -76,7 +76,7 @@ class Till:
         if max_credits is not None and credits > max_credits:
             raise OverBudget(
                 f"the computed price is {credits:g} credits (${price.usd:g}), above max_credits={max_credits:g}",
-                advice=f"Ask the user; then call again with max_credits={credits:g}, or a smaller size or lower quality.",
+                advice=f"Ask the user; then call again with max_credits={credits:g}, or a smaller size or quality.",
             )
         cap = self.budget.per_call
         if cap is not None and credits > cap:
@@ -204,3 +204,15 @@ class Till:
 def start_of_day(now: float) -> float:
     """Local midnight before `now`, in epoch seconds."""
     return datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+
+
+def price_of(request: GenerationRequest, rule: str) -> Price:
+    """What a request will cost: references as their upper bound, a long prompt as an estimate."""
+    tokens = costs.prompt_tokens(request.prompt)
+    return costs.price(
+        sizes.resolve(request.size, request.resolution, rule).size,
+        request.quality,
+        request.n,
+        references=len(request.image_urls or ()) + (1 if request.mask_url else 0),
+        prompt_tokens=tokens if tokens > PROMPT_TOKENS_FREE else 0,
+    )

@@ -37,7 +37,7 @@ async def open_studio(
     journal = SqliteJournal(settings.data_dir, clock=clock)
     local = not remote or settings.allowed_dirs_given
     references = References(client, journal, settings.folders, local=local, clock=clock)
-    till = Till(client, journal, settings.budget, clock=clock, sleep=sleep)
+    till = Till(client, journal, settings.budget, sleep=sleep)
     studio = Studio(
         client, journal, settings.folders, references, till,
         rule=settings.size_rule, locks=settings.data_dir / "locks", sidecars=settings.sidecars,

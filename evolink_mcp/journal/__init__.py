@@ -9,18 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from evolink_mcp.errors import Charged, Problem
-from evolink_mcp.tasks import COMPLETED, Task
+from evolink_mcp.tasks import COMPLETED, Task, TaskError
 
 Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
+# The columns of an entry, as they are read and as they are written beside the key.
+COLUMNS = "key, owner, phase, created_at, fingerprint, estimate, save_as, delivered_at, attended, request, task, error, pictures"
+WRITTEN = (
+    "owner", "phase", "created_at", "fingerprint", "task_id", "status", "complete", "attended", "delivered_at",
+    "estimate", "credits", "charged", "request", "save_as", "task", "error", "pictures",
+)  # fmt: skip
+# What `update` writes; `keep` writes the pictures, too.
+STATE = {"phase", "task_id", "status", "complete", "credits", "charged", "task", "error"}
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a task: where EvoLink has it (for 24 h) and where it was saved; times in epoch seconds."""
+    """One picture of a task: where EvoLink has it (for 24 h) and where it was saved; times in epoch seconds.
+
+    `error` says why it could not be had, `lost` that trying again cannot help.
+    """
 
     index: int
     url: str
@@ -32,10 +44,16 @@ class Picture:
     bytes: int | None = None
     sha256: str | None = None
     error: str | None = None
+    lost: bool = False
 
     @property
     def saved(self) -> bool:
         return self.path is not None
+
+    @property
+    def here(self) -> bool:
+        """Whether its file still lies where it was saved."""
+        return self.path is not None and Path(self.path).is_file()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +96,33 @@ class Entry:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do: settled, and every picture that came is saved or cannot be had."""
+        """Whether nothing is under way any more: settled, and every picture that came is saved or has failed."""
+        return self._at_its_end(all(picture.saved or picture.error for picture in self.pictures))
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is left to do for the next server either: every picture is saved, or lost for good."""
+        return self._at_its_end(all(picture.saved or picture.lost for picture in self.pictures))
+
+    def to_fetch(self, now: float) -> bool:
+        """Whether a picture is missing here whose link still lives: never saved, moved or deleted."""
+        return any(picture.url_expires_at > now and not picture.here for picture in self.pictures)
+
+    def worth_joining(self, now: float) -> bool:
+        """Under way, of unknown outcome, or completed with pictures that can still be had."""
+        if self.task is None:
+            return self.phase in ("intent", "sending", "unknown")
+        if not self.task.settled:
+            return True
+        here = any(picture.here for picture in self.pictures)
+        return self.task.status == COMPLETED and (here or not self.pictures or self.to_fetch(now))
+
+    def _at_its_end(self, pictures_are: bool) -> bool:
         if self.task is None:
             return self.phase in ("refused", "unsent", "unknown")
         if self.task.status != COMPLETED:
             return self.task.settled
-        return bool(self.pictures) and all(picture.saved or picture.error for picture in self.pictures)
+        return bool(self.pictures) and pictures_are
 
 
 def new_key() -> str:
@@ -95,6 +134,37 @@ def fingerprint(body: dict[str, Any], tenant: str = "") -> str:
     """The same for identical requests, whatever the order of their fields."""
     said = json.dumps([tenant, body], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def row_of(entry: Entry) -> tuple[Any, ...]:
+    """An entry as (key, *WRITTEN)."""
+    return (
+        entry.key, entry.owner, entry.phase, entry.created_at, entry.fingerprint, entry.task_id, entry.status,
+        entry.closed, entry.attended, entry.delivered_at, entry.estimate,
+        entry.task.credits_used if entry.task else None, entry.charged, json.dumps(entry.request), entry.save_as,
+        json.dumps(asdict(entry.task)) if entry.task else None,
+        json.dumps(asdict(entry.error)) if entry.error else None,
+        json.dumps([asdict(picture) for picture in entry.pictures]),
+    )  # fmt: skip
+
+
+def entry_of(row: Any) -> Entry:
+    """The reverse, from COLUMNS; raises anything for what makes no sense."""
+    *plain, attended, request, task, error, pictures = row
+    names = ("key", "owner", "phase", "created_at", "fingerprint", "estimate", "save_as", "delivered_at")
+    return Entry(
+        **dict(zip(names, plain, strict=True)),
+        attended=bool(attended),
+        request=dict(json.loads(request)),
+        task=_task(json.loads(task)) if task else None,
+        error=Problem(**json.loads(error)) if error else None,
+        pictures=tuple(Picture(**picture) for picture in json.loads(pictures)),
+    )
+
+
+def _task(data: dict[str, Any]) -> Task:
+    error = data.pop("error")
+    return Task(**{**data, "results": tuple(data["results"]), "error": TaskError(**error) if error else None})
 
 
 class Journal(Protocol):
@@ -115,8 +185,8 @@ class Journal(Protocol):
         a late copy in another server undoes nothing."""
         ...
 
-    def keep(self, key: str, pictures: tuple[Picture, ...], complete: bool) -> None:
-        """Write down which pictures were saved, and whether any is still to come."""
+    def keep(self, entry: Entry) -> None:
+        """Write down which pictures were saved, and whether any is still to come, together with what `update` writes."""
         ...
 
     def deliver(self, key: str, at: float) -> None:

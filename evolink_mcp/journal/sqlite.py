@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sqlite3
@@ -10,15 +9,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from evolink_mcp.errors import JournalUnwritable, Problem
-from evolink_mcp.journal import Entry, Picture
-from evolink_mcp.tasks import Task, TaskError
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal import COLUMNS, STATE, WRITTEN, Entry, entry_of, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,12 +37,6 @@ MIGRATIONS = (
     CREATE TABLE uploads (sha256 TEXT PRIMARY KEY, url TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
     """,
 )
-_COLUMNS = "key, owner, phase, created_at, fingerprint, request, estimate, save_as, attended, delivered_at, task, error, pictures"
-_WRITTEN = (
-    "owner", "phase", "created_at", "fingerprint", "task_id", "status", "complete", "attended", "delivered_at",
-    "estimate", "credits", "charged", "request", "save_as", "task", "error", "pictures",
-)  # fmt: skip
-_STATE = {"phase", "task_id", "status", "complete", "credits", "charged", "task", "error"}
 
 
 class SqliteJournal:
@@ -56,6 +48,7 @@ class SqliteJournal:
         self.set_aside: Path | None = None
         self._clock = clock
         self._db: sqlite3.Connection | None = None
+        self._inode = 0
         self._life: FileLock | None = None
 
     @property
@@ -65,31 +58,30 @@ class SqliteJournal:
     # --- writing ---
 
     def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
-        names = ", ".join(("key", *_WRITTEN))
-        marks = ", ".join("?" * (len(_WRITTEN) + 1))
+        names = ", ".join(("key", *WRITTEN))
+        marks = ", ".join("?" * (len(WRITTEN) + 1))
 
         def write(db: sqlite3.Connection) -> float | None:
             with _transaction(db):
                 spent = _spent(db, since)
                 if cap is not None and spent + entry.estimate > cap:
                     return spent
-                db.execute(f"INSERT INTO entries ({names}) VALUES ({marks})", _row(entry))
+                db.execute(f"INSERT INTO entries ({names}) VALUES ({marks})", row_of(entry))
             return None
 
         return self._run(write)
 
     def update(self, entry: Entry) -> None:
-        key, *values = _row(entry)
-        pairs = [(name, value) for name, value in zip(_WRITTEN, values, strict=True) if name in _STATE]
-        assignments = ", ".join(f"{name} = ?" for name, _ in pairs)
-        self._run(
-            lambda db: db.execute(f"UPDATE entries SET {assignments} WHERE key = ?", (*(v for _, v in pairs), key))
-        )
+        self._write(entry, STATE)
 
-    def keep(self, key: str, pictures: tuple[Picture, ...], complete: bool) -> None:
-        told = json.dumps([asdict(picture) for picture in pictures])
-        statement = "UPDATE entries SET pictures = ?, complete = ? WHERE key = ?"
-        self._run(lambda db: db.execute(statement, (told, complete, key)))
+    def keep(self, entry: Entry) -> None:
+        self._write(entry, STATE | {"pictures"})
+
+    def _write(self, entry: Entry, names: set[str]) -> None:
+        key, *values = row_of(entry)
+        pairs = [(name, value) for name, value in zip(WRITTEN, values, strict=True) if name in names]
+        statement = f"UPDATE entries SET {', '.join(f'{name} = ?' for name, _ in pairs)} WHERE key = ?"
+        self._run(lambda db: db.execute(statement, (*(value for _, value in pairs), key)))
 
     def deliver(self, key: str, at: float) -> None:
         self._run(lambda db: db.execute("UPDATE entries SET delivered_at = ? WHERE key = ?", (at, key)))
@@ -114,9 +106,11 @@ class SqliteJournal:
                 continue
             try:
                 adopted += self._take_over(owner)
+            except JournalUnwritable as error:  # what is adopted already must not be forgotten; these come next time
+                log.warning("%s", error.what)
             finally:
-                lock.release()
                 with suppress(OSError):
+                    lock.release()
                     self._life_path(owner).unlink()
         return adopted
 
@@ -124,13 +118,12 @@ class SqliteJournal:
         def take(db: sqlite3.Connection) -> list[Any]:
             with _transaction(db):
                 db.execute("UPDATE entries SET attended = 0 WHERE owner = ?", (owner,))
-                rows = db.execute(
-                    f"SELECT {_COLUMNS} FROM entries WHERE owner = ? AND complete = 0", (owner,)
-                ).fetchall()
+                found = f"SELECT {COLUMNS} FROM entries WHERE owner = ? AND complete = 0"
+                rows = db.execute(found, (owner,)).fetchall()
                 db.execute("UPDATE entries SET owner = ? WHERE owner = ? AND complete = 0", (self.owner, owner))
             return rows
 
-        return [replace(_entry(row), owner=self.owner) for row in self._run(take)]
+        return [replace(entry, owner=self.owner) for entry in _readable(self._run(take))]
 
     def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
         statement = "INSERT OR REPLACE INTO uploads (sha256, url, expires_at) VALUES (?, ?, ?)"
@@ -179,8 +172,8 @@ class SqliteJournal:
                 self._db.close()
             self._db = None
         if self._life is not None:
-            self._life.release()
             with suppress(OSError):
+                self._life.release()
                 self._life_path(self.owner).unlink()
             self._life = None
 
@@ -191,8 +184,8 @@ class SqliteJournal:
         return rows[0] if rows else None
 
     def _many(self, where: str, *values: Any) -> list[Entry]:
-        statement = f"SELECT {_COLUMNS} FROM entries WHERE {where}"
-        return [_entry(row) for row in self._run(lambda db: db.execute(statement, values).fetchall())]
+        statement = f"SELECT {COLUMNS} FROM entries WHERE {where}"
+        return _readable(self._run(lambda db: db.execute(statement, values).fetchall()))
 
     def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
         """The one border to SQLite. A damaged file is set aside, never deleted, and a new one begun."""
@@ -216,6 +209,7 @@ class SqliteJournal:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            db.text_factory = lambda data: data.decode("utf-8", "replace")
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
@@ -223,7 +217,7 @@ class SqliteJournal:
             except BaseException:
                 db.close()
                 raise
-            self._db = db
+            self._db, self._inode = db, self.path.stat().st_ino
         return self._db
 
     def _live(self) -> None:
@@ -243,6 +237,9 @@ class SqliteJournal:
             with suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
+            with suppress(OSError):
+                if self.path.stat().st_ino != self._inode:
+                    return  # another server has set the damaged file aside already: this is its new one
         aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self.owner[:6]}")
         try:
             os.replace(self.path, aside)
@@ -262,7 +259,9 @@ class SqliteJournal:
 
 def _migrate(db: sqlite3.Connection) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version >= len(MIGRATIONS):
+    if version > len(MIGRATIONS):
+        raise sqlite3.OperationalError("a newer version of evolink-mcp wrote it")
+    if version == len(MIGRATIONS):
         return
     with _transaction(db):
         (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -294,42 +293,12 @@ def _spent(db: sqlite3.Connection, since: float) -> float:
     return float(total)
 
 
-def _row(entry: Entry) -> tuple[Any, ...]:
-    """An entry as (key, *_WRITTEN)."""
-    return (
-        entry.key, entry.owner, entry.phase, entry.created_at, entry.fingerprint, entry.task_id, entry.status,
-        entry.complete, entry.attended, entry.delivered_at, entry.estimate,
-        entry.task.credits_used if entry.task else None, entry.charged, json.dumps(entry.request), entry.save_as,
-        json.dumps(asdict(entry.task)) if entry.task else None, json.dumps(asdict(entry.error)) if entry.error else None,
-        json.dumps([asdict(picture) for picture in entry.pictures]),
-    )  # fmt: skip
-
-
-def _entry(row: Any) -> Entry:
-    """The reverse, from _COLUMNS."""
-    (
-        key,
-        owner,
-        phase,
-        created_at,
-        mark,
-        request,
-        estimate,
-        save_as,
-        attended,
-        delivered_at,
-        task,
-        error,
-        pictures,
-    ) = row
-    return Entry(
-        key=key, owner=owner, phase=phase, created_at=created_at, fingerprint=mark, request=json.loads(request),
-        estimate=estimate, save_as=save_as, attended=bool(attended), delivered_at=delivered_at,
-        task=_task(json.loads(task)) if task else None, error=Problem(**json.loads(error)) if error else None,
-        pictures=tuple(Picture(**picture) for picture in json.loads(pictures)),
-    )  # fmt: skip
-
-
-def _task(data: dict[str, Any]) -> Task:
-    error = data.pop("error")
-    return Task(**{**data, "results": tuple(data["results"]), "error": TaskError(**error) if error else None})
+def _readable(rows: list[Any]) -> list[Entry]:
+    """Entries from COLUMNS; one that makes no sense is named and left where it is."""
+    entries: list[Entry] = []
+    for row in rows:
+        try:
+            entries.append(entry_of(row))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            log.error("the journal's entry %s is damaged and left out", row[0])
+    return entries

@@ -17,6 +17,9 @@ const root = resolve(import.meta.dirname, "../..");
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const SECONDS = 2; // how long the simulated EvoLink takes
 const SHOWN_WITHIN_MS = 1000;
+const LONGEST_S = 85;
+const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+  "--disable-component-update", "--disable-sync"];
 const URI = "ui://evolink/gallery.html";
 const MIME = "text/html;profile=mcp-app";
 // What a host allows an App that asks for nothing (the specification's restrictive default).
@@ -109,7 +112,9 @@ async function audited(frame, name) {
   return `${passes.length} rules passed`;
 }
 
-async function underOneEra(mode, browser, evolink, hostScript) {
+async function underOneEra(mode, evolink, hostScript) {
+  // A browser for each era: both run side by side, and each has a clipboard of its own.
+  const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
   const home = mkdtempSync(join(tmpdir(), "gallery-"));
   const client = await connected(mode, evolink, home);
   const era = client.getNegotiatedProtocolVersion?.() ?? mode;
@@ -119,6 +124,7 @@ async function underOneEra(mode, browser, evolink, hostScript) {
   const chat = await served((url) =>
     url === "/" ? ["text/html; charset=utf-8", CHAT] : url === "/host.js" ? ["text/javascript", hostScript] : ["text/plain", ""]);
   const page = await (await browser.newContext({ permissions: ["clipboard-read"], viewport: { width: 860, height: 900 }, deviceScaleFactor: 1 })).newPage();
+  page.setDefaultTimeout(10_000);
   page.on("console", (m) => {
     // Chromium says this of every frame that the specification asks for.
     if (!["error", "warning"].includes(m.type()) || m.text().startsWith("An iframe which has both allow-scripts and")) return;
@@ -258,7 +264,7 @@ async function underOneEra(mode, browser, evolink, hostScript) {
     await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
     await opened({ theme: "dark" });
     await page.evaluate(() => { document.documentElement.dataset.theme = "dark"; });
-    const handle = await page.evaluate(() => callTool("generate_image", { prompt: "sim:slow=6 A fox in the snow", n: 2, wait_seconds: 0 }));
+    const handle = await page.evaluate(() => callTool("generate_image", { prompt: "sim:slow=4 A fox in the snow", n: 2, wait_seconds: 0 }));
     assert.equal(handle.structuredContent.next_action.tool, "get_task");
     await frame().waitForFunction(() => document.getElementById("bar").ariaValueNow > 0, null, { timeout: 20_000 });
     await app().getByText(/\d+ % · \d+ s/).waitFor();
@@ -296,7 +302,7 @@ async function underOneEra(mode, browser, evolink, hostScript) {
     await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
     await opened({ modes: ["inline", "fullscreen"] });
     await page.evaluate(() => dressApp("light"));
-    await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A lighthouse above a calm sea", size: "16:9", resolution: "4K" }));
+    await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A lighthouse above a calm sea", size: "16:9" }));
     await allShown(1);
     await app().getByRole("heading", { name: "Your picture" }).waitFor();
     const { width, height } = await app().locator(".pic").boundingBox();
@@ -315,7 +321,7 @@ async function underOneEra(mode, browser, evolink, hostScript) {
     appendFileSync(image.path, Buffer.alloc(7_100_000)); // a PNG ends where it says so: what follows is not looked at
     await opened();
     await page.evaluate((id) => callTool("get_task", { task_id: id }, true), task_id);
-    await app().getByText("It cannot be shown here, but it is saved:").waitFor();
+    await app().getByText("It cannot be shown here. It is saved at").waitFor();
     await app().locator(".away").getByText(image.path).waitFor();
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction((url) => seen.links[0]?.url === url, image.url);
@@ -324,33 +330,36 @@ async function underOneEra(mode, browser, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("ten pictures come in rows"), async () => {
-    await opened();
-    await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A garden in June", n: 10 }));
-    await allShown(10);
-    await shot("ten-light");
-  });
-  await page.evaluate(() => closeApp());
+  if (mode !== "legacy") {
+    await check(name("ten pictures are all shown"), async () => {
+      await opened();
+      await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A garden in June", n: 10 }));
+      await allShown(10);
+      await shot("ten-light");
+    });
+    await page.evaluate(() => closeApp());
+  }
 
   await client.close();
   view.close();
   chat.close();
-  await page.context().close();
+  await browser.close();
   rmSync(home, { recursive: true, force: true });
 }
 
+// Whatever hangs: the run ends, and says so.
+setTimeout(() => {
+  console.log(`FAIL  the checks took longer than ${LONGEST_S} s\n${passed} passed, ${failed + 1} failed`);
+  process.exit(1);
+}, LONGEST_S * 1000).unref();
 const evolink = await simulator();
+process.on("exit", evolink.stop);
 const bundle = await build({ entryPoints: [join(import.meta.dirname, "host.js")], bundle: true, write: false, format: "iife", platform: "browser", logLevel: "error" });
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync"],
-});
 try {
-  for (const mode of ["auto", "legacy"]) await underOneEra(mode, browser, evolink.url, bundle.outputFiles[0].text);
+  const eras = ["auto", "legacy"].map((mode) => check(`${mode === "legacy" ? "legacy" : "modern"}: every step could be taken`, () => underOneEra(mode, evolink.url, bundle.outputFiles[0].text)));
+  await Promise.all(eras);
   await check("no error and no warning in the console", () => assert.deepEqual(complaints, []));
 } finally {
-  await browser.close();
   evolink.stop();
 }
 console.log(`${passed} passed, ${failed} failed`);

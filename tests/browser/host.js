@@ -34,7 +34,10 @@ window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
     seen.sizes.push(height);
     frame.style.height = `${height}px`;
   };
-  const ready = new Promise((resolve) => (bridge.oninitialized = resolve));
+  const ready = new Promise((resolve, reject) => {
+    bridge.oninitialized = resolve;
+    setTimeout(reject, 5000, new Error("the page never said that it is initialised"));
+  });
   await bridge.connect(new PostMessageTransport(frame.contentWindow, frame.contentWindow));
   frame.src = url;
   await ready;

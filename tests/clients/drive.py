@@ -47,6 +47,7 @@ PYTHON_CLIENTS = (
     Client("openai-agents", ("openai-agents==0.24.0",), "openai_agents.py"),
     Client("fastmcp 4", ("fastmcp-slim[client]==4.2.1",), "fastmcp_client.py"),
     Client("fastmcp 2", ("fastmcp==2.14.7",), "fastmcp_client.py"),
+    Client("fastmcp tasks", ("fastmcp-tasks==4.1.2",), "fastmcp_tasks_client.py", transports=("stdio", "http")),
     Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),)),
     Client("mcp 1.30", ("mcp==1.30.0",), "mcp1.py"),
     Client("mcp 1.9", ("mcp==1.9.4", "pydantic<2.11"), "mcp1.py"),
@@ -175,7 +176,7 @@ class Drive:
         path = _path(image)
         if image["error"] or path is None:
             yield f"generate_image answered {image}"
-        elif not Path(path).is_relative_to(self.stage.pictures) or not Path(path).read_bytes().startswith(PICTURE_MAGIC):
+        elif not self._is_picture(Path(path)):
             yield f"{path} is no picture"
         elif image["text"] and path not in image["text"]:
             yield "the text does not name the picture"
@@ -184,6 +185,9 @@ class Drive:
             yield f"progress went {shown}"
         if bad["error"] is False or not _says(bad, "promt: unknown argument; did you mean prompt?"):
             yield f"the bad call was answered {bad}"
+
+    def _is_picture(self, path: Path) -> bool:
+        return path.is_relative_to(self.stage.pictures) and path.read_bytes().startswith(PICTURE_MAGIC)
 
     def _once_each(self) -> None:
         """Every picture that was asked for is in the journal once: neither bad calls nor probes bought any."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stage import TRANSPORTS, Stage
+from stage import PATH, TRANSPORTS, Stage
 
 ANSWER_WITHIN_S = 60.0
 NAMES = {transport: f"evolink-{transport}" for transport in TRANSPORTS}
@@ -21,8 +21,13 @@ NAMES = {transport: f"evolink-{transport}" for transport in TRANSPORTS}
 def environment(stage: Stage, modules: Path, home: Path) -> dict[str, str]:
     """Each host has a home of its own, the Node that came with it, and no wish to call its own."""
     home.mkdir(parents=True, exist_ok=True)
-    more = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "GEMINI_CLI_TRUST_WORKSPACE": "true"}
-    return stage.client_env(**{**more, "HOME": str(home), "PATH": f"{modules / '.bin'}:/usr/local/bin:/usr/bin:/bin"})
+    return stage.client_env(
+        HOME=str(home),
+        PATH=f"{modules / '.bin'}:{PATH}",
+        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+        DISABLE_AUTOUPDATER="1",
+        GEMINI_CLI_TRUST_WORKSPACE="true",
+    )
 
 
 def version_of(modules: Path, package: str) -> str:
@@ -92,7 +97,8 @@ def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], di
             wire.ask("initialize", {"clientInfo": {"name": "evolink-mcp-check", "version": "1.0.0"}})
             wire.say("initialized")
             thread = wire.ask("thread/start", {"cwd": env["HOME"], "ephemeral": True})["thread"]["id"]
-            servers = {server["name"]: server for server in wire.ask("mcpServerStatus/list", {"threadId": thread})["data"]}
+            listed_servers = wire.ask("mcpServerStatus/list", {"threadId": thread})["data"]
+            servers = {server["name"]: server for server in listed_servers}
 
             def call(transport: str, tool: str, arguments: dict) -> dict:
                 if tool == "tools/list":

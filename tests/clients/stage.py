@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 UP_WITHIN_S = 30.0
 PICTURE_S = "1"
 TRANSPORTS = ("stdio", "http", "sse")
+PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 class Stage:
@@ -44,7 +45,7 @@ class Stage:
         simulator, self.http_port, self.sse_port = free_port(), free_port(), free_port()
         self.server_env = {
             "HOME": str(self.home),
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "PATH": PATH,
             "EVOLINK_API_KEY": "sk-simulated",
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{simulator}",
             "EVOLINK_MCP_DATA_DIR": str(self.work / "data"),
@@ -66,17 +67,19 @@ class Stage:
         self._stack.close()
 
     def url(self, transport: str) -> str:
-        return f"http://127.0.0.1:{self.http_port}/mcp" if transport == "http" else f"http://127.0.0.1:{self.sse_port}/sse"
+        port, path = (self.http_port, "mcp") if transport == "http" else (self.sse_port, "sse")
+        return f"http://127.0.0.1:{port}/{path}"
 
     def target(self, transport: str) -> dict:
         """How to reach the server over `transport`, as the client scripts take it."""
         if transport == "stdio":
-            return {"transport": transport, "command": self.command[0], "args": self.command[1:], "env": self.server_env}
+            command, *args = self.command
+            return {"transport": transport, "command": command, "args": args, "env": self.server_env}
         return {"transport": transport, "url": self.url(transport)}
 
     def client_env(self, **more: str) -> dict[str, str]:
         """A poor environment: nothing of whoever runs this reaches a client."""
-        return {"HOME": str(self.home), "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **more}
+        return {"HOME": str(self.home), "PATH": PATH, "LANG": "C.UTF-8", **more}
 
     def bought(self) -> list[dict]:
         """What the journal says, newest first."""
@@ -87,9 +90,8 @@ class Stage:
         return json.loads(told.stdout)
 
     def _serve(self, what: str, port: int, *more: str) -> None:
-        self._stack.enter_context(
-            background([*self.command, what, "--port", str(port), *more], self.server_env, self.work / f"{what}.log", self.home)
-        )
+        command, log = [*self.command, what, "--port", str(port), *more], self.work / f"{what}.log"
+        self._stack.enter_context(background(command, self.server_env, log, self.home))
 
 
 @contextmanager

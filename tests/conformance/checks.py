@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "clients"))
-from stage import TRANSPORTS, Score, Stage, npm_install  # noqa: E402
+from stage import PATH, TRANSPORTS, Score, Stage, npm_install  # noqa: E402
 
 AT_ONCE = 2
 WITHIN_S = 120
@@ -27,23 +27,34 @@ def conformance(stage: Stage, modules: Path, score: Score) -> None:
         results = stage.work / f"conformance-{version}"
         told = _node(stage, modules, "@modelcontextprotocol/conformance/dist/index.js", "server", "--url", stage.url("http"),
                      "--suite", "all", "--spec-version", version, "-o", str(results))  # fmt: skip
-        seen = {_scenario(folder): json.loads((folder / "checks.json").read_text()) for folder in results.glob("server-*")}
-        aside = 0
-        for name in sorted(seen.keys() | set(must_pass)):
-            if name in must_pass:
-                score.tell(f"conformance {version} {name}", _failures(seen.get(name), known["excused"]), _count(seen.get(name)))
-            elif name in known["not_ours"]:
-                aside += 1
-            else:
-                score.tell(f"conformance {version} {name}", "not in scenarios.toml: does it apply to this server?")
+        seen = {_scenario(folder): _checks(folder) for folder in results.glob("server-*")}
         if not seen:
-            score.tell(f"conformance {version}", (told.stdout + told.stderr)[-400:])
-        print(f"     {aside} scenarios of {version} set aside, with reasons in scenarios.toml")
+            score.tell(f"conformance {version}", (told.stdout + told.stderr)[-400:] or "no results")
+        for name in sorted(seen.keys() | set(must_pass)):
+            problem, remark = "not in scenarios.toml: does it apply to this server?", ""
+            if name in must_pass:
+                problem, remark = _failures(seen.get(name), known["excused"]), _count(seen.get(name))
+            elif name in known["not_ours"]:
+                continue
+            score.tell(f"conformance {version} {name}", problem, remark)
+        # Whatever a scenario wanted, what was said to it must be well-formed.
+        aside = {name: checks for name, checks in seen.items() if name not in must_pass}
+        broken = [name for name, checks in aside.items() if _status(checks, "wire-schema-valid") == "FAILURE"]
+        score.tell(f"conformance {version} every answer fits the schema", ", ".join(broken),
+                   f"also in {len(aside)} scenarios set aside, with reasons in scenarios.toml")  # fmt: skip
 
 
 def _scenario(folder: Path) -> str:
     """`server-NAME-2026-11-22T22-29-15-627Z`, a folder of results, is named NAME."""
     return folder.name.removeprefix("server-").rsplit("-", 6)[0]
+
+
+def _checks(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "checks.json").read_text())
+
+
+def _status(checks: list[dict[str, Any]], name: str) -> str | None:
+    return next((check["status"] for check in checks if check["id"] == name), None)
 
 
 def _failures(checks: list[dict[str, Any]] | None, excused: dict[str, str]) -> str:
@@ -54,7 +65,8 @@ def _failures(checks: list[dict[str, Any]] | None, excused: dict[str, str]) -> s
 
 
 def _count(checks: list[dict[str, Any]] | None) -> str:
-    return f"{sum(check['status'] == 'SUCCESS' for check in checks or ())} checks"
+    good = sum(check["status"] == "SUCCESS" for check in checks or ())
+    return f"{good} checks" if good else "nothing to check: the server keeps no sessions"
 
 
 def inspector(stage: Stage, modules: Path, score: Score) -> None:
@@ -68,7 +80,8 @@ def inspector(stage: Stage, modules: Path, score: Score) -> None:
                      "--method", method, "--protocol-era", era, "--format", "json", *said, *server)  # fmt: skip
 
     def call(transport: str, tool: str, arguments: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-        return look("--tool-name", tool, "--tool-args-json", json.dumps(arguments), transport=transport, method="tools/call")
+        said = ("--tool-name", tool, "--tool-args-json", json.dumps(arguments))
+        return look(*said, transport=transport, method="tools/call")
 
     def listing(transport: str, era: str) -> tuple[str, str]:
         told = look("--strict", transport=transport, method="tools/list", era=era)
@@ -83,7 +96,8 @@ def inspector(stage: Stage, modules: Path, score: Score) -> None:
         if told.returncode:
             return _said(told), ""
         facts = _answer(told)["structuredContent"]
-        return ("" if (facts["width"], facts["height"]) == (2048, 1152) else f"answered {facts}"), facts["explicit_size"]
+        good = (facts["width"], facts["height"]) == (2048, 1152)
+        return ("" if good else f"answered {facts}"), facts["explicit_size"]
 
     def making(transport: str) -> tuple[str, str]:
         told = call(transport, "generate_image", {"prompt": f"A harbour for the inspector over {transport}"})
@@ -109,7 +123,7 @@ def inspector(stage: Stage, modules: Path, score: Score) -> None:
 
 
 def _node(stage: Stage, modules: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = stage.client_env(PATH=f"{modules / '.bin'}:/usr/local/bin:/usr/bin:/bin")
+    env = stage.client_env(PATH=f"{modules / '.bin'}:{PATH}")
     command = [str(modules / ".bin" / "node"), str(modules / script), *arguments]
     return subprocess.run(
         command, env=env, cwd=stage.home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WITHIN_S

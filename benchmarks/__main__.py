@@ -1,0 +1,76 @@
+"""`python -m benchmarks [--json] [--quick] [--only NAME]`: every promised figure, measured in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+
+from benchmarks import calls, crowd, ledger, polls, previews, shares, start
+from benchmarks.figures import Figure
+
+PARTS = {
+    "start": start,
+    "calls": calls,
+    "polls": polls,
+    "crowd": crowd,
+    "journal": ledger,
+    "previews": previews,
+    "share": shares,
+}
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    names = options.only or list(PARTS)
+    found: dict[str, list[Figure]] = {}
+    for name in names:
+        started = time.perf_counter()
+        found[name] = PARTS[name].run(options.quick)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    if options.json:
+        print(json.dumps(_data(found, quick=options.quick), indent=2, ensure_ascii=False))
+    elif options.markdown:
+        print("| What | Measured | Promised | | |\n|---|---|---|---|---|")
+        for name, figures in found.items():
+            print("\n".join([f"| **{PARTS[name].TITLE}** | | | | |", *(figure.row() for figure in figures)]))
+    else:
+        print("\n".join(f"# {word}: {value}" for word, value in _machine().items()))
+        for name, figures in found.items():
+            print("\n".join(["", PARTS[name].TITLE, *(figure.line() for figure in figures)]))
+    missed = [figure.name for figures in found.values() for figure in figures if figure.met is False]
+    if missed:
+        print(f"{len(missed)} not met: {'; '.join(missed)}", file=sys.stderr)
+    return 1 if missed and options.strict else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/speed.md")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller crowds, below a minute")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 when a promise is not met")
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=f"one of {', '.join(PARTS)}")
+    return parser
+
+
+def _machine() -> dict[str, str]:
+    busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return {
+        "machine": f"{os.cpu_count()} cores{busy}",
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {version(name)}" for name in ("mcp", "httpx2", "pydantic", "pillow")),
+    }
+
+
+def _data(found: dict[str, list[Figure]], *, quick: bool) -> dict[str, object]:
+    parts = {name: [figure.data() for figure in figures] for name, figures in found.items()}
+    return {**_machine(), "quick": quick, "parts": parts}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

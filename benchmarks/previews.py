@@ -1,0 +1,97 @@
+"""Ten 4K pictures at once through the real tool: does the event loop stall, and how big is the answer?"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+from mcp.client import Client
+
+from benchmarks.figures import Figure, middle
+from benchmarks.processes import environment, standin, timed
+from benchmarks.standin import drawn
+from evolink_mcp.hosts import UNKNOWN
+from evolink_mcp.images import preview
+from evolink_mcp.server import build_server
+from evolink_mcp.settings import Settings
+from evolink_mcp.wiring import open_studio
+
+TITLE = "Previews"
+TICK_S = 0.005
+KINDS = (("4K", "4K pictures"), ("noise", "4K pictures of noise"))
+ORDER = {"size": "16:9", "resolution": "4K", "n": 10, "wait_seconds": 120}
+
+
+def run(quick: bool) -> list[Figure]:
+    repeats, rounds = (3, 2) if quick else (7, 5)
+    figures: list[Figure] = []
+    for kind, what in KINDS[:1] if quick else KINDS:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+            took, size = _alone(Path(name), kind, repeats)
+        with standin(kind) as at:
+            answers = [anyio.run(_ask, at.port) for _ in range(rounds)]
+        seen = answers[0]
+        figures += [
+            Figure(f"longest stall of the loop, ten {what}", 1000 * middle([max(one.stalls) for one in answers]), "ms", 50,
+                   f"median of {rounds} rounds; idle before: {1000 * middle([max(one.idle) for one in answers]):.0f} ms"),
+            Figure(f"characters of the answer, ten {what}", seen.characters, "", 900_000,
+                   f"{seen.previews} previews, {middle([one.took for one in answers]):.1f} s with download"),
+            Figure(f"one preview of {what}", 1000 * took, "ms", None, f"{size:,} bytes of WebP"),
+        ]  # fmt: skip
+    return figures
+
+
+def _alone(folder: Path, kind: str, repeats: int) -> tuple[float, int]:
+    path = folder / f"{kind}.png"
+    path.write_bytes(drawn(kind)[0])
+    made = preview(path, 1024, UNKNOWN.answer_max * 3 // 4)
+    took = [timed(lambda: preview(path, 1024, UNKNOWN.answer_max * 3 // 4)) for _ in range(repeats)]
+    return middle(took), len(made or b"")
+
+
+@dataclass
+class _Seen:
+    """What one answer was like; stalls in seconds beyond the tick."""
+
+    idle: list[float] = field(default_factory=lambda: [0.0])
+    stalls: list[float] = field(default_factory=lambda: [0.0])
+    characters: int = 0
+    previews: int = 0
+    took: float = 0.0
+
+
+async def _ask(port: int) -> _Seen:
+    seen = _Seen()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        settings = Settings.from_environment(environment(Path(name), port))
+        async with (
+            open_studio(settings) as studio,
+            Client(build_server(studio)) as client,
+            anyio.create_task_group() as group,
+        ):
+            # The first picture pays for imports and for reading the system's certificates; it is not measured here.
+            await client.call_tool("generate_image", {"prompt": "sim:slow=0.5 a first one", "wait_seconds": 60})
+            ticks: list[float] = seen.idle
+
+            async def tick() -> None:
+                while True:
+                    before = time.perf_counter()
+                    await anyio.sleep(TICK_S)
+                    ticks.append(time.perf_counter() - before - TICK_S)
+
+            group.start_soon(tick)
+            await anyio.sleep(1)
+            ticks = seen.stalls
+            started = time.perf_counter()
+            answer: Any = await client.call_tool("generate_image", {"prompt": "sim:slow=2 ten of them", **ORDER})
+            seen.took = time.perf_counter() - started - 2
+            group.cancel_scope.cancel()
+    if answer.is_error or len(answer.structured_content["images"]) != 10:
+        raise RuntimeError(f"the tool failed: {answer.content[0].text[:300]}")
+    seen.characters = len(answer.model_dump_json(by_alias=True, exclude_unset=True))
+    seen.previews = sum(block.type == "image" for block in answer.content)
+    return seen

@@ -1,0 +1,158 @@
+"""Child processes that are measured: MCP servers over a raw pipe, the stand-in of EvoLink, and what they use."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "sk-benchmark-0123456789"
+GIVE_UP_S = 120.0
+SERVERS = {
+    "ours": ["-m", "evolink_mcp"],
+    "bare": ["-m", "benchmarks.servers", "sdk"],
+    "empty": ["-m", "benchmarks.servers", "ours"],
+}
+
+
+def environment(folder: Path, port: int = 9) -> dict[str, str]:
+    """Only what a server needs: no setting of whoever runs this reaches it."""
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG") if name in os.environ}
+    return kept | {
+        "HOME": str(folder),
+        "EVOLINK_API_KEY": KEY,
+        "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
+        "EVOLINK_MCP_DATA_DIR": str(folder / "data"),
+        "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
+    }
+
+
+class Pipe:
+    """A server process and a client that does as little as possible: one line out, one line in."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str], fds: tuple[int, ...] = ()) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            cwd=ROOT, env=env, pass_fds=fds,
+        )  # fmt: skip
+        self._number = 0
+        self._patience = threading.Timer(GIVE_UP_S, self.process.kill)
+        self._patience.daemon = True
+        self._patience.start()
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patience.cancel()
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def greet(self) -> None:
+        """From nothing to the list of tools, as a host does it."""
+        client = {"name": "benchmark", "version": "1"}
+        self.ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
+        self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        self.ask("tools/list", {})
+
+    def call(self, tool: str, arguments: dict[str, Any]) -> Any:
+        return self.ask("tools/call", {"name": tool, "arguments": arguments})
+
+    def ask(self, method: str, params: dict[str, Any]) -> Any:
+        self._number += 1
+        self._send({"jsonrpc": "2.0", "id": self._number, "method": method, "params": params})
+        return self._answer()
+
+    def flood(self, tool: str, arguments: dict[str, Any], at_once: int) -> None:
+        """That many calls written together, and every answer read."""
+        params = {"name": tool, "arguments": arguments}
+        lines = []
+        for _ in range(at_once):
+            self._number += 1
+            lines.append(json.dumps({"jsonrpc": "2.0", "id": self._number, "method": "tools/call", "params": params}))
+        assert self.process.stdin
+        self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+        self.process.stdin.flush()
+        for _ in range(at_once):
+            self._answer()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout
+        while line := self.process.stdout.readline():
+            message = json.loads(line)
+            if "id" in message and "method" not in message:
+                if "error" in message:
+                    raise RuntimeError(f"the server said: {message['error']}")
+                return message["result"]
+        raise RuntimeError("the server ended or gave no answer in time")
+
+
+class Standin:
+    """The stand-in of EvoLink in its own process; see `benchmarks.standin` for what it serves."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def seen(self) -> dict[str, Any]:
+        """What has happened there: counts of requests and the moments of looks, purchases and downloads."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/benchmark", timeout=30) as answer:
+            return json.load(answer)
+
+
+@contextmanager
+def standin(pictures: str = "dot", *, batch: bool = True) -> Iterator[Standin]:
+    arguments = [sys.executable, "-m", "benchmarks.standin", pictures, *([] if batch else ["--no-batch"])]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout
+    try:
+        yield Standin(int(process.stdout.readline()))
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def memory_mb(pid: int | None = None) -> float:
+    """What a process holds in memory now."""
+    status = Path(f"/proc/{pid or 'self'}/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid or os.getpid())], capture_output=True, check=True)
+    return int(told.stdout) / 1024
+
+
+def cpu_s(pid: int) -> float | None:
+    """Processor time a child has used so far; None where the system does not tell."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return None
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def timed(act: Any) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started

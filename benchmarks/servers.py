@@ -1,0 +1,34 @@
+"""The servers ours is compared with: one tool that does nothing, on the SDK's stdio or on ours."""
+
+from __future__ import annotations
+
+import sys
+
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("bare", log_level="ERROR")
+
+
+@server.tool()
+def nothing(word: str = "") -> str:
+    """Answers with its argument."""
+    return word
+
+
+def main(transport: str) -> None:
+    if transport == "sdk":
+        server.run("stdio")
+        return
+    import anyio
+
+    from evolink_mcp.stdio import serve_stdio
+
+    async def serve(read: object, write: object) -> None:
+        lowlevel = server._lowlevel_server
+        await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
+
+    anyio.run(serve_stdio, serve)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

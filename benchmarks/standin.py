@@ -1,0 +1,105 @@
+"""The simulator on a port of its own, with pictures made beforehand, a book of what came when, and batch reads or not.
+
+`python -m benchmarks.standin dot|1K|4K|noise [--no-batch]` prints its port. Drawing takes seconds and is nobody's
+share, so every task gets the same few pictures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import anyio
+import uvicorn
+
+from benchmarks.processes import KEY
+from evolink_mcp.simulator import Simulator
+
+PIXELS = {"dot": (16, 16), "1K": (1024, 1024), "4K": (3840, 2160)}
+PROMPTS = ("a fox in a misty forest", "a lighthouse over the sea at dusk")
+
+
+def drawn(kind: str) -> list[bytes]:
+    """A few pictures as PNG; `noise` is harder to make small than any photograph."""
+    if kind == "noise":
+        from PIL import Image
+
+        width, height = PIXELS["4K"]
+        bands = [Image.effect_noise((width // 3, height // 3), 90).resize((width, height)) for _ in range(3)]
+        out = io.BytesIO()
+        Image.merge("RGB", bands).save(out, "png", compress_level=1)
+        return [out.getvalue()]
+    from evolink_mcp.paintings import paint
+
+    return [paint(prompt, number, PIXELS[kind]) for number, prompt in enumerate(PROMPTS)]
+
+
+class Door:
+    """In front of the simulator: serves the pictures and notes when things happened (in epoch seconds)."""
+
+    def __init__(self, simulator: Simulator, pictures: list[bytes], *, batch: bool) -> None:
+        self._simulator = simulator
+        self._pictures = pictures
+        self._batch = batch
+        self.counts: Counter[str] = Counter()
+        self.bought: dict[str, float] = {}
+        self.told: dict[str, float] = {}
+        self.fetched: dict[str, list[tuple[float, float]]] = {}
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        path = scope["path"]
+        came = time.time()
+        if path == "/benchmark":
+            seen = {"counts": self.counts, "bought": self.bought, "told": self.told, "fetched": self.fetched}
+            return await _answer(send, 200, json.dumps(seen).encode())
+        if path.startswith("/pictures/"):
+            task_id, name = path.split("/")[2:4]
+            number = int(name.partition(".")[0])
+            self.counts["picture"] += 1
+            await _answer(send, 200, self._pictures[number % len(self._pictures)], b"image/png")
+            self.fetched.setdefault(task_id, []).append((came, time.time()))
+            return None
+        if path == "/v1/tasks/batch":
+            self.counts["batch"] += 1
+            if not self._batch:
+                return await _answer(send, 404, b'{"error": {"code": "not_found", "message": "no such path"}}')
+        elif path.startswith("/v1/tasks/"):
+            self.counts["single"] += 1
+        before = len(self._simulator.tasks)
+        done = {task.id for task in self._simulator.tasks.values() if self._over(task)} if before < 20 else set()
+        await self._simulator.app(scope, receive, send)
+        if path == "/v1/tasks/batch":
+            self.counts["looks in batches"] += len(json.loads(self._simulator.requests[-1].body)["task_ids"])
+        if len(self._simulator.tasks) > before:
+            self.counts["bought"] += 1
+            self.bought[next(reversed(self._simulator.tasks))] = came
+        if path.startswith("/v1/tasks/") and path.removeprefix("/v1/tasks/") in done:
+            self.told.setdefault(path.removeprefix("/v1/tasks/"), time.time())
+        return None
+
+    def _over(self, task: Any) -> bool:
+        return self._simulator.state(task)[0] == "completed"
+
+
+async def _answer(send: Any, status: int, body: bytes, kind: bytes = b"application/json") -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def serve(kind: str, *, batch: bool) -> None:
+    door = Door(Simulator(keys={KEY: 1e9}), drawn(kind), batch=batch)
+    web = uvicorn.Server(uvicorn.Config(door, port=0, log_level="error", lifespan="off"))  # pyright: ignore[reportArgumentType]
+    async with anyio.create_task_group() as group:
+        group.start_soon(web.serve)
+        while not web.started:
+            await anyio.sleep(0.01)
+        print(web.servers[0].sockets[0].getsockname()[1], flush=True)
+
+
+if __name__ == "__main__":
+    anyio.run(lambda: serve(sys.argv[1], batch="--no-batch" not in sys.argv))

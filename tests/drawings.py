@@ -1,0 +1,55 @@
+"""Small pictures for tests, as bytes: plain or noisy, whole or damaged, with everything that may hide in a file."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+SECRET = "the-photographer-was-here"
+
+
+def drawing(
+    size: tuple[int, int] = (64, 48), kind: str = "PNG", mode: str = "RGB", shade: int = 90, **save: Any
+) -> bytes:
+    """A plain picture; `shade` makes one differ from another."""
+    out = io.BytesIO()
+    Image.new(mode, size, (shade, 40, 200, 0)[: len(mode)]).save(out, kind, **save)
+    return out.getvalue()
+
+
+def noise(size: tuple[int, int], kind: str = "PNG", **save: Any) -> bytes:
+    """A picture that no codec makes small."""
+    out = io.BytesIO()
+    bands = [Image.effect_noise(size, 120) for _ in range(3)]
+    Image.merge("RGB", bands).save(out, kind, **save)
+    return out.getvalue()
+
+
+def talkative(kind: str) -> bytes:
+    """A picture with text and EXIF in it."""
+    exif = Image.Exif()
+    exif[0x010E] = SECRET
+    more: dict[str, Any] = {"exif": exif.tobytes()}
+    if kind == "PNG":
+        more["pnginfo"] = PngImagePlugin.PngInfo()
+        more["pnginfo"].add_text("Comment", SECRET)
+        more["pnginfo"].add_itxt("XML:com.adobe.xmp", f"<x>{SECRET}</x>")
+    elif kind == "WEBP":
+        more["xmp"] = f"<x>{SECRET}</x>".encode()
+    else:
+        more["comment"] = SECRET
+    return drawing((320, 200), kind, **more)
+
+
+def vast(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels, and holds none."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

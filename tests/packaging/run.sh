@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Packs what users get, and runs each where it will run: wheel, source distribution, bundle.
+#
+#   tests/packaging/run.sh PYTHON    PYTHON has the package's dependencies
+#
+# Needs npm and the package registries. Everything happens below $WORK (default: a new temporary folder).
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+python=$(realpath -s "${1:?usage: tests/packaging/run.sh PYTHON}")
+if [ -z "${WORK:-}" ]; then
+  WORK=$(mktemp -d)
+  trap 'rm -rf "$WORK"' EXIT
+fi
+say() { printf -- '-- %s\n' "$1"; }
+
+say "tools"
+"$python" -m venv "$WORK/tools"
+"$WORK/tools/bin/pip" install -q 'build>=1.2,<2' 'twine>=6,<8' 'uv>=0.9'
+
+say "wheel and source distribution"
+"$WORK/tools/bin/python" -m build -q --outdir "$WORK/dist" "$root" >/dev/null
+"$WORK/tools/bin/twine" check --strict "$WORK"/dist/*
+
+say "the wheel in an empty environment"
+"$python" -m venv "$WORK/empty"
+"$WORK/empty/bin/pip" install -q "$WORK"/dist/*.whl
+(cd / && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" --version && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" doctor | tail -1)
+"$python" "$here/drive.py" "$WORK/empty/bin/evolink-mcp"
+
+say "what the source distribution holds passes its own packaging tests"
+mkdir "$WORK/source" && tar xzf "$WORK"/dist/*.tar.gz -C "$WORK/source" --strip-components 1
+(cd "$WORK/source" && "$python" -m pytest -q -p no:cacheprovider tests/test_packaging.py | tail -1)
+
+say "the bundle"
+mcpb="npx --yes @anthropic-ai/mcpb@2.1.2"
+(cd "$WORK" && $mcpb validate "$root/manifest.json" 2>/dev/null && $mcpb pack "$root" "$WORK/evolink-mcp.mcpb" 2>/dev/null | grep -E 'size|total')
+"$python" "$here/drive.py" --bundle "$WORK/evolink-mcp.mcpb" --uv "$WORK/tools/bin/uv" --into "$WORK/else where"

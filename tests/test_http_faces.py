@@ -1,0 +1,289 @@
+"""The HTTP faces on real ports: progress, dropped connections, what is refused at the door, two servers on one journal."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from mcp.client import Client
+
+pytestmark = pytest.mark.anyio
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+WITHIN_S = 30
+BODY_MAX = 512 << 10
+KEY = "sk-simulated"
+
+
+class Town:
+    """A simulated EvoLink, two streamable HTTP servers over one journal, and an SSE server, each a process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._processes = ExitStack()
+
+    def open(self) -> None:
+        evolink = self._start("simulate", "--seconds", "1")
+        self.evolink = f"http://127.0.0.1:{evolink}"
+        self.http, self.other, self.sse = (self._start(face) for face in ("http", "http", "sse"))
+        anyio.run(self._up)
+
+    def close(self) -> None:
+        self._processes.close()
+
+    def url(self, port: int) -> str:
+        return f"http://127.0.0.1:{port}/mcp"
+
+    async def bought(self, prompt: str) -> list[dict[str, Any]]:
+        """What EvoLink itself has of this prompt."""
+        async with Client(self.url(self.other)) as client:
+            listed = await client.call_tool("list_tasks", {"limit": 50, "sync": True})
+        tasks = listed.structured_content["tasks"]
+        assert listed.structured_content["synced"] is True
+        return [task for task in tasks if (task["request"] or {}).get("prompt") == prompt or not task["request"]]
+
+    def _start(self, face: str, *more: str) -> int:
+        port = _free_port()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
+        ours = {
+            "HOME": str(self.folder),
+            "EVOLINK_API_KEY": KEY,
+            "EVOLINK_BASE_URL": getattr(self, "evolink", "http://127.0.0.1:9"),
+            "EVOLINK_MCP_DATA_DIR": str(self.folder / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(self.folder / "pictures"),
+        }
+        command = [sys.executable, "-m", "evolink_mcp", face, "--port", str(port), *more]
+        process = subprocess.Popen(
+            command,
+            env={**clean, **ours},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._processes.callback(process.wait, 10)
+        self._processes.callback(process.terminate)
+        return port
+
+    async def _up(self) -> None:
+        with anyio.fail_after(WITHIN_S):
+            async with httpx.AsyncClient() as client:
+                for port in (self.http, self.other, self.sse):
+                    await _answers(client, f"http://127.0.0.1:{port}/healthz")
+                await _answers(client, f"{self.evolink}/v1/credits")
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> None:
+    while True:
+        try:
+            await client.get(url)
+        except httpx.TransportError:
+            await anyio.sleep(0)
+        else:
+            return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
+    town = Town(tmp_path_factory.mktemp("town"))
+    try:
+        town.open()
+        yield town
+    finally:
+        town.close()
+
+
+def _call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A tools/call as a 2025 client without a session sends it."""
+    return {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
+
+
+HEADERS = {
+    "accept": "application/json, text/event-stream",
+    "content-type": "application/json",
+    "mcp-protocol-version": "2025-11-25",
+}
+
+
+@ERAS
+async def test_progress_arrives_and_rises_to_the_end(town: Town, mode: Any) -> None:
+    shown: list[float] = []
+
+    async def show(progress: float, total: float | None, message: str | None) -> None:
+        shown.append(progress)
+
+    with anyio.fail_after(WITHIN_S):
+        async with Client(town.url(town.http), mode=mode) as client:
+            wish = {"prompt": f"a lighthouse, {mode}"}
+            answer = await client.call_tool("generate_image", wish, progress_callback=show)
+    assert answer.is_error is False
+    assert shown == sorted(set(shown))
+    assert len(shown) > 1
+    assert shown[-1] == 100
+
+
+@ERAS
+async def test_a_dropped_connection_leaves_the_task_going(town: Town, mode: Any) -> None:
+    """The call is gone, the picture is not: a later client finds it saved, and it was bought once."""
+    prompt = f"sim:slow=3 a fox that nobody waited for, {mode}"
+    begun = anyio.Event()
+
+    async def show(progress: float, total: float | None, message: str | None) -> None:
+        begun.set()
+
+    with anyio.fail_after(WITHIN_S):
+        async with anyio.create_task_group() as group:
+
+            async def ask() -> None:
+                async with Client(town.url(town.http), mode=mode) as client:
+                    await client.call_tool("generate_image", {"prompt": prompt}, progress_callback=show)
+
+            group.start_soon(ask)
+            await begun.wait()
+            group.cancel_scope.cancel()
+        async with Client(town.url(town.http), mode=mode) as client:
+            listed = await client.call_tool("list_tasks", {"limit": 50})
+            mine = [task for task in listed.structured_content["tasks"] if task["request"]["prompt"] == prompt]
+            answer = await client.call_tool("get_task", {"task_id": mine[0]["task_id"]})
+        assert [task["task_id"] for task in await town.bought(prompt)] == [mine[0]["task_id"]]
+    assert answer.structured_content["status"] == "completed"
+    assert Path(answer.structured_content["images"][0]["path"]).is_file()
+
+
+async def test_a_connection_that_breaks_off_mid_request_leaves_the_task_going(town: Town) -> None:
+    """Without a client's good manners: the socket closes while the answer is still to come."""
+    prompt = "sim:slow=2 a fox behind a broken wire"
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers=HEADERS) as wire:
+            with pytest.raises(httpx.ReadTimeout):
+                await wire.post(town.url(town.http), json=_call("generate_image", {"prompt": prompt}), timeout=1)
+        async with Client(town.url(town.http)) as client:
+            joined = await client.call_tool("generate_image", {"prompt": prompt})
+        assert len(await town.bought(prompt)) == 1
+    assert joined.structured_content["status"] == "completed"
+    assert "earlier identical call" in joined.content[0].text
+
+
+@pytest.mark.parametrize("face", ["http", "sse"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        pytest.param({"host": "evil.example"}, 421, id="a name that was rebound to this machine"),
+        pytest.param({"host": "evil.example:80"}, 421, id="the same with a port"),
+        pytest.param({"origin": "https://evil.example"}, 403, id="a web page elsewhere"),
+        pytest.param({"origin": "null"}, 403, id="a page without an origin"),
+    ],
+)
+async def test_other_hosts_and_origins_are_turned_away(
+    town: Town, face: str, headers: dict[str, str], status: int
+) -> None:
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers={**HEADERS, **headers}) as wire:
+            if face == "http":
+                answer = await wire.post(town.url(town.http), json=_call("compute_size", {"size": "1:1"}))
+            else:
+                answer = await wire.get(f"http://127.0.0.1:{town.sse}/sse")
+    assert answer.status_code == status
+
+
+async def test_a_page_on_this_machine_may_call(town: Town) -> None:
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers={**HEADERS, "origin": "http://localhost:6274"}) as wire:
+            answer = await wire.post(town.url(town.http), json=_call("compute_size", {"size": "1:1"}))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [pytest.param(BODY_MAX, 200, id="the longest"), pytest.param(BODY_MAX + 1, 413, id="one byte too long")],
+)
+@pytest.mark.parametrize("told", [True, False], ids=["with its length", "in chunks"])
+async def test_a_body_may_have_so_many_bytes_and_no_more(town: Town, length: int, status: int, told: bool) -> None:
+    import json
+
+    body = json.dumps(_call("compute_size", {"size": "1:1"})).encode().ljust(length)
+
+    async def chunks() -> Any:
+        for start in range(0, length, 65_536):
+            yield body[start : start + 65_536]
+
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers=HEADERS) as wire:
+            answer = await wire.post(town.url(town.http), content=body if told else chunks())
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize("face", ["http", "sse"])
+async def test_healthz_tells_that_it_is_up_and_which_version(town: Town, face: str) -> None:
+    from evolink_mcp import __version__
+
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient() as wire:
+            answer = await wire.get(f"http://127.0.0.1:{getattr(town, face)}/healthz")
+    assert answer.json() == {"status": "ok", "name": "evolink-mcp", "version": __version__}
+
+
+@ERAS
+async def test_a_task_of_one_server_is_finished_through_another(town: Town, mode: Any) -> None:
+    """No request needs the process that an earlier one met: the journal is shared, the picture is saved once."""
+    with anyio.fail_after(WITHIN_S):
+        async with Client(town.url(town.http), mode=mode) as client:
+            wish = {"prompt": f"a bridge, {mode}", "wait_seconds": 0}
+            handle = (await client.call_tool("generate_image", wish)).structured_content
+        answers = {}
+        async with anyio.create_task_group() as group:
+
+            async def fetch(port: int) -> None:
+                async with Client(town.url(port), mode=mode) as client:
+                    told = await client.call_tool("get_task", {"task_id": handle["task_id"]})
+                    answers[port] = told.structured_content
+
+            group.start_soon(fetch, town.http)
+            group.start_soon(fetch, town.other)
+        assert len(await town.bought(wish["prompt"])) == 1
+    assert handle["status"] != "completed"
+    assert answers[town.http]["status"] == answers[town.other]["status"] == "completed"
+    assert answers[town.http]["images"] == answers[town.other]["images"]
+    saved = [path.name for path in (town.folder / "pictures").iterdir() if handle["task_id"] in path.name]
+    assert len([name for name in saved if name.endswith(".png")]) == 1
+
+
+async def test_purchases_through_two_servers_at_once_are_all_kept(town: Town) -> None:
+    """Identical calls side by side are separate purchases, also in separate processes."""
+    prompt, paths = "twins", []
+    with anyio.fail_after(WITHIN_S):
+        async with anyio.create_task_group() as group:
+
+            async def buy(port: int) -> None:
+                async with Client(town.url(port)) as client:
+                    answer = await client.call_tool("generate_image", {"prompt": prompt})
+                    paths.append(answer.structured_content["images"][0]["path"])
+
+            for port in (town.http, town.other) * 3:
+                group.start_soon(buy, port)
+        bought = await town.bought(prompt)
+    assert len(set(paths)) == len(paths) == len(bought) == 6
+
+
+def test_a_port_that_is_taken_is_told_without_a_traceback(town: Town) -> None:
+    command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(town.http)]
+    env = {**os.environ, "EVOLINK_MCP_DATA_DIR": str(town.folder / "third")}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=WITHIN_S)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert str(town.http) in ended.stderr

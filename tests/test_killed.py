@@ -1,0 +1,245 @@
+"""One good run is counted, operation by operation; then it ends, or fails, at the k-th, for every k."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from faulty_gateway import Ask, Gateway, QuickSimulator, behave
+from killer import AT, HOW, LOG, Nursery, Server, nursery
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL, fork and passed file descriptors are POSIX"),
+]
+
+WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+AT_ONCE = 3
+# A run's threads interleave: the good run's count plus these covers every operation of any run.
+SPARE = 4
+EVERY_HOW = ("kill", "fail", "late") if os.environ.get("EVOLINK_MCP_SLOW_TESTS") else ("kill", "fail")
+
+
+@dataclass
+class Town:
+    """One simulated EvoLink behind a gateway; every household has its own key and folders there."""
+
+    gateway: Gateway
+    nursery: Nursery
+    folder: Path
+
+    def env(self, name: str, **more: str) -> dict[str, str]:
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        return {
+            "HOME": str(home), "PATH": os.environ["PATH"], "EVOLINK_API_KEY": self.key(name),
+            "EVOLINK_BASE_URL": self.gateway.url, "EVOLINK_MCP_DATA_DIR": str(home / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(home / "pictures"), "EVOLINK_MCP_PREVIEW": "off", **more,
+        }  # fmt: skip
+
+    @staticmethod
+    def key(name: str) -> str:
+        return f"sk-canary-{name}-0123456789"
+
+    def billed(self, name: str) -> list[str]:
+        return [task.id for task in self.gateway.simulator.tasks.values() if task.key == self.key(name)]
+
+    def pictures(self, name: str) -> list[Path]:
+        return sorted((self.folder / name / "pictures").glob("*.png"))
+
+
+@pytest.fixture
+async def town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with Gateway(QuickSimulator(duration_s=0)).open() as gateway, nursery(tmp_path) as made:
+        yield Town(gateway, made, tmp_path)
+
+
+async def tasks(server: Server) -> list[dict[str, Any]]:
+    answer = await server.call("list_tasks")
+    assert answer is not None
+    return answer["structuredContent"]["tasks"]
+
+
+async def settled(server: Server, wanted: list[str]) -> list[dict[str, Any]]:
+    """The journal's tasks as soon as every wanted one has its picture on disk."""
+    while True:
+        listed = await tasks(server)
+        saved = {t["task_id"] for t in listed if t["images"] and all(i["path"] for i in t["images"])}
+        if set(wanted) <= saved:
+            return listed
+        await anyio.sleep(0.02)
+
+
+async def good_run(town: Town) -> list[str]:
+    log = town.folder / "operations"
+    with anyio.fail_after(20):
+        async with town.nursery.server(town.env("good", **{AT: "0", HOW: "count", LOG: str(log)})) as server:
+            answer = await server.call("generate_image", **WISH)
+            assert answer is not None
+            assert answer["structuredContent"]["status"] == "completed"
+            operations = log.read_text().splitlines()
+            server.hang_up()
+            assert await server.gone() == 0
+    return operations
+
+
+async def one_life(town: Town, name: str, how: str, at: int) -> None:
+    """A server is struck at its k-th operation, and the next one puts everything right."""
+    async with town.nursery.server(town.env(name, **{AT: str(at), HOW: how}), greet=False) as server:
+        await server.hello()
+        answer = await server.call("generate_image", **WISH)
+        billed = town.billed(name)
+        assert len(billed) <= 1
+        if answer is not None:
+            facts = answer["structuredContent"]
+            assert facts["charged"] in (("yes", "unknown") if billed else ("no", "unknown")), facts
+            assert f"Charged: {facts['charged']}" in answer["content"][0]["text"]
+            assert facts["error"] is not None or not answer["isError"]
+        assert answer is not None or how == "kill"
+        server.hang_up()
+        assert await server.gone() in ((-signal.SIGKILL, 0) if how == "kill" else (0,))
+    assert "Traceback" not in server.err.read_text()
+    posts = town.gateway.posts
+    async with town.nursery.server(town.env(name)) as server:
+        listed = await settled(server, billed)
+        assert [task["task_id"] for task in listed if task["task_id"]] == billed
+        assert all(task["charged"] == "yes" for task in listed if task["task_id"])
+        server.hang_up()
+        assert await server.gone() == 0
+    assert town.gateway.posts >= posts
+    assert town.billed(name) == billed
+    assert len(town.pictures(name)) == len(billed)
+
+
+@pytest.mark.parametrize("how", EVERY_HOW)
+async def test_whatever_operation_is_the_last_one_task_at_most_and_its_picture_on_disk(town: Town, how: str) -> None:
+    """kill: SIGKILL before the k-th; fail: the k-th is not done and fails; late: it is done, and fails."""
+    operations = await good_run(town)
+    kinds = Counter(operation.partition(":")[0] for operation in operations)
+    assert all(kinds[kind] >= least for kind, least in (("journal", 15), ("socket", 8), ("file", 15)))
+    limiter = anyio.CapacityLimiter(AT_ONCE)
+    failed: dict[str, BaseException] = {}
+
+    async def strike(at: int) -> None:
+        name = f"{how}-{at}"
+        where = operations[at - 1] if at <= len(operations) else "later"
+        async with limiter:
+            try:
+                with anyio.fail_after(25):
+                    await one_life(town, name, how, at)
+            except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
+                failed[f"{at} ({where})"] = error
+
+    async with anyio.create_task_group() as group:
+        for at in range(1, len(operations) + SPARE):
+            # A stdout that fails is a client that has gone: test_shutdown has those.
+            if how == "kill" or at > len(operations) or operations[at - 1] != "file: write":
+                group.start_soon(strike, at)
+    assert "\n".join(f"{where}: {error!r}" for where, error in failed.items()) == ""
+
+
+async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_no_further_post(town: Town) -> None:
+    """While its POST waits for the answer, while the task is made, while the picture comes, after it came."""
+    env = town.env("four")
+    simulator = town.gateway.simulator
+    reached, never = anyio.Event(), anyio.Event()
+
+    async def take_and_wait(ask: Ask) -> None:
+        await ask.accepted()
+        reached.set()
+        await never.wait()
+
+    async def until(condition: Any) -> None:
+        while not condition():
+            await anyio.sleep(0.01)
+
+    def hold_pictures(ask: Ask) -> Any:
+        async def hold(_: Ask) -> None:
+            reached.set()
+            await never.wait()
+
+        return hold if ask.path.startswith("/pictures/") else None
+
+    async def die(prompt: str, moment: Any) -> None:
+        async with town.nursery.server(env) as server, anyio.create_task_group() as group:
+            group.start_soon(lambda: server.call("generate_image", **{**WISH, "prompt": prompt}))
+            await moment()
+            server.kill()
+            assert await server.gone() == -signal.SIGKILL
+
+    with anyio.fail_after(30):
+        simulator.duration_s = 0.5
+        await die("being made", lambda: until(lambda: len(simulator.tasks) == 1))
+        simulator.duration_s = 0
+        town.gateway.reads = hold_pictures
+        await die("being fetched", reached.wait)
+        town.gateway.reads = lambda ask: None
+        async with town.nursery.server(env) as server:
+            await server.call("generate_image", **{**WISH, "prompt": "here"})
+            server.kill()
+            assert await server.gone() == -signal.SIGKILL
+        reached = anyio.Event()
+        town.gateway.purchases = [take_and_wait]
+        await die("being bought", reached.wait)
+        posts = town.gateway.posts
+        assert (posts, len(town.billed("four"))) == (4, 4)
+
+        async with town.nursery.server(env) as server:
+            listed = await settled(server, town.billed("four"))
+            assert [(task["status"], task["charged"]) for task in listed] == [("completed", "yes")] * 4
+            assert len(town.pictures("four")) == 4
+            assert town.gateway.posts == posts
+            again = await server.call("generate_image", **{**WISH, "prompt": "being bought"})
+            assert again is not None
+            assert "earlier identical call" in again["content"][0]["text"]
+            assert town.gateway.posts == posts
+            town.gateway.purchases = [behave]
+            anew = await server.call("generate_image", **{**WISH, "prompt": "being bought"})
+            assert anew is not None
+            assert anew["structuredContent"]["task_id"] not in {task["task_id"] for task in listed}
+            assert town.gateway.posts == posts + 1
+
+
+@asynccontextmanager
+async def two_servers(town: Town) -> AsyncIterator[tuple[Server, Server]]:
+    async with town.nursery.server(town.env("pair")) as one, town.nursery.server(town.env("pair")) as other:
+        yield one, other
+
+
+async def test_two_living_servers_leave_each_other_alone_and_one_takes_up_the_others_work(town: Town) -> None:
+    town.gateway.simulator.duration_s = 3600
+    with anyio.fail_after(20):
+        async with two_servers(town) as (one, other):
+            first = await one.call("generate_image", **WISH, wait_seconds=0)
+            second = await other.call("generate_image", **{**WISH, "prompt": "a hen"}, wait_seconds=0)
+            assert first is not None
+            assert second is not None
+            assert len(await tasks(one)) == len(await tasks(other)) == 2
+            town.gateway.simulator.duration_s = 0
+            for task in town.gateway.simulator.tasks.values():
+                task.duration = 0
+            one.kill()
+            assert await one.gone() == -signal.SIGKILL
+            listed = await settled(other, town.billed("pair"))
+    assert [task["status"] for task in listed] == ["completed"] * 2
+    assert (town.gateway.posts, len(town.pictures("pair"))) == (2, 2)
+
+
+async def test_a_throw_away_second_process_does_nothing(town: Town) -> None:
+    """Some clients start a server only to see whether it starts: it must leave no trace."""
+    with anyio.fail_after(20):
+        async with town.nursery.server(town.env("probe")) as server:
+            await server.ask("tools/list")
+            server.hang_up()
+            assert await server.gone() == 0
+    assert list((town.folder / "probe").iterdir()) == []
+    assert town.gateway.seen == []

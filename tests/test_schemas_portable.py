@@ -1,0 +1,166 @@
+"""What hosts choke on and no inspector tells: each rule is a host that refused a tool, or a whole session, for less."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import jsonschema
+import pytest
+from conftest import World
+
+pytestmark = pytest.mark.anyio
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+
+LIST_MAX_BYTES = 16_000
+# Anthropic's API takes 128 characters and its directory 64; Gemini CLI cuts "mcp_<server>_<tool>" in the middle past 63.
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,40}")
+PARAMETER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# Words that every host's schema reader knows, in what goes to a model.
+INPUT_WORDS = {
+    "type", "properties", "required", "additionalProperties", "description", "default", "enum", "items",
+    "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "pattern",
+}  # fmt: skip
+OUTPUT_WORDS = INPUT_WORDS | {"const"}
+TYPES = {"object", "array", "string", "integer", "number", "boolean"}
+# Lookaround, named groups, inline flags and \Z: not in JavaScript, RE2 and Rust alike.
+ODD_PATTERN = re.compile(r"\(\?(?!:)|\\[AZzpPGk]|[*+?}]\+")
+
+
+async def listed(world: World, mode: str = "auto") -> list[dict[str, Any]]:
+    with anyio.fail_after(10):
+        async with world.client(mode) as client:
+            answer = await client.list_tools()
+    return [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in answer.tools]
+
+
+def nodes(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema inside a schema, with the way to it; values of `default` and `enum` are none."""
+    yield path, schema
+    for name, field in schema.get("properties", {}).items():
+        yield from nodes(field, f"{path}.{name}")
+    for word in ("items", "additionalProperties"):
+        if isinstance(schema.get(word), dict):
+            yield from nodes(schema[word], f"{path}.{word}")
+
+
+def inputs(tools: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for tool in tools:
+        yield from nodes(tool["inputSchema"], tool["name"])
+
+
+def outputs(tools: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for tool in tools:
+        if "outputSchema" in tool:
+            yield from nodes(tool["outputSchema"], tool["name"])
+
+
+@ERAS
+async def test_the_whole_list_stays_small(world: World, mode: str) -> None:
+    tools = await listed(world, mode)
+    assert len(json.dumps({"tools": tools}).encode()) < LIST_MAX_BYTES
+
+
+async def test_names_fit_every_host(world: World) -> None:
+    tools = await listed(world)
+    assert [tool["name"] for tool in tools if not NAME.fullmatch(tool["name"])] == []
+    names = [name for tool in tools for name in tool["inputSchema"]["properties"]]
+    assert [name for name in names if not PARAMETER.fullmatch(name)] == []
+
+
+async def test_input_schemas_use_plain_words_only(world: World) -> None:
+    """No `$ref`, `anyOf` with null, `format`, `const`, `exclusiveMaximum`, `examples`, `title`: Gemini knows none of
+    them and refuses the whole request; copilot-cli and mcporter fail on some."""
+    odd = {path: sorted(schema.keys() - INPUT_WORDS) for path, schema in inputs(await listed(world))}
+    assert {path: words for path, words in odd.items() if words} == {}
+
+
+async def test_output_schemas_use_plain_words_only(world: World) -> None:
+    odd = {path: sorted(schema.keys() - OUTPUT_WORDS) for path, schema in outputs(await listed(world))}
+    assert {path: words for path, words in odd.items() if words} == {}
+
+
+async def test_every_input_has_one_type_and_it_is_not_null(world: World) -> None:
+    wrong = {
+        path: schema.get("type") for path, schema in inputs(await listed(world)) if schema.get("type") not in TYPES
+    }
+    assert wrong == {}
+
+
+async def test_schemas_are_objects_at_the_root(world: World) -> None:
+    """The TypeScript SDK refuses the whole list for one output schema that is not."""
+    for tool in await listed(world):
+        assert tool["inputSchema"]["type"] == "object"
+        assert tool.get("outputSchema", {"type": "object"})["type"] == "object"
+
+
+async def test_every_list_says_what_is_in_it(world: World) -> None:
+    """OpenAI and Gemini refuse an array without items."""
+    tools = await listed(world)
+    assert [path for path, schema in [*inputs(tools), *outputs(tools)]
+            if "array" in schema.get("type", "") and not schema.get("items")] == []  # fmt: skip
+
+
+async def test_every_parameter_is_described_and_says_it_briefly(world: World) -> None:
+    for tool in await listed(world):
+        for name, field in tool["inputSchema"]["properties"].items():
+            assert 0 < len(field.get("description", "")) <= 600, f"{tool['name']}.{name}"
+
+
+async def test_defaults_are_legal_themselves(world: World) -> None:
+    for path, schema in inputs(await listed(world)):
+        if "default" in schema:
+            assert jsonschema.Draft202012Validator(schema).is_valid(schema["default"]), path
+
+
+async def test_nothing_optional_is_called_required(world: World) -> None:
+    for tool in await listed(world):
+        schema = tool["inputSchema"]
+        required = schema.get("required", [])
+        assert set(required) <= schema["properties"].keys()
+        assert [name for name in required if "default" in schema["properties"][name]] == []
+
+
+async def test_patterns_mean_the_same_to_everybody(world: World) -> None:
+    tools = await listed(world)
+    found = {path: schema["pattern"] for path, schema in [*inputs(tools), *outputs(tools)] if "pattern" in schema}
+    assert {path: pattern for path, pattern in found.items() if ODD_PATTERN.search(pattern)} == {}
+    assert {path for path, pattern in found.items() if not pattern.startswith("^")} == set()
+
+
+@ERAS
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param("generate_image", {"prompt": "a fox"}, id="a picture"),
+        pytest.param("generate_image", {"prompt": "sim:slow a fox", "wait_seconds": 0}, id="a picture under way"),
+        pytest.param("generate_image", {"prompt": "sim:fail a fox"}, id="a failed picture"),
+        pytest.param("generate_image", {"prompt": "sim:402 a fox"}, id="a refused purchase"),
+        pytest.param("generate_image", {"promt": 7}, id="a picture with bad arguments"),
+        pytest.param("get_task", {"task_id": "task-unified-1790000000-nobodys1"}, id="a task of nobody"),
+        pytest.param("get_task", {"task_id": "../v1/credits"}, id="no task id"),
+        pytest.param("compute_size", {"size": "16:9"}, id="a size"),
+        pytest.param("compute_size", {"size": "auto"}, id="no size"),
+        pytest.param("compute_size", {"size": "17x17"}, id="an illegal size"),
+        pytest.param("compute_size", {"width": 1200, "height": 628}, id="a wish"),
+        pytest.param("compute_size", {"siez": "16:9"}, id="a size with bad arguments"),
+        pytest.param("list_tasks", {}, id="the list"),
+        pytest.param("list_tasks", {"limit": 0}, id="the list with bad arguments"),
+        pytest.param("get_balance", {}, id="the balance"),
+        pytest.param("get_balance", {"now": True}, id="the balance with bad arguments"),
+    ],
+)
+async def test_every_answer_keeps_to_the_published_schema(
+    world: World, mode: str, name: str, arguments: dict[str, Any]
+) -> None:
+    """Errors too: the TypeScript SDK checks structured content whatever isError says."""
+    with anyio.fail_after(20):
+        async with world.client(mode) as client:
+            tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            answer = await client.call_tool(name, arguments)
+    assert answer.structured_content is not None
+    jsonschema.Draft202012Validator(tools[name].output_schema).validate(answer.structured_content)
+    assert answer.content[0].text.strip()
