@@ -18,8 +18,8 @@ PAGE = Path(__file__).with_name("gallery.html")
 def gallery() -> Apps:
     """The extension with its one page, read from disk when a host asks for it.
 
-    It asks for no outside origin and no permission: pictures come through the host as `resources/read`, which every host's default
-    policy lets it show.
+    It asks for no outside origin and no permission: pictures come through the host as `resources/read`, which every
+    host's default policy lets it show.
     """
     apps = Apps()
     apps.add_resource(
