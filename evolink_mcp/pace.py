@@ -61,7 +61,7 @@ class Schedule:
 
 def backoff_s(attempt: int, draw: Callable[[], float] = random.random) -> float:
     """Full jitter: between 0.5 s and a bound that doubles from 1 s to 8 s (attempt counts from 0)."""
-    bound = min(2.0**attempt, BACKOFF_MAX_S)
+    bound = min(2.0 ** min(attempt, 10), BACKOFF_MAX_S)
     return BACKOFF_MIN_S + (bound - BACKOFF_MIN_S) * draw()
 
 

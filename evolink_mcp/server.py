@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from mcp.server.caching import CacheHint
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.subscriptions import InMemorySubscriptionBus
+from mcp.shared.exceptions import MCPError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from evolink_mcp import __version__
 from evolink_mcp.gallery import gallery
 from evolink_mcp.prompts import add_prompts
+from evolink_mcp.quoting import harmless
 from evolink_mcp.resources import ResourceServer, add_resources
 from evolink_mcp.studio import Studio
 from evolink_mcp.tasks_extension import Tasks
@@ -26,6 +28,23 @@ INSTRUCTIONS = (
     "lost id, call list_tasks before buying again. Show the user the path of every saved picture."
 )
 DAY_MS = 86_400_000
+INVALID_PARAMS = -32602
+
+
+class Server(ResourceServer):
+    """The SDK calls a prompt that is not there, or lacks an argument, an internal fault; it is the caller's mistake."""
+
+    async def get_prompt(
+        self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
+    ) -> Any:
+        known = {prompt.name: prompt for prompt in await self.list_prompts()}
+        if name not in known:
+            raise MCPError(INVALID_PARAMS, f"There is no prompt {harmless(name, 60)}, only {', '.join(known)}.")
+        needed = [argument.name for argument in known[name].arguments or () if argument.required]
+        lacking = [word for word in needed if word not in (arguments or {})]
+        if lacking:
+            raise MCPError(INVALID_PARAMS, f"The prompt {name} needs {' and '.join(lacking)}.")
+        return await super().get_prompt(name, arguments, context)
 
 
 def build_server(
@@ -38,7 +57,7 @@ def build_server(
     """Tools, resources and prompts over `studio`, which is opened and closed by the caller."""
     tools = Tools(studio, wait_s=wait_s, preview_edge=preview_edge, resource_links=resource_links).all()
     get_task = next(tool for tool in tools if tool.name == "get_task")
-    server = ResourceServer(
+    server = Server(
         NAME,
         title="EvoLink Images",
         version=__version__,

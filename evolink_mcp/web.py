@@ -60,6 +60,8 @@ async def serve_app(app: Any, host: str, port: int) -> int:
             with anyio.open_signal_receiver(*watched) as signals:
                 async for number in signals:
                     code = 128 + number
+                    # What is cut off here is in the journal; uvicorn would print a traceback for every open stream.
+                    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
                     server.should_exit = True
 
         group.start_soon(stop_on_signal)

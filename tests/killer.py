@@ -12,12 +12,16 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import anyio
+import pytest
 
 HERE = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
@@ -154,7 +158,7 @@ class Server:
             self.send({"method": "notifications/initialized"})
 
     async def call(self, tool: str, **arguments: Any) -> dict[str, Any] | None:
-        """The tool's result, or None when the server has gone."""
+        """The tool's result, or None when the server has gone or is going."""
         return await self.ask("tools/call", name=tool, arguments=arguments)
 
     async def ask(self, method: str, **params: Any) -> dict[str, Any] | None:
@@ -166,14 +170,12 @@ class Server:
                 pass
         except (EOFError, BrokenPipeError):
             return None
-        return told["result"]
+        return told.get("result")
 
     def send(self, message: dict[str, Any]) -> None:
         os.write(self._into, json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
 
     async def _read(self) -> dict[str, Any]:
-        import anyio
-
         while b"\n" not in self._rest:
             await anyio.wait_readable(self._out)
             chunk = os.read(self._out, 1 << 16)
@@ -194,8 +196,6 @@ class Server:
 
     async def gone(self) -> int:
         """The exit code; negative for a signal that killed it."""
-        import anyio
-
         await anyio.wait_readable(self._line)
         return array.array("i", self._line.recv(4))[0]
 
@@ -236,19 +236,24 @@ class Nursery:
                 await server.close()
 
 
-@asynccontextmanager
-async def nursery(folder: Path) -> AsyncIterator[Nursery]:
-    import anyio
-
+@contextmanager
+def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    async with await anyio.open_process([sys.executable, __file__, path], stderr=None, env=env) as process:
+    with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None
-        assert await process.stdout.receive() == b"ready\n"
+        assert process.stdout.readline() == b"ready\n"
         try:
             yield Nursery(path, folder)
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session", name="servers")
+def nursery_of_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """One nursery for all tests of a module: to import the product takes longer than any of them."""
+    with nursery(tmp_path_factory.mktemp("nursery")) as made:
+        yield made
 
 
 if __name__ == "__main__":

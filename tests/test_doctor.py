@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from evolink_mcp.settings import EXAMPLE_KEY
 from evolink_mcp.simulator import Simulator
 
 KEY = "sk-canary-0123456789abcdef"
-COMMAND, ARGS, ENV = "/opt/my tools/evolink-mcp", ["--verbose"], {"EVOLINK_API_KEY": "sk-...", "EVOLINK_MCP_PREVIEW": "off"}
+COMMAND, ARGS = "/opt/my tools/evolink-mcp", ["--verbose"]
+ENV = {"EVOLINK_API_KEY": "sk-...", "EVOLINK_MCP_PREVIEW": "off"}
 BLOCKS = host_blocks(COMMAND, ARGS, ENV)
 
 
@@ -181,7 +183,8 @@ def test_the_clock_is_compared_with_the_api(date: str | None, verdict: str, said
 
 def test_an_unreachable_api_matters_only_with_a_key() -> None:
     silent = Probe(problem="Connection refused")
-    assert [doctor.reached("https://x", silent, needed=needed).verdict for needed in (True, False)] == ["broken", "warning"]
+    assert doctor.reached("https://x", silent, needed=True).verdict == "broken"
+    assert doctor.reached("https://x", silent, needed=False).verdict == "warning"
 
 
 def test_a_folder_that_cannot_be_made_is_broken_with_the_variable_to_change(tmp_path: Path) -> None:
@@ -223,7 +226,11 @@ def test_a_journal_that_was_set_aside_is_told(tmp_path: Path) -> None:
     assert (ok.verdict, told.verdict, str(aside) in told.words) == ("ok", "warning", True)
 
 
-MOUNTS = "/dev/sda1 / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n/dev/sdb1 /home/me/local\\040disk xfs rw 0 0\nbad line\n"
+MOUNTS = """/dev/sda1 / ext4 rw 0 0
+server:/home /home nfs4 rw 0 0
+/dev/sdb1 /home/me/local\\040disk xfs rw 0 0
+bad line
+"""
 
 
 @pytest.mark.parametrize(
@@ -250,10 +257,11 @@ def started_by(block: Block) -> tuple[str, list[str], dict[str, str]]:
         entry = tomllib.loads(block.text)["mcp_servers"]["evolink"]
     elif block.language == "json":
         servers = json.loads(block.text)
-        entry = next(servers[name] for name in ("mcpServers", "servers", "context_servers") if name in servers)["evolink"]
+        (named,) = (servers[name] for name in ("mcpServers", "servers", "context_servers") if name in servers)
+        entry = named["evolink"]
     else:
         words = shlex.split(block.text)
-        pairs = [b for a, b in zip(words, words[1:], strict=False) if a in ("-e", "--env")]
+        pairs = [b for a, b in pairwise(words) if a in ("-e", "--env")]
         line = words[words.index("--") + 1 :] if "--" in words else words[words.index("evolink", 4) + 1 :]
         return line[0], line[1:], dict(pair.split("=", 1) for pair in pairs)
     return entry["command"], entry.get("args", []), entry["env"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import anyio
 import pytest
@@ -30,7 +31,7 @@ class Heard:
     @property
     def rises(self) -> bool:
         values = [value for value, _ in self.told]
-        return all(a < b for a, b in zip(values, values[1:], strict=False))
+        return all(a < b for a, b in pairwise(values))
 
 
 def job(**task: object) -> Job:

@@ -138,7 +138,7 @@ async def test_progress_arrives_and_rises_to_the_end(town: Town, mode: Any) -> N
 @ERAS
 async def test_a_dropped_connection_leaves_the_task_going(town: Town, mode: Any) -> None:
     """The call is gone, the picture is not: a later client finds it saved, and it was bought once."""
-    prompt = f"sim:slow=3 a fox that nobody waited for, {mode}"
+    prompt = f"sim:slow=1.5 a fox that nobody waited for, {mode}"
     begun = anyio.Event()
 
     async def show(progress: float, total: float | None, message: str | None) -> None:
@@ -165,7 +165,7 @@ async def test_a_dropped_connection_leaves_the_task_going(town: Town, mode: Any)
 
 async def test_a_connection_that_breaks_off_mid_request_leaves_the_task_going(town: Town) -> None:
     """Without a client's good manners: the socket closes while the answer is still to come."""
-    prompt = "sim:slow=2 a fox behind a broken wire"
+    prompt = "sim:slow=1.5 a fox behind a broken wire"
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers=HEADERS) as wire:
             with pytest.raises(httpx.ReadTimeout):

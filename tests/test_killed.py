@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import pytest
 from faulty_gateway import Ask, Gateway, QuickSimulator, behave
-from killer import AT, HOW, LOG, Nursery, Server, nursery
+from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
 
 pytestmark = [
     pytest.mark.anyio,
@@ -58,9 +58,9 @@ class Town:
 
 
 @pytest.fixture
-async def town(tmp_path: Path) -> AsyncIterator[Town]:
-    async with Gateway(QuickSimulator(duration_s=0)).open() as gateway, nursery(tmp_path) as made:
-        yield Town(gateway, made, tmp_path)
+async def town(tmp_path: Path, servers: Nursery) -> AsyncIterator[Town]:
+    async with Gateway(QuickSimulator(duration_s=0)).open() as gateway:
+        yield Town(gateway, servers, tmp_path)
 
 
 async def tasks(server: Server) -> list[dict[str, Any]]:

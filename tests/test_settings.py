@@ -70,7 +70,7 @@ def test_a_relative_folder_is_made_absolute(home: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        pytest.param("EVOLINK_MCP_OUTPUT_DIR", "${workspaceFolder}/out", "${workspaceFolder}", id="half replaced folder"),
+        pytest.param("EVOLINK_MCP_OUTPUT_DIR", "${workspaceFolder}/out", "${work", id="half replaced"),
         pytest.param("EVOLINK_MCP_OUTPUT_DIR", "~nobody-of-that-name/x", "home folder", id="nobody's home"),
         pytest.param("EVOLINK_BASE_URL", "http://api.evolink.ai", "https", id="plain http"),
         pytest.param("EVOLINK_BASE_URL", "https://user:secret@api.evolink.ai", "user name", id="user in the address"),
@@ -128,7 +128,7 @@ def test_the_key_does_not_print_itself(home: Path) -> None:
     assert KEY not in f"{found!r} {found}"
 
 
-def test_the_working_folder_is_allowed_unless_it_is_the_home_or_above(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_is_allowed_unless_it_is_the_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts with a window start servers in / or the home folder."""
     work = home.parent / "work"
     assert settings().folders.allowed[1:] == (work,)

@@ -15,7 +15,7 @@ import anyio
 import httpx2 as httpx
 import pytest
 from faulty_gateway import Ask, Gateway, QuickSimulator, behave
-from killer import Nursery, Server, nursery
+from killer import Nursery, Server, nursery_of_servers  # noqa: F401
 from mcp.client import Client
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
@@ -70,9 +70,9 @@ class House:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway, nursery(tmp_path) as made:
-        yield House(gateway, made, tmp_path)
+async def house(tmp_path: Path, servers: Nursery) -> AsyncIterator[House]:
+    async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
+        yield House(gateway, servers, tmp_path)
 
 
 async def leaves(server: Server, end: signal.Signals | None) -> int:

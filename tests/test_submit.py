@@ -70,6 +70,9 @@ class Door:
 
     studio: Studio
 
+    def __init__(self) -> None:
+        self.on_change: list[Any] = []  # a server wants to hear of changes before any studio is open
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.studio, name)
 

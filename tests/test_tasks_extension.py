@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import anyio
 import pytest
-from conftest import World
+from conftest import Open, World
 from mcp.client import Client
 from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 from mcp.shared.exceptions import MCPError
-from mcp_types import CallToolResult, Request, RequestParams, Result
+from mcp_types import CallToolResult, ElicitResult, Request, RequestParams, Result
 from pydantic import ConfigDict
 
 from evolink_mcp.server import build_server
@@ -156,7 +156,23 @@ async def test_a_cancelled_task_is_handed_to_the_next_identical_call(world: Worl
     assert world.posts == 1
 
 
-async def test_a_handle_outlives_the_server(open_world: Any) -> None:
+@pytest.mark.parametrize(("action", "posts"), [("accept", 1), ("decline", 0)])
+async def test_the_user_is_asked_before_there_is_a_task(open_world: Open, action: Any, posts: int) -> None:
+    async def answer(context: Any, question: Any) -> ElicitResult:
+        return ElicitResult(action=action, content={"go_ahead": True} if action == "accept" else None)
+
+    with anyio.fail_after(20):
+        async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": "0.1"}) as world:
+            extension = TaskClient()
+            asked = Client(build_server(world.studio), extensions=[extension], elicitation_callback=answer)
+            async with asked as client:
+                told = await client.call_tool("generate_image", {"prompt": "a fox"})
+    assert told.is_error is (action == "decline")
+    assert bool(extension.seen) is (action == "accept")
+    assert world.posts == posts
+
+
+async def test_a_handle_outlives_the_server(open_world: Open) -> None:
     with anyio.fail_after(20):
         async with open_world() as world:
             client, _ = client_of(world)

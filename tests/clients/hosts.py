@@ -17,6 +17,15 @@ from stage import PATH, TRANSPORTS, Stage
 ANSWER_WITHIN_S = 60.0
 NAMES = {transport: f"evolink-{transport}" for transport in TRANSPORTS}
 
+# Codex opens a line to its model as soon as there is a thread: this one leads nowhere.
+NO_MODEL = """
+model_provider = "nowhere"
+[model_providers.nowhere]
+name = "nowhere"
+base_url = "http://127.0.0.1:9/v1"
+wire_api = "responses"
+"""
+
 
 def environment(stage: Stage, modules: Path, home: Path) -> dict[str, str]:
     """Each host has a home of its own, the Node that came with it, and no wish to call its own."""
@@ -83,7 +92,7 @@ def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], di
     folder.mkdir(exist_ok=True)
     table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in stage.server_env.items())
     (folder / "config.toml").write_text(
-        f"[mcp_servers.{NAMES['stdio']}]\ncommand = {json.dumps(stage.command[0])}\n"
+        f"{NO_MODEL}\n[mcp_servers.{NAMES['stdio']}]\ncommand = {json.dumps(stage.command[0])}\n"
         f"args = {json.dumps(stage.command[1:])}\nenv = {{ {table} }}\n\n"
         f"[mcp_servers.{NAMES['http']}]\nurl = {json.dumps(stage.url('http'))}\n"
     )
