@@ -32,7 +32,7 @@ runpy.run_module("evolink_mcp", run_name="__main__")
 
 
 def run(quick: bool) -> list[Figure]:
-    rounds = 4 if quick else 11
+    rounds = 3 if quick else 11
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         env = environment(Path(name))
         for server in ("ours", "bare"):  # the first run compiles
@@ -44,7 +44,7 @@ def run(quick: bool) -> list[Figure]:
     ratio = middle([ours[0] / bare[0] for ours, bare in pairs])
     early = [word for word in LATE if word in modules] + pages
     figures = [
-        Figure("cold start to tools/list ÷ bare MCPServer, same transport kind", ratio, "×", 1.10,
+        Figure("cold start to tools/list ÷ bare MCPServer on the SDK's stdio", ratio, "×", 1.10,
                f"median of {rounds} interleaved pairs; {middle(walls[0]) * 1000:.0f} and {middle(walls[1]) * 1000:.0f} ms"),
     ]  # fmt: skip
     if pairs[0][0][1] is not None:

@@ -190,7 +190,7 @@ def _headline(out: TaskOut) -> str:
         return f"{name} is completed: {count} saved{failed}."
     if out.error is not None:
         message = out.error.message[:1].upper() + out.error.message[1:]
-        return f"{name} {_fate(out)}: {message}{'' if message.endswith(('.', '”')) else '.'}"
+        return f"{name} {_fate(out)}: {message}{'' if message.endswith(('.', '?', '”')) else '.'}"
     if out.status == COMPLETED:
         return f"{name} is completed; its pictures are being fetched."
     progress = f", {out.progress:.0f} %" if out.progress is not None else ""

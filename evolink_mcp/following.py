@@ -12,7 +12,7 @@ from evolink_mcp.journal import Entry
 from evolink_mcp.tasks import COMPLETED
 
 LAST_LOOK_S = 1.0
-FRESH_GRACE_S = 15.0
+FRESH_GRACE_S = 14.0
 HEARTBEAT_S = 4.0
 
 Report = Callable[[float, float, str], Awaitable[None]]
@@ -22,7 +22,7 @@ async def follow(job: Job, wait_s: float, report: Report) -> None:
     """Watch `job` for `wait_s` seconds, or until it is finished; `report(progress, total, message)` hears of it.
 
     Just before the end EvoLink is asked once more. A call that knows nothing yet (no id, or nothing newer than the
-    journal) waits up to 15 s more: only an answer with the id is one that nothing can be lost from.
+    journal) waits up to 14 s more: only an answer with the id is one that nothing can be lost from.
     """
     shown = _Rising(report)
     deadline = anyio.current_time() + wait_s

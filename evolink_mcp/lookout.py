@@ -12,7 +12,7 @@ import anyio.abc
 from evolink_mcp.client import BATCH_MAX, EvolinkClient
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.tasks import COMPLETED, FAILED, Task
-from evolink_mcp.wire import TRANSPORT_ERRORS
+from evolink_mcp.wire import POOL_SIZE, TRANSPORT_ERRORS
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class Lookout:
         self._batch_works = True
         self._senseless = 0
         self._next_read = 0.0
+        # A read's deadline runs while it queues for a connection: so it queues here, before.
+        self._at_once = anyio.CapacityLimiter(POOL_SIZE)
         self.watchers = 0
 
     async def look(self, task_id: str) -> Task:
@@ -60,8 +62,7 @@ class Lookout:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
         if self.watchers <= 1 or not self._batch_works:
-            await self._spaced()
-            return await self._client.task(task_id)
+            return await self._read(task_id)
         wish = _Wish(task_id)
         self._wishes.append(wish)
         if len(self._wishes) == 1:
@@ -96,8 +97,7 @@ class Lookout:
 
     async def _single(self, wish: _Wish) -> None:
         try:
-            await self._spaced()
-            wish.task = await self._client.task(wish.task_id)
+            wish.task = await self._read(wish.task_id)
         except EvolinkError as error:
             wish.error = error
         finally:
@@ -110,7 +110,8 @@ class Lookout:
             return {}
         try:
             await self._spaced()
-            found = await self._client.tasks(task_ids)
+            async with self._at_once:
+                found = await self._client.tasks(task_ids)
         except RateLimited:
             raise
         except (Rejected, Unreadable) as error:
@@ -126,6 +127,11 @@ class Lookout:
             return {}
         self._senseless = 0
         return found
+
+    async def _read(self, task_id: str) -> Task:
+        await self._spaced()
+        async with self._at_once:
+            return await self._client.task(task_id)
 
     async def _spaced(self) -> None:
         """Keep all reads of this process below 100 a second."""

@@ -15,6 +15,7 @@ def input_schema(model: type[BaseModel]) -> Schema:
     Gemini refuses every tool for one word that it does not know: const, exclusiveMaximum and examples are such.
     """
     schema = _plain(model.model_json_schema(), {})
+    schema.pop("description", None)  # the tool has its own
     for field in schema["properties"].values():
         if field.get("default", ...) is None:
             del field["default"]

@@ -70,11 +70,9 @@ class Studio:
         self.rule = rule
         self.on_change: list[Callable[[Entry], Coroutine[Any, Any, None]]] = []
         self._references = references
-        self._locks = locks
-        self._sidecars = sidecars
+        self._locks, self._sidecars = locks, sidecars
         self._key_problem = key_problem
-        self._clock = clock
-        self._sleep = sleep
+        self._clock, self._sleep = clock, sleep
         self._jobs: list[Job] = []
         self._woken = anyio.Event()
 

@@ -27,7 +27,7 @@ async def published(world: World, mode: str = "auto") -> dict[str, object]:
 
 @ERAS
 async def test_the_published_tools_are_the_reviewed_ones(world: World, mode: str) -> None:
-    actual = json.dumps(await published(world, mode), indent=1, ensure_ascii=False) + "\n"
+    actual = json.dumps(await published(world, mode), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     file = CONTRACT / "tools.json"
     if os.environ.get("UPDATE_CONTRACT"):
         file.write_text(actual, encoding="utf-8")

@@ -18,7 +18,7 @@ import anyio
 import faulty_gateway as gw
 import httpx2 as httpx
 import pytest
-from faulty_gateway import Fault, Gateway, QuickSimulator
+from faulty_gateway import DOOR, ONE_SERVER, Fault, Gateway, QuickSimulator
 from mcp.client import Client
 
 from evolink_mcp import client, errors, wire
@@ -65,25 +65,9 @@ async def studio_at(
         yield studio
 
 
-class Door:
-    """Whichever studio is open: building a server and checking its schemas takes longer than a purchase."""
-
-    studio: Studio
-
-    def __init__(self) -> None:
-        self.on_change: list[Any] = []  # a server wants to hear of changes before any studio is open
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.studio, name)
-
-
-DOOR: Any = Door()
-SERVER = build_server(DOOR, preview_edge=0)
-
-
 async def buy(studio: Studio, **more: Any) -> tuple[dict[str, Any], str]:
     """One generate_image through the front door: what it says as data and as words."""
-    async with Client(SERVER) as asking:
+    async with Client(ONE_SERVER) as asking:
         return await ask(asking, studio, **more)
 
 
@@ -150,7 +134,7 @@ async def test_at_most_one_task_and_never_a_wrong_word_about_money(
     """Every fault, once or always, at gateways that honour the key or not, with and without the account's list."""
     if row.hangs:
         monkeypatch.setattr(client, "SUBMIT_DEADLINE_S", 0.15)
-    async with Client(SERVER) as asking:
+    async with Client(ONE_SERVER) as asking:
         for case in itertools.product((False, True), repeat=3):
             await _one_case(asking, row, tmp_path / "-".join(map(str, case)), *case)
 
@@ -181,7 +165,9 @@ async def test_a_task_that_the_list_shows_late_is_found_and_not_bought_again(tmp
     empty = gw.before(gw.says(200, b'{"data": []}'))
     lists = iter([empty])
     simulator = QuickSimulator(duration_s=0)
-    gateway = Gateway(simulator, [gw.after(gw.closes)], reads=lambda ask: next(lists, None) if "?" in ask.path else None)
+    gateway = Gateway(
+        simulator, [gw.after(gw.closes)], reads=lambda ask: next(lists, None) if "?" in ask.path else None
+    )
     with anyio.fail_after(10):
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio:
             out, _ = await buy(studio)

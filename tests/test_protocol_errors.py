@@ -1,0 +1,44 @@
+"""A caller's mistake is told as one, in both eras, and leaves no traceback in anybody's log."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from conftest import World
+from mcp.shared.exceptions import MCPError
+
+pytestmark = pytest.mark.anyio
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+
+
+@ERAS
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        pytest.param("newest_picture", {}, "There is no prompt newest_picture, only new_picture", id="no such prompt"),
+        pytest.param("new_picture", {}, "The prompt new_picture needs subject.", id="no arguments"),
+        pytest.param(
+            "new_picture", {"subjct": "a fox"}, "The prompt new_picture needs subject.", id="another argument"
+        ),
+        pytest.param("edit_picture", {}, "The prompt edit_picture needs picture and change.", id="two are lacking"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_filled_in_says_why(
+    world: World, caplog: pytest.LogCaptureFixture, mode: str, name: str, arguments: dict[str, str], told: str
+) -> None:
+    with anyio.fail_after(10):
+        async with world.client(mode) as client:
+            with pytest.raises(MCPError) as raised:
+                await client.get_prompt(name, arguments)
+    assert raised.value.code == -32602
+    assert told in str(raised.value)
+    assert caplog.records == []
+
+
+@ERAS
+async def test_an_unknown_tool_is_an_answer_that_the_model_can_read(world: World, mode: str) -> None:
+    with anyio.fail_after(10):
+        async with world.client(mode) as client:
+            answer = await client.call_tool("generate_images", {"prompt": "a fox"})
+    assert answer.is_error is True
+    assert "generate_images" in answer.content[0].text
