@@ -156,8 +156,10 @@ async def test_an_identical_request_is_known_again_by_content_not_by_name(open_d
                 while world.posts == 0:
                     await anyio.lowlevel.checkpoint()
                 group.cancel_scope.cancel()
+        world.clock.now += 72 * HOUR_S
         (desk / "cat.png").rename(desk / "tom.png")
         joined = await client.call_tool("generate_image", {**wish, "image_urls": [str(desk / "tom.png")]})
+        assert uploads(world) == 2
         assert "earlier identical call" in joined.content[0].text
         assert world.posts == 1
 

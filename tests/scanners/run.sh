@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Two scanners that others wrote, offline: unsafe words in what we publish, and a score of the contract with a floor.
+# Usage: run.sh PYTHON   (the interpreter that has evolink-mcp)
+set -euo pipefail
+python=$(realpath -s "${1:-.venv/bin/python}")
+server="$(dirname "$python")/evolink-mcp"
+work=${WORK:-$(mktemp -d)}
+export HOME="$work/home"
+mkdir -p "$HOME"
+floor=88
+
+"$python" -m venv "$work/cisco" && "$work/cisco/bin/pip" install -q "cisco-ai-mcp-scanner==4.8.7" &
+"$python" -m venv "$work/audit" && "$work/audit/bin/pip" install -q "audit-mcp==0.6.0"
+wait
+
+"$work/cisco/bin/mcp-scanner" --analyzers yara --format raw stdio --stdio-command "$server" > "$work/scan.json"
+"$python" - "$work/scan.json" <<'CHECK'
+import json
+import sys
+
+text = open(sys.argv[1], encoding="utf-8").read()
+found = json.loads(text[text.index("{"):])["scan_results"]
+unsafe = [tool for tool in found if not tool["is_safe"]]
+print(f"cisco-ai-mcp-scanner 4.8.7: {len(found)} tools, {len(unsafe)} unsafe")
+sys.exit(bool(unsafe) or not found)
+CHECK
+
+port=$("$python" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
+"$server" http --port "$port" &
+serving=$!
+trap 'kill $serving 2>/dev/null || true' EXIT
+"$python" - "$port" <<'READY'
+import sys
+import time
+import urllib.request
+
+for _ in range(100):
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/healthz", timeout=1)
+        sys.exit(0)
+    except OSError:
+        time.sleep(0.1)
+sys.exit("the server did not start")
+READY
+"$work/audit/bin/audit-mcp" "http://127.0.0.1:$port/mcp" --min-score "$floor"
+echo "2 passed, 0 failed"
