@@ -50,7 +50,8 @@ def run(quick: bool) -> list[Figure]:
     return [
         Figure(f"share of one core while {jobs} jobs wait", 100 * saw["share"], "%", 60,
                f"for {window} s, every job followed by a call"),
-        Figure(f"extra memory for {jobs} waiting jobs", saw["extra_mb"], "MB", 15, f"from {saw['before_mb']:.0f} MB; {saw['calls_mb']:.0f} MB with a call on each"),
+        Figure(f"extra memory for {jobs} waiting jobs", saw["extra_mb"], "MB", 15,
+               f"from {saw['before_mb']:.0f} MB; {saw['calls_mb']:.0f} MB with a call on each"),
         Figure(f"jobs lost of {jobs}", jobs - saw["saved"], "", 0, "lost: without a file in the end"),
         Figure("requests a second with batch reads", saw["rate"], "/s", None,
                f"{saw['looks_a_second']:.0f} looks a second in them"),

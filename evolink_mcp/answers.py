@@ -85,12 +85,17 @@ def is_error(out: TaskOut) -> bool:
     return out.error is not None
 
 
-def brief(out: TaskOut) -> dict[str, Any]:
-    """The same for a list: long prompts cut."""
-    data = out.model_dump(mode="json")
-    if data["request"] and len(data["request"].get("prompt", "")) > PROMPT_SHOWN:
-        data["request"]["prompt"] = data["request"]["prompt"][: PROMPT_SHOWN - 1] + "…"
-    return data
+def brief(out: TaskOut) -> TaskOut:
+    """The same for a list: long prompts and addresses cut."""
+    if out.request is None:
+        return out
+    return out.model_copy(update={"request": {name: _short(value) for name, value in out.request.items()}})
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return value if not isinstance(value, str) or len(value) <= PROMPT_SHOWN else value[: PROMPT_SHOWN - 1] + "…"
 
 
 def _failure(entry: Entry) -> Problem | None:
@@ -244,7 +249,7 @@ def _compact(data: dict[str, Any]) -> str:
     """Arguments in one line of JSON, long texts cut."""
     import json
 
-    short = {k: harmless(v, PROMPT_SHOWN) if isinstance(v, str) else v for k, v in data.items()}
+    short = {k: harmless(v, PROMPT_SHOWN) if isinstance(v, str) else _short(v) for k, v in data.items()}
     return json.dumps(short, ensure_ascii=False)
 
 

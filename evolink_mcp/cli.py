@@ -149,7 +149,7 @@ def _tasks(options: argparse.Namespace) -> int:
         return 1
     outs = [answers.task_out(entry, rule=settings.size_rule) for entry in entries]
     if options.json:
-        print(json.dumps([answers.brief(out) for out in outs], indent=2))
+        print(json.dumps([answers.brief(out).model_dump(mode="json") for out in outs], indent=2))
         return 0
     for out in outs:
         cost = f"{out.credits:g} credits" if out.credits is not None else ""

@@ -112,7 +112,10 @@ class Collector:
         target = self._folders.output / f"{job.entry.task_id}-{picture.index}"
         if job.entry.save_as is not None:
             with suppress(Refused):
-                target = self._folders.target(job.entry.save_as)
+                wanted = self._folders.target(job.entry.save_as)
+                # Several pictures are numbered by their index, not by which came first.
+                stem = wanted.stem if picture.index == 0 else f"{wanted.stem}-{picture.index}"
+                target = wanted.with_name(stem + wanted.suffix)
         for repeat in range(REPEATS_MAX + 1):
             try:
                 return await keep(partial(download, self._client, picture.url), target)

@@ -19,12 +19,15 @@ EDGE_OF_MANY = 512
 PREVIEW_MIN_CHARS = 20_000
 
 
-async def previews(out: TaskOut, longest_edge: int, answer_max: int) -> list[ImageContent]:
-    """As many previews as fit beside the text in `answer_max` characters; what cannot be shown is not an error."""
+async def previews(out: TaskOut, longest_edge: int | None, answer_max: int) -> list[ImageContent]:
+    """As many previews as fit beside the text in `answer_max` characters; what cannot be shown is not an error.
+
+    `longest_edge` None chooses by the number of pictures, 0 shows none.
+    """
     saved = [image.path for image in out.images if image.path]
-    if not longest_edge or out.status != COMPLETED or not saved:
+    if longest_edge == 0 or out.status != COMPLETED or not saved:
         return []
-    edge = min(longest_edge, EDGES.get(len(saved), EDGE_OF_MANY))
+    edge = longest_edge or EDGES.get(len(saved), EDGE_OF_MANY)
     room = answer_max - 3 * len(out.model_dump_json())
     blocks: list[ImageContent] = []
     for path in saved:

@@ -1,5 +1,6 @@
 """The tools: what a model may ask for, in words written for a model."""
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from pydantic import BaseModel, Field
 from evolink_mcp import answers, shapes, sizes
 from evolink_mcp.adapter import flat_tool, result
 from evolink_mcp.arguments import (
-    VIEW_EDGE,
     ComputeSizeArguments,
     GenerateImageArguments,
     GetBalanceArguments,
@@ -38,6 +38,7 @@ from evolink_mcp.till import start_of_day
 log = logging.getLogger(__name__)
 
 PREVIEW_MIN_CHARS = 20_000
+LIST_MAX_CHARS = 600_000
 GALLERY_URI = "ui://evolink/gallery.html"
 
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
@@ -64,7 +65,7 @@ class Tools:
     ) -> None:
         self._studio = studio
         self._wait_s = wait_s
-        self._preview_edge = VIEW_EDGE if preview_edge is None else preview_edge
+        self._preview_edge = preview_edge
         self._links = resource_links
 
     def all(self) -> list[Tool]:
@@ -226,14 +227,17 @@ class Tools:
             for task in elsewhere
             if req.status in (None, task.status) and (since is None or (task.created or 0) >= since)
         ]
-        outs = sorted(outs, key=lambda out: out.created_at or "", reverse=True)[: req.limit]
+        outs = [answers.brief(out) for out in sorted(outs, key=lambda out: out.created_at or "", reverse=True)]
+        outs, left_out = _fitting(outs[: req.limit])
+        if left_out:
+            notes.append(f"{left_out} more did not fit into one answer: call again with since or a smaller limit.")
         if elsewhere:
             notes.append(
                 f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures."
             )
         synced = None if not req.sync else problem is None
         out = shapes.TaskList(
-            tasks=[answers.brief(task) for task in outs],
+            tasks=[task.model_dump(mode="json") for task in outs],
             credits_today=round(spent, 4),
             synced=synced,
             notes=notes,
@@ -252,6 +256,16 @@ def _request(req: GenerateImageArguments) -> GenerationRequest:
     return GenerationRequest.model_construct(_fields_set=said, **{
         name: getattr(req, name) for name in GenerationRequest.model_fields
     })  # fmt: skip
+
+
+def _fitting(outs: list[shapes.TaskOut]) -> tuple[list[shapes.TaskOut], int]:
+    """As many tasks as an answer bears, each told twice."""
+    room = LIST_MAX_CHARS
+    for number, out in enumerate(outs):
+        room -= len(out.model_dump_json()) + len(json.dumps(answers.task_text(out), ensure_ascii=False))
+        if room < 0:
+            return outs[:number], len(outs) - number
+    return outs, 0
 
 
 def _notes(req: GenerateImageArguments) -> list[str]:

@@ -12,6 +12,7 @@ import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.client import EvolinkClient
+from evolink_mcp.folders import Folders
 from evolink_mcp.jobs import Sleep
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.references import References
@@ -36,10 +37,12 @@ async def open_studio(
     )
     journal = SqliteJournal(settings.data_dir, clock=clock)
     local = not remote or settings.allowed_dirs_given
-    references = References(client, journal, settings.folders, local=local, clock=clock)
+    # Callers elsewhere save into the output folder only, unless the owner named folders for them.
+    folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
+    references = References(client, journal, folders, local=local, clock=clock)
     till = Till(client, journal, settings.budget, sleep=sleep)
     studio = Studio(
-        client, journal, settings.folders, references, till,
+        client, journal, folders, references, till,
         rule=settings.size_rule, locks=settings.data_dir / "locks", sidecars=settings.sidecars,
         key_problem=settings.key_problem, clock=clock, sleep=sleep,
     )  # fmt: skip

@@ -136,9 +136,7 @@ def test_everything_else_is_refused_in_one_sentence_that_does_not_repeat_it(url:
 
 
 def test_schemes_and_length_are_the_callers() -> None:
-    assert (
-        addresses.check_public_url("http://example.com/", schemes=("http", "https")) == "http://example.com/"
-    )
+    assert addresses.check_public_url("http://example.com/", schemes=("http", "https")) == "http://example.com/"
     with pytest.raises(ValueError, match="http:// or https://"):
         addresses.check_public_url("ftp://example.com/", schemes=("http", "https"))
     with pytest.raises(ValueError, match="longer than 8192"):

@@ -37,13 +37,21 @@ REFUSED = [
     pytest.param({"prompt": PROMPT, "callback_url": "https://127.1/h"}, "callback_url", id="short loopback"),
     pytest.param({"prompt": PROMPT, "callback_url": "https://[::ffff:10.0.0.1]/"}, "callback_url", id="v4-mapped"),
     pytest.param({"prompt": PROMPT, "image_urls": []}, "image_urls", id="no references in the list"),
-    pytest.param({"prompt": PROMPT, "image_urls": ["https://example.com/a.png"] * 17}, "at most 16", id="17 references"),
+    pytest.param(
+        {"prompt": PROMPT, "image_urls": ["https://example.com/a.png"] * 17}, "at most 16", id="17 references"
+    ),
     pytest.param({"prompt": PROMPT, "image_urls": ["ftp://example.com/a.png"]}, "image_urls.0", id="ftp reference"),
     pytest.param({"prompt": PROMPT, "image_urls": ["http://localhost/a.png"]}, "image_urls.0", id="loopback reference"),
-    pytest.param({"prompt": PROMPT, "mask_url": "https://example.com/m.png"}, "mask_url needs image_urls", id="mask alone"),
-    pytest.param({"prompt": PROMPT, "background": "transparent", "output_format": "jpeg"}, "jpeg has no", id="no alpha"),
+    pytest.param(
+        {"prompt": PROMPT, "mask_url": "https://example.com/m.png"}, "mask_url needs image_urls", id="mask alone"
+    ),
+    pytest.param(
+        {"prompt": PROMPT, "background": "transparent", "output_format": "jpeg"}, "jpeg has no", id="no alpha"
+    ),
     pytest.param({"prompt": PROMPT, "wait_seconds": 901}, "wait_seconds", id="too long a wait"),
-    pytest.param({"prompt": PROMPT, "save_as": "../../x.png"}, "outside the allowed folders", id="path out of the folder"),
+    pytest.param(
+        {"prompt": PROMPT, "save_as": "../../x.png"}, "outside the allowed folders", id="path out of the folder"
+    ),
     pytest.param({"prompt": PROMPT, "api_key": "sk-abcdefghijkl"}, "api_key: unknown argument", id="a key as argument"),
 ]
 
@@ -143,7 +151,11 @@ async def test_blanks_around_an_id_are_trimmed_and_a_stranger_is_not_found(world
 
 
 async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: Any) -> None:
-    nowhere = {"EVOLINK_API_KEY": "", "EVOLINK_MCP_DATA_DIR": "/proc/nowhere", "EVOLINK_MCP_OUTPUT_DIR": "/proc/nowhere"}
+    nowhere = {
+        "EVOLINK_API_KEY": "",
+        "EVOLINK_MCP_DATA_DIR": "/proc/nowhere",
+        "EVOLINK_MCP_OUTPUT_DIR": "/proc/nowhere",
+    }
     async with open_world(nowhere) as world, world.client() as client:
         answer = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})
         paid = await client.call_tool("generate_image", {"prompt": PROMPT})

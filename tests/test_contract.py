@@ -118,7 +118,9 @@ async def test_every_answer_fits_its_schema_and_says_the_same_in_text(
         if facts.get(name) is not None and not (name == "status" and facts.get("task_id") is None):
             assert str(facts[name]) in text, name
     for image in facts.get("images", []):
-        said = [image[name] for name in ("path", "url", "url_expires_at", "sha256", "resource_uri", "markdown", "bytes")]
+        said = [
+            image[name] for name in ("path", "url", "url_expires_at", "sha256", "resource_uri", "markdown", "bytes")
+        ]
         assert all(str(fact) in text for fact in said if fact is not None)
     if facts.get("error"):
         assert answer.is_error is True

@@ -64,5 +64,9 @@ def test_the_error_tree_in_the_source_is_the_tree() -> None:
     from evolink_mcp import errors
 
     drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
-    built = [name for name, thing in vars(errors).items() if isinstance(thing, type) and issubclass(thing, errors.EvolinkError)]
+    built = [
+        name
+        for name, thing in vars(errors).items()
+        if isinstance(thing, type) and issubclass(thing, errors.EvolinkError)
+    ]
     assert sorted(drawn) == sorted(set(built) - {"EvolinkError"})

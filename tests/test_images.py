@@ -135,7 +135,7 @@ async def test_a_name_that_is_taken_is_never_overwritten(world: World) -> None:
     first = await buy(world, "sim:fast a fox", save_as="hero.png")
     second = await buy(world, "sim:fast a cat", save_as="hero.png", n=2)
     names = [Path(image["path"]).name for a in (first, second) for image in a.structured_content["images"]]
-    assert sorted(names) == ["hero-3.png", "hero-4.png", "hero-5.png"]
+    assert sorted(names) == ["hero-1-1.png", "hero-3.png", "hero-4.png"]
     assert (folder / "hero.png").read_bytes() == b"mine"
     assert not (world.folder / "nothing").exists()
 

@@ -23,10 +23,13 @@ pytestmark = [
 ]
 
 WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
-AT_ONCE = 3
+AT_ONCE = 6
 # A run's threads interleave: the good run's count plus these covers every operation of any run.
 SPARE = 4
-EVERY_HOW = ("kill", "fail", "late") if os.environ.get("EVOLINK_MCP_SLOW_TESTS") else ("kill", "fail")
+SLOW = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("EVOLINK_TEST_SLOW"), reason="EVOLINK_TEST_SLOW=1 runs it"),
+]
 
 
 @dataclass
@@ -120,7 +123,7 @@ async def one_life(town: Town, name: str, how: str, at: int) -> None:
     assert len(town.pictures(name)) == len(billed)
 
 
-@pytest.mark.parametrize("how", EVERY_HOW)
+@pytest.mark.parametrize("how", ["kill", "fail", pytest.param("late", marks=SLOW)])
 async def test_whatever_operation_is_the_last_one_task_at_most_and_its_picture_on_disk(town: Town, how: str) -> None:
     """kill: SIGKILL before the k-th; fail: the k-th is not done and fails; late: it is done, and fails."""
     operations = await good_run(town)

@@ -118,7 +118,6 @@ async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None
     assert len(answer.model_dump_json(by_alias=True)) < NEVER_ABOVE
 
 
-@pytest.mark.xfail(reason="list_tasks spells out every reference of every task, twice", strict=False)
 async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path) -> None:
     for number in range(LIST_MAX):
         own(world, number, uhd, prompt=LONGEST_PROMPT, image_urls=["https://e.org/" + "x" * 8_000] * 16)

@@ -103,9 +103,7 @@ def test_a_tier_is_read_in_any_case() -> None:
     ],
 )
 def test_the_tier_does_not_apply_to_auto_or_pixels(text: str, size: Size | None, rule: str) -> None:
-    assert sizes.Resolved(size, downscaled=False, resolution_applies=False, rule=rule) == sizes.resolve(
-        text, "4K"
-    )
+    assert sizes.Resolved(size, downscaled=False, resolution_applies=False, rule=rule) == sizes.resolve(text, "4K")
 
 
 @pytest.mark.parametrize(
@@ -228,19 +226,11 @@ def test_a_legal_size_is_its_own_nearest() -> None:
         pytest.param((1200, 628), "1200x640", 1.0, (0, 6), "2:1 1K 2048x1024 True", id="link preview"),
         pytest.param((1920, 1080), "1920x1088", 1.0, (0, 4), "16:9 2K 2048x1152 True", id="full HD"),
         pytest.param((1080, 1350), "1088x1360", 1.0, (4, 5), "4:5 2K 1632x2048 True", id="portrait post"),
-        pytest.param(
-            (800, 800), "816x816", 1.0, (8, 8), "1:1 1K 1024x1024 True", id="below the pixel budget"
-        ),
-        pytest.param(
-            (1500, 500), "1504x512", 1.0, (2, 6), "3:1 2K 2048x688 True", id="2K is smaller than 1K at 3:1"
-        ),
+        pytest.param((800, 800), "816x816", 1.0, (8, 8), "1:1 1K 1024x1024 True", id="below the pixel budget"),
+        pytest.param((1500, 500), "1504x512", 1.0, (2, 6), "3:1 2K 2048x688 True", id="2K is smaller than 1K at 3:1"),
         pytest.param((2000, 300), "2000x672", 1.0, (0, 186), "3:1 2K 2048x688 True", id="wider than 3:1"),
-        pytest.param(
-            (8000, 1000), "3840x1280", 8000 / 3840, (0, 833), "3:1 4K 3840x1280 False", id="wide, too large"
-        ),
-        pytest.param(
-            (3840, 3840), "2880x2880", 4 / 3, (0, 0), "1:1 4K 2880x2880 False", id="above the maximum"
-        ),
+        pytest.param((8000, 1000), "3840x1280", 8000 / 3840, (0, 833), "3:1 4K 3840x1280 False", id="wide, too large"),
+        pytest.param((3840, 3840), "2880x2880", 4 / 3, (0, 0), "1:1 4K 2880x2880 False", id="above the maximum"),
     ],
 )
 def test_a_wish_in_pixels_is_covered(
@@ -263,10 +253,7 @@ def test_every_wish_gets_a_legal_picture_that_holds_the_crop(rule: str) -> None:
         for height in (1, 16, 300, 481, 810, 1281, 2160, 2881, 3840, 5000, 100_000):
             cover = sizes.cover(width, height, rule)
             right, bottom = cover.left + width, cover.top + height
-            held = (
-                right <= cover.size.width * cover.scale + 1e-6
-                and bottom <= cover.size.height * cover.scale + 1e-6
-            )
+            held = right <= cover.size.width * cover.scale + 1e-6 and bottom <= cover.size.height * cover.scale + 1e-6
             if not (_legal(cover.size) and held and cover.left >= 0 <= cover.top and cover.scale >= 1):
                 lost.append((width, height))
     assert lost == []

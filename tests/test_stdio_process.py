@@ -109,7 +109,9 @@ def test_lines_that_are_not_json_are_answered_and_the_server_goes_on(talk: Talk)
 def test_json_that_breaks_parsers_gets_an_answer_with_its_id(talk: Talk, value: str) -> None:
     talk.greet()
     name, other = ("prompt", "n") if value.startswith('"') else ("n", "prompt")
-    call = f'{{"name":"generate_image","arguments":{{"{name}":{value},"{other}":{"1" if other == "n" else chr(34) * 2}}}}}'
+    call = (
+        f'{{"name":"generate_image","arguments":{{"{name}":{value},"{other}":{"1" if other == "n" else chr(34) * 2}}}}}'
+    )
     talk.say(f'{{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{call}}}'.encode())
     answer = talk.hear()
     assert answer.get("error", {}).get("code") == -32700 or answer["result"]["isError"] is True
