@@ -114,8 +114,10 @@ async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None
     with anyio.fail_after(30):
         async with world.client(mode) as client:
             answer = await client.call_tool("list_tasks", {"limit": LIST_MAX})
-    assert len(answer.structured_content["tasks"]) == LIST_MAX
-    assert len(answer.model_dump_json(by_alias=True)) < NEVER_ABOVE
+    listed = len(answer.structured_content["tasks"])
+    assert listed >= 40
+    assert answer.structured_content["notes"][0].startswith(f"{LIST_MAX - listed} more did not fit into one answer")
+    assert length(answer) < NEVER_ABOVE
 
 
 async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path) -> None:
