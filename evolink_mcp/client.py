@@ -75,6 +75,7 @@ class EvolinkClient:
         self._loopback = urlsplit(base_url).scheme == "http"
         self._transport = transport
         self._opened: list[httpx.AsyncClient] = []
+        self._tills = anyio.CapacityLimiter(POOL_SIZE)
 
     async def __aenter__(self) -> EvolinkClient:
         return self
@@ -158,7 +159,8 @@ class EvolinkClient:
                 headers={"Idempotency-Key": idempotency_key},
                 extensions={"trace": trace},
             )
-            reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
+            async with self._tills:  # the deadline must not run while the request waits for its turn
+                reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
         except (Unreadable, *TRANSPORT_ERRORS) as error:
             if not sent and (traced or isinstance(error, NEVER_CONNECTED)):
                 raise Unreachable(f"EvoLink could not be reached ({why(error)})") from error

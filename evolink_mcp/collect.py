@@ -65,7 +65,7 @@ class Collector:
         await self._reread(job)
         task = job.entry.task
         assert task is not None
-        async with FileTurn(self._locks / f"{task.id}.lock" if self._locks else None, self._sleep):
+        async with FileTurn(self._locks, task.id, self._sleep):
             pictures = self._to_have(job, task)
             self._kept(job, _ordered(pictures))
             async with anyio.create_task_group() as group:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
-from filelock import FileLock, Timeout
 
 from evolink_mcp.errors import Problem
 from evolink_mcp.journal import Entry
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+LOCKS = 1024
+LOCK_LOOK_S = 0.2
 Sleep = Callable[[float], Awaitable[object]]
 
 
@@ -29,7 +35,8 @@ class Job:
         self.finished = False
         self.fresh = False
         self._changed = anyio.Event()
-        self._nudge = anyio.Event()
+        self._nudged = False
+        self._resting: anyio.CancelScope | None = None
 
     def turn(self, entry: Entry) -> None:
         """The entry has a new state: tell whoever watches."""
@@ -43,20 +50,16 @@ class Job:
 
     def look_now(self) -> None:
         """A caller is about to leave: look once more before."""
-        self._nudge.set()
+        self._nudged = True
+        if self._resting is not None:
+            self._resting.cancel()
 
     async def rest(self, seconds: float, sleep: Sleep) -> None:
-        """Sleep, unless a caller asks for a look."""
-        async with anyio.create_task_group() as group:
-
-            async def wake() -> None:
-                await self._nudge.wait()
-                group.cancel_scope.cancel()
-
-            group.start_soon(wake)
-            await sleep(seconds)
-            group.cancel_scope.cancel()
-        self._nudge = anyio.Event()
+        """Sleep, unless a caller asks for a look, or has asked since the last one."""
+        with anyio.CancelScope() as self._resting:
+            if not self._nudged:
+                await sleep(seconds)
+        self._nudged = False
 
     async def states(self, heartbeat_s: float = 4.0) -> AsyncGenerator[Entry, None]:
         """The entry now, at every change, and at least every `heartbeat_s` seconds; ends when the job does."""
@@ -69,25 +72,32 @@ class Job:
 
 
 class FileTurn:
-    """One server at a time, by a lock file that dies with its process; without a usable folder, no turns are taken."""
+    """One server at a time on one task, by a lock file that dies with its process; without a usable folder, no turns.
 
-    def __init__(self, path: Path | None, sleep: Sleep) -> None:
-        self._lock = FileLock(path, thread_local=False) if path else None
+    The files are few and stay: removing one that another server is about to lock would let two in at once.
+    """
+
+    def __init__(self, folder: Path | None, task_id: str, sleep: Sleep) -> None:
+        self._path = folder / f"{zlib.crc32(task_id.encode()) % LOCKS:04}.lock" if folder else None
+        self._lock: BaseFileLock | None = None
         self._sleep = sleep
 
     async def __aenter__(self) -> None:
-        while self._lock is not None:
-            try:
-                Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._lock.acquire(blocking=False)
-                return
-            except Timeout:
-                await self._sleep(0.2)
-            except OSError:
-                self._lock = None
+        if self._path is None:
+            return
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._path, thread_local=False)
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            while self._lock is None:
+                try:
+                    lock.acquire(blocking=False)
+                    self._lock = lock
+                except Timeout:
+                    await self._sleep(LOCK_LOOK_S)
 
     async def __aexit__(self, *_: object) -> None:
         if self._lock is not None:
             with suppress(OSError):
                 self._lock.release()
-                Path(self._lock.lock_file).unlink()

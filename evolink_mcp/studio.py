@@ -257,12 +257,12 @@ class Studio:
     async def _run(self, job: Job) -> None:
         turn = partial(self._turn, job)
         if job.entry.phase == "intent":
-            await self.till.buy(job.entry, turn)
+            bought = await self.till.buy(job.entry, turn)
+            job.fresh = bought.phase == "submitted"
         elif job.entry.phase in ("sending", "unknown"):
             await self.till.reconcile(replace(job.entry, phase="unknown"), turn)
         if job.entry.task is None:
             return
-        job.fresh = job.entry.phase == "submitted"
         await self._watcher.watch(job)
         if job.entry.task.status == COMPLETED:
             await self._collector.collect(job)

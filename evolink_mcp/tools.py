@@ -1,6 +1,5 @@
 """The tools: what a model may ask for, in words written for a model."""
 
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -32,13 +31,10 @@ from evolink_mcp.models import GenerationRequest
 from evolink_mcp.showing import links, picture_block, previews
 from evolink_mcp.sizing import compute, size_text
 from evolink_mcp.studio import Job, Order, Studio
-from evolink_mcp.tasks import Task
-from evolink_mcp.till import start_of_day
 
 log = logging.getLogger(__name__)
 
 PREVIEW_MIN_CHARS = 20_000
-LIST_MAX_CHARS = 600_000
 GALLERY_URI = "ui://evolink/gallery.html"
 
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
@@ -210,42 +206,11 @@ class Tools:
         return result(line, None, block)
 
     async def _list(self, req: ListTasksArguments) -> CallToolResult:
-        studio = self._studio
-        studio.wake()
-        since = _instant(req.since) if req.since else None
-        notes: list[str] = []
-        elsewhere: list[Task] = []
-        problem = None
-        if req.sync:
-            elsewhere, problem = await studio.sync(req.limit)
-            notes += [f"The account's own list could not be had: {problem}."] if problem else []
-        entries = studio.journal.recent(req.limit, req.status, since)
-        spent = studio.journal.spent_since(start_of_day(studio.now()))
-        outs = [answers.task_out(entry, rule=studio.rule) for entry in entries]
-        outs += [
-            answers.adopted_task_out(task, studio.rule)
-            for task in elsewhere
-            if req.status in (None, task.status) and (since is None or (task.created or 0) >= since)
-        ]
-        outs = [answers.brief(out) for out in sorted(outs, key=lambda out: out.created_at or "", reverse=True)]
-        outs, left_out = _fitting(outs[: req.limit])
-        if left_out:
-            notes.append(f"{left_out} more did not fit into one answer: call again with since or a smaller limit.")
-        if elsewhere:
-            notes.append(
-                f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures."
-            )
-        synced = None if not req.sync else problem is None
-        out = shapes.TaskList(
-            tasks=[task.model_dump(mode="json") for task in outs],
-            credits_today=round(spent, 4),
-            synced=synced,
-            notes=notes,
-        )
-        lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g}."]
-        for task in outs:
-            lines += ["", answers.task_text(task)]
-        return result("\n".join([*lines, "", *(f"Note: {note}" for note in notes)]).rstrip(), out)
+        since = instant(req.since) if req.since else None
+        self._studio.wake()
+        elsewhere, problem = await self._studio.sync(req.limit) if req.sync else ([], None)
+        out, text = task_list(self._studio, req, since, elsewhere, problem)
+        return result(text, out)
 
 
 # --- small things ---
@@ -256,16 +221,6 @@ def _request(req: GenerateImageArguments) -> GenerationRequest:
     return GenerationRequest.model_construct(_fields_set=said, **{
         name: getattr(req, name) for name in GenerationRequest.model_fields
     })  # fmt: skip
-
-
-def _fitting(outs: list[shapes.TaskOut]) -> tuple[list[shapes.TaskOut], int]:
-    """As many tasks as an answer bears, each told twice."""
-    room = LIST_MAX_CHARS
-    for number, out in enumerate(outs):
-        room -= len(out.model_dump_json()) + len(json.dumps(answers.task_text(out), ensure_ascii=False))
-        if room < 0:
-            return outs[:number], len(outs) - number
-    return outs, 0
 
 
 def _notes(req: GenerateImageArguments) -> list[str]:
@@ -304,17 +259,6 @@ def _can_ask(ctx: Context) -> bool:
     capabilities = ctx.client_capabilities
     modern = (ctx.protocol_version or "") >= "2026-07-28"
     return bool(capabilities and capabilities.elicitation) and (modern or ctx.session.can_send_request)
-
-
-def _instant(text: str) -> float:
-    from datetime import UTC, datetime
-
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError as error:
-        raise Refused("since is not an ISO 8601 time", code="invalid_arguments",
-                      advice="Give something like 2026-11-22 or 2026-11-22T10:00:00Z.") from error  # fmt: skip
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _amount(value: object) -> str:

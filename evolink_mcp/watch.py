@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 NOT_FOUND_GRACE_S = 10.0
 RATE_LIMIT_WAIT_S = 5.0
-RESUMED_AFTER_S = 1.0
 
 
 class Watcher:
@@ -54,10 +53,11 @@ class Watcher:
     async def _until_settled(self, job: Job) -> None:
         task = job.entry.task
         assert task is not None
-        age = max(0.0, self._clock() - job.entry.created_at)
+        # A job that has just bought its task waits for its first look; any other one is late already.
+        age = 0.0 if job.fresh else max(0.0, self._clock() - job.entry.created_at)
         accepted = anyio.current_time() - age
         schedule = Schedule(task.estimated_time_s)
-        at_once = job.entry.phase != "submitted" or age > RESUMED_AFTER_S
+        at_once = not job.fresh
         failures = 0
         while not task.settled:
             if not at_once:

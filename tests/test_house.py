@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 ROOMS = (
     "quoting errors sizes costs addresses models tasks wire client downloads journal journal.sqlite folders images "
     "references pace lookout till jobs watch sidecar collect studio hosts schemas shapes answers adapter arguments "
-    "sizing following showing tools resources prompts gallery tasks_extension server settings wiring stdio web "
+    "sizing listing following showing tools resources prompts gallery tasks_extension server settings wiring stdio web "
     "rulebook simulation paintings simulator demo blocks doctor cli __main__"
 ).split()
 ONLY_IN = {

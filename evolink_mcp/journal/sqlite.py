@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal import COLUMNS, STATE, WRITTEN, Entry, entry_of, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    from filelock import BaseFileLock
 
 FILE_NAME = "journal.sqlite3"
 BUSY_TIMEOUT_S = 5.0
@@ -30,9 +32,10 @@ MIGRATIONS = (
         fingerprint TEXT NOT NULL, task_id TEXT UNIQUE, status TEXT NOT NULL, complete INTEGER NOT NULL,
         attended INTEGER NOT NULL, delivered_at REAL, estimate REAL NOT NULL, credits REAL, charged TEXT NOT NULL,
         request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, pictures TEXT NOT NULL
-    ) WITHOUT ROWID;
+    );
     CREATE INDEX entries_by_age ON entries (created_at);
     CREATE INDEX entries_open ON entries (owner) WHERE complete = 0;
+    CREATE INDEX entries_left ON entries (owner) WHERE complete = 0 OR (delivered_at IS NULL AND attended = 1);
     CREATE INDEX entries_undelivered ON entries (fingerprint) WHERE delivered_at IS NULL;
     CREATE TABLE uploads (sha256 TEXT PRIMARY KEY, url TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
     """,
@@ -49,7 +52,7 @@ class SqliteJournal:
         self._clock = clock
         self._db: sqlite3.Connection | None = None
         self._inode = 0
-        self._life: FileLock | None = None
+        self._life: BaseFileLock | None = None
 
     @property
     def path(self) -> Path:
@@ -94,6 +97,8 @@ class SqliteJournal:
         return self._run(lambda db: db.execute(statement, (key,)).rowcount) == 1
 
     def adopt(self) -> list[Entry]:
+        from filelock import FileLock, Timeout
+
         owners = [row[0] for row in self._run(lambda db: db.execute(
             "SELECT DISTINCT owner FROM entries WHERE (complete = 0 OR (delivered_at IS NULL AND attended = 1))"
             " AND owner != ?", (self.owner,)).fetchall())]  # fmt: skip
@@ -126,8 +131,7 @@ class SqliteJournal:
         return [replace(entry, owner=self.owner) for entry in _readable(self._run(take))]
 
     def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
-        statement = "INSERT OR REPLACE INTO uploads (sha256, url, expires_at) VALUES (?, ?, ?)"
-        self._run(lambda db: db.execute(statement, (sha256, url, expires_at)))
+        self._run(lambda db: db.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (sha256, url, expires_at)))
 
     # --- reading ---
 
@@ -163,10 +167,11 @@ class SqliteJournal:
 
     def find_upload(self, sha256: str, after: float) -> str | None:
         statement = "SELECT url FROM uploads WHERE sha256 = ? AND expires_at > ?"
-        row = self._run(lambda db: db.execute(statement, (sha256, after)).fetchone())
-        return row[0] if row else None
+        return next(iter(self._run(lambda db: db.execute(statement, (sha256, after)).fetchone()) or ()), None)
 
     def close(self) -> None:
+        import sqlite3
+
         if self._db is not None:
             with suppress(sqlite3.Error):
                 self._db.close()
@@ -189,6 +194,8 @@ class SqliteJournal:
 
     def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
         """The one border to SQLite. A damaged file is set aside, never deleted, and a new one begun."""
+        import sqlite3
+
         for attempt in (1, 2):
             try:
                 return act(self._opened())
@@ -203,6 +210,8 @@ class SqliteJournal:
         raise AssertionError("unreachable")
 
     def _opened(self) -> sqlite3.Connection:
+        import sqlite3
+
         if self._db is None:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._live()
@@ -222,6 +231,8 @@ class SqliteJournal:
 
     def _live(self) -> None:
         """Hold this owner's lock file: it dies with the process, and tells other servers that we have not."""
+        from filelock import FileLock
+
         if self._life is None:
             path = self._life_path(self.owner)
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -233,6 +244,8 @@ class SqliteJournal:
         return self.folder / "owners" / f"{owner}.lock"
 
     def _put_aside(self) -> None:
+        import sqlite3
+
         if self._db is not None:
             with suppress(sqlite3.Error):
                 self._db.close()
@@ -258,6 +271,8 @@ class SqliteJournal:
 
 
 def _migrate(db: sqlite3.Connection) -> None:
+    import sqlite3
+
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
         raise sqlite3.OperationalError("a newer version of evolink-mcp wrote it")
@@ -274,6 +289,8 @@ def _migrate(db: sqlite3.Connection) -> None:
 @contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     """Immediate, since a read that turns into a write later fails when another process was faster."""
+    import sqlite3
+
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

@@ -1,0 +1,70 @@
+"""list_tasks: what was bought, and what the account knows besides, in one answer that every host bears."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+from evolink_mcp import answers
+from evolink_mcp.arguments import ListTasksArguments
+from evolink_mcp.errors import Refused
+from evolink_mcp.shapes import TaskList, TaskOut
+from evolink_mcp.studio import Studio
+from evolink_mcp.tasks import Task
+from evolink_mcp.till import start_of_day
+
+ANSWER_MAX_CHARS = 600_000
+
+
+def task_list(
+    studio: Studio, req: ListTasksArguments, since: float | None, elsewhere: list[Task], problem: str | None
+) -> tuple[TaskList, str]:
+    """The journal's entries and the account's other tasks, newest first; `problem` is why those could not be had."""
+    outs = [answers.task_out(entry, rule=studio.rule) for entry in studio.journal.recent(req.limit, req.status, since)]
+    outs += [
+        answers.adopted_task_out(task, studio.rule)
+        for task in elsewhere
+        if req.status in (None, task.status) and (since is None or (task.created or 0) >= since)
+    ]
+    outs = [answers.brief(out) for out in sorted(outs, key=lambda out: out.created_at or "", reverse=True)]
+    outs, left_out = _fitting(outs[: req.limit])
+    notes = [f"The account's own list could not be had: {problem}."] if problem else []
+    if elsewhere:
+        notes.append(f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures.")
+    if left_out:
+        notes.append(f"{left_out} more did not fit into one answer: call again with since or a smaller limit.")
+    spent = round(studio.journal.spent_since(start_of_day(studio.now())), 4)
+    lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g}."]
+    for out in outs:
+        lines += ["", answers.task_text(out)]
+    text = "\n".join([*lines, "", *(f"Note: {note}" for note in notes)]).rstrip()
+    synced = None if not req.sync else problem is None
+    tasks = [out.model_dump(mode="json") for out in outs]
+    return TaskList(tasks=tasks, credits_today=spent, synced=synced, notes=notes), text
+
+
+def instant(text: str) -> float:
+    """ISO 8601 as epoch seconds, UTC where no zone is said.
+
+    Raises:
+        Refused: it is no such time.
+    """
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError as error:
+        raise Refused(
+            "since is not an ISO 8601 time",
+            code="invalid_arguments",
+            advice="Give something like 2026-11-22 or 2026-11-22T10:00:00Z.",
+        ) from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _fitting(outs: list[TaskOut]) -> tuple[list[TaskOut], int]:
+    """As many tasks as an answer bears, each told twice; and how many were left out."""
+    room = ANSWER_MAX_CHARS
+    for number, out in enumerate(outs):
+        room -= len(out.model_dump_json()) + len(json.dumps(answers.task_text(out), ensure_ascii=False))
+        if room < 0:
+            return outs[:number], len(outs) - number
+    return outs, 0
