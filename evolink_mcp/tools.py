@@ -27,6 +27,7 @@ from evolink_mcp.costs import Price
 from evolink_mcp.errors import EvolinkError, OverBudget, Refused
 from evolink_mcp.following import follow
 from evolink_mcp.hosts import Host, host_named
+from evolink_mcp.listing import instant, task_list
 from evolink_mcp.models import GenerationRequest
 from evolink_mcp.showing import links, picture_block, previews
 from evolink_mcp.sizing import compute, size_text

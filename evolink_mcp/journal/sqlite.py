@@ -133,8 +133,6 @@ class SqliteJournal:
     def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
         self._run(lambda db: db.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (sha256, url, expires_at)))
 
-    # --- reading ---
-
     def by_key(self, key: str) -> Entry | None:
         return self._one("key = ?", key)
 
@@ -170,12 +168,7 @@ class SqliteJournal:
         return next(iter(self._run(lambda db: db.execute(statement, (sha256, after)).fetchone()) or ()), None)
 
     def close(self) -> None:
-        import sqlite3
-
-        if self._db is not None:
-            with suppress(sqlite3.Error):
-                self._db.close()
-            self._db = None
+        self._shut()
         if self._life is not None:
             with suppress(OSError):
                 self._life.release()
@@ -183,6 +176,16 @@ class SqliteJournal:
             self._life = None
 
     # --- the file ---
+
+    def _shut(self) -> bool:
+        """Close the file; False when it was not open."""
+        import sqlite3
+
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.close()
+        return db is not None
 
     def _one(self, where: str, *values: Any) -> Entry | None:
         rows = self._many(where, *values)
@@ -244,12 +247,7 @@ class SqliteJournal:
         return self.folder / "owners" / f"{owner}.lock"
 
     def _put_aside(self) -> None:
-        import sqlite3
-
-        if self._db is not None:
-            with suppress(sqlite3.Error):
-                self._db.close()
-            self._db = None
+        if self._shut():
             with suppress(OSError):
                 if self.path.stat().st_ino != self._inode:
                     return  # another server has set the damaged file aside already: this is its new one
