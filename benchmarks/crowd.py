@@ -25,10 +25,9 @@ import anyio
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, Standin, environment, memory_mb, standin
 from evolink_mcp.following import follow
-from evolink_mcp.jobs import Job
+from evolink_mcp.jobs import Job, Order
 from evolink_mcp.models import GenerationRequest
 from evolink_mcp.settings import Settings
-from evolink_mcp.studio import Order
 from evolink_mcp.wiring import open_studio
 
 TITLE = "Many at once"

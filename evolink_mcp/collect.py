@@ -75,8 +75,9 @@ class Collector:
 
     def _to_have(self, job: Job, task: Task) -> dict[int, Picture]:
         """The task's pictures, with what another server or an earlier life has saved of them."""
-        bought_here = job.entry.phase != "found" or task.created is None
-        expires = (self._clock() if bought_here else task.created or 0.0) + LINK_LIVES_S
+        # A link lives from the task's end, which is now if this job saw the task run; else it is reckoned from its start.
+        born = self._clock() if job.witnessed else task.created or job.entry.created_at
+        expires = born + LINK_LIVES_S
         pictures = {index: Picture(index, url, expires) for index, url in enumerate(task.results)}
         elsewhere = self._known(task.id)
         for picture in (*job.entry.pictures, *(elsewhere.pictures if elsewhere else ())):

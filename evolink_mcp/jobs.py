@@ -1,10 +1,11 @@
-"""One entry on its way, and the turn-taking of servers that work on the same task."""
+"""An order, the job that is made of it, and the turn-taking of servers that work on the same task."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import anyio
 
 from evolink_mcp.errors import Problem
 from evolink_mcp.journal import Entry
+from evolink_mcp.models import GenerationRequest
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -21,10 +23,21 @@ LOCK_LOOK_S = 0.2
 Sleep = Callable[[float], Awaitable[object]]
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a caller wants, checked."""
+
+    request: GenerationRequest
+    save_as: str | None = None
+    max_credits: float | None = None
+    force_new: bool = False
+
+
 class Job:
     """One entry on its way, owned by the studio: calls come, watch and go, the job goes on.
 
-    `fresh` once EvoLink has said something in this job's life; `problem` is what kept it from its end.
+    `fresh` once EvoLink has said something in this job's life, `witnessed` if it saw the task before its end;
+    `problem` is what kept it from its own end; `callers` is how many calls wait for it.
     """
 
     def __init__(self, entry: Entry, *, joined: bool = False) -> None:
@@ -34,6 +47,8 @@ class Job:
         self.started = anyio.current_time()
         self.finished = False
         self.fresh = False
+        self.witnessed = False
+        self.callers = 0
         self._changed = anyio.Event()
         self._nudged = False
         self._resting: anyio.CancelScope | None = None

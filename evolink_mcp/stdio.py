@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -55,7 +56,7 @@ async def serve_stdio(serve: Serve) -> int:
         anyio.from_thread.run_sync(deliver, message, token=token)
 
     reader = threading.Thread(target=_read, args=(wire_in, arrive, outbox), daemon=True, name="stdin")
-    writer = threading.Thread(target=_write, args=(wire_out, outbox), daemon=True, name="stdout")
+    writer = threading.Thread(target=_write, args=(wire_out, outbox, arrive), daemon=True, name="stdout")
 
     async def send_all() -> None:
         async for message in from_server:
@@ -151,7 +152,7 @@ def _error(name: str | int | None, code: int, text: str) -> bytes:
     return json.dumps({"jsonrpc": "2.0", "id": name, "error": {"code": code, "message": text}}).encode() + b"\n"
 
 
-def _write(wire: int, outbox: queue.SimpleQueue[bytes | None]) -> None:
+def _write(wire: int, outbox: queue.SimpleQueue[bytes | None], arrive: Callable[[SessionMessage | None], None]) -> None:
     try:
         while (data := outbox.get()) is not None:
             view = memoryview(data)
@@ -159,3 +160,5 @@ def _write(wire: int, outbox: queue.SimpleQueue[bytes | None]) -> None:
                 view = view[os.write(wire, view) :]
     except OSError:
         log.debug("stdout was closed by the client")
+        with suppress(RuntimeError):  # nobody can be answered any more: end as at the end of stdin
+            arrive(None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,11 @@ import anyio
 
 from evolink_mcp.client import EvolinkClient
 from evolink_mcp.collect import Collector
-from evolink_mcp.costs import Price
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem
 from evolink_mcp.folders import Folders
-from evolink_mcp.jobs import Job, Sleep
+from evolink_mcp.jobs import Job, Order, Sleep
 from evolink_mcp.journal import Entry, Journal, Picture, fingerprint, new_key
 from evolink_mcp.lookout import Lookout
-from evolink_mcp.models import GenerationRequest
 from evolink_mcp.references import References
 from evolink_mcp.tasks import COMPLETED, Balance, Task
 from evolink_mcp.till import Till, price_of
@@ -32,16 +30,7 @@ log = logging.getLogger(__name__)
 RECOVER_AFTER_S = 1.0
 RECOVER_WITHIN_S = 48 * 3600
 SUBMIT_GRACE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a caller wants, checked."""
-
-    request: GenerationRequest
-    save_as: str | None = None
-    max_credits: float | None = None
-    force_new: bool = False
+INTERNAL_FAULT = Problem("internal_error", "the server had an internal fault", True, "Call get_task with the id.")
 
 
 class Studio:
@@ -68,7 +57,7 @@ class Studio:
         self.folders = folders
         self.till = till
         self.rule = rule
-        self.on_change: list[Callable[[Entry], Coroutine[Any, Any, None]]] = []
+        self.on_change: list[Callable[[Entry], Awaitable[None]]] = []
         self._references = references
         self._locks, self._sidecars = locks, sidecars
         self._key_problem = key_problem
@@ -125,7 +114,7 @@ class Studio:
         self._woken.set()
         if order.save_as is not None:
             self.folders.target(order.save_as)
-        price = self.price(order.request)
+        price = price_of(order.request, self.rule)
         self.till.check(price, order.max_credits)
         prepared = await self._references.prepare(order.request)
         mark = fingerprint(prepared.identity)
@@ -169,10 +158,21 @@ class Studio:
             job.turn(replace(job.entry, delivered_at=now))
             self._softly(partial(self.journal.deliver, job.entry.key, now))
 
-    def leave(self, job: Job) -> None:
-        """The caller went without the result: the next identical order gets it."""
-        if job.entry.key and job.entry.delivered_at is None:
-            self._softly(partial(self.journal.leave, job.entry.key))
+    @contextmanager
+    def attending(self, job: Job) -> Iterator[None]:
+        """A call waits for this job. When the last one ends without the result, the next identical order gets it."""
+        job.callers += 1
+        try:
+            yield
+        finally:
+            job.callers -= 1
+            if not job.callers:
+                self.leave(job.entry)
+
+    def leave(self, entry: Entry) -> None:
+        """Nobody waits for this entry's result any more."""
+        if entry.key and entry.delivered_at is None:
+            self._softly(partial(self.journal.leave, entry.key))
 
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
         """Compare with the account's own list, and try again to find what became of lost answers.
@@ -208,10 +208,6 @@ class Studio:
         self._need_key()
         return await self.client.balance()
 
-    def price(self, request: GenerationRequest) -> Price:
-        """What the request will cost."""
-        return price_of(request, self.rule)
-
     def _need_key(self) -> None:
         if not self.client.has_key:
             raise KeyMissing(self._key_problem or "no EvoLink API key is set")
@@ -236,29 +232,30 @@ class Studio:
             job.finish()
             return job
         self._jobs.append(job)
-        self._group.start_soon(self._guarded, job)
+        self._group.start_soon(self._carry, job)
         return job
 
-    async def _guarded(self, job: Job) -> None:
-        """Run a job to its end; whatever happens is the job's, never the server's."""
+    async def _carry(self, job: Job) -> None:
+        job.problem = await self._guarded(self._run, job) or job.problem
+        self._jobs.remove(job)
+        job.finish()
+
+    async def _guarded(self, act: Callable[..., Awaitable[None]], *args: object) -> Problem | None:
+        """Do it to its end; whatever goes wrong is told, and is never the server's end."""
         try:
-            await self._run(job)
+            await act(*args)
         except EvolinkError as error:
-            job.problem = error.problem
+            return error.problem
         except Exception:
-            log.exception("a job failed unexpectedly")
-            job.problem = Problem(
-                "internal_error", "the server had an internal fault", True, "Call get_task with the id."
-            )
-        finally:
-            self._jobs.remove(job)
-            job.finish()
+            log.exception("something failed unexpectedly")
+            return INTERNAL_FAULT
+        return None
 
     async def _run(self, job: Job) -> None:
         turn = partial(self._turn, job)
         if job.entry.phase == "intent":
             bought = await self.till.buy(job.entry, turn)
-            job.fresh = bought.phase == "submitted"
+            job.fresh = job.witnessed = bought.phase == "submitted"
         elif job.entry.phase in ("sending", "unknown"):
             await self.till.reconcile(replace(job.entry, phase="unknown"), turn)
         if job.entry.task is None:
@@ -271,7 +268,7 @@ class Studio:
         # What the caller's side noted meanwhile must not be undone by the till's copy.
         job.turn(replace(entry, delivered_at=job.entry.delivered_at))
         for tell in self.on_change:
-            self._group.start_soon(tell, job.entry)
+            self._group.start_soon(self._guarded, tell, job.entry)
 
     def _seen(self, job: Job, task: Task) -> None:
         """Note a task's new state; only a change of status or links is worth the disk."""

@@ -19,7 +19,6 @@ from mcp_types import INVALID_PARAMS, CallToolRequestParams, CallToolResult, Req
 
 from evolink_mcp.answers import iso
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.jobs import Job
 from evolink_mcp.journal import Entry
 from evolink_mcp.quoting import harmless
 from evolink_mcp.studio import Studio
@@ -83,7 +82,7 @@ class Tasks(Extension):
 
     async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
         """EvoLink cannot call a picture back: the client stops waiting, and the next identical call gets it."""
-        self._studio.leave(Job(self._known(ctx, params)))
+        self._studio.leave(self._known(ctx, params))
         return {}
 
     async def update(self, ctx: Request, params: TaskParams) -> dict[str, Any]:

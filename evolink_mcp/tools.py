@@ -1,11 +1,9 @@
 """The tools: what a model may ask for, in words written for a model."""
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import anyio
 from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
@@ -27,15 +25,14 @@ from evolink_mcp.costs import Price
 from evolink_mcp.errors import EvolinkError, OverBudget, Refused
 from evolink_mcp.following import follow
 from evolink_mcp.hosts import Host, host_named
+from evolink_mcp.jobs import Job, Order
 from evolink_mcp.listing import instant, task_list
 from evolink_mcp.models import GenerationRequest
 from evolink_mcp.showing import links, picture_block, previews
 from evolink_mcp.sizing import compute, size_text
-from evolink_mcp.studio import Job, Order, Studio
+from evolink_mcp.studio import Studio
+from evolink_mcp.till import price_of
 
-log = logging.getLogger(__name__)
-
-PREVIEW_MIN_CHARS = 20_000
 GALLERY_URI = "ui://evolink/gallery.html"
 
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
@@ -71,7 +68,7 @@ class Tools:
         app = {"ui": {"resourceUri": GALLERY_URI}, "ui/resourceUri": GALLERY_URI}
 
         def confirm_cost(req: GenerateImageArguments, ctx: Context) -> Confirm | Elicit[Confirm]:
-            cost = studio.price(req)
+            cost = price_of(req, studio.rule)
             limit = studio.till.budget.confirm_above
             if limit is None or cost.credits <= limit:
                 return Confirm(go_ahead=True)
@@ -91,9 +88,10 @@ class Tools:
             certain pixels give size as WxH (compute_size tells them, and the price, free of charge).
             Show the user the file path and the markdown line."""
             if not (isinstance(confirm, AcceptedElicitation) and confirm.data.go_ahead):
-                raise tools._unconfirmed(studio.price(req), asked=_can_ask(ctx))
+                raise tools._unconfirmed(price_of(req, studio.rule), asked=_can_ask(ctx))
             order = Order(_request(req), req.save_as, req.max_credits, req.force_new)
-            return await tools._follow(await studio.order(order), req.wait_seconds, ctx, _notes(req))
+            job = await studio.order(order)
+            return await tools._follow(job, req.wait_seconds, ctx, _notes(req), joined=job.joined)
 
         async def get_task(req: GetTaskArguments, ctx: Context) -> CallToolResult:
             """Wait for a task and get its pictures, by id: any time later, after a restart, or for a task of another
@@ -146,23 +144,19 @@ class Tools:
 
     # --- generate_image and get_task ---
 
-    async def _follow(self, job: Job, wait: float | None, ctx: Context, notes: list[str]) -> CallToolResult:
-        """Watch the job for as long as the call may wait; leave it running when that ends."""
+    async def _follow(
+        self, job: Job, wait: float | None, ctx: Context, notes: list[str], *, joined: bool = False
+    ) -> CallToolResult:
+        """Watch the job for as long as the call may wait; leave it running when that ends, however it ends."""
         host = _host(ctx)
-        wait = self._wait(host) if wait is None else wait
-        try:
-            await follow(job, wait, ctx.report_progress)
-            out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem, joined=job.joined)
+        with self._studio.attending(job):
+            await follow(job, self._wait(host) if wait is None else wait, ctx.report_progress)
+            out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem, joined=joined)
             out.notes[:0] = notes
             pictures = await previews(out, self._preview_edge, host.answer_max)
-        except anyio.get_cancelled_exc_class():
-            self._studio.leave(job)
-            raise
-        more = links(out) if self._links else []
-        if job.finished and job.problem is None:
-            self._studio.deliver(job)
-        else:
-            self._studio.leave(job)
+            more = links(out) if self._links else []
+            if job.finished and job.problem is None:
+                self._studio.deliver(job)
         return result(answers.task_text(out), out, *pictures, *more, is_error=answers.is_error(out))
 
     def _wait(self, host: Host) -> float:

@@ -83,6 +83,7 @@ class Watcher:
                 self._budget.earn()
                 task = merged(task, seen)
                 job.fresh = True
+                job.witnessed = job.witnessed or not task.settled
                 self._seen(job, task)
 
 

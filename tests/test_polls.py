@@ -408,7 +408,7 @@ async def test_misbehaving_connections_only_cost_a_look(
         await anyio.sleep(0)
 
     from evolink_mcp.arguments import GenerateImageArguments
-    from evolink_mcp.studio import Order
+    from evolink_mcp.jobs import Order
 
     with anyio.fail_after(30):
         async with gateway.open():
