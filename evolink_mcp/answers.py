@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evolink_mcp import sizes
-from evolink_mcp.errors import EvolinkError, Problem, advice_for
-from evolink_mcp.journal import Entry, Picture
+from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, Problem, advice_for
+from evolink_mcp.journal import ADOPTED, Entry, Picture
 from evolink_mcp.quoting import harmless
 from evolink_mcp.shapes import ErrorOut, ImageOut, NextAction, Pixels, TaskOut
 from evolink_mcp.tasks import COMPLETED, FAILED, Task
@@ -48,11 +48,16 @@ def image_out(task_id: str, picture: Picture) -> ImageOut:
     )
 
 
-def task_out(entry: Entry, *, rule: str, problem: Problem | None = None, joined: bool = False) -> TaskOut:
-    """Everything there is to say about an entry. `problem` is what kept this very call from its end."""
+def task_out(
+    entry: Entry, *, rule: str, problem: Problem | None = None, joined: bool = False, running: bool = False
+) -> TaskOut:
+    """Everything there is to say about an entry. `problem` is what kept this very call from its end; while it is
+    `running`, a request that has not left yet may still be charged."""
     task = entry.task
     failure = _failure(entry) or problem
     waiting = not entry.complete and failure is None
+    on_its_way = running and entry.phase in ("intent", "sending")
+    charged = "unknown" if on_its_way else entry.charged
     return TaskOut(
         task_id=entry.task_id,
         status=entry.status,
@@ -61,11 +66,11 @@ def task_out(entry: Entry, *, rule: str, problem: Problem | None = None, joined:
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
         images=[image_out(task.id, picture) for picture in entry.pictures] if task else [],
         expected_size=_expected(entry, rule),
-        charged=entry.charged,
-        credits=task.credits_used if task and task.status == COMPLETED else 0.0 if entry.charged == "no" else None,
+        charged=charged,
+        credits=task.credits_used if task and task.status == COMPLETED else 0.0 if charged == "no" else None,
         error=error_out(failure) if failure else None,
-        next_action=_next_action(entry, failure) if waiting or failure else None,
-        notes=_notes(entry, rule, joined),
+        next_action=_next_action(entry, failure, charged) if waiting or failure else None,
+        notes=_notes(entry, rule, joined, on_its_way),
     )
 
 
@@ -99,12 +104,14 @@ def _short(value: Any) -> Any:
 
 
 def _failure(entry: Entry) -> Problem | None:
-    if entry.error is not None:
+    if entry.error is not None and entry.error != ADOPTED:
         return entry.error
     task = entry.task
     if task is None or not task.settled or task.status == COMPLETED:
         if task and task.status == COMPLETED and entry.complete and not any(p.saved for p in entry.pictures):
             told = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
+            if entry.pictures and all(picture.lost for picture in entry.pictures):
+                return Problem(LinkExpired.code, told, LinkExpired.retryable, LinkExpired.advice)
             return Problem(
                 "download_failed", told or "no picture came", True, "Call get_task to try the download again."
             )
@@ -125,15 +132,16 @@ def _expected(entry: Entry, rule: str) -> Pixels | None:
     return Pixels(width=size.width, height=size.height) if size else None
 
 
-def _next_action(entry: Entry, failure: Problem | None) -> NextAction | None:
-    if entry.task_id and (failure is None or entry.status not in (FAILED, "cancelled")):
+def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
+    gone = failure is not None and (entry.status in (FAILED, "cancelled") or failure.code == LinkExpired.code)
+    if entry.task_id and not gone:
         return NextAction(tool="get_task", arguments={"task_id": entry.task_id})
-    if entry.charged == "unknown":
+    if charged == "unknown":
         return NextAction(tool="list_tasks", arguments={"sync": True})
     return None
 
 
-def _notes(entry: Entry, rule: str, joined: bool) -> list[str]:
+def _notes(entry: Entry, rule: str, joined: bool, on_its_way: bool) -> list[str]:
     notes: list[str] = []
     if joined:
         notes.append("This was bought by an earlier identical call that never received it; nothing was charged "
@@ -156,8 +164,10 @@ def _notes(entry: Entry, rule: str, joined: bool) -> list[str]:
         for picture in entry.pictures
         if picture.path and not Path(picture.path).is_file()
     ]
-    if entry.phase == "sending":
-        notes.append("The request has been sent and EvoLink has not answered yet; it goes on in the background.")
+    if on_its_way:
+        notes.append("EvoLink has not answered to the request yet; it goes on in the background, and may be charged.")
+    if entry.error == ADOPTED:
+        notes.append(f"{ADOPTED.message}. {ADOPTED.advice}")
     return notes
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import Field, Strict
 
-from evolink_mcp.models import IMAGES_MAX, Arguments, Count, GenerationRequest, Optional, Quality, Resolution, TaskId
+from evolink_mcp.models import (
+    IMAGES_MAX,
+    Arguments,
+    Count,
+    GenerationRequest,
+    Optional,
+    Quality,
+    Resolution,
+    TaskId,
+    fold,
+)
 from evolink_mcp.sizes import MAX_WISH_EDGE
 
 WAIT_MAX_S = 900
@@ -71,16 +81,21 @@ class ViewImageArguments(Arguments):
     ] = VIEW_EDGE
 
 
+Status = Annotated[
+    Literal["pending", "processing", "completed", "failed", "cancelled", "unknown"],
+    fold("pending", "processing", "completed", "failed", "cancelled", "unknown"),
+]
+
+
 class ListTasksArguments(Arguments):
     """list_tasks."""
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many.")] = 10
-    status: Annotated[
-        str | Optional,
-        BeforeValidator(lambda value: value.strip().lower() if isinstance(value, str) else value),
-        Field(description="Only pending, processing, completed, failed, cancelled or unknown."),
-    ] = None
-    since: Annotated[str | Optional, Field(description="Only from this time on, ISO 8601.")] = None
+    status: Annotated[Status | Optional, Field(description="Only tasks of this status.")] = None
+    since: Annotated[str | Optional, Field(description="Only from this time on, ISO 8601; local without a zone.")] = (
+        None
+    )
+    until: Annotated[str | Optional, Field(description="Only up to this time.")] = None
     sync: Annotated[
         bool,
         Strict(),

@@ -170,6 +170,13 @@ class EvolinkClient:
                 return read_task(reply.json())
             except Unreadable as error:
                 raise OutcomeUnknown(f"the request was sent, but {lower_first(error.what)}") from error
+        if reply.status == 404:
+            raise Rejected(
+                "EvoLink's address for pictures was not found (HTTP 404)",
+                code="wrong_address",
+                http_status=404,
+                advice="Nothing was bought. Check EVOLINK_BASE_URL.",
+            )
         # A conflict means that EvoLink has seen this fresh key before: something has sent the request twice.
         if reply.status in BY_STATUS and reply.status != 409:
             raise rejection(reply)

@@ -92,7 +92,7 @@ class Collector:
             try:
                 kept = await self._download(job, picture)
             except EvolinkError as error:
-                lost = isinstance(error, LinkExpired) or (isinstance(error, DownloadFailed) and not error.retryable)
+                lost = isinstance(error, DownloadFailed) and not error.retryable
                 pictures[picture.index] = replace(picture, error=error.what, lost=lost)
                 job.problem = job.problem or error.problem
             else:
@@ -121,8 +121,11 @@ class Collector:
             try:
                 return await keep(partial(download, self._client, picture.url), target)
             except DownloadFailed as error:
-                if isinstance(error, LinkExpired) or not error.retryable or repeat == REPEATS_MAX:
-                    raise
+                if isinstance(error, LinkExpired) and picture.url_expires_at > self._clock():
+                    # A link refused before its time may not have spread yet, or a guard stands before it.
+                    error = DownloadFailed("EvoLink's link to the picture is refused")
+                if not error.retryable or repeat == REPEATS_MAX:
+                    raise error
                 await self._sleep(backoff_s(repeat))
         raise AssertionError("unreachable")
 

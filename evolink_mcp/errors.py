@@ -119,7 +119,7 @@ class OutcomeUnknown(EvolinkError):
     charged = "unknown"
     advice = (
         "Do not simply repeat it. Call list_tasks with sync=true: if the task exists it is listed there and "
-        "get_task fetches its pictures. Call generate_image again only if the user accepts a possible second charge."
+        "get_task fetches its pictures. The same call again only looks for it; force_new=true buys, perhaps a second time."
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+ANSWER_WITHIN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,19 +13,28 @@ class Host:
     """One host; times in seconds, sizes in characters of the JSON answer.
 
     `wait_s` is how long a call waits unless told otherwise. Where the host's own `limit_s` is known, the wait and the
-    grace for a task id that is late end before it.
+    grace for a task id that is late end before it; `ends` is False where a call goes on beyond that in another way.
     """
 
     name: str
     wait_s: float = 45.0
     answer_max: int = 700_000
     limit_s: float | None = None
+    ends: bool = True
+
+    @property
+    def longest_wait_s(self) -> float:
+        """The longest wait that still leaves the time to answer before the host gives up; endless where it does not."""
+        return math.inf if self.limit_s is None or not self.ends else max(self.limit_s - ANSWER_WITHIN_S, 0.0)
 
 
 UNKNOWN = Host("any other host")
 # (start of the client's own name in lower case, host): the first that fits counts.
 KNOWN: tuple[tuple[str, Host], ...] = (
-    ("claude-code", Host("Claude Code", wait_s=105, limit_s=120)),  # not an end: then it moves to the background
+    (
+        "claude-code",
+        Host("Claude Code", wait_s=105, limit_s=120, ends=False),
+    ),  # not an end: then it moves to the background
     ("claude-ai", Host("Claude Desktop", limit_s=60)),  # on some surfaces; 240 s on others
     ("local-agent-mode", Host("Cowork and Code in Claude Desktop", limit_s=60)),
     ("codex", Host("Codex", wait_s=280, limit_s=300)),

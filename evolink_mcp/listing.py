@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import math
+from datetime import datetime
 
 from evolink_mcp import answers
 from evolink_mcp.arguments import ListTasksArguments
@@ -17,14 +18,16 @@ ANSWER_MAX_CHARS = 600_000
 
 
 def task_list(
-    studio: Studio, req: ListTasksArguments, since: float | None, elsewhere: list[Task], problem: str | None
+    studio: Studio, req: ListTasksArguments, elsewhere: list[Task], problem: str | None
 ) -> tuple[TaskList, str]:
     """The journal's entries and the account's other tasks, newest first; `problem` is why those could not be had."""
-    outs = [answers.task_out(entry, rule=studio.rule) for entry in studio.journal.recent(req.limit, req.status, since)]
+    since, until = (instant(text) if text else None for text in (req.since, req.until))
+    entries = studio.journal.recent(req.limit, req.status, since, until)
+    outs = [answers.task_out(entry, rule=studio.rule) for entry in entries]
     outs += [
         answers.adopted_task_out(task, studio.rule)
         for task in elsewhere
-        if req.status in (None, task.status) and (since is None or (task.created or 0) >= since)
+        if req.status in (None, task.status) and (since or 0) <= (task.created or 0) <= (until or math.inf)
     ]
     outs = [answers.brief(out) for out in sorted(outs, key=lambda out: out.created_at or "", reverse=True)]
     outs, left_out = _fitting(outs[: req.limit])
@@ -32,7 +35,8 @@ def task_list(
     if elsewhere:
         notes.append(f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures.")
     if left_out:
-        notes.append(f"{left_out} more did not fit into one answer: call again with since or a smaller limit.")
+        last = outs[-1].created_at if outs else "an earlier time"
+        notes.append(f"{left_out} more did not fit into one answer: call again with until={last} for older ones.")
     spent = round(studio.journal.spent_since(start_of_day(studio.now())), 4)
     lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g}."]
     for out in outs:
@@ -44,7 +48,7 @@ def task_list(
 
 
 def instant(text: str) -> float:
-    """ISO 8601 as epoch seconds, UTC where no zone is said.
+    """ISO 8601 as epoch seconds, local time where no zone is said: "today" is the user's day, as for the caps.
 
     Raises:
         Refused: it is no such time.
@@ -53,11 +57,11 @@ def instant(text: str) -> float:
         moment = datetime.fromisoformat(text.strip())
     except ValueError as error:
         raise Refused(
-            "since is not an ISO 8601 time",
+            "this is not an ISO 8601 time",
             code="invalid_arguments",
             advice="Give something like 2026-11-22 or 2026-11-22T10:00:00Z.",
         ) from error
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return moment.timestamp()
 
 
 def _fitting(outs: list[TaskOut]) -> tuple[list[TaskOut], int]:

@@ -33,7 +33,7 @@ def _not_blank(text: str) -> str:
     return text
 
 
-def _fold(*words: str) -> BeforeValidator:
+def fold(*words: str) -> BeforeValidator:
     """Take one of `words` in any case and with blanks around it; leave everything else to the type."""
     known = {word.lower(): word for word in words}
 
@@ -106,12 +106,12 @@ SizeText = Annotated[
 ]
 Resolution = Annotated[
     Literal["1K", "2K", "4K"],
-    _fold(*sizes.TIERS),
+    fold(*sizes.TIERS),
     Field(description="Tier for a ratio; ignored with auto or WxH."),
 ]
 Quality = Annotated[
     Literal["low", "medium", "high"],
-    _fold("low", "medium", "high"),
+    fold("low", "medium", "high"),
     Field(description="Drives cost: low about 0.11x, high about 4x of medium."),
 ]
 Count = Annotated[
@@ -128,7 +128,7 @@ CallbackUrl = Annotated[
         json_schema_extra={"pattern": "^https://"},
     ),
 ]
-Model = Annotated[Literal["gpt-image-2"], _fold(MODEL), Field(description="The image model.")]
+Model = Annotated[Literal["gpt-image-2"], fold(MODEL), Field(description="The image model.")]
 MaskUrl = Annotated[
     PictureSource,
     Field(
@@ -137,12 +137,12 @@ MaskUrl = Annotated[
 ]
 Background = Annotated[
     Literal["opaque", "transparent"],
-    _fold("opaque", "transparent"),
+    fold("opaque", "transparent"),
     Field(description="transparent needs output_format png or webp."),
 ]
 OutputFormat = Annotated[
     Literal["png", "jpeg", "webp"],
-    _fold("png", "jpeg", "webp"),
+    fold("png", "jpeg", "webp"),
     Field(description="File type; EvoLink's default is png."),
 ]
 TaskId = Annotated[

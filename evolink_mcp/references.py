@@ -53,11 +53,15 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """`body` goes to EvoLink; `identity` is the same request with contents in place of upload URLs."""
+class Checked:
+    """A request whose references may be used. `identity` is its body with contents in place of addresses."""
 
     body: dict[str, Any]
-    identity: dict[str, Any]
+    found: tuple[Found, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return _with(self.body, [picture.mark for picture in self.found]) if self.found else self.body
 
 
 class References:
@@ -79,24 +83,31 @@ class References:
         self._clock = clock
         self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
-    async def prepare(self, request: GenerationRequest) -> Prepared:
-        """Check every reference, upload what is local (once per content), and name them all by URL.
+    async def check(self, request: GenerationRequest) -> Checked:
+        """Judge every reference; nothing leaves this machine.
 
         Raises:
-            ReferenceRefused: one cannot be used; nothing was uploaded for a refused request.
-            EvolinkError: an upload failed; it costs nothing and may be repeated.
+            ReferenceRefused: one cannot be used.
         """
         body = request.body()
         sources = list(request.image_urls or [])
         if all(is_remote(source) for source in (*sources, request.mask_url or "https://")):
-            return Prepared(body, body)
+            return Checked(body)
         found = [await self._find(source) for source in sources]
         if request.mask_url:
             mask = await self._find(request.mask_url, is_mask=True)
             _check_mask(mask, found[0])
             found.append(mask)
-        urls = [picture.url or await self._upload(picture) for picture in found]
-        return Prepared(_with(body, urls), _with(body, [picture.mark for picture in found]))
+        return Checked(body, tuple(found))
+
+    async def upload(self, checked: Checked) -> dict[str, Any]:
+        """The body to send: what is local is uploaded, once per content, and named by its URL.
+
+        Raises:
+            EvolinkError: an upload failed; it costs nothing and may be repeated.
+        """
+        urls = [picture.url or await self._upload(picture) for picture in checked.found]
+        return _with(checked.body, urls) if urls else checked.body
 
     async def _find(self, source: str, *, is_mask: bool = False) -> Found:
         """A URL that EvoLink can read already, or a checked picture that lives here."""

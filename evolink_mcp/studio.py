@@ -114,21 +114,23 @@ class Studio:
         self._woken.set()
         if order.save_as is not None:
             self.folders.target(order.save_as)
-        price = price_of(order.request, self.rule)
-        self.till.check(price, order.max_credits)
-        prepared = await self._references.prepare(order.request)
-        mark = fingerprint(prepared.identity)
+        checked = await self._references.check(order.request)
+        mark = fingerprint(checked.identity)
         if not order.force_new:
             self._resume(self.journal.adopt())
             if (job := self._undelivered(mark)) is not None:
                 return job
+        price = price_of(order.request, self.rule)
+        self.till.check(price, order.max_credits)
+        self.till.afford(price, self._clock())
+        body = await self._references.upload(checked)
         entry = Entry(
             key=new_key(),
             owner=self.journal.owner,
             phase="intent",
             created_at=self._clock(),
             fingerprint=mark,
-            request=prepared.body,
+            request=body,
             estimate=price.credits,
             save_as=order.save_as,
             attended=True,

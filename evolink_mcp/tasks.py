@@ -81,7 +81,8 @@ def read_task(data: Any) -> Task:
         raise Unreadable("EvoLink's answer names no task")
     info, usage, billing = (_dict(data.get(name)) for name in ("task_info", "usage", "billing"))
     word = harmless(data["status"], 40).lower() if isinstance(data.get("status"), str) else "pending"
-    used = _number(billing.get("charged_credits"))
+    # Until it is charged, this figure is a placeholder.
+    used = _number(billing.get("charged_credits")) if billing.get("charge_status") == "charged" else None
     if used is None:
         used = _number(usage.get("credits_used"))
     if used is None:

@@ -23,7 +23,7 @@ from evolink_mcp.errors import (
     Rejected,
     Unreachable,
 )
-from evolink_mcp.journal import Entry, Journal
+from evolink_mcp.journal import ADOPTED, Entry, Journal
 from evolink_mcp.models import MODEL, GenerationRequest
 from evolink_mcp.pace import backoff_s
 from evolink_mcp.tasks import Task
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 REPEATS_MAX = 2
 REPEAT_WITHIN_S = 30.0
 CLOCK_SKEW_S = 60.0
+# A task that somebody fetched by its id may be the one: looking at a candidate must not make the other one certain.
+RIVALS = ("sending", "unknown", "found")
 # When the account is asked about a lost answer: at once, and again for a task that was still being made.
 RECONCILE_AFTER_S = (0.0, 3.0)
 # A prompt up to this long costs less than 0.05 credit: too little to refuse a call that compute_size priced.
@@ -85,6 +87,16 @@ class Till:
                 advice="Choose a smaller size, quality or n; the cap is EVOLINK_MCP_MAX_CREDITS_PER_CALL.",
             )
 
+    def afford(self, price: Price, now: float) -> None:
+        """Refuse early what `open` would refuse anyway, before private pictures are uploaded for it.
+
+        Raises:
+            OverBudget, JournalUnwritable: as `open` does, which has the last word.
+        """
+        spent = self._journal.spent_since(start_of_day(now))
+        if self.budget.per_day is not None and spent + price.credits > self.budget.per_day:
+            raise self._over_the_day(price.credits, spent)
+
     def open(self, entry: Entry) -> None:
         """Write the intent down, unless the day's cap forbids it: the cap and the entry are one transaction.
 
@@ -95,10 +107,13 @@ class Till:
         cap = self.budget.per_day
         spent = self._journal.intend(entry, since=start_of_day(entry.created_at), cap=cap)
         if spent is not None:
-            raise OverBudget(
-                f"the computed price is {entry.estimate:g} credits, and {spent:g} of today's {cap:g} are spent",
-                advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
-            )
+            raise self._over_the_day(entry.estimate, spent)
+
+    def _over_the_day(self, credits: float, spent: float) -> OverBudget:
+        return OverBudget(
+            f"the computed price is {credits:g} credits, and {spent:g} of today's {self.budget.per_day:g} are spent",
+            advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
+        )
 
     async def buy(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
         """Send the request of an `intent` entry; returns it `submitted`, `refused`, `unsent` or `unknown`.
@@ -150,7 +165,7 @@ class Till:
                 candidates = await self._unaccounted(entry)
                 if len(candidates) == 1 and not self._rivals(entry):
                     log.info("a lost answer was found in the account's list: %s", candidates[0].id)
-                    return self._accept(entry, candidates[0], on_phase)
+                    return self._accept(entry, candidates[0], on_phase, ADOPTED)
             except EvolinkError as error:
                 log.info("the account's tasks could not be compared: %s", error.code)
             if candidates:
@@ -181,11 +196,13 @@ class Till:
         """Whether another purchase of the same time may own the task: then nobody can say whose it is."""
         span = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
         near = self._journal.recent(200, since=entry.created_at - span, until=entry.created_at + span)
-        return any(other.key != entry.key and other.phase in ("sending", "unknown") for other in near)
+        return any(other.key != entry.key and other.phase in RIVALS for other in near)
 
-    def _accept(self, entry: Entry, task: Task, on_phase: Callable[[Entry], None]) -> Entry:
+    def _accept(
+        self, entry: Entry, task: Task, on_phase: Callable[[Entry], None], error: Problem | None = None
+    ) -> Entry:
         """Note the id in the same breath as the answer: there is no await in here."""
-        return self._note(replace(entry, phase="submitted", task=task, error=None), on_phase)
+        return self._note(replace(entry, phase="submitted", task=task, error=error), on_phase)
 
     def _note(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
         """Write down what became of a request that was let go.

@@ -26,7 +26,7 @@ from evolink_mcp.errors import EvolinkError, OverBudget, Refused
 from evolink_mcp.following import follow
 from evolink_mcp.hosts import Host, host_named
 from evolink_mcp.jobs import Job, Order
-from evolink_mcp.listing import instant, task_list
+from evolink_mcp.listing import task_list
 from evolink_mcp.models import GenerationRequest
 from evolink_mcp.showing import links, picture_block, previews
 from evolink_mcp.sizing import compute, size_text
@@ -150,17 +150,22 @@ class Tools:
         """Watch the job for as long as the call may wait; leave it running when that ends, however it ends."""
         host = _host(ctx)
         with self._studio.attending(job):
-            await follow(job, self._wait(host) if wait is None else wait, ctx.report_progress)
-            out = answers.task_out(job.entry, rule=self._studio.rule, problem=job.problem, joined=joined)
+            await follow(job, self._wait(host, wait), ctx.report_progress)
+            out = answers.task_out(
+                job.entry, rule=self._studio.rule, problem=job.problem, joined=joined, running=not job.finished
+            )
             out.notes[:0] = notes
             pictures = await previews(out, self._preview_edge, host.answer_max)
             more = links(out) if self._links else []
-            if job.finished and job.problem is None:
+            if job.finished and job.problem is None and job.entry.conclusive:
                 self._studio.deliver(job)
         return result(answers.task_text(out), out, *pictures, *more, is_error=answers.is_error(out))
 
-    def _wait(self, host: Host) -> float:
-        return host.wait_s if self._wait_s is None else self._wait_s
+    def _wait(self, host: Host, asked: float | None = None) -> float:
+        """What the caller asks, else the owner's setting, else the host's own; never beyond the host's end."""
+        if asked is None:
+            return host.wait_s if self._wait_s is None else self._wait_s
+        return min(asked, host.longest_wait_s)
 
     def _unconfirmed(self, cost: Price, *, asked: bool) -> OverBudget:
         limit = self._studio.till.budget.confirm_above
@@ -201,10 +206,9 @@ class Tools:
         return result(line, None, block)
 
     async def _list(self, req: ListTasksArguments) -> CallToolResult:
-        since = instant(req.since) if req.since else None
         self._studio.wake()
         elsewhere, problem = await self._studio.sync(req.limit) if req.sync else ([], None)
-        out, text = task_list(self._studio, req, since, elsewhere, problem)
+        out, text = task_list(self._studio, req, elsewhere, problem)
         return result(text, out)
 
 

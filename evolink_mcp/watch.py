@@ -17,7 +17,7 @@ from evolink_mcp.tasks import Task
 
 log = logging.getLogger(__name__)
 
-NOT_FOUND_GRACE_S = 10.0
+NOT_FOUND_LOOKS = 4  # some 10 s apart in all
 RATE_LIMIT_WAIT_S = 5.0
 
 
@@ -59,6 +59,7 @@ class Watcher:
         schedule = Schedule(task.estimated_time_s)
         at_once = not job.fresh
         failures = 0
+        missing = 0
         while not task.settled:
             if not at_once:
                 await job.rest(schedule.next_s(anyio.current_time() - accepted, task.progress), self._sleep)
@@ -69,8 +70,9 @@ class Watcher:
                 await self._sleep(RATE_LIMIT_WAIT_S if error.retry_after_s is None else error.retry_after_s)
                 at_once = error.retry_after_s != 0
             except Rejected as error:
-                young = job.entry.phase != "found" and self._clock() - job.entry.created_at < NOT_FOUND_GRACE_S
-                if not (error.http_status == 404 and young):
+                # EvoLink may not know a task yet that it has just made: a 404 counts when it lasts.
+                missing += 1
+                if error.http_status != 404 or job.entry.phase == "found" or missing == NOT_FOUND_LOOKS:
                     raise
             except Unreadable as error:
                 failures += 1
@@ -80,6 +82,7 @@ class Watcher:
                     at_once = True
             else:
                 failures = 0
+                missing = 0
                 self._budget.earn()
                 task = merged(task, seen)
                 job.fresh = True

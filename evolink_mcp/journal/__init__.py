@@ -27,6 +27,15 @@ WRITTEN = (
 STATE = {"phase", "task_id", "status", "complete", "credits", "charged", "task", "error"}
 
 
+# What stays to be said of an entry whose answer was lost and whose task was found by its time.
+ADOPTED = Problem(
+    "adopted",
+    "The answer to this request was lost; the task was found in the account's list by its time alone",
+    False,
+    "Check that the picture is the one that was asked for.",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """One picture of a task: where EvoLink has it (for 24 h) and where it was saved; times in epoch seconds.
@@ -100,6 +109,13 @@ class Entry:
         return self._at_its_end(all(picture.saved or picture.error for picture in self.pictures))
 
     @property
+    def conclusive(self) -> bool:
+        """Whether this is an end that a caller can live with: pictures here, or nothing bought for certain."""
+        return any(picture.saved for picture in self.pictures) or (
+            self.charged == "no" and self.phase != "intent" and (self.task is None or self.task.settled)
+        )
+
+    @property
     def closed(self) -> bool:
         """Whether nothing is left to do for the next server either: every picture is saved, or lost for good."""
         return self._at_its_end(all(picture.saved or picture.lost for picture in self.pictures))
@@ -141,7 +157,8 @@ def row_of(entry: Entry) -> tuple[Any, ...]:
     return (
         entry.key, entry.owner, entry.phase, entry.created_at, entry.fingerprint, entry.task_id, entry.status,
         entry.closed, entry.attended, entry.delivered_at, entry.estimate,
-        entry.task.credits_used if entry.task else None, entry.charged, json.dumps(entry.request), entry.save_as,
+        entry.task.credits_used if entry.task and entry.task.settled else None, entry.charged,
+        json.dumps(entry.request), entry.save_as,
         json.dumps(asdict(entry.task)) if entry.task else None,
         json.dumps(asdict(entry.error)) if entry.error else None,
         json.dumps([asdict(picture) for picture in entry.pictures]),

@@ -84,7 +84,8 @@ class SqliteJournal:
         key, *values = row_of(entry)
         pairs = [(name, value) for name, value in zip(WRITTEN, values, strict=True) if name in names]
         statement = f"UPDATE entries SET {', '.join(f'{name} = ?' for name, _ in pairs)} WHERE key = ?"
-        self._run(lambda db: db.execute(statement, (*(value for _, value in pairs), key)))
+        if self._run(lambda db: db.execute(statement, (*(value for _, value in pairs), key)).rowcount) != 1:
+            raise self._unwritable("the entry is not in it any more")
 
     def deliver(self, key: str, at: float) -> None:
         self._run(lambda db: db.execute("UPDATE entries SET delivered_at = ? WHERE key = ?", (at, key)))
