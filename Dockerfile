@@ -5,7 +5,7 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY evolink_mcp evolink_mcp
 RUN python -m venv /opt/evolink-mcp \
- && /opt/evolink-mcp/bin/pip install --no-cache-dir --compile ".[teams]"
+ && /opt/evolink-mcp/bin/pip install --no-cache-dir --compile .
 
 FROM python:3.13-slim
 LABEL io.modelcontextprotocol.server.name="io.github.evolink-mcp/evolink-mcp" \

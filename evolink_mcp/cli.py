@@ -97,7 +97,8 @@ def _stdio(_: argparse.Namespace) -> int:
 
 
 def _http(options: argparse.Namespace) -> int:
-    from evolink_mcp.web import is_loopback, serve_web
+    from evolink_mcp.settings import is_loopback
+    from evolink_mcp.web import serve_web
 
     settings = _settings()
     if not is_loopback(options.host) and not options.insecure:

@@ -14,6 +14,7 @@ import uvicorn
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
+from evolink_mcp.costs import CREDITS_PER_USD
 from evolink_mcp.settings import Settings, environment_without_ours
 from evolink_mcp.simulator import Simulator
 
@@ -78,7 +79,7 @@ def _tell(answer, took_s: float, say: Callable[..., None]) -> int:
         say(f"\n  {image['path']}")
         say(f"  {image['width']} × {image['height']} pixels, {image['bytes']:,} bytes, {image['mime_type']}")
     say(f"\nDone in {took_s:.1f} s. At EvoLink the same call costs about {facts['credits']:g} credits "
-        f"(${facts['credits'] / 68:.3f}) and takes 10 to 130 s.")  # fmt: skip
+        f"(${facts['credits'] / CREDITS_PER_USD:.3f}) and takes 10 to 130 s.")  # fmt: skip
     say("Next: set EVOLINK_API_KEY and add `evolink-mcp` to your MCP host; README.md has the blocks.")
     return 0
 

@@ -40,11 +40,10 @@ class Job:
     `problem` is what kept it from its own end; `callers` is how many calls wait for it.
     """
 
-    def __init__(self, entry: Entry, *, joined: bool = False) -> None:
+    def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.joined = joined
+        self.joined = False
         self.problem: Problem | None = None
-        self.started = anyio.current_time()
         self.finished = False
         self.fresh = False
         self.witnessed = False

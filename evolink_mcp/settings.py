@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from evolink_mcp.arguments import VIEW_EDGE_MAX, VIEW_EDGE_MIN, WAIT_MAX_S
 from evolink_mcp.client import BASE_URL, FILES_BASE_URL
 from evolink_mcp.folders import Folders
 from evolink_mcp.sizes import RULES
@@ -21,8 +22,6 @@ from evolink_mcp.till import Budget
 KEY = re.compile(r"[\x21-\x7e]{8,512}")
 PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
 EXAMPLE_KEY = "sk-..."
-WAIT_MAX_S = 900
-PREVIEW_EDGE_MAX = 2048
 
 # Every variable, its default as README names it, and what it does; README's table is held to this.
 VARIABLES: dict[str, tuple[str, str]] = {
@@ -151,13 +150,14 @@ def _base_url(name: str, value: str) -> str:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         parts, host = urlsplit(""), ""
-    safe = parts.scheme == "https" or (parts.scheme == "http" and _loopback(host))
+    safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
     if not host or not safe or parts.username or parts.query or parts.fragment:
         raise BadSetting(f"{name} must be an https address (http only on loopback), without user name or query")
     return value.rstrip("/")
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -234,8 +234,8 @@ def _number(said: Mapping[str, str], name: str, most: float = 1e9) -> float | No
 def _preview(value: str) -> int | None:
     if value.lower() in ("auto", "off"):
         return None if value.lower() == "auto" else 0
-    if not value.isascii() or not value.isdigit() or not 64 <= int(value[:6]) <= PREVIEW_EDGE_MAX:
-        raise BadSetting(f"EVOLINK_MCP_PREVIEW must be auto, off, or pixels from 64 to {PREVIEW_EDGE_MAX}")
+    if not value.isascii() or not value.isdigit() or not VIEW_EDGE_MIN <= int(value[:6]) <= VIEW_EDGE_MAX:
+        raise BadSetting(f"EVOLINK_MCP_PREVIEW must be auto, off, or pixels from {VIEW_EDGE_MIN} to {VIEW_EDGE_MAX}")
     return int(value)
 
 

@@ -7,28 +7,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import Any
 
 import anyio
 import uvicorn
 from mcp.server.transport_security import TransportSecuritySettings
 
-from evolink_mcp.settings import Settings
+from evolink_mcp.settings import Settings, is_loopback
 from evolink_mcp.wiring import open_studio, server_for
 
 log = logging.getLogger(__name__)
 
 REQUEST_MAX_BYTES = 512 << 10
 LEAVE_WITHIN_S = 0.3
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def serve_web(settings: Settings, transport: str, host: str, port: int) -> int:

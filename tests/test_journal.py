@@ -101,7 +101,6 @@ def test_a_late_copy_in_another_server_undoes_neither_pictures_nor_delivery(open
 def test_an_identical_request_has_the_same_mark_whatever_its_order() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
-    assert fingerprint({"a": 1}, "tenant") != fingerprint({"a": 1})
 
 
 def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Opened) -> None:

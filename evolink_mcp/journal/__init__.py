@@ -146,9 +146,9 @@ def new_key() -> str:
     return f"evomcp-{uuid.uuid4().hex}"
 
 
-def fingerprint(body: dict[str, Any], tenant: str = "") -> str:
+def fingerprint(body: dict[str, Any]) -> str:
     """The same for identical requests, whatever the order of their fields."""
-    said = json.dumps([tenant, body], sort_keys=True, ensure_ascii=True)
+    said = json.dumps(body, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -234,10 +234,6 @@ class Journal(Protocol):
 
     def undelivered(self, fingerprint: str) -> list[Entry]:
         """Entries of identical requests that nobody received and nobody waits for, oldest first."""
-        ...
-
-    def open_entries(self) -> list[Entry]:
-        """This owner's entries that are not complete."""
         ...
 
     def adopt(self) -> list[Entry]:

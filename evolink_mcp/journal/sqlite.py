@@ -153,9 +153,6 @@ class SqliteJournal:
     def undelivered(self, fingerprint: str) -> list[Entry]:
         return self._many("fingerprint = ? AND delivered_at IS NULL AND attended = 0 ORDER BY created_at", fingerprint)
 
-    def open_entries(self) -> list[Entry]:
-        return self._many("owner = ? AND complete = 0 ORDER BY created_at", self.owner)
-
     def known_tasks(self, task_ids: list[str]) -> set[str]:
         marks = ", ".join("?" * len(task_ids))
         statement = f"SELECT task_id FROM entries WHERE task_id IN ({marks})"
