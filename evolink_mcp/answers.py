@@ -143,9 +143,13 @@ def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> Nex
 
 def _notes(entry: Entry, rule: str, joined: bool, on_its_way: bool) -> list[str]:
     notes: list[str] = []
-    if joined:
-        notes.append("This was bought by an earlier identical call that never received it; nothing was charged "
-                     "again. force_new=true buys another.")  # fmt: skip
+    if joined and entry.phase == "unknown":
+        notes.append("An earlier identical call has this unknown outcome; nothing was sent again. force_new=true buys.")
+    elif joined:
+        notes.append(
+            "This was bought by an earlier identical call that never received it; nothing was charged again. "
+            "force_new=true buys another."
+        )
     asked = entry.request.get("n", 1)
     task = entry.task
     if task and task.status == COMPLETED and entry.pictures and len(entry.pictures) < asked:

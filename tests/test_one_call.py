@@ -57,3 +57,16 @@ async def test_an_order_that_nobody_received_is_handed_over_before_another_is_bo
                 "generate_image", {"prompt": "sim:slow=1000000 a fox", "wait_seconds": 0, "force_new": True}
             )
             assert world.posts == 2
+
+
+async def test_the_same_call_after_an_unknown_outcome_looks_again_and_only_force_new_buys(world: World) -> None:
+    wish = {"prompt": "sim:500 a fox"}
+    with anyio.fail_after(20):
+        async with world.client() as client:
+            first = await client.call_tool("generate_image", wish)
+            again = await client.call_tool("generate_image", wish)
+            assert (first.structured_content["charged"], again.structured_content["charged"]) == ("unknown", "unknown")
+            assert "nothing was sent again" in again.content[0].text
+            assert world.posts == 1
+            await client.call_tool("generate_image", {**wish, "force_new": True})
+            assert world.posts == 2
