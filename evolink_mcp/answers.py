@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from evolink_mcp import sizes
 from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, Problem, advice_for
-from evolink_mcp.journal import ADOPTED, Entry, Picture
+from evolink_mcp.journal import ADOPTED, Entry, Picture, iso
 from evolink_mcp.quoting import harmless
 from evolink_mcp.shapes import ErrorOut, ImageOut, NextAction, Pixels, TaskOut
 from evolink_mcp.tasks import COMPLETED, FAILED, Task
@@ -21,13 +20,6 @@ PROMPT_SHOWN = 200
 
 def error_out(problem: Problem) -> ErrorOut:
     return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
-
-
-def iso(seconds: float | None) -> str | None:
-    """Epoch seconds as UTC in ISO 8601, to the second."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def image_out(task_id: str, picture: Picture) -> ImageOut:

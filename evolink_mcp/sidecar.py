@@ -7,7 +7,6 @@ import logging
 import os
 import tempfile
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import anyio.to_thread
 from evolink_mcp import __version__
 from evolink_mcp.folders import open_plain
 from evolink_mcp.images import PART, place
-from evolink_mcp.journal import Entry, Picture
+from evolink_mcp.journal import Entry, Picture, iso
 from evolink_mcp.quoting import scrub
 
 log = logging.getLogger(__name__)
@@ -41,10 +40,10 @@ def sidecar(entry: Entry, picture: Picture) -> dict[str, Any]:
         "request": {name: value for name, value in entry.request.items() if name not in LEFT_OUT},
         "task_id": entry.task_id,
         "index": picture.index,
-        "created_at": _iso(entry.created_at),
+        "created_at": iso(entry.created_at),
         "path": picture.path,
         "url": picture.url,
-        "url_expires_at": _iso(picture.url_expires_at),
+        "url_expires_at": iso(picture.url_expires_at),
         "mime_type": picture.mime_type,
         "width": picture.width,
         "height": picture.height,
@@ -92,7 +91,3 @@ def _ours(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) and str(data.get("made_by")).startswith(MAKER) else None
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

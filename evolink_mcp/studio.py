@@ -117,7 +117,7 @@ class Studio:
         checked = await self._references.check(order.request)
         mark = fingerprint(checked.identity)
         if not order.force_new:
-            self._resume(self.journal.adopt())
+            self._take_over()
             if (job := self._undelivered(mark)) is not None:
                 return job
         price = price_of(order.request, self.rule)
@@ -202,7 +202,7 @@ class Studio:
     def wake(self) -> None:
         """A caller is here: take up what an earlier server left, or one that has died meanwhile."""
         if self._woken.is_set() and self.client.has_key:
-            self._softly(lambda: self._resume(self.journal.adopt()))
+            self._softly(self._take_over)
         self._woken.set()
 
     async def balance(self) -> Balance:
@@ -295,10 +295,10 @@ class Studio:
         with anyio.move_on_after(RECOVER_AFTER_S):
             await self._woken.wait()
         if self.client.has_key:
-            self._softly(lambda: self._resume(self.journal.adopt()))
+            self._softly(self._take_over)
 
-    def _resume(self, entries: list[Entry]) -> None:
-        for entry in entries:
+    def _take_over(self) -> None:
+        for entry in self.journal.adopt():
             if entry.phase == "intent":
                 problem = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
                 self._softly(partial(self.journal.update, replace(entry, phase="unsent", error=problem)))

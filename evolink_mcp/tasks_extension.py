@@ -17,9 +17,8 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_PARAMS, CallToolRequestParams, CallToolResult, RequestParams
 
-from evolink_mcp.answers import iso
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal import Entry
+from evolink_mcp.journal import Entry, iso
 from evolink_mcp.quoting import harmless
 from evolink_mcp.studio import Studio
 from evolink_mcp.tasks import is_task_id

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 REPEATS_MAX = 2
 REPEAT_WITHIN_S = 30.0
 CLOCK_SKEW_S = 60.0
+# After its intent a purchase's task is made within this, as far as two clocks can tell.
+SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
 # A task that somebody fetched by its id may be the one: looking at a candidate must not make the other one certain.
 RIVALS = ("sending", "unknown", "found")
 # When the account is asked about a lost answer: at once, and again for a task that was still being made.
@@ -183,7 +185,7 @@ class Till:
     async def _unaccounted(self, entry: Entry) -> list[Task]:
         """The account's tasks of the entry's time that no journal entry knows."""
         earliest = entry.created_at - CLOCK_SKEW_S
-        latest = entry.created_at + REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
+        latest = entry.created_at + SPAN_S
         tasks = [
             task
             for task in await self._client.recent_tasks()
@@ -194,8 +196,7 @@ class Till:
 
     def _rivals(self, entry: Entry) -> bool:
         """Whether another purchase of the same time may own the task: then nobody can say whose it is."""
-        span = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
-        near = self._journal.recent(200, since=entry.created_at - span, until=entry.created_at + span)
+        near = self._journal.recent(200, since=entry.created_at - SPAN_S, until=entry.created_at + SPAN_S)
         return any(other.key != entry.key and other.phase in RIVALS for other in near)
 
     def _accept(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import uuid
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -139,6 +140,11 @@ class Entry:
         if self.task.status != COMPLETED:
             return self.task.settled
         return bool(self.pictures) and pictures_are
+
+
+def iso(seconds: float | None) -> str | None:
+    """An entry's epoch seconds as people and hosts read them: UTC in ISO 8601, to the second."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def new_key() -> str:
