@@ -24,11 +24,11 @@ import anyio
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, Standin, environment, memory_mb, standin
-from evolink_mcp.following import follow
-from evolink_mcp.jobs import Job, Order
-from evolink_mcp.models import GenerationRequest
-from evolink_mcp.settings import Settings
-from evolink_mcp.wiring import open_studio
+from evolink_mcp.api.request import GenerationRequest
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.studio.jobs import Job, Order
+from evolink_mcp.tools.waiting import follow
 
 TITLE = "Many at once"
 WAIT_S = 600.0

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, middle, share
 from benchmarks.processes import timed
-from evolink_mcp.journal import Entry, Picture, fingerprint, new_key
+from evolink_mcp.api.task import Task
+from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
 from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
-from evolink_mcp.tasks import Task
 
 TITLE = "Journal"
 TASKS = 10_000

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from statistics import mean
 
 from benchmarks.figures import Figure, share
-from evolink_mcp.pace import Schedule
+from evolink_mcp.studio.schedule import Schedule
 
 TITLE = "Looks"
 SHORTEST_S, LONGEST_S = 10.0, 130.0

@@ -14,11 +14,11 @@ from mcp.client import Client
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import environment, standin, timed
 from benchmarks.standin import drawn
-from evolink_mcp.hosts import UNKNOWN
-from evolink_mcp.images import preview
-from evolink_mcp.server import build_server
-from evolink_mcp.settings import Settings
-from evolink_mcp.wiring import open_studio
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.pictures.inspect import preview
+from evolink_mcp.server.server import build_server
+from evolink_mcp.tools.hosts import UNKNOWN
 
 TITLE = "Previews"
 TICK_S = 0.005

@@ -21,7 +21,7 @@ def main(transport: str) -> None:
         return
     import anyio
 
-    from evolink_mcp.stdio import serve_stdio
+    from evolink_mcp.transports.stdio import serve_stdio
 
     async def serve(read: object, write: object) -> None:
         lowlevel = server._lowlevel_server

@@ -17,7 +17,7 @@ import anyio
 import uvicorn
 
 from benchmarks.processes import KEY
-from evolink_mcp.simulator import Simulator
+from evolink_mcp.simulator.app import Simulator
 
 PIXELS = {"dot": (16, 16), "1K": (1024, 1024), "4K": (3840, 2160)}
 PROMPTS = ("a fox in a misty forest", "a lighthouse over the sea at dusk")
@@ -33,7 +33,7 @@ def drawn(kind: str) -> list[bytes]:
         out = io.BytesIO()
         Image.merge("RGB", bands).save(out, "png", compress_level=1)
         return [out.getvalue()]
-    from evolink_mcp.paintings import paint
+    from evolink_mcp.simulator.paintings import paint
 
     return [paint(prompt, number, PIXELS[kind]) for number, prompt in enumerate(PROMPTS)]
 

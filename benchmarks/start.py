@@ -12,7 +12,7 @@ from benchmarks.figures import Figure, middle
 from benchmarks.processes import SERVERS, Pipe, cpu_s, environment, memory_mb
 
 TITLE = "Start"
-LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator", "evolink_mcp.simulation", "evolink_mcp.paintings")
+LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")
 # Runs the server with a thread that, when asked, tells which modules are loaded and which pages were opened.
 SPY = """
 import json, os, runpy, sys, threading

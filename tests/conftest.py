@@ -13,11 +13,11 @@ import httpx2 as httpx
 import pytest
 from mcp.client import Client
 
-from evolink_mcp.server import build_server
-from evolink_mcp.settings import Settings
-from evolink_mcp.simulator import Simulator
-from evolink_mcp.studio import Studio
-from evolink_mcp.wiring import open_studio
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.server.server import build_server
+from evolink_mcp.simulator.app import Simulator
+from evolink_mcp.studio.studio import Studio
 
 KEY = "sk-canary-0123456789abcdef"
 

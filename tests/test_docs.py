@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from conftest import World
+from test_house import PACKAGES
 
 from evolink_mcp import __version__
-from evolink_mcp.settings import VARIABLES
+from evolink_mcp.cli.settings import VARIABLES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PACKAGE = ROOT / "evolink_mcp"
 
 
 def between(mark: str) -> str:
@@ -42,11 +42,11 @@ async def test_the_tools_table_names_every_tool(world: World) -> None:
     }
 
 
-def test_the_map_shows_every_room() -> None:
-    shown = set(re.findall(r"`(\w+)`", README.split("## The house")[1]))
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms - {"__init__", "__main__"} - shown == set()
-    assert {name for name in shown if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).exists()} == shown
+def test_the_map_shows_every_package_in_reading_order() -> None:
+    shown = re.findall(
+        r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", README.split("## The house")[1], re.MULTILINE))
+    )
+    assert shown == [*PACKAGES[""].split(), *filter(None, PACKAGES)]
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:

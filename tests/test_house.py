@@ -1,4 +1,4 @@
-"""The laws of the house: who may import whom, and what may stand where."""
+"""The laws of the house: which package may import which, and what may stand where."""
 
 from __future__ import annotations
 
@@ -13,95 +13,123 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "evolink_mcp"
 TESTS = Path(__file__).parent
 
-# Reading order is import order is data order: a room imports only rooms before it.
-ROOMS = (
-    "quoting errors sizes costs addresses models tasks wire client downloads journal journal.sqlite folders images "
-    "references pace lookout till jobs watch sidecar collect studio hosts schemas shapes answers adapter arguments "
-    "sizing listing following showing tools resources prompts gallery tasks_extension server settings wiring stdio web "
-    "rulebook simulation paintings simulator demo blocks doctor cli __main__"
-).split()
+# Reading order: a package imports only from packages above it, a module only from modules before it in its package.
+PACKAGES = {
+    "": "errors sanitize",
+    "api": "sizes costs urls request task http client",
+    "journal": "entry sqlite",
+    "pictures": "folders inspect downloads references sidecar",
+    "studio": "schedule jobs purchase poller watch collect studio",
+    "tools": "hosts schemas shapes task_answer adapter arguments compute_size list_tasks waiting previews generate_image",
+    "server": "resources prompts gallery tasks_extension server",
+    "transports": "stdio web",
+    "simulator": "rules simulation paintings app",
+    "cli": "settings wiring host_config doctor demo main",
+}
+ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() for name in names.split()] + ["__main__"]
+
+# Which outside library may be imported where: a package, or a single module of one.
 ONLY_IN = {
-    "mcp": {"adapter", "tools", "resources", "prompts", "gallery", "tasks_extension", "server", "wiring", "stdio", "web",
-            "demo"},
-    "mcp_types": {"adapter", "tools", "showing", "resources", "prompts", "gallery", "tasks_extension", "stdio", "demo"},
-    "httpx2": {"wire", "client", "downloads", "wiring"},
-    "sqlite3": {"journal.sqlite"},
-    "PIL": {"images", "paintings"},
-    "starlette": {"simulator", "server", "web"},
-    "uvicorn": {"web", "demo"},
-    "argparse": {"cli"},
-}  # fmt: skip
+    "mcp": ("tools", "server", "transports", "cli"),
+    "mcp_types": ("tools", "server", "transports", "cli"),
+    "httpx2": ("api", "pictures.downloads", "cli.wiring"),
+    "sqlite3": ("journal",),
+    "psycopg": ("journal",),
+    "PIL": ("pictures", "simulator"),
+    "obstore": ("pictures.store",),
+    "starlette": ("transports", "server", "simulator"),
+    "uvicorn": ("transports", "cli.demo"),
+    "argparse": ("cli.main",),
+}
 LINES_MAX = 320
 
 
-def rooms() -> dict[str, Path]:
-    paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
-    return {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/__init__", "").replace("/", "."): path
-            for path in paths}  # fmt: skip
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name below `evolink_mcp`; the packages' own `__init__` files hold only a docstring."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path: Path) -> set[str]:
+    """The dotted names that a file imports, those inside functions too; `from package import module` names the module."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {
-                f"{node.module}.{alias.name}" if node.module == "evolink_mcp" else node.module for alias in node.names
-            }
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-EACH_ROOM = pytest.mark.parametrize("room", [pytest.param(name, id=name) for name in sorted(rooms())])
+EACH_MODULE = pytest.mark.parametrize("module", [pytest.param(name, id=name) for name in sorted(modules())])
 
 
-def test_every_room_has_its_place_in_the_order() -> None:
-    assert set(rooms()) <= set(ROOMS)
+def test_every_module_has_its_place_in_the_reading_order() -> None:
+    assert sorted(modules()) == sorted(ORDER)
 
 
-@EACH_ROOM
-def test_a_room_imports_only_rooms_before_it(room: str) -> None:
-    ours = {name.removeprefix("evolink_mcp.") for name in imports(rooms()[room]) if name.startswith("evolink_mcp.")}
-    before = set(ROOMS[: ROOMS.index(room)])
-    assert {name for name in ours if name in ROOMS} <= before
+@EACH_MODULE
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    ours = {name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")}
+    before = set(ORDER[: ORDER.index(module)])
+    assert {name for name in ours if name in ORDER} <= before
 
 
-@EACH_ROOM
-def test_foreign_packages_stay_in_their_rooms(room: str) -> None:
-    foreign = {name.split(".")[0] for name in imports(rooms()[room])}
-    assert {name for name in foreign if name in ONLY_IN and room not in ONLY_IN[name]} == set()
+@EACH_MODULE
+def test_outside_libraries_stay_where_they_belong(module: str) -> None:
+    foreign = {name.split(".")[0] for name in imports(modules()[module])}
+    misplaced = {
+        name
+        for name in foreign
+        if name in ONLY_IN and module.split(".")[0] not in ONLY_IN[name] and module not in ONLY_IN[name]
+    }
+    assert misplaced == set()
 
 
-@EACH_ROOM
-def test_a_room_fits_one_reading(room: str) -> None:
-    assert len(rooms()[room].read_text(encoding="utf-8").splitlines()) <= LINES_MAX
+@EACH_MODULE
+def test_a_module_fits_one_reading(module: str) -> None:
+    assert len(modules()[module].read_text(encoding="utf-8").splitlines()) <= LINES_MAX
 
 
-@EACH_ROOM
-def test_a_room_says_what_is_kept_in_it(room: str) -> None:
-    assert ast.get_docstring(ast.parse(rooms()[room].read_text(encoding="utf-8")))
+def test_every_module_and_package_says_what_is_kept_in_it() -> None:
+    silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
+    assert silent == []
+
+
+def test_a_package_exports_nothing_by_itself() -> None:
+    """No re-export and no work at import: every name has one home."""
+    full = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
+    assert full == set()
 
 
 def test_only_settings_reads_the_environment() -> None:
-    readers = {name for name, path in rooms().items() if re.search(r"\benviron\b|\bgetenv\b", path.read_text("utf-8"))}
-    assert readers == {"settings"}
+    readers = {
+        name for name, path in modules().items() if re.search(r"\benviron\b|\bgetenv\b", path.read_text("utf-8"))
+    }
+    assert readers == {"cli.settings"}
 
 
 def test_only_the_command_line_prints() -> None:
     def prints(path: Path) -> bool:
-        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        nodes = ast.walk(tree(path))
         return any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print" for n in nodes)
 
-    assert {name for name, path in rooms().items() if prints(path)} == {"cli"}
+    assert {name for name, path in modules().items() if prints(path)} == {"cli.main"}
 
 
 def test_one_guard_only_catches_everything() -> None:
-    found = [name for name, path in rooms().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))]
-    assert sorted(set(found) - {"journal.sqlite"}) == ["studio"]
+    found = [
+        name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
+    ]
+    assert sorted(set(found) - {"journal.sqlite"}) == ["studio.studio"]
 
 
-def test_no_room_is_a_drawer_for_everything() -> None:
-    assert not {"utils", "helpers", "common", "base", "misc"} & set(rooms())
+def test_no_module_is_a_drawer_for_everything() -> None:
+    assert not {"utils", "helpers", "common", "base", "misc"} & {name.split(".")[-1] for name in modules()}
 
 
 def test_no_test_mocks() -> None:
@@ -117,8 +145,8 @@ def test_importing_the_package_does_nothing() -> None:
 
 def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
     script = (
-        "import sys, evolink_mcp.cli, evolink_mcp.wiring, evolink_mcp.stdio\n"
-        "late = ('PIL', 'evolink_mcp.simulator', 'evolink_mcp.paintings', 'psycopg', 'platformdirs')\n"
+        "import sys, evolink_mcp.cli.main, evolink_mcp.cli.wiring, evolink_mcp.transports.stdio\n"
+        "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"
         "print([m for m in late if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)

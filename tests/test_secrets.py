@@ -18,10 +18,10 @@ from faulty_gateway import Ask, Gateway, QuickSimulator
 from killer import Nursery, nursery_of_servers  # noqa: F401
 from pydantic import SecretStr
 
-from evolink_mcp.client import EvolinkClient
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.errors import EvolinkError
-from evolink_mcp.settings import Settings
-from evolink_mcp.wiring import open_studio
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal import COLUMNS, STATE, WRITTEN, Entry, entry_of, row_of
+from evolink_mcp.journal.entry import COLUMNS, STATE, WRITTEN, Entry, entry_of, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

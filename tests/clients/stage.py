@@ -33,7 +33,10 @@ class Stage:
         # A checkout that is not installed is started without PYTHONPATH: Gemini CLI withholds it from servers.
         start = ["-m", "evolink_mcp"]
         if subprocess.run([python, "-c", "import evolink_mcp"], cwd="/", capture_output=True, timeout=60).returncode:
-            start = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evolink_mcp.cli import main; main()"]
+            start = [
+                "-c",
+                f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evolink_mcp.cli.main import main; main()",
+            ]
         self.command = [python, *start]
         self.work = work
         self.home = work / "home"

@@ -1,0 +1,296 @@
+"""EvoLink over HTTP: one door for reads (may be repeated), one for purchases (one POST).
+
+The key goes to the two configured EvoLink origins and nowhere else; redirects are never followed.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import urllib.request
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
+
+import anyio
+import httpx2 as httpx
+from pydantic import SecretStr
+
+from evolink_mcp import __version__
+from evolink_mcp.api import urls
+from evolink_mcp.api.http import (
+    CONNECT_TIMEOUT_S,
+    NEVER_CONNECTED,
+    POOL,
+    POOL_SIZE,
+    TRANSPORT_ERRORS,
+    CheckedAddress,
+    Reply,
+    dump,
+    lower_first,
+    rejection,
+    stream,
+    whole_body,
+    why,
+)
+from evolink_mcp.api.task import Balance, Task, is_task_id, read_balance, read_task, read_tasks
+from evolink_mcp.errors import (
+    BY_STATUS,
+    KeyMissing,
+    OutcomeUnknown,
+    Rejected,
+    Unreachable,
+    Unreadable,
+)
+from evolink_mcp.sanitize import harmless
+
+log = logging.getLogger(__name__)
+
+BASE_URL = "https://api.evolink.ai"
+FILES_BASE_URL = "https://files-api.evolink.ai"
+USER_AGENT = f"evolink-mcp/{__version__}"
+
+SUBMIT_DEADLINE_S = 75.0
+READ_DEADLINE_S = 20.0
+UPLOAD_DEADLINE_S = 180.0
+BATCH_MAX = 50
+
+
+class EvolinkClient:
+    """EvoLink's API for one key. Use as an async context manager.
+
+    Every method raises only `EvolinkError`s. Reads may be repeated by the caller; `submit` never repeats itself.
+    """
+
+    def __init__(
+        self,
+        key: SecretStr | None,
+        *,
+        base_url: str = BASE_URL,
+        files_base_url: str = FILES_BASE_URL,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._key = key
+        self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
+        self._loopback = urlsplit(base_url).scheme == "http"
+        self._transport = transport
+        self._opened: list[httpx.AsyncClient] = []
+        self._tills = anyio.CapacityLimiter(POOL_SIZE)
+
+    async def __aenter__(self) -> EvolinkClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self._opened:
+            await client.aclose()
+
+    # The HTTP clients are opened at first use: reading the system's certificates takes longer than starting.
+
+    @cached_property
+    def _trust(self) -> ssl.SSLContext:
+        return httpx.create_ssl_context()
+
+    @cached_property
+    def _reads(self) -> httpx.AsyncClient:
+        return self._open(POOL)
+
+    @cached_property
+    def _pays(self) -> httpx.AsyncClient:
+        # A purchase never rides on an old connection: an idle one closed under it is an ambiguous failure.
+        return self._open(httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0))
+
+    @cached_property
+    def pictures(self) -> httpx.AsyncClient:
+        """For pictures: it knows no key, and connects to public addresses only."""
+        if self._transport is None and not self._loopback and not urllib.request.getproxies():
+            return self._open(POOL, CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL)))
+        return self._open(POOL)
+
+    def _open(self, limits: httpx.Limits, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(
+            transport=transport or self._transport,
+            limits=limits,
+            verify=self._trust,
+            timeout=httpx.Timeout(SUBMIT_DEADLINE_S, connect=CONNECT_TIMEOUT_S),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            follow_redirects=False,
+        )
+        self._opened.append(client)
+        return client
+
+    @property
+    def has_key(self) -> bool:
+        return self._key is not None
+
+    def simulates(self, url: str) -> bool:
+        """Whether `url` is at a stand-in of EvoLink on this machine: then its pictures are there, too."""
+        return self._loopback and url.startswith(self._origins["api"] + "/")
+
+    # --- the purchase ---
+
+    async def submit(self, body: dict[str, Any], *, idempotency_key: str, on_sending: Callable[[], object]) -> Task:
+        """`POST /v1/images/generations`, once. `on_sending` runs just before the first byte; if it raises,
+        nothing is sent.
+
+        Raises:
+            Unreachable: provably not one byte was sent.
+            Rejected, RateLimited: EvoLink said no; not charged.
+            OutcomeUnknown: it was sent, and the answer was lost or makes no sense.
+        """
+        sent = False
+        traced = self._transport is None
+
+        async def trace(event: str, info: dict[str, Any]) -> None:
+            nonlocal sent
+            # A proxy's CONNECT is told of, too: it carries nothing of the purchase.
+            if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
+                on_sending()
+                sent = True
+
+        if not traced:  # an injected transport tells nothing about its bytes
+            on_sending()
+
+        try:
+            request = self._request(
+                self._pays,
+                "POST",
+                "/v1/images/generations",
+                content=dump(body),
+                headers={"Idempotency-Key": idempotency_key},
+                extensions={"trace": trace},
+            )
+            async with self._tills:  # the deadline must not run while the request waits for its turn
+                reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
+        except (Unreadable, *TRANSPORT_ERRORS) as error:
+            if not sent and (traced or isinstance(error, NEVER_CONNECTED)):
+                raise Unreachable(f"EvoLink could not be reached ({why(error)})") from error
+            raise OutcomeUnknown(f"the request was sent and its answer was lost ({why(error)})") from error
+        if 200 <= reply.status < 300:
+            try:
+                return read_task(reply.json())
+            except Unreadable as error:
+                raise OutcomeUnknown(f"the request was sent, but {lower_first(error.what)}") from error
+        if reply.status == 404:
+            raise Rejected(
+                "EvoLink's address for pictures was not found (HTTP 404)",
+                code="wrong_address",
+                http_status=404,
+                advice="Nothing was bought. Check EVOLINK_BASE_URL.",
+            )
+        # A conflict means that EvoLink has seen this fresh key before: something has sent the request twice.
+        if reply.status in BY_STATUS and reply.status != 409:
+            raise rejection(reply)
+        raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
+
+    # --- reads ---
+
+    async def task(self, task_id: str) -> Task:
+        """`GET /v1/tasks/{task_id}`."""
+        task = read_task((await self._ask("GET", f"/v1/tasks/{_segment(task_id)}")).json())
+        if task.id != task_id:
+            raise Unreadable("EvoLink answered with another task")
+        return task
+
+    async def tasks(self, task_ids: Iterable[str]) -> dict[str, Task]:
+        """`POST /v1/tasks/batch` (undocumented): up to 50 tasks by id; unknown ones are absent."""
+        ids = [task_id for task_id in task_ids if is_task_id(task_id)][:BATCH_MAX]
+        reply = await self._ask("POST", "/v1/tasks/batch", content=dump({"task_ids": ids}))
+        return {task.id: task for task in read_tasks(reply.json())}
+
+    async def recent_tasks(self, page_size: int = 50) -> list[Task]:
+        """`GET /v1/tasks` (undocumented): the account's newest tasks, newest first, without result links."""
+        reply = await self._ask("GET", f"/v1/tasks?page=1&page_size={page_size}")
+        return list(read_tasks(reply.json()))
+
+    async def balance(self) -> Balance:
+        """`GET /v1/credits`."""
+        return read_balance((await self._ask("GET", "/v1/credits")).json())
+
+    async def upload(self, name: str, mime_type: str, content: bytes | BinaryIO) -> str:
+        """`POST /api/v1/files/upload/stream`: free of charge, kept by EvoLink for 72 h; returns its URL."""
+        reply = await self._ask(
+            "POST",
+            "/api/v1/files/upload/stream",
+            origin="files",
+            deadline_s=UPLOAD_DEADLINE_S,
+            files={"file": (name, content, mime_type)},
+        )
+        answer = reply.json()
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(answer, dict) or answer.get("success") is False or not isinstance(data, dict):
+            said = (
+                harmless(answer.get("msg") or answer.get("message") or "no reason") if isinstance(answer, dict) else ""
+            )
+            raise Rejected(
+                f"EvoLink's file API did not take the picture: “{said}”",
+                code="upload_refused",
+                advice="Use another picture or give a public URL instead.",
+            )
+        url = data.get("file_url") or data.get("download_url")
+        if not isinstance(url, str):
+            raise Unreadable("EvoLink's file API names no URL for the upload")
+        try:
+            urls.check_public_url(url, schemes=("https",))
+        except ValueError as error:
+            if not self._loopback:
+                raise Unreadable("EvoLink's file API names an unusable URL for the upload") from error
+        return url
+
+    # --- one way out ---
+
+    def _request(self, client: httpx.AsyncClient, method: str, path: str, *, origin: str = "api", **more: Any):
+        """A request with the key, and a proof that it goes where the key may go."""
+        if self._key is None:
+            raise KeyMissing("no EvoLink API key is set")
+        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **more.pop("headers", {})}
+        if "content" in more:
+            headers["Content-Type"] = "application/json"
+        request = client.build_request(method, self._origins[origin] + path, headers=headers, **more)
+        wanted = httpx.URL(self._origins[origin])
+        if (request.url.scheme, request.url.host, request.url.port) != (
+            wanted.scheme,
+            wanted.host,
+            wanted.port,
+        ):
+            raise Rejected("the request would have left EvoLink's origin", code="wrong_origin")
+        return request
+
+    async def _ask(self, method: str, path: str, *, deadline_s: float = READ_DEADLINE_S, **more: Any) -> Reply:
+        """A call that costs nothing, read whole: the caller may repeat it."""
+        request = self._request(self._reads, method, path, **more)
+        try:
+            reply = await self._exchange(self._reads, request, deadline_s)
+        except TRANSPORT_ERRORS as error:
+            raise Unreadable(f"EvoLink could not be read ({why(error)})") from error
+        if 200 <= reply.status < 300:
+            return reply
+        if reply.status in BY_STATUS:
+            raise rejection(reply)
+        raise Unreadable(f"EvoLink answered HTTP {reply.status}", http_status=reply.status)
+
+    async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
+        """Send and read whole, within a total deadline and the JSON cap."""
+        try:
+            with anyio.fail_after(deadline_s):
+                async with stream(client, request) as response:
+                    try:
+                        body = await whole_body(response)
+                    except (Unreadable, *TRANSPORT_ERRORS):
+                        # A definite no needs no words: the status line has said everything about the money.
+                        if response.status_code not in BY_STATUS:
+                            raise
+                        body = b""
+                    if self._key is not None:  # an answer that quotes the key must not carry it any further
+                        body = body.replace(self._key.get_secret_value().encode(), b"(the key)")
+                    return Reply(response.status_code, response.headers, body)
+        except TimeoutError as error:
+            raise Unreadable(f"no complete answer within {deadline_s:.0f} s") from error
+
+
+def _segment(task_id: str) -> str:
+    if not is_task_id(task_id):
+        raise Rejected(
+            "this is not a task id", code="invalid_task_id", advice="Give the id as generate_image named it."
+        )
+    return quote(task_id, safe="")

@@ -1,0 +1,137 @@
+"""What counts as a public address: URLs and IP addresses that lead to the open internet, in every spelling.
+
+Purely syntactic: nothing is resolved here; who connects asks `is_public_ip` about each resolved address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import unicodedata
+
+# Fixed lists from the IANA special-purpose registries: `is_global` changes with Python and lets NAT64, 6to4,
+# v4-compatible and multicast addresses through.
+_NOT_PUBLIC_V4 = tuple(
+    ipaddress.IPv4Network(block)
+    for block in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15"),
+        *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        "168.63.129.16/32",  # Azure's platform service: public by number, inside by meaning
+    )
+)
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+_NOT_PUBLIC_V6 = tuple(
+    ipaddress.IPv6Network(block) for block in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+)
+
+# RFC 6761 and its registry, RFC 6762 appendix G, RFC 8375, RFC 9476: never delegated, so only ever inside.
+_SPECIAL_SUFFIXES = frozenset(
+    {
+        *("alt", "arpa", "corp", "example", "home", "internal", "intranet", "invalid"),
+        *("lan", "local", "localdomain", "localhost", "onion", "private", "test"),
+    }
+)
+
+# The ideographic, full-width, half-width and one-dot-leader stops: resolvers may read each as a dot.
+_DOT_LOOKALIKES = "\u3002\uff0e\uff61\u2024"
+# Marks that IDNA drops without a trace, so that "127.0.0.1" may hide behind one.
+_VANISHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(.*)", re.DOTALL)
+_AUTHORITY = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
+_ASCII_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?")
+_HEX_NUMBER = re.compile(r"0x[0-9a-f]*")
+_MAX_PORT = 65_535
+_MAX_LABEL = 63
+_MAX_HOST = 253
+
+
+def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_length: int = 2048) -> str:
+    """`text` unchanged if it is a URL of one of `schemes` to a public host; else ValueError in one sentence.
+
+    The sentence never repeats the URL, which may carry a secret.
+    """
+    if len(text) > max_length:
+        raise ValueError(f"The URL is longer than {max_length} characters.")
+    if any(_unfit(char) for char in text):
+        raise ValueError("The URL holds a blank, a backslash, or a control or invisible character.")
+    if "#" in text:
+        raise ValueError("The URL has a fragment (#...), which is never sent to a server.")
+    url = _URL.fullmatch(text)
+    if url is None or url[1].lower() not in schemes:
+        raise ValueError(f"The URL does not start with {' or '.join(f'{scheme}://' for scheme in schemes)}.")
+    authority, rest = url[2], url[3]
+    if "@" in authority or (rest.startswith("?") and "@" in rest):
+        raise ValueError("The URL has a user name or an @ before its path, which can hide the real host.")
+    parts = _AUTHORITY.fullmatch(authority)
+    if parts is None:
+        raise ValueError("The URL's host or port is malformed.")
+    if parts[2] is not None and not 1 <= int(parts[2]) <= _MAX_PORT:
+        raise ValueError(f"The URL's port is not within 1 to {_MAX_PORT}.")
+    if parts[1].startswith("["):
+        _check_ip(parts[1][1:-1] if ":" in parts[1] else "")
+    else:
+        _check_host(parts[1])
+    return text
+
+
+def is_public_ip(address: str | ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is on the open internet; False for special ranges and for any other text."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return not any(parsed in block for block in _NOT_PUBLIC_V4)
+    if parsed.scope_id is not None:
+        return False
+    return parsed in _PUBLIC_V6 and not any(parsed in block for block in _NOT_PUBLIC_V6)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an IP address, is this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_ip(address: str) -> None:
+    if not is_public_ip(address):
+        raise ValueError("The URL's host is not a public IP address.")
+
+
+def _check_host(host: str) -> None:
+    if not host:
+        raise ValueError("The URL has no host.")
+    if unicodedata.normalize("NFKC", host) != host or _VANISHING.search(host):
+        raise ValueError("The URL's host is written with characters that stand for others.")
+    if any(char in _DOT_LOOKALIKES for char in host):
+        raise ValueError("The URL's host uses a character that only looks like a dot.")
+    labels = host.removesuffix(".").lower().split(".")
+    if not all(map(_is_label, labels)) or sum(map(_wire_length, labels)) + len(labels) - 1 > _MAX_HOST:
+        raise ValueError("The URL's host is not a valid name.")
+    last = labels[-1]
+    if last.isdecimal() or _HEX_NUMBER.fullmatch(last):
+        # Resolvers also read octal, hex, short and single numbers: only a strict dotted quad has one meaning.
+        _check_ip(host)
+    elif len(labels) == 1 or last.casefold() in _SPECIAL_SUFFIXES:
+        raise ValueError("The URL's host is a local or special-use name, not one on the public internet.")
+
+
+def _unfit(char: str) -> bool:
+    if char.isascii():
+        return char <= " " or char in "\\\x7f"
+    return unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"}
+
+
+def _is_label(label: str) -> bool:
+    if _wire_length(label) > _MAX_LABEL:
+        return False
+    if label.isascii():
+        return _ASCII_LABEL.fullmatch(label) is not None
+    return all(char in "-_" or char.isalnum() or unicodedata.category(char)[0] == "M" for char in label)
+
+
+def _wire_length(label: str) -> int:
+    return len(label) if label.isascii() else len("xn--") + len(label.encode("punycode"))

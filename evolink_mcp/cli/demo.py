@@ -1,0 +1,107 @@
+"""The main job without key or network: a real MCP client over stdio against this server and a simulated EvoLink."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import uvicorn
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
+
+from evolink_mcp.api.costs import CREDITS_PER_USD
+from evolink_mcp.cli.settings import Settings, environment_without_ours
+from evolink_mcp.simulator.app import Simulator
+
+PICTURE_SECONDS = 5.0
+SIZE = {"size": "16:9", "resolution": "2K", "quality": "medium"}
+BAR_WIDTH = 28
+
+
+async def run_demo(prompt: str, say: Callable[..., None]) -> int:
+    """Make one picture and tell what a person wants to know; returns the exit code."""
+    settings = Settings.from_environment()
+    say("evolink-mcp demo: a real MCP client, a real server, a simulated EvoLink. No key, no network, no cost.\n")
+    say(f'  generate_image(prompt="{prompt}", size="16:9", resolution="2K")\n')
+    simulator = Simulator(duration_s=PICTURE_SECONDS)
+    web = uvicorn.Server(uvicorn.Config(simulator.app, port=0, log_level="error", lifespan="off"))
+    code = 1
+    with tempfile.TemporaryDirectory(prefix="evolink-demo-") as data:
+        async with anyio.create_task_group() as group:
+            group.start_soon(web.serve)
+            while not web.started:
+                await anyio.sleep(0.01)
+            port = web.servers[0].sockets[0].getsockname()[1]
+            started = time.monotonic()
+            try:
+                answer = await _ask(prompt, port, data, settings.folders.output, say)
+                code = _tell(answer, time.monotonic() - started, say)
+            finally:
+                web.should_exit = True
+    return code
+
+
+async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..., None]):
+    server = StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "evolink_mcp"],
+        env={
+            **environment_without_ours(),
+            "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
+            "EVOLINK_API_KEY": "sk-demo-no-money",
+            "EVOLINK_MCP_DATA_DIR": data,
+            "EVOLINK_MCP_OUTPUT_DIR": str(output),
+        },
+    )
+    bar = _Bar(say)
+
+    async def show(progress: float, total: float | None, message: str | None) -> None:
+        bar.show(progress, message or "")
+
+    async with Client(server) as client:
+        answer = await client.call_tool("generate_image", {"prompt": prompt, **SIZE}, progress_callback=show)
+    bar.end()
+    return answer
+
+
+def _tell(answer, took_s: float, say: Callable[..., None]) -> int:
+    facts = answer.structured_content or {}
+    pictures = [image for image in facts.get("images", []) if image["path"]]
+    if answer.is_error or not pictures:
+        say(answer.content[0].text)
+        return 1
+    for image in pictures:
+        say(f"\n  {image['path']}")
+        say(f"  {image['width']} × {image['height']} pixels, {image['bytes']:,} bytes, {image['mime_type']}")
+    say(f"\nDone in {took_s:.1f} s. At EvoLink the same call costs about {facts['credits']:g} credits "
+        f"(${facts['credits'] / CREDITS_PER_USD:.3f}) and takes 10 to 130 s.")  # fmt: skip
+    say("Next: set EVOLINK_API_KEY and add `evolink-mcp` to your MCP host; README.md has the blocks.")
+    return 0
+
+
+class _Bar:
+    """A live bar in a terminal, a line per change elsewhere."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self._say = say
+        self._live = sys.stdout.isatty()
+        self._last = ""
+
+    def show(self, done: float, message: str) -> None:
+        filled = round(BAR_WIDTH * done / 100)
+        line = f"  [{'█' * filled}{'░' * (BAR_WIDTH - filled)}] {done:3.0f} %  {message}"
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            self._say("\r" + line[:width].ljust(width), end="", flush=True)
+        elif message != self._last:
+            self._say(line, flush=True)
+        self._last = message
+
+    def end(self) -> None:
+        if self._live:
+            self._say()

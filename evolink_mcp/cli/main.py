@@ -1,0 +1,202 @@
+"""What `evolink-mcp` does on the command line: arguments, settings, studio, transport."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from evolink_mcp import __version__
+from evolink_mcp.sanitize import harmless
+
+DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it speaks MCP over stdin and stdout."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
+    logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
+    for noisy in ("httpx2", "httpcore2", "mcp"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        code = run(options)
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads may still block on stdin or a picture: nothing of theirs is worth waiting for.
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evolink-mcp", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"evolink-mcp {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell on stderr what happens")
+    parser.set_defaults(run=_stdio)
+    commands = parser.add_subparsers(metavar="command")
+    for name, what in (("http", "streamable HTTP at /mcp"), ("sse", "SSE at /sse, for older clients")):
+        serve = commands.add_parser(name, help=f"serve {what}")
+        serve.add_argument("--host", default="127.0.0.1")
+        serve.add_argument("--port", type=int, default=8000)
+        serve.add_argument("--insecure", action="store_true", help="serve other machines without any authentication")
+        serve.set_defaults(run=_http, transport=name)
+    demo = commands.add_parser("demo", help="make a picture without key or network, with a simulated EvoLink")
+    demo.add_argument("prompt", nargs="?", default="A calm sunset over the ocean, islands on the horizon")
+    demo.set_defaults(run=_demo)
+    simulate = commands.add_parser("simulate", help="serve a simulated EvoLink")
+    simulate.add_argument("--port", type=int, default=8765)
+    simulate.add_argument("--seconds", type=float, default=8.0, help="how long a picture takes")
+    simulate.set_defaults(run=_simulate)
+    tasks = commands.add_parser("tasks", help="show what was bought")
+    tasks.add_argument("--limit", type=int, default=20)
+    tasks.add_argument("--json", action="store_true")
+    tasks.set_defaults(run=_tasks)
+    doctor = commands.add_parser("doctor", help="check this installation, and print every host's configuration")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _settings():
+    from evolink_mcp.cli.settings import BadSetting, Settings
+
+    try:
+        return Settings.from_environment()
+    except BadSetting as error:
+        print(f"evolink-mcp: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _stdio(_: argparse.Namespace) -> int:
+    # Importing makes half a million objects that stay: collecting among them is a tenth of the start.
+    gc.disable()
+    settings = _settings()
+    import anyio
+
+    from evolink_mcp.cli.wiring import open_studio, server_for
+    from evolink_mcp.transports.stdio import serve_stdio
+
+    async def serve(read: object, write: object) -> None:
+        async with open_studio(settings) as studio:
+            lowlevel = server_for(studio, settings)._lowlevel_server
+            gc.freeze()
+            gc.enable()
+            await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
+
+    if sys.stdin.isatty():
+        print(
+            "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
+            file=sys.stderr,
+        )
+    return anyio.run(serve_stdio, serve)
+
+
+def _http(options: argparse.Namespace) -> int:
+    from evolink_mcp.api.urls import is_loopback
+
+    settings = _settings()
+    if not is_loopback(options.host) and not options.insecure:
+        print(
+            f"evolink-mcp: {harmless(options.host, 60)} is reachable from other machines, and whoever reaches it spends "
+            "your credits. Use --host 127.0.0.1, or --insecure if something else guards it.",
+            file=sys.stderr,
+        )
+        return 2
+    import anyio
+
+    from evolink_mcp.cli.wiring import open_studio, server_for
+    from evolink_mcp.transports.web import serve_app, web_app
+
+    async def serve() -> int:
+        async with open_studio(settings, remote=True) as studio:
+            app = web_app(server_for(studio, settings), options.transport, options.host)
+            return await serve_app(app, options.host, options.port)
+
+    return anyio.run(serve)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    import anyio
+
+    from evolink_mcp.cli.demo import run_demo
+
+    return anyio.run(run_demo, options.prompt, print)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import anyio
+
+    from evolink_mcp.simulator.app import FAULTS, Simulator
+    from evolink_mcp.transports.web import serve_app
+
+    print(f"A simulated EvoLink on http://127.0.0.1:{options.port} (any key will do). Point the server at it with")
+    print(f"  EVOLINK_BASE_URL=http://127.0.0.1:{options.port} EVOLINK_API_KEY=sk-simulated evolink-mcp")
+    print("Words in a prompt order faults:")
+    for word, meaning in FAULTS.items():
+        print(f"  {word:24} {meaning}")
+    sys.stdout.flush()
+    return anyio.run(serve_app, Simulator(duration_s=options.seconds).app, "127.0.0.1", options.port)
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    import json
+
+    from evolink_mcp.errors import JournalUnwritable
+    from evolink_mcp.journal.sqlite import SqliteJournal
+    from evolink_mcp.tools import task_answer
+
+    settings = _settings()
+    journal = SqliteJournal(settings.data_dir)
+    if not journal.path.exists():
+        print("[]" if options.json else f"Nothing was bought yet: there is no journal at {journal.path}.")
+        return 0
+    try:
+        entries = journal.recent(options.limit)
+    except JournalUnwritable as error:
+        print(f"evolink-mcp: {error.what}", file=sys.stderr)
+        return 1
+    outs = [task_answer.task_out(entry, rule=settings.size_rule) for entry in entries]
+    if options.json:
+        print(json.dumps([task_answer.brief(out).model_dump(mode="json") for out in outs], indent=2))
+        return 0
+    for out in outs:
+        cost = f"{out.credits:g} credits" if out.credits is not None else ""
+        asked = harmless((out.request or {}).get("prompt", ""), 60)
+        print(
+            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:16} {asked}"
+        )
+        for image in out.images:
+            print(f"    {image.path or image.error or image.url}")
+        if out.error:
+            print(f"    {out.error.message}. {out.error.advice}")
+    print(f"{len(outs)} entries in {journal.path}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import json
+
+    import anyio
+
+    from evolink_mcp.cli.doctor import examine
+
+    report = anyio.run(examine)
+    if options.json:
+        print(json.dumps(report.data(), indent=2))
+        return report.exit_code
+    print(f"evolink-mcp {__version__}\n")
+    for finding in report.findings:
+        print(f"  {finding.verdict:8} {finding.subject:9} {finding.words}")
+        if finding.todo:
+            print(f"{'':21}{finding.todo}")
+    print("\nTo start this installation from a host (put your key in place of the example):")
+    for text in dict.fromkeys(block.text for block in report.blocks):
+        where = ", ".join(f"{block.host} ({block.where})" for block in report.blocks if block.text == text)
+        print(f"\n--- {where}\n{text}")
+    print("\nSomething is broken: see above." if report.exit_code else "\nNothing is broken.")
+    return report.exit_code

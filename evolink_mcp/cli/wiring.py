@@ -1,0 +1,60 @@
+"""From settings to an open studio and its server: who is given what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+from mcp.server.mcpserver import MCPServer
+
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.pictures.references import References
+from evolink_mcp.server.server import build_server
+from evolink_mcp.studio.jobs import Sleep
+from evolink_mcp.studio.purchase import Till
+from evolink_mcp.studio.studio import Studio
+
+
+@asynccontextmanager
+async def open_studio(
+    settings: Settings,
+    *,
+    remote: bool = False,
+    transport: httpx.AsyncBaseTransport | None = None,
+    clock: Callable[[], float] = time.time,
+    sleep: Sleep = anyio.sleep,
+) -> AsyncIterator[Studio]:
+    """A studio over the settings' account and folders. `remote`: its callers are not on this machine."""
+    client = EvolinkClient(
+        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport
+    )
+    journal = SqliteJournal(settings.data_dir, clock=clock)
+    local = not remote or settings.allowed_dirs_given
+    # Callers elsewhere save into the output folder only, unless the owner named folders for them.
+    folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
+    references = References(client, journal, folders, local=local, clock=clock)
+    till = Till(client, journal, settings.budget, sleep=sleep)
+    studio = Studio(
+        client, journal, folders, references, till,
+        rule=settings.size_rule, locks=settings.data_dir / "locks", sidecars=settings.sidecars,
+        key_problem=settings.key_problem, clock=clock, sleep=sleep,
+    )  # fmt: skip
+    async with client, studio:
+        yield studio
+
+
+def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:
+    """The MCP server of an open studio."""
+    return build_server(
+        studio,
+        wait_s=settings.wait_s,
+        preview_edge=settings.preview_edge,
+        resource_links=settings.resource_links,
+    )

@@ -1,0 +1,69 @@
+"""A finished picture is fetched: without the key, from a public address, capped in size, time and slowness."""
+
+from __future__ import annotations
+
+import time
+from typing import BinaryIO
+
+import anyio
+
+from evolink_mcp.api import urls
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.http import TRANSPORT_ERRORS, stream, why
+from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired
+
+DOWNLOAD_DEADLINE_S = 120.0
+PICTURE_MAX_BYTES = 100 << 20
+SLOWEST_BYTES_PER_S = 10_000
+SLOW_START_S = 15.0
+
+
+async def download(client: EvolinkClient, url: str, into: BinaryIO) -> int:
+    """Write the picture at `url` to `into`, without the key; returns the bytes written.
+
+    Raises:
+        FolderRefused: there is no room for it on this machine.
+        LinkExpired: the host says 403, 404 or 410.
+        DownloadFailed: anything else; `into` may hold a part.
+    """
+    try:
+        urls.check_public_url(url, schemes=("https",), max_length=8192)
+    except ValueError as error:
+        if not client.simulates(url):
+            raise DownloadFailed(f"EvoLink's link to the picture is not usable: {error}", retryable=False) from error
+    started = time.monotonic()
+    written = 0
+    try:
+        with anyio.fail_after(DOWNLOAD_DEADLINE_S):
+            async with stream(client.pictures, client.pictures.build_request("GET", url)) as response:
+                if response.status_code in (403, 404, 410):
+                    raise LinkExpired("EvoLink's link to the picture has expired")
+                if response.status_code != 200:
+                    raise DownloadFailed(f"the picture's host answered HTTP {response.status_code}")
+                async for chunk in response.aiter_raw(64 << 10):
+                    written += len(chunk)
+                    if written > PICTURE_MAX_BYTES:
+                        raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
+                    _write(into, chunk)
+                    took = time.monotonic() - started
+                    if took > SLOW_START_S and written < took * SLOWEST_BYTES_PER_S:
+                        raise DownloadFailed("the picture's host sends less than 10 kB/s")
+                declared = response.headers.get("content-length", "")
+                if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
+                    raise DownloadFailed("the picture arrived incomplete")
+    except TimeoutError as error:
+        raise DownloadFailed(f"the picture took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from error
+    except TRANSPORT_ERRORS as error:
+        raise DownloadFailed(f"the picture could not be fetched ({why(error)})") from error
+    return written
+
+
+def _write(into: BinaryIO, chunk: bytes) -> None:
+    try:
+        into.write(chunk)
+    except OSError as error:
+        raise FolderRefused(
+            f"the picture could not be written ({error.strerror or type(error).__name__})",
+            charged="yes",
+            advice="Free some space or set EVOLINK_MCP_OUTPUT_DIR, then call get_task: EvoLink keeps it for 24 h.",
+        ) from error

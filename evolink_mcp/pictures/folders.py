@@ -1,0 +1,157 @@
+"""Which folders may be read and written: a path counts only after every link in it has been followed."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from evolink_mcp.errors import FolderRefused, ReferenceRefused
+from evolink_mcp.sanitize import harmless
+
+NAME_MAX_BYTES = 200
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NAMES_LOOKED_AT = 2_000
+
+_UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
+_FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
+# A pipe or device that takes a file's place must neither block nor become our terminal.
+_READ = os.O_RDONLY | _FOLLOW_NOTHING | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
+_STEP = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """`output` takes the pictures; files may be read from and saved into `allowed` (output among them)."""
+
+    output: Path
+    allowed: tuple[Path, ...]
+
+    def confines(self, path: Path) -> bool:
+        """Whether `path`, all links followed, lies inside an allowed folder."""
+        if path.drive.lower() not in {folder.drive.lower() for folder in self.allowed}:
+            return False  # following a Windows network path would already send credentials there
+        real = path.resolve()
+        return any(real.is_relative_to(root) for root in self._roots())
+
+    def target(self, save_as: str) -> Path:
+        """Where `save_as` points: a name or path below the output folder, or an absolute path in an allowed one.
+
+        Raises:
+            FolderRefused: outside every allowed folder, in a place that cannot be written, or not a usable name.
+        """
+        shown = harmless(save_as, 80)
+        try:
+            given = Path(save_as).expanduser()
+            parts = given.parts[1:] if given.anchor else given.parts
+            usable = given.name not in ("", ".", "..") and len(given.name.encode()) <= NAME_MAX_BYTES
+            if not usable or any(_UNUSABLE.search(part) for part in parts):
+                raise ValueError("not a name")
+            path = given if given.is_absolute() else self.output / given
+            if not self.confines(path):
+                raise FolderRefused(f"save_as “{shown}” is outside the allowed folders", advice=self._how_to_allow())
+            path = path.parent.resolve() / path.name
+            folder = save_as.endswith(("/", os.sep)) or path.is_dir()
+            ground = next(place for place in path.parents if place.exists())
+            writable = ground.is_dir() and os.access(ground, os.W_OK | os.X_OK)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise FolderRefused(
+                f"save_as “{shown}” is not a usable file name", advice="Give a short name such as hero.png."
+            ) from error
+        if folder:
+            raise FolderRefused(f"save_as “{shown}” is a folder", advice="Give a file name too, such as hero.png.")
+        if not writable:
+            raise FolderRefused(
+                f"save_as “{shown}” cannot be written: {ground} is not a folder that this server may write to",
+                advice="Choose another place, or make that one writable.",
+            )
+        return path
+
+    def readable(self, source: str) -> Path:
+        """The existing file that `source` names, relative paths tried in each allowed folder; open it by `opened`.
+
+        Raises:
+            ReferenceRefused: missing (with a suggestion), not a plain file, or outside every allowed folder.
+        """
+        shown = harmless(source, 120)
+        try:
+            given = Path(source).expanduser()
+            candidates = [given] if given.is_absolute() else [folder / given for folder in self.allowed]
+            inside = [path for path in candidates if self.confines(path)]
+            if not inside:
+                raise ReferenceRefused(f"“{shown}” is outside the allowed folders", advice=self._how_to_allow())
+            if (found := next((path.resolve() for path in inside if path.is_file()), None)) is not None:
+                return found
+            if any(path.exists() for path in inside):
+                raise ReferenceRefused(f"“{shown}” is not a plain file", advice="Give the path of a picture.")
+            raise ReferenceRefused(f"there is no file “{shown}”", advice=self._did_you_mean(inside))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ReferenceRefused(f"“{shown}” cannot be read", advice="Check the path and its rights.") from error
+
+    def opened(self, path: Path) -> BinaryIO:
+        """The file that `readable` found: a link that took the place of any part of its path since is not followed.
+
+        Raises:
+            OSError: it is gone, or not the plain file any more that it was.
+        """
+        root = next((root for root in self._roots() if path.is_relative_to(root)), None)
+        if root is None:
+            raise PermissionError(errno.EACCES, "it is outside the allowed folders")
+        if os.open not in os.supports_dir_fd:  # Windows: the best there is
+            if path.resolve() != path:
+                raise PermissionError(errno.EACCES, "a link took its place")
+            return open_plain(path)
+        *folders, name = path.relative_to(root).parts
+        here = os.open(root, _STEP)
+        try:
+            for folder in folders:
+                there = os.open(folder, _STEP | _FOLLOW_NOTHING, dir_fd=here)
+                os.close(here)
+                here = there
+            return _plain(os.open(name, _READ, dir_fd=here))
+        finally:
+            os.close(here)
+
+    def _roots(self) -> list[Path]:
+        return [folder.resolve() for folder in self.allowed]
+
+    def _how_to_allow(self) -> str:
+        return (
+            "Use a file in " + " or ".join(str(folder) for folder in self.allowed) + ", or let the user add its folder "
+            "to EVOLINK_MCP_ALLOWED_DIRS."
+        )
+
+    def _did_you_mean(self, paths: Sequence[Path]) -> str:
+        """Pictures beside the missing one that are called much like it."""
+        for path in paths:
+            if not path.parent.is_dir() or not self.confines(path.parent):
+                continue
+            beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
+            names = [child.name for child in beside if child.suffix.lower() in PICTURE_SUFFIXES]
+            if close := difflib.get_close_matches(path.name, names, n=3, cutoff=0.6):
+                meant = " or ".join(harmless(path.parent / name, 200) for name in close)
+                return f"Did you mean {meant}?"
+        return "Give the absolute path of an existing picture."
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """The plain file at `path`, which is no link; never waits for a pipe or a device.
+
+    Raises:
+        OSError: there is none, or it is something else.
+    """
+    return _plain(os.open(path, _READ))
+
+
+def _plain(handle: int) -> BinaryIO:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a plain file")
+    return os.fdopen(handle, "rb")

@@ -1,0 +1,181 @@
+"""Ready briefs that a person picks from a menu, and the values a host offers while they are filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+from mcp.server.mcpserver import MCPServer
+from mcp_types import (
+    Completion,
+    CompletionArgument,
+    CompletionContext,
+    PromptReference,
+    ResourceTemplateReference,
+)
+from pydantic import Field
+
+from evolink_mcp.api.sizes import RATIOS
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.studio import Studio
+
+OFFERED_MAX = 100  # the protocol's own limit for one answer
+RECENT = 200
+USUAL_SETS = ("1:1, 4:5, 9:16, 16:9", "1200x628, 1080x1080, 1080x1920", "2:1, 3:1, 16:9")
+
+Size = Annotated[
+    str,
+    Field(description="A ratio such as 16:9, pixels such as 1536x1024, or auto. Blank: what suits the subject."),
+]
+Quality = Annotated[str, Field(description="low, medium or high. Blank: medium.")]
+PictureWord = Annotated[
+    str,
+    Field(description="Which picture: evolink://images/… of an earlier result, a file path, or a web address."),
+]
+
+ONCE = (
+    "Call generate_image exactly once{each}; it is paid. If it answers before the picture is ready, call get_task with "
+    "the task_id it names until it is, and do not buy again. Then show me the picture and where it is saved."
+)
+
+
+def add_prompts(server: MCPServer[Any], studio: Studio) -> None:
+    """Publish the briefs, and completions for their arguments and for the resource templates of `studio`."""
+
+    @server.prompt(title="New picture", description="Describe it, choose a shape, and get it in one paid call.")
+    def new_picture(
+        subject: Annotated[str, Field(description="What the picture shows; mood, light and style too, if you like.")],
+        size: Size = "",
+        quality: Quality = "",
+        use: Annotated[str, Field(description="What it is for, such as a blog header. Blank: nothing special.")] = "",
+    ) -> str:
+        shape = (
+            f"Size: {size}. Call compute_size first and tell me the pixels and the price."
+            if size.strip()
+            else "Choose the shape that suits it, and call compute_size first to tell me the pixels and the price."
+        )
+        return _brief(
+            f"Make one new picture with EvoLink: {subject}",
+            use and f"It is for: {use}.",
+            shape,
+            quality and f"Quality: {quality}.",
+            "Write the prompt in full sentences: subject, setting, light, composition, style. Invent no text in it.",
+            ONCE.format(each=""),
+        )
+
+    @server.prompt(title="Edit this picture", description="Change one thing in a picture and keep the rest.")
+    def edit_picture(
+        picture: PictureWord,
+        change: Annotated[str, Field(description="What is to be different.")],
+        keep: Annotated[str, Field(description="What must stay exactly as it is. Blank: everything else.")] = "",
+        quality: Quality = "",
+    ) -> str:
+        return _brief(
+            f"Edit this picture with EvoLink: {picture}",
+            f"Change: {change}",
+            f"Keep exactly as it is: {keep or 'everything else, with its composition, light and colours'}.",
+            f'Give generate_image image_urls ["{picture}"] and a prompt that names the change and what stays. '
+            "Take the size of the original (its task tells it, or compute_size the legal one nearest to it).",
+            quality and f"Quality: {quality}.",
+            ONCE.format(each=""),
+        )
+
+    @server.prompt(title="Variations", description="Several different takes on one picture or idea.")
+    def variations(
+        of: Annotated[str, Field(description="A picture (evolink://images/…, file or web address) or an idea.")],
+        count: Annotated[str, Field(description="How many, 1 to 10. Each is billed. Blank: 3.")] = "",
+        differ: Annotated[str, Field(description="In what they differ, such as colour or angle. Blank: freely.")] = "",
+        quality: Quality = "",
+    ) -> str:
+        number = count.strip() or "3"
+        return _brief(
+            f"Make {number} variations with EvoLink of: {of}",
+            f"They differ in: {differ}." if differ else "They differ freely in composition, light and colour.",
+            quality and f"Quality: {quality}.",
+            f"Call compute_size first with n={number} and tell me the price.",
+            "If it is a picture, give it in image_urls. If one prompt with n suits them all, that is the one call; if "
+            "each needs words of its own, make one call for each of them, one after the other.",
+            ONCE.format(each=" for each prompt"),
+        )
+
+    @server.prompt(
+        title="One motif in several sizes", description="The same motif for a banner, a post, a story: a matching set."
+    )
+    def size_set(
+        motif: Annotated[str, Field(description="What all of them show.")],
+        sizes: Annotated[str, Field(description="Which sizes, with commas: 1:1, 9:16, 1200x628")],
+        quality: Quality = "",
+    ) -> str:
+        return _brief(
+            f"Make one motif in several sizes with EvoLink: {motif}",
+            f"Sizes: {sizes}.",
+            quality and f"Quality: {quality}.",
+            "Call compute_size for every size first: a ratio as size; pixels that are not legal as width and height, "
+            "which names the nearest legal size and the crop. Tell me the list with the total price, and wait for my "
+            "yes.",
+            "Make the first one alone. Give its evolink:// address as image_urls to the others, so that all show the "
+            "same motif, and say in each prompt how the composition fits its shape.",
+            ONCE.format(each=" for each size"),
+        )
+
+    @server.completion()
+    async def offer(
+        ref: PromptReference | ResourceTemplateReference,
+        argument: CompletionArgument,
+        context: CompletionContext | None,
+    ) -> Completion | None:
+        said = (context.arguments if context else None) or {}
+        if isinstance(ref, ResourceTemplateReference):
+            values = _resource_values(ref.uri, argument.name, said.get("task_id"), studio)
+        else:
+            values = _prompt_values(argument.name, studio)
+        word = argument.value.strip().lower()
+        fitting = list(dict.fromkeys(value for value in values if word in value.lower()))
+        fitting.sort(key=lambda value: not value.lower().startswith(word))
+        return Completion(values=fitting[:OFFERED_MAX], total=len(fitting), has_more=len(fitting) > OFFERED_MAX)
+
+
+def _brief(*parts: str) -> str:
+    return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def _prompt_values(name: str, studio: Studio) -> Iterable[str]:
+    choices: dict[str, Callable[[], Iterable[str]]] = {
+        "size": lambda: ("auto", *RATIOS),
+        "sizes": lambda: USUAL_SETS,
+        "quality": lambda: ("low", "medium", "high"),
+        "count": lambda: map(str, range(1, 11)),
+        "picture": lambda: _pictures(studio),
+        "of": lambda: _pictures(studio),
+    }
+    return choices[name]() if name in choices else ()
+
+
+def _resource_values(template: str, name: str, task_id: str | None, studio: Studio) -> Iterable[str]:
+    entries = _recent(studio)
+    if template.startswith("evolink://images/"):
+        entries = [entry for entry in entries if any(picture.saved for picture in entry.pictures)]
+    if name == "task_id":
+        return [entry.task_id for entry in entries if entry.task_id]
+    if name == "index":
+        chosen = [entry for entry in entries if entry.task_id == task_id] if task_id else entries
+        return sorted({str(picture.index) for entry in chosen for picture in entry.pictures if picture.saved}, key=int)
+    return ()
+
+
+def _pictures(studio: Studio) -> Iterable[str]:
+    return [
+        f"evolink://images/{entry.task_id}/{picture.index}"
+        for entry in _recent(studio)
+        for picture in entry.pictures
+        if picture.saved
+    ]
+
+
+def _recent(studio: Studio) -> list[Entry]:
+    """What was bought last; nothing where the journal cannot be read, for an offer is not worth an error."""
+    try:
+        return studio.journal.recent(RECENT)
+    except JournalUnwritable:
+        return []

@@ -1,0 +1,173 @@
+"""Tasks, pictures and size tables as MCP resources: `evolink://tasks/…`, `evolink://images/…`, `evolink://sizes`.
+
+Whoever watches a task's resource hears of every new state of it: through `subscriptions/listen` where the protocol has
+it (2026-07-28), else through `resources/subscribe`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from mcp.server.connection import Connection
+from mcp.server.context import ServerRequestContext
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
+from mcp.server.subscriptions import ResourceUpdated
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS, EmptyResult, SubscribeRequestParams, UnsubscribeRequestParams
+
+from evolink_mcp.api import sizes
+from evolink_mcp.api.task import is_task_id
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.pictures.folders import open_plain
+from evolink_mcp.pictures.inspect import sniff
+from evolink_mcp.sanitize import harmless, scrub
+from evolink_mcp.studio.studio import Studio
+from evolink_mcp.tools import task_answer
+
+# TypeScript stdio clients close on messages above 10 MiB; base64 adds a third.
+IMAGE_MAX_BYTES = 7_000_000
+TASK_URI = "evolink://tasks/"
+WATCHED_MAX = 1_000
+
+
+def add_resources(server: MCPServer[Any], studio: Studio) -> None:
+    """Publish the three kinds of resources of one studio, and tell whoever watches a task of its changes."""
+
+    @server.resource("evolink://sizes", title="Size tables", mime_type="text/markdown",
+                     description="All ratio and tier combinations in pixels, by both rules.")  # fmt: skip
+    def size_tables() -> str:
+        parts = [
+            f"## {rule}{' (in use)' if rule == studio.rule else ''}\n\n{sizes.table(rule)}" for rule in sizes.RULES
+        ]
+        return "# Sizes of gpt-image-2\n\n" + "\n\n".join(parts) + "\n"
+
+    @server.resource("evolink://tasks/{task_id}", title="Task", mime_type="application/json",
+                     description="What is known of a task, as get_task answers it, without waiting.")  # fmt: skip
+    async def task(task_id: str) -> str:
+        entry = _entry(studio, task_id)
+        if entry is None:
+            raise ResourceNotFoundError(
+                f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
+            )
+        return json.dumps(
+            scrub(task_answer.task_out(entry, rule=studio.rule).model_dump(mode="json")), ensure_ascii=False
+        )
+
+    @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
+                     description="A saved picture in full.")  # fmt: skip
+    async def image(task_id: str, index: str) -> bytes:
+        entry = _entry(studio, task_id)
+        picture = next((p for p in entry.pictures if str(p.index) == index), None) if entry else None
+        if picture is None or picture.path is None:
+            raise ResourceNotFoundError(
+                f"there is no saved picture {harmless(index, 20)} of {harmless(task_id, 60)}; call get_task"
+            )
+        place = f"{picture.path} and {picture.url}"
+        try:
+            size, data = await anyio.to_thread.run_sync(_read, Path(picture.path))
+        except OSError as error:
+            raise ResourceNotFoundError(f"the file cannot be read ({error.strerror}); its places: {place}") from error
+        if size > IMAGE_MAX_BYTES:
+            raise ResourceError(f"the picture has {size:,} bytes, too many for one message; it is at {place}")
+        if sniff(data[:16]) is None:
+            raise ResourceError(f"what lies at {picture.path} is no picture any more; EvoLink's copy: {picture.url}")
+        return data
+
+    _tell_of_changes(server, studio)
+
+
+def _entry(studio: Studio, task_id: str) -> Entry | None:
+    try:
+        return studio.journal.by_task(task_id) if is_task_id(task_id) else None
+    except JournalUnwritable as error:
+        raise ResourceError(f"{error.what}. {error.advice}") from error
+
+
+def _read(path: Path) -> tuple[int, bytes]:
+    """Size and content; no content where there is too much of it."""
+    with open_plain(path) as file:
+        data = file.read(IMAGE_MAX_BYTES + 1)
+        return (len(data), data) if len(data) <= IMAGE_MAX_BYTES else (path.stat().st_size, b"")
+
+
+# --- changes, in both protocol eras ------------------------------------------------------------------------
+
+
+def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
+    bus, wire = server._subscriptions, server._lowlevel_server
+    watchers = _Watchers()
+
+    async def tell(entry: Entry) -> None:
+        if entry.task_id is not None:
+            uri = TASK_URI + entry.task_id
+            await bus.publish(ResourceUpdated(uri=uri))
+            await watchers.tell(uri)
+
+    studio.on_change.append(tell)
+    wire.add_request_handler("resources/subscribe", SubscribeRequestParams, watchers.subscribe)
+    wire.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, watchers.unsubscribe)
+
+
+class _Watchers:
+    """Connections of the older protocol, by the task they watch; a connection that ends is forgotten."""
+
+    def __init__(self) -> None:
+        self._watched: dict[Connection, set[str]] = {}
+
+    async def subscribe(self, context: ServerRequestContext[Any, Any], params: SubscribeRequestParams) -> EmptyResult:
+        uri = str(params.uri)
+        if not re.match(r"evolink://(tasks/|images/|sizes$)", uri):
+            raise MCPError(INVALID_PARAMS, f"there is no resource {harmless(uri, 80)}", {"uri": harmless(uri)})
+        connection = _connection(context)
+        if connection not in self._watched:
+            connection.exit_stack.callback(self._watched.pop, connection, None)
+        watched = self._watched.setdefault(connection, set())
+        if len(watched) >= WATCHED_MAX and uri not in watched:
+            raise MCPError(INVALID_PARAMS, f"{WATCHED_MAX} subscriptions are the most; unsubscribe from some")
+        watched.add(uri)
+        return EmptyResult()
+
+    async def unsubscribe(
+        self, context: ServerRequestContext[Any, Any], params: UnsubscribeRequestParams
+    ) -> EmptyResult:
+        self._watched.get(_connection(context), set()).discard(str(params.uri))
+        return EmptyResult()
+
+    async def tell(self, uri: str) -> None:
+        for connection, watched in list(self._watched.items()):
+            if uri in watched:
+                await connection.send_resource_updated(uri)
+
+
+def _connection(context: ServerRequestContext[Any, Any]) -> Connection:
+    # The session lives as long as one request; what it speaks for has no public name yet.
+    return context.session._connection
+
+
+class ResourceServer(MCPServer[Any]):
+    """An MCPServer that tells every picture's own type: a template has room for one only."""
+
+    async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
+        contents = await super().read_resource(uri, context)
+        if not isinstance(contents, list):
+            return contents
+        return [
+            replace(item, mime_type=known[0])
+            if isinstance(item.content, bytes) and (known := sniff(item.content[:16]))
+            else item
+            for item in contents
+        ]
+
+    def streamable_http_app(self, **how: Any) -> Any:
+        """Without sessions nobody can be told anything later: subscriptions of the older protocol are not offered."""
+        if how.get("stateless_http"):
+            for method in ("resources/subscribe", "resources/unsubscribe"):
+                self._lowlevel_server._request_handlers.pop(method, None)
+        return super().streamable_http_app(**how)

@@ -1,0 +1,82 @@
+"""The faces of one studio on one MCP server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mcp.server.caching import CacheHint
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.subscriptions import InMemorySubscriptionBus
+from mcp.shared.exceptions import MCPError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from evolink_mcp import __version__
+from evolink_mcp.sanitize import harmless
+from evolink_mcp.server.gallery import gallery
+from evolink_mcp.server.prompts import add_prompts
+from evolink_mcp.server.resources import ResourceServer, add_resources
+from evolink_mcp.server.tasks_extension import Tasks
+from evolink_mcp.studio.studio import Studio
+from evolink_mcp.tools.generate_image import Tools
+
+NAME = "evolink-mcp"
+INSTRUCTIONS = (
+    "Makes and edits pictures with EvoLink's gpt-image-2. generate_image is paid and does everything in one call; if it "
+    "answers before the picture is ready, call get_task with the task_id it names, and never generate_image again for "
+    "the same picture. compute_size tells pixels and price beforehand, free of charge. After an unknown outcome or a "
+    "lost id, call list_tasks before buying again. Show the user the path of every saved picture."
+)
+DAY_MS = 86_400_000
+INVALID_PARAMS = -32602
+
+
+class Server(ResourceServer):
+    """The SDK calls a prompt that is not there, or lacks an argument, an internal fault; it is the caller's mistake."""
+
+    async def get_prompt(
+        self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
+    ) -> Any:
+        known = {prompt.name: prompt for prompt in await self.list_prompts()}
+        if name not in known:
+            raise MCPError(INVALID_PARAMS, f"There is no prompt {harmless(name, 60)}, only {', '.join(known)}.")
+        needed = [argument.name for argument in known[name].arguments or () if argument.required]
+        lacking = [word for word in needed if word not in (arguments or {})]
+        if lacking:
+            raise MCPError(INVALID_PARAMS, f"The prompt {name} needs {' and '.join(lacking)}.")
+        return await super().get_prompt(name, arguments, context)
+
+
+def build_server(
+    studio: Studio,
+    *,
+    wait_s: float | None = None,
+    preview_edge: int | None = None,
+    resource_links: bool = False,
+) -> MCPServer[Any]:
+    """Tools, resources and prompts over `studio`, which is opened and closed by the caller."""
+    tools = Tools(studio, wait_s=wait_s, preview_edge=preview_edge, resource_links=resource_links).all()
+    get_task = next(tool for tool in tools if tool.name == "get_task")
+    server = Server(
+        NAME,
+        title="EvoLink Images",
+        version=__version__,
+        instructions=INSTRUCTIONS,
+        tools=tools,
+        extensions=[gallery(), Tasks(studio, get_task)],
+        log_level="WARNING",
+        subscriptions=InMemorySubscriptionBus(),
+        cache_hints={
+            "tools/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
+            "prompts/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
+            "resources/templates/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
+        },
+    )
+    add_resources(server, studio)
+    add_prompts(server, studio)
+
+    @server.custom_route("/healthz", methods=["GET"])
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"status": "ok", "name": NAME, "version": __version__})
+
+    return server

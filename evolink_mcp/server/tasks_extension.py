@@ -1,0 +1,118 @@
+"""The Tasks extension (SEP-2663): a client that declares it gets a task handle from generate_image, and polls.
+
+The handle is EvoLink's own task id, so it outlives this server. Everybody else is answered as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
+from mcp.server.extension import Extension, MethodBinding
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.server import require_client_extension
+from mcp.server.mcpserver.tools import Tool
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS, CallToolRequestParams, CallToolResult, RequestParams
+
+from evolink_mcp.api.task import is_task_id
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry, iso
+from evolink_mcp.sanitize import harmless
+from evolink_mcp.studio.studio import Studio
+
+MODERN = frozenset({"2026-07-28"})
+POLL_INTERVAL_MS = 3000
+
+Request = ServerRequestContext[Any, Any]
+
+
+class TaskParams(RequestParams):
+    """What all three methods take; `inputResponses` is ignored, for nothing is ever asked in a task."""
+
+    task_id: str
+
+
+class Tasks(Extension):
+    """Tasks over one studio; `get_task` is the tool whose answer a finished task has."""
+
+    identifier = "io.modelcontextprotocol/tasks"
+
+    def __init__(self, studio: Studio, get_task: Tool) -> None:
+        self._studio = studio
+        self._get_task = get_task
+
+    def methods(self) -> Sequence[MethodBinding]:
+        return [
+            MethodBinding("tasks/get", TaskParams, self.get, MODERN),
+            MethodBinding("tasks/cancel", TaskParams, self.cancel, MODERN),
+            MethodBinding("tasks/update", TaskParams, self.update, MODERN),
+        ]
+
+    async def intercept_tool_call(
+        self, params: CallToolRequestParams, ctx: Request, call_next: CallNext
+    ) -> HandlerResult:
+        """Let generate_image order and not wait, where the client can come back for the rest."""
+        if params.name != "generate_image" or ctx.protocol_version not in MODERN or not self._declared(ctx):
+            return await call_next(ctx)
+        params.arguments = {**(params.arguments or {}), "wait_seconds": 0}
+        result = await call_next(ctx)
+        facts = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
+        entry = self._entry(facts["task_id"]) if facts else None
+        if entry is None or entry.complete:
+            return result
+        # The client holds the handle: an identical call is a purchase of its own, as beside a waiting call.
+        with suppress(JournalUnwritable):
+            self._studio.journal.claim(entry.key)
+        return {"resultType": "task", **self._told(entry)}
+
+    async def get(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
+        """The task now; once nothing is left to do, with the answer that get_task gives."""
+        self._known(ctx, params)
+        job = await self._studio.resume(params.task_id)
+        if not job.finished:
+            return self._told(job.entry)
+        arguments = {"task_id": params.task_id, "wait_seconds": 0}
+        result = await self._get_task.run(arguments, Context(request_context=ctx))
+        answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return {**self._told(job.entry), "status": "completed", "result": answer}
+
+    async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
+        """EvoLink cannot call a picture back: the client stops waiting, and the next identical call gets it."""
+        self._studio.leave(self._known(ctx, params))
+        return {}
+
+    async def update(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
+        """Acknowledged, as the extension wants it."""
+        self._known(ctx, params)
+        return {}
+
+    def _declared(self, ctx: Request) -> bool:
+        capabilities = ctx.session.client_capabilities
+        return bool(capabilities and self.identifier in (capabilities.extensions or {}))
+
+    def _known(self, ctx: Request, params: TaskParams) -> Entry:
+        require_client_extension(ctx, self.identifier)
+        entry = self._entry(params.task_id)
+        if entry is None:
+            raise MCPError(INVALID_PARAMS, f"There is no task {harmless(params.task_id, 60)} here.")
+        return entry
+
+    def _entry(self, task_id: Any) -> Entry | None:
+        with suppress(JournalUnwritable):
+            return self._studio.journal.by_task(task_id) if is_task_id(task_id) else None
+        return None
+
+    def _told(self, entry: Entry) -> dict[str, Any]:
+        progress = entry.task.progress if entry.task else None
+        return {
+            "taskId": entry.task_id,
+            "status": "working",
+            "statusMessage": f"{entry.status}{'' if progress is None else f' {progress:.0f} %'}",
+            "createdAt": iso(entry.created_at),
+            "lastUpdatedAt": iso(self._studio.now()),
+            "ttlMs": None,
+            "pollIntervalMs": POLL_INTERVAL_MS,
+        }

@@ -1,0 +1,207 @@
+"""EvoLink's HTTP API as a Starlette app over a simulation: no key, no network, no jobs.
+
+It reads EvoLink's page on its own and shares no rule with the client: one mistake cannot hide in both. Words in
+a prompt order faults, like test card numbers (`FAULTS`).
+"""
+
+import base64
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from evolink_mcp.simulator.rules import (
+    FAULTS,
+    HTML,
+    LINK_LIFE_S,
+    MOST_UPLOADS,
+    is_link,
+)
+from evolink_mcp.simulator.simulation import (
+    Answer,
+    Recorded,
+    SimulatedTask,
+    Simulation,
+    Upload,
+    error,
+    file_error,
+    ok,
+    parsed,
+)
+
+__all__ = ["FAULTS", "Recorded", "SimulatedTask", "Simulator", "Upload"]
+
+Act = Callable[[Request, str], Awaitable[Answer | Response]]  # what one endpoint does for one API key
+
+
+class Simulator(Simulation):
+    """EvoLink in one process; `app` answers for the API host and the files host alike."""
+
+    def __init__(self, **simulation: Any) -> None:
+        super().__init__(**simulation)
+        doors = [
+            ("POST", "/v1/images/generations", self._post),
+            ("GET", "/v1/tasks", self._list),
+            ("POST", "/v1/tasks/batch", self._batch),
+            ("GET", "/v1/tasks/{id}", self._get),
+            ("GET", "/v1/credits", self._credits),
+            ("GET", "/v1/models", self._models),
+            ("POST", "/api/v1/files/upload/{how}", self._upload),
+            ("GET", "/api/v1/files/quota", self._quota),
+            ("GET", "/pictures/{id}/{name}", self._picture),
+            ("GET", "/files/{path:path}", self._file),
+        ]
+        self.app = Starlette(
+            routes=[
+                *(Route(path, self._door(act), methods=[method]) for method, path, act in doors),
+                Route("/{path:path}", self._door(self._nowhere), methods=["GET", "POST", "PUT", "DELETE"]),
+            ]
+        )
+
+    # The API over HTTP.
+
+    def _door(self, act: Act) -> Callable[[Request], Awaitable[Response]]:
+        """An endpoint that notes the request, asks for the key where one is needed, and answers."""
+
+        async def endpoint(request: Request) -> Response:
+            path, headers, body = request.url.path, dict(request.headers), await request.body()
+            self.requests.append(Recorded(request.method, path, headers, body, self.clock()))
+            bearer = re.fullmatch(r"Bearer (\S+)", headers.get("authorization", ""))
+            key = bearer[1] if bearer else ""
+            welcome = bool(key) if self.keys is None else key in self.keys
+            if welcome or not path.startswith(("/v1/", "/api/")):
+                answer = await act(request, key)
+            elif path.startswith("/api/"):
+                answer = file_error(401, "Invalid or expired token", 401)
+            else:
+                answer = error("unauthorized")
+            if isinstance(answer, tuple):
+                status, extra, data = answer
+                # ASCII only, so that a lone surrogate goes out as a JSON escape
+                content = data["html"] if "content-type" in extra else json.dumps(data)
+                answer = Response(content, status, extra, media_type="application/json")
+            answer.headers["x-request-id"] = f"req-{len(self.requests)}"
+            return answer
+
+        return endpoint
+
+    async def _nowhere(self, request: Request, key: str) -> Answer:
+        return error("not_found")
+
+    async def _post(self, request: Request, key: str) -> Answer:
+        origin, once = _origin(request), request.headers.get("idempotency-key")
+        return self.create(parsed(await request.body()), key=key, idempotency_key=once, base_url=origin)
+
+    async def _get(self, request: Request, key: str) -> Answer:
+        return self.task(request.path_params["id"], key=key, base_url=_origin(request))
+
+    async def _list(self, request: Request, key: str) -> Answer:
+        asked, groups = request.query_params, {"pending": "processing", "queued_for_gpu": "processing"}
+        page, per_page = asked.get("page", "1"), asked.get("page_size", "20")
+        if not (re.fullmatch(r"[1-9]\d{0,5}", page) and re.fullmatch(r"[1-9]\d?|100", per_page)):
+            return error("invalid_request", "page starts at 1, page_size is 1 to 100")
+        tasks = [task for task in reversed(self.tasks.values()) if task.key == key]
+        views = [self.view(task, "", links=False) for task in tasks]
+        status, others = asked.get("status"), ("type", "model")
+        views = [v for v in views if status in (None, v["status"], groups.get(v["status"]))]
+        found = [v for v in views if all(asked.get(name) in (None, v[name]) for name in others)]
+        start = (int(page) - 1) * int(per_page)
+        shown, number = found[start : start + int(per_page)], {"page": int(page), "page_size": int(per_page)}
+        return ok({"data": shown, "total": len(found)} | number)
+
+    async def _batch(self, request: Request, key: str) -> Answer:
+        body = parsed(await request.body())
+        ids = body.get("task_ids") if isinstance(body, dict) else None
+        if not (isinstance(ids, list) and 1 <= len(ids) <= 50 and all(isinstance(one, str) for one in ids)):
+            return error("invalid_request", "task_ids must be 1 to 50 strings", param="task_ids")
+        mine = [self.tasks[one] for one in ids if one in self.tasks and self.tasks[one].key == key]
+        return ok({"data": [self.view(task, _origin(request)) for task in mine]})
+
+    async def _credits(self, request: Request, key: str) -> Answer:
+        left, used = self.credits(key)
+        user = {"remaining_credits": left, "used_credits": used}
+        both = {"user": user, "token": user | {"unlimited_credits": False}}
+        return ok({"success": True, "message": "", "data": both})
+
+    async def _models(self, request: Request, key: str) -> Answer:
+        return ok({"object": "list", "data": [{"id": "gpt-image-2", "object": "model"}]})
+
+    async def _quota(self, request: Request, key: str) -> Answer:
+        used = len(self._living())
+        files = {"used_files": used, "max_files": MOST_UPLOADS, "remain_files": MOST_UPLOADS - used}
+        group = {"user_group": "default", "is_custom": False, "quota_reason": "default"}
+        return ok({"success": True, "code": 200, "data": group | files})
+
+    async def _upload(self, request: Request, key: str) -> Answer:
+        how, data = request.path_params["how"], None
+        if how == "stream":
+            async with request.form() as form:
+                told: Any = {name: value for name, value in form.items() if isinstance(value, str)}
+                file = form.get("file")
+                told = {"file_name": told.get("fileName"), "upload_path": told.get("uploadPath")} | told
+                if isinstance(file, UploadFile):
+                    data, told["file_name"] = await file.read(), told["file_name"] or file.filename
+        else:
+            told = parsed(await request.body())
+        told = told if isinstance(told, dict) else {}
+        if any(not isinstance(value, str) for value in told.values() if value is not None):
+            return file_error(400, "Every field is a string")
+        if how == "base64" and told.get("base64_data"):
+            try:
+                data = base64.b64decode(told["base64_data"].rpartition(",")[2], validate=True)
+            except ValueError:
+                return file_error(400, "base64_data is not base64")
+        if how == "url" and is_link(told.get("file_url")):
+            data = await self._fetched(told["file_url"])
+        if data is None:
+            return file_error(400, f"Nothing to upload by {how}")
+        return self.keep(data, told.get("file_name"), told.get("upload_path"), _origin(request))
+
+    async def _fetched(self, url: str) -> bytes:
+        """What lies behind a URL: there is no network here, so a stranger's picture is drawn from its name."""
+        from evolink_mcp.simulator.paintings import paint
+
+        return await anyio.to_thread.run_sync(paint, url, 1, (512, 512))
+
+    async def _file(self, request: Request, key: str) -> Answer | Response:
+        for upload in self._living():
+            if upload.path == request.path_params["path"]:
+                return Response(upload.data, media_type=upload.mime)
+        return error("not_found", "No such file")
+
+    async def _picture(self, request: Request, key: str) -> Answer | Response:
+        task = self.tasks.get(request.path_params["id"])
+        name = re.fullmatch(r"([1-9]\d?)\.(\w+)", request.path_params["name"])
+        if task is None or name is None or name[2] != task.kind or int(name[1]) > task.pictures:
+            return error("not_found", "No such picture")
+        if self.state(task)[0] != "completed":
+            return error("not_found", "No such picture yet")
+        if "expired" in task.faults or self.clock() - task.created - task.duration >= LINK_LIFE_S:
+            return error("link_expired")
+        if "not-a-picture" in task.faults:
+            return Response(HTML, media_type="text/html")
+        data = await anyio.to_thread.run_sync(self._draw, task, int(name[1]))
+        return Response(
+            data[: len(data) // 2] if "truncated-picture" in task.faults else data, media_type=f"image/{task.kind}"
+        )
+
+    def _draw(self, task: SimulatedTask, index: int) -> bytes:
+        from evolink_mcp.simulator.paintings import paint
+
+        if (task.id, index) not in self._drawn:
+            width, height = (edge // 2 for edge in task.size) if "other-size" in task.faults else task.size
+            self._drawn[task.id, index] = paint(
+                task.body["prompt"], index, (width, height), task.kind, task.body.get("background") == "transparent"
+            )
+        return self._drawn[task.id, index]
+
+
+def _origin(request: Request) -> str:
+    return str(request.base_url).rstrip("/")

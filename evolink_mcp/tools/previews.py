@@ -1,0 +1,59 @@
+"""What is shown beside an answer's text: small previews within the host's byte budget, and resource links on demand."""
+
+from __future__ import annotations
+
+import base64
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from mcp_types import ImageContent, ResourceLink
+
+from evolink_mcp.api.task import COMPLETED
+from evolink_mcp.pictures.inspect import in_picture_thread, preview
+from evolink_mcp.tools.shapes import TaskOut
+
+# Longest edge in pixels by the number of pictures: many are shown smaller, so that all of them fit and none is late.
+EDGES = {1: 1024, 2: 768, 3: 768, 4: 640}
+EDGE_OF_MANY = 512
+PREVIEW_MIN_CHARS = 20_000
+
+
+async def previews(out: TaskOut, longest_edge: int | None, answer_max: int) -> list[ImageContent]:
+    """As many previews as fit beside the text in `answer_max` characters; what cannot be shown is not an error.
+
+    `longest_edge` None chooses by the number of pictures, 0 shows none.
+    """
+    saved = [image.path for image in out.images if image.path]
+    if longest_edge == 0 or out.status != COMPLETED or not saved:
+        return []
+    edge = longest_edge or EDGES.get(len(saved), EDGE_OF_MANY)
+    room = answer_max - 3 * len(out.model_dump_json())
+    blocks: list[ImageContent] = []
+    for path in saved:
+        if room < PREVIEW_MIN_CHARS:
+            break
+        if (block := await picture_block(Path(path), edge, room)) is not None:
+            room -= len(block.data)
+            blocks.append(block)
+    return blocks
+
+
+async def picture_block(path: Path, edge: int, chars_max: int) -> ImageContent | None:
+    """The picture at `path`, made small, within `chars_max` characters of base64; None when it cannot be shown."""
+    with suppress(OSError, ValueError, SyntaxError):
+        data = await in_picture_thread(partial(preview, path, edge, chars_max * 3 // 4))
+        if data is not None:
+            return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type="image/webp")
+    return None
+
+
+def links(out: TaskOut) -> list[ResourceLink]:
+    """A resource_link for every saved picture: off by default, since several hosts fail the whole call on them."""
+    return [
+        ResourceLink(
+            type="resource_link", uri=image.resource_uri, name=Path(image.path).name, mime_type=image.mime_type
+        )
+        for image in out.images
+        if image.resource_uri and image.path
+    ]

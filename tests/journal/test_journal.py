@@ -1,0 +1,390 @@
+"""The journal keeps what it was told: through other servers, damage, full disks and folders that cannot be written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import KEY, Open
+
+from evolink_mcp.api.task import Task, TaskError
+from evolink_mcp.errors import JournalUnwritable, Problem
+from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
+from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
+
+NOW = 1_790_000_000.0
+WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+
+
+def entry(journal: SqliteJournal, **more: Any) -> Entry:
+    return Entry(**{"key": new_key(), "owner": journal.owner, "phase": "intent", "created_at": NOW, **more})
+
+
+def task(name: str = "1", status: str = "pending", **more: Any) -> Task:
+    return Task(f"task-unified-{name}", status, **more)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[[], SqliteJournal]]:
+    """Journals in one folder, as several servers have them."""
+    all_of_them: list[SqliteJournal] = []
+
+    def journal() -> SqliteJournal:
+        all_of_them.append(SqliteJournal(tmp_path / "data", clock=lambda: NOW))
+        return all_of_them[-1]
+
+    yield journal
+    for one in all_of_them:
+        one.close()
+
+
+Opened = Callable[[], SqliteJournal]
+
+
+def test_what_is_written_is_read_again_word_for_word(opened: Opened) -> None:
+    journal = opened()
+    picture = Picture(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
+    whole = entry(
+        journal, phase="submitted", fingerprint="f", request={"prompt": "a “fox” \ud800 🦊", "n": 2}, estimate=1.5,
+        save_as="hero.png", task=task(status="completed", results=("https://x.example/1",), credits_used=0.25,
+                                      error=TaskError("a", "b")),
+        error=Problem("a", "b", True, "c"),
+    )  # fmt: skip
+    journal.intend(whole)
+    journal.keep(replace(whole, pictures=(picture,)))
+    journal.deliver(whole.key, NOW)
+    assert opened().by_key(whole.key) == replace(whole, pictures=(picture,), delivered_at=NOW)
+    assert opened().by_task("task-unified-1") == opened().recent(5)[0]
+
+
+def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
+    journal = opened()
+    journal.intend(entry(journal))
+    assert journal._opened().execute("PRAGMA synchronous").fetchone() == (2,)
+    assert journal._opened().execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in journal.folder.iterdir() if path.is_file()}
+    assert set(modes.values()) == {0o600}
+    assert stat.S_IMODE(journal.folder.stat().st_mode) == 0o700
+
+
+def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
+    SqliteJournal(tmp_path / "data").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_late_copy_in_another_server_undoes_neither_pictures_nor_delivery(opened: Opened) -> None:
+    one, other = opened(), opened()
+    early = entry(one, task=task(status="completed"), phase="submitted")
+    one.intend(early)
+    other.keep(replace(early, pictures=(Picture(0, "u", NOW, path="/x"),)))
+    other.deliver(early.key, NOW)
+    one.update(early)
+    found = one.by_key(early.key)
+    assert found is not None
+    assert [picture.path for picture in found.pictures] == ["/x"]
+    assert found.delivered_at == NOW
+
+
+def test_an_identical_request_has_the_same_mark_whatever_its_order() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Opened) -> None:
+    journals = [opened() for _ in range(4)]
+    journals[0].intend(left := entry(journals[0], fingerprint="f"))
+    claims: list[bool] = []
+    racers = [threading.Thread(target=lambda j=j: claims.append(j.claim(left.key))) for j in journals]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert sorted(claims) == [False, False, False, True]
+
+
+def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
+    """Real processes: a write that another one makes wait is not a write that fails."""
+    write = (
+        "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
+        "from evolink_mcp.journal.sqlite import SqliteJournal\n"
+        "j = SqliteJournal(Path(sys.argv[1]))\n"
+        "for i in range(40):\n"
+        "    e = Entry(new_key(), j.owner, 'intent', 1.0, estimate=1.0)\n"
+        "    assert j.intend(e, cap=1e9) is None; j.update(e); j.claim(e.key)\n"
+    )
+    run = [sys.executable, "-c", write, str(tmp_path)]
+    root = str(Path(__file__).parents[2])
+    writers = [subprocess.Popen(run, cwd=root, stderr=subprocess.PIPE) for _ in range(4)]
+    assert [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers] == [(b"", 0)] * 4
+    journal = SqliteJournal(tmp_path)
+    assert journal.spent_since(0) == 160
+    journal.close()
+
+
+def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Opened) -> None:
+    one, other = opened(), opened()
+    assert one.intend(entry(one, estimate=3.0), cap=5.0) is None
+    assert other.intend(entry(other, estimate=3.0), cap=5.0) == 3.0
+    assert other.intend(entry(other, estimate=2.0), cap=5.0) is None
+    assert len(one.recent(9)) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "counts"),
+    [
+        pytest.param({"phase": "intent"}, 2.0, id="about to be sent: its estimate"),
+        pytest.param({"phase": "unknown"}, 2.0, id="unknown outcome: its estimate"),
+        pytest.param({"phase": "refused"}, 0.0, id="refused"),
+        pytest.param({"phase": "submitted", "task": task()}, 2.0, id="under way: its estimate"),
+        pytest.param({"phase": "submitted", "task": task(status="failed")}, 0.0, id="failed"),
+        pytest.param({"phase": "submitted", "task": task(status="completed", credits_used=1.2)}, 1.2, id="the charge"),
+        pytest.param(
+            {"phase": "found", "task": task(status="completed", credits_used=1.2)}, 0.0, id="bought elsewhere"
+        ),
+        pytest.param({"phase": "submitted", "task": task(), "created_at": NOW - 86_400}, 0.0, id="yesterday"),
+    ],
+)
+def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
+    opened: Opened, more: dict[str, Any], counts: float
+) -> None:
+    journal = opened()
+    journal.intend(entry(journal, estimate=2.0, **more))
+    assert journal.spent_since(NOW - 3600) == counts
+
+
+# --- owners --------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened: Opened) -> None:
+    dead, living, heir, late = (opened() for _ in range(4))
+    for journal, name in ((dead, "1"), (living, "2")):
+        journal.intend(entry(journal, phase="submitted", task=task(name), attended=True))
+    assert heir.adopt() == []
+    dead.close()
+    adopted = heir.adopt()
+    assert [(one.task_id, one.owner, one.attended) for one in adopted] == [("task-unified-1", heir.owner, False)]
+    assert late.adopt() == []
+
+
+def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Opened) -> None:
+    dead, heir = opened(), opened()
+    done = replace(
+        entry(dead, phase="submitted", fingerprint="f", attended=True),
+        task=task(status="completed"),
+        pictures=(Picture(0, "u", NOW, path="/x"),),
+    )
+    dead.intend(done)
+    assert heir.undelivered("f") == []
+    dead.close()
+    assert heir.adopt() == []
+    assert [one.key for one in heir.undelivered("f")] == [done.key]
+
+
+@pytest.mark.parametrize(
+    ("picture", "adopted"),
+    [
+        pytest.param(Picture(0, "u", NOW, path="/x"), False, id="saved"),
+        pytest.param(Picture(0, "u", NOW, error="no room"), True, id="failed and to be tried again"),
+        pytest.param(Picture(0, "u", NOW, error="expired", lost=True), False, id="lost for good"),
+    ],
+)
+def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
+    opened: Opened, picture: Picture, adopted: bool
+) -> None:
+    dead, heir = opened(), opened()
+    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), pictures=(picture,)))
+    dead.close()
+    assert bool(heir.adopt()) == adopted
+
+
+# --- damage --------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "no database":
+        path.write_bytes(b"this was a journal once " * 400)
+    else:
+        data = bytearray(path.read_bytes())
+        data[100 : len(data)] = b"\xa5" * (len(data) - 100)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["no database", "every page overwritten"])
+def test_a_damaged_journal_is_set_aside_loudly_and_a_new_one_works(
+    opened: Opened, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = opened()
+    first.intend(entry(first))
+    first.close()
+    damage(first.path, kind)
+    journal = opened()
+    journal.intend(kept := entry(journal))
+    assert journal.recent(5) == [kept]
+    aside = list(journal.folder.glob(f"{FILE_NAME}.damaged-*"))
+    assert journal.set_aside in aside
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "set aside" in caplog.text
+
+
+def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Opened) -> None:
+    """It still holds the damaged file: it must not set aside what the first one has begun."""
+    first, second = opened(), opened()
+    first.intend(entry(first))
+    assert len(second.recent(5)) == 1
+    first._put_aside()
+    first.intend(new := entry(first))
+    second._put_aside()
+    assert second.recent(5) == [new]
+    assert len(list(first.folder.glob(f"{FILE_NAME}.damaged-*[0-9a-f]"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("task", b'{"id": 1'), ("task", b"[]"), ("request", b"7"), ("pictures", b'[{"shape": "round"}]'),
+        ("error", b"\xff\xfe"), ("pictures", b"null"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_makes_no_sense_is_named_and_the_others_are_served(
+    opened: Opened, column: str, value: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = opened()
+    journal.intend(bad := entry(journal, created_at=NOW - 1))
+    journal.intend(good := entry(journal))
+    with sqlite3.connect(journal.path) as db:
+        db.execute(f"UPDATE entries SET {column} = CAST(? AS TEXT) WHERE key = ?", (value, bad.key))
+    db.close()
+    assert opened().recent(5) == [good]
+    assert bad.key in caplog.text
+    journal.close()
+    assert [one.key for one in opened().adopt()] == [good.key]
+
+
+def test_a_journal_of_a_newer_version_is_left_alone(opened: Opened) -> None:
+    journal = opened()
+    journal.intend(entry(journal))
+    journal.close()
+    with sqlite3.connect(journal.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(JournalUnwritable, match="newer version"):
+        opened().recent(5)
+    assert [path.name for path in journal.folder.glob("*damaged*")] == []
+
+
+# --- a disk that is full, a folder that is read-only, really made -------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system of its own; skipped, saying why, where mounting is not allowed."""
+    folder.mkdir(exist_ok=True)
+    mount = shutil.which("mount")
+    made = mount and subprocess.run([mount, "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+    if not made or made.returncode:
+        pytest.skip(f"mounting a tmpfs is not possible here: {made.stderr.decode().strip() if made else 'no mount'}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with suppress(OSError), (folder / "ballast").open("wb") as ballast:
+        while True:
+            ballast.write(b"x" * 4096)
+            ballast.flush()
+
+
+def turn_read_only(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems")
+
+
+@LINUX
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("spoil", "bought"),
+    [
+        pytest.param(fill, 0, id="disk full"),
+        pytest.param(fill, 1, id="disk full after a purchase"),
+        pytest.param(turn_read_only, 0, id="read-only"),
+    ],
+)
+async def test_what_cannot_be_written_down_is_not_bought(
+    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], bought: int
+) -> None:
+    with mounted(tmp_path / "small", "size=600k") as small, anyio.fail_after(20):
+        if not bought:
+            spoil(small)
+        async with open_world({"EVOLINK_MCP_DATA_DIR": str(small / "data")}) as world, world.client() as client:
+            if bought:
+                first = await client.call_tool("generate_image", WISH)
+                assert first.structured_content["charged"] == "yes"
+                spoil(small)
+            refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
+            free = await client.call_tool("compute_size", {"size": "16:9"})
+            balance = await client.call_tool("get_balance", {})
+    text = refused.content[0].text
+    assert refused.is_error
+    assert refused.structured_content["charged"] == "no"
+    assert refused.structured_content["error"]["code"] == "journal_unwritable"
+    assert str(small / "data" / FILE_NAME) in text
+    assert "EVOLINK_MCP_DATA_DIR" in text
+    assert "Charged: no" in text
+    assert (free.is_error, balance.is_error) == (False, False)
+    assert world.posts == bought
+
+
+@LINUX
+@pytest.mark.anyio
+async def test_a_picture_that_finds_no_room_keeps_its_link_and_comes_later(open_world: Open, tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=64k") as small, anyio.fail_after(20):
+        fill(small)
+        async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(small / "pictures")}) as world, world.client() as client:
+            answer = await client.call_tool("generate_image", WISH)
+            facts = answer.structured_content
+            assert (facts["charged"], facts["status"]) == ("yes", "completed")
+            assert facts["images"][0]["url"] is not None
+            assert "No space left" in answer.content[0].text
+            (small / "ballast").unlink()
+            subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+            again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+    assert again.structured_content["images"][0]["path"] is not None
+    assert world.posts == 1
+
+
+@pytest.mark.anyio
+async def test_a_data_folder_that_is_a_file_stops_purchases_with_words(open_world: Open, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("not a folder")
+    with anyio.fail_after(10):
+        async with open_world() as world, world.client() as client:
+            refused = await client.call_tool("generate_image", WISH)
+            listed = await client.call_tool("list_tasks", {})
+            found = await client.call_tool("get_task", {"task_id": "task-unified-1-abc"})
+    assert (refused.structured_content["charged"], world.posts) == ("no", 0)
+    assert [answer.is_error for answer in (refused, listed, found)] == [True] * 3
+    assert "EVOLINK_MCP_DATA_DIR" in listed.content[0].text
+    assert found.structured_content["error"]["code"] != "journal_unwritable"
+
+
+def test_the_journal_holds_no_key(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "EVOLINK_API_KEY", KEY)
+    journal = opened()
+    journal.intend(entry(journal, request={"prompt": "x"}))
+    assert not any(KEY.encode() in path.read_bytes() for path in journal.folder.rglob("*") if path.is_file())

@@ -1,0 +1,239 @@
+"""The Tasks extension: a client that declares it gets a handle and polls; for everybody else nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import anyio
+import pytest
+from conftest import Open, World
+from mcp.client import Client
+from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
+from mcp.shared.exceptions import MCPError
+from mcp_types import CallToolResult, ElicitResult, Request, RequestParams, Result
+from pydantic import ConfigDict
+
+from evolink_mcp.server.server import build_server
+
+pytestmark = pytest.mark.anyio
+TASKS = "io.modelcontextprotocol/tasks"
+SLOW = {"prompt": "sim:slow=1000000 a fox"}
+
+
+class TaskHandle(Result):
+    """A task as it is on the wire, whatever it holds."""
+
+    model_config = ConfigDict(extra="allow")
+    result_type: Literal["task"]
+
+
+class Told(Result):
+    """Any answer to a tasks method."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TaskParams(RequestParams):
+    task_id: str
+
+
+class TaskRequest(Request[TaskParams, str]):
+    name_param = "taskId"
+
+
+class TaskClient(ClientExtension):
+    """A client that takes handles, shows them, and polls without a pause."""
+
+    identifier = TASKS
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def claims(self) -> Sequence[ResultClaim[Any]]:
+        return [ResultClaim(result_type="task", model=TaskHandle, resolve=self._resolve)]
+
+    async def _resolve(self, handle: TaskHandle, ctx: ClaimContext) -> CallToolResult:
+        self.seen.append(handle.model_dump(by_alias=True))
+        while True:
+            told = await ask(ctx, "tasks/get", self.seen[0]["taskId"])
+            self.seen.append(told)
+            if told["status"] != "working":
+                return CallToolResult.model_validate(told["result"])
+            await anyio.sleep(0)
+
+
+async def ask(client: Any, method: str, task_id: str) -> dict[str, Any]:
+    request = TaskRequest(method=method, params=TaskParams(task_id=task_id))
+    return (await client.session.send_request(request, Told)).model_dump(by_alias=True)
+
+
+def client_of(world: World, mode: Any = "auto") -> tuple[Client, TaskClient]:
+    extension = TaskClient()
+    return Client(build_server(world.studio), mode=mode, extensions=[extension]), extension
+
+
+async def handle_of(client: Client, arguments: dict[str, Any]) -> dict[str, Any]:
+    told = await client.session.call_tool("generate_image", arguments, allow_claimed=True)
+    return told.model_dump(by_alias=True)
+
+
+async def test_a_task_is_created_polled_and_ends_with_the_answer_of_get_task(world: World) -> None:
+    with anyio.fail_after(20):
+        client, extension = client_of(world)
+        async with client:
+            answer = await client.call_tool("generate_image", {"prompt": "a lighthouse"})
+            task_id = extension.seen[0]["taskId"]
+            plain = await client.call_tool("get_task", {"task_id": task_id})
+    created, *working, completed = extension.seen
+    assert created["resultType"] == "task"
+    assert created["status"] == "working"
+    assert isinstance(created["pollIntervalMs"], int)
+    assert "ttlMs" in created
+    assert {told["status"] for told in working} == {"working"}
+    assert completed["resultType"] == "complete"
+    assert completed["status"] == "completed"
+    assert completed["taskId"] == task_id
+    assert answer.structured_content == plain.structured_content
+    assert [block.type for block in answer.content] == ["text", "image"]
+    assert [image["path"] for image in answer.structured_content["images"]] == [str(path) for path in world.files]
+    assert world.posts == 1
+
+
+async def test_a_failed_picture_is_a_completed_task_whose_answer_is_an_error(world: World) -> None:
+    with anyio.fail_after(20):
+        client, extension = client_of(world)
+        async with client:
+            answer = await client.call_tool("generate_image", {"prompt": "sim:fail a fox"})
+    assert extension.seen[-1]["status"] == "completed"
+    assert answer.is_error is True
+    assert answer.structured_content["error"]["code"] == "content_policy_violation"
+
+
+async def test_refused_arguments_make_no_task(world: World) -> None:
+    with anyio.fail_after(20):
+        client, extension = client_of(world)
+        async with client:
+            answer = await client.call_tool("generate_image", {"prompt": "a fox", "promt": "a fox"})
+    assert answer.is_error is True
+    assert "did you mean prompt" in answer.content[0].text
+    assert extension.seen == []
+    assert world.posts == 0
+
+
+async def test_other_tools_are_never_tasks(world: World) -> None:
+    with anyio.fail_after(20):
+        client, extension = client_of(world)
+        async with client:
+            answer = await client.call_tool("compute_size", {"size": "16:9"})
+    assert answer.is_error is False
+    assert extension.seen == []
+
+
+async def test_two_handles_for_the_same_words_are_two_purchases(world: World) -> None:
+    """A handle is delivered by itself: unlike a call that was cut off, it is not handed to the next identical one."""
+    with anyio.fail_after(20):
+        client, _ = client_of(world)
+        async with client:
+            first, second = await handle_of(client, SLOW), await handle_of(client, SLOW)
+    assert first["taskId"] != second["taskId"]
+    assert world.posts == 2
+
+
+async def test_a_cancelled_task_is_handed_to_the_next_identical_call(world: World) -> None:
+    """EvoLink offers no way to call a picture back, and it is paid: only the waiting ends."""
+    with anyio.fail_after(20):
+        client, _ = client_of(world)
+        async with client:
+            first = await handle_of(client, SLOW)
+            acknowledged = await ask(client, "tasks/cancel", first["taskId"])
+            after = await ask(client, "tasks/get", first["taskId"])
+            second = await handle_of(client, SLOW)
+    assert {"taskId", "status"} & acknowledged.keys() == set()
+    assert acknowledged["resultType"] == "complete"
+    assert after["status"] == "working"
+    assert second["taskId"] == first["taskId"]
+    assert world.posts == 1
+
+
+@pytest.mark.parametrize(("action", "posts"), [("accept", 1), ("decline", 0)])
+async def test_the_user_is_asked_before_there_is_a_task(open_world: Open, action: Any, posts: int) -> None:
+    async def answer(context: Any, question: Any) -> ElicitResult:
+        return ElicitResult(action=action, content={"go_ahead": True} if action == "accept" else None)
+
+    with anyio.fail_after(20):
+        async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": "0.1"}) as world:
+            extension = TaskClient()
+            asked = Client(build_server(world.studio), extensions=[extension], elicitation_callback=answer)
+            async with asked as client:
+                told = await client.call_tool("generate_image", {"prompt": "a fox"})
+    assert told.is_error is (action == "decline")
+    assert bool(extension.seen) is (action == "accept")
+    assert world.posts == posts
+
+
+async def test_a_handle_outlives_the_server(open_world: Open) -> None:
+    with anyio.fail_after(20):
+        async with open_world() as world:
+            client, _ = client_of(world)
+            async with client:
+                handle = await handle_of(client, {"prompt": "sim:slow a fox"})
+        async with open_world(simulator=world.simulator, clock=world.clock) as world:
+            client, _ = client_of(world)
+            async with client:
+                while (told := await ask(client, "tasks/get", handle["taskId"]))["status"] == "working":
+                    await anyio.sleep(0)
+    assert told["result"]["structuredContent"]["images"][0]["path"] == str(world.files[0])
+    assert world.posts == 1
+
+
+@pytest.mark.parametrize("method", ["tasks/get", "tasks/cancel", "tasks/update"])
+@pytest.mark.parametrize(
+    "task_id",
+    [
+        pytest.param("task-unified-1790000000-nobodys1", id="of nobody"),
+        pytest.param("../../v1/credits", id="no id at all"),
+    ],
+)
+async def test_an_unknown_task_is_a_protocol_error(world: World, method: str, task_id: str) -> None:
+    with anyio.fail_after(20):
+        client, _ = client_of(world)
+        async with client:
+            with pytest.raises(MCPError) as raised:
+                await ask(client, method, task_id)
+    assert raised.value.code == -32602
+    assert world.simulator.requests == []
+
+
+@pytest.mark.parametrize("method", ["tasks/list", "tasks/result"])
+async def test_methods_of_the_older_design_are_not_there(world: World, method: str) -> None:
+    with anyio.fail_after(20):
+        client, _ = client_of(world)
+        async with client:
+            with pytest.raises(MCPError) as raised:
+                await ask(client, method, "task-unified-1790000000-nobodys1")
+    assert raised.value.code == -32601
+
+
+async def test_a_client_that_does_not_declare_it_waits_and_may_not_poll(world: World) -> None:
+    with anyio.fail_after(20):
+        async with world.client() as client:
+            assert TASKS in (client.server_capabilities.extensions or {})
+            answer = await client.call_tool("generate_image", {"prompt": "a fox"})
+            with pytest.raises(MCPError) as raised:
+                await ask(client, "tasks/get", answer.structured_content["task_id"])
+    assert answer.structured_content["status"] == "completed"
+    assert raised.value.code == -32021
+
+
+async def test_on_an_older_connection_nothing_is_advertised_and_nothing_changes(world: World) -> None:
+    with anyio.fail_after(20):
+        client, extension = client_of(world, "legacy")
+        async with client:
+            assert not client.server_capabilities.extensions
+            answer = await client.call_tool("generate_image", {"prompt": "a fox"})
+            with pytest.raises(MCPError) as raised:
+                await ask(client, "tasks/get", answer.structured_content["task_id"])
+    assert answer.structured_content["status"] == "completed"
+    assert extension.seen == []
+    assert raised.value.code == -32601

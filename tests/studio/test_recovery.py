@@ -1,0 +1,339 @@
+"""What one life leaves is taken up by the next, and what was bought and not received is handed over."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from conftest import Clock, Open, World
+from faulty_gateway import DOOR, ONE_SERVER, QuickSimulator
+from mcp.client import Client
+
+from evolink_mcp.journal.entry import Entry, new_key
+from evolink_mcp.journal.sqlite import SqliteJournal
+
+pytestmark = pytest.mark.anyio
+
+WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
+HANDLE = {**LONG, "wait_seconds": 0}
+
+
+@pytest.fixture(autouse=True)
+async def in_time() -> AsyncIterator[None]:
+    with anyio.fail_after(20):
+        yield
+
+
+class Flaky(httpx.ASGITransport):
+    """Loses answers: of purchases that were taken (`lose`), or of the account's list (`no_list`)."""
+
+    def __init__(self, simulator: QuickSimulator) -> None:
+        super().__init__(simulator.app)
+        self.lose = self.no_list = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.no_list and request.url.path == "/v1/tasks":
+            raise httpx.ReadError("gone")
+        reply = await super().handle_async_request(request)
+        if self.lose and request.url.path == "/v1/images/generations":
+            raise httpx.ReadError("gone")
+        return reply
+
+
+@asynccontextmanager
+async def flaky_world(open_world: Open, **lives: Any) -> AsyncIterator[tuple[World, Client, Flaky]]:
+    clock = lives.get("clock") or Clock()
+    simulator = lives.get("simulator") or QuickSimulator(clock=clock)
+    transport = Flaky(simulator)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
+        DOOR.studio = world.studio
+        async with Client(ONE_SERVER) as client:
+            yield world, client, transport
+
+
+async def listed(client: Client, **arguments: Any) -> list[dict[str, Any]]:
+    answer = await client.call_tool("list_tasks", arguments)
+    assert answer.is_error is False
+    return answer.structured_content["tasks"]
+
+
+async def completed(client: Client, count: int) -> list[dict[str, Any]]:
+    while True:
+        tasks = await listed(client)
+        if sum(any(image["path"] for image in task["images"]) for task in tasks) == count:
+            return tasks
+        await anyio.sleep(0)
+
+
+# --- the next life -------------------------------------------------------------------------------------------
+
+
+async def test_the_next_server_completes_what_the_last_one_left(open_world: Open) -> None:
+    clock = Clock()
+    simulator = QuickSimulator(clock=clock, duration_s=500)
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        for number in range(3):
+            await client.call_tool("generate_image", {**WISH, "prompt": f"fox {number}", "wait_seconds": 0})
+    clock.now += 1000
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        tasks = await completed(client, 3)
+    assert [task["status"] for task in tasks] == ["completed"] * 3
+    assert (world.posts, len(world.files)) == (3, 3)
+
+
+async def test_pictures_whose_links_have_died_are_told_of(open_world: Open) -> None:
+    clock = Clock()
+    simulator = QuickSimulator(clock=clock, duration_s=500)
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        handle = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+    clock.now += 26 * 3600
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        answer = await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
+    facts = answer.structured_content
+    assert (facts["status"], facts["charged"]) == ("completed", "yes")
+    assert "expired" in answer.content[0].text
+    assert world.posts == 1
+
+
+async def test_a_failed_download_is_tried_again_by_the_next_server(open_world: Open) -> None:
+    clock = Clock()
+    simulator = QuickSimulator(clock=clock, duration_s=0)
+
+    class NoPictures(httpx.ASGITransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if request.url.path.startswith("/pictures/"):
+                raise httpx.ConnectError("not now")
+            return await super().handle_async_request(request)
+
+    bad = NoPictures(simulator.app)
+    async with open_world(simulator=simulator, clock=clock, transport=bad) as world, world.client() as client:
+        answer = await client.call_tool("generate_image", WISH)
+        facts = answer.structured_content
+        assert answer.is_error
+        assert (facts["charged"], facts["images"][0]["url"] is not None) == ("yes", True)
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        await completed(client, 1)
+    assert (world.posts, len(world.files)) == (1, 1)
+
+
+async def test_a_picture_that_was_moved_away_is_fetched_again_while_its_link_lives(open_world: Open) -> None:
+    clock = Clock()
+    simulator = QuickSimulator(clock=clock, duration_s=0)
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        answer = await client.call_tool("generate_image", WISH)
+        world.files[0].unlink()
+        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+    assert again.structured_content["images"][0]["path"] == str(world.files[0])
+    assert world.posts == 1
+
+
+@pytest.mark.parametrize(("phase", "charged"), [("intent", "no"), ("sending", "unknown")])
+async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
+    open_world: Open, tmp_path: Any, phase: Any, charged: str
+) -> None:
+    """Before `sending` is on disk, provably nothing left; after it, nobody knows until EvoLink is asked."""
+    clock = Clock()
+    dead = SqliteJournal(tmp_path / "data", clock=clock)
+    dead.intend(Entry(new_key(), dead.owner, phase, clock.now, request=WISH, attended=True))
+    dead.close()
+    async with open_world(simulator=QuickSimulator(clock=clock), clock=clock) as world, world.client() as client:
+        await listed(client)
+        while (tasks := await listed(client))[0]["error"] is None:
+            await anyio.sleep(0)
+    assert (tasks[0]["charged"], world.posts) == (charged, 0)
+    assert tasks[0]["error"]["advice"] != ""
+
+
+async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open) -> None:
+    clock = Clock()
+    simulator = QuickSimulator(clock=clock, duration_s=1e6)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=clock) as other,
+        one.client() as first,
+        other.client() as second,
+    ):
+        await first.call_tool("generate_image", HANDLE)
+        assert len(await listed(second)) == 1
+        assert other.studio._jobs == []
+        assert len(one.studio._jobs) == 1
+
+
+# --- joined, or bought anew ----------------------------------------------------------------------------------
+
+
+async def test_an_identical_order_joins_what_timed_out(open_world: Open) -> None:
+    async with flaky_world(open_world) as (world, client, _):
+        first = await client.call_tool("generate_image", HANDLE)
+        second = await client.call_tool("generate_image", {**HANDLE, "quality": "low"})
+        other = await client.call_tool("generate_image", {**HANDLE, "quality": "medium"})
+    assert second.structured_content["task_id"] == first.structured_content["task_id"]
+    assert other.structured_content["task_id"] != first.structured_content["task_id"]
+    assert world.posts == 2
+
+
+async def test_what_was_received_is_bought_again_when_it_is_asked_for_again(open_world: Open) -> None:
+    clock = Clock()
+    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
+        world, client, _,
+    ):  # fmt: skip
+        answers = [await client.call_tool("generate_image", WISH) for _ in range(3)]
+    assert len({answer.structured_content["task_id"] for answer in answers}) == 3
+    assert (world.posts, len(world.files)) == (3, 3)
+
+
+async def test_a_handle_that_get_task_has_completed_counts_as_received(open_world: Open) -> None:
+    clock = Clock()
+    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=500), clock=clock) as (
+        world, client, _,
+    ):  # fmt: skip
+        handle = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
+        await client.call_tool("generate_image", WISH)
+    assert world.posts == 2
+
+
+async def test_identical_calls_side_by_side_are_separate_purchases(open_world: Open) -> None:
+    clock = Clock()
+    answers: list[Any] = []
+    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
+        world, client, _,
+    ):  # fmt: skip
+
+        async def order() -> None:
+            answers.append(await client.call_tool("generate_image", WISH))
+
+        async with anyio.create_task_group() as calls:
+            for _ in range(4):
+                calls.start_soon(order)
+    assert len({answer.structured_content["task_id"] for answer in answers}) == 4
+    assert (world.posts, len(world.files)) == (4, 4)
+    assert not any(note.startswith("This was bought") for a in answers for note in a.structured_content["notes"])
+
+
+async def test_force_new_buys_although_something_waits_to_be_handed_over(open_world: Open) -> None:
+    async with flaky_world(open_world) as (world, client, _):
+        first = await client.call_tool("generate_image", HANDLE)
+        second = await client.call_tool("generate_image", {**HANDLE, "force_new": True})
+    assert first.structured_content["task_id"] != second.structured_content["task_id"]
+    assert world.posts == 2
+
+
+async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Open) -> None:
+    async with flaky_world(open_world) as (world, client, _):
+        for _ in range(2):
+            answer = await client.call_tool("generate_image", {**WISH, "prompt": "sim:fail a fox"})
+            assert (answer.is_error, answer.structured_content["charged"]) == (True, "no")
+    assert world.posts == 2
+
+
+# --- unknown outcomes ----------------------------------------------------------------------------------------
+
+
+async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_world: Open) -> None:
+    async with flaky_world(open_world) as (world, client, transport):
+        transport.lose = True
+        answer = await client.call_tool("generate_image", WISH)
+    assert (answer.structured_content["charged"], answer.structured_content["status"]) == ("yes", "completed")
+    assert (world.posts, len(world.files)) == (1, 1)
+
+
+async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world: Open) -> None:
+    async with flaky_world(open_world) as (world, client, transport):
+        for _ in range(2):
+            world.simulator.create({"model": "gpt-image-2", "prompt": "another program's"}, key=_key(world))
+        transport.lose = True
+        answer = await client.call_tool("generate_image", WISH)
+        facts = answer.structured_content
+    assert (answer.is_error, facts["charged"], facts["status"], facts["task_id"]) == (True, "unknown", "unknown", None)
+    assert all(task_id in answer.content[0].text for task_id in world.simulator.tasks)
+    assert facts["next_action"] == {"tool": "list_tasks", "arguments": {"sync": True}}
+    assert world.posts == 1
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        pytest.param({"created": -3600.0}, id="long before"),
+        pytest.param({"created": 3600.0}, id="long after"),
+        pytest.param({"known": True}, id="in the journal"),
+    ],
+)
+async def test_tasks_that_cannot_be_this_one_are_not_adopted(open_world: Open, stranger: dict[str, Any]) -> None:
+    async with flaky_world(open_world) as (world, client, transport):
+        if "known" in stranger:
+            await client.call_tool("generate_image", LONG | {"wait_seconds": 0})
+        else:
+            world.simulator.create({"model": "gpt-image-2", "prompt": "x"}, key=_key(world))
+            (task,) = world.simulator.tasks.values()
+            task.created += stranger["created"]
+        transport.lose = True
+        answer = await client.call_tool("generate_image", {**WISH, "prompt": "sim:500 nothing is created"})
+    assert (answer.structured_content["charged"], answer.structured_content["task_id"]) == ("unknown", None)
+
+
+async def test_an_unknown_call_is_listed_and_found_when_the_list_can_be_had_again(open_world: Open) -> None:
+    async with flaky_world(open_world) as (world, client, transport):
+        transport.lose = transport.no_list = True
+        lost = await client.call_tool("generate_image", WISH)
+        assert (lost.structured_content["charged"], lost.structured_content["task_id"]) == ("unknown", None)
+        (before,) = await listed(client, status="unknown")
+        assert (before["charged"], before["status"]) == ("unknown", "unknown")
+        softly = await client.call_tool("list_tasks", {"sync": True})
+        assert (softly.is_error, softly.structured_content["synced"]) == (False, False)
+        transport.no_list = False
+        await client.call_tool("list_tasks", {"sync": True})
+        tasks = await completed(client, 1)
+    assert [(task["charged"], task["status"]) for task in tasks] == [("yes", "completed")]
+    assert world.posts == 1
+
+
+async def test_two_lost_purchases_of_one_moment_are_not_guessed_at(open_world: Open) -> None:
+    """Whose is whose nobody can say: both stay unknown, and both tasks are named."""
+    async with flaky_world(open_world) as (world, client, transport):
+        transport.lose = transport.no_list = True
+        await client.call_tool("generate_image", WISH)
+        await client.call_tool("generate_image", {**WISH, "prompt": "a hen"})
+        transport.no_list = False
+        await client.call_tool("list_tasks", {"sync": True})
+        tasks = [task for task in await listed(client) if task["task_id"] is None]
+    assert [task["charged"] for task in tasks] == ["unknown", "unknown"]
+    assert all(task_id in task["error"]["advice"] for task in tasks for task_id in world.simulator.tasks)
+
+
+async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id must reach the caller; `sending` is on disk, and the next server finds the task by it."""
+    from evolink_mcp.errors import JournalUnwritable
+
+    clock = Clock()
+    simulator = QuickSimulator(clock=clock, duration_s=1e6)
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        plain = world.studio.journal.update
+
+        def update(entry: Entry) -> None:
+            if entry.phase != "sending":
+                raise JournalUnwritable("the disk is full")
+            plain(entry)
+
+        monkeypatch.setattr(world.studio.journal, "update", update)
+        answer = await client.call_tool("generate_image", HANDLE)
+        assert answer.structured_content["task_id"] in simulator.tasks
+    simulator.duration_s = 0
+    for task in simulator.tasks.values():
+        task.duration = 0
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        tasks = await completed(client, 1)
+    assert [task["task_id"] for task in tasks] == list(simulator.tasks)
+    assert world.posts == 1
+
+
+def _key(world: World) -> str:
+    assert world.settings.key is not None
+    return world.settings.key.get_secret_value()

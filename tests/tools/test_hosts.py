@@ -1,0 +1,128 @@
+"""Waits that fit the host: the table in docs/hosts.md is the table in the code, and calls keep to it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import World
+from mcp.client import Client
+from mcp_types import Implementation
+
+from evolink_mcp.server.server import build_server
+from evolink_mcp.tools import hosts
+from evolink_mcp.tools.hosts import KNOWN, UNKNOWN, Host, host_named
+from evolink_mcp.tools.waiting import FRESH_GRACE_S
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
+EVERY = [*KNOWN, ("", UNKNOWN)]
+ERAS = pytest.mark.parametrize("mode", [pytest.param("auto", id="2026-07-28"), pytest.param("legacy", id="2025-11-25")])
+
+
+def test_the_table_in_the_documentation_is_the_table_in_the_code() -> None:
+    table = DOCUMENT.split("<!-- hosts:begin -->\n")[1].split("<!-- hosts:end -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [row[:4] for row in rows] == [
+        [host.name, start and f"`{start}`", f"{host.wait_s:g}", f"{host.limit_s:g}" if host.limit_s else "not known"]
+        for start, host in EVERY
+    ]
+    assert [row[0] for row in rows if not row[-1]] == []  # every row says where it is known from
+
+
+@pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
+def test_a_call_ends_before_its_host_gives_up(host: Host) -> None:
+    """Also the call that has to wait for its task id; unknown hosts bear what the most common SDK bears."""
+    assert host.wait_s + FRESH_GRACE_S <= (host.limit_s or 60)
+
+
+@pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
+def test_an_answer_stays_below_the_megabyte_that_desktop_hosts_take(host: Host) -> None:
+    assert host.answer_max <= 750_000
+
+
+@pytest.mark.parametrize(
+    ("client_name", "host"),
+    [
+        ("claude-code", "Claude Code"),
+        ("claude-ai", "Claude Desktop"),
+        ("local-agent-mode-evolink", "Cowork and Code in Claude Desktop"),
+        ("codex-mcp-client", "Codex"),
+        ("Codex", "Codex"),
+        ("gemini-cli-mcp-client", "Gemini CLI"),
+        ("Visual Studio Code", "VS Code"),
+        ("Visual Studio Code - Insiders", "VS Code"),
+        ("cursor-vscode", "Cursor"),
+        ("windsurf-client", "Windsurf"),
+        ("Zed", "Zed"),
+        ("Cline", "Cline"),
+        ("Roo Code", "Roo Code"),
+        ("Kilo-Code", "Kilo Code"),
+        ("opencode", "opencode"),
+        ("JetBrains-IU/copilot-intellij", "JetBrains IDEs"),
+        ("jetbrains-ai-assistant-client", "JetBrains IDEs"),
+        ("github-copilot-developer", "GitHub Copilot CLI"),
+        ("  Codex ", "Codex"),
+        ("my-codex", "any other host"),
+        ("mcp", "any other host"),
+        ("", "any other host"),
+        (None, "any other host"),
+    ],
+)
+def test_hosts_are_known_by_what_their_clients_call_themselves(client_name: str | None, host: str) -> None:
+    assert host_named(client_name).name == host
+
+
+def test_no_host_hides_behind_an_earlier_one() -> None:
+    hidden = [
+        (start, earlier)
+        for index, (start, _) in enumerate(KNOWN)
+        for earlier, _ in KNOWN[:index]
+        if start.startswith(earlier)
+    ]
+    assert hidden == []
+    assert all(re.fullmatch(r"[a-z][a-z -]*", start) for start, _ in KNOWN)
+
+
+def test_an_unknown_host_gets_45_seconds() -> None:
+    assert host_named("nobody-knows-me").wait_s == 45
+
+
+@asynccontextmanager
+async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIterator[Client]:
+    info = Implementation(name=name, version="1")
+    with anyio.fail_after(5):
+        async with Client(build_server(world.studio, **server), client_info=info, mode=mode) as client:
+            yield client
+
+
+async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
+    """What a call sees of a task that ends after two minutes; the world's clock is turned by whoever waits."""
+    async with calling(world, name, mode, **server) as client:
+        answer = await client.call_tool("generate_image", {"prompt": "A calm sunset sim:slow=120 sim:fail"})
+    return answer.structured_content["status"]
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A host that bears no wait at all."""
+    monkeypatch.setattr(hosts, "KNOWN", (("hasty", Host("Hasty", wait_s=0)),))
+    return "hasty-client"
+
+
+@ERAS
+@pytest.mark.anyio
+async def test_the_wait_follows_the_name_the_client_gives(world: World, hasty: str, mode: Any) -> None:
+    assert await status_for(world, hasty, mode) in ("pending", "processing")
+    assert await status_for(world, "somebody-else", mode) == "failed"
+
+
+@ERAS
+@pytest.mark.anyio
+async def test_the_setting_wins_over_the_host(world: World, hasty: str, mode: Any) -> None:
+    assert await status_for(world, hasty, mode, wait_s=45) == "failed"
+    assert await status_for(world, "somebody-else", mode, wait_s=0) in ("pending", "processing")

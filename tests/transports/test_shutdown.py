@@ -1,0 +1,200 @@
+"""A server leaves within two seconds, whatever it is doing, and nothing that was paid is lost by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from faulty_gateway import Ask, Gateway, QuickSimulator, behave
+from killer import Nursery, Server, nursery_of_servers  # noqa: F401
+from mcp.client import Client
+from mcp.client.sse import sse_client
+from mcp.client.streamable_http import streamable_http_client
+
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.sqlite import SqliteJournal
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX"),
+]
+
+KEY = "sk-canary-0123456789abcdef"
+WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LEAVES_WITHIN_S = 2.0
+ENDS = [
+    pytest.param(None, 0, id="end of input"),
+    pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+    pytest.param(signal.SIGINT, 130, id="SIGINT"),
+]
+SIGNALS = ENDS[1:]
+
+
+class House:
+    """A gateway, a place for servers, and the folders of one of them."""
+
+    def __init__(self, gateway: Gateway, made: Nursery, folder: Path) -> None:
+        self.gateway, self.nursery, self.folder = gateway, made, folder
+        self.arrived, self.go = anyio.Event(), anyio.Event()
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "HOME": str(self.folder), "PATH": os.environ["PATH"], "EVOLINK_API_KEY": KEY,
+            "EVOLINK_BASE_URL": self.gateway.url, "EVOLINK_MCP_DATA_DIR": str(self.folder / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(self.folder / "pictures"), "EVOLINK_MCP_PREVIEW": "off",
+        }  # fmt: skip
+
+    async def hold(self, ask: Ask) -> None:
+        """A purchase that is taken and not answered before the test says so."""
+        reply = await ask.accepted()
+        self.arrived.set()
+        await self.go.wait()
+        ask.relay(reply)
+
+    def journal(self) -> list[Entry]:
+        journal = SqliteJournal(self.folder / "data")
+        try:
+            return journal.recent(10)
+        finally:
+            journal.close()
+
+
+@pytest.fixture
+async def house(tmp_path: Path, servers: Nursery) -> AsyncIterator[House]:
+    async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
+        yield House(gateway, servers, tmp_path)
+
+
+async def leaves(server: Server, end: signal.Signals | None) -> int:
+    server.hang_up() if end is None else server.kill(end)
+    with anyio.fail_after(LEAVES_WITHIN_S):
+        return await server.gone()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("end", "code"), ENDS)
+async def test_an_idle_server_leaves_at_once_and_says_nothing(
+    house: House, end: signal.Signals | None, code: int
+) -> None:
+    async with house.nursery.server(house.env, "-v") as server:
+        assert await leaves(server, end) == code
+    assert server.err.read_text() == ""
+
+
+@pytest.mark.parametrize(("end", "code"), ENDS)
+async def test_a_server_leaves_while_a_call_waits_and_the_task_is_in_the_journal(
+    house: House, end: signal.Signals | None, code: int
+) -> None:
+    with anyio.fail_after(10):
+        async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
+            calls.start_soon(lambda: server.call("generate_image", **WISH))
+            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.seen))
+            assert await leaves(server, end) == code
+    assert [entry.task_id for entry in house.journal()] == list(house.gateway.simulator.tasks)
+    assert "Traceback" not in server.err.read_text()
+
+
+@pytest.mark.parametrize(("end", "code"), ENDS)
+@pytest.mark.parametrize("answered", [True, False], ids=["answered in time", "never answered"])
+async def test_a_post_in_flight_is_finished_or_left_in_the_journal_as_sent(
+    house: House, end: signal.Signals | None, code: int, answered: bool
+) -> None:
+    house.gateway.purchases = [house.hold]
+    with anyio.fail_after(10):
+        async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
+            calls.start_soon(lambda: server.call("generate_image", **WISH))
+            await house.arrived.wait()
+            if answered:
+                house.go.set()
+            assert await leaves(server, end) == code
+    (entry,) = house.journal()
+    assert (entry.phase, entry.charged) == ("submitted" if answered else "sending", "unknown")
+    assert entry.task_id == (next(iter(house.gateway.simulator.tasks)) if answered else None)
+    assert "Traceback" not in server.err.read_text()
+    assert house.gateway.posts == 1
+
+
+async def test_a_client_that_stops_reading_and_goes_leaves_no_traceback(house: House) -> None:
+    with anyio.fail_after(10):
+        async with house.nursery.server(house.env) as server:
+            os.close(server._out)
+            server._out = os.open(os.devnull, os.O_RDONLY)
+            server.send({"id": 7, "method": "tools/list", "params": {}})
+            assert await leaves(server, None) == 0
+    assert "Traceback" not in server.err.read_text()
+
+
+# --- over the network ----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def web(house: House, transport: str) -> AsyncIterator[tuple[Server, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with house.nursery.server(house.env, transport, "--port", str(port), greet=False) as server:
+        url = f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient() as asking:
+            healthy = False
+            while not healthy:
+                with suppress(httpx.TransportError):
+                    healthy = (await asking.get(f"{url}/healthz")).status_code == 200
+                await anyio.sleep(0.02)
+        yield server, url
+
+
+async def call_over(url: str, transport: str) -> None:
+    """A call that never gets its answer."""
+    door: Any = streamable_http_client(f"{url}/mcp") if transport == "http" else sse_client(f"{url}/sse")
+    with suppress(Exception):
+        async with Client(door, mode="legacy") as client:
+            await client.call_tool("generate_image", WISH)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("end", "code"), SIGNALS)
+@pytest.mark.parametrize("transport", ["http", "sse"])
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "POST in flight"])
+async def test_a_web_server_leaves_on_a_signal(
+    house: House, transport: str, end: signal.Signals, code: int, busy: bool
+) -> None:
+    house.gateway.purchases = [house.hold]
+    with anyio.fail_after(20):
+        async with web(house, transport) as (server, url), anyio.create_task_group() as calls:
+            if busy:
+                calls.start_soon(call_over, url, transport)
+                await house.arrived.wait()
+            assert await leaves(server, end) == code
+            calls.cancel_scope.cancel()
+    assert "Traceback" not in server.err.read_text()
+    if busy:
+        assert [(entry.phase, entry.charged) for entry in house.journal()] == [("sending", "unknown")]
+
+
+async def test_a_caller_who_hangs_up_over_http_does_not_end_the_purchase(house: House) -> None:
+    house.gateway.purchases = [house.hold, behave]
+    with anyio.fail_after(20):
+        async with web(house, "http") as (server, url):
+            async with anyio.create_task_group() as calls:
+                calls.start_soon(call_over, url, "http")
+                await house.arrived.wait()
+                calls.cancel_scope.cancel()
+            house.go.set()
+            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.seen))
+            assert [entry.phase for entry in house.journal()] == ["submitted"]
+            assert await leaves(server, signal.SIGTERM) == 143
+    assert house.gateway.posts == 1
