@@ -16,7 +16,7 @@ from benchmarks.processes import environment, standin, timed
 from benchmarks.standin import drawn
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio
-from evolink_mcp.pictures.inspect import preview
+from evolink_mcp.pictures.previews import preview
 from evolink_mcp.server.server import build_server
 from evolink_mcp.tools.hosts import UNKNOWN
 

@@ -17,8 +17,8 @@ TESTS = Path(__file__).parent
 PACKAGES = {
     "": "errors sanitize",
     "api": "sizes costs urls request task http client",
-    "journal": "entry sqlite",
-    "pictures": "folders inspect downloads references sidecar",
+    "journal": "entry contract sqlite",
+    "pictures": "folders inspect previews downloads references sidecar store",
     "studio": "schedule jobs purchase poller watch collect studio",
     "tools": "hosts schemas shapes task_answer adapter arguments compute_size list_tasks waiting previews generate_image",
     "server": "resources prompts gallery tasks_extension server",

@@ -19,6 +19,8 @@ from evolink_mcp.sanitize import harmless
 NAME_MAX_BYTES = 200
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES_LOOKED_AT = 2_000
+# The name of a file that is still being written, in the folder that it will stay in.
+PART_PREFIX, PART_SUFFIX = ".evolink-", ".part"
 
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
@@ -155,3 +157,28 @@ def _plain(handle: int) -> BinaryIO:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a plain file")
     return os.fdopen(handle, "rb")
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, for this user only (`mkdir` restricts nothing but the last)."""
+    for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def move_to_free_name(part: Path, path: Path) -> bool:
+    """Move `part` to `path` unless something is there: a link where the file system has them, else a claim."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
+    return True

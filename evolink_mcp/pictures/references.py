@@ -22,7 +22,7 @@ import anyio
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import JournalUnwritable, ReferenceRefused
-from evolink_mcp.journal.entry import Journal
+from evolink_mcp.journal.contract import Journal
 from evolink_mcp.pictures.folders import Folders, open_plain
 from evolink_mcp.pictures.inspect import NotAPicture, examine, in_picture_thread
 from evolink_mcp.sanitize import harmless

@@ -14,8 +14,7 @@ import anyio.to_thread
 
 from evolink_mcp import __version__
 from evolink_mcp.journal.entry import Entry, Picture, iso
-from evolink_mcp.pictures.folders import open_plain
-from evolink_mcp.pictures.inspect import PART, place
+from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain
 from evolink_mcp.sanitize import scrub
 
 log = logging.getLogger(__name__)
@@ -65,14 +64,14 @@ async def lay_beside(entry: Entry, picture: Picture) -> None:
 
 def _write(path: Path, facts: dict[str, Any]) -> bool:
     """Put the file there whole, or leave what is there: someone else's file, or this picture's facts already."""
-    handle, name = tempfile.mkstemp(prefix=PART[0], suffix=PART[1], dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=path.parent)
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if place(part, path):
+        if move_to_free_name(part, path):
             return True
         there = _ours(path)
         if there is not None and there.get("sha256") != facts["sha256"]:  # of a picture that is gone: its name was free

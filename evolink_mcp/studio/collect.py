@@ -17,8 +17,8 @@ from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, Refuse
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.pictures.downloads import download
 from evolink_mcp.pictures.folders import Folders
-from evolink_mcp.pictures.inspect import Kept, keep
 from evolink_mcp.pictures.sidecar import lay_beside
+from evolink_mcp.pictures.store import Kept, keep
 from evolink_mcp.studio.jobs import FileTurn, Job, Sleep
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.watch import merged

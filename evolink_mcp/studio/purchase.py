@@ -25,7 +25,8 @@ from evolink_mcp.errors import (
     Rejected,
     Unreachable,
 )
-from evolink_mcp.journal.entry import ADOPTED, Entry, Journal
+from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.entry import ADOPTED, Entry
 from evolink_mcp.studio.schedule import backoff_s
 
 log = logging.getLogger(__name__)

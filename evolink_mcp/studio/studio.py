@@ -16,7 +16,8 @@ import anyio
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED, Balance, Task
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem
-from evolink_mcp.journal.entry import Entry, Journal, Picture, fingerprint, new_key
+from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import References
 from evolink_mcp.studio.collect import Collector

@@ -10,7 +10,8 @@ from pathlib import Path
 from mcp_types import ImageContent, ResourceLink
 
 from evolink_mcp.api.task import COMPLETED
-from evolink_mcp.pictures.inspect import in_picture_thread, preview
+from evolink_mcp.pictures.inspect import in_picture_thread
+from evolink_mcp.pictures.previews import preview
 from evolink_mcp.tools.shapes import TaskOut
 
 # Longest edge in pixels by the number of pictures: many are shown smaller, so that all of them fit and none is late.

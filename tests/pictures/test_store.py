@@ -18,7 +18,8 @@ from drawings import drawing, noise, vast
 from PIL import Image
 
 from evolink_mcp.errors import DownloadFailed, FolderRefused
-from evolink_mcp.pictures.inspect import NotAPicture, examine, keep, sniff
+from evolink_mcp.pictures.inspect import NotAPicture, examine, sniff
+from evolink_mcp.pictures.store import keep
 
 pytestmark = pytest.mark.anyio
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700

@@ -19,7 +19,7 @@ from PIL import Image
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.cli.wiring import server_for
 from evolink_mcp.journal.entry import Entry, Picture, new_key
-from evolink_mcp.pictures.inspect import preview
+from evolink_mcp.pictures.previews import preview
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])

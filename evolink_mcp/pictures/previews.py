@@ -1,0 +1,40 @@
+"""A saved picture made small, to be shown inside an answer."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Literal
+
+from evolink_mcp.pictures.folders import open_plain
+from evolink_mcp.pictures.inspect import opened
+
+# (longest edge, WebP quality): the first that fits the budget is taken.
+LADDER = ((1.0, 80), (0.75, 60), (0.5, 50), (0.25, 40))
+# Halve by averaging before resampling where more than 1.5 times the target is left: half the time, and no one sees it.
+REDUCING_GAP = 1.5
+
+
+def preview(path: Path, edge: int, budget: int, kind: Literal["webp", "png"] = "webp") -> bytes | None:
+    """A small WebP of the picture at `path`, longest edge ≤ `edge` pixels, ≤ `budget` bytes, no metadata.
+
+    None where no step of the ladder fits. Blocks: run it in a thread.
+
+    Raises:
+        NotAPicture: too large, damaged, or not a picture (any more).
+        OSError: the file cannot be read.
+    """
+    with open_plain(path) as file, opened(file) as image:
+        image.draft("RGB", (edge, edge))  # a JPEG is decoded at the size that is needed
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        step = image.convert(mode) if image.mode != mode else image
+        for share, quality in LADDER:
+            longest = max(1, int(edge * share))
+            # In place, from the step before: a copy of a 4K picture costs as much as the encoding.
+            step.thumbnail((longest, longest), reducing_gap=REDUCING_GAP)
+            step.info.clear()
+            out = io.BytesIO()
+            step.save(out, kind, quality=quality, method=2)
+            if out.tell() <= budget:
+                return out.getvalue()
+    return None
