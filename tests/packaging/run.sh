@@ -30,7 +30,7 @@ say "the wheel in an empty environment"
 
 say "what the source distribution holds passes its own packaging tests"
 mkdir "$WORK/source" && tar xzf "$WORK"/dist/*.tar.gz -C "$WORK/source" --strip-components 1
-(cd "$WORK/source" && "$python" -m pytest -q -p no:cacheprovider tests/test_packaging.py | tail -1)
+(cd "$WORK/source" && "$python" -m pytest -q -p no:cacheprovider tests/packaging/test_packaging.py | tail -1)
 
 say "the bundle"
 mcpb="npx --yes @anthropic-ai/mcpb@2.1.2"
