@@ -104,7 +104,7 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
                     async for _ in states:
                         pass
             calls.cancel_scope.cancel()
-            saved = sum(job.entry.complete and all(p.saved for p in job.entry.pictures) for job in followed)
+            saved = sum(job.entry.ended and all(p.saved for p in job.entry.pictures) for job in followed)
             seen = {
                 "share": share, "before_mb": before_mb, "extra_mb": alone_mb - before_mb, "calls_mb": with_calls_mb - before_mb,
                 "saved": saved, "rate": requests, "looks_a_second": looks, "cpu_ms_a_job": 1000 * (_cpu() - before_cpu) / jobs,

@@ -150,7 +150,8 @@ TaskId = Annotated[
     BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value),
     Field(pattern=TASK_ID_PATTERN, description="Task id, as returned by generate_image."),
 ]
-Optional = SkipJsonSchema[None]
+# Null is accepted and means the default; the published schema does not mention it.
+OrNull = SkipJsonSchema[None]
 
 
 class Arguments(BaseModel):
@@ -178,16 +179,16 @@ class GenerationRequest(Arguments):
     """`POST /v1/images/generations` as the page describes it; `body()` is what goes out."""
 
     prompt: Prompt
-    image_urls: ImageUrls | Optional = None
+    image_urls: ImageUrls | OrNull = None
     size: SizeText = "auto"
     resolution: Resolution = "1K"
     quality: Quality = "medium"
     n: Count = 1
-    callback_url: CallbackUrl | Optional = None
+    callback_url: CallbackUrl | OrNull = None
     model: Model = "gpt-image-2"
-    mask_url: MaskUrl | Optional = None
-    background: Background | Optional = None
-    output_format: OutputFormat | Optional = None
+    mask_url: MaskUrl | OrNull = None
+    background: Background | OrNull = None
+    output_format: OutputFormat | OrNull = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

@@ -285,7 +285,7 @@ def _opened(data_dir: Path) -> Finding:
         return Finding("journal", "broken", words, "Paid calls are refused until it can be written.")
     finally:
         book.close()
-    unsettled = sum(not entry.complete for entry in entries)
+    unsettled = sum(not entry.ended for entry in entries)
     unclear = sum(entry.charged == "unknown" for entry in entries)
     words = f"{book.path}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
     todo = "Ask your model for list_tasks with sync=true: it looks for them at EvoLink." if unclear else ""

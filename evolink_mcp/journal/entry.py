@@ -1,7 +1,7 @@
-"""Everything that was bought, or may have been: one entry per purchase, written before the money leaves.
+"""One purchase: the entry that is written before its request is sent, and how its state follows from what is known.
 
-An entry goes `intent` → `sending` → `submitted`, or ends as `refused` (a definite no), `unsent` (provably
-nothing left) or `unknown` (it left and the answer was lost). `found` marks a task bought elsewhere.
+An entry goes `intent` → `sending` → `submitted`, or ends as `refused` (EvoLink said no), `unsent` (provably not one
+byte was sent) or `unknown` (it was sent and the answer was lost). `found` marks a task that was bought elsewhere.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,17 +19,7 @@ from evolink_mcp.api.task import COMPLETED, Task, TaskError
 from evolink_mcp.errors import Charged, Problem
 
 Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
-# The columns of an entry, as they are read and as they are written beside the key.
-COLUMNS = "key, owner, phase, created_at, fingerprint, estimate, save_as, delivered_at, attended, request, task, error, pictures"
-WRITTEN = (
-    "owner", "phase", "created_at", "fingerprint", "task_id", "status", "complete", "attended", "delivered_at",
-    "estimate", "credits", "charged", "request", "save_as", "task", "error", "pictures",
-)  # fmt: skip
-# What `update` writes; `keep` writes the pictures, too.
-STATE = {"phase", "task_id", "status", "complete", "credits", "charged", "task", "error"}
-
-
-# What stays to be said of an entry whose answer was lost and whose task was found by its time.
+# Said of an entry whose answer was lost and whose task was found in the account's list, by its time.
 ADOPTED = Problem(
     "adopted",
     "The answer to this request was lost; the task was found in the account's list by its time alone",
@@ -39,9 +30,10 @@ ADOPTED = Problem(
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a task: where EvoLink has it (for 24 h) and where it was saved; times in epoch seconds.
+    """One picture of a task: its link at EvoLink, and the file that was saved here.
 
-    `error` says why it could not be had, `lost` that trying again cannot help.
+    `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the file's size. `error` says why
+    the picture could not be fetched; `lost` says that trying again cannot help.
     """
 
     index: int
@@ -58,24 +50,30 @@ class Picture:
 
     @property
     def saved(self) -> bool:
+        """Whether it was saved here, at any time."""
         return self.path is not None
 
     @property
     def here(self) -> bool:
-        """Whether its file still lies where it was saved."""
+        """Whether its file is still where it was saved. Looks at the disk."""
         return self.path is not None and Path(self.path).is_file()
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One purchase. `key` goes out as `Idempotency-Key`; `estimate` and `credits` are credits, times epoch seconds."""
+    """One purchase. Times are epoch seconds, `estimate` is the computed price in credits.
+
+    `key` is sent as `Idempotency-Key`; it is empty for a task that was bought elsewhere and is not written down yet.
+    `owner` is the server that works on the entry. `attended`: a call waits for the result. `delivered_at`: a caller
+    has it since then. `fingerprint` is the same for identical requests.
+    """
 
     key: str
     owner: str
     phase: Phase
     created_at: float
     fingerprint: str = ""
-    request: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict[str, Any])
     estimate: float = 0.0
     save_as: str | None = None
     attended: bool = False
@@ -84,8 +82,19 @@ class Entry:
     error: Problem | None = None
     pictures: tuple[Picture, ...] = ()
 
+    @classmethod
+    def bought_elsewhere(cls, task: Task, created_at: float) -> Entry:
+        """An entry for a task of this account that the journal does not know; it is not written down yet."""
+        return cls("", "", "found", created_at, task=task)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the journal has it. Only a task that was bought elsewhere begins without being written down."""
+        return self.key != ""
+
     @property
     def task_id(self) -> str | None:
+        """EvoLink's id of the task; None while there is none."""
         return self.task.id if self.task else None
 
     @property
@@ -105,36 +114,40 @@ class Entry:
         return "unknown" if self.phase in ("sending", "unknown") else "no"
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is under way any more: settled, and every picture that came is saved or has failed."""
-        return self._at_its_end(all(picture.saved or picture.error for picture in self.pictures))
+    def ended(self) -> bool:
+        """Whether nothing is under way any more: settled, and each picture that came is saved or has failed."""
+        return self._over(all(picture.saved or picture.error for picture in self.pictures))
+
+    @property
+    def closed(self) -> bool:
+        """Whether no server has anything left to do: settled, and each picture is saved or lost for good."""
+        return self._over(all(picture.saved or picture.lost for picture in self.pictures))
 
     @property
     def conclusive(self) -> bool:
-        """Whether this is an end that a caller can live with: pictures here, or nothing bought for certain."""
+        """Whether the caller has an answer that ends the matter: a picture is saved, or certainly nothing was bought."""
         return any(picture.saved for picture in self.pictures) or (
             self.charged == "no" and self.phase != "intent" and (self.task is None or self.task.settled)
         )
 
-    @property
-    def closed(self) -> bool:
-        """Whether nothing is left to do for the next server either: every picture is saved, or lost for good."""
-        return self._at_its_end(all(picture.saved or picture.lost for picture in self.pictures))
+    def has_work(self, now: float) -> bool:
+        """Whether a job could do something for it now: buy, find a lost answer, follow the task or fetch a picture."""
+        return not self.ended or self.phase == "unknown" or self.can_fetch(now)
 
-    def to_fetch(self, now: float) -> bool:
-        """Whether a picture is missing here whose link still lives: never saved, moved or deleted."""
+    def can_fetch(self, now: float) -> bool:
+        """Whether a picture is missing here (never saved, moved or deleted) and its link is still valid."""
         return any(picture.url_expires_at > now and not picture.here for picture in self.pictures)
 
     def worth_joining(self, now: float) -> bool:
-        """Under way, of unknown outcome, or completed with pictures that can still be had."""
+        """Whether an identical order gets this one: under way, of unknown outcome, or with pictures to be had."""
         if self.task is None:
             return self.phase in ("intent", "sending", "unknown")
         if not self.task.settled:
             return True
         here = any(picture.here for picture in self.pictures)
-        return self.task.status == COMPLETED and (here or not self.pictures or self.to_fetch(now))
+        return self.task.status == COMPLETED and (here or not self.pictures or self.can_fetch(now))
 
-    def _at_its_end(self, pictures_are: bool) -> bool:
+    def _over(self, pictures_are: bool) -> bool:
         if self.task is None:
             return self.phase in ("refused", "unsent", "unknown")
         if self.task.status != COMPLETED:
@@ -143,7 +156,7 @@ class Entry:
 
 
 def iso(seconds: float | None) -> str | None:
-    """An entry's epoch seconds as people and hosts read them: UTC in ISO 8601, to the second."""
+    """Epoch seconds as people and hosts read them: UTC in ISO 8601, to the second. None stays None."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -153,35 +166,58 @@ def new_key() -> str:
 
 
 def fingerprint(body: dict[str, Any]) -> str:
-    """The same for identical requests, whatever the order of their fields."""
+    """SHA-256 of a request, in hex: the same for identical requests, whatever the order of their fields."""
     said = json.dumps(body, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def row_of(entry: Entry) -> tuple[Any, ...]:
-    """An entry as (key, *WRITTEN)."""
-    return (
-        entry.key, entry.owner, entry.phase, entry.created_at, entry.fingerprint, entry.task_id, entry.status,
-        entry.closed, entry.attended, entry.delivered_at, entry.estimate,
-        entry.task.credits_used if entry.task and entry.task.settled else None, entry.charged,
-        json.dumps(entry.request), entry.save_as,
-        json.dumps(asdict(entry.task)) if entry.task else None,
-        json.dumps(asdict(entry.error)) if entry.error else None,
-        json.dumps([asdict(picture) for picture in entry.pictures]),
-    )  # fmt: skip
+# Every column of an entry, and its value. `task`, `error` and `pictures` hold JSON; `task_id`, `status`, `closed`,
+# `credits` and `charged` repeat parts of it, so that SQL can search them and add them up.
+COLUMNS: dict[str, Callable[[Entry], Any]] = {
+    "key": lambda entry: entry.key,
+    "owner": lambda entry: entry.owner,
+    "phase": lambda entry: entry.phase,
+    "created_at": lambda entry: entry.created_at,
+    "fingerprint": lambda entry: entry.fingerprint,
+    "task_id": lambda entry: entry.task_id,
+    "status": lambda entry: entry.status,
+    "closed": lambda entry: entry.closed,
+    "attended": lambda entry: entry.attended,
+    "delivered_at": lambda entry: entry.delivered_at,
+    "estimate": lambda entry: entry.estimate,
+    "credits": lambda entry: entry.task.credits_used if entry.task and entry.task.settled else None,
+    "charged": lambda entry: entry.charged,
+    "request": lambda entry: json.dumps(entry.request),
+    "save_as": lambda entry: entry.save_as,
+    "task": lambda entry: json.dumps(asdict(entry.task)) if entry.task else None,
+    "error": lambda entry: json.dumps(asdict(entry.error)) if entry.error else None,
+    "pictures": lambda entry: json.dumps([asdict(picture) for picture in entry.pictures]),
+}
+# What `Journal.update` writes; `Journal.keep` writes the pictures too.
+STATE = ("phase", "task_id", "status", "closed", "credits", "charged", "task", "error")
 
 
-def entry_of(row: Any) -> Entry:
-    """The reverse, from COLUMNS; raises anything for what makes no sense."""
-    *plain, attended, request, task, error, pictures = row
-    names = ("key", "owner", "phase", "created_at", "fingerprint", "estimate", "save_as", "delivered_at")
+def entry_of(row: Mapping[str, Any]) -> Entry:
+    """The entry of a row of COLUMNS.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: the row makes no sense.
+    """
+    task, error = row["task"], row["error"]
     return Entry(
-        **dict(zip(names, plain, strict=True)),
-        attended=bool(attended),
-        request=dict(json.loads(request)),
+        key=row["key"],
+        owner=row["owner"],
+        phase=row["phase"],
+        created_at=row["created_at"],
+        fingerprint=row["fingerprint"],
+        request=dict(json.loads(row["request"])),
+        estimate=row["estimate"],
+        save_as=row["save_as"],
+        attended=bool(row["attended"]),
+        delivered_at=row["delivered_at"],
         task=_task(json.loads(task)) if task else None,
         error=Problem(**json.loads(error)) if error else None,
-        pictures=tuple(Picture(**picture) for picture in json.loads(pictures)),
+        pictures=tuple(Picture(**picture) for picture in json.loads(row["pictures"])),
     )
 
 

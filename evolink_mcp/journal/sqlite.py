@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.entry import COLUMNS, STATE, WRITTEN, Entry, entry_of, row_of
+from evolink_mcp.journal.entry import COLUMNS, STATE, Entry, entry_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,6 +39,8 @@ MIGRATIONS = (
     CREATE INDEX entries_undelivered ON entries (fingerprint) WHERE delivered_at IS NULL;
     CREATE TABLE uploads (sha256 TEXT PRIMARY KEY, url TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
     """,
+    # 2: the column held `Entry.closed` all the time; SQLite renames it in the indexes too.
+    "ALTER TABLE entries RENAME COLUMN complete TO closed",
 )
 
 
@@ -61,15 +63,15 @@ class SqliteJournal:
     # --- writing ---
 
     def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
-        names = ", ".join(("key", *WRITTEN))
-        marks = ", ".join("?" * (len(WRITTEN) + 1))
+        statement = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+        values = [value(entry) for value in COLUMNS.values()]
 
         def write(db: sqlite3.Connection) -> float | None:
             with _transaction(db):
                 spent = _spent(db, since)
                 if cap is not None and spent + entry.estimate > cap:
                     return spent
-                db.execute(f"INSERT INTO entries ({names}) VALUES ({marks})", row_of(entry))
+                db.execute(statement, values)
             return None
 
         return self._run(write)
@@ -78,13 +80,12 @@ class SqliteJournal:
         self._write(entry, STATE)
 
     def keep(self, entry: Entry) -> None:
-        self._write(entry, STATE | {"pictures"})
+        self._write(entry, (*STATE, "pictures"))
 
-    def _write(self, entry: Entry, names: set[str]) -> None:
-        key, *values = row_of(entry)
-        pairs = [(name, value) for name, value in zip(WRITTEN, values, strict=True) if name in names]
-        statement = f"UPDATE entries SET {', '.join(f'{name} = ?' for name, _ in pairs)} WHERE key = ?"
-        if self._run(lambda db: db.execute(statement, (*(value for _, value in pairs), key)).rowcount) != 1:
+    def _write(self, entry: Entry, names: tuple[str, ...]) -> None:
+        statement = f"UPDATE entries SET {', '.join(f'{name} = ?' for name in names)} WHERE key = ?"
+        values = [*(COLUMNS[name](entry) for name in names), entry.key]
+        if self._run(lambda db: db.execute(statement, values).rowcount) != 1:
             raise self._unwritable("the entry is not in it any more")
 
     def deliver(self, key: str, at: float) -> None:
@@ -101,7 +102,7 @@ class SqliteJournal:
         from filelock import FileLock, Timeout
 
         owners = [row[0] for row in self._run(lambda db: db.execute(
-            "SELECT DISTINCT owner FROM entries WHERE (complete = 0 OR (delivered_at IS NULL AND attended = 1))"
+            "SELECT DISTINCT owner FROM entries WHERE (closed = 0 OR (delivered_at IS NULL AND attended = 1))"
             " AND owner != ?", (self.owner,)).fetchall())]  # fmt: skip
         adopted: list[Entry] = []
         for owner in owners:
@@ -124,9 +125,9 @@ class SqliteJournal:
         def take(db: sqlite3.Connection) -> list[Any]:
             with _transaction(db):
                 db.execute("UPDATE entries SET attended = 0 WHERE owner = ?", (owner,))
-                found = f"SELECT {COLUMNS} FROM entries WHERE owner = ? AND complete = 0"
+                found = "SELECT * FROM entries WHERE owner = ? AND closed = 0"
                 rows = db.execute(found, (owner,)).fetchall()
-                db.execute("UPDATE entries SET owner = ? WHERE owner = ? AND complete = 0", (self.owner, owner))
+                db.execute("UPDATE entries SET owner = ? WHERE owner = ? AND closed = 0", (self.owner, owner))
             return rows
 
         return [replace(entry, owner=self.owner) for entry in _readable(self._run(take))]
@@ -190,7 +191,7 @@ class SqliteJournal:
         return rows[0] if rows else None
 
     def _many(self, where: str, *values: Any) -> list[Entry]:
-        statement = f"SELECT {COLUMNS} FROM entries WHERE {where}"
+        statement = f"SELECT * FROM entries WHERE {where}"
         return _readable(self._run(lambda db: db.execute(statement, values).fetchall()))
 
     def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
@@ -219,6 +220,7 @@ class SqliteJournal:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            db.row_factory = sqlite3.Row
             db.text_factory = lambda data: data.decode("utf-8", "replace")
             try:
                 db.execute("PRAGMA journal_mode = WAL")
@@ -299,7 +301,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 def _spent(db: sqlite3.Connection, since: float) -> float:
     (total,) = db.execute(
-        "SELECT total(CASE WHEN charged = 'no' AND complete = 1 THEN 0 ELSE coalesce(credits, estimate) END)"
+        "SELECT total(CASE WHEN charged = 'no' AND closed = 1 THEN 0 ELSE coalesce(credits, estimate) END)"
         " FROM entries WHERE created_at >= ? AND phase != 'found'",
         (since,),
     ).fetchone()
@@ -307,11 +309,11 @@ def _spent(db: sqlite3.Connection, since: float) -> float:
 
 
 def _readable(rows: list[Any]) -> list[Entry]:
-    """Entries from COLUMNS; one that makes no sense is named and left where it is."""
+    """The entries of these rows; one that makes no sense is named in the log and left where it is."""
     entries: list[Entry] = []
     for row in rows:
         try:
             entries.append(entry_of(row))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            log.error("the journal's entry %s is damaged and left out", row[0])
+            log.error("the journal's entry %s is damaged and left out", row["key"])
     return entries

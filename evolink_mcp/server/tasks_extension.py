@@ -61,7 +61,7 @@ class Tasks(Extension):
         result = await call_next(ctx)
         facts = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
         entry = self._entry(facts["task_id"]) if facts else None
-        if entry is None or entry.complete:
+        if entry is None or entry.ended:
             return result
         # The client holds the handle: an identical call is a purchase of its own, as beside a waiting call.
         with suppress(JournalUnwritable):

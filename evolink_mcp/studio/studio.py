@@ -146,8 +146,8 @@ class Studio:
             return job
         entry = self._known(task_id)
         if entry is None:
-            entry = Entry("", "", "found", self._clock(), task=Task(task_id, status="unknown"))
-        if entry.complete and not entry.to_fetch(self._clock()):
+            entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
+        if not entry.has_work(self._clock()):
             job = Job(entry)
             job.finish()
             return job
@@ -156,7 +156,7 @@ class Studio:
 
     def deliver(self, job: Job) -> None:
         """The caller has the result: it will not be handed over again."""
-        if job.entry.key and job.entry.delivered_at is None:
+        if job.entry.is_written and job.entry.delivered_at is None:
             now = self._clock()
             job.turn(replace(job.entry, delivered_at=now))
             self._softly(partial(self.journal.deliver, job.entry.key, now))
@@ -174,7 +174,7 @@ class Studio:
 
     def leave(self, entry: Entry) -> None:
         """Nobody waits for this entry's result any more."""
-        if entry.key and entry.delivered_at is None:
+        if entry.is_written and entry.delivered_at is None:
             self._softly(partial(self.journal.leave, entry.key))
 
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
@@ -231,7 +231,7 @@ class Studio:
 
     def _start(self, entry: Entry) -> Job:
         job = Job(entry)
-        if entry.complete and entry.phase != "unknown" and not entry.to_fetch(self._clock()):
+        if not entry.has_work(self._clock()):
             job.finish()
             return job
         self._jobs.append(job)
@@ -277,7 +277,7 @@ class Studio:
         """Note a task's new state; only a change of status or links is worth the disk."""
         before = job.entry.task
         entry = replace(job.entry, task=task)
-        if not entry.key:  # a task that this journal did not know
+        if not entry.is_written:
             created = task.created or entry.created_at
             entry = replace(entry, key=new_key(), owner=self.journal.owner, created_at=created)
             self._softly(partial(self.journal.intend, entry))

@@ -11,7 +11,7 @@ from evolink_mcp.api.request import (
     Arguments,
     Count,
     GenerationRequest,
-    Optional,
+    OrNull,
     Quality,
     Resolution,
     TaskId,
@@ -41,11 +41,11 @@ Edge = Annotated[int, Strict(), Field(ge=1, le=MAX_WISH_EDGE)]
 class GenerateImageArguments(GenerationRequest):
     """generate_image: the API's fields and ours."""
 
-    wait_seconds: WaitSeconds | Optional = None
+    wait_seconds: WaitSeconds | OrNull = None
     save_as: Annotated[
-        str | Optional, Field(description="File name, or path inside an allowed folder; never overwrites.")
+        str | OrNull, Field(description="File name, or path inside an allowed folder; never overwrites.")
     ] = None
-    max_credits: Credits | Optional = None
+    max_credits: Credits | OrNull = None
     force_new: Annotated[
         bool,
         Strict(),
@@ -57,18 +57,18 @@ class GetTaskArguments(Arguments):
     """get_task."""
 
     task_id: TaskId
-    wait_seconds: WaitSeconds | Optional = None
+    wait_seconds: WaitSeconds | OrNull = None
 
 
 class ComputeSizeArguments(Arguments):
     """compute_size: a size to look up, or a width and height that are needed."""
 
-    size: Annotated[str | Optional, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
+    size: Annotated[str | OrNull, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
     resolution: Resolution = "1K"
     quality: Quality = "medium"
     n: Count = 1
-    width: Annotated[Edge | Optional, Field(description="Instead of size: the width you need, any number.")] = None
-    height: Annotated[Edge | Optional, Field(description="With width: the height you need.")] = None
+    width: Annotated[Edge | OrNull, Field(description="Instead of size: the width you need, any number.")] = None
+    height: Annotated[Edge | OrNull, Field(description="With width: the height you need.")] = None
 
 
 class ViewImageArguments(Arguments):
@@ -91,11 +91,9 @@ class ListTasksArguments(Arguments):
     """list_tasks."""
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many.")] = 10
-    status: Annotated[Status | Optional, Field(description="Only tasks of this status.")] = None
-    since: Annotated[str | Optional, Field(description="Only from this time on, ISO 8601; local without a zone.")] = (
-        None
-    )
-    until: Annotated[str | Optional, Field(description="Only up to this time.")] = None
+    status: Annotated[Status | OrNull, Field(description="Only tasks of this status.")] = None
+    since: Annotated[str | OrNull, Field(description="Only from this time on, ISO 8601; local without a zone.")] = None
+    until: Annotated[str | OrNull, Field(description="Only up to this time.")] = None
     sync: Annotated[
         bool,
         Strict(),

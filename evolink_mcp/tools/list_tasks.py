@@ -8,6 +8,7 @@ from datetime import datetime
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
+from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.purchase import start_of_day
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools import task_answer
@@ -25,7 +26,7 @@ def task_list(
     entries = studio.journal.recent(req.limit, req.status, since, until)
     outs = [task_answer.task_out(entry, rule=studio.rule) for entry in entries]
     outs += [
-        task_answer.adopted_task_out(task, studio.rule)
+        task_answer.task_out(Entry.bought_elsewhere(task, task.created or 0.0), rule=studio.rule)
         for task in elsewhere
         if req.status in (None, task.status) and (since or 0) <= (task.created or 0) <= (until or math.inf)
     ]

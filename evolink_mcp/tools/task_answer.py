@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evolink_mcp.api import sizes
-from evolink_mcp.api.task import COMPLETED, FAILED, Task
+from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, Problem, advice_for
 from evolink_mcp.journal.entry import ADOPTED, Entry, Picture, iso
 from evolink_mcp.sanitize import harmless
@@ -47,7 +47,7 @@ def task_out(
     `running`, a request that has not left yet may still be charged."""
     task = entry.task
     failure = _failure(entry) or problem
-    waiting = not entry.complete and failure is None
+    waiting = not entry.ended and failure is None
     on_its_way = running and entry.phase in ("intent", "sending")
     charged = "unknown" if on_its_way else entry.charged
     return TaskOut(
@@ -100,7 +100,7 @@ def _failure(entry: Entry) -> Problem | None:
         return entry.error
     task = entry.task
     if task is None or not task.settled or task.status == COMPLETED:
-        if task and task.status == COMPLETED and entry.complete and not any(p.saved for p in entry.pictures):
+        if task and task.status == COMPLETED and entry.ended and not any(p.saved for p in entry.pictures):
             told = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
             if entry.pictures and all(picture.lost for picture in entry.pictures):
                 return Problem(LinkExpired.code, told, LinkExpired.retryable, LinkExpired.advice)
@@ -257,8 +257,3 @@ def _compact(data: dict[str, Any]) -> str:
 
     short = {k: harmless(v, PROMPT_SHOWN) if isinstance(v, str) else _short(v) for k, v in data.items()}
     return json.dumps(short, ensure_ascii=False)
-
-
-def adopted_task_out(task: Task, rule: str) -> TaskOut:
-    """A task of the account that the journal does not know."""
-    return task_out(Entry("", "", "found", task.created or 0.0, task=task), rule=rule)

@@ -58,7 +58,7 @@ class _Rising:
         if self._last >= 100 or (entry.task is None and anyio.current_time() < self._speak_from):
             return
         known = (entry.task.progress if entry.task else None) or 0.0
-        value = 100.0 if entry.complete else min(known, 99.0)
+        value = 100.0 if entry.ended else min(known, 99.0)
         self._last = value if value > self._last else self._last + (99.9 - self._last) / 100
         await self._report(round(self._last, 4), 100.0, _progress_words(entry))
 

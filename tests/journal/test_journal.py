@@ -22,7 +22,7 @@ from conftest import KEY, Open
 
 from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import JournalUnwritable, Problem
-from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
+from evolink_mcp.journal.entry import COLUMNS, Entry, Picture, fingerprint, new_key
 from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
 
 NOW = 1_790_000_000.0
@@ -52,6 +52,59 @@ def opened(tmp_path: Path) -> Iterator[Callable[[], SqliteJournal]]:
 
 
 Opened = Callable[[], SqliteJournal]
+RELEASED = sorted((Path(__file__).parent / "released").glob("*.sqlite3"))
+
+
+@pytest.fixture(params=RELEASED, ids=lambda path: path.stem)
+def released(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqliteJournal]:
+    """A journal that a released version wrote, opened by this one. Its twelve entries were made one second apart."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(request.param, tmp_path / "data" / FILE_NAME)
+    journal = SqliteJournal(tmp_path / "data", clock=lambda: NOW)
+    yield journal
+    journal.close()
+
+
+def test_there_is_a_journal_of_every_released_version() -> None:
+    assert [path.stem for path in RELEASED] == ["0.1.0"]
+
+
+def test_a_released_journal_keeps_every_entry(released: SqliteJournal) -> None:
+    entries = list(reversed(released.recent(50)))
+    assert released.set_aside is None
+    assert [entry.created_at for entry in entries] == [NOW + number for number in range(1, 13)]
+    assert [entry.key for entry in entries] == [f"evomcp-{number:032x}" for number in range(1, 13)]
+    assert [(entry.phase, entry.status, entry.charged) for entry in entries] == [
+        ("intent", "pending", "no"),
+        ("sending", "unknown", "unknown"),
+        ("submitted", "processing", "unknown"),
+        ("submitted", "completed", "yes"),
+        ("submitted", "completed", "yes"),
+        ("submitted", "completed", "yes"),
+        ("submitted", "failed", "no"),
+        ("refused", "failed", "no"),
+        ("unsent", "failed", "no"),
+        ("unknown", "unknown", "unknown"),
+        ("submitted", "completed", "yes"),
+        ("found", "completed", "yes"),
+    ]
+    assert [entry.closed for entry in entries] == [number not in (1, 2, 3, 5) for number in range(1, 13)]
+    assert round(released.spent_since(0), 4) == 40.4982
+    assert released.find_upload("cd" * 32, 0) is not None
+
+
+def test_a_released_journal_is_taken_over_and_written_on(released: SqliteJournal) -> None:
+    left = released.adopt()
+    assert sorted(entry.created_at - NOW for entry in left) == [1, 2, 3, 5]
+    lost = next(entry for entry in left if entry.phase == "sending")
+    released.update(replace(lost, phase="unknown"))
+    assert released.by_key(lost.key) == replace(lost, phase="unknown")
+    with sqlite3.connect(released.path) as db:
+        columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
+        still_open = db.execute("SELECT count(*) FROM entries WHERE closed = 0").fetchone()[0]
+    db.close()
+    assert columns == list(COLUMNS)
+    assert still_open == 3
 
 
 def test_what_is_written_is_read_again_word_for_word(opened: Opened) -> None:
@@ -73,8 +126,8 @@ def test_what_is_written_is_read_again_word_for_word(opened: Opened) -> None:
 def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
     journal = opened()
     journal.intend(entry(journal))
-    assert journal._opened().execute("PRAGMA synchronous").fetchone() == (2,)
-    assert journal._opened().execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert tuple(journal._opened().execute("PRAGMA synchronous").fetchone()) == (2,)
+    assert tuple(journal._opened().execute("PRAGMA journal_mode").fetchone()) == ("wal",)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in journal.folder.iterdir() if path.is_file()}
     assert set(modes.values()) == {0o600}
     assert stat.S_IMODE(journal.folder.stat().st_mode) == 0o700
