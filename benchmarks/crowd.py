@@ -28,6 +28,7 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.studio.jobs import Job, Order
+from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.tools.waiting import follow
 
 TITLE = "Many at once"
@@ -77,7 +78,8 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
         async with open_studio(settings) as studio, anyio.create_task_group() as calls:
 
             async def order(prompt: str) -> Job:
-                return await studio.order(Order(GenerationRequest(prompt=prompt, size="1:1", quality="low")))
+                request = GenerationRequest(prompt=prompt, size="1:1", quality="low")
+                return await studio.order(Order(request, price_of(request, studio.rule)))
 
             # Everything that is opened or imported once is no waiting job's memory.
             with anyio.fail_after(30):

@@ -19,8 +19,11 @@ PACKAGES = {
     "api": "sizes costs urls request task http client",
     "journal": "entry contract sqlite",
     "pictures": "folders inspect previews downloads references sidecar store",
-    "studio": "schedule jobs purchase poller watch collect studio",
-    "tools": "hosts schemas shapes task_answer adapter arguments compute_size list_tasks waiting previews generate_image",
+    "studio": "schedule jobs recorder purchase poller watch collect studio",
+    "tools": (
+        "hosts schemas task_answer task_words adapter previews waiting "
+        "generate_image get_task compute_size view_image list_tasks get_balance"
+    ),
     "server": "resources prompts gallery tasks_extension server",
     "transports": "stdio web",
     "simulator": "rules simulation paintings app",

@@ -152,7 +152,7 @@ async def test_no_object_shows_the_key_when_it_is_printed(tmp_path: Path) -> Non
             f"{settings.key}",
             repr(studio),
             str(vars(studio)),
-            str(vars(studio.till)),
+            str(vars(studio._purchases)),
         ]
     assert [betrays(text) for text in shown] == [[]] * len(shown)
 

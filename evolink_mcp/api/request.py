@@ -201,6 +201,6 @@ class GenerationRequest(Arguments):
     def body(self) -> dict[str, Any]:
         """What the caller said, unchanged, and `model`; `resolution` only where it has an effect."""
         said = {name: getattr(self, name) for name in GenerationRequest.model_fields if name in self.model_fields_set}
-        if self.size not in sizes.RATIOS:
+        if not sizes.takes_resolution(self.size):
             said.pop("resolution", None)
         return {"model": self.model, **said}

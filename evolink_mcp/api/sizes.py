@@ -133,13 +133,18 @@ def resolve(text: str, tier: str = "1K", rule: str = "anchor-edge") -> Resolved:
     if tier.upper() not in TIERS:
         raise IllegalSize(f"Resolution {_quoted(tier)} is not one of {', '.join(TIERS)}.")
     known_rule, canonical = _known_rule(rule), normalize(text)
+    if takes_resolution(canonical):
+        size, downscaled = _cell(canonical, cast(Tier, tier.upper()), known_rule)
+        return Resolved(size, downscaled, resolution_applies=True, rule=known_rule)
     if canonical == "auto":
         return Resolved(None, downscaled=False, resolution_applies=False, rule="auto")
-    if "x" in canonical:
-        width, height = map(int, canonical.split("x"))
-        return Resolved(Size(width, height), downscaled=False, resolution_applies=False, rule="explicit")
-    size, downscaled = _cell(canonical, cast(Tier, tier.upper()), known_rule)
-    return Resolved(size, downscaled, resolution_applies=True, rule=known_rule)
+    width, height = map(int, canonical.split("x"))
+    return Resolved(Size(width, height), downscaled=False, resolution_applies=False, rule="explicit")
+
+
+def takes_resolution(size: str) -> bool:
+    """Whether `resolution` has an effect on this size (as `normalize` returns it): only on a ratio."""
+    return size in RATIOS
 
 
 def nearest_legal(width: int, height: int, count: int = 3) -> tuple[Size, ...]:

@@ -148,7 +148,7 @@ def _tasks(options: argparse.Namespace) -> int:
 
     from evolink_mcp.errors import JournalUnwritable
     from evolink_mcp.journal.sqlite import SqliteJournal
-    from evolink_mcp.tools import task_answer
+    from evolink_mcp.tools.task_answer import brief, task_out
 
     settings = _settings()
     journal = SqliteJournal(settings.data_dir)
@@ -160,9 +160,9 @@ def _tasks(options: argparse.Namespace) -> int:
     except JournalUnwritable as error:
         print(f"evolink-mcp: {error.what}", file=sys.stderr)
         return 1
-    outs = [task_answer.task_out(entry, rule=settings.size_rule) for entry in entries]
+    outs = [task_out(entry, rule=settings.size_rule) for entry in entries]
     if options.json:
-        print(json.dumps([task_answer.brief(out).model_dump(mode="json") for out in outs], indent=2))
+        print(json.dumps([brief(out).model_dump(mode="json") for out in outs], indent=2))
         return 0
     for out in outs:
         cost = f"{out.credits:g} credits" if out.credits is not None else ""

@@ -16,8 +16,9 @@ from evolink_mcp.api.client import BASE_URL, FILES_BASE_URL
 from evolink_mcp.api.sizes import RULES
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 from evolink_mcp.studio.purchase import Budget
-from evolink_mcp.tools.arguments import VIEW_EDGE_MAX, VIEW_EDGE_MIN, WAIT_MAX_S
+from evolink_mcp.tools.hosts import WAIT_MAX_S
 
 KEY = re.compile(r"[\x21-\x7e]{8,512}")
 PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
@@ -226,8 +227,10 @@ def _number(said: Mapping[str, str], name: str, most: float = 1e9) -> float | No
 def _preview(value: str) -> int | None:
     if value.lower() in ("auto", "off"):
         return None if value.lower() == "auto" else 0
-    if not value.isascii() or not value.isdigit() or not VIEW_EDGE_MIN <= int(value[:6]) <= VIEW_EDGE_MAX:
-        raise BadSetting(f"EVOLINK_MCP_PREVIEW must be auto, off, or pixels from {VIEW_EDGE_MIN} to {VIEW_EDGE_MAX}")
+    if not value.isascii() or not value.isdigit() or not PREVIEW_EDGE_MIN <= int(value[:6]) <= PREVIEW_EDGE_MAX:
+        raise BadSetting(
+            f"EVOLINK_MCP_PREVIEW must be auto, off, or pixels from {PREVIEW_EDGE_MIN} to {PREVIEW_EDGE_MAX}"
+        )
     return int(value)
 
 

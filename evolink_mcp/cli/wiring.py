@@ -18,7 +18,6 @@ from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import References
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.jobs import Sleep
-from evolink_mcp.studio.purchase import Till
 from evolink_mcp.studio.studio import Studio
 
 
@@ -40,9 +39,8 @@ async def open_studio(
     # Callers elsewhere save into the output folder only, unless the owner named folders for them.
     folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
     references = References(client, journal, folders, local=local, clock=clock)
-    till = Till(client, journal, settings.budget, sleep=sleep)
     studio = Studio(
-        client, journal, folders, references, till,
+        client, journal, folders, references, settings.budget,
         rule=settings.size_rule, locks=settings.data_dir / "locks", sidecars=settings.sidecars,
         key_problem=settings.key_problem, clock=clock, sleep=sleep,
     )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Literal
 from evolink_mcp.pictures.folders import open_plain
 from evolink_mcp.pictures.inspect import opened
 
+# What may be asked for, in pixels.
+PREVIEW_EDGE_MIN, PREVIEW_EDGE_MAX = 64, 2048
 # (longest edge, WebP quality): the first that fits the budget is taken.
 LADDER = ((1.0, 80), (0.75, 60), (0.5, 50), (0.25, 40))
 # Halve by averaging before resampling where more than 1.5 times the target is left: half the time, and no one sees it.

@@ -23,9 +23,9 @@ _SWEPT: set[Path] = set()
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A picture on disk: type by its bytes, size in pixels, content hash."""
+    """A saved picture, in the fields of `Picture`: type by its bytes, edges in pixels, file size, SHA-256 in hex."""
 
-    path: Path
+    path: str
     mime_type: str
     width: int
     height: int
@@ -76,7 +76,7 @@ def _settle(part: Path, target: Path) -> Kept:
             break
         number += 1
     _sync_folder(target.parent)
-    return Kept(path.resolve(), facts.mime_type, facts.width, facts.height, size, digest)
+    return Kept(str(path.resolve()), facts.mime_type, facts.width, facts.height, size, digest)
 
 
 def _sweep(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from mcp.server.apps import APP_MIME_TYPE, Apps
 from mcp.server.mcpserver.resources import FileResource
 
-from evolink_mcp.tools.generate_image import GALLERY_URI
+from evolink_mcp.tools.previews import GALLERY_URI
 
 PAGE = Path(__file__).with_name("gallery.html")
 

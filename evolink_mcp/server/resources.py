@@ -29,7 +29,7 @@ from evolink_mcp.pictures.folders import open_plain
 from evolink_mcp.pictures.inspect import sniff
 from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.studio.studio import Studio
-from evolink_mcp.tools import task_answer
+from evolink_mcp.tools.task_answer import task_out
 
 # TypeScript stdio clients close on messages above 10 MiB; base64 adds a third.
 IMAGE_MAX_BYTES = 7_000_000
@@ -56,9 +56,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
             )
-        return json.dumps(
-            scrub(task_answer.task_out(entry, rule=studio.rule).model_dump(mode="json")), ensure_ascii=False
-        )
+        return json.dumps(scrub(task_out(entry, rule=studio.rule).model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
                      description="A saved picture in full.")  # fmt: skip
@@ -110,7 +108,7 @@ def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
             await bus.publish(ResourceUpdated(uri=uri))
             await watchers.tell(uri)
 
-    studio.on_change.append(tell)
+    studio.subscribe(tell)
     wire.add_request_handler("resources/subscribe", SubscribeRequestParams, watchers.subscribe)
     wire.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, watchers.unsubscribe)
 

@@ -18,7 +18,13 @@ from evolink_mcp.server.prompts import add_prompts
 from evolink_mcp.server.resources import ResourceServer, add_resources
 from evolink_mcp.server.tasks_extension import Tasks
 from evolink_mcp.studio.studio import Studio
-from evolink_mcp.tools.generate_image import Tools
+from evolink_mcp.tools.compute_size import compute_size_tool
+from evolink_mcp.tools.generate_image import generate_image_tool
+from evolink_mcp.tools.get_balance import get_balance_tool
+from evolink_mcp.tools.get_task import get_task_tool
+from evolink_mcp.tools.list_tasks import list_tasks_tool
+from evolink_mcp.tools.view_image import view_image_tool
+from evolink_mcp.tools.waiting import Waiting
 
 NAME = "evolink-mcp"
 INSTRUCTIONS = (
@@ -55,8 +61,16 @@ def build_server(
     resource_links: bool = False,
 ) -> MCPServer[Any]:
     """Tools, resources and prompts over `studio`, which is opened and closed by the caller."""
-    tools = Tools(studio, wait_s=wait_s, preview_edge=preview_edge, resource_links=resource_links).all()
-    get_task = next(tool for tool in tools if tool.name == "get_task")
+    waiting = Waiting(studio, wait_s, preview_edge, resource_links)
+    get_task = get_task_tool(waiting)
+    tools = [
+        generate_image_tool(waiting),
+        get_task,
+        compute_size_tool(studio),
+        view_image_tool(waiting),
+        list_tasks_tool(studio),
+        get_balance_tool(studio),
+    ]
     server = Server(
         NAME,
         title="EvoLink Images",

@@ -1,11 +1,11 @@
-"""Fetch and keep: every picture of a completed task lands in a folder, once."""
+"""Every picture of a completed task is fetched and saved, once."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import anyio
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, Refused
-from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.journal.entry import Picture
 from evolink_mcp.pictures.downloads import download
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.sidecar import lay_beside
 from evolink_mcp.pictures.store import Kept, keep
-from evolink_mcp.studio.jobs import FileTurn, Job, Sleep
+from evolink_mcp.studio.jobs import Job, Sleep, TaskLock
+from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.watch import merged
 
@@ -31,16 +32,14 @@ DOWNLOADS_AT_ONCE = 4
 
 
 class Collector:
-    """Saves pictures into `folders`. `known` reads an entry anew, `seen` and `kept` hear what changed."""
+    """Saves pictures into `folders`, and tells `recorder` of each one."""
 
     def __init__(
         self,
         client: EvolinkClient,
         folders: Folders,
+        recorder: Recorder,
         *,
-        known: Callable[[str], Entry | None],
-        seen: Callable[[Job, Task], None],
-        kept: Callable[[Job, tuple[Picture, ...]], None],
         locks: Path | None = None,
         sidecars: bool = True,
         clock: Callable[[], float] = time.time,
@@ -48,47 +47,46 @@ class Collector:
     ) -> None:
         self._client = client
         self._folders = folders
-        self._known = known
-        self._seen = seen
-        self._kept = kept
+        self._recorder = recorder
         self._locks = locks
         self._sidecars = sidecars
         self._clock = clock
         self._sleep = sleep
-        self._at_once = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
+        self._slots = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
 
     async def collect(self, job: Job) -> None:
         """Save every picture that is not saved yet: once, even with another server on the same task.
 
-        A picture that cannot be had keeps its URL and says why; the first such reason becomes the job's problem.
+        A picture that cannot be fetched keeps its URL and says why. The first such reason becomes the job's problem.
         """
         await self._reread(job)
         task = job.entry.task
         assert task is not None
-        async with FileTurn(self._locks, task.id, self._sleep):
-            pictures = self._to_have(job, task)
-            self._kept(job, _ordered(pictures))
+        async with TaskLock(self._locks, task.id, self._sleep):
+            pictures = self._pictures(job, task)
+            self._recorder.pictures_changed(job, _ordered(pictures))
             async with anyio.create_task_group() as group:
                 for picture in list(pictures.values()):
                     if not picture.saved:
                         group.start_soon(self._fetch, job, pictures, picture)
 
-    def _to_have(self, job: Job, task: Task) -> dict[int, Picture]:
-        """The task's pictures, with what another server or an earlier life has saved of them."""
-        # A link lives from the task's end, which is now if this job saw the task run; else it is reckoned from its start.
-        born = self._clock() if job.witnessed else task.created or job.entry.created_at
-        expires = born + LINK_LIVES_S
+    def _pictures(self, job: Job, task: Task) -> dict[int, Picture]:
+        """The task's pictures by index, with what this or another server has saved of them before."""
+        # A link is valid for 24 h after the task's end. Only a job that saw the task run knows that moment: it is now.
+        # For any other job the task's start is the safe assumption.
+        ended = self._clock() if job.seen_running else task.created or job.entry.created_at
+        expires = ended + LINK_LIVES_S
         pictures = {index: Picture(index, url, expires) for index, url in enumerate(task.results)}
-        elsewhere = self._known(task.id)
-        for picture in (*job.entry.pictures, *(elsewhere.pictures if elsewhere else ())):
-            if picture.saved and not Path(picture.path or "").is_file() and picture.url_expires_at > self._clock():
+        known = self._recorder.known(task.id)
+        for picture in (*job.entry.pictures, *(known.pictures if known else ())):
+            if picture.saved and not picture.here and picture.url_expires_at > self._clock():
                 picture = Picture(picture.index, picture.url, picture.url_expires_at)
             if picture.saved or not pictures.get(picture.index, picture).saved:
                 pictures[picture.index] = replace(picture, error=None, lost=False)
         return pictures
 
     async def _fetch(self, job: Job, pictures: dict[int, Picture], picture: Picture) -> None:
-        async with self._at_once:
+        async with self._slots:
             try:
                 kept = await self._download(job, picture)
             except EvolinkError as error:
@@ -96,25 +94,17 @@ class Collector:
                 pictures[picture.index] = replace(picture, error=error.what, lost=lost)
                 job.problem = job.problem or error.problem
             else:
-                pictures[picture.index] = replace(
-                    picture,
-                    path=str(kept.path),
-                    mime_type=kept.mime_type,
-                    width=kept.width,
-                    height=kept.height,
-                    bytes=kept.bytes,
-                    sha256=kept.sha256,
-                )
+                pictures[picture.index] = replace(picture, **asdict(kept))
                 if self._sidecars:
                     await lay_beside(job.entry, pictures[picture.index])
-        self._kept(job, _ordered(pictures))
+        self._recorder.pictures_changed(job, _ordered(pictures))
 
     async def _download(self, job: Job, picture: Picture) -> Kept:
         target = self._folders.output / f"{job.entry.task_id}-{picture.index}"
         if job.entry.save_as is not None:
             with suppress(Refused):
                 wanted = self._folders.target(job.entry.save_as)
-                # Several pictures are numbered by their index, not by which came first.
+                # Several pictures are numbered by their index, not by the order in which they arrive.
                 stem = wanted.stem if picture.index == 0 else f"{wanted.stem}-{picture.index}"
                 target = wanted.with_name(stem + wanted.suffix)
         for repeat in range(REPEATS_MAX + 1):
@@ -122,7 +112,7 @@ class Collector:
                 return await keep(partial(download, self._client, picture.url), target)
             except DownloadFailed as error:
                 if isinstance(error, LinkExpired) and picture.url_expires_at > self._clock():
-                    # A link refused before its time may not have spread yet, or a guard stands before it.
+                    # Refused before its time: the link may not be known to every server of the host yet.
                     error = DownloadFailed("EvoLink's link to the picture is refused")
                 if not error.retryable or repeat == REPEATS_MAX:
                     raise error
@@ -130,18 +120,18 @@ class Collector:
         raise AssertionError("unreachable")
 
     async def _reread(self, job: Job) -> None:
-        """A finished task without its links is read again, a few times; it is never bought again."""
+        """Read a completed task that lacks its links again, a few times. It is never bought again."""
         task = job.entry.task
         assert task is not None
         asked = job.entry.request.get("n", 1)
         for attempt in range(REREADS_MAX):
-            # Fewer pictures than asked is common and final: one more look is enough for it.
+            # Fewer pictures than asked are common and final: one more read is enough for them.
             if len(task.results) >= asked or (task.results and attempt > 0):
                 return
             await self._sleep(REREAD_AFTER_S * (attempt + 1))
             with suppress(EvolinkError):
                 task = merged(task, await self._client.task(task.id))
-                self._seen(job, task)
+                self._recorder.task_seen(job, task)
 
 
 def _ordered(pictures: dict[int, Picture]) -> tuple[Picture, ...]:

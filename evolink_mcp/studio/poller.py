@@ -1,4 +1,4 @@
-"""Reads of unfinished tasks, gathered: many that are due together go out as one batch request."""
+"""Reads of unfinished tasks: reads that are due at the same time go out as one batch request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 
 GATHER_S = 0.05
 READS_PER_S = 100
-NO_BATCH_HERE = (400, 404, 405, 501)
-SENSELESS_MAX = 3
+# EvoLink's answers that say: there are no batch reads here.
+NO_BATCH_STATUS = (400, 404, 405, 501)
+UNREADABLE_BATCHES_MAX = 3
 
 
 @dataclass(slots=True)
-class _Wish:
-    """One caller who waits for a look at one task."""
+class _Read:
+    """One watcher's read of one task; `done` is set when it has a task or an error."""
 
     task_id: str
     done: anyio.Event = field(default_factory=anyio.Event)
@@ -32,8 +33,8 @@ class _Wish:
     error: EvolinkError | None = None
 
 
-class Lookout:
-    """Looks at tasks for any number of watchers; its requests run in `group`, so no watcher's end disturbs another."""
+class Poller:
+    """Reads tasks for any number of watchers. Its requests run in `group`: a watcher that ends disturbs no other."""
 
     def __init__(
         self,
@@ -47,102 +48,104 @@ class Lookout:
         self._group = group
         self._sleep = sleep
         self._monotonic = monotonic
-        self._wishes: list[_Wish] = []
+        self._due: list[_Read] = []
         self._batch_works = True
-        self._senseless = 0
-        self._next_read = 0.0
-        # A read's deadline runs while it queues for a connection: so it queues here, before.
-        self._at_once = anyio.CapacityLimiter(POOL_SIZE)
+        self._unreadable_batches = 0
+        self._next_read_at = 0.0
+        # The deadline of a read includes its wait for a connection, so reads queue here instead, before it starts.
+        self._connections = anyio.CapacityLimiter(POOL_SIZE)
         self.watchers = 0
 
-    async def look(self, task_id: str) -> Task:
+    async def read(self, task_id: str) -> Task:
         """The task's state now.
 
         Raises:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
         if self.watchers <= 1 or not self._batch_works:
-            return await self._read(task_id)
-        wish = _Wish(task_id)
-        self._wishes.append(wish)
-        if len(self._wishes) == 1:
+            return await self._read_one(task_id)
+        read = _Read(task_id)
+        self._due.append(read)
+        if len(self._due) == 1:
             self._group.start_soon(self._gather)
-        await wish.done.wait()
-        if wish.error is not None:
-            raise wish.error
-        assert wish.task is not None
-        return wish.task
+        await read.done.wait()
+        if read.error is not None:
+            raise read.error
+        assert read.task is not None
+        return read.task
 
     async def _gather(self) -> None:
         await self._sleep(GATHER_S)
-        wishes, self._wishes = self._wishes, []
-        for start in range(0, len(wishes), BATCH_MAX):
-            self._group.start_soon(self._grant, wishes[start : start + BATCH_MAX])
+        due, self._due = self._due, []
+        for start in range(0, len(due), BATCH_MAX):
+            self._group.start_soon(self._answer, due[start : start + BATCH_MAX])
 
-    async def _grant(self, wishes: list[_Wish]) -> None:
+    async def _answer(self, reads: list[_Read]) -> None:
+        """Answer these reads by one batch request; what the batch does not tell in full is read alone."""
         try:
-            found = await self._together([wish.task_id for wish in wishes]) if len(wishes) > 1 else {}
+            found = await self._read_batch([read.task_id for read in reads]) if len(reads) > 1 else {}
         except EvolinkError as error:
-            for wish in wishes:
-                wish.error = error
-                wish.done.set()
+            for read in reads:
+                read.error = error
+                read.done.set()
             return
-        for wish in wishes:
-            task = found.get(wish.task_id)
+        for read in reads:
+            task = found.get(read.task_id)
             if task is None or not _told_in_full(task):
-                self._group.start_soon(self._single, wish)
+                self._group.start_soon(self._answer_alone, read)
             else:
-                wish.task = task
-                wish.done.set()
+                read.task = task
+                read.done.set()
 
-    async def _single(self, wish: _Wish) -> None:
+    async def _answer_alone(self, read: _Read) -> None:
         try:
-            wish.task = await self._read(wish.task_id)
+            read.task = await self._read_one(read.task_id)
         except EvolinkError as error:
-            wish.error = error
+            read.error = error
         finally:
-            if wish.task is None and wish.error is None:
-                wish.error = Unreadable("the look at the task was interrupted")
-            wish.done.set()
+            if read.task is None and read.error is None:
+                read.error = Unreadable("the look at the task was interrupted")
+            read.done.set()
 
-    async def _together(self, task_ids: list[str]) -> dict[str, Task]:
+    async def _read_batch(self, task_ids: list[str]) -> dict[str, Task]:
+        """What one batch request tells of these tasks; nothing where EvoLink does not answer batch reads."""
         if not self._batch_works:
             return {}
         try:
-            await self._spaced()
-            async with self._at_once:
+            await self._keep_pace()
+            async with self._connections:
                 found = await self._client.tasks(task_ids)
         except RateLimited:
             raise
         except (Rejected, Unreadable) as error:
-            # A broken connection says nothing about batch reads: only a definite no, or nonsense again and again.
+            # A broken connection says nothing about batch reads: only a definite no does, or repeated nonsense.
             if error.http_status is None and isinstance(error.__cause__, TRANSPORT_ERRORS):
                 raise
-            if error.http_status not in (None, *NO_BATCH_HERE):
+            if error.http_status not in (None, *NO_BATCH_STATUS):
                 raise
-            self._senseless += 1
-            if error.http_status is not None or self._senseless >= SENSELESS_MAX:
+            self._unreadable_batches += 1
+            if error.http_status is not None or self._unreadable_batches >= UNREADABLE_BATCHES_MAX:
                 self._batch_works = False
                 log.info("EvoLink does not answer batch reads; tasks are read one by one")
             return {}
-        self._senseless = 0
+        self._unreadable_batches = 0
         return found
 
-    async def _read(self, task_id: str) -> Task:
-        await self._spaced()
-        async with self._at_once:
+    async def _read_one(self, task_id: str) -> Task:
+        await self._keep_pace()
+        async with self._connections:
             return await self._client.task(task_id)
 
-    async def _spaced(self) -> None:
-        """Keep all reads of this process below 100 a second."""
+    async def _keep_pace(self) -> None:
+        """Keep all reads of this process below READS_PER_S."""
         now = self._monotonic()
-        self._next_read = max(self._next_read + 1 / READS_PER_S, now)
-        if self._next_read > now:
-            await self._sleep(self._next_read - now)
+        self._next_read_at = max(self._next_read_at + 1 / READS_PER_S, now)
+        if self._next_read_at > now:
+            await self._sleep(self._next_read_at - now)
 
 
 def _told_in_full(task: Task) -> bool:
-    """Whether a batch says all that a single read would: an end needs its links and price, or its reason."""
+    """Whether a batch tells all that a single read would: links and price of a completed task, reason of a failed one."""
     if task.status == COMPLETED:
         return bool(task.results) and task.credits_used is not None
     return task.status != FAILED or task.error is not None

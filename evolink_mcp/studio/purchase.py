@@ -1,12 +1,13 @@
-"""The purchase: written down before the money leaves, sent once, and never repeated unless provably unsent."""
+"""The purchase: written down before it is sent, sent once, and repeated only when nothing was bought for certain."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 import anyio
 
@@ -17,7 +18,6 @@ from evolink_mcp.api.request import MODEL, GenerationRequest
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import (
     EvolinkError,
-    JournalUnwritable,
     OutcomeUnknown,
     OverBudget,
     Problem,
@@ -27,6 +27,8 @@ from evolink_mcp.errors import (
 )
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import ADOPTED, Entry
+from evolink_mcp.studio.jobs import Job, Sleep
+from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 
 log = logging.getLogger(__name__)
@@ -34,11 +36,12 @@ log = logging.getLogger(__name__)
 REPEATS_MAX = 2
 REPEAT_WITHIN_S = 30.0
 CLOCK_SKEW_S = 60.0
-# After its intent a purchase's task is made within this, as far as two clocks can tell.
+# EvoLink makes a purchase's task within this time after the entry was written, if the two clocks agree.
 SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
-# A task that somebody fetched by its id may be the one: looking at a candidate must not make the other one certain.
+# Entries that may own a task that is found by its time. `found` counts too: the user may have called get_task on one
+# of two candidates, and that does not make the other one certain.
 RIVALS = ("sending", "unknown", "found")
-# When the account is asked about a lost answer: at once, and again for a task that was still being made.
+# When the account's list is read for a lost answer: at once, and again because the task may not be listed yet.
 RECONCILE_AFTER_S = (0.0, 3.0)
 # A prompt up to this long costs less than 0.05 credit: too little to refuse a call that compute_size priced.
 PROMPT_TOKENS_FREE = 160
@@ -53,29 +56,32 @@ class Budget:
     confirm_above: float | None = None
 
 
-class Till:
-    """Buys tasks. Holds nothing open; every state it reaches is in the journal before it is acted upon."""
+class Purchases:
+    """Buys tasks. Every state is in the journal before anything is done because of it."""
 
     def __init__(
         self,
         client: EvolinkClient,
         journal: Journal,
+        recorder: Recorder,
         budget: Budget,
         *,
-        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        sleep: Sleep = anyio.sleep,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._client = client
         self._journal = journal
+        self._recorder = recorder
+        self._budget = budget
         self._sleep = sleep
         self._draw = draw
-        self.budget = budget
 
-    def check(self, price: Price, max_credits: float | None) -> None:
-        """Refuse a price above the caller's or the owner's cap, before anything is sent.
+    def check_caps(self, price: Price, max_credits: float | None, now: float) -> None:
+        """Refuse a price above a cap before anything is sent or uploaded; `intend` judges the day's cap again.
 
         Raises:
             OverBudget: names the price and the cap.
+            JournalUnwritable: what was spent today cannot be read.
         """
         credits = price.credits
         if max_credits is not None and credits > max_credits:
@@ -83,92 +89,79 @@ class Till:
                 f"the computed price is {credits:g} credits (${price.usd:g}), above max_credits={max_credits:g}",
                 advice=f"Ask the user; then call again with max_credits={credits:g}, or a smaller size or quality.",
             )
-        cap = self.budget.per_call
+        cap = self._budget.per_call
         if cap is not None and credits > cap:
             raise OverBudget(
                 f"the computed price is {credits:g} credits (${price.usd:g}), above the cap of {cap:g} per call",
                 advice="Choose a smaller size, quality or n; the cap is EVOLINK_MCP_MAX_CREDITS_PER_CALL.",
             )
-
-    def afford(self, price: Price, now: float) -> None:
-        """Refuse early what `open` would refuse anyway, before private pictures are uploaded for it.
-
-        Raises:
-            OverBudget, JournalUnwritable: as `open` does, which has the last word.
-        """
         spent = self._journal.spent_since(start_of_day(now))
-        if self.budget.per_day is not None and spent + price.credits > self.budget.per_day:
-            raise self._over_the_day(price.credits, spent)
+        if self._budget.per_day is not None and spent + credits > self._budget.per_day:
+            raise _over_the_day(credits, spent, self._budget.per_day)
 
-    def open(self, entry: Entry) -> None:
-        """Write the intent down, unless the day's cap forbids it: the cap and the entry are one transaction.
+    def intend(self, entry: Entry) -> None:
+        """Write a new entry, unless the day's cap forbids it: the check and the entry are one transaction.
 
         Raises:
             OverBudget: the day's credits would go above EVOLINK_MCP_MAX_CREDITS_PER_DAY.
             JournalUnwritable: nothing may be bought.
         """
-        cap = self.budget.per_day
+        cap = self._budget.per_day
         spent = self._journal.intend(entry, since=start_of_day(entry.created_at), cap=cap)
-        if spent is not None:
-            raise self._over_the_day(entry.estimate, spent)
+        if spent is not None and cap is not None:
+            raise _over_the_day(entry.estimate, spent, cap)
 
-    def _over_the_day(self, credits: float, spent: float) -> OverBudget:
-        return OverBudget(
-            f"the computed price is {credits:g} credits, and {spent:g} of today's {self.budget.per_day:g} are spent",
-            advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
-        )
+    async def buy(self, job: Job) -> None:
+        """Send the request of an `intent` entry. It ends `submitted`, `refused`, `unsent` or `unknown`.
 
-    async def buy(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
-        """Send the request of an `intent` entry; returns it `submitted`, `refused`, `unsent` or `unknown`.
-
-        `on_phase` hears of every state. A cancelled call leaves the entry `sending`.
+        If the call is cancelled while the request is on its way, the entry stays `sending`.
 
         Raises:
-            JournalUnwritable: `sending` could not be written down, so nothing was sent.
+            JournalUnwritable: `sending` could not be written, so nothing was sent.
         """
-        sending = replace(entry, phase="sending")
-
-        def on_sending() -> None:
-            self._journal.update(sending)
-            on_phase(sending)
-
+        entry, recorder = job.entry, self._recorder
         used_s = 0.0
         for repeat in range(REPEATS_MAX + 1):
             began = anyio.current_time()
             try:
-                task = await self._client.submit(entry.request, idempotency_key=entry.key, on_sending=on_sending)
+                task = await self._client.submit(
+                    entry.request, idempotency_key=entry.key, on_sending=partial(recorder.sending, job)
+                )
             except (RateLimited, Unreachable) as error:
                 wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))
                 used_s += anyio.current_time() - began + wait
                 if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S:
                     phase = "refused" if isinstance(error, RateLimited) else "unsent"
-                    return self._note(replace(entry, phase=phase, error=error.problem), on_phase)
+                    return recorder.phase_changed(job, phase, error=error.problem)
                 log.info("the request was not taken (%s); once more in %.1f s", error.code, wait)
-                self._note(entry, on_phase)
+                recorder.phase_changed(job, "intent")
                 await self._sleep(wait)
             except Rejected as error:
-                return self._note(replace(entry, phase="refused", error=error.problem), on_phase)
+                return recorder.phase_changed(job, "refused", error=error.problem)
             except OutcomeUnknown as error:
-                lost = self._note(replace(entry, phase="unknown", error=error.problem), on_phase)
-                return await self.reconcile(lost, on_phase)
+                recorder.phase_changed(job, "unknown", error=error.problem)
+                return await self.reconcile(job)
             else:
-                return self._accept(entry, task, on_phase)
+                # No await between the answer and this note: a cancelled call cannot lose the id.
+                return recorder.phase_changed(job, "submitted", task=task)
         raise AssertionError("unreachable")
 
-    async def reconcile(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
-        """Ask the account's task list (read-only) what became of an `unknown` entry.
+    async def reconcile(self, job: Job) -> None:
+        """Ask the account's task list (read-only) what became of a request whose answer was lost.
 
-        Exactly one task of its time that nobody accounts for is adopted; several are named; none leaves it unknown.
+        If exactly one task of that time belongs to no other entry, it is taken. If there are several, they are named.
+        If there is none, the outcome stays unknown.
         """
+        entry = job.entry
         candidates: list[Task] = []
         for wait in RECONCILE_AFTER_S:
             if wait:
                 await self._sleep(wait)
             try:
-                candidates = await self._unaccounted(entry)
-                if len(candidates) == 1 and not self._rivals(entry):
+                candidates = await self._candidates(entry)
+                if len(candidates) == 1 and not self._has_rivals(entry):
                     log.info("a lost answer was found in the account's list: %s", candidates[0].id)
-                    return self._accept(entry, candidates[0], on_phase, ADOPTED)
+                    return self._recorder.phase_changed(job, "submitted", task=candidates[0], error=ADOPTED)
             except EvolinkError as error:
                 log.info("the account's tasks could not be compared: %s", error.code)
             if candidates:
@@ -180,11 +173,10 @@ class Till:
             advice = (
                 f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
             )
-        problem = Problem("outcome_unknown", said, False, advice)
-        return self._note(replace(entry, phase="unknown", error=problem), on_phase)
+        return self._recorder.phase_changed(job, "unknown", error=Problem("outcome_unknown", said, False, advice))
 
-    async def _unaccounted(self, entry: Entry) -> list[Task]:
-        """The account's tasks of the entry's time that no journal entry knows."""
+    async def _candidates(self, entry: Entry) -> list[Task]:
+        """The account's tasks of the entry's time that belong to no entry of the journal."""
         earliest = entry.created_at - CLOCK_SKEW_S
         latest = entry.created_at + SPAN_S
         tasks = [
@@ -195,29 +187,17 @@ class Till:
         known = self._journal.known_tasks([task.id for task in tasks])
         return [task for task in tasks if task.id not in known]
 
-    def _rivals(self, entry: Entry) -> bool:
+    def _has_rivals(self, entry: Entry) -> bool:
         """Whether another purchase of the same time may own the task: then nobody can say whose it is."""
         near = self._journal.recent(200, since=entry.created_at - SPAN_S, until=entry.created_at + SPAN_S)
         return any(other.key != entry.key and other.phase in RIVALS for other in near)
 
-    def _accept(
-        self, entry: Entry, task: Task, on_phase: Callable[[Entry], None], error: Problem | None = None
-    ) -> Entry:
-        """Note the id in the same breath as the answer: there is no await in here."""
-        return self._note(replace(entry, phase="submitted", task=task, error=error), on_phase)
 
-    def _note(self, entry: Entry, on_phase: Callable[[Entry], None]) -> Entry:
-        """Write down what became of a request that was let go.
-
-        The caller must hear of it even when the disk is full; what is on disk says then no more than that it was
-        sent, and the next start asks EvoLink.
-        """
-        try:
-            self._journal.update(entry)
-        except JournalUnwritable as error:
-            log.error("%s of %s could not be written down: %s", entry.phase, entry.task_id or entry.key, error.what)
-        on_phase(entry)
-        return entry
+def _over_the_day(credits: float, spent: float, cap: float) -> OverBudget:
+    return OverBudget(
+        f"the computed price is {credits:g} credits, and {spent:g} of today's {cap:g} are spent",
+        advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
+    )
 
 
 def start_of_day(now: float) -> float:
@@ -226,7 +206,7 @@ def start_of_day(now: float) -> float:
 
 
 def price_of(request: GenerationRequest, rule: str) -> Price:
-    """What a request will cost: references as their upper bound, a long prompt as an estimate."""
+    """The price of a request by one size rule: an upper bound for references, an estimate for a long prompt."""
     tokens = costs.prompt_tokens(request.prompt)
     return costs.price(
         sizes.resolve(request.size, request.resolution, rule).size,

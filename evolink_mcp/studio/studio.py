@@ -1,12 +1,14 @@
-"""The way: ask, write it down, pay, write it down, look until done, fetch, keep. Only this room knows the order."""
+"""The steps of an order: ask, write it down, pay, write it down, read until settled, fetch, save.
+
+Only this module knows their order.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,16 @@ import anyio
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED, Balance, Task
-from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem
+from evolink_mcp.errors import EvolinkError, KeyMissing, Problem
 from evolink_mcp.journal.contract import Journal
-from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
+from evolink_mcp.journal.entry import Entry, fingerprint, new_key
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import References
 from evolink_mcp.studio.collect import Collector
 from evolink_mcp.studio.jobs import Job, Order, Sleep
-from evolink_mcp.studio.poller import Lookout
-from evolink_mcp.studio.purchase import Till, price_of
+from evolink_mcp.studio.poller import Poller
+from evolink_mcp.studio.purchase import Budget, Purchases
+from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.watch import Watcher
 
 log = logging.getLogger(__name__)
@@ -32,11 +35,17 @@ RECOVER_AFTER_S = 1.0
 RECOVER_WITHIN_S = 48 * 3600
 SUBMIT_GRACE_S = 1.0
 INTERNAL_FAULT = Problem("internal_error", "the server had an internal fault", True, "Call get_task with the id.")
+INTERRUPTED = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
+
+Subscriber = Callable[[Entry], Awaitable[None]]
 
 
 class Studio:
-    """Makes pictures for one account. Use as an async context manager; what is unfinished at its end is resumed
-    by the next one. `on_change` hears every new state of an entry."""
+    """Makes pictures for one account. Use as an async context manager. The next studio resumes what is unfinished.
+
+    `rule` is the size rule that prices are computed by. `locks` is the folder of the task locks. `key_problem` says
+    why there is no usable key, if so. `budget` holds the owner's caps.
+    """
 
     def __init__(
         self,
@@ -44,7 +53,7 @@ class Studio:
         journal: Journal,
         folders: Folders,
         references: References,
-        till: Till,
+        budget: Budget,
         *,
         rule: str = "anchor-edge",
         locks: Path | None = None,
@@ -56,14 +65,16 @@ class Studio:
         self.client = client
         self.journal = journal
         self.folders = folders
-        self.till = till
+        self.budget = budget
         self.rule = rule
-        self.on_change: list[Callable[[Entry], Awaitable[None]]] = []
+        self._recorder = Recorder(journal, self._announce)
+        self._purchases = Purchases(client, journal, self._recorder, budget, sleep=sleep)
         self._references = references
         self._locks, self._sidecars = locks, sidecars
         self._key_problem = key_problem
         self._clock, self._sleep = clock, sleep
         self._jobs: list[Job] = []
+        self._subscribers: list[Subscriber] = []
         self._woken = anyio.Event()
 
     async def __aenter__(self) -> Studio:
@@ -79,24 +90,23 @@ class Studio:
         timing: Any = {"clock": self._clock, "sleep": self._sleep}
         try:
             async with anyio.create_task_group() as self._group:
-                lookout = Lookout(self.client, self._group, sleep=self._sleep)
-                self._watcher = Watcher(lookout, self._seen, **timing)
+                poller = Poller(self.client, self._group, sleep=self._sleep)
+                self._watcher = Watcher(poller, self._recorder, **timing)
                 self._collector = Collector(
-                    self.client, self.folders, known=self._known, seen=self._seen, kept=self._kept,
-                    locks=self._locks, sidecars=self._sidecars, **timing,
-                )  # fmt: skip
+                    self.client, self.folders, self._recorder, locks=self._locks, sidecars=self._sidecars, **timing
+                )
                 self._group.start_soon(self._recover_later)
                 try:
                     yield
                 finally:
                     with anyio.CancelScope(shield=True), anyio.move_on_after(SUBMIT_GRACE_S):
-                        await self._paid()
+                        await self._requests_answered()
                     self._group.cancel_scope.cancel()
         finally:
             self.journal.close()
 
-    async def _paid(self) -> None:
-        """Wait until no request is on its way any more."""
+    async def _requests_answered(self) -> None:
+        """Wait until no paid request is on its way any more."""
         for job in list(self._jobs):
             async with aclosing(job.states()) as states:
                 async for entry in states:
@@ -109,7 +119,7 @@ class Studio:
         """Buy a picture, or hand over an identical one that was bought and never delivered.
 
         Raises:
-            EvolinkError: nothing was sent; the error says why. After this the job tells everything else.
+            EvolinkError: nothing was sent, and the error says why. Whatever happens later is told by the job.
         """
         self._need_key()
         self._woken.set()
@@ -121,9 +131,7 @@ class Studio:
             self._take_over()
             if (job := self._undelivered(mark)) is not None:
                 return job
-        price = price_of(order.request, self.rule)
-        self.till.check(price, order.max_credits)
-        self.till.afford(price, self._clock())
+        self._purchases.check_caps(order.price, order.max_credits, self._clock())
         body = await self._references.upload(checked)
         entry = Entry(
             key=new_key(),
@@ -132,38 +140,37 @@ class Studio:
             created_at=self._clock(),
             fingerprint=mark,
             request=body,
-            estimate=price.credits,
+            estimate=order.price.credits,
             save_as=order.save_as,
             attended=True,
         )
-        self.till.open(entry)
+        self._purchases.intend(entry)
         return self._start(entry)
 
     async def resume(self, task_id: str) -> Job:
-        """The task with this id: finished and saved, under way, or bought elsewhere with the same key."""
+        """The job of the task with this id: finished, under way, or bought elsewhere with the same key.
+
+        Raises:
+            KeyMissing: something is left to do at EvoLink, and there is no key.
+        """
         self._woken.set()
         if (job := next((job for job in self._jobs if job.entry.task_id == task_id), None)) is not None:
             return job
-        entry = self._known(task_id)
+        entry = self._recorder.known(task_id)
         if entry is None:
             entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
-        if not entry.has_work(self._clock()):
-            job = Job(entry)
-            job.finish()
-            return job
-        self._need_key()
+        if entry.has_work(self._clock()):
+            self._need_key()
         return self._start(entry)
 
     def deliver(self, job: Job) -> None:
-        """The caller has the result: it will not be handed over again."""
+        """The caller has the result: no identical order gets it again."""
         if job.entry.is_written and job.entry.delivered_at is None:
-            now = self._clock()
-            job.turn(replace(job.entry, delivered_at=now))
-            self._softly(partial(self.journal.deliver, job.entry.key, now))
+            self._recorder.delivered(job, self._clock())
 
     @contextmanager
     def attending(self, job: Job) -> Iterator[None]:
-        """A call waits for this job. When the last one ends without the result, the next identical order gets it."""
+        """A call waits for this job. If the last call ends without the result, the next identical order gets it."""
         job.callers += 1
         try:
             yield
@@ -175,12 +182,12 @@ class Studio:
     def leave(self, entry: Entry) -> None:
         """Nobody waits for this entry's result any more."""
         if entry.is_written and entry.delivered_at is None:
-            self._softly(partial(self.journal.leave, entry.key))
+            self._recorder.softly(partial(self.journal.leave, entry.key))
 
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
-        """Compare with the account's own list, and try again to find what became of lost answers.
+        """Read the account's task list, and look again for the tasks of lost answers.
 
-        Returns tasks of the account that the journal does not know, and why the list could not be had, if so.
+        Returns the account's tasks that the journal does not know, and why the list could not be read, if so.
         """
         self._need_key()
         lost = [entry for entry in self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
@@ -201,15 +208,19 @@ class Studio:
         return self._clock()
 
     def wake(self) -> None:
-        """A caller is here: take up what an earlier server left, or one that has died meanwhile."""
+        """A caller is here: take over what a server left that is not running any more."""
         if self._woken.is_set() and self.client.has_key:
-            self._softly(self._take_over)
+            self._recorder.softly(self._take_over)
         self._woken.set()
 
     async def balance(self) -> Balance:
         """Credits left on the account and the key."""
         self._need_key()
         return await self.client.balance()
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Call `subscriber` with every new state of every entry; what it raises is logged and ends nothing."""
+        self._subscribers.append(subscriber)
 
     def _need_key(self) -> None:
         if not self.client.has_key:
@@ -218,7 +229,7 @@ class Studio:
     # --- jobs ---
 
     def _undelivered(self, mark: str) -> Job | None:
-        """What an identical order bought and nobody received, now attended by this caller."""
+        """The job of what an identical order bought and nobody received; this caller now waits for it."""
         for entry in self.journal.undelivered(mark):
             if entry.worth_joining(self._clock()) and self.journal.claim(entry.key):
                 job = self._running(entry.key) or self._start(entry)
@@ -231,20 +242,20 @@ class Studio:
 
     def _start(self, entry: Entry) -> Job:
         job = Job(entry)
-        if not entry.has_work(self._clock()):
+        if entry.has_work(self._clock()):
+            self._jobs.append(job)
+            self._group.start_soon(self._carry_out, job)
+        else:
             job.finish()
-            return job
-        self._jobs.append(job)
-        self._group.start_soon(self._carry, job)
         return job
 
-    async def _carry(self, job: Job) -> None:
+    async def _carry_out(self, job: Job) -> None:
         job.problem = await self._guarded(self._run, job) or job.problem
         self._jobs.remove(job)
         job.finish()
 
     async def _guarded(self, act: Callable[..., Awaitable[None]], *args: object) -> Problem | None:
-        """Do it to its end; whatever goes wrong is told, and is never the server's end."""
+        """Await `act` to its end and return what went wrong, if anything; nothing that it raises ends the server."""
         try:
             await act(*args)
         except EvolinkError as error:
@@ -255,40 +266,20 @@ class Studio:
         return None
 
     async def _run(self, job: Job) -> None:
-        turn = partial(self._turn, job)
         if job.entry.phase == "intent":
-            bought = await self.till.buy(job.entry, turn)
-            job.fresh = job.witnessed = bought.phase == "submitted"
+            await self._purchases.buy(job)
+            job.heard_from = job.seen_running = job.entry.phase == "submitted"
         elif job.entry.phase in ("sending", "unknown"):
-            await self.till.reconcile(replace(job.entry, phase="unknown"), turn)
+            await self._purchases.reconcile(job)
         if job.entry.task is None:
             return
         await self._watcher.watch(job)
         if job.entry.task.status == COMPLETED:
             await self._collector.collect(job)
 
-    def _turn(self, job: Job, entry: Entry) -> None:
-        # What the caller's side noted meanwhile must not be undone by the till's copy.
-        job.turn(replace(entry, delivered_at=job.entry.delivered_at))
-        for tell in self.on_change:
-            self._group.start_soon(self._guarded, tell, job.entry)
-
-    def _seen(self, job: Job, task: Task) -> None:
-        """Note a task's new state; only a change of status or links is worth the disk."""
-        before = job.entry.task
-        entry = replace(job.entry, task=task)
-        if not entry.is_written:
-            created = task.created or entry.created_at
-            entry = replace(entry, key=new_key(), owner=self.journal.owner, created_at=created)
-            self._softly(partial(self.journal.intend, entry))
-        elif before is None or (before.status, before.results) != (task.status, task.results):
-            self._softly(partial(self.journal.update, entry))
-        self._turn(job, entry)
-
-    def _kept(self, job: Job, pictures: tuple[Picture, ...]) -> None:
-        entry = replace(job.entry, pictures=pictures)
-        self._softly(partial(self.journal.keep, entry))
-        self._turn(job, entry)
+    def _announce(self, entry: Entry) -> None:
+        for subscriber in self._subscribers:
+            self._group.start_soon(self._guarded, subscriber, entry)
 
     # --- what an earlier server left ---
 
@@ -296,25 +287,12 @@ class Studio:
         with anyio.move_on_after(RECOVER_AFTER_S):
             await self._woken.wait()
         if self.client.has_key:
-            self._softly(self._take_over)
+            self._recorder.softly(self._take_over)
 
     def _take_over(self) -> None:
         for entry in self.journal.adopt():
             if entry.phase == "intent":
-                problem = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
-                self._softly(partial(self.journal.update, replace(entry, phase="unsent", error=problem)))
+                self._recorder.phase_changed(Job(entry), "unsent", error=INTERRUPTED)
             elif self._clock() - entry.created_at < RECOVER_WITHIN_S and not self._running(entry.key):
                 log.info("taking up %s", entry.task_id or entry.key)
                 self._start(entry)
-
-    def _known(self, task_id: str) -> Entry | None:
-        with suppress(JournalUnwritable):
-            return self.journal.by_task(task_id)
-        return None
-
-    def _softly(self, write: Callable[[], object]) -> None:
-        """Do what is not worth failing for: the purchase itself is on disk, and the picture in its folder."""
-        try:
-            write()
-        except JournalUnwritable as error:
-            log.warning("%s", error.what)

@@ -1,4 +1,4 @@
-"""Look at a task until it is settled: a failing look never fails the task."""
+"""Read a task until it is settled. A read that fails never fails the task."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import anyio
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import RateLimited, Rejected, Unreadable
 from evolink_mcp.studio.jobs import Job, Sleep
-from evolink_mcp.studio.poller import Lookout
+from evolink_mcp.studio.poller import Poller
+from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import RetryBudget, Schedule, backoff_s
 
 log = logging.getLogger(__name__)
 
-NOT_FOUND_LOOKS = 4  # some 10 s apart in all
+NOT_FOUND_READS = 4  # about 10 s in all
 RATE_LIMIT_WAIT_S = 5.0
 
 
 class Watcher:
-    """Watches any number of jobs. `seen(job, task)` hears every state of every task."""
+    """Watches any number of jobs, and tells `recorder` every state of every task."""
 
     def __init__(
         self,
-        lookout: Lookout,
-        seen: Callable[[Job, Task], None],
+        poller: Poller,
+        recorder: Recorder,
         *,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
     ) -> None:
-        self._lookout = lookout
-        self._seen = seen
+        self._poller = poller
+        self._recorder = recorder
         self._clock = clock
         self._sleep = sleep
         self._budget = RetryBudget()
@@ -44,20 +45,20 @@ class Watcher:
         Raises:
             Rejected: EvoLink will not tell about this task (401, 403, 404); the id stays in the journal.
         """
-        self._lookout.watchers += 1
+        self._poller.watchers += 1
         try:
             await self._until_settled(job)
         finally:
-            self._lookout.watchers -= 1
+            self._poller.watchers -= 1
 
     async def _until_settled(self, job: Job) -> None:
         task = job.entry.task
         assert task is not None
-        # A job that has just bought its task waits for its first look; any other one is late already.
-        age = 0.0 if job.fresh else max(0.0, self._clock() - job.entry.created_at)
+        # Only a job that has just bought its task waits before the first read. Any other task may be done already.
+        age = 0.0 if job.heard_from else max(0.0, self._clock() - job.entry.created_at)
         accepted = anyio.current_time() - age
         schedule = Schedule(task.estimated_time_s)
-        at_once = not job.fresh
+        at_once = not job.heard_from
         failures = 0
         missing = 0
         while not task.settled:
@@ -65,14 +66,14 @@ class Watcher:
                 await job.rest(schedule.next_s(anyio.current_time() - accepted, task.progress), self._sleep)
             at_once = False
             try:
-                seen = await self._lookout.look(task.id)
+                seen = await self._poller.read(task.id)
             except RateLimited as error:
                 await self._sleep(RATE_LIMIT_WAIT_S if error.retry_after_s is None else error.retry_after_s)
                 at_once = error.retry_after_s != 0
             except Rejected as error:
-                # EvoLink may not know a task yet that it has just made: a 404 counts when it lasts.
+                # EvoLink may answer 404 for a task that it has just made: only a 404 that lasts counts.
                 missing += 1
-                if error.http_status != 404 or job.entry.phase == "found" or missing == NOT_FOUND_LOOKS:
+                if error.http_status != 404 or job.entry.phase == "found" or missing == NOT_FOUND_READS:
                     raise
             except Unreadable as error:
                 failures += 1
@@ -85,13 +86,13 @@ class Watcher:
                 missing = 0
                 self._budget.earn()
                 task = merged(task, seen)
-                job.fresh = True
-                job.witnessed = job.witnessed or not task.settled
-                self._seen(job, task)
+                job.heard_from = True
+                job.seen_running = job.seen_running or not task.settled
+                self._recorder.task_seen(job, task)
 
 
 def merged(before: Task, seen: Task) -> Task:
-    """The newer state; what it does not tell any more is kept."""
+    """The newer state, and from `before` what the newer answer does not tell any more."""
     return replace(
         seen,
         estimated_time_s=seen.estimated_time_s if seen.estimated_time_s is not None else before.estimated_time_s,

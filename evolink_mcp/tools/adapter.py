@@ -1,6 +1,6 @@
-"""The SDK's tools, bent to this house's contract: one flat, strict arguments model; our errors as readable results.
+"""The border to the SDK: a tool with one strict, flat model of arguments, and our errors as readable results.
 
-The only room that touches semi-private parts of `mcp`; tests hold it against the wire.
+The only module of the tools that uses parts of `mcp` that are not public (mcp 2.3); tests check what is published.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.resolve import build_resolver_plans, find_resolved_parameters
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
@@ -21,12 +22,17 @@ from evolink_mcp.api.request import Arguments
 from evolink_mcp.api.sizes import IllegalSize
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless, scrub
-from evolink_mcp.tools.schemas import input_schema, output_schema
+from evolink_mcp.tools.schemas import error_out, input_schema, output_schema
 
 VALUE_SHOWN = 40
 FIELDS_SHOWN = 12
 
-Answer = Callable[[EvolinkError, tuple[str, ...]], CallToolResult]
+PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
+READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True)
+OFFLINE = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
+
+# Makes a tool's answer to an error of ours; the second argument holds the nearest legal sizes, if a size was wrong.
+Refusal = Callable[[EvolinkError, tuple[str, ...]], CallToolResult]
 
 
 class BadArguments(Refused):
@@ -37,7 +43,7 @@ class BadArguments(Refused):
 
 
 class _OneModel(FuncMetadata):
-    """Arguments arrive as one validated model named `req`, and no string is parsed behind the caller's back."""
+    """Arguments arrive as one validated model named `req`; unlike the SDK's own, it never parses a string as JSON."""
 
     arg_model: Annotated[type[Arguments], WithJsonSchema(None)]  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -46,23 +52,26 @@ class _OneModel(FuncMetadata):
 
 
 class FlatTool(Tool):
-    """A tool whose refusals are answers of its own shape. `refuse` makes the result for an error of ours."""
+    """A tool whose errors are answers in its own output schema, made by `refuse`."""
 
-    refuse: Answer
+    refuse: Refusal
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        """Run the tool; arguments that do not fit are answered by `refuse`, a line for each fault."""
         try:
-            self.fn_metadata.validate_arguments(arguments)
-        except ValidationError as error:
-            return self.refuse(*explain(error, self.fn_metadata.arg_model))
-        return await super().run(arguments, context, convert_result)
+            return await super().run(arguments, context, convert_result)
+        except ToolError as error:
+            # Only invalid arguments come as a plain ToolError with this cause: what a tool raises is UnexpectedToolError.
+            if type(error) is ToolError and isinstance(error.__cause__, ValidationError):
+                return self.refuse(*explain(error.__cause__, self.fn_metadata.arg_model))
+            raise
 
 
 def flat_tool(
     fn: Callable[..., Awaitable[CallToolResult]],
     arguments: type[Arguments],
     output: type[BaseModel] | None,
-    refuse: Answer,
+    refuse: Refusal,
     *,
     title: str,
     annotations: ToolAnnotations,
@@ -72,14 +81,14 @@ def flat_tool(
     resolved = find_resolved_parameters(fn)
 
     @functools.wraps(fn)
-    async def bordered(**given: Any) -> CallToolResult:
+    async def answered(**given: Any) -> CallToolResult:
         try:
             return await fn(**given)
         except EvolinkError as error:
             return refuse(error, ())
 
     return FlatTool(
-        fn=bordered,
+        fn=answered,
         name=fn.__name__,
         title=title,
         description=" ".join((fn.__doc__ or "").split()),
@@ -96,7 +105,7 @@ def flat_tool(
 
 
 def result(text: str, data: BaseModel | None, *more: ContentBlock, is_error: bool = False) -> CallToolResult:
-    """A tool's answer: the text first, the same facts as structured content, lone surrogates gone from both."""
+    """A tool's answer: the text first, the same facts as structured content; lone surrogates are replaced in both."""
     return CallToolResult(
         content=[TextContent(type="text", text=scrub(text)), *more],
         structured_content=scrub(data.model_dump(mode="json")) if data is not None else None,
@@ -104,8 +113,18 @@ def result(text: str, data: BaseModel | None, *more: ContentBlock, is_error: boo
     )
 
 
+def refuse_as(output: Callable[..., BaseModel]) -> Refusal:
+    """The refusal of a tool that buys nothing: `output` is its model, which has an `error` field."""
+
+    def refuse(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+        told = error_out(error.problem)
+        return result(f"{told.message}. Charged: no. {told.advice}", output(error=told), is_error=True)
+
+    return refuse
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArguments, tuple[str, ...]]:
-    """What was wrong, a line an argument, and the nearest legal sizes where a size was."""
+    """What was wrong, one line for each argument, and the nearest legal sizes if a size was wrong."""
     lines: dict[str, None] = {}
     nearest: tuple[str, ...] = ()
     faults = [fault for fault in error.errors(include_url=False) if fault["type"] != "none_required"]
@@ -118,7 +137,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArgument
 
 
 def _line(fault: Any, cause: object, known: list[str]) -> str:
-    # pydantic names the arm of a union too: only the argument and the place in its list are of interest.
+    # pydantic's path also names the member of a union: only the argument and the index in its list are of interest.
     path = ".".join(str(part) for number, part in enumerate(fault["loc"]) if number == 0 or isinstance(part, int))
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][0])

@@ -1,10 +1,13 @@
-"""What each MCP host bears: how long a call may last and how big an answer may be. docs/hosts.md has the sources."""
+"""What each MCP host accepts: how long a call may last, how big an answer may be. docs/hosts.md has the sources."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+# The longest wait that a caller may ask for, in seconds.
+WAIT_MAX_S = 900
+# The time between the end of a wait and the moment when the host gives up.
 ANSWER_WITHIN_S = 15.0
 
 
@@ -12,29 +15,30 @@ ANSWER_WITHIN_S = 15.0
 class Host:
     """One host; times in seconds, sizes in characters of the JSON answer.
 
-    `wait_s` is how long a call waits unless told otherwise. Where the host's own `limit_s` is known, the wait and the
-    grace for a task id that is late end before it; `ends` is False where a call goes on beyond that in another way.
+    `wait_s` is how long a call waits unless told otherwise. `limit_s` is when the host gives up, where that is known;
+    the wait, and the extra time for a late task id, end before it. `limit_is_final` is False if the host does not give
+    the call up at its limit but goes on with it in another way.
     """
 
     name: str
     wait_s: float = 45.0
     answer_max: int = 700_000
     limit_s: float | None = None
-    ends: bool = True
+    limit_is_final: bool = True
 
     @property
     def longest_wait_s(self) -> float:
-        """The longest wait that still leaves the time to answer before the host gives up; endless where it does not."""
-        return math.inf if self.limit_s is None or not self.ends else max(self.limit_s - ANSWER_WITHIN_S, 0.0)
+        """The longest wait, in seconds, that still leaves time to answer; infinite if the host does not give up."""
+        if self.limit_s is None or not self.limit_is_final:
+            return math.inf
+        return max(self.limit_s - ANSWER_WITHIN_S, 0.0)
 
 
 UNKNOWN = Host("any other host")
 # (start of the client's own name in lower case, host): the first that fits counts.
 KNOWN: tuple[tuple[str, Host], ...] = (
-    (
-        "claude-code",
-        Host("Claude Code", wait_s=105, limit_s=120, ends=False),
-    ),  # not an end: then it moves to the background
+    # At its limit Claude Code moves the call to the background.
+    ("claude-code", Host("Claude Code", wait_s=105, limit_s=120, limit_is_final=False)),
     ("claude-ai", Host("Claude Desktop", limit_s=60)),  # on some surfaces; 240 s on others
     ("local-agent-mode", Host("Cowork and Code in Claude Desktop", limit_s=60)),
     ("codex", Host("Codex", wait_s=280, limit_s=300)),
@@ -53,6 +57,6 @@ KNOWN: tuple[tuple[str, Host], ...] = (
 
 
 def host_named(client_name: str | None) -> Host:
-    """The host whose client calls itself so; unknown ones get what the most impatient common default bears."""
+    """The host whose client has this name; an unknown one gets what the most impatient common default allows."""
     name = (client_name or "").strip().lower()
     return next((host for start, host in KNOWN if name.startswith(start)), UNKNOWN)

@@ -1,4 +1,4 @@
-"""What is shown beside an answer's text: small previews within the host's byte budget, and resource links on demand."""
+"""What is shown beside an answer's text: small previews within the host's limit, resource links, the gallery's page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import base64
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mcp_types import ImageContent, ResourceLink
 
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.pictures.inspect import in_picture_thread
 from evolink_mcp.pictures.previews import preview
-from evolink_mcp.tools.shapes import TaskOut
+from evolink_mcp.tools.task_answer import TaskOut
+
+GALLERY_URI = "ui://evolink/gallery.html"
+# A tool's metadata by which a host shows the gallery with its answers. Some hosts still read the flat key.
+GALLERY_META: dict[str, Any] = {"ui": {"resourceUri": GALLERY_URI}, "ui/resourceUri": GALLERY_URI}
 
 # Longest edge in pixels by the number of pictures: many are shown smaller, so that all of them fit and none is late.
 EDGES = {1: 1024, 2: 768, 3: 768, 4: 640}

@@ -1,18 +1,42 @@
-"""JSON Schemas as hosts can bear them: flat, no `$ref`, no `anyOf` with null, no titles."""
+"""JSON Schemas as hosts accept them: flat, no `$ref`, no `anyOf` with null, no titles; and the error in every answer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
+
+from evolink_mcp.errors import Problem
 
 Schema = dict[str, Any]
 
 
-def input_schema(model: type[BaseModel]) -> Schema:
-    """The arguments of a tool: optional ones are simply absent, null is never mentioned.
+def undescribed(schema: Schema) -> None:
+    """For `json_schema_extra`: keep a model's docstring out of the published schema."""
+    schema.pop("description", None)
 
-    Gemini refuses every tool for one word that it does not know: const, exclusiveMaximum and examples are such.
+
+class ErrorOut(BaseModel):
+    """What went wrong: a code for programs, a sentence, whether the same call may help later, what to do now."""
+
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
+    code: str
+    message: str
+    retryable: bool
+    advice: str
+
+
+def error_out(problem: Problem) -> ErrorOut:
+    """A problem as it stands in structured content."""
+    return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
+
+
+def input_schema(model: type[BaseModel]) -> Schema:
+    """The schema of a tool's arguments: flat, no `$ref`, no titles, and null is never mentioned.
+
+    Gemini refuses all tools if one schema uses a keyword that it does not know, such as const, exclusiveMaximum or
+    examples.
     """
     schema = _plain(model.model_json_schema(), {})
     schema.pop("description", None)  # the tool has its own
@@ -28,7 +52,10 @@ def input_schema(model: type[BaseModel]) -> Schema:
 
 
 def output_schema(model: type[BaseModel]) -> Schema:
-    """The structured answer of a tool: what may be missing is `[type, "null"]`."""
+    """The schema of a tool's structured content: flat; what may be missing has the type `[type, "null"]`.
+
+    Of a model's docstring the first paragraph is published.
+    """
     schema = model.model_json_schema(mode="serialization")
     return _plain(schema, schema.pop("$defs", {}))
 
@@ -55,6 +82,8 @@ def _plain(node: Any, definitions: Schema) -> Any:
     for key, value in node.items():
         if key == "properties":
             plain[key] = {name: _plain(field, definitions) for name, field in value.items()}
+        elif key == "description":
+            plain[key] = str(value).partition("\n\n")[0]
         elif key not in ("title", "$defs") or not isinstance(value, str | dict):
             plain[key] = _plain(value, definitions)
     return plain

@@ -1,50 +1,92 @@
-"""The last place where data becomes words: one answer as structured content and the same facts as text."""
+"""A task as tools answer it: everything that is known of an entry, as structured content."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from evolink_mcp.api import sizes
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, Problem, advice_for
 from evolink_mcp.journal.entry import ADOPTED, Entry, Picture, iso
-from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.shapes import ErrorOut, ImageOut, NextAction, Pixels, TaskOut
+from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
-PROMPT_SHOWN = 200
-
-
-# --- from data to those ------------------------------------------------------------------------------------
+TEXT_SHOWN = 200
 
 
-def error_out(problem: Problem) -> ErrorOut:
-    return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
+class Pixels(BaseModel):
+    """A size in pixels."""
+
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
+    width: int
+    height: int
 
 
-def image_out(task_id: str, picture: Picture) -> ImageOut:
-    saved = picture.path is not None
-    return ImageOut(
-        index=picture.index,
-        url=picture.url,
-        url_expires_at=iso(picture.url_expires_at),
-        path=picture.path,
-        mime_type=picture.mime_type,
-        width=picture.width,
-        height=picture.height,
-        bytes=picture.bytes,
-        sha256=picture.sha256,
-        resource_uri=f"evolink://images/{task_id}/{picture.index}" if saved else None,
-        markdown=_markdown(picture) if saved else None,
-        error=picture.error,
-    )
+class ImageOut(BaseModel):
+    """One picture.
+
+    `url` is EvoLink's link; it is valid until `url_expires_at` (ISO 8601, UTC). `path`, `mime_type`, `width` and
+    `height` (pixels), `bytes` (file size), `sha256` (hex), `resource_uri` and `markdown` are null until it is saved.
+    `error` says why it is not.
+    """
+
+    index: int
+    url: str | None = None
+    url_expires_at: str | None = None
+    path: str | None = None
+    mime_type: str | None = None
+    width: int | None = None
+    height: int | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    resource_uri: str | None = None
+    markdown: str | None = None
+    error: str | None = None
+
+
+class NextAction(BaseModel):
+    """The call that goes on from here."""
+
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
+    tool: str
+    arguments: dict[str, Any]
+
+
+class TaskOut(BaseModel):
+    """What generate_image and get_task answer.
+
+    `task_id` is null while EvoLink has not named one. `progress` is in percent, `created_at` ISO 8601 in UTC,
+    `request` what was sent to EvoLink, `expected_size` the computed pixels of each picture. `credits` is what EvoLink
+    charged; it is null while that is not known.
+    """
+
+    task_id: str | None = None
+    status: str = Field("unknown", description="pending, processing, completed, failed, cancelled or unknown")
+    progress: float | None = None
+    created_at: str | None = None
+    request: dict[str, Any] | None = None
+    images: list[ImageOut] = []
+    expected_size: Pixels | None = None
+    charged: Charged = "unknown"
+    credits: float | None = Field(default=None, description="charged by EvoLink")
+    error: ErrorOut | None = None
+    next_action: NextAction | None = None
+    notes: list[str] = []
 
 
 def task_out(
     entry: Entry, *, rule: str, problem: Problem | None = None, joined: bool = False, running: bool = False
 ) -> TaskOut:
-    """Everything there is to say about an entry. `problem` is what kept this very call from its end; while it is
-    `running`, a request that has not left yet may still be charged."""
+    """Everything there is to say about an entry.
+
+    `rule` computes the expected size. `problem` is what stopped this very call. `joined`: the call took over what an
+    earlier one bought. `running`: its job goes on, so a request that was not sent yet may still be charged.
+    """
     task = entry.task
     failure = _failure(entry) or problem
     waiting = not entry.ended and failure is None
@@ -66,8 +108,16 @@ def task_out(
     )
 
 
+def image_out(task_id: str, picture: Picture) -> ImageOut:
+    """One picture of this task, with its resource and a line of Markdown once it is saved."""
+    facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
+    if picture.path is not None:
+        facts |= {"resource_uri": f"evolink://images/{task_id}/{picture.index}", "markdown": _markdown(picture.path)}
+    return ImageOut.model_validate(facts)
+
+
 def refusal(error: EvolinkError) -> TaskOut:
-    """A call that came to nothing, in the shape of a task."""
+    """A call that made no task, in the shape of a task."""
     return TaskOut(
         status=FAILED if error.charged == "no" else "unknown",
         charged=error.charged,
@@ -83,16 +133,17 @@ def is_error(out: TaskOut) -> bool:
 
 
 def brief(out: TaskOut) -> TaskOut:
-    """The same for a list: long prompts and addresses cut."""
+    """The same for a list: long prompts and addresses are cut."""
     if out.request is None:
         return out
-    return out.model_copy(update={"request": {name: _short(value) for name, value in out.request.items()}})
+    return out.model_copy(update={"request": {name: shortened(value) for name, value in out.request.items()}})
 
 
-def _short(value: Any) -> Any:
+def shortened(value: Any) -> Any:
+    """A value of a request with every text in it cut to TEXT_SHOWN characters."""
     if isinstance(value, list):
-        return [_short(item) for item in value]
-    return value if not isinstance(value, str) or len(value) <= PROMPT_SHOWN else value[: PROMPT_SHOWN - 1] + "…"
+        return [shortened(item) for item in value]
+    return value if not isinstance(value, str) or len(value) <= TEXT_SHOWN else value[: TEXT_SHOWN - 1] + "…"
 
 
 def _failure(entry: Entry) -> Problem | None:
@@ -167,93 +218,6 @@ def _notes(entry: Entry, rule: str, joined: bool, on_its_way: bool) -> list[str]
     return notes
 
 
-def _markdown(picture: Picture) -> str:
-    path = picture.path or ""
+def _markdown(path: str) -> str:
     target = f"<{path}>" if any(c in path for c in " ()<>") else path
     return f"![{Path(path).stem}]({target})"
-
-
-# --- the same in words -----------------------------------------------------------------------------------
-
-
-def task_text(out: TaskOut) -> str:
-    """What happened, what it cost, what to do now; then every fact of `out`, one to a line."""
-    lines = [_headline(out), _money(out)]
-    if out.error is not None and out.error.advice:
-        lines.append(out.error.advice)
-    if out.next_action is not None:
-        lines.append(f"Next: call {out.next_action.tool} with {_compact(out.next_action.arguments)}.")
-    for image in out.images:
-        lines += ["", *_image_lines(image)]
-    if out.notes:
-        lines += ["", *(f"Note: {note}" for note in out.notes)]
-    if out.task_id or out.request:
-        lines += ["", *_about(out)]
-    return "\n".join(lines)
-
-
-def _headline(out: TaskOut) -> str:
-    name = f"Task {out.task_id}" if out.task_id else "The request"
-    saved = [image for image in out.images if image.path]
-    if out.status == COMPLETED and saved:
-        count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
-        failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
-        return f"{name} is completed: {count} saved{failed}."
-    if out.error is not None:
-        message = out.error.message[:1].upper() + out.error.message[1:]
-        return f"{name} {_fate(out)}: {message}{'' if message.endswith(('.', '?', '”')) else '.'}"
-    if out.status == COMPLETED:
-        return f"{name} is completed; its pictures are being fetched."
-    progress = f", {out.progress:.0f} %" if out.progress is not None else ""
-    return f"{name} is not finished yet (status {out.status}{progress}). This is not an error: it goes on by itself."
-
-
-def _fate(out: TaskOut) -> str:
-    if out.task_id is None:
-        return "has an unknown outcome" if out.charged == "unknown" else "was not carried out"
-    return {COMPLETED: "is completed, but", FAILED: "failed", "cancelled": "was cancelled"}.get(
-        out.status, f"could not be followed (status {out.status})"
-    )
-
-
-def _money(out: TaskOut) -> str:
-    if out.charged == "yes":
-        return f"Charged: yes{f', {out.credits:g} credits' if out.credits is not None else ''}."
-    if out.charged == "no":
-        return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
-    return "Charged: unknown yet." if out.error is None else "Charged: unknown."
-
-
-def _image_lines(image: ImageOut) -> list[str]:
-    lines = [f"Picture {image.index}:"]
-    if image.path:
-        lines += [image.path, image.markdown or ""]
-        lines.append(
-            f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes} bytes, sha256 {image.sha256}"
-        )
-    if image.error:
-        lines.append(f"Not saved: {image.error}.")
-    if image.url:
-        lines += [image.url, f"(link expires {image.url_expires_at})"]
-    if image.resource_uri:
-        lines.append(image.resource_uri)
-    return lines
-
-
-def _about(out: TaskOut) -> list[str]:
-    lines = [f"Task: {out.task_id or 'none'}, status {out.status}, created {out.created_at}."]
-    if out.expected_size:
-        lines.append(f"Computed size: {out.expected_size.width}×{out.expected_size.height}.")
-    if out.request:
-        lines.append("Request: " + _compact(out.request))
-    if out.error:
-        lines.append(f"Error code: {out.error.code} (repeating {'may' if out.error.retryable else 'does not'} help).")
-    return lines
-
-
-def _compact(data: dict[str, Any]) -> str:
-    """Arguments in one line of JSON, long texts cut."""
-    import json
-
-    short = {k: harmless(v, PROMPT_SHOWN) if isinstance(v, str) else _short(v) for k, v in data.items()}
-    return json.dumps(short, ensure_ascii=False)

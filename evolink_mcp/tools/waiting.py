@@ -1,52 +1,122 @@
-"""A call follows a job: progress that rises, a heartbeat, and a wait that ends before its host gives up."""
+"""A call waits for a job: progress that rises, a heartbeat, and an answer before its host gives up."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import anyio
+from mcp.server.mcpserver import Context
+from mcp_types import CallToolResult
+from pydantic import Field, Strict
 
 from evolink_mcp.api.task import COMPLETED
+from evolink_mcp.errors import EvolinkError
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.jobs import Job
+from evolink_mcp.studio.studio import Studio
+from evolink_mcp.tools.adapter import result
+from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
+from evolink_mcp.tools.previews import links, previews
+from evolink_mcp.tools.task_answer import is_error, refusal, task_out
+from evolink_mcp.tools.task_words import task_text
 
-LAST_LOOK_S = 1.0
-FRESH_GRACE_S = 14.0
+LAST_READ_S = 1.0
+ID_GRACE_S = 14.0
 HEARTBEAT_S = 4.0
 
 Report = Callable[[float, float, str], Awaitable[None]]
+WaitSeconds = Annotated[
+    float,
+    Strict(),
+    Field(
+        ge=0,
+        le=WAIT_MAX_S,
+        description="How long this call waits; the task goes on after it. Default: what this host bears.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How calls wait for jobs of one studio and answer.
+
+    `wait_s` None lets the host decide how long a call waits. `preview_edge` is the longest edge of previews in pixels:
+    None chooses it by the number of pictures, 0 sends none. `resource_links` adds a link for each saved picture.
+    """
+
+    studio: Studio
+    wait_s: float | None = None
+    preview_edge: int | None = None
+    resource_links: bool = False
+
+    async def answer(
+        self, job: Job, asked_s: float | None, ctx: Context[Any, Any], notes: list[str], *, joined: bool = False
+    ) -> CallToolResult:
+        """Wait for the job as long as this call may, then say how it stands; the job goes on, however the wait ends."""
+        host = host_of(ctx)
+        with self.studio.attending(job):
+            await follow(job, self.wait(host, asked_s), ctx.report_progress)
+            out = task_out(
+                job.entry, rule=self.studio.rule, problem=job.problem, joined=joined, running=not job.finished
+            )
+            out.notes[:0] = notes
+            pictures = await previews(out, self.preview_edge, host.answer_max)
+            more = links(out) if self.resource_links else []
+            if job.finished and job.problem is None and job.entry.conclusive:
+                self.studio.deliver(job)
+        return result(task_text(out), out, *pictures, *more, is_error=is_error(out))
+
+    def wait(self, host: Host, asked_s: float | None = None) -> float:
+        """Seconds: what the caller asks, but never beyond the host's limit; else the owner's setting; else the host's."""
+        if asked_s is None:
+            return host.wait_s if self.wait_s is None else self.wait_s
+        return min(asked_s, host.longest_wait_s)
+
+
+def host_of(ctx: Context[Any, Any]) -> Host:
+    """The host that this call comes from, by the name that its client gave."""
+    params = ctx.session.client_params
+    return host_named(params.client_info.name if params else None)
+
+
+def refuse_task(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    """The answer of generate_image and get_task to an error before there is a task."""
+    out = refusal(error)
+    return result(task_text(out), out, is_error=True)
 
 
 async def follow(job: Job, wait_s: float, report: Report) -> None:
-    """Watch `job` for `wait_s` seconds, or until it is finished; `report(progress, total, message)` hears of it.
+    """Watch `job` for `wait_s` seconds, or until it is finished; `report(progress, total, message)` is called meanwhile.
 
-    Just before the end EvoLink is asked once more. A call that knows nothing yet (no id, or nothing newer than the
-    journal) waits up to 14 s more: only an answer with the id is one that nothing can be lost from.
+    Shortly before the end the task is read once more. A job of which EvoLink has said nothing yet gets up to ID_GRACE_S
+    more: with an answer that names the task id nothing can be lost.
     """
-    shown = _Rising(report)
+    progress = _Progress(report)
     deadline = anyio.current_time() + wait_s
-    await _until(job, shown, deadline - min(LAST_LOOK_S, wait_s / 4))
+    await _until(job, progress, deadline - min(LAST_READ_S, wait_s / 4))
     if job.finished:
         return
-    job.look_now()
-    await _until(job, shown, deadline)
-    if not (job.finished or job.fresh):
-        await _until(job, shown, anyio.current_time() + FRESH_GRACE_S, fresh=True)
+    job.poll_now()
+    await _until(job, progress, deadline)
+    if not (job.finished or job.heard_from):
+        await _until(job, progress, anyio.current_time() + ID_GRACE_S, heard_from=True)
 
 
-async def _until(job: Job, shown: _Rising, deadline: float, *, fresh: bool = False) -> None:
-    """The deadline is a scope around the consumer: the states know nothing of it."""
+async def _until(job: Job, progress: _Progress, deadline: float, *, heard_from: bool = False) -> None:
+    """Report the job's states until `deadline`, or until EvoLink has been heard from."""
     async with aclosing(job.states(HEARTBEAT_S)) as states:
         with anyio.CancelScope(deadline=deadline):
             async for entry in states:
-                await shown.tell(entry)
-                if fresh and job.fresh:
+                await progress.tell(entry)
+                if heard_from and job.heard_from:
                     return
 
 
-class _Rising:
-    """Progress as the protocol wants it: every number above the last, 100 only at the end."""
+class _Progress:
+    """Progress as the protocol wants it: every number is above the last, and 100 comes only at the end."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -54,7 +124,7 @@ class _Rising:
         self._speak_from = anyio.current_time() + HEARTBEAT_S - 0.1
 
     async def tell(self, entry: Entry) -> None:
-        """Report the entry's state; nothing is said before the task has an id, unless that takes long."""
+        """Report the entry's state; before the task has an id, only if that takes longer than a heartbeat."""
         if self._last >= 100 or (entry.task is None and anyio.current_time() < self._speak_from):
             return
         known = (entry.task.progress if entry.task else None) or 0.0

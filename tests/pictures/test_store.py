@@ -181,7 +181,7 @@ async def test_a_picture_that_lies_there_already_is_not_doubled(tmp_path: Path) 
     first = await keep(served(drawing()), tmp_path / "a")
     second = await keep(served(drawing()), tmp_path / "a")
     third = await keep(served(drawing(shade=9)), tmp_path / "a")
-    assert (first.path.name, second.path.name, third.path.name) == ("a.png", "a.png", "a-1.png")
+    assert (Path(first.path).name, Path(second.path).name, Path(third.path).name) == ("a.png", "a.png", "a-1.png")
 
 
 async def test_ten_downloads_into_one_name_lose_nothing(tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
     (tmp_path / "a.png").write_bytes(b"mine")
     kept = await keep(served(drawing()), tmp_path / "a")
     assert everything(tmp_path) == ["a-1.png", "a.png"]
-    assert drawing() == kept.path.read_bytes()
+    assert drawing() == Path(kept.path).read_bytes()
     assert (tmp_path / "a.png").read_bytes() == b"mine"
-    assert stat.S_IMODE(kept.path.stat().st_mode) == PRIVATE_FILE
+    assert stat.S_IMODE(Path(kept.path).stat().st_mode) == PRIVATE_FILE
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 async def test_what_is_told_of_a_kept_picture_is_true(tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
     kept = await keep(served(picture), tmp_path / "link" / ".." / "a")
-    assert picture == kept.path.read_bytes()
+    assert picture == Path(kept.path).read_bytes()
     assert (kept.mime_type, kept.width, kept.height, kept.bytes) == ("image/webp", 70, 30, len(picture))
     assert hashlib.sha256(picture).hexdigest() == kept.sha256
 

@@ -22,9 +22,12 @@ from faulty_gateway import DOOR, ONE_SERVER, Gateway, QuickSimulator
 from mcp.client import Client
 
 from evolink_mcp.api import client, http, task
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.sanitize import UPSTREAM_WORDS_MAX
+from evolink_mcp.studio.jobs import Order
+from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.schedule import RetryBudget
 
 pytestmark = pytest.mark.anyio
@@ -407,14 +410,12 @@ async def test_misbehaving_connections_only_cost_a_look(
     async def sleep(_: float) -> None:
         await anyio.sleep(0)
 
-    from evolink_mcp.studio.jobs import Order
-    from evolink_mcp.tools.arguments import GenerateImageArguments
-
     with anyio.fail_after(30):
         async with gateway.open():
             opened = Settings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
             async with open_studio(opened, sleep=sleep) as studio:
-                job = await studio.order(Order(GenerateImageArguments.model_validate(WISH)))
+                request = GenerationRequest.model_validate(WISH)
+                job = await studio.order(Order(request, price_of(request, studio.rule)))
                 async for _ in job.states():
                     pass
                 assert job.problem is None

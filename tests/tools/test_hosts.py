@@ -17,7 +17,7 @@ from mcp_types import Implementation
 from evolink_mcp.server.server import build_server
 from evolink_mcp.tools import hosts
 from evolink_mcp.tools.hosts import KNOWN, UNKNOWN, Host, host_named
-from evolink_mcp.tools.waiting import FRESH_GRACE_S
+from evolink_mcp.tools.waiting import ID_GRACE_S
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
 EVERY = [*KNOWN, ("", UNKNOWN)]
@@ -37,7 +37,7 @@ def test_the_table_in_the_documentation_is_the_table_in_the_code() -> None:
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
 def test_a_call_ends_before_its_host_gives_up(host: Host) -> None:
     """Also the call that has to wait for its task id; unknown hosts bear what the most common SDK bears."""
-    assert host.wait_s + FRESH_GRACE_S <= (host.limit_s or 60)
+    assert host.wait_s + ID_GRACE_S <= (host.limit_s or 60)
 
 
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])

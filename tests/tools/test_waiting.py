@@ -62,7 +62,7 @@ async def test_progress_rises_whatever_evolink_says(world: World, order: str) ->
 async def test_a_job_that_does_not_change_is_still_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evolink_mcp.tools.waiting.HEARTBEAT_S", 0.001)
     heard, waiting = Heard(), job(progress=40)
-    waiting.fresh = True
+    waiting.heard_from = True
     with anyio.fail_after(5):
         async with anyio.create_task_group() as group:
             group.start_soon(follow, waiting, 60.0, heard)
@@ -75,9 +75,9 @@ async def test_a_job_that_does_not_change_is_still_heard_of(monkeypatch: pytest.
 
 async def test_a_wait_that_ends_asks_for_one_last_look() -> None:
     waiting = job()
-    waiting.fresh = True
+    waiting.heard_from = True
     asked = anyio.Event()
-    waiting.look_now = asked.set  # pyright: ignore[reportAttributeAccessIssue]
+    waiting.poll_now = asked.set  # pyright: ignore[reportAttributeAccessIssue]
     with anyio.fail_after(5):
         await follow(waiting, 0.0, Heard())
     assert asked.is_set()
@@ -90,6 +90,6 @@ async def test_a_call_without_an_id_waits_for_it_beyond_its_own_wait() -> None:
             group.start_soon(follow, waiting, 0.0, Heard())
             for _ in range(5):
                 await anyio.sleep(0)
-            waiting.fresh = True
-            waiting.turn(replace(waiting.entry, phase="submitted", task=Task(TASK)))
+            waiting.heard_from = True
+            waiting.change_to(replace(waiting.entry, phase="submitted", task=Task(TASK)))
     assert waiting.entry.task_id == TASK

@@ -1,0 +1,36 @@
+"""get_task: wait for a task and get its pictures, by id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.tools import Tool
+from mcp_types import CallToolResult
+
+from evolink_mcp.api.request import Arguments, OrNull, TaskId
+from evolink_mcp.tools.adapter import READS, flat_tool
+from evolink_mcp.tools.previews import GALLERY_META
+from evolink_mcp.tools.task_answer import TaskOut
+from evolink_mcp.tools.waiting import Waiting, WaitSeconds, refuse_task
+
+
+class GetTaskArguments(Arguments):
+    """get_task."""
+
+    task_id: TaskId
+    wait_seconds: WaitSeconds | OrNull = None
+
+
+def get_task_tool(waiting: Waiting) -> Tool:
+    """The tool over one studio."""
+
+    async def get_task(req: GetTaskArguments, ctx: Context[Any, Any]) -> CallToolResult:
+        """Wait for a task and get its pictures, by id: any time later, after a restart, or for a task of another
+        client with the same key. Free of charge; saves what is not saved yet, and never twice. If the wait ends
+        first, call it again with the same id."""
+        return await waiting.answer(await waiting.studio.resume(req.task_id), req.wait_seconds, ctx, [])
+
+    return flat_tool(
+        get_task, GetTaskArguments, TaskOut, refuse_task, title="Get task", annotations=READS, meta=GALLERY_META
+    )

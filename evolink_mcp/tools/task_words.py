@@ -1,0 +1,91 @@
+"""A task in words: the same facts as its structured content, for the text of an answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from evolink_mcp.api.task import COMPLETED, FAILED
+from evolink_mcp.sanitize import harmless
+from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, TaskOut, shortened
+
+
+def task_text(out: TaskOut) -> str:
+    """What happened, what it cost, what to do now; then every fact of `out`, one on a line."""
+    lines = [_headline(out), _money(out)]
+    if out.error is not None and out.error.advice:
+        lines.append(out.error.advice)
+    if out.next_action is not None:
+        lines.append(f"Next: call {out.next_action.tool} with {_compact(out.next_action.arguments)}.")
+    for image in out.images:
+        lines += ["", *_image_lines(image)]
+    if out.notes:
+        lines += ["", *(f"Note: {note}" for note in out.notes)]
+    if out.task_id or out.request:
+        lines += ["", *_about(out)]
+    return "\n".join(lines)
+
+
+def _headline(out: TaskOut) -> str:
+    name = f"Task {out.task_id}" if out.task_id else "The request"
+    saved = [image for image in out.images if image.path]
+    if out.status == COMPLETED and saved:
+        count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
+        failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
+        return f"{name} is completed: {count} saved{failed}."
+    if out.error is not None:
+        message = out.error.message[:1].upper() + out.error.message[1:]
+        return f"{name} {_fate(out)}: {message}{'' if message.endswith(('.', '?', '”')) else '.'}"
+    if out.status == COMPLETED:
+        return f"{name} is completed; its pictures are being fetched."
+    progress = f", {out.progress:.0f} %" if out.progress is not None else ""
+    return f"{name} is not finished yet (status {out.status}{progress}). This is not an error: it goes on by itself."
+
+
+def _fate(out: TaskOut) -> str:
+    if out.task_id is None:
+        return "has an unknown outcome" if out.charged == "unknown" else "was not carried out"
+    return {COMPLETED: "is completed, but", FAILED: "failed", "cancelled": "was cancelled"}.get(
+        out.status, f"could not be followed (status {out.status})"
+    )
+
+
+def _money(out: TaskOut) -> str:
+    if out.charged == "yes":
+        return f"Charged: yes{f', {out.credits:g} credits' if out.credits is not None else ''}."
+    if out.charged == "no":
+        return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
+    return "Charged: unknown yet." if out.error is None else "Charged: unknown."
+
+
+def _image_lines(image: ImageOut) -> list[str]:
+    lines = [f"Picture {image.index}:"]
+    if image.path:
+        lines += [image.path, image.markdown or ""]
+        lines.append(
+            f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes} bytes, sha256 {image.sha256}"
+        )
+    if image.error:
+        lines.append(f"Not saved: {image.error}.")
+    if image.url:
+        lines += [image.url, f"(link expires {image.url_expires_at})"]
+    if image.resource_uri:
+        lines.append(image.resource_uri)
+    return lines
+
+
+def _about(out: TaskOut) -> list[str]:
+    lines = [f"Task: {out.task_id or 'none'}, status {out.status}, created {out.created_at}."]
+    if out.expected_size:
+        lines.append(f"Computed size: {out.expected_size.width}×{out.expected_size.height}.")
+    if out.request:
+        lines.append("Request: " + _compact(out.request))
+    if out.error:
+        lines.append(f"Error code: {out.error.code} (repeating {'may' if out.error.retryable else 'does not'} help).")
+    return lines
+
+
+def _compact(data: dict[str, Any]) -> str:
+    """Arguments in one line of JSON, long texts cut."""
+    short = {k: harmless(v, TEXT_SHOWN) if isinstance(v, str) else shortened(v) for k, v in data.items()}
+    return json.dumps(short, ensure_ascii=False)

@@ -1,0 +1,67 @@
+"""view_image: a saved picture, made small, for the model to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.tools import Tool
+from mcp_types import CallToolResult
+from pydantic import Field, Strict
+
+from evolink_mcp.api.request import IMAGES_MAX, Arguments, TaskId
+from evolink_mcp.errors import EvolinkError, Refused
+from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
+from evolink_mcp.tools.adapter import READS, flat_tool, result
+from evolink_mcp.tools.previews import picture_block
+from evolink_mcp.tools.task_answer import task_out
+from evolink_mcp.tools.waiting import Waiting, follow, host_of
+
+VIEW_EDGE = 1024
+
+
+class ViewImageArguments(Arguments):
+    """view_image."""
+
+    task_id: TaskId
+    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0.")] = 0
+    max_edge: Annotated[
+        int, Strict(), Field(ge=PREVIEW_EDGE_MIN, le=PREVIEW_EDGE_MAX, description="Longest edge in pixels.")
+    ] = VIEW_EDGE
+
+
+def view_image_tool(waiting: Waiting) -> Tool:
+    """The tool over one studio."""
+
+    async def view_image(req: ViewImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
+        """Look at a saved picture: returns the image itself, made small. Use it to check your work or when you only
+        got a path. Free of charge."""
+        host = host_of(ctx)
+        job = await waiting.studio.resume(req.task_id)
+        await follow(job, waiting.wait(host), ctx.report_progress)
+        picture = next((p for p in job.entry.pictures if p.index == req.index), None)
+        if picture is None or picture.path is None:
+            out = task_out(job.entry, rule=waiting.studio.rule, problem=job.problem)
+            raise Refused(
+                f"there is no saved picture {req.index} of {req.task_id} (status {out.status}, {len(out.images)} pictures)",
+                code="no_such_picture",
+                charged=out.charged,
+                advice="Call get_task with this id; indexes count from 0.",
+            )
+        block = await picture_block(Path(picture.path), req.max_edge, host.answer_max)
+        if block is None:
+            raise Refused(
+                f"the file {picture.path} cannot be shown",
+                code="no_preview",
+                charged=job.entry.charged,
+                advice="It may have been moved or deleted; call get_task.",
+            )
+        line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {picture.path}"
+        return result(line, None, block)
+
+    return flat_tool(view_image, ViewImageArguments, None, _refuse, title="View image", annotations=READS)
+
+
+def _refuse(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    return result(f"{error.what}. Nothing was charged for looking. {error.advice}", None, is_error=True)
