@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from evolink_mcp import __version__
 from evolink_mcp.sanitize import harmless
@@ -79,14 +80,15 @@ def _stdio(_: argparse.Namespace) -> int:
     import anyio
 
     from evolink_mcp.cli.wiring import open_studio, server_for
+    from evolink_mcp.server.server import serve_streams
     from evolink_mcp.transports.stdio import serve_stdio
 
-    async def serve(read: object, write: object) -> None:
+    async def serve(read: Any, write: Any) -> None:
         async with open_studio(settings) as studio:
-            lowlevel = server_for(studio, settings)._lowlevel_server
+            server = server_for(studio, settings)
             gc.freeze()
             gc.enable()
-            await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
+            await serve_streams(server, read, write)
 
     if sys.stdin.isatty():
         print(

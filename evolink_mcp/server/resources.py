@@ -99,6 +99,7 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 
 def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
+    # mcp 2.3: MCPServer publishes neither its bus nor a way to answer requests that it does not know.
     bus, wire = server._subscriptions, server._lowlevel_server
     watchers = _Watchers()
 
@@ -145,7 +146,7 @@ class _Watchers:
 
 
 def _connection(context: ServerRequestContext[Any, Any]) -> Connection:
-    # The session lives as long as one request; what it speaks for has no public name yet.
+    # mcp 2.3: a session lives as long as one request, and the connection behind it has no public name.
     return context.session._connection
 
 
@@ -167,5 +168,6 @@ class ResourceServer(MCPServer[Any]):
         """Without sessions nobody can be told anything later: subscriptions of the older protocol are not offered."""
         if how.get("stateless_http"):
             for method in ("resources/subscribe", "resources/unsubscribe"):
+                # mcp 2.3: a handler can be added but not removed.
                 self._lowlevel_server._request_handlers.pop(method, None)
         return super().streamable_http_app(**how)

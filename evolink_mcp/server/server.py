@@ -94,3 +94,10 @@ def build_server(
         return JSONResponse({"status": "ok", "name": NAME, "version": __version__})
 
     return server
+
+
+async def serve_streams(server: MCPServer[Any], read: Any, write: Any) -> None:
+    """Serve one client over a pair of message streams, as the SDK's own transports give them, until `read` ends."""
+    # mcp 2.3: MCPServer runs over its own stdio streams only; its low-level server takes any.
+    lowlevel = server._lowlevel_server
+    await lowlevel.run(read, write, lowlevel.create_initialization_options())
