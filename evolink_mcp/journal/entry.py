@@ -222,5 +222,5 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
 
 
 def _task(data: dict[str, Any]) -> Task:
-    error = data.pop("error")
-    return Task(**{**data, "results": tuple(data["results"]), "error": TaskError(**error) if error else None})
+    error, results = data.pop("error"), data.pop("results")
+    return Task(**data, results=tuple(results), error=TaskError(**error) if error else None)

@@ -1,4 +1,4 @@
-"""The journal in one SQLite file (WAL, FULL): made at the first use, shared by any number of servers of one machine."""
+"""The journal in one SQLite file (WAL, synchronous FULL), shared by any number of servers of one machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,13 +39,16 @@ MIGRATIONS = (
     CREATE INDEX entries_undelivered ON entries (fingerprint) WHERE delivered_at IS NULL;
     CREATE TABLE uploads (sha256 TEXT PRIMARY KEY, url TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
     """,
-    # 2: the column held `Entry.closed` all the time; SQLite renames it in the indexes too.
+    # 2: the column always held `Entry.closed`. SQLite renames it in the indexes too.
     "ALTER TABLE entries RENAME COLUMN complete TO closed",
 )
 
 
 class SqliteJournal:
-    """The `Journal` contract on a file in `folder`; nothing is created before the first call."""
+    """The `Journal` contract on a file in `folder`, where each method is described; nothing is created before a call.
+
+    `owner` is this server's mark on its entries. `set_aside` is where a damaged journal was moved to, if one was found.
+    """
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
@@ -113,7 +116,7 @@ class SqliteJournal:
                 continue
             try:
                 adopted += self._take_over(owner)
-            except JournalUnwritable as error:  # what is adopted already must not be forgotten; these come next time
+            except JournalUnwritable as error:  # keep what is taken over already; the rest is left for the next time
                 log.warning("%s", error.what)
             finally:
                 with suppress(OSError):
@@ -195,7 +198,7 @@ class SqliteJournal:
         return _readable(self._run(lambda db: db.execute(statement, values).fetchall()))
 
     def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
-        """The one border to SQLite. A damaged file is set aside, never deleted, and a new one begun."""
+        """Run `act`, and translate what SQLite raises. A damaged file is moved aside, never deleted, and a new one begun."""
         import sqlite3
 
         for attempt in (1, 2):
@@ -216,12 +219,12 @@ class SqliteJournal:
 
         if self._db is None:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._live()
+            self._hold_life_lock()
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             db.row_factory = sqlite3.Row
-            db.text_factory = lambda data: data.decode("utf-8", "replace")
+            db.text_factory = _text
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
@@ -232,8 +235,8 @@ class SqliteJournal:
             self._db, self._inode = db, self.path.stat().st_ino
         return self._db
 
-    def _live(self) -> None:
-        """Hold this owner's lock file: it dies with the process, and tells other servers that we have not."""
+    def _hold_life_lock(self) -> None:
+        """Hold this owner's lock file. The lock ends with the process: while it is held, other servers know that we live."""
         from filelock import FileLock
 
         if self._life is None:
@@ -250,7 +253,7 @@ class SqliteJournal:
         if self._shut():
             with suppress(OSError):
                 if self.path.stat().st_ino != self._inode:
-                    return  # another server has set the damaged file aside already: this is its new one
+                    return  # another server has moved the damaged file aside already: this file is its new one
         aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self.owner[:6]}")
         try:
             os.replace(self.path, aside)
@@ -284,9 +287,14 @@ def _migrate(db: sqlite3.Connection) -> None:
             db.execute(f"PRAGMA user_version = {number}")
 
 
+def _text(data: bytes) -> str:
+    """A damaged letter must not make the entry unreadable."""
+    return data.decode("utf-8", "replace")
+
+
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Immediate, since a read that turns into a write later fails when another process was faster."""
+def _transaction(db: sqlite3.Connection) -> Generator[None]:
+    """A transaction that locks at once: one that begins with a read fails at its first write if another was faster."""
     import sqlite3
 
     db.execute("BEGIN IMMEDIATE")
@@ -309,7 +317,7 @@ def _spent(db: sqlite3.Connection, since: float) -> float:
 
 
 def _readable(rows: list[Any]) -> list[Entry]:
-    """The entries of these rows; one that makes no sense is named in the log and left where it is."""
+    """The entries of these rows; a row that makes no sense is named in the log and stays in the file."""
     entries: list[Entry] = []
     for row in rows:
         try:

@@ -1,4 +1,4 @@
-"""Ready briefs that a person picks from a menu, and the values a host offers while they are filled in."""
+"""Prompts that a person picks from a menu, and the values that a host offers while they are filled in."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ONCE = (
 
 
 def add_prompts(server: MCPServer[Any], studio: Studio) -> None:
-    """Publish the briefs, and completions for their arguments and for the resource templates of `studio`."""
+    """Publish the prompts, and completions for their arguments and for the resource templates of `studio`."""
 
     @server.prompt(title="New picture", description="Describe it, choose a shape, and get it in one paid call.")
     def new_picture(
@@ -120,7 +120,7 @@ def add_prompts(server: MCPServer[Any], studio: Studio) -> None:
         )
 
     @server.completion()
-    async def offer(
+    async def complete(
         ref: PromptReference | ResourceTemplateReference,
         argument: CompletionArgument,
         context: CompletionContext | None,
@@ -174,7 +174,7 @@ def _pictures(studio: Studio) -> Iterable[str]:
 
 
 def _recent(studio: Studio) -> list[Entry]:
-    """What was bought last; nothing where the journal cannot be read, for an offer is not worth an error."""
+    """What was bought last; nothing if the journal cannot be read, because a completion is not worth an error."""
     try:
         return studio.journal.recent(RECENT)
     except JournalUnwritable:

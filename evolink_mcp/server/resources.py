@@ -1,7 +1,7 @@
 """Tasks, pictures and size tables as MCP resources: `evolink://tasks/…`, `evolink://images/…`, `evolink://sizes`.
 
-Whoever watches a task's resource hears of every new state of it: through `subscriptions/listen` where the protocol has
-it (2026-07-28), else through `resources/subscribe`.
+A client can watch a task's resource and is told of every new state: through `subscriptions/listen` in protocol
+2026-07-28, through `resources/subscribe` before.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.task_answer import task_out
 
-# TypeScript stdio clients close on messages above 10 MiB; base64 adds a third.
+# TypeScript stdio clients close the connection on a message above 10 MiB; base64 adds a third.
 IMAGE_MAX_BYTES = 7_000_000
 TASK_URI = "evolink://tasks/"
 WATCHED_MAX = 1_000
 
 
 def add_resources(server: MCPServer[Any], studio: Studio) -> None:
-    """Publish the three kinds of resources of one studio, and tell whoever watches a task of its changes."""
+    """Publish the three kinds of resources of one studio, and tell the watchers of a task about its changes."""
 
     @server.resource("evolink://sizes", title="Size tables", mime_type="text/markdown",
                      description="All ratio and tier combinations in pixels, by both rules.")  # fmt: skip
@@ -89,7 +89,7 @@ def _entry(studio: Studio, task_id: str) -> Entry | None:
 
 
 def _read(path: Path) -> tuple[int, bytes]:
-    """Size and content; no content where there is too much of it."""
+    """Size in bytes and content; no content if it is more than IMAGE_MAX_BYTES."""
     with open_plain(path) as file:
         data = file.read(IMAGE_MAX_BYTES + 1)
         return (len(data), data) if len(data) <= IMAGE_MAX_BYTES else (path.stat().st_size, b"")
@@ -100,7 +100,7 @@ def _read(path: Path) -> tuple[int, bytes]:
 
 def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
     # mcp 2.3: MCPServer publishes neither its bus nor a way to answer requests that it does not know.
-    bus, wire = server._subscriptions, server._lowlevel_server
+    bus, wire = server._subscriptions, server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - see above
     watchers = _Watchers()
 
     async def tell(entry: Entry) -> None:
@@ -115,7 +115,7 @@ def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
 
 
 class _Watchers:
-    """Connections of the older protocol, by the task they watch; a connection that ends is forgotten."""
+    """Connections of the older protocol and the tasks that each of them watches; one that ends is forgotten."""
 
     def __init__(self) -> None:
         self._watched: dict[Connection, set[str]] = {}
@@ -147,13 +147,14 @@ class _Watchers:
 
 def _connection(context: ServerRequestContext[Any, Any]) -> Connection:
     # mcp 2.3: a session lives as long as one request, and the connection behind it has no public name.
-    return context.session._connection
+    return context.session._connection  # pyright: ignore[reportPrivateUsage] - see above
 
 
 class ResourceServer(MCPServer[Any]):
-    """An MCPServer that tells every picture's own type: a template has room for one only."""
+    """An MCPServer that tells the type of each picture; a resource template can name only one type for all."""
 
     async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
+        """The SDK's answer, each picture with the type that its bytes have."""
         contents = await super().read_resource(uri, context)
         if not isinstance(contents, list):
             return contents
@@ -165,9 +166,9 @@ class ResourceServer(MCPServer[Any]):
         ]
 
     def streamable_http_app(self, **how: Any) -> Any:
-        """Without sessions nobody can be told anything later: subscriptions of the older protocol are not offered."""
+        """The SDK's app; without sessions it offers no subscriptions of the older protocol, for nobody could be told."""
         if how.get("stateless_http"):
             for method in ("resources/subscribe", "resources/unsubscribe"):
                 # mcp 2.3: a handler can be added but not removed.
-                self._lowlevel_server._request_handlers.pop(method, None)
+                self._lowlevel_server._request_handlers.pop(method, None)  # pyright: ignore[reportPrivateUsage] - see above
         return super().streamable_http_app(**how)

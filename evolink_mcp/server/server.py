@@ -1,4 +1,4 @@
-"""The faces of one studio on one MCP server."""
+"""Tools, resources, prompts and extensions of one studio on one MCP server."""
 
 from __future__ import annotations
 
@@ -38,11 +38,16 @@ INVALID_PARAMS = -32602
 
 
 class Server(ResourceServer):
-    """The SDK calls a prompt that is not there, or lacks an argument, an internal fault; it is the caller's mistake."""
+    """An MCPServer that answers a missing prompt or argument as the caller's mistake; the SDK calls it internal."""
 
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
     ) -> Any:
+        """The SDK's answer.
+
+        Raises:
+            MCPError: there is no such prompt, or it lacks an argument (-32602).
+        """
         known = {prompt.name: prompt for prompt in await self.list_prompts()}
         if name not in known:
             raise MCPError(INVALID_PARAMS, f"There is no prompt {harmless(name, 60)}, only {', '.join(known)}.")
@@ -60,7 +65,10 @@ def build_server(
     preview_edge: int | None = None,
     resource_links: bool = False,
 ) -> MCPServer[Any]:
-    """Tools, resources and prompts over `studio`, which is opened and closed by the caller."""
+    """Tools, resources and prompts over `studio`, which the caller opens and closes.
+
+    `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`.
+    """
     waiting = Waiting(studio, wait_s, preview_edge, resource_links)
     get_task = get_task_tool(waiting)
     tools = [
@@ -99,5 +107,5 @@ def build_server(
 async def serve_streams(server: MCPServer[Any], read: Any, write: Any) -> None:
     """Serve one client over a pair of message streams, as the SDK's own transports give them, until `read` ends."""
     # mcp 2.3: MCPServer runs over its own stdio streams only; its low-level server takes any.
-    lowlevel = server._lowlevel_server
+    lowlevel = server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - see above
     await lowlevel.run(read, write, lowlevel.create_initialization_options())

@@ -1,6 +1,6 @@
 """The Tasks extension (SEP-2663): a client that declares it gets a task handle from generate_image, and polls.
 
-The handle is EvoLink's own task id, so it outlives this server. Everybody else is answered as ever.
+The handle is EvoLink's own task id, so it outlives this server. Every other client is answered as without it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Request = ServerRequestContext[Any, Any]
 
 
 class TaskParams(RequestParams):
-    """What all three methods take; `inputResponses` is ignored, for nothing is ever asked in a task."""
+    """What all three methods take; `inputResponses` is ignored, because a task never asks for input."""
 
     task_id: str
 
 
 class Tasks(Extension):
-    """Tasks over one studio; `get_task` is the tool whose answer a finished task has."""
+    """Tasks over one studio; a finished task has the answer of the tool `get_task`."""
 
     identifier = "io.modelcontextprotocol/tasks"
 
@@ -45,6 +45,7 @@ class Tasks(Extension):
         self._get_task = get_task
 
     def methods(self) -> Sequence[MethodBinding]:
+        """The three methods of the extension, for clients of its protocol version."""
         return [
             MethodBinding("tasks/get", TaskParams, self.get, MODERN),
             MethodBinding("tasks/cancel", TaskParams, self.cancel, MODERN),
@@ -54,7 +55,7 @@ class Tasks(Extension):
     async def intercept_tool_call(
         self, params: CallToolRequestParams, ctx: Request, call_next: CallNext
     ) -> HandlerResult:
-        """Let generate_image order and not wait, where the client can come back for the rest."""
+        """Let generate_image order without waiting, if the client can come back for the rest."""
         if params.name != "generate_image" or ctx.protocol_version not in MODERN or not self._declared(ctx):
             return await call_next(ctx)
         params.arguments = {**(params.arguments or {}), "wait_seconds": 0}
@@ -63,13 +64,13 @@ class Tasks(Extension):
         entry = self._entry(facts["task_id"]) if facts else None
         if entry is None or entry.ended:
             return result
-        # The client holds the handle: an identical call is a purchase of its own, as beside a waiting call.
+        # The client has the handle, so an identical call is a purchase of its own, as it is beside a waiting call.
         with suppress(JournalUnwritable):
             self._studio.journal.claim(entry.key)
         return {"resultType": "task", **self._told(entry)}
 
     async def get(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
-        """The task now; once nothing is left to do, with the answer that get_task gives."""
+        """The task now; with the answer of get_task when nothing is left to do."""
         self._known(ctx, params)
         job = await self._studio.resume(params.task_id)
         if not job.finished:
@@ -80,12 +81,12 @@ class Tasks(Extension):
         return {**self._told(job.entry), "status": "completed", "result": answer}
 
     async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
-        """EvoLink cannot call a picture back: the client stops waiting, and the next identical call gets it."""
+        """EvoLink cannot cancel: the client stops waiting, and the next identical call gets the picture."""
         self._studio.leave(self._known(ctx, params))
         return {}
 
     async def update(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
-        """Acknowledged, as the extension wants it."""
+        """Acknowledged, as the extension requires."""
         self._known(ctx, params)
         return {}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,7 @@ class Studio:
         await self._life.__aexit__(*exc)
 
     @asynccontextmanager
-    async def _live(self) -> AsyncIterator[None]:
+    async def _live(self) -> AsyncGenerator[None]:
         timing: Any = {"clock": self._clock, "sleep": self._sleep}
         try:
             async with anyio.create_task_group() as self._group:
@@ -169,7 +169,7 @@ class Studio:
             self._recorder.delivered(job, self._clock())
 
     @contextmanager
-    def attending(self, job: Job) -> Iterator[None]:
+    def attending(self, job: Job) -> Generator[None]:
         """A call waits for this job. If the last call ends without the result, the next identical order gets it."""
         job.callers += 1
         try:
@@ -266,10 +266,11 @@ class Studio:
         return None
 
     async def _run(self, job: Job) -> None:
-        if job.entry.phase == "intent":
+        phase = job.entry.phase
+        if phase == "intent":
             await self._purchases.buy(job)
-            job.heard_from = job.seen_running = job.entry.phase == "submitted"
-        elif job.entry.phase in ("sending", "unknown"):
+            job.heard_from = job.seen_running = job.entry.task is not None
+        elif phase in ("sending", "unknown"):
             await self._purchases.reconcile(job)
         if job.entry.task is None:
             return

@@ -45,6 +45,7 @@ class BadArguments(Refused):
 class _OneModel(FuncMetadata):
     """Arguments arrive as one validated model named `req`; unlike the SDK's own, it never parses a string as JSON."""
 
+    # mcp 2.3 allows only its own base class here; what it uses of it is replaced below.
     arg_model: Annotated[type[Arguments], WithJsonSchema(None)]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def validate_arguments(self, arguments_to_validate: dict[str, Any]) -> dict[str, Any]:

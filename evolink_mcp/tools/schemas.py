@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,27 +61,30 @@ def output_schema(model: type[BaseModel]) -> Schema:
 
 
 def _plain(node: Any, definitions: Schema) -> Any:
+    """`node` without titles and references, a type that may be null written as `[type, "null"]`."""
     if isinstance(node, list):
-        return [_plain(item, definitions) for item in node]
+        return [_plain(item, definitions) for item in cast("list[Any]", node)]
     if not isinstance(node, dict):
         return node
-    if "$ref" in node:
-        return _plain(definitions[node["$ref"].rsplit("/", 1)[1]], definitions)
-    if "anyOf" in node:
-        arms = [_plain(arm, definitions) for arm in node["anyOf"]]
+    schema = cast(Schema, node)
+    if "$ref" in schema:
+        return _plain(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+    if "anyOf" in schema:
+        arms = [_plain(arm, definitions) for arm in schema["anyOf"]]
         real = [arm for arm in arms if arm != {"type": "null"}]
         if len(real) == 1 and "type" in real[0]:
             nullable = [real[0]["type"], "null"] if len(arms) > 1 else real[0]["type"]
             rest = {
                 key: _plain(value, definitions)
-                for key, value in node.items()
+                for key, value in schema.items()
                 if key not in ("anyOf", "title", "default")
             }
             return {**real[0], **rest, "type": nullable}
-    plain = {}
-    for key, value in node.items():
+    plain: Schema = {}
+    for key, value in schema.items():
         if key == "properties":
-            plain[key] = {name: _plain(field, definitions) for name, field in value.items()}
+            fields: Schema = value
+            plain[key] = {name: _plain(field, definitions) for name, field in fields.items()}
         elif key == "description":
             plain[key] = str(value).partition("\n\n")[0]
         elif key not in ("title", "$defs") or not isinstance(value, str | dict):

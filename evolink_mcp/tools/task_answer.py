@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -142,7 +142,7 @@ def brief(out: TaskOut) -> TaskOut:
 def shortened(value: Any) -> Any:
     """A value of a request with every text in it cut to TEXT_SHOWN characters."""
     if isinstance(value, list):
-        return [shortened(item) for item in value]
+        return [shortened(item) for item in cast("list[Any]", value)]
     return value if not isinstance(value, str) or len(value) <= TEXT_SHOWN else value[: TEXT_SHOWN - 1] + "…"
 
 

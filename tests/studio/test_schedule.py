@@ -9,8 +9,8 @@ import pytest
 from evolink_mcp.studio.schedule import (
     BACKOFF_MAX_S,
     BACKOFF_MIN_S,
-    FIRST_LOOK_S,
-    SPRINT_LOOKS,
+    FIRST_READ_S,
+    SPRINT_READS,
     SPRINT_S,
     RetryBudget,
     Schedule,
@@ -40,7 +40,7 @@ def later(schedule: Schedule) -> Schedule:
 @pytest.mark.parametrize(
     ("estimate_s", "first_s"),
     [
-        pytest.param(None, FIRST_LOOK_S, id="no estimate"),
+        pytest.param(None, FIRST_READ_S, id="no estimate"),
         pytest.param(10.0, 3.0, id="never before three seconds"),
         pytest.param(30.0, 9.0, id="three tenths of the estimate"),
         pytest.param(50.0, 15.0, id="exactly at the most"),
@@ -96,9 +96,9 @@ def test_near_the_end_the_stretch_shrinks_to_what_is_left() -> None:
 
 def test_the_sprint_is_short() -> None:
     schedule = later(Schedule(100.0, middle))
-    rests = [schedule.next_s(90.0 + n, progress=90.0 + n / 10) for n in range(SPRINT_LOOKS + 3)]
-    assert pytest.approx(rests[:SPRINT_LOOKS]) == [SPRINT_S] * SPRINT_LOOKS
-    assert rests[SPRINT_LOOKS:] == pytest.approx([plain(90.0 + n) for n in range(SPRINT_LOOKS, SPRINT_LOOKS + 3)])
+    rests = [schedule.next_s(90.0 + n, progress=90.0 + n / 10) for n in range(SPRINT_READS + 3)]
+    assert pytest.approx(rests[:SPRINT_READS]) == [SPRINT_S] * SPRINT_READS
+    assert rests[SPRINT_READS:] == pytest.approx([plain(90.0 + n) for n in range(SPRINT_READS, SPRINT_READS + 3)])
 
 
 @pytest.mark.parametrize("progress", [None, 0.0, 4.9])
