@@ -1,0 +1,181 @@
+"""Reads that are due together go out as one request; whatever becomes of it, every watcher gets its own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import anyio
+import httpx2 as httpx
+import pytest
+
+from evolink_mcp.api.task import Task, TaskError
+from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
+from evolink_mcp.studio.poller import UNREADABLE_BATCHES_MAX, Poller
+
+pytestmark = pytest.mark.anyio
+
+RUNNING = [Task(f"task-unified-{number}", "processing", progress=10.0 * number) for number in range(4)]
+IDS = [task.id for task in RUNNING]
+DONE = Task(IDS[0], "completed", results=("https://x.example/1.png",), credits_used=1.5)
+
+
+def broken() -> Unreadable:
+    """What the client raises when the connection breaks."""
+    error = Unreadable("EvoLink could not be read (ReadError)")
+    error.__cause__ = httpx.ReadError("reset")
+    return error
+
+
+@dataclass
+class Account:
+    """EvoLink's two ways to read tasks. `batch` answers a batch read, `single` a single one."""
+
+    batch: Callable[[], list[Task]] = lambda: RUNNING
+    single: Callable[[str], Task] = lambda task_id: next(task for task in RUNNING if task.id == task_id)
+    batches: list[list[str]] = field(default_factory=list)
+    singles: list[str] = field(default_factory=list)
+
+    async def tasks(self, task_ids: list[str]) -> dict[str, Task]:
+        self.batches.append(list(task_ids))
+        return {task.id: task for task in self.batch()}
+
+    async def task(self, task_id: str) -> Task:
+        self.singles.append(task_id)
+        return self.single(task_id)
+
+
+def raises(error: EvolinkError) -> Callable[..., list[Task]]:
+    def answer(*_: object) -> list[Task]:
+        raise error
+
+    return answer
+
+
+async def read_together(account: Account, times: int = 1) -> list[dict[str, Task | EvolinkError]]:
+    """All of IDS are read at the same moment, `times` times in a row."""
+    rounds: list[dict[str, Task | EvolinkError]] = []
+
+    async def no_wait(_: float) -> None:
+        await anyio.sleep(0)
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
+            poller.watchers = len(IDS)
+            for _ in range(times):
+                heard: dict[str, Task | EvolinkError] = {}
+
+                async def read(task_id: str, heard: dict[str, Task | EvolinkError] = heard) -> None:
+                    try:
+                        heard[task_id] = await poller.read(task_id)
+                    except EvolinkError as error:
+                        heard[task_id] = error
+
+                async with anyio.create_task_group() as watchers:
+                    for task_id in IDS:
+                        watchers.start_soon(read, task_id)
+                rounds.append(heard)
+    return rounds
+
+
+EACH = dict(zip(IDS, RUNNING, strict=True))
+
+
+async def test_reads_that_are_due_together_are_one_request() -> None:
+    account = Account()
+    assert await read_together(account) == [EACH]
+    assert (account.batches, account.singles) == ([IDS], [])
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 501])
+async def test_where_there_are_no_batch_reads_each_task_is_read_alone_from_then_on(status: int) -> None:
+    refused = Unreadable("no", http_status=status) if status == 501 else Rejected("no", http_status=status)
+    account = Account(batch=raises(refused))
+    assert await read_together(account, times=2) == [EACH, EACH]
+    assert account.batches == [IDS]
+    assert sorted(account.singles) == sorted(IDS * 2)
+
+
+async def test_a_batch_that_makes_no_sense_is_tried_again_a_few_times_only() -> None:
+    account = Account(batch=raises(Unreadable("not JSON")))
+    assert await read_together(account, times=UNREADABLE_BATCHES_MAX + 2) == [EACH] * (UNREADABLE_BATCHES_MAX + 2)
+    assert account.batches == [IDS] * UNREADABLE_BATCHES_MAX
+
+
+async def test_a_batch_that_makes_sense_again_is_trusted_again() -> None:
+    answers = iter([raises(Unreadable("not JSON"))] * 2 + [lambda: RUNNING] + [raises(Unreadable("not JSON"))] * 2)
+
+    def batch() -> list[Task]:
+        return next(answers)()
+
+    account = Account(batch=batch)
+    assert await read_together(account, times=5) == [EACH] * 5
+    assert len(account.batches) == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(RateLimited("slow down", http_status=429, retry_after_s=3.0), id="429"),
+        pytest.param(Rejected("key", code="unauthorized", http_status=401), id="401"),
+        pytest.param(Unreadable("fault", http_status=500), id="500"),
+        pytest.param(broken(), id="a broken connection"),
+    ],
+)
+async def test_an_error_of_a_batch_reaches_every_watcher_and_ends_no_batch_reads(error: EvolinkError) -> None:
+    account = Account(batch=raises(error))
+    assert await read_together(account, times=2) == [dict.fromkeys(IDS, error)] * 2
+    assert (account.batches, account.singles) == ([IDS, IDS], [])
+
+
+@pytest.mark.parametrize(
+    ("told", "whole"),
+    [
+        pytest.param([], RUNNING[0], id="absent"),
+        pytest.param([Task(IDS[0], "completed", results=DONE.results)], DONE, id="completed without its price"),
+        pytest.param([Task(IDS[0], "completed", credits_used=1.5)], DONE, id="completed without its links"),
+        pytest.param(
+            [Task(IDS[0], "failed")], Task(IDS[0], "failed", error=TaskError("x", "y")), id="failed without a reason"
+        ),
+    ],
+)
+async def test_what_a_batch_does_not_tell_in_full_is_read_alone(told: list[Task], whole: Task) -> None:
+    account = Account(batch=lambda: [*told, *RUNNING[1:]], single=lambda _: whole)
+    assert await read_together(account) == [EACH | {IDS[0]: whole}]
+    assert (account.batches, account.singles) == ([IDS], [IDS[0]])
+
+
+async def test_an_error_of_a_single_read_reaches_its_own_watcher_only() -> None:
+    unknown = Rejected("not here", http_status=404)
+    account = Account(batch=lambda: RUNNING[1:], single=raises(unknown))  # pyright: ignore[reportArgumentType]
+    assert await read_together(account) == [EACH | {IDS[0]: unknown}]
+
+
+async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_without_answer() -> None:
+    """A fault of ours in one read must not leave its watcher waiting for ever."""
+
+    def fault(_: str) -> Task:
+        raise ZeroDivisionError
+
+    heard: list[Exception] = []
+
+    async def both_watch() -> None:
+        async with anyio.create_task_group() as group:
+            poller = Poller(Account(batch=list, single=fault), group)  # pyright: ignore[reportArgumentType]
+            poller.watchers = 2
+
+            async def watch(task_id: str) -> None:
+                with anyio.CancelScope(shield=True):
+                    try:
+                        await poller.read(task_id)
+                    except EvolinkError as error:
+                        heard.append(error)
+
+            group.start_soon(watch, IDS[0])
+            group.start_soon(watch, IDS[1])
+
+    with anyio.fail_after(30), pytest.raises(ExceptionGroup) as ended:
+        await both_watch()
+    assert ended.group_contains(ZeroDivisionError)
+    assert [type(error) for error in heard] == [Unreadable, Unreadable]
