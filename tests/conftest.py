@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.studio.studio import Studio
 
 KEY = "sk-canary-0123456789abcdef"
+
+
+def poor_environment(home: Path, **more: str) -> dict[str, str]:
+    """As little as a host gives to a server; and in CI what measures the coverage of child processes."""
+    kept = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
+    return {"HOME": str(home), **kept, **more}
 
 
 @pytest.fixture

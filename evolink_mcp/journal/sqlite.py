@@ -6,14 +6,15 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import COLUMNS, STATE, Entry, entry_of
+from evolink_mcp.journal.migrations import migrate, transaction
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,23 +26,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "journal.sqlite3"
 BUSY_TIMEOUT_S = 5.0
-MIGRATIONS = (
-    """
-    CREATE TABLE entries (
-        key TEXT PRIMARY KEY, owner TEXT NOT NULL, phase TEXT NOT NULL, created_at REAL NOT NULL,
-        fingerprint TEXT NOT NULL, task_id TEXT UNIQUE, status TEXT NOT NULL, complete INTEGER NOT NULL,
-        attended INTEGER NOT NULL, delivered_at REAL, estimate REAL NOT NULL, credits REAL, charged TEXT NOT NULL,
-        request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, pictures TEXT NOT NULL
-    );
-    CREATE INDEX entries_by_age ON entries (created_at);
-    CREATE INDEX entries_open ON entries (owner) WHERE complete = 0;
-    CREATE INDEX entries_left ON entries (owner) WHERE complete = 0 OR (delivered_at IS NULL AND attended = 1);
-    CREATE INDEX entries_undelivered ON entries (fingerprint) WHERE delivered_at IS NULL;
-    CREATE TABLE uploads (sha256 TEXT PRIMARY KEY, url TEXT NOT NULL, expires_at REAL NOT NULL) WITHOUT ROWID;
-    """,
-    # 2: the column always held `Entry.closed`. SQLite renames it in the indexes too.
-    "ALTER TABLE entries RENAME COLUMN complete TO closed",
-)
 
 
 class SqliteJournal:
@@ -70,7 +54,7 @@ class SqliteJournal:
         values = [value(entry) for value in COLUMNS.values()]
 
         def write(db: sqlite3.Connection) -> float | None:
-            with _transaction(db):
+            with transaction(db):
                 spent = _spent(db, since)
                 if cap is not None and spent + entry.estimate > cap:
                     return spent
@@ -126,7 +110,7 @@ class SqliteJournal:
 
     def _take_over(self, owner: str) -> list[Entry]:
         def take(db: sqlite3.Connection) -> list[Any]:
-            with _transaction(db):
+            with transaction(db):
                 db.execute("UPDATE entries SET attended = 0 WHERE owner = ?", (owner,))
                 found = "SELECT * FROM entries WHERE owner = ? AND closed = 0"
                 rows = db.execute(found, (owner,)).fetchall()
@@ -228,7 +212,7 @@ class SqliteJournal:
             try:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
-                _migrate(db)
+                migrate(db)
             except BaseException:
                 db.close()
                 raise
@@ -271,40 +255,9 @@ class SqliteJournal:
         )
 
 
-def _migrate(db: sqlite3.Connection) -> None:
-    import sqlite3
-
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > len(MIGRATIONS):
-        raise sqlite3.OperationalError("a newer version of evolink-mcp wrote it")
-    if version == len(MIGRATIONS):
-        return
-    with _transaction(db):
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-            for statement in filter(str.strip, script.split(";")):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {number}")
-
-
 def _text(data: bytes) -> str:
     """A damaged letter must not make the entry unreadable."""
     return data.decode("utf-8", "replace")
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Generator[None]:
-    """A transaction that locks at once: one that begins with a read fails at its first write if another was faster."""
-    import sqlite3
-
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        with suppress(sqlite3.Error):
-            db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
 
 
 def _spent(db: sqlite3.Connection, since: float) -> float:

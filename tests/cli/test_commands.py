@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from conftest import poor_environment
 
 from evolink_mcp import __version__
 
@@ -14,7 +15,7 @@ COMMANDS = ("http", "sse", "demo", "simulate", "tasks", "doctor")
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {"HOME": str(home), "PATH": os.environ.get("PATH", ""), "PYTHONUTF8": "1"}
+    env = poor_environment(home, PYTHONUTF8="1")
     command = [sys.executable, "-m", "evolink_mcp", *arguments]
     return subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=60)
 

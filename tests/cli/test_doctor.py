@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import anyio
 import pytest
 import uvicorn
+from conftest import poor_environment
 
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
@@ -118,7 +118,7 @@ async def test_a_setting_that_cannot_be_used_is_broken_and_named(tmp_path: Path)
 
 
 def test_the_command_line_tells_it_all_and_as_json(tmp_path: Path) -> None:
-    env = {"HOME": str(tmp_path), "PATH": os.environ.get("PATH", ""), "PYTHONUTF8": "1", **environment(tmp_path)}
+    env = poor_environment(tmp_path, PYTHONUTF8="1", **environment(tmp_path))
     run = [sys.executable, "-m", "evolink_mcp", "doctor"]
     told = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     data = subprocess.run([*run, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -110,6 +110,10 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
 
 def _nursery(path: str) -> None:
     """Fork a server for every connection; tell its process id at once and its wait status at its end."""
+    import evolink_mcp.cli.main
+    import evolink_mcp.cli.wiring
+    import evolink_mcp.journal.sqlite
+    import evolink_mcp.transports.stdio  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as door:

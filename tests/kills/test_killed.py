@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from conftest import poor_environment
 from faulty_gateway import Ask, Gateway, QuickSimulator, behave
 from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
 
@@ -45,11 +46,11 @@ class Town:
     def env(self, name: str, **more: str) -> dict[str, str]:
         home = self.folder / name
         home.mkdir(exist_ok=True)
-        return {
-            "HOME": str(home), "PATH": os.environ["PATH"], "EVOLINK_API_KEY": self.key(name),
-            "EVOLINK_BASE_URL": self.gateway.url, "EVOLINK_MCP_DATA_DIR": str(home / "data"),
-            "EVOLINK_MCP_OUTPUT_DIR": str(home / "pictures"), "EVOLINK_MCP_PREVIEW": "off", **more,
-        }  # fmt: skip
+        return poor_environment(
+            home, EVOLINK_API_KEY=self.key(name),
+            EVOLINK_BASE_URL=self.gateway.url, EVOLINK_MCP_DATA_DIR=str(home / "data"),
+            EVOLINK_MCP_OUTPUT_DIR=str(home / "pictures"), EVOLINK_MCP_PREVIEW="off", **more,
+        )  # fmt: skip
 
     @staticmethod
     def key(name: str) -> str:

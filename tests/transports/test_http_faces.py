@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from faulty_gateway import Ask, Gateway, QuickSimulator, behave
 from mcp.client import Client
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +51,15 @@ class Town:
         assert listed.structured_content["synced"] is True
         return [task for task in tasks if (task["request"] or {}).get("prompt") == prompt or not task["request"]]
 
-    def _start(self, face: str, *more: str) -> int:
+    async def beside(self, evolink: str) -> str:
+        """One more streamable HTTP server, before an EvoLink of the test's own; its URL."""
+        port = self._start("http", EVOLINK_BASE_URL=evolink)
+        with anyio.fail_after(WITHIN_S):
+            async with httpx.AsyncClient() as client:
+                await _answers(client, f"http://127.0.0.1:{port}/healthz")
+        return self.url(port)
+
+    def _start(self, face: str, *more: str, **settings: str) -> int:
         port = _free_port()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
         ours = {
@@ -59,6 +68,7 @@ class Town:
             "EVOLINK_BASE_URL": getattr(self, "evolink", "http://127.0.0.1:9"),
             "EVOLINK_MCP_DATA_DIR": str(self.folder / "data"),
             "EVOLINK_MCP_OUTPUT_DIR": str(self.folder / "pictures"),
+            **settings,
         }
         command = [sys.executable, "-m", "evolink_mcp", face, "--port", str(port), *more]
         process = subprocess.Popen(
@@ -120,13 +130,21 @@ HEADERS = {
 
 @ERAS
 async def test_progress_arrives_and_rises_to_the_end(town: Town, mode: Any) -> None:
+    """EvoLink finishes the task only after the caller has heard of it: so it must be heard of before the end."""
     shown: list[float] = []
+    heard = anyio.Event()
 
     async def show(progress: float, total: float | None, message: str | None) -> None:
         shown.append(progress)
+        heard.set()
 
-    with anyio.fail_after(WITHIN_S):
-        async with Client(town.url(town.http), mode=mode) as client:
+    async def hold(ask: Ask) -> None:
+        await heard.wait()
+        await behave(ask)
+
+    gateway = Gateway(QuickSimulator(duration_s=0), reads=lambda ask: hold if "/v1/tasks" in ask.path else None)
+    with anyio.fail_after(2 * WITHIN_S):
+        async with gateway.open(), Client(await town.beside(gateway.url), mode=mode) as client:
             wish = {"prompt": f"a lighthouse, {mode}"}
             answer = await client.call_tool("generate_image", wish, progress_callback=show)
     assert answer.is_error is False

@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from conftest import poor_environment
 from faulty_gateway import Ask, Gateway, QuickSimulator, behave
 from killer import Nursery, Server, nursery_of_servers  # noqa: F401
 from mcp.client import Client
@@ -48,11 +49,11 @@ class House:
 
     @property
     def env(self) -> dict[str, str]:
-        return {
-            "HOME": str(self.folder), "PATH": os.environ["PATH"], "EVOLINK_API_KEY": KEY,
-            "EVOLINK_BASE_URL": self.gateway.url, "EVOLINK_MCP_DATA_DIR": str(self.folder / "data"),
-            "EVOLINK_MCP_OUTPUT_DIR": str(self.folder / "pictures"), "EVOLINK_MCP_PREVIEW": "off",
-        }  # fmt: skip
+        return poor_environment(
+            self.folder, EVOLINK_API_KEY=KEY,
+            EVOLINK_BASE_URL=self.gateway.url, EVOLINK_MCP_DATA_DIR=str(self.folder / "data"),
+            EVOLINK_MCP_OUTPUT_DIR=str(self.folder / "pictures"), EVOLINK_MCP_PREVIEW="off",
+        )  # fmt: skip
 
     async def hold(self, ask: Ask) -> None:
         """A purchase that is taken and not answered before the test says so."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+from conftest import poor_environment
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
@@ -22,7 +22,7 @@ class Talk:
     """A server process and its wire, line by line."""
 
     def __init__(self, home: Path, **environ: str) -> None:
-        env = {"HOME": str(home), "PATH": os.environ.get("PATH", ""), **environ}
+        env = poor_environment(home, **environ)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "evolink_mcp"], env=env, cwd=home,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -77,7 +77,7 @@ def test_older_protocol_versions_are_spoken(talk: Talk, version: str) -> None:
 @pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
 async def test_the_official_client_works_in_every_mode(tmp_path: Path, mode: Any) -> None:
     server = StdioServerParameters(
-        command=sys.executable, args=["-m", "evolink_mcp"], env={"HOME": str(tmp_path)}, cwd=tmp_path
+        command=sys.executable, args=["-m", "evolink_mcp"], env=poor_environment(tmp_path), cwd=tmp_path
     )
     with anyio.fail_after(30):
         async with Client(server, mode=mode) as client:
