@@ -14,7 +14,7 @@ from urllib.parse import quote
 import anyio
 import httpx2 as httpx
 import pytest
-from conftest import KEY, Open, World
+from conftest import KEY, Open, PlainSimulator, World
 from drawings import drawing, vast
 from pydantic import SecretStr
 
@@ -26,7 +26,6 @@ from evolink_mcp.errors import ReferenceRefused
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import References
-from evolink_mcp.simulator.app import Simulator
 
 pytestmark = pytest.mark.anyio
 HOUR_S = 3600.0
@@ -396,7 +395,7 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
         folder.mkdir()
         (folder / "cat.png").write_bytes(PNG)
     (tmp_path / "secret.png").write_bytes(PNG)
-    simulator = Simulator()
+    simulator = PlainSimulator()
     journal = SwappingJournal(tmp_path / "data")
     journal.swap = lambda: swap(desk)
     client = EvolinkClient(
@@ -473,7 +472,7 @@ async def test_a_mask_without_a_picture_is_refused(world: World) -> None:
 class FileApi(httpx.AsyncBaseTransport):
     """A file API that answers uploads with `reply`; everything else goes to the simulator."""
 
-    def __init__(self, simulator: Simulator, status: int, reply: bytes) -> None:
+    def __init__(self, simulator: PlainSimulator, status: int, reply: bytes) -> None:
         self.inner = httpx.ASGITransport(simulator.app)
         self.status, self.reply = status, reply
 
@@ -504,7 +503,7 @@ NO = {"success": False, "code": 40012, "msg": "quota\u202e used up"}
 async def test_an_upload_that_fails_costs_nothing_and_buys_nothing(
     open_desk: Open, desk: Path, status: int, reply: bytes, code: str
 ) -> None:
-    simulator = Simulator()
+    simulator = PlainSimulator()
     async with open_desk(simulator=simulator, transport=FileApi(simulator, status, reply)) as world:
         answer = await edit(world, str(desk / "cat.png"))
     assert answer.is_error is True
@@ -523,7 +522,7 @@ async def test_an_upload_that_fails_costs_nothing_and_buys_nothing(
 async def test_callers_over_http_read_no_files_here_unless_folders_are_named(
     tmp_path: Path, desk: Path, allowed: bool, works: bool
 ) -> None:
-    simulator = Simulator()
+    simulator = PlainSimulator()
     environ = {
         "EVOLINK_API_KEY": KEY,
         "EVOLINK_BASE_URL": "http://127.0.0.1:9",

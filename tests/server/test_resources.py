@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from conftest import Open, World
+from conftest import Clock, Open, PlainSimulator, World
 from mcp.client import Client
 from mcp.shared.exceptions import MCPDeprecationWarning, MCPError
 from mcp_types import ResourceUpdatedNotification
@@ -18,6 +19,7 @@ from mcp_types import ResourceUpdatedNotification
 from evolink_mcp.api.sizes import RATIOS, RULES
 from evolink_mcp.server.resources import IMAGE_MAX_BYTES, WATCHED_MAX
 from evolink_mcp.server.server import build_server
+from evolink_mcp.simulator.simulation import SimulatedTask
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -185,15 +187,32 @@ async def test_whoever_listens_to_a_task_hears_when_it_changes(world: World) -> 
                         break
 
 
-async def test_older_clients_subscribe_and_hear_until_they_unsubscribe(world: World) -> None:
+class HeldSimulator(PlainSimulator):
+    """No picture is given out before `go` is set."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock=clock)
+        self.go = threading.Event()
+
+    def _draw(self, task: SimulatedTask, index: int) -> bytes:
+        self.go.wait(30)
+        return super()._draw(task, index)
+
+
+async def test_older_clients_subscribe_and_hear_until_they_unsubscribe(open_world: Open) -> None:
     heard: list[str] = []
+    clock = Clock()
+    simulator = HeldSimulator(clock)
 
     async def listen(message: Any) -> None:
         if isinstance(message, ResourceUpdatedNotification):
             heard.append(str(message.params.uri))
 
-    with anyio.fail_after(20):
-        async with Client(build_server(world.studio), mode="legacy", message_handler=listen) as client:
+    with anyio.fail_after(40):
+        async with (
+            open_world(simulator=simulator, clock=clock) as world,
+            Client(build_server(world.studio), mode="legacy", message_handler=listen) as client,
+        ):
             assert client.server_capabilities.resources.subscribe is True
             ids = [(await bought(client, prompt=f"fox {k}", wait_seconds=0))["task_id"] for k in range(3)]
             one, other, third = (f"evolink://tasks/{task_id}" for task_id in ids)
@@ -202,6 +221,7 @@ async def test_older_clients_subscribe_and_hear_until_they_unsubscribe(world: Wo
             for uri in (other, third):
                 with pytest.warns(MCPDeprecationWarning):
                     await client.unsubscribe_resource(uri)
+            simulator.go.set()
             for task_id in reversed(ids):
                 await client.call_tool("get_task", {"task_id": task_id})
     assert set(heard) == {one}
