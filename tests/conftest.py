@@ -28,6 +28,11 @@ from evolink_mcp.studio.studio import Studio
 KEY = "sk-canary-0123456789abcdef"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Two more than there are cores: many tests wait for other processes."""
+    return (os.cpu_count() or 1) + 2
+
+
 def poor_environment(home: Path, **more: str) -> dict[str, str]:
     """As little as a host gives to a server; and in CI what measures the coverage of child processes."""
     kept = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}

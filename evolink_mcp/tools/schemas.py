@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
@@ -32,6 +33,7 @@ def error_out(problem: Problem) -> ErrorOut:
     return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
 
 
+@cache
 def input_schema(model: type[BaseModel]) -> Schema:
     """The schema of a tool's arguments: flat, no `$ref`, no titles, and null is never mentioned.
 
@@ -51,6 +53,7 @@ def input_schema(model: type[BaseModel]) -> Schema:
     return schema
 
 
+@cache
 def output_schema(model: type[BaseModel]) -> Schema:
     """The schema of a tool's structured content: flat; what may be missing has the type `[type, "null"]`.
 
