@@ -64,14 +64,19 @@ class EvolinkError(Exception):
 
     @property
     def problem(self) -> Problem:
+        """The same as data."""
         return Problem(self.code, self.what, self.retryable, self.advice)
 
 
 class Refused(EvolinkError):
+    """The call was stopped here: nothing was sent, nothing was charged."""
+
     code = "refused"
 
 
 class KeyMissing(Refused):
+    """No API key is set."""
+
     code = "key_missing"
     advice = (
         "Set EVOLINK_API_KEY in the configuration of this MCP server and restart it. "
@@ -80,10 +85,14 @@ class KeyMissing(Refused):
 
 
 class OverBudget(Refused):
+    """The computed price is above a cap."""
+
     code = "over_budget"
 
 
 class JournalUnwritable(Refused):
+    """The journal cannot be read or written, so nothing may be bought."""
+
     code = "journal_unwritable"
     advice = (
         "Nothing is bought that cannot be written down first. Make the folder writable or free some space, "
@@ -92,29 +101,41 @@ class JournalUnwritable(Refused):
 
 
 class ReferenceRefused(Refused):
+    """A local picture may not or cannot be used."""
+
     code = "reference_refused"
 
 
 class FolderRefused(Refused):
+    """A picture may not or cannot be saved there."""
+
     code = "folder_refused"
 
 
 class Unreachable(EvolinkError):
+    """Not one byte of the request was sent: it may be repeated."""
+
     code = "unreachable"
     retryable = True
     advice = "Nothing was sent. Check the network and EVOLINK_BASE_URL, then call again."
 
 
 class Rejected(EvolinkError):
+    """EvoLink answered with a definite no: nothing was charged."""
+
     code = "rejected"
 
 
 class RateLimited(Rejected):
+    """EvoLink asks to wait (429)."""
+
     code = "rate_limited"
     retryable = True
 
 
 class OutcomeUnknown(EvolinkError):
+    """A paid request was sent and its answer was lost: it may have been charged."""
+
     code = "outcome_unknown"
     charged = "unknown"
     advice = (
@@ -124,12 +145,16 @@ class OutcomeUnknown(EvolinkError):
 
 
 class Unreadable(EvolinkError):
+    """A read, never a purchase, failed: it may be repeated."""
+
     code = "unreadable"
     retryable = True
     advice = "Call again in a moment; nothing is lost."
 
 
 class DownloadFailed(EvolinkError):
+    """A finished picture could not be fetched or saved; its task is paid."""
+
     code = "download_failed"
     charged = "yes"
     retryable = True
@@ -137,6 +162,8 @@ class DownloadFailed(EvolinkError):
 
 
 class LinkExpired(DownloadFailed):
+    """EvoLink's link to the picture has ended (24 h)."""
+
     code = "link_expired"
     retryable = False
     advice = "EvoLink keeps results for 24 hours. A picture saved earlier is still in its folder."

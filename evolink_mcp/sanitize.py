@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
+from typing import Any, cast
 
 UPSTREAM_WORDS_MAX = 300
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -22,9 +22,9 @@ def scrub(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode() if _has_surrogate(value) else value
     if isinstance(value, dict):
-        return {scrub(key): scrub(item) for key, item in value.items()}
+        return {scrub(key): scrub(item) for key, item in cast("dict[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [scrub(item) for item in value]
+        return [scrub(item) for item in cast("list[Any]", value)]
     return value
 
 

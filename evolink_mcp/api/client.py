@@ -1,4 +1,4 @@
-"""EvoLink over HTTP: one door for reads (may be repeated), one for purchases (one POST).
+"""EvoLink over HTTP: one way for reads, which may be repeated, and one for purchases, which is one POST.
 
 The key goes to the two configured EvoLink origins and nowhere else; redirects are never followed.
 """
@@ -34,7 +34,7 @@ from evolink_mcp.api.http import (
     whole_body,
     why,
 )
-from evolink_mcp.api.task import Balance, Task, is_task_id, read_balance, read_task, read_tasks
+from evolink_mcp.api.task import Balance, Task, as_dict, is_task_id, read_balance, read_task, read_tasks
 from evolink_mcp.errors import (
     BY_STATUS,
     KeyMissing,
@@ -76,7 +76,7 @@ class EvolinkClient:
         self._loopback = urlsplit(base_url).scheme == "http"
         self._transport = transport
         self._opened: list[httpx.AsyncClient] = []
-        self._tills = anyio.CapacityLimiter(POOL_SIZE)
+        self._purchases = anyio.CapacityLimiter(POOL_SIZE)
 
     async def __aenter__(self) -> EvolinkClient:
         return self
@@ -85,7 +85,7 @@ class EvolinkClient:
         for client in self._opened:
             await client.aclose()
 
-    # The HTTP clients are opened at first use: reading the system's certificates takes longer than starting.
+    # The HTTP clients are opened at their first use: to read the system's certificates takes longer than to start.
 
     @cached_property
     def _trust(self) -> ssl.SSLContext:
@@ -97,12 +97,12 @@ class EvolinkClient:
 
     @cached_property
     def _pays(self) -> httpx.AsyncClient:
-        # A purchase never rides on an old connection: an idle one closed under it is an ambiguous failure.
+        # A purchase always opens a new connection: if an idle one breaks, nobody knows whether EvoLink got the request.
         return self._open(httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0))
 
     @cached_property
     def pictures(self) -> httpx.AsyncClient:
-        """For pictures: it knows no key, and connects to public addresses only."""
+        """The client for pictures: it has no key, and connects to public addresses only."""
         if self._transport is None and not self._loopback and not urllib.request.getproxies():
             return self._open(POOL, CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL)))
         return self._open(POOL)
@@ -121,10 +121,11 @@ class EvolinkClient:
 
     @property
     def has_key(self) -> bool:
+        """Whether there is a key, so that EvoLink can be asked at all."""
         return self._key is not None
 
     def simulates(self, url: str) -> bool:
-        """Whether `url` is at a stand-in of EvoLink on this machine: then its pictures are there, too."""
+        """Whether `url` belongs to a simulated EvoLink on this machine, which gives out pictures from there too."""
         return self._loopback and url.startswith(self._origins["api"] + "/")
 
     # --- the purchase ---
@@ -143,12 +144,12 @@ class EvolinkClient:
 
         async def trace(event: str, info: dict[str, Any]) -> None:
             nonlocal sent
-            # A proxy's CONNECT is told of, too: it carries nothing of the purchase.
+            # The CONNECT to a proxy is traced too, but it carries nothing of the purchase.
             if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
                 on_sending()
                 sent = True
 
-        if not traced:  # an injected transport tells nothing about its bytes
+        if not traced:  # a transport that was passed in traces nothing
             on_sending()
 
         try:
@@ -160,7 +161,7 @@ class EvolinkClient:
                 headers={"Idempotency-Key": idempotency_key},
                 extensions={"trace": trace},
             )
-            async with self._tills:  # the deadline must not run while the request waits for its turn
+            async with self._purchases:  # the deadline must not include the wait for a free connection
                 reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
         except (Unreadable, *TRANSPORT_ERRORS) as error:
             if not sent and (traced or isinstance(error, NEVER_CONNECTED)):
@@ -178,7 +179,7 @@ class EvolinkClient:
                 http_status=404,
                 advice="Nothing was bought. Check EVOLINK_BASE_URL.",
             )
-        # A conflict means that EvoLink has seen this fresh key before: something has sent the request twice.
+        # 409: EvoLink has seen this new key before, so something between us and EvoLink has sent the request twice.
         if reply.status in BY_STATUS and reply.status != 409:
             raise rejection(reply)
         raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
@@ -216,17 +217,16 @@ class EvolinkClient:
             deadline_s=UPLOAD_DEADLINE_S,
             files={"file": (name, content, mime_type)},
         )
-        answer = reply.json()
-        data = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(answer, dict) or answer.get("success") is False or not isinstance(data, dict):
-            said = (
-                harmless(answer.get("msg") or answer.get("message") or "no reason") if isinstance(answer, dict) else ""
-            )
+        told = reply.json()
+        answer = as_dict(told)
+        if answer.get("success") is False or not isinstance(answer.get("data"), dict):
+            said = harmless(answer.get("msg") or answer.get("message") or "no reason") if isinstance(told, dict) else ""
             raise Rejected(
                 f"EvoLink's file API did not take the picture: “{said}”",
                 code="upload_refused",
                 advice="Use another picture or give a public URL instead.",
             )
+        data = as_dict(answer["data"])
         url = data.get("file_url") or data.get("download_url")
         if not isinstance(url, str):
             raise Unreadable("EvoLink's file API names no URL for the upload")
@@ -237,10 +237,10 @@ class EvolinkClient:
                 raise Unreadable("EvoLink's file API names an unusable URL for the upload") from error
         return url
 
-    # --- one way out ---
+    # --- how requests are sent ---
 
     def _request(self, client: httpx.AsyncClient, method: str, path: str, *, origin: str = "api", **more: Any):
-        """A request with the key, and a proof that it goes where the key may go."""
+        """A request with the key; it is checked that it goes to an origin that may see the key."""
         if self._key is None:
             raise KeyMissing("no EvoLink API key is set")
         headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **more.pop("headers", {})}
@@ -257,7 +257,7 @@ class EvolinkClient:
         return request
 
     async def _ask(self, method: str, path: str, *, deadline_s: float = READ_DEADLINE_S, **more: Any) -> Reply:
-        """A call that costs nothing, read whole: the caller may repeat it."""
+        """A call that costs nothing, and its whole answer; the caller may repeat it."""
         request = self._request(self._reads, method, path, **more)
         try:
             reply = await self._exchange(self._reads, request, deadline_s)
@@ -270,18 +270,18 @@ class EvolinkClient:
         raise Unreadable(f"EvoLink answered HTTP {reply.status}", http_status=reply.status)
 
     async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
-        """Send and read whole, within a total deadline and the JSON cap."""
+        """Send a request and read the whole answer, within a total deadline and JSON_MAX_BYTES."""
         try:
             with anyio.fail_after(deadline_s):
                 async with stream(client, request) as response:
                     try:
                         body = await whole_body(response)
                     except (Unreadable, *TRANSPORT_ERRORS):
-                        # A definite no needs no words: the status line has said everything about the money.
+                        # For a definite no the status line is enough: nothing was charged.
                         if response.status_code not in BY_STATUS:
                             raise
                         body = b""
-                    if self._key is not None:  # an answer that quotes the key must not carry it any further
+                    if self._key is not None:  # an answer that quotes the key must not be passed on with it
                         body = body.replace(self._key.get_secret_value().encode(), b"(the key)")
                     return Reply(response.status_code, response.headers, body)
         except TimeoutError as error:

@@ -9,7 +9,7 @@ import math
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import anyio
 import httpx2 as httpx
 
 from evolink_mcp.api import urls
+from evolink_mcp.api.task import as_dict
 from evolink_mcp.errors import BY_STATUS, EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.sanitize import harmless
 
@@ -59,6 +60,11 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         self._inner = inner
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send the request to the address that was checked, under the name that was asked for.
+
+        Raises:
+            httpx.ConnectError: one of the host's addresses is not public, or it has none.
+        """
         host = request.url.host
         found = await anyio.getaddrinfo(host, request.url.port or 443)
         public = [str(entry[4][0]) for entry in found if urls.is_public_ip(str(entry[4][0]))]
@@ -70,12 +76,13 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
     async def aclose(self) -> None:
+        """Close the transport that connects."""
         await self._inner.aclose()
 
 
 @asynccontextmanager
-async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-    """An answer as it arrives; its connection is given back even when the reader is cancelled."""
+async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncGenerator[httpx.Response]:
+    """An answer as it arrives. Its connection is given back even if the reader is cancelled."""
     response = await client.send(request, stream=True)
     try:
         yield response
@@ -85,7 +92,11 @@ async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIter
 
 
 async def whole_body(response: httpx.Response) -> bytes:
-    """The body as it came, never unpacked: what is small on the wire can be large beyond it."""
+    """The body as it came; it is never decompressed, because a small body can become a very large one.
+
+    Raises:
+        Unreadable: it is compressed, or larger than JSON_MAX_BYTES.
+    """
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise Unreadable("EvoLink's answer is compressed although it was asked not to be")
     body = bytearray()
@@ -112,7 +123,7 @@ def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | N
 
 
 def rejection(reply: Reply) -> EvolinkError:
-    """A definite no, in any of the shapes EvoLink is known to answer with."""
+    """The error for an answer whose status is in BY_STATUS, in any of the shapes that EvoLink is known to use."""
     code, advice = BY_STATUS[reply.status]
     said, upstream_code = _words(reply)
     what = f"{advice.meaning} (HTTP {reply.status}"
@@ -136,10 +147,9 @@ def _words(reply: Reply) -> tuple[str, str]:
         data = reply.json()
     except Unreadable:
         return "", ""
-    if not isinstance(data, dict):
-        return "", ""
-    inner = data.get("error")
-    source = inner if isinstance(inner, dict) else data
+    told = as_dict(data)
+    inner = told.get("error")
+    source = as_dict(inner) or told
     message = source.get("message") or source.get("msg") or source.get("error_description")
     if message is None and isinstance(inner, str):
         message = inner
@@ -148,11 +158,12 @@ def _words(reply: Reply) -> tuple[str, str]:
 
 
 def dump(body: dict[str, Any]) -> bytes:
+    """The body of a request as JSON in UTF-8."""
     return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
 
 
 def why(error: BaseException) -> str:
-    """The kind of a transport failure; texts of foreign exceptions may hold more than should be told."""
+    """The kind of a transport failure in words of ours; the text of a foreign exception may hold a secret."""
     if isinstance(error, EvolinkError):
         return lower_first(error.what)
     return {
@@ -165,4 +176,5 @@ def why(error: BaseException) -> str:
 
 
 def lower_first(text: str) -> str:
+    """A sentence as the part of a longer one: its first letter small, unless it is EvoLink's."""
     return text if text.startswith("EvoLink") else text[:1].lower() + text[1:]

@@ -1,4 +1,4 @@
-"""The API's own words for what may be asked, strictly; what comes back is in `tasks`.
+"""What may be asked of EvoLink, strictly; what comes back is read in `task`.
 
 Every limit of EvoLink's page "POST /v1/images/generations" stands here once, next to its type.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -165,7 +165,7 @@ class Arguments(BaseModel):
         if not isinstance(data, dict):
             return data
         said: dict[str, Any] = {}
-        for name, value in data.items():
+        for name, value in cast("dict[str, Any]", data).items():
             field = cls.model_fields.get(name)
             if value is None and field is not None and not field.is_required():
                 if field.default is not None:

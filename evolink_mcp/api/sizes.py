@@ -1,4 +1,4 @@
-"""Which pixels a size means, by EvoLink's gpt-image-2 page (`size`, `resolution`): limits, tables, covers."""
+"""Which pixels a size means: EvoLink's gpt-image-2 page, fields `size` and `resolution`, with every limit of them."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ class Size:
 
     @property
     def pixels(self) -> int:
+        """How many pixels it has."""
         return self.width * self.height
 
     @property
     def megapixels(self) -> float:
+        """Millions of pixels, rounded to two places."""
         return round(self.pixels / 1_000_000, 2)
 
     @property
@@ -60,6 +62,7 @@ class Size:
         return f"{self.width // common}:{self.height // common}"
 
     def covers(self, width: int, height: int) -> bool:
+        """Whether neither edge is smaller than asked."""
         return self.width >= width and self.height >= height
 
     def __str__(self) -> str:

@@ -1,5 +1,7 @@
-"""What EvoLink says of a task, read leniently: unknown fields are ignored, odd values become None, nothing raises
-but an answer without a task."""
+"""What EvoLink says of a task, read leniently.
+
+Unknown fields are ignored and odd values become None. Only an answer that names no task is an error.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from evolink_mcp.api.request import TASK_ID_PATTERN, URL_MAX
 from evolink_mcp.errors import Charged, Unreadable
@@ -29,7 +31,12 @@ class TaskError:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One state of a task at EvoLink, as far as it could be read; `progress` in 0..100, times in seconds."""
+    """One state of a task at EvoLink, as far as it could be read.
+
+    `progress` is in percent, `created` in epoch seconds, `estimated_time_s` in seconds from the start. `results` are
+    the links to the pictures. `credits_reserved` and `credits_used` are credits of the whole task. `billing` is
+    EvoLink's word for the state of the charge ("charged", "released" …).
+    """
 
     id: str
     status: str = "pending"
@@ -45,7 +52,7 @@ class Task:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing more will happen to it at EvoLink."""
+        """Whether EvoLink will not change it any more."""
         return self.status in SETTLED
 
     @property
@@ -75,30 +82,34 @@ def read_task(data: Any) -> Task:
     Raises:
         Unreadable: `data` is not an object with a usable id.
     """
-    if isinstance(data, dict) and not isinstance(data.get("id"), str) and isinstance(data.get("data"), dict):
-        data = data["data"]
-    if not isinstance(data, dict) or not is_task_id(data.get("id")):
+    told = as_dict(data)
+    if not isinstance(told.get("id"), str) and isinstance(told.get("data"), dict):
+        told = as_dict(told["data"])
+    if not is_task_id(told.get("id")):
         raise Unreadable("EvoLink's answer names no task")
-    info, usage, billing = (_dict(data.get(name)) for name in ("task_info", "usage", "billing"))
-    word = harmless(data["status"], 40).lower() if isinstance(data.get("status"), str) else "pending"
-    # Until it is charged, this figure is a placeholder.
-    used = _number(billing.get("charged_credits")) if billing.get("charge_status") == "charged" else None
+    info, usage, billing = (as_dict(told.get(name)) for name in ("task_info", "usage", "billing"))
+    status, model, charge = (
+        _text(value) for value in (told.get("status"), told.get("model"), billing.get("charge_status"))
+    )
+    word = "pending" if status is None else harmless(status, 40).lower()
+    # EvoLink's page: `charged_credits` is a placeholder until the charge has happened.
+    used = _number(billing.get("charged_credits")) if charge == "charged" else None
     if used is None:
         used = _number(usage.get("credits_used"))
     if used is None:
-        used = _number(_dict(usage.get("cost")).get("credits"))
+        used = _number(as_dict(usage.get("cost")).get("credits"))
     return Task(
-        id=data["id"],
+        id=told["id"],
         status=_SPELLINGS.get(word, word),
-        progress=_number(data.get("progress"), 0, 100),
-        created=_number(data.get("created"), 0, 1e11),
-        model=harmless(data["model"], 80) if isinstance(data.get("model"), str) else None,
-        results=_results(data),
-        error=_error(data.get("error"), word),
+        progress=_number(told.get("progress"), 0, 100),
+        created=_number(told.get("created"), 0, 1e11),
+        model=None if model is None else harmless(model, 80),
+        results=_results(told),
+        error=_error(told.get("error"), word),
         estimated_time_s=_number(info.get("estimated_time"), 0, 86_400),
         credits_reserved=_number(usage.get("credits_reserved"), 0),
         credits_used=used,
-        billing=billing.get("charge_status") if isinstance(billing.get("charge_status"), str) else None,
+        billing=charge,
     )
 
 
@@ -108,12 +119,14 @@ def read_tasks(data: Any) -> Iterator[Task]:
     Raises:
         Unreadable: `data` holds no list.
     """
-    rows = data.get("data") if isinstance(data, dict) else data
-    if isinstance(rows, dict):
-        rows = rows.get("tasks") or rows.get("items") or rows.get("list")
-    if not isinstance(rows, list):
+    told = as_dict(data)
+    rows = told.get("data") if told else data
+    if page := as_dict(rows):
+        rows = page.get("tasks") or page.get("items") or page.get("list")
+    found = as_list(rows)
+    if not found and rows != []:
         raise Unreadable("EvoLink's answer is not a list of tasks")
-    for row in rows:
+    for row in found:
         try:
             yield read_task(row)
         except Unreadable:
@@ -126,9 +139,11 @@ def read_balance(data: Any) -> Balance:
     Raises:
         Unreadable: `data` tells of no account and no key.
     """
-    data = data.get("data") if isinstance(data, dict) else None
-    user, token = ((data.get(k) if isinstance(data, dict) else None) or {} for k in ("user", "token"))
-    if not isinstance(user, dict) or not isinstance(token, dict) or not (user or token):
+    parts = as_dict(as_dict(data).get("data"))
+    if any(not isinstance(parts.get(name) or {}, dict) for name in ("user", "token")):
+        raise Unreadable("EvoLink's answer about credits makes no sense")
+    user, token = as_dict(parts.get("user")), as_dict(parts.get("token"))
+    if not (user or token):
         raise Unreadable("EvoLink's answer about credits makes no sense")
     amounts = [_amount(part.get(name)) for part in (user, token) for name in ("remaining_credits", "used_credits")]
     unlimited = token.get("unlimited_credits")
@@ -136,29 +151,30 @@ def read_balance(data: Any) -> Balance:
 
 
 def is_task_id(value: object) -> bool:
-    """Whether `value` can be a task id: the only ids that ever reach a path."""
+    """Whether `value` has the form of a task id. Only such ids ever become part of a path."""
     return isinstance(value, str) and re.fullmatch(TASK_ID_PATTERN, value) is not None
 
 
 def _results(data: dict[str, Any]) -> tuple[str, ...]:
     """Result URLs in order, each once: `results` first, `result_data` only where that is empty.
 
-    What is no link in one line of visible characters is left out: it would be shown, and could say anything.
+    What is not a link in one line of visible characters is left out: it would be shown, and could say anything.
     """
-    urls = [item for item in _list(data.get("results")) if isinstance(item, str)]
+    urls = [item for item in as_list(data.get("results")) if isinstance(item, str)]
     if not urls:
-        for item in _list(data.get("result_data")) or [data.get("result_data")]:
-            found = [_dict(item).get(name) for name in ("url", "image_url")]
+        for item in as_list(data.get("result_data")) or [data.get("result_data")]:
+            found = [as_dict(item).get(name) for name in ("url", "image_url")]
             urls += [url for url in found if isinstance(url, str)][:1]
     return tuple(dict.fromkeys(url for url in urls if len(url) <= URL_MAX and _LINK.fullmatch(url)))
 
 
 def _error(error: Any, status: str) -> TaskError | None:
-    if isinstance(error, dict):
-        code = error.get("code")
+    told = as_dict(error)
+    if told or error == {}:
+        code = told.get("code")
         return TaskError(
             harmless(code, 80) if isinstance(code, str | int) and code != "" else "unknown_error",
-            harmless(error.get("message") or "no reason was given"),
+            harmless(told.get("message") or "no reason was given"),
         )
     if isinstance(error, str) and error:
         return TaskError("unknown_error", harmless(error))
@@ -172,21 +188,30 @@ def _number(value: Any, low: float = 0.0, high: float = math.inf) -> float | Non
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if isinstance(value, int) and abs(value) > 10**15:
+    if (isinstance(value, int) and abs(value) > 10**15) or math.isnan(value):
         return None
     return min(max(value, low), high) if math.isfinite(value) else None
 
 
 def _amount(value: Any) -> float | None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, int) and abs(value) > 10**15:
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def as_dict(value: object) -> dict[str, Any]:
+    """`value` if it is a JSON object, else an empty one."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    """`value` if it is a JSON list, else an empty one."""
+    return cast("list[Any]", value) if isinstance(value, list) else []

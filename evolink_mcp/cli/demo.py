@@ -13,8 +13,10 @@ import anyio
 import uvicorn
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
+from mcp_types import CallToolResult, TextContent
 
 from evolink_mcp.api.costs import CREDITS_PER_USD
+from evolink_mcp.api.task import as_dict, as_list
 from evolink_mcp.cli.settings import Settings, environment_without_ours
 from evolink_mcp.simulator.app import Simulator
 
@@ -46,7 +48,7 @@ async def run_demo(prompt: str, say: Callable[..., None]) -> int:
     return code
 
 
-async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..., None]):
+async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..., None]) -> CallToolResult:
     server = StdioServerParameters(
         command=sys.executable,
         args=["-m", "evolink_mcp"],
@@ -69,11 +71,11 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
     return answer
 
 
-def _tell(answer, took_s: float, say: Callable[..., None]) -> int:
-    facts = answer.structured_content or {}
-    pictures = [image for image in facts.get("images", []) if image["path"]]
+def _tell(answer: CallToolResult, took_s: float, say: Callable[..., None]) -> int:
+    facts = as_dict(answer.structured_content)
+    pictures = [image for image in map(as_dict, as_list(facts.get("images"))) if image["path"]]
     if answer.is_error or not pictures:
-        say(answer.content[0].text)
+        say(next(block.text for block in answer.content if isinstance(block, TextContent)))
         return 1
     for image in pictures:
         say(f"\n  {image['path']}")

@@ -1,4 +1,4 @@
-"""Is this installation well? Each check looks at one thing, changes nothing, and returns what it found as data.
+"""Does this installation work? Each check looks at one thing, changes nothing, and returns what it found as data.
 
 Nothing of the key is ever in a finding.
 """
@@ -46,7 +46,7 @@ Verdict = Literal["ok", "warning", "broken", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check saw, and what to do about it."""
+    """What one check found, and what to do about it."""
 
     subject: str
     verdict: Verdict
@@ -276,7 +276,7 @@ def _opened(data_dir: Path) -> Finding:
     try:
         with book.path.open("rb") as file:
             begins = file.read(len(SQLITE_MAGIC))
-        if begins not in (b"", SQLITE_MAGIC):  # opening it would set it aside: looking should change nothing
+        if begins not in (b"", SQLITE_MAGIC):  # to open it would move it aside, and a check must change nothing
             todo = "Start the server: it sets the file aside, deletes nothing, and begins a new one."
             return Finding("journal", "broken", f"{book.path} is damaged", todo)
         entries = book.recent(ENTRIES_MAX)

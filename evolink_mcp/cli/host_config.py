@@ -1,4 +1,4 @@
-"""What each host's configuration has to say to start this server: text to paste, and links that do it at a click."""
+"""How each host is told to start this server: text to paste into its configuration, and links that do it at a click."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _asking(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _codex(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    # A JSON string or list of strings is a TOML one too.
+    # A string or a list of strings is written the same in JSON and TOML.
     return "\n".join([
         f"[mcp_servers.{SERVER_NAME}]",
         f"command = {_compact(command)}",

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads may still block on stdin or a picture: nothing of theirs is worth waiting for.
+    # Threads may still wait for stdin or work on a picture; nothing that they do is needed any more.
     os._exit(code)
 
 
@@ -74,7 +74,7 @@ def _settings():
 
 
 def _stdio(_: argparse.Namespace) -> int:
-    # Importing makes half a million objects that stay: collecting among them is a tenth of the start.
+    # The imports make half a million objects that stay. To search them for garbage takes a tenth of the start.
     gc.disable()
     settings = _settings()
     import anyio

@@ -52,7 +52,11 @@ class BadSetting(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What whoever installs the server decides. `key_problem` says why a given key cannot be used."""
+    """What the owner of the server decides; README's table says what each one does.
+
+    `key_problem` says why a given key cannot be used. `wait_s` is in seconds, None leaves it to the host.
+    `preview_edge` is in pixels, None chooses it, 0 sends no previews. `budget` is in credits.
+    """
 
     key: SecretStr | None
     key_problem: str | None
@@ -79,7 +83,7 @@ class Settings:
         key, key_problem = _key(said.get("EVOLINK_API_KEY"))
         base = _base_url("EVOLINK_BASE_URL", said.get("EVOLINK_BASE_URL", BASE_URL))
         files = said.get("EVOLINK_FILES_BASE_URL")
-        # A test stand-in serves both; only the real API has its own host for files.
+        # A simulated EvoLink serves both; only the real one has a host of its own for files.
         files = _base_url("EVOLINK_FILES_BASE_URL", files or (FILES_BASE_URL if base == BASE_URL else base))
         output = _folder(said, "EVOLINK_MCP_OUTPUT_DIR") or _pictures()
         allowed = tuple(
@@ -109,7 +113,7 @@ class Settings:
 
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
-    """Variables that look like ours and are read by nobody, each with the one that was probably meant."""
+    """Variables that look like ours but are not, each with the one that was probably meant."""
     names = [name for name in (os.environ if environ is None else environ) if name.startswith("EVOLINK_")]
     return {
         name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1)), None)

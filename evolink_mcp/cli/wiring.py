@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,8 +29,11 @@ async def open_studio(
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
-) -> AsyncIterator[Studio]:
-    """A studio over the settings' account and folders. `remote`: its callers are not on this machine."""
+) -> AsyncGenerator[Studio]:
+    """A studio for the settings' account and folders.
+
+    `remote`: its callers may be on other machines. `transport`, `clock` (epoch seconds) and `sleep` are for tests.
+    """
     client = EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport
     )

@@ -1,4 +1,4 @@
-"""A finished picture is fetched: without the key, from a public address, capped in size, time and slowness."""
+"""A finished picture is fetched: without the key, from a public address, with limits of size, time and slowness."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folders may be read and written: a path counts only after every link in it has been followed."""
+"""Which folders may be read and written: a path is judged after every link in it has been followed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PART_PREFIX, PART_SUFFIX = ".evolink-", ".part"
 
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
-# A pipe or device that takes a file's place must neither block nor become our terminal.
+# If a pipe or a device has taken a file's place, opening it must not block, and must not make it our terminal.
 _READ = os.O_RDONLY | _FOLLOW_NOTHING | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
 _STEP = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
@@ -39,7 +39,7 @@ class Folders:
     def confines(self, path: Path) -> bool:
         """Whether `path`, all links followed, lies inside an allowed folder."""
         if path.drive.lower() not in {folder.drive.lower() for folder in self.allowed}:
-            return False  # following a Windows network path would already send credentials there
+            return False  # to follow a Windows network path would already send credentials there
         real = path.resolve()
         return any(real.is_relative_to(root) for root in self._roots())
 
@@ -77,7 +77,7 @@ class Folders:
         return path
 
     def readable(self, source: str) -> Path:
-        """The existing file that `source` names, relative paths tried in each allowed folder; open it by `opened`.
+        """The existing file that `source` names; a relative path is tried in each allowed folder. Open it by `opened`.
 
         Raises:
             ReferenceRefused: missing (with a suggestion), not a plain file, or outside every allowed folder.
@@ -98,7 +98,7 @@ class Folders:
             raise ReferenceRefused(f"“{shown}” cannot be read", advice="Check the path and its rights.") from error
 
     def opened(self, path: Path) -> BinaryIO:
-        """The file that `readable` found: a link that took the place of any part of its path since is not followed.
+        """The file that `readable` found, opened; a link that has replaced a part of its path since is not followed.
 
         Raises:
             OSError: it is gone, or not the plain file any more that it was.
@@ -131,7 +131,7 @@ class Folders:
         )
 
     def _did_you_mean(self, paths: Sequence[Path]) -> str:
-        """Pictures beside the missing one that are called much like it."""
+        """Advice: pictures in the same folder with a similar name, if there are any."""
         for path in paths:
             if not path.parent.is_dir() or not self.confines(path.parent):
                 continue
@@ -144,7 +144,7 @@ class Folders:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """The plain file at `path`, which is no link; never waits for a pipe or a device.
+    """The plain file at `path`, opened; a link is refused, and a pipe or device never makes it wait.
 
     Raises:
         OSError: there is none, or it is something else.
@@ -160,13 +160,16 @@ def _plain(handle: int) -> BinaryIO:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and what is missing above it, for this user only (`mkdir` restricts nothing but the last)."""
+    """Make `folder` and every missing one above it for this user only; `Path.mkdir` would restrict only the last."""
     for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
 
 
 def move_to_free_name(part: Path, path: Path) -> bool:
-    """Move `part` to `path` unless something is there: a link where the file system has them, else a claim."""
+    """Move `part` to `path`, unless something is there: then nothing happens and the result is False.
+
+    Uses a hard link; where the file system has none, it first makes an empty file at `path`.
+    """
     try:
         os.link(part, path)
     except FileExistsError:

@@ -1,9 +1,9 @@
-"""Bytes become a picture on disk, whole or not at all; a picture becomes a preview within a byte budget."""
+"""What a picture's bytes are: type, size, alpha, and whether it is whole. The only module that opens pictures."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -27,7 +27,7 @@ _ONE_WORKER: list[anyio.CapacityLimiter] = []
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a picture's bytes say of themselves."""
+    """What a picture's bytes say: MIME type, usual suffix, width and height in pixels, whether it has alpha."""
 
     mime_type: str
     suffix: str
@@ -65,11 +65,11 @@ def examine(file: BinaryIO, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX
 
 
 @contextmanager
-def opened(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS) -> Iterator[Image]:
-    """The picture in `file`, not decoded yet: the one border to Pillow, which has many names for a damaged file."""
+def opened(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS) -> Generator[Image]:
+    """The picture in `file`, not decoded yet; every error that Pillow has for a damaged file becomes NotAPicture."""
     from PIL import Image as pil
 
-    pil.MAX_IMAGE_PIXELS = None  # judged here, before anything is decoded
+    pil.MAX_IMAGE_PIXELS = None  # the size is checked below, before anything is decoded
     try:
         with pil.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels or max(image.size) > max_side:
@@ -82,7 +82,7 @@ def opened(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIX
 
 
 async def in_picture_thread(call: Callable[[], T]) -> T:
-    """Run picture work in the one worker thread that is kept for it, so that the event loop never stalls."""
+    """Run `call` in the worker thread that is kept for pictures, so that the event loop never waits for it."""
     if not _ONE_WORKER:
         _ONE_WORKER.append(anyio.CapacityLimiter(1))
     return await anyio.to_thread.run_sync(call, limiter=_ONE_WORKER[0])

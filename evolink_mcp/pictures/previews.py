@@ -11,14 +11,14 @@ from evolink_mcp.pictures.inspect import opened
 
 # What may be asked for, in pixels.
 PREVIEW_EDGE_MIN, PREVIEW_EDGE_MAX = 64, 2048
-# (longest edge, WebP quality): the first that fits the budget is taken.
+# (share of the longest edge, WebP quality): the first step that fits the budget is taken.
 LADDER = ((1.0, 80), (0.75, 60), (0.5, 50), (0.25, 40))
-# Halve by averaging before resampling where more than 1.5 times the target is left: half the time, and no one sees it.
+# Pillow halves the picture by averaging first, while it stays 1.5 times the target: half the time, no visible loss.
 REDUCING_GAP = 1.5
 
 
 def preview(path: Path, edge: int, budget: int, kind: Literal["webp", "png"] = "webp") -> bytes | None:
-    """A small WebP of the picture at `path`, longest edge ≤ `edge` pixels, ≤ `budget` bytes, no metadata.
+    """A small copy of the picture at `path`: longest edge ≤ `edge` pixels, ≤ `budget` bytes, no metadata.
 
     None where no step of the ladder fits. Blocks: run it in a thread.
 
@@ -32,7 +32,7 @@ def preview(path: Path, edge: int, budget: int, kind: Literal["webp", "png"] = "
         step = image.convert(mode) if image.mode != mode else image
         for share, quality in LADDER:
             longest = max(1, int(edge * share))
-            # In place, from the step before: a copy of a 4K picture costs as much as the encoding.
+            # In place, from the last step: to copy a 4K picture takes as long as to encode it.
             step.thumbnail((longest, longest), reducing_gap=REDUCING_GAP)
             step.info.clear()
             out = io.BytesIO()

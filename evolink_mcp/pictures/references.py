@@ -1,4 +1,4 @@
-"""A local picture, a data: URI or an earlier result becomes a URL that EvoLink can read, before anything is paid."""
+"""References: a local picture, a data: URI or an earlier result becomes a URL that EvoLink can read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Found:
     """A picture that may be referred to.
 
     `mark` stands for its content wherever it is known; `url` is where EvoLink can read it already, and `read` opens it
-    where it lives here. Of a picture that nobody here has seen, type, size and alpha are None.
+    if it is a local one. Type, size (pixels) and alpha are None for a picture that is not here.
     """
 
     mark: str
@@ -54,18 +54,19 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A request whose references may be used. `identity` is its body with contents in place of addresses."""
+    """A request whose references may be used: its body, and the pictures that were found."""
 
     body: dict[str, Any]
     found: tuple[Found, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
+        """What makes two requests identical: the same fields, and the same pictures wherever they come from."""
         return _with(self.body, [picture.mark for picture in self.found]) if self.found else self.body
 
 
 class References:
-    """Turns the references of a request into URLs. With `local` False (HTTP transports) no file here is read."""
+    """Turns the references of a request into URLs. With `local` False (HTTP transports) it reads no local file."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class References:
         self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def check(self, request: GenerationRequest) -> Checked:
-        """Judge every reference; nothing leaves this machine.
+        """Check every reference; nothing is sent.
 
         Raises:
             ReferenceRefused: one cannot be used.
@@ -101,7 +102,7 @@ class References:
         return Checked(body, tuple(found))
 
     async def upload(self, checked: Checked) -> dict[str, Any]:
-        """The body to send: what is local is uploaded, once per content, and named by its URL.
+        """The body to send: each local picture is uploaded, once for each content, and replaced by its URL.
 
         Raises:
             EvolinkError: an upload failed; it costs nothing and may be repeated.
@@ -110,7 +111,7 @@ class References:
         return _with(checked.body, urls) if urls else checked.body
 
     async def _find(self, source: str, *, is_mask: bool = False) -> Found:
-        """A URL that EvoLink can read already, or a checked picture that lives here."""
+        """A URL that EvoLink can read already, or a checked picture of this machine."""
         if is_remote(source):
             return Found(source, url=source)
         shown = harmless(source, 80)
@@ -164,7 +165,7 @@ class References:
         return await _border(check, shown)
 
     async def _upload(self, picture: Found) -> str:
-        """EvoLink's URL for the picture: sent once per content, even when several calls want it at once."""
+        """EvoLink's URL for the picture; the same content is sent once, even if several calls need it at once."""
         assert picture.read is not None
         assert picture.mime_type is not None
         digest = picture.mark.removeprefix("sha256:")
@@ -182,7 +183,7 @@ class References:
 
 
 async def _border(read: Callable[[], T], shown: str) -> T:
-    """Read a picture in the picture thread; what cannot be a reference is refused in words."""
+    """Read a picture in the picture thread; refuse one that cannot be a reference, and say why."""
     try:
         return await in_picture_thread(read)
     except NotAPicture as error:
@@ -194,7 +195,7 @@ async def _border(read: Callable[[], T], shown: str) -> T:
 
 
 def _same_content(read: Callable[[], BinaryIO], digest: str) -> bytes:
-    """What was checked, in memory, so that nothing else can be sent in its place."""
+    """The checked bytes in memory, so that a file that changes later cannot be sent in their place."""
     with read() as file:
         content = file.read(REFERENCE_MAX_BYTES + 1)
     if hashlib.sha256(content).hexdigest() != digest:
@@ -211,7 +212,7 @@ def _with(body: dict[str, Any], named: list[str]) -> dict[str, Any]:
 
 
 def _check_mask(mask: Found, first: Found) -> None:
-    """What can be known of a mask before paying: pictures that nobody here has seen are judged by EvoLink."""
+    """Check what can be known of a mask before paying; pictures that are not here are left to EvoLink."""
     if mask.mime_type not in (None, "image/png") or mask.alpha is False:
         raise ReferenceRefused(
             "the mask has no alpha channel", advice="Use a PNG whose transparent part is to be redrawn."

@@ -1,4 +1,4 @@
-"""A small JSON file beside each saved picture: what was asked, which task made it, and what the file holds."""
+"""The sidecar, a small JSON file beside each saved picture: what was asked, which task made it, what it holds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import anyio.to_thread
 
 from evolink_mcp import __version__
+from evolink_mcp.api.task import as_dict
 from evolink_mcp.journal.entry import Entry, Picture, iso
 from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain
 from evolink_mcp.sanitize import scrub
@@ -22,17 +23,17 @@ log = logging.getLogger(__name__)
 MAKER = "evolink-mcp"
 SUFFIX = ".json"
 SIDECAR_MAX_BYTES = 1 << 20
-# A callback address may hold a secret, and pictures are passed on with what lies beside them.
+# A callback address may hold a secret, and people pass pictures on together with their sidecars.
 LEFT_OUT = ("prompt", "callback_url")
 
 
 def sidecar_path(picture: Path) -> Path:
-    """Where a picture's facts lie: hero.png.json beside hero.png, so that a hero.json is never meant."""
+    """The sidecar's path: hero.png.json beside hero.png, so that it is never taken for a hero.json."""
     return picture.with_name(picture.name + SUFFIX)
 
 
 def sidecar(entry: Entry, picture: Picture) -> dict[str, Any]:
-    """What stands in it; times in UTC."""
+    """The sidecar's content; times in UTC, sizes in pixels and bytes."""
     return scrub({
         "made_by": f"{MAKER} {__version__}",
         "prompt": entry.request.get("prompt"),
@@ -52,7 +53,7 @@ def sidecar(entry: Entry, picture: Picture) -> dict[str, Any]:
 
 
 async def lay_beside(entry: Entry, picture: Picture) -> None:
-    """Write the facts of a saved picture beside it; that they cannot be written is worth a line in the log only."""
+    """Write a saved picture's sidecar. If it cannot be written, the log says so, and nothing else happens."""
     assert picture.path is not None
     path, facts = sidecar_path(Path(picture.path)), sidecar(entry, picture)
     try:
@@ -63,7 +64,7 @@ async def lay_beside(entry: Entry, picture: Picture) -> None:
 
 
 def _write(path: Path, facts: dict[str, Any]) -> bool:
-    """Put the file there whole, or leave what is there: someone else's file, or this picture's facts already."""
+    """Write the whole file. What is there already stays if it is not ours or belongs to the same picture."""
     handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=path.parent)
     part = Path(name)
     try:
@@ -74,7 +75,7 @@ def _write(path: Path, facts: dict[str, Any]) -> bool:
         if move_to_free_name(part, path):
             return True
         there = _ours(path)
-        if there is not None and there.get("sha256") != facts["sha256"]:  # of a picture that is gone: its name was free
+        if there is not None and there.get("sha256") != facts["sha256"]:  # it belonged to a picture that is gone
             os.replace(part, path)
         return there is not None
     finally:
@@ -83,10 +84,11 @@ def _write(path: Path, facts: dict[str, Any]) -> bool:
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
-    """What lies at `path`, if this server wrote it."""
+    """The sidecar at `path`, if evolink-mcp wrote it."""
     try:
         with open_plain(path) as file:
             data = json.loads(file.read(SIDECAR_MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) and str(data.get("made_by")).startswith(MAKER) else None
+    facts = as_dict(data)
+    return facts if str(facts.get("made_by")).startswith(MAKER) else None

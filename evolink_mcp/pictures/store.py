@@ -60,7 +60,7 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path) -> Kep
 
 
 def _settle(part: Path, target: Path) -> Kept:
-    """Check the whole file, make it durable, and give it the first free name."""
+    """Check the whole file, sync it to the disk, and give it the first free name."""
     _sweep(target.parent)
     with part.open("rb") as file:
         facts = examine(file)
@@ -80,7 +80,7 @@ def _settle(part: Path, target: Path) -> Kept:
 
 
 def _sweep(folder: Path) -> None:
-    """Once in a server's life, remove what an earlier one left when it was killed: nothing is written for so long."""
+    """Once for each folder, remove unfinished files of a killed server; no download takes as long as PART_LIVES_S."""
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
@@ -91,7 +91,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _same(path: Path, size: int, digest: str) -> bool:
-    """Whether this very picture lies there already, from a run whose journal was lost."""
+    """Whether this very picture is there already, saved by a server whose journal was lost."""
     try:
         if path.is_symlink() or path.stat().st_size != size:
             return False

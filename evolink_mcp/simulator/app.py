@@ -8,7 +8,7 @@ import base64
 import json
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -46,7 +46,7 @@ class Simulator(Simulation):
 
     def __init__(self, **simulation: Any) -> None:
         super().__init__(**simulation)
-        doors = [
+        endpoints = [
             ("POST", "/v1/images/generations", self._post),
             ("GET", "/v1/tasks", self._list),
             ("POST", "/v1/tasks/batch", self._batch),
@@ -60,14 +60,14 @@ class Simulator(Simulation):
         ]
         self.app = Starlette(
             routes=[
-                *(Route(path, self._door(act), methods=[method]) for method, path, act in doors),
-                Route("/{path:path}", self._door(self._nowhere), methods=["GET", "POST", "PUT", "DELETE"]),
+                *(Route(path, self._endpoint(act), methods=[method]) for method, path, act in endpoints),
+                Route("/{path:path}", self._endpoint(self._nowhere), methods=["GET", "POST", "PUT", "DELETE"]),
             ]
         )
 
-    # The API over HTTP.
+    # --- the API over HTTP ---
 
-    def _door(self, act: Act) -> Callable[[Request], Awaitable[Response]]:
+    def _endpoint(self, act: Act) -> Callable[[Request], Awaitable[Response]]:
         """An endpoint that notes the request, asks for the key where one is needed, and answers."""
 
         async def endpoint(request: Request) -> Response:
@@ -118,8 +118,9 @@ class Simulator(Simulation):
 
     async def _batch(self, request: Request, key: str) -> Answer:
         body = parsed(await request.body())
-        ids = body.get("task_ids") if isinstance(body, dict) else None
-        if not (isinstance(ids, list) and 1 <= len(ids) <= 50 and all(isinstance(one, str) for one in ids)):
+        ids = cast("dict[str, Any]", body).get("task_ids") if isinstance(body, dict) else None
+        ids = cast("list[Any]", ids) if isinstance(ids, list) else []
+        if not (1 <= len(ids) <= 50 and all(isinstance(one, str) for one in ids)):
             return error("invalid_request", "task_ids must be 1 to 50 strings", param="task_ids")
         mine = [self.tasks[one] for one in ids if one in self.tasks and self.tasks[one].key == key]
         return ok({"data": [self.view(task, _origin(request)) for task in mine]})
@@ -150,7 +151,7 @@ class Simulator(Simulation):
                     data, told["file_name"] = await file.read(), told["file_name"] or file.filename
         else:
             told = parsed(await request.body())
-        told = told if isinstance(told, dict) else {}
+        told = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
         if any(not isinstance(value, str) for value in told.values() if value is not None):
             return file_error(400, "Every field is a string")
         if how == "base64" and told.get("base64_data"):
@@ -165,7 +166,7 @@ class Simulator(Simulation):
         return self.keep(data, told.get("file_name"), told.get("upload_path"), _origin(request))
 
     async def _fetched(self, url: str) -> bytes:
-        """What lies behind a URL: there is no network here, so a stranger's picture is drawn from its name."""
+        """The picture at a URL: there is no network here, so it is drawn from the URL's words."""
         from evolink_mcp.simulator.paintings import paint
 
         return await anyio.to_thread.run_sync(paint, url, 1, (512, 512))

@@ -4,6 +4,9 @@ Words of the prompt choose the light, the land and the figure in it; a hash of i
 this only where a picture is drawn: Pillow comes with it. Points are complex numbers: x + y·i, y downwards.
 """
 
+# Pillow's types name numpy's, which is not installed.
+# pyright: reportUnknownMemberType=false
+
 import cmath
 import hashlib
 import io
@@ -76,10 +79,12 @@ FIGURES = {
 
 
 def rgb(text: str) -> Colour:
+    """A colour from six hex digits."""
     return tuple(bytes.fromhex(text))
 
 
 def mix(one: Colour, other: Colour, share: float) -> Colour:
+    """The colour at `share` of the way from one to the other."""
     return tuple(round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
 
 
@@ -105,7 +110,7 @@ def asked(entries: Iterable[str], prompt: str) -> str:
 
 
 class Scene:
-    """A landscape in the making; `unit` is its short edge."""
+    """A landscape while it is drawn; `unit` is its short edge in pixels."""
 
     def __init__(self, prompt: str, size: tuple[int, int], rng: random.Random) -> None:
         (self.width, self.height), self.unit, self.rng = size, min(size), rng
@@ -123,12 +128,15 @@ class Scene:
         self.sun_x = self.width * rng.choice([rng.uniform(0.26, 0.4), rng.uniform(0.6, 0.74)])
 
     def disc(self, at: complex, r: float, fill: Colour, alpha: int = 255) -> None:
+        """A circle around `at` with radius `r`."""
         self.pen.ellipse((at.real - r, at.imag - r, at.real + r, at.imag + r), fill=(*fill, alpha))
 
     def plate(self, points: Sequence[complex], fill: Colour) -> None:
+        """A filled polygon."""
         self.pen.polygon([(p.real, p.imag) for p in points], fill=fill)
 
     def bar(self, at: complex, length: float, thick: float, fill: Colour, alpha: int) -> None:
+        """A line with round ends, `length` wide around `at`."""
         box = (at.real - length / 2, at.imag - thick / 2, at.real + length / 2, at.imag + thick / 2)
         self.pen.rounded_rectangle(box, thick / 2, fill=(*fill, alpha))
 
@@ -149,11 +157,13 @@ class Scene:
         return lambda x: base - sum(high * math.sin(often * x + shift) for high, often, shift in waves)
 
     def hills(self, line: Callable[[float], float], top: Colour, foot: Colour) -> None:
+        """The land below a line of hills."""
         crest = [complex(x, line(x)) for x in range(0, self.width + 8, 6)]
         outline = [*crest, complex(self.width + 8, self.height), complex(0, self.height)]
         self.fade(min(p.imag for p in crest), [top, foot, foot], outline)
 
     def heavens(self) -> None:
+        """Sky, stars, and sun or moon."""
         rng, unit = self.rng, self.unit
         self.fade(0, [*self.sky, *[self.sky[-1]] * (len(self.sky) // 2)])
         for _ in range(round(170 * self.width * self.height / unit**2) if self.dark else 0):
@@ -175,6 +185,7 @@ class Scene:
                 self.bar(at, unit * rng.uniform(0.14, 0.42), unit * 0.017, foam, alpha)
 
     def pines(self, line: Callable[[float], float], size: float, fill: Colour, gap: float) -> None:
+        """A row of pines along a line."""
         x = -self.rng.random() * gap
         while x < self.width + size:
             high = size * self.rng.uniform(0.55, 1.1)
@@ -184,6 +195,7 @@ class Scene:
             x += gap * self.rng.uniform(0.35, 1.3)
 
     def peaks(self, base: float, size: float, fill: Colour) -> None:
+        """Mountains with snow."""
         count = round(3 * self.width / self.unit) + 1
         for k in range(count):
             high = size * self.rng.uniform(0.65, 1.0)
@@ -196,6 +208,7 @@ class Scene:
                 self.plate([top, *(top + high * complex(side * u, v) for u, v in cap)], mix(fill, SNOW, snow))
 
     def skyline(self, base: float, size: float, fill: Colour, lit: float) -> None:
+        """A row of houses; `lit` of their windows have light."""
         rng, x = self.rng, -0.05 * self.unit
         while x < self.width:
             wide, top = self.unit * rng.uniform(0.06, 0.12), base - size * rng.uniform(0.3, 1.0)
@@ -209,6 +222,7 @@ class Scene:
             x += wide * rng.uniform(0.95, 1.12)
 
     def water(self, top: float) -> None:
+        """The sea below `top`, with waves and the sun's reflection."""
         rng, unit, depth, deep = self.rng, self.unit, self.height - top, mix(self.near, self.sky[1], 0.42)
         shallow, foam = mix(self.sky[-1], self.far, 0.45), mix(self.sun, self.far, 0.3)
         self.fade(top, [shallow, mix(self.far, deep, 0.62), deep])
@@ -252,7 +266,7 @@ class Scene:
         self.place(near)
 
     def place(self, ground: Callable[[float], float]) -> None:
-        """The figure: on the ground, on the water or in the air, as befits it."""
+        """The figure: on the ground, on the water or in the air, as it should be."""
         rng, unit, size = self.rng, self.unit, self.unit * float(self.pieces[0])
         x = self.width * (0.3 if self.sun_x > self.width / 2 else 0.7)
         if self.name in ("cat", "fox"):  # before the sun
@@ -277,6 +291,7 @@ class Scene:
             self.disc(at + size * (out * 0.31 - 0.78j), size * rng.uniform(0.05, 0.1), tone)
 
     def stand(self, at: complex, size: float) -> None:
+        """The prompt's figure, its foot at `at`."""
         for piece in self.pieces[1:]:
             form, tone, *spots = piece.split()
             points = [at + size * complex(*map(float, spot.split(","))) for spot in spots]
@@ -288,7 +303,7 @@ class Scene:
 
 
 def paint(prompt: str, index: int, size: tuple[int, int], kind: str = "png", clear: bool = False) -> bytes:
-    """One picture as PNG, JPEG or WebP bytes; a clear one is a round sticker on nothing."""
+    """One picture as PNG, JPEG or WebP bytes; with `clear` it is a round sticker on a transparent ground."""
     rng = random.Random(hashlib.sha256(f"{index}\n{prompt}".encode("utf-8", "surrogatepass")).digest())
     scale = min(2.0, math.sqrt(WORKING_PIXELS / (size[0] * size[1])))
     scene = Scene(prompt, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), rng)

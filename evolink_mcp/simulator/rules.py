@@ -9,7 +9,7 @@ import ipaddress
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 FAULTS: dict[str, str] = {
     "sim:fail": "the task fails in the end: content_policy_violation; its credits come back",
@@ -59,8 +59,10 @@ REFUSALS = {  # what EvoLink calls it: HTTP status, error.type, message
     "internal_error": (500, "api_error", "Internal server error"),
     "service_unavailable": (503, "service_unavailable_error", "Service temporarily unavailable"),
 }
-REFUSED_AT_ONCE = {"400": "invalid_request", "401": "unauthorized", "402": "insufficient_quota"}
-REFUSED_AT_ONCE |= {"403": "model_access_denied", "500": "internal_error", "429-always": "rate_limit_exceeded"}
+REFUSED_AT_ONCE = {
+    "400": "invalid_request", "401": "unauthorized", "402": "insufficient_quota",
+    "403": "model_access_denied", "500": "internal_error", "429-always": "rate_limit_exceeded",
+}  # fmt: skip
 HTML = "<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
 LINK_LIFE_S, UPLOAD_LIFE_S = 24 * 3600.0, 72 * 3600.0
 MOST_PIXELS, LEAST_PIXELS, LONGEST_EDGE = 8_294_400, 655_360, 3840
@@ -123,6 +125,7 @@ def _drawable(size: Any) -> bool:
 
 
 def is_link(value: Any) -> bool:
+    """Whether `value` is an http(s) URL."""
     return isinstance(value, str) and re.fullmatch(r"https?://[^/\s?#]+\S*", value) is not None
 
 
@@ -150,7 +153,9 @@ PAGE: dict[str, tuple[Callable[[Any], bool], str]] = {  # every field of the pag
         "must be a string of 1 to 32000 Unicode code points",
     ),
     "image_urls": (
-        lambda v: isinstance(v, list) and 1 <= len(v) <= 16 and all(map(is_link, v)),
+        lambda v: (
+            isinstance(v, list) and 1 <= len(cast("list[Any]", v)) <= 16 and all(map(is_link, cast("list[Any]", v)))
+        ),
         "must be 1 to 16 http(s) URLs",
     ),
     "mask_url": (is_link, "must be an http(s) URL"),
@@ -165,23 +170,24 @@ PAGE: dict[str, tuple[Callable[[Any], bool], str]] = {  # every field of the pag
 
 
 def faults_of(prompt: str) -> dict[str, str]:
-    """The faults that a prompt orders: name -> value, empty where none was given."""
+    """The faults that a prompt orders, by name; the value is empty if none was given."""
     return dict(re.findall(r"(?<![A-Za-z0-9])sim:([a-z0-9]+(?:-[a-z0-9]+)*)(?:=(\w+(?:\.\d+)?))?", prompt))
 
 
 def objection(body: Any) -> str:
-    """What the page has against this request, in words; empty if nothing."""
+    """Why the page forbids this request, in words; empty if it does not."""
     if not isinstance(body, dict):
         return "The body must be a JSON object"
-    for name in [*body, "model", "prompt"]:
-        if name not in PAGE or name not in body:
-            return f"Unknown field: {name}" if name in body else f"{name} is required"
-        if not PAGE[name][0](body[name]):
+    asked = cast("dict[str, Any]", body)
+    for name in [*asked, "model", "prompt"]:
+        if name not in PAGE or name not in asked:
+            return f"Unknown field: {name}" if name in asked else f"{name} is required"
+        if not PAGE[name][0](asked[name]):
             return f"{name} {PAGE[name][1]}"
-    if body.get("background") == "transparent" and body.get("output_format") == "jpeg":
+    if asked.get("background") == "transparent" and asked.get("output_format") == "jpeg":
         return "background transparent needs output_format png or webp"
     known = {word.partition("=")[0] for word in FAULTS}
-    for name, value in faults_of(body["prompt"]).items():
+    for name, value in faults_of(asked["prompt"]).items():
         if f"sim:{name}" not in known or (name == "slow" and not re.fullmatch(r"(\d+(\.\d+)?)?", value)):
             return f"Unknown magic word sim:{name}={value}"
     return ""

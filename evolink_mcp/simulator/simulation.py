@@ -1,4 +1,4 @@
-"""What EvoLink would do, as plain calls: a task is a function of the clock, so nothing runs and nothing sleeps."""
+"""What EvoLink would do, as plain calls. A task's state follows from its age, so nothing runs and nothing sleeps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Upload:
 
 @dataclass
 class SimulatedTask:
-    """One task, paid for; everything but the count of looks is fixed when it is created."""
+    """One paid task. Only the number of reads changes after it is created; times in seconds, `reserved` in credits."""
 
     id: str
     created: float
@@ -65,34 +65,41 @@ class SimulatedTask:
 
     @property
     def pictures(self) -> int:
+        """How many pictures it has in the end."""
         return 1 if "fewer" in self.faults else self.body.get("n", 1)
 
     @property
     def kind(self) -> str:
+        """png, jpeg or webp."""
         return self.body.get("output_format", "png")
 
     @property
     def end(self) -> str:
+        """The status that it ends with."""
         if self.faults.keys() & {"fail", "surrogate"}:
             return "failed"
         return "cancelled" if "cancelled" in self.faults else "completed"
 
 
 def ok(data: dict[str, Any]) -> Answer:
+    """A successful answer."""
     return 200, {}, data
 
 
 def error(code: str, message: str = "", **more: Any) -> Answer:
+    """A refusal by its code in REFUSALS."""
     status, kind, text = REFUSALS[code]
     headers = {"retry-after": "1"} if status == 429 else {}
     return status, headers, {"error": {"code": code, "message": message or text, "type": kind, **more}}
 
 
 def file_error(code: int, message: str, status: int = 400) -> Answer:
+    """A refusal of the file API, which has a shape of its own."""
     return status, {}, {"success": False, "code": code, "msg": message}
 
 
 def parsed(data: bytes) -> Any:
+    """A body as JSON; None if it is not."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -124,7 +131,7 @@ class Simulation:
         self._uploaded = 0
         self._drawn: dict[tuple[str, int], bytes] = {}
 
-    # The clock's side: what is, as a function of age.
+    # --- states, as functions of age ---
 
     def state(self, task: SimulatedTask) -> tuple[str, int]:
         """Status and progress now."""
@@ -150,10 +157,10 @@ class Simulation:
         bought = 1000.0 if self.keys is None else self.keys.get(key, 0.0)
         return round(bought - used - held, 4), round(used, 4)
 
-    def view(self, task: SimulatedTask, base_url: str, *, fresh: bool = False, links: bool = True) -> dict:
+    def view(self, task: SimulatedTask, base_url: str, *, fresh: bool = False, links: bool = True) -> dict[str, Any]:
         """The task as JSON; a fresh one is pending, and a list gives no links."""
         status, progress = ("pending", 0) if fresh and "done" not in task.faults else self.state(task)
-        seen = {"created": int(task.created), "id": task.id, "model": "gpt-image-2", "type": "image"}
+        seen: dict[str, Any] = {"created": int(task.created), "id": task.id, "model": "gpt-image-2", "type": "image"}
         seen |= {"object": "image.generation.task", "progress": progress, "status": status}
         if status == "failed":
             code = task.faults.get("fail", "service_error") or "content_policy_violation"
@@ -176,7 +183,7 @@ class Simulation:
         usage = {"billing_rule": "per_token", "credits_used": cost, "user_group": "default", "cost": money}
         return seen | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
 
-    # The API without HTTP.
+    # --- the API without HTTP ---
 
     def create(
         self, body: Any, *, key: str = "", idempotency_key: str | None = None, base_url: str = DEFAULT_URL
@@ -222,7 +229,7 @@ class Simulation:
         return error("service_unavailable") if "503-created" in faults else ok(seen)
 
     def task(self, task_id: str, *, key: str = "", base_url: str = DEFAULT_URL) -> Answer:
-        """One look at a task; without a key, at anybody's."""
+        """One read of a task; without a key, of anybody's."""
         if not task_id.startswith("task-unified-"):
             return error("invalid_task_id", param="task_id")
         task = self.tasks.get(task_id)

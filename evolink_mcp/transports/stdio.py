@@ -1,7 +1,7 @@
-"""MCP over stdin and stdout, ending within moments on EOF, SIGTERM and Ctrl-C, with nothing but protocol on stdout.
+"""MCP over stdin and stdout: it ends soon after EOF, SIGTERM and Ctrl-C, and writes only protocol to stdout.
 
-The SDK's own transport stays blocked in its reader thread after a signal, drops what it cannot parse without a
-word, and pays two thread hops a message; this one uses a daemon thread each way.
+The SDK's own transport stays blocked in its reader thread after a signal, drops what it cannot parse without an
+answer, and changes threads twice for each message. This one uses a daemon thread for each direction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from mcp.shared.message import SessionMessage
@@ -69,7 +69,7 @@ async def serve_stdio(serve: Serve) -> int:
             with anyio.open_signal_receiver(*_stop_signals()) as signals:
                 async for number in signals:
                     code = 128 + number
-                    deliver(None)  # as if the client had closed stdin: what is being paid for may finish
+                    deliver(None)  # as if the client had closed stdin: a request that is being paid for may finish
                     await anyio.sleep(LEAVE_WITHIN_S)
                     group.cancel_scope.cancel()
 
@@ -91,7 +91,7 @@ def _stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def _claim() -> tuple[int, int]:
-    """Take the wire for ourselves: what else reads stdin finds its end, what else prints lands on stderr."""
+    """Keep stdin and stdout for the protocol: other code that reads stdin finds its end, and its prints go to stderr."""
     wire_in, wire_out = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -125,7 +125,7 @@ def _take(
     try:
         message = jsonrpc_message_adapter.validate_json(line, by_name=False)
     except ValidationError:
-        # Lone surrogates are JSON to Python and not to pydantic: let the tool refuse them with words.
+        # Python takes lone surrogates as JSON, pydantic does not: let the tool refuse them in words.
         try:
             data = json.loads(line)
         except (ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _take(
         try:
             message = jsonrpc_message_adapter.validate_python(data, by_name=False)
         except ValidationError:
-            name = data.get("id") if isinstance(data, dict) else None
+            name = cast("dict[str, Any]", data).get("id") if isinstance(data, dict) else None
             outbox.put(_error(name if isinstance(name, str | int) else None, INVALID_REQUEST, "Invalid request"))
             return
     arrive(SessionMessage(message))

@@ -1,11 +1,11 @@
-"""MCP over HTTP: streamable HTTP and SSE on uvicorn, guarded against other origins, gone within moments on a signal."""
+"""MCP over HTTP: streamable HTTP and SSE on uvicorn; it refuses other origins, and ends soon after a signal."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,8 +37,9 @@ def web_app(server: MCPServer[Any], transport: str, host: str) -> Any:
 
 
 async def serve_app(app: Any, host: str, port: int) -> int:
-    """Serve an ASGI app until SIGINT or SIGTERM; returns the exit code (1 when the port cannot be had)."""
+    """Serve an ASGI app until SIGINT or SIGTERM. Returns the exit code: 1 if the port cannot be opened."""
     server = _Server(
+        # uvicorn's type says int, its code compares floats.
         uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=LEAVE_WITHIN_S)  # pyright: ignore[reportArgumentType]
     )
     code = 0
@@ -50,7 +51,7 @@ async def serve_app(app: Any, host: str, port: int) -> int:
             with anyio.open_signal_receiver(*watched) as signals:
                 async for number in signals:
                     code = 128 + number
-                    # What is cut off here is in the journal; uvicorn would print a traceback for every open stream.
+                    # Everything paid is in the journal. uvicorn would print a traceback for every open stream.
                     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
                     server.should_exit = True
 
@@ -64,7 +65,7 @@ async def serve_app(app: Any, host: str, port: int) -> int:
 
 
 def _guard(host: str) -> TransportSecuritySettings:
-    """Only this machine's names as Host and Origin; a server opened to others on purpose is guarded elsewhere."""
+    """Allow only this machine's names as Host and Origin; a server opened to others on purpose is guarded elsewhere."""
     if not is_loopback(host):
         log.warning("serving %s without authentication: everyone who reaches it spends your credits", host)
         return TransportSecuritySettings(enable_dns_rebinding_protection=False)
@@ -78,6 +79,6 @@ def _guard(host: str) -> TransportSecuritySettings:
 
 class _Server(uvicorn.Server):
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are ours: uvicorn would raise them again before the studio is closed."""
+    def capture_signals(self) -> Generator[None]:
+        """Leave signals to `serve_app`: uvicorn would raise them again before the studio is closed."""
         yield
