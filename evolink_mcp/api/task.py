@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from evolink_mcp.api.request import TASK_ID_PATTERN, URL_MAX
@@ -16,6 +17,8 @@ from evolink_mcp.errors import Charged, Unreadable
 from evolink_mcp.sanitize import harmless
 
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
+# Epoch seconds beyond this (the year 5138) are milliseconds.
+LATEST_S = 1e11
 SETTLED = frozenset({COMPLETED, FAILED, CANCELLED})
 _LINK = re.compile(r"https?://[\x21-\x7e\u00a1-\u1fff\u3001-\ud7ff\uf900-\ufdff]+")
 _SPELLINGS = {"canceled": CANCELLED, "expired": FAILED, "error": FAILED}
@@ -102,7 +105,7 @@ def read_task(data: Any) -> Task:
         id=told["id"],
         status=_SPELLINGS.get(word, word),
         progress=_number(told.get("progress"), 0, 100),
-        created=_number(told.get("created"), 0, 1e11),
+        created=_moment(told.get("created")) or _moment(told.get("created_at")) or _moment_in(told["id"]),
         model=None if model is None else harmless(model, 80),
         results=_results(told),
         error=_error(told.get("error"), word),
@@ -122,7 +125,7 @@ def read_tasks(data: Any) -> Iterator[Task]:
     told = as_dict(data)
     rows = told.get("data") if told else data
     if page := as_dict(rows):
-        rows = page.get("tasks") or page.get("items") or page.get("list")
+        rows = next((page[name] for name in ("tasks", "items", "list") if name in page), None)
     found = as_list(rows)
     if not found and rows != []:
         raise Unreadable("EvoLink's answer is not a list of tasks")
@@ -193,6 +196,27 @@ def _number(value: Any, low: float = 0.0, high: float = math.inf) -> float | Non
     if (isinstance(value, int) and abs(value) > 10**15) or math.isnan(value):
         return None
     return min(max(value, low), high) if math.isfinite(value) else None
+
+
+def _moment(value: Any) -> float | None:
+    """Epoch seconds from a number of seconds or milliseconds, or from ISO 8601 (UTC where no zone is given)."""
+    if isinstance(value, str) and "-" in value[1:] and len(value) <= 40:
+        try:
+            moment = datetime.fromisoformat(value.strip())
+        except ValueError:
+            return None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    number = _number(value)
+    if number is None or number == 0:
+        return None
+    seconds = number / 1000 if number > LATEST_S else number
+    return seconds if seconds <= LATEST_S else None
+
+
+def _moment_in(task_id: str) -> float | None:
+    """The time that EvoLink writes into an id: task-unified-1757156493-…, in epoch seconds."""
+    found = re.match(r"task-unified-([1-9]\d{9})-", task_id)
+    return float(found[1]) if found else None
 
 
 def _amount(value: Any) -> float | None:
