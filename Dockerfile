@@ -1,13 +1,13 @@
 # docker build -t evolink-mcp .
 # docker run -i --rm -e EVOLINK_API_KEY -v evolink:/data evolink-mcp
-FROM python:3.13-slim AS build
+FROM python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b AS build
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY evolink_mcp evolink_mcp
 RUN python -m venv /opt/evolink-mcp \
  && /opt/evolink-mcp/bin/pip install --no-cache-dir --compile .
 
-FROM python:3.13-slim
+FROM python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
 LABEL io.modelcontextprotocol.server.name="io.github.evolink-mcp/evolink-mcp" \
       org.opencontainers.image.title="EvoLink Images" \
       org.opencontainers.image.source="https://github.com/evolink-mcp/evolink-mcp" \

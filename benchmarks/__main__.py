@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import calls, crowd, ledger, polls, previews, shares, start
+from benchmarks import calls, crowd, hostile, ledger, polls, previews, shares, start
 from benchmarks.figures import Figure
 
 PARTS = {
@@ -21,6 +21,7 @@ PARTS = {
     "journal": ledger,
     "previews": previews,
     "share": shares,
+    "hostile": hostile,
 }
 
 

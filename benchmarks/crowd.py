@@ -79,7 +79,7 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
 
             async def order(prompt: str) -> Job:
                 request = GenerationRequest(prompt=prompt, size="1:1", quality="low")
-                return await studio.order(Order(request, price_of(request, studio.rule)))
+                return await studio.order(Order(request, price_of(request, studio.size_rule.possible)))
 
             # Everything that is opened or imported once is no waiting job's memory.
             with anyio.fail_after(30):

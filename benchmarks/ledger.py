@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.figures import Figure, middle, share
 from benchmarks.processes import timed
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
-from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
+from evolink_mcp.journal.file import FILE_NAME
+from evolink_mcp.journal.sqlite import SqliteJournal
 
 TITLE = "Journal"
 TASKS = 10_000
@@ -32,12 +35,14 @@ def run(quick: bool) -> list[Figure]:
         starts = [(timed(lambda: _opened(full).close()), timed(lambda: _opened(empty).close())) for _ in range(15)]
         journal = _opened(full)
         ids = [f"task-unified-{number:010d}-benchmark" for number in range(0, TASKS, TASKS // times)]
-        gets = [timed(lambda one=one: journal.by_task(one)) for one in ids]
-        if journal.by_task(ids[1]) is None or len(journal.recent(20)) != 20:
+        gets = [timed(lambda one=one: journal("by_task", one)) for one in ids]
+        if journal("by_task", ids[1]) is None or len(journal("recent", 20)) != 20:
             raise RuntimeError("the journal was not filled as intended")
-        lists = [timed(lambda: journal.recent(20)) for _ in range(times)]
-        orders = [timed(lambda: (journal.adopt(), journal.undelivered("f" * 64))) for _ in range(times)]
-        sums = [timed(lambda: journal.spent_since(NOW - 86_400)) for _ in range(times)]
+        lists = [timed(lambda: journal("recent", 20)) for _ in range(times)]
+        orders = [
+            timed(lambda: (journal("adopt"), journal("undelivered", ("f" * 64,), NOW - 86_400))) for _ in range(times)
+        ]
+        sums = [timed(lambda: journal("spent_since", NOW - 86_400)) for _ in range(times)]
         writes, bare = _writes(journal, Path(name), times)
         size = (full / FILE_NAME).stat().st_size / 1e6
         journal.close()
@@ -55,10 +60,25 @@ def run(quick: bool) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _opened(folder: Path) -> SqliteJournal:
+class Blocking:
+    """The journal, each call awaited to its end on a loop that waits for nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.journal = SqliteJournal(folder)
+        self._loop = asyncio.new_event_loop()
+
+    def __call__(self, name: str, *values: Any) -> Any:
+        return self._loop.run_until_complete(getattr(self.journal, name)(*values))
+
+    def close(self) -> None:
+        self("close")
+        self._loop.close()
+
+
+def _opened(folder: Path) -> Blocking:
     """As a server starts: open, and look for what dead servers left."""
-    journal = SqliteJournal(folder)
-    journal.adopt()
+    journal = Blocking(folder)
+    journal("adopt")
     return journal
 
 
@@ -69,7 +89,7 @@ def _entry(number: int) -> Entry:
     url = f"https://files.example.com/{task_id}/0.png"
     created = NOW - (TASKS - number) * APART_S
     return Entry(
-        new_key(), "dead", "submitted", created, fingerprint(request), request, 3.9, None, False, created + 60,
+        new_key(), "dead", "submitted", created, fingerprint(request), request, 3.9, None, "", "", created + 60,
         Task(task_id, "completed", 100.0, created, "gpt-image-2", (url,), credits_used=3.9),
         pictures=(Picture(0, url, created + 86_400, f"/pictures/{task_id}-0.png", "image/png", 2048, 1152, 10**6, "a" * 64),),
     )  # fmt: skip
@@ -77,9 +97,9 @@ def _entry(number: int) -> Entry:
 
 def _fill(folder: Path, count: int) -> None:
     """A few entries through the journal, the rest as copies of their rows with ids and times of their own."""
-    journal = SqliteJournal(folder)
+    journal = Blocking(folder)
     for number in range(TEMPLATES):
-        journal.intend(_entry(number))
+        journal("intend", _entry(number))
     journal.close()
     db = sqlite3.connect(folder / FILE_NAME, isolation_level=None)
     columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
@@ -95,10 +115,10 @@ def _fill(folder: Path, count: int) -> None:
     db.close()
 
 
-def _writes(journal: SqliteJournal, folder: Path, times: int) -> tuple[list[float], list[float]]:
+def _writes(journal: Blocking, folder: Path, times: int) -> tuple[list[float], list[float]]:
     """Durable updates of one entry, and as many bare writes of one page, in turns."""
-    entry = replace(_entry(TASKS + 1), owner=journal.owner, created_at=time.time())
-    journal.intend(entry)
+    entry = replace(_entry(TASKS + 1), owner=journal.journal.owner, created_at=time.time())
+    journal("intend", entry)
     handle = os.open(folder / "plain", os.O_CREAT | os.O_WRONLY, 0o600)
     page = b"x" * 4096
 
@@ -109,7 +129,7 @@ def _writes(journal: SqliteJournal, folder: Path, times: int) -> tuple[list[floa
     writes: list[float] = []
     bare: list[float] = []
     for _ in range(times):
-        writes.append(timed(lambda: journal.update(entry)))
+        writes.append(timed(lambda: journal("update", entry)))
         bare.append(timed(write_plain))
     os.close(handle)
     return writes, bare

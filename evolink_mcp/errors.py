@@ -6,14 +6,18 @@ EvolinkError
 │   ├── OverBudget          the computed price is above a cap
 │   ├── JournalUnwritable   the journal cannot be written, so nothing may be bought
 │   ├── ReferenceRefused    a local picture may not or cannot be used
+│   ├── TaskUnknown         there is no such task here
+│   ├── CallbackRefused     results may not be sent to that host
 │   └── FolderRefused       a picture may not or cannot be saved there
+├── TaskKnown               another entry of the journal has the task already
 ├── Unreachable             not one byte of the request left: it may be repeated
 ├── Rejected                EvoLink answered with a definite no: not charged
 │   └── RateLimited         EvoLink asks to wait (429)
 ├── OutcomeUnknown          a paid request left and its answer was lost: it may have been charged
 ├── Unreadable              a read (never a purchase) failed: it may be repeated
 └── DownloadFailed          a finished picture could not be fetched or kept; its task is paid
-    └── LinkExpired         EvoLink's link to it has ended (24 h)
+    ├── LinkExpired         EvoLink's link to it has ended (24 h)
+    └── PictureUnusable     what came is no whole picture
 """
 
 from __future__ import annotations
@@ -100,10 +104,32 @@ class JournalUnwritable(Refused):
     )
 
 
+class TaskKnown(EvolinkError):
+    """Another entry of the account has this task already."""
+
+    code = "task_known"
+
+
 class ReferenceRefused(Refused):
     """A local picture may not or cannot be used."""
 
     code = "reference_refused"
+
+
+class TaskUnknown(Refused):
+    """There is no such task here."""
+
+    code = "not_found"
+    advice = "Call list_tasks: it has every task of yours."
+
+
+class CallbackRefused(Refused):
+    """The owner of this server does not allow results to be sent there."""
+
+    code = "callback_refused"
+    advice = (
+        "Leave callback_url out: get_task tells when the picture is ready. EVOLINK_MCP_CALLBACK_HOSTS allows hosts."
+    )
 
 
 class FolderRefused(Refused):
@@ -167,6 +193,13 @@ class LinkExpired(DownloadFailed):
     code = "link_expired"
     retryable = False
     advice = "EvoLink keeps results for 24 hours. A picture saved earlier is still in its folder."
+
+
+class PictureUnusable(DownloadFailed):
+    """What came is no whole picture, or orders more work than any honest one; it is not fetched again by itself."""
+
+    code = "picture_unusable"
+    advice = "The picture is paid and its URL is in this answer until it expires; get_task fetches it once more."
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any, cast
+from urllib.parse import unquote
 
 UPSTREAM_WORDS_MAX = 300
+THE_KEY = "(the key)"
+_INNER_QUOTES = str.maketrans('“”„‟"', "‘’‚‛'")
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -15,6 +19,35 @@ def harmless(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
     kept = "".join(" " if c in "\r\n\t" else c for c in raw if c in "\r\n\t" or not _invisible(c))
     line = " ".join(kept.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def quoted(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
+    """`text` made harmless, between “ and ”, which it cannot close itself."""
+    return f"“{harmless(text, limit).translate(_INNER_QUOTES)}”"
+
+
+def word(text: object, limit: int) -> str:
+    """`text` as one word, at most `limit` characters: a status or a code cannot be a sentence."""
+    return re.sub(r"[^\w.-]+", "_", harmless(text, limit)).strip("_")
+
+
+def without(secret: str, value: Any) -> Any:
+    """Parsed JSON without `secret` in any string, also where it is spelled with invisible or encoded characters."""
+    if isinstance(value, str):
+        return _without(secret, value)
+    if isinstance(value, dict):
+        return {_without(secret, k): without(secret, item) for k, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [without(secret, item) for item in cast("list[Any]", value)]
+    return value
+
+
+def _without(secret: str, text: str) -> str:
+    text = text.replace(secret, THE_KEY)
+    if "%" not in text and not set(secret) <= set(text):
+        return text  # a letter of the key is missing: long prompts in every poll are not looked at letter by letter
+    bare = "".join(char for char in text if not char.isspace() and not _invisible(char))
+    return THE_KEY if secret in bare or secret in unquote(bare) else text
 
 
 def scrub(value: Any) -> Any:

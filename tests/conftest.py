@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import tomllib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -23,14 +25,27 @@ from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
+from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
 
 KEY = "sk-canary-0123456789abcdef"
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Two more than there are cores: many tests wait for other processes."""
     return (os.cpu_count() or 1) + 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under Windows, skip what is missing there, and say why."""
+    if sys.platform != "win32":
+        return
+    lacking = tomllib.loads((Path(__file__).parent / "windows" / "lacking.toml").read_text("utf-8"))
+    for item in items:
+        for reason, tests in lacking.items():
+            if item.nodeid.startswith(tuple(tests)):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def poor_environment(home: Path, **more: str) -> dict[str, str]:
@@ -42,6 +57,13 @@ def poor_environment(home: Path, **more: str) -> dict[str, str]:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+async def in_time() -> AsyncIterator[None]:
+    """No test may hang; twenty seconds are enough on a machine that is five times slower."""
+    with anyio.fail_after(20):
+        yield
 
 
 class Clock:
@@ -58,12 +80,29 @@ class Clock:
         await anyio.sleep(0)
 
 
+class HeldClock(Clock):
+    """A clock whose sleeper waits while it is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.asleep, self.go_on = False, anyio.Event(), anyio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        if self.held:
+            self.asleep.set()
+            await self.go_on.wait()
+        await super().sleep(seconds)
+
+
 @lru_cache(maxsize=256)
-def flat_picture(mark: int, size: tuple[int, int], kind: str, clear: bool) -> bytes:
-    """A picture of one colour, which is made in a fiftieth of the time that a painted one takes."""
+def flat_picture(mark: int, size: tuple[int, int], kind: str, clear: bool, plain: bool = False) -> bytes:
+    """A picture of two colours (one if `plain`), made in a fiftieth of the time that a painted one takes."""
     colour = (mark & 255, mark >> 8 & 255, mark >> 16 & 255)
     out = io.BytesIO()
-    Image.new("RGBA" if clear else "RGB", size, (*colour, 0)[: 4 if clear else 3]).save(out, kind.upper())
+    image = Image.new("RGBA" if clear else "RGB", size, (*colour, 0)[: 4 if clear else 3])
+    if not plain:
+        image.paste(tuple(255 - part for part in colour), (0, 0, size[0] // 2, size[1] // 2))
+    image.save(out, kind.upper())
     return out.getvalue()
 
 
@@ -116,6 +155,7 @@ def open_world(tmp_path: Path) -> Open:
         simulator: Simulator | None = None,
         clock: Clock | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        pause: Sleep = anyio.sleep,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -129,7 +169,7 @@ def open_world(tmp_path: Path) -> Open:
             }
         )
         transport = transport or httpx.ASGITransport(simulator.app)
-        async with open_studio(settings, transport=transport, clock=clock, sleep=clock.sleep) as studio:
+        async with open_studio(settings, transport=transport, clock=clock, sleep=clock.sleep, pause=pause) as studio:
             yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened

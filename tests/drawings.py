@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image, PngImagePlugin
@@ -19,6 +20,22 @@ def drawing(
     out = io.BytesIO()
     Image.new(mode, size, (shade, 40, 200, 0)[: len(mode)]).save(out, kind, **save)
     return out.getvalue()
+
+
+def changed(picture: bytes, change: Callable[[Image.Image], object], **save: Any) -> bytes:
+    """The picture after `change`, saved in its own kind."""
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(picture)) as image:
+        change(image)
+        image.save(out, image.format, **save)
+    return out.getvalue()
+
+
+def turned(picture: bytes, orientation: int) -> bytes:
+    """The same pixels, with an EXIF orientation that turns them: 1 to 8."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return changed(picture, lambda _: None, exif=exif.tobytes())
 
 
 def noise(size: tuple[int, int], kind: str = "PNG", **save: Any) -> bytes:

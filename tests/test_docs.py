@@ -70,3 +70,11 @@ def test_the_error_tree_in_the_source_is_the_tree() -> None:
         if isinstance(thing, type) and issubclass(thing, errors.EvolinkError)
     ]
     assert sorted(drawn) == sorted(set(built) - {"EvolinkError"})
+
+
+def test_every_promise_of_security_names_tests_that_are_there() -> None:
+    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    table = security.partition("## Which test shows it")[2].partition("\n## ")[0]
+    named = re.findall(r"`((?:tests|benchmarks)/[^`]+)`", table)
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).is_file()] == []

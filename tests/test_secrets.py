@@ -106,9 +106,13 @@ async def test_a_server_leaves_no_trace_of_the_key_whatever_happens(
     assert {path.name: betrays(path.read_bytes()) for path in files if betrays(path.read_bytes())} == {}
 
 
+async def nothing() -> None:
+    """Nothing is written down."""
+
+
 async def test_the_texts_and_traces_of_every_error_are_without_the_key(gateway: Gateway, tmp_path: Path) -> None:
     """Also the causes of an error, as a traceback prints them."""
-    gateway.purchases = [fault for name, fault in FAULTS.items() if name != "none"]
+    gateway.purchases = [fault for name, fault in FAULTS.items() if name not in ("none", "odd")]
     texts: list[str] = []
 
     def spoil(ask: Ask) -> gw.Fault | None:
@@ -119,7 +123,7 @@ async def test_the_texts_and_traces_of_every_error_are_without_the_key(gateway: 
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             for _ in range(len(gateway.purchases)):
                 with pytest.raises(EvolinkError) as caught:
-                    await client.submit({"prompt": "x"}, idempotency_key="k" * 20, on_sending=lambda: None)
+                    await client.submit({"prompt": "x"}, idempotency_key="k" * 20, on_sending=nothing)
                 texts += [
                     "".join(traceback.format_exception(caught.value)),
                     repr(caught.value),

@@ -6,9 +6,10 @@ The key goes to the two configured EvoLink origins and nowhere else; redirects a
 from __future__ import annotations
 
 import logging
+import re
 import ssl
-import urllib.request
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from functools import cached_property
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
@@ -29,6 +30,8 @@ from evolink_mcp.api.http import (
     Reply,
     dump,
     lower_first,
+    moment_of,
+    preparing,
     rejection,
     stream,
     whole_body,
@@ -43,10 +46,11 @@ from evolink_mcp.errors import (
     Unreachable,
     Unreadable,
 )
-from evolink_mcp.sanitize import harmless
+from evolink_mcp.sanitize import quoted
 
 log = logging.getLogger(__name__)
 
+KEY = re.compile(r"[\x21-\x7e]{8,512}")  # what may be a key at all: visible ASCII characters, no blanks
 BASE_URL = "https://api.evolink.ai"
 FILES_BASE_URL = "https://files-api.evolink.ai"
 USER_AGENT = f"evolink-mcp/{__version__}"
@@ -61,6 +65,7 @@ class EvolinkClient:
     """EvoLink's API for one key. Use as an async context manager.
 
     Every method raises only `EvolinkError`s. Reads may be repeated by the caller; `submit` never repeats itself.
+    `clock_skew_s` is how far EvoLink's clock is ahead of ours in seconds, by the newest answer; None until one came.
     """
 
     def __init__(
@@ -70,12 +75,15 @@ class EvolinkClient:
         base_url: str = BASE_URL,
         files_base_url: str = FILES_BASE_URL,
         transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._key = key
         self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
         self._loopback = urlsplit(base_url).scheme == "http"
         self._transport = transport
+        self._clock = clock
         self._opened: list[httpx.AsyncClient] = []
+        self.clock_skew_s: float | None = None
         self._purchases = anyio.CapacityLimiter(POOL_SIZE)
 
     async def __aenter__(self) -> EvolinkClient:
@@ -89,7 +97,8 @@ class EvolinkClient:
 
     @cached_property
     def _trust(self) -> ssl.SSLContext:
-        return httpx.create_ssl_context()
+        with preparing():
+            return httpx.create_ssl_context()
 
     @cached_property
     def _reads(self) -> httpx.AsyncClient:
@@ -103,19 +112,25 @@ class EvolinkClient:
     @cached_property
     def pictures(self) -> httpx.AsyncClient:
         """The client for pictures: it has no key, and connects to public addresses only."""
-        if self._transport is None and not self._loopback and not urllib.request.getproxies():
-            return self._open(POOL, CheckedAddress(httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL)))
+        if self._transport is None and not self._loopback:
+            return self._open(POOL, CheckedAddress(self._connecting(), self._connecting))
         return self._open(POOL)
 
+    def _connecting(self, proxy: str | None = None) -> httpx.AsyncBaseTransport:
+        return httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL, proxy=proxy)
+
     def _open(self, limits: httpx.Limits, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-        client = httpx.AsyncClient(
-            transport=transport or self._transport,
-            limits=limits,
-            verify=self._trust,
-            timeout=httpx.Timeout(SUBMIT_DEADLINE_S, connect=CONNECT_TIMEOUT_S),
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            follow_redirects=False,
-        )
+        with preparing():
+            client = httpx.AsyncClient(
+                transport=transport or self._transport,
+                limits=limits,
+                verify=self._trust,
+                timeout=httpx.Timeout(SUBMIT_DEADLINE_S, connect=CONNECT_TIMEOUT_S),
+                headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+                follow_redirects=False,
+                # To an EvoLink on this machine the key goes in clear: never through a proxy.
+                trust_env=not self._loopback,
+            )
         self._opened.append(client)
         return client
 
@@ -130,7 +145,9 @@ class EvolinkClient:
 
     # --- the purchase ---
 
-    async def submit(self, body: dict[str, Any], *, idempotency_key: str, on_sending: Callable[[], object]) -> Task:
+    async def submit(
+        self, body: dict[str, Any], *, idempotency_key: str, on_sending: Callable[[], Awaitable[object]]
+    ) -> Task:
         """`POST /v1/images/generations`, once. `on_sending` runs just before the first byte; if it raises,
         nothing is sent.
 
@@ -146,11 +163,11 @@ class EvolinkClient:
             nonlocal sent
             # The CONNECT to a proxy is traced too, but it carries nothing of the purchase.
             if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
-                on_sending()
+                await on_sending()
                 sent = True
 
         if not traced:  # a transport that was passed in traces nothing
-            on_sending()
+            await on_sending()
 
         try:
             request = self._request(
@@ -187,15 +204,24 @@ class EvolinkClient:
     # --- reads ---
 
     async def task(self, task_id: str) -> Task:
-        """`GET /v1/tasks/{task_id}`."""
-        task = read_task((await self._ask("GET", f"/v1/tasks/{_segment(task_id)}")).json())
+        """`GET /v1/tasks/{task_id}`; an id of another form is asked for in a body, because it must not become a path."""
+        if not is_task_id(task_id):
+            if (found := (await self.tasks([task_id])).get(task_id)) is not None:
+                return found
+            raise Rejected(
+                "EvoLink does not tell of a task with this odd id",
+                code="not_found",
+                http_status=404,
+                advice="Call list_tasks with sync=true to see what the account has.",
+            )
+        task = read_task((await self._ask("GET", f"/v1/tasks/{quote(task_id, safe='')}")).json())
         if task.id != task_id:
             raise Unreadable("EvoLink answered with another task")
         return task
 
     async def tasks(self, task_ids: Iterable[str]) -> dict[str, Task]:
         """`POST /v1/tasks/batch` (undocumented): up to 50 tasks by id; unknown ones are absent."""
-        ids = [task_id for task_id in task_ids if is_task_id(task_id)][:BATCH_MAX]
+        ids = list(task_ids)[:BATCH_MAX]
         reply = await self._ask("POST", "/v1/tasks/batch", content=dump({"task_ids": ids}))
         return {task.id: task for task in read_tasks(reply.json())}
 
@@ -220,9 +246,9 @@ class EvolinkClient:
         told = reply.json()
         answer = as_dict(told)
         if answer.get("success") is False or not isinstance(answer.get("data"), dict):
-            said = harmless(answer.get("msg") or answer.get("message") or "no reason") if isinstance(told, dict) else ""
+            said = answer.get("msg") or answer.get("message") or "no reason"
             raise Rejected(
-                f"EvoLink's file API did not take the picture: “{said}”",
+                f"EvoLink's file API did not take the picture: {quoted(said)}",
                 code="upload_refused",
                 advice="Use another picture or give a public URL instead.",
             )
@@ -281,16 +307,12 @@ class EvolinkClient:
                         if response.status_code not in BY_STATUS:
                             raise
                         body = b""
-                    if self._key is not None:  # an answer that quotes the key must not be passed on with it
-                        body = body.replace(self._key.get_secret_value().encode(), b"(the key)")
-                    return Reply(response.status_code, response.headers, body)
+                    self._compare_clocks(response)
+                    return Reply(response.status_code, response.headers, body, self._key)
         except TimeoutError as error:
             raise Unreadable(f"no complete answer within {deadline_s:.0f} s") from error
 
-
-def _segment(task_id: str) -> str:
-    if not is_task_id(task_id):
-        raise Rejected(
-            "this is not a task id", code="invalid_task_id", advice="Give the id as generate_image named it."
-        )
-    return quote(task_id, safe="")
+    def _compare_clocks(self, response: httpx.Response) -> None:
+        said = moment_of(response.headers.get("date", ""))
+        if said is not None:
+            self.clock_skew_s = said - self._clock()

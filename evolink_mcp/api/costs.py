@@ -5,6 +5,8 @@ Sums are whole units of 0.0001 credit, each component rounded up; the rates are 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from evolink_mcp.api.sizes import Size
@@ -23,6 +25,8 @@ TILE_BASE = {"low": 16, "medium": 48, "high": 96}
 REFERENCE_TOKENS_MAX = 1_536
 # EvoLink's own price calculator takes this for `auto`, whose size is not known beforehand.
 AUTO_SIZE = Size(2048, 2048)
+# The dearest size there is: `auto` may choose it.
+DEAREST_SIZE = Size(2880, 2880)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,31 @@ def price(size: Size | None, quality: str, n: int = 1, *, references: int = 0, p
         usd=round(units / (UNITS_PER_CREDIT * CREDITS_PER_USD), 6),
         assumed_auto=size is None,
     )
+
+
+def at_most(
+    sizes: Iterable[Size | None], quality: str, n: int = 1, *, references: int = 0, prompt_bytes: int = 0
+) -> float:
+    """Credits that `n` pictures cannot exceed, rounded up to a hundredth: pass it on as `max_credits`.
+
+    `sizes` are those that the pictures may have: the dearest counts, and None (auto) may be the dearest of all. A token
+    is at least one byte of the prompt (UTF-8), and a reference at most REFERENCE_TOKENS_MAX.
+    """
+    credits = max(
+        price(size or DEAREST_SIZE, quality, n, references=references, prompt_tokens=prompt_bytes).credits
+        for size in sizes
+    )
+    return math.ceil(round(credits * 100, 6)) / 100
+
+
+def usd(credits: float) -> float:
+    """The public price of these credits in US dollars, to a ten-thousandth."""
+    return round(credits / CREDITS_PER_USD, 4)
+
+
+def priced(credits: float) -> str:
+    """Credits with their price in dollars, in words."""
+    return f"{credits:g} credits (${usd(credits):g})"
 
 
 def prompt_tokens(prompt: str) -> int:

@@ -9,18 +9,20 @@ import math
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import urllib.request
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import httpx2 as httpx
+from pydantic import SecretStr
 
 from evolink_mcp.api import urls
 from evolink_mcp.api.task import as_dict
-from evolink_mcp.errors import BY_STATUS, EvolinkError, RateLimited, Rejected, Unreadable
-from evolink_mcp.sanitize import harmless
+from evolink_mcp.errors import BY_STATUS, EvolinkError, RateLimited, Rejected, Unreachable, Unreadable
+from evolink_mcp.sanitize import harmless, quoted, without, word
 
 CONNECT_TIMEOUT_S = 10.0
 RETRY_AFTER_MAX_S = 120.0
@@ -30,34 +32,47 @@ POOL_SIZE = 16
 # Everything httpx raises for a request that went wrong on the way; a test holds this against its whole tree.
 TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, httpx.CookieConflict, ssl.SSLError, OSError)
 NEVER_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+DNS64 = ipaddress.IPv6Network("64:ff9b::/96")
 POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE, keepalive_expiry=30)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One HTTP answer, read whole and within the cap."""
+    """One HTTP answer, read whole and within the cap. `key` is the one that it was asked with: it may quote it."""
 
     status: int
     headers: httpx.Headers
     body: bytes
+    key: SecretStr | None = None
 
     def json(self) -> Any:
-        """The body as JSON; BOMs are skipped, NaN and Infinity become None.
+        """The body as JSON, without the key; BOMs are skipped, NaN and Infinity become None.
 
         Raises:
             Unreadable: it is not JSON.
         """
         try:
-            return json.loads(self.body.decode("utf-8-sig"), parse_constant=lambda _: None)
+            data = json.loads(self.body.decode("utf-8-sig"), parse_constant=lambda _: None)
+            return data if self.key is None else without(self.key.get_secret_value(), data)
         except (ValueError, RecursionError) as error:
             raise Unreadable(f"EvoLink's answer (HTTP {self.status}) is not JSON") from error
 
 
 class CheckedAddress(httpx.AsyncBaseTransport):
-    """Connects to the very address that was checked to be public, so that DNS cannot answer differently later."""
+    """Connects to the very address that was checked to be public, so that DNS cannot answer differently later.
 
-    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+    What the environment's proxy variables send through a proxy goes there: the proxy looks the name up. That is decided
+    for each URL, as the variables and NO_PROXY say; `proxied` makes the transport for one proxy's address.
+    """
+
+    def __init__(
+        self,
+        inner: httpx.AsyncBaseTransport,
+        proxied: Callable[[str], httpx.AsyncBaseTransport] | None = None,
+    ) -> None:
         self._inner = inner
+        self._proxied = proxied
+        self._proxies: dict[str, httpx.AsyncBaseTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request to the address that was checked, under the name that was asked for.
@@ -65,9 +80,14 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         Raises:
             httpx.ConnectError: one of the host's addresses is not public, or it has none.
         """
+        if (proxy := _proxy_for(request.url)) is not None and self._proxied is not None:
+            if proxy not in self._proxies:
+                with preparing():
+                    self._proxies[proxy] = self._proxied(proxy)
+            return await self._proxies[proxy].handle_async_request(request)
         host = request.url.host
-        found = await anyio.getaddrinfo(host, request.url.port or 443)
-        public = [str(entry[4][0]) for entry in found if urls.is_public_ip(str(entry[4][0]))]
+        found = [str(entry[4][0]) for entry in await anyio.getaddrinfo(host, request.url.port or 443)]
+        public = [ip for ip in found if urls.is_public_ip(_behind_dns64(ip))]
         if not public or len(public) != len(found):
             raise httpx.ConnectError(f"{harmless(host, 80)} is not a public address")
         chosen = next((ip for ip in public if ipaddress.ip_address(ip).version == 4), public[0])
@@ -76,8 +96,27 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
     async def aclose(self) -> None:
-        """Close the transport that connects."""
-        await self._inner.aclose()
+        """Close the transports that connect."""
+        for transport in (self._inner, *self._proxies.values()):
+            await transport.aclose()
+
+
+def _proxy_for(url: httpx.URL) -> str | None:
+    """The proxy that this URL goes through by the environment; None if it is reached directly."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return None if proxy is None or urllib.request.proxy_bypass(url.host) else proxy
+
+
+def _behind_dns64(address: str) -> str:
+    """The IPv4 address that a DNS64 resolver has written into 64:ff9b::/96; any other address as it is."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed in DNS64:
+        return str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))
+    return address
 
 
 @asynccontextmanager
@@ -115,11 +154,36 @@ def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | N
     if re.fullmatch(r"[+-]?(\d+(\.\d*)?|inf|nan)", text, re.IGNORECASE) or re.fullmatch(r"\d+e\d+", text):
         wait = float(text)
         return None if math.isnan(wait) else min(max(wait, 0.0), RETRY_AFTER_MAX_S)
+    when = moment_of(text)
+    return None if when is None else min(max(when - (time.time() if now is None else now), 0.0), RETRY_AFTER_MAX_S)
+
+
+def moment_of(text: str) -> float | None:
+    """An HTTP date in epoch seconds; None for anything else."""
     try:
-        when = email.utils.parsedate_to_datetime(text).timestamp()
+        return email.utils.parsedate_to_datetime(text[:64]).timestamp()
     except (ValueError, TypeError, OverflowError, OSError):
         return None
-    return min(max(when - (time.time() if now is None else now), 0.0), RETRY_AFTER_MAX_S)
+
+
+@contextmanager
+def preparing() -> Generator[None]:
+    """Around everything that builds an HTTP client: a proxy address or certificate file that cannot be used.
+
+    Raises:
+        Unreachable: names the environment's variables, not their values.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
+        proxies = [f"{name.upper()}_PROXY" for name in urllib.request.getproxies()]
+        which = " or ".join(["SSL_CERT_FILE", "SSL_CERT_DIR"] if isinstance(error, OSError) else proxies)
+        raise Unreachable(
+            f"no connection to EvoLink can be prepared ({type(error).__name__}): {which} cannot be used",
+            code="unusable_environment",
+            retryable=False,
+            advice=f"Nothing was sent. Correct {which} in the environment of this server and restart it.",
+        ) from error
 
 
 def rejection(reply: Reply) -> EvolinkError:
@@ -129,7 +193,7 @@ def rejection(reply: Reply) -> EvolinkError:
     what = f"{advice.meaning} (HTTP {reply.status}"
     what += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
     if said:
-        what += f"; EvoLink says: “{said}”"
+        what += f"; EvoLink says: {quoted(said)}"
     kind = RateLimited if reply.status == 429 else Rejected
     return kind(
         what,
@@ -154,7 +218,7 @@ def _words(reply: Reply) -> tuple[str, str]:
     if message is None and isinstance(inner, str):
         message = inner
     code = source.get("code")
-    return harmless(message) if message else "", harmless(code, 60) if isinstance(code, str | int) else ""
+    return harmless(message) if message else "", word(code, 60) if isinstance(code, str | int) else ""
 
 
 def dump(body: dict[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.json_schema import SkipJsonSchema
 
 from evolink_mcp.api import sizes, urls
+from evolink_mcp.api.size_words import advice
 from evolink_mcp.sanitize import harmless
 
 MODEL = "gpt-image-2"
@@ -25,6 +26,7 @@ TASK_ID_PATTERN = r"^task-unified-[0-9A-Za-z_-]{1,115}$"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _LOCAL_SCHEMES = ("file", "data", "evolink")
+_SECOND_URL = re.compile(r"[,;|\s]https?://", re.IGNORECASE)
 
 
 def _not_blank(text: str) -> str:
@@ -41,6 +43,11 @@ def fold(*words: str) -> BeforeValidator:
         return known.get(value.strip().lower(), value) if isinstance(value, str) else value
 
     return BeforeValidator(fold)
+
+
+def _whole(value: Any) -> Any:
+    """3.0 is 3: JSON Schema counts it as an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _list_in_a_string(value: Any) -> Any:
@@ -62,6 +69,8 @@ def _picture_source(text: str) -> str:
         raise ValueError("is empty: give a URL or the path of a picture")
     if "\0" in text:
         raise ValueError("contains a NUL character")
+    if _SECOND_URL.search(text):
+        raise ValueError("holds two addresses: give a list, with each of them as a string of its own")
     scheme = _SCHEME.match(text)
     if scheme is None or scheme[1].lower() in _LOCAL_SCHEMES:
         return text
@@ -73,6 +82,11 @@ def _picture_source(text: str) -> str:
 def is_remote(source: str) -> bool:
     """Whether EvoLink can fetch `source` by itself: an http(s) URL."""
     return source[:8].lower().startswith(("http://", "https://"))
+
+
+def is_file(source: str) -> bool:
+    """Whether `source` names a file of this machine, by its path or a file: URI."""
+    return bool(source) and not is_remote(source) and not source[:8].lower().startswith(("data:", "evolink:"))
 
 
 Prompt = Annotated[
@@ -91,9 +105,18 @@ ImageUrls = Annotated[
         "evolink://images/{task_id}/{index} of an earlier result. .jpeg .jpg .png .webp, 50 MB each.",
     ),
 ]
+
+
+def _size(text: str) -> str:
+    """The size to send; what people say instead is refused with the very value to use."""
+    if (told := advice(text)) is not None:
+        raise sizes.IllegalSize(f"EvoLink does not take this as a size: {told}")
+    return sizes.normalize(text)
+
+
 SizeText = Annotated[
     str,
-    AfterValidator(sizes.normalize),
+    AfterValidator(_size),
     Field(
         description="auto, a ratio (" + " ".join(sizes.RATIOS) + ") or WxH in pixels: edges multiples of "
         f"{sizes.EDGE_STEP} from {sizes.MIN_EDGE} to {sizes.MAX_EDGE}, {sizes.MIN_PIXELS} to {sizes.MAX_PIXELS} "
@@ -114,10 +137,13 @@ Quality = Annotated[
     fold("low", "medium", "high"),
     Field(description="Drives cost: low about 0.11x, high about 4x of medium."),
 ]
+# Stands last, so that the type before it publishes its own limits.
+WHOLE = BeforeValidator(_whole)
 Count = Annotated[
     int,
     Strict(),
     Field(ge=1, le=IMAGES_MAX, description="How many images; each is billed. More than 1 may bring fewer."),
+    WHOLE,
 ]
 CallbackUrl = Annotated[
     str,

@@ -27,12 +27,12 @@ MAX_ASPECT = 3
 
 MAX_WISH_EDGE = 100_000
 _MAX_ECHO = 40
-_MAX_TEXT = 64
+TEXT_MAX = 64
 _SHAPE_WEIGHT = 8  # a change of shape is noticed sooner than the same change of area
 _LONG_EDGE: dict[Tier, int] = {"2K": 2048, "4K": MAX_EDGE}
 _SHORT_EDGE_1K = 1024
 _BUDGET: dict[Tier, int] = {"1K": 1024 * 1024, "2K": 2048 * 2048, "4K": MAX_PIXELS}
-_BLANKS = " \t\r\n"
+BLANKS = " \t\r\n"
 _EXPLICIT = re.compile(r"(0|[1-9][0-9]{0,19})[ \t]*[xX×][ \t]*(0|[1-9][0-9]{0,19})")
 _RATIO = re.compile(r"([1-9][0-9]{0,19}):([1-9][0-9]{0,19})")
 _NUMBER = re.compile(r"[0-9]{1,20}")
@@ -95,7 +95,9 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """For a picture of `wish` pixels: order `size`, enlarge by `scale`, cut `crop` at `left`, `top`.
+    """For a picture of `wish` pixels: order `size`, scale it by `scale`, then cut `crop` at `left`, `top`.
+
+    `scale` is below 1 for a wish that is smaller than every legal size: it is cut from the whole picture made small.
 
     `ratio`, `tier`, `tier_size`: the table's cell that comes closest instead; `tier_covers`: it suffices.
     """
@@ -114,8 +116,8 @@ class Cover:
 
 def normalize(text: str) -> str:
     """The text to send: "auto", one of RATIOS or "1024x640"; folds case, blanks and ×; raises IllegalSize."""
-    trimmed = text.strip(_BLANKS)
-    if len(trimmed) > _MAX_TEXT:
+    trimmed = text.strip(BLANKS)
+    if len(trimmed) > TEXT_MAX:
         raise IllegalSize(f"Size {_quoted(trimmed)} is too long to be a size.")
     if (folded := trimmed.lower()) in ("auto", *RATIOS):
         return folded
@@ -176,7 +178,8 @@ def cover(width: int, height: int, rule: str = "anchor-edge") -> Cover:
     """How to get a picture of exactly `width` x `height` pixels, each 1 to 100,000; else IllegalSize.
 
     The size is the wish enlarged, in its own shape, only until it is legal; where no legal size reaches, the
-    one that needs the least enlarging. A wish beyond 3:1 is cut out of a 3:1 picture.
+    one that needs the least enlarging. The picture is scaled until it just covers the wish, and then cut: a wish beyond
+    3:1 out of a 3:1 picture.
     """
     known_rule = _known_rule(rule)
     if not (1 <= width <= MAX_WISH_EDGE and 1 <= height <= MAX_WISH_EDGE):
@@ -184,7 +187,10 @@ def cover(width: int, height: int, rule: str = "anchor-edge") -> Cover:
     long, short = max(width, height), min(width, height)
     edges = _smallest_cover(long, short) or _largest_in_shape(long, short)
     size = Size(*edges) if width >= height else Size(*reversed(edges))
-    scale = max(Fraction(1), Fraction(width, size.width), Fraction(height, size.height))
+    # A few pixels more than the wish, because edges are multiples of 16, are only cut; a wish below the smallest legal
+    # picture is scaled down, so that it shows the whole picture and not its middle.
+    smallest = Fraction(0) if width * height < MIN_PIXELS else Fraction(1)
+    scale = max(smallest, Fraction(width, size.width), Fraction(height, size.height))
     left, top = (int(size.width * scale) - width) // 2, (int(size.height * scale) - height) // 2
     ratio = nearest_ratios(width, height)[0]
     # By pixels, not by name: at 3:1 the first page's 1K is larger than its 2K.

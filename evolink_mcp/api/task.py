@@ -14,13 +14,16 @@ from typing import Any, cast
 
 from evolink_mcp.api.request import TASK_ID_PATTERN, URL_MAX
 from evolink_mcp.errors import Charged, Unreadable
-from evolink_mcp.sanitize import harmless
+from evolink_mcp.sanitize import harmless, word
 
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 # Epoch seconds beyond this (the year 5138) are milliseconds.
 LATEST_S = 1e11
+LINKS_MAX = 10  # the most pictures that can be asked for
+ID_NUMBER_MAX = 10**40
 SETTLED = frozenset({COMPLETED, FAILED, CANCELLED})
 _LINK = re.compile(r"https?://[\x21-\x7e\u00a1-\u1fff\u3001-\ud7ff\uf900-\ufdff]+")
+_ID = re.compile(r"[\x21-\x7e]{1,256}")  # kept and shown whatever its form; only `is_task_id` lets one into a path
 _SPELLINGS = {"canceled": CANCELLED, "expired": FAILED, "error": FAILED}
 
 
@@ -38,7 +41,8 @@ class Task:
 
     `progress` is in percent, `created` in epoch seconds, `estimated_time_s` in seconds from the start. `results` are
     the links to the pictures. `credits_reserved` and `credits_used` are credits of the whole task. `billing` is
-    EvoLink's word for the state of the charge ("charged", "released" …).
+    EvoLink's word for the state of the charge ("charged", "released" …). `links_left_out` counts what it named beyond
+    LINKS_MAX.
     """
 
     id: str
@@ -52,6 +56,7 @@ class Task:
     credits_reserved: float | None = None
     credits_used: float | None = None
     billing: str | None = None
+    links_left_out: int = 0
 
     @property
     def settled(self) -> bool:
@@ -83,32 +88,37 @@ def read_task(data: Any) -> Task:
     """`data` as a task. Unknown fields are ignored, odd values become None.
 
     Raises:
-        Unreadable: `data` is not an object with a usable id.
+        Unreadable: `data` is not an object with an id in visible ASCII characters.
     """
     told = as_dict(data)
     if not isinstance(told.get("id"), str) and isinstance(told.get("data"), dict):
         told = as_dict(told["data"])
-    if not is_task_id(told.get("id")):
+    name = told.get("id")
+    if isinstance(name, int) and not isinstance(name, bool) and abs(name) < ID_NUMBER_MAX:
+        name = str(name)
+    if not isinstance(name, str) or not _ID.fullmatch(name):
         raise Unreadable("EvoLink's answer names no task")
     info, usage, billing = (as_dict(told.get(name)) for name in ("task_info", "usage", "billing"))
     status, model, charge = (
         _text(value) for value in (told.get("status"), told.get("model"), billing.get("charge_status"))
     )
-    word = "pending" if status is None else harmless(status, 40).lower()
+    status_word = "pending" if status is None else word(status, 40).lower()
     # EvoLink's page: `charged_credits` is a placeholder until the charge has happened.
     used = _number(billing.get("charged_credits")) if charge == "charged" else None
     if used is None:
         used = _number(usage.get("credits_used"))
     if used is None:
         used = _number(as_dict(usage.get("cost")).get("credits"))
+    links = _results(told)
     return Task(
-        id=told["id"],
-        status=_SPELLINGS.get(word, word),
+        id=name,
+        status=_SPELLINGS.get(status_word, status_word),
         progress=_number(told.get("progress"), 0, 100),
-        created=_moment(told.get("created")) or _moment(told.get("created_at")) or _moment_in(told["id"]),
+        created=_moment(told.get("created")) or _moment(told.get("created_at")) or _moment_in(name),
         model=None if model is None else harmless(model, 80),
-        results=_results(told),
-        error=_error(told.get("error"), word),
+        results=links[:LINKS_MAX],
+        links_left_out=len(links[LINKS_MAX:]),
+        error=_error(told.get("error"), status_word),
         estimated_time_s=_number(info.get("estimated_time"), 0, 86_400),
         credits_reserved=_number(usage.get("credits_reserved"), 0),
         credits_used=used,
@@ -176,7 +186,7 @@ def _error(error: Any, status: str) -> TaskError | None:
     if told or error == {}:
         code = told.get("code")
         return TaskError(
-            harmless(code, 80) if isinstance(code, str | int) and code != "" else "unknown_error",
+            (word(code, 80) if isinstance(code, str | int) else "") or "unknown_error",
             harmless(told.get("message") or "no reason was given"),
         )
     if isinstance(error, str) and error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
+from urllib.parse import urlsplit
 
 # Fixed lists from the IANA special-purpose registries: `is_global` changes with Python and lets NAT64, 6to4,
 # v4-compatible and multicast addresses through.
@@ -73,6 +74,11 @@ def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_le
     else:
         _check_host(parts[1])
     return text
+
+
+def host_of(url: str) -> str:
+    """The host name of a URL, in small letters and without the dot of the root."""
+    return (urlsplit(url).hostname or "").rstrip(".")
 
 
 def is_public_ip(address: str | ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -15,7 +15,6 @@ from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp_types import CallToolResult, TextContent
 
-from evolink_mcp.api.costs import CREDITS_PER_USD
 from evolink_mcp.api.task import as_dict, as_list
 from evolink_mcp.cli.settings import Settings, environment_without_ours
 from evolink_mcp.simulator.app import Simulator
@@ -81,9 +80,18 @@ def _tell(answer: CallToolResult, took_s: float, say: Callable[..., None]) -> in
         say(f"\n  {image['path']}")
         say(f"  {image['width']} × {image['height']} pixels, {image['bytes']:,} bytes, {image['mime_type']}")
     say(f"\nDone in {took_s:.1f} s. At EvoLink the same call costs about {facts['credits']:g} credits "
-        f"(${facts['credits'] / CREDITS_PER_USD:.3f}) and takes 10 to 130 s.")  # fmt: skip
+        f"(${facts['usd']:.3f}) and takes 10 to 130 s.")  # fmt: skip
     say("Next: set EVOLINK_API_KEY and add `evolink-mcp` to your MCP host; README.md has the blocks.")
     return 0
+
+
+def _can_print(letters: str) -> bool:
+    """Whether this console has these letters: cp1252 has no blocks."""
+    try:
+        letters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Bar:
@@ -92,11 +100,12 @@ class _Bar:
     def __init__(self, say: Callable[..., None]) -> None:
         self._say = say
         self._live = sys.stdout.isatty()
+        self._full, self._empty = "█░" if _can_print("█░") else "#-"
         self._last = ""
 
     def show(self, done: float, message: str) -> None:
         filled = round(BAR_WIDTH * done / 100)
-        line = f"  [{'█' * filled}{'░' * (BAR_WIDTH - filled)}] {done:3.0f} %  {message}"
+        line = f"  [{self._full * filled}{self._empty * (BAR_WIDTH - filled)}] {done:3.0f} %  {message}"
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             self._say("\r" + line[:width].ljust(width), end="", flush=True)

@@ -23,10 +23,13 @@ import anyio
 
 from evolink_mcp import __version__
 from evolink_mcp.api.client import USER_AGENT, EvolinkClient
+from evolink_mcp.api.costs import priced
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
-from evolink_mcp.cli.settings import EXAMPLE_KEY, BadSetting, Settings, unknown_variables
+from evolink_mcp.cli.settings import Settings, unknown_variables
+from evolink_mcp.cli.values import EXAMPLE_KEY, BadSetting
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
-from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.journal.file import FILE_NAME
+from evolink_mcp.journal.sqlite import read_entries
 
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("mcp", "httpx2", "pydantic", "anyio", "pillow", "platformdirs", "filelock", "starlette", "uvicorn")
@@ -94,6 +97,7 @@ async def examine(environment: Mapping[str, str] | None = None) -> Report:
         findings.append(Finding("settings", "broken", str(error), "Correct or remove this variable."))
     else:
         findings.append(key(settings))
+        findings += [Finding("network", "warning", told) for told in settings.strange_hosts]
         findings += await account(settings)
         findings += folders(settings)
         findings += journal(settings.data_dir)
@@ -189,7 +193,7 @@ async def _credits(settings: Settings) -> Finding:
         return Finding("credits", "ok", "EvoLink takes the key and names no balance")
     if min(left) <= 0:
         return Finding("credits", "warning", "EvoLink takes the key, but no credits are left for it", "Top up first.")
-    return Finding("credits", "ok", f"EvoLink takes the key; {min(left):g} credits are left for it")
+    return Finding("credits", "ok", f"EvoLink takes the key; {priced(min(left))} are left for it")
 
 
 def clock(date: str | None, now: float) -> Finding:
@@ -254,9 +258,9 @@ def writable(subject: str, folder: Path, variable: str) -> Finding:
 def journal(data_dir: Path) -> list[Finding]:
     """The journal can be opened; what it holds; whether files were set aside; whether it lies on a network drive."""
     findings = [writable("journal", data_dir, "EVOLINK_MCP_DATA_DIR")]
-    path = SqliteJournal(data_dir).path
+    path = data_dir / FILE_NAME
     if findings[0].verdict == "ok" and path.exists():
-        findings = [_opened(data_dir)]
+        findings = [_read(data_dir)]
     for aside in sorted(data_dir.glob(f"{path.name}.damaged-*[0-9a-f]")):
         findings.append(Finding(
             "journal", "warning", f"a damaged journal was set aside: {aside}",
@@ -271,23 +275,21 @@ def journal(data_dir: Path) -> list[Finding]:
     return findings
 
 
-def _opened(data_dir: Path) -> Finding:
-    book = SqliteJournal(data_dir)
+def _read(data_dir: Path) -> Finding:
+    path = data_dir / FILE_NAME
     try:
-        with book.path.open("rb") as file:
+        with path.open("rb") as file:
             begins = file.read(len(SQLITE_MAGIC))
-        if begins not in (b"", SQLITE_MAGIC):  # to open it would move it aside, and a check must change nothing
+        if begins not in (b"", SQLITE_MAGIC):
             todo = "Start the server: it sets the file aside, deletes nothing, and begins a new one."
-            return Finding("journal", "broken", f"{book.path} is damaged", todo)
-        entries = book.recent(ENTRIES_MAX)
+            return Finding("journal", "broken", f"{path} is damaged", todo)
+        entries = read_entries(data_dir, ENTRIES_MAX)
     except (OSError, JournalUnwritable) as error:
-        words = error.what if isinstance(error, JournalUnwritable) else f"{book.path}: {error.strerror}"
+        words = error.what if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
         return Finding("journal", "broken", words, "Paid calls are refused until it can be written.")
-    finally:
-        book.close()
     unsettled = sum(not entry.ended for entry in entries)
     unclear = sum(entry.charged == "unknown" for entry in entries)
-    words = f"{book.path}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
+    words = f"{path}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
     todo = "Ask your model for list_tasks with sync=true: it looks for them at EvoLink." if unclear else ""
     return Finding("journal", "ok", words, todo)
 

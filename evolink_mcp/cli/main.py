@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
 from evolink_mcp.sanitize import harmless
 
+LEAVE_WITHIN_S = 1.8
+DESCRIPTORS = 8192
 DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it speaks MCP over stdin and stdout."
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console may lack letters: cp1252 has no arrow
+            stream.reconfigure(errors="replace")
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
@@ -28,8 +36,9 @@ def main(argv: list[str] | None = None) -> None:
         code = run(options)
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in cast("list[TextIO | None]", [sys.stdout, sys.stderr]):
+        if stream is not None:
+            stream.flush()
     # Threads may still wait for stdin or work on a picture; nothing that they do is needed any more.
     os._exit(code)
 
@@ -44,14 +53,23 @@ def _parser() -> argparse.ArgumentParser:
         serve = commands.add_parser(name, help=f"serve {what}")
         serve.add_argument("--host", default="127.0.0.1")
         serve.add_argument("--port", type=int, default=8000)
+        serve.add_argument(
+            "--allowed-host", action="append", default=[], metavar="NAME", help="answer to this name too"
+        )
         serve.add_argument("--insecure", action="store_true", help="serve other machines without any authentication")
         serve.set_defaults(run=_http, transport=name)
+    token = commands.add_parser("token", help="make a token for the file EVOLINK_MCP_TOKENS_FILE")
+    token.add_argument("name", help="who will use it")
+    token.set_defaults(run=_token)
     demo = commands.add_parser("demo", help="make a picture without key or network, with a simulated EvoLink")
     demo.add_argument("prompt", nargs="?", default="A calm sunset over the ocean, islands on the horizon")
     demo.set_defaults(run=_demo)
     simulate = commands.add_parser("simulate", help="serve a simulated EvoLink")
     simulate.add_argument("--port", type=int, default=8765)
     simulate.add_argument("--seconds", type=float, default=8.0, help="how long a picture takes")
+    simulate.add_argument(
+        "--size-rule", choices=("anchor-edge", "pixel-budget"), default="anchor-edge", help="which of EvoLink's tables"
+    )
     simulate.set_defaults(run=_simulate)
     tasks = commands.add_parser("tasks", help="show what was bought")
     tasks.add_argument("--limit", type=int, default=20)
@@ -64,18 +82,49 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings():
-    from evolink_mcp.cli.settings import BadSetting, Settings
+    from evolink_mcp.cli.settings import Settings, unknown_variables
+    from evolink_mcp.cli.values import BadSetting
 
+    for name, meant in unknown_variables().items():
+        advice = f"; did you mean {meant}?" if meant else ""
+        print(f"evolink-mcp: {harmless(name, 60)} is no setting and has no effect{advice}", file=sys.stderr)
     try:
-        return Settings.from_environment()
+        settings = Settings.from_environment()
     except BadSetting as error:
         print(f"evolink-mcp: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    for told in settings.strange_hosts:
+        print(f"evolink-mcp: {told}", file=sys.stderr)
+    return settings
+
+
+def _leave_in_time(code: int) -> None:
+    """End this process soon, even if a thread still waits for the disk: what is not written is left to the next start."""
+    end = threading.Timer(LEAVE_WITHIN_S, os._exit, (code,))
+    end.daemon = True
+    end.start()
+
+
+def _take_descriptors() -> None:
+    """Use as many file descriptors as the system allows: macOS gives 256 unless it is asked for more."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _stdio(_: argparse.Namespace) -> int:
+    # Python's types do not say so: it has no stream where the descriptor was closed.
+    if None in cast("list[object]", [sys.stdin, sys.stdout]):
+        print("evolink-mcp: there is no standard input and output to speak over", file=sys.stderr)
+        return 1
     # The imports make half a million objects that stay. To search them for garbage takes a tenth of the start.
     gc.disable()
+    _take_descriptors()
     settings = _settings()
     import anyio
 
@@ -95,31 +144,78 @@ def _stdio(_: argparse.Namespace) -> int:
             "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
             file=sys.stderr,
         )
-    return anyio.run(serve_stdio, serve)
+    return anyio.run(serve_stdio, serve, _leave_in_time)
 
 
 def _http(options: argparse.Namespace) -> int:
     from evolink_mcp.api.urls import is_loopback
 
+    _take_descriptors()
     settings = _settings()
-    if not is_loopback(options.host) and not options.insecure:
+    if settings.tokens_file is None and not is_loopback(options.host) and not options.insecure:
         print(
             f"evolink-mcp: {harmless(options.host, 60)} is reachable from other machines, and whoever reaches it spends "
-            "your credits. Use --host 127.0.0.1, or --insecure if something else guards it.",
+            "your credits. Use --host 127.0.0.1, EVOLINK_MCP_TOKENS_FILE, or --insecure if something else guards it.",
             file=sys.stderr,
         )
         return 2
     import anyio
 
+    from evolink_mcp.cli.team import open_tenant
     from evolink_mcp.cli.wiring import open_studio, server_for
-    from evolink_mcp.transports.web import serve_app, web_app
+    from evolink_mcp.server.server import HEALTH
+    from evolink_mcp.transports.auth import BadTokens, Tokens
+    from evolink_mcp.transports.tenants import Tenants
+    from evolink_mcp.transports.web import door, serve_app, web_app
+
+    try:
+        tokens = None if settings.tokens_file is None else Tokens(settings.tokens_file)
+    except BadTokens as error:
+        print(f"evolink-mcp: EVOLINK_MCP_TOKENS_FILE: {error}", file=sys.stderr)
+        return 2
+    path = "mcp" if options.transport == "http" else "sse"
+    who = "every program of this machine" if is_loopback(options.host) else "everyone who reaches it"
+    if tokens is not None:
+        count = len({tenant.name for tenant in tokens.tenants})
+        who = f"{'one tenant' if count == 1 else f'{count} tenants'} of {settings.tokens_file}"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+
+    def ready() -> None:
+        if not is_loopback(options.host) and not options.allowed_host:
+            print("evolink-mcp: without --allowed-host NAME it answers only to names of this machine", file=sys.stderr)
+        print(f"evolink-mcp serves http://{host}:{options.port}/{path}: {who} may spend your credits", file=sys.stderr)
+
+    def app_of(server: Any) -> Any:
+        return web_app(server, options.transport, options.host, options.allowed_host)
 
     async def serve() -> int:
-        async with open_studio(settings, remote=True) as studio:
-            app = web_app(server_for(studio, settings), options.transport, options.host)
-            return await serve_app(app, options.host, options.port)
+        if tokens is None:
+            async with open_studio(settings, remote=True) as studio:
+                app = door(app_of(server_for(studio, settings)), options.allowed_host)
+                return await serve_app(app, options.host, options.port, _leave_in_time, ready)
+        code = 1
+        async with anyio.create_task_group() as group:
+            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of), HEALTH)
+            for tenant in tokens.tenants:  # what they left unfinished goes on
+                group.start_soon(tenants.app, tenant)
+            app = door(tenants, options.allowed_host, tokens)
+            code = await serve_app(app, options.host, options.port, _leave_in_time, ready)
+            group.cancel_scope.cancel()
+        return code
 
     return anyio.run(serve)
+
+
+def _token(options: argparse.Namespace) -> int:
+    from evolink_mcp.transports.auth import BadTokens, new_token
+
+    try:
+        token, block = new_token(options.name)
+    except BadTokens as error:
+        print(f"evolink-mcp: {error}", file=sys.stderr)
+        return 2
+    print(f"The token, shown this once: {token}\n\nFor the file that EVOLINK_MCP_TOKENS_FILE names:\n\n{block}")
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -136,47 +232,52 @@ def _simulate(options: argparse.Namespace) -> int:
     from evolink_mcp.simulator.app import FAULTS, Simulator
     from evolink_mcp.transports.web import serve_app
 
+    _take_descriptors()
     print(f"A simulated EvoLink on http://127.0.0.1:{options.port} (any key will do). Point the server at it with")
     print(f"  EVOLINK_BASE_URL=http://127.0.0.1:{options.port} EVOLINK_API_KEY=sk-simulated evolink-mcp")
     print("Words in a prompt order faults:")
     for word, meaning in FAULTS.items():
         print(f"  {word:24} {meaning}")
     sys.stdout.flush()
-    return anyio.run(serve_app, Simulator(duration_s=options.seconds).app, "127.0.0.1", options.port)
+    return anyio.run(
+        serve_app, Simulator(duration_s=options.seconds, rule=options.size_rule).app, "127.0.0.1", options.port
+    )
 
 
 def _tasks(options: argparse.Namespace) -> int:
     import json
 
+    from evolink_mcp.api.costs import priced
     from evolink_mcp.errors import JournalUnwritable
-    from evolink_mcp.journal.sqlite import SqliteJournal
+    from evolink_mcp.journal.file import FILE_NAME
+    from evolink_mcp.journal.sqlite import read_entries
     from evolink_mcp.tools.task_answer import brief, task_out
 
     settings = _settings()
-    journal = SqliteJournal(settings.data_dir)
-    if not journal.path.exists():
-        print("[]" if options.json else f"Nothing was bought yet: there is no journal at {journal.path}.")
+    path = settings.data_dir / FILE_NAME
+    if not path.exists():
+        print("[]" if options.json else f"Nothing was bought yet: there is no journal at {path}.")
         return 0
     try:
-        entries = journal.recent(options.limit)
+        entries = read_entries(settings.data_dir, options.limit)
     except JournalUnwritable as error:
         print(f"evolink-mcp: {error.what}", file=sys.stderr)
         return 1
-    outs = [task_out(entry, rule=settings.size_rule) for entry in entries]
+    outs = [task_out(entry) for entry in entries]
     if options.json:
         print(json.dumps([brief(out).model_dump(mode="json") for out in outs], indent=2))
         return 0
     for out in outs:
-        cost = f"{out.credits:g} credits" if out.credits is not None else ""
+        cost = priced(out.credits) if out.credits is not None else ""
         asked = harmless((out.request or {}).get("prompt", ""), 60)
         print(
-            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:16} {asked}"
+            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {asked}"
         )
         for image in out.images:
             print(f"    {image.path or image.error or image.url}")
         if out.error:
             print(f"    {out.error.message}. {out.error.advice}")
-    print(f"{len(outs)} entries in {journal.path}")
+    print(f"{len(outs)} entries in {path}")
     return 0
 
 

@@ -13,6 +13,7 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
+from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import References
@@ -26,26 +27,34 @@ async def open_studio(
     settings: Settings,
     *,
     remote: bool = False,
+    tenant: str = "",
+    shared: bool = False,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
+    pause: Sleep = anyio.sleep,
 ) -> AsyncGenerator[Studio]:
     """A studio for the settings' account and folders.
 
-    `remote`: its callers may be on other machines. `transport`, `clock` (epoch seconds) and `sleep` are for tests.
+    `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
+    other tenants spend from the same account. `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
-        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport
-    )
-    journal = SqliteJournal(settings.data_dir, clock=clock)
+        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport,
+        clock=clock,
+    )  # fmt: skip
+    key = settings.key.get_secret_value() if settings.key else tenant
+    account = account_mark(key, settings.base_url, tenant) if key else ""
+    journal = SqliteJournal(settings.data_dir, account, strict=bool(tenant), clock=clock)
     local = not remote or settings.allowed_dirs_given
     # Callers elsewhere save into the output folder only, unless the owner named folders for them.
     folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
     references = References(client, journal, folders, local=local, clock=clock)
     studio = Studio(
         client, journal, folders, references, settings.budget,
-        rule=settings.size_rule, locks=settings.data_dir / "locks", sidecars=settings.sidecars,
-        key_problem=settings.key_problem, clock=clock, sleep=sleep,
+        rule=settings.size_rule, sidecars=settings.sidecars, preview_edge=settings.preview_edge,
+        callback_hosts=settings.callback_hosts, shared=shared,
+        key_problem=settings.key_problem, clock=clock, sleep=sleep, pause=pause,
     )  # fmt: skip
     async with client, studio:
         yield studio
@@ -58,4 +67,5 @@ def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:
         wait_s=settings.wait_s,
         preview_edge=settings.preview_edge,
         resource_links=settings.resource_links,
+        published=settings.tools,
     )

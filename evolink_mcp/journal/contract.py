@@ -10,80 +10,124 @@ from evolink_mcp.journal.entry import Entry
 class Journal(Protocol):
     """What a journal promises. A write is on disk when its method returns. Entries are never deleted.
 
-    Times are epoch seconds, sums are credits.
+    `owner` is this server's mark, `account` the mark of its key (empty without a key). Every method sees the entries of
+    this account, and those of 0.1.0, which have no mark; without a key it sees all. An entry's state is written only by
+    the server that owns it.
+
+    Times are epoch seconds, sums are credits. A caller that is cancelled does not wait any longer, but what it began
+    may still be written.
 
     Raises (every method):
         JournalUnwritable: it cannot be read or written; the message names the place and the setting.
     """
 
-    owner: str
+    @property
+    def owner(self) -> str:
+        """This server's mark on what it works on."""
+        ...
 
-    def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
+    @property
+    def account(self) -> str:
+        """The mark of this server's key; empty if it has none."""
+        ...
+
+    async def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
         """Write a new entry, before anything is sent.
 
         With a `cap`, the credits spent since `since` and the entry's estimate together must not exceed it. Both happen
         in one transaction. If they do exceed it, nothing is written and the credits already spent are returned.
+
+        Raises:
+            TaskKnown: another entry of the account has this task.
         """
         ...
 
-    def update(self, entry: Entry) -> None:
-        """Write the entry's phase, task and error, and nothing else: another server may have noted the delivery."""
+    async def update(self, entry: Entry) -> bool:
+        """Write the entry's account, phase, task and error. False: it belongs to another server, nothing is written.
+
+        Raises:
+            TaskKnown: another entry of the account has this task.
+        """
         ...
 
-    def keep(self, entry: Entry) -> None:
+    async def keep(self, entry: Entry) -> bool:
         """Write the entry's pictures, and what `update` writes."""
         ...
 
-    def deliver(self, key: str, at: float) -> None:
+    async def acquire(self, key: str) -> bool:
+        """Become the owner of an entry that no living server works on. False: one does."""
+        ...
+
+    async def release(self, key: str) -> None:
+        """Nobody works on this entry any more."""
+        ...
+
+    async def mark(self, key: str) -> None:
+        """An entry without a mark belongs to this account: EvoLink has answered for its task."""
+        ...
+
+    async def deliver(self, key: str, at: float) -> None:
         """Note that a caller has the result."""
         ...
 
-    def leave(self, key: str) -> None:
-        """Note that no call waits for this entry any more."""
+    async def leave(self, key: str) -> None:
+        """Note that no call of this server waits for this entry any more."""
         ...
 
-    def claim(self, key: str) -> bool:
+    async def claim(self, key: str) -> bool:
         """Let a call wait for an entry that nobody waits for and nobody received. False: another call was faster."""
         ...
 
-    def by_key(self, key: str) -> Entry | None:
+    async def by_key(self, key: str) -> Entry | None:
         """The entry with this key; None if there is none."""
         ...
 
-    def by_task(self, task_id: str) -> Entry | None:
+    async def by_task(self, task_id: str) -> Entry | None:
         """The entry of this task; None if there is none."""
         ...
 
-    def recent(
+    async def recent(
         self, limit: int, status: str | None = None, since: float | None = None, until: float | None = None
     ) -> list[Entry]:
         """At most `limit` entries, newest first; `since` and `until` are included."""
         ...
 
-    def undelivered(self, fingerprint: str) -> list[Entry]:
-        """Entries of identical requests that nobody received and nobody waits for, oldest first."""
+    async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
+        """Entries of identical requests since then that nobody received and nobody waits for, oldest first."""
         ...
 
-    def adopt(self) -> list[Entry]:
-        """Take over what servers left open that are not running any more; running servers keep theirs."""
+    async def adopt(self) -> list[Entry]:
+        """Take over what is open and has no living owner, and free what dead servers' calls waited for."""
         ...
 
-    def known_tasks(self, task_ids: list[str]) -> set[str]:
+    async def known_tasks(self, task_ids: list[str]) -> set[str]:
         """Which of these tasks have an entry."""
         ...
 
-    def spent_since(self, since: float) -> float:
+    async def has_strangers(self) -> bool:
+        """Whether there are entries of other accounts."""
+        ...
+
+    async def spent_since(self, since: float) -> float:
         """Credits of the entries created since then: charged, or estimated while the charge is not known."""
         ...
 
-    def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
-        """Note that EvoLink has a reference picture under this URL until `expires_at`."""
+    async def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
+        """Note that EvoLink has a reference picture of this account under this URL until `expires_at`."""
         ...
 
-    def find_upload(self, sha256: str, after: float) -> str | None:
+    async def find_upload(self, sha256: str, after: float) -> str | None:
         """The URL of an uploaded picture that does not expire before `after`; None if there is none."""
         ...
 
-    def close(self) -> None:
+    async def learn(self, name: str, value: str) -> None:
+        """Note what was learned of this account."""
+        ...
+
+    async def learned(self, name: str) -> str | None:
+        """What was learned of this account; without a key, what all accounts have in common. Creates no file."""
+        ...
+
+    async def close(self) -> None:
         """Release everything. What is not finished can be taken over by another server from now on."""
         ...

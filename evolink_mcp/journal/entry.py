@@ -7,6 +7,7 @@ byte was sent) or `unknown` (it was sent and the answer was lost). `found` marks
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import uuid
 from collections.abc import Callable, Mapping
@@ -15,16 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from evolink_mcp.api.request import MODEL
 from evolink_mcp.api.task import COMPLETED, Task, TaskError
 from evolink_mcp.errors import Charged, Problem
 
 Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
-# Said of an entry whose answer was lost and whose task was found in the account's list, by its time.
+# Said of an entry whose answer was lost and whose task was found in the account's list, by its time and price.
 ADOPTED = Problem(
     "adopted",
-    "The answer to this request was lost; the task was found in the account's list by its time alone",
+    "The answer to this request was lost; this task is a guess, found in the account's list by its time and price",
     False,
-    "Check that the picture is the one that was asked for.",
+    "Check that the picture is the one that was asked for; get_task with its id confirms it.",
 )
 
 
@@ -33,7 +35,9 @@ class Picture:
     """One picture of a task: its link at EvoLink, and the file that was saved here.
 
     `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the file's size. `error` says why
-    the picture could not be fetched; `lost` says that trying again cannot help.
+    the picture could not be fetched; `lost` says that it is not tried again, and `unusable` that what came was no
+    picture. `transparent` is the share of its pixels that can be seen through, None without alpha; `one_colour`: all its
+    pixels are alike.
     """
 
     index: int
@@ -47,6 +51,9 @@ class Picture:
     sha256: str | None = None
     error: str | None = None
     lost: bool = False
+    unusable: bool = False
+    transparent: float | None = None
+    one_colour: bool = False
 
     @property
     def saved(self) -> bool:
@@ -64,8 +71,10 @@ class Entry:
     """One purchase. Times are epoch seconds, `estimate` is the computed price in credits.
 
     `key` is sent as `Idempotency-Key`; it is empty for a task that was bought elsewhere and is not written down yet.
-    `owner` is the server that works on the entry. `attended`: a call waits for the result. `delivered_at`: a caller
-    has it since then. `fingerprint` is the same for identical requests.
+    `account` is the mark of the key and address it was bought with; empty in entries of 0.1.0. `owner` is the server
+    that works on it now, `caller` the server whose call waits for the result; both empty if there is none.
+    `delivered_at`: a caller has the result since then. `fingerprint` is the same for identical requests.
+    `rule` is the size rule that its pixels and its price were computed by.
     """
 
     key: str
@@ -76,11 +85,13 @@ class Entry:
     request: dict[str, Any] = field(default_factory=dict[str, Any])
     estimate: float = 0.0
     save_as: str | None = None
-    attended: bool = False
+    account: str = ""
+    caller: str = ""
     delivered_at: float | None = None
     task: Task | None = None
     error: Problem | None = None
     pictures: tuple[Picture, ...] = ()
+    rule: str = "anchor-edge"
 
     @classmethod
     def bought_elsewhere(cls, task: Task, created_at: float) -> Entry:
@@ -107,11 +118,29 @@ class Entry:
         )
 
     @property
+    def guessed(self) -> bool:
+        """Whether its task was found by time and price, and nobody has confirmed that it is this purchase's."""
+        return self.task is not None and self.error is not None and self.error.code == ADOPTED.code
+
+    @property
     def charged(self) -> Charged:
         """What was paid for it, as far as anyone can know."""
+        if self.guessed:
+            return "unknown"
         if self.task is not None:
             return self.task.charged
         return "unknown" if self.phase in ("sending", "unknown") else "no"
+
+    @property
+    def spent(self) -> float:
+        """Credits that count for the owner's caps: the charge, or the estimate while that is not known.
+
+        A guess does not count: the purchase it stands for may never have happened.
+        """
+        if self.phase == "found" or self.guessed or (self.charged == "no" and self.closed):
+            return 0.0
+        used = self.task.credits_used if self.task is not None and self.task.settled else None
+        return self.estimate if used is None else used
 
     @property
     def ended(self) -> bool:
@@ -165,36 +194,55 @@ def new_key() -> str:
     return f"evomcp-{uuid.uuid4().hex}"
 
 
+def account_mark(key: str, base_url: str, tenant: str = "") -> str:
+    """What stands for an account, or a tenant's part of it, in the journal.
+
+    It is made from the key, EvoLink's address and the tenant's name, and shows none of them.
+    """
+    of = f" of {tenant}" if tenant else ""
+    return hmac.new(key.encode(), f"account at {base_url.lower()}{of}".encode(), "sha256").hexdigest()[:32]
+
+
+def with_defaults(body: dict[str, Any]) -> dict[str, Any]:
+    """A request with the page's defaults filled in, in one spelling: what two identical requests have in common."""
+    size = str(body.get("size", "auto")).lower().replace("×", "x").replace(" ", "")
+    tier = {"resolution": str(body.get("resolution", "1K")).upper()} if ":" in size else {}
+    said = {name: value for name, value in body.items() if name != "resolution" and value is not None}
+    defaults = {"model": MODEL, "quality": "medium", "n": 1, "background": "opaque", "output_format": "png"}
+    return {**defaults, **said, "size": size, **tier}
+
+
 def fingerprint(body: dict[str, Any]) -> str:
     """SHA-256 of a request, in hex: the same for identical requests, whatever the order of their fields."""
     said = json.dumps(body, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-# Every column of an entry, and its value. `task`, `error` and `pictures` hold JSON; `task_id`, `status`, `closed`,
-# `credits` and `charged` repeat parts of it, so that SQL can search them and add them up.
+# Every column of an entry, and its value. `task`, `error` and `pictures` hold JSON; `task_id`, `status`, `closed` and
+# `spent` repeat parts of it, so that SQL can search them and add them up.
 COLUMNS: dict[str, Callable[[Entry], Any]] = {
     "key": lambda entry: entry.key,
+    "account": lambda entry: entry.account,
     "owner": lambda entry: entry.owner,
+    "caller": lambda entry: entry.caller,
     "phase": lambda entry: entry.phase,
     "created_at": lambda entry: entry.created_at,
     "fingerprint": lambda entry: entry.fingerprint,
     "task_id": lambda entry: entry.task_id,
     "status": lambda entry: entry.status,
     "closed": lambda entry: entry.closed,
-    "attended": lambda entry: entry.attended,
     "delivered_at": lambda entry: entry.delivered_at,
     "estimate": lambda entry: entry.estimate,
-    "credits": lambda entry: entry.task.credits_used if entry.task and entry.task.settled else None,
-    "charged": lambda entry: entry.charged,
+    "spent": lambda entry: entry.spent,
     "request": lambda entry: json.dumps(entry.request),
     "save_as": lambda entry: entry.save_as,
     "task": lambda entry: json.dumps(asdict(entry.task)) if entry.task else None,
     "error": lambda entry: json.dumps(asdict(entry.error)) if entry.error else None,
     "pictures": lambda entry: json.dumps([asdict(picture) for picture in entry.pictures]),
+    "rule": lambda entry: entry.rule,
 }
 # What `Journal.update` writes; `Journal.keep` writes the pictures too.
-STATE = ("phase", "task_id", "status", "closed", "credits", "charged", "task", "error")
+STATE = ("account", "phase", "task_id", "status", "closed", "spent", "task", "error")
 
 
 def entry_of(row: Mapping[str, Any]) -> Entry:
@@ -213,11 +261,13 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         request=dict(json.loads(row["request"])),
         estimate=row["estimate"],
         save_as=row["save_as"],
-        attended=bool(row["attended"]),
+        account=row["account"],
+        caller=row["caller"],
         delivered_at=row["delivered_at"],
         task=_task(json.loads(task)) if task else None,
         error=Problem(**json.loads(error)) if error else None,
         pictures=tuple(Picture(**picture) for picture in json.loads(row["pictures"])),
+        rule=row["rule"],
     )
 
 

@@ -25,6 +25,42 @@ MIGRATIONS = (
     """,
     # 2: the column always held `Entry.closed`. SQLite renames it in the indexes too.
     "ALTER TABLE entries RENAME COLUMN complete TO closed",
+    # 3: accounts; who works on an entry now, and who waits for it; what counts for the caps. SQLite cannot change a
+    # UNIQUE constraint, so the table is copied.
+    """
+    CREATE TABLE copied (
+        key TEXT PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
+        created_at REAL NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
+        closed INTEGER NOT NULL, delivered_at REAL, estimate REAL NOT NULL, spent REAL NOT NULL,
+        request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, pictures TEXT NOT NULL, UNIQUE (task_id, account)
+    );
+    INSERT INTO copied SELECT
+        key, '', CASE WHEN closed THEN '' ELSE owner END, CASE WHEN attended THEN owner ELSE '' END, phase,
+        created_at, fingerprint, task_id, status, closed, delivered_at, estimate,
+        CASE WHEN phase = 'found' OR (charged = 'no' AND closed) OR error LIKE '%"code": "adopted"%' THEN 0
+            ELSE coalesce(credits, estimate) END,
+        request, save_as, task, error, pictures FROM entries;
+    DROP TABLE entries;
+    ALTER TABLE copied RENAME TO entries;
+    CREATE INDEX entries_by_age ON entries (created_at);
+    CREATE INDEX entries_spending ON entries (account, created_at, spent);
+    CREATE INDEX entries_open ON entries (owner) WHERE closed = 0;
+    CREATE INDEX entries_owned ON entries (owner) WHERE owner != '';
+    CREATE INDEX entries_awaited ON entries (caller) WHERE caller != '' AND delivered_at IS NULL;
+    CREATE INDEX entries_undelivered ON entries (fingerprint) WHERE delivered_at IS NULL;
+    DROP TABLE uploads;
+    CREATE TABLE uploads (
+        account TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at REAL NOT NULL,
+        PRIMARY KEY (account, sha256)
+    ) WITHOUT ROWID;
+    """,
+    # 4: what was learned of an account, and the size rule that each entry was computed by. Before, that was the page's.
+    """
+    CREATE TABLE facts (
+        account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)
+    ) WITHOUT ROWID;
+    ALTER TABLE entries ADD COLUMN rule TEXT NOT NULL DEFAULT 'anchor-edge';
+    """,
 )
 
 

@@ -1,134 +1,121 @@
-"""The journal in one SQLite file (WAL, synchronous FULL), shared by any number of servers of one machine."""
+"""The journal in one SQLite file (WAL, synchronous FULL), shared by any number of servers of one machine.
+
+One thread of its own does all its work, with one connection: the event loop never waits for the disk or for a lock.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
 import time
-import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.errors import JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import COLUMNS, STATE, Entry, entry_of
-from evolink_mcp.journal.migrations import migrate, transaction
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
+from evolink_mcp.journal.migrations import transaction
 
 if TYPE_CHECKING:
     import sqlite3
 
-    from filelock import BaseFileLock
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-FILE_NAME = "journal.sqlite3"
-BUSY_TIMEOUT_S = 5.0
+INSERT = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
 class SqliteJournal:
-    """The `Journal` contract on a file in `folder`, where each method is described; nothing is created before a call.
+    """The `Journal` contract on a file in `folder`, where each method is described; nothing is created before a call."""
 
-    `owner` is this server's mark on its entries. `set_aside` is where a damaged journal was moved to, if one was found.
-    """
-
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self.folder = folder
-        self.owner = uuid.uuid4().hex
-        self.set_aside: Path | None = None
-        self._clock = clock
-        self._db: sqlite3.Connection | None = None
-        self._inode = 0
-        self._life: BaseFileLock | None = None
+    def __init__(
+        self, folder: Path, account: str = "", *, strict: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`strict`: entries without a mark are nobody's, because several tenants use this file."""
+        if account and not account.isalnum():
+            raise ValueError("an account's mark has only letters and digits")
+        self.owner = new_owner()
+        self.account = account
+        self._mine = f"account IN ('', '{account}')" if account else "account = account"
+        if strict:
+            self._mine = f"account = '{account}'"
+        self._file = JournalFile(folder, self.owner, clock=clock)
+        self._thread: ThreadPoolExecutor | None = None
 
     @property
     def path(self) -> Path:
-        return self.folder / FILE_NAME
+        """The file."""
+        return self._file.path
 
-    # --- writing ---
+    @property
+    def set_aside(self) -> Path | None:
+        """Where a damaged journal was moved to, if one was found."""
+        return self._file.set_aside
 
-    def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
-        statement = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+    # --- the contract ---
+
+    async def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
         values = [value(entry) for value in COLUMNS.values()]
 
         def write(db: sqlite3.Connection) -> float | None:
+            with _task_unique(entry):
+                if cap is None:
+                    db.execute(INSERT, values)
+                    return None
+                with transaction(db):
+                    spent = self._spent(db, since)
+                    if spent + entry.estimate > cap:
+                        return spent
+                    db.execute(INSERT, values)
+                return None
+
+        return await self._run(write)
+
+    async def update(self, entry: Entry) -> bool:
+        return await self._write(entry, STATE)
+
+    async def keep(self, entry: Entry) -> bool:
+        return await self._write(entry, (*STATE, "pictures"))
+
+    async def acquire(self, key: str) -> bool:
+        def take(db: sqlite3.Connection) -> bool:
             with transaction(db):
-                spent = _spent(db, since)
-                if cap is not None and spent + entry.estimate > cap:
-                    return spent
-                db.execute(statement, values)
-            return None
+                row = db.execute(f"SELECT owner FROM entries WHERE key = ? AND {self._mine}", (key,)).fetchone()
+                if row is None or not (row[0] in ("", self.owner) or self._file.is_dead(row[0])):
+                    return False
+                db.execute("UPDATE entries SET owner = ? WHERE key = ?", (self.owner, key))
+            return True
 
-        return self._run(write)
+        return await self._run(take)
 
-    def update(self, entry: Entry) -> None:
-        self._write(entry, STATE)
+    async def release(self, key: str) -> None:
+        await self._execute("UPDATE entries SET owner = '' WHERE key = ? AND owner = ?", key, self.owner)
 
-    def keep(self, entry: Entry) -> None:
-        self._write(entry, (*STATE, "pictures"))
+    async def mark(self, key: str) -> None:
+        statement = "UPDATE OR IGNORE entries SET account = ? WHERE key = ? AND account = ''"
+        await self._execute(statement, self.account, key)
 
-    def _write(self, entry: Entry, names: tuple[str, ...]) -> None:
-        statement = f"UPDATE entries SET {', '.join(f'{name} = ?' for name in names)} WHERE key = ?"
-        values = [*(COLUMNS[name](entry) for name in names), entry.key]
-        if self._run(lambda db: db.execute(statement, values).rowcount) != 1:
-            raise self._unwritable("the entry is not in it any more")
+    async def deliver(self, key: str, at: float) -> None:
+        await self._execute("UPDATE entries SET delivered_at = ? WHERE key = ?", at, key)
 
-    def deliver(self, key: str, at: float) -> None:
-        self._run(lambda db: db.execute("UPDATE entries SET delivered_at = ? WHERE key = ?", (at, key)))
+    async def leave(self, key: str) -> None:
+        await self._execute("UPDATE entries SET caller = '' WHERE key = ? AND caller = ?", key, self.owner)
 
-    def leave(self, key: str) -> None:
-        self._run(lambda db: db.execute("UPDATE entries SET attended = 0 WHERE key = ?", (key,)))
+    async def claim(self, key: str) -> bool:
+        statement = "UPDATE entries SET caller = ? WHERE key = ? AND caller = '' AND delivered_at IS NULL"
+        return await self._execute(statement, self.owner, key) == 1
 
-    def claim(self, key: str) -> bool:
-        statement = "UPDATE entries SET attended = 1 WHERE key = ? AND attended = 0 AND delivered_at IS NULL"
-        return self._run(lambda db: db.execute(statement, (key,)).rowcount) == 1
+    async def by_key(self, key: str) -> Entry | None:
+        return await self._one("key = ?", key)
 
-    def adopt(self) -> list[Entry]:
-        from filelock import FileLock, Timeout
+    async def by_task(self, task_id: str) -> Entry | None:
+        return await self._one("task_id = ? ORDER BY account DESC", task_id)
 
-        owners = [row[0] for row in self._run(lambda db: db.execute(
-            "SELECT DISTINCT owner FROM entries WHERE (closed = 0 OR (delivered_at IS NULL AND attended = 1))"
-            " AND owner != ?", (self.owner,)).fetchall())]  # fmt: skip
-        adopted: list[Entry] = []
-        for owner in owners:
-            lock = FileLock(self._life_path(owner))
-            try:
-                lock.acquire(blocking=False)
-            except (Timeout, OSError):
-                continue
-            try:
-                adopted += self._take_over(owner)
-            except JournalUnwritable as error:  # keep what is taken over already; the rest is left for the next time
-                log.warning("%s", error.what)
-            finally:
-                with suppress(OSError):
-                    lock.release()
-                    self._life_path(owner).unlink()
-        return adopted
-
-    def _take_over(self, owner: str) -> list[Entry]:
-        def take(db: sqlite3.Connection) -> list[Any]:
-            with transaction(db):
-                db.execute("UPDATE entries SET attended = 0 WHERE owner = ?", (owner,))
-                found = "SELECT * FROM entries WHERE owner = ? AND closed = 0"
-                rows = db.execute(found, (owner,)).fetchall()
-                db.execute("UPDATE entries SET owner = ? WHERE owner = ? AND closed = 0", (self.owner, owner))
-            return rows
-
-        return [replace(entry, owner=self.owner) for entry in _readable(self._run(take))]
-
-    def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
-        self._run(lambda db: db.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (sha256, url, expires_at)))
-
-    def by_key(self, key: str) -> Entry | None:
-        return self._one("key = ?", key)
-
-    def by_task(self, task_id: str) -> Entry | None:
-        return self._one("task_id = ?", task_id)
-
-    def recent(
+    async def recent(
         self, limit: int, status: str | None = None, since: float | None = None, until: float | None = None
     ) -> list[Entry]:
         clauses = ["created_at >= ?", "created_at <= ?"]
@@ -136,145 +123,157 @@ class SqliteJournal:
         if status is not None:
             clauses.append("status = ?")
             values.append(status)
-        return self._many(" AND ".join(clauses) + " ORDER BY created_at DESC, key LIMIT ?", *values, limit)
+        return await self._many(" AND ".join(clauses) + " ORDER BY created_at DESC, key LIMIT ?", *values, limit)
 
-    def undelivered(self, fingerprint: str) -> list[Entry]:
-        return self._many("fingerprint = ? AND delivered_at IS NULL AND attended = 0 ORDER BY created_at", fingerprint)
+    async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
+        marks = ", ".join("?" * len(fingerprints))
+        where = f"fingerprint IN ({marks}) AND delivered_at IS NULL AND caller = '' AND created_at >= ?"
+        return await self._many(f"{where} ORDER BY created_at", *fingerprints, since)
 
-    def known_tasks(self, task_ids: list[str]) -> set[str]:
+    async def adopt(self) -> list[Entry]:
+        rows = await self._run(self._take_over)
+        return [replace(entry, owner=self.owner) for entry in _readable(rows)]
+
+    async def known_tasks(self, task_ids: list[str]) -> set[str]:
         marks = ", ".join("?" * len(task_ids))
-        statement = f"SELECT task_id FROM entries WHERE task_id IN ({marks})"
-        return {row[0] for row in self._run(lambda db: db.execute(statement, task_ids).fetchall())}
+        where = f"task_id IN ({marks}) AND {self._mine}"
+        return {row[0] for row in await self._rows(f"SELECT task_id FROM entries WHERE {where}", *task_ids)}
 
-    def spent_since(self, since: float) -> float:
-        return self._run(lambda db: _spent(db, since))
+    async def has_strangers(self) -> bool:
+        where = "account NOT IN ('', ?)"
+        return await self._rows(f"SELECT 1 FROM entries WHERE {where} LIMIT 1", self.account) != []
 
-    def find_upload(self, sha256: str, after: float) -> str | None:
-        statement = "SELECT url FROM uploads WHERE sha256 = ? AND expires_at > ?"
-        return next(iter(self._run(lambda db: db.execute(statement, (sha256, after)).fetchone()) or ()), None)
+    async def spent_since(self, since: float) -> float:
+        return await self._run(lambda db: self._spent(db, since))
 
-    def close(self) -> None:
-        self._shut()
-        if self._life is not None:
-            with suppress(OSError):
-                self._life.release()
-                self._life_path(self.owner).unlink()
-            self._life = None
+    async def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
+        statement = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?)"
+        await self._execute(statement, self.account, sha256, url, expires_at)
 
-    # --- the file ---
+    async def find_upload(self, sha256: str, after: float) -> str | None:
+        where = "account = ? AND sha256 = ? AND expires_at > ?"
+        rows = await self._rows(f"SELECT url FROM uploads WHERE {where}", self.account, sha256, after)
+        return rows[0][0] if rows else None
 
-    def _shut(self) -> bool:
-        """Close the file; False when it was not open."""
-        import sqlite3
+    async def learn(self, name: str, value: str) -> None:
+        await self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", self.account, name, value)
 
-        db, self._db = self._db, None
-        if db is not None:
-            with suppress(sqlite3.Error):
-                db.close()
-        return db is not None
+    async def learned(self, name: str) -> str | None:
+        if not self._file.in_use and not self._file.path.exists():
+            return None
+        rows = await self._rows(f"SELECT DISTINCT value FROM facts WHERE name = ? AND {self._mine}", name)
+        return rows[0][0] if len(rows) == 1 else None
 
-    def _one(self, where: str, *values: Any) -> Entry | None:
-        rows = self._many(where, *values)
-        return rows[0] if rows else None
+    async def close(self) -> None:
+        await self._call(self._close)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread = None
 
-    def _many(self, where: str, *values: Any) -> list[Entry]:
-        statement = f"SELECT * FROM entries WHERE {where}"
-        return _readable(self._run(lambda db: db.execute(statement, values).fetchall()))
+    # --- the thread ---
 
-    def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `act`, and translate what SQLite raises. A damaged file is moved aside, never deleted, and a new one begun."""
-        import sqlite3
+    async def _call(self, call: Callable[[], T]) -> T:
+        """Run `call` in the journal's thread, after everything that was asked before it."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        return await asyncio.wrap_future(self._thread.submit(call))
 
-        for attempt in (1, 2):
-            try:
-                return act(self._opened())
-            except sqlite3.OperationalError as error:
-                raise self._unwritable(str(error)) from error
-            except sqlite3.DatabaseError as error:
-                if attempt == 2 or isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
-                    raise self._unwritable(str(error)) from error
-                self._put_aside()
-            except OSError as error:
-                raise self._unwritable(error.strerror or type(error).__name__) from error
-        raise AssertionError("unreachable")
+    async def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
+        return await self._call(lambda: self._file.run(act))
 
-    def _opened(self) -> sqlite3.Connection:
-        import sqlite3
+    async def _execute(self, statement: str, *values: Any) -> int:
+        """How many rows it changed."""
+        return await self._run(lambda db: db.execute(statement, values).rowcount)
 
-        if self._db is None:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._hold_life_lock()
-            if not self.path.exists():
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-            db.row_factory = sqlite3.Row
-            db.text_factory = _text
-            try:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                migrate(db)
-            except BaseException:
-                db.close()
-                raise
-            self._db, self._inode = db, self.path.stat().st_ino
-        return self._db
+    async def _rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:
+        return await self._run(lambda db: db.execute(statement, values).fetchall())
 
-    def _hold_life_lock(self) -> None:
-        """Hold this owner's lock file. The lock ends with the process: while it is held, other servers know that we live."""
-        from filelock import FileLock
+    async def _many(self, where: str, *values: Any) -> list[Entry]:
+        return _readable(await self._rows(f"SELECT * FROM entries WHERE {self._mine} AND {where}", *values))
 
-        if self._life is None:
-            path = self._life_path(self.owner)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            life = FileLock(path, thread_local=False)
-            life.acquire(blocking=False)
-            self._life = life
+    async def _one(self, where: str, *values: Any) -> Entry | None:
+        entries = await self._many(where, *values)
+        return entries[0] if entries else None
 
-    def _life_path(self, owner: str) -> Path:
-        return self.folder / "owners" / f"{owner}.lock"
+    async def _write(self, entry: Entry, names: tuple[str, ...]) -> bool:
+        """Write these columns; the whole entry if the file has lost it, because somebody has replaced the file."""
+        changes = ", ".join(f"{name} = ?" for name in names)
+        changed = [*(COLUMNS[name](entry) for name in names), entry.key, self.owner]
 
-    def _put_aside(self) -> None:
-        if self._shut():
-            with suppress(OSError):
-                if self.path.stat().st_ino != self._inode:
-                    return  # another server has moved the damaged file aside already: this file is its new one
-        aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self.owner[:6]}")
-        try:
-            os.replace(self.path, aside)
-            for tail in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    os.replace(f"{self.path}{tail}", f"{aside}{tail}")
-        except OSError as error:
-            raise self._unwritable(error.strerror or "damaged") from error
-        self.set_aside = aside
-        log.error("the journal was damaged: it was set aside as %s and a new one begun", aside)
+        def write(db: sqlite3.Connection) -> bool:
+            with _task_unique(entry):
+                if db.execute(f"UPDATE entries SET {changes} WHERE key = ? AND owner = ?", changed).rowcount == 1:
+                    return True
+                if db.execute("SELECT 1 FROM entries WHERE key = ?", (entry.key,)).fetchone():
+                    return False
+                db.execute(INSERT, [value(replace(entry, owner=self.owner)) for value in COLUMNS.values()])
+                return True
 
-    def _unwritable(self, reason: str) -> JournalUnwritable:
-        return JournalUnwritable(
-            f"the journal {self.path} cannot be used ({reason}); EVOLINK_MCP_DATA_DIR names its folder"
-        )
+        return await self._run(write)
 
+    def _spent(self, db: sqlite3.Connection, since: float) -> float:
+        where = f"{self._mine} AND created_at >= ?"
+        (total,) = db.execute(f"SELECT total(spent) FROM entries WHERE {where}", (since,)).fetchone()
+        return float(total)
 
-def _text(data: bytes) -> str:
-    """A damaged letter must not make the entry unreadable."""
-    return data.decode("utf-8", "replace")
+    def _take_over(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
+        """Free what dead servers' calls waited for, and own what is open and has no living owner."""
+        working = "SELECT DISTINCT owner FROM entries WHERE owner != ''"
+        waiting = "SELECT DISTINCT caller FROM entries WHERE caller != '' AND delivered_at IS NULL"
+        owners = {row[0] for row in db.execute(f"{working} UNION {waiting}")} - {self.owner}
+        dead = [owner for owner in owners if self._file.is_dead(owner)]
+        marks = ", ".join("?" * len(dead))
+        left = f"closed = 0 AND owner = '' AND {self._mine}"
+        if not dead and not db.execute(f"SELECT 1 FROM entries WHERE {left} LIMIT 1").fetchone():
+            return []
+        with transaction(db):
+            db.execute(f"UPDATE entries SET caller = '' WHERE caller IN ({marks})", dead)
+            db.execute(f"UPDATE entries SET owner = '' WHERE owner IN ({marks})", dead)
+            rows = db.execute(f"SELECT * FROM entries WHERE {left} ORDER BY created_at").fetchall()
+            db.execute(f"UPDATE entries SET owner = ? WHERE {left}", (self.owner,))
+        return rows
+
+    def _close(self) -> None:
+        """Nobody works on what this server leaves; if that cannot be written, it is left as a dead server's."""
+        written = False
+        if self._file.in_use:
+            with suppress(JournalUnwritable):
+                self._file.run(self._leave_all)
+                written = True
+        self._file.close(leave_sign=not written)
+
+    def _leave_all(self, db: sqlite3.Connection) -> None:
+        with transaction(db):
+            db.execute("UPDATE entries SET owner = '' WHERE owner = ?", (self.owner,))
+            db.execute("UPDATE entries SET caller = '' WHERE caller = ?", (self.owner,))
 
 
-def _spent(db: sqlite3.Connection, since: float) -> float:
-    (total,) = db.execute(
-        "SELECT total(CASE WHEN charged = 'no' AND closed = 1 THEN 0 ELSE coalesce(credits, estimate) END)"
-        " FROM entries WHERE created_at >= ? AND phase != 'found'",
-        (since,),
-    ).fetchone()
-    return float(total)
+def read_entries(folder: Path, limit: int) -> list[Entry]:
+    """The newest entries of the journal in `folder`, newest first; blocks, and changes nothing.
+
+    Raises:
+        JournalUnwritable: it is damaged or cannot be read.
+    """
+    with snapshot(folder) as db:
+        return _readable(db.execute("SELECT * FROM entries ORDER BY created_at DESC, key LIMIT ?", (limit,)).fetchall())
 
 
-def _readable(rows: list[Any]) -> list[Entry]:
+@contextmanager
+def _task_unique(entry: Entry) -> Generator[None]:
+    import sqlite3
+
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise TaskKnown(f"the journal has {entry.task_id} already") from error
+
+
+def _readable(rows: list[sqlite3.Row]) -> list[Entry]:
     """The entries of these rows; a row that makes no sense is named in the log and stays in the file."""
     entries: list[Entry] = []
     for row in rows:
         try:
-            entries.append(entry_of(row))
+            entries.append(entry_of(dict(row)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             log.error("the journal's entry %s is damaged and left out", row["key"])
     return entries

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from typing import BinaryIO
+from urllib.parse import urljoin
 
 import anyio
+import httpx2 as httpx
 
 from evolink_mcp.api import urls
 from evolink_mcp.api.client import EvolinkClient
@@ -16,10 +18,14 @@ DOWNLOAD_DEADLINE_S = 120.0
 PICTURE_MAX_BYTES = 100 << 20
 SLOWEST_BYTES_PER_S = 10_000
 SLOW_START_S = 15.0
+REDIRECTS_MAX = 3
+REDIRECTS = (301, 302, 303, 307, 308)
 
 
 async def download(client: EvolinkClient, url: str, into: BinaryIO) -> int:
     """Write the picture at `url` to `into`, without the key; returns the bytes written.
+
+    A redirect is followed if its target passes the same checks, at most REDIRECTS_MAX times.
 
     Raises:
         FolderRefused: there is no room for it on this machine.
@@ -27,34 +33,46 @@ async def download(client: EvolinkClient, url: str, into: BinaryIO) -> int:
         DownloadFailed: anything else; `into` may hold a part.
     """
     try:
-        urls.check_public_url(url, schemes=("https",), max_length=8192)
-    except ValueError as error:
-        if not client.simulates(url):
-            raise DownloadFailed(f"EvoLink's link to the picture is not usable: {error}", retryable=False) from error
-    started = time.monotonic()
-    written = 0
-    try:
         with anyio.fail_after(DOWNLOAD_DEADLINE_S):
-            async with stream(client.pictures, client.pictures.build_request("GET", url)) as response:
-                if response.status_code in (403, 404, 410):
-                    raise LinkExpired("EvoLink's link to the picture has expired")
-                if response.status_code != 200:
-                    raise DownloadFailed(f"the picture's host answered HTTP {response.status_code}")
-                async for chunk in response.aiter_raw(64 << 10):
-                    written += len(chunk)
-                    if written > PICTURE_MAX_BYTES:
-                        raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
-                    _write(into, chunk)
-                    took = time.monotonic() - started
-                    if took > SLOW_START_S and written < took * SLOWEST_BYTES_PER_S:
-                        raise DownloadFailed("the picture's host sends less than 10 kB/s")
-                declared = response.headers.get("content-length", "")
-                if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
-                    raise DownloadFailed("the picture arrived incomplete")
+            for _ in range(REDIRECTS_MAX + 1):
+                _check(client, url)
+                async with stream(client.pictures, client.pictures.build_request("GET", url)) as response:
+                    if response.status_code not in REDIRECTS:
+                        return await _write_all(response, into)
+                    url = urljoin(url, response.headers.get("location", ""))
+            raise DownloadFailed(f"the picture's host sends us on more than {REDIRECTS_MAX} times")
     except TimeoutError as error:
         raise DownloadFailed(f"the picture took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from error
     except TRANSPORT_ERRORS as error:
         raise DownloadFailed(f"the picture could not be fetched ({why(error)})") from error
+
+
+def _check(client: EvolinkClient, url: str) -> None:
+    try:
+        urls.check_public_url(url, schemes=("https",), max_length=8192)
+    except ValueError as error:
+        if not client.simulates(url):
+            raise DownloadFailed(f"EvoLink's link to the picture is not usable: {error}", retryable=False) from error
+
+
+async def _write_all(response: httpx.Response, into: BinaryIO) -> int:
+    if response.status_code in (403, 404, 410):
+        raise LinkExpired("EvoLink's link to the picture has expired")
+    if response.status_code != 200:
+        raise DownloadFailed(f"the picture's host answered HTTP {response.status_code}")
+    started = time.monotonic()
+    written = 0
+    async for chunk in response.aiter_raw(64 << 10):
+        written += len(chunk)
+        if written > PICTURE_MAX_BYTES:
+            raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
+        _write(into, chunk)
+        took = time.monotonic() - started
+        if took > SLOW_START_S and written < took * SLOWEST_BYTES_PER_S:
+            raise DownloadFailed("the picture's host sends less than 10 kB/s")
+    declared = response.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
+        raise DownloadFailed("the picture arrived incomplete")
     return written
 
 

@@ -7,7 +7,10 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Sequence
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +24,15 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES_LOOKED_AT = 2_000
 # The name of a file that is still being written, in the folder that it will stay in.
 PART_PREFIX, PART_SUFFIX = ".evolink-", ".part"
+
+# Refused everywhere, so that a folder can be taken to Windows.
+# Where chat hosts keep uploaded files for a model: in a container of theirs.
+SANDBOXES = ("/mnt/data/", "/mnt/user-data/", "/home/claude/", "/home/oai/")
+RESERVED_NAMES = frozenset(
+    ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"]
+    + [f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789¹²³"]
+)
+SCANNER_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
@@ -56,6 +68,16 @@ class Folders:
             usable = given.name not in ("", ".", "..") and len(given.name.encode()) <= NAME_MAX_BYTES
             if not usable or any(_UNUSABLE.search(part) for part in parts):
                 raise ValueError("not a name")
+            if reserved := next((part for part in parts if part not in ("..", ".") and is_reserved(part)), None):
+                raise FolderRefused(
+                    f"save_as “{shown}” has a name in it that Windows cannot have: “{harmless(reserved, 40)}”",
+                    advice="Give a name such as hero.png, without a dot or blank at the end.",
+                )
+            if given.drive and not given.root:
+                raise FolderRefused(
+                    f"save_as “{shown}” depends on the current folder of drive {given.drive}",
+                    advice="Give a name, or the whole path from the drive's root.",
+                )
             path = given if given.is_absolute() else self.output / given
             if not self.confines(path):
                 raise FolderRefused(f"save_as “{shown}” is outside the allowed folders", advice=self._how_to_allow())
@@ -85,12 +107,23 @@ class Folders:
         shown = harmless(source, 120)
         try:
             given = Path(source).expanduser()
+            if given.drive and not given.root:
+                raise ReferenceRefused(
+                    f"“{shown}” depends on the current folder of drive {given.drive}",
+                    advice="Give the whole path from the drive's root.",
+                )
             candidates = [given] if given.is_absolute() else [folder / given for folder in self.allowed]
             inside = [path for path in candidates if self.confines(path)]
+            if not inside and source.replace("\\", "/").startswith(SANDBOXES):
+                raise ReferenceRefused(
+                    f"“{shown}” lies in the chat's own sandbox, which is not on this machine",
+                    advice="Save the picture on this machine and give its path there, or give a public URL.",
+                )
             if not inside:
                 raise ReferenceRefused(f"“{shown}” is outside the allowed folders", advice=self._how_to_allow())
-            if (found := next((path.resolve() for path in inside if path.is_file()), None)) is not None:
-                return found
+            for path in [*inside, *filter(None, map(_same_letters, inside))]:
+                if path.is_file() and self.confines(path):
+                    return path.resolve()
             if any(path.exists() for path in inside):
                 raise ReferenceRefused(f"“{shown}” is not a plain file", advice="Give the path of a picture.")
             raise ReferenceRefused(f"there is no file “{shown}”", advice=self._did_you_mean(inside))
@@ -143,6 +176,19 @@ class Folders:
         return "Give the absolute path of an existing picture."
 
 
+def _same_letters(path: Path) -> Path | None:
+    """A file whose name reads the same: macOS writes letters in parts, and U+202F into the names of screenshots."""
+    wanted = _folded(path.name)
+    if path.exists() or not path.parent.is_dir():
+        return None
+    beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
+    return next((child for child in beside if _folded(child.name) == wanted), None)
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
 def open_plain(path: Path) -> BinaryIO:
     """The plain file at `path`, opened; a link is refused, and a pipe or device never makes it wait.
 
@@ -168,10 +214,14 @@ def make_folder(folder: Path) -> None:
 def move_to_free_name(part: Path, path: Path) -> bool:
     """Move `part` to `path`, unless something is there: then nothing happens and the result is False.
 
-    Uses a hard link; where the file system has none, it first makes an empty file at `path`.
+    Uses a hard link; where the file system has none, it first makes an empty file at `path`. Windows renames a file
+    only to a free name.
     """
     try:
-        os.link(part, path)
+        if sys.platform == "win32":
+            patiently(os.rename, part, path)
+        else:
+            os.link(part, path)
     except FileExistsError:
         return False
     except OSError:
@@ -180,8 +230,29 @@ def move_to_free_name(part: Path, path: Path) -> bool:
         except FileExistsError:
             return False
         try:
-            os.replace(part, path)
+            patiently(os.replace, part, path)
         except OSError:
             path.unlink()
             raise
     return True
+
+
+def patiently(move: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    """Move a file; on Windows again a few times, because a virus scanner may have it open just after it was written.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    for wait_s in SCANNER_WAITS_S if sys.platform == "win32" else ():
+        try:
+            return move(source, target)
+        except FileExistsError:
+            raise
+        except PermissionError:
+            time.sleep(wait_s)
+    return move(source, target)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows cannot have a file of this name: NUL, com1.png, a trailing dot or blank."""
+    return name.endswith((".", " ")) or name.split(".")[0].rstrip(" ").upper() in RESERVED_NAMES

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
-
-import anyio.to_thread
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from evolink_mcp.api.sizes import MAX_PIXELS
+from evolink_mcp.pictures.metadata import orientation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,19 +20,25 @@ MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"WEBP", 8, "image/webp", ".webp"),
 )
 FORMATS = ("PNG", "JPEG", "WEBP")
-T = TypeVar("T")
-_ONE_WORKER: list[anyio.CapacityLimiter] = []
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a picture's bytes say: MIME type, usual suffix, width and height in pixels, whether it has alpha."""
+    """What a picture's bytes say: MIME type, usual suffix, width and height in pixels as it is seen, whether it has alpha.
+
+    `upright`: its pixels lie as they are seen, no EXIF orientation turns them. Only of a picture that was decoded:
+    `transparent` is the share of pixels that can be seen through, None without alpha; `one_colour`: all its pixels are
+    alike.
+    """
 
     mime_type: str
     suffix: str
     width: int
     height: int
     has_alpha: bool
+    upright: bool = True
+    transparent: float | None = None
+    one_colour: bool = False
 
 
 class NotAPicture(ValueError):
@@ -49,19 +54,53 @@ def sniff(head: bytes) -> tuple[str, str] | None:
 
 
 def examine(file: BinaryIO, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS, whole: bool = True) -> Facts:
-    """Type and size of the picture in `file`; with `whole`, every pixel is decoded once. Blocks: run it in a thread.
+    """Type and size of the picture in `file`; with `whole`, every pixel is decoded once. Blocks: run it in a child.
 
     Raises:
         NotAPicture: not one of the three types, too large, or damaged.
     """
+    with checked(file, max_pixels, max_side) as (image, facts):
+        return decoded(image, facts) if whole else facts
+
+
+@contextmanager
+def checked(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS) -> Generator[tuple[Image, Facts]]:
+    """The picture in `file`, its parts counted but not decoded yet, with what its head says.
+
+    Raises:
+        NotAPicture: as `examine`.
+    """
     known = sniff(file.read(16))
     if known is None:
         raise NotAPicture("it is not a PNG, JPEG or WebP picture")
+    try:
+        turned = orientation(file, known[0])
+    except ValueError as error:
+        raise NotAPicture(f"it is damaged or incomplete: {error}") from error
     file.seek(0)
     with opened(file, max_pixels, max_side) as image:
-        if whole:
-            image.load()
-        return Facts(*known, image.width, image.height, image.has_transparency_data)
+        width, height = reversed(image.size) if turned >= 5 else image.size
+        yield image, Facts(*known, width, height, image.has_transparency_data, upright=turned == 1)
+
+
+def decoded(image: Image, facts: Facts) -> Facts:
+    """`facts` with what only the pixels tell; decodes all of them."""
+    image.load()
+    return replace(facts, transparent=_transparent(image), one_colour=_is_one_colour(image))
+
+
+def _transparent(image: Image) -> float | None:
+    """The share of pixels that can be seen through."""
+    if "A" not in image.getbands():
+        return None
+    opaque = image.histogram()[-1]  # alpha is the last band
+    return round(1 - opaque / (image.width * image.height), 4)
+
+
+def _is_one_colour(image: Image) -> bool:
+    extrema = cast("Any", image.getextrema())
+    bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
+    return all(low == high for low, high in bands)
 
 
 @contextmanager
@@ -77,12 +116,7 @@ def opened(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIX
             yield image
     except NotAPicture:
         raise
+    except MemoryError as error:
+        raise NotAPicture("it needs too much memory") from error
     except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:
         raise NotAPicture("it is damaged or incomplete") from error
-
-
-async def in_picture_thread(call: Callable[[], T]) -> T:
-    """Run `call` in the worker thread that is kept for pictures, so that the event loop never waits for it."""
-    if not _ONE_WORKER:
-        _ONE_WORKER.append(anyio.CapacityLimiter(1))
-    return await anyio.to_thread.run_sync(call, limiter=_ONE_WORKER[0])

@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,21 +18,24 @@ from urllib.request import url2pathname
 from weakref import WeakValueDictionary
 
 import anyio
+import anyio.to_thread
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import JournalUnwritable, ReferenceRefused
 from evolink_mcp.journal.contract import Journal
+from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.folders import Folders, open_plain
-from evolink_mcp.pictures.inspect import NotAPicture, examine, in_picture_thread
+from evolink_mcp.pictures.inspect import NotAPicture
+from evolink_mcp.pictures.upright import check_reference, presentable
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20
-REFERENCE_MAX_PIXELS = 178_956_970
-REFERENCE_MAX_SIDE = 23_170
+IN_MEMORY_MAX = 4
 UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
 IMAGE_URI = re.compile(r"evolink://images/(task-unified-[0-9A-Za-z_-]{1,115})/([0-9]{1,2})")
+MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
 T = TypeVar("T")
 
 
@@ -41,14 +44,15 @@ class Found:
     """A picture that may be referred to.
 
     `mark` stands for its content wherever it is known; `url` is where EvoLink can read it already, and `read` opens it
-    if it is a local one. Type, size (pixels) and alpha are None for a picture that is not here.
+    if it is a local one. Type and size (pixels, upright) are None for a picture that is not here; `transparent`, whether
+    some pixels are, is known of a mask that is here.
     """
 
     mark: str
     url: str | None = None
     mime_type: str | None = None
     size: tuple[int, int] | None = None
-    alpha: bool | None = None
+    transparent: bool | None = None
     read: Callable[[], BinaryIO] | None = None
 
 
@@ -82,7 +86,8 @@ class References:
         self._folders = folders
         self._local = local
         self._clock = clock
-        self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self._in_memory = anyio.CapacityLimiter(IN_MEMORY_MAX)
+        self._uploading: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def check(self, request: GenerationRequest) -> Checked:
         """Check every reference; nothing is sent.
@@ -121,17 +126,17 @@ class References:
         if scheme.startswith("evolink:"):
             raise ReferenceRefused(f"“{shown}” is no earlier picture", advice="Use evolink://images/{task_id}/{index}.")
         if scheme.startswith("data:"):
-            return await self._checked(partial(_decoded, source), "the data: URI")
+            return await self._checked(partial(_decoded, source), "the data: URI", is_mask)
         if not self._local:
             raise ReferenceRefused(
                 f"“{shown}” is a local file, and this server does not read its files for remote callers",
                 advice="Give a public URL or a data: URI, or let the server's owner set EVOLINK_MCP_ALLOWED_DIRS.",
             )
         path = self._folders.readable(_file_path(source) if scheme.startswith("file:") else source)
-        return await self._checked(partial(self._folders.opened, path), f"“{shown}”")
+        return await self._checked(partial(self._folders.opened, path), f"“{shown}”", is_mask)
 
     async def _earlier(self, task_id: str, index: int, is_mask: bool) -> Found:
-        entry = self._journal.by_task(task_id)
+        entry = await self._journal.by_task(task_id)
         picture = next((p for p in entry.pictures if p.index == index), None) if entry else None
         if picture is None:
             raise ReferenceRefused(
@@ -148,44 +153,42 @@ class References:
                 f"picture {index} of {task_id} is gone: its link has expired and its file is not there any more",
                 advice="Give the path of a copy instead.",
             )
-        found = await self._checked(partial(open_plain, here), f"picture {index} of {task_id}")
+        found = await self._checked(partial(open_plain, here), f"picture {index} of {task_id}", is_mask)
         return replace(found, url=url) if found.mark == f"sha256:{picture.sha256}" else found
 
-    async def _checked(self, read: Callable[[], BinaryIO], shown: str) -> Found:
-        def check() -> Found:
-            with read() as file:
-                if (size := file.seek(0, io.SEEK_END)) > REFERENCE_MAX_BYTES:
-                    raise NotAPicture(f"it has {size:,} bytes, more than 50 MB")
-                file.seek(0)
-                facts = examine(file, max_pixels=REFERENCE_MAX_PIXELS, max_side=REFERENCE_MAX_SIDE, whole=False)
-                file.seek(0)
-                mark = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
-            return Found(mark, None, facts.mime_type, (facts.width, facts.height), facts.has_alpha, read)
-
-        return await _border(check, shown)
+    async def _checked(self, read: Callable[[], BinaryIO], shown: str, is_mask: bool) -> Found:
+        async with self._in_memory:
+            content, mark = await _border(partial(_content, read), shown)
+            facts = await _border(partial(in_child, "reference", check_reference, content, is_mask), shown)
+        transparent = bool(facts.transparent) if is_mask else None
+        return Found(mark, None, facts.mime_type, (facts.width, facts.height), transparent, read)
 
     async def _upload(self, picture: Found) -> str:
-        """EvoLink's URL for the picture; the same content is sent once, even if several calls need it at once."""
+        """EvoLink's URL for the picture; the same content is sent once, even if several calls need it at once.
+
+        What is sent is upright and carries no metadata.
+        """
         assert picture.read is not None
         assert picture.mime_type is not None
-        digest = picture.mark.removeprefix("sha256:")
-        async with self._turns.setdefault(digest, anyio.Lock()):
+        async with self._uploading.setdefault(picture.mark, anyio.Lock()), self._in_memory:
+            content, _ = await _border(partial(_content, picture.read, picture.mark), "a reference")
+            content = await _border(partial(in_child, "reference", presentable, content), "a reference")
+            digest = await anyio.to_thread.run_sync(_sha256, content)
             now = self._clock()
             with suppress(JournalUnwritable):
-                if url := self._journal.find_upload(digest, now + LINK_MARGIN_S):
+                if url := await self._journal.find_upload(digest, now + LINK_MARGIN_S):
                     return url
-            content = await _border(partial(_same_content, picture.read, digest), "a reference")
             name = f"{digest[:32]}.{picture.mime_type.removeprefix('image/')}"
             url = await self._client.upload(name, picture.mime_type, io.BytesIO(content))
             with suppress(JournalUnwritable):
-                self._journal.remember_upload(digest, url, now + UPLOAD_LIVES_S)
+                await self._journal.remember_upload(digest, url, now + UPLOAD_LIVES_S)
             return url
 
 
-async def _border(read: Callable[[], T], shown: str) -> T:
-    """Read a picture in the picture thread; refuse one that cannot be a reference, and say why."""
+async def _border(read: Callable[[], Awaitable[T]], shown: str) -> T:
+    """Await `read`; refuse a picture that cannot be a reference, and say why."""
     try:
-        return await in_picture_thread(read)
+        return await read()
     except NotAPicture as error:
         raise ReferenceRefused(
             f"{shown} cannot be a reference: {error}", advice="Use a whole .png, .jpg or .webp."
@@ -194,13 +197,30 @@ async def _border(read: Callable[[], T], shown: str) -> T:
         raise ReferenceRefused(f"{shown} cannot be read ({error.strerror})", advice="Check its rights.") from error
 
 
-def _same_content(read: Callable[[], BinaryIO], digest: str) -> bytes:
-    """The checked bytes in memory, so that a file that changes later cannot be sent in their place."""
-    with read() as file:
-        content = file.read(REFERENCE_MAX_BYTES + 1)
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise NotAPicture("it was changed while it was being read")
-    return content
+async def _content(read: Callable[[], BinaryIO], checked_mark: str | None = None) -> tuple[bytes, str]:
+    """The picture's bytes in memory, and their mark. It must be `checked_mark`, if given: a file may change later.
+
+    Raises:
+        NotAPicture: more than REFERENCE_MAX_BYTES, or changed.
+        OSError: it cannot be read.
+    """
+
+    def whole() -> tuple[bytes, str]:
+        with read() as file:
+            content = file.read(REFERENCE_MAX_BYTES + 1)
+        if len(content) > REFERENCE_MAX_BYTES:
+            raise NotAPicture("it has more than 50 MB")
+        mark = f"sha256:{_sha256(content)}"
+        if checked_mark not in (None, mark):
+            raise NotAPicture("it was changed while it was being read")
+        return content, mark
+
+    return await anyio.to_thread.run_sync(whole, abandon_on_cancel=True)
+
+
+def _sha256(content: bytes) -> str:
+    """In hex; for 50 MB it takes so long that it belongs into a thread."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _with(body: dict[str, Any], named: list[str]) -> dict[str, Any]:
@@ -212,14 +232,17 @@ def _with(body: dict[str, Any], named: list[str]) -> dict[str, Any]:
 
 
 def _check_mask(mask: Found, first: Found) -> None:
-    """Check what can be known of a mask before paying; pictures that are not here are left to EvoLink."""
-    if mask.mime_type not in (None, "image/png") or mask.alpha is False:
-        raise ReferenceRefused(
-            "the mask has no alpha channel", advice="Use a PNG whose transparent part is to be redrawn."
-        )
+    """Check that mask and picture cover each other, as far as both are known here."""
+    if mask.mime_type not in (None, "image/png"):
+        kind = {"image/jpeg": "a JPEG", "image/webp": "a WebP"}[mask.mime_type]
+        raise ReferenceRefused(f"a mask must be a PNG, and this is {kind}", advice=MASK_ADVICE)
+    if mask.transparent is False:
+        raise ReferenceRefused("the mask has no transparent pixels, so nothing would be redrawn", advice=MASK_ADVICE)
     if mask.size and first.size and mask.size != first.size:
         raise ReferenceRefused(
-            "the mask is {}×{} pixels and the first picture {}×{}".format(*mask.size, *first.size),
+            "the mask is {}×{} pixels and the first picture {}×{} (both as they are seen, upright)".format(
+                *mask.size, *first.size
+            ),
             advice="Give a mask of that picture's size.",
         )
 

@@ -15,7 +15,7 @@ import anyio.to_thread
 from evolink_mcp import __version__
 from evolink_mcp.api.task import as_dict
 from evolink_mcp.journal.entry import Entry, Picture, iso
-from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain
+from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain, patiently
 from evolink_mcp.sanitize import scrub
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _write(path: Path, facts: dict[str, Any]) -> bool:
             return True
         there = _ours(path)
         if there is not None and there.get("sha256") != facts["sha256"]:  # it belonged to a picture that is gone
-            os.replace(part, path)
+            patiently(os.replace, part, path)
         return there is not None
     finally:
         with suppress(OSError):

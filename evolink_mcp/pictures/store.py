@@ -9,13 +9,21 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from evolink_mcp.errors import DownloadFailed, FolderRefused
+import anyio.to_thread
+
+from evolink_mcp.errors import FolderRefused, PictureUnusable
+from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, PICTURE_SUFFIXES, make_folder, move_to_free_name
-from evolink_mcp.pictures.inspect import NotAPicture, examine, in_picture_thread
+from evolink_mcp.pictures.inspect import Facts, NotAPicture
+from evolink_mcp.pictures.previews import check_and_preview, remember
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 PART_LIVES_S = 3600
 _SWEPT: set[Path] = set()
@@ -31,14 +39,18 @@ class Kept:
     height: int
     bytes: int
     sha256: str
+    transparent: float | None = None
+    one_colour: bool = False
 
 
-async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path) -> Kept:
+async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path, *, preview_edge: int = 0) -> Kept:
     """Fetch a picture into `target`'s folder under its stem and true suffix; never overwrites: -1, -2 …
+
+    With a `preview_edge` (pixels) its preview is made from the same decoding, and remembered.
 
     Raises:
         FolderRefused: the folder cannot be made or written.
-        DownloadFailed: what came is not a whole picture.
+        PictureUnusable: what came is not a whole picture.
     """
     try:
         make_folder(target.parent)
@@ -48,10 +60,18 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path) -> Kep
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
+            with suppress(OSError):  # not every file system has locks
+                _lock(file.fileno())
             await fetch(file)
-        return await in_picture_thread(partial(_settle, part, target))
+            file.flush()
+            facts, small = await in_child("check", check_and_preview, part, preview_edge)
+        kept = await anyio.to_thread.run_sync(_settle, part, target, facts, abandon_on_cancel=True)
+        if small is not None:
+            with suppress(OSError):
+                remember(Path(kept.path), preview_edge, small)
+        return kept
     except NotAPicture as error:
-        raise DownloadFailed(f"what EvoLink sent is not usable: {error}") from error
+        raise PictureUnusable(f"what EvoLink sent is not usable: {error}") from error
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     finally:
@@ -59,12 +79,10 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path) -> Kep
             part.unlink()
 
 
-def _settle(part: Path, target: Path) -> Kept:
-    """Check the whole file, sync it to the disk, and give it the first free name."""
-    _sweep(target.parent)
-    with part.open("rb") as file:
-        facts = examine(file)
-    with part.open("rb") as file:
+def _settle(part: Path, target: Path, facts: Facts) -> Kept:
+    """Sync the checked file to the disk and give it the first free name."""
+    _sweep(part.parent)
+    with part.open("r+b") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     size = part.stat().st_size
@@ -76,18 +94,42 @@ def _settle(part: Path, target: Path) -> Kept:
             break
         number += 1
     _sync_folder(target.parent)
-    return Kept(str(path.resolve()), facts.mime_type, facts.width, facts.height, size, digest)
+    return Kept(
+        str(path.resolve()),
+        facts.mime_type,
+        facts.width,
+        facts.height,
+        size,
+        digest,
+        facts.transparent,
+        facts.one_colour,
+    )
 
 
 def _sweep(folder: Path) -> None:
-    """Once for each folder, remove unfinished files of a killed server; no download takes as long as PART_LIVES_S."""
+    """Once for each folder, remove unfinished files of killed servers: old ones that nobody is writing."""
     if folder in _SWEPT:
         return
     _SWEPT.add(folder)
     with suppress(OSError):
         for old in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
-            if time.time() - old.lstat().st_mtime > PART_LIVES_S:
-                old.unlink()
+            with suppress(OSError):
+                if time.time() - old.lstat().st_mtime > PART_LIVES_S:
+                    with old.open("rb") as file:
+                        _lock(file.fileno())
+                    old.unlink()
+
+
+def _lock(handle: int) -> None:
+    """Lock an unfinished file, so that no other server removes it whatever the clock says.
+
+    Windows needs no lock: a file that is open cannot be removed there.
+
+    Raises:
+        OSError: another process has locked it.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _same(path: Path, size: int, digest: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import MCPServer
@@ -40,8 +40,8 @@ ONCE = (
 )
 
 
-def add_prompts(server: MCPServer[Any], studio: Studio) -> None:
-    """Publish the prompts, and completions for their arguments and for the resource templates of `studio`."""
+def add_prompts(server: MCPServer[Any]) -> None:
+    """Publish the prompts. All of them ask for generate_image."""
 
     @server.prompt(title="New picture", description="Describe it, choose a shape, and get it in one paid call.")
     def new_picture(
@@ -119,6 +119,10 @@ def add_prompts(server: MCPServer[Any], studio: Studio) -> None:
             ONCE.format(each=" for each size"),
         )
 
+
+def add_completions(server: MCPServer[Any], studio: Studio) -> None:
+    """Publish completions for the prompts' arguments and for the resource templates of `studio`."""
+
     @server.completion()
     async def complete(
         ref: PromptReference | ResourceTemplateReference,
@@ -127,9 +131,9 @@ def add_prompts(server: MCPServer[Any], studio: Studio) -> None:
     ) -> Completion | None:
         said = (context.arguments if context else None) or {}
         if isinstance(ref, ResourceTemplateReference):
-            values = _resource_values(ref.uri, argument.name, said.get("task_id"), studio)
+            values = await _resource_values(ref.uri, argument.name, said.get("task_id"), studio)
         else:
-            values = _prompt_values(argument.name, studio)
+            values = await _prompt_values(argument.name, studio)
         word = argument.value.strip().lower()
         fitting = list(dict.fromkeys(value for value in values if word in value.lower()))
         fitting.sort(key=lambda value: not value.lower().startswith(word))
@@ -140,20 +144,20 @@ def _brief(*parts: str) -> str:
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 
-def _prompt_values(name: str, studio: Studio) -> Iterable[str]:
-    choices: dict[str, Callable[[], Iterable[str]]] = {
-        "size": lambda: ("auto", *RATIOS),
-        "sizes": lambda: USUAL_SETS,
-        "quality": lambda: ("low", "medium", "high"),
-        "count": lambda: map(str, range(1, 11)),
-        "picture": lambda: _pictures(studio),
-        "of": lambda: _pictures(studio),
+async def _prompt_values(name: str, studio: Studio) -> Iterable[str]:
+    if name in ("picture", "of"):
+        return await _pictures(studio)
+    choices: dict[str, Iterable[str]] = {
+        "size": ("auto", *RATIOS),
+        "sizes": USUAL_SETS,
+        "quality": ("low", "medium", "high"),
+        "count": map(str, range(1, 11)),
     }
-    return choices[name]() if name in choices else ()
+    return choices.get(name, ())
 
 
-def _resource_values(template: str, name: str, task_id: str | None, studio: Studio) -> Iterable[str]:
-    entries = _recent(studio)
+async def _resource_values(template: str, name: str, task_id: str | None, studio: Studio) -> Iterable[str]:
+    entries = await _recent(studio)
     if template.startswith("evolink://images/"):
         entries = [entry for entry in entries if any(picture.saved for picture in entry.pictures)]
     if name == "task_id":
@@ -164,18 +168,18 @@ def _resource_values(template: str, name: str, task_id: str | None, studio: Stud
     return ()
 
 
-def _pictures(studio: Studio) -> Iterable[str]:
+async def _pictures(studio: Studio) -> Iterable[str]:
     return [
         f"evolink://images/{entry.task_id}/{picture.index}"
-        for entry in _recent(studio)
+        for entry in await _recent(studio)
         for picture in entry.pictures
         if picture.saved
     ]
 
 
-def _recent(studio: Studio) -> list[Entry]:
+async def _recent(studio: Studio) -> list[Entry]:
     """What was bought last; nothing if the journal cannot be read, because a completion is not worth an error."""
     try:
-        return studio.journal.recent(RECENT)
+        return await studio.journal.recent(RECENT)
     except JournalUnwritable:
         return []

@@ -44,24 +44,25 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
                      description="All ratio and tier combinations in pixels, by both rules.")  # fmt: skip
     def size_tables() -> str:
         parts = [
-            f"## {rule}{' (in use)' if rule == studio.rule else ''}\n\n{sizes.table(rule)}" for rule in sizes.RULES
+            f"## {rule}{' (in use)' if rule == studio.size_rule.current else ''}\n\n{sizes.table(rule)}"
+            for rule in sizes.RULES
         ]
         return "# Sizes of gpt-image-2\n\n" + "\n\n".join(parts) + "\n"
 
     @server.resource("evolink://tasks/{task_id}", title="Task", mime_type="application/json",
                      description="What is known of a task, as get_task answers it, without waiting.")  # fmt: skip
     async def task(task_id: str) -> str:
-        entry = _entry(studio, task_id)
+        entry = await _entry(studio, task_id)
         if entry is None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
             )
-        return json.dumps(scrub(task_out(entry, rule=studio.rule).model_dump(mode="json")), ensure_ascii=False)
+        return json.dumps(scrub(task_out(entry).model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
                      description="A saved picture in full.")  # fmt: skip
     async def image(task_id: str, index: str) -> bytes:
-        entry = _entry(studio, task_id)
+        entry = await _entry(studio, task_id)
         picture = next((p for p in entry.pictures if str(p.index) == index), None) if entry else None
         if picture is None or picture.path is None:
             raise ResourceNotFoundError(
@@ -81,9 +82,9 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
     _tell_of_changes(server, studio)
 
 
-def _entry(studio: Studio, task_id: str) -> Entry | None:
+async def _entry(studio: Studio, task_id: str) -> Entry | None:
     try:
-        return studio.journal.by_task(task_id) if is_task_id(task_id) else None
+        return await studio.entry(task_id) if is_task_id(task_id) else None
     except JournalUnwritable as error:
         raise ResourceError(f"{error.what}. {error.advice}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from mcp.server.caching import CacheHint
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from evolink_mcp import __version__
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.server.gallery import gallery
-from evolink_mcp.server.prompts import add_prompts
+from evolink_mcp.server.prompts import add_completions, add_prompts
 from evolink_mcp.server.resources import ResourceServer, add_resources
 from evolink_mcp.server.tasks_extension import Tasks
 from evolink_mcp.studio.studio import Studio
@@ -23,6 +24,7 @@ from evolink_mcp.tools.generate_image import generate_image_tool
 from evolink_mcp.tools.get_balance import get_balance_tool
 from evolink_mcp.tools.get_task import get_task_tool
 from evolink_mcp.tools.list_tasks import list_tasks_tool
+from evolink_mcp.tools.schemas import TOOL_NAMES
 from evolink_mcp.tools.view_image import view_image_tool
 from evolink_mcp.tools.waiting import Waiting
 
@@ -33,6 +35,11 @@ INSTRUCTIONS = (
     "the same picture. compute_size tells pixels and price beforehand, free of charge. After an unknown outcome or a "
     "lost id, call list_tasks before buying again. Show the user the path of every saved picture."
 )
+WITHOUT_BUYING = (
+    "Shows pictures that were bought with EvoLink's gpt-image-2, and tells sizes and prices. This server publishes no "
+    "tool that buys: generate_image is switched off by its owner (EVOLINK_MCP_TOOLS)."
+)
+HEALTH = {"status": "ok", "name": NAME, "version": __version__}
 DAY_MS = 86_400_000
 INVALID_PARAMS = -32602
 
@@ -64,10 +71,12 @@ def build_server(
     wait_s: float | None = None,
     preview_edge: int | None = None,
     resource_links: bool = False,
+    published: Collection[str] = TOOL_NAMES,
 ) -> MCPServer[Any]:
     """Tools, resources and prompts over `studio`, which the caller opens and closes.
 
-    `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`.
+    `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`. Only the tools in `published` are there;
+    without generate_image nothing can be bought.
     """
     waiting = Waiting(studio, wait_s, preview_edge, resource_links)
     get_task = get_task_tool(waiting)
@@ -79,12 +88,13 @@ def build_server(
         list_tasks_tool(studio),
         get_balance_tool(studio),
     ]
+    can_buy = "generate_image" in published
     server = Server(
         NAME,
         title="EvoLink Images",
         version=__version__,
-        instructions=INSTRUCTIONS,
-        tools=tools,
+        instructions=INSTRUCTIONS if can_buy else WITHOUT_BUYING,
+        tools=[tool for tool in tools if tool.name in published],
         extensions=[gallery(), Tasks(studio, get_task)],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
@@ -95,11 +105,13 @@ def build_server(
         },
     )
     add_resources(server, studio)
-    add_prompts(server, studio)
+    add_completions(server, studio)
+    if can_buy:
+        add_prompts(server)
 
     @server.custom_route("/healthz", methods=["GET"])
     async def healthz(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "name": NAME, "version": __version__})
+        return JSONResponse(HEALTH)
 
     return server
 

@@ -61,17 +61,17 @@ class Tasks(Extension):
         params.arguments = {**(params.arguments or {}), "wait_seconds": 0}
         result = await call_next(ctx)
         facts = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
-        entry = self._entry(facts["task_id"]) if facts else None
+        entry = await self._entry(facts["task_id"]) if facts else None
         if entry is None or entry.ended:
             return result
         # The client has the handle, so an identical call is a purchase of its own, as it is beside a waiting call.
         with suppress(JournalUnwritable):
-            self._studio.journal.claim(entry.key)
+            await self._studio.journal.claim(entry.key)
         return {"resultType": "task", **self._told(entry)}
 
     async def get(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
         """The task now; with the answer of get_task when nothing is left to do."""
-        self._known(ctx, params)
+        await self._known(ctx, params)
         job = await self._studio.resume(params.task_id)
         if not job.finished:
             return self._told(job.entry)
@@ -82,28 +82,28 @@ class Tasks(Extension):
 
     async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
         """EvoLink cannot cancel: the client stops waiting, and the next identical call gets the picture."""
-        self._studio.leave(self._known(ctx, params))
+        await self._studio.leave(await self._known(ctx, params))
         return {}
 
     async def update(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
         """Acknowledged, as the extension requires."""
-        self._known(ctx, params)
+        await self._known(ctx, params)
         return {}
 
     def _declared(self, ctx: Request) -> bool:
         capabilities = ctx.session.client_capabilities
         return bool(capabilities and self.identifier in (capabilities.extensions or {}))
 
-    def _known(self, ctx: Request, params: TaskParams) -> Entry:
+    async def _known(self, ctx: Request, params: TaskParams) -> Entry:
         require_client_extension(ctx, self.identifier)
-        entry = self._entry(params.task_id)
+        entry = await self._entry(params.task_id)
         if entry is None:
             raise MCPError(INVALID_PARAMS, f"There is no task {harmless(params.task_id, 60)} here.")
         return entry
 
-    def _entry(self, task_id: Any) -> Entry | None:
+    async def _entry(self, task_id: Any) -> Entry | None:
         with suppress(JournalUnwritable):
-            return self._studio.journal.by_task(task_id) if is_task_id(task_id) else None
+            return await self._studio.entry(task_id) if is_task_id(task_id) else None
         return None
 
     def _told(self, entry: Entry) -> dict[str, Any]:

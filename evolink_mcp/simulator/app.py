@@ -108,7 +108,7 @@ class Simulator(Simulation):
         if not (re.fullmatch(r"[1-9]\d{0,5}", page) and re.fullmatch(r"[1-9]\d?|100", per_page)):
             return error("invalid_request", "page starts at 1, page_size is 1 to 100")
         tasks = [task for task in reversed(self.tasks.values()) if task.key == key]
-        views = [self.view(task, "", links=False) for task in tasks]
+        views = [self.row(task) for task in tasks]
         status, others = asked.get("status"), ("type", "model")
         views = [v for v in views if status in (None, v["status"], groups.get(v["status"]))]
         found = [v for v in views if all(asked.get(name) in (None, v[name]) for name in others)]

@@ -24,6 +24,8 @@ from evolink_mcp.simulator.rules import (
     price,
 )
 
+LIST_TIMES = ("number", "iso", "none")  # how rows of the account's list tell when a task was made
+
 Answer = tuple[int, dict[str, str], dict[str, Any]]  # status, headers, JSON
 
 
@@ -118,11 +120,15 @@ class Simulation:
         keys: Mapping[str, float] | None = None,
         honours_idempotency: bool = True,
         public_url: str | None = None,
+        list_times: str = "number",
     ) -> None:
+        if list_times not in LIST_TIMES:
+            raise ValueError(f"unknown shape of times {list_times!r}")
         if rule not in ("anchor-edge", "pixel-budget"):
             raise ValueError(f"unknown size rule {rule!r}")
         self.clock, self.duration_s, self.rule, self.keys = clock, duration_s, rule, keys
         self.honours_idempotency, self.public_url = honours_idempotency, public_url
+        self.list_times = list_times
         self.tasks: dict[str, SimulatedTask] = {}
         self.requests: list[Recorded] = []
         self.uploads: dict[str, Upload] = {}
@@ -182,6 +188,14 @@ class Simulation:
         money = {"credits": cost, "usd": round(cost / 68, 4), "cny": round(cost / 10, 4)}
         usage = {"billing_rule": "per_token", "credits_used": cost, "user_group": "default", "cost": money}
         return seen | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
+
+    def row(self, task: SimulatedTask) -> dict[str, Any]:
+        """The task as a row of the account's list: without links, and its time under another name."""
+        seen = self.view(task, "", links=False)
+        made = seen.pop("created")
+        if self.list_times == "iso":
+            return seen | {"created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(made))}
+        return seen | ({"created_at": made} if self.list_times == "number" else {})
 
     # --- the API without HTTP ---
 

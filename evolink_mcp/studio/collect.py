@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import anyio
+import anyio.to_thread
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
-from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, Refused
+from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, PictureUnusable, Refused
 from evolink_mcp.journal.entry import Picture
 from evolink_mcp.pictures.downloads import download
-from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.pictures.folders import Folders, open_plain
+from evolink_mcp.pictures.previews import edge_of
 from evolink_mcp.pictures.sidecar import lay_beside
 from evolink_mcp.pictures.store import Kept, keep
-from evolink_mcp.studio.jobs import Job, Sleep, TaskLock
+from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.watch import merged
 
 LINK_LIVES_S = 24 * 3600
+NAME_MAX = 120
 REREADS_MAX = 3
 REREAD_AFTER_S = 0.5
-REPEATS_MAX = 2
+REPEATS_MAX = 4
+UNUSABLE_REPEATS_MAX = 1
 DOWNLOADS_AT_ONCE = 4
 
 
 class Collector:
-    """Saves pictures into `folders`, and tells `recorder` of each one."""
+    """Saves pictures into `folders`, and tells `recorder` of each one.
+
+    `preview_edge` is the longest edge of the previews that a waiting caller will be shown, as in `Waiting`.
+    """
 
     def __init__(
         self,
@@ -40,49 +50,47 @@ class Collector:
         folders: Folders,
         recorder: Recorder,
         *,
-        locks: Path | None = None,
         sidecars: bool = True,
+        preview_edge: int | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
     ) -> None:
         self._client = client
         self._folders = folders
         self._recorder = recorder
-        self._locks = locks
         self._sidecars = sidecars
+        self._preview_edge = preview_edge
         self._clock = clock
         self._sleep = sleep
         self._slots = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
 
     async def collect(self, job: Job) -> None:
-        """Save every picture that is not saved yet: once, even with another server on the same task.
+        """Save every picture that is not saved yet. The job's server owns the entry, so no other one saves them too.
 
         A picture that cannot be fetched keeps its URL and says why. The first such reason becomes the job's problem.
         """
         await self._reread(job)
         task = job.entry.task
         assert task is not None
-        async with TaskLock(self._locks, task.id, self._sleep):
-            pictures = self._pictures(job, task)
-            self._recorder.pictures_changed(job, _ordered(pictures))
-            async with anyio.create_task_group() as group:
-                for picture in list(pictures.values()):
-                    if not picture.saved:
-                        group.start_soon(self._fetch, job, pictures, picture)
+        pictures = self._pictures(job, task)
+        self._recorder.pictures_expected(job, _ordered(pictures))
+        async with anyio.create_task_group() as group:
+            for picture in list(pictures.values()):
+                if not picture.saved:
+                    group.start_soon(self._fetch, job, pictures, picture)
 
     def _pictures(self, job: Job, task: Task) -> dict[int, Picture]:
-        """The task's pictures by index, with what this or another server has saved of them before."""
+        """The task's pictures by index, with what was saved of them before."""
         # A link is valid for 24 h after the task's end. Only a job that saw the task run knows that moment: it is now.
         # For any other job the task's start is the safe assumption.
         ended = self._clock() if job.seen_running else task.created or job.entry.created_at
         expires = ended + LINK_LIVES_S
         pictures = {index: Picture(index, url, expires) for index, url in enumerate(task.results)}
-        known = self._recorder.known(task.id)
-        for picture in (*job.entry.pictures, *(known.pictures if known else ())):
+        for picture in job.entry.pictures:
             if picture.saved and not picture.here and picture.url_expires_at > self._clock():
                 picture = Picture(picture.index, picture.url, picture.url_expires_at)
             if picture.saved or not pictures.get(picture.index, picture).saved:
-                pictures[picture.index] = replace(picture, error=None, lost=False)
+                pictures[picture.index] = replace(picture, error=None, lost=False, unusable=False)
         return pictures
 
     async def _fetch(self, job: Job, pictures: dict[int, Picture], picture: Picture) -> None:
@@ -90,31 +98,47 @@ class Collector:
             try:
                 kept = await self._download(job, picture)
             except EvolinkError as error:
-                lost = isinstance(error, DownloadFailed) and not error.retryable
-                pictures[picture.index] = replace(picture, error=error.what, lost=lost)
+                unusable = isinstance(error, PictureUnusable)
+                lost = unusable or (isinstance(error, DownloadFailed) and not error.retryable)
+                pictures[picture.index] = replace(picture, error=error.what, lost=lost, unusable=unusable)
                 job.problem = job.problem or error.problem
             else:
                 pictures[picture.index] = replace(picture, **asdict(kept))
                 if self._sidecars:
                     await lay_beside(job.entry, pictures[picture.index])
-        self._recorder.pictures_changed(job, _ordered(pictures))
+        await self._recorder.pictures_changed(job, _ordered(pictures))
+
+    async def copy(self, job: Job) -> None:
+        """Save the pictures once more under the name that a caller who has joined wants; the first files stay."""
+        pictures = {picture.index: picture for picture in job.entry.pictures}
+        for picture in job.entry.pictures:
+            if picture.path is not None and picture.here:
+                kept = await keep(partial(_copied, Path(picture.path)), self._target(job, picture.index, job.copy_as))
+                pictures[picture.index] = replace(picture, **asdict(kept))
+        await self._recorder.pictures_changed(job, _ordered(pictures))
+
+    def _target(self, job: Job, index: int, save_as: str | None) -> Path:
+        if save_as is not None:
+            with suppress(Refused):
+                wanted = self._folders.target(save_as)
+                # Several pictures are numbered by their index, not by the order in which they arrive.
+                stem = wanted.stem if index == 0 else f"{wanted.stem}-{index}"
+                return wanted.with_name(stem + wanted.suffix)
+        name = re.sub(r"[^0-9A-Za-z_-]", "_", job.entry.task_id or "")[:NAME_MAX]
+        return self._folders.output / f"{name}-{index}"
 
     async def _download(self, job: Job, picture: Picture) -> Kept:
-        target = self._folders.output / f"{job.entry.task_id}-{picture.index}"
-        if job.entry.save_as is not None:
-            with suppress(Refused):
-                wanted = self._folders.target(job.entry.save_as)
-                # Several pictures are numbered by their index, not by the order in which they arrive.
-                stem = wanted.stem if picture.index == 0 else f"{wanted.stem}-{picture.index}"
-                target = wanted.with_name(stem + wanted.suffix)
+        target = self._target(job, picture.index, job.entry.save_as)
+        edge = edge_of(len(job.entry.pictures), self._preview_edge) if job.callers else 0
         for repeat in range(REPEATS_MAX + 1):
             try:
-                return await keep(partial(download, self._client, picture.url), target)
+                return await keep(partial(download, self._client, picture.url), target, preview_edge=edge)
             except DownloadFailed as error:
                 if isinstance(error, LinkExpired) and picture.url_expires_at > self._clock():
                     # Refused before its time: the link may not be known to every server of the host yet.
                     error = DownloadFailed("EvoLink's link to the picture is refused")
-                if not error.retryable or repeat == REPEATS_MAX:
+                last = UNUSABLE_REPEATS_MAX if isinstance(error, PictureUnusable) else REPEATS_MAX
+                if not error.retryable or repeat >= last:
                     raise error
                 await self._sleep(backoff_s(repeat))
         raise AssertionError("unreachable")
@@ -131,7 +155,16 @@ class Collector:
             await self._sleep(REREAD_AFTER_S * (attempt + 1))
             with suppress(EvolinkError):
                 task = merged(task, await self._client.task(task.id))
-                self._recorder.task_seen(job, task)
+                await self._recorder.task_seen(job, task)
+
+
+async def _copied(source: Path, into: BinaryIO) -> int:
+    def copy() -> int:
+        with open_plain(source) as file:
+            shutil.copyfileobj(file, into)
+        return into.tell()
+
+    return await anyio.to_thread.run_sync(copy)
 
 
 def _ordered(pictures: dict[int, Picture]) -> tuple[Picture, ...]:

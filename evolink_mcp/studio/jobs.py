@@ -1,35 +1,31 @@
-"""An order, the job that carries it out, and the lock that keeps two servers from working on one task at once."""
+"""An order, and the job that carries it out."""
 
 from __future__ import annotations
 
-import zlib
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio
 
-from evolink_mcp.api.costs import Price
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.errors import Problem
+from evolink_mcp.errors import EvolinkError, Problem
 from evolink_mcp.journal.entry import Entry
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
+log = logging.getLogger(__name__)
 
-LOCK_FILES = 1024
-LOCK_RETRY_S = 0.2
+INTERNAL_FAULT = Problem(
+    "internal_error", "the server had an internal fault", True, "Call list_tasks: what was bought is listed there."
+)
 Sleep = Callable[[float], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a caller wants, validated, and its computed price. `max_credits` is the caller's own cap, in credits."""
+    """What a caller wants, validated. Credits: `at_most` it costs, `max_credits` is the caller's own cap."""
 
     request: GenerationRequest
-    price: Price
+    at_most: float
     save_as: str | None = None
     max_credits: float | None = None
     force_new: bool = False
@@ -40,7 +36,9 @@ class Job:
 
     `joined`: an identical order took this job over instead of buying. `problem`: what stopped it, if anything did.
     `heard_from`: EvoLink has answered since this job started. `seen_running`: EvoLink has answered before the task
-    was settled. `callers`: how many calls wait for it.
+    was settled. `callers`: how many calls wait for it. `copy_as`: the name under which a caller who has joined wants
+    the pictures. `learned`: its pictures have shown this size rule. `before_sending` is the scope of all that happens
+    before the request is sent.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -51,6 +49,9 @@ class Job:
         self.heard_from = False
         self.seen_running = False
         self.callers = 0
+        self.copy_as: str | None = None
+        self.learned: str | None = None
+        self.before_sending = anyio.CancelScope()
         self._changed = anyio.Event()
         self._poll_wanted = False
         self._resting: anyio.CancelScope | None = None
@@ -66,18 +67,27 @@ class Job:
         self.finished = True
         self.change_to(self.entry)
 
+    def abandon(self) -> None:
+        """Nobody wants it any more: it is not bought, unless the request is on its way already."""
+        if self.entry.phase == "intent":
+            self.before_sending.cancel()
+
     def poll_now(self) -> None:
         """End the present or the next rest at once: a caller is about to leave and wants the newest state."""
         self._poll_wanted = True
         if self._resting is not None:
             self._resting.cancel()
 
-    async def rest(self, seconds: float, sleep: Sleep) -> None:
-        """Sleep for `seconds`, or until `poll_now` is called; not at all if it was called since the last rest."""
+    async def rest(self, seconds: float, sleep: Sleep) -> bool:
+        """Sleep for `seconds`, or until `poll_now` is called; not at all if it was called since the last rest.
+
+        Returns whether it was called.
+        """
         with anyio.CancelScope() as self._resting:
             if not self._poll_wanted:
                 await sleep(seconds)
-        self._poll_wanted = False
+        wanted, self._poll_wanted = self._poll_wanted, False
+        return wanted
 
     async def states(self, heartbeat_s: float = 4.0) -> AsyncGenerator[Entry, None]:
         """Yield the entry now, at every change and at least every `heartbeat_s` seconds, until the job is finished."""
@@ -89,34 +99,13 @@ class Job:
             yield self.entry
 
 
-class TaskLock:
-    """Lets one server at a time save the pictures of a task, by a file lock that ends with its process.
-
-    Without a usable folder nothing is locked. There are at most LOCK_FILES files, and they are never deleted: to
-    delete one that another server is about to lock would let both in.
-    """
-
-    def __init__(self, folder: Path | None, task_id: str, sleep: Sleep) -> None:
-        self._path = folder / f"{zlib.crc32(task_id.encode()) % LOCK_FILES:04}.lock" if folder else None
-        self._lock: BaseFileLock | None = None
-        self._sleep = sleep
-
-    async def __aenter__(self) -> None:
-        if self._path is None:
-            return
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self._path, thread_local=False)
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            while self._lock is None:
-                try:
-                    lock.acquire(blocking=False)
-                    self._lock = lock
-                except Timeout:
-                    await self._sleep(LOCK_RETRY_S)
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._lock is not None:
-            with suppress(OSError):
-                self._lock.release()
+async def guarded(act: Callable[..., Awaitable[None]], *args: object) -> Problem | None:
+    """Await `act` to its end and return what went wrong, if anything; nothing that it raises ends the server."""
+    try:
+        await act(*args)
+    except EvolinkError as error:
+        return error.problem
+    except Exception:
+        log.exception("something failed unexpectedly")
+        return INTERNAL_FAULT
+    return None

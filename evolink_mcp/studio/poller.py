@@ -13,6 +13,7 @@ from evolink_mcp.api.client import BATCH_MAX, EvolinkClient
 from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
+from evolink_mcp.studio.jobs import guarded
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Poller:
         read = _Read(task_id)
         self._due.append(read)
         if len(self._due) == 1:
-            self._group.start_soon(self._gather)
+            self._group.start_soon(guarded, self._gather)
         await read.done.wait()
         if read.error is not None:
             raise read.error
@@ -78,21 +79,28 @@ class Poller:
         await self._sleep(GATHER_S)
         due, self._due = self._due, []
         for start in range(0, len(due), BATCH_MAX):
-            self._group.start_soon(self._answer, due[start : start + BATCH_MAX])
+            self._group.start_soon(guarded, self._answer, due[start : start + BATCH_MAX])
 
     async def _answer(self, reads: list[_Read]) -> None:
         """Answer these reads by one batch request; what the batch does not tell in full is read alone."""
+        found: dict[str, Task] = {}
+        error: EvolinkError | None = Unreadable("the look at the task was interrupted")
         try:
             found = await self._read_batch([read.task_id for read in reads]) if len(reads) > 1 else {}
-        except EvolinkError as error:
-            for read in reads:
-                read.error = error
-                read.done.set()
+            error = None
+        except EvolinkError as caught:
+            error = caught
+        finally:
+            if error is not None:
+                for read in reads:
+                    read.error = error
+                    read.done.set()
+        if error is not None:
             return
         for read in reads:
             task = found.get(read.task_id)
             if task is None or not _told_in_full(task):
-                self._group.start_soon(self._answer_alone, read)
+                self._group.start_soon(guarded, self._answer_alone, read)
             else:
                 read.task = task
                 read.done.set()

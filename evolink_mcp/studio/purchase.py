@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -12,10 +12,8 @@ from functools import partial
 import anyio
 
 from evolink_mcp.api import costs, sizes
-from evolink_mcp.api.client import SUBMIT_DEADLINE_S, EvolinkClient
-from evolink_mcp.api.costs import Price
-from evolink_mcp.api.request import MODEL, GenerationRequest
-from evolink_mcp.api.task import Task
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.errors import (
     EvolinkError,
     OutcomeUnknown,
@@ -23,41 +21,41 @@ from evolink_mcp.errors import (
     Problem,
     RateLimited,
     Rejected,
+    TaskKnown,
     Unreachable,
 )
 from evolink_mcp.journal.contract import Journal
-from evolink_mcp.journal.entry import ADOPTED, Entry
+from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.jobs import Job, Sleep
+from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 
 log = logging.getLogger(__name__)
 
 REPEATS_MAX = 2
-REPEAT_WITHIN_S = 30.0
-CLOCK_SKEW_S = 60.0
-# EvoLink makes a purchase's task within this time after the entry was written, if the two clocks agree.
-SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S + CLOCK_SKEW_S
-# Entries that may own a task that is found by its time. `found` counts too: the user may have called get_task on one
-# of two candidates, and that does not make the other one certain.
-RIVALS = ("sending", "unknown", "found")
-# When the account's list is read for a lost answer: at once, and again because the task may not be listed yet.
-RECONCILE_AFTER_S = (0.0, 3.0)
-# A prompt up to this long costs less than 0.05 credit: too little to refuse a call that compute_size priced.
-PROMPT_TOKENS_FREE = 160
+INTERRUPTED = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
+ABANDONED = Problem("cancelled", "the call was cancelled before anything was sent", True, "Call again if it is wanted.")
+GIVEN_TWICE = Problem(
+    "task_known",
+    "EvoLink answered with the task of an earlier order, so this one may not have been made",
+    False,
+    "Call list_tasks with sync=true to see what the account has; force_new=true buys.",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Caps in credits, from the settings; None means no cap."""
+    """Caps in credits, from the settings; None means no cap. `running` is how many tasks may be under way at once."""
 
     per_call: float | None = None
     per_day: float | None = None
     confirm_above: float | None = None
+    running: int | None = None
 
 
 class Purchases:
-    """Buys tasks. Every state is in the journal before anything is done because of it."""
+    """Buys tasks. Every state is in the journal before anything is done because of it. `lost` finds lost answers."""
 
     def __init__(
         self,
@@ -65,6 +63,7 @@ class Purchases:
         journal: Journal,
         recorder: Recorder,
         budget: Budget,
+        lost: LostAnswers,
         *,
         sleep: Sleep = anyio.sleep,
         draw: Callable[[], float] = random.random,
@@ -73,33 +72,35 @@ class Purchases:
         self._journal = journal
         self._recorder = recorder
         self._budget = budget
+        self.lost = lost
         self._sleep = sleep
         self._draw = draw
 
-    def check_caps(self, price: Price, max_credits: float | None, now: float) -> None:
-        """Refuse a price above a cap before anything is sent or uploaded; `intend` judges the day's cap again.
+    async def check_caps(self, at_most: float, max_credits: float | None, now: float) -> None:
+        """Refuse what may cost more than a cap before anything is sent or uploaded; `intend` judges the day's cap again.
 
         Raises:
             OverBudget: names the price and the cap.
             JournalUnwritable: what was spent today cannot be read.
         """
-        credits = price.credits
-        if max_credits is not None and credits > max_credits:
+        price = f"the computed price is at most {costs.priced(at_most)}"
+        if max_credits is not None and at_most > max_credits:
             raise OverBudget(
-                f"the computed price is {credits:g} credits (${price.usd:g}), above max_credits={max_credits:g}",
-                advice=f"Ask the user; then call again with max_credits={credits:g}, or a smaller size or quality.",
+                f"{price}, above max_credits={max_credits:g}",
+                advice=f"Ask the user; then call again with max_credits={at_most:g}, or a smaller size or quality.",
             )
         cap = self._budget.per_call
-        if cap is not None and credits > cap:
+        if cap is not None and at_most > cap:
             raise OverBudget(
-                f"the computed price is {credits:g} credits (${price.usd:g}), above the cap of {cap:g} per call",
+                f"{price}, above the cap of {costs.priced(cap)} per call",
                 advice="Choose a smaller size, quality or n; the cap is EVOLINK_MCP_MAX_CREDITS_PER_CALL.",
             )
-        spent = self._journal.spent_since(start_of_day(now))
-        if self._budget.per_day is not None and spent + credits > self._budget.per_day:
-            raise _over_the_day(credits, spent, self._budget.per_day)
+        if self._budget.per_day is not None:
+            spent = await self._journal.spent_since(start_of_day(now))
+            if spent + at_most > self._budget.per_day:
+                raise _over_the_day(at_most, spent, self._budget.per_day)
 
-    def intend(self, entry: Entry) -> None:
+    async def intend(self, entry: Entry) -> None:
         """Write a new entry, unless the day's cap forbids it: the check and the entry are one transaction.
 
         Raises:
@@ -107,18 +108,33 @@ class Purchases:
             JournalUnwritable: nothing may be bought.
         """
         cap = self._budget.per_day
-        spent = self._journal.intend(entry, since=start_of_day(entry.created_at), cap=cap)
+        spent = await self._journal.intend(entry, since=start_of_day(entry.created_at), cap=cap)
         if spent is not None and cap is not None:
             raise _over_the_day(entry.estimate, spent, cap)
 
     async def buy(self, job: Job) -> None:
         """Send the request of an `intent` entry. It ends `submitted`, `refused`, `unsent` or `unknown`.
 
-        If the call is cancelled while the request is on its way, the entry stays `sending`.
-
-        Raises:
-            JournalUnwritable: `sending` could not be written, so nothing was sent.
+        If the server ends while the request is on its way, the entry stays `sending`.
         """
+        try:
+            with job.before_sending:
+                await self._buy(job)
+            if job.before_sending.cancelled_caught:
+                await self._recorder.phase_changed(job, "unsent", error=ABANDONED)
+        except TaskKnown:
+            await self._recorder.phase_changed(job, "unknown", error=GIVEN_TWICE)
+        except EvolinkError as error:
+            if job.entry.phase != "intent":  # only what is provably unsent is called so
+                raise
+            job.problem = error.problem
+            await self._recorder.phase_changed(job, "unsent", error=error.problem)
+        finally:
+            if job.entry.phase == "intent":
+                with anyio.CancelScope(shield=True):
+                    await self._recorder.phase_changed(job, "unsent", error=INTERRUPTED)
+
+    async def _buy(self, job: Job) -> None:
         entry, recorder = job.entry, self._recorder
         used_s = 0.0
         for repeat in range(REPEATS_MAX + 1):
@@ -130,72 +146,27 @@ class Purchases:
             except (RateLimited, Unreachable) as error:
                 wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))
                 used_s += anyio.current_time() - began + wait
-                if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S:
+                if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:
                     phase = "refused" if isinstance(error, RateLimited) else "unsent"
-                    return recorder.phase_changed(job, phase, error=error.problem)
+                    return await recorder.phase_changed(job, phase, error=error.problem)
                 log.info("the request was not taken (%s); once more in %.1f s", error.code, wait)
-                recorder.phase_changed(job, "intent")
+                await recorder.phase_changed(job, "intent")
                 await self._sleep(wait)
             except Rejected as error:
-                return recorder.phase_changed(job, "refused", error=error.problem)
+                return await recorder.phase_changed(job, "refused", error=error.problem)
             except OutcomeUnknown as error:
-                recorder.phase_changed(job, "unknown", error=error.problem)
-                return await self.reconcile(job)
+                await recorder.phase_changed(job, "unknown", error=error.problem)
+                return await self.lost.reconcile(job)
             else:
-                # No await between the answer and this note: a cancelled call cannot lose the id.
-                return recorder.phase_changed(job, "submitted", task=task)
+                # This is written even if the call is cancelled now, so the id cannot be lost.
+                return await recorder.phase_changed(job, "submitted", task=task)
         raise AssertionError("unreachable")
 
-    async def reconcile(self, job: Job) -> None:
-        """Ask the account's task list (read-only) what became of a request whose answer was lost.
 
-        If exactly one task of that time belongs to no other entry, it is taken. If there are several, they are named.
-        If there is none, the outcome stays unknown.
-        """
-        entry = job.entry
-        candidates: list[Task] = []
-        for wait in RECONCILE_AFTER_S:
-            if wait:
-                await self._sleep(wait)
-            try:
-                candidates = await self._candidates(entry)
-                if len(candidates) == 1 and not self._has_rivals(entry):
-                    log.info("a lost answer was found in the account's list: %s", candidates[0].id)
-                    return self._recorder.phase_changed(job, "submitted", task=candidates[0], error=ADOPTED)
-            except EvolinkError as error:
-                log.info("the account's tasks could not be compared: %s", error.code)
-            if candidates:
-                break
-        said = entry.error.message if entry.error else "the answer to the request was lost"
-        advice = OutcomeUnknown.advice
-        if candidates:
-            ids = ", ".join(task.id for task in candidates[:5])
-            advice = (
-                f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
-            )
-        return self._recorder.phase_changed(job, "unknown", error=Problem("outcome_unknown", said, False, advice))
-
-    async def _candidates(self, entry: Entry) -> list[Task]:
-        """The account's tasks of the entry's time that belong to no entry of the journal."""
-        earliest = entry.created_at - CLOCK_SKEW_S
-        latest = entry.created_at + SPAN_S
-        tasks = [
-            task
-            for task in await self._client.recent_tasks()
-            if task.created is not None and earliest <= task.created <= latest and task.model in (None, MODEL)
-        ]
-        known = self._journal.known_tasks([task.id for task in tasks])
-        return [task for task in tasks if task.id not in known]
-
-    def _has_rivals(self, entry: Entry) -> bool:
-        """Whether another purchase of the same time may own the task: then nobody can say whose it is."""
-        near = self._journal.recent(200, since=entry.created_at - SPAN_S, until=entry.created_at + SPAN_S)
-        return any(other.key != entry.key and other.phase in RIVALS for other in near)
-
-
-def _over_the_day(credits: float, spent: float, cap: float) -> OverBudget:
+def _over_the_day(at_most: float, spent: float, cap: float) -> OverBudget:
     return OverBudget(
-        f"the computed price is {credits:g} credits, and {spent:g} of today's {cap:g} are spent",
+        f"the computed price is at most {costs.priced(at_most)}, and {costs.priced(spent)} of today's "
+        f"{costs.priced(cap)} are spent",
         advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
     )
 
@@ -205,13 +176,12 @@ def start_of_day(now: float) -> float:
     return datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
 
 
-def price_of(request: GenerationRequest, rule: str) -> Price:
-    """The price of a request by one size rule: an upper bound for references, an estimate for a long prompt."""
-    tokens = costs.prompt_tokens(request.prompt)
-    return costs.price(
-        sizes.resolve(request.size, request.resolution, rule).size,
+def price_of(request: GenerationRequest, rules: Iterable[str]) -> float:
+    """What a request costs at most, in credits, whichever of these size rules its pictures follow."""
+    return costs.at_most(
+        [sizes.resolve(request.size, request.resolution, rule).size for rule in rules],
         request.quality,
         request.n,
         references=len(request.image_urls or ()) + (1 if request.mask_url else 0),
-        prompt_tokens=tokens if tokens > PROMPT_TOKENS_FREE else 0,
+        prompt_bytes=len(request.prompt.encode("utf-8", "surrogatepass")),
     )

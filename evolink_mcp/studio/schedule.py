@@ -15,6 +15,8 @@ SPRINT_FROM, SPRINT_READS, SPRINT_S = 90.0, 5, 1.5
 TRUSTED_FROM = 5.0
 STILL_READS = 2
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 8.0
+# The last of so many repeats comes about two days after the first.
+SLOWEST_S, SLOW_REPEATS_MAX = 3600.0, 58
 
 
 @dataclass(slots=True)
@@ -68,6 +70,11 @@ def backoff_s(attempt: int, draw: Callable[[], float] = random.random) -> float:
     """Full jitter: between 0.5 s and a bound that doubles from 1 s to 8 s (attempt counts from 0)."""
     bound = min(2.0 ** min(attempt, 10), BACKOFF_MAX_S)
     return BACKOFF_MIN_S + (bound - BACKOFF_MIN_S) * draw()
+
+
+def slower_s(first_s: float, repeat: int) -> float:
+    """What is tried for days is tried ever more slowly: after `first_s`, twice that … an hour (repeat counts from 0)."""
+    return min(first_s * 2.0**repeat, SLOWEST_S)
 
 
 @dataclass(slots=True)

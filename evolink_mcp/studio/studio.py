@@ -7,35 +7,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from functools import partial
-from pathlib import Path
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.api.task import COMPLETED, Balance, Task
-from evolink_mcp.errors import EvolinkError, KeyMissing, Problem
+from evolink_mcp.api.task import Balance, Task
+from evolink_mcp.errors import EvolinkError, KeyMissing, Rejected, TaskUnknown
 from evolink_mcp.journal.contract import Journal
-from evolink_mcp.journal.entry import Entry, fingerprint, new_key
+from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
 from evolink_mcp.pictures.folders import Folders
-from evolink_mcp.pictures.references import References
+from evolink_mcp.pictures.references import Checked, References
 from evolink_mcp.studio.collect import Collector
-from evolink_mcp.studio.jobs import Job, Order, Sleep
+from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
+from evolink_mcp.studio.limits import Limits
+from evolink_mcp.studio.lost import LostAnswers
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.purchase import Budget, Purchases
 from evolink_mcp.studio.recorder import Recorder
+from evolink_mcp.studio.size_rule import AUTO, SizeRule
 from evolink_mcp.studio.watch import Watcher
+from evolink_mcp.studio.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
 RECOVER_AFTER_S = 1.0
-RECOVER_WITHIN_S = 48 * 3600
+JOIN_WITHIN_S = 24 * 3600
 SUBMIT_GRACE_S = 1.0
-INTERNAL_FAULT = Problem("internal_error", "the server had an internal fault", True, "Call get_task with the id.")
-INTERRUPTED = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
+CLOSE_GRACE_S = 0.3
+SYNC_WAITS_S = 15.0
 
 Subscriber = Callable[[Entry], Awaitable[None]]
 
@@ -43,8 +45,8 @@ Subscriber = Callable[[Entry], Awaitable[None]]
 class Studio:
     """Makes pictures for one account. Use as an async context manager. The next studio resumes what is unfinished.
 
-    `rule` is the size rule that prices are computed by. `locks` is the folder of the task locks. `key_problem` says
-    why there is no usable key, if so. `budget` holds the owner's caps.
+    `rule` is the setting of the size rule. `key_problem` says why there is no usable key, if so. `budget`
+    holds the owner's caps. `sleep` waits within a job; `pause` between two tries of what could not be finished.
     """
 
     def __init__(
@@ -55,25 +57,30 @@ class Studio:
         references: References,
         budget: Budget,
         *,
-        rule: str = "anchor-edge",
-        locks: Path | None = None,
+        rule: str = AUTO,
         sidecars: bool = True,
+        preview_edge: int | None = None,
+        callback_hosts: frozenset[str] | None = None,
+        shared: bool = False,
         key_problem: str | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
+        pause: Sleep = anyio.sleep,
     ) -> None:
         self.client = client
         self.journal = journal
         self.folders = folders
         self.budget = budget
-        self.rule = rule
+        self.size_rule = SizeRule(journal, rule)
         self._recorder = Recorder(journal, self._announce)
-        self._purchases = Purchases(client, journal, self._recorder, budget, sleep=sleep)
+        lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
+        self._purchases = Purchases(client, journal, self._recorder, budget, lost, sleep=sleep)
         self._references = references
-        self._locks, self._sidecars = locks, sidecars
+        self._saving: Any = {"sidecars": sidecars, "preview_edge": preview_edge}
+        self._limits = Limits(budget.running, callback_hosts)
+        self._shared = shared  # others spend from the account: what the journal does not have may be theirs
         self._key_problem = key_problem
-        self._clock, self._sleep = clock, sleep
-        self._jobs: list[Job] = []
+        self._clock, self._sleep, self._pause = clock, sleep, pause
         self._subscribers: list[Subscriber] = []
         self._woken = anyio.Event()
 
@@ -91,10 +98,13 @@ class Studio:
         try:
             async with anyio.create_task_group() as self._group:
                 poller = Poller(self.client, self._group, sleep=self._sleep)
-                self._watcher = Watcher(poller, self._recorder, **timing)
-                self._collector = Collector(
-                    self.client, self.folders, self._recorder, locks=self._locks, sidecars=self._sidecars, **timing
-                )
+                watcher = Watcher(poller, self._recorder, **timing)
+                collector = Collector(self.client, self.folders, self._recorder, **self._saving, **timing)
+                self._workshop = Workshop(
+                    self.client, self.journal, self._recorder, self._purchases, watcher, collector, self.size_rule, self._group,
+                    clock=self._clock, pause=self._pause,
+                )  # fmt: skip
+                self._group.start_soon(self._recorder.write_what_was_not, self._pause)
                 self._group.start_soon(self._recover_later)
                 try:
                     yield
@@ -103,11 +113,12 @@ class Studio:
                         await self._requests_answered()
                     self._group.cancel_scope.cancel()
         finally:
-            self.journal.close()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_GRACE_S):
+                await self.journal.close()
 
     async def _requests_answered(self) -> None:
         """Wait until no paid request is on its way any more."""
-        for job in list(self._jobs):
+        for job in list(self._workshop.jobs):
             async with aclosing(job.states()) as states:
                 async for entry in states:
                     if entry.phase != "sending":
@@ -125,13 +136,18 @@ class Studio:
         self._woken.set()
         if order.save_as is not None:
             self.folders.target(order.save_as)
+        self._limits.check_callback(order.request.callback_url)
         checked = await self._references.check(order.request)
-        mark = fingerprint(checked.identity)
+        mark = fingerprint(with_defaults(checked.identity))
         if not order.force_new:
-            self._take_over()
-            if (job := self._undelivered(mark)) is not None:
+            await self._workshop.take_over()
+            if (job := await self._undelivered(order, (mark, fingerprint(checked.identity)))) is not None:
                 return job
-        self._purchases.check_caps(order.price, order.max_credits, self._clock())
+        with self._limits.place(self._workshop.jobs):
+            return await self._bought(order, checked, mark)
+
+    async def _bought(self, order: Order, checked: Checked, mark: str) -> Job:
+        await self._purchases.check_caps(order.at_most, order.max_credits, self._clock())
         body = await self._references.upload(checked)
         entry = Entry(
             key=new_key(),
@@ -140,49 +156,82 @@ class Studio:
             created_at=self._clock(),
             fingerprint=mark,
             request=body,
-            estimate=order.price.credits,
+            estimate=order.at_most,
             save_as=order.save_as,
-            attended=True,
+            account=self.journal.account,
+            caller=self.journal.owner,
+            rule=self.size_rule.current,
         )
-        self._purchases.intend(entry)
-        return self._start(entry)
+        await self._purchases.intend(entry)
+        return self._workshop.buy(entry)
 
     async def resume(self, task_id: str) -> Job:
         """The job of the task with this id: finished, under way, or bought elsewhere with the same key.
 
+        Who asks for a finished guess by its id has looked at it: it counts as this purchase's task from then on.
+
         Raises:
             KeyMissing: something is left to do at EvoLink, and there is no key.
+            TaskUnknown: others spend from this account too, and the journal does not have this task.
         """
-        self._woken.set()
-        if (job := next((job for job in self._jobs if job.entry.task_id == task_id), None)) is not None:
-            return job
-        entry = self._recorder.known(task_id)
-        if entry is None:
-            entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
-        if entry.has_work(self._clock()):
-            self._need_key()
-        return self._start(entry)
+        await self.wake()
+        job = next((job for job in self._workshop.jobs if job.entry.task_id == task_id), None)
+        if job is None:
+            entry = await self._recorder.known(task_id)
+            if entry is None and self._shared:
+                raise TaskUnknown(f"there is no task {task_id} here")
+            if entry is None or not await self._is_ours(entry):
+                entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
+            if entry.has_work(self._clock()):
+                self._need_key()
+            job = await self._workshop.go_on(entry)
+        if job.entry.guessed and job.entry.ended and await self._workshop.acquire(job.entry.key):
+            await self._recorder.confirmed(job)
+            await self._recorder.ended(job)
+        return job
 
-    def deliver(self, job: Job) -> None:
-        """The caller has the result: no identical order gets it again."""
-        if job.entry.is_written and job.entry.delivered_at is None:
-            self._recorder.delivered(job, self._clock())
+    async def entry(self, task_id: str) -> Entry | None:
+        """A task's entry as it is now: as its job here has it, else as the journal has it; None if there is none.
 
-    @contextmanager
-    def attending(self, job: Job) -> Generator[None]:
+        Raises:
+            JournalUnwritable: the journal cannot be read.
+        """
+        job = next((job for job in self._workshop.jobs if job.entry.task_id == task_id), None)
+        return job.entry if job is not None else await self.journal.by_task(task_id)
+
+    async def deliver(self, job: Job) -> None:
+        """The caller has the result: no identical order gets it again. Without a key nothing is changed."""
+        if self.client.has_key and job.entry.is_written and job.entry.delivered_at is None:
+            await self._recorder.delivered(job, self._clock())
+
+    @asynccontextmanager
+    async def attending(self, job: Job) -> AsyncGenerator[None]:
         """A call waits for this job. If the last call ends without the result, the next identical order gets it."""
-        job.callers += 1
+        self.attend(job)
         try:
             yield
+        except anyio.get_cancelled_exc_class():
+            if job.callers == 1:
+                job.abandon()
+            raise
         finally:
-            job.callers -= 1
-            if not job.callers:
-                self.leave(job.entry)
+            with anyio.CancelScope(shield=True):
+                await self.depart(job)
 
-    def leave(self, entry: Entry) -> None:
+    def attend(self, job: Job) -> None:
+        """One more call waits for this job, until `depart`."""
+        job.callers += 1
+
+    async def depart(self, job: Job) -> None:
+        """One call less waits for this job."""
+        job.callers -= 1
+        if not job.callers:
+            await self.leave(job.entry)
+
+    async def leave(self, entry: Entry) -> None:
         """Nobody waits for this entry's result any more."""
         if entry.is_written and entry.delivered_at is None:
-            self._recorder.softly(partial(self.journal.leave, entry.key))
+            await self._recorder.softly(self.journal.leave(entry.key))
 
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
         """Read the account's task list, and look again for the tasks of lost answers.
@@ -190,28 +239,31 @@ class Studio:
         Returns the account's tasks that the journal does not know, and why the list could not be read, if so.
         """
         self._need_key()
-        lost = [entry for entry in self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
-        for job in [self._start(entry) for entry in lost if not self._running(entry.key)]:
-            async with aclosing(job.states()) as states:
-                async for entry in states:
-                    if entry.phase != "unknown":
-                        break
+        if self._shared:
+            return [], "others spend from this account too, so its own list is not shown"
+        lost = [entry for entry in await self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
+        for job in [await self._workshop.go_on(entry) for entry in lost if not self._workshop.running(entry.key)]:
+            with anyio.move_on_after(SYNC_WAITS_S):
+                async with aclosing(job.states()) as states:
+                    async for entry in states:
+                        if entry.phase != "unknown":
+                            break
         try:
             tasks = await self.client.recent_tasks()
         except EvolinkError as error:
             return [], error.what
-        known = self.journal.known_tasks([task.id for task in tasks])
+        known = await self.journal.known_tasks([task.id for task in tasks])
         return [task for task in tasks if task.id not in known], None
 
     def now(self) -> float:
         """The wall clock, in epoch seconds."""
         return self._clock()
 
-    def wake(self) -> None:
+    async def wake(self) -> None:
         """A caller is here: take over what a server left that is not running any more."""
-        if self._woken.is_set() and self.client.has_key:
-            self._recorder.softly(self._take_over)
         self._woken.set()
+        if self.client.has_key:
+            await self._recorder.softly(self._workshop.take_over())
 
     async def balance(self) -> Balance:
         """Credits left on the account and the key."""
@@ -228,72 +280,41 @@ class Studio:
 
     # --- jobs ---
 
-    def _undelivered(self, mark: str) -> Job | None:
+    async def _undelivered(self, order: Order, marks: tuple[str, ...]) -> Job | None:
         """The job of what an identical order bought and nobody received; this caller now waits for it."""
-        for entry in self.journal.undelivered(mark):
-            if entry.worth_joining(self._clock()) and self.journal.claim(entry.key):
-                job = self._running(entry.key) or self._start(entry)
+        now = self._clock()
+        for entry in await self.journal.undelivered(marks, now - JOIN_WITHIN_S):
+            if self._recorder.is_unwritten(entry.key) or not entry.worth_joining(now):
+                continue
+            if await self._is_ours(entry) and await self.journal.claim(entry.key):
+                other_name = order.save_as if order.save_as != entry.save_as else None
+                job = self._workshop.running(entry.key) or await self._workshop.go_on(entry, copy_as=other_name)
                 job.joined = True
+                job.copy_as = other_name
                 return job
         return None
 
-    def _running(self, key: str) -> Job | None:
-        return next((job for job in self._jobs if job.entry.key == key), None)
-
-    def _start(self, entry: Entry) -> Job:
-        job = Job(entry)
-        if entry.has_work(self._clock()):
-            self._jobs.append(job)
-            self._group.start_soon(self._carry_out, job)
-        else:
-            job.finish()
-        return job
-
-    async def _carry_out(self, job: Job) -> None:
-        job.problem = await self._guarded(self._run, job) or job.problem
-        self._jobs.remove(job)
-        job.finish()
-
-    async def _guarded(self, act: Callable[..., Awaitable[None]], *args: object) -> Problem | None:
-        """Await `act` to its end and return what went wrong, if anything; nothing that it raises ends the server."""
+    async def _is_ours(self, entry: Entry) -> bool:
+        """Whether this account bought it. An entry of 0.1.0 belongs to whoever's key EvoLink accepts for its task."""
+        if entry.account == self.journal.account:
+            return True
+        if entry.task_id is None or not self.client.has_key:
+            return not await self.journal.has_strangers()
         try:
-            await act(*args)
-        except EvolinkError as error:
-            return error.problem
-        except Exception:
-            log.exception("something failed unexpectedly")
-            return INTERNAL_FAULT
-        return None
-
-    async def _run(self, job: Job) -> None:
-        phase = job.entry.phase
-        if phase == "intent":
-            await self._purchases.buy(job)
-            job.heard_from = job.seen_running = job.entry.task is not None
-        elif phase in ("sending", "unknown"):
-            await self._purchases.reconcile(job)
-        if job.entry.task is None:
-            return
-        await self._watcher.watch(job)
-        if job.entry.task.status == COMPLETED:
-            await self._collector.collect(job)
+            await self.client.task(entry.task_id)
+        except Rejected:
+            return False
+        except EvolinkError:
+            return not await self.journal.has_strangers()
+        await self._recorder.softly(self.journal.mark(entry.key))
+        return True
 
     def _announce(self, entry: Entry) -> None:
         for subscriber in self._subscribers:
-            self._group.start_soon(self._guarded, subscriber, entry)
-
-    # --- what an earlier server left ---
+            self._group.start_soon(guarded, subscriber, entry)
 
     async def _recover_later(self) -> None:
         with anyio.move_on_after(RECOVER_AFTER_S):
             await self._woken.wait()
         if self.client.has_key:
-            self._recorder.softly(self._take_over)
-
-    def _take_over(self) -> None:
-        for entry in self.journal.adopt():
-            if entry.phase == "intent":
-                self._recorder.phase_changed(Job(entry), "unsent", error=INTERRUPTED)
-            elif self._clock() - entry.created_at < RECOVER_WITHIN_S and not self._running(entry.key):
-                log.info("taking up %s", entry.task_id or entry.key)
-                self._start(entry)
+            await self._recorder.softly(self._workshop.take_over())

@@ -14,12 +14,13 @@ from evolink_mcp.errors import RateLimited, Rejected, Unreadable
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.recorder import Recorder
-from evolink_mcp.studio.schedule import RetryBudget, Schedule, backoff_s
+from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, RetryBudget, Schedule, backoff_s, slower_s
 
 log = logging.getLogger(__name__)
 
 NOT_FOUND_READS = 4  # about 10 s in all
 RATE_LIMIT_WAIT_S = 5.0
+FIRST_REFUSAL_WAIT_S = 2.0
 
 
 class Watcher:
@@ -43,7 +44,8 @@ class Watcher:
         """Return when the job's task is settled.
 
         Raises:
-            Rejected: EvoLink will not tell about this task (401, 403, 404); the id stays in the journal.
+            Rejected: EvoLink does not accept the key (401) or does not know the task (404), or has refused to tell of
+                it for two days; the id stays in the journal.
         """
         self._poller.watchers += 1
         try:
@@ -61,6 +63,7 @@ class Watcher:
         at_once = not job.heard_from
         failures = 0
         missing = 0
+        refusals = 0
         while not task.settled:
             if not at_once:
                 await job.rest(schedule.next_s(anyio.current_time() - accepted, task.progress), self._sleep)
@@ -71,10 +74,23 @@ class Watcher:
                 await self._sleep(RATE_LIMIT_WAIT_S if error.retry_after_s is None else error.retry_after_s)
                 at_once = error.retry_after_s != 0
             except Rejected as error:
-                # EvoLink may answer 404 for a task that it has just made: only a 404 that lasts counts.
-                missing += 1
-                if error.http_status != 404 or job.entry.phase == "found" or missing == NOT_FOUND_READS:
+                # A task that was bought elsewhere, or by a key that 0.1.0 did not note, may be another account's.
+                if not job.entry.account or job.entry.phase == "found" or error.http_status == 401:
                     raise
+                if error.http_status == 404:
+                    # EvoLink may answer 404 for a task that it has just made: only a 404 that lasts counts.
+                    missing += 1
+                    if missing == NOT_FOUND_READS:
+                        raise
+                    continue
+                # Any other no may be a fault of one moment, and the picture is paid: ask again, ever more slowly.
+                if refusals == SLOW_REPEATS_MAX:
+                    raise
+                job.problem = error.problem
+                log.info("EvoLink refuses to tell of %s: %s", task.id, error.code)
+                await job.rest(slower_s(FIRST_REFUSAL_WAIT_S, refusals), self._sleep)
+                refusals += 1
+                at_once = True
             except Unreadable as error:
                 failures += 1
                 log.info("a look at %s failed: %s", task.id, error.code)
@@ -82,13 +98,13 @@ class Watcher:
                     await self._sleep(backoff_s(min(failures, 3)))
                     at_once = True
             else:
-                failures = 0
-                missing = 0
+                failures = missing = refusals = 0
+                job.problem = None
                 self._budget.earn()
                 task = merged(task, seen)
                 job.heard_from = True
                 job.seen_running = job.seen_running or not task.settled
-                self._recorder.task_seen(job, task)
+                await self._recorder.task_seen(job, task)
 
 
 def merged(before: Task, seen: Task) -> Task:

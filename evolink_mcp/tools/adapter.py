@@ -18,6 +18,7 @@ from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp_types import CallToolResult, ContentBlock, TextContent, ToolAnnotations
 from pydantic import BaseModel, ValidationError, WithJsonSchema
 
+from evolink_mcp.api.http import lower_first
 from evolink_mcp.api.request import Arguments
 from evolink_mcp.api.sizes import IllegalSize
 from evolink_mcp.errors import EvolinkError, Refused
@@ -26,6 +27,50 @@ from evolink_mcp.tools.schemas import error_out, input_schema, output_schema
 
 VALUE_SHOWN = 40
 FIELDS_SHOWN = 12
+
+# What other APIs call an argument of ours.
+SAME = {
+    other: ours
+    for ours, others in {
+        "prompt": "text description query instruction",
+        "size": "aspect_ratio aspectratio aspect ratio width height dimensions image_size imagesize",
+        "n": "num_images num_outputs number_of_images num count batch_size samples",
+        "image_urls": "image_url image images input_image input_images reference_image reference_images references init_image",
+        "mask_url": "mask mask_image",
+        "save_as": "filename file_name output_path output_file file_path path output",
+        "output_format": "format file_format image_format",
+        "callback_url": "callback webhook webhook_url",
+        "wait_seconds": "wait timeout timeout_seconds",
+        "max_credits": "max_cost budget",
+        "task_id": "id task taskid job_id",
+        "index": "image_index number",
+    }.items()
+    for other in others.split()
+}
+INTO_THE_PROMPT = frozenset(["negative_prompt", "style", "style_preset", "system_prompt"])
+NOT_THERE = frozenset(
+    [
+        "seed",
+        "steps",
+        "num_inference_steps",
+        "guidance",
+        "guidance_scale",
+        "cfg_scale",
+        "sampler",
+        "scheduler",
+        "strength",
+        "temperature",
+        "user",
+        "response_format",
+        "output_compression",
+        "compression",
+        "moderation",
+        "input_fidelity",
+        "reasoning",
+        "lora",
+        "loras",
+    ]
+)
 
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
 READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True)
@@ -127,14 +172,27 @@ def refuse_as(output: Callable[..., BaseModel]) -> Refusal:
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArguments, tuple[str, ...]]:
     """What was wrong, one line for each argument, and the nearest legal sizes if a size was wrong."""
     lines: dict[str, None] = {}
+    empty: list[str] = []
     nearest: tuple[str, ...] = ()
     faults = [fault for fault in error.errors(include_url=False) if fault["type"] != "none_required"]
     for fault in faults[:FIELDS_SHOWN]:
+        if _is_left_empty(fault, model):
+            empty.append(str(fault["loc"][0]))
+            continue
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, IllegalSize):
             nearest = tuple(str(size) for size in cause.nearest)
         lines[_line(fault, cause, list(model.model_fields))] = None
+    if empty:
+        lines[f"{', '.join(dict.fromkeys(empty))}: empty; leave out what you do not set"] = None
     return BadArguments("invalid arguments:\n" + "\n".join(f"- {line}" for line in lines)), nearest
+
+
+def _is_left_empty(fault: Any, model: type[BaseModel]) -> bool:
+    """Whether a host has filled in an optional argument with nothing."""
+    field = model.model_fields.get(str(fault["loc"][0])) if fault["loc"] else None
+    nothing = fault.get("input") in ("", []) or (fault.get("input") == 0 and not isinstance(fault.get("input"), bool))
+    return field is not None and not field.is_required() and nothing and not isinstance(fault["loc"][-1], int)
 
 
 def _line(fault: Any, cause: object, known: list[str]) -> str:
@@ -148,14 +206,21 @@ def _line(fault: Any, cause: object, known: list[str]) -> str:
     if fault["type"] == "string_unicode":
         return f"{path}: contains half of a surrogate pair, which is not text"
     said = str(cause) if cause is not None else str(fault["msg"])
-    said = said[:1].lower() + said[1:] if not said[:2].isupper() else said
+    said = said if said[:2].isupper() else lower_first(said)
     value = fault.get("input")
     shown = f" (got {harmless(repr(value), VALUE_SHOWN)})" if isinstance(value, int | float | bool) else ""
     return f"{path}: {said}{shown}" if path else said
 
 
 def _meant(name: str, known: list[str]) -> str:
+    """What to do with an unknown argument: the one that means the same, if there is one; else leave it out."""
     low = name.lower()[:64]
-    close = [word for word in known if word == low or word in low or (len(low) > 1 and low in word)]
-    close = close or difflib.get_close_matches(low, known, n=1, cutoff=0.5)
-    return f"; did you mean {min(close, key=lambda word: abs(len(word) - len(low)))}?" if close else ""
+    same = low if low in known else SAME.get(low)
+    if same in known:
+        return f"; did you mean {same}?"
+    if "prompt" in known and low in INTO_THE_PROMPT:
+        return "; write it into the prompt"
+    if "prompt" in known and low in NOT_THERE:
+        return f"; gpt-image-2 has no {low}, leave it out"
+    close = difflib.get_close_matches(low, known, n=1, cutoff=0.7) if len(low) > 3 else []
+    return f"; did you mean {close[0]}?" if close else "; leave it out"

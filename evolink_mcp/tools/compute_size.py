@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
@@ -9,16 +11,20 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from evolink_mcp.api import sizes
-from evolink_mcp.api.costs import price
-from evolink_mcp.api.request import Arguments, Count, OrNull, Quality, Resolution
+from evolink_mcp.api import size_words, sizes
+from evolink_mcp.api.costs import TILE_BASE, at_most, price, priced, usd
+from evolink_mcp.api.request import WHOLE, Arguments, Count, OrNull, Quality, Resolution
 from evolink_mcp.api.sizes import MAX_WISH_EDGE
 from evolink_mcp.errors import EvolinkError, Refused
+from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import OFFLINE, flat_tool, result
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
-Edge = Annotated[int, Strict(), Field(ge=1, le=MAX_WISH_EDGE)]
+REFERENCES_MAX = 16
+PROMPT_BYTES = 1_000  # what credits_at_most allows for a prompt that is not known yet
+
+Edge = Annotated[int, Strict(), Field(ge=1, le=MAX_WISH_EDGE), WHOLE]
 
 
 class ComputeSizeArguments(Arguments):
@@ -28,6 +34,12 @@ class ComputeSizeArguments(Arguments):
     resolution: Resolution = "1K"
     quality: Quality = "medium"
     n: Count = 1
+    references: Annotated[
+        int,
+        Strict(),
+        Field(ge=0, le=REFERENCES_MAX, description="How many reference images, for credits_at_most."),
+        WHOLE,
+    ] = 0
     width: Annotated[Edge | OrNull, Field(description="Instead of size: the width you need, any number.")] = None
     height: Annotated[Edge | OrNull, Field(description="With width: the height you need.")] = None
 
@@ -43,12 +55,27 @@ class Crop(BaseModel):
     height: int
 
 
+class PriceOut(BaseModel):
+    """The same shape in another quality or tier; `resolution` is null where it has no effect."""
+
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
+    quality: str
+    resolution: str | None = None
+    size: str | None = None
+    credits: float
+    usd: float
+    credits_at_most: float
+
+
 class SizeOut(BaseModel):
     """What compute_size answers.
 
-    `width`, `height` and `pixels` are null for `auto`. `megapixels` are millions of pixels. `estimated_tokens` are
-    output tokens; `estimated_credits` and `estimated_usd` are the price of all `n` pictures, without the prompt and
-    reference images. For a wished width and height: enlarge by `scale` (1 is unchanged), then cut `crop`.
+    `width`, `height` and `pixels` are null for `auto`. `megapixels` are millions of pixels. `rule_known`: a delivered
+    picture has shown `rule`. `estimated_tokens` are output tokens; `estimated_credits` and `estimated_usd` are the price
+    of all `n` pictures at these pixels, without the prompt and reference images. `credits_at_most` is what caps judge:
+    by the dearer rule while it is not known, with `references` and a prompt of up to 1,000 bytes. For a wished width and
+    height: scale the picture by `scale` (1 is unchanged), then cut `crop`.
     """
 
     width: int | None = None
@@ -60,9 +87,13 @@ class SizeOut(BaseModel):
     explicit_size: str | None = None
     resolution_applies: bool | None = None
     rule: str | None = None
+    rule_known: bool | None = None
     estimated_tokens: int | None = None
     estimated_credits: float | None = None
     estimated_usd: float | None = None
+    credits_at_most: float | None = Field(default=None, description="what caps judge; pass it as max_credits")
+    usd_at_most: float | None = None
+    prices: list[PriceOut] = Field(default=[], description="the other qualities and tiers of this shape")
     alternatives: list[str] = []
     scale: float | None = None
     crop: Crop | None = None
@@ -79,7 +110,8 @@ def compute_size_tool(studio: Studio) -> Tool:
         """What pixels and what price a size, ratio and tier mean, before anything is spent: offline, free. Or the
         other way round: give width and height you need (such as 1200 and 628) for the nearest legal size that
         covers them, the closest ratio and tier, and what to crop."""
-        out = compute(req, studio.rule)
+        await studio.size_rule.refresh()
+        out = compute(req, studio.size_rule.current, studio.size_rule.possible, known=studio.size_rule.known)
         return result(size_text(out), out, is_error=out.error is not None)
 
     return flat_tool(compute_size, ComputeSizeArguments, SizeOut, _refuse, title="Compute size", annotations=OFFLINE)
@@ -90,9 +122,12 @@ def _refuse(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
     return result(size_text(out), out, is_error=True)
 
 
-def compute(req: ComputeSizeArguments, rule: str) -> SizeOut:
-    """Pixels and price of a size; or the size that covers a wish."""
+def compute(
+    req: ComputeSizeArguments, rule: str = "anchor-edge", possible: Sequence[str] = (), *, known: bool = False
+) -> SizeOut:
+    """Pixels and price of a size; or the size that covers a wish. `possible` are the rules that pictures may follow."""
     wish = (req.width, req.height)
+    possible = possible or (rule,)
     if req.size is None and None not in wish:
         return _covering(req, rule)
     if req.size is None or any(wish):
@@ -101,8 +136,9 @@ def compute(req: ComputeSizeArguments, rule: str) -> SizeOut:
             code="invalid_arguments",
             advice="Correct them and call again.",
         )
+    meant, resolution = size_words.meant(req.size), req.resolution
     try:
-        resolved = sizes.resolve(req.size, req.resolution, rule)
+        resolved = sizes.resolve(meant or req.size, resolution, rule)
     except sizes.IllegalSize as error:
         nearest = [str(size) for size in error.nearest]
         problem = ErrorOut(
@@ -110,46 +146,81 @@ def compute(req: ComputeSizeArguments, rule: str) -> SizeOut:
             advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
         )  # fmt: skip
         return SizeOut(alternatives=nearest, error=problem)
-    out = _sized(resolved.size, req)
+    candidates = [sizes.resolve(meant or req.size, resolution, each).size for each in possible]
+    out = _sized(resolved.size, req, candidates)
     out.downscaled = resolved.downscaled
     out.resolution_applies = resolved.resolution_applies
     out.rule = resolved.rule
+    out.rule_known = known if resolved.resolution_applies else None
+    out.prices = _other_prices(meant or req.size, req, rule, possible)
+    if meant is not None:
+        out.notes.append(f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_words.advice(req.size)}.")
     if resolved.size is None:
-        out.notes.append("auto lets the model decide: the price assumes 2048x2048, as EvoLink's own estimate does.")
+        out.notes.append(
+            "auto lets the model decide: the estimate assumes 2048x2048, as EvoLink's own does, and credits_at_most "
+            "the dearest size there is, 2880x2880."
+        )
     elif not resolved.resolution_applies and "resolution" in req.model_fields_set:
         out.notes.append("resolution has no effect with WxH.")
     if resolved.resolution_applies:
         other = next(name for name in sizes.RULES if name != rule)
-        twin = sizes.resolve(req.size, req.resolution, other).size
+        twin = sizes.resolve(meant or req.size, resolution, other).size
         if twin != resolved.size:
             out.alternatives.append(str(twin))
-            out.notes.append(f"EvoLink's {other} rule makes {twin} of this; give explicit_size to be certain.")
+            out.notes.append(
+                f"EvoLink's {other} rule makes {twin} of this; give explicit_size to be certain."
+                + (" Which rule this account's pictures follow is not known yet." if len(possible) > 1 else "")
+            )
     return out
+
+
+def _other_prices(size: str, req: ComputeSizeArguments, rule: str, possible: Sequence[str]) -> list[PriceOut]:
+    """The other qualities and tiers of the same shape."""
+    found: list[PriceOut] = []
+    tiers = sizes.TIERS if sizes.takes_resolution(sizes.normalize(size)) else (None,)
+    for quality, tier in itertools.product(TILE_BASE, tiers):
+        if quality == req.quality and tier in (None, req.resolution.upper()):
+            continue
+        candidates = [sizes.resolve(size, tier or "1K", each).size for each in possible]
+        pixels = sizes.resolve(size, tier or "1K", rule).size
+        credits = price(pixels, quality, req.n).credits
+        found.append(PriceOut(
+            quality=quality, resolution=tier, size=str(pixels) if pixels else None, credits=credits, usd=usd(credits),
+            credits_at_most=_at_most(candidates, quality, req),
+        ))  # fmt: skip
+    return found
+
+
+def _at_most(candidates: Sequence[sizes.Size | None], quality: str, req: ComputeSizeArguments) -> float:
+    return at_most(candidates, quality, req.n, references=req.references, prompt_bytes=PROMPT_BYTES)
 
 
 def _covering(req: ComputeSizeArguments, rule: str) -> SizeOut:
     assert req.width is not None
     assert req.height is not None
     cover = sizes.cover(req.width, req.height, rule)
-    out = _sized(cover.size, req)
+    out = _sized(cover.size, req, [cover.size])
     out.rule, out.downscaled, out.resolution_applies = "explicit", False, False
     out.scale = round(cover.scale, 4)
     out.crop = Crop(left=cover.left, top=cover.top, width=cover.crop.width, height=cover.crop.height)
     out.closest_ratio, out.closest_resolution = cover.ratio, cover.tier
     out.alternatives = [str(cover.tier_size)]
-    enlarged = f"enlarge it by {cover.scale:.4g}, then " if cover.scale > 1 else ""
-    if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or enlarged:
-        out.notes.append(
-            f"For {req.width}×{req.height}: {enlarged}crop to {cover.crop} at ({cover.left}, {cover.top})."
-        )
+    out.prices = _other_prices(str(cover.size), req, rule, (rule,))
+    scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
+    if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or scaled:
+        out.notes.append(f"For {req.width}×{req.height}: {scaled}crop to {cover.crop} at ({cover.left}, {cover.top}).")
     covers = "covers it" if cover.tier_covers else "is smaller"
     out.notes.append(f"Closest ratio and tier: {cover.ratio} at {cover.tier}, {cover.tier_size}, which {covers}.")
     return out
 
 
-def _sized(size: sizes.Size | None, req: ComputeSizeArguments) -> SizeOut:
+def _sized(size: sizes.Size | None, req: ComputeSizeArguments, candidates: Sequence[sizes.Size | None]) -> SizeOut:
     cost = price(size, req.quality, req.n)
-    out = SizeOut(estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=cost.usd)
+    most = _at_most(candidates, req.quality, req)
+    out = SizeOut(
+        estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=usd(cost.credits),
+        credits_at_most=most, usd_at_most=usd(most),
+    )  # fmt: skip
     if size is not None:
         out.width, out.height, out.explicit_size = size.width, size.height, str(size)
         out.pixels, out.megapixels, out.aspect_ratio = size.pixels, size.megapixels, size.aspect_ratio
@@ -161,22 +232,38 @@ def size_text(out: SizeOut) -> str:
     if out.error is not None:
         near = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""
         return f"{out.error.message}{near} Nothing was sent or charged. {out.error.advice}"
-    words = [f"{out.width}×{out.height} pixels" if out.width else "The model decides the pixels (auto)"]
+    lines = ["The model decides the pixels (auto)."]
     if out.width:
-        words[0] += (
-            f' ({out.pixels} = {out.megapixels} MP, {out.aspect_ratio}); pass size="{out.explicit_size}" to be certain'
+        lines = [
+            f"{out.width}×{out.height} pixels ({out.pixels} = {out.megapixels} megapixels, {out.aspect_ratio}); "
+            f'pass size="{out.explicit_size}" to be certain of them.'
+        ]
+    facts = f"Rule {out.rule}{_known(out.rule_known)}, downscaled {_yes(out.downscaled)}, "
+    lines.append(f"{facts}resolution applies {_yes(out.resolution_applies)}.")
+    lines.append(
+        f"About {out.estimated_credits:g} credits (${out.estimated_usd:g}) for {out.estimated_tokens} output tokens, "
+        f"without the prompt and reference images; at most {out.credits_at_most:g} credits (${out.usd_at_most:g}), which "
+        "is what caps judge and max_credits takes."
+    )
+    if out.crop and out.scale is not None:
+        crop = f"crop {out.crop.width}×{out.crop.height} at ({out.crop.left}, {out.crop.top})"
+        lines.append(
+            f"Scale by {out.scale:g}, then {crop}. Closest ratio {out.closest_ratio} at {out.closest_resolution}."
         )
-    facts = f"rule {out.rule}, downscaled {_yes(out.downscaled)}, resolution applies {_yes(out.resolution_applies)}"
-    cost = f"about {out.estimated_credits:g} credits (${out.estimated_usd:g}), {out.estimated_tokens} output tokens"
-    words += [facts, f"{cost}, without the prompt and reference images"]
-    if out.crop:
-        words.append(
-            f"scale {out.scale:g}, crop {out.crop.width}×{out.crop.height} at ({out.crop.left}, {out.crop.top})"
-        )
-        words.append(f"closest ratio {out.closest_ratio} at {out.closest_resolution}")
     if out.alternatives:
-        words.append("alternatives: " + ", ".join(out.alternatives))
-    return ". ".join(words) + "." + "".join(f"\nNote: {note}" for note in out.notes)
+        lines.append(f"Alternatives: {', '.join(out.alternatives)}.")
+    if out.prices:
+        lines.append("Other qualities and tiers: " + "; ".join(_price_words(other) for other in out.prices) + ".")
+    return "\n".join([*lines, *(f"Note: {note}" for note in out.notes)])
+
+
+def _price_words(other: PriceOut) -> str:
+    where = " ".join(filter(None, (other.quality, other.resolution, other.size if other.resolution else None)))
+    return f"{where}: {priced(other.credits)}, at most {other.credits_at_most:g}"
+
+
+def _known(value: bool | None) -> str:
+    return "" if value is None else " (seen in a delivered picture)" if value else " (not yet seen in a picture)"
 
 
 def _yes(value: bool | None) -> str:

@@ -10,10 +10,11 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel, Field, Strict
 
-from evolink_mcp.api import sizes
-from evolink_mcp.api.costs import Price
-from evolink_mcp.api.request import GenerationRequest, OrNull
+from evolink_mcp.api import costs, sizes
+from evolink_mcp.api.request import GenerationRequest, OrNull, is_file
+from evolink_mcp.api.urls import host_of
 from evolink_mcp.errors import OverBudget
+from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import Order
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.tools.adapter import PAID, flat_tool
@@ -22,7 +23,7 @@ from evolink_mcp.tools.task_answer import TaskOut
 from evolink_mcp.tools.waiting import Waiting, WaitSeconds, refuse_task
 
 Credits = Annotated[
-    float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it costs more credits.")
+    float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it may cost more credits.")
 ]
 
 
@@ -31,7 +32,7 @@ class GenerateImageArguments(GenerationRequest):
 
     wait_seconds: WaitSeconds | OrNull = None
     save_as: Annotated[
-        str | OrNull, Field(description="File name, or path inside an allowed folder; never overwrites.")
+        str | OrNull, Field(min_length=1, description="File name, or path inside an allowed folder; never overwrites.")
     ] = None
     max_credits: Credits | OrNull = None
     force_new: Annotated[
@@ -42,33 +43,36 @@ class GenerateImageArguments(GenerationRequest):
 
 
 class Confirm(BaseModel):
-    """What the user is asked before a call above EVOLINK_MCP_CONFIRM_ABOVE."""
+    """What the user is asked before a call that costs much, or that sends a file of theirs and names a callback."""
 
-    go_ahead: bool = Field(title="Go ahead", description="Spend these credits")
+    go_ahead: bool = Field(title="Go ahead", description="Yes, do this")
 
 
 def generate_image_tool(waiting: Waiting) -> Tool:
     """The tool over one studio."""
     studio = waiting.studio
+    agreed: set[tuple[str, str]] = set()  # files that were sent together with a callback to this host
 
-    def priced(req: GenerateImageArguments) -> Order:
-        return Order(req, price_of(req, studio.rule), req.save_as, req.max_credits, req.force_new)
+    async def priced_order(req: GenerateImageArguments) -> Order:
+        await studio.size_rule.refresh()
+        return Order(req, price_of(req, studio.size_rule.possible), req.save_as, req.max_credits, req.force_new)
 
-    def confirm_cost(
-        req: GenerateImageArguments, order: Annotated[Order, Resolve(priced)], ctx: Context[Any, Any]
+    def confirm(
+        req: GenerateImageArguments, order: Annotated[Order, Resolve(priced_order)], ctx: Context[Any, Any]
     ) -> Confirm | Elicit[Confirm]:
-        cost, limit = order.price, studio.budget.confirm_above
-        if limit is None or cost.credits <= limit:
-            return Confirm(go_ahead=True)
-        if _can_ask(ctx):
-            return Elicit(f"This will cost about {cost.credits:g} credits (${cost.usd:g}). Go ahead?", Confirm)
-        return Confirm(go_ahead=req.max_credits is not None and req.max_credits >= cost.credits)
+        limit = studio.budget.confirm_above
+        dear = limit is not None and order.at_most > limit
+        leaving = _leaving(req) - agreed
+        if _can_ask(ctx) and (dear or leaving):
+            price = f"This will cost at most {costs.priced(order.at_most)}. " if dear else ""
+            return Elicit(f"{price}{_sends(leaving)}Go ahead?", Confirm)
+        return Confirm(go_ahead=not dear or (req.max_credits is not None and req.max_credits >= order.at_most))
 
     async def generate_image(
         req: GenerateImageArguments,
         ctx: Context[Any, Any],
-        order: Annotated[Order, Resolve(priced)],
-        confirm: Annotated[ElicitationResult[Confirm], Resolve(confirm_cost)],
+        order: Annotated[Order, Resolve(priced_order)],
+        confirmed: Annotated[ElicitationResult[Confirm], Resolve(confirm)],
     ) -> CallToolResult:
         """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. One call does all: it submits,
         waits, downloads, saves the files and answers with paths, URLs (valid 24 h), sizes and a small preview.
@@ -76,8 +80,9 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         generate_image again for the same picture. To edit, give image_urls. Ratios take a resolution tier; for
         certain pixels give size as WxH (compute_size tells them, and the price, free of charge).
         Show the user the file path and the markdown line."""
-        if not (isinstance(confirm, AcceptedElicitation) and confirm.data.go_ahead):
-            raise _unconfirmed(order.price, studio.budget.confirm_above, asked=_can_ask(ctx))
+        if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
+            raise _unconfirmed(order.at_most, studio.budget.confirm_above, asked=_can_ask(ctx))
+        agreed.update(_leaving(req))
         job = await studio.order(order)
         return await waiting.answer(job, req.wait_seconds, ctx, _notes(req), joined=job.joined)
 
@@ -99,17 +104,33 @@ def _notes(req: GenerateImageArguments) -> list[str]:
     return []
 
 
-def _unconfirmed(cost: Price, limit: float | None, *, asked: bool) -> OverBudget:
+def _leaving(req: GenerateImageArguments) -> set[tuple[str, str]]:
+    """The files of this machine that would be sent, each with the host that would be told of the result."""
+    if req.callback_url is None:
+        return set()
+    host = host_of(req.callback_url)
+    return {(source, host) for source in (*(req.image_urls or ()), req.mask_url or "") if is_file(source)}
+
+
+def _sends(leaving: set[tuple[str, str]]) -> str:
+    if not leaving:
+        return ""
+    files = " and ".join(quoted(source, 120) for source, _ in sorted(leaving))
+    (host,) = {host for _, host in leaving}
+    return f"It sends your file {files} to EvoLink, and tells {quoted(host, 120)} where the result is. "
+
+
+def _unconfirmed(at_most: float, limit: float | None, *, asked: bool) -> OverBudget:
     if asked:
         return OverBudget(
-            f"the user did not agree to spend {cost.credits:g} credits",
+            f"the user did not agree to this call, which may cost {costs.priced(at_most)}",
             code="not_confirmed",
             advice="Do not call again unless the user asks for it.",
         )
     return OverBudget(
-        f"the computed price is {cost.credits:g} credits (${cost.usd:g}), above {limit:g}: the user must agree first",
+        f"the computed price is at most {costs.priced(at_most)}, above {limit:g}: the user must agree first",
         code="confirmation_needed",
-        advice=f"Ask the user, then call again with max_credits={cost.credits:g}.",
+        advice=f"Ask the user, then call again with max_credits={at_most:g}.",
     )
 
 

@@ -10,6 +10,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel
 
+from evolink_mcp.api.costs import usd
 from evolink_mcp.api.request import Arguments
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
@@ -20,13 +21,20 @@ class GetBalanceArguments(Arguments):
     """get_balance takes nothing."""
 
 
+AMOUNTS = ("account_remaining", "account_used", "key_remaining", "key_used")
+
+
 class BalanceOut(BaseModel):
-    """What get_balance answers, in credits."""
+    """What get_balance answers, in credits, and as `..._usd` in US dollars."""
 
     account_remaining: float | None = None
+    account_remaining_usd: float | None = None
     account_used: float | None = None
+    account_used_usd: float | None = None
     key_remaining: float | None = None
+    key_remaining_usd: float | None = None
     key_used: float | None = None
+    key_used_usd: float | None = None
     key_unlimited: bool | None = None
     error: ErrorOut | None = None
 
@@ -36,8 +44,10 @@ def get_balance_tool(studio: Studio) -> Tool:
 
     async def get_balance(req: GetBalanceArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Credits left on the EvoLink account and key. Free of charge."""
-        out = BalanceOut.model_validate(asdict(await studio.balance()))
-        words = [f"{name.replace('_', ' ')}: {_amount(value)}" for name, value in out if name != "error"]
+        told = asdict(await studio.balance())
+        dollars = {f"{name}_usd": usd(told[name]) for name in AMOUNTS if told[name] is not None}
+        out = BalanceOut.model_validate(told | dollars)
+        words = [f"{name.replace('_', ' ')}: {_amount(told[name], dollars.get(f'{name}_usd'))}" for name in told]
         return result("Credits. " + ", ".join(words) + ".", out)
 
     return flat_tool(
@@ -45,5 +55,7 @@ def get_balance_tool(studio: Studio) -> Tool:
     )
 
 
-def _amount(value: object) -> str:
-    return "not told" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
+def _amount(value: object, dollars: float | None) -> str:
+    if dollars is not None:
+        return f"{value:g} (${dollars:g})"
+    return "not told" if value is None else str(value).lower()

@@ -12,7 +12,8 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel, Field, Strict
 
-from evolink_mcp.api.request import Arguments, OrNull, fold
+from evolink_mcp.api.costs import usd
+from evolink_mcp.api.request import WHOLE, Arguments, OrNull, fold
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
 from evolink_mcp.journal.entry import Entry
@@ -35,7 +36,7 @@ Status = Annotated[
 class ListTasksArguments(Arguments):
     """list_tasks."""
 
-    limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many.")] = 10
+    limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many."), WHOLE] = 10
     status: Annotated[Status | OrNull, Field(description="Only tasks of this status.")] = None
     since: Annotated[str | OrNull, Field(description="Only from this time on, ISO 8601; local without a zone.")] = None
     until: Annotated[str | OrNull, Field(description="Only up to this time.")] = None
@@ -55,6 +56,7 @@ class TaskList(BaseModel):
 
     tasks: list[dict[str, Any]] = Field([], description="as get_task answers them, newest first")
     credits_today: float | None = None
+    usd_today: float | None = None
     synced: bool | None = None
     error: ErrorOut | None = None
     notes: list[str] = []
@@ -66,9 +68,9 @@ def list_tasks_tool(studio: Studio) -> Tool:
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """What was bought with this server, newest first: pictures, paths, costs, and calls whose outcome is unknown.
         Use it to find a lost task id or file. Free of charge."""
-        studio.wake()
+        await studio.wake()
         elsewhere, problem = await studio.sync(req.limit) if req.sync else ([], None)
-        out, text = task_list(studio, req, elsewhere, problem)
+        out, text = await task_list(studio, req, elsewhere, problem)
         return result(text, out)
 
     return flat_tool(
@@ -76,7 +78,7 @@ def list_tasks_tool(studio: Studio) -> Tool:
     )
 
 
-def task_list(
+async def task_list(
     studio: Studio, req: ListTasksArguments, elsewhere: list[Task], problem: str | None
 ) -> tuple[TaskList, str]:
     """The journal's entries and the account's other tasks, newest first, as data and in words.
@@ -84,10 +86,10 @@ def task_list(
     `problem` is why the account's list could not be read, if so.
     """
     since, until = (instant(text) if text else None for text in (req.since, req.until))
-    entries = studio.journal.recent(req.limit, req.status, since, until)
-    outs = [task_out(entry, rule=studio.rule) for entry in entries]
+    entries = await studio.journal.recent(req.limit, req.status, since, until)
+    outs = [task_out(entry) for entry in entries]
     outs += [
-        task_out(Entry.bought_elsewhere(task, task.created or 0.0), rule=studio.rule)
+        task_out(Entry.bought_elsewhere(task, task.created or 0.0))
         for task in elsewhere
         if req.status in (None, task.status) and (since or 0) <= (task.created or 0) <= (until or math.inf)
     ]
@@ -99,14 +101,14 @@ def task_list(
     if left_out:
         last = outs[-1].created_at if outs else "an earlier time"
         notes.append(f"{left_out} more did not fit into one answer: call again with until={last} for older ones.")
-    spent = round(studio.journal.spent_since(start_of_day(studio.now())), 4)
-    lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g}."]
+    spent = round(await studio.journal.spent_since(start_of_day(studio.now())), 4)
+    lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g} (${usd(spent):g})."]
     for out in outs:
         lines += ["", task_text(out)]
     text = "\n".join([*lines, "", *(f"Note: {note}" for note in notes)]).rstrip()
     synced = None if not req.sync else problem is None
     tasks = [out.model_dump(mode="json") for out in outs]
-    return TaskList(tasks=tasks, credits_today=spent, synced=synced, notes=notes), text
+    return TaskList(tasks=tasks, credits_today=spent, usd_today=usd(spent), synced=synced, notes=notes), text
 
 
 def instant(text: str) -> float:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import base64
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mcp_types import ImageContent, ResourceLink
 
 from evolink_mcp.api.task import COMPLETED
-from evolink_mcp.pictures.inspect import in_picture_thread
-from evolink_mcp.pictures.previews import preview
+from evolink_mcp.pictures.child import in_child
+from evolink_mcp.pictures.inspect import NotAPicture
+from evolink_mcp.pictures.previews import edge_of, preview, remembered
 from evolink_mcp.tools.task_answer import TaskOut
 
 GALLERY_URI = "ui://evolink/gallery.html"
 # A tool's metadata by which a host shows the gallery with its answers. Some hosts still read the flat key.
 GALLERY_META: dict[str, Any] = {"ui": {"resourceUri": GALLERY_URI}, "ui/resourceUri": GALLERY_URI}
 
-# Longest edge in pixels by the number of pictures: many are shown smaller, so that all of them fit and none is late.
-EDGES = {1: 1024, 2: 768, 3: 768, 4: 640}
-EDGE_OF_MANY = 512
 PREVIEW_MIN_CHARS = 20_000
 
 
@@ -33,7 +30,7 @@ async def previews(out: TaskOut, longest_edge: int | None, answer_max: int) -> l
     saved = [image.path for image in out.images if image.path]
     if longest_edge == 0 or out.status != COMPLETED or not saved:
         return []
-    edge = longest_edge or EDGES.get(len(saved), EDGE_OF_MANY)
+    edge = edge_of(len(saved), longest_edge)
     room = answer_max - 3 * len(out.model_dump_json())
     blocks: list[ImageContent] = []
     for path in saved:
@@ -47,8 +44,11 @@ async def previews(out: TaskOut, longest_edge: int | None, answer_max: int) -> l
 
 async def picture_block(path: Path, edge: int, chars_max: int) -> ImageContent | None:
     """The picture at `path`, made small, within `chars_max` characters of base64; None when it cannot be shown."""
-    with suppress(OSError, ValueError, SyntaxError):
-        data = await in_picture_thread(partial(preview, path, edge, chars_max * 3 // 4))
+    budget = chars_max * 3 // 4
+    with suppress(OSError, NotAPicture):
+        data = remembered(path, edge)
+        if data is None or len(data) > budget:
+            data = await in_child("preview", preview, path, edge, budget)
         if data is not None:
             return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type="image/webp")
     return None

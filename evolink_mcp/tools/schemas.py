@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
 from evolink_mcp.errors import Problem
+from evolink_mcp.sanitize import harmless
 
 Schema = dict[str, Any]
+TOOL_NAMES = ("generate_image", "get_task", "compute_size", "view_image", "list_tasks", "get_balance")
+
+
+def tools_named(words: Iterable[str]) -> frozenset[str]:
+    """The tools with these names.
+
+    Raises:
+        ValueError: there is no such tool, or none is named.
+    """
+    names = frozenset(words)
+    if not names:
+        raise ValueError("it names no tool")
+    if strange := sorted(names - set(TOOL_NAMES)):
+        raise ValueError(f"there is no tool {harmless(strange[0], 60)}, only {', '.join(TOOL_NAMES)}")
+    return names
 
 
 def undescribed(schema: Schema) -> None:

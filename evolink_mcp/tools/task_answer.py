@@ -8,10 +8,12 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evolink_mcp.api import sizes
-from evolink_mcp.api.task import COMPLETED, FAILED
-from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, Problem, advice_for
+from evolink_mcp.api import costs, sizes
+from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
+from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, PictureUnusable, Problem, advice_for
 from evolink_mcp.journal.entry import ADOPTED, Entry, Picture, iso
+from evolink_mcp.sanitize import quoted
+from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
 TEXT_SHOWN = 200
@@ -74,17 +76,17 @@ class TaskOut(BaseModel):
     expected_size: Pixels | None = None
     charged: Charged = "unknown"
     credits: float | None = Field(default=None, description="charged by EvoLink")
+    usd: float | None = Field(default=None, description="credits in US dollars")
+    guess: bool = Field(default=False, description="the answer was lost; this task was found by time and price")
     error: ErrorOut | None = None
     next_action: NextAction | None = None
     notes: list[str] = []
 
 
-def task_out(
-    entry: Entry, *, rule: str, problem: Problem | None = None, joined: bool = False, running: bool = False
-) -> TaskOut:
+def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = False, running: bool = False) -> TaskOut:
     """Everything there is to say about an entry.
 
-    `rule` computes the expected size. `problem` is what stopped this very call. `joined`: the call took over what an
+    `problem` is what stopped this very call. `joined`: the call took over what an
     earlier one bought. `running`: its job goes on, so a request that was not sent yet may still be charged.
     """
     task = entry.task
@@ -92,6 +94,7 @@ def task_out(
     waiting = not entry.ended and failure is None
     on_its_way = running and entry.phase in ("intent", "sending")
     charged = "unknown" if on_its_way else entry.charged
+    credits = _credits(entry, charged)
     return TaskOut(
         task_id=entry.task_id,
         status=entry.status,
@@ -99,12 +102,14 @@ def task_out(
         created_at=iso(entry.created_at),
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
         images=[image_out(task.id, picture) for picture in entry.pictures] if task else [],
-        expected_size=_expected(entry, rule),
+        expected_size=_expected(entry),
         charged=charged,
-        credits=task.credits_used if task and task.status == COMPLETED else 0.0 if charged == "no" else None,
+        credits=credits,
+        usd=None if credits is None else costs.usd(credits),
+        guess=entry.guessed,
         error=error_out(failure) if failure else None,
         next_action=_next_action(entry, failure, charged) if waiting or failure else None,
-        notes=_notes(entry, rule, joined, on_its_way),
+        notes=_notes(entry, joined, on_its_way),
     )
 
 
@@ -147,12 +152,14 @@ def shortened(value: Any) -> Any:
 
 
 def _failure(entry: Entry) -> Problem | None:
-    if entry.error is not None and entry.error != ADOPTED:
+    if entry.error is not None and not entry.guessed:
         return entry.error
     task = entry.task
     if task is None or not task.settled or task.status == COMPLETED:
         if task and task.status == COMPLETED and entry.ended and not any(p.saved for p in entry.pictures):
             told = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
+            if any(picture.unusable for picture in entry.pictures):
+                return Problem(PictureUnusable.code, told, True, PictureUnusable.advice)
             if entry.pictures and all(picture.lost for picture in entry.pictures):
                 return Problem(LinkExpired.code, told, LinkExpired.retryable, LinkExpired.advice)
             return Problem(
@@ -161,30 +168,35 @@ def _failure(entry: Entry) -> Problem | None:
         return None
     code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
     advice = advice_for(code)
-    said = f"; EvoLink says: “{task.error.message}”" if task.error else ""
+    said = f"; EvoLink says: {quoted(task.error.message)}" if task.error else ""
     return Problem(code, f"{advice.meaning}{said}", advice.repeat, advice.todo)
 
 
-def _expected(entry: Entry, rule: str) -> Pixels | None:
-    if not entry.request:
-        return None
+def _expected(entry: Entry) -> Pixels | None:
     try:
-        size = sizes.resolve(entry.request.get("size", "auto"), entry.request.get("resolution", "1K"), rule).size
+        size = size_of(entry, entry.rule)
     except ValueError:
         return None
     return Pixels(width=size.width, height=size.height) if size else None
 
 
+def _credits(entry: Entry, charged: Charged) -> float | None:
+    if charged == "no":
+        return 0.0
+    task = entry.task
+    return task.credits_used if task and task.status == COMPLETED and not entry.guessed else None
+
+
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
     gone = failure is not None and (entry.status in (FAILED, "cancelled") or failure.code == LinkExpired.code)
-    if entry.task_id and not gone:
+    if is_task_id(entry.task_id) and not gone:
         return NextAction(tool="get_task", arguments={"task_id": entry.task_id})
     if charged == "unknown":
         return NextAction(tool="list_tasks", arguments={"sync": True})
     return None
 
 
-def _notes(entry: Entry, rule: str, joined: bool, on_its_way: bool) -> list[str]:
+def _notes(entry: Entry, joined: bool, on_its_way: bool) -> list[str]:
     notes: list[str] = []
     if joined and entry.phase == "unknown":
         notes.append("An earlier identical call has this unknown outcome; nothing was sent again. force_new=true buys.")
@@ -198,15 +210,13 @@ def _notes(entry: Entry, rule: str, joined: bool, on_its_way: bool) -> list[str]
     if task and task.status == COMPLETED and entry.pictures and len(entry.pictures) < asked:
         notes.append(f"Asked for {asked} pictures, {len(entry.pictures)} came; each is billed singly, "
                      "so only what came is charged.")  # fmt: skip
+    if task and task.links_left_out:
+        notes.append(f"EvoLink named {task.links_left_out} links more than the {LINKS_MAX} that were taken.")
     # A row of the account's list has no links by design; that is no fault.
     if task and task.status == COMPLETED and not task.results and entry.is_written:
         notes.append("EvoLink says the task is completed but names no picture. Do not buy it again at once: call "
                      "get_task later, or ask support@evolink.ai with this task id.")  # fmt: skip
-    wish = _expected(entry, rule)
-    odd = [p for p in entry.pictures if wish and p.saved and (p.width, p.height) != (wish.width, wish.height)]
-    if wish and odd:
-        notes.append(f"Computed {wish.width}×{wish.height} pixels (rule {rule}), got {odd[0].width}×{odd[0].height}. "
-                     "Give size as WxH to be certain, or set EVOLINK_SIZE_RULE.")  # fmt: skip
+    notes += _delivered_otherwise(entry)
     notes += [
         f"The file of picture {picture.index} was moved or deleted."
         for picture in entry.pictures
@@ -214,8 +224,37 @@ def _notes(entry: Entry, rule: str, joined: bool, on_its_way: bool) -> list[str]
     ]
     if on_its_way:
         notes.append("EvoLink has not answered to the request yet; it goes on in the background, and may be charged.")
-    if entry.error == ADOPTED:
+    if entry.guessed:
         notes.append(f"{ADOPTED.message}. {ADOPTED.advice}")
+    return notes
+
+
+def _delivered_otherwise(entry: Entry) -> list[str]:
+    """In what the delivered pictures differ from what was asked: none of it is an error."""
+    notes: list[str] = []
+    saved = [picture for picture in entry.pictures if picture.saved]
+    asked = entry.request
+    wish = _expected(entry)
+    odd = next((p for p in saved if wish and (p.width, p.height) != (wish.width, wish.height)), None)
+    if wish and odd:
+        told = f"Computed {wish.width}×{wish.height} pixels, got {odd.width}×{odd.height}"
+        certain = "Give size as WxH where the pixels must be certain."
+        if not sizes.takes_resolution(str(asked.get("size", "auto"))):
+            notes.append(f"{told}, although size named the pixels.")
+        elif shown_by(entry) is not None:
+            notes.append(f"{told}: EvoLink did not follow its {entry.rule} table. {certain}")
+        else:
+            notes.append(f"{told}, which is in neither of EvoLink's tables. {certain}")
+    wanted = asked.get("output_format")
+    types = sorted({picture.mime_type.removeprefix("image/") for picture in saved if picture.mime_type})
+    notes += [f"EvoLink delivered {kind}, although {wanted} was asked." for kind in types if wanted not in (None, kind)]
+    clear = [picture for picture in saved if picture.transparent is not None]
+    if asked.get("background") == "transparent" and saved:
+        if not clear:
+            notes.append("A transparent background was asked, but the picture has no transparency at all.")
+        elif any(picture.transparent == 0 for picture in clear):
+            notes.append("A transparent background was asked, but no pixel of the picture can be seen through.")
+    notes += [f"Picture {picture.index} is of one single colour." for picture in saved if picture.one_colour]
     return notes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from evolink_mcp.api.costs import priced
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, TaskOut, shortened
@@ -12,7 +13,7 @@ from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, TaskOut, shorten
 
 def task_text(out: TaskOut) -> str:
     """What happened, what it cost, what to do now; then every fact of `out`, one on a line."""
-    lines = [_headline(out), _money(out)]
+    lines = ["A guess: " * out.guess + _headline(out), _money(out)]
     if out.error is not None and out.error.advice:
         lines.append(out.error.advice)
     if out.next_action is not None:
@@ -52,9 +53,11 @@ def _fate(out: TaskOut) -> str:
 
 def _money(out: TaskOut) -> str:
     if out.charged == "yes":
-        return f"Charged: yes{f', {out.credits:g} credits' if out.credits is not None else ''}."
+        return f"Charged: yes{f', {priced(out.credits)}' if out.credits is not None else ''}."
     if out.charged == "no":
         return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
+    if out.guess:
+        return "Charged: unknown, because nobody can say whether this is the task of the call whose answer was lost."
     return "Charged: unknown yet." if out.error is None else "Charged: unknown."
 
 

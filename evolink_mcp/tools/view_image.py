@@ -10,7 +10,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import Field, Strict
 
-from evolink_mcp.api.request import IMAGES_MAX, Arguments, TaskId
+from evolink_mcp.api.request import IMAGES_MAX, WHOLE, Arguments, TaskId
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 from evolink_mcp.tools.adapter import READS, flat_tool, result
@@ -25,9 +25,9 @@ class ViewImageArguments(Arguments):
     """view_image."""
 
     task_id: TaskId
-    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0.")] = 0
+    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0."), WHOLE] = 0
     max_edge: Annotated[
-        int, Strict(), Field(ge=PREVIEW_EDGE_MIN, le=PREVIEW_EDGE_MAX, description="Longest edge in pixels.")
+        int, Strict(), Field(ge=PREVIEW_EDGE_MIN, le=PREVIEW_EDGE_MAX, description="Longest edge in pixels."), WHOLE
     ] = VIEW_EDGE
 
 
@@ -42,7 +42,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
         await follow(job, waiting.wait(host), ctx.report_progress)
         picture = next((p for p in job.entry.pictures if p.index == req.index), None)
         if picture is None or picture.path is None:
-            out = task_out(job.entry, rule=waiting.studio.rule, problem=job.problem)
+            out = task_out(job.entry, problem=job.problem)
             raise Refused(
                 f"there is no saved picture {req.index} of {req.task_id} (status {out.status}, {len(out.images)} pictures)",
                 code="no_such_picture",

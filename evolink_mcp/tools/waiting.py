@@ -18,6 +18,7 @@ from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.jobs import Job
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import result
+from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
 from evolink_mcp.tools.previews import links, previews
 from evolink_mcp.tools.task_answer import is_error, refusal, task_out
@@ -57,17 +58,40 @@ class Waiting:
     ) -> CallToolResult:
         """Wait for the job as long as this call may, then say how it stands; the job goes on, however the wait ends."""
         host = host_of(ctx)
-        with self.studio.attending(job):
+        async with self.studio.attending(job):
             await follow(job, self.wait(host, asked_s), ctx.report_progress)
             out = task_out(
-                job.entry, rule=self.studio.rule, problem=job.problem, joined=joined, running=not job.finished
+                job.entry,
+                problem=job.problem if job.finished else None,
+                joined=joined,
+                running=not job.finished,
             )
             out.notes[:0] = notes
+            if job.learned is not None:
+                out.notes.append(f"This account's pictures follow EvoLink's {job.learned} table: seen in this picture's "
+                                 "pixels, and computed by it from now on.")  # fmt: skip
+            if job.problem is not None and not job.finished:
+                out.notes.append(f"EvoLink is asked again, ever more slowly, because {job.problem.message}.")
             pictures = await previews(out, self.preview_edge, host.answer_max)
             more = links(out) if self.resource_links else []
             if job.finished and job.problem is None and job.entry.conclusive:
-                self.studio.deliver(job)
+                await self._hand_over(job, ctx)
         return result(task_text(out), out, *pictures, *more, is_error=is_error(out))
+
+    async def _hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
+        """The job's result is about to be sent. Only an answer that was written counts as delivered."""
+        delivery = delivery_of(ctx)
+        if delivery is None:
+            await self.studio.deliver(job)
+            return
+        self.studio.attend(job)  # until the answer has left
+
+        async def settled(arrived: bool) -> None:
+            if arrived:
+                await self.studio.deliver(job)
+            await self.studio.depart(job)
+
+        delivery.when_settled(settled)
 
     def wait(self, host: Host, asked_s: float | None = None) -> float:
         """Seconds: what the caller asks, but never beyond the host's limit; else the owner's setting; else the host's."""

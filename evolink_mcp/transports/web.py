@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import signal
-import sys
-from collections.abc import Generator
+import socket
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import anyio
 import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
-from evolink_mcp.api.urls import is_loopback
+from evolink_mcp.transports.auth import Tokens
+from evolink_mcp.transports.calls import Calls
+from evolink_mcp.transports.door import LOOPBACK_NAMES, Door, Impatient, accepted_at_once
+from evolink_mcp.transports.signals import on_stop_signal
 
 log = logging.getLogger(__name__)
 
@@ -22,62 +24,103 @@ REQUEST_MAX_BYTES = 512 << 10
 LEAVE_WITHIN_S = 0.3
 
 
-def web_app(server: MCPServer[Any], transport: str, host: str) -> Any:
+def door(app: Any, names: Sequence[str] = (), tokens: Tokens | None = None) -> Any:
+    """`app` behind its door: it answers to the names of this machine and to `names`, and to who has a token, if any."""
+    return Door(app, names, REQUEST_MAX_BYTES, tokens)
+
+
+def web_app(server: MCPServer[Any], transport: str, host: str, names: Sequence[str] = ()) -> Any:
     """The ASGI app that speaks `transport` ("http": streamable HTTP at /mcp, "sse": SSE at /sse) for `server`.
 
-    `host` is the address it will be bound to: a loopback address answers only requests that name this machine.
+    `host` is the address it will be bound to. It stands behind a `door`, which has the same `names`.
     """
-    guard = _guard(host)
+    names = [name.lower() for name in names]
+    guard = _guard([*LOOPBACK_NAMES, *names])
+    # One byte more than the door lets through, so that it is the door that says what was too much.
+    limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":
-        return server.sse_app(max_request_body_size=REQUEST_MAX_BYTES, transport_security=guard, host=host)
-    return server.streamable_http_app(
-        stateless_http=True, json_response=False, max_request_body_size=REQUEST_MAX_BYTES,
-        transport_security=guard, host=host,
-    )  # fmt: skip
+        return server.sse_app(max_request_body_size=limit, transport_security=guard, host=host)
+    app = server.streamable_http_app(
+        stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=guard, host=host
+    )
+    return Calls(app)
 
 
-async def serve_app(app: Any, host: str, port: int) -> int:
-    """Serve an ASGI app until SIGINT or SIGTERM. Returns the exit code: 1 if the port cannot be opened."""
+async def serve_app(
+    app: Any,
+    host: str,
+    port: int,
+    leaving: Callable[[int], None] = lambda code: None,
+    ready: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve an ASGI app until SIGINT or SIGTERM. Returns the exit code: 1 if the port cannot be opened.
+
+    `ready()` is called when the port is open, `leaving(code)` when the end has begun.
+    """
     server = _Server(
         # uvicorn's type says int, its code compares floats.
-        uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=LEAVE_WITHIN_S)  # pyright: ignore[reportArgumentType]
-    )
+        uvicorn.Config(
+            app, host=host, port=port, log_level="warning", http=Impatient, ws="none",
+            timeout_graceful_shutdown=LEAVE_WITHIN_S,  # pyright: ignore[reportArgumentType]
+            backlog=accepted_at_once(),
+        ),
+        ready,
+    )  # fmt: skip
     code = 0
-    async with anyio.create_task_group() as group:
 
-        async def stop_on_signal() -> None:
-            nonlocal code
-            watched = (signal.SIGINT,) if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM)
-            with anyio.open_signal_receiver(*watched) as signals:
-                async for number in signals:
-                    code = 128 + number
-                    # Everything paid is in the journal. uvicorn would print a traceback for every open stream.
-                    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-                    server.should_exit = True
+    def stop(exit_code: int) -> None:
+        nonlocal code
+        code = exit_code
+        leaving(code)
+        # Everything paid is in the journal. uvicorn would print a traceback for every open stream.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        server.should_exit = True
 
-        group.start_soon(stop_on_signal)
+    asyncio.get_running_loop().set_exception_handler(_once_out_of_descriptors())
+    with on_stop_signal(stop):
         try:
             await server.serve()
         except SystemExit:
             code = 1
-        group.cancel_scope.cancel()
     return code if server.started else 1
 
 
-def _guard(host: str) -> TransportSecuritySettings:
-    """Allow only this machine's names as Host and Origin; a server opened to others on purpose is guarded elsewhere."""
-    if not is_loopback(host):
-        log.warning("serving %s without authentication: everyone who reaches it spends your credits", host)
-        return TransportSecuritySettings(enable_dns_rebinding_protection=False)
-    names = ("127.0.0.1", "localhost", "[::1]")
+def _once_out_of_descriptors() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """asyncio prints a traceback for each connection that it has no descriptor for: say that once instead."""
+    said = False
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said
+        if "out of system resource" not in context.get("message", ""):
+            loop.default_exception_handler(context)
+        elif not said:
+            said = True
+            log.error("out of file descriptors: new connections wait (said once); allow more, for example by ulimit -n")
+
+    return handle
+
+
+def _guard(names: Sequence[str]) -> TransportSecuritySettings:
+    """The SDK's own check of Host and Origin, behind that of the door."""
     return TransportSecuritySettings(
         enable_dns_rebinding_protection=True,
-        allowed_hosts=[f"{name}:*" for name in names],
-        allowed_origins=[f"http://{name}:*" for name in names],
+        allowed_hosts=[*names, *(f"{name}:*" for name in names)],
+        allowed_origins=[
+            f"{scheme}://{name}{port}" for scheme in ("http", "https") for name in names for port in ("", ":*")
+        ],
     )
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         """Leave signals to `serve_app`: uvicorn would raise them again before the studio is closed."""

@@ -87,3 +87,102 @@ async def test_a_name_that_leads_inside_is_not_connected_to(names: dict[str, lis
         with pytest.raises(httpx.ConnectError, match="is not a public address"):
             await client.get("https://files.example.net/a.png")
     assert wire.requests == []
+
+
+@pytest.mark.parametrize(
+    ("addresses", "public"),
+    [
+        pytest.param(["64:ff9b::5db8:d822"], True, id="an IPv4 address behind DNS64"),
+        pytest.param(["64:ff9b::5db8:d822", V4], True, id="both"),
+        pytest.param(["64:ff9b::a00:7"], False, id="an inside address behind DNS64"),
+        pytest.param(["64:ff9b::7f00:1"], False, id="this machine behind DNS64"),
+        pytest.param(["64:ff9b:1::5db8:d822"], False, id="a local-use prefix"),
+    ],
+)
+async def test_an_address_behind_dns64_is_judged_by_what_it_stands_for(
+    names: dict[str, list[str]], addresses: list[str], public: bool
+) -> None:
+    names["files.example.net"] = addresses
+    wire = Wire()
+    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+        if public:
+            await client.get("https://files.example.net/1.png")
+        else:
+            with pytest.raises(httpx.ConnectError):
+                await client.get("https://files.example.net/1.png")
+    assert len(wire.requests) == int(public)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "through"),
+    [
+        pytest.param({"HTTPS_PROXY": "http://proxy:3128"}, "http://proxy:3128", id="HTTPS_PROXY"),
+        pytest.param({"ALL_PROXY": "socks5://proxy:1080"}, "socks5://proxy:1080", id="ALL_PROXY"),
+        pytest.param({"HTTP_PROXY": "http://proxy:3128"}, None, id="for http only"),
+        pytest.param({"NO_PROXY": "*"}, None, id="NO_PROXY alone"),
+        pytest.param({"npm_config_https_proxy": "http://proxy:3128"}, None, id="npm's"),
+        pytest.param({"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "example.net"}, None, id="exempted"),
+    ],
+)
+async def test_the_check_is_decided_for_each_url(
+    names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, no_proxies: None, variables: dict[str, str],
+    through: str | None,
+) -> None:  # fmt: skip
+    """An address inside the network is not connected to unless a proxy is what connects."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    names["files.example.net"] = [INSIDE]
+    used: list[str] = []
+    wire, behind = Wire(), Wire()
+
+    def proxied(proxy: str) -> httpx.AsyncBaseTransport:
+        used.append(proxy)
+        return behind
+
+    async with httpx.AsyncClient(transport=CheckedAddress(wire, proxied)) as client:
+        if through is None:
+            with pytest.raises(httpx.ConnectError):
+                await client.get("https://files.example.net/1.png")
+        else:
+            await client.get("https://files.example.net/1.png")
+    assert (used, len(behind.requests), wire.requests) == (
+        [through] * (through is not None),
+        int(through is not None),
+        [],
+    )
+    assert wire.closed
+
+
+async def test_the_key_does_not_go_through_a_proxy_in_clear(monkeypatch: pytest.MonkeyPatch, no_proxies: None) -> None:
+    """An EvoLink on this machine is spoken to without TLS: HTTP_PROXY must not see that."""
+    from pydantic import SecretStr
+
+    from evolink_mcp.api.client import EvolinkClient
+    from evolink_mcp.errors import EvolinkError
+
+    heard: list[bytes] = []
+
+    async def proxy(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            heard.append(await stream.receive())
+
+    with anyio.fail_after(20):
+        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        async with listener, anyio.create_task_group() as group:
+            group.start_soon(listener.serve, proxy)
+            async with EvolinkClient(SecretStr("sk-0123456789"), base_url="http://127.0.0.1:9") as client:
+                with pytest.raises(EvolinkError):
+                    await client.balance()
+            group.cancel_scope.cancel()
+    assert heard == []

@@ -66,6 +66,6 @@ def test_a_balance_beyond_reason_is_not_told(value: str) -> None:
     ],
 )
 def test_a_list_is_read_in_every_shape_and_odd_rows_are_left_out(wrap: Any) -> None:
-    rows = [{"id": ID, "created_at": 1_757_000_000}, 7, None, {"id": 9}, {}, [ID]]
+    rows = [{"id": ID, "created_at": 1_757_000_000}, 7, None, {"id": [9]}, {"id": "two words"}, {}, [ID]]
     assert [task.id for task in read_tasks(wrap(rows))] == [ID]
     assert list(read_tasks(wrap([]))) == []

@@ -18,14 +18,16 @@ from typing import Any
 import anyio
 import pytest
 import uvicorn
+from blocking import BlockingJournal
 from conftest import poor_environment
 
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
 from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed_command
-from evolink_mcp.cli.settings import EXAMPLE_KEY
+from evolink_mcp.cli.values import EXAMPLE_KEY
 from evolink_mcp.journal.entry import Entry, new_key
-from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
+from evolink_mcp.journal.file import FILE_NAME
+from evolink_mcp.journal.sqlite import read_entries
 from evolink_mcp.simulator.app import Simulator
 
 KEY = "sk-canary-0123456789abcdef"
@@ -201,7 +203,7 @@ async def test_an_allowed_folder_that_is_not_there_is_told(tmp_path: Path) -> No
 
 
 def test_the_journal_is_counted(tmp_path: Path) -> None:
-    book = SqliteJournal(tmp_path)
+    book = BlockingJournal(tmp_path)
     for phase in ("refused", "intent", "unknown"):
         book.intend(Entry(key=new_key(), owner=book.owner, phase=phase, created_at=1.0))
     book.close()
@@ -216,6 +218,22 @@ def test_a_damaged_journal_is_told_and_left_where_it_is(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"these are not the bytes of a database")
     (found,) = doctor.journal(tmp_path)
     assert (found.verdict, [path.name for path in tmp_path.iterdir()]) == ("broken", [FILE_NAME])
+
+
+def test_reading_the_journal_changes_no_byte_of_it(tmp_path: Path) -> None:
+    """Also while a server has it open, and what that one has written last is read."""
+    book = BlockingJournal(tmp_path)
+    book.intend(Entry(key=new_key(), owner=book.owner, phase="refused", created_at=1.0))
+
+    def bytes_of_all() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = bytes_of_all()
+    (found,) = doctor.journal(tmp_path)
+    assert [entry.phase for entry in read_entries(tmp_path, 5)] == ["refused"]
+    assert "1 entr" in found.words
+    assert bytes_of_all() == before
+    book.close()
 
 
 def test_a_journal_that_was_set_aside_is_told(tmp_path: Path) -> None:

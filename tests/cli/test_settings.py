@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evolink_mcp.cli.settings import VARIABLES, BadSetting, Settings, unknown_variables
+from evolink_mcp.cli.settings import VARIABLES, Settings, unknown_variables
+from evolink_mcp.cli.values import BadSetting
 
 KEY = "sk-canary-0123456789abcdef"
 
@@ -63,8 +64,29 @@ def test_folders_are_understood_as_people_and_bundles_write_them(home: Path, wri
     assert settings(EVOLINK_MCP_OUTPUT_DIR=written).folders.output == home / meant
 
 
-def test_a_relative_folder_is_made_absolute(home: Path) -> None:
-    assert settings(EVOLINK_MCP_DATA_DIR="journal").data_dir == home.parent / "work" / "journal"
+@pytest.mark.parametrize("name", ["EVOLINK_MCP_DATA_DIR", "EVOLINK_MCP_OUTPUT_DIR", "EVOLINK_MCP_ALLOWED_DIRS"])
+@pytest.mark.parametrize("value", ["journal", "./journal", "../journal", '"journal"'])
+def test_a_relative_folder_is_refused(home: Path, name: str, value: str) -> None:
+    """What it means would depend on where the host starts the server."""
+    with pytest.raises(BadSetting, match=f"{name} must be an absolute path"):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_quotes_around_a_value_are_taken_off(home: Path, quote: str) -> None:
+    folder = f"{quote}{home}/pictures{quote}"
+    read = settings(EVOLINK_MCP_OUTPUT_DIR=folder, EVOLINK_MCP_WAIT_SECONDS=f"{quote}7{quote}",
+                    EVOLINK_MCP_ALLOWED_DIRS=f"{quote}{home}/a b{quote}{os.pathsep}{home}/c")  # fmt: skip
+    assert read.folders.output == home / "pictures"
+    assert set(read.folders.allowed) >= {home / "a b", home / "c"}
+    assert read.wait_s == 7
+
+
+def test_folders_separated_by_commas_are_refused_unless_there_is_such_a_folder(home: Path) -> None:
+    with pytest.raises(BadSetting, match="separates its folders by"):
+        settings(EVOLINK_MCP_ALLOWED_DIRS=f"{home}/a,{home}/b")
+    (home / "a,b").mkdir()
+    assert home / "a,b" in settings(EVOLINK_MCP_ALLOWED_DIRS=f"{home}/a,b").folders.allowed
 
 
 @pytest.mark.parametrize(

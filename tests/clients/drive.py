@@ -39,6 +39,7 @@ class Client:
     modes: tuple[str, ...] = ("",)
     transports: tuple[str, ...] = TRANSPORTS
     not_there: tuple[tuple[str, str], ...] = ()  # (mode, transport) that make no sense
+    gives_up: bool = False  # whether its script also makes a call that gives up after three seconds
 
 
 PYTHON_CLIENTS = (
@@ -48,13 +49,13 @@ PYTHON_CLIENTS = (
     Client("fastmcp 4", ("fastmcp-slim[client]==4.2.1",), "fastmcp_client.py"),
     Client("fastmcp 2", ("fastmcp==2.14.7",), "fastmcp_client.py"),
     Client("fastmcp tasks", ("fastmcp-tasks==4.1.2",), "fastmcp_tasks_client.py", transports=("stdio", "http")),
-    Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),)),
+    Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),), gives_up=True),
     Client("mcp 1.30", ("mcp==1.30.0",), "mcp1.py"),
     Client("mcp 1.9", ("mcp==1.9.4", "pydantic<2.11"), "mcp1.py"),
 )
 NODE_CLIENTS = (
-    Client("typescript sdk 1", (), "sdk1.mjs"),
-    Client("typescript client 2", (), "client2.mjs", ("legacy", "auto"), not_there=(("auto", "sse"),)),
+    Client("typescript sdk 1", (), "sdk1.mjs", gives_up=True),
+    Client("typescript client 2", (), "client2.mjs", ("legacy", "auto"), not_there=(("auto", "sse"),), gives_up=True),
 )
 
 
@@ -150,6 +151,8 @@ class Drive:
     def _leg(self, client: Client, command: list[str], mode: str, transport: str) -> None:
         name = f"{client.name} {mode}".strip()
         target = {**self.stage.target(transport), "mode": mode, "prompt": self._prompt(name, transport)}
+        if client.gives_up:
+            target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
         try:
             told = subprocess.run(
                 [*command, json.dumps(target)], env=self.stage.client_env(), cwd=self.stage.home,
@@ -183,6 +186,9 @@ class Drive:
         shown = image.get("progress")
         if shown is not None and (not shown or shown != sorted(set(shown)) or shown[-1] != 100):
             yield f"progress went {shown}"
+        again = seen.get("again")
+        if again is not None and not (again["gaveUp"] and _says(again, "earlier identical call", "completed")):
+            yield f"the same call after giving up was answered {again}"
         if bad["error"] is False or not _says(bad, "promt: unknown argument; did you mean prompt?"):
             yield f"the bad call was answered {bad}"
 
@@ -195,8 +201,8 @@ class Drive:
         odd = "" if bought == sorted(self.prompts) else f"asked for {sorted(self.prompts)}, bought {bought}"
         self.score.tell("one journal for all: each picture bought once", odd, f"{len(bought)} pictures")
 
-    def _prompt(self, name: str, transport: str) -> str:
-        prompt = f"A lighthouse for {name} over {transport}"
+    def _prompt(self, name: str, transport: str, order: str = "") -> str:
+        prompt = f"{order}A lighthouse for {name} over {transport}"
         with self._turn:
             self.prompts.append(prompt)
         return prompt

@@ -18,7 +18,7 @@ import anyio
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
-BUNDLE_MAX_BYTES = 300_000
+BUNDLE_MAX_BYTES = 500_000
 # What a machine may need for uv to reach its package index; a server gets nothing of it to work with.
 INDEX = ("UV_CACHE_DIR", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "UV_PYTHON", "SSL_CERT_FILE", "HTTPS_PROXY")
 MANIFEST = json.loads((Path(__file__).parents[2] / "manifest.json").read_text(encoding="utf-8"))

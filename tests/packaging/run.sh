@@ -28,6 +28,11 @@ say "the wheel in an empty environment"
 (cd / && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" --version && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" doctor | tail -1)
 "$python" "$here/drive.py" "$WORK/empty/bin/evolink-mcp"
 
+say "the wheel with the oldest versions that pyproject.toml allows"
+"$python" -m venv "$WORK/oldest"
+"$WORK/tools/bin/uv" pip install -q --python "$WORK/oldest/bin/python" --resolution lowest-direct "$WORK"/dist/*.whl
+"$python" "$here/drive.py" "$WORK/oldest/bin/evolink-mcp"
+
 say "what the source distribution holds passes its own packaging tests"
 mkdir "$WORK/source" && tar xzf "$WORK"/dist/*.tar.gz -C "$WORK/source" --strip-components 1
 (cd "$WORK/source" && "$python" -m pytest -q -p no:cacheprovider tests/packaging/test_packaging.py | tail -1)

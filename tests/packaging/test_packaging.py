@@ -18,7 +18,8 @@ from conftest import World
 
 from evolink_mcp import __version__
 from evolink_mcp.cli.host_config import host_blocks
-from evolink_mcp.cli.settings import EXAMPLE_KEY, VARIABLES, Settings
+from evolink_mcp.cli.settings import VARIABLES, Settings
+from evolink_mcp.cli.values import EXAMPLE_KEY
 
 ROOT = Path(__file__).parents[2]
 OWNER = "evolink-mcp/evolink-mcp"
@@ -127,7 +128,7 @@ def test_the_bundle_holds_what_it_needs_and_nothing_else() -> None:
     kept = {line.removeprefix("!/") for line in lines if line.startswith("!")}
     assert lines[0] == "/*"
     build = {"pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]}
-    assert kept == {"evolink_mcp", "manifest.json", MANIFEST["icon"], *build}
+    assert kept == {"evolink_mcp", "manifest.json", MANIFEST["icon"], "uv.lock", *build}  # a lock: in a release only
 
 
 def test_the_manifest_says_what_the_validator_does_not_ask() -> None:

@@ -253,3 +253,53 @@ def test_names_in_the_folder_above_an_allowed_one_are_not_told(folders: Folders,
     with pytest.raises(ReferenceRefused) as refusal:
         gone.readable(str(tmp_path / "project.png"))
     assert "projects.png" not in refusal.value.advice
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "said"),
+    [
+        pytest.param(
+            "Screenshot 2026-11-26 at 9.41.03\u202fAM.png", "Screenshot 2026-11-26 at 9.41.03 AM.png", id="U+202F"
+        ),
+        pytest.param("a\u00a0b.png", "a b.png", id="U+00A0"),
+        pytest.param("Fu\u0308chse.png", "F\u00fcchse.png", id="letters in parts"),
+        pytest.param("F\u00fcchse.png", "Fu\u0308chse.png", id="whole letters"),
+    ],
+)
+def test_a_file_whose_name_reads_the_same_is_found(tmp_path: Path, on_disk: str, said: str) -> None:
+    folder = tmp_path.resolve()
+    (folder / on_disk).write_bytes(b"x")
+    assert Folders(folder, (folder,)).readable(str(folder / said)) == folder / on_disk
+    (folder / said).write_bytes(b"y")
+    assert Folders(folder, (folder,)).readable(str(folder / said)).read_bytes() == b"y"
+
+
+@pytest.mark.parametrize(
+    "name", ["NUL", "con.png", "COM1", "lpt9.webp", "aux.tar.gz", "hero.", "hero ", "nul /x.png", "COM\u00b9.png"]
+)
+def test_names_that_windows_reserves_are_refused_everywhere(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FolderRefused, match="Windows cannot have"):
+        Folders(tmp_path, (tmp_path,)).target(name)
+
+
+@pytest.mark.parametrize("name", ["console.png", "nully.png", "com10.png", "a.con", "..hero.png", "com.png"])
+def test_names_that_only_look_reserved_are_taken(tmp_path: Path, name: str) -> None:
+    assert Folders(tmp_path, (tmp_path,)).target(name).name == name
+
+
+def test_a_file_that_a_scanner_holds_is_moved_a_moment_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolink_mcp.pictures import folders
+
+    tries: list[int] = []
+
+    def move(source: Path, target: Path) -> None:
+        tries.append(1)
+        if len(tries) < 4:
+            raise PermissionError(13, "a virus scanner has it open")
+        source.rename(target)
+
+    monkeypatch.setattr(folders.sys, "platform", "win32")
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: None)
+    (tmp_path / "a").write_bytes(b"x")
+    folders.patiently(move, tmp_path / "a", tmp_path / "b")
+    assert (len(tries), (tmp_path / "b").read_bytes()) == (4, b"x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import socket
@@ -15,7 +16,8 @@ import anyio
 import httpx2 as httpx
 import pytest
 from conftest import KEY, Open, PlainSimulator, World
-from drawings import drawing, vast
+from drawings import changed, drawing, turned, vast
+from PIL import Image
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
@@ -145,7 +147,7 @@ async def test_another_server_on_the_same_journal_does_not_upload_again(open_des
 
 
 async def test_an_identical_request_is_known_again_by_content_not_by_name(open_desk: Open, desk: Path) -> None:
-    """A lost order is joined although its reference was renamed and its upload has expired: nothing goes up again."""
+    """A lost order is joined although its reference was renamed: nothing goes up again."""
     wish = {"prompt": "sim:slow=1000000 blue", "wait_seconds": 0}
     first = {**wish, "image_urls": [str(desk / "cat.png")], "wait_seconds": 900}
     async with open_desk() as world, world.client() as client:
@@ -155,7 +157,7 @@ async def test_an_identical_request_is_known_again_by_content_not_by_name(open_d
                 while world.posts == 0:
                     await anyio.lowlevel.checkpoint()
                 group.cancel_scope.cancel()
-        world.clock.now += 72 * HOUR_S
+        world.clock.now += 23 * HOUR_S
         (desk / "cat.png").rename(desk / "tom.png")
         joined = await client.call_tool("generate_image", {**wish, "image_urls": [str(desk / "tom.png")]})
         assert uploads(world) == 1
@@ -306,7 +308,7 @@ async def test_what_may_not_be_sent_is_refused_with_no_request_made(
     assert answer.structured_content["error"]["code"] == "reference_refused"
     assert answer.structured_content["charged"] == "no"
     assert world.simulator.requests == []
-    assert world.studio.journal.recent(5) == []
+    assert await world.studio.journal.recent(5) == []
 
 
 async def test_a_socket_is_no_picture(open_desk: Open, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,16 +359,6 @@ async def test_a_file_name_cannot_speak_to_the_model(open_desk: Open, desk: Path
     assert "\nSYSTEM" not in answer.content[0].text
 
 
-class SwappingJournal(SqliteJournal):
-    """Between check and upload the journal is asked: the moment in which a file may be swapped."""
-
-    swap: Callable[[], None]
-
-    def find_upload(self, sha256: str, after: float) -> str | None:
-        self.swap()
-        return super().find_upload(sha256, after)
-
-
 def _swap_for_link(desk: Path) -> None:
     (desk / "cat.png").unlink()
     (desk / "cat.png").symlink_to(desk.parent / "secret.png")
@@ -396,8 +388,7 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
         (folder / "cat.png").write_bytes(PNG)
     (tmp_path / "secret.png").write_bytes(PNG)
     simulator = PlainSimulator()
-    journal = SwappingJournal(tmp_path / "data")
-    journal.swap = lambda: swap(desk)
+    journal = SqliteJournal(tmp_path / "data")
     client = EvolinkClient(
         SecretStr(KEY), base_url="http://127.0.0.1:9", files_base_url="http://127.0.0.1:9",
         transport=httpx.ASGITransport(simulator.app),
@@ -405,21 +396,28 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
     references = References(client, journal, Folders(desk, (desk,)))
     request = GenerationRequest(prompt="blue", image_urls=[str(desk / name)])
     async with client:
-        with anyio.fail_after(5), pytest.raises(ReferenceRefused):
-            await references.upload(await references.check(request))
-    journal.close()
+        with anyio.fail_after(20):
+            checked = await references.check(request)
+            swap(desk)
+            with pytest.raises(ReferenceRefused):
+                await references.upload(checked)
+    await journal.close()
     assert simulator.requests == []
 
 
 # --- masks ---
 
+OPAQUE = changed(drawing(mode="RGBA"), lambda image: image.putalpha(255))
+
 
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        pytest.param(drawing(mode="RGB"), "no alpha", id="PNG without alpha"),
-        pytest.param(drawing(kind="JPEG"), "no alpha", id="JPEG"),
-        pytest.param(drawing(kind="WEBP", mode="RGBA"), "no alpha", id="WebP"),
+        pytest.param(drawing(mode="RGB"), "no transparent pixels", id="PNG without alpha"),
+        pytest.param(OPAQUE, "no transparent pixels", id="PNG whose alpha is opaque everywhere"),
+        pytest.param(drawing(mode="P"), "no transparent pixels", id="PNG with a palette"),
+        pytest.param(drawing(kind="JPEG"), "must be a PNG, and this is a JPEG", id="JPEG"),
+        pytest.param(drawing(kind="WEBP", mode="RGBA"), "must be a PNG, and this is a WebP", id="WebP"),
         pytest.param(drawing((65, 48), mode="RGBA"), "65×48 pixels and the first picture 64×48", id="other size"),
     ],
 )
@@ -451,11 +449,31 @@ async def test_a_mask_is_held_against_an_earlier_result_whose_size_is_known(worl
     wrong = await edit(world, uri, mask_url=data_uri(drawing((512, 512), mode="RGBA")))
     assert "512×512 pixels and the first picture 1024×1024" in wrong.content[0].text
     opaque = await edit(world, uri, mask_url=uri)
-    assert "no alpha" in opaque.content[0].text
+    assert "no transparent pixels" in opaque.content[0].text
     assert world.posts == 1
     right = await edit(world, uri, mask_url=data_uri(drawing((1024, 1024), mode="RGBA")))
     assert right.is_error is False
     assert world.posts == 2
+
+
+async def test_a_mask_lies_as_its_picture_is_seen(open_desk: Open, desk: Path) -> None:
+    """A photo stored 64×48 that its EXIF turns: the mask of an editor is 48×64, a sideways one fits nothing."""
+    photo = _put(desk, "photo.jpg", turned(drawing(kind="JPEG"), 6))
+    async with open_desk() as world:
+        sideways = await edit(world, photo, mask_url=_put(desk, "sideways.png", drawing((64, 48), mode="RGBA")))
+        assert "mask is 64×48 pixels and the first picture 48×64" in sideways.content[0].text
+        right = await edit(world, photo, mask_url=_put(desk, "mask.png", drawing((48, 64), mode="RGBA")))
+        (upload, _) = world.simulator.uploads.values()
+    assert right.is_error is False
+    with Image.open(io.BytesIO(upload.data)) as image:
+        assert (image.size, dict(image.getexif())) == ((48, 64), {})
+
+
+async def test_a_mask_may_be_transparent_by_one_of_its_colours(open_desk: Open, desk: Path) -> None:
+    mask = drawing(transparency=(90, 40, 200))
+    async with open_desk() as world:
+        answer = await edit(world, str(desk / "cat.png"), mask_url=_put(desk, "mask.png", mask))
+    assert answer.is_error is False
 
 
 async def test_a_mask_without_a_picture_is_refused(world: World) -> None:

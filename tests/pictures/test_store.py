@@ -254,6 +254,24 @@ async def test_what_a_killed_server_left_is_cleared_away_and_what_another_writes
     assert everything(tmp_path) == [".evolink-new.part", "a.png", "my.part"]
 
 
+async def test_a_picture_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[str, int]] = []
+
+    def noting(name: str, act: Any, inode: Any) -> None:
+        def noted(*args: Any, **more: Any) -> Any:
+            steps.append((name, inode(args[0])))
+            return act(*args, **more)
+
+        monkeypatch.setattr(os, name, noted)
+
+    noting("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
+    noting("link", os.link, lambda path: os.stat(path).st_ino)
+    kept = await keep(served(drawing()), tmp_path / "fox")
+    inode = Path(kept.path).stat().st_ino
+    assert steps[:2] == [("fsync", inode), ("link", inode)]
+    assert [name for name, _ in steps[2:]] == ["fsync"]  # the folder
+
+
 async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FolderRefused) as refusal:
@@ -319,3 +337,69 @@ def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", loaded)
     with pytest.raises(NotAPicture, match="60000×60000"):
         examine(io.BytesIO(vast(60_000, 60_000)))
+
+
+# --- files that order work -----------------------------------------------------------------------------------
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG of the largest size whose last scan, of some twenty bytes, is repeated."""
+    plain = drawing((2880, 2880), kind="JPEG", progressive=True, quality=50)
+    start = plain.rindex(b"\xff\xda")
+    return plain[:-2] + plain[start:-2] * count + b"\xff\xd9"
+
+
+def segments(count: int) -> bytes:
+    plain = drawing(kind="JPEG")
+    return plain[:2] + b"\xff\xe1\x00\x02" * count + plain[2:]
+
+
+def empty_chunks(count: int) -> bytes:
+    plain = drawing()
+    return plain[:33] + b"\x00\x00\x00\x00teXt\x00\x00\x00\x00" * count + plain[33:]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(lambda: scans(3_600), "scans", id="a scan repeated"),
+        pytest.param(lambda: segments(300_000), "segments", id="empty segments"),
+        pytest.param(lambda: empty_chunks(800_000), "chunks", id="empty chunks"),
+        pytest.param(lambda: drawing()[:-12], "end is missing", id="a PNG without its end"),
+        pytest.param(lambda: drawing(kind="JPEG")[:-2], "end is missing", id="a JPEG without its end"),
+        pytest.param(lambda: drawing(kind="WEBP")[:-40], "end is missing", id="a WebP without its end"),
+        pytest.param(lambda: b"\xff\xd8\xff" + b"\xff" * 100, "end is missing", id="nothing but filling"),
+    ],
+)
+async def test_a_file_that_orders_work_is_refused_before_a_decoder_sees_it(
+    content: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a decoder was called")
+
+    data = content()
+    monkeypatch.setattr(Image, "open", decode)
+    with pytest.raises(NotAPicture, match=said):
+        examine(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+async def test_honest_pictures_pass(kind: str) -> None:
+    for more in ({}, {"progressive": True} if kind == "JPEG" else {}):
+        assert examine(io.BytesIO(drawing((640, 480), kind=kind, **more))).width == 640
+    if kind == "JPEG":
+        assert examine(io.BytesIO(scans(20))).width == 2880
+
+
+async def test_what_was_refused_is_not_fetched_again_by_itself(open_world: Open) -> None:
+    """Not by the next server; but somebody who asks for it by its id may try once more."""
+    async with open_world() as world:
+        answer = await buy(world, "sim:fast sim:not-a-picture a fox")
+        simulator, clock = world.simulator, world.clock
+    fetched = sum(request.path.startswith("/pictures/") for request in simulator.requests)
+    assert answer.structured_content["error"]["code"] == "picture_unusable"
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        await client.call_tool("list_tasks", {})
+        assert world.studio._workshop.jobs == []
+        await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+    assert sum(request.path.startswith("/pictures/") for request in simulator.requests) > fetched == 2

@@ -11,12 +11,13 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Clock, Open, PlainSimulator, World
+from conftest import Clock, HeldClock, Open, PlainSimulator, World
 from mcp.client import Client
 from mcp.shared.exceptions import MCPDeprecationWarning, MCPError
 from mcp_types import ResourceUpdatedNotification
 
 from evolink_mcp.api.sizes import RATIOS, RULES
+from evolink_mcp.journal.entry import Entry
 from evolink_mcp.server.resources import IMAGE_MAX_BYTES, WATCHED_MAX
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.simulation import SimulatedTask
@@ -153,8 +154,10 @@ async def test_what_lies_where_a_picture_was_is_not_given_away(world: World, cha
     assert image["url"] in refusal.value.message
 
 
-async def test_resources_work_without_a_key_and_without_a_journal(open_world: Open) -> None:
-    async with open_world({"EVOLINK_API_KEY": "", "EVOLINK_MCP_DATA_DIR": "/dev/null/data"}) as world:
+async def test_resources_work_without_a_key_and_without_a_journal(open_world: Open, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    data = str(tmp_path / "file" / "data")
+    async with open_world({"EVOLINK_API_KEY": "", "EVOLINK_MCP_DATA_DIR": data}) as world:
         with anyio.fail_after(5):
             async with world.client() as client:
                 assert (await client.read_resource("evolink://sizes")).contents
@@ -185,6 +188,33 @@ async def test_whoever_listens_to_a_task_hears_when_it_changes(world: World) -> 
                     (page,) = (await client.read_resource(uri)).contents
                     if json.loads(page.text)["status"] == "completed":
                         break
+
+
+async def test_who_is_told_of_a_change_reads_what_has_changed(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while that is still being written down: no later word would come."""
+    clock, written = HeldClock(), anyio.Event()
+    clock.held = True
+    with anyio.fail_after(20):
+        async with open_world(clock=clock) as world, world.client() as client:
+            write = world.studio.journal.update
+
+            async def slowly(entry: Entry) -> bool:
+                if entry.status == "completed":
+                    await written.wait()
+                return await write(entry)
+
+            monkeypatch.setattr(world.studio.journal, "update", slowly)
+            task_id = (await bought(client, prompt="a fox", wait_seconds=0))["task_id"]
+            uri = f"evolink://tasks/{task_id}"
+            async with client.listen(resource_subscriptions=[uri]) as events:
+                clock.go_on.set()
+                async for _ in events:
+                    (page,) = (await client.read_resource(uri)).contents
+                    if json.loads(page.text)["status"] == "completed":
+                        break
+            written.set()
 
 
 class HeldSimulator(PlainSimulator):

@@ -104,7 +104,7 @@ async def test_a_failed_picture_is_a_completed_task_whose_answer_is_an_error(wor
     with anyio.fail_after(20):
         client, extension = client_of(world)
         async with client:
-            answer = await client.call_tool("generate_image", {"prompt": "sim:fail a fox"})
+            answer = await client.call_tool("generate_image", {"prompt": "sim:fail sim:slow=1000 a fox"})
     assert extension.seen[-1]["status"] == "completed"
     assert answer.is_error is True
     assert answer.structured_content["error"]["code"] == "content_policy_violation"

@@ -153,7 +153,7 @@ async def test_an_error_of_a_single_read_reaches_its_own_watcher_only() -> None:
 
 
 async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_without_answer() -> None:
-    """A fault of ours in one read must not leave its watcher waiting for ever."""
+    """A fault of ours in one read neither ends the server nor leaves its watcher waiting for ever."""
 
     def fault(_: str) -> Task:
         raise ZeroDivisionError
@@ -175,7 +175,6 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
             group.start_soon(watch, IDS[0])
             group.start_soon(watch, IDS[1])
 
-    with anyio.fail_after(30), pytest.raises(ExceptionGroup) as ended:
+    with anyio.fail_after(30):
         await both_watch()
-    assert ended.group_contains(ZeroDivisionError)
     assert [type(error) for error in heard] == [Unreadable, Unreadable]

@@ -16,17 +16,11 @@ from mcp.client import Client
 from evolink_mcp.journal.entry import Entry, new_key
 from evolink_mcp.journal.sqlite import SqliteJournal
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
 HANDLE = {**LONG, "wait_seconds": 0}
-
-
-@pytest.fixture(autouse=True)
-async def in_time() -> AsyncIterator[None]:
-    with anyio.fail_after(20):
-        yield
 
 
 class Flaky(httpx.ASGITransport):
@@ -139,8 +133,8 @@ async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
     """Before `sending` is on disk, provably nothing left; after it, nobody knows until EvoLink is asked."""
     clock = Clock()
     dead = SqliteJournal(tmp_path / "data", clock=clock)
-    dead.intend(Entry(new_key(), dead.owner, phase, clock.now, request=WISH, attended=True))
-    dead.close()
+    await dead.intend(Entry(new_key(), dead.owner, phase, clock.now, request=WISH, caller=dead.owner))
+    await dead.close()
     async with open_world(simulator=QuickSimulator(clock=clock), clock=clock) as world, world.client() as client:
         await listed(client)
         while (tasks := await listed(client))[0]["error"] is None:
@@ -160,8 +154,8 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
     ):
         await first.call_tool("generate_image", HANDLE)
         assert len(await listed(second)) == 1
-        assert other.studio._jobs == []
-        assert len(one.studio._jobs) == 1
+        assert other.studio._workshop.jobs == []
+        assert len(one.studio._workshop.jobs) == 1
 
 
 # --- joined, or bought anew ----------------------------------------------------------------------------------
@@ -239,14 +233,22 @@ async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = True
         answer = await client.call_tool("generate_image", WISH)
-    assert (answer.structured_content["charged"], answer.structured_content["status"]) == ("yes", "completed")
+        facts = answer.structured_content
+        assert (facts["charged"], facts["status"], facts["credits"]) == ("unknown", "completed", None)
+        assert answer.content[0].text.startswith("A guess: ")
+        assert (await client.call_tool("list_tasks", {})).structured_content["credits_today"] == 0
+        confirmed = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+        facts = confirmed.structured_content
+        assert (facts["charged"], facts["guess"]) == ("yes", False)
+        listing = await client.call_tool("list_tasks", {})
+        assert listing.structured_content["credits_today"] == facts["credits"]
     assert (world.posts, len(world.files)) == (1, 1)
 
 
 async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         for _ in range(2):
-            world.simulator.create({"model": "gpt-image-2", "prompt": "another program's"}, key=_key(world))
+            world.simulator.create({"model": "gpt-image-2", **WISH}, key=_key(world))
         transport.lose = True
         answer = await client.call_tool("generate_image", WISH)
         facts = answer.structured_content
@@ -289,7 +291,7 @@ async def test_an_unknown_call_is_listed_and_found_when_the_list_can_be_had_agai
         transport.no_list = False
         await client.call_tool("list_tasks", {"sync": True})
         tasks = await completed(client, 1)
-    assert [(task["charged"], task["status"]) for task in tasks] == [("yes", "completed")]
+    assert [(task["charged"], task["status"]) for task in tasks] == [("unknown", "completed")]
     assert world.posts == 1
 
 
@@ -317,10 +319,10 @@ async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         plain = world.studio.journal.update
 
-        def update(entry: Entry) -> None:
+        async def update(entry: Entry) -> bool:
             if entry.phase != "sending":
                 raise JournalUnwritable("the disk is full")
-            plain(entry)
+            return await plain(entry)
 
         monkeypatch.setattr(world.studio.journal, "update", update)
         answer = await client.call_tool("generate_image", HANDLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -13,6 +14,16 @@ pytestmark = pytest.mark.anyio
 PROMPT = "A calm sunset"
 FAMILY = "\U0001f468‍\U0001f469‍\U0001f467‍\U0001f466"
 
+TWO_URLS = "https://cdn.pixabay.com/a.png, https://cdn.pixabay.com/b.png"
+BLANKS = {
+    "prompt": PROMPT, "image_urls": [], "size": "", "resolution": "", "quality": "", "n": 0, "callback_url": "",
+    "model": "", "mask_url": "", "background": "", "output_format": "", "save_as": "",
+    "wait_seconds": 0, "max_credits": 0, "force_new": False,
+}  # fmt: skip
+BLANK_NAMES = (
+    "image_urls, size, resolution, quality, n, callback_url, model, mask_url, background, output_format, save_as"
+)
+
 REFUSED = [
     pytest.param({}, "prompt: required", id="no prompt"),
     pytest.param({"prompt": ""}, "at least 1 character", id="empty prompt"),
@@ -20,14 +31,17 @@ REFUSED = [
     pytest.param({"prompt": "a" * 32_001}, "at most 32000", id="one code point too many"),
     pytest.param({"prompt": "\ud800"}, "surrogate", id="half a surrogate pair"),
     pytest.param({"prompt": 1.5}, "prompt", id="a number as prompt"),
-    pytest.param({"prompt": PROMPT, "n": 0}, "greater than or equal to 1", id="n below"),
+    pytest.param({"prompt": PROMPT, "n": -1}, "greater than or equal to 1", id="n below"),
+    pytest.param({"prompt": PROMPT, "n": 0}, "n: empty; leave out", id="n of nothing"),
     pytest.param({"prompt": PROMPT, "n": 11}, "less than or equal to 10", id="n above"),
     pytest.param({"prompt": PROMPT, "n": "3"}, "n: ", id="n as text is not guessed"),
     pytest.param({"prompt": PROMPT, "n": True}, "n: ", id="true is not one"),
     pytest.param({"prompt": PROMPT, "n": 2.5}, "n: ", id="n with a fraction"),
     pytest.param({"prompt": PROMPT, "quality": "hd"}, "'low', 'medium' or 'high'", id="quality of another API"),
     pytest.param({"prompt": PROMPT, "resolution": "8K"}, "'1K', '2K' or '4K'", id="tier that is not"),
-    pytest.param({"prompt": PROMPT, "seed": 1}, "seed: unknown argument", id="unknown argument"),
+    pytest.param(
+        {"prompt": PROMPT, "seed": 1}, "seed: unknown argument; gpt-image-2 has no seed", id="unknown argument"
+    ),
     pytest.param({"prompt": PROMPT, "sizes": "16:9"}, "did you mean size?", id="misspelt argument"),
     pytest.param({"Prompt": PROMPT}, "did you mean prompt?", id="argument in another case"),
     pytest.param({"prompt": PROMPT, "size": "1000x1000"}, "1008x1008", id="illegal size names the nearest"),
@@ -52,6 +66,24 @@ REFUSED = [
     pytest.param(
         {"prompt": PROMPT, "save_as": "../../x.png"}, "outside the allowed folders", id="path out of the folder"
     ),
+    pytest.param(
+        {"prompt": PROMPT, "aspect_ratio": "16:9"}, "aspect_ratio: unknown argument; did you mean size?", id="ratio"
+    ),
+    pytest.param({"prompt": PROMPT, "filename": "a.png"}, "did you mean save_as?", id="file name"),
+    pytest.param({"prompt": PROMPT, "reference_images": []}, "did you mean image_urls?", id="references"),
+    pytest.param({"prompt": PROMPT, "num_images": 2}, "did you mean n?", id="number"),
+    pytest.param({"prompt": PROMPT, "negative_prompt": "x"}, "write it into the prompt", id="negative prompt"),
+    pytest.param({"prompt": PROMPT, "user": "x"}, "gpt-image-2 has no user, leave it out", id="of another API"),
+    pytest.param(
+        {"prompt": PROMPT, "random_string": "x"}, "random_string: unknown argument; leave it out", id="of a host"
+    ),
+    pytest.param({"prompt": PROMPT, "image_urls": TWO_URLS}, "holds two addresses: give a list", id="two URLs in one"),
+    pytest.param({"prompt": PROMPT, "image_urls": [TWO_URLS]}, "holds two addresses: give a list", id="two in a list"),
+    pytest.param(BLANKS, f"- {BLANK_NAMES}: empty; leave out what you do not set.", id="blanks that a host fills in"),
+    pytest.param(
+        {"prompt": PROMPT, "image_urls": ["/mnt/user-data/uploads/a.png"]}, "the chat's own sandbox", id="sandbox"
+    ),
+    pytest.param({"prompt": PROMPT, "image_urls": ["file:///mnt/data/a.png"]}, "not on this machine", id="another one"),
     pytest.param({"prompt": PROMPT, "api_key": "sk-abcdefghijkl"}, "api_key: unknown argument", id="a key as argument"),
 ]
 
@@ -74,6 +106,7 @@ TAKEN = [
     pytest.param({}, {}, id="the prompt alone: no default goes out"),
     pytest.param({"size": "16:9", "resolution": "2K"}, {"size": "16:9", "resolution": "2K"}, id="ratio and tier unchanged"),
     pytest.param({"size": " 1536 X 1024 "}, {"size": "1536x1024"}, id="blanks and case of pixels"),
+    pytest.param({"n": 2.0}, {"n": 2}, id="2.0 is 2"),
     pytest.param({"size": "3840×2160"}, {"size": "3840x2160"}, id="multiplication sign"),
     pytest.param({"size": "AUTO"}, {"size": "auto"}, id="auto in capitals"),
     pytest.param({"quality": "HIGH"}, {"quality": "high"}, id="quality in capitals"),
@@ -150,11 +183,12 @@ async def test_blanks_around_an_id_are_trimmed_and_a_stranger_is_not_found(world
     assert [r.path for r in world.simulator.requests] == ["/v1/tasks/task-unified-1757156493-imcg5zqt"]
 
 
-async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: Any) -> None:
+async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
     nowhere = {
         "EVOLINK_API_KEY": "",
-        "EVOLINK_MCP_DATA_DIR": "/proc/nowhere",
-        "EVOLINK_MCP_OUTPUT_DIR": "/proc/nowhere",
+        "EVOLINK_MCP_DATA_DIR": str(tmp_path / "file" / "data"),
+        "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "file" / "pictures"),
     }
     async with open_world(nowhere) as world, world.client() as client:
         answer = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})

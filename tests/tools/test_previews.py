@@ -46,7 +46,7 @@ def uhd_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def own(world: World, number: int, picture: Path, *, pictures: int = 10, **request: Any) -> str:
+async def own(world: World, number: int, picture: Path, *, pictures: int = 10, **request: Any) -> str:
     """A finished task with its pictures on disk, as a journal has it; returns its id."""
     task_id = f"task-unified-{1_790_000_000 + number}-abcdefgh"
     now, saved = world.clock(), []
@@ -61,8 +61,9 @@ def own(world: World, number: int, picture: Path, *, pictures: int = 10, **reque
     task = Task(task_id, COMPLETED, 100.0, now, results=tuple(one.url for one in saved), credits_used=42.0)
     asked = {"model": "gpt-image-2", "prompt": "a fox", "size": "16:9", "resolution": "4K", "n": pictures, **request}
     journal = world.studio.journal
-    entry = Entry(new_key(), journal.owner, "submitted", now - number, request=asked, task=task, pictures=tuple(saved))
-    journal.intend(entry)
+    entry = Entry(new_key(), journal.owner, "submitted", now - number, request=asked, task=task,
+                  pictures=tuple(saved), account=journal.account)  # fmt: skip
+    await journal.intend(entry)
     return task_id
 
 
@@ -113,7 +114,7 @@ async def test_an_answer_with_ten_4k_pngs_fits(world: World, uhd: Path) -> None:
 async def ten_pictures_fit(
     world: World, picture: Path, mode: str, request_: dict[str, Any], pictures: int | None
 ) -> None:
-    task_id = own(world, 1, picture, **request_)
+    task_id = await own(world, 1, picture, **request_)
     with anyio.fail_after(60):
         async with world.client(mode) as client:
             answer = await client.call_tool("get_task", {"task_id": task_id})
@@ -128,7 +129,7 @@ async def ten_pictures_fit(
 @ERAS
 async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None:
     for number in range(LIST_MAX + 1):
-        own(world, number, uhd, prompt=LONGEST_PROMPT)
+        await own(world, number, uhd, prompt=LONGEST_PROMPT)
     with anyio.fail_after(30):
         async with world.client(mode) as client:
             answer = await client.call_tool("list_tasks", {"limit": LIST_MAX})
@@ -140,7 +141,7 @@ async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None
 
 async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path) -> None:
     for number in range(LIST_MAX):
-        own(world, number, uhd, prompt=LONGEST_PROMPT, image_urls=["https://e.org/" + "x" * 8_000] * 16)
+        await own(world, number, uhd, prompt=LONGEST_PROMPT, image_urls=["https://e.org/" + "x" * 8_000] * 16)
     with anyio.fail_after(30):
         async with world.client() as client:
             answer = await client.call_tool("list_tasks", {"limit": LIST_MAX})
@@ -149,7 +150,7 @@ async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path)
 
 @pytest.mark.parametrize("edge", [64, 1024, 2048])
 async def test_a_single_4k_picture_is_viewed_within_the_limit(world: World, uhd: Path, edge: int) -> None:
-    task_id = own(world, 1, uhd, pictures=1)
+    task_id = await own(world, 1, uhd, pictures=1)
     with anyio.fail_after(30):
         async with world.client() as client:
             answer = await client.call_tool("view_image", {"task_id": task_id, "max_edge": edge})

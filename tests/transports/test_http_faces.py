@@ -195,6 +195,99 @@ async def test_a_connection_that_breaks_off_mid_request_leaves_the_task_going(to
     assert "earlier identical call" in joined.content[0].text
 
 
+class OldClient:
+    """A client of 2025-11-25 that gives up by a `notifications/cancelled` in another POST, and keeps its stream open."""
+
+    def __init__(self, wire: httpx.AsyncClient, url: str, *, session: bool = True) -> None:
+        self._wire, self._url, self._session = wire, url, session
+        self.headers = dict(HEADERS)
+
+    async def greet(self) -> None:
+        params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
+        hello = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
+        reply = await self._wire.post(self._url, json=hello, headers=self.headers)
+        if self._session:
+            self.headers["mcp-session-id"] = reply.headers["mcp-session-id"]
+        await self._notify("notifications/initialized", {})
+
+    async def ask(self, arguments: dict[str, Any]) -> str:
+        """The stream that the answer comes in, to its end."""
+        reply = await self._wire.post(self._url, json=_call("generate_image", arguments), headers=self.headers)
+        return reply.text
+
+    async def cancel(self) -> None:
+        await self._notify("notifications/cancelled", {"requestId": 1, "reason": "timed out"})
+
+    async def _notify(self, method: str, params: dict[str, Any]) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params}
+        assert (await self._wire.post(self._url, json=message, headers=self.headers)).status_code == 202
+
+
+async def _under_way(town: Town, prompt: str) -> None:
+    async with Client(town.url(town.http)) as client:
+        while True:
+            listed = (await client.call_tool("list_tasks", {"limit": 50})).structured_content["tasks"]
+            if any(task["request"]["prompt"] == prompt and task["task_id"] for task in listed):
+                return
+
+
+@pytest.mark.parametrize("session", [True, False])
+async def test_a_cancellation_in_another_post_finds_its_call(town: Town, session: bool) -> None:
+    """The same call then gets what was bought; a client without a session is known by its address and name."""
+    prompt = f"sim:slow=2 a fox given up, session {session}"
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(timeout=WITHIN_S) as wire, anyio.create_task_group() as group:
+            old = OldClient(wire, town.url(town.http), session=session)
+            await old.greet()
+            group.start_soon(old.ask, {"prompt": prompt})
+            await _under_way(town, prompt)
+            await old.cancel()
+            again = await old.ask({"prompt": prompt})
+        assert "earlier identical call" in again
+        assert len(await town.bought(prompt)) == 1
+
+
+async def test_a_cancellation_does_not_touch_another_clients_call_of_the_same_number(town: Town) -> None:
+    prompt = "sim:slow=2 a fox that is waited for"
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(timeout=WITHIN_S) as wire, anyio.create_task_group() as group:
+            patient, hasty = (OldClient(wire, town.url(town.http)) for _ in range(2))
+            await patient.greet()
+            await hasty.greet()
+            answers: list[str] = []
+
+            async def wait() -> None:
+                answers.append(await patient.ask({"prompt": prompt}))
+
+            group.start_soon(wait)
+            await _under_way(town, prompt)
+            await hasty.cancel()
+    assert '"status":"completed"' in answers[0]
+
+
+async def test_an_answer_that_nobody_was_there_for_is_not_called_delivered(town: Town) -> None:
+    """The socket dies while the finished picture's answer waits to be written."""
+    prompt = "sim:slow=1 a fox whose caller died"
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers=HEADERS) as wire:
+            message = _call("generate_image", {"prompt": prompt})
+            async with wire.stream("POST", town.url(town.http), json=message) as reply:
+                assert reply.status_code == 200
+                await _under_way(town, prompt)
+        async with Client(town.url(town.http)) as client:
+            joined = await client.call_tool("generate_image", {"prompt": prompt})
+            anew = await client.call_tool("generate_image", {"prompt": prompt})
+        assert len(await town.bought(prompt)) == 2
+    assert "earlier identical call" in joined.content[0].text
+    assert anew.structured_content["task_id"] != joined.structured_content["task_id"]
+
+
+async def test_a_stream_without_a_request_is_not_opened(town: Town) -> None:
+    async with httpx.AsyncClient() as wire:
+        reply = await wire.get(town.url(town.http), headers={"accept": "text/event-stream"})
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+
+
 @pytest.mark.parametrize("face", ["http", "sse"])
 @pytest.mark.parametrize(
     ("headers", "status"),
@@ -215,6 +308,53 @@ async def test_other_hosts_and_origins_are_turned_away(
             else:
                 answer = await wire.get(f"http://127.0.0.1:{town.sse}/sse")
     assert answer.status_code == status
+
+
+@pytest.mark.parametrize("face", ["http", "sse"])
+async def test_healthz_checks_the_host_too(town: Town, face: str) -> None:
+    async with httpx.AsyncClient(headers={"host": "evil.example"}) as wire:
+        answer = await wire.get(f"http://127.0.0.1:{getattr(town, face)}/healthz")
+    assert answer.status_code == 421
+
+
+async def test_an_insecure_server_still_checks_names_and_answers_to_allowed_ones(town: Town) -> None:
+    """A page under a name that was rebound to this machine must not buy, whatever --insecure waives."""
+    port = town._start("http", "--host", "0.0.0.0", "--insecure", "--allowed-host", "Pictures.Example")
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers=HEADERS) as wire:
+            await _answers(wire, f"http://127.0.0.1:{port}/healthz")
+            asked = _call("compute_size", {"size": "1:1"})
+            seen = {}
+            for host, origin in (
+                ("pictures.example", None), ("pictures.example:8000", "https://pictures.example"), ("localhost", None),
+                ("evil.example", None), ("evil.example", "http://evil.example"), ("pictures.example", "https://evil.example"),
+                ("pictures.example.evil.example", None), ("127.0.0.1.evil.example", None), ("", None),
+            ):  # fmt: skip
+                headers = {"host": host} | ({"origin": origin} if origin else {})
+                reply = await wire.post(f"http://127.0.0.1:{port}/mcp", json=asked, headers=headers)
+                seen[host, origin] = reply.status_code
+    assert list(seen.values()) == [200, 200, 200, 421, 421, 403, 421, 421, 421]
+
+
+@pytest.mark.parametrize("name", [7, "seven", None])
+@pytest.mark.parametrize("last", [True, False], ids=["id at the end", "id first"])
+async def test_a_body_that_is_too_large_is_refused_in_json_with_its_id(town: Town, name: Any, last: bool) -> None:
+    import json
+
+    params = {
+        "name": "generate_image",
+        "arguments": {"prompt": "x", "image_urls": ["data:image/png;base64," + "A" * 1_500_000]},
+    }
+    message: dict[str, Any] = {"jsonrpc": "2.0", "id": name, "method": "tools/call", "params": params}
+    if last:
+        message = {"jsonrpc": "2.0", "method": "tools/call", "params": params, "id": name}
+    with anyio.fail_after(WITHIN_S):
+        async with httpx.AsyncClient(headers=HEADERS) as wire:
+            answer = await wire.post(town.url(town.http), content=json.dumps(message))
+    assert answer.status_code == 413
+    assert answer.json()["id"] == name
+    assert "data: URI" in answer.json()["error"]["message"]
+    assert "358 kB" in answer.json()["error"]["message"]
 
 
 async def test_a_page_on_this_machine_may_call(town: Town) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,73 @@ def test_json_that_breaks_parsers_gets_an_answer_with_its_id(talk: Talk, value: 
     assert answer.get("error", {}).get("code") == -32700 or answer["result"]["isError"] is True
     talk.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
     assert talk.hear()["id"] == 6
+
+
+@pytest.mark.parametrize("name", ["1.5", "true", "false", "-0.5"])
+def test_an_id_that_is_no_id_gets_an_answer(talk: Talk, name: str) -> None:
+    """It looks like a notification then, which nobody would answer."""
+    talk.greet()
+    talk.say(f'{{"jsonrpc":"2.0","id":{name},"method":"tools/list","params":{{}}}}'.encode())
+    answer = talk.hear()
+    assert (answer["id"], "result" in answer or answer["error"]["code"] == -32600) == (json.loads(name), True)
+    talk.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
+    assert talk.hear()["id"] == 6
+
+
+def test_a_line_that_is_too_long_gets_an_answer_and_the_next_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import queue
+
+    from evolink_mcp.transports import stdio
+
+    monkeypatch.setattr(stdio, "LINE_MAX_BYTES", 1 << 20)
+    near, far = os.pipe()
+    arrived: list[Any] = []
+    outbox: Any = queue.SimpleQueue()
+    ping = b'{"jsonrpc":"2.0","id":9,"method":"ping"}\n'
+    reader = threading.Thread(target=stdio._read, args=(near, arrived.append, outbox))
+    reader.start()
+    with os.fdopen(far, "wb") as wire:
+        wire.write(ping + b"x" * (5 << 20) + b"\n" + ping)
+    reader.join()
+    os.close(near)
+    refusal = json.loads(outbox.get_nowait()[0])
+    assert (refusal["id"], refusal["error"]["code"], "1 MiB" in refusal["error"]["message"]) == (None, -32600, True)
+    assert [message and message.message.id for message in arrived] == [9, 9, None]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a descriptor by a POSIX shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_missing_stdin_or_stdout_is_told(tmp_path: Path, closed: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m evolink_mcp {closed}"],
+        env=poor_environment(tmp_path), capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, b"no standard input and output" in done.stderr) == (1, True)
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads the server's own pipe as POSIX does")
+def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
+    """Its pipe ends with the host, however that one died."""
+    import os
+
+    host = (
+        "import subprocess, sys\n"
+        "server = subprocess.Popen([sys.executable, '-m', 'evolink_mcp'], stdin=subprocess.PIPE, stdout=sys.stdout)\n"
+        "server.stdin.write(sys.stdin.buffer.readline()); server.stdin.flush(); server.wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", host], env=poor_environment(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdin.write(b'{"jsonrpc":"2.0","id":1,"method":"ping"}\n')
+        parent.stdin.flush()
+        assert json.loads(parent.stdout.readline())["id"] == 1
+        parent.kill()
+        # The server holds the other end of this pipe: it ends when the server has left.
+        assert os.read(parent.stdout.fileno(), 1) == b""
 
 
 def test_a_poor_environment_starts_and_a_missing_key_is_told(start: Callable[..., Talk]) -> None:

@@ -13,6 +13,8 @@ MODE = TARGET.get("mode", "")
 
 SIZE = ("compute_size", {"size": "16:9", "resolution": "2K"})
 IMAGE = ("generate_image", {"prompt": TARGET["prompt"], "n": 1})
+# A call that gives up after three seconds, and the same call again: it must get what the first one bought.
+SLOW = ("generate_image", {"prompt": TARGET.get("slow", ""), "n": 1})
 BAD = ("generate_image", {"prompt": TARGET["prompt"], "promt": "a typing error"})
 
 
@@ -32,6 +34,6 @@ def result_of(result: Any, **more: Any) -> dict[str, Any]:
     return seen(text_of(result.content), structured, bool(error), **more)
 
 
-def report(package: str, protocol: str, tools: list[str], size: Any, image: Any, bad: Any) -> None:
-    facts = {"version": f"{package} {version(package)}", "protocol": protocol, "tools": tools}
+def report(package: str, protocol: str, tools: list[str], size: Any, image: Any, bad: Any, **more: Any) -> None:
+    facts = {"version": f"{package} {version(package)}", "protocol": protocol, "tools": tools, **more}
     print("\nREPORT " + json.dumps({**facts, "size": size, "image": image, "bad": bad}))

@@ -1,10 +1,11 @@
 """The Python SDK 2.x: `Client`, negotiating by itself (auto) or by the old handshake (legacy)."""
 
 import anyio
-from calls import BAD, IMAGE, MODE, SIZE, TARGET, TRANSPORT, report, result_of
+from calls import BAD, IMAGE, MODE, SIZE, SLOW, TARGET, TRANSPORT, report, result_of
 from mcp.client import Client
 from mcp.client.sse import sse_client
 from mcp.client.stdio import StdioServerParameters
+from mcp.shared.exceptions import MCPError
 
 
 def server():
@@ -24,7 +25,13 @@ async def main() -> None:
         size = result_of(await client.call_tool(*SIZE))
         image = result_of(await client.call_tool(*IMAGE, progress_callback=progress), progress=shown)
         bad = result_of(await client.call_tool(*BAD))
-        report("mcp", client.protocol_version, tools, size, image, bad)
+        gave_up = False
+        try:
+            await client.call_tool(*SLOW, read_timeout_seconds=3)
+        except MCPError:
+            gave_up = True
+        again = result_of(await client.call_tool(*SLOW), gaveUp=gave_up)
+        report("mcp", client.protocol_version, tools, size, image, bad, again=again)
 
 
 anyio.run(main)

@@ -18,8 +18,12 @@ export async function drive(name, client, call) {
   const onprogress = (told) => shown.push(told.progress);
   const image = seen(await call({ name: "generate_image", arguments: { prompt, n: 1 } }, { onprogress }), { progress: shown });
   const bad = seen(await call({ name: "generate_image", arguments: { prompt, promt: "a typing error" } }));
+  // A call that gives up after three seconds, and the same call again: it must get what the first one bought.
+  const slow = { name: "generate_image", arguments: { prompt: target.slow, n: 1 } };
+  const gaveUp = await call(slow, { timeout: 3000 }).then(() => false, () => true);
+  const again = seen(await call(slow), { gaveUp });
   const version = JSON.parse(readFileSync(new URL(`node_modules/${name}/package.json`, import.meta.url))).version;
   const protocol = client.getNegotiatedProtocolVersion?.() ?? client.transport?.protocolVersion ?? "";
   await client.close();
-  console.log("\nREPORT " + JSON.stringify({ version: `${name} ${version}`, protocol, tools, size, image, bad }));
+  console.log("\nREPORT " + JSON.stringify({ version: `${name} ${version}`, protocol, tools, size, image, bad, again }));
 }

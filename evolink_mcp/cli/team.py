@@ -1,0 +1,54 @@
+"""A tenant's settings, studio and server: what the tokens file says goes before what the environment says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx2 as httpx
+from mcp.server.mcpserver import MCPServer
+
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.wiring import open_studio, server_for
+from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.transports.auth import Tenant
+from evolink_mcp.transports.tenants import lifespan
+
+
+def settings_of(tenant: Tenant, settings: Settings) -> Settings:
+    """The server's settings with what the tokens file says of this tenant, and a folder of its own for pictures."""
+    output = settings.folders.output / tenant.name
+    budget = settings.budget
+    per_call = budget.per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
+    per_day = budget.per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
+    allowed = tuple(folder for folder in settings.folders.allowed if folder != settings.folders.output)
+    return replace(
+        settings,
+        key=tenant.evolink_key or settings.key,
+        key_problem=None if tenant.evolink_key else settings.key_problem,
+        budget=replace(budget, per_call=per_call, per_day=per_day, running=tenant.max_running),
+        folders=Folders(output, (output, *allowed)),
+        tools=settings.tools if tenant.tools is None else settings.tools & tenant.tools,
+    )
+
+
+@asynccontextmanager
+async def open_tenant(
+    tenant: Tenant,
+    settings: Settings,
+    make_app: Callable[[MCPServer[Any]], Any],
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> AsyncGenerator[Any]:
+    """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
+
+    `transport` is for tests.
+    """
+    its = settings_of(tenant, settings)
+    async with open_studio(
+        its, remote=True, tenant=tenant.name, shared=tenant.shares_account, transport=transport
+    ) as studio:
+        app = make_app(server_for(studio, its))
+        async with lifespan(app):
+            yield app

@@ -1,0 +1,59 @@
+"""What the owner allows besides credits: how many tasks at once, and where results may be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+from evolink_mcp.api.urls import host_of
+from evolink_mcp.errors import CallbackRefused, OverBudget
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.jobs import Job
+
+
+class Limits:
+    """`running`: how many tasks may be under way at once; `callback_hosts`: what callbacks may name. None: no limit."""
+
+    def __init__(self, running: int | None, callback_hosts: frozenset[str] | None) -> None:
+        self._running = running
+        self._callback_hosts = callback_hosts
+        self._ordering = 0
+
+    def check_callback(self, url: str | None) -> None:
+        """Check where the result would be told.
+
+        Raises:
+            CallbackRefused: the owner does not allow this host.
+        """
+        if url is None or self._callback_hosts is None:
+            return
+        host = host_of(url)
+        if host not in self._callback_hosts:
+            allowed = ", ".join(sorted(self._callback_hosts)) or "no host at all"
+            raise CallbackRefused(f"the callback_url names {host}, and this server allows {allowed}")
+
+    @contextmanager
+    def place(self, jobs: Iterable[Job]) -> Generator[None]:
+        """Keep room for one more task beside these jobs, until it is one of them.
+
+        Raises:
+            OverBudget: as many are under way as may be.
+        """
+        under_way = self._ordering + sum(_under_way(job.entry) for job in jobs)
+        if self._running is not None and under_way >= self._running:
+            raise OverBudget(
+                f"{under_way} tasks are under way, and no more than {self._running} may be",
+                code="too_many_running",
+                retryable=True,
+                advice="Wait for one of them with get_task, then call again.",
+            )
+        self._ordering += 1
+        try:
+            yield
+        finally:
+            self._ordering -= 1
+
+
+def _under_way(entry: Entry) -> bool:
+    """Whether something is bought or being bought that EvoLink has not finished."""
+    return entry.phase in ("intent", "sending") or (entry.task is not None and not entry.task.settled)

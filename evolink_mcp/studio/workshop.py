@@ -1,0 +1,197 @@
+"""The jobs that are under way: this server works on the entries that it owns, and watches those of other servers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import anyio
+import anyio.abc
+
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.task import COMPLETED
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
+from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.collect import Collector
+from evolink_mcp.studio.jobs import Job, Sleep, guarded
+from evolink_mcp.studio.purchase import INTERRUPTED, Purchases
+from evolink_mcp.studio.recorder import Recorder
+from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
+from evolink_mcp.studio.size_rule import SizeRule
+from evolink_mcp.studio.watch import Watcher, merged
+
+log = logging.getLogger(__name__)
+
+ACCOMPANY_EVERY_S = 1.0
+AGAIN_AFTER_S = 5.0
+# Problems that no repeat can mend: another key is needed, or EvoLink does not know the task.
+FINAL = ("unauthorized", "not_found", "key_missing")
+
+
+class Workshop:
+    """Carries out jobs in `group`. An entry has at most one job here, and at most one owner among all servers.
+
+    `pause` waits between two tries of what could not be finished, and between two looks at another server's work.
+    """
+
+    def __init__(
+        self,
+        client: EvolinkClient,
+        journal: Journal,
+        recorder: Recorder,
+        purchases: Purchases,
+        watcher: Watcher,
+        collector: Collector,
+        size_rule: SizeRule,
+        group: anyio.abc.TaskGroup,
+        *,
+        clock: Callable[[], float] = time.time,
+        pause: Sleep = anyio.sleep,
+    ) -> None:
+        self.jobs: list[Job] = []
+        self._client, self._journal, self._recorder = client, journal, recorder
+        self._purchases, self._watcher, self._collector = purchases, watcher, collector
+        self._size_rule = size_rule
+        self._group = group
+        self._clock, self._pause = clock, pause
+        self._taken: set[str] = set()  # keys of the entries that were taken over
+        self._later: set[str] = set()  # and of those that are to be tried again
+        self._tries: dict[str, int] = {}
+
+    async def take_over(self) -> None:
+        """Go on with what is open and has no living owner.
+
+        Raises:
+            JournalUnwritable: it cannot be known.
+        """
+        for entry in await self._journal.adopt():
+            if self.running(entry.key) or self._recorder.is_unwritten(entry.key):
+                continue
+            if entry.phase == "intent":
+                await self._give_up(left := Job(entry))
+                await self._recorder.ended(left)
+                left.finish()
+            elif entry.key in self._taken:  # this server has tried before
+                await self._recorder.ended(Job(entry))
+            else:
+                log.info("taking up %s", entry.task_id or entry.key)
+                self._taken.add(entry.key)
+                self._begin(entry, self._go_on)
+
+    def running(self, key: str) -> Job | None:
+        """The job of the entry with this key, if it is under way here."""
+        return next((job for job in self.jobs if job.entry.key == key), None)
+
+    async def go_on(self, entry: Entry, *, copy_as: str | None = None) -> Job:
+        """The job of an entry that may have an owner: this server works on it, or watches the one that does."""
+        if not entry.has_work(self._clock()) and copy_as is None:
+            job = Job(entry)
+            job.finish()
+            return job
+        # Where the journal cannot be used, a task can still be followed: nothing is bought by that.
+        if entry.is_written and not await self.acquire(entry.key, if_unknown=entry.task is not None):
+            return self._begin(entry, self._accompany)
+        return self._begin(entry, self._go_on)
+
+    async def acquire(self, key: str, *, if_unknown: bool = False) -> bool:
+        """Become the entry's owner; `if_unknown` where the journal cannot be used."""
+        try:
+            return await self._journal.acquire(key)
+        except JournalUnwritable as error:
+            log.warning("%s", error.what)
+            return if_unknown
+
+    def buy(self, entry: Entry) -> Job:
+        """The job of a new order, which this server has written down."""
+        return self._begin(entry, self._buy)
+
+    def _begin(self, entry: Entry, act: Callable[[Job], Awaitable[None]]) -> Job:
+        job = Job(entry)
+        self.jobs.append(job)
+        self._group.start_soon(self._carry_out, job, act)
+        return job
+
+    async def _carry_out(self, job: Job, act: Callable[[Job], Awaitable[None]]) -> None:
+        job.problem = await guarded(act, job) or job.problem
+        await self._recorder.ended(job)
+        self.jobs.remove(job)
+        job.finish()
+        self._try_again_later(job)
+
+    async def _buy(self, job: Job) -> None:
+        await self._purchases.buy(job)
+        job.heard_from = job.seen_running = job.entry.task is not None
+        await self._follow(job)
+
+    async def _go_on(self, job: Job) -> None:
+        """Do what is left to do for an entry that this server has come to own. It buys nothing."""
+        if job.entry.phase == "intent":
+            await self._give_up(job)
+        elif job.entry.phase in ("sending", "unknown"):
+            await self._purchases.lost.reconcile(job)
+        await self._follow(job)
+
+    async def _follow(self, job: Job) -> None:
+        """Watch the task, if there is one, until it is settled, and save its pictures."""
+        if job.entry.task is None:
+            return
+        try:
+            await self._watcher.watch(job)
+        except TaskKnown:  # another server has written the same task down, which was bought elsewhere
+            job.change_to(await self._recorder.known(job.entry.task.id) or job.entry)
+            await self._accompany(job)
+            return
+        if job.entry.task.results or job.entry.task.status == COMPLETED:
+            await self._collector.collect(job)
+            job.learned = await self._size_rule.learn(job.entry)
+        if job.copy_as is not None:
+            await self._collector.copy(job)
+
+    async def _give_up(self, job: Job) -> None:
+        """What another server had not sent when it ended is over."""
+        await self._recorder.phase_changed(job, "unsent", error=INTERRUPTED)
+
+    async def _accompany(self, job: Job) -> None:
+        """Watch an entry that another server works on, and go on with it when that one has ended."""
+        look = True
+        while True:
+            entry = await self._recorder.known_by_key(job.entry.key) or job.entry
+            task = entry.task
+            if look and task is not None and not task.settled:
+                with suppress(EvolinkError):  # only shown: what is written is the owner's business
+                    entry = replace(entry, task=merged(task, await self._client.task(task.id)))
+                    job.heard_from = True
+            if entry != job.entry:
+                self._recorder.seen_elsewhere(job, entry)
+            if await self.acquire(entry.key):
+                break
+            look = await job.rest(ACCOMPANY_EVERY_S, self._pause)
+        job.change_to(await self._recorder.known_by_key(job.entry.key) or job.entry)
+        if job.entry.has_work(self._clock()) or job.copy_as is not None:
+            await self._go_on(job)
+
+    def _try_again_later(self, job: Job) -> None:
+        """What could not be finished is tried again, ever more slowly, until the pictures' links have died."""
+        entry = job.entry
+        problem = job.problem
+        unfinished = entry.is_written and entry.task is not None and not entry.closed
+        if not unfinished or problem is None or problem.code in FINAL or entry.key in self._later:
+            return
+        if entry.account != self._journal.account:
+            return  # an entry of 0.1.0 that EvoLink did not accept this key for
+        tries = self._tries.get(entry.key, 0)
+        self._tries[entry.key] = tries + 1
+        if tries < SLOW_REPEATS_MAX:
+            self._later.add(entry.key)
+            self._group.start_soon(self._go_on_later, entry.key, slower_s(AGAIN_AFTER_S, tries))
+
+    async def _go_on_later(self, key: str, delay_s: float) -> None:
+        await self._pause(delay_s)
+        self._later.discard(key)
+        entry = await self._recorder.known_by_key(key)
+        if entry is not None and not entry.closed and not self.running(key):
+            await self.go_on(entry)

@@ -1,0 +1,253 @@
+"""Whatever comes from outside: every parser answers or refuses in its own words, and nothing else happens."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from conftest import Clock
+from drawings import drawing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from jsonschema import Draft202012Validator
+from mcp.client import Client
+from pydantic import ValidationError
+
+from evolink_mcp.api.http import moment_of, retry_after_s
+from evolink_mcp.api.request import GenerationRequest
+from evolink_mcp.api.size_words import advice, meant
+from evolink_mcp.api.sizes import IllegalSize, resolve
+from evolink_mcp.api.task import Task, read_balance, read_task, read_tasks
+from evolink_mcp.api.urls import check_public_url, host_of
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.values import BadSetting
+from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.errors import Unreadable
+from evolink_mcp.journal.entry import entry_of
+from evolink_mcp.pictures.inspect import NotAPicture, sniff
+from evolink_mcp.pictures.metadata import without_metadata
+from evolink_mcp.pictures.upright import check_reference, presentable
+from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
+from evolink_mcp.server.server import build_server
+from evolink_mcp.transports.auth import BadTokens, Refusal, Tokens
+from evolink_mcp.transports.calls import _message
+from evolink_mcp.transports.door import _id_in, _name_of
+
+FUZZ = settings(
+    max_examples=150, deadline=None, database=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+SCALAR = some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=40)
+JSON = some.recursive(
+    SCALAR,
+    lambda inner: some.lists(inner, max_size=4) | some.dictionaries(some.text(max_size=12), inner, max_size=4),
+)
+NAMES = some.sampled_from(
+    "id status progress created created_at results result_data error task_info usage billing data model code message".split()
+)
+ODD = SCALAR | some.lists(SCALAR, max_size=3) | some.dictionaries(NAMES, SCALAR, max_size=4)
+TASKLIKE = some.dictionaries(NAMES, ODD | JSON, max_size=10)
+TASK_ID = "task-unified-1757156493-imcg5zqt"
+KIND = some.sampled_from(["PNG", "JPEG", "WEBP"])
+
+
+# --- what EvoLink says ---
+
+
+@FUZZ
+@given(TASKLIKE | JSON)
+def test_a_task_is_read_or_unreadable(data: Any) -> None:
+    with suppress(Unreadable):
+        task = read_task(data)
+        assert task.progress is None or 0 <= task.progress <= 100
+        assert " " not in task.status
+    with suppress(Unreadable):
+        assert all(isinstance(task, Task) for task in read_tasks(data))
+    with suppress(Unreadable):
+        read_balance(data)
+
+
+@FUZZ
+@given(some.text(max_size=80) | some.sampled_from(["-1", "inf", "1e9", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"]))
+def test_a_wait_is_within_its_limits(text: str) -> None:
+    with suppress(ValueError, UnicodeError):
+        wait = retry_after_s(httpx.Headers({"retry-after": text}))
+        assert wait is None or 0 <= wait <= 120
+    moment_of(text)
+
+
+@FUZZ
+@given(some.text(max_size=60), some.text(max_size=60))
+def test_words_are_made_harmless(before: str, after: str) -> None:
+    key = "sk-canary-aXq81ZbT3kLw90vM"
+    told = f"{before}{key}{after}"
+    assert key not in json.dumps(without(key, {told: [told]}), ensure_ascii=False)
+    assert THE_KEY in without(key, told)
+    assert "\n" not in harmless(told)
+    assert "”" not in quoted(told)[1:-1]
+    assert not any(char.isspace() for char in word(told, 60))
+
+
+# --- what a caller says ---
+
+
+@FUZZ
+@given(some.dictionaries(some.sampled_from(list(GenerationRequest.model_fields)), JSON, max_size=8))
+def test_arguments_are_taken_or_refused(said: dict[str, Any]) -> None:
+    with suppress(ValidationError):
+        json.dumps(GenerationRequest.model_validate(said).body(), allow_nan=False)
+
+
+@FUZZ
+@given(some.text(max_size=30) | some.from_regex(r"[0-9]{1,5}[x×:.,][0-9]{1,5}", fullmatch=True))
+def test_a_size_is_one_or_has_a_nearest(size: str) -> None:
+    with suppress(IllegalSize):
+        resolve(size, "1K", "anchor-edge")
+    meant(size)
+    advice(size)
+
+
+@FUZZ
+@given(some.text(max_size=60) | some.from_regex(r"https?://[a-z0-9.\[\]:@%-]{1,40}(/.*)?"))
+def test_a_url_is_public_or_refused(url: str) -> None:
+    with suppress(ValueError):
+        assert host_of(check_public_url(url))
+
+
+@FUZZ
+@given(some.binary(max_size=300))
+def test_a_requests_head_is_read(data: bytes) -> None:
+    _message(data)
+    _id_in(data)
+    _name_of(data)
+
+
+@FUZZ
+@given(
+    some.binary(max_size=200)
+    | some.text(max_size=200).map(lambda text: f"[[token]]\nname = {text!r}".encode("utf-8", "replace"))
+)
+def test_a_tokens_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokens.toml").write_bytes(data)
+    with suppress(BadTokens):
+        assert isinstance(Tokens(tmp_path / "tokens.toml").enter(data[:60]), Refusal)
+
+
+@FUZZ
+@given(some.dictionaries(some.sampled_from([
+    "EVOLINK_BASE_URL", "EVOLINK_SIZE_RULE", "EVOLINK_MCP_WAIT_SECONDS", "EVOLINK_MCP_PREVIEW", "EVOLINK_MCP_TOOLS",
+    "EVOLINK_MCP_MAX_CREDITS_PER_DAY", "EVOLINK_MCP_CALLBACK_HOSTS", "EVOLINK_MCP_ALLOWED_DIRS", "EVOLINK_API_KEY",
+]), some.text(max_size=40), max_size=5))  # fmt: skip
+def test_settings_are_read_or_refused(environ: dict[str, str]) -> None:
+    with suppress(BadSetting):
+        Settings.from_environment(environ)
+
+
+# --- files ---
+
+
+@FUZZ
+@given(
+    some.dictionaries(
+        some.sampled_from("key phase task request pictures error owner created_at".split()), JSON, max_size=8
+    )
+)
+def test_a_row_of_the_journal_is_an_entry_or_damaged(row: dict[str, Any]) -> None:
+    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        entry_of(row)
+
+
+@FUZZ
+@given(KIND, some.lists(some.tuples(some.integers(0, 400), some.integers(0, 255)), max_size=6), some.integers(0, 400))
+def test_a_damaged_picture_is_refused_or_sent_as_a_picture(kind: str, changes: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(drawing((40, 30), kind))
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    if cut:
+        del data[-cut:]
+    with suppress(NotAPicture):
+        check_reference(bytes(data), is_mask=True)
+        sent = presentable(bytes(data))
+        assert sniff(sent[:16]) == sniff(bytes(data)[:16])
+        assert without_metadata(sent, sniff(sent[:16])[0]) == sent  # type: ignore[index]
+
+
+@FUZZ
+@given(some.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"]), some.binary(max_size=300))
+def test_bytes_behind_a_pictures_beginning_are_refused(magic: bytes, rest: bytes) -> None:
+    with suppress(NotAPicture):
+        check_reference(magic + rest, is_mask=False)
+        presentable(magic + rest)
+    assert sniff(io.BytesIO(magic + rest).read(16))
+
+
+# --- whole answers of EvoLink, through the public face ---
+
+
+@settings(FUZZ, max_examples=40)
+@given(
+    some.sampled_from([200, 201, 400, 401, 404, 429, 500, 503]),
+    TASKLIKE | JSON,
+    some.lists(TASKLIKE.map(lambda task: {"id": TASK_ID, **task}) | JSON, min_size=1, max_size=4),
+)
+@pytest.mark.parametrize("tool", ["generate_image", "get_task", "get_balance", "list_tasks"])
+def test_no_answer_of_evolink_breaks_a_tool(
+    tmp_path: Path, tool: str, status: int, first: Any, later: list[Any]
+) -> None:
+    """The tool answers by its schema, and there is at most one POST."""
+    posts = 0
+    looks = 0
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        nonlocal posts, looks
+        if scope["method"] == "POST" and scope["path"].endswith("generations"):
+            posts += 1
+            answer, code = first, status
+        else:
+            answer, code = later[min(looks, len(later) - 1)], 200
+            looks += 1
+            if looks > 60:
+                answer = {"id": TASK_ID, "status": "failed", "error": {"message": "enough"}}
+        body = json.dumps(answer).encode("utf-8", "replace")
+        await send({"type": "http.response.start", "status": code, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    arguments: dict[str, Any] = {
+        "generate_image": {"prompt": "a fox", "wait_seconds": 900, "force_new": True},
+        "get_task": {"task_id": TASK_ID, "wait_seconds": 900},
+        "list_tasks": {"sync": True},
+    }.get(tool, {})
+
+    async def ask() -> Any:
+        clock = Clock()
+        environ = {
+            "EVOLINK_API_KEY": "sk-test-key",
+            "EVOLINK_BASE_URL": "http://127.0.0.1:9",
+            "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
+        }
+        transport = httpx.ASGITransport(app)
+        with anyio.fail_after(30):
+            async with (
+                open_studio(
+                    Settings.from_environment(environ),
+                    transport=transport,
+                    clock=clock,
+                    sleep=clock.sleep,
+                    pause=clock.sleep,
+                ) as studio,
+                Client(build_server(studio)) as client,
+            ):
+                (schema,) = [known.output_schema for known in (await client.list_tools()).tools if known.name == tool]
+                return schema, await client.call_tool(tool, arguments)
+
+    schema, answer = anyio.run(ask)
+    assert answer.content[0].text
+    Draft202012Validator(schema).validate(answer.structured_content)
+    assert posts <= (3 if status == 429 else 1)

@@ -1,0 +1,594 @@
+"""Two servers on one journal, with one key or two: one purchase each, and nobody touches what is not theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from conftest import Clock, HeldClock, Open, PlainSimulator, World
+
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry, account_mark, fingerprint, new_key
+from evolink_mcp.journal.sqlite import SqliteJournal
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+OTHER_KEY = {"EVOLINK_API_KEY": "sk-another-0123456789abcdef"}
+WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
+HANDLE = {**LONG, "wait_seconds": 0}
+
+
+async def no_pause(_: float) -> None:
+    await anyio.sleep(0.001)
+
+
+async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
+    async with world.client() as client:
+        return (await client.call_tool(tool, arguments)).structured_content
+
+
+async def listed(world: World) -> list[dict[str, Any]]:
+    return (await asked(world, "list_tasks"))["tasks"]
+
+
+def bought(simulator: PlainSimulator) -> int:
+    return sum(r.method == "POST" and r.path == "/v1/images/generations" for r in simulator.requests)
+
+
+# --- accounts ------------------------------------------------------------------------------------------------
+
+
+async def test_an_accounts_mark_shows_neither_key_nor_address() -> None:
+    mark = account_mark("sk-0123456789", "https://api.example")
+    assert mark == account_mark("sk-0123456789", "https://API.example")
+    assert mark != account_mark("sk-0123456789", "https://other.example")
+    assert mark != account_mark("sk-0123456780", "https://api.example")
+    assert mark.isalnum()
+
+
+async def test_another_keys_picture_is_neither_handed_over_nor_listed_nor_counted(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with open_world(simulator=simulator, clock=clock) as one:
+        mine = await asked(one, "generate_image", **HANDLE)
+    async with open_world({**OTHER_KEY}, simulator=simulator, clock=clock) as other:
+        theirs = await asked(other, "generate_image", **HANDLE)
+        assert theirs["task_id"] != mine["task_id"]
+        answer = await asked(other, "list_tasks")
+        assert [task["task_id"] for task in answer["tasks"]] == [theirs["task_id"]]
+        assert answer["credits_today"] == (await other.studio.journal.recent(1))[0].estimate
+        foreign = await asked(other, "get_task", task_id=mine["task_id"], wait_seconds=0)
+        assert (foreign["error"]["code"], foreign["request"]) == ("forbidden", None)
+    assert bought(simulator) == 2
+
+
+async def test_another_keys_day_cap_is_its_own(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    cap = {"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3"}
+    async with open_world(cap, simulator=simulator, clock=clock) as one:
+        assert (await asked(one, "generate_image", **WISH))["status"] == "completed"
+        assert (await asked(one, "generate_image", **WISH))["error"]["code"] == "over_budget"
+    async with open_world({**cap, **OTHER_KEY}, simulator=simulator, clock=clock) as other:
+        assert (await asked(other, "generate_image", **WISH))["status"] == "completed"
+
+
+async def test_a_dead_servers_task_is_left_to_its_own_key(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=500)
+    async with open_world(simulator=simulator, clock=clock) as one:
+        mine = await asked(one, "generate_image", **{**WISH, "wait_seconds": 0})
+    clock.now += 1000
+    async with (
+        open_world({**OTHER_KEY}, simulator=simulator, clock=clock) as other,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as again,
+    ):
+        assert await listed(other) == []
+        assert other.studio._workshop.jobs == []
+        done = await asked(again, "get_task", task_id=mine["task_id"])
+        assert done["status"] == "completed"
+        assert done["images"][0]["path"] is not None
+
+
+async def test_an_upload_of_another_key_is_not_used(tmp_path: Path) -> None:
+    one, other = (SqliteJournal(tmp_path, account_mark(key, "u")) for key in ("k1", "k2"))
+    await one.remember_upload("ab", "https://x.example/1", 9e9)
+    assert await one.find_upload("ab", 0) == "https://x.example/1"
+    assert await other.find_upload("ab", 0) is None
+    for journal in (one, other):
+        await journal.close()
+
+
+async def left_by_the_released_version(folder: Path, task_id: str, clock: Clock, **more: Any) -> Entry:
+    """An entry without a mark: under way, and its server is dead."""
+    from evolink_mcp.api.task import Task
+
+    dead = SqliteJournal(folder / "data", clock=clock)
+    request = {"model": "gpt-image-2", **WISH}
+    entry = Entry(
+        new_key(), dead.owner, "submitted", clock.now, fingerprint(request), request, task=Task(task_id), **more
+    )
+    await dead.intend(entry)
+    await dead.close()
+    return entry
+
+
+async def test_an_unmarked_entry_belongs_to_the_key_that_evolink_accepts(open_world: Open, tmp_path: Path) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    key = "sk-canary-0123456789abcdef"
+    simulator.create({"model": "gpt-image-2", **WISH}, key=key)
+    (task_id,) = simulator.tasks
+    await left_by_the_released_version(tmp_path, task_id, clock)
+    async with open_world({**OTHER_KEY}, simulator=simulator, clock=clock) as other:
+        mine = await asked(other, "generate_image", **WISH)
+        assert mine["task_id"] != task_id
+        foreign = await asked(other, "get_task", task_id=task_id, wait_seconds=0)
+        assert foreign["error"]["code"] == "forbidden"
+        async with open_world(simulator=simulator, clock=clock, pause=no_pause) as owner:
+            joined = await asked(owner, "generate_image", **WISH)
+            assert joined["task_id"] == task_id
+            (entry,) = await owner.studio.journal.recent(9)
+            assert entry.account == owner.studio.journal.account
+    assert bought(simulator) == 1
+
+
+# --- owners --------------------------------------------------------------------------------------------------
+
+
+async def test_an_order_whose_caller_cancels_before_it_is_sent_is_not_bought_twice(open_world: Open) -> None:
+    """A waits out a 429, its caller cancels, and the same call comes to B: one task."""
+    clock, free = HeldClock(), Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=free) as other,
+    ):
+        clock.held = True
+        wish = {**WISH, "prompt": "sim:429 a fox"}
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: asked(one, "generate_image", **wish))
+            await clock.asleep.wait()
+            group.cancel_scope.cancel()
+        clock.held = False
+        bought_by_other = await asked(other, "generate_image", **wish)
+        clock.go_on.set()
+        tasks = await listed(one)
+    assert bought_by_other["status"] == "completed"
+    assert len(simulator.tasks) == 1
+    assert sorted((task["status"], task["charged"]) for task in tasks) == [("completed", "yes"), ("failed", "no")]
+
+
+async def joined_while_held(
+    one: World, other: World, clock: HeldClock, seen: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    """What `other` answers to the order that `one` has not sent yet, because its clock is held until `seen()`."""
+    wish = {**WISH, "prompt": "sim:429 a fox"}
+    answers: list[dict[str, Any]] = []
+    clock.held = True
+    async with one.client() as client, anyio.create_task_group() as group:
+        group.start_soon(lambda: client.call_tool("generate_image", wish))
+        await clock.asleep.wait()
+        (entry,) = await one.studio.journal.recent(1)
+        await one.studio.leave(entry)
+
+        async def join() -> None:
+            answers.append(await asked(other, "generate_image", **wish))
+
+        group.start_soon(join)
+        while not seen():
+            await anyio.sleep(0.001)
+        clock.held = False
+        clock.go_on.set()
+    return answers
+
+
+async def test_an_unsent_order_of_a_living_server_is_watched_and_sent_by_it_alone(open_world: Open) -> None:
+    """Its caller's wait has ended; the same call at another server joins, and gets the picture."""
+    clock, free = HeldClock(), Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=free, pause=no_pause) as other,
+    ):
+        answers = await joined_while_held(one, other, clock, lambda: bool(other.studio._workshop.jobs))
+    assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
+    assert (len(simulator.tasks), len(one.files)) == (1, 1)
+
+
+async def test_who_watches_and_cannot_read_the_journal_calls_nothing_over(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner may be about to buy: "it was not sent, call again" would lead to a second purchase."""
+    clock, free = HeldClock(), Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=free, pause=no_pause) as other,
+    ):
+        acquire, refused = other.studio.journal.acquire, 0
+
+        async def unreadable(key: str) -> bool:
+            nonlocal refused
+            if refused == 5:
+                return await acquire(key)
+            refused += 1
+            raise JournalUnwritable("another program holds the journal")
+
+        monkeypatch.setattr(other.studio.journal, "acquire", unreadable)
+        answers = await joined_while_held(one, other, clock, lambda: refused == 5)
+    assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
+    assert len(simulator.tasks) == 1
+
+
+async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_world: Open) -> None:
+    clock = HeldClock()
+    simulator = PlainSimulator(clock=clock, duration_s=30)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=Clock(), pause=no_pause) as other,
+        one.client() as client,
+    ):
+        handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        writes: list[str] = []
+        for name in ("update", "keep"):
+            plain = getattr(other.studio.journal, name)
+
+            async def write(entry: Entry, name: str = name, plain: Any = plain) -> bool:
+                writes.append(name)
+                return await plain(entry)
+
+            setattr(other.studio.journal, name, write)
+        done = await asked(other, "get_task", task_id=handle["task_id"])
+    assert done["status"] == "completed"
+    assert done["images"][0]["path"] == str(one.files[0])
+    assert (writes, len(one.files)) == ([], 1)
+
+
+async def test_an_owner_whose_lock_file_was_deleted_is_not_dead(open_world: Open, tmp_path: Path) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=clock) as other,
+    ):
+        await asked(one, "generate_image", **HANDLE)
+        for lock in (tmp_path / "data" / "owners").iterdir():
+            lock.unlink()
+        await listed(other)
+        assert other.studio._workshop.jobs == []
+        (entry,) = await other.studio.journal.recent(1)
+        assert entry.owner == one.studio.journal.owner
+        await listed(one)
+        locks = {path.stem for path in (tmp_path / "data" / "owners").iterdir()}
+        assert one.studio.journal.owner in locks
+
+
+async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=500)
+    async with open_world(simulator=simulator, clock=clock) as idle, idle.client() as client:
+        await idle.studio._recorder.softly(idle.studio._workshop.take_over())  # as it does a second after its start
+        async with open_world(simulator=simulator, clock=clock) as dead:
+            await asked(dead, "generate_image", **{**WISH, "wait_seconds": 0})
+        clock.now += 1000
+        await client.call_tool("list_tasks", {})
+        assert len(idle.studio._workshop.jobs) == 1
+
+
+async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with (
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as one,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as other,
+    ):
+        assert one.settings.key is not None
+        simulator.create({"model": "gpt-image-2", **WISH}, key=one.settings.key.get_secret_value())
+        (task_id,) = simulator.tasks
+        answers: list[dict[str, Any]] = []
+
+        async def get(world: World) -> None:
+            answers.append(await asked(world, "get_task", task_id=task_id))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(get, one)
+            group.start_soon(get, other)
+        assert len(await listed(one)) == 1
+    assert [answer["images"][0]["path"] for answer in answers] == [str(one.files[0])] * 2
+    assert len(one.files) == 1
+
+
+# --- over means over -----------------------------------------------------------------------------------------
+
+
+async def test_what_could_not_be_written_before_sending_is_over(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_world(pause=no_pause) as world:
+        journal = world.studio.journal
+        plain, broken = journal.update, True
+
+        async def update(entry: Entry) -> bool:
+            if broken:
+                raise JournalUnwritable("the journal is locked")
+            return await plain(entry)
+
+        monkeypatch.setattr(journal, "update", update)
+        refused = await asked(world, "generate_image", **WISH)
+        assert (refused["error"]["code"], refused["charged"], world.posts) == ("journal_unwritable", "no", 0)
+        again = await asked(world, "generate_image", **{**WISH, "max_credits": 0.01})
+        assert (again["error"]["code"], world.posts) == ("over_budget", 0)
+        broken = False
+        while (await world.studio.journal.recent(1))[0].phase != "unsent":
+            await anyio.sleep(0.001)
+        assert await journal.spent_since(0) == 0
+        bought_now = await asked(world, "generate_image", **WISH)
+    assert (bought_now["status"], world.posts) == ("completed", 1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks9://127.0.0.1:1"),
+        ("HTTPS_PROXY", "http://127.0.0.1:no-port"),
+        ("SSL_CERT_FILE", "/nowhere/certificates.pem"),
+    ],
+)
+async def test_a_client_that_cannot_be_built_buys_nothing_and_blocks_nothing(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, tmp_path: Path
+) -> None:
+    from evolink_mcp.cli.settings import Settings
+    from evolink_mcp.cli.wiring import open_studio
+
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    settings = Settings.from_environment({
+        "EVOLINK_API_KEY": "sk-canary-0123456789abcdef", "EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3",
+        "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"), "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
+    })  # fmt: skip
+    async with open_studio(settings) as studio:
+        world = World(studio, PlainSimulator(), Clock(), tmp_path, settings)
+        for _ in range(3):  # it neither uses up the day's cap nor is it joined
+            refused = await asked(world, "generate_image", **WISH)
+            assert (refused["error"]["code"], refused["charged"]) == ("unusable_environment", "no")
+            assert variable in refused["error"]["message"]
+            assert value not in refused["error"]["message"]
+        balance = await asked(world, "get_balance")
+        assert variable in balance["error"]["message"]
+
+
+async def test_an_order_that_waits_after_a_429_is_provably_unsent(open_world: Open) -> None:
+    """If its server dies now, the next one knows that nothing was bought."""
+    clock = HeldClock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with open_world(simulator=simulator, clock=clock) as world:
+        clock.held = True
+        async with world.client() as client, anyio.create_task_group() as group:
+            group.start_soon(lambda: client.call_tool("generate_image", {**WISH, "prompt": "sim:429 a fox"}))
+            await clock.asleep.wait()
+            (entry,) = await world.studio.journal.recent(1)
+            assert (entry.phase, entry.charged) == ("intent", "no")
+            clock.held = False
+            clock.go_on.set()
+
+
+# --- what EvoLink says twice, and what the disk refuses -------------------------------------------------------
+
+
+class SameTaskAgain(httpx.ASGITransport):
+    """A gateway that answers every purchase with the first one's answer."""
+
+    first: bytes | None = None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/v1/images/generations":
+            return await super().handle_async_request(request)
+        if self.first is None:
+            reply = await super().handle_async_request(request)
+            self.first = await reply.aread()
+        return httpx.Response(200, stream=httpx.ByteStream(self.first))
+
+
+async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with open_world(simulator=simulator, clock=clock, transport=SameTaskAgain(simulator.app)) as world:
+        first = await asked(world, "generate_image", **WISH)
+        second = await asked(world, "generate_image", **{**WISH, "prompt": "a hen"})
+        assert (first["status"], second["error"]["code"]) == ("completed", "task_known")
+        assert (second["charged"], second["task_id"]) == ("unknown", None)
+        assert world.studio._workshop.jobs == []
+        assert [task["status"] for task in await listed(world)] == ["unknown", "completed"]
+
+
+async def test_an_id_that_found_no_room_is_written_when_there_is_some(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with open_world(simulator=simulator, clock=clock, pause=no_pause) as world:
+        journal, full = world.studio.journal, True
+        for name in ("update", "keep"):
+            plain = getattr(journal, name)
+
+            async def write(entry: Entry, plain: Any = plain) -> bool:
+                if full and entry.phase != "sending":
+                    raise JournalUnwritable("the disk is full")
+                return await plain(entry)
+
+            monkeypatch.setattr(journal, name, write)
+        answer = await asked(world, "generate_image", **HANDLE)
+        assert answer["task_id"] in simulator.tasks
+        assert (await journal.recent(1))[0].task_id is None
+        full = False
+        while (await journal.recent(1))[0].task_id is None:
+            await anyio.sleep(0.001)
+        again = await asked(world, "generate_image", **HANDLE)
+    assert again["task_id"] == answer["task_id"]
+    assert bought(simulator) == 1
+
+
+async def test_an_id_that_another_server_has_written_down_meanwhile_ends_no_server(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server has no room for the id; somebody gives it to another one, which writes the task down as found."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with (
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as one,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as other,
+    ):
+        journal, full = one.studio.journal, True
+        for name in ("update", "keep"):
+            plain = getattr(journal, name)
+
+            async def write(entry: Entry, plain: Any = plain) -> bool:
+                if full and entry.phase != "sending":
+                    raise JournalUnwritable("the disk is full")
+                return await plain(entry)
+
+            monkeypatch.setattr(journal, name, write)
+        answer = await asked(one, "generate_image", **HANDLE)
+        found = await asked(other, "get_task", task_id=answer["task_id"], wait_seconds=0)
+        assert found["task_id"] == answer["task_id"]
+        full = False
+        while one.studio._recorder._unwritten:
+            await anyio.sleep(0.001)
+        assert len(await listed(one)) == 2
+    assert bought(simulator) == 1
+
+
+async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> None:
+    """While one entry is written at last, the job of another one goes on and writes for itself."""
+    from evolink_mcp.api.task import Task
+    from evolink_mcp.studio.jobs import Job
+    from evolink_mcp.studio.recorder import Recorder
+
+    written: list[tuple[str, str]] = []
+
+    class Book:
+        owner, account, full, held = "o", "a", True, anyio.Event()
+
+        async def update(self, entry: Entry) -> bool:
+            if self.full:
+                raise JournalUnwritable("the disk is full")
+            written.append((entry.key, entry.status))
+            return True
+
+        async def keep(self, entry: Entry) -> bool:
+            if entry.key == "first":
+                await self.held.wait()
+            return await self.update(entry)
+
+        async def release(self, key: str) -> None:
+            written.append((key, "released"))
+
+    book = Book()
+    recorder = Recorder(book, lambda entry: None)  # pyright: ignore[reportArgumentType]
+    jobs = [Job(Entry(key, "o", "submitted", 1.0, account="a")) for key in ("first", "second")]
+    for number, job in enumerate(jobs):
+        await recorder.task_seen(job, Task(f"task-unified-{number}", "processing"))
+    jobs[0].finish()
+    book.full = False
+    async with anyio.create_task_group() as group:
+        group.start_soon(recorder.flush)
+        await anyio.lowlevel.checkpoint()
+        await recorder.task_seen(jobs[1], Task("task-unified-1", "completed"))
+        book.held.set()
+    assert written == [("second", "completed"), ("first", "processing"), ("first", "released")]
+
+
+# --- joining -------------------------------------------------------------------------------------------------
+
+
+async def test_the_same_order_said_in_other_words_is_joined(open_world: Open) -> None:
+    async with open_world() as world:
+        first = await asked(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0)
+        spelled = {"size": "16:9", "resolution": "1k", "quality": "medium", "n": 1, "model": "gpt-image-2"}
+        same = await asked(world, "generate_image", prompt="sim:slow=1000000 a fox", wait_seconds=0, **spelled)
+        other = await asked(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0,
+                            resolution="2K")  # fmt: skip
+    assert same["task_id"] == first["task_id"]
+    assert other["task_id"] != first["task_id"]
+
+
+async def test_what_is_older_than_a_day_is_not_joined(open_world: Open) -> None:
+    async with open_world() as world:
+        first = await asked(world, "generate_image", **HANDLE)
+        world.clock.now += 24 * 3600 + 1
+        second = await asked(world, "generate_image", **HANDLE)
+    assert second["task_id"] != first["task_id"]
+
+
+async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
+    clock = HeldClock()
+    simulator = PlainSimulator(clock=clock, duration_s=30)
+    async with open_world(simulator=simulator, clock=clock) as world:
+        handle = await asked(world, "generate_image", **{**WISH, "wait_seconds": 0})
+        joined = await asked(world, "generate_image", **{**WISH, "save_as": "hero.png"})
+        assert joined["task_id"] == handle["task_id"]
+        assert joined["images"][0]["path"] == str(world.folder / "pictures" / "hero.png")
+        assert len({path.read_bytes() for path in world.files}) == 1
+    assert (len(world.files), bought(simulator)) == (2, 1)
+
+
+async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_name(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    async with open_world(simulator=simulator, clock=clock) as world:
+        first = await asked(world, "generate_image", **WISH)
+        (entry,) = await world.studio.journal.recent(1)
+        await world.studio.journal._execute("UPDATE entries SET delivered_at = NULL, caller = ''")  # type: ignore[attr-defined]
+        joined = await asked(world, "generate_image", **{**WISH, "save_as": "hero.png"})
+    assert (joined["task_id"], joined["images"][0]["path"]) == (
+        first["task_id"],
+        str(world.folder / "pictures/hero.png"),
+    )
+    assert replace(entry.pictures[0], path=None).sha256 == joined["images"][0]["sha256"]
+    assert (len(world.files), bought(simulator)) == (2, 1)
+
+
+# --- the clock -----------------------------------------------------------------------------------------------
+
+
+async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=500)
+    async with open_world(simulator=simulator, clock=clock) as world:
+        handle = await asked(world, "generate_image", **{**WISH, "wait_seconds": 0})
+    clock.now += 600
+    wrong = Clock()
+    wrong.now = clock.now + 3 * 86_400
+    async with open_world(simulator=simulator, clock=wrong) as world:
+        while not (tasks := await listed(world))[0]["images"] or tasks[0]["images"][0]["path"] is None:
+            await anyio.sleep(0.001)
+    assert tasks[0]["task_id"] == handle["task_id"]
+
+
+async def test_a_wrong_clock_does_not_remove_a_picture_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    from evolink_mcp.pictures import store
+    from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX
+
+    old = tmp_path / f"{PART_PREFIX}left{PART_SUFFIX}"
+    running = tmp_path / f"{PART_PREFIX}running{PART_SUFFIX}"
+    for part in (old, running):
+        part.write_bytes(b"x")
+        os.utime(part, (time.time() - 3 * 86_400,) * 2)
+    with running.open("r+b") as file:
+        store._lock(file.fileno())
+        store._sweep(tmp_path)
+    assert (old.exists(), running.exists()) == (False, True)

@@ -1,0 +1,237 @@
+"""True pixels, true price: the rule is learned from a picture, and no charge is ever above what was judged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+from conftest import Clock, Open, PlainSimulator, World
+
+from evolink_mcp.api import costs, sizes
+from evolink_mcp.api.request import GenerationRequest
+from evolink_mcp.api.size_words import meant
+from evolink_mcp.journal.entry import account_mark
+from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.simulator import rules
+from evolink_mcp.studio.purchase import price_of
+from evolink_mcp.studio.size_rule import SizeRule
+
+pytestmark = pytest.mark.anyio
+
+WIDE = {"prompt": "sim:fast a fox", "size": "16:9", "resolution": "2K", "quality": "low"}
+OTHER_KEY = {"EVOLINK_API_KEY": "sk-another-0123456789abcdef"}
+PIXELS = {"anchor-edge": (2048, 1152), "pixel-budget": (2736, 1536)}
+
+
+@pytest.fixture(autouse=True)
+async def in_time() -> AsyncIterator[None]:
+    with anyio.fail_after(30):
+        yield
+
+
+async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
+    async with world.client() as client:
+        return (await client.call_tool(tool, arguments)).structured_content
+
+
+async def sized(world: World) -> tuple[int, int, str, bool]:
+    out = await asked(world, "compute_size", size="16:9", resolution="2K")
+    return out["width"], out["height"], out["rule"], out["rule_known"]
+
+
+def learned(facts: dict[str, Any]) -> bool:
+    return any("from now on" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize("rule", sizes.RULES)
+async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_of_the_account(
+    open_world: Open, rule: str
+) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, rule=rule)
+    async with (
+        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=clock) as beside,
+        open_world(OTHER_KEY, simulator=simulator, clock=clock) as other,
+    ):
+        assert await sized(one) == await sized(beside) == (2048, 1152, "anchor-edge", False)
+        first = await asked(one, "generate_image", **WIDE)
+        assert first["expected_size"] == {"width": 2048, "height": 1152}
+        assert (first["images"][0]["width"], first["images"][0]["height"]) == PIXELS[rule]
+        assert learned(first)
+        assert any("Computed 2048×1152" in note for note in first["notes"]) == (rule == "pixel-budget")
+        second = await asked(one, "generate_image", **{**WIDE, "prompt": "sim:fast a hen"})
+        assert second["expected_size"] == dict(zip(("width", "height"), PIXELS[rule], strict=True))
+        assert second["notes"] == []
+        assert await sized(beside) == (*PIXELS[rule], rule, True)
+        assert await sized(other) == (2048, 1152, "anchor-edge", False)
+        again = await asked(one, "get_task", task_id=first["task_id"])
+        assert again["expected_size"] == {"width": 2048, "height": 1152}  # an entry keeps its rule
+    async with open_world(simulator=simulator, clock=clock) as later:
+        assert await sized(later) == (*PIXELS[rule], rule, True)
+
+
+async def test_a_pinned_rule_stays_and_tells_the_difference(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, rule="pixel-budget")
+    pinned = {"EVOLINK_SIZE_RULE": "anchor-edge"}
+    async with open_world(pinned, simulator=simulator, clock=clock) as world:
+        for prompt in ("sim:fast a fox", "sim:fast a hen"):
+            facts = await asked(world, "generate_image", **{**WIDE, "prompt": prompt})
+            assert any("Computed 2048×1152" in note for note in facts["notes"])
+        assert (await sized(world))[:3] == (2048, 1152, "anchor-edge")
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        pytest.param({"size": "1:1"}, id="both tables agree"),
+        pytest.param({"size": "2048x1152"}, id="explicit pixels"),
+        pytest.param({"size": "auto"}, id="auto"),
+        pytest.param({"size": "16:9", "prompt": "sim:fast sim:other-size a fox"}, id="in neither table"),
+    ],
+)
+async def test_what_teaches_nothing(open_world: Open, wish: dict[str, Any]) -> None:
+    clock = Clock()
+    async with open_world(simulator=PlainSimulator(clock=clock, rule="pixel-budget"), clock=clock) as world:
+        facts = await asked(world, "generate_image", **{**WIDE, **wish, "resolution": "1K"})
+        assert not learned(facts)
+        assert (await sized(world))[3] is False
+    assert any("neither" in note for note in facts["notes"]) == ("prompt" in wish)
+
+
+async def test_while_the_rule_is_not_known_caps_judge_by_the_dearer_one(open_world: Open) -> None:
+    """At 16:9 in 2K, high, the page's table costs 10.37 credits and the other one 14.76."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, rule="anchor-edge")
+    high = {**WIDE, "quality": "high"}
+    for name in ("CALL", "DAY"):
+        async with open_world({f"EVOLINK_MCP_MAX_CREDITS_PER_{name}": "11"}, simulator=simulator, clock=clock) as world:
+            refused = await asked(world, "generate_image", **high)
+            assert refused["error"]["code"] == "over_budget"
+            assert "14.77 credits ($0.2172)" in refused["error"]["message"]
+    assert not simulator.tasks
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": "11"}, simulator=simulator, clock=clock) as world:
+        await asked(world, "generate_image", **WIDE)  # it teaches that the page's table holds
+        assert (await asked(world, "generate_image", **high))["status"] == "completed"
+
+
+async def test_what_is_told_as_the_bound_is_accepted_as_max_credits(open_world: Open) -> None:
+    async with open_world() as world:
+        for size, quality, n in itertools.product(("16:9", "auto", "1024x640"), ("low", "high"), (1, 3)):
+            told = await asked(world, "compute_size", size=size, quality=quality, n=n)
+            facts = await asked(world, "generate_image", prompt="sim:fast " + "x" * 900, size=size, quality=quality,
+                                n=n, max_credits=told["credits_at_most"])  # fmt: skip
+            assert facts["status"] == "completed", (size, quality, n)
+            assert facts["credits"] <= told["credits_at_most"]
+
+
+@pytest.mark.parametrize("prompt", ["x", "a fox " * 300, "ein Füchslein " * 40, "狐" * 500, "🦊" * 200])
+async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
+    """By the simulator's own reading of the formula, whichever table EvoLink follows."""
+    links = [f"https://cdn.example.com/{number}.png" for number in range(16)]
+    for size, tier, quality, n, references in itertools.product(
+        (*sizes.RATIOS, "auto", "1024x640", "2880x2880"), sizes.TIERS, ("low", "medium", "high"), (1, 3), (0, 1, 16)
+    ):
+        body: dict[str, Any] = {"prompt": prompt, "size": size, "resolution": tier, "quality": quality, "n": n}
+        if references:
+            body["image_urls"] = links[:references]
+        bound = price_of(GenerationRequest.model_validate(body), sizes.RULES)
+        for rule in sizes.RULES:
+            drawn = (2880, 2880) if size == "auto" else rules.pixels(size, tier, rule)
+            charge = rules.price(body, drawn, n)
+            assert charge <= bound, (body, rule)
+        assert bound == round(bound, 2)
+
+
+async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
+    one, other, keyless = (
+        SqliteJournal(tmp_path, mark) for mark in (account_mark("a", "u"), account_mark("b", "u"), "")
+    )
+    assert await keyless.learned("size_rule") is None
+    assert not list(tmp_path.iterdir())
+    await one.learn("size_rule", "pixel-budget")
+    assert (await one.learned("size_rule"), await other.learned("size_rule")) == ("pixel-budget", None)
+    assert await keyless.learned("size_rule") == "pixel-budget"
+    await other.learn("size_rule", "anchor-edge")
+    assert await keyless.learned("size_rule") is None
+    with pytest.raises(ValueError, match="not one of"):
+        SizeRule(one, "golden-ratio")
+    for journal in (one, other, keyless):
+        await journal.close()
+
+
+# --- words and prices ----------------------------------------------------------------------------------------
+
+WORDS = {
+    "16x9": "16:9", "9:16 vertical": "9:16", "1.91:1": "1200x640", "2.35:1": "1584x672", "1,024x1,024": "1024x1024",
+    "1080p": "1920x1088", "4k": "3840x2160", "A4": "1456x2048", "portrait": "2:3", "square": "1:1", "16/9": "16:9",
+    "1920 x 1080 px": "1920x1088", "landscape 16:9": "16:9", "4K UHD": "3840x2160",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "value"), WORDS.items())
+async def test_a_word_for_a_size_is_refused_with_its_value_and_answered_in_compute_size(
+    world: World, word: str, value: str
+) -> None:
+    refused = await asked(world, "generate_image", prompt="a fox", size=word)
+    assert (refused["charged"], f'size="{value}"' in refused["error"]["message"]) == ("no", True)
+    told = await asked(world, "compute_size", size=word)
+    assert told["error"] is None
+    assert str(sizes.resolve(value).size) == told["explicit_size"]
+    assert any(f'size="{value}"' in note for note in told["notes"])
+
+
+@pytest.mark.parametrize(
+    "text", ["auto", "16:9", "-1024x1024", "1024x640", "1024X640", "fox", "", "16:10", "3000x2000", "0x0", "x" * 99]
+)
+async def test_what_is_legal_or_not_understood_is_left_alone(text: str) -> None:
+    assert meant(text) is None
+
+
+async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> None:
+    told = await asked(world, "compute_size", size="16:9", resolution="2K", quality="medium", n=2)
+    assert len(told["prices"]) == 8
+    found = next(p for p in told["prices"] if (p["quality"], p["resolution"]) == ("high", "4K"))
+    assert found["size"] == "3840x2160"
+    assert found["credits"] == costs.price(sizes.Size(3840, 2160), "high", 2).credits
+    assert found["usd"] == round(found["credits"] / 68, 4)
+    assert found["credits_at_most"] >= found["credits"]
+    plain = await asked(world, "compute_size", size="1024x640")
+    assert [(p["quality"], p["resolution"]) for p in plain["prices"]] == [("low", None), ("high", None)]
+
+
+# --- what was delivered --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        pytest.param({"output_format": "webp"}, None, id="as asked"),
+        pytest.param({"background": "transparent", "output_format": "png"}, None, id="transparent as asked"),
+        pytest.param({"background": "transparent", "prompt": "opaque"}, "no transparency", id="no alpha at all"),
+        pytest.param({"prompt": "flat"}, "one single colour", id="of one colour"),
+        pytest.param({"output_format": "webp", "prompt": "png"}, "although webp was asked", id="another file type"),
+    ],
+)
+async def test_what_was_delivered_otherwise_is_said_and_is_no_error(
+    open_world: Open, wish: dict[str, Any], told: str | None
+) -> None:
+    clock = Clock()
+
+    class Wilful(PlainSimulator):
+        def _draw(self, task: Any, index: int) -> bytes:
+            from conftest import flat_picture
+
+            if wish.get("prompt") == "flat":
+                return flat_picture(7, task.size, task.kind, False, plain=True)
+            clear = task.body.get("background") == "transparent" and wish.get("prompt") != "opaque"
+            return flat_picture(index, task.size, "png" if wish.get("prompt") == "png" else task.kind, clear)
+
+    async with open_world(simulator=Wilful(clock=clock, duration_s=0), clock=clock) as world:
+        facts = await asked(world, "generate_image", **{"prompt": "a fox", "size": "1024x640", **wish})
+    assert (facts["status"], facts["error"]) == ("completed", None)
+    assert [told in note for note in facts["notes"]] == ([True] if told else [])
