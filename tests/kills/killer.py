@@ -8,6 +8,7 @@ SIGKILL ("kill"), has it fail undone ("fail"), or has it done and then fail ("la
 from __future__ import annotations
 
 import array
+import faulthandler
 import json
 import os
 import signal
@@ -101,6 +102,7 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    faulthandler.enable(2)  # a crash of the interpreter says on stderr where it was
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
     from evolink_mcp.cli.main import main

@@ -91,7 +91,7 @@ async def test_an_idle_server_leaves_at_once_and_says_nothing(
     house: House, end: signal.Signals | None, code: int
 ) -> None:
     async with house.nursery.server(house.env, "-v") as server:
-        assert await leaves(server, end) == code
+        assert await leaves(server, end) == code, server.err.read_text()
     assert server.err.read_text() == ""
 
 
@@ -103,7 +103,7 @@ async def test_a_server_leaves_while_a_call_waits_and_the_task_is_in_the_journal
         async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
             calls.start_soon(lambda: server.call("generate_image", **WISH))
             await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.seen))
-            assert await leaves(server, end) == code
+            assert await leaves(server, end) == code, server.err.read_text()
     assert [entry.task_id for entry in house.journal()] == list(house.gateway.simulator.tasks)
     assert "Traceback" not in server.err.read_text()
 
@@ -120,7 +120,7 @@ async def test_a_post_in_flight_is_finished_or_left_in_the_journal_as_sent(
             await house.arrived.wait()
             if answered:
                 house.go.set()
-            assert await leaves(server, end) == code
+            assert await leaves(server, end) == code, server.err.read_text()
     (entry,) = house.journal()
     assert (entry.phase, entry.charged) == ("submitted" if answered else "sending", "unknown")
     assert entry.task_id == (next(iter(house.gateway.simulator.tasks)) if answered else None)
@@ -140,7 +140,7 @@ async def test_a_server_leaves_although_another_program_holds_the_journal(
         with closing(sqlite3.connect(house.folder / "data" / FILE_NAME, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             house.go.set()
-            assert await leaves(server, end) == code
+            assert await leaves(server, end) == code, server.err.read_text()
             group.cancel_scope.cancel()
     assert "Traceback" not in server.err.read_text()
     (entry,) = house.journal()
@@ -153,7 +153,7 @@ async def test_a_client_that_stops_reading_and_goes_leaves_no_traceback(house: H
             os.close(server._out)
             server._out = os.open(os.devnull, os.O_RDONLY)
             server.send({"id": 7, "method": "tools/list", "params": {}})
-            assert await leaves(server, None) == 0
+            assert await leaves(server, None) == 0, server.err.read_text()
     assert "Traceback" not in server.err.read_text()
 
 
@@ -197,7 +197,7 @@ async def test_a_web_server_leaves_on_a_signal(
             if busy:
                 calls.start_soon(call_over, url, transport)
                 await house.arrived.wait()
-            assert await leaves(server, end) == code
+            assert await leaves(server, end) == code, server.err.read_text()
             calls.cancel_scope.cancel()
     assert "Traceback" not in server.err.read_text()
     if busy:
