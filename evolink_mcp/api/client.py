@@ -6,7 +6,6 @@ The key goes to the two configured EvoLink origins and nowhere else; redirects a
 from __future__ import annotations
 
 import logging
-import re
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -50,9 +49,6 @@ from evolink_mcp.sanitize import quoted
 
 log = logging.getLogger(__name__)
 
-KEY = re.compile(r"[\x21-\x7e]{8,512}")  # what may be a key at all: visible ASCII characters, no blanks
-BASE_URL = "https://api.evolink.ai"
-FILES_BASE_URL = "https://files-api.evolink.ai"
 USER_AGENT = f"evolink-mcp/{__version__}"
 
 SUBMIT_DEADLINE_S = 75.0
@@ -72,8 +68,8 @@ class EvolinkClient:
         self,
         key: SecretStr | None,
         *,
-        base_url: str = BASE_URL,
-        files_base_url: str = FILES_BASE_URL,
+        base_url: str = urls.BASE_URL,
+        files_base_url: str = urls.FILES_BASE_URL,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:

@@ -10,6 +10,10 @@ import re
 import unicodedata
 from urllib.parse import urlsplit
 
+BASE_URL = "https://api.evolink.ai"
+FILES_BASE_URL = "https://files-api.evolink.ai"
+KEY = re.compile(r"[\x21-\x7e]{8,512}")  # what may be a key at all: visible ASCII characters, no blanks
+
 # Fixed lists from the IANA special-purpose registries: `is_global` changes with Python and lets NAT64, 6to4,
 # v4-compatible and multicast addresses through.
 _NOT_PUBLIC_V4 = tuple(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
-
-from evolink_mcp.api.client import BASE_URL, FILES_BASE_URL
-from evolink_mcp.api.urls import is_loopback
+from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, is_loopback
 from evolink_mcp.cli import values
 from evolink_mcp.pictures.folders import Folders
-from evolink_mcp.studio.purchase import Budget
+from evolink_mcp.studio.limits import Budget
 from evolink_mcp.studio.size_rule import SETTINGS
 from evolink_mcp.tools.hosts import WAIT_MAX_S
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
 
 EVOLINK_DOMAIN = "evolink.ai"
 
@@ -55,10 +55,10 @@ class Settings:
 
     `key_problem` says why a given key cannot be used. `wait_s` is in seconds, None leaves it to the host.
     `preview_edge` is in pixels, None chooses it, 0 sends no previews. `budget` is in credits.
-    `tools` are published; `callback_hosts` None allows any public host.
+    `tools` are published, None for all; `callback_hosts` None allows any public host.
     """
 
-    key: SecretStr | None
+    key_text: str | None = field(repr=False)
     key_problem: str | None
     base_url: str
     files_base_url: str
@@ -71,7 +71,7 @@ class Settings:
     resource_links: bool
     sidecars: bool
     budget: Budget
-    tools: frozenset[str]
+    tools: frozenset[str] | None
     callback_hosts: frozenset[str] | None
     tokens_file: Path | None
 
@@ -83,7 +83,7 @@ class Settings:
             BadSetting: for any value that cannot be used, except the key's (paid tools explain that one).
         """
         said = _said(os.environ if environ is None else environ)
-        key, key_problem = values.key(said.get("EVOLINK_API_KEY"))
+        key_text, key_problem = values.key(said.get("EVOLINK_API_KEY"))
         base = values.address("EVOLINK_BASE_URL", said.get("EVOLINK_BASE_URL", BASE_URL))
         files = said.get("EVOLINK_FILES_BASE_URL")
         # A simulated EvoLink serves both; only the real one has a host of its own for files.
@@ -96,7 +96,7 @@ class Settings:
         )
         values.refuse_commas(allowed)
         return cls(
-            key=key,
+            key_text=key_text,
             key_problem=key_problem,
             base_url=base,
             files_base_url=files,
@@ -119,6 +119,13 @@ class Settings:
         )
 
     @property
+    def key(self) -> SecretStr | None:
+        """The key, in a form that no log prints."""
+        from pydantic import SecretStr
+
+        return None if self.key_text is None else SecretStr(self.key_text)
+
+    @property
     def strange_hosts(self) -> list[str]:
         """A sentence for each variable that sends the key to a host that is neither EvoLink's nor this machine."""
         hosts = {
@@ -134,6 +141,8 @@ class Settings:
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
     """Variables that look like ours but are not, each with the one that was probably meant."""
+    import difflib
+
     names = [name for name in (os.environ if environ is None else environ) if name.startswith("EVOLINK_")]
     return {
         name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1)), None)

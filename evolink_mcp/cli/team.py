@@ -24,13 +24,16 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
     per_call = budget.per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
     per_day = budget.per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
     allowed = tuple(folder for folder in settings.folders.allowed if folder != settings.folders.output)
+    tools = tenant.tools
+    if settings.tools is not None:
+        tools = settings.tools if tools is None else settings.tools & tools
     return replace(
         settings,
-        key=tenant.evolink_key or settings.key,
+        key_text=tenant.evolink_key.get_secret_value() if tenant.evolink_key else settings.key_text,
         key_problem=None if tenant.evolink_key else settings.key_problem,
         budget=replace(budget, per_call=per_call, per_day=per_day, running=tenant.max_running),
         folders=Folders(output, (output, *allowed)),
-        tools=settings.tools if tenant.tools is None else settings.tools & tenant.tools,
+        tools=tools,
     )
 
 

@@ -8,13 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
-
-from evolink_mcp.api.client import KEY
-from evolink_mcp.api.urls import is_loopback
-from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
+from evolink_mcp.api.urls import KEY, is_loopback
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.schemas import TOOL_NAMES, tools_named
 
 HOST = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
@@ -25,7 +20,7 @@ class BadSetting(ValueError):
     """A variable has a value that cannot be used; the text names both and says what would do."""
 
 
-def key(value: str | None) -> tuple[SecretStr | None, str | None]:
+def key(value: str | None) -> tuple[str | None, str | None]:
     """The key, or why it cannot be used: that ends no start, because the paid tools explain it."""
     if value is None:
         return None, None
@@ -40,7 +35,7 @@ def key(value: str | None) -> tuple[SecretStr | None, str | None]:
             None,
             "EVOLINK_API_KEY is set, but it is not a key: 8 to 512 visible ASCII characters, no blanks",
         )
-    return SecretStr(value), None
+    return value, None
 
 
 def address(name: str, value: str) -> str:
@@ -144,6 +139,8 @@ def preview_edge(value: str) -> int | None:
     """Pixels, None for auto, 0 for off."""
     if value.lower() in ("auto", "off"):
         return None if value.lower() == "auto" else 0
+    from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
+
     if not value.isascii() or not value.isdigit() or not PREVIEW_EDGE_MIN <= int(value[:6]) <= PREVIEW_EDGE_MAX:
         raise BadSetting(
             f"EVOLINK_MCP_PREVIEW must be auto, off, or pixels from {PREVIEW_EDGE_MIN} to {PREVIEW_EDGE_MAX}"
@@ -151,10 +148,12 @@ def preview_edge(value: str) -> int | None:
     return int(value)
 
 
-def tools(value: str | None) -> frozenset[str]:
-    """The tools to publish; all of them if nothing is said."""
+def tools(value: str | None) -> frozenset[str] | None:
+    """The tools to publish; None for all of them."""
     if value is None:
-        return frozenset(TOOL_NAMES)
+        return None
+    from evolink_mcp.tools.schemas import tools_named
+
     try:
         return tools_named(_listed(value))
     except ValueError as error:

@@ -20,6 +20,7 @@ from evolink_mcp.pictures.references import References
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
+from evolink_mcp.tools.schemas import TOOL_NAMES
 
 
 @asynccontextmanager
@@ -67,5 +68,5 @@ def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:
         wait_s=settings.wait_s,
         preview_edge=settings.preview_edge,
         resource_links=settings.resource_links,
-        published=settings.tools,
+        published=TOOL_NAMES if settings.tools is None else settings.tools,
     )

@@ -1,14 +1,28 @@
-"""What the owner allows besides credits: how many tasks at once, and where results may be sent."""
+"""What the owner allows: how many credits, how many tasks at once, and where results may be sent."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from evolink_mcp.api.urls import host_of
 from evolink_mcp.errors import CallbackRefused, OverBudget
-from evolink_mcp.journal.entry import Entry
-from evolink_mcp.studio.jobs import Job
+
+if TYPE_CHECKING:  # settings hold a budget, and nothing of a server's start waits for more than settings
+    from evolink_mcp.journal.entry import Entry
+    from evolink_mcp.studio.jobs import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Caps in credits, from the settings; None means no cap. `running` is how many tasks may be under way at once."""
+
+    per_call: float | None = None
+    per_day: float | None = None
+    confirm_above: float | None = None
+    running: int | None = None
 
 
 class Limits:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
@@ -27,6 +26,7 @@ from evolink_mcp.errors import (
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.jobs import Job, Sleep
+from evolink_mcp.studio.limits import Budget
 from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
@@ -42,16 +42,6 @@ GIVEN_TWICE = Problem(
     False,
     "Call list_tasks with sync=true to see what the account has; force_new=true buys.",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Caps in credits, from the settings; None means no cap. `running` is how many tasks may be under way at once."""
-
-    per_call: float | None = None
-    per_day: float | None = None
-    confirm_above: float | None = None
-    running: int | None = None
 
 
 class Purchases:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from evolink_mcp.api import sizes
 from evolink_mcp.api.sizes import Rule
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.contract import Journal
-from evolink_mcp.journal.entry import Entry
+
+if TYPE_CHECKING:
+    from evolink_mcp.journal.contract import Journal
+    from evolink_mcp.journal.entry import Entry
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.lost import LostAnswers
 from evolink_mcp.studio.poller import Poller
-from evolink_mcp.studio.purchase import Budget, Purchases
+from evolink_mcp.studio.purchase import Purchases
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.size_rule import AUTO, SizeRule
 from evolink_mcp.studio.watch import Watcher

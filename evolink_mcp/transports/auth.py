@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pydantic import SecretStr
 
-from evolink_mcp.api.client import KEY
+from evolink_mcp.api.urls import KEY
 from evolink_mcp.pictures.folders import is_reserved
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.tools.schemas import TOOL_NAMES, tools_named
