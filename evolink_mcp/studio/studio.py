@@ -22,7 +22,7 @@ from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import Checked, References
 from evolink_mcp.studio.collect import Collector
 from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
-from evolink_mcp.studio.limits import Limits
+from evolink_mcp.studio.limits import Budget, Limits
 from evolink_mcp.studio.lost import LostAnswers
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.purchase import Purchases
