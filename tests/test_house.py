@@ -25,8 +25,8 @@ PACKAGES = {
         "hosts schemas task_answer task_words adapter previews delivery waiting "
         "generate_image get_task compute_size view_image list_tasks get_balance"
     ),
-    "server": "resources prompts gallery tasks_extension server",
-    "transports": "signals stdio auth tenants calls door web",
+    "server": "opening resources prompts gallery tasks_extension server",
+    "transports": "signals wires stdio auth tenants calls door web",
     "simulator": "rules simulation paintings app",
     "cli": "values settings wiring team host_config doctor demo main",
 }

@@ -17,6 +17,7 @@ from evolink_mcp import __version__
 from evolink_mcp.sanitize import harmless
 
 LEAVE_WITHIN_S = 1.8
+ANSWER_WITHIN_S = 0.0005  # how soon the first answers interrupt the imports
 DESCRIPTORS = 8192
 DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it speaks MCP over stdin and stdout."
 
@@ -118,19 +119,35 @@ def _take_descriptors() -> None:
 
 
 def _stdio(_: argparse.Namespace) -> int:
-    # Python's types do not say so: it has no stream where the descriptor was closed.
-    if None in cast("list[object]", [sys.stdin, sys.stdout]):
-        print("evolink-mcp: there is no standard input and output to speak over", file=sys.stderr)
-        return 1
     # The imports make half a million objects that stay. To search them for garbage takes a tenth of the start.
     gc.disable()
     _take_descriptors()
     settings = _settings()
+    if sys.stdin and sys.stdin.isatty():
+        print(
+            "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
+            file=sys.stderr,
+        )
+    from evolink_mcp.server.opening import Opening, recorded
+    from evolink_mcp.transports.signals import leave_on_stop_signal
+    from evolink_mcp.transports.wires import Wires
+
+    leave_on_stop_signal()
+    opening = Opening(recorded() if settings.tools is None else None)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(ANSWER_WITHIN_S)
+    try:
+        wires = Wires(opening.answer)
+    except OSError as error:
+        print(f"evolink-mcp: there is no standard input and output to speak over ({error.strerror})", file=sys.stderr)
+        return 1
     import anyio
 
     from evolink_mcp.cli.wiring import open_studio, server_for
     from evolink_mcp.server.server import serve_streams
     from evolink_mcp.transports.stdio import serve_stdio
+
+    sys.setswitchinterval(usual)
 
     async def serve(read: Any, write: Any) -> None:
         async with open_studio(settings) as studio:
@@ -139,12 +156,7 @@ def _stdio(_: argparse.Namespace) -> int:
             gc.enable()
             await serve_streams(server, read, write)
 
-    if sys.stdin.isatty():
-        print(
-            "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
-            file=sys.stderr,
-        )
-    return anyio.run(serve_stdio, serve, _leave_in_time)
+    return anyio.run(serve_stdio, wires, opening, serve, _leave_in_time)
 
 
 def _http(options: argparse.Namespace) -> int:

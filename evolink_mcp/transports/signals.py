@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,14 +16,25 @@ STOP_SIGNALS = [
 ]
 
 
+def leave_on_stop_signal() -> None:
+    """End this process at once on every such signal: for a start, when there is nothing to lose."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        os._exit(_exit_code(number))
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, leave)
+
+
 @contextmanager
 def on_stop_signal(stop: Callable[[int], None]) -> Generator[None]:
     """Call `stop(exit_code)` in the running event loop for every such signal. Only in the main thread."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
 
     def hear(number: int, _: FrameType | None) -> None:
-        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
-        loop.call_soon_threadsafe(stop, code)
+        loop.call_soon_threadsafe(stop, _exit_code(number))
 
     before = {number: signal.signal(number, hear) for number in STOP_SIGNALS}
     try:
@@ -31,3 +42,7 @@ def on_stop_signal(stop: Callable[[int], None]) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exit_code(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else TERMINATED

@@ -1,19 +1,16 @@
 """MCP over stdin and stdout: it ends soon after EOF, SIGTERM and Ctrl-C, and writes only protocol to stdout.
 
 The SDK's own transport stays blocked in its reader thread after a signal, drops what it cannot parse without an
-answer, and does not tell when an answer was written. This one uses a daemon thread for each direction.
+answer, and does not tell when an answer was written. This one uses the `wires`, which have a thread for each direction.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import queue
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import anyio
@@ -22,35 +19,30 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 from pydantic import ValidationError
 
 from evolink_mcp.sanitize import scrub
+from evolink_mcp.server.opening import Opening
 from evolink_mcp.tools.delivery import Delivery
 from evolink_mcp.transports.signals import on_stop_signal
+from evolink_mcp.transports.wires import INVALID_REQUEST, Wires, error_line
 
-log = logging.getLogger(__name__)
-
-LINE_MAX_BYTES = 96 << 20
-FLUSH_S = 0.3
 LEAVE_WITHIN_S = 1.5
-PARSE_ERROR, INVALID_REQUEST = -32700, -32600
-STDERR = 2
-NO_WIRE = 1  # the exit code
+PARSE_ERROR = -32700
 
 Serve = Callable[[Any, Any], Awaitable[None]]
-# What is to be written, and whose answer it is, if anybody wants to know that it was written.
-Outbox = queue.SimpleQueue[tuple[bytes, Delivery | None] | None]
 
 
-async def serve_stdio(serve: Serve, leaving: Callable[[int], None] = lambda code: None) -> int:
-    """Run `serve(read_stream, write_stream)` over this process's stdin and stdout.
+async def serve_stdio(
+    wires: Wires, opening: Opening, serve: Serve, leaving: Callable[[int], None] = lambda code: None
+) -> int:
+    """Run `serve(read_stream, write_stream)` over the wires. What `opening` has answered is not answered again.
 
     `leaving(code)` is called when the end has begun. Returns the exit code: 0 after EOF, 130 after SIGINT, 143 after
     SIGTERM. Threads may still block on stdin then.
     """
-    try:
-        wire_in, wire_out = _claim()
-    except OSError as error:
-        log.error("there is no standard input and output to speak over (%s)", error.strerror)
-        return NO_WIRE
-    outbox: Outbox = queue.SimpleQueue()
+    if sys.platform == "win32":
+        from mcp.os.win32.utilities import rebind_std_handle_to_fd
+
+        for fd in (0, 1):
+            rebind_std_handle_to_fd(fd)
     deliveries: dict[str | int, Delivery] = {}
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](100_000)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](0)
@@ -62,21 +54,26 @@ async def serve_stdio(serve: Serve, leaving: Callable[[int], None] = lambda code
             leaving(code)
             to_server.close()
             return
-        if isinstance(message.message, JSONRPCRequest):
-            delivery = deliveries[message.message.id] = Delivery()
+        said = message.message
+        if isinstance(said, JSONRPCRequest):
+            delivery = deliveries[said.id] = Delivery()
             message.metadata = ServerMessageMetadata(request_context=delivery)
-        elif isinstance(message.message, JSONRPCNotification) and message.message.method == "notifications/cancelled":
-            deliveries.pop((message.message.params or {}).get("requestId", ""), None)
+        elif isinstance(said, JSONRPCNotification) and said.method == "notifications/cancelled":
+            name = (said.params or {}).get("requestId", "")
+            deliveries.pop(name, None)
+            if name in opening.answered:
+                return  # it came too late: the SDK would keep silent, or say that the request was cancelled
         to_server.send_nowait(message)
 
-    def arrive(message: SessionMessage | None) -> None:
-        anyio.from_thread.run_sync(deliver, message, token=token)
+    def take(line: bytes | None) -> None:
+        message = None if line is None else _parsed(line, wires)
+        if line is None or message is not None:
+            with suppress(RuntimeError, anyio.ClosedResourceError, anyio.BrokenResourceError):  # we are closing
+                anyio.from_thread.run_sync(deliver, message, token=token)
 
-    def written(delivery: Delivery) -> None:
-        anyio.from_thread.run_sync(lambda: group.start_soon(delivery.settle, True), token=token)
-
-    reader = threading.Thread(target=_read, args=(wire_in, arrive, outbox), daemon=True, name="stdin")
-    writer = threading.Thread(target=_write, args=(wire_out, outbox, arrive, written), daemon=True, name="stdout")
+    def settle(delivery: Delivery) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            anyio.from_thread.run_sync(lambda: group.start_soon(delivery.settle, True), token=token)
 
     async def send_all() -> None:
         async for message in from_server:
@@ -84,7 +81,11 @@ async def serve_stdio(serve: Serve, leaving: Callable[[int], None] = lambda code
             delivery = None
             if isinstance(said, JSONRPCResponse | JSONRPCError) and said.id is not None:
                 delivery = deliveries.pop(said.id, None)
-            outbox.put((_dump(message), delivery if delivery is not None and delivery.awaited else None))
+                if said.id in opening.answered:
+                    opening.answered.discard(said.id)
+                    continue
+            told = partial(settle, delivery) if delivery is not None and delivery.awaited else None
+            wires.write(_dump(message), told)
 
     def stop(exit_code: int) -> None:
         nonlocal code
@@ -99,79 +100,17 @@ async def serve_stdio(serve: Serve, leaving: Callable[[int], None] = lambda code
     async with anyio.create_task_group() as group:
         with on_stop_signal(stop):
             group.start_soon(send_all)
-            reader.start()
-            writer.start()
+            group.start_soon(anyio.to_thread.run_sync, wires.take_lines, take)
             async with from_client, to_client:
                 await serve(from_client, to_client)
             await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
-    outbox.put(None)
-    writer.join(FLUSH_S)
+    wires.flush()
     return code
 
 
-def _claim() -> tuple[int, int]:
-    """Keep stdin and stdout for the protocol: other code that reads stdin finds its end, and its prints go to stderr.
-
-    Raises:
-        OSError: one of them is closed.
-    """
-    wire_in, wire_out = _above_standard(0), _above_standard(1)
-    with suppress(OSError):  # if they cannot be diverted, only other code's prints could disturb
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
-        try:
-            os.dup2(2, 1)
-        except OSError:  # there is no stderr
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.close(nowhere)
-        if sys.platform == "win32":
-            from mcp.os.win32.utilities import rebind_std_handle_to_fd
-
-            for fd in (0, 1):
-                rebind_std_handle_to_fd(fd)
-    return wire_in, wire_out
-
-
-def _above_standard(fd: int) -> int:
-    """A copy of `fd` that is no standard descriptor, even if one of those is closed."""
-    copy = os.dup(fd)
-    if copy > STDERR:
-        return copy
-    try:
-        return _above_standard(fd)
-    finally:
-        os.close(copy)
-
-
-def _read(wire: int, arrive: Callable[[SessionMessage | None], None], outbox: Outbox) -> None:
-    rest = bytearray()
-    too_long = False
-    try:
-        while chunk := os.read(wire, 1 << 18):
-            rest += chunk
-            if b"\n" not in chunk:
-                if len(rest) > LINE_MAX_BYTES:
-                    rest.clear()
-                    too_long = True
-                continue
-            *lines, tail = bytes(rest).split(b"\n")
-            rest = bytearray(tail)
-            if too_long:
-                too_long = False
-                del lines[0]
-                outbox.put((_error(None, INVALID_REQUEST, f"A line has more than {LINE_MAX_BYTES >> 20} MiB"), None))
-            for line in lines:
-                if line.strip():
-                    _take(line, arrive, outbox)
-        arrive(None)
-    except (OSError, RuntimeError, anyio.ClosedResourceError, anyio.BrokenResourceError):
-        log.debug("stdin ended while the server was closing")
-
-
-def _take(line: bytes, arrive: Callable[[SessionMessage | None], None], outbox: Outbox) -> None:
+def _parsed(line: bytes, wires: Wires) -> SessionMessage | None:
+    """The line as a message; None if it is none, which its sender is told."""
     try:
         message = jsonrpc_message_adapter.validate_json(line, by_name=False)
     except ValidationError:
@@ -179,18 +118,18 @@ def _take(line: bytes, arrive: Callable[[SessionMessage | None], None], outbox: 
         try:
             data = json.loads(line)
         except (ValueError, RecursionError):
-            outbox.put((_error(None, PARSE_ERROR, "Parse error"), None))
-            return
+            wires.write(error_line(None, PARSE_ERROR, "Parse error"))
+            return None
         try:
             message = jsonrpc_message_adapter.validate_python(data, by_name=False)
         except ValidationError:
-            outbox.put((_error(_id_in(line), INVALID_REQUEST, "Invalid request"), None))
-            return
+            wires.write(error_line(_id_in(line), INVALID_REQUEST, "Invalid request"))
+            return None
     if isinstance(message, JSONRPCNotification) and (name := _id_in(line)) is not None:
         # An id that is neither text nor an integer makes it look like a notification, which nobody answers.
-        outbox.put((_error(name, INVALID_REQUEST, "Invalid request: an id is a string or an integer"), None))
-        return
-    arrive(SessionMessage(message))
+        wires.write(error_line(name, INVALID_REQUEST, "Invalid request: an id is a string or an integer"))
+        return None
+    return SessionMessage(message)
 
 
 def _id_in(line: bytes) -> str | float | None:
@@ -209,28 +148,3 @@ def _dump(message: SessionMessage) -> bytes:
     except (ValueError, UnicodeEncodeError):
         data = scrub(message.message.model_dump(mode="python", by_alias=True, exclude_unset=True))
         return json.dumps(data).encode() + b"\n"
-
-
-def _error(name: str | float | None, code: int, text: str) -> bytes:
-    return json.dumps({"jsonrpc": "2.0", "id": name, "error": {"code": code, "message": text}}).encode() + b"\n"
-
-
-def _write(
-    wire: int,
-    outbox: Outbox,
-    arrive: Callable[[SessionMessage | None], None],
-    written: Callable[[Delivery], None],
-) -> None:
-    try:
-        while (item := outbox.get()) is not None:
-            data, delivery = item
-            view = memoryview(data)
-            while view:
-                view = view[os.write(wire, view) :]
-            if delivery is not None:
-                with suppress(RuntimeError):  # the loop has ended
-                    written(delivery)
-    except OSError:
-        log.debug("stdout was closed by the client")
-        with suppress(RuntimeError):  # nobody can be answered any more: end as at the end of stdin
-            arrive(None)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
 pytestmark = pytest.mark.anyio
+HERE = Path(__file__).parent
 
 
 class Talk:
@@ -131,26 +132,96 @@ def test_an_id_that_is_no_id_gets_an_answer(talk: Talk, name: str) -> None:
     assert talk.hear()["id"] == 6
 
 
-def test_a_line_that_is_too_long_gets_an_answer_and_the_next_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import queue
+LONG_LINES = """
+import sys, threading
+from evolink_mcp.transports import wires
+wires.LINE_MAX_BYTES = 1 << 20
+ended = threading.Event()
+def take(line):
+    print(line, file=sys.stderr) if line is not None else ended.set()
+ours = wires.Wires(lambda line: None)
+ours.take_lines(take)
+ended.wait()
+ours.flush()
+"""
 
-    from evolink_mcp.transports import stdio
 
-    monkeypatch.setattr(stdio, "LINE_MAX_BYTES", 1 << 20)
-    near, far = os.pipe()
-    arrived: list[Any] = []
-    outbox: Any = queue.SimpleQueue()
-    ping = b'{"jsonrpc":"2.0","id":9,"method":"ping"}\n'
-    reader = threading.Thread(target=stdio._read, args=(near, arrived.append, outbox))
-    reader.start()
-    with os.fdopen(far, "wb") as wire:
-        wire.write(ping + b"x" * (5 << 20) + b"\n" + ping)
-    reader.join()
-    os.close(near)
-    refusal = json.loads(outbox.get_nowait()[0])
+def test_a_line_that_is_too_long_gets_an_answer_and_the_next_ones_too() -> None:
+    ping = b'{"jsonrpc":"2.0","id":9,"method":"ping"}'
+    said = ping + b"\n" + b"x" * (5 << 20) + b"\n" + ping + b"\n"
+    done = subprocess.run([sys.executable, "-c", LONG_LINES], input=said, capture_output=True, timeout=60)
+    refusal = json.loads(done.stdout)
     assert (refusal["id"], refusal["error"]["code"], "1 MiB" in refusal["error"]["message"]) == (None, -32600, True)
-    assert [message and message.message.id for message in arrived] == [9, 9, None]
+    assert done.stderr.decode().split() == [str(ping), str(ping)]
+
+
+def test_the_first_answers_do_not_wait_for_the_sdk(start: Callable[..., Talk]) -> None:
+    """Nothing is imported when they come, and what they answer is not answered again."""
+    talk = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    greeting = talk.greet("2025-11-25")
+    assert greeting["result"]["serverInfo"]["name"] == "evolink-mcp"
+    for number, method in enumerate(("tools/list", "prompts/list", "resources/templates/list", "ping"), 2):
+        talk.say({"jsonrpc": "2.0", "id": number, "method": method})
+        assert (talk.hear())["id"] == number
+    assert talk.process.poll() is None
+
+
+def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Talk) -> None:
+    client = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+    call = {"name": "compute_size", "arguments": {"size": "3:2"}}
+    said = [
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call},
+        {"jsonrpc": "2.0", "id": 3, "method": "tools/list"},
+        {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 3}},
+        {"jsonrpc": "2.0", "id": 4, "method": "ping"},
+    ]
+    talk.say(b"\n".join(json.dumps(one).encode() for one in said))
+    heard = [talk.hear() for _ in range(4)]
+    assert [one["id"] for one in heard[:1]] == [1]
+    assert sorted(one["id"] for one in heard) == [1, 2, 3, 4]
+    assert all("result" in one for one in heard)
+    talk.say({"jsonrpc": "2.0", "id": 5, "method": "tools/list"})
+    assert talk.hear()["id"] == 5
+    assert talk.end() == (0, b"", b"")
+
+
+def test_an_end_of_input_in_the_middle_of_the_start_ends_it(start: Callable[..., Talk]) -> None:
+    talk = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    talk.greet()
+    assert talk.end() == (0, b"", b"")
+    silent = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    assert silent.end() == (0, b"", b"")
+
+
+def test_a_question_before_the_end_of_input_is_answered(start: Callable[..., Talk]) -> None:
+    talk = start()
+    talk.say(b"garbage")
+    out = talk.end()[1]
+    assert json.loads(out)["error"]["code"] == -32700
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("end", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_in_the_middle_of_the_start_ends_it(start: Callable[..., Talk], end: str, code: int) -> None:
+    talk = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    talk.greet()
+    talk.process.send_signal(getattr(signal, end))
+    assert talk.process.wait(20) == code
+
+
+def test_a_bad_setting_ends_the_start_as_ever(start: Callable[..., Talk]) -> None:
+    talk = start(EVOLINK_MCP_WAIT_SECONDS="long")
+    code, out, err = talk.end()
+    assert (code, out, b"EVOLINK_MCP_WAIT_SECONDS" in err) == (2, b"", True)
+
+
+def test_fewer_tools_are_asked_of_the_sdk(start: Callable[..., Talk]) -> None:
+    talk = start(EVOLINK_MCP_TOOLS="get_task")
+    talk.greet()
+    talk.say({"jsonrpc": "2.0", "id": 2, "method": "tools/list"})
+    assert [tool["name"] for tool in talk.hear()["result"]["tools"]] == ["get_task"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a descriptor by a POSIX shell")

@@ -1,0 +1,20 @@
+"""For a child process: the import of the SDK, and of what it needs, never ends."""
+
+import os
+import sys
+import threading
+
+NEEDED = {"mcp", "mcp_types", "pydantic", "anyio", "asyncio", "httpx2"}
+
+
+class Never:
+    """A finder that waits."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """Wait for ever, so that only what happens before can answer; a signal still arrives."""
+        if name.partition(".")[0] in NEEDED:
+            threading.Event().wait()
+
+
+if os.environ.get("WITHOUT_SDK"):
+    sys.meta_path.insert(0, Never())
