@@ -21,13 +21,16 @@ def main(transport: str) -> None:
         return
     import anyio
 
+    from evolink_mcp.server.opening import Opening
     from evolink_mcp.transports.stdio import serve_stdio
+    from evolink_mcp.transports.wires import Wires
 
     async def serve(read: object, write: object) -> None:
         lowlevel = server._lowlevel_server
         await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
 
-    anyio.run(serve_stdio, serve)
+    opening = Opening(None)
+    anyio.run(serve_stdio, Wires(opening.answer), opening, serve)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, is_loopback
 from evolink_mcp.cli import values
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.studio.limits import Budget
-from evolink_mcp.studio.size_rule import SETTINGS
 from evolink_mcp.tools.hosts import WAIT_MAX_S
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class Settings:
             key_problem=key_problem,
             base_url=base,
             files_base_url=files,
-            size_rule=values.one_of(said, "EVOLINK_SIZE_RULE", SETTINGS),
+            size_rule=values.size_rule(said.get("EVOLINK_SIZE_RULE")),
             data_dir=values.folder(said, "EVOLINK_MCP_DATA_DIR") or values.data_folder(),
             folders=Folders(output, tuple(dict.fromkeys((output, *(allowed or values.working_folder()))))),
             allowed_dirs_given=bool(allowed),

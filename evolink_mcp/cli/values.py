@@ -114,12 +114,15 @@ def working_folder() -> tuple[Path, ...]:
     return () if here == home or here == Path(here.anchor) or home.is_relative_to(here) else (here,)
 
 
-def one_of(said: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
-    """One of `words`; the first is the default."""
-    value = said.get(name, words[0]).lower()
-    if value not in words:
-        raise BadSetting(f"{name} must be {' or '.join(words)}")
-    return value
+def size_rule(value: str | None) -> str:
+    """A name of studio.size_rule.SETTINGS."""
+    if value is None:
+        return "auto"
+    from evolink_mcp.studio.size_rule import SETTINGS
+
+    if value.lower() not in SETTINGS:
+        raise BadSetting(f"EVOLINK_SIZE_RULE must be {' or '.join(SETTINGS)}")
+    return value.lower()
 
 
 def number(said: Mapping[str, str], name: str, most: float = 1e9) -> float | None:

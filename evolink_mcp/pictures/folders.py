@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -165,6 +164,8 @@ class Folders:
 
     def _did_you_mean(self, paths: Sequence[Path]) -> str:
         """Advice: pictures in the same folder with a similar name, if there are any."""
+        import difflib
+
         for path in paths:
             if not path.parent.is_dir() or not self.confines(path.parent):
                 continue
