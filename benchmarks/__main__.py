@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import calls, crowd, hostile, ledger, polls, previews, shares, start
+from benchmarks import calls, crowd, hostile, ledger, polls, previews, shares, start, web
 from benchmarks.figures import Figure
 
 PARTS = {
@@ -18,6 +18,7 @@ PARTS = {
     "calls": calls,
     "polls": polls,
     "crowd": crowd,
+    "web": web,
     "journal": ledger,
     "previews": previews,
     "share": shares,

@@ -20,7 +20,7 @@ import httpx2 as httpx
 from PIL import Image
 
 from benchmarks.figures import Figure
-from benchmarks.processes import ROOT, environment, memory_mb, standin
+from benchmarks.processes import ROOT, environment, free_port, memory_mb, standin
 from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.inspect import NotAPicture
 from evolink_mcp.pictures.previews import check_and_preview
@@ -131,7 +131,7 @@ def _peak_mib() -> float:
 
 
 def _besieged(folder: Path, evolink: int, silent: int, callers: int) -> dict[str, float]:
-    port = _free_port()
+    port = free_port()
     said = folder / "stderr"
     few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS}))"
     start = f"{few}; from evolink_mcp.cli.main import main; main()"
@@ -193,9 +193,3 @@ async def _answered(client: httpx.AsyncClient, url: str) -> None:
                 if (await client.get(url)).status_code == 200:
                     return
             await anyio.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -119,6 +120,11 @@ class Standin:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/benchmark", timeout=30) as answer:
             return json.load(answer)
 
+    def end_all(self, within_s: float) -> None:
+        """Let every task end within this time from now."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/benchmark/end?{within_s}", timeout=30):
+            pass
+
 
 @contextmanager
 def standin(pictures: str = "dot", *, batch: bool = True) -> Iterator[Standin]:
@@ -150,6 +156,12 @@ def cpu_s(pid: int) -> float | None:
         return None
     fields = stat.read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def timed(act: Any) -> float:

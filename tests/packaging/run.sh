@@ -18,6 +18,11 @@ say "tools"
 "$python" -m venv "$WORK/tools"
 "$WORK/tools/bin/pip" install -q 'build>=1.2,<2' 'twine>=6,<8' 'uv>=0.9'
 
+say "the first answers, recorded with the versions that are installed today"
+(cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_opening.py | tail -1)
+# They are used only with these versions: an installation that cannot use them starts slowly.
+opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.opening import recorded; sys.exit(recorded() is None)'); }
+
 say "wheel and source distribution"
 "$WORK/tools/bin/python" -m build -q --outdir "$WORK/dist" "$root" >/dev/null
 "$WORK/tools/bin/twine" check --strict "$WORK"/dist/*
@@ -27,6 +32,7 @@ say "the wheel in an empty environment"
 "$WORK/empty/bin/pip" install -q "$WORK"/dist/*.whl
 (cd / && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" --version && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" doctor | tail -1)
 "$python" "$here/drive.py" "$WORK/empty/bin/evolink-mcp"
+opens "$WORK/empty/bin/python"
 
 say "the wheel with the oldest versions that pyproject.toml allows"
 "$python" -m venv "$WORK/oldest"
@@ -41,3 +47,4 @@ say "the bundle"
 mcpb="npx --yes @anthropic-ai/mcpb@2.1.2"
 (cd "$WORK" && $mcpb validate "$root/manifest.json" 2>/dev/null && $mcpb pack "$root" "$WORK/evolink-mcp.mcpb" 2>/dev/null | grep -E 'size|total')
 "$python" "$here/drive.py" --bundle "$WORK/evolink-mcp.mcpb" --uv "$WORK/tools/bin/uv" --into "$WORK/else where"
+opens "$WORK/else where/.venv/bin/python"
