@@ -20,7 +20,7 @@ PACKAGES = {
     "api": "sizes size_words costs urls request task http client",
     "journal": "entry contract migrations file sqlite",
     "pictures": "folders structure metadata inspect child previews upright downloads references sidecar store",
-    "studio": "schedule jobs recorder size_rule limits lost purchase poller watch collect workshop studio",
+    "studio": "schedule experience jobs recorder size_rule limits lost purchase poller watch collect workshop studio",
     "tools": (
         "hosts schemas task_answer task_words adapter previews delivery waiting "
         "generate_image get_task compute_size view_image list_tasks get_balance"

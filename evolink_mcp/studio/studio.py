@@ -1,7 +1,4 @@
-"""The steps of an order: ask, write it down, pay, write it down, read until settled, fetch, save.
-
-Only this module knows their order.
-"""
+"""The steps of an order, whose order only this module knows: ask, write down, pay, write down, read, fetch, save."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import Checked, References
 from evolink_mcp.studio.collect import Collector
+from evolink_mcp.studio.experience import Experience
 from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
 from evolink_mcp.studio.limits import Budget, Limits
 from evolink_mcp.studio.lost import LostAnswers
@@ -74,6 +72,7 @@ class Studio:
         self.size_rule = SizeRule(journal, rule)
         self._recorder = Recorder(journal, self._announce)
         lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
+        self._experience = Experience(journal)
         self._purchases = Purchases(client, journal, self._recorder, budget, lost, sleep=sleep)
         self._references = references
         self._saving: Any = {"sidecars": sidecars, "preview_edge": preview_edge}
@@ -98,7 +97,7 @@ class Studio:
         try:
             async with anyio.create_task_group() as self._group:
                 poller = Poller(self.client, self._group, sleep=self._sleep)
-                watcher = Watcher(poller, self._recorder, **timing)
+                watcher = Watcher(poller, self._recorder, self._experience, **timing)
                 collector = Collector(self.client, self.folders, self._recorder, **self._saving, **timing)
                 self._workshop = Workshop(
                     self.client, self.journal, self._recorder, self._purchases, watcher, collector, self.size_rule, self._group,
@@ -114,6 +113,7 @@ class Studio:
                     self._group.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_GRACE_S):
+                await self._experience.write()
                 await self.journal.close()
 
     async def _requests_answered(self) -> None:

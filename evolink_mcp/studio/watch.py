@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import anyio
 
-from evolink_mcp.api.task import Task
+from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import RateLimited, Rejected, Unreadable
+from evolink_mcp.studio.experience import Experience
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.recorder import Recorder
@@ -30,12 +31,14 @@ class Watcher:
         self,
         poller: Poller,
         recorder: Recorder,
+        experience: Experience,
         *,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
     ) -> None:
         self._poller = poller
         self._recorder = recorder
+        self._experience = experience
         self._clock = clock
         self._sleep = sleep
         self._budget = RetryBudget()
@@ -59,7 +62,7 @@ class Watcher:
         # Only a job that has just bought its task waits before the first read. Any other task may be done already.
         age = 0.0 if job.heard_from else max(0.0, self._clock() - job.entry.created_at)
         accepted = anyio.current_time() - age
-        schedule = Schedule(task.estimated_time_s)
+        schedule = Schedule(await self._experience.expected(job.entry))
         at_once = not job.heard_from
         failures = 0
         missing = 0
@@ -105,6 +108,8 @@ class Watcher:
                 job.heard_from = True
                 job.seen_running = job.seen_running or not task.settled
                 await self._recorder.task_seen(job, task)
+        if task.status == COMPLETED and age == 0.0:
+            await self._experience.add(job.entry, anyio.current_time() - accepted)
 
 
 def merged(before: Task, seen: Task) -> Task:
