@@ -28,7 +28,7 @@ PACKAGES = {
     "server": "opening resources prompts gallery tasks_extension server",
     "transports": "signals wires stdio auth tenants calls door web",
     "simulator": "rules simulation paintings app",
-    "cli": "values settings wiring team host_config doctor demo main",
+    "cli": "process values settings wiring team host_config doctor demo main",
 }
 ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() for name in names.split()] + ["__main__"]
 

@@ -8,17 +8,14 @@ import io
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
+from evolink_mcp.cli.process import keep_what_stays, leave_in_time, take_descriptors
 from evolink_mcp.sanitize import harmless
 
-LEAVE_WITHIN_S = 1.8
 ANSWER_WITHIN_S = 0.0005  # how soon the first answers interrupt the imports
-DESCRIPTORS = 8192
 DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it speaks MCP over stdin and stdout."
 
 
@@ -99,29 +96,9 @@ def _settings():
     return settings
 
 
-def _leave_in_time(code: int) -> None:
-    """End this process soon, even if a thread still waits for the disk: what is not written is left to the next start."""
-    end = threading.Timer(LEAVE_WITHIN_S, os._exit, (code,))
-    end.daemon = True
-    end.start()
-
-
-def _take_descriptors() -> None:
-    """Use as many file descriptors as the system allows: macOS gives 256 unless it is asked for more."""
-    if sys.platform != "win32":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            with suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def _stdio(_: argparse.Namespace) -> int:
-    # The imports make half a million objects that stay. To search them for garbage takes a tenth of the start.
-    gc.disable()
-    _take_descriptors()
+    gc.disable()  # until `keep_what_stays`: to search what the imports make takes a tenth of the start
+    take_descriptors()
     settings = _settings()
     if sys.stdin and sys.stdin.isatty():
         print(
@@ -152,17 +129,16 @@ def _stdio(_: argparse.Namespace) -> int:
     async def serve(read: Any, write: Any) -> None:
         async with open_studio(settings) as studio:
             server = server_for(studio, settings)
-            gc.freeze()
-            gc.enable()
+            keep_what_stays()
             await serve_streams(server, read, write)
 
-    return anyio.run(serve_stdio, wires, opening, serve, _leave_in_time)
+    return anyio.run(serve_stdio, wires, opening, serve, leave_in_time)
 
 
 def _http(options: argparse.Namespace) -> int:
     from evolink_mcp.api.urls import is_loopback
 
-    _take_descriptors()
+    take_descriptors()
     settings = _settings()
     if settings.tokens_file is None and not is_loopback(options.host) and not options.insecure:
         print(
@@ -193,6 +169,7 @@ def _http(options: argparse.Namespace) -> int:
     host = f"[{options.host}]" if ":" in options.host else options.host
 
     def ready() -> None:
+        keep_what_stays()
         if not is_loopback(options.host) and not options.allowed_host:
             print("evolink-mcp: without --allowed-host NAME it answers only to names of this machine", file=sys.stderr)
         print(f"evolink-mcp serves http://{host}:{options.port}/{path}: {who} may spend your credits", file=sys.stderr)
@@ -204,14 +181,14 @@ def _http(options: argparse.Namespace) -> int:
         if tokens is None:
             async with open_studio(settings, remote=True) as studio:
                 app = door(app_of(server_for(studio, settings)), options.allowed_host)
-                return await serve_app(app, options.host, options.port, _leave_in_time, ready)
+                return await serve_app(app, options.host, options.port, leave_in_time, ready)
         code = 1
         async with anyio.create_task_group() as group:
             tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of), HEALTH)
             for tenant in tokens.tenants:  # what they left unfinished goes on
                 group.start_soon(tenants.app, tenant)
             app = door(tenants, options.allowed_host, tokens)
-            code = await serve_app(app, options.host, options.port, _leave_in_time, ready)
+            code = await serve_app(app, options.host, options.port, leave_in_time, ready)
             group.cancel_scope.cancel()
         return code
 
@@ -244,7 +221,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from evolink_mcp.simulator.app import FAULTS, Simulator
     from evolink_mcp.transports.web import serve_app
 
-    _take_descriptors()
+    take_descriptors()
     print(f"A simulated EvoLink on http://127.0.0.1:{options.port} (any key will do). Point the server at it with")
     print(f"  EVOLINK_BASE_URL=http://127.0.0.1:{options.port} EVOLINK_API_KEY=sk-simulated evolink-mcp")
     print("Words in a prompt order faults:")

@@ -95,7 +95,8 @@ class Recorder:
             self._changed(job, entry)
             return
         unmarked = job.entry.account != entry.account
-        self._changed(job, entry)
+        if entry != job.entry:
+            self._changed(job, entry)
         settles = before is None or (before.status != task.status and task.settled)
         if unmarked or settles or (before is not None and before.results != task.results):
             await self._write(job, entry, self._journal.update)
