@@ -6,12 +6,16 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.figures import Figure, middle
+from benchmarks.figures import Figure, middle, share
+from benchmarks.ledger import fill
 from benchmarks.processes import SERVERS, Pipe, environment, timed
 
 TITLE = "Calls"
 AT_ONCE = 50
 SIZE = {"size": "16:9", "resolution": "2K"}
+
+
+LISTED = 50
 
 
 def run(quick: bool) -> list[Figure]:
@@ -20,6 +24,7 @@ def run(quick: bool) -> list[Figure]:
     many: dict[str, list[float]] = {name: [] for name in SERVERS}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, ExitStack() as stack:
         env = environment(Path(folder))
+        fill(Path(env["EVOLINK_MCP_DATA_DIR"]), 2 * LISTED)
         pipes = {name: stack.enter_context(Pipe(SERVERS[name], env)) for name in SERVERS}
         what = {name: ("compute_size", SIZE) if name == "ours" else ("nothing", {"word": "x"}) for name in SERVERS}
         for name, pipe in pipes.items():
@@ -28,15 +33,26 @@ def run(quick: bool) -> list[Figure]:
                 pipe.call(*what[name])
         for _ in range(rounds):
             for name, pipe in pipes.items():
-                single[name] += [timed(lambda pipe=pipe, name=name: pipe.call(*what[name])) for _ in range(calls)]
+                times = [timed(lambda pipe=pipe, name=name: pipe.call(*what[name])) for _ in range(calls)]
+                single[name].append(middle(times) * 1000)
                 many[name].append(timed(lambda pipe=pipe, name=name: pipe.flood(*what[name], AT_ONCE)) / AT_ONCE)
-    one = {name: middle(times) * 1000 for name, times in single.items()}
+        ours = pipes["ours"]
+        listed = ours.call("list_tasks", {"limit": LISTED})["structuredContent"]["tasks"]
+        lists = [timed(lambda: ours.call("list_tasks", {"limit": LISTED})) * 1000 for _ in range(calls)]
     rate = {name: 1 / middle(times) for name, times in many.items()}
     return [
-        Figure("compute_size − a tool that does nothing, both on our stdio", one["ours"] - one["empty"], "ms", 0.2,
-               f"{one['ours']:.2f} and {one['empty']:.2f} ms, one call at a time"),
-        Figure("that empty tool on the SDK's stdio ÷ on ours, one call at a time", one["bare"] / one["empty"], "×", None,
-               f"{one['bare']:.2f} and {one['empty']:.2f} ms"),
+        _beside("compute_size ÷ a bare MCPServer's no-op", single["ours"], single["bare"], 1.1),
+        _beside("a no-op on our stdio ÷ a bare MCPServer's", single["empty"], single["bare"], 1.1),
+        Figure(f"list_tasks of {len(listed)}", middle(lists), "ms", 10, f"95 of 100 within {share(lists, 0.95):.1f} ms"),
         Figure(f"calls a second on our stdio ÷ the SDK's, {AT_ONCE} at once", rate["empty"] / rate["bare"], "×", None,
                f"{rate['empty']:,.0f} and {rate['bare']:,.0f} calls/s; compute_size {rate['ours']:,.0f}"),
     ]  # fmt: skip
+
+
+def _beside(name: str, ours: list[float], theirs: list[float], limit: float) -> Figure:
+    """Medians of rounds in turns, and how far the rounds differ."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    note = (
+        f"{len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}; {middle(ours):.2f} and {middle(theirs):.2f} ms"
+    )
+    return Figure(name, middle(ratios), "×", limit, note)

@@ -56,7 +56,7 @@ def run(quick: bool) -> list[Figure]:
         Figure("requests a second with batch reads", saw["rate"], "/s", None,
                f"{saw['looks_a_second']:.0f} looks a second in them"),
         Figure("requests a second with single reads only", alone["rate"], "/s", None,
-               f"never above 100; {100 * alone['share']:.0f} % of a core"),
+               f"{100 * alone['share']:.0f} % of a core"),
         Figure("requests for one look, single reads ÷ batch reads", saw["looks_a_second"] / saw["rate"], "×"),
         Figure("processor time a job, from order to file", saw["cpu_ms_a_job"], "ms"),
     ]  # fmt: skip

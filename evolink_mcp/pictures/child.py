@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,14 +21,17 @@ log = logging.getLogger(__name__)
 
 DEADLINE_S = 20.0
 MEMORY_MAX_BYTES = 300 << 20
+CHECKS_AT_ONCE = min(os.cpu_count() or 1, 2)  # each may take MEMORY_MAX_BYTES
 Lane = Literal["check", "preview", "reference"]
 T = TypeVar("T")
-_LANES = {lane: anyio.CapacityLimiter(1) for lane in ("check", "preview", "reference")}
+_LANES = {"check": anyio.CapacityLimiter(CHECKS_AT_ONCE)} | {
+    lane: anyio.CapacityLimiter(1) for lane in ("preview", "reference")
+}
 _NO_LIMIT = anyio.CapacityLimiter(math.inf)  # the lanes are the limit
 
 
 async def in_child(lane: Lane, call: Callable[..., T], *args: object) -> T:
-    """`call(*args)` in a child process, one at a time in each lane: a check never waits for a preview.
+    """`call(*args)` in a child process, few at a time in each lane: a check never waits for a preview.
 
     `call`, its arguments, its result and what it raises are pickled. A caller that is cancelled kills the child. Where no
     child can be started, a thread does the work, without deadline and bound.
