@@ -10,13 +10,14 @@ from urllib.parse import unquote
 UPSTREAM_WORDS_MAX = 300
 THE_KEY = "(the key)"
 _INNER_QUOTES = str.maketrans('“”„‟"', "‘’‚‛'")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def harmless(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
     """`text` on one line, at most `limit` characters, without control, bidi, zero-width or tag characters."""
     raw = str(text)[: limit * 4]
-    kept = "".join(" " if c in "\r\n\t" else c for c in raw if c in "\r\n\t" or not _invisible(c))
+    kept = raw if raw.isprintable() else "".join(" " if c in "\r\n\t" else c for c in raw if c in "\r\n\t" or not _invisible(c))
     line = " ".join(kept.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -66,4 +67,4 @@ def _invisible(char: str) -> bool:
 
 
 def _has_surrogate(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
+    return not text.isascii() and _SURROGATE.search(text) is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from evolink_mcp.api.sizes import Size
 
@@ -49,6 +50,7 @@ def output_tokens(size: Size, quality: str) -> int:
     return -(-base * across * (2_000_000 + size.pixels) // 4_000_000)
 
 
+@lru_cache(maxsize=1024)
 def price(size: Size | None, quality: str, n: int = 1, *, references: int = 0, prompt_tokens: int = 0) -> Price:
     """The price of `n` pictures, each billed for itself with its share of prompt and references.
 

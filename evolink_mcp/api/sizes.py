@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import gcd, isqrt, log, sqrt
 from typing import Literal, cast
 
@@ -133,6 +134,7 @@ def normalize(text: str) -> str:
     return f"{width}x{height}"
 
 
+@lru_cache(maxsize=1024)
 def resolve(text: str, tier: str = "1K", rule: str = "anchor-edge") -> Resolved:
     """The pixels of `text` at `tier` (any case) under `rule`; raises IllegalSize, ValueError for the rule."""
     if tier.upper() not in TIERS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from typing import TYPE_CHECKING
 
 from evolink_mcp.api import sizes
@@ -30,6 +32,7 @@ class SizeRule:
         self._journal = journal
         self._pinned: Rule | None = next((rule for rule in sizes.RULES if rule == setting), None)
         self._learned: Rule | None = None
+        self._read_at = -math.inf
 
     @property
     def current(self) -> Rule:
@@ -46,9 +49,13 @@ class SizeRule:
         """The rules that a picture may follow: prices are judged by the dearest of them."""
         return (self.current,) if self._pinned or self._learned else sizes.RULES
 
-    async def refresh(self) -> None:
-        """Read what another server may have learned; if the journal cannot be read, what is known stays."""
-        if self._learned is None:
+    async def refresh(self, fresh_for_s: float = 0.0) -> None:
+        """Read what another server may have learned; if the journal cannot be read, what is known stays.
+
+        What was read less than `fresh_for_s` seconds ago is not read again.
+        """
+        if self._learned is None and time.monotonic() - self._read_at >= fresh_for_s:
+            self._read_at = time.monotonic()
             try:
                 found = await self._journal.learned(FACT)
             except JournalUnwritable as error:

@@ -154,9 +154,18 @@ def result(text: str, data: BaseModel | None, *more: ContentBlock, is_error: boo
     """A tool's answer: the text first, the same facts as structured content; lone surrogates are replaced in both."""
     return CallToolResult(
         content=[TextContent(type="text", text=scrub(text)), *more],
-        structured_content=scrub(data.model_dump(mode="json")) if data is not None else None,
+        structured_content=_plain(data) if data is not None else None,
         is_error=is_error,
     )
+
+
+def _plain(data: BaseModel) -> dict[str, Any]:
+    plain = data.model_dump(mode="json")
+    try:
+        data.model_dump_json()  # quicker than to look into every string
+    except ValueError:
+        return scrub(plain)
+    return plain
 
 
 def refuse_as(output: Callable[..., BaseModel]) -> Refusal:

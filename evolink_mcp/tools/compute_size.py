@@ -22,6 +22,7 @@ from evolink_mcp.tools.adapter import OFFLINE, flat_tool, result
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
 REFERENCES_MAX = 16
+RULE_FRESH_FOR_S = 2.0
 PROMPT_BYTES = 1_000  # what credits_at_most allows for a prompt that is not known yet
 
 Edge = Annotated[int, Strict(), Field(ge=1, le=MAX_WISH_EDGE), WHOLE]
@@ -110,7 +111,7 @@ def compute_size_tool(studio: Studio) -> Tool:
         """What pixels and what price a size, ratio and tier mean, before anything is spent: offline, free. Or the
         other way round: give width and height you need (such as 1200 and 628) for the nearest legal size that
         covers them, the closest ratio and tier, and what to crop."""
-        await studio.size_rule.refresh()
+        await studio.size_rule.refresh(fresh_for_s=RULE_FRESH_FOR_S)
         out = compute(req, studio.size_rule.current, studio.size_rule.possible, known=studio.size_rule.known)
         return result(size_text(out), out, is_error=out.error is not None)
 
