@@ -17,7 +17,11 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 def harmless(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
     """`text` on one line, at most `limit` characters, without control, bidi, zero-width or tag characters."""
     raw = str(text)[: limit * 4]
-    kept = raw if raw.isprintable() else "".join(" " if c in "\r\n\t" else c for c in raw if c in "\r\n\t" or not _invisible(c))
+    kept = (
+        raw
+        if raw.isprintable()
+        else "".join(" " if c in "\r\n\t" else c for c in raw if c in "\r\n\t" or not _invisible(c))
+    )
     line = " ".join(kept.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 

@@ -19,8 +19,8 @@ PACKAGES = {
     "": "errors sanitize",
     "api": "sizes size_words costs urls request task http client",
     "journal": "entry contract migrations file sqlite",
-    "pictures": "folders structure metadata inspect child previews upright downloads references sidecar store",
-    "studio": "schedule experience jobs recorder size_rule limits lost purchase poller watch collect workshop studio",
+    "pictures": "folders structure metadata inspect child previews upright downloads sidecar references store",
+    "studio": "times schedule experience jobs recorder size_rule limits lost purchase poller watch collect workshop studio",
     "tools": (
         "hosts schemas task_answer task_words adapter previews delivery waiting "
         "generate_image get_task compute_size view_image list_tasks get_balance"
@@ -28,7 +28,7 @@ PACKAGES = {
     "server": "opening resources prompts gallery tasks_extension server",
     "transports": "signals wires stdio auth tenants calls door web",
     "simulator": "rules simulation paintings app",
-    "cli": "process values settings wiring team host_config doctor demo main",
+    "cli": "process values settings wiring team host_config doctor demo shelf main",
 }
 ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() for name in names.split()] + ["__main__"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,11 @@ BAR_WIDTH = 28
 
 async def run_demo(prompt: str, say: Callable[..., None]) -> int:
     """Make one picture and tell what a person wants to know; returns the exit code."""
-    settings = Settings.from_environment()
+    output = demo_folder(Settings.from_environment().folders.output)
     say("evolink-mcp demo: a real MCP client, a real server, a simulated EvoLink. No key, no network, no cost.\n")
-    say(f'  generate_image(prompt="{prompt}", size="16:9", resolution="2K")\n')
+    call = f'generate_image(prompt="{prompt}", size="16:9", resolution="2K")'
+    width = max(shutil.get_terminal_size().columns - 2, 20)
+    say(textwrap.fill(call, width, initial_indent="  ", subsequent_indent="      ") + "\n")
     simulator = Simulator(duration_s=PICTURE_SECONDS)
     web = uvicorn.Server(uvicorn.Config(simulator.app, port=0, log_level="error", lifespan="off"))
     code = 1
@@ -40,11 +43,17 @@ async def run_demo(prompt: str, say: Callable[..., None]) -> int:
             port = web.servers[0].sockets[0].getsockname()[1]
             started = time.monotonic()
             try:
-                answer = await _ask(prompt, port, data, settings.folders.output, say)
+                answer = await _ask(prompt, port, data, output, say)
                 code = _tell(answer, time.monotonic() - started, say)
             finally:
                 web.should_exit = True
     return code
+
+
+def demo_folder(output: Path) -> Path:
+    """Where a demo's pictures go: beside the bought ones, never among them."""
+    simulated = "simulated" in output.name.lower()
+    return output if simulated else output.with_name(f"{output.name} simulated")
 
 
 async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..., None]) -> CallToolResult:
@@ -53,6 +62,8 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
         args=["-m", "evolink_mcp"],
         env={
             **environment_without_ours(),
+            "NO_PROXY": "127.0.0.1",  # a proxy could not reach this machine's own simulator
+            "no_proxy": "127.0.0.1",
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
             "EVOLINK_API_KEY": "sk-demo-no-money",
             "EVOLINK_MCP_DATA_DIR": data,
@@ -64,10 +75,11 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
     async def show(progress: float, total: float | None, message: str | None) -> None:
         bar.show(progress, message or "")
 
-    async with Client(server) as client:
-        answer = await client.call_tool("generate_image", {"prompt": prompt, **SIZE}, progress_callback=show)
-    bar.end()
-    return answer
+    try:
+        async with Client(server) as client:
+            return await client.call_tool("generate_image", {"prompt": prompt, **SIZE}, progress_callback=show)
+    finally:  # also after Ctrl-C: the terminal's next line is its own
+        bar.end()
 
 
 def _tell(answer: CallToolResult, took_s: float, say: Callable[..., None]) -> int:
@@ -81,7 +93,8 @@ def _tell(answer: CallToolResult, took_s: float, say: Callable[..., None]) -> in
         say(f"  {image['width']} × {image['height']} pixels, {image['bytes']:,} bytes, {image['mime_type']}")
     say(f"\nDone in {took_s:.1f} s. At EvoLink the same call costs about {facts['credits']:g} credits "
         f"(${facts['usd']:.3f}) and takes 10 to 130 s.")  # fmt: skip
-    say("Next: set EVOLINK_API_KEY and add `evolink-mcp` to your MCP host; README.md has the blocks.")
+    say("The picture is simulated: it lies in a folder of its own. Next:")
+    say("  evolink-mcp doctor    checks this machine, and prints what your MCP host needs to start the server")
     return 0
 
 

@@ -73,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, default=20)
     tasks.add_argument("--json", action="store_true")
     tasks.set_defaults(run=_tasks)
+    opened = commands.add_parser("open", help="show a saved picture, or the folder of all")
+    opened.add_argument("words", nargs="*", help="words of its prompt, its file's name, or a task's id")
+    opened.add_argument("--print", action="store_true", help="only print the path")
+    opened.set_defaults(run=_open)
+    sheet = commands.add_parser("sheet", help="lay saved pictures out on one HTML page")
+    sheet.add_argument("words", nargs="*", help="only pictures with these words in prompt, file name or task id")
+    sheet.add_argument("--since", default="today", help="today (default), yesterday, 7d, all, or a date")
+    sheet.add_argument("--out", help="the file to write; without it one in the pictures' folder")
+    sheet.set_defaults(run=_sheet)
     doctor = commands.add_parser("doctor", help="check this installation, and print every host's configuration")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
@@ -268,6 +277,22 @@ def _tasks(options: argparse.Namespace) -> int:
             print(f"    {out.error.message}. {out.error.advice}")
     print(f"{len(outs)} entries in {path}")
     return 0
+
+
+def _open(options: argparse.Namespace) -> int:
+    from evolink_mcp.cli.shelf import open_picture
+
+    return open_picture(_settings(), options.words, print, _complain, only_print=options.print)
+
+
+def _sheet(options: argparse.Namespace) -> int:
+    from evolink_mcp.cli.shelf import lay_out
+
+    return lay_out(_settings(), options.words, options.since, options.out, print, _complain)
+
+
+def _complain(text: str) -> None:
+    print(f"evolink-mcp: {text}", file=sys.stderr)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -30,7 +30,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "How ratios become pixels: auto (learned from pictures), anchor-edge or pixel-budget.",
     ),
     "EVOLINK_MCP_DATA_DIR": ("the user's data folder", "Where the journal lies."),
-    "EVOLINK_MCP_OUTPUT_DIR": ("Pictures/EvoLink", "Where pictures are saved."),
+    "EVOLINK_MCP_OUTPUT_DIR": (
+        "Pictures/EvoLink",
+        "Where pictures are saved; a simulated EvoLink's in Pictures/EvoLink simulated.",
+    ),
     "EVOLINK_MCP_ALLOWED_DIRS": (
         "output and working folder",
         "Folders that local files may come from and go to.",
@@ -87,7 +90,9 @@ class Settings:
         files = said.get("EVOLINK_FILES_BASE_URL")
         # A simulated EvoLink serves both; only the real one has a host of its own for files.
         files = values.address("EVOLINK_FILES_BASE_URL", files or (FILES_BASE_URL if base == BASE_URL else base))
-        output = values.folder(said, "EVOLINK_MCP_OUTPUT_DIR") or values.pictures_folder()
+        output = values.folder(said, "EVOLINK_MCP_OUTPUT_DIR") or values.pictures_folder(
+            simulated=base.startswith("http:")
+        )
         allowed = tuple(
             values.path("EVOLINK_MCP_ALLOWED_DIRS", part)
             for part in map(values.unquoted, map(str.strip, said.get("EVOLINK_MCP_ALLOWED_DIRS", "").split(os.pathsep)))
@@ -148,6 +153,11 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str
         for name in sorted(names)
         if name not in VARIABLES
     }
+
+
+def has_display() -> bool:
+    """Whether there is a desktop to open something on (Linux)."""
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def environment_without_ours() -> dict[str, str]:

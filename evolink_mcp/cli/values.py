@@ -90,11 +90,11 @@ def refuse_commas(folders: Sequence[Path]) -> None:
             raise BadSetting(f"EVOLINK_MCP_ALLOWED_DIRS separates its folders by “{os.pathsep}”, not by commas")
 
 
-def pictures_folder() -> Path:
-    """Where pictures go by default."""
+def pictures_folder(*, simulated: bool = False) -> Path:
+    """Where pictures go by default; those of a simulated EvoLink never lie among the bought ones."""
     import platformdirs
 
-    return platformdirs.user_pictures_path().absolute() / "EvoLink"
+    return platformdirs.user_pictures_path().absolute() / ("EvoLink simulated" if simulated else "EvoLink")
 
 
 def data_folder() -> Path:

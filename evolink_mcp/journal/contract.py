@@ -87,9 +87,19 @@ class Journal(Protocol):
         ...
 
     async def recent(
-        self, limit: int, status: str | None = None, since: float | None = None, until: float | None = None
+        self,
+        limit: int,
+        status: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        words: tuple[str, ...] = (),
+        after: tuple[float, str] | None = None,
     ) -> list[Entry]:
-        """At most `limit` entries, newest first; `since` and `until` are included."""
+        """At most `limit` entries, newest first; `since` and `until` are included.
+
+        `words`: each is in the prompt, in a file's name or in the task's id, in any case. `after`: only what comes after
+        the entry with this `created_at` and key.
+        """
         ...
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:

@@ -67,6 +67,21 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """A picture that an order was made from: what the caller gave, and where EvoLink read it.
+
+    `given` is a path or an address as it was said, long ones cut. `sha256` (hex) is that of a file here; `task_id` and
+    `index` name the earlier picture that it is, where that is known.
+    """
+
+    given: str
+    url: str | None = None
+    sha256: str | None = None
+    task_id: str | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One purchase. Times are epoch seconds, `estimate` is the computed price in credits.
 
@@ -74,7 +89,7 @@ class Entry:
     `account` is the mark of the key and address it was bought with; empty in entries of 0.1.0. `owner` is the server
     that works on it now, `caller` the server whose call waits for the result; both empty if there is none.
     `delivered_at`: a caller has the result since then. `fingerprint` is the same for identical requests.
-    `rule` is the size rule that its pixels and its price were computed by.
+    `rule` is the size rule that its pixels and its price were computed by; `references` are what it was made from.
     """
 
     key: str
@@ -92,6 +107,7 @@ class Entry:
     error: Problem | None = None
     pictures: tuple[Picture, ...] = ()
     rule: str = "anchor-edge"
+    references: tuple[Reference, ...] = ()
 
     @classmethod
     def bought_elsewhere(cls, task: Task, created_at: float) -> Entry:
@@ -240,6 +256,7 @@ COLUMNS: dict[str, Callable[[Entry], Any]] = {
     "error": lambda entry: json.dumps(asdict(entry.error)) if entry.error else None,
     "pictures": lambda entry: json.dumps([asdict(picture) for picture in entry.pictures]),
     "rule": lambda entry: entry.rule,
+    "given": lambda entry: json.dumps([asdict(one) for one in entry.references]),
 }
 # What `Journal.update` writes; `Journal.keep` writes the pictures too.
 STATE = ("account", "phase", "task_id", "status", "closed", "spent", "task", "error")
@@ -268,6 +285,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         error=Problem(**json.loads(error)) if error else None,
         pictures=tuple(Picture(**picture) for picture in json.loads(row["pictures"])),
         rule=row["rule"],
+        references=tuple(Reference(**one) for one in json.loads(row["given"])),
     )
 
 

@@ -5,11 +5,13 @@ Everything here blocks: it runs in the journal's own thread.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import sys
 import time
+import unicodedata
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -292,7 +294,23 @@ def _connected(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.text_factory = _text
+    db.create_function("holds", 5, _holds, deterministic=True)
     return db
+
+
+def folded(text: str) -> str:
+    """The text as it is searched: without case, each letter in one spelling."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _holds(word: str, request: str, pictures: str, save_as: str | None, task_id: str | None) -> bool:
+    """Whether a folded word is in an entry's prompt, in a name of its files or in its task's id."""
+    try:
+        prompt = json.loads(request).get("prompt", "")
+        names = [Path(picture["path"]).name for picture in json.loads(pictures) if picture.get("path")]
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        return False
+    return any(word in folded(str(text)) for text in (prompt, *names, save_as or "", task_id or ""))
 
 
 def _text(data: bytes) -> str:

@@ -61,6 +61,8 @@ MIGRATIONS = (
     ) WITHOUT ROWID;
     ALTER TABLE entries ADD COLUMN rule TEXT NOT NULL DEFAULT 'anchor-edge';
     """,
+    # 5: what an order was made from, as the caller gave it.
+    "ALTER TABLE entries ADD COLUMN given TEXT NOT NULL DEFAULT '[]'",
 )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import COLUMNS, STATE, Entry, entry_of
-from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
+from evolink_mcp.journal.file import JournalFile, folded, new_owner, snapshot
 from evolink_mcp.journal.migrations import transaction
 
 if TYPE_CHECKING:
@@ -116,13 +116,25 @@ class SqliteJournal:
         return await self._one("task_id = ? ORDER BY account DESC", task_id)
 
     async def recent(
-        self, limit: int, status: str | None = None, since: float | None = None, until: float | None = None
+        self,
+        limit: int,
+        status: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        words: tuple[str, ...] = (),
+        after: tuple[float, str] | None = None,
     ) -> list[Entry]:
         clauses = ["created_at >= ?", "created_at <= ?"]
         values: list[Any] = [since or 0.0, until if until is not None else 1e12]
         if status is not None:
             clauses.append("status = ?")
             values.append(status)
+        for word in words:
+            clauses.append("holds(?, request, pictures, save_as, task_id)")
+            values.append(folded(word))
+        if after is not None:
+            clauses.append("(created_at < ? OR created_at = ? AND key > ?)")
+            values += [after[0], *after]
         return await self._many(" AND ".join(clauses) + " ORDER BY created_at DESC, key LIMIT ?", *values, limit)
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
@@ -248,14 +260,18 @@ class SqliteJournal:
             db.execute("UPDATE entries SET caller = '' WHERE caller = ?", (self.owner,))
 
 
-def read_entries(folder: Path, limit: int) -> list[Entry]:
+def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> list[Entry]:
     """The newest entries of the journal in `folder`, newest first; blocks, and changes nothing.
+
+    `words` are those of `Journal.recent`; `since` is in epoch seconds.
 
     Raises:
         JournalUnwritable: it is damaged or cannot be read.
     """
+    holds = "".join(" AND holds(?, request, pictures, save_as, task_id)" for _ in words)
+    statement = f"SELECT * FROM entries WHERE created_at >= ?{holds} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
-        return _readable(db.execute("SELECT * FROM entries ORDER BY created_at DESC, key LIMIT ?", (limit,)).fetchall())
+        return _readable(db.execute(statement, (since, *map(folded, words), limit)).fetchall())
 
 
 @contextmanager

@@ -24,14 +24,17 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import JournalUnwritable, ReferenceRefused
 from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.entry import Reference
 from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.folders import Folders, open_plain
 from evolink_mcp.pictures.inspect import NotAPicture
+from evolink_mcp.pictures.sidecar import made_as
 from evolink_mcp.pictures.upright import check_reference, presentable
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20
 IN_MEMORY_MAX = 4
+GIVEN_MAX = 300  # characters
 UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
 IMAGE_URI = re.compile(r"evolink://images/(task-unified-[0-9A-Za-z_-]{1,115})/([0-9]{1,2})")
@@ -45,7 +48,7 @@ class Found:
 
     `mark` stands for its content wherever it is known; `url` is where EvoLink can read it already, and `read` opens it
     if it is a local one. Type and size (pixels, upright) are None for a picture that is not here; `transparent`, whether
-    some pixels are, is known of a mask that is here.
+    some pixels are, is known of a mask that is here. `task_id` and `index` name the earlier picture that it is, if known.
     """
 
     mark: str
@@ -54,19 +57,31 @@ class Found:
     size: tuple[int, int] | None = None
     transparent: bool | None = None
     read: Callable[[], BinaryIO] | None = None
+    task_id: str | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A request whose references may be used: its body, and the pictures that were found."""
+    """A request whose references may be used: its body, the pictures that were found, and what the caller gave."""
 
     body: dict[str, Any]
     found: tuple[Found, ...] = ()
+    given: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
         """What makes two requests identical: the same fields, and the same pictures wherever they come from."""
         return _with(self.body, [picture.mark for picture in self.found]) if self.found else self.body
+
+    def references(self, sent: dict[str, Any]) -> tuple[Reference, ...]:
+        """What the order is made from; `sent` is the body that goes to EvoLink."""
+        urls = [*sent.get("image_urls", []), *filter(None, [sent.get("mask_url")])]
+        found = self.found or tuple(Found(url) for url in urls)
+        return tuple(
+            Reference(_shown(given), url, _sha256_of(one.mark), one.task_id, one.index)
+            for given, url, one in zip(self.given, urls, found, strict=True)
+        )
 
 
 class References:
@@ -97,14 +112,15 @@ class References:
         """
         body = request.body()
         sources = list(request.image_urls or [])
-        if all(is_remote(source) for source in (*sources, request.mask_url or "https://")):
-            return Checked(body)
+        given = (*sources, *filter(None, [request.mask_url]))
+        if all(map(is_remote, given)):
+            return Checked(body, given=given)
         found = [await self._find(source) for source in sources]
         if request.mask_url:
             mask = await self._find(request.mask_url, is_mask=True)
             _check_mask(mask, found[0])
             found.append(mask)
-        return Checked(body, tuple(found))
+        return Checked(body, tuple(found), given)
 
     async def upload(self, checked: Checked) -> dict[str, Any]:
         """The body to send: each local picture is uploaded, once for each content, and replaced by its URL.
@@ -121,7 +137,8 @@ class References:
             return Found(source, url=source)
         shown = harmless(source, 80)
         if earlier := IMAGE_URI.fullmatch(source):
-            return await self._earlier(earlier[1], int(earlier[2]), is_mask)
+            found = await self._earlier(earlier[1], int(earlier[2]), is_mask)
+            return replace(found, task_id=earlier[1], index=int(earlier[2]))
         scheme = source[:8].lower()
         if scheme.startswith("evolink:"):
             raise ReferenceRefused(f"“{shown}” is no earlier picture", advice="Use evolink://images/{task_id}/{index}.")
@@ -133,7 +150,9 @@ class References:
                 advice="Give a public URL or a data: URI, or let the server's owner set EVOLINK_MCP_ALLOWED_DIRS.",
             )
         path = self._folders.readable(_file_path(source) if scheme.startswith("file:") else source)
-        return await self._checked(partial(self._folders.opened, path), f"“{shown}”", is_mask)
+        found = await self._checked(partial(self._folders.opened, path), f"“{shown}”", is_mask)
+        task_id, index = await anyio.to_thread.run_sync(made_as, path, _sha256_of(found.mark))
+        return replace(found, task_id=task_id, index=index)
 
     async def _earlier(self, task_id: str, index: int, is_mask: bool) -> Found:
         entry = await self._journal.by_task(task_id)
@@ -216,6 +235,18 @@ async def _content(read: Callable[[], BinaryIO], checked_mark: str | None = None
         return content, mark
 
     return await anyio.to_thread.run_sync(whole, abandon_on_cancel=True)
+
+
+def _sha256_of(mark: str) -> str | None:
+    kind, _, digest = mark.partition(":")
+    return digest if kind == "sha256" else None
+
+
+def _shown(given: str) -> str:
+    """What the caller gave, on one line; a data: URI only by its type and length."""
+    if given[:5].lower() == "data:":
+        return f"{harmless(given.partition(',')[0], 60)},… ({len(given):,} characters)"
+    return harmless(given, GIVEN_MAX)
 
 
 def _sha256(content: bytes) -> str:

@@ -7,13 +7,14 @@ import logging
 import os
 import tempfile
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 
 from evolink_mcp import __version__
-from evolink_mcp.api.task import as_dict
+from evolink_mcp.api.task import as_dict, is_task_id
 from evolink_mcp.journal.entry import Entry, Picture, iso
 from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain, patiently
 from evolink_mcp.sanitize import scrub
@@ -32,12 +33,22 @@ def sidecar_path(picture: Path) -> Path:
     return picture.with_name(picture.name + SUFFIX)
 
 
+def made_as(picture: Path, sha256: str | None) -> tuple[str | None, int | None]:
+    """Task and index of the picture in this file, by its sidecar; (None, None) if that is unknown or of another picture."""
+    facts = _ours(sidecar_path(picture)) or {}
+    task_id, index = facts.get("task_id"), facts.get("index")
+    if is_task_id(task_id) and isinstance(index, int) and sha256 is not None and facts.get("sha256") == sha256:
+        return task_id, index
+    return None, None
+
+
 def sidecar(entry: Entry, picture: Picture) -> dict[str, Any]:
     """The sidecar's content; times in UTC, sizes in pixels and bytes."""
     return scrub({
         "made_by": f"{MAKER} {__version__}",
         "prompt": entry.request.get("prompt"),
         "request": {name: value for name, value in entry.request.items() if name not in LEFT_OUT},
+        "references": [asdict(one) for one in entry.references],
         "task_id": entry.task_id,
         "index": picture.index,
         "created_at": iso(entry.created_at),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,13 +25,14 @@ from evolink_mcp.pictures.folders import Folders, open_plain
 from evolink_mcp.pictures.previews import edge_of
 from evolink_mcp.pictures.sidecar import lay_beside
 from evolink_mcp.pictures.store import Kept, keep
+from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.watch import merged
 
 LINK_LIVES_S = 24 * 3600
-NAME_MAX = 120
+NAME_MAX, ID_SHOWN = 48, 8  # characters
 REREADS_MAX = 3
 REREAD_AFTER_S = 0.5
 REPEATS_MAX = 4
@@ -124,8 +126,9 @@ class Collector:
                 # Several pictures are numbered by their index, not by the order in which they arrive.
                 stem = wanted.stem if index == 0 else f"{wanted.stem}-{index}"
                 return wanted.with_name(stem + wanted.suffix)
-        name = re.sub(r"[^0-9A-Za-z_-]", "_", job.entry.task_id or "")[:NAME_MAX]
-        return self._folders.output / f"{name}-{index}"
+        several = max(job.entry.request.get("n", 1), len(job.entry.pictures)) > 1
+        name = file_name(str(job.entry.request.get("prompt", "")), job.entry.task_id or "")
+        return self._folders.output / (f"{name}-{index}" if several else name)
 
     async def _download(self, job: Job, picture: Picture) -> Kept:
         target = self._target(job, picture.index, job.entry.save_as)
@@ -156,6 +159,22 @@ class Collector:
             with suppress(EvolinkError):
                 task = merged(task, await self._client.task(task.id))
                 await self._recorder.task_seen(job, task)
+
+
+def file_name(prompt: str, task_id: str) -> str:
+    """A name that people can read: the prompt's first words, and the last letters of the task's id."""
+    said = unicodedata.normalize("NFC", harmless(prompt, 4 * NAME_MAX)).lower()
+    words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in said).split()
+    while words and words[0] in ("a", "an", "the"):
+        del words[0]
+    name = ""
+    for word in words:
+        if len(name) + len(word) + bool(name) > NAME_MAX:
+            name = name or word[:NAME_MAX]
+            break
+        name += "-" * bool(name) + word
+    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_SHOWN:]
+    return "-".join(filter(None, (name, end))) or "picture"
 
 
 async def _copied(source: Path, into: BinaryIO) -> int:

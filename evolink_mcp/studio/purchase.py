@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from functools import partial
 
 import anyio
@@ -30,6 +29,7 @@ from evolink_mcp.studio.limits import Budget
 from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
+from evolink_mcp.studio.times import start_of_day
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +159,6 @@ def _over_the_day(at_most: float, spent: float, cap: float) -> OverBudget:
         f"{costs.priced(cap)} are spent",
         advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
     )
-
-
-def start_of_day(now: float) -> float:
-    """Local midnight before `now`, in epoch seconds."""
-    return datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
 
 
 def price_of(request: GenerationRequest, rules: Iterable[str]) -> float:

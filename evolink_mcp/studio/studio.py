@@ -125,7 +125,6 @@ class Studio:
                         break
 
     # --- what callers ask for ---
-
     async def order(self, order: Order) -> Job:
         """Buy a picture, or hand over an identical one that was bought and never delivered.
 
@@ -161,6 +160,7 @@ class Studio:
             account=self.journal.account,
             caller=self.journal.owner,
             rule=self.size_rule.current,
+            references=checked.references(body),
         )
         await self._purchases.intend(entry)
         return self._workshop.buy(entry)

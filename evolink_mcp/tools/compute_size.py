@@ -236,15 +236,17 @@ def size_text(out: SizeOut) -> str:
     lines = ["The model decides the pixels (auto)."]
     if out.width:
         lines = [
-            f"{out.width}×{out.height} pixels ({out.pixels} = {out.megapixels} megapixels, {out.aspect_ratio}); "
-            f'pass size="{out.explicit_size}" to be certain of them.'
+            f"{out.width}×{out.height} pixels: {out.pixels:,} in all, {out.megapixels:g} megapixels, shape "
+            f'{out.aspect_ratio}. Pass size="{out.explicit_size}" to be certain of them.'
         ]
-    facts = f"Rule {out.rule}{_known(out.rule_known)}, downscaled {_yes(out.downscaled)}, "
-    lines.append(f"{facts}resolution applies {_yes(out.resolution_applies)}.")
+    if out.rule in sizes.RULES:
+        seen = "a delivered picture has shown it" if out.rule_known else "no picture of this account has shown it yet"
+        smaller = " They are fewer than the tier's name promises." if out.downscaled else ""
+        lines.append(f"They follow EvoLink's {out.rule} table; {seen}.{smaller}")
     lines.append(
-        f"About {out.estimated_credits:g} credits (${out.estimated_usd:g}) for {out.estimated_tokens} output tokens, "
-        f"without the prompt and reference images; at most {out.credits_at_most:g} credits (${out.usd_at_most:g}), which "
-        "is what caps judge and max_credits takes."
+        f"It costs about {priced(out.estimated_credits or 0)} for {out.estimated_tokens:,} output tokens, without the "
+        f"prompt and reference images, and at most {priced(out.credits_at_most or 0)}: that is what caps judge and "
+        "max_credits takes."
     )
     if out.crop and out.scale is not None:
         crop = f"crop {out.crop.width}×{out.crop.height} at ({out.crop.left}, {out.crop.top})"
@@ -254,18 +256,15 @@ def size_text(out: SizeOut) -> str:
     if out.alternatives:
         lines.append(f"Alternatives: {', '.join(out.alternatives)}.")
     if out.prices:
-        lines.append("Other qualities and tiers: " + "; ".join(_price_words(other) for other in out.prices) + ".")
+        lines.append(f"In credits it would cost at most {_price_words(out.prices)}.")
     return "\n".join([*lines, *(f"Note: {note}" for note in out.notes)])
 
 
-def _price_words(other: PriceOut) -> str:
-    where = " ".join(filter(None, (other.quality, other.resolution, other.size if other.resolution else None)))
-    return f"{where}: {priced(other.credits)}, at most {other.credits_at_most:g}"
-
-
-def _known(value: bool | None) -> str:
-    return "" if value is None else " (seen in a delivered picture)" if value else " (not yet seen in a picture)"
-
-
-def _yes(value: bool | None) -> str:
-    return "unknown" if value is None else "yes" if value else "no"
+def _price_words(prices: list[PriceOut]) -> str:
+    """The dearest charge of each other quality and tier, quality by quality."""
+    told: dict[str, list[str]] = {}
+    for other in prices:
+        told.setdefault(other.quality, []).append(
+            f"{other.credits_at_most:g}{f' in {other.resolution}' * bool(other.resolution)}"
+        )
+    return "; ".join(f"{quality} {', '.join(each)}" for quality, each in told.items())

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
-from pydantic import BaseModel, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from evolink_mcp.api.costs import usd
+from evolink_mcp.api.costs import priced, usd
 from evolink_mcp.api.request import WHOLE, Arguments, OrNull, fold
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.studio.purchase import start_of_day
+from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
+from evolink_mcp.studio.times import DAY_S, instant, start_of_day
 from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
-from evolink_mcp.tools.schemas import ErrorOut
-from evolink_mcp.tools.task_answer import TaskOut, brief, task_out
-from evolink_mcp.tools.task_words import task_text
+from evolink_mcp.tools.schemas import ErrorOut, undescribed
+from evolink_mcp.tools.task_answer import brief, row, task_out
+from evolink_mcp.tools.task_words import row_text, task_text
 
 ANSWER_MAX_CHARS = 600_000
 LIST_MAX = 50
@@ -38,8 +39,11 @@ class ListTasksArguments(Arguments):
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many."), WHOLE] = 10
     status: Annotated[Status | OrNull, Field(description="Only tasks of this status.")] = None
-    since: Annotated[str | OrNull, Field(description="Only from this time on, ISO 8601; local without a zone.")] = None
-    until: Annotated[str | OrNull, Field(description="Only up to this time.")] = None
+    query: Annotated[str | OrNull, Field(description="Only tasks with these words in prompt, file name or id.")] = None
+    since: Annotated[str | OrNull, Field(description="Only from then on: ISO 8601, today, yesterday, 7d.")] = None
+    until: Annotated[str | OrNull, Field(description="Only up to then, in the same words.")] = None
+    cursor: Annotated[str | OrNull, Field(description="next_cursor of the answer before, for older tasks.")] = None
+    detail: Annotated[bool, Strict(), Field(description="Every field of each task, as get_task has them.")] = False
     sync: Annotated[
         bool,
         Strict(),
@@ -47,16 +51,25 @@ class ListTasksArguments(Arguments):
     ] = False
 
 
+class SpentOut(BaseModel):
+    """Credits charged, or reserved where the charge is not known yet, and their price in US dollars."""
+
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
+    credits: float
+    usd: float
+
+
 class TaskList(BaseModel):
     """What list_tasks answers.
 
-    `credits_today` is what was charged since local midnight, or reserved where the charge is not known yet. `synced`
-    is null if EvoLink was not asked, and false if its list could not be read.
+    `spent` counts from local midnight ("today"), and over the last 7 and 30 days. `synced` is null if EvoLink was not
+    asked, and false if its list could not be read.
     """
 
-    tasks: list[dict[str, Any]] = Field([], description="as get_task answers them, newest first")
-    credits_today: float | None = None
-    usd_today: float | None = None
+    tasks: list[dict[str, Any]] = Field([], description="newest first; with detail as get_task answers them")
+    next_cursor: str | None = None
+    spent: dict[str, SpentOut] = Field({}, description="today, 7d and 30d")
     synced: bool | None = None
     error: ErrorOut | None = None
     notes: list[str] = []
@@ -66,8 +79,8 @@ def list_tasks_tool(studio: Studio) -> Tool:
     """The tool over one studio."""
 
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """What was bought with this server, newest first: pictures, paths, costs, and calls whose outcome is unknown.
-        Use it to find a lost task id or file. Free of charge."""
+        """What was bought with this server, newest first: prompts, files, costs, and calls whose outcome is unknown.
+        Use it to find a picture by a word of its prompt, or a lost task id. Free of charge."""
         await studio.wake()
         elsewhere, problem = await studio.sync(req.limit) if req.sync else ([], None)
         out, text = await task_list(studio, req, elsewhere, problem)
@@ -84,55 +97,102 @@ async def task_list(
     """The journal's entries and the account's other tasks, newest first, as data and in words.
 
     `problem` is why the account's list could not be read, if so.
+
+    Raises:
+        Refused: a time or the cursor makes no sense.
     """
-    since, until = (instant(text) if text else None for text in (req.since, req.until))
-    entries = await studio.journal.recent(req.limit, req.status, since, until)
-    outs = [task_out(entry) for entry in entries]
-    outs += [
-        task_out(Entry.bought_elsewhere(task, task.created or 0.0))
-        for task in elsewhere
-        if req.status in (None, task.status) and (since or 0) <= (task.created or 0) <= (until or math.inf)
-    ]
-    outs = [brief(out) for out in sorted(outs, key=lambda out: out.created_at or "", reverse=True)]
-    outs, left_out = _fitting(outs[: req.limit])
+    now = studio.now()
+    since, until = (
+        instant(req.since, now) if req.since else None,
+        instant(req.until, now, end=True) if req.until else None,
+    )
+    words = tuple((req.query or "").split())
+    after = _position(req.cursor) if req.cursor else None
+    entries = await studio.journal.recent(req.limit + 1, req.status, since, until, words, after)
+    shown = entries[: req.limit]
+    if after is None and not words:
+        strangers = [Entry.bought_elsewhere(task, task.created or 0.0) for task in elsewhere]
+        shown += [
+            entry
+            for entry in strangers
+            if req.status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
+        ]
+        shown.sort(key=lambda entry: entry.created_at, reverse=True)
+    told, tasks = _fitting(shown, detail=req.detail)
+    last = next((entry for entry in reversed(shown[: len(told)]) if entry.is_written), None)
+    more = len(told) < len(shown) or len(entries) > req.limit
+    spent = {name: await _spent(studio, since) for name, since in _spans(now).items()}
     notes = [f"The account's own list could not be had: {problem}."] if problem else []
     if elsewhere:
         notes.append(f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures.")
-    if left_out:
-        last = outs[-1].created_at if outs else "an earlier time"
-        notes.append(f"{left_out} more did not fit into one answer: call again with until={last} for older ones.")
-    spent = round(await studio.journal.spent_since(start_of_day(studio.now())), 4)
-    lines = [f"{len(outs)} tasks, newest first. Credits charged or reserved today: {spent:g} (${usd(spent):g})."]
-    for out in outs:
-        lines += ["", task_text(out)]
-    text = "\n".join([*lines, "", *(f"Note: {note}" for note in notes)]).rstrip()
-    synced = None if not req.sync else problem is None
-    tasks = [out.model_dump(mode="json") for out in outs]
-    return TaskList(tasks=tasks, credits_today=spent, usd_today=usd(spent), synced=synced, notes=notes), text
+    out = TaskList(
+        tasks=tasks,
+        next_cursor=_cursor(last) if more and last is not None else None,
+        spent=spent,
+        synced=None if not req.sync else problem is None,
+        notes=notes,
+    )
+    return out, _text(req, out, told)
 
 
-def instant(text: str) -> float:
-    """ISO 8601 as epoch seconds; local time where no zone is given, as for the caps, which count the user's days.
+def _text(req: ListTasksArguments, out: TaskList, told: list[str]) -> str:
+    asked = [
+        f"{name} “{harmless(value, 80)}”"
+        for name in ("status", "query", "since", "until")
+        if (value := getattr(req, name))
+    ]
+    count = {0: "No task", 1: "1 task"}.get(len(told), f"{len(told)} tasks")
+    which = f" with {', '.join(asked)}" if asked else ""
+    spent = ", ".join(
+        f"{name} {priced(out.spent[key].credits)}"
+        for key, name in (("today", "today"), ("7d", "7 days"), ("30d", "30 days"))
+    )
+    head = f"{count}{which}{', newest first' if len(told) > 1 else ''}. Spent: {spent}."
+    older = [f"Older ones: call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
+    return "\n\n".join([head, *told, *older, *(f"Note: {note}" for note in out.notes)])
 
-    Raises:
-        Refused: it is no such time.
-    """
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError as error:
-        raise Refused(
-            "this is not an ISO 8601 time",
-            code="invalid_arguments",
-            advice="Give something like 2026-11-22 or 2026-11-22T10:00:00Z.",
-        ) from error
-    return moment.timestamp()
+
+async def _spent(studio: Studio, since: float) -> SpentOut:
+    credits = round(await studio.journal.spent_since(since), 4)
+    return SpentOut(credits=credits, usd=usd(credits))
 
 
-def _fitting(outs: list[TaskOut]) -> tuple[list[TaskOut], int]:
-    """As many tasks as fit into an answer, each as data and as text; and how many were left out."""
+def _spans(now: float) -> dict[str, float]:
+    return {"today": start_of_day(now), "7d": now - 7 * DAY_S, "30d": now - 30 * DAY_S}
+
+
+def _fitting(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dict[str, Any]]]:
+    """As many entries as fit into an answer, in words and as data."""
     room = ANSWER_MAX_CHARS
-    for number, out in enumerate(outs):
-        room -= len(out.model_dump_json()) + len(json.dumps(task_text(out), ensure_ascii=False))
+    texts: list[str] = []
+    tasks: list[dict[str, Any]] = []
+    for entry in entries:
+        if detail:
+            whole = brief(task_out(entry))
+            data, text = whole.model_dump(mode="json"), task_text(whole)
+        else:
+            data = row(entry)
+            text = row_text(data)
+        room -= len(json.dumps(data)) + len(json.dumps(text, ensure_ascii=False))
         if room < 0:
-            return outs[:number], len(outs) - number
-    return outs, 0
+            break
+        texts.append(text)
+        tasks.append(data)
+    return texts, tasks
+
+
+def _cursor(entry: Entry) -> str:
+    """Where an entry stands in the list, as one opaque word."""
+    return base64.urlsafe_b64encode(json.dumps([entry.created_at, entry.key]).encode()).decode().rstrip("=")
+
+
+def _position(cursor: str) -> tuple[float, str]:
+    try:
+        created, key = json.loads(base64.urlsafe_b64decode(cursor.strip() + "=" * (-len(cursor.strip()) % 4)))
+        return float(created), str(key)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused(
+            "this is no cursor of list_tasks",
+            code="invalid_arguments",
+            advice="Give next_cursor of an answer as it was, or leave it out.",
+        ) from error

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
-from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, PictureUnusable, Problem, advice_for
+from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, PictureUnusable, Problem, TaskUnknown, advice_for
 from evolink_mcp.journal.entry import ADOPTED, Entry, Picture, iso
-from evolink_mcp.sanitize import quoted
+from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
-TEXT_SHOWN = 200
+TEXT_SHOWN, PROMPT_SHOWN = 200, 80  # characters
 
 
 class Pixels(BaseModel):
@@ -50,6 +50,21 @@ class ImageOut(BaseModel):
     error: str | None = None
 
 
+class ReferenceOut(BaseModel):
+    """A picture that the order was made from: as the caller gave it, and where EvoLink read it.
+
+    `sha256` (hex) is that of a file here; `task_id` and `index` name the earlier picture that it is, where that is known.
+    """
+
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
+    given: str
+    url: str | None = None
+    sha256: str | None = None
+    task_id: str | None = None
+    index: int | None = None
+
+
 class NextAction(BaseModel):
     """The call that goes on from here."""
 
@@ -72,6 +87,7 @@ class TaskOut(BaseModel):
     progress: float | None = None
     created_at: str | None = None
     request: dict[str, Any] | None = None
+    references: list[ReferenceOut] = []
     images: list[ImageOut] = []
     expected_size: Pixels | None = None
     charged: Charged = "unknown"
@@ -99,9 +115,12 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         task_id=entry.task_id,
         status=entry.status,
         progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
-        created_at=iso(entry.created_at),
+        created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
-        images=[image_out(task.id, picture) for picture in entry.pictures] if task else [],
+        references=[ReferenceOut(**asdict(one)) for one in entry.references],
+        images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.pictures]
+        if task
+        else [],
         expected_size=_expected(entry),
         charged=charged,
         credits=credits,
@@ -113,11 +132,14 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
     )
 
 
-def image_out(task_id: str, picture: Picture) -> ImageOut:
+def image_out(task_id: str, picture: Picture, prompt: str = "") -> ImageOut:
     """One picture of this task, with its resource and a line of Markdown once it is saved."""
     facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
     if picture.path is not None:
-        facts |= {"resource_uri": f"evolink://images/{task_id}/{picture.index}", "markdown": _markdown(picture.path)}
+        facts |= {
+            "resource_uri": f"evolink://images/{task_id}/{picture.index}",
+            "markdown": _markdown(picture.path, prompt),
+        }
     return ImageOut.model_validate(facts)
 
 
@@ -142,6 +164,27 @@ def brief(out: TaskOut) -> TaskOut:
     if out.request is None:
         return out
     return out.model_copy(update={"request": {name: shortened(value) for name, value in out.request.items()}})
+
+
+def row(entry: Entry) -> dict[str, Any]:
+    """One line of a list: what a person needs to find a picture again. What there is not is left out."""
+    failure = _failure(entry)
+    credits = _credits(entry, entry.charged)
+    prompt = harmless(entry.request.get("prompt") or "", PROMPT_SHOWN)
+    facts: dict[str, Any] = {
+        "task_id": entry.task_id,
+        "status": entry.status,
+        "created_at": iso(entry.created_at),
+        "prompt": prompt or None,
+        "paths": [picture.path for picture in entry.pictures if picture.path],
+        "edited_from": [one.given if one.task_id is None else f"{one.task_id}/{one.index}" for one in entry.references],
+        "charged": entry.charged,
+        "credits": credits,
+        "usd": None if credits is None else costs.usd(credits),
+        "guess": entry.guessed or None,
+        "error": failure.message if failure else None,
+    }
+    return {name: value for name, value in facts.items() if value not in (None, [])}
 
 
 def shortened(value: Any) -> Any:
@@ -188,7 +231,9 @@ def _credits(entry: Entry, charged: Charged) -> float | None:
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
-    gone = failure is not None and (entry.status in (FAILED, "cancelled") or failure.code == LinkExpired.code)
+    gone = failure is not None and (
+        entry.status in (FAILED, "cancelled") or failure.code in (LinkExpired.code, TaskUnknown.code)
+    )
     if is_task_id(entry.task_id) and not gone:
         return NextAction(tool="get_task", arguments={"task_id": entry.task_id})
     if charged == "unknown":
@@ -258,6 +303,8 @@ def _delivered_otherwise(entry: Entry) -> list[str]:
     return notes
 
 
-def _markdown(path: str) -> str:
+def _markdown(path: str, prompt: str) -> str:
+    """A line of Markdown that shows the picture; the prompt stands for it where it cannot be shown."""
     target = f"<{path}>" if any(c in path for c in " ()<>") else path
-    return f"![{Path(path).stem}]({target})"
+    alt = harmless(prompt, PROMPT_SHOWN).translate(str.maketrans("[]\\`", "()/'"))
+    return f"![{alt or Path(path).stem}]({target})"

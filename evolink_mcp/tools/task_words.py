@@ -8,7 +8,7 @@ from typing import Any
 from evolink_mcp.api.costs import priced
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, TaskOut, shortened
+from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, ReferenceOut, TaskOut, shortened
 
 
 def task_text(out: TaskOut) -> str:
@@ -27,6 +27,29 @@ def task_text(out: TaskOut) -> str:
     return "\n".join(lines)
 
 
+def row_text(row: dict[str, Any]) -> str:
+    """One task of a list in a few lines."""
+    paid = {"yes": priced(row["credits"]) if "credits" in row else "charged", "no": "not charged"}.get(
+        row["charged"], "charged: unknown"
+    )
+    when = str(row["created_at"])[:16].replace("T", " ")
+    head = ", ".join([f"{when} UTC", row["status"] + " (a guess)" * row.get("guess", False), paid])
+    lines = [f"{row.get('task_id', 'No task id')}: {head}"]
+    if "prompt" in row:
+        lines.append(f"“{row['prompt']}”")
+    lines += row.get("paths", [])
+    if "edited_from" in row:
+        lines.append(f"Edited from {', '.join(row['edited_from'])}")
+    if "error" in row:
+        lines.append(sentence(row["error"]))
+    return "\n".join(lines)
+
+
+def sentence(text: str) -> str:
+    """The text as a sentence: with a capital letter, and one full stop."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?', '!', '.”', '?”')) else '.'}"
+
+
 def _headline(out: TaskOut) -> str:
     name = f"Task {out.task_id}" if out.task_id else "The request"
     saved = [image for image in out.images if image.path]
@@ -35,12 +58,12 @@ def _headline(out: TaskOut) -> str:
         failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
         return f"{name} is completed: {count} saved{failed}."
     if out.error is not None:
-        message = out.error.message[:1].upper() + out.error.message[1:]
-        return f"{name} {_fate(out)}: {message}{'' if message.endswith(('.', '?', '”')) else '.'}"
+        return f"{name} {_fate(out)}: {sentence(out.error.message)}"
     if out.status == COMPLETED:
         return f"{name} is completed; its pictures are being fetched."
     progress = f", {out.progress:.0f} %" if out.progress is not None else ""
-    return f"{name} is not finished yet (status {out.status}{progress}). This is not an error: it goes on by itself."
+    goes_on = "This is not an error: it goes on by itself, and EvoLink has no cancel."
+    return f"{name} is not finished yet (status {out.status}{progress}). {goes_on}"
 
 
 def _fate(out: TaskOut) -> str:
@@ -66,10 +89,10 @@ def _image_lines(image: ImageOut) -> list[str]:
     if image.path:
         lines += [image.path, image.markdown or ""]
         lines.append(
-            f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes} bytes, sha256 {image.sha256}"
+            f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes or 0:,} bytes, sha256 {image.sha256}"
         )
     if image.error:
-        lines.append(f"Not saved: {image.error}.")
+        lines.append(f"Not saved: {sentence(image.error)}")
     if image.url:
         lines += [image.url, f"(link expires {image.url_expires_at})"]
     if image.resource_uri:
@@ -78,7 +101,8 @@ def _image_lines(image: ImageOut) -> list[str]:
 
 
 def _about(out: TaskOut) -> list[str]:
-    lines = [f"Task: {out.task_id or 'none'}, status {out.status}, created {out.created_at}."]
+    lines = [f"Task: {out.task_id or 'none'}, created {out.created_at or 'at an unknown time'}."]
+    lines += [f"Edited from {_reference_words(one)}." for one in out.references]
     if out.expected_size:
         lines.append(f"Computed size: {out.expected_size.width}×{out.expected_size.height}.")
     if out.request:
@@ -86,6 +110,11 @@ def _about(out: TaskOut) -> list[str]:
     if out.error:
         lines.append(f"Error code: {out.error.code} (repeating {'may' if out.error.retryable else 'does not'} help).")
     return lines
+
+
+def _reference_words(one: ReferenceOut) -> str:
+    earlier = f" (picture {one.index} of {one.task_id})" if one.task_id and one.task_id not in one.given else ""
+    return f"{one.given}{earlier}"
 
 
 def _compact(data: dict[str, Any]) -> str:

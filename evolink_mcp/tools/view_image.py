@@ -58,7 +58,8 @@ def view_image_tool(waiting: Waiting) -> Tool:
                 advice="It may have been moved or deleted; call get_task.",
             )
         line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {picture.path}"
-        return result(line, None, block)
+        answer = result(line, None)
+        return answer.model_copy(update={"content": [block, *answer.content]})  # some clients show the first block only
 
     return flat_tool(view_image, ViewImageArguments, None, _refuse, title="View image", annotations=READS)
 
