@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ class Pipe:
         self.ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
         self.ask("tools/list", {})
+
+    def ready(self) -> None:
+        """Wait until everything is imported: the first answers come before that, this error does not."""
+        with suppress(RuntimeError):
+            self.ask("nothing/known", {})
 
     def call(self, tool: str, arguments: dict[str, Any]) -> Any:
         return self.ask("tools/call", {"name": tool, "arguments": arguments})

@@ -27,6 +27,7 @@ def run(quick: bool) -> list[Figure]:
             Pipe(SERVERS["ours"], environment(Path(name), at.port)) as pipe,
         ):
             pipe.greet()
+            pipe.ready()
             first, *later = [_job(pipe, at, kinds[kind], number) for number in range(repeats + 1)]
         before, after = (middle([one[part] for one in later]) for part in (0, 1))
         figures += [

@@ -86,9 +86,8 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
         complain(f"{error.what}. {error.advice}")
         return 1
     which = f" with “{harmless(' '.join(words), 80)}”" if words else ""
-    page, count = sheet(
-        entries, f"Pictures since {harmless(since, 40)}{which}" if since != "all" else f"All pictures{which}", complain
-    )
+    title = f"All pictures{which}" if since == "all" else f"Pictures since {harmless(since, 40)}{which}"
+    page, count = sheet(entries, title, complain)
     if not count:
         complain("there is no saved picture to show; try --since 7d or --since all")
         return 1

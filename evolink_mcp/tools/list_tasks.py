@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, Field, Strict
 
 from evolink_mcp.api.costs import priced, usd
 from evolink_mcp.api.request import WHOLE, Arguments, OrNull, fold
@@ -21,7 +21,7 @@ from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.times import DAY_S, instant, start_of_day
 from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
-from evolink_mcp.tools.schemas import ErrorOut, undescribed
+from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.task_answer import brief, row, task_out
 from evolink_mcp.tools.task_words import row_text, task_text
 
@@ -39,25 +39,16 @@ class ListTasksArguments(Arguments):
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many."), WHOLE] = 10
     status: Annotated[Status | OrNull, Field(description="Only tasks of this status.")] = None
-    query: Annotated[str | OrNull, Field(description="Only tasks with these words in prompt, file name or id.")] = None
-    since: Annotated[str | OrNull, Field(description="Only from then on: ISO 8601, today, yesterday, 7d.")] = None
-    until: Annotated[str | OrNull, Field(description="Only up to then, in the same words.")] = None
-    cursor: Annotated[str | OrNull, Field(description="next_cursor of the answer before, for older tasks.")] = None
-    detail: Annotated[bool, Strict(), Field(description="Every field of each task, as get_task has them.")] = False
+    query: Annotated[str | OrNull, Field(description="Words in prompt, file name or id.")] = None
+    since: Annotated[str | OrNull, Field(description="ISO 8601, today, yesterday, 7d.")] = None
+    until: Annotated[str | OrNull, Field(description="As since.")] = None
+    cursor: Annotated[str | OrNull, Field(description="next_cursor of the last answer.")] = None
+    detail: Annotated[bool, Strict(), Field(description="Tasks as get_task has them.")] = False
     sync: Annotated[
         bool,
         Strict(),
-        Field(description="Also ask EvoLink for the account's tasks, and about unknown outcomes."),
+        Field(description="Also ask EvoLink: the account's tasks, unknown outcomes."),
     ] = False
-
-
-class SpentOut(BaseModel):
-    """Credits charged, or reserved where the charge is not known yet, and their price in US dollars."""
-
-    model_config = ConfigDict(json_schema_extra=undescribed)
-
-    credits: float
-    usd: float
 
 
 class TaskList(BaseModel):
@@ -67,9 +58,9 @@ class TaskList(BaseModel):
     asked, and false if its list could not be read.
     """
 
-    tasks: list[dict[str, Any]] = Field([], description="newest first; with detail as get_task answers them")
+    tasks: list[dict[str, Any]] = Field([], description="newest first")
     next_cursor: str | None = None
-    spent: dict[str, SpentOut] = Field({}, description="today, 7d and 30d")
+    spent: dict[str, dict[str, float]] = Field({}, description="today, 7d, 30d")
     synced: bool | None = None
     error: ErrorOut | None = None
     notes: list[str] = []
@@ -79,8 +70,8 @@ def list_tasks_tool(studio: Studio) -> Tool:
     """The tool over one studio."""
 
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """What was bought with this server, newest first: prompts, files, costs, and calls whose outcome is unknown.
-        Use it to find a picture by a word of its prompt, or a lost task id. Free of charge."""
+        """What was bought with this server, newest first: prompts, files, costs, unknown outcomes. Finds a picture by
+        words of its prompt, or a lost id. Free of charge."""
         await studio.wake()
         elsewhere, problem = await studio.sync(req.limit) if req.sync else ([], None)
         out, text = await task_list(studio, req, elsewhere, problem)
@@ -144,7 +135,7 @@ def _text(req: ListTasksArguments, out: TaskList, told: list[str]) -> str:
     count = {0: "No task", 1: "1 task"}.get(len(told), f"{len(told)} tasks")
     which = f" with {', '.join(asked)}" if asked else ""
     spent = ", ".join(
-        f"{name} {priced(out.spent[key].credits)}"
+        f"{name} {priced(out.spent[key]['credits'])}"
         for key, name in (("today", "today"), ("7d", "7 days"), ("30d", "30 days"))
     )
     head = f"{count}{which}{', newest first' if len(told) > 1 else ''}. Spent: {spent}."
@@ -152,9 +143,9 @@ def _text(req: ListTasksArguments, out: TaskList, told: list[str]) -> str:
     return "\n\n".join([head, *told, *older, *(f"Note: {note}" for note in out.notes)])
 
 
-async def _spent(studio: Studio, since: float) -> SpentOut:
+async def _spent(studio: Studio, since: float) -> dict[str, float]:
     credits = round(await studio.journal.spent_since(since), 4)
-    return SpentOut(credits=credits, usd=usd(credits))
+    return {"credits": credits, "usd": usd(credits)}
 
 
 def _spans(now: float) -> dict[str, float]:
@@ -173,7 +164,9 @@ def _fitting(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dic
         else:
             data = row(entry)
             text = row_text(data)
-        room -= len(json.dumps(data)) + len(json.dumps(text, ensure_ascii=False))
+        room -= len(json.dumps(data, ensure_ascii=False, separators=(",", ":"))) + len(
+            json.dumps(text, ensure_ascii=False)
+        )
         if room < 0:
             break
         texts.append(text)

@@ -50,21 +50,6 @@ class ImageOut(BaseModel):
     error: str | None = None
 
 
-class ReferenceOut(BaseModel):
-    """A picture that the order was made from: as the caller gave it, and where EvoLink read it.
-
-    `sha256` (hex) is that of a file here; `task_id` and `index` name the earlier picture that it is, where that is known.
-    """
-
-    model_config = ConfigDict(json_schema_extra=undescribed)
-
-    given: str
-    url: str | None = None
-    sha256: str | None = None
-    task_id: str | None = None
-    index: int | None = None
-
-
 class NextAction(BaseModel):
     """The call that goes on from here."""
 
@@ -77,7 +62,8 @@ class NextAction(BaseModel):
 class TaskOut(BaseModel):
     """What generate_image and get_task answer.
 
-    `task_id` is null while EvoLink has not named one. `progress` is in percent, `created_at` ISO 8601 in UTC,
+    `task_id` is null while EvoLink has not named one. `progress` is in percent, `references` say what the caller gave,
+    its address at EvoLink, its SHA-256, and the earlier picture that it is, `created_at` ISO 8601 in UTC,
     `request` what was sent to EvoLink, `expected_size` the computed pixels of each picture. `credits` is what EvoLink
     charged; it is null while that is not known.
     """
@@ -87,12 +73,12 @@ class TaskOut(BaseModel):
     progress: float | None = None
     created_at: str | None = None
     request: dict[str, Any] | None = None
-    references: list[ReferenceOut] = []
+    references: list[dict[str, Any]] = []
     images: list[ImageOut] = []
     expected_size: Pixels | None = None
     charged: Charged = "unknown"
     credits: float | None = Field(default=None, description="charged by EvoLink")
-    usd: float | None = Field(default=None, description="credits in US dollars")
+    usd: float | None = None
     guess: bool = Field(default=False, description="the answer was lost; this task was found by time and price")
     error: ErrorOut | None = None
     next_action: NextAction | None = None
@@ -117,7 +103,7 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
         created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
-        references=[ReferenceOut(**asdict(one)) for one in entry.references],
+        references=[asdict(one) for one in entry.references],
         images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.pictures]
         if task
         else [],

@@ -8,7 +8,7 @@ from typing import Any
 from evolink_mcp.api.costs import priced
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, ReferenceOut, TaskOut, shortened
+from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, TaskOut, shortened
 
 
 def task_text(out: TaskOut) -> str:
@@ -112,9 +112,9 @@ def _about(out: TaskOut) -> list[str]:
     return lines
 
 
-def _reference_words(one: ReferenceOut) -> str:
-    earlier = f" (picture {one.index} of {one.task_id})" if one.task_id and one.task_id not in one.given else ""
-    return f"{one.given}{earlier}"
+def _reference_words(one: dict[str, Any]) -> str:
+    known = one["task_id"] is not None and one["task_id"] not in one["given"]
+    return one["given"] + f" (picture {one['index']} of {one['task_id']})" * known
 
 
 def _compact(data: dict[str, Any]) -> str:

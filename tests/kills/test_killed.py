@@ -71,7 +71,7 @@ async def town(tmp_path: Path, servers: Nursery) -> AsyncIterator[Town]:
 
 
 async def tasks(server: Server) -> list[dict[str, Any]]:
-    answer = await server.call("list_tasks")
+    answer = await server.call("list_tasks", detail=True)
     assert answer is not None
     return answer["structuredContent"]["tasks"]
 

@@ -53,7 +53,7 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
                 for name in ("path", "url", "sha256", "resource_uri", "url_expires_at", "markdown"):
                     assert image[name] in text
                 assert (
-                    f"{image['width']}×{image['height']} pixels, {image['mime_type']}, {image['bytes']} bytes" in text
+                    f"{image['width']}×{image['height']} pixels, {image['mime_type']}, {image['bytes']:,} bytes" in text
                 )
                 assert image["path"] in image["markdown"]
     assert json.loads(page.text)["images"] == facts["images"]

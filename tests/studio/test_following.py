@@ -92,7 +92,7 @@ async def test_a_picture_host_that_fails_for_a_while_costs_no_picture(open_world
             assert (answer.structured_content["charged"], image["path"]) == ("yes", None)
             assert image["url"].startswith("http")
         while image["path"] is None:
-            (task,) = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
+            (task,) = (await client.call_tool("list_tasks", {"detail": True})).structured_content["tasks"]
             (image,) = task["images"]
     assert image["path"] == str(world.files[0])
     retries = [seconds for seconds in pauses if seconds > 2]

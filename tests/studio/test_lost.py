@@ -73,7 +73,7 @@ async def test_a_purchase_from_the_web_page_is_not_taken_for_an_unbilled_one(ope
         simulator.create(strangers, key=world.settings.key.get_secret_value())
         facts, text = await bought(world)
         async with world.client() as client:
-            listed = (await client.call_tool("list_tasks", {"sync": True})).structured_content
+            listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
     assert (facts["task_id"], facts["charged"], facts["status"]) == (None, "unknown", "unknown")
     assert not text.startswith("A guess")
     (stranger,) = (task for task in listed["tasks"] if task["task_id"])

@@ -35,7 +35,7 @@ async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
 
 
 async def listed(world: World) -> list[dict[str, Any]]:
-    return (await asked(world, "list_tasks"))["tasks"]
+    return (await asked(world, "list_tasks", detail=True))["tasks"]
 
 
 def bought(simulator: PlainSimulator) -> int:
@@ -63,7 +63,7 @@ async def test_another_keys_picture_is_neither_handed_over_nor_listed_nor_counte
         assert theirs["task_id"] != mine["task_id"]
         answer = await asked(other, "list_tasks")
         assert [task["task_id"] for task in answer["tasks"]] == [theirs["task_id"]]
-        assert answer["credits_today"] == (await other.studio.journal.recent(1))[0].estimate
+        assert answer["spent"]["today"]["credits"] == (await other.studio.journal.recent(1))[0].estimate
         foreign = await asked(other, "get_task", task_id=mine["task_id"], wait_seconds=0)
         assert (foreign["error"]["code"], foreign["request"]) == ("forbidden", None)
     assert bought(simulator) == 2

@@ -51,7 +51,7 @@ async def flaky_world(open_world: Open, **lives: Any) -> AsyncIterator[tuple[Wor
 
 
 async def listed(client: Client, **arguments: Any) -> list[dict[str, Any]]:
-    answer = await client.call_tool("list_tasks", arguments)
+    answer = await client.call_tool("list_tasks", {"detail": True, **arguments})
     assert answer.is_error is False
     return answer.structured_content["tasks"]
 
@@ -236,12 +236,12 @@ async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_
         facts = answer.structured_content
         assert (facts["charged"], facts["status"], facts["credits"]) == ("unknown", "completed", None)
         assert answer.content[0].text.startswith("A guess: ")
-        assert (await client.call_tool("list_tasks", {})).structured_content["credits_today"] == 0
+        assert (await client.call_tool("list_tasks", {})).structured_content["spent"]["today"]["credits"] == 0
         confirmed = await client.call_tool("get_task", {"task_id": facts["task_id"]})
         facts = confirmed.structured_content
         assert (facts["charged"], facts["guess"]) == ("yes", False)
         listing = await client.call_tool("list_tasks", {})
-        assert listing.structured_content["credits_today"] == facts["credits"]
+        assert listing.structured_content["spent"]["today"]["credits"] == facts["credits"]
     assert (world.posts, len(world.files)) == (1, 1)
 
 

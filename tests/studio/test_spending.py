@@ -118,8 +118,8 @@ async def test_the_day_is_summed_from_what_evolink_charged(shop: Any) -> None:
         first = await client.call_tool("generate_image", WISH)
         await client.call_tool("generate_image", {**WISH, "prompt": "sim:fail a fox"})
         listed = await client.call_tool("list_tasks", {})
-    assert listed.structured_content["credits_today"] == first.structured_content["credits"]
-    assert f"today: {first.structured_content['credits']:g}" in listed.content[0].text
+    assert listed.structured_content["spent"]["today"]["credits"] == first.structured_content["credits"]
+    assert f"today {first.structured_content['credits']:g}" in listed.content[0].text
 
 
 async def test_handing_over_what_is_paid_costs_nothing_of_the_day(shop: Any) -> None:

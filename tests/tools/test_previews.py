@@ -132,10 +132,13 @@ async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None
         await own(world, number, uhd, prompt=LONGEST_PROMPT)
     with anyio.fail_after(30):
         async with world.client(mode) as client:
-            answer = await client.call_tool("list_tasks", {"limit": LIST_MAX})
-    listed = len(answer.structured_content["tasks"])
-    assert listed >= 40
-    assert answer.structured_content["notes"][0].startswith(f"{LIST_MAX - listed} more did not fit into one answer")
+            wish = {"limit": LIST_MAX, "detail": True}
+            answer = await client.call_tool("list_tasks", wish)
+            rest = await client.call_tool("list_tasks", {**wish, "cursor": answer.structured_content["next_cursor"]})
+    told = [task["task_id"] for part in (answer, rest) for task in part.structured_content["tasks"]]
+    assert len(answer.structured_content["tasks"]) >= 35
+    assert len(set(told)) == len(told) == LIST_MAX + 1
+    assert rest.structured_content["next_cursor"] is None
     assert length(answer) < NEVER_ABOVE
 
 
@@ -144,7 +147,7 @@ async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path)
         await own(world, number, uhd, prompt=LONGEST_PROMPT, image_urls=["https://e.org/" + "x" * 8_000] * 16)
     with anyio.fail_after(30):
         async with world.client() as client:
-            answer = await client.call_tool("list_tasks", {"limit": LIST_MAX})
+            answer = await client.call_tool("list_tasks", {"limit": LIST_MAX, "detail": True})
     assert length(answer) < NEVER_ABOVE
 
 
@@ -186,8 +189,8 @@ async def test_the_text_comes_first_and_has_the_line_to_paste(world: World, mode
             )
     path = world.folder / "pictures" / "a (b)" / "my fox.png"
     assert [block.type for block in answer.content] == ["text", "image"]
-    assert f"![my fox](<{path}>)" in answer.content[0].text
-    assert answer.structured_content["images"][0]["markdown"] == f"![my fox](<{path}>)"
+    assert f"![sim:fast a fox](<{path}>)" in answer.content[0].text
+    assert answer.structured_content["images"][0]["markdown"] == f"![sim:fast a fox](<{path}>)"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -311,8 +314,8 @@ async def test_view_image_shows_the_picture_and_nothing_that_a_host_could_show_i
             beyond = await client.call_tool("view_image", {"task_id": facts["task_id"], "index": 2})
     assert tool.output_schema is None
     assert answer.structured_content is None
-    assert [block.type for block in answer.content] == ["text", "image"]
-    assert facts["images"][1]["path"] in answer.content[0].text
+    assert [block.type for block in answer.content] == ["image", "text"]
+    assert facts["images"][1]["path"] in answer.content[1].text
     assert [max(picture.size) for picture in shown(answer)] == [300]
     assert beyond.is_error is True
     assert "no saved picture 2" in beyond.content[0].text

@@ -46,7 +46,7 @@ class Town:
     async def bought(self, prompt: str) -> list[dict[str, Any]]:
         """What EvoLink itself has of this prompt."""
         async with Client(self.url(self.other)) as client:
-            listed = await client.call_tool("list_tasks", {"limit": 50, "sync": True})
+            listed = await client.call_tool("list_tasks", {"limit": 50, "sync": True, "detail": True})
         tasks = listed.structured_content["tasks"]
         assert listed.structured_content["synced"] is True
         return [task for task in tasks if (task["request"] or {}).get("prompt") == prompt or not task["request"]]
@@ -173,7 +173,7 @@ async def test_a_dropped_connection_leaves_the_task_going(town: Town, mode: Any)
             await begun.wait()
             group.cancel_scope.cancel()
         async with Client(town.url(town.http), mode=mode) as client:
-            listed = await client.call_tool("list_tasks", {"limit": 50})
+            listed = await client.call_tool("list_tasks", {"limit": 50, "detail": True})
             mine = [task for task in listed.structured_content["tasks"] if task["request"]["prompt"] == prompt]
             answer = await client.call_tool("get_task", {"task_id": mine[0]["task_id"]})
         assert [task["task_id"] for task in await town.bought(prompt)] == [mine[0]["task_id"]]
@@ -226,7 +226,7 @@ class OldClient:
 async def _under_way(town: Town, prompt: str) -> None:
     async with Client(town.url(town.http)) as client:
         while True:
-            listed = (await client.call_tool("list_tasks", {"limit": 50})).structured_content["tasks"]
+            listed = (await client.call_tool("list_tasks", {"limit": 50, "detail": True})).structured_content["tasks"]
             if any(task["request"]["prompt"] == prompt and task["task_id"] for task in listed):
                 return
 
@@ -417,7 +417,7 @@ async def test_a_task_of_one_server_is_finished_through_another(town: Town, mode
     assert handle["status"] != "completed"
     assert answers[town.http]["status"] == answers[town.other]["status"] == "completed"
     assert answers[town.http]["images"] == answers[town.other]["images"]
-    saved = [path.name for path in (town.folder / "pictures").iterdir() if handle["task_id"] in path.name]
+    saved = [path.name for path in (town.folder / "pictures").iterdir() if handle["task_id"][-8:] in path.name]
     assert len([name for name in saved if name.endswith(".png")]) == 1
 
 

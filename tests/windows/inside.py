@@ -278,7 +278,7 @@ async def two_servers_share_a_journal_and_a_killed_one_is_taken_over(stage: Stag
         done = await called(living, "get_task", task_id=task_id)
         assert done["status"] == "completed", done
         whole(done["images"][0]["path"])
-        entries = (await called(living, "list_tasks", limit=50))["tasks"]
+        entries = (await called(living, "list_tasks", limit=50, detail=True))["tasks"]
         assert [entry["task_id"] for entry in entries].count(task_id) == 1
 
 
