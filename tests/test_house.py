@@ -28,7 +28,7 @@ PACKAGES = {
     "server": "opening resources prompts gallery tasks_extension server",
     "transports": "signals wires stdio auth tenants calls door web",
     "simulator": "rules simulation paintings app",
-    "cli": "process values settings wiring team host_config doctor demo shelf main",
+    "cli": "process arguments values settings wiring team host_config doctor demo shelf main",
 }
 ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() for name in names.split()] + ["__main__"]
 
@@ -43,7 +43,7 @@ ONLY_IN = {
     "obstore": ("pictures.store",),
     "starlette": ("transports", "server", "simulator"),
     "uvicorn": ("transports", "cli.demo"),
-    "argparse": ("cli.main",),
+    "argparse": ("cli.arguments",),
 }
 LINES_MAX = 320
 

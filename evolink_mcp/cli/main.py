@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import io
 import logging
@@ -12,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
+from evolink_mcp.cli.arguments import Namespace, parsed
 from evolink_mcp.cli.process import keep_what_stays, leave_in_time, take_descriptors
 from evolink_mcp.sanitize import harmless
 
 ANSWER_WITHIN_S = 0.0005  # how soon the first answers interrupt the imports
-DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it speaks MCP over stdin and stdout."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,14 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console may lack letters: cp1252 has no arrow
             stream.reconfigure(errors="replace")
-    options = _parser().parse_args(argv)
+    options = parsed(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
     for noisy in ("httpx2", "httpcore2", "mcp"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    run: Callable[[argparse.Namespace], int] = options.run
     try:
-        code = run(options)
+        code = COMMANDS[options.command](options)
     except KeyboardInterrupt:
         code = 130
     for stream in cast("list[TextIO | None]", [sys.stdout, sys.stderr]):
@@ -39,53 +37,6 @@ def main(argv: list[str] | None = None) -> None:
             stream.flush()
     # Threads may still wait for stdin or work on a picture; nothing that they do is needed any more.
     os._exit(code)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evolink-mcp", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"evolink-mcp {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tell on stderr what happens")
-    parser.set_defaults(run=_stdio)
-    commands = parser.add_subparsers(metavar="command")
-    for name, what in (("http", "streamable HTTP at /mcp"), ("sse", "SSE at /sse, for older clients")):
-        serve = commands.add_parser(name, help=f"serve {what}")
-        serve.add_argument("--host", default="127.0.0.1")
-        serve.add_argument("--port", type=int, default=8000)
-        serve.add_argument(
-            "--allowed-host", action="append", default=[], metavar="NAME", help="answer to this name too"
-        )
-        serve.add_argument("--insecure", action="store_true", help="serve other machines without any authentication")
-        serve.set_defaults(run=_http, transport=name)
-    token = commands.add_parser("token", help="make a token for the file EVOLINK_MCP_TOKENS_FILE")
-    token.add_argument("name", help="who will use it")
-    token.set_defaults(run=_token)
-    demo = commands.add_parser("demo", help="make a picture without key or network, with a simulated EvoLink")
-    demo.add_argument("prompt", nargs="?", default="A calm sunset over the ocean, islands on the horizon")
-    demo.set_defaults(run=_demo)
-    simulate = commands.add_parser("simulate", help="serve a simulated EvoLink")
-    simulate.add_argument("--port", type=int, default=8765)
-    simulate.add_argument("--seconds", type=float, default=8.0, help="how long a picture takes")
-    simulate.add_argument(
-        "--size-rule", choices=("anchor-edge", "pixel-budget"), default="anchor-edge", help="which of EvoLink's tables"
-    )
-    simulate.set_defaults(run=_simulate)
-    tasks = commands.add_parser("tasks", help="show what was bought")
-    tasks.add_argument("--limit", type=int, default=20)
-    tasks.add_argument("--json", action="store_true")
-    tasks.set_defaults(run=_tasks)
-    opened = commands.add_parser("open", help="show a saved picture, or the folder of all")
-    opened.add_argument("words", nargs="*", help="words of its prompt, its file's name, or a task's id")
-    opened.add_argument("--print", action="store_true", help="only print the path")
-    opened.set_defaults(run=_open)
-    sheet = commands.add_parser("sheet", help="lay saved pictures out on one HTML page")
-    sheet.add_argument("words", nargs="*", help="only pictures with these words in prompt, file name or task id")
-    sheet.add_argument("--since", default="today", help="today (default), yesterday, 7d, all, or a date")
-    sheet.add_argument("--out", help="the file to write; without it one in the pictures' folder")
-    sheet.set_defaults(run=_sheet)
-    doctor = commands.add_parser("doctor", help="check this installation, and print every host's configuration")
-    doctor.add_argument("--json", action="store_true")
-    doctor.set_defaults(run=_doctor)
-    return parser
 
 
 def _settings():
@@ -105,7 +56,7 @@ def _settings():
     return settings
 
 
-def _stdio(_: argparse.Namespace) -> int:
+def _stdio(_: Namespace) -> int:
     gc.disable()  # until `keep_what_stays`: to search what the imports make takes a tenth of the start
     take_descriptors()
     settings = _settings()
@@ -144,7 +95,7 @@ def _stdio(_: argparse.Namespace) -> int:
     return anyio.run(serve_stdio, wires, opening, serve, leave_in_time)
 
 
-def _http(options: argparse.Namespace) -> int:
+def _http(options: Namespace) -> int:
     from evolink_mcp.api.urls import is_loopback
 
     take_descriptors()
@@ -170,7 +121,7 @@ def _http(options: argparse.Namespace) -> int:
     except BadTokens as error:
         print(f"evolink-mcp: EVOLINK_MCP_TOKENS_FILE: {error}", file=sys.stderr)
         return 2
-    path = "mcp" if options.transport == "http" else "sse"
+    path = "mcp" if options.command == "http" else "sse"
     who = "every program of this machine" if is_loopback(options.host) else "everyone who reaches it"
     if tokens is not None:
         count = len({tenant.name for tenant in tokens.tenants})
@@ -184,7 +135,7 @@ def _http(options: argparse.Namespace) -> int:
         print(f"evolink-mcp serves http://{host}:{options.port}/{path}: {who} may spend your credits", file=sys.stderr)
 
     def app_of(server: Any) -> Any:
-        return web_app(server, options.transport, options.host, options.allowed_host)
+        return web_app(server, options.command, options.host, options.allowed_host)
 
     async def serve() -> int:
         if tokens is None:
@@ -204,7 +155,7 @@ def _http(options: argparse.Namespace) -> int:
     return anyio.run(serve)
 
 
-def _token(options: argparse.Namespace) -> int:
+def _token(options: Namespace) -> int:
     from evolink_mcp.transports.auth import BadTokens, new_token
 
     try:
@@ -216,7 +167,7 @@ def _token(options: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _demo(options: Namespace) -> int:
     import anyio
 
     from evolink_mcp.cli.demo import run_demo
@@ -224,7 +175,7 @@ def _demo(options: argparse.Namespace) -> int:
     return anyio.run(run_demo, options.prompt, print)
 
 
-def _simulate(options: argparse.Namespace) -> int:
+def _simulate(options: Namespace) -> int:
     import anyio
 
     from evolink_mcp.simulator.app import FAULTS, Simulator
@@ -242,7 +193,7 @@ def _simulate(options: argparse.Namespace) -> int:
     )
 
 
-def _tasks(options: argparse.Namespace) -> int:
+def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import priced
@@ -279,13 +230,13 @@ def _tasks(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> int:
+def _open(options: Namespace) -> int:
     from evolink_mcp.cli.shelf import open_picture
 
     return open_picture(_settings(), options.words, print, _complain, only_print=options.print)
 
 
-def _sheet(options: argparse.Namespace) -> int:
+def _sheet(options: Namespace) -> int:
     from evolink_mcp.cli.shelf import lay_out
 
     return lay_out(_settings(), options.words, options.since, options.out, print, _complain)
@@ -295,7 +246,7 @@ def _complain(text: str) -> None:
     print(f"evolink-mcp: {text}", file=sys.stderr)
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(options: Namespace) -> int:
     import json
 
     import anyio
@@ -317,3 +268,17 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"\n--- {where}\n{text}")
     print("\nSomething is broken: see above." if report.exit_code else "\nNothing is broken.")
     return report.exit_code
+
+
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "stdio": _stdio,
+    "http": _http,
+    "sse": _http,
+    "token": _token,
+    "demo": _demo,
+    "simulate": _simulate,
+    "tasks": _tasks,
+    "open": _open,
+    "sheet": _sheet,
+    "doctor": _doctor,
+}

@@ -256,7 +256,7 @@ def size_text(out: SizeOut) -> str:
     if out.alternatives:
         lines.append(f"Alternatives: {', '.join(out.alternatives)}.")
     if out.prices:
-        lines.append(f"In credits it would cost at most {_price_words(out.prices)}.")
+        lines.append(f"Otherwise at most, in credits: {_price_words(out.prices)}.")
     return "\n".join([*lines, *(f"Note: {note}" for note in out.notes)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -76,13 +77,26 @@ async def serve_app(
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
 
+    starting = logging.getLogger("uvicorn.error")
+    starting.setLevel(logging.CRITICAL)  # why a port cannot be opened is told here
     asyncio.get_running_loop().set_exception_handler(_once_out_of_descriptors())
     with on_stop_signal(stop):
         try:
             await server.serve()
         except SystemExit:
             code = 1
+            log.error(
+                "%s port %d cannot be opened (%s); choose another one with --port", host, port, _why_not(host, port)
+            )
     return code if server.started else 1
+
+
+def _why_not(host: str, port: int) -> str:
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return "it was busy"
+    except OSError as error:
+        return os.strerror(error.errno).lower() if error.errno else str(error)
 
 
 def _once_out_of_descriptors() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
@@ -119,6 +133,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             self._ready()
 
     @contextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import poor_environment
 
 from evolink_mcp import __version__
 
-COMMANDS = ("http", "sse", "demo", "simulate", "tasks", "doctor")
+COMMANDS = ("http", "sse", "token", "demo", "simulate", "tasks", "open", "sheet", "doctor")
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +48,50 @@ def test_the_demo_makes_a_picture_and_tells_where_it_is(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     pictures = list(tmp_path.rglob("*.png"))
     assert len(pictures) == 1
+    assert pictures[0].parent.name.endswith("simulated")
     assert str(pictures[0]) in done.stdout
     assert "2048 × 1152 pixels" in done.stdout
     assert "credits" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["doctr"], "there is no command doctr; did you mean doctor?"),
+        (["zzz\x1b[31m"], "there is no command zzz[31m; there are http, "),
+        (["http", "--port", "99999"], "a port is a number from 0 to 65535"),
+        (["simulate", "--port", "-1"], "a port is a number from 0 to 65535"),
+        (["http", "--prot", "1"], "unrecognized arguments: --prot"),
+        (["token"], "the following arguments are required: name"),
+        (["sheet", "--since", "soon"], "“soon” is no time"),
+        (["open", "a", "fox"], "no saved picture has “a fox”"),
+        (["open"], "nothing was saved yet"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = run(tmp_path, *arguments)
+    assert (done.returncode in (1, 2), done.stdout) == (True, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["http", "sse", "simulate"])
+def test_a_busy_port_is_told_in_one_line(tmp_path: Path, command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(tmp_path, command, "--port", port)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"127.0.0.1 port {port} cannot be opened" in line
+
+
+def test_help_is_a_command_too(tmp_path: Path) -> None:
+    assert run(tmp_path, "help").stdout == run(tmp_path, "--help").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_words(tmp_path: Path, command: str) -> None:
+    said = run(tmp_path, command, "--help").stdout
+    options = re.split(r"\n  (?=\S)", said)[1:]
+    assert options
+    assert [option for option in options if not re.search(r"\s{2,}\S", option.replace("\n", "  "))] == []
