@@ -25,7 +25,7 @@ from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.task_answer import brief, row, task_out
 from evolink_mcp.tools.task_words import row_text, task_text
 
-ANSWER_MAX_CHARS = 600_000
+ANSWER_MAX_CHARS = 850_000
 LIST_MAX = 50
 
 Status = Annotated[
@@ -164,9 +164,7 @@ def _fitting(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dic
         else:
             data = row(entry)
             text = row_text(data)
-        room -= len(json.dumps(data, ensure_ascii=False, separators=(",", ":"))) + len(
-            json.dumps(text, ensure_ascii=False)
-        )
+        room -= len(json.dumps(data)) + len(json.dumps(text))
         if room < 0:
             break
         texts.append(text)

@@ -18,6 +18,7 @@ from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.simulator import rules
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.size_rule import SizeRule
+from evolink_mcp.tools import compute_size
 
 pytestmark = pytest.mark.anyio
 
@@ -48,8 +49,9 @@ def learned(facts: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("rule", sizes.RULES)
 async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_of_the_account(
-    open_world: Open, rule: str
+    open_world: Open, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compute_size, "RULE_FRESH_FOR_S", 0.0)  # seconds, in which it would not look again
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule=rule)
     async with (

@@ -134,12 +134,13 @@ async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None
         async with world.client(mode) as client:
             wish = {"limit": LIST_MAX, "detail": True}
             answer = await client.call_tool("list_tasks", wish)
-            rest = await client.call_tool("list_tasks", {**wish, "cursor": answer.structured_content["next_cursor"]})
-    told = [task["task_id"] for part in (answer, rest) for task in part.structured_content["tasks"]]
-    assert len(answer.structured_content["tasks"]) >= 35
+            parts = [answer]
+            while cursor := parts[-1].structured_content["next_cursor"]:
+                parts.append(await client.call_tool("list_tasks", {**wish, "cursor": cursor}))
+    told = [task["task_id"] for part in parts for task in part.structured_content["tasks"]]
+    assert len(answer.structured_content["tasks"]) >= 20
     assert len(set(told)) == len(told) == LIST_MAX + 1
-    assert rest.structured_content["next_cursor"] is None
-    assert length(answer) < NEVER_ABOVE
+    assert all(length(part) < NEVER_ABOVE for part in parts)
 
 
 async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path) -> None:

@@ -198,7 +198,7 @@ class Office:
 
     @property
     def posts(self) -> int:
-        return sum(request.method == "POST" for request in self.simulator.requests)
+        return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
 
 
 @asynccontextmanager
