@@ -242,7 +242,7 @@ async function underOneEra(mode, evolink, hostScript) {
     await app().getByRole("status").getByText("Copied").waitFor({ state: "attached" });
     await page.bringToFront();
     await page.evaluate(() => window.focus());
-    assert.match(await page.evaluate(() => navigator.clipboard.readText()), /Pictures.*task-unified-\S+\.png$/);
+    assert.match(await page.evaluate(() => navigator.clipboard.readText()), /Pictures.*quiet-harbour-\S+\.png$/);
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction(() => seen.links.length === 1);
     assert.match(await page.evaluate(() => seen.links[0].url), /\/pictures\/task-unified-\S+\/1\.png$/);
