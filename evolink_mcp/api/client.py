@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 USER_AGENT = f"evolink-mcp/{__version__}"
 
 SUBMIT_DEADLINE_S = 75.0
-READ_DEADLINE_S = 20.0
+READ_DEADLINE_S, PROBE_DEADLINE_S = 20.0, 10.0
 UPLOAD_DEADLINE_S = 180.0
 BATCH_MAX = 50
 
@@ -226,19 +226,27 @@ class EvolinkClient:
         reply = await self._ask("GET", f"/v1/tasks?page=1&page_size={page_size}")
         return list(read_tasks(reply.json()))
 
+    async def date(self) -> str | None:
+        """The `Date` header of whatever the API's host answers; no key is sent and nothing is asked.
+
+        Raises:
+            EvolinkError: there is no answer.
+        """
+        request = self._reads.build_request("HEAD", self._origins["api"])
+        try:
+            return (await self._exchange(self._reads, request, PROBE_DEADLINE_S)).headers.get("date")
+        except TRANSPORT_ERRORS as error:
+            raise Unreadable(why(error)) from error
+
     async def balance(self) -> Balance:
         """`GET /v1/credits`."""
         return read_balance((await self._ask("GET", "/v1/credits")).json())
 
     async def upload(self, name: str, mime_type: str, content: bytes | BinaryIO) -> str:
         """`POST /api/v1/files/upload/stream`: free of charge, kept by EvoLink for 72 h; returns its URL."""
-        reply = await self._ask(
-            "POST",
-            "/api/v1/files/upload/stream",
-            origin="files",
-            deadline_s=UPLOAD_DEADLINE_S,
-            files={"file": (name, content, mime_type)},
-        )
+        files = {"file": (name, content, mime_type)}
+        path = "/api/v1/files/upload/stream"
+        reply = await self._ask("POST", path, origin="files", deadline_s=UPLOAD_DEADLINE_S, files=files)
         told = reply.json()
         answer = as_dict(told)
         if answer.get("success") is False or not isinstance(answer.get("data"), dict):
@@ -269,12 +277,8 @@ class EvolinkClient:
         if "content" in more:
             headers["Content-Type"] = "application/json"
         request = client.build_request(method, self._origins[origin] + path, headers=headers, **more)
-        wanted = httpx.URL(self._origins[origin])
-        if (request.url.scheme, request.url.host, request.url.port) != (
-            wanted.scheme,
-            wanted.host,
-            wanted.port,
-        ):
+        to, wanted = request.url, httpx.URL(self._origins[origin])
+        if (to.scheme, to.host, to.port) != (wanted.scheme, wanted.host, wanted.port):
             raise Rejected("the request would have left EvoLink's origin", code="wrong_origin")
         return request
 

@@ -11,18 +11,14 @@ import shutil
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import anyio
-
 from evolink_mcp import __version__
-from evolink_mcp.api.client import USER_AGENT, EvolinkClient
+from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import priced
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.settings import Settings, unknown_variables
@@ -33,7 +29,6 @@ from evolink_mcp.journal.sqlite import read_entries
 
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("mcp", "httpx2", "pydantic", "anyio", "pillow", "platformdirs", "filelock", "starlette", "uvicorn")
-PROBE_TIMEOUT_S = 10.0
 SKEW_MAX_S = 60.0
 ROOM_MIN_BYTES = 200 << 20
 ENTRIES_MAX = 100_000
@@ -161,10 +156,16 @@ def key(settings: Settings) -> Finding:
 
 async def account(settings: Settings) -> list[Finding]:
     """EvoLink can be reached, takes the key, has credits left for it, and agrees about the time."""
-    seen = await anyio.to_thread.run_sync(_probe, settings.base_url)
-    findings = [reached(settings.base_url, seen, needed=settings.key is not None)]
-    if settings.key is not None:
-        findings.append(await _credits(settings))
+    async with EvolinkClient(
+        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url
+    ) as client:
+        try:
+            seen = Probe(date=await client.date())
+        except EvolinkError as error:
+            seen = Probe(problem=error.what)
+        findings = [reached(settings.base_url, seen, needed=settings.key is not None)]
+        if settings.key is not None:
+            findings.append(await _credits(client))
     return [*findings, clock(seen.date, time.time())]
 
 
@@ -178,14 +179,11 @@ def reached(base_url: str, seen: Probe, *, needed: bool) -> Finding:
     )  # fmt: skip
 
 
-async def _credits(settings: Settings) -> Finding:
-    async with EvolinkClient(
-        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url
-    ) as client:
-        try:
-            balance = await client.balance()
-        except EvolinkError as error:
-            return Finding("credits", "broken", error.what, error.advice)
+async def _credits(client: EvolinkClient) -> Finding:
+    try:
+        balance = await client.balance()
+    except EvolinkError as error:
+        return Finding("credits", "broken", error.what, error.advice)
     left = [amount for amount in (balance.account_remaining, balance.key_remaining) if amount is not None]
     if balance.key_unlimited and balance.account_remaining is not None:
         left = [balance.account_remaining]
@@ -210,19 +208,6 @@ def clock(date: str | None, now: float) -> Finding:
             "Set it: lost answers are looked for by time, and links are kept for 24 h.",
         )  # fmt: skip
     return Finding("clock", "ok", f"within {max(abs(skew), 1):.0f} s of EvoLink's")
-
-
-def _probe(base_url: str) -> Probe:
-    """A HEAD request without the key: any answer will do."""
-    request = urllib.request.Request(base_url, method="HEAD", headers={"User-Agent": USER_AGENT})
-    try:
-        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S) as response:
-            return Probe(date=response.headers.get("Date"))
-    except urllib.error.HTTPError as error:
-        return Probe(date=error.headers.get("Date"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return Probe(problem=getattr(reason, "strerror", None) or type(reason).__name__)
 
 
 # --- folders and journal ---

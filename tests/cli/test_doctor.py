@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -323,3 +325,36 @@ def test_the_installed_command_starts_this_version() -> None:
     assert Path(command).is_absolute()
     done = subprocess.run([command, *args, "--version"], capture_output=True, text=True, check=True, timeout=60)
     assert re.fullmatch(r"evolink-mcp [\d.]+\n", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"EVOLINK_BASE_URL": "http://127.0.0.1:{port}"},
+        {"SSL_CERT_FILE": "/nowhere"},
+        {"ALL_PROXY": "socks5://127.0.0.1:1"},
+        {"HTTPS_PROXY": "nonsense"},
+    ],
+    ids=["no HTTP", "no certificates", "SOCKS", "no proxy"],
+)
+def test_whatever_the_network_is_it_is_told_without_a_traceback(tmp_path: Path, environ: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def speak() -> None:
+            with suppress(OSError):
+                while True:
+                    line, _ = server.accept()
+                    line.sendall(b"SSH-2.0-nothing\r\n")
+                    line.close()
+
+        threading.Thread(target=speak, daemon=True).start()
+        port = str(server.getsockname()[1])
+        here = f"https://127.0.0.1:{port}"  # nothing leaves this machine
+        env = poor_environment(tmp_path, EVOLINK_API_KEY="sk-0123456789abcdef", EVOLINK_BASE_URL=here)
+        env |= {name: value.replace("{port}", port) for name, value in environ.items()}
+        command = [sys.executable, "-m", "evolink_mcp", "doctor", "--json"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        server.close()
+    findings = {one["subject"]: one["verdict"] for one in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, done.stderr) == (1, "")
+    assert findings["network"] == findings["credits"] == "broken"
