@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def _card(entry: Entry, picture: Picture, small: bytes) -> str:
     prompt = harmless(entry.request.get("prompt") or "", 300)
     when = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
     data = base64.b64encode(small).decode()
-    made_from = [f"edited from {harmless(one.given, 120)}" for one in entry.references]
+    sources = [re.split(r"[\\/]", harmless(one.given, 300))[-1] for one in entry.references]
+    made_from = [f"edited from {source}" for source in sources]
     facts = [f"{when}, {picture.width}×{picture.height}", *made_from, path.name]
     return (
         f'<figure><a href="{html.escape(path.as_uri())}"><img loading="lazy" alt="{html.escape(prompt)}" '
