@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import calls, crowd, hostile, ledger, polls, previews, shares, start, web
+from benchmarks import calls, crowd, hostile, ledger, peers, polls, previews, shares, start, web
 from benchmarks.figures import Figure
 
 PARTS = {
@@ -23,6 +23,7 @@ PARTS = {
     "previews": previews,
     "share": shares,
     "hostile": hostile,
+    "peers": peers,
 }
 
 

@@ -40,9 +40,11 @@ def environment(folder: Path, port: int = 9) -> dict[str, str]:
 class Pipe:
     """A server process and a client that does as little as possible: one line out, one line in."""
 
-    def __init__(self, arguments: list[str], env: dict[str, str], fds: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, arguments: list[str], env: dict[str, str], fds: tuple[int, ...] = (), program: str | None = None
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [program or sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             cwd=ROOT, env=env, pass_fds=fds,
         )  # fmt: skip
         self._number = 0
@@ -65,12 +67,12 @@ class Pipe:
             self.process.wait()
         self.process.stdout.close()
 
-    def greet(self) -> None:
-        """From nothing to the list of tools, as a host does it."""
+    def greet(self) -> Any:
+        """From nothing to the list of tools, as a host does it; returns the list."""
         client = {"name": "benchmark", "version": "1"}
         self.ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
-        self.ask("tools/list", {})
+        return self.ask("tools/list", {})
 
     def ready(self) -> None:
         """Wait until everything is imported: the first answers come before that, this error does not."""
