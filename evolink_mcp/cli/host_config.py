@@ -20,6 +20,7 @@ TERMINAL = "terminal"
 # uv and pip may have to unpack at the first start; Codex gives older versions 10 s for it, and calls 60 s.
 CODEX_STARTUP_S = 60
 CODEX_CALL_S = 300
+PATIENCE_S = 300  # where a host lets a server say how long a call may take; theirs is 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
         Block("Gemini CLI", "~/.gemini/settings.json", "json", servers),
         Block("Windsurf", "~/.codeium/windsurf/mcp_config.json", "json", servers),
         Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: {"args": [], **entry}}})),
+        Block("opencode", "~/.config/opencode/opencode.json", "json", _opencode(line, env)),
+        Block("Copilot CLI", "~/.copilot/mcp-config.json", "json", _copilot(entry)),
+        Block("Cline", "cline_mcp_settings.json", "json", _cline(entry)),
+        Block("JetBrains", "Settings, AI Assistant, MCP, as JSON", "json", servers),
     )
 
 
@@ -106,6 +111,19 @@ def _codex(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
         f"[mcp_servers.{SERVER_NAME}.env]",
         *(f"{name} = {_compact(value)}" for name, value in env.items()),
     ])  # fmt: skip
+
+
+def _opencode(line: Sequence[str], env: Mapping[str, str]) -> str:
+    server = {"type": "local", "command": list(line), "environment": dict(env), "timeout": PATIENCE_S * 1000}
+    return _json({"$schema": "https://opencode.ai/config.json", "mcp": {SERVER_NAME: server}})
+
+
+def _copilot(entry: dict[str, Any]) -> str:
+    return _json({"mcpServers": {SERVER_NAME: {"type": "local", "args": [], **entry, "tools": ["*"]}}})
+
+
+def _cline(entry: dict[str, Any]) -> str:
+    return _json({"mcpServers": {SERVER_NAME: {**entry, "timeout": PATIENCE_S}}})
 
 
 def _each(flag: str, values: Sequence[str]) -> list[str]:

@@ -277,8 +277,10 @@ def started_by(block: Block) -> tuple[str, list[str], dict[str, str]]:
         entry = tomllib.loads(block.text)["mcp_servers"]["evolink"]
     elif block.language == "json":
         servers = json.loads(block.text)
-        (named,) = (servers[name] for name in ("mcpServers", "servers", "context_servers") if name in servers)
+        (named,) = (servers[name] for name in ("mcpServers", "servers", "context_servers", "mcp") if name in servers)
         entry = named["evolink"]
+        if "environment" in entry:  # opencode
+            return entry["command"][0], entry["command"][1:], entry["environment"]
     else:
         words = shlex.split(block.text)
         pairs = [b for a, b in pairwise(words) if a in ("-e", "--env")]
@@ -294,9 +296,19 @@ def test_every_block_says_command_arguments_and_environment(block: Block) -> Non
     assert started_by(block) == (COMMAND, ARGS, env)
 
 
-def test_eight_hosts_are_served() -> None:
+def test_twelve_hosts_are_served() -> None:
     served = list(dict.fromkeys(block.host for block in BLOCKS))
-    assert served == ["Claude Desktop", "Claude Code", "Cursor", "VS Code", "Codex", "Gemini CLI", "Windsurf", "Zed"]
+    assert served == [
+        "Claude Desktop", "Claude Code", "Cursor", "VS Code", "Codex", "Gemini CLI", "Windsurf", "Zed", "opencode",
+        "Copilot CLI", "Cline", "JetBrains",
+    ]  # fmt: skip
+
+
+def test_the_page_of_hosts_shows_the_blocks_that_are_printed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text("utf-8")
+    key = {"EVOLINK_API_KEY": "sk-..."}
+    blocks = host_blocks("/path/to/evolink-mcp/.venv/bin/evolink-mcp", [], key)
+    assert [block.host for block in blocks if block.text not in page] == []
 
 
 def test_vs_code_asks_for_the_key_with_hidden_characters() -> None:
