@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hosts
-from stage import TRANSPORTS, Score, Stage, npm_install
+from stage import PATH, TRANSPORTS, Score, Stage, npm_install
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 3
@@ -71,7 +71,7 @@ class Drive:
 
     def everything(self) -> int:
         """Every client, a few at a time; the exit code."""
-        families = [self._hosts, self._typescript, *(self._python(client) for client in PYTHON_CLIENTS)]
+        families = [self._hosts, self._bridges, self._typescript, *(self._python(client) for client in PYTHON_CLIENTS)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for done in [pool.submit(self._guarded, family) for family in families]:
                 done.result()
@@ -110,6 +110,78 @@ class Drive:
             npm_install(self.npm, HERE / "typescript", folder)
             for client in clients:
                 self._legs(client, [str(folder / "node_modules" / ".bin" / "node"), str(folder / client.script)])
+
+    def _bridges(self) -> None:
+        """Programs that give a client with stdio only a server over HTTP or SSE; the official client talks through them."""
+        names = [name for name in ("mcp-remote", "supergateway", "mcp-proxy", "mcporter") if self._asked_for(name)]
+        if not names:
+            return
+        folder = self.stage.work / "bridges"
+        npm_install(self.npm, HERE / "bridges", folder)
+        bins = folder / "node_modules" / ".bin"
+        python = str(folder / "python" / "bin" / "python")
+        self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder / "python")])
+        self._install([self.uv, "pip", "install", "-q", "--python", python, "mcp-proxy==0.13.0"])
+        env = self.stage.client_env(PATH=f"{bins}:{PATH}", MCP_REMOTE_CONFIG_DIR=str(folder / "mcp-remote"))
+        for transport in ("http", "sse"):
+            url = self.stage.url(transport)
+            bridges = {
+                "mcp-remote": [str(bins / "mcp-remote"), url, "--allow-http", "--transport", f"{transport}-only"],
+                "supergateway": [
+                    str(bins / "supergateway"), "--streamableHttp" if transport == "http" else "--sse", url,
+                    "--logLevel", "none",
+                ],
+                "mcp-proxy": [
+                    str(folder / "python" / "bin" / "mcp-proxy"), "--transport",
+                    "streamablehttp" if transport == "http" else "sse", url,
+                ],
+            }  # fmt: skip
+            for name in names:
+                if name in bridges:
+                    self._through(name, bridges[name], env, transport)
+        if "mcporter" in names:
+            self._mcporter(folder, bins, env)
+
+    def _through(self, name: str, bridge: list[str], env: dict[str, str], transport: str) -> None:
+        target = {
+            "transport": "stdio", "command": bridge[0], "args": bridge[1:], "env": env, "mode": "legacy",
+            "prompt": self._prompt(name, transport),
+        }  # fmt: skip
+        passes_cancelling_on = name == "mcp-remote"
+        if passes_cancelling_on:
+            target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
+        command = [self.stage.command[0], str(HERE / "python" / "mcp2.py"), json.dumps(target)]
+        told = subprocess.run(
+            command, env=self.stage.client_env(), cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=CALLS_WITHIN_S,
+        )  # fmt: skip
+        report = next((line[7:] for line in told.stdout.splitlines() if line.startswith("REPORT ")), None)
+        if report is None:
+            sys.stderr.write(told.stdout[-2000:] + told.stderr[-4000:])
+            self._tell(name, "", transport, f"exit code {told.returncode} and no report")
+            return
+        seen = json.loads(report)
+        if not passes_cancelling_on:  # the others take the answer of a call that was given up, and nobody hears of it
+            seen.pop("again")
+        if name == "supergateway":  # it passes no progress on
+            seen["image"]["progress"] = None
+        self._tell(name, "", transport, "; ".join(self._faults(seen)), _remark(seen))
+
+    def _mcporter(self, folder: Path, bins: Path, env: dict[str, str]) -> None:
+        """The command line of mcporter: a list of tools, and a call."""
+        config = folder / "mcporter.json"
+        config.write_text(json.dumps({"mcpServers": {"evolink": {"url": self.stage.url("http"), "allowHttp": True}}}))
+        words = [str(bins / "mcporter"), "--config", str(config)]
+        said = [
+            subprocess.run(
+                [*words, *more], env=env, cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=CALLS_WITHIN_S,
+            )
+            for more in (["list", "evolink"], ["call", "evolink.compute_size", "size=16:9", "resolution=2K"])
+        ]  # fmt: skip
+        told = "".join(one.stdout + one.stderr for one in said)
+        lacking = [word for word in ("generate_image", "2048") if word not in told]
+        self._tell("mcporter", "", "http", f"no {lacking} in {told[-600:]!r}" if lacking else "")
 
     def _hosts(self) -> None:
         names = [name for name in ("claude code", "gemini cli", "codex") if self._asked_for(name)]
