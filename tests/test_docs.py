@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from conftest import World
 from test_house import PACKAGES
 
 from evolink_mcp import __version__
+from evolink_mcp.api.costs import output_tokens
+from evolink_mcp.api.sizes import Size
 from evolink_mcp.cli.settings import VARIABLES
+from evolink_mcp.studio.schedule import USUAL_S
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,3 +82,20 @@ def test_every_promise_of_security_names_tests_that_are_there() -> None:
     named = re.findall(r"`((?:tests|benchmarks)/[^`]+)`", table)
     assert len(named) > 15
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_picture_of_sizes_shows_what_is_computed() -> None:
+    """`python docs/make_sizes.py` draws it again."""
+    docs = ROOT / "docs"
+    drawn = runpy.run_path(str(docs / "make_sizes.py"))["drawn"]()
+    assert (docs / "sizes.svg").read_text("utf-8") == drawn
+
+
+def test_what_designers_are_told_of_prices_and_times_holds() -> None:
+    page = (ROOT / "docs" / "designers.md").read_text("utf-8")
+    square = Size(1024, 1024)
+    low, medium, high = (output_tokens(square, quality) for quality in ("low", "medium", "high"))
+    assert "low costs about a ninth of medium, high four times as much" in page
+    assert (round(medium / low), round(high / medium)) == (9, 4)
+    assert "in about a fifth of the time" in page
+    assert round(USUAL_S["medium"] / USUAL_S["low"]) == 5
