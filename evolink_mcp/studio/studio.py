@@ -12,7 +12,7 @@ import anyio
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
-from evolink_mcp.errors import EvolinkError, KeyMissing, Rejected, TaskUnknown
+from evolink_mcp.errors import EvolinkError, KeyMissing, TaskUnknown
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
 from evolink_mcp.pictures.folders import Folders
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 RECOVER_AFTER_S = 1.0
 JOIN_WITHIN_S = 24 * 3600
-SUBMIT_GRACE_S = 1.0
+SUBMIT_GRACE_S, GIVING_UP_S = 1.0, 0.3
 CLOSE_GRACE_S = 0.3
 SYNC_WAITS_S = 15.0
 
@@ -140,7 +140,13 @@ class Studio:
         mark = fingerprint(with_defaults(checked.identity))
         if not order.force_new:
             await self._workshop.take_over()
-            if (job := await self._undelivered(order, (mark, fingerprint(checked.identity)))) is not None:
+            marks = (mark, fingerprint(checked.identity))
+            job = await self._undelivered(order, marks)
+            if job is None and self._workshop.waits_for(marks):
+                # Over HTTP a client's cancelling may come after the same call again, which it sent later.
+                await self._sleep(GIVING_UP_S)
+                job = await self._undelivered(order, marks)
+            if job is not None:
                 return job
         with self._limits.place(self._workshop.jobs):
             return await self._bought(order, checked, mark)
@@ -180,7 +186,7 @@ class Studio:
             entry = await self._recorder.known(task_id)
             if entry is None and self._shared:
                 raise TaskUnknown(f"there is no task {task_id} here")
-            if entry is None or not await self._is_ours(entry):
+            if entry is None or not await self._workshop.is_ours(entry):
                 entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
             if entry.has_work(self._clock()):
                 self._need_key()
@@ -286,28 +292,13 @@ class Studio:
         for entry in await self.journal.undelivered(marks, now - JOIN_WITHIN_S):
             if self._recorder.is_unwritten(entry.key) or not entry.worth_joining(now):
                 continue
-            if await self._is_ours(entry) and await self.journal.claim(entry.key):
+            if await self._workshop.is_ours(entry) and await self.journal.claim(entry.key):
                 other_name = order.save_as if order.save_as != entry.save_as else None
                 job = self._workshop.running(entry.key) or await self._workshop.go_on(entry, copy_as=other_name)
                 job.joined = True
                 job.copy_as = other_name
                 return job
         return None
-
-    async def _is_ours(self, entry: Entry) -> bool:
-        """Whether this account bought it. An entry of 0.1.0 belongs to whoever's key EvoLink accepts for its task."""
-        if entry.account == self.journal.account:
-            return True
-        if entry.task_id is None or not self.client.has_key:
-            return not await self.journal.has_strangers()
-        try:
-            await self.client.task(entry.task_id)
-        except Rejected:
-            return False
-        except EvolinkError:
-            return not await self.journal.has_strangers()
-        await self._recorder.softly(self.journal.mark(entry.key))
-        return True
 
     def _announce(self, entry: Entry) -> None:
         for subscriber in self._subscribers:

@@ -13,7 +13,7 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED
-from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected, TaskKnown
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.collect import Collector
@@ -96,6 +96,25 @@ class Workshop:
         if entry.is_written and not await self.acquire(entry.key, if_unknown=entry.task is not None):
             return self._begin(entry, self._accompany)
         return self._begin(entry, self._go_on)
+
+    def waits_for(self, marks: tuple[str, ...]) -> bool:
+        """Whether a call waits for the result of an identical order right now."""
+        return any(job.callers and job.entry.fingerprint in marks for job in self.jobs)
+
+    async def is_ours(self, entry: Entry) -> bool:
+        """Whether this account bought it. An entry of 0.1.0 belongs to whoever's key EvoLink accepts for its task."""
+        if entry.account == self._journal.account:
+            return True
+        if entry.task_id is None or not self._client.has_key:
+            return not await self._journal.has_strangers()
+        try:
+            await self._client.task(entry.task_id)
+        except Rejected:
+            return False
+        except EvolinkError:
+            return not await self._journal.has_strangers()
+        await self._recorder.softly(self._journal.mark(entry.key))
+        return True
 
     async def acquire(self, key: str, *, if_unknown: bool = False) -> bool:
         """Become the entry's owner; `if_unknown` where the journal cannot be used."""

@@ -13,8 +13,10 @@ from conftest import Clock, Open, World
 from faulty_gateway import DOOR, ONE_SERVER, QuickSimulator
 from mcp.client import Client
 
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.journal.entry import Entry, new_key
 from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.studio.jobs import Order
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -190,6 +192,22 @@ async def test_a_handle_that_get_task_has_completed_counts_as_received(open_worl
         await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
         await client.call_tool("generate_image", WISH)
     assert world.posts == 2
+
+
+async def test_the_same_call_that_overtakes_the_cancelling_of_the_first_gets_what_that_bought(open_world: Open) -> None:
+    """Over HTTP both are requests of their own, and the later one may come first."""
+    async with open_world() as world:
+        order = Order(GenerationRequest(prompt="sim:slow=60 a fox"), at_most=9.0)
+        first = await world.studio.order(order)
+        world.studio.attend(first)
+
+        async def give_up(seconds: float) -> None:
+            await world.studio.depart(first)
+
+        world.studio._sleep = give_up  # the cancelling arrives while the second call waits
+        second = await world.studio.order(order)
+        assert (second is first, second.joined) == (True, True)
+    assert world.posts == 1
 
 
 async def test_identical_calls_side_by_side_are_separate_purchases(open_world: Open) -> None:
