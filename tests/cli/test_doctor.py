@@ -304,13 +304,6 @@ def test_twelve_hosts_are_served() -> None:
     ]  # fmt: skip
 
 
-def test_the_page_of_hosts_shows_the_blocks_that_are_printed() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text("utf-8")
-    key = {"EVOLINK_API_KEY": "sk-..."}
-    blocks = host_blocks("/path/to/evolink-mcp/.venv/bin/evolink-mcp", [], key)
-    assert [block.host for block in blocks if block.text not in page] == []
-
-
 def test_vs_code_asks_for_the_key_with_hidden_characters() -> None:
     (block,) = (block for block in BLOCKS if block.host == "VS Code")
     (asked,) = json.loads(block.text)["inputs"]
