@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+HOLDS = "holds(?, request, pictures, save_as, task_id)"  # the word, as `folded` makes it
 INSERT = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
@@ -130,7 +131,7 @@ class SqliteJournal:
             clauses.append("status = ?")
             values.append(status)
         for word in words:
-            clauses.append("holds(?, request, pictures, save_as, task_id)")
+            clauses.append(HOLDS)
             values.append(folded(word))
         if after is not None:
             clauses.append("(created_at < ? OR created_at = ? AND key > ?)")
@@ -268,7 +269,7 @@ def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: f
     Raises:
         JournalUnwritable: it is damaged or cannot be read.
     """
-    holds = "".join(" AND holds(?, request, pictures, save_as, task_id)" for _ in words)
+    holds = f" AND {HOLDS}" * len(words)
     statement = f"SELECT * FROM entries WHERE created_at >= ?{holds} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
         return _readable(db.execute(statement, (since, *map(folded, words), limit)).fetchall())

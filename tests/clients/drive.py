@@ -150,17 +150,9 @@ class Drive:
         passes_cancelling_on = name == "mcp-remote"
         if passes_cancelling_on:
             target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
-        command = [self.stage.command[0], str(HERE / "python" / "mcp2.py"), json.dumps(target)]
-        told = subprocess.run(
-            command, env=self.stage.client_env(), cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=CALLS_WITHIN_S,
-        )  # fmt: skip
-        report = next((line[7:] for line in told.stdout.splitlines() if line.startswith("REPORT ")), None)
-        if report is None:
-            sys.stderr.write(told.stdout[-2000:] + told.stderr[-4000:])
-            self._tell(name, "", transport, f"exit code {told.returncode} and no report")
+        seen = self._reported(name, [self.stage.command[0], str(HERE / "python" / "mcp2.py")], target, transport)
+        if seen is None:
             return
-        seen = json.loads(report)
         if not passes_cancelling_on:  # the others take the answer of a call that was given up, and nobody hears of it
             seen.pop("again")
         if name == "supergateway":  # it passes no progress on
@@ -225,6 +217,12 @@ class Drive:
         target = {**self.stage.target(transport), "mode": mode, "prompt": self._prompt(name, transport)}
         if client.gives_up:
             target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
+        seen = self._reported(name, command, target, transport)
+        if seen is not None:
+            self._tell(name, seen["version"], transport, "; ".join(self._faults(seen)), _remark(seen))
+
+    def _reported(self, name: str, command: list[str], target: dict[str, Any], transport: str) -> dict[str, Any] | None:
+        """What a client's script has seen; None if it reported nothing, which is told."""
         try:
             told = subprocess.run(
                 [*command, json.dumps(target)], env=self.stage.client_env(), cwd=self.stage.home,
@@ -232,14 +230,13 @@ class Drive:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             self._tell(name, "", transport, f"no end within {CALLS_WITHIN_S} s")
-            return
+            return None
         report = next((line[7:] for line in told.stdout.splitlines() if line.startswith("REPORT ")), None)
         if report is None:
             sys.stderr.write(told.stdout[-2000:] + told.stderr[-4000:])
             self._tell(name, "", transport, f"exit code {told.returncode} and no report")
-            return
-        seen = json.loads(report)
-        self._tell(name, seen["version"], transport, "; ".join(self._faults(seen)), _remark(seen))
+            return None
+        return json.loads(report)
 
     def _faults(self, seen: dict[str, Any]) -> Iterable[str]:
         """What a client saw and should not have, or should have seen and did not."""
