@@ -63,6 +63,8 @@ class Wires:
 
     def flush(self) -> None:
         """Wait until everything is written, but not long: nobody may be reading."""
+        if threading.current_thread() is self._writer:
+            return  # it ends because nobody reads any more
         self._outbox.put(None)
         self._writer.join(FLUSH_S)
 

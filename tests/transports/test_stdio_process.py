@@ -258,6 +258,28 @@ def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
         assert os.read(parent.stdout.fileno(), 1) == b""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
+def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(tmp_path: Path) -> None:
+    """The answer finds nobody while the server is still being imported."""
+    import os
+
+    heard, out = os.pipe()
+    os.close(heard)
+    environment = {**poor_environment(tmp_path), "PYTHONPATH": str(HERE / "without_sdk"), "WITHOUT_SDK": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "evolink_mcp"], env=environment, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE
+    ) as server:
+        os.close(out)
+        assert server.stdin is not None
+        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        greeting = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}
+        server.stdin.write(json.dumps(greeting).encode() + b"\n")
+        server.stdin.flush()
+        code = server.wait(20)
+        assert server.stderr is not None
+        assert (code, server.stderr.read()) == (0, b"")
+
+
 def test_a_poor_environment_starts_and_a_missing_key_is_told(start: Callable[..., Talk]) -> None:
     talk = start(EVOLINK_API_KEY="${user_config.api_key}", EVOLINK_MCP_OUTPUT_DIR="${HOME}/Pictures/EvoLink")
     talk.greet()
