@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { appendFileSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { appendFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
@@ -17,7 +17,8 @@ const root = resolve(import.meta.dirname, "../..");
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const SECONDS = 2; // how long the simulated EvoLink takes
 const SHOWN_WITHIN_MS = 1000;
-const LONGEST_S = 85;
+const LONGEST_S = 480;
+const SHEET = [["light", 360], ["dark", 360], ["light", 720], ["dark", 720]];
 const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
   "--disable-component-update", "--disable-sync"];
 const URI = "ui://evolink/gallery.html";
@@ -34,6 +35,7 @@ const CHAT = `<!doctype html><html lang="en"><meta charset="utf-8"><title>Chat</
 
 let passed = 0;
 let failed = 0;
+const states = []; // of the contact sheet
 const started = Date.now();
 const complaints = [];
 
@@ -143,6 +145,20 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.waitForTimeout(450); // let pictures fade in
     await page.locator("iframe").screenshot({ path: join(shots, `${mode === "legacy" ? "legacy-" : ""}${file}.png`) });
   };
+  // One state of the page in every theme and width, for the contact sheet.
+  const pictured = async (state) => {
+    if (mode === "legacy") return;
+    states.push(state);
+    for (const [theme, width] of SHEET) {
+      await page.evaluate(([t, w]) => (sizeApp(w), dressApp(t)), [theme, width]);
+      await page.waitForTimeout(200);
+      const [scroll, inner] = await frame().evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+      assert.ok(scroll <= inner, `${state} at ${width}: content ${scroll}, frame ${inner}`);
+      await page.locator("iframe").screenshot({ path: join(shots, "states", `${state}-${theme}-${width}.png`) });
+    }
+    await page.evaluate(() => (sizeApp(820), dressApp("light")));
+    await page.waitForTimeout(200);
+  };
   const allShown = (n) =>
     frame().waitForFunction(
       (wanted) => {
@@ -174,7 +190,7 @@ async function underOneEra(mode, evolink, hostScript) {
     await app().getByRole("progressbar").waitFor();
     assert.equal(await app().locator("#grid li").count(), 2);
     await app().getByText(wish.prompt).first().waitFor();
-    await app().getByText(/\b[1-9]\d* s\b/).waitFor();
+    await app().getByText(/\b[1-9]\d* s · usually 48 s$/).waitFor();
     await shot("working-light");
     return await audited(frame(), "working");
   });
@@ -220,6 +236,7 @@ async function underOneEra(mode, evolink, hostScript) {
   await page.evaluate(() => dressApp("light"));
   await shot("light-narrow");
   await page.evaluate(() => sizeApp(820));
+  await check(name("two pictures look right in every theme and width"), () => pictured("two pictures"));
 
   await check(name("“Edit this one” puts a message with the picture's address and prompt into the chat"), async () => {
     await app().getByRole("button", { name: "Edit this one: picture 2" }).click();
@@ -243,9 +260,20 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.bringToFront();
     await page.evaluate(() => window.focus());
     assert.match(await page.evaluate(() => navigator.clipboard.readText()), /Pictures.*quiet-harbour-\S+\.png$/);
+    await app().getByRole("button", { name: "Copy folder" }).click();
+    await page.waitForFunction(async () => /Pictures.EvoLink[^/\\]*[/\\]$/.test(await navigator.clipboard.readText()));
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction(() => seen.links.length === 1);
     assert.match(await page.evaluate(() => seen.links[0].url), /\/pictures\/task-unified-\S+\/1\.png$/);
+  });
+  await check(name("a download hands the host the whole file under its name"), async () => {
+    await app().getByRole("button", { name: "Download: picture 2" }).click();
+    await page.waitForFunction(() => seen.downloads.length === 1);
+    const [{ contents: [{ type, resource }] }] = await page.evaluate(() => seen.downloads);
+    assert.deepEqual([type, resource.mimeType], ["resource", "image/png"]);
+    assert.match(resource.uri, /^file:\/\/\/quiet-harbour-[^/]+\.png$/);
+    assert.equal(Buffer.from(resource.blob, "base64").subarray(1, 4).toString(), "PNG");
+    await app().getByRole("status").getByText("Downloaded").waitFor({ state: "attached" });
   });
   await check(name("the large view opens, turns and closes by keyboard and gives the focus back"), async () => {
     const open = app().getByRole("button", { name: "Open picture 1 large" });
@@ -257,6 +285,22 @@ async function underOneEra(mode, evolink, hostScript) {
     await app().getByRole("dialog", { name: /Picture 2 of 2/ }).waitFor();
     await audited(frame(), "large");
     await shot("large-light");
+    await pictured("large");
+    await app().getByRole("button", { name: "Edit this one: picture 2" }).last().waitFor();
+    await page.keyboard.press("Home");
+    await app().getByRole("dialog", { name: /Picture 1 of 2/ }).waitFor();
+    await page.keyboard.press("z");
+    await app().getByRole("button", { name: "100 %", pressed: true }).waitFor();
+    const real = () => app().locator("#whole").evaluate((one) => [one.offsetWidth, one.naturalWidth]);
+    const [shown, natural] = await real();
+    assert.equal(shown, natural, "not its own pixels");
+    await page.keyboard.press("ArrowRight"); // scrolls
+    await app().getByRole("dialog", { name: /Picture 1 of 2/ }).waitFor();
+    await audited(frame(), "zoomed");
+    await pictured("large at 100 percent");
+    await page.keyboard.press("z");
+    await app().getByRole("button", { name: "100 %", pressed: false }).waitFor();
+    assert.ok((await real())[0] < natural, "still larger than its pane");
     await page.keyboard.press("Escape");
     await app().getByRole("dialog").waitFor({ state: "hidden" });
     assert.ok(await open.evaluate((node) => node === document.activeElement), "the focus went elsewhere");
@@ -267,12 +311,13 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
     await opened({ theme: "dark" });
     await page.evaluate(() => { document.documentElement.dataset.theme = "dark"; });
-    const handle = await page.evaluate(() => callTool("generate_image", { prompt: "sim:slow=4 A fox in the snow", n: 2, wait_seconds: 0 }));
+    const handle = await page.evaluate(() => callTool("generate_image", { prompt: "sim:slow=9 A fox in the snow", n: 2, wait_seconds: 0 }));
     assert.equal(handle.structuredContent.next_action.tool, "get_task");
     await frame().waitForFunction(() => document.getElementById("bar").ariaValueNow > 0, null, { timeout: 20_000 });
     await app().getByText(/\d+ % · \d+ s/).waitFor();
     await audited(frame(), "progress");
     await shot("progress-dark");
+    await pictured("in progress");
     await allShown(2);
     const [calls, took, context] = await page.evaluate(() => [seen.calls, performance.now() - seen.answers.at(-1).at, seen.contexts]);
     assert.deepEqual([...new Set(calls.map((call) => call.name))], ["get_task"]);
@@ -298,6 +343,45 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.waitForTimeout(250);
     await audited(frame(), "failed in dark");
     await shot("failed-dark");
+    await pictured("failed");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("what is written for the model is not shown to the person"), async () => {
+    await opened();
+    const error = { code: "x", message: "EvoLink did not answer.", advice: "Nothing is lost. Call get_task later.", retryable: true };
+    const notes = ["The picture is 1,024 × 1,024. Call generate_image with size 1:1.", "Tell the user what it cost."];
+    const data = { status: "unknown", task_id: "task-unified-1-abcdefgh", images: [], charged: "unknown", error, notes };
+    await page.evaluate((structuredContent) => tellApp("sendToolResult", { content: [{ type: "text", text: "x" }], structuredContent }), data);
+    await app().getByText("Nothing is lost.").waitFor();
+    await app().getByText("The picture is 1,024 × 1,024.").waitFor();
+    const text = await app().locator("main").innerText();
+    assert.ok(!/get_task|generate_image|the user/.test(text), text);
+    await pictured("something went wrong");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("a call that the host stopped says what goes on"), async () => {
+    await opened();
+    await page.evaluate(() => tellApp("sendToolInput", { arguments: { prompt: "A fox in the snow" } }));
+    await app().getByRole("heading", { name: "Making your picture" }).waitFor();
+    await pictured("working");
+    await page.evaluate(() => tellApp("sendToolCancelled", { reason: "the user stopped it" }));
+    await app().getByRole("heading", { name: "This call was stopped" }).waitFor();
+    await audited(frame(), "stopped");
+    await pictured("stopped");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("an edit says what it was made from"), async () => {
+    await opened();
+    const first = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A red bicycle" } } });
+    const { images: [{ path, resource_uri }] } = first.structuredContent;
+    await page.evaluate((one) => callTool("generate_image", { prompt: "sim:fast The bicycle in blue", image_urls: [one] }), resource_uri);
+    await allShown(1);
+    await app().getByText("Edited from an earlier picture").waitFor();
+    await pictured("an edit");
+    assert.ok(path.endsWith(".png"));
   });
   await page.evaluate(() => closeApp());
 
@@ -311,6 +395,7 @@ async function underOneEra(mode, evolink, hostScript) {
     const { width, height } = await app().locator(".pic").boundingBox();
     assert.ok(Math.abs(width / height - 16 / 9) < 0.01, `${width} by ${height}`);
     await shot("one-light");
+    await pictured("one picture");
     await app().getByRole("button", { name: "Open picture 1 large" }).click();
     await app().getByRole("button", { name: "Close" }).click();
     await page.waitForFunction(() => seen.modes.join() === "fullscreen,inline");
@@ -329,6 +414,7 @@ async function underOneEra(mode, evolink, hostScript) {
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction((url) => seen.links[0]?.url === url, image.url);
     await shot("too-large-light");
+    await pictured("too large to show");
     return await audited(frame(), "too large");
   });
   await page.evaluate(() => closeApp());
@@ -339,6 +425,7 @@ async function underOneEra(mode, evolink, hostScript) {
       await page.evaluate(() => callTool("generate_image", { prompt: "sim:fast A garden in June", n: 10 }));
       await allShown(10);
       await shot("ten-light");
+      await pictured("ten pictures");
     });
     await page.evaluate(() => closeApp());
   }
@@ -350,17 +437,37 @@ async function underOneEra(mode, evolink, hostScript) {
   rmSync(home, { recursive: true, force: true });
 }
 
+// Every state on one page: what a person looks at before a release.
+async function contactSheet() {
+  const cells = (state) => SHEET.map(([theme, width]) => {
+    const data = readFileSync(join(shots, "states", `${state}-${theme}-${width}.png`)).toString("base64");
+    return `<figure><img src="data:image/png;base64,${data}" width="${width / 2}" alt=""><figcaption>${theme}, ${width}</figcaption></figure>`;
+  });
+  const html = `<!doctype html><meta charset="utf-8"><style>
+    body { margin: 16px; background: #999; font: 13px system-ui, sans-serif }
+    section { display: flex; gap: 12px; align-items: flex-start } figure { margin: 0 0 12px } h2 { margin: 16px 0 6px; font-size: 15px }
+    </style>${states.map((state) => `<h2>${state}</h2><section>${cells(state).join("")}</section>`).join("")}`;
+  const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
+  const page = await browser.newPage({ viewport: { width: 1160, height: 900 } });
+  await page.setContent(html);
+  await page.screenshot({ path: join(shots, "contact-sheet.png"), fullPage: true });
+  await browser.close();
+  return `${states.length} states`;
+}
+
 // Whatever hangs: the run ends, and says so.
 setTimeout(() => {
   console.log(`FAIL  the checks took longer than ${LONGEST_S} s\n${passed} passed, ${failed + 1} failed`);
   process.exit(1);
 }, LONGEST_S * 1000).unref();
+mkdirSync(join(shots, "states"), { recursive: true });
 const evolink = await simulator();
 process.on("exit", evolink.stop);
 const bundle = await build({ entryPoints: [join(import.meta.dirname, "host.js")], bundle: true, write: false, format: "iife", platform: "browser", logLevel: "error" });
 try {
   const eras = ["auto", "legacy"].map((mode) => check(`${mode === "legacy" ? "legacy" : "modern"}: every step could be taken`, () => underOneEra(mode, evolink.url, bundle.outputFiles[0].text)));
   await Promise.all(eras);
+  await check("every state is on the contact sheet", contactSheet);
   await check("no error and no warning in the console", () => assert.deepEqual(complaints, []));
 } finally {
   evolink.stop();

@@ -4,7 +4,7 @@ import { AppBridge, PostMessageTransport } from "@modelcontextprotocol/ext-apps/
 const ask = (method, params) => window.toServer(method, params);
 const at = () => performance.now();
 
-window.seen = { messages: [], links: [], contexts: [], modes: [], calls: [], answers: [], sizes: [] };
+window.seen = { messages: [], links: [], contexts: [], modes: [], calls: [], answers: [], sizes: [], downloads: [] };
 
 window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
   const frame = document.createElement("iframe");
@@ -16,7 +16,7 @@ window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
   const bridge = new AppBridge(
     null,
     { name: "test host", version: "1.0.0" },
-    { openLinks: {}, serverTools: {}, serverResources: {}, message: { text: {} }, updateModelContext: { text: {} } },
+    { openLinks: {}, downloadFile: {}, serverTools: {}, serverResources: {}, message: { text: {} }, updateModelContext: { text: {} } },
     { hostContext: { theme, displayMode: "inline", availableDisplayModes: modes, toolInfo: { tool }, locale: "en-GB" } },
   );
   bridge.oncalltool = async (params) => {
@@ -28,6 +28,7 @@ window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
   bridge.onreadresource = (params) => ask("resources/read", params);
   bridge.onmessage = async (params) => (seen.messages.push(params), {});
   bridge.onopenlink = async (params) => (seen.links.push(params), {});
+  bridge.ondownloadfile = async (params) => (seen.downloads.push(params), {});
   bridge.onupdatemodelcontext = async (params) => (seen.contexts.push(params), {});
   bridge.onrequestdisplaymode = async ({ mode }) => (seen.modes.push(mode), { mode });
   bridge.onsizechange = ({ height }) => {
@@ -54,6 +55,8 @@ window.callTool = async (name, args, textOnly = false) => {
   await bridge.sendToolResult(answer);
   return answer;
 };
+// A state that only a host or a broken network brings about.
+window.tellApp = (method, params) => bridge[method](params);
 window.dressApp = (theme) => {
   document.documentElement.dataset.theme = theme;
   return bridge.sendHostContextChange({ theme });

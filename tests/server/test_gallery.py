@@ -9,13 +9,14 @@ import pytest
 from conftest import World
 
 from evolink_mcp.server.gallery import PAGE, gallery
+from evolink_mcp.studio.schedule import USUAL_S
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 URI = "ui://evolink/gallery.html"
 MIME = "text/html;profile=mcp-app"
 BOUND = {"generate_image", "get_task"}
-SIZE_MAX = 20_000
+SIZE_MAX = 25_000
 
 
 @ERAS
@@ -84,3 +85,8 @@ def test_the_page_is_not_read_before_a_host_asks_for_it() -> None:
     """A server starts as fast without it."""
     (binding,) = gallery().resources()
     assert PAGE.read_text(encoding="utf-8")[:200] not in repr(binding)
+
+
+def test_the_page_expects_what_the_server_expects() -> None:
+    (said,) = re.findall(r"const USUAL_S = (\{.*?\});", PAGE.read_text(encoding="utf-8"))
+    assert {name: float(seconds) for name, seconds in re.findall(r"(\w+): (\d+)", said)} == USUAL_S

@@ -267,7 +267,11 @@ def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(tmp_path
     os.close(heard)
     environment = {**poor_environment(tmp_path), "PYTHONPATH": str(HERE / "without_sdk"), "WITHOUT_SDK": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "evolink_mcp"], env=environment, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE
+        [sys.executable, "-m", "evolink_mcp"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.PIPE,
     ) as server:
         os.close(out)
         assert server.stdin is not None
