@@ -49,6 +49,8 @@ PYTHON_CLIENTS = (
     Client("fastmcp 4", ("fastmcp-slim[client]==4.2.1",), "fastmcp_client.py"),
     Client("fastmcp 2", ("fastmcp==2.14.7",), "fastmcp_client.py"),
     Client("fastmcp tasks", ("fastmcp-tasks==4.1.2",), "fastmcp_tasks_client.py", transports=("stdio", "http")),
+    Client("mcp-use", ("mcp-use==1.7.1", "mcp<2"), "mcp_use_session.py"),
+    Client("smolagents", ("smolagents[mcp]==1.26.0", "mcp<2"), "smolagents_tools.py"),
     Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),), gives_up=True),
     Client("mcp 1.30", ("mcp==1.30.0",), "mcp1.py"),
     Client("mcp 1.9", ("mcp==1.9.4", "pydantic<2.11"), "mcp1.py"),

@@ -1,0 +1,18 @@
+"""smolagents: MCP tools as its own, of whose answers it takes the first block only."""
+
+from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, report, seen
+from mcp import StdioServerParameters
+from smolagents import MCPClient
+
+
+def server():
+    if TRANSPORT == "stdio":
+        return StdioServerParameters(command=TARGET["command"], args=TARGET["args"], env=TARGET["env"])
+    return {"url": TARGET["url"], "transport": "streamable-http" if TRANSPORT == "http" else "sse"}
+
+
+with MCPClient(server(), structured_output=False) as tools:
+    named = {tool.name: tool for tool in tools}
+    # It does not tell an error from an answer.
+    size, image, bad = (seen(named[name](**arguments), error=None) for name, arguments in (SIZE, IMAGE, BAD))
+report("smolagents", "", list(named), size, image, bad)
