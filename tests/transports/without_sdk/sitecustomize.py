@@ -13,7 +13,9 @@ class Never:
     def find_spec(self, name: str, *_: object) -> None:
         """Wait for ever, so that only what happens before can answer; a signal still arrives."""
         if name.partition(".")[0] in NEEDED:
-            threading.Event().wait()
+            # Not one wait without end: a signal that comes just before it would not be looked at.
+            while True:
+                threading.Event().wait(0.05)
 
 
 if os.environ.get("WITHOUT_SDK"):
