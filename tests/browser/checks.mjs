@@ -370,6 +370,24 @@ async function underOneEra(mode, evolink, hostScript) {
     await app().getByRole("heading", { name: "This call was stopped" }).waitFor();
     await audited(frame(), "stopped");
     await pictured("stopped");
+    await frame().evaluate(() => show("lost")); // a minute of failures in truth
+    await app().getByRole("heading", { name: "No answer for a while" }).waitFor();
+    await audited(frame(), "lost");
+    await pictured("no answer");
+  });
+  await page.evaluate(() => closeApp());
+
+  await check(name("a task without pictures, and an answer that is only text, are told"), async () => {
+    await opened();
+    await pictured("before any call");
+    const empty = { status: "completed", task_id: "task-unified-1-abcdefgh", images: [], charged: "yes", credits: 1.5, usd: 0.0221, notes: [] };
+    await page.evaluate((structuredContent) => tellApp("sendToolResult", { content: [{ type: "text", text: "x" }], structuredContent }), empty);
+    await app().getByRole("heading", { name: "No picture came" }).waitFor();
+    await app().getByText("1.5 credits ($0.0221) were charged.", { exact: true }).waitFor();
+    await pictured("no picture came");
+    await page.evaluate(() => tellApp("sendToolResult", { content: [{ type: "text", text: "EVOLINK_API_KEY is not set." }] }));
+    await app().getByText("EVOLINK_API_KEY is not set.", { exact: true }).waitFor();
+    await pictured("only text");
   });
   await page.evaluate(() => closeApp());
 
