@@ -61,7 +61,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 async def in_time() -> AsyncIterator[None]:
-    """No test may hang; the longest takes two seconds on an idle machine, and a minute is enough on a crowded one."""
+    """No test may hang; a minute is enough on a crowded machine."""
     with anyio.fail_after(60):
         yield
 

@@ -394,12 +394,11 @@ async function underOneEra(mode, evolink, hostScript) {
   await check(name("an edit says what it was made from"), async () => {
     await opened();
     const first = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A red bicycle" } } });
-    const { images: [{ path, resource_uri }] } = first.structuredContent;
+    const { images: [{ resource_uri }] } = first.structuredContent;
     await page.evaluate((one) => callTool("generate_image", { prompt: "sim:fast The bicycle in blue", image_urls: [one] }), resource_uri);
     await allShown(1);
     await app().getByText("Edited from an earlier picture").waitFor();
     await pictured("an edit");
-    assert.ok(path.endsWith(".png"));
   });
   await page.evaluate(() => closeApp());
 

@@ -23,11 +23,11 @@ HERE = Path(__file__).parent
 class Talk:
     """A server process and its wire, line by line."""
 
-    def __init__(self, home: Path, **environ: str) -> None:
+    def __init__(self, home: Path, stdout: int = subprocess.PIPE, **environ: str) -> None:
         env = poor_environment(home, **environ)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "evolink_mcp"], env=env, cwd=home,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def say(self, line: bytes | dict[str, Any]) -> None:
@@ -40,9 +40,12 @@ class Talk:
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
-    def greet(self, version: str = "2025-06-18") -> dict[str, Any]:
+    def ask_to_begin(self, version: str = "2025-06-18") -> None:
         client = {"protocolVersion": version, "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
         self.say({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client})
+
+    def greet(self, version: str = "2025-06-18") -> dict[str, Any]:
+        self.ask_to_begin(version)
         answer = self.hear()
         self.say({"jsonrpc": "2.0", "method": "notifications/initialized"})
         return answer
@@ -56,8 +59,8 @@ class Talk:
 def start(tmp_path: Path) -> Iterator[Callable[..., Talk]]:
     opened: list[Talk] = []
 
-    def starting(**environ: str) -> Talk:
-        opened.append(Talk(tmp_path, **environ))
+    def starting(stdout: int = subprocess.PIPE, **environ: str) -> Talk:
+        opened.append(Talk(tmp_path, stdout, **environ))
         return opened[-1]
 
     yield starting
@@ -259,29 +262,16 @@ def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
-def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(tmp_path: Path) -> None:
+def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(start: Callable[..., Talk]) -> None:
     """The answer finds nobody while the server is still being imported."""
     import os
 
     heard, out = os.pipe()
     os.close(heard)
-    environment = {**poor_environment(tmp_path), "PYTHONPATH": str(HERE / "without_sdk"), "WITHOUT_SDK": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "evolink_mcp"],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=out,
-        stderr=subprocess.PIPE,
-    ) as server:
-        os.close(out)
-        assert server.stdin is not None
-        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-        greeting = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}
-        server.stdin.write(json.dumps(greeting).encode() + b"\n")
-        server.stdin.flush()
-        code = server.wait(20)
-        assert server.stderr is not None
-        assert (code, server.stderr.read()) == (0, b"")
+    talk = start(out, PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    os.close(out)
+    talk.ask_to_begin()
+    assert (talk.process.wait(20), talk.end()[2]) == (0, b"")
 
 
 def test_a_poor_environment_starts_and_a_missing_key_is_told(start: Callable[..., Talk]) -> None:
