@@ -7,13 +7,17 @@ import json
 import socket
 import struct
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import httpx2 as httpx
+import pytest
 
+from evolink_mcp.api import client
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import SimulatedTask, Simulator
 from evolink_mcp.studio.studio import Studio
@@ -21,6 +25,29 @@ from evolink_mcp.studio.studio import Studio
 PAY = ("POST", "/v1/images/generations")
 REASONS = {200: "OK", 429: "Too Many Requests"}
 NEVER_S = 60.0
+WAITING: list[anyio.CancelScope] = []
+
+
+def deadlines_pass_on_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HTTP client's deadlines pass when a gateway falls silent, and not by the clock: a machine may be slow."""
+
+    @contextmanager
+    def fail_after(delay: float) -> Iterator[None]:
+        with anyio.fail_after(delay) as scope:
+            WAITING.append(scope)
+            try:
+                yield
+            finally:
+                WAITING.remove(scope)
+
+    monkeypatch.setattr(client, "anyio", SimpleNamespace(**{**vars(anyio), "fail_after": fail_after}))
+
+
+async def silence() -> None:
+    """Nothing more is said; whoever waits for it has waited for its whole deadline."""
+    for scope in WAITING:
+        scope.deadline = anyio.current_time()
+    await asyncio.sleep(NEVER_S)
 
 
 class QuickSimulator(Simulator):
@@ -142,7 +169,7 @@ def closes(_: Ask) -> None:
 
 
 async def hang(_: Ask) -> None:
-    await asyncio.sleep(NEVER_S)
+    await silence()
 
 
 async def accept_and_hang(ask: Ask) -> None:
@@ -153,9 +180,10 @@ async def accept_and_hang(ask: Ask) -> None:
 async def accept_and_drip(ask: Ask) -> None:
     reply = await ask.accepted()
     ask.say(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(reply.content))
-    for byte in reply.content:
+    for byte in reply.content[:3]:
         ask.say(bytes((byte,)))
-        await asyncio.sleep(0.05)
+        await ask.writer.drain()
+    await silence()
 
 
 async def accept_and_truncate(ask: Ask) -> None:
