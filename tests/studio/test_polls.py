@@ -21,7 +21,7 @@ from conftest import KEY, Clock, Open, World
 from faulty_gateway import DOOR, ONE_SERVER, Gateway, QuickSimulator
 from mcp.client import Client
 
-from evolink_mcp.api import client, http, task
+from evolink_mcp.api import http, task
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio
