@@ -7,7 +7,7 @@ import os
 import sys
 import tomllib
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -179,3 +179,16 @@ def open_world(tmp_path: Path) -> Open:
 async def world(open_world: Open) -> AsyncIterator[World]:
     async with open_world() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A PostgreSQL of the tests' own."""
+    if sys.platform == "win32":
+        pytest.skip("PostgreSQL's programs for Windows are not installed here")
+    from cluster import programs, running
+
+    if programs() is None:
+        pytest.skip("PostgreSQL is not installed here: Debian's package postgresql has it")
+    with running() as made:
+        yield made

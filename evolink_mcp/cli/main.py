@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 from evolink_mcp import __version__
 from evolink_mcp.cli.arguments import Namespace, parsed
 from evolink_mcp.cli.process import keep_what_stays, leave_in_time, take_descriptors
+from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.sanitize import harmless
 
 ANSWER_WITHIN_S = 0.0005  # how soon the first answers interrupt the imports
@@ -32,6 +33,12 @@ def main(argv: list[str] | None = None) -> None:
         code = COMMANDS[options.command](options)
     except KeyboardInterrupt:
         code = 130
+    except (JournalUnwritable, BaseExceptionGroup) as error:  # a team's database that cannot be used at the start
+        unwritable = _within(error)
+        if unwritable is None:
+            raise
+        _complain(unwritable.what)
+        code = 1
     for stream in cast("list[TextIO | None]", [sys.stdout, sys.stderr]):
         if stream is not None:
             stream.flush()
@@ -110,7 +117,7 @@ def _http(options: Namespace) -> int:
     import anyio
 
     from evolink_mcp.cli.team import open_tenant
-    from evolink_mcp.cli.wiring import open_studio, server_for
+    from evolink_mcp.cli.wiring import open_studio, open_team_database, server_for
     from evolink_mcp.server.server import HEALTH
     from evolink_mcp.transports.auth import BadTokens, Tokens
     from evolink_mcp.transports.tenants import Tenants
@@ -143,8 +150,8 @@ def _http(options: Namespace) -> int:
                 app = door(app_of(server_for(studio, settings)), options.allowed_host)
                 return await serve_app(app, options.host, options.port, leave_in_time, ready)
         code = 1
-        async with anyio.create_task_group() as group:
-            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of), HEALTH)
+        async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
+            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database), HEALTH)
             for tenant in tokens.tenants:  # what they left unfinished goes on
                 group.start_soon(tenants.app, tenant)
             app = door(tenants, options.allowed_host, tokens)
@@ -197,7 +204,6 @@ def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import priced
-    from evolink_mcp.errors import JournalUnwritable
     from evolink_mcp.journal.file import FILE_NAME
     from evolink_mcp.journal.sqlite import read_entries
     from evolink_mcp.tools.task_answer import brief, task_out
@@ -240,6 +246,14 @@ def _sheet(options: Namespace) -> int:
     from evolink_mcp.cli.shelf import lay_out
 
     return lay_out(_settings(), options.words, options.since, options.out, print, _complain)
+
+
+def _within(error: BaseException) -> JournalUnwritable | None:
+    """The reason why the journal cannot be used, if that is what ended a task group."""
+    if isinstance(error, JournalUnwritable):
+        return error
+    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    return next((found for found in map(_within, inner) if found), None)
 
 
 def _complain(text: str) -> None:

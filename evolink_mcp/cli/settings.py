@@ -43,6 +43,14 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "EVOLINK_MCP_SIDECAR": ("1", "0 leaves out the JSON file beside each picture that says how it was made."),
     "EVOLINK_MCP_RESOURCE_LINKS": ("0", "1 adds resource_link blocks; some hosts fail on them."),
     "EVOLINK_MCP_TOKENS_FILE": ("none", "Over HTTP: the TOML file that says who may call, by tokens."),
+    "EVOLINK_MCP_DATABASE_URL": (
+        "none",
+        "postgresql://…: the journal lies there instead, for all servers of a team (extra teams).",
+    ),
+    "EVOLINK_MCP_SECRET": (
+        "none",
+        "32 characters or more, the same for all servers of a team; needed with a database.",
+    ),
     "EVOLINK_MCP_TOOLS": ("all", "Comma list of the tools to publish; without generate_image nothing can be bought."),
     "EVOLINK_MCP_CALLBACK_HOSTS": ("any public host", "Comma list of hosts that callback_url may name, or none."),
     "EVOLINK_MCP_MAX_CREDITS_PER_CALL": ("none", "Refuse a call whose computed price is higher."),
@@ -76,6 +84,8 @@ class Settings:
     tools: frozenset[str] | None
     callback_hosts: frozenset[str] | None
     tokens_file: Path | None
+    database_url: str | None = field(repr=False)
+    secret: str | None = field(repr=False)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -99,6 +109,7 @@ class Settings:
             if part and not values.PLACEHOLDER.fullmatch(part)
         )
         values.refuse_commas(allowed)
+        database, secret = values.database(said.get("EVOLINK_MCP_DATABASE_URL"), said.get("EVOLINK_MCP_SECRET"))
         return cls(
             key_text=key_text,
             key_problem=key_problem,
@@ -120,6 +131,8 @@ class Settings:
             tools=values.tools(said.get("EVOLINK_MCP_TOOLS")),
             callback_hosts=values.hosts(said.get("EVOLINK_MCP_CALLBACK_HOSTS")),
             tokens_file=values.folder(said, "EVOLINK_MCP_TOKENS_FILE"),
+            database_url=database,
+            secret=secret,
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
@@ -15,6 +15,9 @@ from evolink_mcp.cli.wiring import open_studio, server_for
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.transports.auth import Tenant
 from evolink_mcp.transports.tenants import lifespan
+
+if TYPE_CHECKING:
+    from evolink_mcp.journal.database import Database
 
 
 def settings_of(tenant: Tenant, settings: Settings) -> Settings:
@@ -42,15 +45,16 @@ async def open_tenant(
     tenant: Tenant,
     settings: Settings,
     make_app: Callable[[MCPServer[Any]], Any],
+    database: Database | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncGenerator[Any]:
     """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
 
-    `transport` is for tests.
+    `database` is the team's, open, if there is one. `transport` is for tests.
     """
     its = settings_of(tenant, settings)
     async with open_studio(
-        its, remote=True, tenant=tenant.name, shared=tenant.shares_account, transport=transport
+        its, remote=True, tenant=tenant.name, shared=tenant.shares_account, database=database, transport=transport
     ) as studio:
         app = make_app(server_for(studio, its))
         async with lifespan(app):

@@ -14,6 +14,7 @@ from evolink_mcp.sanitize import harmless
 HOST = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
 EXAMPLE_KEY = "sk-..."
+SECRET_MIN = 32
 
 
 class BadSetting(ValueError):
@@ -49,6 +50,30 @@ def address(name: str, value: str) -> str:
     if not host or not safe or "@" in parts.netloc or parts.query or parts.fragment:
         raise BadSetting(f"{name} must be an https address (http only on loopback), without user name or query")
     return value.rstrip("/")
+
+
+def database(url: str | None, secret: str | None) -> tuple[str | None, str | None]:
+    """The database's address and the team's secret; neither is ever shown.
+
+    Raises:
+        BadSetting: the address is none, the secret is short or missing, or the extra is not installed.
+    """
+    from importlib.util import find_spec
+
+    if secret is not None and len(secret) < SECRET_MIN:
+        raise BadSetting(f"EVOLINK_MCP_SECRET must have {SECRET_MIN} characters or more")
+    if url is None:
+        return None, secret
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise BadSetting("EVOLINK_MCP_DATABASE_URL must begin with postgresql://")
+    if secret is None:
+        raise BadSetting(
+            "EVOLINK_MCP_DATABASE_URL needs EVOLINK_MCP_SECRET, the same on all servers of the team; "
+            'make one with: python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+    if find_spec("psycopg") is None or find_spec("psycopg_pool") is None:
+        raise BadSetting('EVOLINK_MCP_DATABASE_URL needs the extra “teams”: pip install "evolink-mcp[teams]"')
+    return url, secret
 
 
 def folder(said: Mapping[str, str], name: str) -> Path | None:

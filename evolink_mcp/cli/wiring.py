@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx2 as httpx
@@ -13,6 +13,7 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
+from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.pictures.folders import Folders
@@ -22,6 +23,9 @@ from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.schemas import TOOL_NAMES
 
+if TYPE_CHECKING:
+    from evolink_mcp.journal.database import Database
+
 
 @asynccontextmanager
 async def open_studio(
@@ -30,6 +34,7 @@ async def open_studio(
     remote: bool = False,
     tenant: str = "",
     shared: bool = False,
+    database: Database | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
@@ -38,7 +43,8 @@ async def open_studio(
     """A studio for the settings' account and folders.
 
     `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
-    other tenants spend from the same account. `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
+    other tenants spend from the same account. `database` is the team's, open, where several tenants use it.
+    `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport,
@@ -46,19 +52,45 @@ async def open_studio(
     )  # fmt: skip
     key = settings.key.get_secret_value() if settings.key else tenant
     account = account_mark(key, settings.base_url, tenant) if key else ""
-    journal = SqliteJournal(settings.data_dir, account, strict=bool(tenant), clock=clock)
     local = not remote or settings.allowed_dirs_given
     # Callers elsewhere save into the output folder only, unless the owner named folders for them.
     folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
-    references = References(client, journal, folders, local=local, clock=clock)
-    studio = Studio(
-        client, journal, folders, references, settings.budget,
-        rule=settings.size_rule, sidecars=settings.sidecars, preview_edge=settings.preview_edge,
-        callback_hosts=settings.callback_hosts, shared=shared,
-        key_problem=settings.key_problem, clock=clock, sleep=sleep, pause=pause,
-    )  # fmt: skip
-    async with client, studio:
-        yield studio
+    async with AsyncExitStack() as stack:
+        journal: Journal
+        if settings.database_url is None:
+            journal = SqliteJournal(settings.data_dir, account, strict=bool(tenant), clock=clock)
+        else:
+            from evolink_mcp.journal.database import open_database
+            from evolink_mcp.journal.postgres import PostgresJournal
+
+            if database is None:
+                database = await stack.enter_async_context(open_database(settings.database_url))
+            journal = PostgresJournal(database, account, strict=bool(tenant))
+        references = References(client, journal, folders, local=local, clock=clock)
+        studio = Studio(
+            client, journal, folders, references, settings.budget,
+            rule=settings.size_rule, sidecars=settings.sidecars, preview_edge=settings.preview_edge,
+            callback_hosts=settings.callback_hosts, shared=shared,
+            key_problem=settings.key_problem, clock=clock, sleep=sleep, pause=pause,
+        )  # fmt: skip
+        await stack.enter_async_context(client)
+        yield await stack.enter_async_context(studio)
+
+
+@asynccontextmanager
+async def open_team_database(url: str | None) -> AsyncGenerator[Database | None]:
+    """The team's PostgreSQL, if there is one.
+
+    Raises:
+        JournalUnwritable: it cannot be used.
+    """
+    if url is None:
+        yield None
+    else:
+        from evolink_mcp.journal.database import open_database
+
+        async with open_database(url) as database:
+            yield database
 
 
 def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:

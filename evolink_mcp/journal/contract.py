@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from evolink_mcp.journal.entry import Entry
@@ -29,6 +30,24 @@ class Journal(Protocol):
     @property
     def account(self) -> str:
         """The mark of this server's key; empty if it has none."""
+        ...
+
+    @property
+    def reread_s(self) -> float:
+        """How often who waits for another server's work reads it again by itself, in seconds."""
+        ...
+
+    @property
+    def adopt_every_s(self) -> float | None:
+        """How often a server looks for what dead ones left, in seconds; None: only when somebody calls."""
+        ...
+
+    def listen(self, hear: Callable[[str], None]) -> None:
+        """Call `hear` with the key of each entry of this account that changes, where that can be known."""
+        ...
+
+    def when_lost(self, stop: Callable[[], None]) -> None:
+        """Call `stop` when other servers are about to take this one for dead: it must stop what it works on."""
         ...
 
     async def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:

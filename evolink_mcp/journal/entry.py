@@ -10,14 +10,13 @@ import hashlib
 import hmac
 import json
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from evolink_mcp.api.request import MODEL
-from evolink_mcp.api.task import COMPLETED, Task, TaskError
+from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import Charged, Problem
 
 Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
@@ -232,63 +231,3 @@ def fingerprint(body: dict[str, Any]) -> str:
     """SHA-256 of a request, in hex: the same for identical requests, whatever the order of their fields."""
     said = json.dumps(body, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(said.encode()).hexdigest()
-
-
-# Every column of an entry, and its value. `task`, `error` and `pictures` hold JSON; `task_id`, `status`, `closed` and
-# `spent` repeat parts of it, so that SQL can search them and add them up.
-COLUMNS: dict[str, Callable[[Entry], Any]] = {
-    "key": lambda entry: entry.key,
-    "account": lambda entry: entry.account,
-    "owner": lambda entry: entry.owner,
-    "caller": lambda entry: entry.caller,
-    "phase": lambda entry: entry.phase,
-    "created_at": lambda entry: entry.created_at,
-    "fingerprint": lambda entry: entry.fingerprint,
-    "task_id": lambda entry: entry.task_id,
-    "status": lambda entry: entry.status,
-    "closed": lambda entry: entry.closed,
-    "delivered_at": lambda entry: entry.delivered_at,
-    "estimate": lambda entry: entry.estimate,
-    "spent": lambda entry: entry.spent,
-    "request": lambda entry: json.dumps(entry.request),
-    "save_as": lambda entry: entry.save_as,
-    "task": lambda entry: json.dumps(asdict(entry.task)) if entry.task else None,
-    "error": lambda entry: json.dumps(asdict(entry.error)) if entry.error else None,
-    "pictures": lambda entry: json.dumps([asdict(picture) for picture in entry.pictures]),
-    "rule": lambda entry: entry.rule,
-    "given": lambda entry: json.dumps([asdict(one) for one in entry.references]),
-}
-# What `Journal.update` writes; `Journal.keep` writes the pictures too.
-STATE = ("account", "phase", "task_id", "status", "closed", "spent", "task", "error")
-
-
-def entry_of(row: Mapping[str, Any]) -> Entry:
-    """The entry of a row of COLUMNS.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError, RecursionError: the row makes no sense.
-    """
-    task, error = row["task"], row["error"]
-    return Entry(
-        key=row["key"],
-        owner=row["owner"],
-        phase=row["phase"],
-        created_at=row["created_at"],
-        fingerprint=row["fingerprint"],
-        request=dict(json.loads(row["request"])),
-        estimate=row["estimate"],
-        save_as=row["save_as"],
-        account=row["account"],
-        caller=row["caller"],
-        delivered_at=row["delivered_at"],
-        task=_task(json.loads(task)) if task else None,
-        error=Problem(**json.loads(error)) if error else None,
-        pictures=tuple(Picture(**picture) for picture in json.loads(row["pictures"])),
-        rule=row["rule"],
-        references=tuple(Reference(**one) for one in json.loads(row["given"])),
-    )
-
-
-def _task(data: dict[str, Any]) -> Task:
-    error, results = data.pop("error"), data.pop("results")
-    return Task(**data, results=tuple(results), error=TaskError(**error) if error else None)

@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-import unicodedata
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.migrations import migrate
+from evolink_mcp.journal.rows import searched
 
 if TYPE_CHECKING:
     import sqlite3
@@ -298,19 +298,12 @@ def _connected(path: Path) -> sqlite3.Connection:
     return db
 
 
-def folded(text: str) -> str:
-    """The text as it is searched: without case, each letter in one spelling."""
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
 def _holds(word: str, request: str, pictures: str, save_as: str | None, task_id: str | None) -> bool:
     """Whether a folded word is in an entry's prompt, in a name of its files or in its task's id."""
     try:
-        prompt = json.loads(request).get("prompt", "")
-        names = [Path(picture["path"]).name for picture in json.loads(pictures) if picture.get("path")]
+        return any(word in text for text in searched(json.loads(request), json.loads(pictures), save_as, task_id))
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return False
-    return any(word in folded(str(text)) for text in (prompt, *names, save_as or "", task_id or ""))
 
 
 def _text(data: bytes) -> str:

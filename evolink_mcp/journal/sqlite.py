@@ -6,7 +6,6 @@ One thread of its own does all its work, with one connection: the event loop nev
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown
-from evolink_mcp.journal.entry import COLUMNS, STATE, Entry, entry_of
-from evolink_mcp.journal.file import JournalFile, folded, new_owner, snapshot
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
 from evolink_mcp.journal.migrations import transaction
+from evolink_mcp.journal.rows import COLUMNS, STATE, folded, readable, visible
 
 if TYPE_CHECKING:
     import sqlite3
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HOLDS = "holds(?, request, pictures, save_as, task_id)"  # the word, as `folded` makes it
@@ -33,17 +32,16 @@ INSERT = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * l
 class SqliteJournal:
     """The `Journal` contract on a file in `folder`, where each method is described; nothing is created before a call."""
 
+    reread_s = 1.0
+    adopt_every_s = None
+
     def __init__(
         self, folder: Path, account: str = "", *, strict: bool = False, clock: Callable[[], float] = time.time
     ) -> None:
         """`strict`: entries without a mark are nobody's, because several tenants use this file."""
-        if account and not account.isalnum():
-            raise ValueError("an account's mark has only letters and digits")
         self.owner = new_owner()
         self.account = account
-        self._mine = f"account IN ('', '{account}')" if account else "account = account"
-        if strict:
-            self._mine = f"account = '{account}'"
+        self._mine = visible(account, strict=strict)
         self._file = JournalFile(folder, self.owner, clock=clock)
         self._thread: ThreadPoolExecutor | None = None
 
@@ -56,6 +54,12 @@ class SqliteJournal:
     def set_aside(self) -> Path | None:
         """Where a damaged journal was moved to, if one was found."""
         return self._file.set_aside
+
+    def listen(self, hear: Callable[[str], None]) -> None:
+        pass  # SQLite tells nobody of a change: `reread_s` is short
+
+    def when_lost(self, stop: Callable[[], None]) -> None:
+        pass  # the lock that shows that this server lives ends with its process, and not before
 
     # --- the contract ---
 
@@ -145,7 +149,7 @@ class SqliteJournal:
 
     async def adopt(self) -> list[Entry]:
         rows = await self._run(self._take_over)
-        return [replace(entry, owner=self.owner) for entry in _readable(rows)]
+        return [replace(entry, owner=self.owner) for entry in readable(rows)]
 
     async def known_tasks(self, task_ids: list[str]) -> set[str]:
         marks = ", ".join("?" * len(task_ids))
@@ -202,7 +206,7 @@ class SqliteJournal:
         return await self._run(lambda db: db.execute(statement, values).fetchall())
 
     async def _many(self, where: str, *values: Any) -> list[Entry]:
-        return _readable(await self._rows(f"SELECT * FROM entries WHERE {self._mine} AND {where}", *values))
+        return readable(await self._rows(f"SELECT * FROM entries WHERE {self._mine} AND {where}", *values))
 
     async def _one(self, where: str, *values: Any) -> Entry | None:
         entries = await self._many(where, *values)
@@ -272,7 +276,7 @@ def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: f
     holds = f" AND {HOLDS}" * len(words)
     statement = f"SELECT * FROM entries WHERE created_at >= ?{holds} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
-        return _readable(db.execute(statement, (since, *map(folded, words), limit)).fetchall())
+        return readable(db.execute(statement, (since, *map(folded, words), limit)).fetchall())
 
 
 @contextmanager
@@ -283,14 +287,3 @@ def _task_unique(entry: Entry) -> Generator[None]:
         yield
     except sqlite3.IntegrityError as error:
         raise TaskKnown(f"the journal has {entry.task_id} already") from error
-
-
-def _readable(rows: list[sqlite3.Row]) -> list[Entry]:
-    """The entries of these rows; a row that makes no sense is named in the log and stays in the file."""
-    entries: list[Entry] = []
-    for row in rows:
-        try:
-            entries.append(entry_of(dict(row)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            log.error("the journal's entry %s is damaged and left out", row["key"])
-    return entries

@@ -38,7 +38,7 @@ class Job:
     `heard_from`: EvoLink has answered since this job started. `seen_running`: EvoLink has answered before the task
     was settled. `callers`: how many calls wait for it. `copy_as`: the name under which a caller who has joined wants
     the pictures. `learned`: its pictures have shown this size rule. `before_sending` is the scope of all that happens
-    before the request is sent.
+    before the request is sent; `following` is that of the work on a task that it has.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -52,8 +52,10 @@ class Job:
         self.copy_as: str | None = None
         self.learned: str | None = None
         self.before_sending = anyio.CancelScope()
+        self.following: anyio.CancelScope | None = None
         self._changed = anyio.Event()
         self._poll_wanted = False
+        self._woken = False
         self._resting: anyio.CancelScope | None = None
 
     def change_to(self, entry: Entry) -> None:
@@ -75,17 +77,23 @@ class Job:
     def poll_now(self) -> None:
         """End the present or the next rest at once: a caller is about to leave and wants the newest state."""
         self._poll_wanted = True
+        self.wake()
+
+    def wake(self) -> None:
+        """End the present or the next rest at once: there is something new."""
+        self._woken = True
         if self._resting is not None:
             self._resting.cancel()
 
     async def rest(self, seconds: float, sleep: Sleep) -> bool:
-        """Sleep for `seconds`, or until `poll_now` is called; not at all if it was called since the last rest.
+        """Sleep for `seconds`, or until `wake` or `poll_now` is called; not at all if one was since the last rest.
 
-        Returns whether it was called.
+        Returns whether `poll_now` was called.
         """
         with anyio.CancelScope() as self._resting:
-            if not self._poll_wanted:
+            if not self._woken:
                 await sleep(seconds)
+        self._woken = False
         wanted, self._poll_wanted = self._poll_wanted, False
         return wanted
 

@@ -307,5 +307,8 @@ class Studio:
     async def _recover_later(self) -> None:
         with anyio.move_on_after(RECOVER_AFTER_S):
             await self._woken.wait()
-        if self.client.has_key:
+        while self.client.has_key:
             await self._recorder.softly(self._workshop.take_over())
+            if self.journal.adopt_every_s is None:
+                return
+            await self._pause(self.journal.adopt_every_s)

@@ -26,7 +26,6 @@ from evolink_mcp.studio.watch import Watcher, merged
 
 log = logging.getLogger(__name__)
 
-ACCOMPANY_EVERY_S = 1.0
 AGAIN_AFTER_S = 5.0
 # Problems that no repeat can mend: another key is needed, or EvoLink does not know the task.
 FINAL = ("unauthorized", "not_found", "key_missing")
@@ -61,6 +60,8 @@ class Workshop:
         self._taken: set[str] = set()  # keys of the entries that were taken over
         self._later: set[str] = set()  # and of those that are to be tried again
         self._tries: dict[str, int] = {}
+        journal.listen(self._changed_elsewhere)
+        journal.when_lost(self._stop)
 
     async def take_over(self) -> None:
         """Go on with what is open and has no living owner.
@@ -158,17 +159,27 @@ class Workshop:
         """Watch the task, if there is one, until it is settled, and save its pictures."""
         if job.entry.task is None:
             return
+        ours = False
+        with anyio.CancelScope() as job.following:
+            ours = await self._work_on(job)
+        job.following = None
+        if not ours:
+            await self._accompany(job)
+
+    async def _work_on(self, job: Job) -> bool:
+        """False: another server works on this task."""
+        assert job.entry.task is not None
         try:
             await self._watcher.watch(job)
         except TaskKnown:  # another server has written the same task down, which was bought elsewhere
             job.change_to(await self._recorder.known(job.entry.task.id) or job.entry)
-            await self._accompany(job)
-            return
+            return False
         if job.entry.task.results or job.entry.task.status == COMPLETED:
             await self._collector.collect(job)
             job.learned = await self._size_rule.learn(job.entry)
         if job.copy_as is not None:
             await self._collector.copy(job)
+        return True
 
     async def _give_up(self, job: Job) -> None:
         """What another server had not sent when it ended is over."""
@@ -188,10 +199,20 @@ class Workshop:
                 self._recorder.seen_elsewhere(job, entry)
             if await self.acquire(entry.key):
                 break
-            look = await job.rest(ACCOMPANY_EVERY_S, self._pause)
+            look = await job.rest(self._journal.reread_s, self._pause)
         job.change_to(await self._recorder.known_by_key(job.entry.key) or job.entry)
         if job.entry.has_work(self._clock()) or job.copy_as is not None:
             await self._go_on(job)
+
+    def _changed_elsewhere(self, key: str) -> None:
+        if (job := self.running(key)) is not None and job.following is None:
+            job.wake()
+
+    def _stop(self) -> None:
+        """Other servers may take over what this one works on: from now on it watches. A purchase goes to its end."""
+        for job in self.jobs:
+            if job.following is not None:
+                job.following.cancel()
 
     def _try_again_later(self, job: Job) -> None:
         """What could not be finished is tried again, ever more slowly, until the pictures' links have died."""

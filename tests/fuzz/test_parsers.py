@@ -29,7 +29,7 @@ from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.values import BadSetting
 from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.errors import Unreadable
-from evolink_mcp.journal.entry import entry_of
+from evolink_mcp.journal.rows import entry_of
 from evolink_mcp.pictures.inspect import NotAPicture, sniff
 from evolink_mcp.pictures.metadata import without_metadata
 from evolink_mcp.pictures.upright import check_reference, presentable

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+from anyio.from_thread import start_blocking_portal
 
 from evolink_mcp.journal.sqlite import SqliteJournal
 
@@ -16,13 +18,48 @@ from evolink_mcp.journal.sqlite import SqliteJournal
 class BlockingJournal:
     """A `SqliteJournal` whose methods block; `file` is its file."""
 
-    def __init__(self, folder: Path, **more: Any) -> None:
-        self._journal = SqliteJournal(folder, **more)
+    def __init__(self, folder: Path, account: str = "", **more: Any) -> None:
+        self._journal = SqliteJournal(folder, account, **more)
         self.file = self._journal._file
         self.folder = folder
 
     def __getattr__(self, name: str) -> Any:
-        found: Callable[..., Any] = getattr(self._journal, name)
-        if not inspect.iscoroutinefunction(found):
-            return found
-        return lambda *values, **named: anyio.run(partial(found, *values, **named))
+        return _blocking(self._journal, name, anyio.run)
+
+
+class BlockingPostgres:
+    """A `PostgresJournal` of a server of its own, whose methods block. `close` ends the server."""
+
+    def __init__(self, url: str, portal: Any, account: str = "", *, strict: bool = False, **more: Any) -> None:
+        from evolink_mcp.journal.database import Database
+        from evolink_mcp.journal.postgres import PostgresJournal
+
+        self.database = Database(url, **more)
+        self._portal = portal
+        portal.call(self.database.open)
+        self._journal = PostgresJournal(self.database, account, strict=strict)
+
+    def __getattr__(self, name: str) -> Any:
+        return _blocking(self._journal, name, self._portal.call)
+
+    def close(self) -> None:
+        self._portal.call(self._journal.close)
+        self.die()
+
+    def die(self) -> None:
+        """End as a killed server does: what it owned stays its own until others take it over."""
+        self._portal.call(self.database.close)
+
+
+@contextmanager
+def a_loop() -> Iterator[Any]:
+    """An event loop in a thread of its own, in which `BlockingPostgres` lives."""
+    with start_blocking_portal() as portal:
+        yield portal
+
+
+def _blocking(journal: Any, name: str, run: Callable[..., Any]) -> Any:
+    found: Callable[..., Any] = getattr(journal, name)
+    if not inspect.iscoroutinefunction(found):
+        return found
+    return lambda *values, **named: run(partial(found, *values, **named))

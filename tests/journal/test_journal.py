@@ -9,7 +9,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -21,10 +20,11 @@ import pytest
 from blocking import BlockingJournal
 from conftest import KEY, Open
 
-from evolink_mcp.api.task import Task, TaskError
-from evolink_mcp.errors import JournalUnwritable, Problem
-from evolink_mcp.journal.entry import COLUMNS, Entry, Picture, fingerprint, new_key
+from evolink_mcp.api.task import Task
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry, fingerprint, new_key
 from evolink_mcp.journal.file import FILE_NAME
+from evolink_mcp.journal.rows import COLUMNS
 
 NOW = 1_790_000_000.0
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
@@ -108,22 +108,6 @@ def test_a_released_journal_is_taken_over_and_written_on(released: BlockingJourn
     assert still_open == 3
 
 
-def test_what_is_written_is_read_again_word_for_word(opened: Opened) -> None:
-    journal = opened()
-    picture = Picture(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
-    whole = entry(
-        journal, phase="submitted", fingerprint="f", request={"prompt": "a “fox” \ud800 🦊", "n": 2}, estimate=1.5,
-        save_as="hero.png", task=task(status="completed", results=("https://x.example/1",), credits_used=0.25,
-                                      error=TaskError("a", "b")),
-        error=Problem("a", "b", True, "c"),
-    )  # fmt: skip
-    journal.intend(whole)
-    journal.keep(replace(whole, pictures=(picture,)))
-    journal.deliver(whole.key, NOW)
-    assert opened().by_key(whole.key) == replace(whole, pictures=(picture,), delivered_at=NOW)
-    assert opened().by_task("task-unified-1") == opened().recent(5)[0]
-
-
 def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
     journal = opened()
     journal.intend(entry(journal))
@@ -140,35 +124,9 @@ def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Opened) -> None:
-    one, other = opened(), opened()
-    early = entry(one, task=task(status="completed"), phase="submitted")
-    one.intend(early)
-    assert other.keep(replace(early, pictures=(Picture(0, "u", NOW, path="/x"),))) is False
-    assert other.update(replace(early, phase="unknown")) is False
-    other.deliver(early.key, NOW)
-    assert one.by_key(early.key) == replace(early, delivered_at=NOW)
-    assert one.update(replace(early, phase="unknown")) is True
-    found = other.by_key(early.key)
-    assert found is not None
-    assert (found.phase, found.delivered_at) == ("unknown", NOW)
-
-
 def test_an_identical_request_has_the_same_mark_whatever_its_order() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
-
-
-def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Opened) -> None:
-    journals = [opened() for _ in range(4)]
-    journals[0].intend(left := entry(journals[0], fingerprint="f"))
-    claims: list[bool] = []
-    racers = [threading.Thread(target=lambda j=j: claims.append(j.claim(left.key))) for j in journals]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert sorted(claims) == [False, False, False, True]
 
 
 def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
@@ -191,14 +149,6 @@ def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
     journal = BlockingJournal(tmp_path)
     assert journal.spent_since(0) == 160
     journal.close()
-
-
-def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Opened) -> None:
-    one, other = opened(), opened()
-    assert one.intend(entry(one, estimate=3.0), cap=5.0) is None
-    assert other.intend(entry(other, estimate=3.0), cap=5.0) == 3.0
-    assert other.intend(entry(other, estimate=2.0), cap=5.0) is None
-    assert len(one.recent(9)) == 2
 
 
 def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None:
@@ -228,74 +178,6 @@ def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None
     journal = BlockingJournal(tmp_path)
     assert journal.spent_since(0) == 100
     journal.close()
-
-
-@pytest.mark.parametrize(
-    ("more", "counts"),
-    [
-        pytest.param({"phase": "intent"}, 2.0, id="about to be sent: its estimate"),
-        pytest.param({"phase": "unknown"}, 2.0, id="unknown outcome: its estimate"),
-        pytest.param({"phase": "refused"}, 0.0, id="refused"),
-        pytest.param({"phase": "submitted", "task": task()}, 2.0, id="under way: its estimate"),
-        pytest.param({"phase": "submitted", "task": task(status="failed")}, 0.0, id="failed"),
-        pytest.param({"phase": "submitted", "task": task(status="completed", credits_used=1.2)}, 1.2, id="the charge"),
-        pytest.param(
-            {"phase": "found", "task": task(status="completed", credits_used=1.2)}, 0.0, id="bought elsewhere"
-        ),
-        pytest.param({"phase": "submitted", "task": task(), "created_at": NOW - 86_400}, 0.0, id="yesterday"),
-    ],
-)
-def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
-    opened: Opened, more: dict[str, Any], counts: float
-) -> None:
-    journal = opened()
-    journal.intend(entry(journal, estimate=2.0, **more))
-    assert journal.spent_since(NOW - 3600) == counts
-
-
-# --- owners --------------------------------------------------------------------------------------------------
-
-
-def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened: Opened) -> None:
-    dead, living, heir, late = (opened() for _ in range(4))
-    for journal, name in ((dead, "1"), (living, "2")):
-        journal.intend(entry(journal, phase="submitted", task=task(name), caller=journal.owner))
-    assert heir.adopt() == []
-    dead.close()
-    adopted = heir.adopt()
-    assert [(one.task_id, one.owner, one.caller) for one in adopted] == [("task-unified-1", heir.owner, "")]
-    assert late.adopt() == []
-
-
-def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Opened) -> None:
-    dead, heir = opened(), opened()
-    done = replace(
-        entry(dead, phase="submitted", fingerprint="f", caller=dead.owner),
-        task=task(status="completed"),
-        pictures=(Picture(0, "u", NOW, path="/x"),),
-    )
-    dead.intend(done)
-    assert heir.undelivered(("f",), 0) == []
-    dead.close()
-    assert heir.adopt() == []
-    assert [one.key for one in heir.undelivered(("f",), 0)] == [done.key]
-
-
-@pytest.mark.parametrize(
-    ("picture", "adopted"),
-    [
-        pytest.param(Picture(0, "u", NOW, path="/x"), False, id="saved"),
-        pytest.param(Picture(0, "u", NOW, error="no room"), True, id="failed and to be tried again"),
-        pytest.param(Picture(0, "u", NOW, error="expired", lost=True), False, id="lost for good"),
-    ],
-)
-def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
-    opened: Opened, picture: Picture, adopted: bool
-) -> None:
-    dead, heir = opened(), opened()
-    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), pictures=(picture,)))
-    dead.close()
-    assert bool(heir.adopt()) == adopted
 
 
 @contextmanager

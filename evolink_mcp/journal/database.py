@@ -1,0 +1,303 @@
+"""One server's way to PostgreSQL: a pool for what the journal does, and a session that shows that the server lives.
+
+The session holds a lock, which PostgreSQL drops when the session ends: by that other servers know that this one is gone.
+They wait `GRACE_S` more before they take over what it worked on. A server that has not heard from its session for
+`STOP_AFTER_S` stops working on it by itself, which is sooner: no two of them ever work on one entry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.schema import CHANNEL, migrate
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Connection = psycopg.AsyncConnection[DictRow]
+
+# The first half of every advisory lock; the second is the server's number, and 0 belongs to the migrations.
+LOCKS = 0x65766F6C
+GRACE_S = 4.0
+STOP_AFTER_S = 3.0
+BEAT_S, BEAT_TIMEOUT_S = 1.0, 2.0
+CONNECT_TIMEOUT_S, AGAIN_AFTER_S = 5, 0.5
+POOL_SIZE, POOL_TIMEOUT_S = 10, 10.0
+# What a server that is cut off from the network holds is free after 7 s; what the database's owner set does not loosen
+# what the journal promises.
+OPTIONS = (
+    "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=30s "
+    "-c idle_in_transaction_session_timeout=30s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
+    "-c tcp_keepalives_count=2 -c tcp_user_timeout=7000"
+)
+KEEPALIVES = {"keepalives_idle": 3, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 7000}
+ADVICE = (
+    "Nothing is bought that cannot be written down first. Tell the administrator that the database of "
+    "EVOLINK_MCP_DATABASE_URL cannot be used; then call again."
+)
+
+
+class Database:
+    """PostgreSQL at `url`, for all journals of one server. Use `open_database`.
+
+    `owner` is this server's mark. `grace_s` and `stop_after_s` are for tests.
+    """
+
+    def __init__(self, url: str, *, grace_s: float = GRACE_S, stop_after_s: float = STOP_AFTER_S) -> None:
+        try:
+            said = conninfo_to_dict(url)
+            options = f"{said.get('options') or ''} {OPTIONS}".strip()
+            more: dict[str, Any] = {"application_name": "evolink-mcp", **KEEPALIVES}
+            self._conninfo = make_conninfo(url, **more, options=options, connect_timeout=CONNECT_TIMEOUT_S)
+        except psycopg.ProgrammingError as error:
+            raise unwritable("the address cannot be read", error) from None
+        host, port = said.get("host") or said.get("hostaddr") or "this machine", said.get("port") or "5432"
+        self.place = f"{said.get('dbname') or 'its default database'} on {host}:{port}"
+        self.grace_s, self._stop_after_s = grace_s, stop_after_s
+        self.alive = False
+        self._number = 0
+        self._backend: tuple[int, datetime | None] = (0, None)  # the session's process there, and when it began
+        self._session: Connection | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            self._conninfo, connection_class=psycopg.AsyncConnection[DictRow],
+            kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
+            timeout=POOL_TIMEOUT_S, open=False, check=_check,
+        )  # fmt: skip
+        self._listeners: list[tuple[str, Callable[[str], None]]] = []
+        self._stops: list[Callable[[], None]] = []
+        self._last: dict[str, asyncio.Task[Any]] = {}
+        self._running: set[asyncio.Task[Any]] = set()
+        self._life: asyncio.Task[None] | None = None
+
+    @property
+    def owner(self) -> str:
+        """This server's mark on what it works on."""
+        return f"server-{self._number}"
+
+    def listen(self, account: str, hear: Callable[[str], None]) -> None:
+        """Call `hear` with the key of every entry of this account that changes."""
+        self._listeners.append((account, hear))
+
+    def when_lost(self, stop: Callable[[], None]) -> None:
+        """Call `stop` when this server must not work on what it owned any longer."""
+        self._stops.append(stop)
+
+    async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str | None = None) -> T:
+        """Call `act` with a connection in autocommit mode. A caller that is cancelled does not end it.
+
+        With `key`, it runs after everything that was asked for this key before.
+
+        Raises:
+            JournalUnwritable: for everything that psycopg and the network raise.
+        """
+        before = self._last.get(key) if key is not None else None
+        task = asyncio.create_task(self._work(act, before))
+        self._running.add(task)
+        if key is not None:
+            self._last[key] = task
+        task.add_done_callback(lambda done: self._done(done, key))
+        return await asyncio.shield(task)
+
+    async def is_dead(self, db: Connection, owner: str) -> bool:
+        """Whether this server has been gone for `grace_s`; asked in a transaction, until whose end it stays so."""
+        number = owner.removeprefix("server-")
+        if not number.isdigit():
+            return True
+        if not await _value(db, "SELECT pg_try_advisory_xact_lock(%s, %s)", LOCKS, int(number)):
+            return False
+        await db.execute(
+            "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL",
+            (int(number),),
+        )
+        gone = "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
+        return await _value(db, gone, self.grace_s, int(number)) is not False
+
+    def unwritable(self, error: Exception) -> JournalUnwritable:
+        """The error that names the place and the setting, and never a password."""
+        return unwritable(self.place, error)
+
+    async def open(self) -> None:
+        """Connect, make or migrate the tables, and begin to live.
+
+        Raises:
+            JournalUnwritable: it cannot be used.
+        """
+        try:
+            self._session = await self._connect()
+            await migrate(self._session, LOCKS)
+            self._number = await _value(self._session, "INSERT INTO evolink_servers DEFAULT VALUES RETURNING number")
+            await self._take(self._session)
+            await self._pool.open()
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            await self._shut()
+            raise self.unwritable(error) from error
+        except JournalUnwritable as error:
+            await self._shut()
+            raise JournalUnwritable(
+                f"the journal in {self.place} cannot be used ({error.what})", advice=ADVICE
+            ) from error
+        self._life = asyncio.create_task(self._live())
+
+    async def close(self) -> None:
+        """End the session: what is not released is taken over by others after `grace_s`."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=BEAT_TIMEOUT_S)
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.wait([self._life])
+        await self._shut()
+
+    # --- the session ---
+
+    async def _live(self) -> None:
+        while True:
+            try:
+                if self._session is None:
+                    session = await self._connect()
+                    try:
+                        await self._take(session)
+                    except BaseException:
+                        await session.close()
+                        raise
+                    self._session = session
+                    log.info("the session with the database is there again")
+                await self._beat(self._session)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                if self._session is not None:
+                    log.warning("the session with the database was lost: %s", said_by(error))
+                    with suppress(psycopg.Error, OSError):
+                        await self._session.close()
+                    self._session = None
+                await asyncio.sleep(AGAIN_AFTER_S)
+
+    async def _connect(self) -> Connection:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await psycopg.AsyncConnection[DictRow].connect(self._conninfo, autocommit=True, row_factory=dict_row)
+
+    async def _take(self, session: Connection) -> None:
+        """Hold this server's lock. The session that held it before may still be there for a while, heard by nobody."""
+        if not await _value(session, "SELECT pg_try_advisory_lock(%s, %s)", LOCKS, self._number):
+            await session.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s",
+                self._backend,
+            )
+            raise psycopg.OperationalError("the former session still holds the lock, or another server is testing it")
+        await session.execute(
+            "INSERT INTO evolink_servers (number) OVERRIDING SYSTEM VALUE VALUES (%s) "
+            "ON CONFLICT (number) DO UPDATE SET gone_since = NULL",
+            (self._number,),
+        )
+        await session.execute(f"LISTEN {CHANNEL}".encode())
+        row = await _row(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+        self._backend = (row["pid"], row["backend_start"]) if row else (0, None)
+        self._lives()
+
+    async def _beat(self, session: Connection) -> None:
+        """Wait for changes, and ask now and then whether the session still stands."""
+        async for notify in session.notifies(timeout=BEAT_S):
+            self._heard(notify)
+        async with asyncio.timeout(BEAT_TIMEOUT_S):
+            await session.execute("SELECT 1")
+        self._lives()
+
+    def _lives(self) -> None:
+        self.alive = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)
+
+    def _lost(self) -> None:
+        if self.alive:
+            log.error(
+                "the database has not answered for %.0f s: this server stops what it works on", self._stop_after_s
+            )
+        self.alive = False
+        self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)  # for what begins later
+        for stop in self._stops:
+            stop()
+
+    def _heard(self, notify: psycopg.Notify) -> None:
+        account, _, key = notify.payload.partition(" ")
+        for of, hear in self._listeners:
+            if account in ("", of):
+                hear(key)
+
+    async def _shut(self) -> None:
+        self.alive = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+        with suppress(psycopg.Error, OSError, TimeoutError):
+            if self._session is not None:
+                await self._session.close()
+            await self._pool.close(timeout=BEAT_TIMEOUT_S)
+
+    # --- what the journal does ---
+
+    async def _work(self, act: Callable[[Connection], Awaitable[T]], before: asyncio.Task[Any] | None) -> T:
+        if before is not None:
+            await asyncio.wait([before])
+        try:
+            async with self._pool.connection() as db:
+                return await act(db)
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            raise self.unwritable(error) from error
+
+    def _done(self, task: asyncio.Task[Any], key: str | None) -> None:
+        self._running.discard(task)
+        if key is not None and self._last.get(key) is task:
+            del self._last[key]
+        if not task.cancelled():
+            task.exception()  # whoever asked may have been cancelled
+
+
+@asynccontextmanager
+async def open_database(url: str, **more: Any) -> AsyncGenerator[Database]:
+    """PostgreSQL at `url`, open; `more` is passed to `Database`.
+
+    Raises:
+        JournalUnwritable: it cannot be used.
+    """
+    database = Database(url, **more)
+    await database.open()
+    try:
+        yield database
+    finally:
+        await asyncio.shield(asyncio.ensure_future(database.close()))
+
+
+def unwritable(place: str, error: Exception) -> JournalUnwritable:
+    """The error that names the place and the setting."""
+    return JournalUnwritable(
+        f"the journal in {place} cannot be used ({said_by(error)}); EVOLINK_MCP_DATABASE_URL names it", advice=ADVICE
+    )
+
+
+def said_by(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+async def _check(db: Connection) -> None:
+    """A connection that broke in the pool is not given out."""
+    await db.execute("")
+
+
+async def _value(db: Connection, statement: str, *values: Any) -> Any:
+    """The one value of the first row; None if there is no row."""
+    row = await _row(db, statement, *values)
+    return next(iter(row.values())) if row is not None else None
+
+
+async def _row(db: Connection, statement: str, *values: Any) -> DictRow | None:
+    return await (await db.execute(statement.encode(), values)).fetchone()

@@ -1,0 +1,305 @@
+"""What every journal promises, asked of each that there is: on a file, and in PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blocking import BlockingJournal, BlockingPostgres, a_loop
+
+from evolink_mcp.api.task import Task, TaskError
+from evolink_mcp.errors import Problem, TaskKnown
+from evolink_mcp.journal.entry import Entry, Picture, new_key
+
+NOW = 1_790_000_000.0
+Open = Callable[..., Any]
+
+
+def entry(journal: Any, **more: Any) -> Entry:
+    return Entry(**{"key": new_key(), "owner": journal.owner, "phase": "intent", "created_at": NOW,
+                    "account": journal.account, **more})  # fmt: skip
+
+
+def task(name: str = "1", status: str = "pending", **more: Any) -> Task:
+    return Task(f"task-unified-{name}", status, **more)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Journals that share their entries, as several servers have them; each is a server of its own."""
+    all_of_them: list[Any] = []
+    if request.param == "sqlite":
+
+        def journal(*account: str, strict: bool = False) -> Any:
+            all_of_them.append(BlockingJournal(tmp_path / "data", *account, strict=strict, clock=lambda: NOW))
+            return all_of_them[-1]
+
+        yield journal
+        for one in all_of_them:
+            one.close()
+        return
+    url = request.getfixturevalue("cluster").database()
+    with a_loop() as portal:
+
+        def journal(*account: str, strict: bool = False) -> Any:
+            all_of_them.append(BlockingPostgres(url, portal, *account, strict=strict, grace_s=0.0))
+            return all_of_them[-1]
+
+        yield journal
+        for one in all_of_them:
+            one.close()
+
+
+def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
+    journal = opened()
+    picture = Picture(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
+    whole = entry(
+        journal, phase="submitted", fingerprint="f", request={"prompt": "a “fox” \ud800 🦊", "n": 2}, estimate=1.5,
+        save_as="hero.png", task=task(status="completed", results=("https://x.example/1",), credits_used=0.25,
+                                      error=TaskError("a", "b")),
+        error=Problem("a", "b", True, "c"),
+    )  # fmt: skip
+    journal.intend(whole)
+    journal.keep(replace(whole, pictures=(picture,)))
+    journal.deliver(whole.key, NOW)
+    assert opened().by_key(whole.key) == replace(whole, pictures=(picture,), delivered_at=NOW)
+    assert opened().by_task("task-unified-1") == opened().recent(5)[0]
+
+
+def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open) -> None:
+    one, other = opened(), opened()
+    early = entry(one, task=task(status="completed"), phase="submitted")
+    one.intend(early)
+    assert other.keep(replace(early, pictures=(Picture(0, "u", NOW, path="/x"),))) is False
+    assert other.update(replace(early, phase="unknown")) is False
+    other.deliver(early.key, NOW)
+    assert one.by_key(early.key) == replace(early, delivered_at=NOW)
+    assert one.update(replace(early, phase="unknown")) is True
+    found = other.by_key(early.key)
+    assert found is not None
+    assert (found.phase, found.delivered_at) == ("unknown", NOW)
+
+
+def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> None:
+    journals = [opened() for _ in range(4)]
+    journals[0].intend(left := entry(journals[0], fingerprint="f"))
+    claims: list[bool] = []
+    racers = [threading.Thread(target=lambda j=j: claims.append(j.claim(left.key))) for j in journals]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert sorted(claims) == [False, False, False, True]
+
+
+def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) -> None:
+    one, other = opened(), opened()
+    assert one.intend(entry(one, estimate=3.0), cap=5.0) is None
+    assert other.intend(entry(other, estimate=3.0), cap=5.0) == 3.0
+    assert other.intend(entry(other, estimate=2.0), cap=5.0) is None
+    assert len(one.recent(9)) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "counts"),
+    [
+        pytest.param({"phase": "intent"}, 2.0, id="about to be sent: its estimate"),
+        pytest.param({"phase": "unknown"}, 2.0, id="unknown outcome: its estimate"),
+        pytest.param({"phase": "refused"}, 0.0, id="refused"),
+        pytest.param({"phase": "submitted", "task": task()}, 2.0, id="under way: its estimate"),
+        pytest.param({"phase": "submitted", "task": task(status="failed")}, 0.0, id="failed"),
+        pytest.param({"phase": "submitted", "task": task(status="completed", credits_used=1.2)}, 1.2, id="the charge"),
+        pytest.param(
+            {"phase": "found", "task": task(status="completed", credits_used=1.2)}, 0.0, id="bought elsewhere"
+        ),
+        pytest.param({"phase": "submitted", "task": task(), "created_at": NOW - 86_400}, 0.0, id="yesterday"),
+    ],
+)
+def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
+    opened: Open, more: dict[str, Any], counts: float
+) -> None:
+    journal = opened()
+    journal.intend(entry(journal, estimate=2.0, **more))
+    assert journal.spent_since(NOW - 3600) == counts
+
+
+def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened: Open) -> None:
+    dead, living, heir, late = (opened() for _ in range(4))
+    for journal, name in ((dead, "1"), (living, "2")):
+        journal.intend(entry(journal, phase="submitted", task=task(name), caller=journal.owner))
+    assert heir.adopt() == []
+    dead.close()
+    adopted = heir.adopt()
+    assert [(one.task_id, one.owner, one.caller) for one in adopted] == [("task-unified-1", heir.owner, "")]
+    assert late.adopt() == []
+
+
+def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> None:
+    dead, heir = opened(), opened()
+    done = replace(
+        entry(dead, phase="submitted", fingerprint="f", caller=dead.owner),
+        task=task(status="completed"),
+        pictures=(Picture(0, "u", NOW, path="/x"),),
+    )
+    dead.intend(done)
+    assert heir.undelivered(("f",), 0) == []
+    dead.close()
+    assert heir.adopt() == []
+    assert [one.key for one in heir.undelivered(("f",), 0)] == [done.key]
+
+
+@pytest.mark.parametrize(
+    ("picture", "adopted"),
+    [
+        pytest.param(Picture(0, "u", NOW, path="/x"), False, id="saved"),
+        pytest.param(Picture(0, "u", NOW, error="no room"), True, id="failed and to be tried again"),
+        pytest.param(Picture(0, "u", NOW, error="expired", lost=True), False, id="lost for good"),
+    ],
+)
+def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
+    opened: Open, picture: Picture, adopted: bool
+) -> None:
+    dead, heir = opened(), opened()
+    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), pictures=(picture,)))
+    dead.close()
+    assert bool(heir.adopt()) == adopted
+
+
+def test_an_account_sees_its_own_entries_and_those_without_a_mark(opened: Open) -> None:
+    anna, ben, strict = opened("a1"), opened("b2"), opened("c3", strict=True)
+    anna.intend(hers := entry(anna, fingerprint="f", task=task("1"), phase="submitted", estimate=2.0))
+    anna.intend(unmarked := entry(anna, fingerprint="f", account="", created_at=NOW - 1))
+    assert anna.recent(9) == [hers, unmarked]
+    assert ben.recent(9) == [unmarked]
+    assert strict.recent(9) == []
+    assert ben.by_key(hers.key) is None
+    assert ben.by_task("task-unified-1") is None
+    assert (anna.known_tasks(["task-unified-1", "x"]), ben.known_tasks(["task-unified-1"])) == (
+        {"task-unified-1"},
+        set(),
+    )
+    assert [one.key for one in ben.undelivered(("f", "g"), 0)] == [unmarked.key]
+    assert (ben.spent_since(0), anna.spent_since(0)) == (0.0, 2.0)
+    assert (ben.acquire(hers.key), strict.acquire(unmarked.key)) == (False, False)
+    assert (anna.has_strangers(), ben.has_strangers()) == (False, True)
+
+
+def test_who_gets_the_mark_of_an_unmarked_entry_has_it_alone(opened: Open) -> None:
+    anna, ben = opened("a1"), opened("b2")
+    anna.intend(unmarked := entry(anna, account=""))
+    ben.mark(unmarked.key)
+    anna.mark(unmarked.key)
+    assert anna.by_key(unmarked.key) is None
+    assert ben.by_key(unmarked.key).account == "b2"
+
+
+def test_a_task_has_one_entry_an_account(opened: Open) -> None:
+    anna, ben = opened("a1"), opened("b2")
+    anna.intend(entry(anna, task=task()))
+    anna.intend(second := entry(anna))
+    with pytest.raises(TaskKnown, match="task-unified-1"):
+        anna.intend(entry(anna, task=task()))
+    with pytest.raises(TaskKnown, match="task-unified-1"):
+        anna.update(replace(second, task=task(), phase="submitted"))
+    assert anna.by_key(second.key) == second
+    ben.intend(entry(ben, task=task()))
+    assert len(ben.recent(9)) == 1
+
+
+def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
+    one, other = opened(), opened()
+    one.intend(mine := entry(one))
+    assert (one.acquire(mine.key), other.acquire(mine.key), other.acquire("no such key")) == (True, False, False)
+    one.release(mine.key)
+    other.release("no such key")
+    assert (other.acquire(mine.key), one.acquire(mine.key)) == (True, False)
+    assert other.by_key(mine.key).owner == other.owner
+    assert one.update(replace(mine, phase="unknown")) is False
+
+
+def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
+    one, other = opened(), opened()
+    one.intend(mine := entry(one, fingerprint="f", caller=one.owner))
+    assert (other.undelivered(("f",), 0), other.claim(mine.key)) == ([], False)
+    other.leave(mine.key)
+    assert other.undelivered(("f",), 0) == []
+    one.leave(mine.key)
+    assert [found.key for found in other.undelivered(("e", "f"), NOW)] == [mine.key]
+    assert other.undelivered(("f",), NOW + 1) == []
+    assert (other.claim(mine.key), one.claim(mine.key)) == (True, False)
+    one.deliver(mine.key, NOW + 1)
+    other.leave(mine.key)
+    assert (one.claim(mine.key), one.by_key(mine.key).delivered_at) == (False, NOW + 1)
+
+
+def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -> None:
+    journal = opened()
+    prompts = ["Ein FÜCHSLEIN im Schnee", "a red fox", "a hen, 100% red_ish"]
+    entries = [
+        entry(journal, created_at=NOW + number, request={"prompt": prompt}, save_as=f"bild-{number}.png")
+        for number, prompt in enumerate(prompts)
+    ]
+    for one in entries:
+        journal.intend(one)
+    saved = replace(entries[1], phase="submitted", task=task(status="completed"),
+                    pictures=(Picture(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
+    journal.keep(saved)
+    newest = [entries[2], saved, entries[0]]
+    assert journal.recent(9) == newest
+    assert journal.recent(2) == newest[:2]
+    assert journal.recent(9, "completed") == [saved]
+    assert journal.recent(9, None, NOW + 1) == newest[:2]
+    assert journal.recent(9, None, None, NOW + 1) == newest[1:]
+    assert journal.recent(9, words=("füchslein",)) == [entries[0]]
+    assert journal.recent(9, words=("FU\u0308CHS", "schnee")) == [entries[0]]
+    assert journal.recent(9, words=("späher",)) == journal.recent(9, words=("unified-1",)) == [saved]
+    assert journal.recent(9, words=("bild-2", "100%")) == journal.recent(9, words=("d_i",)) == [entries[2]]
+    assert journal.recent(9, words=("fox hen",)) == []
+    assert journal.recent(1, after=(NOW + 2, entries[2].key)) == [saved]
+    assert journal.recent(9, after=(NOW, entries[0].key)) == []
+
+
+def test_entries_of_one_moment_come_in_the_order_of_their_keys(opened: Open) -> None:
+    journal = opened()
+    keys = ["evomcp-B", "evomcp-a", "evomcp-_", "evomcp-9"]
+    for key in keys:
+        journal.intend(entry(journal, key=key))
+    assert [one.key for one in journal.recent(9)] == sorted(keys)
+    assert [one.key for one in journal.recent(9, after=(NOW, "evomcp-B"))] == ["evomcp-_", "evomcp-a"]
+
+
+def test_uploads_and_facts_belong_to_an_account(opened: Open) -> None:
+    anna, ben, nobody = opened("a1"), opened("b2"), opened()
+    anna.remember_upload("ab", "https://x.example/1", NOW + 5)
+    anna.remember_upload("ab", "https://x.example/2", NOW + 9)
+    assert (anna.find_upload("ab", NOW + 8), anna.find_upload("ab", NOW + 9)) == ("https://x.example/2", None)
+    assert (ben.find_upload("ab", NOW), anna.find_upload("cd", NOW)) == (None, None)
+    assert anna.learned("rule") is None
+    anna.learn("rule", "one")
+    anna.learn("rule", "two")
+    assert (anna.learned("rule"), ben.learned("rule"), nobody.learned("rule")) == ("two", None, "two")
+    ben.learn("rule", "three")
+    assert nobody.learned("rule") is None
+
+
+def test_letters_that_no_database_likes_are_kept(opened: Open) -> None:
+    journal = opened()
+    odd = entry(journal, request={"prompt": "a\0b \ud800 '; DROP TABLE x; -- %s"}, task=Task("a\0b/../c", "pending"),
+                error=Problem("x", "nul \0", False, "\udfff"))  # fmt: skip
+    journal.intend(odd)
+    assert journal.by_key(odd.key) == odd
+    assert journal.by_task("a\0b/../c") == odd
+    assert journal.known_tasks(["a\0b/../c"])
+    assert journal.recent(9, words=("drop table x; -- %s",)) == [odd]
+
+
+def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
+    """A back-up from before was restored while the server ran."""
+    journal = opened()
+    lost = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
+    assert journal.update(lost) is True
+    assert journal.by_key(lost.key) == lost
