@@ -146,8 +146,15 @@ Open = Callable[..., AbstractAsyncContextManager[World]]
 
 
 @pytest.fixture
-def open_world(tmp_path: Path) -> Open:
-    """Open a world: `environ` adds settings, `simulator` and `clock` carry over from an earlier life."""
+def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
+    """Open a world: `environ` adds settings, `simulator` and `clock` carry over from an earlier life.
+
+    EVOLINK_TEST_DATABASE=postgres lays the journals of all worlds into PostgreSQL.
+    """
+    team: dict[str, str] = {}
+    if os.environ.get("EVOLINK_TEST_DATABASE") == "postgres":
+        database = request.getfixturevalue("cluster").database()
+        team = {"EVOLINK_MCP_DATABASE_URL": database, "EVOLINK_MCP_SECRET": "s" * 32}
 
     @asynccontextmanager
     async def opened(
@@ -165,6 +172,7 @@ def open_world(tmp_path: Path) -> Open:
                 "EVOLINK_BASE_URL": "http://127.0.0.1:9",
                 "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
                 "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
+                **team,
                 **(environ or {}),
             }
         )

@@ -187,7 +187,7 @@ class Workshop:
 
     async def _accompany(self, job: Job) -> None:
         """Watch an entry that another server works on, and go on with it when that one has ended."""
-        look = True
+        look = job.elsewhere = True
         while True:
             entry = await self._recorder.known_by_key(job.entry.key) or job.entry
             task = entry.task
@@ -200,12 +200,13 @@ class Workshop:
             if await self.acquire(entry.key):
                 break
             look = await job.rest(self._journal.reread_s, self._pause)
+        job.elsewhere = False
         job.change_to(await self._recorder.known_by_key(job.entry.key) or job.entry)
         if job.entry.has_work(self._clock()) or job.copy_as is not None:
             await self._go_on(job)
 
     def _changed_elsewhere(self, key: str) -> None:
-        if (job := self.running(key)) is not None and job.following is None:
+        if (job := self.running(key)) is not None and job.elsewhere:
             job.wake()
 
     def _stop(self) -> None:

@@ -78,6 +78,8 @@ def arm(countdown: Countdown) -> None:
             run = countdown.around(name, super().execute, lambda: sqlite3.OperationalError("disk I/O error"))
             return run(sql, *more)
 
+    if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
+        _arm_postgres(countdown)
     connect = sqlite3.connect
     sqlite3.connect = lambda *args, **more: connect(*args, factory=Connection, **more)  # pyright: ignore
     for name in ("connect", "send", "recv"):
@@ -94,6 +96,36 @@ def arm(countdown: Countdown) -> None:
             setattr(module, name, countdown.around(f"file: {name}", getattr(module, name), broken))
 
 
+def _arm_postgres(countdown: Countdown) -> None:
+    """Every statement and every end of a transaction goes through the countdown, but for what only asks for a sign of life."""
+    import psycopg
+
+    def lost() -> Exception:
+        return psycopg.OperationalError("the connection is lost")
+
+    def counted(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        async def run(*args: Any, **more: Any) -> Any:
+            told = name
+            if not told:
+                said = args[1].decode() if isinstance(args[1], bytes) else str(args[1])
+                if said in ("", "SELECT 1"):
+                    return await plain(*args, **more)
+                told = f"journal: {' '.join(said.split())[:40]}"
+            strike = countdown.around(told, lambda: None, lost)
+            if os.environ[HOW] == "late":  # it is done, and then fails
+                result = await plain(*args, **more)
+                strike()
+                return result
+            strike()
+            return await plain(*args, **more)
+
+        return run
+
+    connection, transaction = psycopg.AsyncConnection, psycopg.AsyncTransaction
+    connection.execute = counted("", connection.execute)  # pyright: ignore
+    transaction.__aexit__ = counted("journal: COMMIT", transaction.__aexit__)  # pyright: ignore
+
+
 def _serve(order: dict[str, Any], fds: list[int]) -> None:
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
@@ -105,6 +137,11 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     faulthandler.enable(2)  # a crash of the interpreter says on stderr where it was
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
+    if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
+        from evolink_mcp.journal import database, postgres
+
+        database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
+        postgres.PostgresJournal.adopt_every_s = 0.1
     from evolink_mcp.cli.main import main
 
     main(order["argv"])
