@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 PACKAGES = {
     "": "errors sanitize",
     "api": "sizes size_words costs urls request task http client",
-    "journal": "entry contract migrations file sqlite",
+    "journal": "entry rows contract migrations file sqlite address schema database postgres",
     "pictures": "folders structure metadata inspect child previews upright downloads sidecar references store",
     "studio": "times schedule experience jobs recorder size_rule limits lost purchase poller watch collect workshop studio",
     "tools": (
@@ -39,6 +39,7 @@ ONLY_IN = {
     "httpx2": ("api", "pictures.downloads", "cli.wiring", "cli.team"),
     "sqlite3": ("journal",),
     "psycopg": ("journal",),
+    "psycopg_pool": ("journal.database",),
     "PIL": ("pictures", "simulator"),
     "obstore": ("pictures.store",),
     "starlette": ("transports", "server", "simulator"),

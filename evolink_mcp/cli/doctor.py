@@ -24,6 +24,7 @@ from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, instal
 from evolink_mcp.cli.settings import Settings, unknown_variables
 from evolink_mcp.cli.values import EXAMPLE_KEY, BadSetting
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
+from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
 
@@ -32,6 +33,7 @@ PACKAGES = ("mcp", "httpx2", "pydantic", "anyio", "pillow", "platformdirs", "fil
 SKEW_MAX_S = 60.0
 ROOM_MIN_BYTES = 200 << 20
 ENTRIES_MAX = 100_000
+REFUSED = "Paid calls are refused until it can be written."
 SQLITE_MAGIC = b"SQLite format 3\0"
 NETWORK_FILE_SYSTEMS = frozenset({
     "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "davfs",
@@ -95,7 +97,9 @@ async def examine(environment: Mapping[str, str] | None = None) -> Report:
         findings += [Finding("network", "warning", told) for told in settings.strange_hosts]
         findings += await account(settings)
         findings += folders(settings)
-        findings += journal(settings.data_dir)
+        findings += (
+            journal(settings.data_dir) if settings.database_url is None else [team_journal(settings.database_url)]
+        )
     command, args = installed_command()
     return Report(tuple(findings), host_blocks(command, args, {KEY_VARIABLE: EXAMPLE_KEY}))
 
@@ -271,10 +275,24 @@ def _read(data_dir: Path) -> Finding:
         entries = read_entries(data_dir, ENTRIES_MAX)
     except (OSError, JournalUnwritable) as error:
         words = error.what if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
-        return Finding("journal", "broken", words, "Paid calls are refused until it can be written.")
+        return Finding("journal", "broken", words, REFUSED)
+    return _held(str(path), entries)
+
+
+def team_journal(url: str) -> Finding:
+    """The team's database can be read, and what it holds."""
+    from evolink_mcp.journal import schema
+
+    try:
+        return _held(*schema.read_entries(url, ENTRIES_MAX))
+    except JournalUnwritable as error:
+        return Finding("journal", "broken", error.what, REFUSED)
+
+
+def _held(place: str, entries: list[Entry]) -> Finding:
     unsettled = sum(not entry.ended for entry in entries)
     unclear = sum(entry.charged == "unknown" for entry in entries)
-    words = f"{path}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
+    words = f"{place}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
     todo = "Ask your model for list_tasks with sync=true: it looks for them at EvoLink." if unclear else ""
     return Finding("journal", "ok", words, todo)
 

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parsed(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
-    for noisy in ("httpx2", "httpcore2", "mcp"):
+    for noisy in ("httpx2", "httpcore2", "mcp", "psycopg"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         code = COMMANDS[options.command](options)
@@ -204,20 +204,17 @@ def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import priced
-    from evolink_mcp.journal.file import FILE_NAME
-    from evolink_mcp.journal.sqlite import read_entries
+    from evolink_mcp.cli.shelf import kept
     from evolink_mcp.tools.task_answer import brief, task_out
 
-    settings = _settings()
-    path = settings.data_dir / FILE_NAME
-    if not path.exists():
-        print("[]" if options.json else f"Nothing was bought yet: there is no journal at {path}.")
-        return 0
     try:
-        entries = read_entries(settings.data_dir, options.limit)
+        place, entries = kept(_settings(), (), options.limit)
     except JournalUnwritable as error:
-        print(f"evolink-mcp: {error.what}", file=sys.stderr)
+        _complain(error.what)
         return 1
+    if not entries and not options.json:
+        print(f"Nothing was bought yet: there is no entry in {place}.")
+        return 0
     outs = [task_out(entry) for entry in entries]
     if options.json:
         print(json.dumps([brief(out).model_dump(mode="json") for out in outs], indent=2))
@@ -232,7 +229,7 @@ def _tasks(options: Namespace) -> int:
             print(f"    {image.path or image.error or image.url}")
         if out.error:
             print(f"    {out.error.message}. {out.error.advice}")
-    print(f"{len(outs)} entries in {path}")
+    print(f"{len(outs)} entries in {place}")
     return 0
 
 

@@ -46,15 +46,20 @@ small { color: var(--quiet); display: block; overflow-wrap: anywhere; }
 """
 
 
-def entries_with(settings: Settings, words: list[str], limit: int, since: float = 0.0) -> list[Entry]:
-    """The newest entries since then (epoch seconds) whose prompt, file names or task id hold every word; blocks.
+def kept(settings: Settings, words: tuple[str, ...], limit: int, since: float = 0.0) -> tuple[str, list[Entry]]:
+    """Where the journal lies, and its newest entries since then (epoch seconds) with every word, newest first; blocks.
+
+    A word is searched in the prompt, the file names and the task id.
 
     Raises:
         JournalUnwritable: the journal is damaged or cannot be read.
     """
-    if not (settings.data_dir / FILE_NAME).exists():
-        return []
-    return read_entries(settings.data_dir, limit, tuple(words), since)
+    if settings.database_url is not None:
+        from evolink_mcp.journal import schema
+
+        return schema.read_entries(settings.database_url, limit, words, since)
+    path = settings.data_dir / FILE_NAME
+    return str(path), read_entries(settings.data_dir, limit, words, since) if path.exists() else []
 
 
 def open_picture(settings: Settings, words: list[str], say: Say, complain: Say, *, only_print: bool) -> int:
@@ -82,7 +87,7 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
     """Write one page with the pictures since then; returns the exit code."""
     now = time.time()
     try:
-        entries = entries_with(settings, words, SHEET_MAX, 0.0 if since == "all" else instant(since, now))
+        _, entries = kept(settings, tuple(words), SHEET_MAX, 0.0 if since == "all" else instant(since, now))
     except (JournalUnwritable, Refused) as error:
         complain(f"{error.what}. {error.advice}")
         return 1
@@ -106,7 +111,7 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
 def picture_of(settings: Settings, words: list[str]) -> Path:
     """The newest saved picture with these words that is still there; without words, or without one, the folder."""
     if words:
-        for entry in entries_with(settings, words, SHEET_MAX):
+        for entry in kept(settings, tuple(words), SHEET_MAX)[1]:
             for picture in entry.pictures:
                 if picture.path is not None and picture.here:
                     return Path(picture.path)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.address import CONNECT_TIMEOUT_S, Address, said_by
 from evolink_mcp.journal.schema import CHANNEL, migrate
 
 log = logging.getLogger(__name__)
@@ -30,21 +30,8 @@ Connection = psycopg.AsyncConnection[DictRow]
 LOCKS = 0x65766F6C
 GRACE_S = 4.0
 STOP_AFTER_S = 3.0
-BEAT_S, BEAT_TIMEOUT_S = 1.0, 2.0
-CONNECT_TIMEOUT_S, AGAIN_AFTER_S = 5, 0.5
+AGAIN_AFTER_S, CLOSE_WITHIN_S = 0.5, 2.0
 POOL_SIZE, POOL_TIMEOUT_S = 10, 10.0
-# What a server that is cut off from the network holds is free after 7 s; what the database's owner set does not loosen
-# what the journal promises.
-OPTIONS = (
-    "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=30s "
-    "-c idle_in_transaction_session_timeout=30s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
-    "-c tcp_keepalives_count=2 -c tcp_user_timeout=7000"
-)
-KEEPALIVES = {"keepalives_idle": 3, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 7000}
-ADVICE = (
-    "Nothing is bought that cannot be written down first. Tell the administrator that the database of "
-    "EVOLINK_MCP_DATABASE_URL cannot be used; then call again."
-)
 
 
 class Database:
@@ -54,25 +41,17 @@ class Database:
     """
 
     def __init__(self, url: str, *, grace_s: float = GRACE_S, stop_after_s: float = STOP_AFTER_S) -> None:
-        try:
-            said = conninfo_to_dict(url)
-            options = f"{said.get('options') or ''} {OPTIONS}".strip()
-            more: dict[str, Any] = {"application_name": "evolink-mcp", **KEEPALIVES}
-            self._conninfo = make_conninfo(url, **more, options=options, connect_timeout=CONNECT_TIMEOUT_S)
-        except psycopg.ProgrammingError as error:
-            raise unwritable("the address cannot be read", error) from None
-        host, port = said.get("host") or said.get("hostaddr") or "this machine", said.get("port") or "5432"
-        self.place = f"{said.get('dbname') or 'its default database'} on {host}:{port}"
-        self.grace_s, self._stop_after_s = grace_s, stop_after_s
+        self._address = Address.of(url)
+        self.grace_s, self._stop_after_s, self._beat_s = grace_s, stop_after_s, stop_after_s / 3
         self.alive = False
         self._number = 0
         self._backend: tuple[int, datetime | None] = (0, None)  # the session's process there, and when it began
         self._session: Connection | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            self._conninfo, connection_class=psycopg.AsyncConnection[DictRow],
+            self._address.conninfo, connection_class=psycopg.AsyncConnection[DictRow],
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
-            timeout=POOL_TIMEOUT_S, open=False, check=_check,
+            open=False, check=_check,
         )  # fmt: skip
         self._listeners: list[tuple[str, Callable[[str], None]]] = []
         self._stops: list[Callable[[], None]] = []
@@ -96,7 +75,8 @@ class Database:
     async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str | None = None) -> T:
         """Call `act` with a connection in autocommit mode. A caller that is cancelled does not end it.
 
-        With `key`, it runs after everything that was asked for this key before.
+        With `key`, it runs after everything that was asked for this key before. While the database is gone, it fails at
+        once.
 
         Raises:
             JournalUnwritable: for everything that psycopg and the network raise.
@@ -125,7 +105,7 @@ class Database:
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
         """The error that names the place and the setting, and never a password."""
-        return unwritable(self.place, error)
+        return self._address.unwritable(said_by(error))
 
     async def open(self) -> None:
         """Connect, make or migrate the tables, and begin to live.
@@ -144,15 +124,13 @@ class Database:
             raise self.unwritable(error) from error
         except JournalUnwritable as error:
             await self._shut()
-            raise JournalUnwritable(
-                f"the journal in {self.place} cannot be used ({error.what})", advice=ADVICE
-            ) from error
+            raise self._address.unwritable(error.what) from error
         self._life = asyncio.create_task(self._live())
 
     async def close(self) -> None:
         """End the session: what is not released is taken over by others after `grace_s`."""
         if self._running:
-            await asyncio.wait(self._running, timeout=BEAT_TIMEOUT_S)
+            await asyncio.wait(self._running, timeout=CLOSE_WITHIN_S)
         if self._life is not None:
             self._life.cancel()
             await asyncio.wait([self._life])
@@ -164,12 +142,10 @@ class Database:
         while True:
             try:
                 if self._session is None:
-                    session = await self._connect()
-                    try:
+                    async with AsyncExitStack() as stack:
+                        session = await stack.enter_async_context(await self._connect())
                         await self._take(session)
-                    except BaseException:
-                        await session.close()
-                        raise
+                        stack.pop_all()
                     self._session = session
                     log.info("the session with the database is there again")
                 await self._beat(self._session)
@@ -183,7 +159,9 @@ class Database:
 
     async def _connect(self) -> Connection:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            return await psycopg.AsyncConnection[DictRow].connect(self._conninfo, autocommit=True, row_factory=dict_row)
+            return await psycopg.AsyncConnection[DictRow].connect(
+                self._address.conninfo, autocommit=True, row_factory=dict_row
+            )
 
     async def _take(self, session: Connection) -> None:
         """Hold this server's lock. The session that held it before may still be there for a while, heard by nobody."""
@@ -205,9 +183,9 @@ class Database:
 
     async def _beat(self, session: Connection) -> None:
         """Wait for changes, and ask now and then whether the session still stands."""
-        async for notify in session.notifies(timeout=BEAT_S):
+        async for notify in session.notifies(timeout=self._beat_s):
             self._heard(notify)
-        async with asyncio.timeout(BEAT_TIMEOUT_S):
+        async with asyncio.timeout(2 * self._beat_s):
             await session.execute("SELECT 1")
         self._lives()
 
@@ -240,15 +218,17 @@ class Database:
         with suppress(psycopg.Error, OSError, TimeoutError):
             if self._session is not None:
                 await self._session.close()
-            await self._pool.close(timeout=BEAT_TIMEOUT_S)
+            await self._pool.close(timeout=CLOSE_WITHIN_S)
 
     # --- what the journal does ---
 
     async def _work(self, act: Callable[[Connection], Awaitable[T]], before: asyncio.Task[Any] | None) -> T:
         if before is not None:
             await asyncio.wait([before])
+        if not self.alive:
+            raise self._address.unwritable("the session with it was lost")
         try:
-            async with self._pool.connection() as db:
+            async with self._pool.connection(POOL_TIMEOUT_S if self._session else self._stop_after_s) as db:
                 return await act(db)
         except (psycopg.Error, OSError, TimeoutError) as error:
             raise self.unwritable(error) from error
@@ -274,18 +254,6 @@ async def open_database(url: str, **more: Any) -> AsyncGenerator[Database]:
         yield database
     finally:
         await asyncio.shield(asyncio.ensure_future(database.close()))
-
-
-def unwritable(place: str, error: Exception) -> JournalUnwritable:
-    """The error that names the place and the setting."""
-    return JournalUnwritable(
-        f"the journal in {place} cannot be used ({said_by(error)}); EVOLINK_MCP_DATABASE_URL names it", advice=ADVICE
-    )
-
-
-def said_by(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 async def _check(db: Connection) -> None:

@@ -1,13 +1,16 @@
-"""PostgreSQL's tables: a list of changes, each made once, by one server at a time."""
+"""PostgreSQL's tables: a list of changes, each made once, by one server at a time; and their entries, read without one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
 
 from evolink_mcp.errors import JournalUnwritable
-
-if TYPE_CHECKING:
-    import psycopg
+from evolink_mcp.journal.address import Address, said_by
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.rows import folded, readable
 
 # Whatever a caller could see of an entry is told on this channel as "account key".
 CHANNEL = "evolink_mcp"
@@ -69,3 +72,24 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
         if version < len(VERSIONS):
             await db.execute("DELETE FROM evolink_schema")
             await db.execute("INSERT INTO evolink_schema VALUES (%s)", (len(VERSIONS),))
+
+
+def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> tuple[str, list[Entry]]:
+    """Where the journal lies, and the newest entries of all accounts, newest first; blocks, and changes nothing.
+
+    `words` are those of `Journal.recent`; `since` is in epoch seconds.
+
+    Raises:
+        JournalUnwritable: it cannot be read.
+    """
+    address = Address.of(url)
+    holds = " AND strpos(words, %s) > 0" * len(words)
+    statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{holds} ORDER BY created_at DESC, key LIMIT %s"
+    try:
+        with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as rows:
+            rows.execute(statement.encode(), (since, *map(folded, words), limit))
+            return address.place, readable(rows.fetchall())
+    except psycopg.errors.UndefinedTable:
+        return address.place, []
+    except psycopg.Error as error:
+        raise address.unwritable(said_by(error)) from error

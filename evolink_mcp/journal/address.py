@@ -1,0 +1,65 @@
+"""PostgreSQL's address: how it is reached, and what may be said of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from evolink_mcp.errors import JournalUnwritable
+
+CONNECT_TIMEOUT_S = 5
+# What a server holds that is cut off from the network is free after 7 s; and what the database's owner has set does not
+# loosen what the journal promises.
+OPTIONS = (
+    "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=30s "
+    "-c idle_in_transaction_session_timeout=30s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
+    "-c tcp_keepalives_count=2 -c tcp_user_timeout=7000"
+)
+KEEPALIVES = {"keepalives_idle": 3, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 7000}
+ADVICE = (
+    "Nothing is bought that cannot be written down first. Tell the administrator that the database of "
+    "EVOLINK_MCP_DATABASE_URL cannot be used; then call again."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What libpq connects by, with a password perhaps; and the `place` that people are told."""
+
+    conninfo: str = field(repr=False)
+    place: str
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """The address of a URL of EVOLINK_MCP_DATABASE_URL.
+
+        Raises:
+            JournalUnwritable: it is none.
+        """
+        try:
+            said = conninfo_to_dict(url)
+            more: dict[str, Any] = {
+                "application_name": "evolink-mcp",
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                **KEEPALIVES,
+            }
+            conninfo = make_conninfo(url, **more, options=f"{said.get('options') or ''} {OPTIONS}".strip())
+        except psycopg.ProgrammingError:
+            place = "the database"
+            raise cls("", place).unwritable("its address is not one that PostgreSQL understands") from None
+        host = said.get("host") or said.get("hostaddr") or "this machine"
+        return cls(conninfo, f"the database {said.get('dbname') or said.get('user') or ''} on {host}")
+
+    def unwritable(self, reason: str) -> JournalUnwritable:
+        """The error that names the place and the setting, and never a password."""
+        return JournalUnwritable(
+            f"the journal in {self.place} cannot be used ({reason}); EVOLINK_MCP_DATABASE_URL names it", advice=ADVICE
+        )
+
+
+def said_by(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,0 +1,367 @@
+"""PostgreSQL that ends, restarts, is old or new or not there: one clear line, nothing lost, nobody's work taken twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from conftest import Clock, Open, PlainSimulator, poor_environment
+
+from evolink_mcp.api.task import Task
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
+
+psycopg = pytest.importorskip("psycopg")
+
+from evolink_mcp.journal.database import Database, open_database  # noqa: E402
+from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+SECRET = "s" * 32
+
+
+def entry(journal: PostgresJournal, **more: Any) -> Entry:
+    return Entry(**{"key": new_key(), "owner": journal.owner, "phase": "intent", "created_at": 1.0, "account": "a1",
+                    **more})  # fmt: skip
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await anyio.sleep(0.01)
+
+
+@pytest.fixture
+def url(cluster: Any) -> str:
+    return cluster.database()
+
+
+@pytest.fixture
+async def opened(url: str) -> AsyncIterator[Callable[..., Any]]:
+    """Servers of a team, each with a session of its own."""
+    async with AsyncExitStack() as stack:
+
+        async def server(**more: Any) -> PostgresJournal:
+            return PostgresJournal(await stack.enter_async_context(open_database(url, **more)), "a1")
+
+        yield server
+
+
+def name_of(url: str) -> str:
+    return url.partition("@/")[2].partition("?")[0]
+
+
+def cut(cluster: Any, url: str) -> None:
+    """End every session of this database, as a restart or a broken network does."""
+    with cluster.admin() as db:
+        db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()",
+            (name_of(url),),
+        )
+
+
+# --- a server lives ---
+
+
+async def test_what_a_dead_server_worked_on_is_taken_over_after_a_while_and_not_before(
+    opened: Any, cluster: Any, url: str
+) -> None:
+    dead, heir = await opened(), await opened()
+    await dead.intend(left := entry(dead, caller=dead.owner))
+    assert await heir.adopt() == []
+    await dead._database.close()  # its session ends; nothing was released
+    assert await heir.adopt() == []
+    assert await heir.acquire(left.key) is False
+    with cluster.admin(name_of(url)) as db:
+        db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '3 seconds'")
+        assert await heir.acquire(left.key) is False
+        db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '1 second'")
+    assert await heir.adopt() == [replace(left, owner=heir.owner, caller="")]
+
+
+async def test_a_session_that_is_cut_comes_back_and_nobody_has_taken_anything(
+    opened: Any, cluster: Any, url: str
+) -> None:
+    one, other = await opened(), await opened()
+    stopped: list[str] = []
+    one.when_lost(lambda: stopped.append("one"))
+    await one.intend(mine := entry(one))
+    before = one.owner
+    cut(cluster, url)
+    await until(lambda: one._database._session is None)
+    await until(lambda: one._database._session is not None and other._database._session is not None)
+    assert (one._database.alive, one.owner, stopped) == (True, before, [])
+    assert await other.adopt() == []
+    assert await one.update(replace(mine, phase="sending")) is True
+    with cluster.admin(name_of(url)) as db:
+        assert db.execute("SELECT count(*) FROM evolink_servers WHERE gone_since IS NOT NULL").fetchone() == (0,)
+
+
+async def test_a_server_without_its_database_stops_buys_nothing_and_goes_on_when_it_is_back(
+    opened: Any, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = await opened(stop_after_s=0.6)
+    stopped: list[str] = []
+    one.when_lost(lambda: stopped.append("one"))
+    await one.intend(mine := entry(one))
+    cluster.stop()
+    stopped.clear()
+    try:
+        await until(lambda: stopped)
+        assert one._database.alive is False
+        with pytest.raises(JournalUnwritable, match="EVOLINK_MCP_DATABASE_URL"):
+            await one.intend(entry(one))
+    finally:
+        await anyio.to_thread.run_sync(cluster.start)
+    await until(lambda: one._database.alive)
+    assert await one.by_key(mine.key) == mine
+    assert await one.acquire(mine.key) is True
+    assert {record.message for record in caplog.records if record.levelno == logging.ERROR} == {
+        "the database has not answered for 1 s: this server stops what it works on"
+    }
+
+
+async def test_a_hanging_former_session_is_ended_and_the_lock_is_held_again(opened: Any) -> None:
+    one = await opened()
+    hanging = one._database._session  # it stands there, and nobody hears it any more
+    one._database._session = None
+    one._database._life.cancel()
+    one._database._life = asyncio.create_task(one._database._live())
+    await until(lambda: one._database._session is not None)
+    with pytest.raises(psycopg.OperationalError):
+        await hanging.execute("SELECT 1")
+    await hanging.close()
+    assert one._database.alive
+
+
+async def test_changes_are_told_to_the_servers_of_the_account(opened: Any, url: str) -> None:
+    one, other = await opened(), await opened()
+    async with open_database(url) as third:
+        told: list[tuple[str, str]] = []
+        other.listen(lambda key: told.append(("other", key)))
+        PostgresJournal(third, "b2").listen(lambda key: told.append(("b2", key)))
+        await one.intend(mine := entry(one))
+        await one.update(replace(mine, phase="sending"))
+        await one.intend(unmarked := entry(one, account=""))
+        await until(lambda: len(told) == 4)
+    assert sorted(told) == sorted(
+        [("other", mine.key), ("other", mine.key), ("other", unmarked.key), ("b2", unmarked.key)]
+    )
+
+
+# --- what is true ---
+
+
+@pytest.mark.parametrize("guess", [None, "task-unified-guess"])
+async def test_an_id_that_was_told_is_written_even_if_another_server_has_taken_the_entry(
+    opened: Any, guess: str | None
+) -> None:
+    one, other = await opened(), await opened()
+    await one.intend(mine := entry(one))
+    await one.update(sent := replace(mine, phase="sending"))
+    await one.release(mine.key)
+    assert await other.acquire(mine.key)
+    taken = replace(sent, owner=other.owner)
+    if guess is not None:
+        taken = replace(taken, phase="submitted", task=Task(guess, "pending"), error=ADOPTED)
+    assert await other.update(taken)
+    told = replace(sent, phase="submitted", task=Task("task-unified-told", "pending"))
+    assert await one.update(told) is True
+    assert await one.by_key(mine.key) == told
+    assert await other.update(replace(taken, phase="unknown")) is False
+
+
+async def test_what_another_server_knows_for_certain_is_not_overwritten(opened: Any) -> None:
+    one, other = await opened(), await opened()
+    await one.intend(mine := entry(one))
+    await one.release(mine.key)
+    assert await other.acquire(mine.key)
+    known = replace(mine, owner=other.owner, phase="submitted", task=Task("task-unified-known", "completed"))
+    assert await other.update(known)
+    assert await one.update(replace(mine, phase="submitted", task=Task("task-unified-other", "pending"))) is False
+    assert await one.update(replace(mine, phase="sending")) is False
+    assert await one.by_key(mine.key) == known
+
+
+async def test_what_is_asked_for_one_entry_happens_in_that_order(opened: Any) -> None:
+    """A caller that is cancelled leaves a write behind: what is written after it must not come before it."""
+    one = await opened()
+    await one.intend(mine := entry(one))
+    phases: list[Any] = ["sending", "intent", "sending", "unsent"]
+    for phase in phases:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await one.update(replace(mine, phase=phase))
+        assert scope.cancelled_caught
+    assert await one.update(replace(mine, phase="refused"))
+    found = await one.by_key(mine.key)
+    assert found is not None
+    assert found.phase == "refused"
+
+
+async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
+    bought: list[float | None] = []
+
+    async def buys() -> None:
+        async with open_database(url) as database:
+            journal = PostgresJournal(database, "a1")
+            bought.extend([await journal.intend(entry(journal, estimate=1.0), cap=50.0) for _ in range(20)])
+
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(buys)
+    assert bought.count(None) == 50
+
+
+# --- its tables ---
+
+
+async def test_servers_that_start_together_make_the_tables_once(url: str, cluster: Any) -> None:
+    numbers: set[str] = set()
+
+    async def starts() -> None:
+        async with open_database(url) as database:
+            numbers.add(database.owner)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(6):
+            group.start_soon(starts)
+    assert len(numbers) == 6
+    with cluster.admin(name_of(url)) as db:
+        assert db.execute("SELECT version FROM evolink_schema").fetchall() == [(1,)]
+
+
+async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) -> None:
+    async with open_database(url):
+        pass
+    with cluster.admin(name_of(url)) as db:
+        db.execute("UPDATE evolink_schema SET version = 99")
+        with pytest.raises(JournalUnwritable, match="of version 99 and this program knows 1: a newer version"):
+            await Database(url).open()
+        assert db.execute("SELECT version FROM evolink_schema").fetchall() == [(99,)]
+
+
+# --- an address that is wrong ---
+
+
+def silent_port() -> int:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return closed.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", [[], ["http", "--port", "0"], ["tasks"]])
+@pytest.mark.parametrize("wrong", ["nobody listens", "no such database", "no address"])
+async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
+    command: list[str], wrong: str, cluster: Any, tmp_path: Path
+) -> None:
+    address = {
+        "nobody listens": f"postgresql://team:canary-word@127.0.0.1:{silent_port()}/evolink",
+        "no such database": cluster.url("nowhere").replace("postgres@", "postgres:canary-word@"),
+        "no address": "postgresql://team:canary-word@127.0.0.1:port/evolink",
+    }[wrong]
+    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
+                           EVOLINK_API_KEY="sk-canary-0123456789")  # fmt: skip
+    # The host keeps stdin open.
+    async with await anyio.open_process([sys.executable, "-m", "evolink_mcp", *command], env=env) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = b"".join([chunk async for chunk in process.stderr]).decode()
+        assert (await process.wait(), [chunk async for chunk in process.stdout]) == (1, [])
+    lines = [line for line in said.splitlines() if line]
+    assert len(lines) == 1, said
+    assert "EVOLINK_MCP_DATABASE_URL" in lines[0]
+    assert "canary-word" not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"EVOLINK_MCP_DATABASE_URL": "mysql://x/y", "EVOLINK_MCP_SECRET": SECRET}, "must begin with postgresql://"),
+        ({"EVOLINK_MCP_DATABASE_URL": "postgresql:///x"}, "needs EVOLINK_MCP_SECRET"),
+        ({"EVOLINK_MCP_DATABASE_URL": "postgresql:///x", "EVOLINK_MCP_SECRET": "short"}, "32 characters or more"),
+    ],
+)
+async def test_a_setting_that_cannot_be_used_is_named(settings: dict[str, str], told: str, tmp_path: Path) -> None:
+    run = await anyio.run_process(
+        [sys.executable, "-m", "evolink_mcp"], env=poor_environment(tmp_path, **settings), check=False
+    )
+    assert (run.returncode, told in run.stderr.decode(), "short" in run.stderr.decode()) == (2, True, False)
+
+
+# --- an order meets it ---
+
+
+@pytest.fixture
+def in_postgres(open_world: Open, url: str) -> Callable[..., Any]:
+    team = {"EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": SECRET}
+    return lambda **more: open_world(team, **more)
+
+
+async def test_an_id_that_came_while_the_database_was_gone_is_delivered_and_written_later(
+    in_postgres: Any, cluster: Any
+) -> None:
+    clock = Clock()
+
+    class EndsTheDatabase(PlainSimulator):
+        def create(self, *args: Any, **more: Any) -> Any:
+            reply = super().create(*args, **more)
+            cluster.stop()
+            return reply
+
+    simulator = EndsTheDatabase(clock=clock, duration_s=0)
+    async with in_postgres(simulator=simulator, clock=clock) as world, world.client() as client:
+        answer = await client.call_tool("generate_image", WISH)
+        facts = answer.structured_content
+        assert (facts["status"], facts["charged"]) == ("completed", "yes")
+        refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
+        assert refused.structured_content["error"]["code"] == "journal_unwritable"
+        assert (await client.call_tool("compute_size", {"size": "16:9"})).is_error is False
+        await anyio.to_thread.run_sync(cluster.start)
+        while not (found := await _entry_of(world.studio, facts["task_id"])):
+            await anyio.sleep(0.05)
+        assert (found.phase, found.charged) == ("submitted", "yes")
+        assert world.posts == 1
+
+
+async def _entry_of(studio: Any, task_id: str) -> Entry | None:
+    try:
+        return await studio.journal.by_task(task_id)
+    except JournalUnwritable:
+        return None
+
+
+async def test_another_servers_result_comes_at_once(in_postgres: Any) -> None:
+    """A watcher is told of the change; it does not wait for its next look."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=3600)
+
+    async def never(_: float) -> None:
+        await anyio.sleep_forever()
+
+    async with in_postgres(simulator=simulator, clock=clock) as one:
+        async with one.client() as client:
+            bought = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        async with in_postgres(simulator=simulator, clock=clock, pause=never) as other, other.client() as client:
+            got: list[Any] = []
+
+            async def asks() -> None:
+                got.append(await client.call_tool("get_task", {"task_id": bought["task_id"], "wait_seconds": 600}))
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(asks)
+                await until(lambda: other.studio._workshop.jobs)
+                for task in simulator.tasks.values():
+                    task.duration = 0
+            assert got[0].structured_content["status"] == "completed"
+    assert one.posts == 1
