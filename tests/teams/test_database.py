@@ -119,7 +119,7 @@ async def test_a_server_without_its_database_stops_buys_nothing_and_goes_on_when
     try:
         await until(lambda: stopped)
         assert one._database.alive is False
-        with pytest.raises(JournalUnwritable, match="EVOLINK_MCP_DATABASE_URL"):
+        with pytest.raises(JournalUnwritable, match=r"the session with it was lost.*EVOLINK_MCP_DATABASE_URL"):
             await one.intend(entry(one))
     finally:
         await anyio.to_thread.run_sync(cluster.start)
@@ -195,18 +195,21 @@ async def test_what_another_server_knows_for_certain_is_not_overwritten(opened: 
 
 async def test_what_is_asked_for_one_entry_happens_in_that_order(opened: Any) -> None:
     """A caller that is cancelled leaves a write behind: what is written after it must not come before it."""
-    one = await opened()
-    await one.intend(mine := entry(one))
-    phases: list[Any] = ["sending", "intent", "sending", "unsent"]
-    for phase in phases:
-        with anyio.CancelScope() as scope:
-            scope.cancel()
-            await one.update(replace(mine, phase=phase))
-        assert scope.cancelled_caught
-    assert await one.update(replace(mine, phase="refused"))
-    found = await one.by_key(mine.key)
-    assert found is not None
-    assert found.phase == "refused"
+    database = (await opened())._database
+    done: list[str] = []
+
+    async def slow(_: Any) -> None:
+        await anyio.sleep(0.1)
+        done.append("slow")
+
+    async def quick(_: Any) -> None:
+        done.append("quick")
+
+    with anyio.move_on_after(0.01) as scope:
+        await database.run(slow, key="a")
+    await database.run(quick, key="b")
+    await database.run(quick, key="a")
+    assert (scope.cancelled_caught, done) == (True, ["quick", "slow", "quick"])
 
 
 async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
@@ -365,3 +368,27 @@ async def test_another_servers_result_comes_at_once(in_postgres: Any) -> None:
                     task.duration = 0
             assert got[0].structured_content["status"] == "completed"
     assert one.posts == 1
+
+
+async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
+    in_postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=3600)
+    async with in_postgres(simulator=simulator, clock=clock) as world, world.client() as client:
+        journal = world.studio.journal
+        await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        (job,) = world.studio._workshop.jobs
+        await until(lambda: job.following)
+
+        async def taken(_: str) -> bool:
+            return False
+
+        monkeypatch.setattr(journal, "acquire", taken)
+        journal._database._lost()
+        await until(lambda: job.elsewhere)
+        assert (job.following, job.finished) == (None, False)
+        monkeypatch.undo()
+        job.wake()
+        await until(lambda: job.following)
+        assert not job.elsewhere
