@@ -151,7 +151,7 @@ def _http(options: Namespace) -> int:
                 return await serve_app(app, options.host, options.port, leave_in_time, ready)
         code = 1
         async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
-            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database), HEALTH)
+            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database=database), HEALTH)
             for tenant in tokens.tenants:  # what they left unfinished goes on
                 group.start_soon(tenants.app, tenant)
             app = door(tenants, options.allowed_host, tokens)

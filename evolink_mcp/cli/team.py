@@ -45,8 +45,9 @@ async def open_tenant(
     tenant: Tenant,
     settings: Settings,
     make_app: Callable[[MCPServer[Any]], Any],
-    database: Database | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
+    *,
+    database: Database | None = None,
 ) -> AsyncGenerator[Any]:
     """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
 

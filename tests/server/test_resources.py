@@ -154,6 +154,7 @@ async def test_what_lies_where_a_picture_was_is_not_given_away(world: World, cha
     assert image["url"] in refusal.value.message
 
 
+@pytest.mark.journal_file
 async def test_resources_work_without_a_key_and_without_a_journal(open_world: Open, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     data = str(tmp_path / "file" / "data")

@@ -71,6 +71,7 @@ async def test_while_evolink_refuses_the_caller_is_told_that_it_goes_on(open_wor
     assert any("402" in note for note in facts["notes"])
 
 
+@pytest.mark.journal_file
 @pytest.mark.parametrize("times", [4, 14])
 async def test_a_picture_host_that_fails_for_a_while_costs_no_picture(open_world: Open, times: int) -> None:
     clock = Clock()

@@ -120,6 +120,7 @@ async def left_by_the_released_version(folder: Path, task_id: str, clock: Clock,
     return entry
 
 
+@pytest.mark.journal_file
 async def test_an_unmarked_entry_belongs_to_the_key_that_evolink_accepts(open_world: Open, tmp_path: Path) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
@@ -252,6 +253,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
     assert (writes, len(one.files)) == ([], 1)
 
 
+@pytest.mark.journal_file
 async def test_an_owner_whose_lock_file_was_deleted_is_not_dead(open_world: Open, tmp_path: Path) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
@@ -542,6 +544,7 @@ async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
     assert (len(world.files), bought(simulator)) == (2, 1)
 
 
+@pytest.mark.journal_file
 async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_name(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)

@@ -128,6 +128,7 @@ async def test_a_picture_that_was_moved_away_is_fetched_again_while_its_link_liv
     assert world.posts == 1
 
 
+@pytest.mark.journal_file
 @pytest.mark.parametrize(("phase", "charged"), [("intent", "no"), ("sending", "unknown")])
 async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
     open_world: Open, tmp_path: Any, phase: Any, charged: str
