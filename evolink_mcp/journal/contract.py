@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What one server of an account tells the others: an entry has changed, or a call was cancelled by its client.
+
+    `key` and `task_id` are the entry's. `task` is what EvoLink has told of it and nobody writes down: the progress.
+    `call` names a call: its client's session, and the id of the request.
+    """
+
+    key: str = ""
+    task_id: str | None = None
+    task: Task | None = None
+    call: tuple[str, str | int] | None = None
+
+
+Hear = Callable[[News], None]
 
 
 class Journal(Protocol):
@@ -42,8 +61,12 @@ class Journal(Protocol):
         """How often a server looks for what dead ones left, in seconds; None: only when somebody calls."""
         ...
 
-    def listen(self, hear: Callable[[str], None]) -> None:
-        """Call `hear` with the key of each entry of this account that changes, where that can be known."""
+    def listen(self, hear: Hear) -> None:
+        """Call `hear` with whatever other servers of this account tell, where that can be known."""
+        ...
+
+    async def tell(self, news: News) -> None:
+        """Tell the account's other servers, where that can be done. A changed entry is told by itself."""
         ...
 
     def when_lost(self, stop: Callable[[], None]) -> None:

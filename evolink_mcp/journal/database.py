@@ -8,6 +8,7 @@ They wait `GRACE_S` more before they take over what it worked on. A server that 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -31,6 +32,7 @@ LOCKS = 0x65766F6C
 GRACE_S = 4.0
 STOP_AFTER_S = 3.0
 AGAIN_AFTER_S, CLOSE_WITHIN_S = 0.5, 2.0
+TOLD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
 POOL_SIZE, POOL_TIMEOUT_S = 10, 10.0
 
 
@@ -53,7 +55,7 @@ class Database:
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
             open=False, check=_check,
         )  # fmt: skip
-        self._listeners: list[tuple[str, Callable[[str], None]]] = []
+        self._listeners: list[tuple[str, Callable[[dict[str, Any]], None]]] = []
         self._stops: list[Callable[[], None]] = []
         self._last: dict[str, asyncio.Task[Any]] = {}
         self._running: set[asyncio.Task[Any]] = set()
@@ -64,9 +66,19 @@ class Database:
         """This server's mark on what it works on."""
         return f"server-{self._number}"
 
-    def listen(self, account: str, hear: Callable[[str], None]) -> None:
-        """Call `hear` with the key of every entry of this account that changes."""
+    def listen(self, account: str, hear: Callable[[dict[str, Any]], None]) -> None:
+        """Call `hear` with whatever other servers tell the servers of this account."""
         self._listeners.append((account, hear))
+
+    async def tell(self, account: str, told: dict[str, Any]) -> None:
+        """Tell the other servers of this account; what is too long for PostgreSQL is left out.
+
+        Raises:
+            JournalUnwritable: the database is gone.
+        """
+        said = f"{account} {json.dumps({'by': self.owner, **told})}"
+        if len(said) <= TOLD_MAX_BYTES:
+            await self.run(lambda db: db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, said)))
 
     def when_lost(self, stop: Callable[[], None]) -> None:
         """Call `stop` when this server must not work on what it owned any longer."""
@@ -206,10 +218,17 @@ class Database:
             stop()
 
     def _heard(self, notify: psycopg.Notify) -> None:
-        account, _, key = notify.payload.partition(" ")
+        account, _, said = notify.payload.partition(" ")
+        try:
+            told: dict[str, Any] = json.loads(said)
+            if told.pop("by", "") == self.owner:
+                return
+        except (ValueError, AttributeError):
+            log.warning("something was told on the channel %s that is none of ours", CHANNEL)
+            return
         for of, hear in self._listeners:
             if account in ("", of):
-                hear(key)
+                hear(told)
 
     async def _shut(self) -> None:
         self.alive = False

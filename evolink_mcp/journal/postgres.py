@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from psycopg import errors
 from psycopg.rows import DictRow
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown
+from evolink_mcp.journal.contract import Hear, News
 from evolink_mcp.journal.database import Connection, Database
 from evolink_mcp.journal.entry import ADOPTED, Entry
-from evolink_mcp.journal.rows import COLUMNS, STATE, folded, readable, searched, visible
+from evolink_mcp.journal.rows import COLUMNS, STATE, folded, readable, searched, task_of, visible
+
+log = logging.getLogger(__name__)
 
 # A change is told at once; a watcher reads again by itself for what a broken session did not hear.
 REREAD_S = 10.0
@@ -58,8 +62,19 @@ class PostgresJournal:
     def owner(self) -> str:
         return self._database.owner
 
-    def listen(self, hear: Callable[[str], None]) -> None:
-        self._database.listen(self.account, hear)
+    def listen(self, hear: Hear) -> None:
+        def told(said: dict[str, Any]) -> None:
+            try:
+                news = _news(said)
+            except (TypeError, ValueError, KeyError, AttributeError):
+                log.info("another version of evolink-mcp told something that this one does not understand")
+            else:
+                hear(news)
+
+        self._database.listen(self.account, told)
+
+    async def tell(self, news: News) -> None:
+        await self._database.tell(self.account, {name: value for name, value in asdict(news).items() if value})
 
     def when_lost(self, stop: Callable[[], None]) -> None:
         self._database.when_lost(stop)
@@ -275,6 +290,16 @@ class PostgresJournal:
                 f"UPDATE evolink_entries SET owner = %s WHERE {left} RETURNING *".encode(), (self.owner,)
             )
             return sorted(await rows.fetchall(), key=lambda row: row["created_at"])
+
+
+def _news(told: dict[str, Any]) -> News:
+    task, call = told.get("task"), told.get("call")
+    return News(
+        key=told.get("key", ""),
+        task_id=told.get("task_id"),
+        task=task_of(task) if task else None,
+        call=(call[0], call[1]) if call else None,
+    )
 
 
 def _values(entry: Entry, columns: dict[str, Value]) -> list[Any]:

@@ -63,7 +63,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         account=row["account"],
         caller=row["caller"],
         delivered_at=row["delivered_at"],
-        task=_task(json.loads(task)) if task else None,
+        task=task_of(json.loads(task)) if task else None,
         error=Problem(**json.loads(error)) if error else None,
         pictures=tuple(Picture(**picture) for picture in json.loads(row["pictures"])),
         rule=row["rule"],
@@ -108,6 +108,7 @@ def searched(request: Any, pictures: Any, save_as: str | None, task_id: str | No
     return [folded(str(text)) for text in (request.get("prompt", ""), *names, save_as or "", task_id or "")]
 
 
-def _task(data: dict[str, Any]) -> Task:
+def task_of(data: dict[str, Any]) -> Task:
+    """The task of its fields, as `dataclasses.asdict` gives them."""
     error, results = data.pop("error"), data.pop("results")
     return Task(**data, results=tuple(results), error=TaskError(**error) if error else None)

@@ -12,7 +12,7 @@ from evolink_mcp.journal.address import Address, said_by
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.rows import folded, readable
 
-# Whatever a caller could see of an entry is told on this channel as "account key".
+# Whatever a caller could see of an entry is told on this channel: "account {JSON}", where `by` is the server that did it.
 CHANNEL = "evolink_mcp"
 VERSIONS = (
     f"""
@@ -42,7 +42,12 @@ VERSIONS = (
         account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)
     );
     CREATE FUNCTION evolink_tell() RETURNS trigger LANGUAGE plpgsql AS $$
-        BEGIN PERFORM pg_notify('{CHANNEL}', NEW.account || ' ' || NEW.key); RETURN NULL; END
+        BEGIN
+            PERFORM pg_notify('{CHANNEL}', NEW.account || ' ' || json_build_object(
+                'by', CASE WHEN NEW.owner = '' AND TG_OP = 'UPDATE' THEN OLD.owner ELSE NEW.owner END,
+                'key', NEW.key, 'task_id', NEW.task_id));
+            RETURN NULL;
+        END
     $$;
     CREATE TRIGGER evolink_changed AFTER INSERT OR UPDATE OF phase, task, error, pictures, owner ON evolink_entries
         FOR EACH ROW EXECUTE FUNCTION evolink_tell();

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown
+from evolink_mcp.journal.contract import Hear, News
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
 from evolink_mcp.journal.migrations import transaction
@@ -55,8 +56,11 @@ class SqliteJournal:
         """Where a damaged journal was moved to, if one was found."""
         return self._file.set_aside
 
-    def listen(self, hear: Callable[[str], None]) -> None:
+    def listen(self, hear: Hear) -> None:
         pass  # SQLite tells nobody of a change: `reread_s` is short
+
+    async def tell(self, news: News) -> None:
+        pass
 
     def when_lost(self, stop: Callable[[], None]) -> None:
         pass  # the lock that shows that this server lives ends with its process, and not before

@@ -104,11 +104,10 @@ def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
     bus, wire = server._subscriptions, server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - see above
     watchers = _Watchers()
 
-    async def tell(entry: Entry) -> None:
-        if entry.task_id is not None:
-            uri = TASK_URI + entry.task_id
-            await bus.publish(ResourceUpdated(uri=uri))
-            await watchers.tell(uri)
+    async def tell(task_id: str) -> None:
+        uri = TASK_URI + task_id
+        await bus.publish(ResourceUpdated(uri=uri))
+        await watchers.tell(uri)
 
     studio.subscribe(tell)
     wire.add_request_handler("resources/subscribe", SubscribeRequestParams, watchers.subscribe)

@@ -11,7 +11,7 @@ import anyio
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
-from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.contract import Journal, News
 from evolink_mcp.journal.entry import Entry, Phase, Picture, new_key
 from evolink_mcp.studio.jobs import Job, Sleep
 
@@ -22,7 +22,7 @@ TAKEN = "another server works on this order"
 
 
 class Recorder:
-    """Hears of everything that happens to a job. `announce` is called with every new state of an entry.
+    """Hears of everything that happens to a job. `announce` is called with the task of every new state.
 
     Only `sending` refuses when the journal cannot be written. Afterwards the purchase is on disk already and the
     pictures are in their folder, so the caller gets the result, and what could not be written is written as soon as
@@ -32,7 +32,7 @@ class Recorder:
     other.
     """
 
-    def __init__(self, journal: Journal, announce: Callable[[Entry], None]) -> None:
+    def __init__(self, journal: Journal, announce: Callable[[str], None]) -> None:
         self._journal = journal
         self._announce = announce
         self._unwritten: dict[str, Job] = {}
@@ -100,10 +100,16 @@ class Recorder:
         settles = before is None or (before.status != task.status and task.settled)
         if unmarked or settles or (before is not None and before.results != task.results):
             await self._write(job, entry, self._journal.update)
+        elif before != task:
+            await self.softly(self._journal.tell(News(entry.key, task.id, task)))
 
     def seen_elsewhere(self, job: Job, entry: Entry) -> None:
         """Another server has changed the entry that this job watches; nothing is written."""
         self._changed(job, entry)
+
+    def told_elsewhere(self, task_id: str) -> None:
+        """Another server has changed the entry of this task, which no job here is about."""
+        self._announce(task_id)
 
     def pictures_expected(self, job: Job, pictures: tuple[Picture, ...]) -> None:
         """These pictures are about to be fetched. They follow from the task, so nothing is written."""
@@ -175,4 +181,5 @@ class Recorder:
 
     def _changed(self, job: Job, entry: Entry) -> None:
         job.change_to(entry)
-        self._announce(entry)
+        if entry.task_id is not None:
+            self._announce(entry.task_id)

@@ -37,7 +37,7 @@ SUBMIT_GRACE_S, GIVING_UP_S = 1.0, 0.3
 CLOSE_GRACE_S = 0.3
 SYNC_WAITS_S = 15.0
 
-Subscriber = Callable[[Entry], Awaitable[None]]
+Subscriber = Callable[[str], Awaitable[None]]
 
 
 class Studio:
@@ -277,7 +277,7 @@ class Studio:
         return await self.client.balance()
 
     def subscribe(self, subscriber: Subscriber) -> None:
-        """Call `subscriber` with every new state of every entry; what it raises is logged and ends nothing."""
+        """Call `subscriber` with the id of every task whose state changes; what it raises is logged and ends nothing."""
         self._subscribers.append(subscriber)
 
     def _need_key(self) -> None:
@@ -300,9 +300,9 @@ class Studio:
                 return job
         return None
 
-    def _announce(self, entry: Entry) -> None:
+    def _announce(self, task_id: str) -> None:
         for subscriber in self._subscribers:
-            self._group.start_soon(guarded, subscriber, entry)
+            self._group.start_soon(guarded, subscriber, task_id)
 
     async def _recover_later(self) -> None:
         with anyio.move_on_after(RECOVER_AFTER_S):

@@ -14,7 +14,7 @@ import anyio.abc
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected, TaskKnown
-from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.contract import Journal, News
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.collect import Collector
 from evolink_mcp.studio.jobs import Job, Sleep, guarded
@@ -60,7 +60,7 @@ class Workshop:
         self._taken: set[str] = set()  # keys of the entries that were taken over
         self._later: set[str] = set()  # and of those that are to be tried again
         self._tries: dict[str, int] = {}
-        journal.listen(self._changed_elsewhere)
+        journal.listen(self._heard)
         journal.when_lost(self._stop)
 
     async def take_over(self) -> None:
@@ -205,8 +205,15 @@ class Workshop:
         if job.entry.has_work(self._clock()) or job.copy_as is not None:
             await self._go_on(job)
 
-    def _changed_elsewhere(self, key: str) -> None:
-        if (job := self.running(key)) is not None and job.elsewhere:
+    def _heard(self, news: News) -> None:
+        """Another server of this account has done something."""
+        job = self.running(news.key)
+        if job is None:
+            if news.task_id is not None:
+                self._recorder.told_elsewhere(news.task_id)
+        elif job.elsewhere and news.task is not None:
+            self._recorder.seen_elsewhere(job, replace(job.entry, task=news.task))
+        elif job.elsewhere:
             job.wake()
 
     def _stop(self) -> None:

@@ -19,6 +19,7 @@ from conftest import Clock, Open, PlainSimulator, poor_environment
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.contract import News
 from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
 
 psycopg = pytest.importorskip("psycopg")
@@ -144,19 +145,30 @@ async def test_a_hanging_former_session_is_ended_and_the_lock_is_held_again(open
     assert one._database.alive
 
 
-async def test_changes_are_told_to_the_servers_of_the_account(opened: Any, url: str) -> None:
+async def test_changes_are_told_to_the_other_servers_of_the_account(opened: Any, url: str) -> None:
     one, other = await opened(), await opened()
     async with open_database(url) as third:
-        told: list[tuple[str, str]] = []
-        other.listen(lambda key: told.append(("other", key)))
-        PostgresJournal(third, "b2").listen(lambda key: told.append(("b2", key)))
+        told: list[tuple[str, News]] = []
+        for name, journal in (("one", one), ("other", other), ("b2", PostgresJournal(third, "b2"))):
+            journal.listen(lambda news, name=name: told.append((name, news)))
         await one.intend(mine := entry(one))
-        await one.update(replace(mine, phase="sending"))
+        task = Task("task-unified-1", "pending")
+        await one.update(replace(mine, phase="submitted", task=task))
+        await one.release(mine.key)
         await one.intend(unmarked := entry(one, account=""))
-        await until(lambda: len(told) == 4)
-    assert sorted(told) == sorted(
-        [("other", mine.key), ("other", mine.key), ("other", unmarked.key), ("b2", unmarked.key)]
-    )
+        progress = News(mine.key, task.id, replace(task, progress=40.0))
+        await one.tell(progress)
+        await one.tell(News(mine.key, task.id, replace(task, results=("https://x.example/" + "x" * 9000,))))
+        await one._database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 nonsense')"))
+        await one._database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 {\"task\": {\"x\": 1}}')"))
+        await other.tell(News(call=("session x", 7)))
+        await until(lambda: len(told) == 7)
+    changed = News(mine.key, task.id)
+    assert [news for name, news in told if name == "other"] == [
+        News(mine.key), changed, changed, News(unmarked.key), progress
+    ]  # fmt: skip
+    assert [news for name, news in told if name == "b2"] == [News(unmarked.key)]
+    assert [news for name, news in told if name == "one"] == [News(call=("session x", 7))]
 
 
 # --- what is true ---
@@ -392,3 +404,47 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
         job.wake()
         await until(lambda: job.following)
         assert not job.elsewhere
+
+
+async def test_progress_and_changes_reach_who_watches_at_another_server(
+    in_postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=3600)
+
+    async def never(_: float) -> None:
+        await anyio.sleep_forever()
+
+    async with (
+        in_postgres(simulator=simulator, clock=clock) as one,
+        in_postgres(simulator=simulator, clock=clock, pause=never) as other,
+        one.client() as buyer,
+        other.client() as watcher,
+    ):
+        changed: list[str] = []
+
+        async def hears(task_id: str) -> None:
+            changed.append(task_id)
+
+        other.studio.subscribe(hears)
+        bought = (await buyer.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        await until(lambda: bought["task_id"] in changed)
+        shown: list[float] = []
+        looks: list[str] = []
+        look = other.studio.client.task
+
+        async def counted(task_id: str) -> Task:
+            looks.append(task_id)
+            return await look(task_id)
+
+        monkeypatch.setattr(other.studio.client, "task", counted)
+
+        async def show(progress: float, total: float | None, message: str | None) -> None:
+            shown.append(progress)
+
+        answer = await watcher.call_tool(
+            "get_task", {"task_id": bought["task_id"], "wait_seconds": 600}, progress_callback=show
+        )
+    assert answer.structured_content["status"] == "completed"
+    assert len(looks) <= 1  # all that it knows later, the other server has told it
+    assert len(set(shown)) > 1
