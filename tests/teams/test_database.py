@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from conftest import Clock, Open, PlainSimulator, poor_environment
+from conftest import Clock, HeldClock, Open, PlainSimulator, poor_environment
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable
@@ -29,6 +29,7 @@ from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+SLOW = {**WISH, "prompt": "a fox"}
 SECRET = "s" * 32
 
 
@@ -366,7 +367,7 @@ async def test_another_servers_result_comes_at_once(in_postgres: Any) -> None:
 
     async with in_postgres(simulator=simulator, clock=clock) as one:
         async with one.client() as client:
-            bought = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+            bought = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         async with in_postgres(simulator=simulator, clock=clock, pause=never) as other, other.client() as client:
             got: list[Any] = []
 
@@ -389,7 +390,7 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
     simulator = PlainSimulator(clock=clock, duration_s=3600)
     async with in_postgres(simulator=simulator, clock=clock) as world, world.client() as client:
         journal = world.studio.journal
-        await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})
         (job,) = world.studio._workshop.jobs
         await until(lambda: job.following)
 
@@ -409,7 +410,8 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
 async def test_progress_and_changes_reach_who_watches_at_another_server(
     in_postgres: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock()
+    clock = HeldClock()
+    clock.held = True
     simulator = PlainSimulator(clock=clock, duration_s=3600)
 
     async def never(_: float) -> None:
@@ -422,14 +424,15 @@ async def test_progress_and_changes_reach_who_watches_at_another_server(
         other.client() as watcher,
     ):
         changed: list[str] = []
+        seen: set[float | None] = set()
 
         async def hears(task_id: str) -> None:
             changed.append(task_id)
+            seen.update(job.entry.task.progress for job in other.studio._workshop.jobs if job.entry.task)
 
         other.studio.subscribe(hears)
-        bought = (await buyer.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        bought = (await buyer.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         await until(lambda: bought["task_id"] in changed)
-        shown: list[float] = []
         looks: list[str] = []
         look = other.studio.client.task
 
@@ -439,12 +442,17 @@ async def test_progress_and_changes_reach_who_watches_at_another_server(
 
         monkeypatch.setattr(other.studio.client, "task", counted)
 
-        async def show(progress: float, total: float | None, message: str | None) -> None:
-            shown.append(progress)
+        answers: list[Any] = []
 
-        answer = await watcher.call_tool(
-            "get_task", {"task_id": bought["task_id"], "wait_seconds": 600}, progress_callback=show
-        )
+        async def asks() -> None:
+            answers.append(await watcher.call_tool("get_task", {"task_id": bought["task_id"], "wait_seconds": 600}))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(asks)
+            await until(lambda: looks)
+            clock.held = False
+            clock.go_on.set()
+    (answer,) = answers
     assert answer.structured_content["status"] == "completed"
     assert len(looks) <= 1  # all that it knows later, the other server has told it
-    assert len(set(shown)) > 1
+    assert len(seen) > 3
