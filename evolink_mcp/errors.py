@@ -4,6 +4,7 @@ EvolinkError
 ├── Refused                 stopped here: nothing was sent, nothing was charged
 │   ├── KeyMissing          no API key is set
 │   ├── OverBudget          the computed price is above a cap
+│   │   └── TooManyRunning  as many tasks are under way as may be
 │   ├── JournalUnwritable   the journal cannot be written, so nothing may be bought
 │   ├── ReferenceRefused    a local picture may not or cannot be used
 │   ├── TaskUnknown         there is no such task here
@@ -92,6 +93,17 @@ class OverBudget(Refused):
     """The computed price is above a cap."""
 
     code = "over_budget"
+
+
+class TooManyRunning(OverBudget):
+    """As many tasks are under way as may be."""
+
+    code = "too_many_running"
+    retryable = True
+    advice = "Wait for one of them with get_task, then call again."
+
+    def __init__(self, under_way: int, most: int) -> None:
+        super().__init__(f"as many tasks are under way as may be ({under_way} of {most})")
 
 
 class JournalUnwritable(Refused):

@@ -141,13 +141,13 @@ def _http(options: Namespace) -> int:
             print("evolink-mcp: without --allowed-host NAME it answers only to names of this machine", file=sys.stderr)
         print(f"evolink-mcp serves http://{host}:{options.port}/{path}: {who} may spend your credits", file=sys.stderr)
 
-    def app_of(server: Any) -> Any:
-        return web_app(server, options.command, options.host, options.allowed_host)
+    def app_of(server: Any, journal: Any) -> Any:
+        return web_app(server, journal, options.command, options.host, options.allowed_host)
 
     async def serve() -> int:
         if tokens is None:
             async with open_studio(settings, remote=True) as studio:
-                app = door(app_of(server_for(studio, settings)), options.allowed_host)
+                app = door(app_of(server_for(studio, settings), studio.journal), options.allowed_host)
                 return await serve_app(app, options.host, options.port, leave_in_time, ready)
         code = 1
         async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:

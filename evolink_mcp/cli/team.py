@@ -12,6 +12,7 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio, server_for
+from evolink_mcp.journal.contract import Journal
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.transports.auth import Tenant
 from evolink_mcp.transports.tenants import lifespan
@@ -44,7 +45,7 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
 async def open_tenant(
     tenant: Tenant,
     settings: Settings,
-    make_app: Callable[[MCPServer[Any]], Any],
+    make_app: Callable[[MCPServer[Any], Journal], Any],
     transport: httpx.AsyncBaseTransport | None = None,
     *,
     database: Database | None = None,
@@ -57,6 +58,6 @@ async def open_tenant(
     async with open_studio(
         its, remote=True, tenant=tenant.name, shared=tenant.shares_account, database=database, transport=transport
     ) as studio:
-        app = make_app(server_for(studio, its))
+        app = make_app(server_for(studio, its), studio.journal)
         async with lifespan(app):
             yield app

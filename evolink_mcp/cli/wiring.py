@@ -101,4 +101,5 @@ def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:
         preview_edge=settings.preview_edge,
         resource_links=settings.resource_links,
         published=TOOL_NAMES if settings.tools is None else settings.tools,
+        secret=settings.secret,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.rows import task_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,21 @@ class News:
     task_id: str | None = None
     task: Task | None = None
     call: tuple[str, str | int] | None = None
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> News:
+        """The news of its fields, as `dataclasses.asdict` gives them; a field that is left out is empty.
+
+        Raises:
+            TypeError, ValueError, KeyError, AttributeError: they make no sense.
+        """
+        task, call = told.get("task"), told.get("call")
+        return cls(
+            key=told.get("key", ""),
+            task_id=told.get("task_id"),
+            task=task_of(task) if task else None,
+            call=(call[0], call[1]) if call else None,
+        )
 
 
 Hear = Callable[[News], None]
@@ -73,13 +89,17 @@ class Journal(Protocol):
         """Call `stop` when other servers are about to take this one for dead: it must stop what it works on."""
         ...
 
-    async def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
+    async def intend(
+        self, entry: Entry, *, since: float = 0.0, cap: float | None = None, running: int | None = None
+    ) -> float | None:
         """Write a new entry, before anything is sent.
 
         With a `cap`, the credits spent since `since` and the entry's estimate together must not exceed it. Both happen
         in one transaction. If they do exceed it, nothing is written and the credits already spent are returned.
+        `running`: how many of the account's tasks may be under way, this one included.
 
         Raises:
+            TooManyRunning: more would be under way; nothing is written.
             TaskKnown: another entry of the account has this task.
         """
         ...

@@ -11,11 +11,11 @@ from typing import Any
 from psycopg import errors
 from psycopg.rows import DictRow
 
-from evolink_mcp.errors import JournalUnwritable, TaskKnown
+from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
 from evolink_mcp.journal.contract import Hear, News
 from evolink_mcp.journal.database import Connection, Database
 from evolink_mcp.journal.entry import ADOPTED, Entry
-from evolink_mcp.journal.rows import COLUMNS, STATE, folded, readable, searched, task_of, visible
+from evolink_mcp.journal.rows import COLUMNS, STATE, UNDER_WAY, folded, readable, searched, visible
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class PostgresJournal:
     def listen(self, hear: Hear) -> None:
         def told(said: dict[str, Any]) -> None:
             try:
-                news = _news(said)
+                news = News.of(said)
             except (TypeError, ValueError, KeyError, AttributeError):
                 log.info("another version of evolink-mcp told something that this one does not understand")
             else:
@@ -81,16 +81,23 @@ class PostgresJournal:
 
     # --- the contract ---
 
-    async def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
+    async def intend(
+        self, entry: Entry, *, since: float = 0.0, cap: float | None = None, running: int | None = None
+    ) -> float | None:
         async def write(db: Connection) -> float | None:
             with _task_unique(entry):
-                if cap is None:
+                if cap is None and running is None:
                     await db.execute(INSERT.encode(), _values(entry, ROW))
                     return None
                 async with db.transaction():
                     await db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (self.account,))
-                    spent = await self._spent(db, since)
-                    if spent + entry.estimate > cap:
+                    if running is not None:
+                        count = f"SELECT count(*) AS found FROM evolink_entries WHERE {self._mine} AND {UNDER_WAY}"
+                        row = await _first(db, count)
+                        if row is not None and row["found"] >= running:
+                            raise TooManyRunning(row["found"], running)
+                    spent = await self._spent(db, since) if cap is not None else 0.0
+                    if cap is not None and spent + entry.estimate > cap:
                         return spent
                     await db.execute(INSERT.encode(), _values(entry, ROW))
                 return None
@@ -290,16 +297,6 @@ class PostgresJournal:
                 f"UPDATE evolink_entries SET owner = %s WHERE {left} RETURNING *".encode(), (self.owner,)
             )
             return sorted(await rows.fetchall(), key=lambda row: row["created_at"])
-
-
-def _news(told: dict[str, Any]) -> News:
-    task, call = told.get("task"), told.get("call")
-    return News(
-        key=told.get("key", ""),
-        task_id=told.get("task_id"),
-        task=task_of(task) if task else None,
-        call=(call[0], call[1]) if call else None,
-    )
 
 
 def _values(entry: Entry, columns: dict[str, Value]) -> list[Any]:

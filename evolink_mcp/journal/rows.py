@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evolink_mcp.api.task import Task, TaskError
+from evolink_mcp.api.task import SETTLED, Task, TaskError
 from evolink_mcp.errors import Problem
 from evolink_mcp.journal.entry import Entry, Picture, Reference
 
@@ -92,6 +92,12 @@ def visible(account: str, *, strict: bool) -> str:
     if strict:
         return f"account = '{account}'"
     return f"account IN ('', '{account}')" if account else "account = account"
+
+
+# The SQL condition of what is bought or being bought and not finished by EvoLink. `closed` makes it quick.
+UNDER_WAY = (
+    f"NOT closed AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"
+)
 
 
 def folded(text: str) -> str:

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evolink_mcp.errors import JournalUnwritable, TaskKnown
+from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
 from evolink_mcp.journal.contract import Hear, News
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
 from evolink_mcp.journal.migrations import transaction
-from evolink_mcp.journal.rows import COLUMNS, STATE, folded, readable, visible
+from evolink_mcp.journal.rows import COLUMNS, STATE, UNDER_WAY, folded, readable, visible
 
 if TYPE_CHECKING:
     import sqlite3
@@ -67,17 +67,24 @@ class SqliteJournal:
 
     # --- the contract ---
 
-    async def intend(self, entry: Entry, *, since: float = 0.0, cap: float | None = None) -> float | None:
+    async def intend(
+        self, entry: Entry, *, since: float = 0.0, cap: float | None = None, running: int | None = None
+    ) -> float | None:
         values = [value(entry) for value in COLUMNS.values()]
 
         def write(db: sqlite3.Connection) -> float | None:
             with _task_unique(entry):
-                if cap is None:
+                if cap is None and running is None:
                     db.execute(INSERT, values)
                     return None
                 with transaction(db):
-                    spent = self._spent(db, since)
-                    if spent + entry.estimate > cap:
+                    if running is not None:
+                        where = f"{self._mine} AND {UNDER_WAY}"
+                        (under_way,) = db.execute(f"SELECT count(*) FROM entries WHERE {where}").fetchone()
+                        if under_way >= running:
+                            raise TooManyRunning(under_way, running)
+                    spent = self._spent(db, since) if cap is not None else 0.0
+                    if cap is not None and spent + entry.estimate > cap:
                         return spent
                     db.execute(INSERT, values)
                 return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from mcp.server.caching import CacheHint
 from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.request_state import RequestStateSecurity
 from mcp.server.subscriptions import InMemorySubscriptionBus
 from mcp.shared.exceptions import MCPError
 from starlette.requests import Request
@@ -72,11 +73,13 @@ def build_server(
     preview_edge: int | None = None,
     resource_links: bool = False,
     published: Collection[str] = TOOL_NAMES,
+    secret: str | None = None,
 ) -> MCPServer[Any]:
     """Tools, resources and prompts over `studio`, which the caller opens and closes.
 
     `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`. Only the tools in `published` are there;
-    without generate_image nothing can be bought.
+    without generate_image nothing can be bought. `secret` seals what a client carries from one request to the next, so
+    that every server with the same one goes on with it; without one, only this process does.
     """
     waiting = Waiting(studio, wait_s, preview_edge, resource_links)
     get_task = get_task_tool(waiting)
@@ -98,6 +101,10 @@ def build_server(
         extensions=[gallery(), Tasks(studio, get_task)],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
+        # Bound to the account: what one tenant carries is nothing to another one.
+        request_state_security=RequestStateSecurity(keys=[secret], audience=f"{NAME} {studio.journal.account}")
+        if secret
+        else None,
         cache_hints={
             "tools/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
             "prompts/list": CacheHint(ttl_ms=DAY_MS, scope="public"),

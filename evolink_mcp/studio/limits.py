@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evolink_mcp.api.urls import host_of
-from evolink_mcp.errors import CallbackRefused, OverBudget
+from evolink_mcp.errors import CallbackRefused, TooManyRunning
 
 if TYPE_CHECKING:  # settings hold a budget, and nothing of a server's start waits for more than settings
     from evolink_mcp.journal.entry import Entry
@@ -51,16 +51,11 @@ class Limits:
         """Keep room for one more task beside these jobs, until it is one of them.
 
         Raises:
-            OverBudget: as many are under way as may be.
+            TooManyRunning: as many are under way as may be.
         """
         under_way = self._ordering + sum(_under_way(job.entry) for job in jobs)
         if self._running is not None and under_way >= self._running:
-            raise OverBudget(
-                f"{under_way} tasks are under way, and no more than {self._running} may be",
-                code="too_many_running",
-                retryable=True,
-                advice="Wait for one of them with get_task, then call again.",
-            )
+            raise TooManyRunning(under_way, self._running)
         self._ordering += 1
         try:
             yield

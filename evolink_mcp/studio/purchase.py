@@ -91,14 +91,17 @@ class Purchases:
                 raise _over_the_day(at_most, spent, self._budget.per_day)
 
     async def intend(self, entry: Entry) -> None:
-        """Write a new entry, unless the day's cap forbids it: the check and the entry are one transaction.
+        """Write a new entry, unless a limit forbids it: the check and the entry are one transaction.
 
         Raises:
+            TooManyRunning: as many of the account's tasks are under way as may be, here or at other servers.
             OverBudget: the day's credits would go above EVOLINK_MCP_MAX_CREDITS_PER_DAY.
             JournalUnwritable: nothing may be bought.
         """
         cap = self._budget.per_day
-        spent = await self._journal.intend(entry, since=start_of_day(entry.created_at), cap=cap)
+        spent = await self._journal.intend(
+            entry, since=start_of_day(entry.created_at), cap=cap, running=self._budget.running
+        )
         if spent is not None and cap is not None:
             raise _over_the_day(entry.estimate, spent, cap)
 

@@ -2,21 +2,26 @@
 
 Each POST is served on its own, so the SDK cannot connect a `notifications/cancelled` with its call. Clients of the
 protocol up to 2025-11-25 send one when they give up, and leave the answer's stream open. So every client that
-initializes gets a session id, which only names it: no state is kept for it, and any process may serve it.
+initializes gets a session id, which only names it: no state is kept for it, and any process may serve it. A call that is
+not under way here may be at another server of the team, which is told.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
+from contextlib import suppress
 from typing import Any, cast
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.contract import Journal, News
 from evolink_mcp.tools.delivery import SCOPE_KEY, Delivery
 
 SESSION_HEADER = b"mcp-session-id"
+SESSION = "session "
 METHOD_NOT_ALLOWED = 405
 
 Name = tuple[str, str | int]  # who calls, and the id of the request
@@ -34,11 +39,16 @@ class Call:
 
 
 class Calls:
-    """An ASGI app around `app`. It stands behind the door, which gives it each body in one message."""
+    """An ASGI app around `app`. It stands behind the door, which gives it each body in one message.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `journal` tells the other servers of its account what was cancelled.
+    """
+
+    def __init__(self, app: ASGIApp, journal: Journal) -> None:
         self._app = app
+        self._journal = journal
         self._under_way: dict[Name, list[Call]] = {}
+        journal.listen(self._heard)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -60,7 +70,7 @@ class Calls:
         method, params = said.get("method"), said.get("params")
         client = _client(scope)
         if method == "notifications/cancelled" and isinstance(params, dict):
-            self._cancel((client, cast("dict[str, Any]", params).get("requestId", "")))
+            await self._cancel((client, cast("dict[str, Any]", params).get("requestId", "")))
         if method == "initialize":
             send = _introducing(send)
         call = Call()
@@ -82,9 +92,17 @@ class Calls:
             with anyio.CancelScope(shield=True):
                 await call.delivery.settle(call.answered and not call.gone)
 
-    def _cancel(self, name: Name) -> None:
+    async def _cancel(self, name: Name) -> None:
         """Let the call's client vanish. Two calls of one name cannot be told apart, so neither is touched."""
         waiting = self._under_way.get(name, [])
+        if len(waiting) == 1:
+            waiting[0].cancelled.set()
+        elif not waiting and name[0].startswith(SESSION):  # behind a proxy, all others have one address
+            with suppress(JournalUnwritable):
+                await self._journal.tell(News(call=name))
+
+    def _heard(self, news: News) -> None:
+        waiting = self._under_way.get(news.call, []) if news.call else []
         if len(waiting) == 1:
             waiting[0].cancelled.set()
 
@@ -140,7 +158,7 @@ def _client(scope: Scope) -> str:
     """Who sends the request, as far as that can be told: by its session, else by its address and the name it gives."""
     headers = dict(cast("list[tuple[bytes, bytes]]", scope["headers"]))
     if session := headers.get(SESSION_HEADER):
-        return f"session {session.decode('latin-1')}"
+        return SESSION + session.decode("latin-1")
     host = (scope.get("client") or ("", 0))[0]
     return f"{host} {headers.get(b'user-agent', b'').decode('latin-1')}"
 

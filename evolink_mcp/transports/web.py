@@ -14,6 +14,7 @@ import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
+from evolink_mcp.journal.contract import Journal
 from evolink_mcp.transports.auth import Tokens
 from evolink_mcp.transports.calls import Calls
 from evolink_mcp.transports.door import LOOPBACK_NAMES, Door, Impatient, accepted_at_once
@@ -30,9 +31,10 @@ def door(app: Any, names: Sequence[str] = (), tokens: Tokens | None = None) -> A
     return Door(app, names, REQUEST_MAX_BYTES, tokens)
 
 
-def web_app(server: MCPServer[Any], transport: str, host: str, names: Sequence[str] = ()) -> Any:
+def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str, names: Sequence[str] = ()) -> Any:
     """The ASGI app that speaks `transport` ("http": streamable HTTP at /mcp, "sse": SSE at /sse) for `server`.
 
+    `journal` is that of its studio, by which the servers of a team hear of each other.
     `host` is the address it will be bound to. It stands behind a `door`, which has the same `names`.
     """
     names = [name.lower() for name in names]
@@ -44,7 +46,7 @@ def web_app(server: MCPServer[Any], transport: str, host: str, names: Sequence[s
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=guard, host=host
     )
-    return Calls(app)
+    return Calls(app, journal)
 
 
 async def serve_app(

@@ -12,7 +12,7 @@ import pytest
 from blocking import BlockingJournal, BlockingPostgres, a_loop
 
 from evolink_mcp.api.task import Task, TaskError
-from evolink_mcp.errors import Problem, TaskKnown
+from evolink_mcp.errors import Problem, TaskKnown, TooManyRunning
 from evolink_mcp.journal.entry import Entry, Picture, new_key
 
 NOW = 1_790_000_000.0
@@ -303,3 +303,29 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
     lost = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
     assert journal.update(lost) is True
     assert journal.by_key(lost.key) == lost
+
+
+@pytest.mark.parametrize(
+    ("more", "counts"),
+    [
+        ({}, True),
+        ({"phase": "sending"}, True),
+        ({"phase": "submitted", "task": task()}, True),
+        ({"phase": "submitted", "task": task(status="something new")}, True),
+        ({"phase": "submitted", "task": task(status="completed")}, False),  # its pictures are still to be saved
+        ({"phase": "submitted", "task": task(status="failed")}, False),
+        ({"phase": "unknown"}, False),
+        ({"phase": "unsent"}, False),
+    ],
+)
+def test_only_so_many_tasks_of_an_account_are_under_way(opened: Open, more: dict[str, Any], counts: bool) -> None:
+    one, other, ben = opened("a1"), opened("a1"), opened("b2")
+    one.intend(entry(one, **more))
+    assert ben.intend(entry(ben), running=1) is None
+    if not counts:
+        assert other.intend(entry(other), running=1) is None
+        return
+    with pytest.raises(TooManyRunning, match="1 of 1"):
+        other.intend(entry(other), running=1, cap=100.0)
+    assert other.intend(entry(other), running=2) is None
+    assert len(one.recent(9)) == 2

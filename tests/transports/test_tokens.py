@@ -225,7 +225,7 @@ async def office(tmp_path: Path, *blocks: str, **environ: str) -> AsyncIterator[
                 lambda tenant: open_tenant(
                     tenant,
                     settings,
-                    lambda server: web_app(server, "http", "127.0.0.1"),
+                    lambda server, journal: web_app(server, journal, "http", "127.0.0.1"),
                     httpx.ASGITransport(simulator.app),
                 ),
                 HEALTH,

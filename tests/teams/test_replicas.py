@@ -1,0 +1,237 @@
+"""Two servers of a team behind a proxy that sends each request to the next one: any of them answers any request."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from conftest import PlainSimulator
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+from mcp_types import ElicitResult
+
+pytest.importorskip("psycopg")
+
+from transports.test_tokens import HEADERS, block
+
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.team import open_tenant
+from evolink_mcp.cli.wiring import open_team_database
+from evolink_mcp.server.server import HEALTH
+from evolink_mcp.transports.auth import Tokens
+from evolink_mcp.transports.tenants import Tenants
+from evolink_mcp.transports.web import door, web_app
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+
+
+class RoundRobin(httpx.AsyncBaseTransport):
+    """Each request goes to the next replica; `seen` says which."""
+
+    def __init__(self, apps: list[Any]) -> None:
+        self._transports = [httpx.ASGITransport(app) for app in apps]
+        self._turns = itertools.cycle(range(len(apps)))
+        self.seen: list[int] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        turn = next(self._turns)
+        self.seen.append(turn)
+        return await self._transports[turn].handle_async_request(request)
+
+
+class Team:
+    def __init__(self, apps: list[Any], simulator: PlainSimulator) -> None:
+        self.proxy = RoundRobin(apps)
+        self.simulator = simulator
+
+    def http(self, token: str) -> httpx.AsyncClient:
+        headers = {**HEADERS, "authorization": f"Bearer {token}"}
+        return httpx.AsyncClient(transport=self.proxy, base_url="http://localhost", headers=headers, timeout=60)
+
+    @asynccontextmanager
+    async def client(self, token: str, mode: Any = "auto", **more: Any) -> AsyncIterator[Client]:
+        async with (
+            self.http(token) as http,
+            Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode, **more) as client,
+        ):
+            yield client
+
+    @property
+    def posts(self) -> int:
+        return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
+
+
+@asynccontextmanager
+async def team(url: str, folder: Path, *blocks: str, **environ: str) -> AsyncIterator[Team]:
+    """Two replicas with one tokens file, one database and one simulated EvoLink."""
+    (folder / "tokens.toml").write_text("".join(blocks))
+    simulator = PlainSimulator()
+    apps: list[Any] = []
+    async with AsyncExitStack() as stack:
+        for number in (1, 2):
+            settings = Settings.from_environment({
+                "EVOLINK_API_KEY": "sk-test-key", "EVOLINK_BASE_URL": "http://127.0.0.1:9",
+                "EVOLINK_MCP_DATA_DIR": str(folder / f"data{number}"), "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
+                "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"), "EVOLINK_MCP_DATABASE_URL": url,
+                "EVOLINK_MCP_SECRET": "s" * 32, **environ,
+            })  # fmt: skip
+            assert settings.tokens_file is not None
+            database = await stack.enter_async_context(open_team_database(settings.database_url))
+            group = await stack.enter_async_context(anyio.create_task_group())
+            stack.callback(group.cancel_scope.cancel)
+
+            def opens(tenant: Any, settings: Settings = settings, database: Any = database) -> Any:
+                return open_tenant(
+                    tenant, settings, lambda server, journal: web_app(server, journal, "http", "127.0.0.1"),
+                    httpx.ASGITransport(simulator.app), database=database,
+                )  # fmt: skip
+
+            apps.append(door(Tenants(group, opens, HEALTH), (), Tokens(settings.tokens_file)))
+        yield Team(apps, simulator)
+
+
+@pytest.fixture
+def url(cluster: Any) -> str:
+    return cluster.database()
+
+
+ANNA, BERT = block("anna", "a"), block("bert", "b")
+
+
+@ERAS
+async def test_every_tool_works_whichever_replica_answers(url: str, tmp_path: Path, mode: str) -> None:
+    async with team(url, tmp_path, ANNA) as office, office.client("a", mode) as client:
+        bought = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        for _ in range(2):
+            again = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
+            assert (again["status"], again["charged"]) == ("completed", "yes")
+            shown = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+            assert not shown.is_error
+            read = await client.read_resource(again["images"][0]["resource_uri"])
+            assert read.contents
+            listed = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
+            assert [task["task_id"] for task in listed] == [bought["task_id"]]
+            assert not (await client.call_tool("get_balance", {})).is_error
+            assert len((await client.list_tools()).tools) == 6
+        assert office.posts == 1
+        assert set(office.proxy.seen) == {0, 1}
+
+
+async def test_a_question_that_one_replica_asks_is_answered_at_another(url: str, tmp_path: Path) -> None:
+    """What the client carries in between is sealed by the team's secret."""
+    asked: list[str] = []
+
+    async def user(_: Any, params: Any) -> ElicitResult:
+        asked.append(params.message)
+        return ElicitResult(action="accept", content=dict.fromkeys(params.requested_schema["properties"], True))
+
+    async with team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as office:
+        async with office.client("a", elicitation_callback=user) as client:
+            before = len(office.proxy.seen)
+            bought = await client.call_tool("generate_image", WISH)
+        assert not bought.is_error, bought.content
+        assert len(asked) == 1
+        assert len(set(office.proxy.seen[before:])) == 2
+        assert office.posts == 1
+
+
+async def test_what_one_tenant_carries_is_nothing_to_another(url: str, tmp_path: Path) -> None:
+    ask = {
+        "jsonrpc": "2.0", "id": 1, "method": "tools/call",
+        "params": {"name": "generate_image", "arguments": WISH, "_meta": {
+            "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+            "io.modelcontextprotocol/clientInfo": {"name": "x", "version": "1"},
+            "io.modelcontextprotocol/clientCapabilities": {"elicitation": {"form": {}}},
+        }},
+    }  # fmt: skip
+    headers = {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call", "mcp-name": "generate_image"}
+    async with team(url, tmp_path, ANNA, BERT, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as office:  # noqa: SIM117
+        async with office.http("a") as anna, office.http("b") as bert:
+            told = _result(await anna.post("/mcp", json=ask, headers=headers))
+            assert told["result"]["resultType"] == "input_required", told
+            (name,) = told["result"]["inputRequests"]
+            answer = {"action": "accept", "content": {}}
+            schema = told["result"]["inputRequests"][name]["params"]["requestedSchema"]
+            answer["content"] = dict.fromkeys(schema["properties"], True)
+            ask["params"] |= {"requestState": told["result"]["requestState"], "inputResponses": {name: answer}}
+            refused = _result(await bert.post("/mcp", json=ask, headers=headers))
+            assert "error" in refused, refused
+            assert office.posts == 0
+            bought = _result(await anna.post("/mcp", json=ask, headers=headers))
+            assert bought["result"]["structuredContent"]["charged"] == "yes", bought
+            assert office.posts == 1
+
+
+def _result(reply: httpx.Response) -> Any:
+    lines = [line[5:] for line in reply.text.splitlines() if line.startswith("data:")]
+    return json.loads(lines[-1] if lines else reply.text)
+
+
+async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tmp_path: Path) -> None:
+    async with team(url, tmp_path, ANNA) as office, office.http("a") as wire:
+        office.simulator.duration_s = 3600
+        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
+        reply = await wire.post("/mcp", json={"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello})
+        session = {"mcp-session-id": reply.headers["mcp-session-id"], "mcp-protocol-version": "2025-11-25"}
+        ended: list[str] = []
+
+        async def asks() -> None:
+            params = {"name": "generate_image", "arguments": {**WISH, "prompt": "a fox", "wait_seconds": 600}}
+            call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+            ended.append((await wire.post("/mcp", json=call, headers=session)).text)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(asks)
+            while not office.posts:
+                await anyio.sleep(0.01)
+            cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
+            at = office.proxy.seen[-1]
+            assert (await wire.post("/mcp", json=cancel, headers=session)).status_code == 202
+            assert office.proxy.seen[-1] != at
+        assert "structuredContent" not in ended[0]
+        async with office.client("a", "legacy") as client:
+            again = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
+            assert "earlier identical call" in again.content[0].text
+        assert office.posts == 1
+
+
+@ERAS
+async def test_tenants_are_apart_at_every_replica(url: str, tmp_path: Path, mode: str) -> None:
+    async with team(url, tmp_path, ANNA, BERT) as office:
+        async with office.client("a", mode) as anna, office.client("b", mode) as bert:
+            bought = (await anna.call_tool("generate_image", WISH)).structured_content
+            for _ in range(2):
+                lost = await bert.call_tool("get_task", {"task_id": bought["task_id"]})
+                assert lost.is_error
+                assert (await bert.call_tool("list_tasks", {})).structured_content["tasks"] == []
+                with pytest.raises(Exception, match=r"no |not "):
+                    await bert.read_resource(bought["images"][0]["resource_uri"])
+            twin = (await bert.call_tool("generate_image", WISH)).structured_content
+        assert twin["task_id"] != bought["task_id"]
+        assert office.posts == 2
+
+
+async def test_a_tenants_days_cap_counts_at_all_replicas(url: str, tmp_path: Path) -> None:
+    async with team(url, tmp_path, block("anna", "a", max_credits_per_day=1.0)) as office:
+        answers: list[Any] = []
+
+        async def order(number: int) -> None:
+            async with office.client("a") as client:
+                answers.append(await client.call_tool("generate_image", {**WISH, "prompt": f"sim:fast {number}"}))
+
+        async with anyio.create_task_group() as group:
+            for number in range(8):
+                group.start_soon(order, number)
+        paid = [answer.structured_content["credits"] for answer in answers if not answer.is_error]
+        assert {answer.structured_content["error"]["code"] for answer in answers if answer.is_error} == {"over_budget"}
+        assert sum(paid) <= 1.0
+        assert office.posts == len(paid) > 1
