@@ -165,7 +165,14 @@ class Journal(Protocol):
         ...
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
-        """Entries of identical requests since then that nobody received and nobody waits for, oldest first."""
+        """Entries of identical requests since then that nobody received and nobody waits for, oldest first.
+
+        A call of a server that has ended, or does not answer, waits for nothing.
+        """
+        ...
+
+    async def is_awaited(self, fingerprints: tuple[str, ...], since: float) -> bool:
+        """Whether a call of another server waits for an identical request, where a client may come back by any server."""
         ...
 
     async def adopt(self) -> list[Entry]:

@@ -32,6 +32,7 @@ LOCKS = 0x65766F6C
 GRACE_S = 4.0
 STOP_AFTER_S = 3.0
 AGAIN_AFTER_S, CLOSE_WITHIN_S = 0.5, 2.0
+ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
 TOLD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
 POOL_SIZE, POOL_TIMEOUT_S = 10, 10.0
 
@@ -103,17 +104,21 @@ class Database:
 
     async def is_dead(self, db: Connection, owner: str) -> bool:
         """Whether this server has been gone for `grace_s`; asked in a transaction, until whose end it stays so."""
-        number = owner.removeprefix("server-")
-        if not number.isdigit():
-            return True
-        if not await _value(db, "SELECT pg_try_advisory_xact_lock(%s, %s)", LOCKS, int(number)):
+        number = _number(owner)
+        if not await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
             return False
-        await db.execute(
-            "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL",
-            (int(number),),
-        )
+        gone = "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL"
+        await db.execute(gone.encode(), (number,))
         gone = "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
-        return await _value(db, gone, self.grace_s, int(number)) is not False
+        return await _value(db, gone, self.grace_s, number) is not False
+
+    async def is_away(self, db: Connection, owner: str) -> bool:
+        """Whether this server has ended or is not heard from: no call there waits for anything. In a transaction."""
+        number = _number(owner)
+        if await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
+            return True
+        seen = "SELECT extract(epoch FROM clock_timestamp() - seen_at) < %s FROM evolink_servers WHERE number = %s"
+        return not await _value(db, seen, self._stop_after_s, number)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
         """The error that names the place and the setting, and never a password."""
@@ -185,7 +190,7 @@ class Database:
             raise psycopg.OperationalError("the former session still holds the lock, or another server is testing it")
         await session.execute(
             "INSERT INTO evolink_servers (number) OVERRIDING SYSTEM VALUE VALUES (%s) "
-            "ON CONFLICT (number) DO UPDATE SET gone_since = NULL",
+            "ON CONFLICT (number) DO UPDATE SET gone_since = NULL, seen_at = clock_timestamp()",
             (self._number,),
         )
         await session.execute(f"LISTEN {CHANNEL}".encode())
@@ -198,7 +203,7 @@ class Database:
         async for notify in session.notifies(timeout=self._beat_s):
             self._heard(notify)
         async with asyncio.timeout(2 * self._beat_s):
-            await session.execute("SELECT 1")
+            await session.execute(ALIVE.encode(), (self._number,))
         self._lives()
 
     def _lives(self) -> None:
@@ -273,6 +278,12 @@ async def open_database(url: str, **more: Any) -> AsyncGenerator[Database]:
         yield database
     finally:
         await asyncio.shield(asyncio.ensure_future(database.close()))
+
+
+def _number(owner: str) -> int:
+    """The number of a server's mark; of any other mark, 0, which is no server's."""
+    number = owner.removeprefix("server-")
+    return int(number) if number.isdigit() and len(number) < 10 else 0
 
 
 async def _check(db: Connection) -> None:

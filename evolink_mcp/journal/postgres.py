@@ -15,7 +15,8 @@ from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
 from evolink_mcp.journal.contract import Hear, News
 from evolink_mcp.journal.database import Connection, Database
 from evolink_mcp.journal.entry import ADOPTED, Entry
-from evolink_mcp.journal.rows import COLUMNS, STATE, UNDER_WAY, folded, readable, searched, visible
+from evolink_mcp.journal.rows import STATE, UNDER_WAY, folded, readable, visible
+from evolink_mcp.journal.schema import INSERT, ROW, plain, values_of
 
 log = logging.getLogger(__name__)
 
@@ -23,25 +24,7 @@ log = logging.getLogger(__name__)
 REREAD_S = 10.0
 ADOPT_EVERY_S = 3.0
 
-Value = Callable[[Entry], Any]
-SEPARATOR = "\n"
-
-
-def plain(value: Any) -> Any:
-    """Text without NUL and lone surrogates, which PostgreSQL refuses; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-
-
-def words_of(entry: Entry) -> str:
-    """The text that `recent` searches."""
-    pictures = [{"path": picture.path} for picture in entry.pictures]
-    return SEPARATOR.join(searched(entry.request, pictures, entry.save_as, entry.task_id))
-
-
-ROW: dict[str, Value] = {**COLUMNS, "words": words_of}
-INSERT = f"INSERT INTO evolink_entries ({', '.join(ROW)}) VALUES ({', '.join(['%s'] * len(ROW))})"
+UNDELIVERED = "fingerprint = ANY(%s) AND delivered_at IS NULL AND created_at >= %s"
 # An id that EvoLink has told is written over another server's guess, or over the absence of one.
 TRUTH = f'(task_id IS NULL OR error LIKE \'%%"code": "{ADOPTED.code}"%%\')'
 
@@ -87,7 +70,7 @@ class PostgresJournal:
         async def write(db: Connection) -> float | None:
             with _task_unique(entry):
                 if cap is None and running is None:
-                    await db.execute(INSERT.encode(), _values(entry, ROW))
+                    await db.execute(INSERT.encode(), values_of(entry, ROW))
                     return None
                 async with db.transaction():
                     await db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (self.account,))
@@ -99,7 +82,7 @@ class PostgresJournal:
                     spent = await self._spent(db, since) if cap is not None else 0.0
                     if cap is not None and spent + entry.estimate > cap:
                         return spent
-                    await db.execute(INSERT.encode(), _values(entry, ROW))
+                    await db.execute(INSERT.encode(), values_of(entry, ROW))
                 return None
 
         return await self._database.run(write, key=entry.key)
@@ -140,8 +123,16 @@ class PostgresJournal:
         await self._execute("caller = '' WHERE key = %s AND caller = %s", key, self.owner, key=key)
 
     async def claim(self, key: str) -> bool:
-        change = "caller = %s WHERE key = %s AND caller = '' AND delivered_at IS NULL"
-        return await self._execute(change, self.owner, key, key=key) == 1
+        async def take(db: Connection) -> bool:
+            async with db.transaction():
+                where = "key = %s AND delivered_at IS NULL FOR UPDATE"
+                row = await _first(db, f"SELECT caller FROM evolink_entries WHERE {where}", key)
+                if row is None or (row["caller"] and not await self._database.is_away(db, row["caller"])):
+                    return False
+                await db.execute("UPDATE evolink_entries SET caller = %s WHERE key = %s", (self.owner, key))
+            return True
+
+        return await self._database.run(take, key=key)
 
     async def by_key(self, key: str) -> Entry | None:
         return await self._one("key = %s", key)
@@ -174,8 +165,24 @@ class PostgresJournal:
         )
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
-        where = "fingerprint = ANY(%s) AND delivered_at IS NULL AND caller = '' AND created_at >= %s"
-        return await self._many(f"{where} ORDER BY created_at", list(fingerprints), since)
+        where = f"{self._mine} AND {UNDELIVERED} ORDER BY created_at"
+
+        async def read(db: Connection) -> list[DictRow]:
+            async with db.transaction():
+                found = await db.execute(
+                    f"SELECT * FROM evolink_entries WHERE {where}".encode(), (list(fingerprints), since)
+                )
+                rows = await found.fetchall()
+                callers = {row["caller"] for row in rows} - {"", self.owner}
+                away = {caller for caller in callers if await self._database.is_away(db, caller)}
+            return [row for row in rows if row["caller"] in {"", *away}]
+
+        return readable(await self._database.run(read))
+
+    async def is_awaited(self, fingerprints: tuple[str, ...], since: float) -> bool:
+        where = f"{self._mine} AND {UNDELIVERED} AND caller NOT IN ('', %s)"
+        statement = f"SELECT 1 FROM evolink_entries WHERE {where} LIMIT 1"
+        return await self._rows(statement, list(fingerprints), since, self.owner) != []
 
     async def adopt(self) -> list[Entry]:
         rows = await self._database.run(self._take_over)
@@ -253,7 +260,7 @@ class PostgresJournal:
         """Write these columns; the whole entry if the database has lost it, because a back-up was restored."""
         changed = {name: ROW[name] for name in (*names, "words")}
         change = f"UPDATE evolink_entries SET {', '.join(f'{name} = %s' for name in changed)}"
-        values = _values(entry, changed)
+        values = values_of(entry, changed)
 
         async def write(db: Connection) -> bool:
             with _task_unique(entry):
@@ -268,7 +275,7 @@ class PostgresJournal:
                         return True
                 if await _first(db, "SELECT 1 FROM evolink_entries WHERE key = %s", entry.key) is not None:
                     return False
-                await db.execute(INSERT.encode(), _values(replace(entry, owner=self.owner), ROW))
+                await db.execute(INSERT.encode(), values_of(replace(entry, owner=self.owner), ROW))
                 return True
 
         return await self._database.run(write, key=entry.key)
@@ -297,10 +304,6 @@ class PostgresJournal:
                 f"UPDATE evolink_entries SET owner = %s WHERE {left} RETURNING *".encode(), (self.owner,)
             )
             return sorted(await rows.fetchall(), key=lambda row: row["created_at"])
-
-
-def _values(entry: Entry, columns: dict[str, Value]) -> list[Any]:
-    return [plain(value(entry)) for value in columns.values()]
 
 
 async def _first(db: Connection, statement: str, *values: Any) -> DictRow | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
@@ -10,7 +11,7 @@ from psycopg.rows import dict_row
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.address import Address, said_by
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.rows import folded, readable
+from evolink_mcp.journal.rows import COLUMNS, folded, readable, searched
 
 # Whatever a caller could see of an entry is told on this channel: "account {JSON}", where `by` is the server that did it.
 CHANNEL = "evolink_mcp"
@@ -18,7 +19,7 @@ VERSIONS = (
     f"""
     CREATE TABLE evolink_servers (
         number INTEGER GENERATED ALWAYS AS IDENTITY PRIMARY KEY, since TIMESTAMPTZ NOT NULL DEFAULT now(),
-        gone_since TIMESTAMPTZ
+        seen_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(), gone_since TIMESTAMPTZ
     );
     CREATE TABLE evolink_entries (
         key TEXT PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
@@ -53,6 +54,32 @@ VERSIONS = (
         FOR EACH ROW EXECUTE FUNCTION evolink_tell();
     """,
 )
+
+
+Value = Callable[[Entry], Any]
+SEPARATOR = "\n"
+
+
+def plain(value: Any) -> Any:
+    """Text without NUL and lone surrogates, which PostgreSQL refuses; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def words_of(entry: Entry) -> str:
+    """The text that `recent` searches."""
+    pictures = [{"path": picture.path} for picture in entry.pictures]
+    return SEPARATOR.join(searched(entry.request, pictures, entry.save_as, entry.task_id))
+
+
+ROW: dict[str, Value] = {**COLUMNS, "words": words_of}
+INSERT = f"INSERT INTO evolink_entries ({', '.join(ROW)}) VALUES ({', '.join(['%s'] * len(ROW))})"
+
+
+def values_of(entry: Entry, columns: Mapping[str, Value] = ROW) -> list[Any]:
+    """The entry's values in these columns, as PostgreSQL takes them."""
+    return [plain(value(entry)) for value in columns.values()]
 
 
 async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:

@@ -158,6 +158,9 @@ class SqliteJournal:
         where = f"fingerprint IN ({marks}) AND delivered_at IS NULL AND caller = '' AND created_at >= ?"
         return await self._many(f"{where} ORDER BY created_at", *fingerprints, since)
 
+    async def is_awaited(self, fingerprints: tuple[str, ...], since: float) -> bool:
+        return False  # each client has a server of its own
+
     async def adopt(self) -> list[Entry]:
         rows = await self._run(self._take_over)
         return [replace(entry, owner=self.owner) for entry in readable(rows)]

@@ -142,8 +142,8 @@ class Studio:
             await self._workshop.take_over()
             marks = (mark, fingerprint(checked.identity))
             job = await self._undelivered(order, marks)
-            if job is None and self._workshop.waits_for(marks):
-                # Over HTTP a client's cancelling may come after the same call again, which it sent later.
+            if job is None and (self._workshop.waits_for(marks) or await self._is_awaited_elsewhere(marks)):
+                # Over HTTP a client's cancelling, or its server's death, may be seen after the same call, sent later.
                 await self._sleep(GIVING_UP_S)
                 job = await self._undelivered(order, marks)
             if job is not None:
@@ -299,6 +299,9 @@ class Studio:
                 job.copy_as = other_name
                 return job
         return None
+
+    async def _is_awaited_elsewhere(self, marks: tuple[str, ...]) -> bool:
+        return await self.journal.is_awaited(marks, self._clock() - JOIN_WITHIN_S)
 
     def _announce(self, task_id: str) -> None:
         for subscriber in self._subscribers:

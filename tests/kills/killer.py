@@ -108,7 +108,7 @@ def _arm_postgres(countdown: Countdown) -> None:
             told = name
             if not told:
                 said = args[1].decode() if isinstance(args[1], bytes) else str(args[1])
-                if said in ("", "SELECT 1"):
+                if not said or said.startswith("UPDATE evolink_servers SET seen_at"):
                     return await plain(*args, **more)
                 told = f"journal: {' '.join(said.split())[:40]}"
             strike = countdown.around(told, lambda: None, lost)

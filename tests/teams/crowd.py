@@ -1,0 +1,282 @@
+"""A crowd at a team's two servers: one is killed in the middle, PostgreSQL restarts once, and everybody gets the picture.
+
+    python tests/teams/crowd.py [--callers 200] [--orders 5] [--tenants 20]
+
+Two real servers behind nginx, which sends each request to the next one; a PostgreSQL of their own; EvoLink simulated in
+another process. A caller whose call breaks off makes the same call again. It ends with figures, or with what was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psycopg
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "faults")]
+HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
+SIZES = ["1024x640", "640x1024", "1024x768", "768x1024", "1024x1024"]
+PATIENCE_S = 60.0
+
+NGINX = """
+daemon off; pid nginx.pid; error_log error.log; worker_processes 1;
+events {{ worker_connections 2000; }}
+http {{
+  access_log off; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u;
+  scgi_temp_path s;
+  upstream team {{ server 127.0.0.1:{one}; server 127.0.0.1:{other}; keepalive 64; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://team; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host localhost;
+      proxy_buffering off; proxy_read_timeout 900s;
+    }}
+  }}
+}}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listens(port: int, within_s: float = 60.0) -> None:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"nothing listens on port {port}")
+
+
+@contextmanager
+def process(*command: str, cwd: Path, log: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    with (
+        (cwd / log).open("wb") as told,
+        subprocess.Popen(command, cwd=cwd, env={**os.environ, **env}, stdout=told, stderr=told) as running,
+    ):
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def simulate(port: int, seconds: float) -> None:
+    """EvoLink, with pictures that cost nothing to draw; what it was asked is printed when it ends."""
+    from faulty_gateway import QuickSimulator
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    from evolink_mcp.transports.web import serve_app
+
+    simulator = QuickSimulator(duration_s=seconds)
+
+    async def report(_: Any) -> JSONResponse:
+        asked = Counter(f"{r.method} {r.path.partition('task-')[0]}" for r in simulator.requests)
+        bought = [[task.body["prompt"], task.key, task.id] for task in simulator.tasks.values()]
+        return JSONResponse({"asked": asked, "bought": bought})
+
+    simulator.app.router.routes.insert(0, Route("/report", report))
+    asyncio.run(serve_app(simulator.app, "127.0.0.1", port))
+
+
+class Crowd:
+    """The callers and what each of them has got."""
+
+    def __init__(self, url: str, callers: int, orders: int, tokens: list[str]) -> None:
+        self._url, self._tokens = url, tokens
+        self._callers, self._orders = callers, orders
+        self.got: dict[str, dict[str, Any]] = {}
+        self.began: dict[str, float] = {}
+        self.took: list[float] = []
+        self.broken = Counter[str]()
+        self.retries = 0
+
+    async def run(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._callers)
+        patient = httpx.AsyncClient(headers=HEADERS, timeout=PATIENCE_S, limits=limits, trust_env=False)
+        async with patient as wire, asyncio.TaskGroup() as group:
+            for caller in range(self._callers):
+                for order in range(self._orders):
+                    group.create_task(self._wants(wire, caller, order))
+
+    async def _wants(self, wire: httpx.AsyncClient, caller: int, order: int) -> None:
+        await asyncio.sleep(random.random() * 5.0)
+        token = self._tokens[caller % len(self._tokens)]
+        prompt = f"picture {order} of caller {caller}"
+        wish = {"prompt": prompt, "size": SIZES[order % len(SIZES)], "quality": "low"}
+        self.began[prompt] = began = time.monotonic()
+        tool, arguments = "generate_image", wish
+        while True:
+            facts = await self._ask(wire, token, tool, arguments)
+            if facts is None or (facts["error"] and facts["error"]["retryable"]):
+                self.retries += 1
+                await asyncio.sleep(0.5 + random.random())
+                continue
+            if facts["status"] == "completed":
+                break
+            action = facts["next_action"]
+            if not action or action["tool"] not in ("get_task", "generate_image"):
+                self.broken[f"{facts['status']} {facts['error']}"] += 1
+                await asyncio.sleep(1.0)
+                tool, arguments = "generate_image", wish
+                if self.broken.total() > 2000:
+                    raise SystemExit(f"nobody gets anything: {self.broken.most_common(3)}")
+                continue
+            tool, arguments = action["tool"], action["arguments"]
+        self.took.append(time.monotonic() - began)
+        self.got[prompt] = {"token": token, **facts}
+
+    async def _ask(self, wire: httpx.AsyncClient, token: str, tool: str, arguments: Any) -> dict[str, Any] | None:
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
+        try:
+            reply = await wire.post(self._url, json=message, headers={"authorization": f"Bearer {token}"})
+        except httpx.HTTPError as error:
+            self.broken[type(error).__name__] += 1
+            return None
+        lines = [line[5:] for line in reply.text.splitlines() if line.startswith("data:")]
+        if reply.status_code != 200 or not lines:
+            self.broken[f"HTTP {reply.status_code}"] += 1
+            return None
+        told = json.loads(lines[-1])
+        return told["result"]["structuredContent"] if "result" in told else None
+
+
+async def scene(crowd: Crowd, doomed: subprocess.Popen[bytes], cluster: Any, revive: Any) -> None:
+    async def trouble() -> None:
+        total = crowd._callers * crowd._orders
+        while len(crowd.got) < total // 4:
+            await asyncio.sleep(0.05)
+        doomed.send_signal(signal.SIGKILL)
+        print(f"  one server killed after {len(crowd.got)} results", flush=True)
+        while len(crowd.got) < total // 2:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(cluster.stop)
+        await asyncio.to_thread(cluster.start)
+        print(f"  PostgreSQL restarted after {len(crowd.got)} results", flush=True)
+        revive()
+
+    async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(crowd.run())
+            group.create_task(trouble())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--callers", type=int, default=200)
+    parser.add_argument("--orders", type=int, default=5)
+    parser.add_argument("--tenants", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long EvoLink takes for a picture")
+    parser.add_argument("--simulate", type=int)
+    options = parser.parse_args()
+    if options.simulate:
+        simulate(options.simulate, options.seconds)
+        return
+    from cluster import running
+
+    if shutil.which("nginx") is None:
+        raise SystemExit("nginx is not installed")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crowd-", ignore_cleanup_errors=True)))
+        cluster = stack.enter_context(running())
+        upstream, port, *ports = (free_port() for _ in range(4))
+        names = [f"tenant{number}" for number in range(options.tenants)]
+        tokens = [f"evt_{hashlib.sha256(name.encode()).hexdigest()[:43]}" for name in names]
+        keys = {token: f"sk-{name}-key" for token, name in zip(tokens, names, strict=True)}
+        (folder / "tokens.toml").write_text("".join(
+            f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
+            f'evolink_key = "{keys[token]}"\n' for token, name in zip(tokens, names, strict=True)
+        ))  # fmt: skip
+        (folder / "nginx.conf").write_text(NGINX.format(one=ports[0], other=ports[1], port=port))
+        database = cluster.database()
+        env = {
+            "EVOLINK_BASE_URL": f"http://127.0.0.1:{upstream}", "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"),
+            "EVOLINK_MCP_DATABASE_URL": database, "EVOLINK_MCP_SECRET": "s" * 32,
+            "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"), "HOME": str(folder),
+        }  # fmt: skip
+        stack.enter_context(process(
+            sys.executable, __file__, "--simulate", str(upstream), "--seconds", str(options.seconds),
+            cwd=folder, log="simulator.log",
+        ))  # fmt: skip
+        listens(upstream)
+
+        def replica(number: int) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(ports[number])]
+            made = stack.enter_context(process(*command, cwd=folder, log=f"server{number}.log", **env))
+            listens(ports[number])
+            return made
+
+        doomed, _ = replica(0), replica(1)
+        stack.enter_context(process(
+            shutil.which("nginx") or "nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "error.log",
+            cwd=folder, log="nginx.log",
+        ))  # fmt: skip
+        listens(port)
+        crowd = Crowd(f"http://127.0.0.1:{port}/mcp", options.callers, options.orders, tokens)
+        began = time.monotonic()
+        try:
+            asyncio.run(scene(crowd, doomed, cluster, lambda: replica(0)))
+        except BaseException:
+            print(f"{len(crowd.got)} results, {crowd.broken.most_common(8)}")
+            for name in ("server0.log", "server1.log", "nginx.log"):
+                print(f"--- {name}\n{(folder / name).read_text()[-3000:]}")
+            raise
+        wall = time.monotonic() - began
+        report = httpx.get(f"http://127.0.0.1:{upstream}/report", trust_env=False).json()
+        with psycopg.connect(database) as db:
+            rows = db.execute(
+                "SELECT request::json->>'prompt', key, owner, caller, phase, status, created_at, delivered_at "
+                "FROM evolink_entries ORDER BY created_at"
+            ).fetchall()
+        logs = "".join((folder / f"server{number}.log").read_text() for number in (0, 1))
+    judge(crowd, options.callers * options.orders, report, keys, logs, wall, rows)
+
+
+def judge(
+    crowd: Crowd, total: int, report: dict[str, Any], keys: dict[str, str], logs: str, wall: float, rows: Any
+) -> None:
+    bought = Counter(prompt for prompt, _, _ in report["bought"])
+    owners = {task: (prompt, key) for prompt, key, task in report["bought"]}
+    double = {prompt: count for prompt, count in bought.items() if count > 1}
+    leaks = [
+        prompt for prompt, facts in crowd.got.items()
+        if facts["task_id"] and owners[facts["task_id"]] != (prompt, keys[facts["token"]])
+    ]  # fmt: skip
+    guesses = sum(facts["guess"] for facts in crowd.got.values())
+    took = sorted(crowd.took)
+    print(f"  {total} orders, {sum(bought.values())} tasks upstream, {len(crowd.got)} results, {len(double)} double, "
+          f"{len(leaks)} wrong, {guesses} guesses; {crowd.retries} calls made again ({dict(crowd.broken)})")  # fmt: skip
+    print(f"  {wall:.1f} s in all; a result took {took[len(took) // 2]:.1f} s (median), {took[-1]:.1f} s at most")
+    print(f"  asked of EvoLink: {report['asked']}")
+    wrong = [line for line in logs.splitlines() if "Traceback" in line or "Error:" in line]
+    if (sum(bought.values()), len(crowd.got), double, leaks, wrong) != (total, total, {}, [], []):
+        for row in rows:
+            if row[0] in double:
+                print("  ", row, crowd.got[row[0]]["task_id"])
+        raise SystemExit(f"wrong: {list(double.items())[:5]} {leaks[:5]} {wrong[:5]}\n{logs[-3000:]}")
+    print("  one task and one result for every order")
+
+
+if __name__ == "__main__":
+    main()
