@@ -56,7 +56,9 @@ class Address:
     def unwritable(self, reason: str) -> JournalUnwritable:
         """The error that names the place and the setting, and never a password."""
         return JournalUnwritable(
-            f"the journal in {self.place} cannot be used ({reason}); EVOLINK_MCP_DATABASE_URL names it", advice=ADVICE
+            f"the journal in {self.place} cannot be used ({reason}); EVOLINK_MCP_DATABASE_URL names it",
+            advice=ADVICE,
+            retryable=True,
         )
 
 

@@ -39,13 +39,21 @@ class Recorder:
         self._something_unwritten = anyio.Event()
 
     async def known(self, task_id: str) -> Entry | None:
-        """The task's entry as the journal has it now; None if it has none or cannot be read."""
+        """The task's entry as it is known now; None if the journal has none or cannot be read."""
+        for job in self._unwritten.values():
+            if job.entry.task_id == task_id:
+                return job.entry
         with suppress(JournalUnwritable):
             return await self._journal.by_task(task_id)
         return None
 
     async def known_by_key(self, key: str) -> Entry | None:
-        """The entry as the journal has it now; None if it has none or cannot be read."""
+        """The entry as it is known now; None if the journal has none or cannot be read.
+
+        What could not be written down yet is newer than what the journal has.
+        """
+        if key in self._unwritten:
+            return self._unwritten[key].entry
         with suppress(JournalUnwritable):
             return await self._journal.by_key(key)
         return None

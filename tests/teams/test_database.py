@@ -24,7 +24,7 @@ from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
 
 psycopg = pytest.importorskip("psycopg")
 
-from evolink_mcp.journal.database import Database, open_database  # noqa: E402
+from evolink_mcp.journal.database import LOCKS, Database, open_database  # noqa: E402
 from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -89,6 +89,27 @@ async def test_what_a_dead_server_worked_on_is_taken_over_after_a_while_and_not_
         assert await heir.acquire(left.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '1 second'")
     assert await heir.adopt() == [replace(left, owner=heir.owner, caller="")]
+
+
+async def test_a_call_of_a_server_that_is_not_heard_from_waits_for_nothing(opened: Any, cluster: Any, url: str) -> None:
+    """Its client calls again by another server, long before that one may take the work over."""
+    one, other = await opened(stop_after_s=600.0), await opened(stop_after_s=600.0)  # neither beats meanwhile
+    await one.intend(mine := entry(one, caller=one.owner, fingerprint="f"))
+    assert (await other.undelivered(("f",), 0), await other.claim(mine.key)) == ([], False)
+    assert (await other.is_awaited(("f",), 0), await one.is_awaited(("f",), 0)) == (True, False)
+    with cluster.admin(name_of(url)) as db:
+        db.execute("UPDATE evolink_servers SET seen_at = seen_at - interval '1 hour'")
+        assert await other.undelivered(("f",), 0) == [mine]
+        db.execute("UPDATE evolink_servers SET seen_at = clock_timestamp() + interval '1 minute'")
+        assert await other.undelivered(("f",), 0) == []
+        await one._database.close()
+        with db.transaction():  # somebody else asks at the same moment
+            number = int(one.owner.removeprefix("server-"))
+            assert db.execute("SELECT pg_try_advisory_xact_lock_shared(%s, %s)", (LOCKS, number)).fetchone() == (True,)
+            assert await other.undelivered(("f",), 0) == [mine]
+            assert await other.claim(mine.key) is True
+        assert await other.acquire(mine.key) is False
+    assert await other.undelivered(("f",), 0) == []
 
 
 async def test_a_session_that_is_cut_comes_back_and_nobody_has_taken_anything(
@@ -348,6 +369,39 @@ async def test_an_id_that_came_while_the_database_was_gone_is_delivered_and_writ
             await anyio.sleep(0.05)
         assert (found.phase, found.charged) == ("submitted", "yes")
         assert world.posts == 1
+
+
+async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_server_stops(
+    in_postgres: Any, cluster: Any
+) -> None:
+    """What the journal has of it is older: the request is on its way, nobody knows of a task."""
+    clock = HeldClock()
+    clock.held = True
+
+    class EndsTheDatabase(PlainSimulator):
+        def create(self, *args: Any, **more: Any) -> Any:
+            reply = super().create(*args, **more)
+            cluster.stop()
+            return reply
+
+    async def never(_: float) -> None:
+        await anyio.sleep_forever()
+
+    simulator = EndsTheDatabase(clock=clock, duration_s=3600)
+    async with in_postgres(simulator=simulator, clock=clock, pause=never) as world, world.client() as client:
+        facts = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
+        (job,) = world.studio._workshop.jobs
+        world.studio.journal._database._lost()
+        await until(lambda: job.elsewhere)
+        await anyio.to_thread.run_sync(cluster.start)
+        await until(lambda: world.studio.journal._database.alive)
+        job.wake()
+        await until(lambda: job.following or job.finished)
+        assert (job.entry.phase, job.entry.task_id, job.entry.guessed) == ("submitted", facts["task_id"], False)
+        await world.studio._recorder.flush()
+        found = await _entry_of(world.studio, facts["task_id"])
+    assert found is not None
+    assert (found.phase, found.guessed, world.posts) == ("submitted", False, 1)
 
 
 async def _entry_of(studio: Any, task_id: str) -> Entry | None:
