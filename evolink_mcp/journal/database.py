@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.address import CONNECT_TIMEOUT_S, Address, said_by
@@ -34,7 +34,7 @@ STOP_AFTER_S = 3.0
 AGAIN_AFTER_S, CLOSE_WITHIN_S = 0.5, 2.0
 ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
 TOLD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
-POOL_SIZE, POOL_TIMEOUT_S = 10, 10.0
+POOL_SIZE, POOL_TRIES = 10, 10  # each of a second
 
 
 class Database:
@@ -208,9 +208,7 @@ class Database:
 
     def _lives(self) -> None:
         self.alive = True
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)
+        self._wait_for_life()
 
     def _lost(self) -> None:
         if self.alive:
@@ -218,9 +216,14 @@ class Database:
                 "the database has not answered for %.0f s: this server stops what it works on", self._stop_after_s
             )
         self.alive = False
-        self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)  # for what begins later
+        self._wait_for_life()  # again: for what begins later
         for stop in self._stops:
             stop()
+
+    def _wait_for_life(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)
 
     def _heard(self, notify: psycopg.Notify) -> None:
         account, _, said = notify.payload.partition(" ")
@@ -252,10 +255,20 @@ class Database:
         if not self.alive:
             raise self._address.unwritable("the session with it was lost")
         try:
-            async with self._pool.connection(POOL_TIMEOUT_S if self._session else self._stop_after_s) as db:
-                return await act(db)
+            async with AsyncExitStack() as stack:
+                return await act(await self._connection(stack))
         except (psycopg.Error, OSError, TimeoutError) as error:
             raise self.unwritable(error) from error
+
+    async def _connection(self, stack: AsyncExitStack) -> Connection:
+        """A free connection; whoever waits for one waits no longer than the database counts as there."""
+        for left in reversed(range(POOL_TRIES)):
+            try:
+                return await stack.enter_async_context(self._pool.connection(1.0))
+            except PoolTimeout:
+                if not self.alive or not left:
+                    raise
+        raise AssertionError("unreachable")
 
     def _done(self, task: asyncio.Task[Any], key: str | None) -> None:
         self._running.discard(task)

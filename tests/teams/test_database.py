@@ -456,6 +456,7 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
         await until(lambda: job.elsewhere)
         assert (job.following, job.finished) == (None, False)
         monkeypatch.undo()
+        await until(lambda: journal._database.alive)
         job.wake()
         await until(lambda: job.following)
         assert not job.elsewhere
