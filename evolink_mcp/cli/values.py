@@ -58,8 +58,6 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
     Raises:
         BadSetting: the address is none, the secret is short or missing, or the extra is not installed.
     """
-    from importlib.util import find_spec
-
     if secret is not None and len(secret) < SECRET_MIN:
         raise BadSetting(f"EVOLINK_MCP_SECRET must have {SECRET_MIN} characters or more")
     if url is None:
@@ -71,6 +69,8 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
             "EVOLINK_MCP_DATABASE_URL needs EVOLINK_MCP_SECRET, the same on all servers of the team; "
             'make one with: python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
+    from importlib.util import find_spec
+
     if find_spec("psycopg") is None or find_spec("psycopg_pool") is None:
         raise BadSetting('EVOLINK_MCP_DATABASE_URL needs the extra “teams”: pip install "evolink-mcp[teams]"')
     return url, secret
