@@ -33,6 +33,7 @@ GRACE_S = 4.0
 STOP_AFTER_S = 3.0
 AGAIN_AFTER_S, CLOSE_WITHIN_S = 0.5, 2.0
 ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
+FORGET = "DELETE FROM evolink_servers WHERE seen_at < clock_timestamp() - interval '1 day'"
 TOLD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
 POOL_SIZE, POOL_TRIES = 10, 10  # each of a second
 
@@ -135,6 +136,7 @@ class Database:
             await migrate(self._session, LOCKS)
             self._number = await _value(self._session, "INSERT INTO evolink_servers DEFAULT VALUES RETURNING number")
             await self._take(self._session)
+            await self._session.execute(FORGET.encode())
             await self._pool.open()
         except (psycopg.Error, OSError, TimeoutError) as error:
             await self._shut()

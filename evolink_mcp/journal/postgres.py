@@ -160,9 +160,7 @@ class PostgresJournal:
         if after is not None:
             clauses.append("(created_at < %s OR created_at = %s AND key > %s)")
             values += [after[0], *after]
-        return await self._many(
-            f'{" AND ".join(clauses)} ORDER BY created_at DESC, key COLLATE "C" LIMIT %s', *values, limit
-        )
+        return await self._many(f"{' AND '.join(clauses)} ORDER BY created_at DESC, key LIMIT %s", *values, limit)
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
         where = f"{self._mine} AND {UNDELIVERED} ORDER BY created_at"

@@ -22,7 +22,7 @@ VERSIONS = (
         seen_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(), gone_since TIMESTAMPTZ
     );
     CREATE TABLE evolink_entries (
-        key TEXT PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
+        key TEXT COLLATE "C" PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
         created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION, estimate DOUBLE PRECISION NOT NULL,
         spent DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT,

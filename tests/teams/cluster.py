@@ -39,7 +39,21 @@ class Cluster:
             os.chown(folder, user.pw_uid, user.pw_gid)
 
     def make(self) -> None:
-        self._run("initdb", "-D", "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        self._run(
+            "initdb",
+            "-D",
+            "data",
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+            "--locale-provider=icu",
+            "--icu-locale=en-US",
+            "--no-sync",
+        )
         settings = {
             "unix_socket_directories": f"'{self.folder}'", "listen_addresses": "''", "fsync": "off",
             "max_connections": "200", "shared_buffers": "16MB", "autovacuum": "off",
