@@ -102,8 +102,10 @@ class TooManyRunning(OverBudget):
     retryable = True
     advice = "Wait for one of them with get_task, then call again."
 
-    def __init__(self, under_way: int, most: int) -> None:
-        super().__init__(f"as many tasks are under way as may be ({under_way} of {most})")
+    @classmethod
+    def of(cls, under_way: int, most: int) -> TooManyRunning:
+        """The error that names both numbers."""
+        return cls(f"as many tasks are under way as may be ({under_way} of {most})")
 
 
 class JournalUnwritable(Refused):

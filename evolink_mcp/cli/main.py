@@ -116,9 +116,8 @@ def _http(options: Namespace) -> int:
         return 2
     import anyio
 
-    from evolink_mcp.cli.team import open_tenant
+    from evolink_mcp.cli.team import open_tenant, why_not_ready
     from evolink_mcp.cli.wiring import open_studio, open_team_database, server_for
-    from evolink_mcp.server.server import HEALTH
     from evolink_mcp.transports.auth import BadTokens, Tokens
     from evolink_mcp.transports.tenants import Tenants
     from evolink_mcp.transports.web import door, serve_app, web_app
@@ -146,15 +145,19 @@ def _http(options: Namespace) -> int:
 
     async def serve() -> int:
         if tokens is None:
-            async with open_studio(settings, remote=True) as studio:
-                app = door(app_of(server_for(studio, settings), studio.journal), options.allowed_host)
+            async with (
+                open_team_database(settings.database_url) as database,
+                open_studio(settings, remote=True, database=database) as studio,
+            ):
+                app = app_of(server_for(studio, settings), studio.journal)
+                app = door(app, options.allowed_host, None, lambda: why_not_ready(settings, None, database))
                 return await serve_app(app, options.host, options.port, leave_in_time, ready)
         code = 1
         async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
-            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database=database), HEALTH)
+            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database=database))
             for tenant in tokens.tenants:  # what they left unfinished goes on
                 group.start_soon(tenants.app, tenant)
-            app = door(tenants, options.allowed_host, tokens)
+            app = door(tenants, options.allowed_host, tokens, lambda: why_not_ready(settings, tokens, database))
             code = await serve_app(app, options.host, options.port, leave_in_time, ready)
             group.cancel_scope.cancel()
         return code

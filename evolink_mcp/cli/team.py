@@ -14,7 +14,7 @@ from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio, server_for
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.pictures.folders import Folders
-from evolink_mcp.transports.auth import Tenant
+from evolink_mcp.transports.auth import Tenant, Tokens
 from evolink_mcp.transports.tenants import lifespan
 
 if TYPE_CHECKING:
@@ -61,3 +61,12 @@ async def open_tenant(
         app = make_app(server_for(studio, its), studio.journal)
         async with lifespan(app):
             yield app
+
+
+def why_not_ready(settings: Settings, tokens: Tokens | None, database: Database | None) -> str | None:
+    """Why nothing can be bought at this server now, if so: its database is gone, or there is no key for anybody."""
+    if database is not None and not database.alive:
+        return "the database does not answer"
+    if settings.key is None and not any(tenant.evolink_key for tenant in (tokens.tenants if tokens else ())):
+        return settings.key_problem or "no EvoLink API key is set"
+    return None

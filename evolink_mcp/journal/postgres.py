@@ -78,7 +78,7 @@ class PostgresJournal:
                         count = f"SELECT count(*) AS found FROM evolink_entries WHERE {self._mine} AND {UNDER_WAY}"
                         row = await _first(db, count)
                         if row is not None and row["found"] >= running:
-                            raise TooManyRunning(row["found"], running)
+                            raise TooManyRunning.of(row["found"], running)
                     spent = await self._spent(db, since) if cap is not None else 0.0
                     if cap is not None and spent + entry.estimate > cap:
                         return spent

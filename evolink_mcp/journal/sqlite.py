@@ -82,7 +82,7 @@ class SqliteJournal:
                         where = f"{self._mine} AND {UNDER_WAY}"
                         (under_way,) = db.execute(f"SELECT count(*) FROM entries WHERE {where}").fetchone()
                         if under_way >= running:
-                            raise TooManyRunning(under_way, running)
+                            raise TooManyRunning.of(under_way, running)
                     spent = self._spent(db, since) if cap is not None else 0.0
                     if cap is not None and spent + entry.estimate > cap:
                         return spent

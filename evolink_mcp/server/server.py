@@ -10,8 +10,6 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.request_state import RequestStateSecurity
 from mcp.server.subscriptions import InMemorySubscriptionBus
 from mcp.shared.exceptions import MCPError
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from evolink_mcp import __version__
 from evolink_mcp.sanitize import harmless
@@ -40,7 +38,6 @@ WITHOUT_BUYING = (
     "Shows pictures that were bought with EvoLink's gpt-image-2, and tells sizes and prices. This server publishes no "
     "tool that buys: generate_image is switched off by its owner (EVOLINK_MCP_TOOLS)."
 )
-HEALTH = {"status": "ok", "name": NAME, "version": __version__}
 DAY_MS = 86_400_000
 INVALID_PARAMS = -32602
 
@@ -115,11 +112,6 @@ def build_server(
     add_completions(server, studio)
     if can_buy:
         add_prompts(server)
-
-    @server.custom_route("/healthz", methods=["GET"])
-    async def healthz(_: Request) -> Response:
-        return JSONResponse(HEALTH)
-
     return server
 
 

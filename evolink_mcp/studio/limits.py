@@ -55,7 +55,7 @@ class Limits:
         """
         under_way = self._ordering + sum(_under_way(job.entry) for job in jobs)
         if self._running is not None and under_way >= self._running:
-            raise TooManyRunning(under_way, self._running)
+            raise TooManyRunning.of(under_way, self._running)
         self._ordering += 1
         try:
             yield

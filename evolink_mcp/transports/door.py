@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,10 +13,13 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from evolink_mcp import __version__
 from evolink_mcp.transports.auth import Refusal, Tenant, Tokens
 from evolink_mcp.transports.tenants import SCOPE_KEY as TENANT
 
-OPEN_PATHS = ("/healthz", "/readyz")
+# Who asks whether the server is up needs no token.
+HEALTH, READINESS = "/healthz", "/readyz"
+NAMED = {"name": "evolink-mcp", "version": __version__}
 TEXT = b"text/plain; charset=utf-8"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 BODY_WITHIN_S = 30.0
@@ -31,7 +34,7 @@ FULL = (
     b"content-type: text/plain\r\ncontent-length: 46\r\n\r\nToo many connections; try again in a moment.\r\n"
 )
 DRAINED_MAX_BYTES = 64 << 20
-MISDIRECTED, FORBIDDEN, TIMED_OUT, TOO_LARGE = 421, 403, 408, 413
+MISDIRECTED, FORBIDDEN, TIMED_OUT, TOO_LARGE, UNAVAILABLE = 421, 403, 408, 413, 503
 INVALID_REQUEST = -32600
 _ID = re.compile(rb'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})')
 
@@ -49,10 +52,19 @@ class Door:
     """An ASGI app around `app`. `names` are the host names that may be asked for, besides those of this machine.
 
     A browser sends the name that a page was loaded from: a name that was rebound to this machine is turned away.
-    With `tokens`, whoever has none is turned away before a body is read, on every path but OPEN_PATHS.
+    With `tokens`, whoever has none is turned away before a body is read, on every path but HEALTH and READINESS, which
+    the door answers itself. `not_ready` says why the server cannot do paid work now, if so.
     """
 
-    def __init__(self, app: ASGIApp, names: Sequence[str], body_max: int, tokens: Tokens | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        names: Sequence[str],
+        body_max: int,
+        tokens: Tokens | None = None,
+        not_ready: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._not_ready = not_ready
         self._app = app
         self._tokens = tokens
         self._names = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *names))
@@ -69,17 +81,21 @@ class Door:
             await _say(send, MISDIRECTED, "This server does not answer to that host name; see --allowed-host.")
         elif origin is not None and not self._may_call(origin):
             await _say(send, FORBIDDEN, "Pages from elsewhere may not call this server.")
-        elif (entered := self._entered(scope, headers)) is not None and isinstance(entered, Refusal):
+        elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
+            await self._tell_of_health(send, self._not_ready() if scope["path"] == READINESS else None)
+        elif (entered := self._entered(headers)) is not None and isinstance(entered, Refusal):
             await _answer(send, entered.status, entered.text.encode(), TEXT, entered.headers)
         elif scope["method"] == "POST":
             await self._post({**scope, TENANT: entered}, receive, send)
         else:
             await self._app({**scope, TENANT: entered}, receive, send)
 
-    def _entered(self, scope: Scope, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
-        if self._tokens is None or scope["path"] in OPEN_PATHS:
-            return None
-        return self._tokens.enter(headers.get(b"authorization"))
+    def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
+        return None if self._tokens is None else self._tokens.enter(headers.get(b"authorization"))
+
+    async def _tell_of_health(self, send: Send, why: str | None) -> None:
+        told = {"status": "ok", **NAMED} if why is None else {"status": "not ready", "why": why, **NAMED}
+        await _answer(send, 200 if why is None else UNAVAILABLE, json.dumps(told).encode(), b"application/json")
 
     def _may_call(self, origin: bytes) -> bool:
         scheme, found, rest = origin.partition(b"://")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
 
 import anyio
 import anyio.abc
 import uvicorn
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.lifespan.on import LifespanOn
 
@@ -30,10 +28,9 @@ class Tenants:
     under way goes on.
     """
 
-    def __init__(self, group: anyio.abc.TaskGroup, open_app: OpenApp, health: dict[str, Any]) -> None:
+    def __init__(self, group: anyio.abc.TaskGroup, open_app: OpenApp) -> None:
         self._group = group
         self._open_app = open_app
-        self._health = health
         self._apps: dict[Tenant, ASGIApp] = {}
         self._opening = anyio.Lock()
 
@@ -41,8 +38,6 @@ class Tenants:
         """Serve one request."""
         if scope["type"] == "lifespan":
             await _live(receive, send)
-        elif scope["path"] == "/healthz":
-            await JSONResponse(self._health)(scope, receive, send)
         else:
             app = await self.app(scope[SCOPE_KEY])
             await app(scope, receive, send)

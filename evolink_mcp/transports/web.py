@@ -26,9 +26,17 @@ REQUEST_MAX_BYTES = 512 << 10
 LEAVE_WITHIN_S = 0.3
 
 
-def door(app: Any, names: Sequence[str] = (), tokens: Tokens | None = None) -> Any:
-    """`app` behind its door: it answers to the names of this machine and to `names`, and to who has a token, if any."""
-    return Door(app, names, REQUEST_MAX_BYTES, tokens)
+def door(
+    app: Any,
+    names: Sequence[str] = (),
+    tokens: Tokens | None = None,
+    not_ready: Callable[[], str | None] = lambda: None,
+) -> Any:
+    """`app` behind its door: it answers to the names of this machine and to `names`, and to who has a token, if any.
+
+    `not_ready` says why the server cannot do paid work now, if so.
+    """
+    return Door(app, names, REQUEST_MAX_BYTES, tokens, not_ready)
 
 
 def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str, names: Sequence[str] = ()) -> Any:

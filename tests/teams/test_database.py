@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import httpx2 as httpx
 import pytest
 from conftest import Clock, HeldClock, Open, PlainSimulator, poor_environment
 
@@ -324,6 +325,38 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
     assert len(lines) == 1, said
     assert "EVOLINK_MCP_DATABASE_URL" in lines[0]
     assert "canary-word" not in said
+
+
+async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str, tmp_path: Path) -> None:
+    port = silent_port()
+    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
+                           EVOLINK_API_KEY="sk-canary-0123456789")  # fmt: skip
+    command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
+    async with (
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http,
+        await anyio.open_process(command, env=env, stdin=-3, stdout=-3, stderr=-3) as server,
+    ):
+
+        async def says(path: str, *wanted: Any) -> dict[str, Any]:
+            while True:
+                try:
+                    told = await http.get(path)
+                except httpx.TransportError:
+                    await anyio.sleep(0.05)
+                    continue
+                if (told.status_code, told.json()["status"]) == wanted:
+                    return told.json()
+                await anyio.sleep(0.05)
+
+        await says("/readyz", 200, "ok")
+        cluster.stop()
+        try:
+            assert (await says("/readyz", 503, "not ready"))["why"] == "the database does not answer"
+            await says("/healthz", 200, "ok")
+        finally:
+            await anyio.to_thread.run_sync(cluster.start)
+        await says("/readyz", 200, "ok")
+        server.terminate()
 
 
 @pytest.mark.parametrize(

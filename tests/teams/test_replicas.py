@@ -24,7 +24,6 @@ from transports.test_tokens import HEADERS, block
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team import open_tenant
 from evolink_mcp.cli.wiring import open_team_database
-from evolink_mcp.server.server import HEALTH
 from evolink_mcp.transports.auth import Tokens
 from evolink_mcp.transports.tenants import Tenants
 from evolink_mcp.transports.web import door, web_app
@@ -95,7 +94,7 @@ async def team(url: str, folder: Path, *blocks: str, **environ: str) -> AsyncIte
                     httpx.ASGITransport(simulator.app), database=database,
                 )  # fmt: skip
 
-            apps.append(door(Tenants(group, opens, HEALTH), (), Tokens(settings.tokens_file)))
+            apps.append(door(Tenants(group, opens), (), Tokens(settings.tokens_file)))
         yield Team(apps, simulator)
 
 

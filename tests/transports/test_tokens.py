@@ -21,8 +21,7 @@ from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import open_tenant
-from evolink_mcp.server.server import HEALTH
+from evolink_mcp.cli.team import open_tenant, why_not_ready
 from evolink_mcp.transports.auth import BadTokens, Refusal, Tenant, Tokens, new_token
 from evolink_mcp.transports.tenants import Tenants
 from evolink_mcp.transports.web import door, web_app
@@ -228,7 +227,6 @@ async def office(tmp_path: Path, *blocks: str, **environ: str) -> AsyncIterator[
                     lambda server, journal: web_app(server, journal, "http", "127.0.0.1"),
                     httpx.ASGITransport(simulator.app),
                 ),
-                HEALTH,
             )
             yield Office(door(tenants, (), tokens), simulator)
             group.cancel_scope.cancel()
@@ -250,7 +248,9 @@ async def test_every_path_needs_a_token_but_the_sign_of_health(tmp_path: Path) -
             ):
                 answer = await http.request(method, path, json=INITIALIZE)
                 assert (answer.status_code, "www-authenticate" in answer.headers) == (401, True), path
-            assert (await http.get("/healthz")).json()["status"] == "ok"
+            for path in ("/healthz", "/readyz"):
+                assert (await http.get(path)).json()["status"] == "ok"
+                assert (await http.post(path, json=INITIALIZE)).status_code == 401
             assert (await http.get("/healthz", headers={"host": "evil.dev"})).status_code == 421
         async with town.http("wrong") as http:
             answer = await http.post("/mcp", json=INITIALIZE)
@@ -421,3 +421,18 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
             assert (await http.post("/mcp", json=INITIALIZE, headers=known)).status_code == 200
         process.terminate()
         assert await process.wait() == (1 if sys.platform == "win32" else 143)
+
+
+@pytest.mark.parametrize(
+    ("key", "blocks", "why"),
+    [
+        ("sk-test-key", ANNA, None),
+        (None, ANNA, "no EvoLink API key is set"),
+        (None, block("anna", "a", evolink_key="sk-annas-own"), None),
+        ("sk-...", ANNA, "EVOLINK_API_KEY is still the example's sk-..."),
+    ],
+)
+def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
+    file.write_text(blocks)
+    settings = Settings.from_environment({"EVOLINK_API_KEY": key} if key else {})
+    assert why_not_ready(settings, Tokens(file), None) == why
