@@ -20,13 +20,16 @@ PACKAGES = {
     "api": "sizes size_words costs urls request task http client",
     "journal": "entry rows contract migrations file sqlite address schema database postgres",
     "pictures": "folders structure metadata inspect child previews upright downloads sidecar references store",
-    "studio": "times schedule experience jobs recorder size_rule limits lost purchase poller watch collect workshop studio",
+    "studio": (
+        "times schedule experience callbacks jobs recorder size_rule limits lost purchase poller watch collect workshop "
+        "studio"
+    ),
     "tools": (
         "hosts schemas task_answer task_words adapter previews delivery waiting "
         "generate_image get_task compute_size view_image list_tasks get_balance"
     ),
     "server": "opening resources prompts gallery tasks_extension server",
-    "transports": "signals wires stdio auth tenants calls door web",
+    "transports": "signals wires stdio auth tenants calls callbacks door web",
     "simulator": "rules simulation paintings app",
     "cli": "process arguments values settings wiring team host_config doctor demo shelf main",
 }

@@ -116,11 +116,11 @@ def _http(options: Namespace) -> int:
         return 2
     import anyio
 
-    from evolink_mcp.cli.team import open_tenant, why_not_ready
+    from evolink_mcp.cli.team import Studios, behind_door, names_of, open_tenant
     from evolink_mcp.cli.wiring import open_studio, open_team_database, server_for
     from evolink_mcp.transports.auth import BadTokens, Tokens
     from evolink_mcp.transports.tenants import Tenants
-    from evolink_mcp.transports.web import door, serve_app, web_app
+    from evolink_mcp.transports.web import serve_app, web_app
 
     try:
         tokens = None if settings.tokens_file is None else Tokens(settings.tokens_file)
@@ -136,30 +136,32 @@ def _http(options: Namespace) -> int:
 
     def ready() -> None:
         keep_what_stays()
-        if not is_loopback(options.host) and not options.allowed_host:
+        if not is_loopback(options.host) and not names:
             print("evolink-mcp: without --allowed-host NAME it answers only to names of this machine", file=sys.stderr)
         print(f"evolink-mcp serves http://{host}:{options.port}/{path}: {who} may spend your credits", file=sys.stderr)
 
-    def app_of(server: Any, journal: Any) -> Any:
-        return web_app(server, journal, options.command, options.host, options.allowed_host)
+    names = names_of(options.allowed_host, settings)
 
     async def serve() -> int:
-        if tokens is None:
-            async with (
-                open_team_database(settings.database_url) as database,
-                open_studio(settings, remote=True, database=database) as studio,
-            ):
-                app = app_of(server_for(studio, settings), studio.journal)
-                app = door(app, options.allowed_host, None, lambda: why_not_ready(settings, None, database))
-                return await serve_app(app, options.host, options.port, leave_in_time, ready)
-        code = 1
-        async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
-            tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database=database))
-            for tenant in tokens.tenants:  # what they left unfinished goes on
-                group.start_soon(tenants.app, tenant)
-            app = door(tenants, options.allowed_host, tokens, lambda: why_not_ready(settings, tokens, database))
-            code = await serve_app(app, options.host, options.port, leave_in_time, ready)
-            group.cancel_scope.cancel()
+        async with open_team_database(settings.database_url) as database:
+            studios = Studios(database)
+
+            def app_of(server: Any, studio: Any) -> Any:
+                studios.add(studio)
+                return web_app(server, studio.journal, options.command, options.host, names)
+
+            if tokens is None:
+                async with open_studio(settings, remote=True, database=database) as studio:
+                    app = behind_door(app_of(server_for(studio, settings), studio), settings, names, None, studios)
+                    return await serve_app(app, options.host, options.port, leave_in_time, ready)
+            code = 1
+            async with anyio.create_task_group() as group:
+                tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database=database))
+                for tenant in tokens.tenants:  # what they left unfinished goes on
+                    group.start_soon(tenants.app, tenant)
+                app = behind_door(tenants, settings, names, tokens, studios)
+                code = await serve_app(app, options.host, options.port, leave_in_time, ready)
+                group.cancel_scope.cancel()
         return code
 
     return anyio.run(serve)

@@ -51,6 +51,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "none",
         "32 characters or more, the same for all servers of a team; needed with a database.",
     ),
+    "EVOLINK_MCP_PUBLIC_URL": (
+        "none",
+        "Over HTTP: the https address that EvoLink reaches; it tells there that a picture is ready. Needs the secret.",
+    ),
     "EVOLINK_MCP_TOOLS": ("all", "Comma list of the tools to publish; without generate_image nothing can be bought."),
     "EVOLINK_MCP_CALLBACK_HOSTS": ("any public host", "Comma list of hosts that callback_url may name, or none."),
     "EVOLINK_MCP_MAX_CREDITS_PER_CALL": ("none", "Refuse a call whose computed price is higher."),
@@ -86,6 +90,7 @@ class Settings:
     tokens_file: Path | None
     database_url: str | None = field(repr=False)
     secret: str | None = field(repr=False)
+    public_url: str | None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -133,6 +138,7 @@ class Settings:
             tokens_file=values.folder(said, "EVOLINK_MCP_TOKENS_FILE"),
             database_url=database,
             secret=secret,
+            public_url=values.public_url(said.get("EVOLINK_MCP_PUBLIC_URL"), secret),
         )
 
     @property

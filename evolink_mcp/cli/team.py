@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio, server_for
-from evolink_mcp.journal.contract import Journal
+from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for
 from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.studio.callbacks import PATH
+from evolink_mcp.studio.studio import Studio
 from evolink_mcp.transports.auth import Tenant, Tokens
+from evolink_mcp.transports.callbacks import CalledBack
 from evolink_mcp.transports.tenants import lifespan
+from evolink_mcp.transports.web import door
 
 if TYPE_CHECKING:
     from evolink_mcp.journal.database import Database
@@ -45,7 +49,7 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
 async def open_tenant(
     tenant: Tenant,
     settings: Settings,
-    make_app: Callable[[MCPServer[Any], Journal], Any],
+    make_app: Callable[[MCPServer[Any], Studio], Any],
     transport: httpx.AsyncBaseTransport | None = None,
     *,
     database: Database | None = None,
@@ -58,7 +62,7 @@ async def open_tenant(
     async with open_studio(
         its, remote=True, tenant=tenant.name, shared=tenant.shares_account, database=database, transport=transport
     ) as studio:
-        app = make_app(server_for(studio, its), studio.journal)
+        app = make_app(server_for(studio, its), studio)
         async with lifespan(app):
             yield app
 
@@ -70,3 +74,43 @@ def why_not_ready(settings: Settings, tokens: Tokens | None, database: Database 
     if settings.key is None and not any(tenant.evolink_key for tenant in (tokens.tenants if tokens else ())):
         return settings.key_problem or "no EvoLink API key is set"
     return None
+
+
+def names_of(allowed: Sequence[str], settings: Settings) -> list[str]:
+    """The host names that a server answers to besides this machine's: the public one needs no `--allowed-host`."""
+    public = urlsplit(settings.public_url or "").hostname
+    return [*allowed, *([public] if public else [])]
+
+
+def behind_door(app: Any, settings: Settings, names: Sequence[str], tokens: Tokens | None, studios: Studios) -> Any:
+    """`app` behind its door, which also takes EvoLink's callbacks if there is a public address."""
+    callbacks = callbacks_of(settings)
+    if callbacks is not None:
+        app = CalledBack(app, callbacks, studios.called_back)
+    return door(
+        app, names, tokens, lambda: why_not_ready(settings, tokens, studios.database),
+        open_below=None if callbacks is None else PATH,
+    )  # fmt: skip
+
+
+class Studios:
+    """The open studios of this server, by their accounts' marks."""
+
+    def __init__(self, database: Database | None) -> None:
+        self.database = database
+        self._by_account: dict[str, Studio] = {}
+
+    def add(self, studio: Studio) -> None:
+        """It is open from now on, in place of an earlier one of the account."""
+        self._by_account[studio.journal.account] = studio
+
+    async def called_back(self, account: str, key: str, task_id: str) -> None:
+        """EvoLink says that this task of the account's order has ended; if no studio here knows, other servers may.
+
+        Raises:
+            JournalUnwritable: nobody could be told.
+        """
+        if (studio := self._by_account.get(account)) is not None:
+            await studio.called_back(key, task_id)
+        elif self.database is not None:
+            await self.database.tell(account, {"key": key, "task_id": task_id, "ended": True})

@@ -76,6 +76,20 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
     return url, secret
 
 
+def public_url(value: str | None, secret: str | None) -> str | None:
+    """The address at which EvoLink and people reach this server.
+
+    Raises:
+        BadSetting: it is no such address, or there is no secret to sign with.
+    """
+    if value is None:
+        return None
+    value = address("EVOLINK_MCP_PUBLIC_URL", value)
+    if secret is None:
+        raise BadSetting("EVOLINK_MCP_PUBLIC_URL needs EVOLINK_MCP_SECRET, which signs the addresses below it")
+    return value
+
+
 def folder(said: Mapping[str, str], name: str) -> Path | None:
     """The folder or file that this variable names; None if it is not set."""
     return path(name, said[name]) if name in said else None

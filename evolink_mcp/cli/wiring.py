@@ -19,6 +19,7 @@ from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import References
 from evolink_mcp.server.server import build_server
+from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.schemas import TOOL_NAMES
@@ -70,11 +71,18 @@ async def open_studio(
         studio = Studio(
             client, journal, folders, references, settings.budget,
             rule=settings.size_rule, sidecars=settings.sidecars, preview_edge=settings.preview_edge,
-            callback_hosts=settings.callback_hosts, shared=shared,
+            callback_hosts=settings.callback_hosts, shared=shared, callbacks=callbacks_of(settings) if remote else None,
             key_problem=settings.key_problem, clock=clock, sleep=sleep, pause=pause,
         )  # fmt: skip
         await stack.enter_async_context(client)
         yield await stack.enter_async_context(studio)
+
+
+def callbacks_of(settings: Settings) -> Callbacks | None:
+    """The addresses at which EvoLink tells that a task has ended, if it can reach this server."""
+    if settings.public_url is None or settings.secret is None:
+        return None
+    return Callbacks(settings.public_url, settings.secret)
 
 
 @asynccontextmanager

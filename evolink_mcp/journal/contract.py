@@ -13,15 +13,17 @@ from evolink_mcp.journal.rows import task_of
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What one server of an account tells the others: an entry has changed, or a call was cancelled by its client.
+    """What one server of an account tells the others: an entry has changed, EvoLink has called back, or a call was
+    cancelled by its client.
 
     `key` and `task_id` are the entry's. `task` is what EvoLink has told of it and nobody writes down: the progress.
-    `call` names a call: its client's session, and the id of the request.
+    `ended`: EvoLink has called back. `call` names a call: its client's session, and the id of the request.
     """
 
     key: str = ""
     task_id: str | None = None
     task: Task | None = None
+    ended: bool = False
     call: tuple[str, str | int] | None = None
 
     @classmethod
@@ -36,6 +38,7 @@ class News:
             key=told.get("key", ""),
             task_id=told.get("task_id"),
             task=task_of(task) if task else None,
+            ended=bool(told.get("ended")),
             call=(call[0], call[1]) if call else None,
         )
 

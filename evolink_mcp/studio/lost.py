@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.client import SUBMIT_DEADLINE_S, EvolinkClient
 from evolink_mcp.api.request import MODEL, GenerationRequest
-from evolink_mcp.api.task import Task
+from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import ADOPTED, Entry
@@ -57,6 +57,27 @@ class LostAnswers:
         self._recorder = recorder
         self._shared = shared
         self._sleep = sleep
+        self._told: dict[str, str] = {}  # the tasks that EvoLink has named at the addresses made for these entries
+
+    def told(self, key: str, task_id: str) -> None:
+        """EvoLink has called back: this task is the order's with this key."""
+        self._told[key] = task_id
+
+    async def _told_by_callback(self, job: Job) -> bool:
+        """Take the task that EvoLink has named at this order's own address, if it is there. That is no guess."""
+        task_id = self._told.pop(job.entry.key, None)
+        if task_id is None or not is_task_id(task_id):
+            return False
+        try:
+            task = await self._client.task(task_id)
+            if contradicts(job.entry, task, self._client.clock_skew_s):
+                log.warning("a callback named the task %s, which cannot be this order's", task.id)
+                return False
+            await self._recorder.phase_changed(job, "submitted", task=task)
+        except EvolinkError as error:
+            log.info("the task of a callback could not be read or is another order's: %s", error.code)
+            return False
+        return True
 
     async def reconcile(self, job: Job) -> None:
         """Ask the account's task list what became of a request whose answer was lost.
@@ -64,6 +85,8 @@ class LostAnswers:
         If exactly one task may be the one and no other entry may own it, it is taken as a guess. If there are several,
         they are named. If there is none, the outcome stays unknown.
         """
+        if await self._told_by_callback(job):
+            return None
         entry = job.entry
         candidates: list[Task] = []
         for wait in () if self._shared else LOOK_AFTER_S:

@@ -24,6 +24,7 @@ from evolink_mcp.errors import (
 )
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.limits import Budget
 from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
@@ -55,6 +56,7 @@ class Purchases:
         budget: Budget,
         lost: LostAnswers,
         *,
+        callbacks: Callbacks | None = None,
         sleep: Sleep = anyio.sleep,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -63,6 +65,7 @@ class Purchases:
         self._recorder = recorder
         self._budget = budget
         self.lost = lost
+        self._callbacks = callbacks
         self._sleep = sleep
         self._draw = draw
 
@@ -129,12 +132,16 @@ class Purchases:
 
     async def _buy(self, job: Job) -> None:
         entry, recorder = job.entry, self._recorder
+        body = entry.request
+        if self._callbacks is not None:
+            body = self._callbacks.addressed(body, entry.account, entry.key)
+            job.called_back = "callback_url" not in entry.request
         used_s = 0.0
         for repeat in range(REPEATS_MAX + 1):
             began = anyio.current_time()
             try:
                 task = await self._client.submit(
-                    entry.request, idempotency_key=entry.key, on_sending=partial(recorder.sending, job)
+                    body, idempotency_key=entry.key, on_sending=partial(recorder.sending, job)
                 )
             except (RateLimited, Unreachable) as error:
                 wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))

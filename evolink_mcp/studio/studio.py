@@ -13,10 +13,11 @@ import anyio
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
 from evolink_mcp.errors import EvolinkError, KeyMissing, TaskUnknown
-from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.contract import Journal, News
 from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.references import Checked, References
+from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.collect import Collector
 from evolink_mcp.studio.experience import Experience
 from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
@@ -60,6 +61,7 @@ class Studio:
         preview_edge: int | None = None,
         callback_hosts: frozenset[str] | None = None,
         shared: bool = False,
+        callbacks: Callbacks | None = None,
         key_problem: str | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
@@ -73,7 +75,7 @@ class Studio:
         self._recorder = Recorder(journal, self._announce)
         lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
         self._experience = Experience(journal)
-        self._purchases = Purchases(client, journal, self._recorder, budget, lost, sleep=sleep)
+        self._purchases = Purchases(client, journal, self._recorder, budget, lost, callbacks=callbacks, sleep=sleep)
         self._references = references
         self._saving: Any = {"sidecars": sidecars, "preview_edge": preview_edge}
         self._limits = Limits(budget.running, callback_hosts)
@@ -142,7 +144,8 @@ class Studio:
             await self._workshop.take_over()
             marks = (mark, fingerprint(checked.identity))
             job = await self._undelivered(order, marks)
-            if job is None and (self._workshop.waits_for(marks) or await self._is_awaited_elsewhere(marks)):
+            since = self._clock() - JOIN_WITHIN_S
+            if job is None and (self._workshop.waits_for(marks) or await self.journal.is_awaited(marks, since)):
                 # Over HTTP a client's cancelling, or its server's death, may be seen after the same call, sent later.
                 await self._sleep(GIVING_UP_S)
                 job = await self._undelivered(order, marks)
@@ -276,6 +279,11 @@ class Studio:
         self._need_key()
         return await self.client.balance()
 
+    async def called_back(self, key: str, task_id: str) -> None:
+        """EvoLink says that the order with this key has ended as this task; other servers of the account are told too."""
+        await self._workshop.called_back(key, task_id)
+        await self._recorder.softly(self.journal.tell(News(key, task_id, ended=True)))
+
     def subscribe(self, subscriber: Subscriber) -> None:
         """Call `subscriber` with the id of every task whose state changes; what it raises is logged and ends nothing."""
         self._subscribers.append(subscriber)
@@ -283,8 +291,6 @@ class Studio:
     def _need_key(self) -> None:
         if not self.client.has_key:
             raise KeyMissing(self._key_problem or "no EvoLink API key is set")
-
-    # --- jobs ---
 
     async def _undelivered(self, order: Order, marks: tuple[str, ...]) -> Job | None:
         """The job of what an identical order bought and nobody received; this caller now waits for it."""
@@ -299,9 +305,6 @@ class Studio:
                 job.copy_as = other_name
                 return job
         return None
-
-    async def _is_awaited_elsewhere(self, marks: tuple[str, ...]) -> bool:
-        return await self.journal.is_awaited(marks, self._clock() - JOIN_WITHIN_S)
 
     def _announce(self, task_id: str) -> None:
         for subscriber in self._subscribers:

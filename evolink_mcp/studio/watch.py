@@ -11,6 +11,7 @@ import anyio
 
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import RateLimited, Rejected, Unreadable
+from evolink_mcp.studio.callbacks import BACKSTOP_S
 from evolink_mcp.studio.experience import Experience
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.poller import Poller
@@ -69,7 +70,8 @@ class Watcher:
         refusals = 0
         while not task.settled:
             if not at_once:
-                await job.rest(schedule.next_s(anyio.current_time() - accepted, task.progress), self._sleep)
+                rest_s = schedule.next_s(anyio.current_time() - accepted, task.progress)
+                await job.rest(max(rest_s, BACKSTOP_S) if job.called_back else rest_s, self._sleep)
             at_once = False
             try:
                 seen = await self._poller.read(task.id)

@@ -208,13 +208,35 @@ class Workshop:
     def _heard(self, news: News) -> None:
         """Another server of this account has done something."""
         job = self.running(news.key)
-        if job is None:
+        if news.ended and news.task_id is not None:
+            self._group.start_soon(guarded, self.called_back, news.key, news.task_id)
+        elif job is None:
             if news.task_id is not None:
                 self._recorder.told_elsewhere(news.task_id)
         elif job.elsewhere and news.task is not None:
             self._recorder.seen_elsewhere(job, replace(job.entry, task=news.task))
         elif job.elsewhere:
             job.wake()
+
+    async def called_back(self, key: str, task_id: str) -> None:
+        """EvoLink says, at the address that was made for this order, that this task has ended: look at it.
+
+        Where the answer to the order was lost, the task is the order's.
+        """
+        job = self.running(key)
+        entry = job.entry if job is not None else await self._recorder.known_by_key(key)
+        if entry is None or entry.phase in ("refused", "unsent", "found"):
+            return
+        if entry.task is None or entry.guessed:
+            self._purchases.lost.told(key, task_id)
+        if job is not None:
+            if not job.elsewhere and entry.task_id == task_id:
+                job.poll_now()
+        elif entry.phase in ("sending", "unknown") and await self.acquire(key):
+            self._begin(entry, self._go_on)
+        elif entry.guessed and entry.task_id == task_id and await self.acquire(key):
+            await self._recorder.confirmed(guess := Job(entry))
+            await self._recorder.ended(guess)
 
     def _stop(self) -> None:
         """Other servers may take over what this one works on: from now on it watches. A purchase goes to its end."""

@@ -53,7 +53,8 @@ class Door:
 
     A browser sends the name that a page was loaded from: a name that was rebound to this machine is turned away.
     With `tokens`, whoever has none is turned away before a body is read, on every path but HEALTH and READINESS, which
-    the door answers itself. `not_ready` says why the server cannot do paid work now, if so.
+    the door answers itself, and what is posted below `open_below`. `not_ready` says why the server cannot do paid work
+    now, if so.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Door:
         body_max: int,
         tokens: Tokens | None = None,
         not_ready: Callable[[], str | None] = lambda: None,
+        open_below: str | None = None,
     ) -> None:
+        self._open_below = open_below
         self._not_ready = not_ready
         self._app = app
         self._tokens = tokens
@@ -83,6 +86,8 @@ class Door:
             await _say(send, FORBIDDEN, "Pages from elsewhere may not call this server.")
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
             await self._tell_of_health(send, self._not_ready() if scope["path"] == READINESS else None)
+        elif self._open_below and scope["method"] == "POST" and scope["path"].startswith(self._open_below):
+            await self._post(scope, receive, send)
         elif (entered := self._entered(headers)) is not None and isinstance(entered, Refusal):
             await _answer(send, entered.status, entered.text.encode(), TEXT, entered.headers)
         elif scope["method"] == "POST":

@@ -31,12 +31,13 @@ def door(
     names: Sequence[str] = (),
     tokens: Tokens | None = None,
     not_ready: Callable[[], str | None] = lambda: None,
+    open_below: str | None = None,
 ) -> Any:
     """`app` behind its door: it answers to the names of this machine and to `names`, and to who has a token, if any.
 
-    `not_ready` says why the server cannot do paid work now, if so.
+    `not_ready` says why the server cannot do paid work now, if so. What is posted below the path `open_below` needs no token.
     """
-    return Door(app, names, REQUEST_MAX_BYTES, tokens, not_ready)
+    return Door(app, names, REQUEST_MAX_BYTES, tokens, not_ready, open_below)
 
 
 def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str, names: Sequence[str] = ()) -> Any:

@@ -22,11 +22,11 @@ pytest.importorskip("psycopg")
 from transports.test_tokens import HEADERS, block
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import open_tenant
+from evolink_mcp.cli.team import Studios, behind_door, names_of, open_tenant
 from evolink_mcp.cli.wiring import open_team_database
 from evolink_mcp.transports.auth import Tokens
 from evolink_mcp.transports.tenants import Tenants
-from evolink_mcp.transports.web import door, web_app
+from evolink_mcp.transports.web import web_app
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -69,6 +69,20 @@ class Team:
         return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
 
 
+def _replica(settings: Settings, tokens: Tokens, group: Any, database: Any, simulator: PlainSimulator) -> Any:
+    studios = Studios(database)
+    names = names_of((), settings)
+
+    def makes(server: Any, studio: Any) -> Any:
+        studios.add(studio)
+        return web_app(server, studio.journal, "http", "127.0.0.1", names)
+
+    def opens(tenant: Any) -> Any:
+        return open_tenant(tenant, settings, makes, httpx.ASGITransport(simulator.app), database=database)
+
+    return behind_door(Tenants(group, opens), settings, names, tokens, studios)
+
+
 @asynccontextmanager
 async def team(url: str, folder: Path, *blocks: str, **environ: str) -> AsyncIterator[Team]:
     """Two replicas with one tokens file, one database and one simulated EvoLink."""
@@ -87,14 +101,7 @@ async def team(url: str, folder: Path, *blocks: str, **environ: str) -> AsyncIte
             database = await stack.enter_async_context(open_team_database(settings.database_url))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
-
-            def opens(tenant: Any, settings: Settings = settings, database: Any = database) -> Any:
-                return open_tenant(
-                    tenant, settings, lambda server, journal: web_app(server, journal, "http", "127.0.0.1"),
-                    httpx.ASGITransport(simulator.app), database=database,
-                )  # fmt: skip
-
-            apps.append(door(Tenants(group, opens), (), Tokens(settings.tokens_file)))
+            apps.append(_replica(settings, Tokens(settings.tokens_file), group, database, simulator))
         yield Team(apps, simulator)
 
 

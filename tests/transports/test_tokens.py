@@ -224,7 +224,7 @@ async def office(tmp_path: Path, *blocks: str, **environ: str) -> AsyncIterator[
                 lambda tenant: open_tenant(
                     tenant,
                     settings,
-                    lambda server, journal: web_app(server, journal, "http", "127.0.0.1"),
+                    lambda server, studio: web_app(server, studio.journal, "http", "127.0.0.1"),
                     httpx.ASGITransport(simulator.app),
                 ),
             )

@@ -1,0 +1,56 @@
+"""Where EvoLink calls back: an address needs no token, because only this team can have made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.studio.callbacks import PATH, Callbacks
+
+Tell = Callable[[str, str, str], Awaitable[None]]  # of an account's order, by its key: this task has ended
+
+
+class CalledBack:
+    """An ASGI app before `app`, behind the door, which gives it each body in one message."""
+
+    def __init__(self, app: ASGIApp, callbacks: Callbacks, tell: Tell) -> None:
+        self._app = app
+        self._callbacks = callbacks
+        self._tell = tell
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith(PATH):
+            await self._app(scope, receive, send)
+            return
+        order = self._callbacks.read(scope["path"])
+        task_id = _task_in((await receive()).get("body", b""))
+        if order is None:
+            answer = JSONResponse({"error": "there is no such address"}, 404)
+        elif task_id is None:
+            answer = JSONResponse({"error": "the body names no task"}, 400)
+        else:
+            answer = await self._told(*order, task_id)
+        await answer(scope, receive, send)
+
+    async def _told(self, account: str, key: str, task_id: str) -> JSONResponse:
+        try:
+            await self._tell(account, key, task_id)
+        except JournalUnwritable:
+            return JSONResponse({"error": "come again"}, 503)  # EvoLink tries again
+        return JSONResponse({"status": "ok"})
+
+
+def _task_in(body: bytes) -> str | None:
+    """The task that a callback is about; nothing else of it is read."""
+    try:
+        said: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    found = cast("dict[str, Any]", said).get("id") if isinstance(said, dict) else None
+    return found if isinstance(found, str) else None

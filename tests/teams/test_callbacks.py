@@ -1,0 +1,154 @@
+"""EvoLink calls back: at a signed address, believed only after a look, and whichever server it reaches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+pytest.importorskip("psycopg")
+
+from test_replicas import ANNA, BERT, WISH, Team, team
+
+from evolink_mcp.studio.callbacks import Callbacks
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org"}
+SLOW = {**WISH, "prompt": "a fox", "wait_seconds": 0}
+
+
+@pytest.fixture
+def url(cluster: Any) -> str:
+    return cluster.database()
+
+
+def addresses(office: Team) -> list[str]:
+    """What EvoLink was asked to call, in the order of the purchases."""
+    bought = [r for r in office.simulator.requests if r.path == "/v1/images/generations"]
+    return [json.loads(request.body)["callback_url"] for request in bought]
+
+
+def looks(office: Team) -> int:
+    return sum(r.path.startswith("/v1/tasks/task-") for r in office.simulator.requests)
+
+
+async def call_back(office: Team, address: str, body: Any) -> int:
+    async with office.http("no token") as http:
+        del http.headers["authorization"]
+        http.headers["host"] = "pictures.example.org"
+        return (await http.post(address.removeprefix("https://pictures.example.org"), content=body)).status_code
+
+
+def body_of(task_id: str) -> str:
+    return json.dumps({"id": task_id, "status": "completed", "results": ["https://evil.dev/x.png"]})
+
+
+async def test_the_order_names_an_address_of_its_own_that_callers_do_not_see(url: str, tmp_path: Path) -> None:
+    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
+        office.simulator.duration_s = 3600
+        first = await client.call_tool("generate_image", SLOW)
+        again = await client.call_tool("generate_image", {**SLOW, "prompt": "a hen"})
+        own = await client.call_tool(
+            "generate_image", {**SLOW, "prompt": "x", "callback_url": "https://hooks.example.com/x"}
+        )
+        listed = await client.call_tool("list_tasks", {"detail": True})
+        one, other, given = addresses(office)
+    assert (one.startswith("https://pictures.example.org/callbacks/"), one == other) == (True, False)
+    assert given == "https://hooks.example.com/x"
+    assert not own.is_error
+    told = "".join(answer.model_dump_json() for answer in (first, again, listed))
+    assert "/callbacks/" not in told
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+async def test_a_callback_at_any_server_brings_the_picture_with_one_look(url: str, tmp_path: Path, turns: int) -> None:
+    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
+        office.simulator.duration_s = 3600
+        bought = (await client.call_tool("generate_image", SLOW)).structured_content
+        before = looks(office)
+        for task in office.simulator.tasks.values():
+            task.duration = 0
+        for _ in range(turns):
+            next(office.proxy._turns)
+        assert await call_back(office, addresses(office)[0], body_of(bought["task_id"])) == 200
+        while not list((tmp_path / "pictures").rglob("*.png")):
+            await anyio.sleep(0.01)
+        assert looks(office) == before + 1
+        told = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
+    assert (told["status"], told["charged"]) == ("completed", "yes")
+    assert "evil.dev" not in json.dumps(told)
+
+
+async def test_what_is_not_signed_is_not_heard(url: str, tmp_path: Path) -> None:
+    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
+        office.simulator.duration_s = 3600
+        bought = (await client.call_tool("generate_image", SLOW)).structured_content
+        (address,) = addresses(office)
+        forged = address[:-1] + ("0" if address[-1] != "0" else "1")
+        before = looks(office)
+        assert await call_back(office, forged, body_of(bought["task_id"])) == 404
+        assert await call_back(office, "/callbacks/", body_of(bought["task_id"])) == 404
+        for body in ("", "[]", "{", '{"id": 7}', "[" * 100_000):
+            assert await call_back(office, address, body) == 400
+        assert await call_back(office, "/mcp", body_of(bought["task_id"])) == 401
+        assert looks(office) == before
+    async with team(url, tmp_path, ANNA) as office, office.http("no") as http:
+        answer = await http.post(address.removeprefix("https://pictures.example.org"), content=body_of("x"))
+        assert answer.status_code == 401
+
+
+async def test_a_lost_answer_is_no_guess_when_evolink_calls_back(url: str, tmp_path: Path) -> None:
+    """The account is shared by two tenants, so its list proves nothing; the address was made for this order alone."""
+    async with team(url, tmp_path, ANNA, BERT, **PUBLIC) as office, office.client("a") as client:
+        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
+        lost = (await client.call_tool("generate_image", wish)).structured_content
+        assert (lost["status"], lost["task_id"]) == ("unknown", None)
+        (task_id,) = office.simulator.tasks
+        assert await call_back(office, addresses(office)[0], body_of(task_id)) == 200
+        while not list((tmp_path / "pictures").rglob("*.png")):
+            await anyio.sleep(0.01)
+        again = (await client.call_tool("generate_image", wish)).structured_content
+        assert (again["task_id"], again["status"], again["charged"], again["guess"]) == (
+            task_id,
+            "completed",
+            "yes",
+            False,
+        )
+        assert office.posts == 1
+
+
+async def test_a_task_that_cannot_be_the_orders_is_not_believed(url: str, tmp_path: Path) -> None:
+    async with (
+        team(url, tmp_path, ANNA, BERT, **PUBLIC) as office,
+        office.client("a") as anna,
+        office.client("b") as bert,
+    ):
+        his = (
+            await bert.call_tool("generate_image", {**WISH, "size": "2880x2880", "quality": "high"})
+        ).structured_content
+        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
+        await anna.call_tool("generate_image", wish)
+        address = addresses(office)[1]
+        for task_id in (his["task_id"], "task-unified-1757156493-imcg5zqt", "../../v1/credits"):
+            assert await call_back(office, address, body_of(task_id)) == 200
+            await anyio.sleep(0.2)
+        listed = (await anna.call_tool("list_tasks", {"detail": True})).structured_content["tasks"]
+        assert [(task["status"], task["task_id"]) for task in listed] == [("unknown", None)]
+        assert not [r for r in office.simulator.requests if r.path.endswith("/credits")]
+
+
+async def test_an_address_belongs_to_one_team_and_one_order() -> None:
+    ours, theirs = Callbacks("https://x.example.org", "s" * 32), Callbacks("https://x.example.org", "t" * 32)
+    address = ours.addressed({"prompt": "x"}, "a1", "evomcp-1")["callback_url"]
+    path = address.removeprefix("https://x.example.org")
+    assert ours.read(path) == ("a1", "evomcp-1")
+    assert theirs.read(path) is None
+    assert ours.read(path.replace("evomcp-1", "evomcp-2")) is None
+    assert ours.read(path.replace("a1.", "b2.")) is None
+    assert ours.read(path + "0") is None
+    assert ours.addressed({"callback_url": "https://y.example.org"}, "a1", "k") == {
+        "callback_url": "https://y.example.org"
+    }
