@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import psycopg
@@ -81,7 +82,7 @@ def process(*command: str, cwd: Path, log: str, **env: str) -> Iterator[subproce
             running.kill()
 
 
-def simulate(port: int, seconds: float) -> None:
+def simulate(port: int, seconds: float, proxy: int) -> None:
     """EvoLink, with pictures that cost nothing to draw; what it was asked is printed when it ends."""
     from faulty_gateway import QuickSimulator
     from starlette.responses import JSONResponse
@@ -96,16 +97,40 @@ def simulate(port: int, seconds: float) -> None:
         bought = [[task.body["prompt"], task.key, task.id] for task in simulator.tasks.values()]
         return JSONResponse({"asked": asked, "bought": bought})
 
+    async def call_back() -> None:
+        """Tell the end of every task at its own address, as EvoLink does; the public name leads to the proxy."""
+        told: set[str] = set()
+        async with httpx.AsyncClient(trust_env=False) as wire:
+            while True:
+                await asyncio.sleep(0.05)
+                for task in [task for task in simulator.tasks.values() if task.id not in told and ended(task)]:
+                    told.add(task.id)
+                    address = urlsplit(task.body["callback_url"])
+                    body = {"id": task.id, "status": "completed"}
+                    for wait in (0.0, 1.0, 2.0, 4.0):
+                        await asyncio.sleep(wait)
+                        with suppress(httpx.HTTPError):
+                            if (await wire.post(f"http://127.0.0.1:{proxy}{address.path}", json=body)).is_success:
+                                break
+
+    def ended(task: Any) -> bool:
+        return "callback_url" in task.body and simulator.clock() - task.created > task.duration
+
+    async def serve() -> None:
+        calling = asyncio.create_task(call_back())
+        await serve_app(simulator.app, "127.0.0.1", port)
+        calling.cancel()
+
     simulator.app.router.routes.insert(0, Route("/report", report))
-    asyncio.run(serve_app(simulator.app, "127.0.0.1", port))
+    asyncio.run(serve())
 
 
 class Crowd:
     """The callers and what each of them has got."""
 
-    def __init__(self, url: str, callers: int, orders: int, tokens: list[str]) -> None:
+    def __init__(self, url: str, callers: int, orders: int, tokens: list[str], callbacks: bool) -> None:
         self._url, self._tokens = url, tokens
-        self._callers, self._orders = callers, orders
+        self._callers, self._orders, self._callbacks = callers, orders, callbacks
         self.got: dict[str, dict[str, Any]] = {}
         self.began: dict[str, float] = {}
         self.took: list[float] = []
@@ -133,8 +158,12 @@ class Crowd:
                 self.retries += 1
                 await asyncio.sleep(0.5 + random.random())
                 continue
-            if facts["status"] in ("completed", "unknown"):
+            if facts["status"] == "completed" or (facts["status"] == "unknown" and not self._callbacks):
                 break
+            if facts["status"] == "unknown":  # EvoLink will tell
+                await asyncio.sleep(0.5 + random.random())
+                tool, arguments = "generate_image", wish
+                continue
             action = facts["next_action"] or {"tool": "generate_image", "arguments": wish}
             if not facts["next_action"]:
                 self.broken[facts["error"]["code"] if facts["error"] else facts["status"]] += 1
@@ -184,10 +213,12 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=5)
     parser.add_argument("--tenants", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=3.0, help="how long EvoLink takes for a picture")
+    parser.add_argument("--callbacks", action="store_true", help="EvoLink calls back when a picture is ready")
     parser.add_argument("--simulate", type=int)
+    parser.add_argument("--proxy", type=int, default=0)
     options = parser.parse_args()
     if options.simulate:
-        simulate(options.simulate, options.seconds)
+        simulate(options.simulate, options.seconds, options.proxy)
         return
     from cluster import running
 
@@ -211,8 +242,10 @@ def main() -> None:
             "EVOLINK_MCP_DATABASE_URL": database, "EVOLINK_MCP_SECRET": "s" * 32,
             "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"), "HOME": str(folder),
         }  # fmt: skip
+        if options.callbacks:
+            env["EVOLINK_MCP_PUBLIC_URL"] = "https://pictures.example.org"
         stack.enter_context(process(
-            sys.executable, __file__, "--simulate", str(upstream), "--seconds", str(options.seconds),
+            sys.executable, __file__, "--simulate", str(upstream), "--seconds", str(options.seconds), "--proxy", str(port),
             cwd=folder, log="simulator.log",
         ))  # fmt: skip
         listens(upstream)
@@ -229,7 +262,7 @@ def main() -> None:
             cwd=folder, log="nginx.log",
         ))  # fmt: skip
         listens(port)
-        crowd = Crowd(f"http://127.0.0.1:{port}/mcp", options.callers, options.orders, tokens)
+        crowd = Crowd(f"http://127.0.0.1:{port}/mcp", options.callers, options.orders, tokens, options.callbacks)
         began = time.monotonic()
         try:
             asyncio.run(scene(crowd, doomed, cluster, lambda: replica(0)))
