@@ -39,7 +39,8 @@ class Job:
     was settled. `callers`: how many calls wait for it. `copy_as`: the name under which a caller who has joined wants
     the pictures. `learned`: its pictures have shown this size rule. `before_sending` is the scope of all that happens
     before the request is sent; `following` is that of the work on a task that it has.
-    `elsewhere`: another server works on it. `called_back`: EvoLink tells its end at an address of ours.
+    `elsewhere`: another server works on it. `called_back`: EvoLink tells its end at an address of ours,
+    and has `told` it.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -55,7 +56,7 @@ class Job:
         self.before_sending = anyio.CancelScope()
         self.following: anyio.CancelScope | None = None
         self.elsewhere = False
-        self.called_back = False
+        self.called_back = self.told = False
         self._changed = anyio.Event()
         self._poll_wanted = False
         self._woken = False

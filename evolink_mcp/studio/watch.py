@@ -20,6 +20,7 @@ from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, RetryBudget, Schedule,
 
 log = logging.getLogger(__name__)
 
+MISSED_MAX = 3
 NOT_FOUND_READS = 4  # about 10 s in all
 RATE_LIMIT_WAIT_S = 5.0
 FIRST_REFUSAL_WAIT_S = 2.0
@@ -43,6 +44,7 @@ class Watcher:
         self._clock = clock
         self._sleep = sleep
         self._budget = RetryBudget()
+        self._missed = 0  # callbacks that did not come, since the last one that did
 
     async def watch(self, job: Job) -> None:
         """Return when the job's task is settled.
@@ -71,7 +73,9 @@ class Watcher:
         while not task.settled:
             if not at_once:
                 rest_s = schedule.next_s(anyio.current_time() - accepted, task.progress)
-                await job.rest(max(rest_s, BACKSTOP_S) if job.called_back else rest_s, self._sleep)
+                if job.called_back and self._missed < MISSED_MAX:
+                    rest_s = max(rest_s, BACKSTOP_S)
+                await job.rest(rest_s, self._sleep)
             at_once = False
             try:
                 seen = await self._poller.read(task.id)
@@ -110,8 +114,16 @@ class Watcher:
                 job.heard_from = True
                 job.seen_running = job.seen_running or not task.settled
                 await self._recorder.task_seen(job, task)
+        if job.called_back:
+            self._count_callback(job)
         if task.status == COMPLETED and age == 0.0:
             await self._experience.add(job.entry, anyio.current_time() - accepted)
+
+    def _count_callback(self, job: Job) -> None:
+        """Where EvoLink's callbacks do not come, its tasks are looked at as if there were none."""
+        self._missed = 0 if job.told else self._missed + 1
+        if self._missed == MISSED_MAX:
+            log.warning("EvoLink has not called back for %d tasks: can it reach EVOLINK_MCP_PUBLIC_URL?", self._missed)
 
 
 def merged(before: Task, seen: Task) -> Task:

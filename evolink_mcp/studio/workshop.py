@@ -230,7 +230,8 @@ class Workshop:
         if entry.task is None or entry.guessed:
             self._purchases.lost.told(key, task_id)
         if job is not None:
-            if not job.elsewhere and entry.task_id == task_id:
+            job.told = entry.task_id == task_id
+            if job.told and not job.elsewhere:
                 job.poll_now()
         elif entry.phase in ("sending", "unknown") and await self.acquire(key):
             self._begin(entry, self._go_on)

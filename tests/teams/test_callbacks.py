@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+from conftest import Open
 
 pytest.importorskip("psycopg")
 
@@ -138,6 +139,22 @@ async def test_a_task_that_cannot_be_the_orders_is_not_believed(url: str, tmp_pa
         listed = (await anna.call_tool("list_tasks", {"detail": True})).structured_content["tasks"]
         assert [(task["status"], task["task_id"]) for task in listed] == [("unknown", None)]
         assert not [r for r in office.simulator.requests if r.path.endswith("/credits")]
+
+
+async def test_where_no_callback_comes_looks_go_on_as_without(
+    open_world: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong public address costs a few pictures a minute, and then nothing."""
+    waits: list[float] = []
+    async with open_world() as world, world.client() as client:
+        world.studio._purchases._callbacks = Callbacks("https://nowhere.example.org", "s" * 32)
+        world.simulator.duration_s = 20
+        for number in range(5):
+            began = world.clock.now
+            await client.call_tool("generate_image", {**WISH, "prompt": f"picture {number}", "wait_seconds": 900})
+            waits.append(world.clock.now - began)
+    assert [wait >= 60 for wait in waits] == [True, True, True, False, False]
+    assert caplog.text.count("can it reach EVOLINK_MCP_PUBLIC_URL?") == 1
 
 
 async def test_an_address_belongs_to_one_team_and_one_order() -> None:
