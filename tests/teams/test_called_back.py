@@ -128,7 +128,7 @@ async def test_a_task_that_cannot_be_the_orders_is_not_believed(url: str, tmp_pa
         office.client("b") as bert,
     ):
         his = (
-            await bert.call_tool("generate_image", {**WISH, "size": "2880x2880", "quality": "high"})
+            await bert.call_tool("generate_image", {**SLOW, "size": "2880x2880", "quality": "high"})
         ).structured_content
         wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
         await anna.call_tool("generate_image", wish)
