@@ -80,8 +80,8 @@ class Journal(Protocol):
         """How often a server looks for what dead ones left, in seconds; None: only when somebody calls."""
         ...
 
-    def listen(self, hear: Hear) -> None:
-        """Call `hear` with whatever other servers of this account tell, where that can be known."""
+    def listen(self, hear: Hear) -> Callable[[], None]:
+        """Call `hear` with whatever other servers of this account tell, where that can be known. Returns what ends it."""
         ...
 
     async def tell(self, news: News) -> None:

@@ -68,9 +68,10 @@ class Database:
         """This server's mark on what it works on."""
         return f"server-{self._number}"
 
-    def listen(self, account: str, hear: Callable[[dict[str, Any]], None]) -> None:
-        """Call `hear` with whatever other servers tell the servers of this account."""
-        self._listeners.append((account, hear))
+    def listen(self, account: str, hear: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `hear` with whatever other servers tell the servers of this account. Returns what ends it."""
+        self._listeners.append(listener := (account, hear))
+        return lambda: self._listeners.remove(listener)
 
     async def tell(self, account: str, told: dict[str, Any]) -> None:
         """Tell the other servers of this account; what is too long for PostgreSQL is left out.
@@ -236,7 +237,7 @@ class Database:
         except (ValueError, AttributeError):
             log.warning("something was told on the channel %s that is none of ours", CHANNEL)
             return
-        for of, hear in self._listeners:
+        for of, hear in list(self._listeners):
             if account in ("", of):
                 hear(told)
 

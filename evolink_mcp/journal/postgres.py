@@ -45,7 +45,7 @@ class PostgresJournal:
     def owner(self) -> str:
         return self._database.owner
 
-    def listen(self, hear: Hear) -> None:
+    def listen(self, hear: Hear) -> Callable[[], None]:
         def told(said: dict[str, Any]) -> None:
             try:
                 news = News.of(said)
@@ -54,7 +54,7 @@ class PostgresJournal:
             else:
                 hear(news)
 
-        self._database.listen(self.account, told)
+        return self._database.listen(self.account, told)
 
     async def tell(self, news: News) -> None:
         await self._database.tell(self.account, {name: value for name, value in asdict(news).items() if value})

@@ -56,8 +56,8 @@ class SqliteJournal:
         """Where a damaged journal was moved to, if one was found."""
         return self._file.set_aside
 
-    def listen(self, hear: Hear) -> None:
-        pass  # SQLite tells nobody of a change: `reread_s` is short
+    def listen(self, hear: Hear) -> Callable[[], None]:
+        return lambda: None  # SQLite tells nobody of a change: `reread_s` is short
 
     async def tell(self, news: News) -> None:
         pass

@@ -112,6 +112,7 @@ class Studio:
                 finally:
                     with anyio.CancelScope(shield=True), anyio.move_on_after(SUBMIT_GRACE_S):
                         await self._requests_answered()
+                    self._workshop.stop_listening()
                     self._group.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_GRACE_S):
@@ -126,7 +127,6 @@ class Studio:
                     if entry.phase != "sending":
                         break
 
-    # --- what callers ask for ---
     async def order(self, order: Order) -> Job:
         """Buy a picture, or hand over an identical one that was bought and never delivered.
 

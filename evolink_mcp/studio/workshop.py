@@ -60,7 +60,7 @@ class Workshop:
         self._taken: set[str] = set()  # keys of the entries that were taken over
         self._later: set[str] = set()  # and of those that are to be tried again
         self._tries: dict[str, int] = {}
-        journal.listen(self._heard)
+        self.stop_listening = journal.listen(self._heard)
         journal.when_lost(self._stop)
 
     async def take_over(self) -> None:

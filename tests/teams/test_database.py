@@ -16,9 +16,11 @@ import anyio
 import anyio.to_thread
 import httpx2 as httpx
 import pytest
-from conftest import Clock, HeldClock, Open, PlainSimulator, poor_environment
+from conftest import KEY, Clock, HeldClock, Open, PlainSimulator, poor_environment
 
 from evolink_mcp.api.task import Task
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.contract import News
 from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
@@ -197,6 +199,25 @@ async def test_changes_are_told_to_the_other_servers_of_the_account(opened: Any,
     ]  # fmt: skip
     assert [news for name, news in told if name == "b2"] == [News(unmarked.key)]
     assert [news for name, news in told if name == "one"] == [News(call=("session x", 7))]
+
+
+async def test_a_studio_that_is_closed_hears_nothing_more(opened: Any, url: str, tmp_path: Path) -> None:
+    """Its server lives on, and other tenants' studios with it."""
+    settings = Settings.from_environment({
+        "EVOLINK_API_KEY": KEY, "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": SECRET,
+        "EVOLINK_MCP_DATA_DIR": str(tmp_path), "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path),
+    })  # fmt: skip
+    other = await opened()
+    async with open_database(url) as database:
+        async with open_studio(settings, database=database) as studio:
+            neighbour = PostgresJournal(other._database, studio.journal.account)
+        heard: list[News] = []
+        PostgresJournal(database, studio.journal.account).listen(heard.append)
+        await neighbour.tell(News("evomcp-1", "task-unified-1"))
+        await neighbour.tell(News("evomcp-1", "task-unified-1", ended=True))
+        await until(lambda: len(heard) == 2)
+        assert database._life is not None
+        assert not database._life.done()
 
 
 # --- what is true ---
