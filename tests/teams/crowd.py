@@ -39,7 +39,7 @@ PATIENCE_S = 420.0
 
 NGINX = """
 daemon off; pid nginx.pid; error_log error.log; worker_processes 1;
-events {{ worker_connections 2000; }}
+events {{ worker_connections 8192; }}
 http {{
   access_log off; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u;
   scgi_temp_path s;
@@ -130,7 +130,7 @@ class Crowd:
 
     def __init__(self, url: str, callers: int, orders: int, tokens: list[str], callbacks: bool) -> None:
         self._url, self._tokens = url, tokens
-        self._callers, self._orders, self._callbacks = callers, orders, callbacks
+        self._callers, self._orders, self.callbacks = callers, orders, callbacks
         self.got: dict[str, dict[str, Any]] = {}
         self.began: dict[str, float] = {}
         self.took: list[float] = []
@@ -152,15 +152,17 @@ class Crowd:
         wish = {"prompt": prompt, "size": SIZES[order % len(SIZES)], "quality": "low"}
         self.began[prompt] = began = time.monotonic()
         tool, arguments = "generate_image", wish
+        patience = 60 if self.callbacks else 0
         while True:
             facts = await self._ask(wire, token, tool, arguments)
             if facts is None or (facts["error"] and facts["error"]["retryable"]):
                 self.retries += 1
                 await asyncio.sleep(0.5 + random.random())
                 continue
-            if facts["status"] == "completed" or (facts["status"] == "unknown" and not self._callbacks):
+            if facts["status"] == "completed" or (facts["status"] == "unknown" and not patience):
                 break
-            if facts["status"] == "unknown":  # EvoLink will tell
+            if facts["status"] == "unknown":  # EvoLink tells it, if it has the order
+                patience -= 1
                 await asyncio.sleep(0.5 + random.random())
                 tool, arguments = "generate_image", wish
                 continue
@@ -302,13 +304,13 @@ def judge(
     print(f"  asked of EvoLink: {report['asked']}")
     wrong = [line for line in logs.splitlines() if "Traceback" in line or "Error:" in line]
     missing = set(crowd.got) - set(bought) - unknown  # what was lost before EvoLink had it is of unknown outcome too
-    if len(crowd.got) != total or double or leaks or missing or wrong:
+    untold = unknown & set(bought) if crowd.callbacks else set[str]()  # EvoLink has called back for all that it has
+    if len(crowd.got) != total or double or leaks or missing or untold or wrong:
         for row in rows:
             if row[0] in double:
                 print("  ", row, crowd.got[row[0]]["task_id"])
-        raise SystemExit(
-            f"wrong: {list(double.items())[:5]} {leaks[:5]} {sorted(missing)[:5]} {wrong[:5]}\n{logs[-3000:]}"
-        )
+        faults = [sorted(found)[:5] for found in (double, leaks, missing, untold, wrong)]
+        raise SystemExit(f"wrong: {faults}\n{logs[-3000:]}")
     print("  one task for every order, and its result, or the word that its answer was lost with a server")
 
 
