@@ -15,7 +15,18 @@ import anyio
 import pytest
 from faulty_gateway import Ask, behave
 from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
-from town import WISH, Town, settled, tasks, town_with_a_nursery  # noqa: F401
+from town import (  # noqa: F401
+    WISH,
+    Town,
+    each,
+    good_run,
+    put_right,
+    settled,
+    stopped_and_continued,
+    struck_life,
+    tasks,
+    town_with_a_nursery,
+)  # fmt: skip
 
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
@@ -42,41 +53,18 @@ def ids_written(env: dict[str, str]) -> int:
     return sum(entry.task is not None for entry in read_entries(folder, 50))
 
 
-async def good_run(town: Town) -> list[str]:
-    log = town.folder / "operations"
-    with anyio.fail_after(60):
-        async with town.nursery.server(town.env("good", **{AT: "0", HOW: "count", LOG: str(log)})) as server:
-            answer = await server.call("generate_image", **WISH)
-            assert answer is not None
-            assert answer["structuredContent"]["status"] == "completed"
-            operations = log.read_text().splitlines()
-            server.hang_up()
-            assert await server.gone() == 0
-    return operations
-
-
 async def one_life(town: Town, name: str, how: str, at: int) -> None:
     """A server is struck at its k-th operation, and the next one puts everything right."""
-    async with town.nursery.server(town.env(name, **{AT: str(at), HOW: how}), greet=False) as server:
-        await server.hello()
-        answer = await server.call("generate_image", **WISH)
-        billed = town.billed(name)
-        assert len(billed) <= 1
-        if answer is not None:
-            facts = answer["structuredContent"]
-            assert facts["charged"] in (("yes", "unknown") if billed else ("no", "unknown")), facts
-            assert f"Charged: {facts['charged']}" in answer["content"][0]["text"]
-            assert facts["error"] is not None or not answer["isError"]
-        assert answer is not None or how == "kill"
-        server.hang_up()
-        assert await server.gone() in ((-signal.SIGKILL, 0) if how == "kill" else (0,))
-    assert "Traceback" not in server.err.read_text()
+    env = town.env(name, **{AT: str(at), HOW: how})
+    billed, answer = await struck_life(town, env, name, how, codes=(0,))
+    assert answer is not None or how == "kill"
+    if answer is not None:
+        facts = answer["structuredContent"]
+        assert f"Charged: {facts['charged']}" in answer["content"][0]["text"]
+        assert facts["error"] is not None or not answer["isError"]
     posts = town.gateway.posts
     async with town.nursery.server(town.env(name)) as server:
-        listed = await settled(server, billed)
-        assert [task["task_id"] for task in listed if task["task_id"]] == billed
-        # A task whose id was lost with the server is found again in the account's list, and is called a guess.
-        assert all(task["charged"] == ("unknown" if task["guess"] else "yes") for task in listed if task["task_id"])
+        await put_right(server, billed)
         server.hang_up()
         assert await server.gone() == 0
     assert town.gateway.posts >= posts
@@ -87,28 +75,15 @@ async def one_life(town: Town, name: str, how: str, at: int) -> None:
 @pytest.mark.parametrize("how", ["kill", "fail", pytest.param("late", marks=SLOW)])
 async def test_whatever_operation_is_the_last_one_task_at_most_and_its_picture_on_disk(town: Town, how: str) -> None:
     """kill: SIGKILL before the k-th; fail: the k-th is not done and fails; late: it is done, and fails."""
-    operations = await good_run(town)
+    operations = await good_run(town, town.env("good"))
     kinds = Counter(operation.partition(":")[0] for operation in operations)
     assert all(kinds[kind] >= least for kind, least in (("journal", 15), ("socket", 8), ("file", 15)))
-    limiter = anyio.CapacityLimiter(AT_ONCE)
-    failed: dict[str, BaseException] = {}
-
-    async def strike(at: int) -> None:
-        name = f"{how}-{at}"
-        where = operations[at - 1] if at <= len(operations) else "later"
-        async with limiter:
-            try:
-                with anyio.fail_after(60):
-                    await one_life(town, name, how, at)
-            except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
-                failed[f"{at} ({where})"] = error
-
-    async with anyio.create_task_group() as group:
-        for at in range(1, len(operations) + SPARE):
-            # A stdout that fails is a client that has gone: test_shutdown has those.
-            if how == "kill" or at > len(operations) or operations[at - 1] != "file: write":
-                group.start_soon(strike, at)
-    assert "\n".join(f"{where}: {error!r}" for where, error in failed.items()) == ""
+    # A stdout that fails is a client that has gone: test_shutdown has those.
+    ats = [
+        at for at in range(1, len(operations) + SPARE)
+        if how == "kill" or at > len(operations) or operations[at - 1] != "file: write"
+    ]  # fmt: skip
+    await each(operations, ats, lambda at: one_life(town, f"{how}-{at}", how, at), AT_ONCE)
 
 
 async def neighbours(town: Town, name: str, at: int) -> None:
@@ -138,24 +113,11 @@ async def neighbours(town: Town, name: str, at: int) -> None:
 
 
 async def test_whatever_operation_is_the_last_a_neighbour_with_another_key_touches_nothing(town: Town) -> None:
-    operations = await good_run(town)
-    limiter = anyio.CapacityLimiter(AT_ONCE)
-    failed: dict[str, BaseException] = {}
-
-    async def strike(at: int) -> None:
-        async with limiter:
-            try:
-                with anyio.fail_after(60):
-                    await neighbours(town, f"beside-{at}", at)
-            except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
-                failed[f"{at} ({operations[at - 1]})"] = error
-
-    async with anyio.create_task_group() as group:
-        # Only what changes the journal or reaches EvoLink makes a difference to a neighbour.
-        for at, operation in enumerate(operations, start=1):
-            if operation.startswith(("journal: INSERT", "journal: UPDATE", "socket: send", "socket: recv")):
-                group.start_soon(strike, at)
-    assert "\n".join(f"{where}: {error!r}" for where, error in failed.items()) == ""
+    operations = await good_run(town, town.env("good"))
+    # Only what changes the journal or reaches EvoLink makes a difference to a neighbour.
+    matters = ("journal: INSERT", "journal: UPDATE", "socket: send", "socket: recv")
+    ats = [at for at, operation in enumerate(operations, start=1) if operation.startswith(matters)]
+    await each(operations, ats, lambda at: neighbours(town, f"beside-{at}", at), AT_ONCE)
 
 
 async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_no_further_post(town: Town) -> None:
@@ -250,23 +212,7 @@ async def test_two_living_servers_leave_each_other_alone_and_one_takes_up_the_ot
 
 
 async def test_a_server_that_was_only_stopped_keeps_its_work(town: Town) -> None:
-    """SIGSTOP for however long: it is not dead, so another server watches its task and goes on with nothing."""
-    town.gateway.simulator.duration_s = 3600
-    with anyio.fail_after(60):
-        async with two_servers(town) as (one, other):
-            first = await one.call("generate_image", **WISH, wait_seconds=0)
-            assert first is not None
-            task_id = first["structuredContent"]["task_id"]
-            one.kill(signal.SIGSTOP)
-            for task in town.gateway.simulator.tasks.values():
-                task.duration = 0
-            watched = await other.call("get_task", task_id=task_id, wait_seconds=1)
-            assert watched is not None
-            assert watched["structuredContent"]["status"] == "completed"
-            assert town.pictures("pair") == []
-            one.kill(signal.SIGCONT)
-            await settled(other, town.billed("pair"))
-    assert (town.gateway.posts, len(town.pictures("pair"))) == (1, 1)
+    await stopped_and_continued(town, town.env("pair"))
 
 
 async def test_a_throw_away_second_process_does_nothing(town: Town) -> None:

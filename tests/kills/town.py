@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import anyio
 import pytest
 from conftest import poor_environment
 from faulty_gateway import Gateway, QuickSimulator
-from killer import Nursery, Server
+from killer import AT, HOW, LOG, Nursery, Server
 
 WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
@@ -64,3 +65,82 @@ async def settled(server: Server, wanted: list[str]) -> list[dict[str, Any]]:
         if set(wanted) <= saved:
             return listed
         await anyio.sleep(0.02)
+
+
+async def good_run(town: Town, env: dict[str, str]) -> list[str]:
+    """What a server does that nothing strikes, operation by operation, from its start to its end."""
+    log = town.folder / "operations"
+    with anyio.fail_after(60):
+        async with town.nursery.server({**env, AT: "0", HOW: "count", LOG: str(log)}) as server:
+            answer = await server.call("generate_image", **WISH)
+            assert answer is not None
+            assert answer["structuredContent"]["status"] == "completed"
+            operations = log.read_text().splitlines()
+            server.hang_up()
+            assert await server.gone() == 0
+    return operations
+
+
+async def struck_life(
+    town: Town, env: dict[str, str], name: str, how: str, codes: tuple[int, ...]
+) -> tuple[list[str], dict[str, Any] | None]:
+    """The life of a server that is struck, as `env` says: what was billed, and what the caller was told, if anything."""
+    async with town.nursery.server(env, greet=False) as server:
+        await server.hello()
+        answer = await server.call("generate_image", **WISH)
+        billed = town.billed(name)
+        assert len(billed) <= 1
+        if answer is not None:
+            facts = answer["structuredContent"]
+            assert facts["charged"] in (("yes", "unknown") if billed else ("no", "unknown")), facts
+        server.hang_up()
+        assert await server.gone() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
+    assert "Traceback" not in server.err.read_text()
+    return billed, answer
+
+
+async def put_right(server: Server, billed: list[str]) -> None:
+    """Another server has what the struck one bought. A task whose id was lost is called a guess."""
+    listed = await settled(server, billed)
+    assert [task["task_id"] for task in listed if task["task_id"]] == billed
+    assert all(task["charged"] == ("unknown" if task["guess"] else "yes") for task in listed if task["task_id"])
+
+
+async def each(operations: list[str], ats: Iterable[int], life: Callable[[int], Awaitable[None]], at_once: int) -> None:
+    """Run one life for every k-th operation; all that fail are shown together."""
+    limiter = anyio.CapacityLimiter(at_once)
+    failed: dict[str, BaseException] = {}
+
+    async def strike(at: int) -> None:
+        where = operations[at - 1] if at <= len(operations) else "later"
+        async with limiter:
+            try:
+                with anyio.fail_after(60):
+                    await life(at)
+            except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
+                failed[f"{at} ({where})"] = error
+
+    async with anyio.create_task_group() as group:
+        for at in ats:
+            group.start_soon(strike, at)
+    assert "\n".join(f"{where}: {error!r}" for where, error in failed.items()) == ""
+
+
+async def stopped_and_continued(town: Town, env: dict[str, str]) -> None:
+    """SIGSTOP for however long: a server is not dead, so another one watches its task and goes on with nothing."""
+    town.gateway.simulator.duration_s = 3600
+    with anyio.fail_after(60):
+        async with town.nursery.server(env) as one, town.nursery.server(env) as other:
+            first = await one.call("generate_image", **WISH, wait_seconds=0)
+            assert first is not None
+            task_id = first["structuredContent"]["task_id"]
+            one.kill(signal.SIGSTOP)
+            for task in town.gateway.simulator.tasks.values():
+                task.duration = 0
+            watched = await other.call("get_task", task_id=task_id, wait_seconds=1)
+            assert watched is not None
+            assert watched["structuredContent"]["status"] == "completed"
+            assert town.pictures("pair") == []
+            one.kill(signal.SIGCONT)
+            await settled(other, town.billed("pair"))
+    assert (town.gateway.posts, len(town.pictures("pair"))) == (1, 1)
