@@ -197,7 +197,7 @@ class Database:
             (self._number,),
         )
         await session.execute(f"LISTEN {CHANNEL}".encode())
-        row = await _row(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+        row = await row_of(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
         self._backend = (row["pid"], row["backend_start"]) if row else (0, None)
         self._lives()
 
@@ -309,9 +309,10 @@ async def _check(db: Connection) -> None:
 
 async def _value(db: Connection, statement: str, *values: Any) -> Any:
     """The one value of the first row; None if there is no row."""
-    row = await _row(db, statement, *values)
+    row = await row_of(db, statement, *values)
     return next(iter(row.values())) if row is not None else None
 
 
-async def _row(db: Connection, statement: str, *values: Any) -> DictRow | None:
+async def row_of(db: Connection, statement: str, *values: Any) -> DictRow | None:
+    """The first row; None if there is none."""
     return await (await db.execute(statement.encode(), values)).fetchone()

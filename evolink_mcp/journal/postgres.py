@@ -13,9 +13,9 @@ from psycopg.rows import DictRow
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
 from evolink_mcp.journal.contract import Hear, News
-from evolink_mcp.journal.database import Connection, Database
+from evolink_mcp.journal.database import Connection, Database, row_of
 from evolink_mcp.journal.entry import ADOPTED, Entry
-from evolink_mcp.journal.rows import STATE, UNDER_WAY, folded, readable, visible
+from evolink_mcp.journal.rows import STATE, UNDER_WAY, readable, selection, visible
 from evolink_mcp.journal.schema import INSERT, ROW, plain, values_of
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 REREAD_S = 10.0
 ADOPT_EVERY_S = 3.0
 
+HOLDS = "strpos(words, ?) > 0"
 UNDELIVERED = "fingerprint = ANY(%s) AND delivered_at IS NULL AND created_at >= %s"
 # An id that EvoLink has told is written over another server's guess, or over the absence of one.
 TRUTH = f'(task_id IS NULL OR error LIKE \'%%"code": "{ADOPTED.code}"%%\')'
@@ -70,19 +71,19 @@ class PostgresJournal:
         async def write(db: Connection) -> float | None:
             with _task_unique(entry):
                 if cap is None and running is None:
-                    await db.execute(INSERT.encode(), values_of(entry, ROW))
+                    await db.execute(INSERT.encode(), values_of(entry))
                     return None
                 async with db.transaction():
                     await db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (self.account,))
                     if running is not None:
                         count = f"SELECT count(*) AS found FROM evolink_entries WHERE {self._mine} AND {UNDER_WAY}"
-                        row = await _first(db, count)
+                        row = await row_of(db, count)
                         if row is not None and row["found"] >= running:
                             raise TooManyRunning.of(row["found"], running)
                     spent = await self._spent(db, since) if cap is not None else 0.0
                     if cap is not None and spent + entry.estimate > cap:
                         return spent
-                    await db.execute(INSERT.encode(), values_of(entry, ROW))
+                    await db.execute(INSERT.encode(), values_of(entry))
                 return None
 
         return await self._database.run(write, key=entry.key)
@@ -97,7 +98,7 @@ class PostgresJournal:
         async def take(db: Connection) -> bool:
             async with db.transaction():
                 where = f"key = %s AND {self._mine} FOR UPDATE"
-                row = await _first(db, f"SELECT owner FROM evolink_entries WHERE {where}", key)
+                row = await row_of(db, f"SELECT owner FROM evolink_entries WHERE {where}", key)
                 if row is None:
                     return False
                 if row["owner"] == self.owner:
@@ -126,7 +127,7 @@ class PostgresJournal:
         async def take(db: Connection) -> bool:
             async with db.transaction():
                 where = "key = %s AND delivered_at IS NULL FOR UPDATE"
-                row = await _first(db, f"SELECT caller FROM evolink_entries WHERE {where}", key)
+                row = await row_of(db, f"SELECT caller FROM evolink_entries WHERE {where}", key)
                 if row is None or (row["caller"] and not await self._database.is_away(db, row["caller"])):
                     return False
                 await db.execute("UPDATE evolink_entries SET caller = %s WHERE key = %s", (self.owner, key))
@@ -149,18 +150,9 @@ class PostgresJournal:
         words: tuple[str, ...] = (),
         after: tuple[float, str] | None = None,
     ) -> list[Entry]:
-        clauses = ["created_at >= %s", "created_at <= %s"]
-        values: list[Any] = [since or 0.0, until if until is not None else 1e12]
-        if status is not None:
-            clauses.append("status = %s")
-            values.append(status)
-        for word in words:
-            clauses.append("strpos(words, %s) > 0")
-            values.append(folded(word))
-        if after is not None:
-            clauses.append("(created_at < %s OR created_at = %s AND key > %s)")
-            values += [after[0], *after]
-        return await self._many(f"{' AND '.join(clauses)} ORDER BY created_at DESC, key LIMIT %s", *values, limit)
+        where, values = selection(HOLDS, status, since, until, words, after)
+        where = where.replace("?", "%s")
+        return await self._many(f"{where} ORDER BY created_at DESC, key LIMIT %s", *values, limit)
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
         where = f"{self._mine} AND {UNDELIVERED} ORDER BY created_at"
@@ -271,16 +263,16 @@ class PostgresJournal:
                     truth = f"{change}, owner = %s WHERE key = %s AND {TRUTH}"
                     if (await db.execute(truth.encode(), (*values, self.owner, entry.key))).rowcount == 1:
                         return True
-                if await _first(db, "SELECT 1 FROM evolink_entries WHERE key = %s", entry.key) is not None:
+                if await row_of(db, "SELECT 1 FROM evolink_entries WHERE key = %s", entry.key) is not None:
                     return False
-                await db.execute(INSERT.encode(), values_of(replace(entry, owner=self.owner), ROW))
+                await db.execute(INSERT.encode(), values_of(replace(entry, owner=self.owner)))
                 return True
 
         return await self._database.run(write, key=entry.key)
 
     async def _spent(self, db: Connection, since: float) -> float:
         where = f"{self._mine} AND created_at >= %s"
-        row = await _first(db, f"SELECT coalesce(sum(spent), 0) AS total FROM evolink_entries WHERE {where}", since)
+        row = await row_of(db, f"SELECT coalesce(sum(spent), 0) AS total FROM evolink_entries WHERE {where}", since)
         return float(row["total"]) if row is not None else 0.0
 
     async def _take_over(self, db: Connection) -> list[DictRow]:
@@ -302,10 +294,6 @@ class PostgresJournal:
                 f"UPDATE evolink_entries SET owner = %s WHERE {left} RETURNING *".encode(), (self.owner,)
             )
             return sorted(await rows.fetchall(), key=lambda row: row["created_at"])
-
-
-async def _first(db: Connection, statement: str, *values: Any) -> DictRow | None:
-    return await (await db.execute(statement.encode(), values)).fetchone()
 
 
 @contextmanager

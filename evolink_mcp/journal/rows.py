@@ -100,6 +100,32 @@ UNDER_WAY = (
 )
 
 
+def selection(
+    holds: str,
+    status: str | None,
+    since: float | None,
+    until: float | None,
+    words: tuple[str, ...],
+    after: tuple[float, str] | None,
+) -> tuple[str, list[Any]]:
+    """The SQL condition of what `Journal.recent` asks for, with `?` for each of the values.
+
+    `holds` is the condition that an entry has a folded word.
+    """
+    clauses = ["created_at >= ?", "created_at <= ?"]
+    values: list[Any] = [since or 0.0, until if until is not None else 1e12]
+    if status is not None:
+        clauses.append("status = ?")
+        values.append(status)
+    for word in words:
+        clauses.append(holds)
+        values.append(folded(word))
+    if after is not None:
+        clauses.append("(created_at < ? OR created_at = ? AND key > ?)")
+        values += [after[0], *after]
+    return " AND ".join(clauses), values
+
+
 def folded(text: str) -> str:
     """The text as it is searched: without case, each letter in one spelling."""
     return unicodedata.normalize("NFKC", text).casefold()

@@ -19,7 +19,7 @@ from evolink_mcp.journal.contract import Hear, News
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
 from evolink_mcp.journal.migrations import transaction
-from evolink_mcp.journal.rows import COLUMNS, STATE, UNDER_WAY, folded, readable, visible
+from evolink_mcp.journal.rows import COLUMNS, STATE, UNDER_WAY, folded, readable, selection, visible
 
 if TYPE_CHECKING:
     import sqlite3
@@ -140,18 +140,8 @@ class SqliteJournal:
         words: tuple[str, ...] = (),
         after: tuple[float, str] | None = None,
     ) -> list[Entry]:
-        clauses = ["created_at >= ?", "created_at <= ?"]
-        values: list[Any] = [since or 0.0, until if until is not None else 1e12]
-        if status is not None:
-            clauses.append("status = ?")
-            values.append(status)
-        for word in words:
-            clauses.append(HOLDS)
-            values.append(folded(word))
-        if after is not None:
-            clauses.append("(created_at < ? OR created_at = ? AND key > ?)")
-            values += [after[0], *after]
-        return await self._many(" AND ".join(clauses) + " ORDER BY created_at DESC, key LIMIT ?", *values, limit)
+        where, values = selection(HOLDS, status, since, until, words, after)
+        return await self._many(f"{where} ORDER BY created_at DESC, key LIMIT ?", *values, limit)
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
         marks = ", ".join("?" * len(fingerprints))

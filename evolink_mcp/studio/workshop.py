@@ -235,9 +235,14 @@ class Workshop:
                 job.poll_now()
         elif entry.phase in ("sending", "unknown") and await self.acquire(key):
             self._begin(entry, self._go_on)
-        elif entry.guessed and entry.task_id == task_id and await self.acquire(key):
-            await self._recorder.confirmed(guess := Job(entry))
-            await self._recorder.ended(guess)
+        elif entry.guessed and entry.task_id == task_id:
+            await self.confirm(Job(entry))
+
+    async def confirm(self, job: Job) -> None:
+        """A guess has proved to be this order's task, unless another server works on it."""
+        if await self.acquire(job.entry.key):
+            await self._recorder.confirmed(job)
+            await self._recorder.ended(job)
 
     def _stop(self) -> None:
         """Other servers may take over what this one works on: from now on it watches. A purchase goes to its end."""

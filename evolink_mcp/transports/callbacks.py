@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.studio.callbacks import PATH, Callbacks
+from evolink_mcp.transports.calls import message_in
 
 Tell = Callable[[str, str, str], Awaitable[None]]  # of an account's order, by its key: this task has ended
 
@@ -29,10 +28,10 @@ class CalledBack:
             await self._app(scope, receive, send)
             return
         order = self._callbacks.read(scope["path"])
-        task_id = _task_in((await receive()).get("body", b""))
+        task_id = message_in((await receive()).get("body", b"")).get("id")  # nothing else of it is read
         if order is None:
             answer = JSONResponse({"error": "there is no such address"}, 404)
-        elif task_id is None:
+        elif not isinstance(task_id, str):
             answer = JSONResponse({"error": "the body names no task"}, 400)
         else:
             answer = await self._told(*order, task_id)
@@ -44,13 +43,3 @@ class CalledBack:
         except JournalUnwritable:
             return JSONResponse({"error": "come again"}, 503)  # EvoLink tries again
         return JSONResponse({"status": "ok"})
-
-
-def _task_in(body: bytes) -> str | None:
-    """The task that a callback is about; nothing else of it is read."""
-    try:
-        said: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    found = cast("dict[str, Any]", said).get("id") if isinstance(said, dict) else None
-    return found if isinstance(found, str) else None

@@ -66,7 +66,7 @@ class Calls:
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         first = await receive()
-        said = _message(first.get("body", b""))
+        said = message_in(first.get("body", b""))
         method, params = said.get("method"), said.get("params")
         client = _client(scope)
         if method == "notifications/cancelled" and isinstance(params, dict):
@@ -163,8 +163,8 @@ def _client(scope: Scope) -> str:
     return f"{host} {headers.get(b'user-agent', b'').decode('latin-1')}"
 
 
-def _message(body: bytes) -> dict[str, Any]:
-    """The body as one JSON-RPC message; empty for anything else, which is the SDK's to refuse."""
+def message_in(body: bytes) -> dict[str, Any]:
+    """The body as one JSON object; empty for anything else."""
     try:
         said: object = json.loads(body)
     except (ValueError, RecursionError):
