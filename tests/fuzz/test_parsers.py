@@ -36,7 +36,7 @@ from evolink_mcp.pictures.upright import check_reference, presentable
 from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
 from evolink_mcp.server.server import build_server
 from evolink_mcp.transports.auth import BadTokens, Refusal, Tokens
-from evolink_mcp.transports.calls import _message
+from evolink_mcp.transports.calls import message_in
 from evolink_mcp.transports.door import _id_in, _name_of
 
 FUZZ = settings(
@@ -123,7 +123,7 @@ def test_a_url_is_public_or_refused(url: str) -> None:
 @FUZZ
 @given(some.binary(max_size=300))
 def test_a_requests_head_is_read(data: bytes) -> None:
-    _message(data)
+    message_in(data)
     _id_in(data)
     _name_of(data)
 
