@@ -18,7 +18,8 @@ EvolinkError
 ├── Unreadable              a read (never a purchase) failed: it may be repeated
 └── DownloadFailed          a finished picture could not be fetched or kept; its task is paid
     ├── LinkExpired         EvoLink's link to it has ended (24 h)
-    └── PictureUnusable     what came is no whole picture
+    ├── PictureUnusable     what came is no whole picture
+    └── StoreUnusable       the team's store of pictures cannot be written or read
 """
 
 from __future__ import annotations
@@ -214,6 +215,16 @@ class PictureUnusable(DownloadFailed):
 
     code = "picture_unusable"
     advice = "The picture is paid and its URL is in this answer until it expires; get_task fetches it once more."
+
+
+class StoreUnusable(DownloadFailed):
+    """The store where the team's pictures lie cannot be written or read."""
+
+    code = "store_unusable"
+    advice = (
+        "The picture is paid, and EvoLink keeps it for 24 h: call get_task later. If it lasts, the server's owner has "
+        "to look at EVOLINK_MCP_STORE."
+    )
 
 
 @dataclass(frozen=True, slots=True)

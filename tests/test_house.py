@@ -16,22 +16,25 @@ TESTS = Path(__file__).parent
 
 # Reading order: a package imports only from packages above it, a module only from modules before it in its package.
 PACKAGES = {
-    "": "errors sanitize",
+    "": "errors sanitize tracing",
     "api": "sizes size_words costs urls request task http client",
     "journal": "entry rows contract migrations file sqlite address schema database postgres",
-    "pictures": "folders structure metadata inspect child previews upright downloads sidecar references store",
+    "pictures": (
+        "folders structure metadata inspect child previews upright downloads sidecar store object_store keeping found "
+        "references"
+    ),
     "studio": (
-        "times schedule experience callbacks jobs recorder size_rule limits lost purchase poller watch collect workshop "
-        "studio"
+        "times schedule experience callbacks tally jobs recorder size_rule limits lost purchase poller watch collect workshop "
+        "joining studio"
     ),
     "tools": (
         "hosts schemas task_answer task_words adapter previews delivery waiting "
         "generate_image get_task compute_size view_image list_tasks get_balance"
     ),
     "server": "opening resources prompts gallery tasks_extension server",
-    "transports": "signals wires stdio auth tenants calls callbacks door web",
+    "transports": "signals wires stdio auth oauth callers tenants calls callbacks pictures metrics door web",
     "simulator": "rules simulation paintings app",
-    "cli": "process arguments values settings wiring team host_config doctor demo shelf main",
+    "cli": "process arguments values team_settings settings wiring team web host_config doctor demo shelf main",
 }
 ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() for name in names.split()] + ["__main__"]
 
@@ -39,12 +42,15 @@ ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() f
 ONLY_IN = {
     "mcp": ("tools", "server", "transports", "cli"),
     "mcp_types": ("tools", "server", "transports", "cli"),
-    "httpx2": ("api", "pictures.downloads", "cli.wiring", "cli.team"),
+    "httpx2": ("api", "pictures.downloads", "cli.wiring", "cli.team", "transports.oauth"),
+    "opentelemetry": ("tracing",),
+    "jwt": ("transports.oauth",),
+    "prometheus_client": ("transports.metrics",),
     "sqlite3": ("journal",),
     "psycopg": ("journal",),
     "psycopg_pool": ("journal.database",),
     "PIL": ("pictures", "simulator"),
-    "obstore": ("pictures.store",),
+    "obstore": ("pictures.object_store",),
     "starlette": ("transports", "server", "simulator"),
     "uvicorn": ("transports", "cli.demo"),
     "argparse": ("cli.arguments",),

@@ -23,6 +23,7 @@ from evolink_mcp.api import urls
 from evolink_mcp.api.task import as_dict
 from evolink_mcp.errors import BY_STATUS, EvolinkError, RateLimited, Rejected, Unreachable, Unreadable
 from evolink_mcp.sanitize import harmless, quoted, without, word
+from evolink_mcp.tracing import span
 
 CONNECT_TIMEOUT_S = 10.0
 RETRY_AFTER_MAX_S = 120.0
@@ -122,12 +123,22 @@ def _behind_dns64(address: str) -> str:
 @asynccontextmanager
 async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncGenerator[httpx.Response]:
     """An answer as it arrives. Its connection is given back even if the reader is cancelled."""
-    response = await client.send(request, stream=True)
-    try:
-        yield response
-    finally:
-        with anyio.CancelScope(shield=True):
-            await response.aclose()
+    with span(_named(request), http__request__method=request.method, server__address=request.url.host) as current:
+        response = await client.send(request, stream=True)
+        current.set_attribute("http.response.status_code", response.status_code)
+        try:
+            yield response
+        finally:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+
+
+def _named(request: httpx.Request) -> str:
+    """What a span calls the request: no id, and nothing of a picture's address, which may be signed."""
+    path = request.url.path if "authorization" in request.headers else "/picture"
+    if path.startswith("/v1/tasks/") and not path.endswith("/batch"):
+        path = "/v1/tasks/{id}"
+    return f"{request.method} {path}"
 
 
 async def whole_body(response: httpx.Response) -> bytes:

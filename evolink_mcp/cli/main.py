@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
 from evolink_mcp.cli.arguments import Namespace, parsed
-from evolink_mcp.cli.process import keep_what_stays, leave_in_time, take_descriptors
+from evolink_mcp.cli.process import audit_to_stderr, keep_what_stays, leave_in_time, take_descriptors
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.sanitize import harmless
 
@@ -58,6 +58,8 @@ def _settings():
     except BadSetting as error:
         print(f"evolink-mcp: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    if settings.team.audit:
+        audit_to_stderr()
     for told in settings.strange_hosts:
         print(f"evolink-mcp: {told}", file=sys.stderr)
     return settings
@@ -103,68 +105,16 @@ def _stdio(_: Namespace) -> int:
 
 
 def _http(options: Namespace) -> int:
-    from evolink_mcp.api.urls import is_loopback
-
     take_descriptors()
     settings = _settings()
-    if settings.tokens_file is None and not is_loopback(options.host) and not options.insecure:
-        print(
-            f"evolink-mcp: {harmless(options.host, 60)} is reachable from other machines, and whoever reaches it spends "
-            "your credits. Use --host 127.0.0.1, EVOLINK_MCP_TOKENS_FILE, or --insecure if something else guards it.",
-            file=sys.stderr,
-        )
-        return 2
-    import anyio
-
-    from evolink_mcp.cli.team import Studios, behind_door, names_of, open_tenant
-    from evolink_mcp.cli.wiring import open_studio, open_team_database, server_for
-    from evolink_mcp.transports.auth import BadTokens, Tokens
-    from evolink_mcp.transports.tenants import Tenants
-    from evolink_mcp.transports.web import serve_app, web_app
+    from evolink_mcp.cli.values import BadSetting
+    from evolink_mcp.cli.web import serve_web
 
     try:
-        tokens = None if settings.tokens_file is None else Tokens(settings.tokens_file)
-    except BadTokens as error:
-        print(f"evolink-mcp: EVOLINK_MCP_TOKENS_FILE: {error}", file=sys.stderr)
+        return serve_web(options, settings)
+    except BadSetting as error:
+        _complain(str(error))
         return 2
-    path = "mcp" if options.command == "http" else "sse"
-    who = "every program of this machine" if is_loopback(options.host) else "everyone who reaches it"
-    if tokens is not None:
-        count = len({tenant.name for tenant in tokens.tenants})
-        who = f"{'one tenant' if count == 1 else f'{count} tenants'} of {settings.tokens_file}"
-    host = f"[{options.host}]" if ":" in options.host else options.host
-
-    def ready() -> None:
-        keep_what_stays()
-        if not is_loopback(options.host) and not names:
-            print("evolink-mcp: without --allowed-host NAME it answers only to names of this machine", file=sys.stderr)
-        print(f"evolink-mcp serves http://{host}:{options.port}/{path}: {who} may spend your credits", file=sys.stderr)
-
-    names = names_of(options.allowed_host, settings)
-
-    async def serve() -> int:
-        async with open_team_database(settings.database_url) as database:
-            studios = Studios(database)
-
-            def app_of(server: Any, studio: Any) -> Any:
-                studios.add(studio)
-                return web_app(server, studio.journal, options.command, options.host, names)
-
-            if tokens is None:
-                async with open_studio(settings, remote=True, database=database) as studio:
-                    app = behind_door(app_of(server_for(studio, settings), studio), settings, names, None, studios)
-                    return await serve_app(app, options.host, options.port, leave_in_time, ready)
-            code = 1
-            async with anyio.create_task_group() as group:
-                tenants = Tenants(group, lambda tenant: open_tenant(tenant, settings, app_of, database=database))
-                for tenant in tokens.tenants:  # what they left unfinished goes on
-                    group.start_soon(tenants.app, tenant)
-                app = behind_door(tenants, settings, names, tokens, studios)
-                code = await serve_app(app, options.host, options.port, leave_in_time, ready)
-                group.cancel_scope.cancel()
-        return code
-
-    return anyio.run(serve)
 
 
 def _token(options: Namespace) -> int:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, is_loopback
 from evolink_mcp.cli import values
+from evolink_mcp.cli.team_settings import TEAM_VARIABLES, TeamSettings
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.studio.limits import Budget
 from evolink_mcp.tools.hosts import WAIT_MAX_S
@@ -55,6 +56,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "none",
         "Over HTTP: the https address that EvoLink reaches; it tells there that a picture is ready. Needs the secret.",
     ),
+    **TEAM_VARIABLES,
     "EVOLINK_MCP_TOOLS": ("all", "Comma list of the tools to publish; without generate_image nothing can be bought."),
     "EVOLINK_MCP_CALLBACK_HOSTS": ("any public host", "Comma list of hosts that callback_url may name, or none."),
     "EVOLINK_MCP_MAX_CREDITS_PER_CALL": ("none", "Refuse a call whose computed price is higher."),
@@ -91,6 +93,7 @@ class Settings:
     database_url: str | None = field(repr=False)
     secret: str | None = field(repr=False)
     public_url: str | None
+    team: TeamSettings = field(default_factory=TeamSettings)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -115,6 +118,7 @@ class Settings:
         )
         values.refuse_commas(allowed)
         database, secret = values.database(said.get("EVOLINK_MCP_DATABASE_URL"), said.get("EVOLINK_MCP_SECRET"))
+        public_url = values.public_url(said.get("EVOLINK_MCP_PUBLIC_URL"), secret)
         return cls(
             key_text=key_text,
             key_problem=key_problem,
@@ -138,7 +142,8 @@ class Settings:
             tokens_file=values.folder(said, "EVOLINK_MCP_TOKENS_FILE"),
             database_url=database,
             secret=secret,
-            public_url=values.public_url(said.get("EVOLINK_MCP_PUBLIC_URL"), secret),
+            public_url=public_url,
+            team=TeamSettings.of(said, public_url),
         )
 
     @property

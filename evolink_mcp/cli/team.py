@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import anyio.abc
 import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for
-from evolink_mcp.pictures.folders import Folders
-from evolink_mcp.studio.callbacks import PATH
+from evolink_mcp.cli.team_settings import is_folder
+from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for, store_of
+from evolink_mcp.pictures.object_store import PATH as PICTURES
+from evolink_mcp.studio.callbacks import PATH as CALLBACKS
 from evolink_mcp.studio.studio import Studio
-from evolink_mcp.transports.auth import Tenant, Tokens
+from evolink_mcp.studio.tally import Tally
+from evolink_mcp.transports.auth import Tenant
 from evolink_mcp.transports.callbacks import CalledBack
-from evolink_mcp.transports.tenants import lifespan
-from evolink_mcp.transports.web import door
+from evolink_mcp.transports.callers import Callers
+from evolink_mcp.transports.door import Door
+from evolink_mcp.transports.oauth import METADATA, ResourceMetadata
+from evolink_mcp.transports.pictures import StoredPictures, Uploads
+from evolink_mcp.transports.tenants import Tenants, lifespan
+from evolink_mcp.transports.web import door, web_app
 
 if TYPE_CHECKING:
     from evolink_mcp.journal.database import Database
+    from evolink_mcp.transports.metrics import Metrics
 
 
 def settings_of(tenant: Tenant, settings: Settings) -> Settings:
-    """The server's settings with what the tokens file says of this tenant, and a folder of its own for pictures."""
-    output = settings.folders.output / tenant.name
+    """The server's settings with what the tokens file says of this tenant."""
     budget = settings.budget
     per_call = budget.per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
     per_day = budget.per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
-    allowed = tuple(folder for folder in settings.folders.allowed if folder != settings.folders.output)
     tools = tenant.tools
     if settings.tools is not None:
         tools = settings.tools if tools is None else settings.tools & tools
@@ -40,7 +47,6 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
         key_text=tenant.evolink_key.get_secret_value() if tenant.evolink_key else settings.key_text,
         key_problem=None if tenant.evolink_key else settings.key_problem,
         budget=replace(budget, per_call=per_call, per_day=per_day, running=tenant.max_running),
-        folders=Folders(output, (output, *allowed)),
         tools=tools,
     )
 
@@ -53,6 +59,7 @@ async def open_tenant(
     transport: httpx.AsyncBaseTransport | None = None,
     *,
     database: Database | None = None,
+    tally: Tally | None = None,
 ) -> AsyncGenerator[Any]:
     """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
 
@@ -60,18 +67,25 @@ async def open_tenant(
     """
     its = settings_of(tenant, settings)
     async with open_studio(
-        its, remote=True, tenant=tenant.name, shared=tenant.shares_account, database=database, transport=transport
+        its,
+        remote=True,
+        tenant=tenant.name,
+        shared=tenant.shares_account,
+        database=database,
+        tally=tally,
+        transport=transport,
     ) as studio:
         app = make_app(server_for(studio, its), studio)
         async with lifespan(app):
             yield app
 
 
-def why_not_ready(settings: Settings, tokens: Tokens | None, database: Database | None) -> str | None:
+def why_not_ready(settings: Settings, callers: Callers | None, database: Database | None) -> str | None:
     """Why nothing can be bought at this server now, if so: its database is gone, or there is no key for anybody."""
     if database is not None and not database.alive:
         return "the database does not answer"
-    if settings.key is None and not any(tenant.evolink_key for tenant in (tokens.tenants if tokens else ())):
+    keys = callers is not None and (callers.own_keys or any(tenant.evolink_key for tenant in callers.tenants))
+    if settings.key is None and not keys:
         return settings.key_problem or "no EvoLink API key is set"
     return None
 
@@ -82,27 +96,85 @@ def names_of(allowed: Sequence[str], settings: Settings) -> list[str]:
     return [*allowed, *([public] if public else [])]
 
 
-def behind_door(app: Any, settings: Settings, names: Sequence[str], tokens: Tokens | None, studios: Studios) -> Any:
-    """`app` behind its door, which also takes EvoLink's callbacks if there is a public address."""
-    callbacks = callbacks_of(settings)
-    if callbacks is not None:
+def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Callers | None, studios: Studios) -> Door:
+    """`app` behind its door, and before it what needs no token of a caller: each is signed, or has a token of its own."""
+    unguarded: list[tuple[str, str]] = []
+
+    def why() -> str | None:
+        return why_not_ready(settings, callers, studios.database)
+
+    if (callbacks := callbacks_of(settings)) is not None:
         app = CalledBack(app, callbacks, studios.called_back)
-    return door(
-        app, names, tokens, lambda: why_not_ready(settings, tokens, studios.database),
-        open_below=None if callbacks is None else PATH,
-    )  # fmt: skip
+        unguarded.append(("POST", CALLBACKS))
+    store = store_of(settings)
+    if store is not None and settings.team.store and is_folder(settings.team.store):
+        app = StoredPictures(app, store)
+        unguarded += [("GET", PICTURES), ("HEAD", PICTURES)]
+    if callers is not None and callers.issuer is not None:
+        app = ResourceMetadata(app, callers.issuer.metadata)
+        unguarded.append(("GET", METADATA))
+    if settings.team.metrics_port is not None or settings.team.metrics_token is not None:
+        from evolink_mcp.transports.metrics import Metrics, MetricsPage
+
+        metrics = studios.metrics = Metrics(studios.tally, studios.statuses, lambda: at.open, lambda: why() is None)
+        if settings.team.metrics_token is not None:
+            app = MetricsPage(app, metrics, settings.team.metrics_token)
+            unguarded.append(("GET", MetricsPage.PATH))
+    at = door(app, names, callers, why, unguarded)
+    return at
+
+
+def app_of(
+    studios: Studios, server: MCPServer[Any], studio: Studio, *, command: str, host: str, names: Sequence[str]
+) -> Any:
+    """The ASGI app of one studio's server, by which `studios` knows it: MCP by `command` ("http" or "sse"), and uploads."""
+    studios.add(studio)
+    return Uploads(web_app(server, studio.journal, command, host, names), studio.references, studio.now)
+
+
+def tenants_app(
+    settings: Settings,
+    callers: Callers,
+    studios: Studios,
+    group: anyio.abc.TaskGroup,
+    *,
+    command: str = "http",
+    host: str = "127.0.0.1",
+    names: Sequence[str] = (),
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> Tenants:
+    """The ASGI app of all tenants; their studios live in `group`. `transport` is for tests."""
+    make = partial(app_of, studios, command=command, host=host, names=names)
+
+    def opened(tenant: Tenant) -> AbstractAsyncContextManager[Any]:
+        return open_tenant(tenant, settings, make, transport, database=studios.database, tally=studios.tally)
+
+    return Tenants(group, opened)
 
 
 class Studios:
-    """The open studios of this server, by their accounts' marks."""
+    """The open studios of this server, by their accounts' marks. `tally` counts what all of them do."""
 
     def __init__(self, database: Database | None) -> None:
         self.database = database
+        self.tally = Tally()
+        self.metrics: Metrics | None = None
+        self._open: list[Studio] = []
         self._by_account: dict[str, Studio] = {}
 
     def add(self, studio: Studio) -> None:
         """It is open from now on, in place of an earlier one of the account."""
+        self._open.append(studio)
         self._by_account[studio.journal.account] = studio
+
+    def statuses(self) -> list[str]:
+        """The states of all tasks that this server works on."""
+        return [status for studio in self._open for status in studio.statuses]
+
+    def drain(self) -> bool:
+        """See Studio.drain, for all of them."""
+        drained = [studio.drain() for studio in self._open]
+        return all(drained)
 
     async def called_back(self, account: str, key: str, task_id: str) -> None:
         """EvoLink says that this task of the account's order has ended; if no studio here knows, other servers may.

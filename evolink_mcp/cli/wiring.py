@@ -13,15 +13,19 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.team_settings import is_folder
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.pictures.keeping import ForCallersElsewhere, InFolders, Keeping
+from evolink_mcp.pictures.object_store import Links, ObjectStore
 from evolink_mcp.pictures.references import References
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
+from evolink_mcp.studio.tally import Audit, Tally
 from evolink_mcp.tools.schemas import TOOL_NAMES
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ async def open_studio(
     tenant: str = "",
     shared: bool = False,
     database: Database | None = None,
+    tally: Tally | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
@@ -45,7 +50,7 @@ async def open_studio(
 
     `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
     other tenants spend from the same account. `database` is the team's, open, where several tenants use it.
-    `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
+    `tally` counts what it does. `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport,
@@ -53,7 +58,7 @@ async def open_studio(
     )  # fmt: skip
     key = settings.key.get_secret_value() if settings.key else tenant
     account = account_mark(key, settings.base_url, tenant) if key else ""
-    local = not remote or settings.allowed_dirs_given
+    local = not remote or (settings.allowed_dirs_given and not tenant)
     # Callers elsewhere save into the output folder only, unless the owner named folders for them.
     folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
     async with AsyncExitStack() as stack:
@@ -67,12 +72,17 @@ async def open_studio(
             if database is None:
                 database = await stack.enter_async_context(open_database(settings.database_url))
             journal = PostgresJournal(database, account, strict=bool(tenant))
-        references = References(client, journal, folders, local=local, clock=clock)
+        keeping: Keeping = InFolders(folders, sidecars=settings.sidecars)
+        if tenant or settings.team.store is not None:
+            store = store_of(settings, clock)
+            keeping = ForCallersElsewhere(client, account, store, settings.data_dir / "copies", clock=clock)
+        references = References(client, journal, folders, keeping, local=local, clock=clock)
         studio = Studio(
-            client, journal, folders, references, settings.budget,
-            rule=settings.size_rule, sidecars=settings.sidecars, preview_edge=settings.preview_edge,
+            client, journal, keeping, references, settings.budget,
+            rule=settings.size_rule, preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts, shared=shared, callbacks=callbacks_of(settings) if remote else None,
-            key_problem=settings.key_problem, clock=clock, sleep=sleep, pause=pause,
+            key_problem=settings.key_problem, tally=tally,
+            audit=Audit(tenant) if settings.team.audit else None, clock=clock, sleep=sleep, pause=pause,
         )  # fmt: skip
         await stack.enter_async_context(client)
         yield await stack.enter_async_context(studio)
@@ -83,6 +93,16 @@ def callbacks_of(settings: Settings) -> Callbacks | None:
     if settings.public_url is None or settings.secret is None:
         return None
     return Callbacks(settings.public_url, settings.secret)
+
+
+def store_of(settings: Settings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
+    """The store of pictures for callers elsewhere, if there is one."""
+    store, links = settings.team.store, None
+    if store is None:
+        return None
+    if is_folder(store) and settings.public_url and settings.secret:
+        links = Links(settings.public_url, settings.secret)
+    return ObjectStore(store, settings.team.store_link_hours, links, clock=clock)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.address import CONNECT_TIMEOUT_S, Address, said_by
 from evolink_mcp.journal.schema import CHANNEL, migrate
+from evolink_mcp.tracing import span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -259,6 +260,7 @@ class Database:
             raise self._address.unwritable("the session with it was lost")
         try:
             async with AsyncExitStack() as stack:
+                stack.enter_context(span("evolink journal", db__system__name="postgresql"))
                 return await act(await self._connection(stack))
         except (psycopg.Error, OSError, TimeoutError) as error:
             raise self.unwritable(error) from error

@@ -31,7 +31,8 @@ ADOPTED = Problem(
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of a task: its link at EvoLink, and the file that was saved here.
+    """One picture of a task: its link at EvoLink, and where it was saved: `path` is a file here, `stored` its name in the
+    team's store. A picture of a caller elsewhere may be in neither: then only its link has it.
 
     `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the file's size. `error` says why
     the picture could not be fetched; `lost` says that it is not tried again, and `unusable` that what came was no
@@ -53,16 +54,17 @@ class Picture:
     unusable: bool = False
     transparent: float | None = None
     one_colour: bool = False
+    stored: str | None = None
 
     @property
     def saved(self) -> bool:
-        """Whether it was saved here, at any time."""
-        return self.path is not None
+        """Whether it was fetched whole, and saved if it is saved at all, at any time."""
+        return self.path is not None or self.sha256 is not None
 
     @property
     def here(self) -> bool:
-        """Whether its file is still where it was saved. Looks at the disk."""
-        return self.path is not None and Path(self.path).is_file()
+        """Whether it was saved, and its file, if it has one, is still there. Looks at the disk."""
+        return self.saved and (self.path is None or Path(self.path).is_file())
 
 
 @dataclass(frozen=True, slots=True)

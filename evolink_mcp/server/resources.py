@@ -23,7 +23,7 @@ from mcp_types import INVALID_PARAMS, EmptyResult, SubscribeRequestParams, Unsub
 
 from evolink_mcp.api import sizes
 from evolink_mcp.api.task import is_task_id
-from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.errors import EvolinkError, JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.pictures.folders import open_plain
 from evolink_mcp.pictures.inspect import sniff
@@ -57,26 +57,33 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
             )
-        return json.dumps(scrub(task_out(entry).model_dump(mode="json")), ensure_ascii=False)
+        shown = task_out(await studio.keeping.shown(entry))
+        return json.dumps(scrub(shown.model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
                      description="A saved picture in full.")  # fmt: skip
     async def image(task_id: str, index: str) -> bytes:
         entry = await _entry(studio, task_id)
         picture = next((p for p in entry.pictures if str(p.index) == index), None) if entry else None
-        if picture is None or picture.path is None:
+        if entry is None or picture is None or not picture.saved:
             raise ResourceNotFoundError(
                 f"there is no saved picture {harmless(index, 20)} of {harmless(task_id, 60)}; call get_task"
             )
-        place = f"{picture.path} and {picture.url}"
+        shown = next(p for p in (await studio.keeping.shown(entry)).pictures if p.index == picture.index)
+        place = " and ".join(filter(None, [shown.path, shown.url]))
         try:
-            size, data = await anyio.to_thread.run_sync(_read, Path(picture.path))
+            file = await studio.keeping.file(task_id, picture)
+            size, data = await anyio.to_thread.run_sync(_read, file)
+        except EvolinkError as error:
+            raise ResourceError(f"{error.what}; its places: {place}") from error
         except OSError as error:
-            raise ResourceNotFoundError(f"the file cannot be read ({error.strerror}); its places: {place}") from error
+            raise ResourceNotFoundError(
+                f"the file cannot be read ({error.strerror or error}); its places: {place}"
+            ) from error
         if size > IMAGE_MAX_BYTES:
             raise ResourceError(f"the picture has {size:,} bytes, too many for one message; it is at {place}")
         if sniff(data[:16]) is None:
-            raise ResourceError(f"what lies at {picture.path} is no picture any more; EvoLink's copy: {picture.url}")
+            raise ResourceError(f"what was saved is no picture any more; its places: {place}")
         return data
 
     _tell_of_changes(server, studio)

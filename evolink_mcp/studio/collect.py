@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import time
-import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO
 
 import anyio
-import anyio.to_thread
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
-from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, PictureUnusable, Refused
+from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, PictureUnusable, StoreUnusable
 from evolink_mcp.journal.entry import Picture
 from evolink_mcp.pictures.downloads import download
-from evolink_mcp.pictures.folders import Folders, open_plain
+from evolink_mcp.pictures.keeping import Keeping
 from evolink_mcp.pictures.previews import edge_of
-from evolink_mcp.pictures.sidecar import lay_beside
-from evolink_mcp.pictures.store import Kept, keep
-from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
+from evolink_mcp.studio.tally import Tally
 from evolink_mcp.studio.watch import merged
 
 LINK_LIVES_S = 24 * 3600
-NAME_MAX, ID_SHOWN = 48, 8  # characters
 REREADS_MAX = 3
 REREAD_AFTER_S = 0.5
 REPEATS_MAX = 4
@@ -41,7 +32,7 @@ DOWNLOADS_AT_ONCE = 4
 
 
 class Collector:
-    """Saves pictures into `folders`, and tells `recorder` of each one.
+    """Lets `keeping` keep every picture, and tells `recorder` of each one.
 
     `preview_edge` is the longest edge of the previews that a waiting caller will be shown, as in `Waiting`.
     """
@@ -49,18 +40,18 @@ class Collector:
     def __init__(
         self,
         client: EvolinkClient,
-        folders: Folders,
+        keeping: Keeping,
         recorder: Recorder,
         *,
-        sidecars: bool = True,
         preview_edge: int | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally or Tally()
         self._client = client
-        self._folders = folders
+        self._keeping = keeping
         self._recorder = recorder
-        self._sidecars = sidecars
         self._preview_edge = preview_edge
         self._clock = clock
         self._sleep = sleep
@@ -98,44 +89,32 @@ class Collector:
     async def _fetch(self, job: Job, pictures: dict[int, Picture], picture: Picture) -> None:
         async with self._slots:
             try:
-                kept = await self._download(job, picture)
+                pictures[picture.index] = await self._download(job, picture)
             except EvolinkError as error:
                 unusable = isinstance(error, PictureUnusable)
                 lost = unusable or (isinstance(error, DownloadFailed) and not error.retryable)
                 pictures[picture.index] = replace(picture, error=error.what, lost=lost, unusable=unusable)
                 job.problem = job.problem or error.problem
+                self._tally.downloads["failed"] += 1
             else:
-                pictures[picture.index] = replace(picture, **asdict(kept))
-                if self._sidecars:
-                    await lay_beside(job.entry, pictures[picture.index])
+                self._tally.downloads["saved"] += 1
         await self._recorder.pictures_changed(job, _ordered(pictures))
 
     async def copy(self, job: Job) -> None:
-        """Save the pictures once more under the name that a caller who has joined wants; the first files stay."""
+        """Keep the pictures once more under the name that a caller who has joined wants."""
         pictures = {picture.index: picture for picture in job.entry.pictures}
         for picture in job.entry.pictures:
-            if picture.path is not None and picture.here:
-                kept = await keep(partial(_copied, Path(picture.path)), self._target(job, picture.index, job.copy_as))
-                pictures[picture.index] = replace(picture, **asdict(kept))
+            pictures[picture.index] = await self._keeping.copy(job.entry, picture, job.copy_as)
         await self._recorder.pictures_changed(job, _ordered(pictures))
 
-    def _target(self, job: Job, index: int, save_as: str | None) -> Path:
-        if save_as is not None:
-            with suppress(Refused):
-                wanted = self._folders.target(save_as)
-                # Several pictures are numbered by their index, not by the order in which they arrive.
-                stem = wanted.stem if index == 0 else f"{wanted.stem}-{index}"
-                return wanted.with_name(stem + wanted.suffix)
-        several = max(job.entry.request.get("n", 1), len(job.entry.pictures)) > 1
-        name = file_name(str(job.entry.request.get("prompt", "")), job.entry.task_id or "")
-        return self._folders.output / (f"{name}-{index}" if several else name)
-
-    async def _download(self, job: Job, picture: Picture) -> Kept:
-        target = self._target(job, picture.index, job.entry.save_as)
+    async def _download(self, job: Job, picture: Picture) -> Picture:
         edge = edge_of(len(job.entry.pictures), self._preview_edge) if job.callers else 0
         for repeat in range(REPEATS_MAX + 1):
             try:
-                return await keep(partial(download, self._client, picture.url), target, preview_edge=edge)
+                fetch = partial(download, self._client, picture.url)
+                return await self._keeping.keep(job.entry, picture, fetch, edge)
+            except StoreUnusable:  # the store has been asked several times
+                raise
             except DownloadFailed as error:
                 if isinstance(error, LinkExpired) and picture.url_expires_at > self._clock():
                     # Refused before its time: the link may not be known to every server of the host yet.
@@ -159,31 +138,6 @@ class Collector:
             with suppress(EvolinkError):
                 task = merged(task, await self._client.task(task.id))
                 await self._recorder.task_seen(job, task)
-
-
-def file_name(prompt: str, task_id: str) -> str:
-    """A name that people can read: the prompt's first words, and the last letters of the task's id."""
-    said = unicodedata.normalize("NFC", harmless(prompt, 4 * NAME_MAX)).lower()
-    words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in said).split()
-    while words and words[0] in ("a", "an", "the"):
-        del words[0]
-    name = ""
-    for word in words:
-        if len(name) + len(word) + bool(name) > NAME_MAX:
-            name = name or word[:NAME_MAX]
-            break
-        name += "-" * bool(name) + word
-    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_SHOWN:]
-    return "-".join(filter(None, (name, end))) or "picture"
-
-
-async def _copied(source: Path, into: BinaryIO) -> int:
-    def copy() -> int:
-        with open_plain(source) as file:
-            shutil.copyfileobj(file, into)
-        return into.tell()
-
-    return await anyio.to_thread.run_sync(copy)
 
 
 def _ordered(pictures: dict[int, Picture]) -> tuple[Picture, ...]:

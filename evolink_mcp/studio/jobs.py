@@ -22,13 +22,17 @@ Sleep = Callable[[float], Awaitable[object]]
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a caller wants, validated. Credits: `at_most` it costs, `max_credits` is the caller's own cap."""
+    """What a caller wants, validated. Credits: `at_most` it costs, `max_credits` is the caller's own cap.
+
+    `client` is the name of the program that the caller uses, as it says itself.
+    """
 
     request: GenerationRequest
     at_most: float
     save_as: str | None = None
     max_credits: float | None = None
     force_new: bool = False
+    client: str | None = None
 
 
 class Job:
@@ -40,7 +44,8 @@ class Job:
     the pictures. `learned`: its pictures have shown this size rule. `before_sending` is the scope of all that happens
     before the request is sent; `following` is that of the work on a task that it has.
     `elsewhere`: another server works on it. `called_back`: EvoLink tells its end at an address of ours,
-    and has `told` it.
+    and has `told` it. `letting_go`: the server is about to end, so callers leave now. `audited`: its end is told to the
+    audit, with the name of the `client` that bought it.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -57,6 +62,9 @@ class Job:
         self.following: anyio.CancelScope | None = None
         self.elsewhere = False
         self.called_back = self.told = False
+        self.letting_go = False
+        self.audited = False
+        self.client: str | None = None
         self._changed = anyio.Event()
         self._poll_wanted = False
         self._woken = False
@@ -71,6 +79,11 @@ class Job:
     def finish(self) -> None:
         """Nothing more will be done: end every iterator of `states`."""
         self.finished = True
+        self.change_to(self.entry)
+
+    def let_go(self) -> None:
+        """Callers are to leave now: the server is about to end, and another one goes on with the job."""
+        self.letting_go = True
         self.change_to(self.entry)
 
     def abandon(self) -> None:

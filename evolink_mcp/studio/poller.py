@@ -14,6 +14,7 @@ from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.studio.jobs import guarded
+from evolink_mcp.studio.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ class Poller:
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         monotonic: Callable[[], float] = anyio.current_time,
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally or Tally()
         self._client = client
         self._group = group
         self._sleep = sleep
@@ -122,6 +125,7 @@ class Poller:
         try:
             await self._keep_pace()
             async with self._connections:
+                self._tally.looks["batch"] += 1
                 found = await self._client.tasks(task_ids)
         except RateLimited:
             raise
@@ -142,6 +146,7 @@ class Poller:
     async def _read_one(self, task_id: str) -> Task:
         await self._keep_pace()
         async with self._connections:
+            self._tally.looks["single"] += 1
             return await self._client.task(task_id)
 
     async def _keep_pace(self) -> None:

@@ -30,6 +30,7 @@ from evolink_mcp.studio.limits import Budget
 from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
+from evolink_mcp.studio.tally import Tally
 from evolink_mcp.studio.times import start_of_day
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Purchases:
         *,
         callbacks: Callbacks | None = None,
         sleep: Sleep = anyio.sleep,
+        tally: Tally | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._client = client
@@ -68,6 +70,7 @@ class Purchases:
         self._callbacks = callbacks
         self._sleep = sleep
         self._draw = draw
+        self._tally = tally or Tally()
 
     async def check_caps(self, at_most: float, max_credits: float | None, now: float) -> None:
         """Refuse what may cost more than a cap before anything is sent or uploaded; `intend` judges the day's cap again.
@@ -113,6 +116,12 @@ class Purchases:
 
         If the server ends while the request is on its way, the entry stays `sending`.
         """
+        try:
+            await self._to_its_end(job)
+        finally:
+            self._tally.purchases[job.entry.phase] += 1
+
+    async def _to_its_end(self, job: Job) -> None:
         try:
             with job.before_sending:
                 await self._buy(job)

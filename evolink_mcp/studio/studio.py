@@ -12,29 +12,30 @@ import anyio
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
-from evolink_mcp.errors import EvolinkError, KeyMissing, TaskUnknown
+from evolink_mcp.errors import EvolinkError, KeyMissing, Refused, TaskUnknown
 from evolink_mcp.journal.contract import Journal, News
 from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
-from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.pictures.keeping import Keeping
 from evolink_mcp.pictures.references import Checked, References
 from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.collect import Collector
 from evolink_mcp.studio.experience import Experience
 from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
+from evolink_mcp.studio.joining import Joining
 from evolink_mcp.studio.limits import Budget, Limits
 from evolink_mcp.studio.lost import LostAnswers
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.purchase import Purchases
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.size_rule import AUTO, SizeRule
+from evolink_mcp.studio.tally import Audit, Tally
 from evolink_mcp.studio.watch import Watcher
 from evolink_mcp.studio.workshop import Workshop
 
 log = logging.getLogger(__name__)
 
 RECOVER_AFTER_S = 1.0
-JOIN_WITHIN_S = 24 * 3600
-SUBMIT_GRACE_S, GIVING_UP_S = 1.0, 1.0
+SUBMIT_GRACE_S = 1.0
 CLOSE_GRACE_S = 0.3
 SYNC_WAITS_S = 15.0
 
@@ -52,35 +53,36 @@ class Studio:
         self,
         client: EvolinkClient,
         journal: Journal,
-        folders: Folders,
+        keeping: Keeping,
         references: References,
         budget: Budget,
         *,
         rule: str = AUTO,
-        sidecars: bool = True,
         preview_edge: int | None = None,
         callback_hosts: frozenset[str] | None = None,
         shared: bool = False,
         callbacks: Callbacks | None = None,
         key_problem: str | None = None,
+        tally: Tally | None = None,
+        audit: Audit | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
         pause: Sleep = anyio.sleep,
     ) -> None:
-        self.client = client
-        self.journal = journal
-        self.folders = folders
-        self.budget = budget
+        self.client, self.journal, self.budget = client, journal, budget
+        self.keeping, self.references = keeping, references
         self.size_rule = SizeRule(journal, rule)
         self._recorder = Recorder(journal, self._announce)
         lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
         self._experience = Experience(journal)
-        self._purchases = Purchases(client, journal, self._recorder, budget, lost, callbacks=callbacks, sleep=sleep)
-        self._references = references
-        self._saving: Any = {"sidecars": sidecars, "preview_edge": preview_edge}
+        self._purchases = Purchases(
+            client, journal, self._recorder, budget, lost, callbacks=callbacks, sleep=sleep, tally=tally
+        )
+        self._preview_edge = preview_edge
         self._limits = Limits(budget.running, callback_hosts)
         self._shared = shared  # others spend from the account: what the journal does not have may be theirs
         self._key_problem = key_problem
+        self._tally, self._audit, self._draining = tally, audit, False
         self._clock, self._sleep, self._pause = clock, sleep, pause
         self._subscribers: list[Subscriber] = []
         self._woken = anyio.Event()
@@ -95,16 +97,21 @@ class Studio:
 
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None]:
-        timing: Any = {"clock": self._clock, "sleep": self._sleep}
+        timing: Any = {"clock": self._clock, "sleep": self._sleep, "tally": self._tally}
         try:
             async with anyio.create_task_group() as self._group:
-                poller = Poller(self.client, self._group, sleep=self._sleep)
+                poller = Poller(self.client, self._group, sleep=self._sleep, tally=self._tally)
                 watcher = Watcher(poller, self._recorder, self._experience, **timing)
-                collector = Collector(self.client, self.folders, self._recorder, **self._saving, **timing)
+                collector = Collector(
+                    self.client, self.keeping, self._recorder, preview_edge=self._preview_edge, **timing
+                )
                 self._workshop = Workshop(
                     self.client, self.journal, self._recorder, self._purchases, watcher, collector, self.size_rule, self._group,
-                    clock=self._clock, pause=self._pause,
+                    audit=self._audit, clock=self._clock, pause=self._pause,
                 )  # fmt: skip
+                self._joining = Joining(
+                    self.journal, self._recorder, self._workshop, clock=self._clock, sleep=self._sleep
+                )
                 self._group.start_soon(self._recorder.write_what_was_not, self._pause)
                 self._group.start_soon(self._recover_later)
                 try:
@@ -134,21 +141,16 @@ class Studio:
             EvolinkError: nothing was sent, and the error says why. Whatever happens later is told by the job.
         """
         self._need_key()
+        if self._draining:
+            raise Refused("this server is about to end", code="draining", retryable=True, advice="Call again.")
         self._woken.set()
         if order.save_as is not None:
-            self.folders.target(order.save_as)
+            self.keeping.check_name(order.save_as)
         self._limits.check_callback(order.request.callback_url)
-        checked = await self._references.check(order.request)
+        checked = await self.references.check(order.request)
         mark = fingerprint(with_defaults(checked.identity))
         if not order.force_new:
-            await self._workshop.take_over()
-            marks = (mark, fingerprint(checked.identity))
-            job = await self._undelivered(order, marks)
-            since = self._clock() - JOIN_WITHIN_S
-            if job is None and (self._workshop.waits_for(marks) or await self.journal.is_awaited(marks, since)):
-                # Over HTTP a client's cancelling, or its server's death, may be seen after the same call, sent later.
-                await self._sleep(GIVING_UP_S)
-                job = await self._undelivered(order, marks)
+            job = await self._joining.job_for(order, (mark, fingerprint(checked.identity)))
             if job is not None:
                 return job
         with self._limits.place(self._workshop.jobs):
@@ -156,7 +158,7 @@ class Studio:
 
     async def _bought(self, order: Order, checked: Checked, mark: str) -> Job:
         await self._purchases.check_caps(order.at_most, order.max_credits, self._clock())
-        body = await self._references.upload(checked)
+        body = await self.references.upload(checked)
         entry = Entry(
             key=new_key(),
             owner=self.journal.owner,
@@ -172,7 +174,7 @@ class Studio:
             references=checked.references(body),
         )
         await self._purchases.intend(entry)
-        return self._workshop.buy(entry)
+        return self._workshop.buy(entry, order.client)
 
     async def resume(self, task_id: str) -> Job:
         """The job of the task with this id: finished, under way, or bought elsewhere with the same key.
@@ -263,6 +265,19 @@ class Studio:
         known = await self.journal.known_tasks([task.id for task in tasks])
         return [task for task in tasks if task.id not in known], None
 
+    @property
+    def statuses(self) -> list[str]:
+        """The states of the tasks that this server works on."""
+        return [job.entry.status for job in self._workshop.jobs if not job.elsewhere]
+
+    def drain(self) -> bool:
+        """Take no new order, and let the calls that wait answer with their tasks' ids; True once none waits any more."""
+        self._draining = True
+        for job in self._workshop.jobs:
+            if not job.letting_go:
+                job.let_go()
+        return not any(job.callers for job in self._workshop.jobs)
+
     def now(self) -> float:
         """The wall clock, in epoch seconds."""
         return self._clock()
@@ -290,20 +305,6 @@ class Studio:
     def _need_key(self) -> None:
         if not self.client.has_key:
             raise KeyMissing(self._key_problem or "no EvoLink API key is set")
-
-    async def _undelivered(self, order: Order, marks: tuple[str, ...]) -> Job | None:
-        """The job of what an identical order bought and nobody received; this caller now waits for it."""
-        now = self._clock()
-        for entry in await self.journal.undelivered(marks, now - JOIN_WITHIN_S):
-            if self._recorder.is_unwritten(entry.key) or not entry.worth_joining(now):
-                continue
-            if await self._workshop.is_ours(entry) and await self.journal.claim(entry.key):
-                other_name = order.save_as if order.save_as != entry.save_as else None
-                job = self._workshop.running(entry.key) or await self._workshop.go_on(entry, copy_as=other_name)
-                job.joined = True
-                job.copy_as = other_name
-                return job
-        return None
 
     def _announce(self, task_id: str) -> None:
         for subscriber in self._subscribers:

@@ -17,6 +17,7 @@ from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, RetryBudget, Schedule, backoff_s, slower_s
+from evolink_mcp.studio.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ class Watcher:
         *,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally or Tally()
         self._poller = poller
         self._recorder = recorder
         self._experience = experience
@@ -67,6 +70,7 @@ class Watcher:
         accepted = anyio.current_time() - age
         schedule = Schedule(await self._experience.expected(job.entry))
         at_once = not job.heard_from
+        looked = anyio.current_time()
         failures = 0
         missing = 0
         refusals = 0
@@ -111,6 +115,9 @@ class Watcher:
                 job.problem = None
                 self._budget.earn()
                 task = merged(task, seen)
+                looked, before = anyio.current_time(), looked
+                if task.settled:
+                    self._tally.settled(task.credits_used if task.charged == "yes" else None, looked - before)
                 job.heard_from = True
                 job.seen_running = job.seen_running or not task.settled
                 await self._recorder.task_seen(job, task)

@@ -22,6 +22,7 @@ from evolink_mcp.studio.purchase import INTERRUPTED, Purchases
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
 from evolink_mcp.studio.size_rule import SizeRule
+from evolink_mcp.studio.tally import Audit
 from evolink_mcp.studio.watch import Watcher, merged
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,11 @@ class Workshop:
         size_rule: SizeRule,
         group: anyio.abc.TaskGroup,
         *,
+        audit: Audit | None = None,
         clock: Callable[[], float] = time.time,
         pause: Sleep = anyio.sleep,
     ) -> None:
+        self._audit = audit
         self.jobs: list[Job] = []
         self._client, self._journal, self._recorder = client, journal, recorder
         self._purchases, self._watcher, self._collector = purchases, watcher, collector
@@ -81,7 +84,7 @@ class Workshop:
             else:
                 log.info("taking up %s", entry.task_id or entry.key)
                 self._taken.add(entry.key)
-                self._begin(entry, self._go_on)
+                self._begin(entry, self._go_on).audited = True
 
     def running(self, key: str) -> Job | None:
         """The job of the entry with this key, if it is under way here."""
@@ -125,9 +128,11 @@ class Workshop:
             log.warning("%s", error.what)
             return if_unknown
 
-    def buy(self, entry: Entry) -> Job:
-        """The job of a new order, which this server has written down."""
-        return self._begin(entry, self._buy)
+    def buy(self, entry: Entry, client: str | None = None) -> Job:
+        """The job of a new order, which this server has written down. `client` bought it, for the audit."""
+        job = self._begin(entry, self._buy)
+        job.audited, job.client = True, client
+        return job
 
     def _begin(self, entry: Entry, act: Callable[[Job], Awaitable[None]]) -> Job:
         job = Job(entry)
@@ -136,7 +141,11 @@ class Workshop:
         return job
 
     async def _carry_out(self, job: Job, act: Callable[[Job], Awaitable[None]]) -> None:
-        job.problem = await guarded(act, job) or job.problem
+        try:
+            job.problem = await guarded(act, job) or job.problem
+        finally:
+            if self._audit is not None and job.audited:
+                self._audit.tell(job.entry, job.client, self._clock())
         await self._recorder.ended(job)
         self.jobs.remove(job)
         job.finish()

@@ -1,6 +1,7 @@
 """generate_image: buy pictures, wait for them, save them. The only tool that spends credits."""
 # No `from __future__ import annotations` here: the SDK reads the annotations of the nested functions at run time.
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
@@ -17,10 +18,11 @@ from evolink_mcp.errors import OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import Order
 from evolink_mcp.studio.purchase import price_of
+from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
-from evolink_mcp.tools.waiting import Waiting, WaitSeconds, refuse_task
+from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, refuse_task
 
 Credits = Annotated[
     float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it may cost more credits.")
@@ -83,8 +85,8 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise _unconfirmed(order.at_most, studio.budget.confirm_above, asked=_can_ask(ctx))
         agreed.update(_leaving(req))
-        job = await studio.order(order)
-        return await waiting.answer(job, req.wait_seconds, ctx, _notes(req), joined=job.joined)
+        job = await studio.order(replace(order, client=client_of(ctx)))
+        return await waiting.answer(job, req.wait_seconds, ctx, _notes(req, studio), joined=job.joined)
 
     return flat_tool(
         generate_image,
@@ -97,11 +99,14 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     )
 
 
-def _notes(req: GenerateImageArguments) -> list[str]:
+def _notes(req: GenerateImageArguments, studio: Studio) -> list[str]:
+    notes: list[str] = []
+    if req.save_as is not None and not studio.keeping.keeps:
+        notes.append("save_as has no effect here: this server keeps no pictures; fetch them by their links.")
     if "resolution" in req.model_fields_set and not sizes.takes_resolution(req.size):
         what = "auto" if req.size == "auto" else "explicit pixels"
-        return [f"resolution has no effect with {what}: it was not sent."]
-    return []
+        notes.append(f"resolution has no effect with {what}: it was not sent.")
+    return notes
 
 
 def _leaving(req: GenerateImageArguments) -> set[tuple[str, str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mcp_types import ImageContent, ResourceLink
 
@@ -13,7 +15,7 @@ from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.inspect import NotAPicture
 from evolink_mcp.pictures.previews import edge_of, preview, remembered
-from evolink_mcp.tools.task_answer import TaskOut
+from evolink_mcp.tools.task_answer import ImageOut, TaskOut
 
 GALLERY_URI = "ui://evolink/gallery.html"
 # A tool's metadata by which a host shows the gallery with its answers. Some hosts still read the flat key.
@@ -22,12 +24,15 @@ GALLERY_META: dict[str, Any] = {"ui": {"resourceUri": GALLERY_URI}, "ui/resource
 PREVIEW_MIN_CHARS = 20_000
 
 
-async def previews(out: TaskOut, longest_edge: int | None, answer_max: int) -> list[ImageContent]:
+async def previews(
+    out: TaskOut, saved: Sequence[Path], longest_edge: int | None, answer_max: int
+) -> list[ImageContent]:
     """As many previews as fit beside the text in `answer_max` characters; what cannot be shown is not an error.
+
+    `saved` are the files of this machine that hold the task's pictures.
 
     `longest_edge` None chooses by the number of pictures, 0 shows none.
     """
-    saved = [image.path for image in out.images if image.path]
     if longest_edge == 0 or out.status != COMPLETED or not saved:
         return []
     edge = edge_of(len(saved), longest_edge)
@@ -36,7 +41,7 @@ async def previews(out: TaskOut, longest_edge: int | None, answer_max: int) -> l
     for path in saved:
         if room < PREVIEW_MIN_CHARS:
             break
-        if (block := await picture_block(Path(path), edge, room)) is not None:
+        if (block := await picture_block(path, edge, room)) is not None:
             room -= len(block.data)
             blocks.append(block)
     return blocks
@@ -57,9 +62,11 @@ async def picture_block(path: Path, edge: int, chars_max: int) -> ImageContent |
 def links(out: TaskOut) -> list[ResourceLink]:
     """A resource_link for every saved picture: off by default, since several hosts fail the whole call on them."""
     return [
-        ResourceLink(
-            type="resource_link", uri=image.resource_uri, name=Path(image.path).name, mime_type=image.mime_type
-        )
+        ResourceLink(type="resource_link", uri=image.resource_uri, name=_file_name(image), mime_type=image.mime_type)
         for image in out.images
-        if image.resource_uri and image.path
+        if image.resource_uri
     ]
+
+
+def _file_name(image: ImageOut) -> str:
+    return Path(image.path or urlsplit(image.url or "").path).name or f"picture {image.index}"

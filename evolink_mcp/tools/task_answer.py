@@ -31,9 +31,9 @@ class Pixels(BaseModel):
 class ImageOut(BaseModel):
     """One picture.
 
-    `url` is EvoLink's link; it is valid until `url_expires_at` (ISO 8601, UTC). `path`, `mime_type`, `width` and
-    `height` (pixels), `bytes` (file size), `sha256` (hex), `resource_uri` and `markdown` are null until it is saved.
-    `error` says why it is not.
+    `url` is a link to it, valid until `url_expires_at` (ISO 8601, UTC). `path`, `mime_type`, `width` and
+    `height` (pixels), `bytes` (file size), `sha256` (hex), `resource_uri` and `markdown` are null until it is saved;
+    `path` stays null for a caller on another machine. `error` says why it is not saved.
     """
 
     index: int
@@ -121,10 +121,10 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
 def image_out(task_id: str, picture: Picture, prompt: str = "") -> ImageOut:
     """One picture of this task, with its resource and a line of Markdown once it is saved."""
     facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
-    if picture.path is not None:
+    if picture.saved:
         facts |= {
             "resource_uri": f"evolink://images/{task_id}/{picture.index}",
-            "markdown": _markdown(picture.path, prompt),
+            "markdown": _markdown(picture.path or picture.url, prompt),
         }
     return ImageOut.model_validate(facts)
 
@@ -141,7 +141,7 @@ def refusal(error: EvolinkError) -> TaskOut:
 def is_error(out: TaskOut) -> bool:
     """Whether the caller did not get what was asked: failed, unknown, or finished without a single picture."""
     if out.status == COMPLETED:
-        return out.error is not None and not any(image.path for image in out.images)
+        return out.error is not None and not any(image.resource_uri for image in out.images)
     return out.error is not None
 
 

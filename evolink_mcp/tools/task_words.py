@@ -52,11 +52,12 @@ def sentence(text: str) -> str:
 
 def _headline(out: TaskOut) -> str:
     name = f"Task {out.task_id}" if out.task_id else "The request"
-    saved = [image for image in out.images if image.path]
+    saved = [image for image in out.images if image.resource_uri]
     if out.status == COMPLETED and saved:
         count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
+        done = "saved" if any(image.path for image in saved) else "ready"
         failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
-        return f"{name} is completed: {count} saved{failed}."
+        return f"{name} is completed: {count} {done}{failed}."
     if out.error is not None:
         return f"{name} {_fate(out)}: {sentence(out.error.message)}"
     if out.status == COMPLETED:
@@ -86,15 +87,17 @@ def _money(out: TaskOut) -> str:
 
 def _image_lines(image: ImageOut) -> list[str]:
     lines = [f"Picture {image.index}:"]
-    if image.path:
-        lines += [image.path, image.markdown or ""]
+    if image.resource_uri:
+        lines += [image.path] if image.path else []
+        lines += [image.markdown or ""]
         lines.append(
             f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes or 0:,} bytes, sha256 {image.sha256}"
         )
     if image.error:
         lines.append(f"Not saved: {sentence(image.error)}")
     if image.url:
-        lines += [image.url, f"(link expires {image.url_expires_at})"]
+        lines += [image.url] if image.path or not image.resource_uri else []  # else the Markdown has it
+        lines.append(f"(link expires {image.url_expires_at})")
     if image.resource_uri:
         lines.append(image.resource_uri)
     return lines

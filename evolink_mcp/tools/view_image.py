@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import Context
@@ -41,23 +41,28 @@ def view_image_tool(waiting: Waiting) -> Tool:
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait(host), ctx.report_progress)
         picture = next((p for p in job.entry.pictures if p.index == req.index), None)
-        if picture is None or picture.path is None:
-            out = task_out(job.entry, problem=job.problem)
+        shown = await waiting.studio.keeping.shown(job.entry)
+        if picture is None or not picture.saved:
+            out = task_out(shown, problem=job.problem)
             raise Refused(
                 f"there is no saved picture {req.index} of {req.task_id} (status {out.status}, {len(out.images)} pictures)",
                 code="no_such_picture",
                 charged=out.charged,
                 advice="Call get_task with this id; indexes count from 0.",
             )
-        block = await picture_block(Path(picture.path), req.max_edge, host.answer_max)
+        block = None
+        with suppress(OSError):
+            file = await waiting.studio.keeping.file(req.task_id, picture)
+            block = await picture_block(file, req.max_edge, host.answer_max)
+        place = next(p.path or "its link is in the answer of get_task" for p in shown.pictures if p.index == req.index)
         if block is None:
             raise Refused(
-                f"the file {picture.path} cannot be shown",
+                f"the picture cannot be shown ({place})",
                 code="no_preview",
                 charged=job.entry.charged,
                 advice="It may have been moved or deleted; call get_task.",
             )
-        line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {picture.path}"
+        line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {place}"
         answer = result(line, None)
         return answer.model_copy(update={"content": [block, *answer.content]})  # some clients show the first block only
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
@@ -27,6 +28,7 @@ from evolink_mcp.tools.task_words import task_text
 LAST_READ_S = 1.0
 ID_GRACE_S = 14.0
 HEARTBEAT_S = 4.0
+FILES_WITHIN_S = 8.0
 
 Report = Callable[[float, float, str], Awaitable[None]]
 WaitSeconds = Annotated[
@@ -61,7 +63,7 @@ class Waiting:
         async with self.studio.attending(job):
             await follow(job, self.wait(host, asked_s), ctx.report_progress)
             out = task_out(
-                job.entry,
+                await self.studio.keeping.shown(job.entry),
                 problem=job.problem if job.finished else None,
                 joined=joined,
                 running=not job.finished,
@@ -72,11 +74,23 @@ class Waiting:
                                  "pixels, and computed by it from now on.")  # fmt: skip
             if job.problem is not None and not job.finished:
                 out.notes.append(f"EvoLink is asked again, ever more slowly, because {job.problem.message}.")
-            pictures = await previews(out, self.preview_edge, host.answer_max)
+            pictures = await previews(out, await self._files(job.entry), self.preview_edge, host.answer_max)
             more = links(out) if self.resource_links else []
             if job.finished and job.problem is None and job.entry.conclusive:
                 await self._hand_over(job, ctx)
         return result(task_text(out), out, *pictures, *more, is_error=is_error(out))
+
+    async def _files(self, entry: Entry) -> list[Path]:
+        """The files of this machine that hold the saved pictures; those that cannot be had soon are left out."""
+        if self.preview_edge == 0 or entry.task_id is None:
+            return []
+        files: list[Path] = []
+        with anyio.move_on_after(FILES_WITHIN_S):
+            for picture in entry.pictures:
+                if picture.saved:
+                    with suppress(OSError, EvolinkError):
+                        files.append(await self.studio.keeping.file(entry.task_id, picture))
+        return files
 
     async def _hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
         """The job's result is about to be sent. Only an answer that was written counts as delivered."""
@@ -100,10 +114,15 @@ class Waiting:
         return min(asked_s, host.longest_wait_s)
 
 
+def client_of(ctx: Context[Any, Any]) -> str | None:
+    """The name that the client of this call gave."""
+    params = ctx.session.client_params
+    return params.client_info.name if params else None
+
+
 def host_of(ctx: Context[Any, Any]) -> Host:
     """The host that this call comes from, by the name that its client gave."""
-    params = ctx.session.client_params
-    return host_named(params.client_info.name if params else None)
+    return host_named(client_of(ctx))
 
 
 def refuse_task(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
@@ -135,7 +154,7 @@ async def _until(job: Job, progress: _Progress, deadline: float, *, heard_from: 
         with anyio.CancelScope(deadline=deadline):
             async for entry in states:
                 await progress.tell(entry)
-                if heard_from and job.heard_from:
+                if job.heard_from if heard_from else job.letting_go:
                     return
 
 

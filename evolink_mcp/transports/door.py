@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from evolink_mcp import __version__
-from evolink_mcp.transports.auth import Refusal, Tenant, Tokens
+from evolink_mcp.transports.auth import Refusal, Tenant
+from evolink_mcp.transports.callers import Callers
 from evolink_mcp.transports.tenants import SCOPE_KEY as TENANT
 
 # Who asks whether the server is up needs no token.
@@ -22,6 +23,7 @@ HEALTH, READINESS = "/healthz", "/readyz"
 NAMED = {"name": "evolink-mcp", "version": __version__}
 TEXT = b"text/plain; charset=utf-8"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+ENDING = "it is about to end"
 BODY_WITHIN_S = 30.0
 SAYS_SOMETHING_WITHIN_S = 10.0
 TOLD_WITHIN_S = 1.0
@@ -52,9 +54,9 @@ class Door:
     """An ASGI app around `app`. `names` are the host names that may be asked for, besides those of this machine.
 
     A browser sends the name that a page was loaded from: a name that was rebound to this machine is turned away.
-    With `tokens`, whoever has none is turned away before a body is read, on every path but HEALTH and READINESS, which
-    the door answers itself, and what is posted below `open_below`. `not_ready` says why the server cannot do paid work
-    now, if so.
+    With `callers`, whoever is none of them is turned away before a body is read, on every path but HEALTH and READINESS,
+    which the door answers itself, and what `unguarded` names: methods, each with the paths below which it needs no token.
+    `not_ready` says why the server cannot do paid work now, if so.
     """
 
     def __init__(
@@ -62,22 +64,35 @@ class Door:
         app: ASGIApp,
         names: Sequence[str],
         body_max: int,
-        tokens: Tokens | None = None,
+        callers: Callers | None = None,
         not_ready: Callable[[], str | None] = lambda: None,
-        open_below: str | None = None,
+        unguarded: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self._open_below = open_below
+        self._unguarded = tuple(unguarded)
         self._not_ready = not_ready
         self._app = app
-        self._tokens = tokens
+        self._callers = callers
+        self._closed = False
+        self.open = 0  # requests that are being served
         self._names = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *names))
         self._body_max = body_max
+
+    def close(self) -> None:
+        """Let nobody in any more: the server is about to end. What is under way goes on."""
+        self._closed = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self.open += 1
+        try:
+            await self._serve(scope, receive, send)
+        finally:
+            self.open -= 1
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(cast("list[tuple[bytes, bytes]]", scope["headers"]))
         origin = headers.get(b"origin")
         if _name_of(headers.get(b"host", b"")) not in self._names:
@@ -85,18 +100,23 @@ class Door:
         elif origin is not None and not self._may_call(origin):
             await _say(send, FORBIDDEN, "Pages from elsewhere may not call this server.")
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
-            await self._tell_of_health(send, self._not_ready() if scope["path"] == READINESS else None)
-        elif self._open_below and scope["method"] == "POST" and scope["path"].startswith(self._open_below):
-            await self._post(scope, receive, send)
-        elif (entered := self._entered(headers)) is not None and isinstance(entered, Refusal):
+            why = ENDING if self._closed else self._not_ready()
+            await self._tell_of_health(send, why if scope["path"] == READINESS else None)
+        elif self._closed:
+            more = ((b"retry-after", b"1"), (b"connection", b"close"))
+            await _answer(send, UNAVAILABLE, b"This server is about to end; try again.", TEXT, more)
+        elif any(scope["method"] == method and scope["path"].startswith(path) for method, path in self._unguarded):
+            serve = self._post if scope["method"] == "POST" else self._app
+            await serve(scope, receive, send)
+        elif (entered := await self._entered(headers)) is not None and isinstance(entered, Refusal):
             await _answer(send, entered.status, entered.text.encode(), TEXT, entered.headers)
         elif scope["method"] == "POST":
             await self._post({**scope, TENANT: entered}, receive, send)
         else:
             await self._app({**scope, TENANT: entered}, receive, send)
 
-    def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
-        return None if self._tokens is None else self._tokens.enter(headers.get(b"authorization"))
+    async def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
+        return None if self._callers is None else await self._callers.enter(headers)
 
     async def _tell_of_health(self, send: Send, why: str | None) -> None:
         told = {"status": "ok", **NAMED} if why is None else {"status": "not ready", "why": why, **NAMED}
@@ -141,8 +161,8 @@ class Door:
         limit = self._body_max >> 10
         return (
             f"The request has more than {limit} KiB. A picture in a data: URI may weigh about {limit * 700 // 1000} kB, "
-            "because base64 adds a third: give a public URL, or let the server's owner name folders in "
-            "EVOLINK_MCP_ALLOWED_DIRS and give a path."
+            "because base64 adds a third: give a public URL, or PUT the file to /uploads of this server and give the uri "
+            "that it answers."
         )
 
 

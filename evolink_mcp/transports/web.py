@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
 from evolink_mcp.journal.contract import Journal
-from evolink_mcp.transports.auth import Tokens
+from evolink_mcp.transports.callers import Callers
 from evolink_mcp.transports.calls import Calls
 from evolink_mcp.transports.door import LOOPBACK_NAMES, Door, Impatient, accepted_at_once
 from evolink_mcp.transports.signals import on_stop_signal
@@ -24,20 +25,22 @@ log = logging.getLogger(__name__)
 
 REQUEST_MAX_BYTES = 512 << 10
 LEAVE_WITHIN_S = 0.3
+DRAIN_WITHIN_S, DRAINED_EVERY_S = 7.0, 0.05
 
 
 def door(
     app: Any,
     names: Sequence[str] = (),
-    tokens: Tokens | None = None,
+    callers: Callers | None = None,
     not_ready: Callable[[], str | None] = lambda: None,
-    open_below: str | None = None,
-) -> Any:
-    """`app` behind its door: it answers to the names of this machine and to `names`, and to who has a token, if any.
+    unguarded: Sequence[tuple[str, str]] = (),
+) -> Door:
+    """`app` behind its door: it answers to the names of this machine and to `names`, and to `callers`, if any.
 
-    `not_ready` says why the server cannot do paid work now, if so. What is posted below the path `open_below` needs no token.
+    `not_ready` says why the server cannot do paid work now, if so. `unguarded` names what needs no token: a method, and the
+    path below which it does not.
     """
-    return Door(app, names, REQUEST_MAX_BYTES, tokens, not_ready, open_below)
+    return Door(app, names, REQUEST_MAX_BYTES, callers, not_ready, unguarded)
 
 
 def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str, names: Sequence[str] = ()) -> Any:
@@ -64,10 +67,12 @@ async def serve_app(
     port: int,
     leaving: Callable[[int], None] = lambda code: None,
     ready: Callable[[], None] = lambda: None,
+    drained: Callable[[], bool] = lambda: True,
 ) -> int:
     """Serve an ASGI app until SIGINT or SIGTERM. Returns the exit code: 1 if the port cannot be opened.
 
-    `ready()` is called when the port is open, `leaving(code)` when the end has begun.
+    `ready()` is called when the port is open. After a signal `drained()` is called until it says that nothing has to be
+    answered any more, for DRAIN_WITHIN_S at most; a second signal ends that. Then `leaving(code)` is called.
     """
     server = _Server(
         # uvicorn's type says int, its code compares floats.
@@ -80,9 +85,23 @@ async def serve_app(
     )  # fmt: skip
     code = 0
 
+    draining: asyncio.Task[None] | None = None
+
     def stop(exit_code: int) -> None:
-        nonlocal code
+        nonlocal code, draining
         code = exit_code
+        if draining is None and not drained():
+            draining = asyncio.create_task(drain())
+        else:
+            leave()
+
+    async def drain() -> None:
+        with anyio.move_on_after(DRAIN_WITHIN_S):
+            while not drained():
+                await anyio.sleep(DRAINED_EVERY_S)
+        leave()
+
+    def leave() -> None:
         leaving(code)
         # Everything paid is in the journal. uvicorn would print a traceback for every open stream.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

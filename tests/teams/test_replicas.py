@@ -22,11 +22,10 @@ pytest.importorskip("psycopg")
 from transports.test_tokens import HEADERS, block
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, names_of, open_tenant
+from evolink_mcp.cli.team import Studios, behind_door, names_of, tenants_app
 from evolink_mcp.cli.wiring import open_team_database
 from evolink_mcp.transports.auth import Tokens
-from evolink_mcp.transports.tenants import Tenants
-from evolink_mcp.transports.web import web_app
+from evolink_mcp.transports.callers import Callers
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -70,17 +69,10 @@ class Team:
 
 
 def _replica(settings: Settings, tokens: Tokens, group: Any, database: Any, simulator: PlainSimulator) -> Any:
-    studios = Studios(database)
-    names = names_of((), settings)
-
-    def makes(server: Any, studio: Any) -> Any:
-        studios.add(studio)
-        return web_app(server, studio.journal, "http", "127.0.0.1", names)
-
-    def opens(tenant: Any) -> Any:
-        return open_tenant(tenant, settings, makes, httpx.ASGITransport(simulator.app), database=database)
-
-    return behind_door(Tenants(group, opens), settings, names, tokens, studios)
+    studios, callers, names = Studios(database), Callers(tokens), names_of((), settings)
+    transport = httpx.ASGITransport(simulator.app)
+    tenants = tenants_app(settings, callers, studios, group, names=names, transport=transport)
+    return behind_door(tenants, settings, names, callers, studios)
 
 
 @asynccontextmanager

@@ -21,10 +21,9 @@ from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import open_tenant, why_not_ready
+from evolink_mcp.cli.team import Studios, behind_door, tenants_app, why_not_ready
 from evolink_mcp.transports.auth import BadTokens, Refusal, Tenant, Tokens, new_token
-from evolink_mcp.transports.tenants import Tenants
-from evolink_mcp.transports.web import door, web_app
+from evolink_mcp.transports.callers import Callers
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -216,19 +215,11 @@ async def office(tmp_path: Path, *blocks: str, **environ: str) -> AsyncIterator[
         }
     )
     assert settings.tokens_file is not None
-    tokens = Tokens(settings.tokens_file)
     with anyio.fail_after(40):
         async with anyio.create_task_group() as group:
-            tenants = Tenants(
-                group,
-                lambda tenant: open_tenant(
-                    tenant,
-                    settings,
-                    lambda server, studio: web_app(server, studio.journal, "http", "127.0.0.1"),
-                    httpx.ASGITransport(simulator.app),
-                ),
-            )
-            yield Office(door(tenants, (), tokens), simulator)
+            studios, callers = Studios(None), Callers(Tokens(settings.tokens_file))
+            tenants = tenants_app(settings, callers, studios, group, transport=httpx.ASGITransport(simulator.app))
+            yield Office(behind_door(tenants, settings, (), callers, studios), simulator)
             group.cancel_scope.cancel()
 
 
@@ -435,4 +426,4 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
 def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
     file.write_text(blocks)
     settings = Settings.from_environment({"EVOLINK_API_KEY": key} if key else {})
-    assert why_not_ready(settings, Tokens(file), None) == why
+    assert why_not_ready(settings, Callers(Tokens(file)), None) == why
