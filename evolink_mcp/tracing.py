@@ -18,11 +18,11 @@ def span(name: str, **attributes: str | int) -> Generator[trace.Span]:
     current = trace.get_tracer("evolink_mcp", __version__).start_span(
         name, kind=trace.SpanKind.CLIENT, attributes=named
     )
+    failed = True
     try:
         yield current
-    except BaseException as error:
-        current.set_attribute("error.type", type(error).__name__)
-        current.set_status(trace.StatusCode.ERROR)
-        raise
+        failed = False
     finally:
+        if failed:
+            current.set_status(trace.StatusCode.ERROR)
         current.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,36 @@ from evolink_mcp import __version__
 from evolink_mcp.api.costs import output_tokens
 from evolink_mcp.api.sizes import Size
 from evolink_mcp.cli.settings import VARIABLES
+from evolink_mcp.cli.team_settings import TEAM_VARIABLES
 from evolink_mcp.studio.schedule import USUAL_S
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def between(mark: str) -> str:
-    return README.split(f"<!-- {mark}:begin -->\n")[1].split(f"<!-- {mark}:end -->")[0]
+TEAMS = (ROOT / "docs" / "teams.md").read_text(encoding="utf-8")
 
 
-def test_the_settings_table_is_the_settings() -> None:
-    rows = [f"| `{name}` | {default} | {what} |" for name, (default, what) in VARIABLES.items()]
+def between(mark: str, text: str = README) -> str:
+    return text.split(f"<!-- {mark}:begin -->\n")[1].split(f"<!-- {mark}:end -->")[0]
+
+
+@pytest.mark.parametrize(
+    ("document", "variables"),
+    [
+        pytest.param("README.md", VARIABLES.keys() - TEAM_VARIABLES.keys(), id="for one person"),
+        pytest.param("docs/teams.md", TEAM_VARIABLES.keys(), id="for teams"),
+    ],
+)
+def test_the_settings_table_is_the_settings(document: str, variables: Collection[str]) -> None:
+    rows = [f"| `{name}` | {default} | {what} |" for name, (default, what) in VARIABLES.items() if name in variables]
     table = "\n".join(["| Variable | Default | What it does |", "|---|---|---|", *rows]) + "\n"
+    text = README if document == "README.md" else TEAMS
     if os.environ.get("UPDATE_DOCS"):
         begin, end = "<!-- settings:begin -->\n", "<!-- settings:end -->"
-        written = README.replace(f"{begin}{between('settings')}{end}", f"{begin}{table}{end}")
-        (ROOT / "README.md").write_text(written, encoding="utf-8")
-    assert between("settings") == table
+        written = text.replace(f"{begin}{between('settings', text)}{end}", f"{begin}{table}{end}")
+        (ROOT / document).write_text(written, encoding="utf-8")
+    assert between("settings", text) == table
 
 
 @pytest.mark.anyio

@@ -18,7 +18,7 @@ import anyio.to_thread
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import is_task_id
-from evolink_mcp.errors import DownloadFailed, FolderRefused, Refused, StoreUnusable
+from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired, Refused, StoreUnusable
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.pictures.downloads import download
 from evolink_mcp.pictures.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, Folders, is_reserved, open_plain
@@ -209,7 +209,7 @@ class ForCallersElsewhere:
                 into.seek(0)
                 into.truncate()
         if picture.url_expires_at <= self._clock():
-            raise FileNotFoundError("EvoLink's link to it has ended, and it is in no store")
+            raise LinkExpired("EvoLink's link to it has ended, and it is in no store")
         return await download(self._client, picture.url, into)
 
     def _copy(self, task_id: str, index: int) -> Path:

@@ -73,7 +73,7 @@ class ObjectStore:
         Raises:
             StoreUnusable: it cannot be stored now.
         """
-        with _translated():
+        with _translated(reads=False):
             import obstore
 
             attributes: Any = {"Content-Type": mime_type} if self._place.startswith(REMOTE) else None
@@ -137,16 +137,16 @@ class ObjectStore:
 
 
 @contextmanager
-def _translated() -> Generator[None]:
+def _translated(*, reads: bool = True) -> Generator[None]:
     """What the store's library raises becomes StoreUnusable, which shows neither the place nor a credential."""
     from obstore.exceptions import BaseError
 
     try:
         yield
-    except FileNotFoundError as error:
-        raise StoreUnusable("the picture is not in the store any more", retryable=False) from error
     except (BaseError, OSError, ValueError, NotImplementedError) as error:
-        raise StoreUnusable(f"the store of pictures cannot be used ({_kind(error)})") from error
+        if not reads or not isinstance(error, FileNotFoundError):
+            raise StoreUnusable(f"the store of pictures cannot be used ({_kind(error)})") from error
+        raise StoreUnusable("the picture is not in the store any more", retryable=False) from error
 
 
 def _kind(error: BaseException) -> str:

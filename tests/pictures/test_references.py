@@ -27,6 +27,7 @@ from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.errors import ReferenceRefused
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.pictures.folders import Folders
+from evolink_mcp.pictures.keeping import InFolders
 from evolink_mcp.pictures.references import References
 
 pytestmark = pytest.mark.anyio
@@ -393,7 +394,8 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
         SecretStr(KEY), base_url="http://127.0.0.1:9", files_base_url="http://127.0.0.1:9",
         transport=httpx.ASGITransport(simulator.app),
     )  # fmt: skip
-    references = References(client, journal, Folders(desk, (desk,)))
+    folders = Folders(desk, (desk,))
+    references = References(client, journal, folders, InFolders(folders))
     request = GenerationRequest(prompt="blue", image_urls=[str(desk / name)])
     async with client:
         with anyio.fail_after(20):

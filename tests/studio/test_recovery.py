@@ -205,7 +205,7 @@ async def test_the_same_call_that_overtakes_the_cancelling_of_the_first_gets_wha
         async def give_up(seconds: float) -> None:
             await world.studio.depart(first)
 
-        world.studio._sleep = give_up  # the cancelling arrives while the second call waits
+        world.studio._joining._sleep = give_up  # the cancelling arrives while the second call waits
         second = await world.studio.order(order)
         assert (second is first, second.joined) == (True, True)
     assert world.posts == 1

@@ -75,7 +75,7 @@ async def test_a_callback_at_any_server_brings_the_picture_with_one_look(url: st
         for _ in range(turns):
             next(office.proxy._turns)
         assert await call_back(office, addresses(office)[0], body_of(bought["task_id"])) == 200
-        while not list((tmp_path / "pictures").rglob("*.png")):
+        while not list(tmp_path.rglob("copies/*.png")):
             await anyio.sleep(0.01)
         assert looks(office) == before + 1
         told = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
@@ -109,7 +109,7 @@ async def test_a_lost_answer_is_no_guess_when_evolink_calls_back(url: str, tmp_p
         assert (lost["status"], lost["task_id"]) == ("unknown", None)
         (task_id,) = office.simulator.tasks
         assert await call_back(office, addresses(office)[0], body_of(task_id)) == 200
-        while not list((tmp_path / "pictures").rglob("*.png")):
+        while not list(tmp_path.rglob("copies/*.png")):
             await anyio.sleep(0.01)
         again = (await client.call_tool("generate_image", wish)).structured_content
         assert (again["task_id"], again["status"], again["charged"], again["guess"]) == (

@@ -19,7 +19,7 @@ from mcp_types import ElicitResult
 
 pytest.importorskip("psycopg")
 
-from transports.test_tokens import HEADERS, block
+from office import HEADERS, block
 
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team import Studios, behind_door, names_of, tenants_app

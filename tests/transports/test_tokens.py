@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2 as httpx
 import pytest
-from conftest import Clock, PlainSimulator, poor_environment
-from mcp.client import Client
-from mcp.client.streamable_http import streamable_http_client
+from conftest import Clock, poor_environment
+from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
 
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, tenants_app, why_not_ready
+from evolink_mcp.cli.team import why_not_ready
 from evolink_mcp.transports.auth import BadTokens, Refusal, Tenant, Tokens, new_token
 from evolink_mcp.transports.callers import Callers
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-INITIALIZE = {
-    "jsonrpc": "2.0", "id": 1, "method": "initialize",
-    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}},
-}  # fmt: skip
-HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
-
-
-def block(name: str, token: str, **more: Any) -> str:
-    lines = [f"{word} = {value!r}".replace("'", '"') for word, value in more.items()]
-    digest = hashlib.sha256(token.encode()).hexdigest()
-    return "\n".join(["[[token]]", f'name = "{name}"', f'sha256 = "{digest}"', *lines, ""])
 
 
 def bearer(token: str) -> bytes:
@@ -170,63 +155,6 @@ def test_whoever_has_an_own_key_shares_no_account(file: Path) -> None:
 # --- the whole way ---
 
 
-class Office:
-    """A server with tenants, in process; each call is a real client's over HTTP."""
-
-    def __init__(self, app: Any, simulator: PlainSimulator) -> None:
-        self._app = app
-        self.simulator = simulator
-
-    def http(self, token: str | None = None) -> httpx.AsyncClient:
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        transport = httpx.ASGITransport(self._app)
-        return httpx.AsyncClient(transport=transport, base_url="http://localhost", headers={**HEADERS, **headers})
-
-    @asynccontextmanager
-    async def client(self, token: str, mode: Any = "auto") -> AsyncIterator[Client]:
-        async with (
-            self.http(token) as http,
-            Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode) as client,
-        ):
-            yield client
-
-    async def call(self, token: str, tool: str, mode: str = "auto", **arguments: Any) -> Any:
-        async with self.client(token, mode) as client:
-            return await client.call_tool(tool, arguments)
-
-    @property
-    def posts(self) -> int:
-        return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
-
-
-@asynccontextmanager
-async def office(tmp_path: Path, *blocks: str, **environ: str) -> AsyncIterator[Office]:
-    """`blocks` are the tokens file; everybody spends from one account that is simulated."""
-    (tmp_path / "tokens.toml").write_text("".join(blocks))
-    simulator = PlainSimulator()
-    settings = Settings.from_environment(
-        {
-            "EVOLINK_API_KEY": "sk-test-key",
-            "EVOLINK_BASE_URL": "http://127.0.0.1:9",
-            "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
-            "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
-            "EVOLINK_MCP_TOKENS_FILE": str(tmp_path / "tokens.toml"),
-            **environ,
-        }
-    )
-    assert settings.tokens_file is not None
-    with anyio.fail_after(40):
-        async with anyio.create_task_group() as group:
-            studios, callers = Studios(None), Callers(Tokens(settings.tokens_file))
-            tenants = tenants_app(settings, callers, studios, group, transport=httpx.ASGITransport(simulator.app))
-            yield Office(behind_door(tenants, settings, (), callers, studios), simulator)
-            group.cancel_scope.cancel()
-
-
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640"}
-ANNA, BERT = block("anna", "a"), block("bert", "b")
-
-
 async def test_every_path_needs_a_token_but_the_sign_of_health(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town:
         async with town.http() as http:
@@ -249,14 +177,6 @@ async def test_every_path_needs_a_token_but_the_sign_of_health(tmp_path: Path) -
         async with town.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
     assert town.simulator.requests == []
-
-
-@ERAS
-async def test_a_tenant_buys_and_has_the_picture_in_an_own_folder(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        answer = await town.call("a", "generate_image", mode, **WISH)
-    (image,) = answer.structured_content["images"]
-    assert Path(image["path"]).parent == tmp_path / "pictures" / "anna"
 
 
 @ERAS

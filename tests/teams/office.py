@@ -1,0 +1,100 @@
+"""A server with tenants in process, for tests: its tokens file, its simulated EvoLink, and clients over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+from conftest import PlainSimulator
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.team import Studios, behind_door, names_of, tenants_app
+from evolink_mcp.transports.auth import Tokens
+from evolink_mcp.transports.callers import Callers
+from evolink_mcp.transports.oauth import Issuer
+
+INITIALIZE = {
+    "jsonrpc": "2.0", "id": 1, "method": "initialize",
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}},
+}  # fmt: skip
+HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
+
+
+def block(name: str, token: str, **more: Any) -> str:
+    lines = [f"{word} = {value!r}".replace("'", '"') for word, value in more.items()]
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return "\n".join(["[[token]]", f'name = "{name}"', f'sha256 = "{digest}"', *lines, ""])
+
+
+class Office:
+    """A server with tenants, in process; each call is a real client's over HTTP."""
+
+    def __init__(self, door: Any, simulator: PlainSimulator, studios: Studios) -> None:
+        self.door = door
+        self.simulator = simulator
+        self.studios = studios
+
+    def http(self, token: str | None = None, **more: str) -> httpx.AsyncClient:
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        headers = {**HEADERS, **headers, **{name.replace("_", "-"): value for name, value in more.items()}}
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.door), base_url="http://localhost", headers=headers)
+
+    @asynccontextmanager
+    async def client(self, token: str, mode: Any = "auto", **more: str) -> AsyncIterator[Client]:
+        async with (
+            self.http(token, **more) as http,
+            Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode) as client,
+        ):
+            yield client
+
+    async def call(self, token: str, tool: str, mode: str = "auto", **arguments: Any) -> Any:
+        async with self.client(token, mode) as client:
+            return await client.call_tool(tool, arguments)
+
+    @property
+    def posts(self) -> int:
+        return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
+
+
+@asynccontextmanager
+async def office(
+    tmp_path: Path,
+    *blocks: str,
+    simulator: PlainSimulator | None = None,
+    issuer: Issuer | None = None,
+    **environ: str,
+) -> AsyncIterator[Office]:
+    """`blocks` are the tokens file; everybody spends from one account that is simulated."""
+    (tmp_path / "tokens.toml").write_text("".join(blocks))
+    simulator = simulator or PlainSimulator()
+    settings = Settings.from_environment(
+        {
+            "EVOLINK_API_KEY": "sk-test-key",
+            "EVOLINK_BASE_URL": "http://127.0.0.1:9",
+            "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
+            "EVOLINK_MCP_TOKENS_FILE": str(tmp_path / "tokens.toml"),
+            **environ,
+        }
+    )
+    assert settings.tokens_file is not None
+    with anyio.fail_after(40):
+        async with anyio.create_task_group() as group:
+            studios = Studios(None)
+            callers = Callers(Tokens(settings.tokens_file), issuer, own_keys=settings.team.caller_keys)
+            names = names_of((), settings)
+            transport = httpx.ASGITransport(simulator.app)
+            tenants = tenants_app(settings, callers, studios, group, names=names, transport=transport)
+            yield Office(behind_door(tenants, settings, names, callers, studios), simulator, studios)
+            group.cancel_scope.cancel()
+
+
+WISH = {"prompt": "sim:fast a fox", "size": "1024x640"}
+ANNA, BERT = block("anna", "a"), block("bert", "b")

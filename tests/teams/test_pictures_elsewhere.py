@@ -1,0 +1,352 @@
+"""Callers on other machines: no path of the server, links that last, a store that may fail, and pictures they bring."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from conftest import PlainSimulator
+from office import ANNA, BERT, Office, office
+
+pytest.importorskip("obstore")
+
+from drawings import drawing
+
+from evolink_mcp.errors import StoreUnusable
+from evolink_mcp.pictures.object_store import Links, ObjectStore
+from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+PNG = drawing()
+# With an own callback nobody waits for one at the public address.
+WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.example.com/x"}
+PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
+
+
+def facts(answer: Any) -> dict[str, Any]:
+    return answer.structured_content
+
+
+def forget_copies(tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "data" / "copies")
+
+
+async def fetched(town: Office, url: str, **headers: str) -> httpx.Response:
+    async with town.http(host="pictures.example.org", **headers) as http:
+        return await http.get(url.removeprefix("https://pictures.example.org"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "store").mkdir()
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def stored(folder: Path) -> dict[str, str]:
+    return {**PUBLIC, "EVOLINK_MCP_STORE": str(folder)}
+
+
+# --- no store ---
+
+
+@ERAS
+async def test_no_answer_has_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
+    async with office(tmp_path, ANNA) as town, town.client("a", mode) as client:
+        bought = await client.call_tool("generate_image", {**WISH, "save_as": "hero.png"})
+        (image,) = facts(bought)["images"]
+        task = {"task_id": facts(bought)["task_id"]}
+        answers = [bought] + [
+            await client.call_tool(tool, arguments)
+            for tool, arguments in (("get_task", task), ("view_image", task), ("list_tasks", {"detail": True}))
+        ]
+        resources = [
+            await client.read_resource(uri) for uri in (image["resource_uri"], f"evolink://tasks/{task['task_id']}")
+        ]
+        refused = await client.call_tool("generate_image", {**WISH, "save_as": "../hero.png"})
+        local = await client.call_tool("generate_image", {**WISH, "image_urls": [str(tmp_path / "x.png")]})
+    assert image["path"] is None
+    assert image["url"].startswith("http://127.0.0.1:9/")
+    assert image["markdown"].endswith(f"({image['url']})")
+    assert (image["width"], image["height"], image["mime_type"]) == (1024, 640, "image/png")
+    assert [block.type for block in answers[0].content] == ["text", "image"]
+    assert "completed: 1 picture ready" in answers[0].content[0].text
+    assert "save_as has no effect here" in answers[0].content[0].text
+    assert resources[0].contents[0].mime_type == "image/png"
+    assert facts(refused)["error"]["code"] == "folder_refused"
+    assert "PUT the file to /uploads" in facts(local)["error"]["advice"]
+    told = "".join(answer.model_dump_json() for answer in (*answers, *resources, refused))
+    assert str(tmp_path) not in told.replace(json.dumps(str(tmp_path / "x.png")), "")
+    assert not (tmp_path / "pictures").exists()
+
+
+async def test_another_server_shows_the_picture_from_evolinks_link(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+        bought = facts(await client.call_tool("generate_image", WISH))
+        forget_copies(tmp_path)
+        seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        forget_copies(tmp_path)
+        again = await client.call_tool("get_task", {"task_id": bought["task_id"]})
+    assert [block.type for block in seen.content] == ["image", "text"]
+    assert [block.type for block in again.content] == ["text", "image"]
+
+
+async def test_a_picture_whose_link_has_ended_is_called_gone(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+        bought = facts(await client.call_tool("generate_image", WISH))
+        forget_copies(tmp_path)
+        (studio,) = town.studios._open
+        studio.keeping._clock = lambda: studio.now() + 25 * 3600
+        seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        with pytest.raises(Exception, match="link to it has ended"):
+            await client.read_resource(bought["images"][0]["resource_uri"])
+    assert seen.is_error
+
+
+# --- a folder that all servers mount ---
+
+
+@ERAS
+async def test_a_stored_picture_has_a_signed_link_that_needs_no_token(
+    tmp_path: Path, folder: Path, stored: dict[str, str], mode: str
+) -> None:
+    async with office(tmp_path, ANNA, **stored) as town:
+        bought = facts(await town.call("a", "generate_image", mode, **WISH, save_as="heró.png"))
+        (image,) = bought["images"]
+        picture = await fetched(town, image["url"])
+        async with town.http(host="pictures.example.org") as http:
+            head = await http.head(image["url"].removeprefix("https://pictures.example.org"))
+        changed = [
+            await fetched(town, image["url"].replace("/pictures/", "/pictures/9")),
+            await fetched(town, image["url"].replace("her", "../her")),
+            await fetched(town, "/pictures/"),
+        ]
+    (file,) = (path for path in folder.rglob("*") if path.is_file())
+    assert file.name == "heró.png"
+    assert (picture.status_code, picture.content) == (200, file.read_bytes())
+    assert picture.headers["content-type"] == "image/png"
+    assert "her%C3%B3.png" in picture.headers["content-disposition"]
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, str(image["bytes"]), b"")
+    assert [answer.status_code for answer in changed] == [404, 404, 404]
+    assert image["path"] is None
+    assert "anna" not in image["url"]
+
+
+async def test_a_stored_picture_outlives_evolinks_link(tmp_path: Path, stored: dict[str, str]) -> None:
+    async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
+        bought = facts(await client.call_tool("generate_image", WISH))
+        forget_copies(tmp_path)
+        anna = next(studio for studio in town.studios._open if studio.statuses is not None)
+        anna.keeping._clock = lambda: anna.now() + 48 * 3600
+        read = await client.read_resource(bought["images"][0]["resource_uri"])
+        edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}
+        other = facts(await town.call("b", "generate_image", **edit))
+        own = facts(await client.call_tool("generate_image", edit))
+    assert read.contents[0].mime_type == "image/png"
+    assert other["error"]["code"] == "reference_refused"
+    assert own["status"] == "completed"
+
+
+async def test_a_lost_store_loses_nothing(tmp_path: Path, folder: Path, stored: dict[str, str]) -> None:
+    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+        shutil.rmtree(folder)
+        folder.write_text("no folder any more")
+        bought = facts(await client.call_tool("generate_image", WISH))
+        (image,) = bought["images"]
+        folder.unlink()
+        folder.mkdir()
+        again = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
+        assert town.posts == 1
+    assert bought["error"]["code"] == "store_unusable" or "store" in image["error"]
+    assert bought["charged"] == "yes"
+    assert image["url"].startswith("http://127.0.0.1:9/")
+    assert str(folder) not in json.dumps(bought)
+    assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+
+
+async def test_a_link_ends_and_cannot_be_changed() -> None:
+    links = Links("https://p.example.org/", "s" * 32)
+    path = links.to("a/task/fox.png", 1_000.0).removeprefix("https://p.example.org")
+    assert links.read(path, 999.0) == "a/task/fox.png"
+    assert links.read(path, 1_000.0) is None
+    assert links.read(path.replace("1000", "2000"), 999.0) is None
+    assert links.read(path.replace("fox", "ox"), 999.0) is None
+    assert Links("https://p.example.org", "t" * 32).read(path, 999.0) is None
+    for odd in ("", "/pictures/", "/pictures/1.2/3", "/pictures/" + "9" * 40, path + "\n"):
+        assert links.read(odd, 0.0) is None
+
+
+# --- S3, spoken by a server that others wrote ---
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    with (
+        (tmp_path / "moto.txt").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as moto,
+    ):
+        try:
+            with anyio.from_thread.start_blocking_portal() as portal:
+                portal.call(_made, f"{address}/bucket")
+            for name, value in {
+                "AWS_ACCESS_KEY_ID": "one", "AWS_SECRET_ACCESS_KEY": "two", "AWS_REGION": "us-east-1",
+                "AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true",
+            }.items():  # fmt: skip
+                monkeypatch.setenv(name, value)
+            yield address
+        finally:
+            moto.kill()
+
+
+async def _made(bucket: str) -> None:
+    async with httpx.AsyncClient() as http:
+        with anyio.fail_after(40):
+            while True:
+                try:
+                    answer = await http.put(bucket, content=b"")
+                except httpx.ConnectError:
+                    await anyio.sleep(0.1)
+                else:
+                    assert answer.status_code == 200
+                    return
+
+
+async def test_s3_keeps_the_picture_and_signs_its_link(tmp_path: Path, bucket: str) -> None:
+    async with office(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as town, town.client("a") as client:
+        bought = facts(await client.call_tool("generate_image", WISH))
+        (image,) = bought["images"]
+        async with httpx.AsyncClient() as http:
+            picture = await http.get(image["url"])
+            unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
+        forget_copies(tmp_path)
+        (studio,) = town.studios._open
+        studio.keeping._clock = lambda: studio.now() + 48 * 3600
+        seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+    assert image["url"].startswith(f"{bucket}/bucket/team/")
+    assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+    assert len(picture.content) == image["bytes"]
+    assert unsigned.status_code != 200 or b"<Error>" in unsigned.content or not unsigned.content.startswith(b"\x89PNG")
+    assert seen.content[0].type == "image"
+
+
+async def test_a_bucket_that_is_not_there_is_one_clear_error(tmp_path: Path, bucket: str) -> None:
+    store = ObjectStore("s3://nobody", 24)
+    file = tmp_path / "x.png"
+    file.write_bytes(PNG)
+    with pytest.raises(StoreUnusable, match="cannot be used") as error:
+        await store.put("x.png", file, "image/png")
+    assert "nobody" not in str(error.value)
+    with pytest.raises(StoreUnusable):
+        async with store.reading("x.png"):
+            pass
+
+
+# --- pictures that callers bring ---
+
+
+@ERAS
+async def test_an_upload_is_a_reference_for_its_tenant_alone(tmp_path: Path, mode: str) -> None:
+    async with office(tmp_path, ANNA, BERT) as town:
+        async with town.http("a") as http:
+            answer = await http.put("/uploads", content=PNG)
+            told = answer.json()
+        edit = {"prompt": "sim:fast bluer", "image_urls": [told["uri"]]}
+        own = facts(await town.call("a", "generate_image", mode, **edit))
+        other = facts(await town.call("b", "generate_image", mode, **edit))
+        (order,) = (json.loads(r.body) for r in town.simulator.requests if r.path == "/v1/images/generations")
+    assert (answer.status_code, told["mime_type"], told["bytes"]) == (201, "image/png", len(PNG))
+    assert told["uri"].startswith("evolink://uploads/")
+    assert own["status"] == "completed"
+    assert own["references"][0]["given"] == told["uri"]
+    assert order["image_urls"][0].startswith("http")
+    assert other["error"]["code"] == "reference_refused"
+
+
+async def test_an_upload_and_the_same_data_uri_are_one_order(tmp_path: Path) -> None:
+    import base64
+
+    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+        uri = (await http.put("/uploads", content=PNG)).json()["uri"]
+        data = "data:image/png;base64," + base64.b64encode(PNG).decode()
+        wish = {"prompt": "sim:slow=60 bluer", "wait_seconds": 0}
+        first = facts(await town.call("a", "generate_image", **wish, image_urls=[uri]))
+        second = facts(await town.call("a", "generate_image", **wish, image_urls=[data]))
+        assert first["task_id"] is not None
+        assert (second["task_id"], town.posts) == (first["task_id"], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "words"),
+    [
+        pytest.param(b"GIF89a" + b"x" * 100, {}, 400, "cannot be a reference", id="no picture"),
+        pytest.param(PNG[:-20], {}, 400, "cannot be a reference", id="it breaks off"),
+        pytest.param(b"", {}, 400, "cannot be a reference", id="nothing"),
+        pytest.param(b"x", {"content-length": str(REFERENCE_MAX_BYTES + 1)}, 413, "50 MB", id="too large, as it says"),
+    ],
+)
+async def test_what_cannot_be_a_reference_is_refused(
+    tmp_path: Path, content: bytes, headers: dict[str, str], status: int, words: str
+) -> None:
+    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+        answer = await http.put("/uploads", content=content, headers=headers)
+        assert (answer.status_code, words in answer.json()["error"]) == (status, True)
+        assert town.simulator.requests == []
+
+
+async def test_a_body_that_is_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
+    sent = 0
+
+    async def parts() -> Any:
+        nonlocal sent
+        while sent < 2 * REFERENCE_MAX_BYTES:
+            sent += 1 << 20
+            yield b"x" * (1 << 20)
+
+    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+        answer = await http.put("/uploads", content=parts())
+        assert answer.status_code == 413
+
+
+async def test_uploads_need_a_token_a_key_and_put(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA) as town:
+        async with town.http() as http:
+            assert (await http.put("/uploads", content=PNG)).status_code == 401
+        async with town.http("a") as http:
+            assert (await http.get("/uploads")).status_code == 405
+    async with office(tmp_path, ANNA, EVOLINK_API_KEY="") as town, town.http("a") as http:
+        answer = await http.put("/uploads", content=PNG)
+        assert (answer.status_code, "EVOLINK_API_KEY" in answer.json()["error"]) == (503, True)
+
+
+async def test_a_file_api_that_says_no_is_told(tmp_path: Path) -> None:
+    simulator = PlainSimulator()
+    served = simulator.app
+
+    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+        if "upload" not in scope.get("path", ""):
+            await served(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+        await send({"type": "http.response.body", "body": b"busy"})
+
+    simulator.app = refusing
+    async with office(tmp_path, ANNA, simulator=simulator) as town, town.http("a") as http:
+        answer = await http.put("/uploads", content=PNG)
+    assert answer.status_code == 502
+    assert "Nothing was charged" in answer.json()["error"]
