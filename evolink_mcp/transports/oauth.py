@@ -185,7 +185,8 @@ class Issuer:
         except TimeoutError as error:
             raise _Unusable(f"no answer within {READ_WITHIN_S:.0f} s") from error
         except TRANSPORT_ERRORS as error:
-            raise _Unusable(why(error)) from error
+            said = str(error)
+            raise _Unusable(harmless(said, 160) if "certificate" in said.lower() else why(error)) from error
         if response.status_code != 200:
             if missing_ok and 400 <= response.status_code < 500:
                 return {}
