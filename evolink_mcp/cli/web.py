@@ -71,8 +71,12 @@ async def _serve(options: Namespace, settings: Settings, callers: Callers | None
             door = behind_door(app, settings, names, callers, studios)
             if (metrics := studios.metrics) is not None:
                 group.start_soon(metrics.watch_the_loop)
-                if settings.team.metrics_port is not None:
-                    metrics.serve(options.host, settings.team.metrics_port)
+                if (port := settings.team.metrics_port) is not None:
+                    try:
+                        metrics.serve(options.host, port)
+                    except OSError as error:
+                        _say(f"EVOLINK_MCP_METRICS_PORT: port {port} cannot be opened ({error.strerror})")
+                        return 1
 
             def drained() -> bool:
                 door.close()

@@ -78,7 +78,7 @@ class Door:
         self._body_max = body_max
 
     def close(self) -> None:
-        """Let nobody in any more: the server is about to end. What is under way goes on."""
+        """The server is about to end: READINESS says so from now on, and a proxy sends new requests elsewhere."""
         self._closed = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,9 +102,6 @@ class Door:
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
             why = ENDING if self._closed else self._not_ready()
             await self._tell_of_health(send, why if scope["path"] == READINESS else None)
-        elif self._closed:
-            more = ((b"retry-after", b"1"), (b"connection", b"close"))
-            await _answer(send, UNAVAILABLE, b"This server is about to end; try again.", TEXT, more)
         elif any(scope["method"] == method and scope["path"].startswith(path) for method, path in self._unguarded):
             serve = self._post if scope["method"] == "POST" else self._app
             await serve(scope, receive, send)

@@ -45,13 +45,19 @@ class Metrics(Collector):
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def serve(self, host: str, port: int) -> None:
-        """Serve them on a port of their own, from a thread.
+    def serve(self, host: str, port: int) -> Callable[[], None]:
+        """Serve them on a port of their own, from a thread, until what is returned is called.
 
         Raises:
             OSError: the port cannot be opened.
         """
-        start_http_server(port, host, self._registry)
+        server, _ = start_http_server(port, host, self._registry)
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+
+        return close
 
     async def watch_the_loop(self) -> None:
         """For ever: see by how much the event loop is late."""

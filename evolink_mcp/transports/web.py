@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 REQUEST_MAX_BYTES = 512 << 10
 LEAVE_WITHIN_S = 0.3
 DRAIN_WITHIN_S, DRAINED_EVERY_S = 7.0, 0.05
+# Clients ask something more before they believe an answer: the SDK's own lists the tools.
+LINGER_S = 0.5
 
 
 def door(
@@ -99,6 +101,7 @@ async def serve_app(
         with anyio.move_on_after(DRAIN_WITHIN_S):
             while not drained():
                 await anyio.sleep(DRAINED_EVERY_S)
+        await anyio.sleep(LINGER_S)
         leave()
 
     def leave() -> None:

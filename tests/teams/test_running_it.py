@@ -1,0 +1,248 @@
+"""What an operator sees of a server: its metrics, its spans, its audit, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import Open, poor_environment
+from faulty_gateway import Gateway, QuickSimulator
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+from office import ANNA, BERT, INITIALIZE, WISH, office
+from test_database import silent_port
+
+pytest.importorskip("prometheus_client")
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from evolink_mcp import tracing
+from evolink_mcp.studio.tally import Tally
+from evolink_mcp.transports.metrics import Metrics
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+TOKEN = "m" * 32
+LATE = {"prompt": "sim:slow=3600 a fox", "wait_seconds": 50}
+
+
+def values(text: str) -> dict[str, float]:
+    """Every sample by its name and labels."""
+    return {
+        " ".join([sample.name, *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+# --- metrics ---
+
+
+async def test_metrics_tell_what_was_bought_looked_at_and_fetched(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA, BERT, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town:
+        bought = (await town.call("a", "generate_image", **WISH)).structured_content
+        refused = await town.call("b", "generate_image", prompt="sim:402 a fox")
+        await town.call("b", "generate_image", **{**LATE, "wait_seconds": 0})
+        async with town.http(TOKEN) as http:
+            answer = await http.get("/metrics")
+        told = values(answer.text)
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert refused.is_error
+    assert told["evolink_purchases_total submitted"] == 2
+    assert told["evolink_purchases_total refused"] == 1
+    assert told["evolink_credits_total"] == bought["credits"]
+    assert told["evolink_looks_total single"] >= 1
+    assert told["evolink_downloads_total saved"] == 1
+    assert told["evolink_lag_seconds_count"] == 1
+    assert told["evolink_tasks pending"] + told.get("evolink_tasks processing", 0) == 1
+    assert (told["evolink_ready"], told["evolink_open_streams"]) == (1, 1)
+    assert not any(word in answer.text for word in ("anna", "bert", "sk-", "fox"))
+
+
+@pytest.mark.parametrize("token", [None, "a", TOKEN + "x", ""])
+async def test_metrics_need_their_own_token(tmp_path: Path, token: str | None) -> None:
+    async with office(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town, town.http(token) as http:
+        assert (await http.get("/metrics")).status_code == 401
+    async with office(tmp_path, ANNA) as town, town.http(TOKEN) as http:
+        assert (await http.get("/metrics")).status_code == 401  # there are none, and who asks is nobody here
+
+
+async def test_metrics_have_a_port_of_their_own() -> None:
+    tally = Tally()
+    tally.settled(2.5, 0.4)
+    tally.settled(None, 90.0)
+    metrics = Metrics(tally, lambda: ["processing"], lambda: 0, lambda: False)
+    port = silent_port()
+    close = metrics.serve("127.0.0.1", port)
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+        def read() -> str:
+            with opener.open(f"http://127.0.0.1:{port}/metrics") as answer:
+                return answer.read().decode()
+
+        told = values(await anyio.to_thread.run_sync(read))
+    finally:
+        await anyio.to_thread.run_sync(close)
+    assert (told["evolink_ready"], told["evolink_credits_total"]) == (0, 2.5)
+    assert (told["evolink_lag_seconds_bucket 0.5"], told["evolink_lag_seconds_bucket +Inf"]) == (1, 2)
+
+
+# --- spans ---
+
+
+async def test_spans_tell_what_evolink_was_asked_and_no_secret(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans: list[tuple[str, dict[str, Any]]] = []
+
+    class Span:
+        def __init__(self, name: str, attributes: dict[str, Any]) -> None:
+            self.attributes = attributes
+            spans.append((name, attributes))
+
+        def set_attribute(self, name: str, value: Any) -> None:
+            self.attributes[name] = value
+
+        def set_status(self, status: Any) -> None:
+            self.attributes["failed"] = True
+
+        def end(self) -> None:
+            self.attributes["ended"] = True
+
+    class Tracer:
+        def start_span(self, name: str, *, kind: Any, attributes: dict[str, Any]) -> Span:
+            return Span(name, attributes)
+
+    monkeypatch.setattr(tracing.trace, "get_tracer", lambda *_: Tracer())
+    async with open_world() as world, world.client() as client:
+        await client.call_tool("generate_image", WISH)
+    names = [name for name, _ in spans]
+    assert names[0] == "POST /v1/images/generations"
+    assert {"GET /v1/tasks/{id}", "GET /picture"} <= set(names)
+    assert all(told["ended"] and "failed" not in told for _, told in spans)
+    assert {told["http.response.status_code"] for _, told in spans} == {200}
+    assert not any(word in json.dumps(spans) for word in ("sk-", "fox", "task-unified"))
+
+
+async def test_a_span_of_what_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Span:
+        def set_status(self, status: Any) -> None:
+            told.append("failed")
+
+        def end(self) -> None:
+            told.append("ended")
+
+    class Tracer:
+        def start_span(self, name: str, **_: Any) -> Span:
+            return Span()
+
+    monkeypatch.setattr(tracing.trace, "get_tracer", lambda *_: Tracer())
+
+    def fail() -> None:
+        with tracing.span("x"):
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        fail()
+    assert told == ["failed", "ended"]
+
+
+# --- the audit ---
+
+
+async def test_each_purchase_is_one_line_without_prompt_or_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
+        async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
+            bought = (await town.call("a", "generate_image", **WISH)).structured_content
+            await town.call("a", "generate_image", prompt="sim:402 a fox")
+            await town.call("a", "get_task", task_id=bought["task_id"])
+            await town.call("a", "generate_image", **{**LATE, "wait_seconds": 0})
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
+    assert [(line["tenant"], line["outcome"], line["charged"]) for line in lines] == [
+        ("anna", "completed", "yes"), ("anna", "refused", "no"), ("anna", "pending", "unknown"),
+    ]  # fmt: skip
+    assert (lines[0]["task"], lines[0]["credits"], lines[1]["credits"]) == (bought["task_id"], bought["credits"], 0)
+    assert all(line["client"] for line in lines)
+    assert not any(word in json.dumps(lines) for word in ("fox", "sk-test"))
+
+
+async def test_without_the_setting_nothing_is_audited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
+        async with office(tmp_path, ANNA) as town:
+            await town.call("a", "generate_image", **WISH)
+    assert [record for record in caplog.records if record.name == "evolink_mcp.audit"] == []
+
+
+# --- the end ---
+
+
+async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_takes_no_new_order(tmp_path: Path) -> None:
+    answers: list[Any] = []
+    async with office(tmp_path, ANNA) as town:
+
+        async def order() -> None:
+            answers.append(await town.call("a", "generate_image", **LATE))
+
+        async with anyio.create_task_group() as calls:
+            calls.start_soon(order)
+            while not any(job.heard_from for studio in town.studios._open for job in studio._workshop.jobs):
+                await anyio.sleep(0.01)
+            assert not town.studios.drain()
+            while not town.studios.drain():
+                await anyio.sleep(0.01)
+        new = (await town.call("a", "generate_image", prompt="another")).structured_content
+        town.door.close()
+        async with town.http("a") as http:
+            assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
+            assert (await http.get("/readyz")).json()["why"] == "it is about to end"
+            assert (await http.get("/healthz")).status_code == 200
+        assert town.posts == 1
+    (left,) = (answer.structured_content for answer in answers)
+    assert left["next_action"] == {"tool": "get_task", "arguments": {"task_id": left["task_id"]}}
+    assert (new["error"]["code"], new["charged"]) == ("draining", "no")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+async def test_sigterm_answers_who_waits_and_then_ends(tmp_path: Path) -> None:
+    async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
+        port = silent_port()
+        env = poor_environment(
+            tmp_path, EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL=gateway.url, EVOLINK_MCP_AUDIT="1",
+            EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"), EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
+        )  # fmt: skip
+        command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
+        async with await anyio.open_process(command, env=env, stdin=-3, stdout=-3) as server:
+            assert server.stderr is not None
+            said = b""
+            while b"serves" not in said:
+                said += await server.stderr.receive()
+            answers: list[Any] = []
+            async with Client(streamable_http_client(f"http://127.0.0.1:{port}/mcp"), mode="auto") as client:
+
+                async def order() -> None:
+                    answers.append(await client.call_tool("generate_image", {**LATE, "prompt": "a fox"}))
+
+                async with anyio.create_task_group() as calls:
+                    calls.start_soon(order)
+                    while not gateway.simulator.tasks:
+                        await anyio.sleep(0.01)
+                    await anyio.sleep(0.2)  # EvoLink's answer is on its way back
+                    server.send_signal(signal.SIGTERM)
+            assert await server.wait() == 143
+            rest = b"".join([part async for part in server.stderr])
+    (left,) = (answer.structured_content for answer in answers)
+    assert left["task_id"] in gateway.simulator.tasks
+    assert left["next_action"]["tool"] == "get_task"
+    (line,) = (json.loads(line) for line in rest.decode().splitlines() if line.startswith("{"))
+    assert (line["task"], line["outcome"]) == (left["task_id"], left["status"])
