@@ -24,7 +24,7 @@ PACKAGES = {
         "references"
     ),
     "studio": (
-        "times schedule experience callbacks tally jobs recorder size_rule limits lost purchase poller watch collect workshop "
+        "times schedule experience callbacks tally jobs recorder size_rule limits lost poller purchase watch collect workshop "
         "joining studio"
     ),
     "tools": (
@@ -32,7 +32,7 @@ PACKAGES = {
         "generate_image get_task compute_size view_image list_tasks get_balance"
     ),
     "server": "opening resources prompts gallery tasks_extension server",
-    "transports": "signals wires stdio auth oauth callers tenants calls callbacks pictures metrics door web",
+    "transports": "signals wires stdio auth oauth callers tenants calls sessions callbacks pictures metrics door web",
     "simulator": "rules simulation paintings app",
     "cli": "process arguments values team_settings settings wiring team web host_config doctor demo shelf main",
 }

@@ -9,15 +9,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import anyio
 import anyio.abc
 import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
+from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team_settings import is_folder
 from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for, store_of
 from evolink_mcp.pictures.object_store import PATH as PICTURES
 from evolink_mcp.studio.callbacks import PATH as CALLBACKS
+from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.tally import Tally
 from evolink_mcp.transports.auth import Tenant
@@ -59,6 +62,7 @@ async def open_tenant(
     transport: httpx.AsyncBaseTransport | None = None,
     *,
     database: Database | None = None,
+    poller: Poller | None = None,
     tally: Tally | None = None,
 ) -> AsyncGenerator[Any]:
     """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
@@ -72,6 +76,7 @@ async def open_tenant(
         tenant=tenant.name,
         shared=tenant.shares_account,
         database=database,
+        poller=poller,
         tally=tally,
         transport=transport,
     ) as studio:
@@ -147,7 +152,10 @@ def tenants_app(
     make = partial(app_of, studios, command=command, host=host, names=names)
 
     def opened(tenant: Tenant) -> AbstractAsyncContextManager[Any]:
-        return open_tenant(tenant, settings, make, transport, database=studios.database, tally=studios.tally)
+        poller = studios.poller_of(settings_of(tenant, settings), group, transport)
+        return open_tenant(
+            tenant, settings, make, transport, database=studios.database, poller=poller, tally=studios.tally
+        )
 
     return Tenants(group, opened)
 
@@ -161,11 +169,25 @@ class Studios:
         self.metrics: Metrics | None = None
         self._open: list[Studio] = []
         self._by_account: dict[str, Studio] = {}
+        self._pollers: dict[tuple[str, str], Poller] = {}
 
     def add(self, studio: Studio) -> None:
         """It is open from now on, in place of an earlier one of the account."""
         self._open.append(studio)
         self._by_account[studio.journal.account] = studio
+
+    def poller_of(
+        self, settings: Settings, group: anyio.abc.TaskGroup, transport: httpx.AsyncBaseTransport | None
+    ) -> Poller | None:
+        """What reads for all tenants of one key, so that their looks go together and a 429 slows them all, and no others."""
+        if settings.key is None or settings.key_text is None:
+            return None
+        account = (settings.key_text, settings.base_url)
+        if account not in self._pollers:
+            client = EvolinkClient(settings.key, base_url=settings.base_url, transport=transport)
+            self._pollers[account] = Poller(client, group, tally=self.tally)
+            group.start_soon(_hold_open, client)
+        return self._pollers[account]
 
     def statuses(self) -> list[str]:
         """The states of all tasks that this server works on."""
@@ -186,3 +208,8 @@ class Studios:
             await studio.called_back(key, task_id)
         elif self.database is not None:
             await self.database.tell(account, {"key": key, "task_id": task_id, "ended": True})
+
+
+async def _hold_open(client: EvolinkClient) -> None:
+    async with client:
+        await anyio.sleep_forever()

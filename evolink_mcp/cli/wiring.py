@@ -24,6 +24,7 @@ from evolink_mcp.pictures.references import References
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.jobs import Sleep
+from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.tally import Audit, Tally
 from evolink_mcp.tools.schemas import TOOL_NAMES
@@ -40,6 +41,7 @@ async def open_studio(
     tenant: str = "",
     shared: bool = False,
     database: Database | None = None,
+    poller: Poller | None = None,
     tally: Tally | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
@@ -50,7 +52,8 @@ async def open_studio(
 
     `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
     other tenants spend from the same account. `database` is the team's, open, where several tenants use it.
-    `tally` counts what it does. `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
+    `poller` reads for all studios of the account. `tally` counts what it does. `transport`, `clock` (epoch
+    seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport,
@@ -81,7 +84,7 @@ async def open_studio(
             client, journal, keeping, references, settings.budget,
             rule=settings.size_rule, preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts, shared=shared, callbacks=callbacks_of(settings) if remote else None,
-            key_problem=settings.key_problem, tally=tally,
+            key_problem=settings.key_problem, poller=poller, tally=tally,
             audit=Audit(tenant) if settings.team.audit else None, clock=clock, sleep=sleep, pause=pause,
         )  # fmt: skip
         await stack.enter_async_context(client)

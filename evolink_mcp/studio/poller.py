@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ READS_PER_S = 100
 # EvoLink's answers that say: there are no batch reads here.
 NO_BATCH_STATUS = (400, 404, 405, 501)
 UNREADABLE_BATCHES_MAX = 3
+RATE_LIMIT_WAIT_S = 5.0
 
 
 @dataclass(slots=True)
@@ -35,8 +37,27 @@ class _Read:
     error: EvolinkError | None = None
 
 
+class Pause:
+    """EvoLink has asked an account to slow down (429): until when, by the loop's clock, everything of it waits."""
+
+    def __init__(self) -> None:
+        self.until = 0.0
+
+    def ask(self, seconds: float | None) -> None:
+        """EvoLink asks to wait for so long; None leaves it to us."""
+        self.until = max(self.until, anyio.current_time() + (RATE_LIMIT_WAIT_S if seconds is None else seconds))
+
+    @property
+    def left_s(self) -> float:
+        """Seconds from now until it is over; 0 where there is none."""
+        return max(self.until - anyio.current_time(), 0.0)
+
+
 class Poller:
-    """Reads tasks for any number of watchers. Its requests run in `group`: a watcher that ends disturbs no other."""
+    """Reads tasks of one account for any number of watchers, of several studios too.
+
+    Its requests run in `group`: a watcher that ends disturbs no other.
+    """
 
     def __init__(
         self,
@@ -45,6 +66,7 @@ class Poller:
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         monotonic: Callable[[], float] = anyio.current_time,
+        pause: Pause | None = None,
         tally: Tally | None = None,
     ) -> None:
         self._tally = tally or Tally()
@@ -52,7 +74,9 @@ class Poller:
         self._group = group
         self._sleep = sleep
         self._monotonic = monotonic
-        self._due: list[_Read] = []
+        self._due: dict[str, deque[_Read]] = {}
+        self._gathering = False
+        self.pause = pause or Pause()
         self._batch_works = True
         self._unreadable_batches = 0
         self._next_read_at = 0.0
@@ -60,17 +84,18 @@ class Poller:
         self._connections = anyio.CapacityLimiter(POOL_SIZE)
         self.watchers = 0
 
-    async def read(self, task_id: str) -> Task:
-        """The task's state now.
+    async def read(self, task_id: str, who: str = "") -> Task:
+        """The task's state now; where many reads are due, everybody (`who`) has a turn.
 
         Raises:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
-        if self.watchers <= 1 or not self._batch_works:
+        if self.watchers <= 1:
             return await self._read_one(task_id)
         read = _Read(task_id)
-        self._due.append(read)
-        if len(self._due) == 1:
+        self._due.setdefault(who, deque()).append(read)
+        if not self._gathering:
+            self._gathering = True
             self._group.start_soon(guarded, self._gather)
         await read.done.wait()
         if read.error is not None:
@@ -79,17 +104,37 @@ class Poller:
         return read.task
 
     async def _gather(self) -> None:
-        await self._sleep(GATHER_S)
-        due, self._due = self._due, []
-        for start in range(0, len(due), BATCH_MAX):
-            self._group.start_soon(guarded, self._answer, due[start : start + BATCH_MAX])
+        """Send what is due, until nothing is: what comes within GATHER_S goes together."""
+        try:
+            while self._due:
+                await self._sleep(GATHER_S)
+                reads = self._in_turns(BATCH_MAX)
+                if len(reads) > 1 and self._batch_works:
+                    self._group.start_soon(guarded, self._answer, reads)
+                    continue
+                for read in reads:
+                    await self._keep_pace()
+                    self._group.start_soon(guarded, self._answer_alone, read, True)
+        finally:
+            self._gathering = False
+
+    def _in_turns(self, most: int) -> list[_Read]:
+        """Take reads out of what is due: one of everybody, then another one of everybody who has more."""
+        taken: list[_Read] = []
+        while self._due and len(taken) < most:
+            who = next(iter(self._due))
+            waiting = self._due.pop(who)
+            taken.append(waiting.popleft())
+            if waiting:
+                self._due[who] = waiting  # behind all others
+        return taken
 
     async def _answer(self, reads: list[_Read]) -> None:
         """Answer these reads by one batch request; what the batch does not tell in full is read alone."""
         found: dict[str, Task] = {}
         error: EvolinkError | None = Unreadable("the look at the task was interrupted")
         try:
-            found = await self._read_batch([read.task_id for read in reads]) if len(reads) > 1 else {}
+            found = await self._read_batch([read.task_id for read in reads])
             error = None
         except EvolinkError as caught:
             error = caught
@@ -108,9 +153,9 @@ class Poller:
                 read.task = task
                 read.done.set()
 
-    async def _answer_alone(self, read: _Read) -> None:
+    async def _answer_alone(self, read: _Read, paced: bool = False) -> None:
         try:
-            read.task = await self._read_one(read.task_id)
+            read.task = await self._read_one(read.task_id, paced=paced)
         except EvolinkError as error:
             read.error = error
         finally:
@@ -127,7 +172,8 @@ class Poller:
             async with self._connections:
                 self._tally.looks["batch"] += 1
                 found = await self._client.tasks(task_ids)
-        except RateLimited:
+        except RateLimited as error:
+            self.pause.ask(error.retry_after_s)
             raise
         except (Rejected, Unreadable) as error:
             # A broken connection says nothing about batch reads: only a definite no does, or repeated nonsense.
@@ -143,16 +189,21 @@ class Poller:
         self._unreadable_batches = 0
         return found
 
-    async def _read_one(self, task_id: str) -> Task:
-        await self._keep_pace()
+    async def _read_one(self, task_id: str, *, paced: bool = False) -> Task:
+        if not paced:
+            await self._keep_pace()
         async with self._connections:
             self._tally.looks["single"] += 1
-            return await self._client.task(task_id)
+            try:
+                return await self._client.task(task_id)
+            except RateLimited as error:
+                self.pause.ask(error.retry_after_s)
+                raise
 
     async def _keep_pace(self) -> None:
-        """Keep all reads of this process below READS_PER_S."""
+        """Keep all reads of this account below READS_PER_S, and none while EvoLink has asked to wait."""
         now = self._monotonic()
-        self._next_read_at = max(self._next_read_at + 1 / READS_PER_S, now)
+        self._next_read_at = max(self._next_read_at + 1 / READS_PER_S, now, self.pause.until)
         if self._next_read_at > now:
             await self._sleep(self._next_read_at - now)
 

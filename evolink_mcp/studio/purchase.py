@@ -28,6 +28,7 @@ from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.limits import Budget
 from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
+from evolink_mcp.studio.poller import Pause
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.tally import Tally
@@ -47,7 +48,10 @@ GIVEN_TWICE = Problem(
 
 
 class Purchases:
-    """Buys tasks. Every state is in the journal before anything is done because of it. `lost` finds lost answers."""
+    """Buys tasks. Every state is in the journal before anything is done because of it. `lost` finds lost answers.
+
+    `pause` is the account's: while EvoLink asks it to wait, no order is sent.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Purchases:
         *,
         callbacks: Callbacks | None = None,
         sleep: Sleep = anyio.sleep,
+        pause: Pause | None = None,
         tally: Tally | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -70,6 +75,7 @@ class Purchases:
         self._callbacks = callbacks
         self._sleep = sleep
         self._draw = draw
+        self.pause = pause or Pause()
         self._tally = tally or Tally()
 
     async def check_caps(self, at_most: float, max_credits: float | None, now: float) -> None:
@@ -146,6 +152,8 @@ class Purchases:
             body = self._callbacks.addressed(body, entry.account, entry.key)
             job.called_back = "callback_url" not in entry.request
         used_s = 0.0
+        if 0 < self.pause.left_s <= REPEAT_WITHIN_S:
+            await self._sleep(self.pause.left_s)
         for repeat in range(REPEATS_MAX + 1):
             began = anyio.current_time()
             try:
@@ -153,6 +161,8 @@ class Purchases:
                     body, idempotency_key=entry.key, on_sending=partial(recorder.sending, job)
                 )
             except (RateLimited, Unreachable) as error:
+                if isinstance(error, RateLimited):
+                    self.pause.ask(error.retry_after_s)
                 wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))
                 used_s += anyio.current_time() - began + wait
                 if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:

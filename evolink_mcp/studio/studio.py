@@ -46,7 +46,8 @@ class Studio:
     """Makes pictures for one account. Use as an async context manager. The next studio resumes what is unfinished.
 
     `rule` is the setting of the size rule. `key_problem` says why there is no usable key, if so. `budget`
-    holds the owner's caps. `sleep` waits within a job; `pause` between two tries of what could not be finished.
+    holds the owner's caps. `poller` reads for all studios of the account, if there are several. `sleep` waits
+    within a job; `pause` between two tries of what could not be finished.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Studio:
         shared: bool = False,
         callbacks: Callbacks | None = None,
         key_problem: str | None = None,
+        poller: Poller | None = None,
         tally: Tally | None = None,
         audit: Audit | None = None,
         clock: Callable[[], float] = time.time,
@@ -76,8 +78,10 @@ class Studio:
         lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
         self._experience = Experience(journal)
         self._purchases = Purchases(
-            client, journal, self._recorder, budget, lost, callbacks=callbacks, sleep=sleep, tally=tally
-        )
+            client, journal, self._recorder, budget, lost,
+            callbacks=callbacks, sleep=sleep, tally=tally, pause=poller.pause if poller else None,
+        )  # fmt: skip
+        self._poller = poller
         self._preview_edge = preview_edge
         self._limits = Limits(budget.running, callback_hosts)
         self._shared = shared  # others spend from the account: what the journal does not have may be theirs
@@ -100,7 +104,9 @@ class Studio:
         timing: Any = {"clock": self._clock, "sleep": self._sleep, "tally": self._tally}
         try:
             async with anyio.create_task_group() as self._group:
-                poller = Poller(self.client, self._group, sleep=self._sleep, tally=self._tally)
+                poller = self._poller or Poller(
+                    self.client, self._group, sleep=self._sleep, pause=self._purchases.pause, tally=self._tally
+                )
                 watcher = Watcher(poller, self._recorder, self._experience, **timing)
                 collector = Collector(
                     self.client, self.keeping, self._recorder, preview_edge=self._preview_edge, **timing
@@ -118,21 +124,13 @@ class Studio:
                     yield
                 finally:
                     with anyio.CancelScope(shield=True), anyio.move_on_after(SUBMIT_GRACE_S):
-                        await self._requests_answered()
+                        await self._workshop.requests_answered()
                     self._workshop.stop_listening()
                     self._group.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_GRACE_S):
                 await self._experience.write()
                 await self.journal.close()
-
-    async def _requests_answered(self) -> None:
-        """Wait until no paid request is on its way any more."""
-        for job in list(self._workshop.jobs):
-            async with aclosing(job.states()) as states:
-                async for entry in states:
-                    if entry.phase != "sending":
-                        break
 
     async def order(self, order: Order) -> Job:
         """Buy a picture, or hand over an identical one that was bought and never delivered.

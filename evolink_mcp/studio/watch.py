@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 MISSED_MAX = 3
 NOT_FOUND_READS = 4  # about 10 s in all
-RATE_LIMIT_WAIT_S = 5.0
 FIRST_REFUSAL_WAIT_S = 2.0
 
 
@@ -82,10 +81,9 @@ class Watcher:
                 await job.rest(rest_s, self._sleep)
             at_once = False
             try:
-                seen = await self._poller.read(task.id)
+                seen = await self._poller.read(task.id, job.entry.account)
             except RateLimited as error:
-                await self._sleep(RATE_LIMIT_WAIT_S if error.retry_after_s is None else error.retry_after_s)
-                at_once = error.retry_after_s != 0
+                at_once = error.retry_after_s != 0  # the poller waits as long as EvoLink asks
             except Rejected as error:
                 # A task that was bought elsewhere, or by a key that 0.1.0 did not note, may be another account's.
                 if not job.entry.account or job.entry.phase == "found" or error.http_status == 401:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import anyio
@@ -100,6 +100,14 @@ class Workshop:
         if entry.is_written and not await self.acquire(entry.key, if_unknown=entry.task is not None):
             return self._begin(entry, self._accompany)
         return self._begin(entry, self._go_on)
+
+    async def requests_answered(self) -> None:
+        """Wait until no paid request is on its way any more."""
+        for job in list(self.jobs):
+            async with aclosing(job.states()) as states:
+                async for entry in states:
+                    if entry.phase != "sending":
+                        break
 
     def waits_for(self, marks: tuple[str, ...]) -> bool:
         """Whether a call waits for the result of an identical order right now."""

@@ -19,6 +19,7 @@ from evolink_mcp.journal.contract import Journal
 from evolink_mcp.transports.callers import Callers
 from evolink_mcp.transports.calls import Calls
 from evolink_mcp.transports.door import LOOPBACK_NAMES, Door, Impatient, accepted_at_once
+from evolink_mcp.transports.sessions import Sessions
 from evolink_mcp.transports.signals import on_stop_signal
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str,
     # One byte more than the door lets through, so that it is the door that says what was too much.
     limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":
-        return server.sse_app(max_request_body_size=limit, transport_security=guard, host=host)
+        sse = server.sse_app(max_request_body_size=limit, transport_security=guard, host=host)
+        return Sessions(sse, journal)
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=guard, host=host
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import anyio
 import httpx2 as httpx
 import pytest
+from conftest import Open
 
 from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
@@ -178,3 +179,64 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
     with anyio.fail_after(30):
         await both_watch()
     assert [type(error) for error in heard] == [Unreadable, Unreadable]
+
+
+# --- several tenants of one account ---
+
+
+async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
+    account = Account(batch=list, single=lambda task_id: Task(task_id, "processing"))
+    turns: list[str] = []
+
+    async def no_wait(_: float) -> None:
+        await anyio.sleep(0)
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
+            poller.watchers = 202
+            poller._batch_works = False
+
+            async def read(task_id: str, who: str) -> None:
+                await poller.read(task_id, who)
+                turns.append(who)
+
+            for number in range(200):
+                group.start_soon(read, f"task-unified-a{number}", "anna")
+            for number in range(2):
+                group.start_soon(read, f"task-unified-b{number}", "bert")
+    assert len(turns) == 202
+    assert {place < 10 for place, who in enumerate(turns) if who == "bert"} == {True}
+
+
+async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
+    asked = [RateLimited("slow down", retry_after_s=17.0)]
+
+    def single(task_id: str) -> Task:
+        if asked and task_id == IDS[0]:
+            raise asked.pop()
+        return Task(task_id, "processing")
+
+    waits: list[float] = []
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            first, other = (Poller(Account(single=single), group, sleep=note) for _ in range(2))  # pyright: ignore[reportArgumentType]
+            with pytest.raises(RateLimited):
+                await first.read(IDS[0], "anna")
+            await other.read(IDS[1], "carl")
+            assert waits == []
+            await first.read(IDS[1], "bert")
+    assert [16 < wait <= 17 for wait in waits] == [True]
+
+
+async def test_an_order_waits_while_evolink_asks_its_account_to_wait(open_world: Open) -> None:
+    async with open_world() as world, world.client() as client:
+        began = world.clock.now
+        world.studio._purchases.pause.ask(12.0)
+        await client.call_tool("generate_image", {"prompt": "sim:done a fox", "size": "1024x640"})
+        (bought,) = (r for r in world.simulator.requests if r.path == "/v1/images/generations")
+    assert 11 < bought.at - began < 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from mcp_types import ElicitResult
 
 pytest.importorskip("psycopg")
 
+from drawings import drawing
 from office import HEADERS, block
 
 from evolink_mcp.cli.settings import Settings
@@ -36,6 +38,7 @@ class RoundRobin(httpx.AsyncBaseTransport):
     """Each request goes to the next replica; `seen` says which."""
 
     def __init__(self, apps: list[Any]) -> None:
+        self.apps = apps
         self._transports = [httpx.ASGITransport(app) for app in apps]
         self._turns = itertools.cycle(range(len(apps)))
         self.seen: list[int] = []
@@ -68,15 +71,17 @@ class Team:
         return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
 
 
-def _replica(settings: Settings, tokens: Tokens, group: Any, database: Any, simulator: PlainSimulator) -> Any:
+def _replica(
+    settings: Settings, tokens: Tokens, group: Any, database: Any, simulator: PlainSimulator, command: str
+) -> Any:
     studios, callers, names = Studios(database), Callers(tokens), names_of((), settings)
     transport = httpx.ASGITransport(simulator.app)
-    tenants = tenants_app(settings, callers, studios, group, names=names, transport=transport)
+    tenants = tenants_app(settings, callers, studios, group, command=command, names=names, transport=transport)
     return behind_door(tenants, settings, names, callers, studios)
 
 
 @asynccontextmanager
-async def team(url: str, folder: Path, *blocks: str, **environ: str) -> AsyncIterator[Team]:
+async def team(url: str, folder: Path, *blocks: str, command: str = "http", **environ: str) -> AsyncIterator[Team]:
     """Two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
     simulator = PlainSimulator()
@@ -93,7 +98,7 @@ async def team(url: str, folder: Path, *blocks: str, **environ: str) -> AsyncIte
             database = await stack.enter_async_context(open_team_database(settings.database_url))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
-            apps.append(_replica(settings, Tokens(settings.tokens_file), group, database, simulator))
+            apps.append(_replica(settings, Tokens(settings.tokens_file), group, database, simulator, command))
         yield Team(apps, simulator)
 
 
@@ -233,3 +238,86 @@ async def test_a_tenants_days_cap_counts_at_all_replicas(url: str, tmp_path: Pat
         assert {answer.structured_content["error"]["code"] for answer in answers if answer.is_error} == {"over_budget"}
         assert sum(paid) <= 1.0
         assert office.posts == len(paid) > 1
+
+
+# --- SSE: two connections of one session at two servers ---
+
+
+class Stream:
+    """An SSE stream at one replica, and what has come on it."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        self._app = app
+        self._headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())]
+        self.text = ""
+        self.ended = anyio.Event()
+
+    def _scope(self, method: str, path: str, query: str = "", more: tuple[tuple[bytes, bytes], ...] = ()) -> Any:
+        return {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+            "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
+            "headers": [*self._headers, *more], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
+        }  # fmt: skip
+
+    async def run(self) -> None:
+        async def receive() -> Any:
+            await self.ended.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            self.text += message.get("body", b"").decode()
+
+        await self._app(self._scope("GET", "/sse"), receive, send)
+
+    async def until(self, words: str) -> str:
+        while words not in self.text:
+            await anyio.sleep(0.01)
+        return self.text
+
+    async def address(self) -> str:
+        return (await self.until("session_id=")).partition("session_id=")[2].split()[0]
+
+    async def post(self, app: Any, session: str, message: Any) -> int:
+        body = [{"type": "http.request", "body": json.dumps(message).encode(), "more_body": False}]
+        said: list[Any] = []
+
+        async def receive() -> Any:
+            return body.pop() if body else await anyio.sleep_forever()
+
+        async def send(answer: Any) -> None:
+            said.append(answer)
+
+        more = ((b"content-type", b"application/json"),)
+        await app(self._scope("POST", "/messages/", f"session_id={session}", more), receive, send)
+        return said[0]["status"]
+
+
+async def test_an_sse_session_works_when_its_messages_reach_another_replica(url: str, tmp_path: Path) -> None:
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
+    picture = "data:image/png;base64," + base64.b64encode(drawing((800, 600))).decode()
+    arguments = {**WISH, "image_urls": [picture]}
+    calls = [
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {
+            "jsonrpc": "2.0",
+            "id": 2,
+            "method": "tools/call",
+            "params": {"name": "generate_image", "arguments": arguments},
+        },
+    ]
+    async with team(url, tmp_path, ANNA, BERT, command="sse") as office, anyio.create_task_group() as group:
+        here, there = office.proxy.apps
+        stream, strange = Stream(here, "a"), Stream(there, "b")
+        group.start_soon(stream.run)
+        session = await stream.address()
+        assert await strange.post(here, session, calls[0]) == 202  # it reaches nobody
+        for call in calls:
+            assert await stream.post(there, session, call) == 202
+        told = await stream.until('"id":2')
+        assert told.count('"id":1') == 1
+        assert '"status":"completed"' in told
+        assert office.posts == 1
+        assert await stream.post(here, session, {"jsonrpc": "2.0", "id": 3, "method": "ping"}) == 202
+        await stream.until('"id":3')
+        stream.ended.set()

@@ -347,3 +347,14 @@ def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | 
     file.write_text(blocks)
     settings = Settings.from_environment({"EVOLINK_API_KEY": key} if key else {})
     assert why_not_ready(settings, Callers(Tokens(file)), None) == why
+
+
+async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA, BERT) as town:
+        town.simulator.duration_s = 3600
+        for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
+            await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
+        while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
+            await anyio.sleep(0.01)
+        keys = {r.headers["authorization"] for r in town.simulator.requests}
+    assert keys == {"Bearer sk-test-key"}
