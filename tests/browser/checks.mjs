@@ -419,6 +419,25 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
+  await check(name("somebody on another machine sees the picture and its link, and no path"), async () => {
+    await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
+    const made = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A lake" } } });
+    const { structuredContent: data, content } = made;
+    Object.assign(data.images[0], { path: null, url: "https://store.example.org/team/lake.png?X-Amz-Signature=0" });
+    await opened();
+    await page.evaluate((answer) => tellApp("sendToolResult", answer), { structuredContent: data, content });
+    await allShown(1);
+    assert.equal(await app().getByRole("button", { name: "Copy path: picture 1" }).isVisible(), false);
+    await app().getByRole("button", { name: "Download: picture 1" }).click();
+    await page.waitForFunction(() => JSON.stringify(seen.downloads[0] ?? "").includes("file:///lake.png"));
+    await app().getByRole("button", { name: "Open link: picture 1" }).click();
+    await page.waitForFunction((url) => seen.links[0]?.url === url, data.images[0].url);
+    await shot("elsewhere-light");
+    await pictured("somebody elsewhere");
+    return await audited(frame(), "elsewhere");
+  });
+  await page.evaluate(() => closeApp());
+
   await check(name("a picture above the cap of one message shows its path, and its link"), async () => {
     await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
     const made = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A mountain" } } });
@@ -426,7 +445,7 @@ async function underOneEra(mode, evolink, hostScript) {
     appendFileSync(image.path, Buffer.alloc(7_100_000)); // a PNG ends where it says so: what follows is not looked at
     await opened();
     await page.evaluate((id) => callTool("get_task", { task_id: id }, true), task_id);
-    await app().getByText("It cannot be shown here. It is saved at").waitFor();
+    await app().getByText("It cannot be shown here. It is at").waitFor();
     await app().locator(".away").getByText(image.path).waitFor();
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction((url) => seen.links[0]?.url === url, image.url);

@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import psycopg
+import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "faults")]
@@ -37,22 +38,26 @@ HEADERS = {"accept": "application/json, text/event-stream", "content-type": "app
 SIZES = ["1024x640", "640x1024", "1024x768", "768x1024", "1024x1024"]
 PATIENCE_S = 420.0
 
-NGINX = """
+COMPOSE = HERE.parent.parent / "compose.yaml"
+# What nginx needs to run without root, in a folder.
+ALONE = """
 daemon off; pid nginx.pid; error_log error.log; worker_processes 1;
-events {{ worker_connections 8192; }}
-http {{
-  access_log off; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u;
-  scgi_temp_path s;
-  upstream team {{ server 127.0.0.1:{one}; server 127.0.0.1:{other}; keepalive 64; }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://team; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host localhost;
-      proxy_buffering off; proxy_read_timeout 900s;
-    }}
-  }}
-}}
 """
+HERE_ONLY = """
+http {
+  access_log off; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u;
+  scgi_temp_path s;"""
+
+
+def nginx(port: int, ports: list[int]) -> str:
+    """The configuration of compose.yaml's proxy, for servers on these ports of this machine."""
+    text: str = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["configs"]["proxy"]["content"]
+    for name, at in zip(("one", "two"), ports, strict=False):
+        text = text.replace(f"server {name}:8000", f"server 127.0.0.1:{at}")
+    if len(ports) == 1:
+        text = "\n".join(line for line in text.splitlines() if "server two:8000" not in line)
+    text = text.replace("listen 8000", f"listen 127.0.0.1:{port}").replace("$$host", "localhost")
+    return ALONE + text.replace("http {", HERE_ONLY.strip(), 1)
 
 
 def free_port() -> int:
@@ -237,7 +242,7 @@ def main() -> None:
             f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
             f'evolink_key = "{keys[token]}"\n' for token, name in zip(tokens, names, strict=True)
         ))  # fmt: skip
-        (folder / "nginx.conf").write_text(NGINX.format(one=ports[0], other=ports[1], port=port))
+        (folder / "nginx.conf").write_text(nginx(port, ports))
         database = cluster.database()
         env = {
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{upstream}", "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"),
@@ -245,7 +250,10 @@ def main() -> None:
             "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"), "HOME": str(folder),
         }  # fmt: skip
         if options.callbacks:
-            env["EVOLINK_MCP_PUBLIC_URL"] = "https://pictures.example.org"
+            (folder / "store").mkdir()
+            env |= {
+                "EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(folder / "store"),
+            }  # fmt: skip
         stack.enter_context(process(
             sys.executable, __file__, "--simulate", str(upstream), "--seconds", str(options.seconds), "--proxy", str(port),
             cwd=folder, log="simulator.log",
