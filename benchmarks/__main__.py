@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import calls, crowd, hostile, ledger, peers, polls, previews, shares, start, web
+from benchmarks import calls, crowd, hostile, ledger, peers, polls, previews, shares, start, teams, web
 from benchmarks.figures import Figure
 
 PARTS = {
@@ -19,6 +19,7 @@ PARTS = {
     "polls": polls,
     "crowd": crowd,
     "web": web,
+    "teams": teams,
     "journal": ledger,
     "previews": previews,
     "share": shares,

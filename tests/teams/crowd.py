@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -130,6 +131,26 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
     asyncio.run(serve())
 
 
+@dataclass(frozen=True)
+class Used:
+    """What a process has used: processor time, and memory at its highest, or what that is above an earlier moment."""
+
+    cpu_s: float
+    peak_mb: float
+    now_mb: float
+
+    @classmethod
+    def of(cls, process: subprocess.Popen[bytes]) -> Used:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks = os.sysconf("SC_CLK_TCK")
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        peak, now = (int(status[name].split()[0]) / 1024 for name in ("VmHWM", "VmRSS"))
+        return cls((int(fields[11]) + int(fields[12])) / ticks, peak, now)
+
+    def __sub__(self, before: Used) -> Used:
+        return Used(self.cpu_s - before.cpu_s, self.peak_mb - before.now_mb, self.now_mb - before.now_mb)
+
+
 class Crowd:
     """The callers and what each of them has got."""
 
@@ -141,6 +162,7 @@ class Crowd:
         self.took: list[float] = []
         self.broken = Counter[str]()
         self.retries = 0
+        self.most = 0  # callers that waited at one time
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._callers)
@@ -156,6 +178,7 @@ class Crowd:
         prompt = f"picture {order} of caller {caller}"
         wish = {"prompt": prompt, "size": SIZES[order % len(SIZES)], "quality": "low"}
         self.began[prompt] = began = time.monotonic()
+        self.most = max(self.most, len(self.began) - len(self.got))
         tool, arguments = "generate_image", wish
         patience = 60 if self.callbacks else 0
         while True:
@@ -221,6 +244,10 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=3.0, help="how long EvoLink takes for a picture")
     parser.add_argument("--callbacks", action="store_true", help="EvoLink calls back when a picture is ready")
+    parser.add_argument(
+        "--calm", action="store_true", help="nothing is killed and nothing restarted: how much is borne"
+    )
+    parser.add_argument("--servers", type=int, choices=(1, 2), default=2, help="with --calm: how many share the work")
     parser.add_argument("--simulate", type=int)
     parser.add_argument("--proxy", type=int, default=0)
     options = parser.parse_args()
@@ -235,6 +262,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crowd-", ignore_cleanup_errors=True)))
         cluster = stack.enter_context(running())
         upstream, port, *ports = (free_port() for _ in range(4))
+        ports = ports[: options.servers]
         names = [f"tenant{number}" for number in range(options.tenants)]
         tokens = [f"evt_{hashlib.sha256(name.encode()).hexdigest()[:43]}" for name in names]
         keys = {token: f"sk-{name}-key" for token, name in zip(tokens, names, strict=True)}
@@ -266,19 +294,26 @@ def main() -> None:
             listens(ports[number])
             return made
 
-        doomed, _ = replica(0), replica(1)
+        servers = [replica(number) for number in range(options.servers)]
         stack.enter_context(process(
             shutil.which("nginx") or "nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "error.log",
             cwd=folder, log="nginx.log",
         ))  # fmt: skip
         listens(port)
         crowd = Crowd(f"http://127.0.0.1:{port}/mcp", options.callers, options.orders, tokens, options.callbacks)
+        crowd_size = options.callers * options.orders
+        used: list[Used] = []
         began = time.monotonic()
         try:
-            asyncio.run(scene(crowd, doomed, cluster, lambda: replica(0)))
+            if options.calm:
+                before = [Used.of(server) for server in servers]
+                asyncio.run(crowd.run())
+                used = [Used.of(server) - first for server, first in zip(servers, before, strict=True)]
+            else:
+                asyncio.run(scene(crowd, servers[0], cluster, lambda: replica(0)))
         except BaseException:
             print(f"{len(crowd.got)} results, {crowd.broken.most_common(8)}")
-            for name in ("server0.log", "server1.log", "nginx.log"):
+            for name in sorted(path.name for path in folder.glob("*.log")):
                 print(f"--- {name}\n{(folder / name).read_text()[-3000:]}")
             raise
         wall = time.monotonic() - began
@@ -288,8 +323,15 @@ def main() -> None:
                 "SELECT request::json->>'prompt', key, owner, caller, phase, status, created_at, delivered_at "
                 "FROM evolink_entries ORDER BY created_at"
             ).fetchall()
-        logs = "".join((folder / f"server{number}.log").read_text() for number in (0, 1))
-    judge(crowd, options.callers * options.orders, report, keys, logs, wall, rows)
+        logs = "".join((folder / f"server{number}.log").read_text() for number in range(options.servers))
+    if options.calm:
+        looks = sum(count for what, count in report["asked"].items() if "/v1/tasks" in what)
+        print(json.dumps({
+            "orders_a_second": crowd_size / wall, "cpu_ms": 1000 * sum(one.cpu_s for one in used) / crowd_size,
+            "extra_mb": [one.peak_mb for one in used], "waiting": crowd.most, "looks": looks / crowd_size,
+            "median_s": sorted(crowd.took)[len(crowd.took) // 2],
+        }))  # fmt: skip
+    judge(crowd, crowd_size, report, keys, logs, wall, rows)
 
 
 def judge(
