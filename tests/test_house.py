@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 PACKAGES = {
     "": "errors sanitize tracing",
     "api": "sizes size_words costs urls request task http client",
-    "journal": "entry rows contract migrations file sqlite address schema database postgres",
+    "journal": "entry rows contract migrations file sqlite address schema database left postgres",
     "pictures": (
         "folders structure metadata inspect child previews upright downloads sidecar store object_store keeping found "
         "references"

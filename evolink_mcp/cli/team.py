@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team_settings import is_folder
 from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for, store_of
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.pictures.object_store import PATH as PICTURES
 from evolink_mcp.studio.callbacks import PATH as CALLBACKS
 from evolink_mcp.studio.poller import Poller
@@ -54,6 +56,9 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
     )
 
 
+LOOK_EVERY_S = 5.0
+
+
 @asynccontextmanager
 async def open_tenant(
     tenant: Tenant,
@@ -81,6 +86,11 @@ async def open_tenant(
         transport=transport,
     ) as studio:
         app = make_app(server_for(studio, its), studio)
+        if database is not None and tenant.evolink_key is None:
+            from evolink_mcp.journal.left import TENANT
+
+            with suppress(JournalUnwritable):
+                await studio.journal.learn(TENANT, tenant.name)
         async with lifespan(app):
             yield app
 
@@ -134,7 +144,8 @@ def app_of(
 ) -> Any:
     """The ASGI app of one studio's server, by which `studios` knows it: MCP by `command` ("http" or "sse"), and uploads."""
     studios.add(studio)
-    return Uploads(web_app(server, studio.journal, command, host, names), studio.references, studio.now)
+    app = web_app(server, studio.journal, command, host, names)
+    return Uploads(app, studio.references, studio.now, lambda: studio.at_rest)
 
 
 def tenants_app(
@@ -151,13 +162,37 @@ def tenants_app(
     """The ASGI app of all tenants; their studios live in `group`. `transport` is for tests."""
     make = partial(app_of, studios, command=command, host=host, names=names)
 
-    def opened(tenant: Tenant) -> AbstractAsyncContextManager[Any]:
-        poller = studios.poller_of(settings_of(tenant, settings), group, transport)
-        return open_tenant(
-            tenant, settings, make, transport, database=studios.database, poller=poller, tally=studios.tally
-        )
+    @asynccontextmanager
+    async def opened(tenant: Tenant) -> AsyncGenerator[Any]:
+        made: list[Studio] = []
 
-    return Tenants(group, opened)
+        def noting(server: MCPServer[Any], studio: Studio) -> Any:
+            made.append(studio)
+            return make(server, studio)
+
+        poller = studios.poller_of(settings_of(tenant, settings), group, transport)
+        own: Any = {"database": studios.database, "poller": poller, "tally": studios.tally}
+        try:
+            async with open_tenant(tenant, settings, noting, transport, **own) as app:
+                yield app
+        finally:
+            for studio in made:
+                studios.remove(studio)
+
+    return Tenants(group, opened, lambda tenant: tenant in callers.tenants)
+
+
+async def look_after_those_who_left(studios: Studios, tenants: Tenants, settings: Settings) -> None:
+    """For ever: go on with what a dead server left of tenants who may not call again, such as people of an issuer."""
+    assert studios.database is not None
+    from evolink_mcp.journal.left import tenants_left
+
+    while True:
+        await anyio.sleep(LOOK_EVERY_S)
+        with suppress(JournalUnwritable):
+            for account, name in (await tenants_left(studios.database, studios.accounts)).items():
+                if settings.key_text and account_mark(settings.key_text, settings.base_url, name) == account:
+                    await tenants.app(Tenant(name))
 
 
 class Studios:
@@ -175,6 +210,17 @@ class Studios:
         """It is open from now on, in place of an earlier one of the account."""
         self._open.append(studio)
         self._by_account[studio.journal.account] = studio
+
+    def remove(self, studio: Studio) -> None:
+        """It is closed."""
+        self._open.remove(studio)
+        if self._by_account.get(studio.journal.account) is studio:
+            del self._by_account[studio.journal.account]
+
+    @property
+    def accounts(self) -> list[str]:
+        """The marks of the accounts that have a studio here."""
+        return list(self._by_account)
 
     def poller_of(
         self, settings: Settings, group: anyio.abc.TaskGroup, transport: httpx.AsyncBaseTransport | None

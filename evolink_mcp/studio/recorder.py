@@ -62,6 +62,11 @@ class Recorder:
         """Whether the journal still has an older state of this entry."""
         return key in self._unwritten
 
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether anything could not be written down yet."""
+        return bool(self._unwritten)
+
     async def sending(self, job: Job) -> None:
         """The request is about to be sent.
 

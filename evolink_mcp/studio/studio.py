@@ -87,6 +87,7 @@ class Studio:
         self._shared = shared  # others spend from the account: what the journal does not have may be theirs
         self._key_problem = key_problem
         self._tally, self._audit, self._draining = tally, audit, False
+        self.now = clock  # the wall clock, in epoch seconds
         self._clock, self._sleep, self._pause = clock, sleep, pause
         self._subscribers: list[Subscriber] = []
         self._woken = anyio.Event()
@@ -264,6 +265,11 @@ class Studio:
         return [task for task in tasks if task.id not in known], None
 
     @property
+    def at_rest(self) -> bool:
+        """Whether nothing is under way here, and everything is written down."""
+        return not self._workshop.jobs and not self._recorder.has_unwritten
+
+    @property
     def statuses(self) -> list[str]:
         """The states of the tasks that this server works on."""
         return [job.entry.status for job in self._workshop.jobs if not job.elsewhere]
@@ -275,10 +281,6 @@ class Studio:
             if not job.letting_go:
                 job.let_go()
         return not any(job.callers for job in self._workshop.jobs)
-
-    def now(self) -> float:
-        """The wall clock, in epoch seconds."""
-        return self._clock()
 
     async def wake(self) -> None:
         """A caller is here: take over what a server left that is not running any more."""

@@ -28,14 +28,23 @@ TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 class Uploads:
     """`PUT /uploads` before `app`: the body is a picture, the answer names the URI that `image_urls` takes.
 
-    `references` are those of the caller's own studio, so nobody else finds the picture.
+    `references` are those of the caller's own studio, so nobody else finds the picture; `at_rest` says whether it has
+    nothing under way.
     """
 
-    def __init__(self, app: ASGIApp, references: References, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, app: ASGIApp, references: References, clock: Callable[[], float], at_rest: Callable[[], bool]
+    ) -> None:
         self._app = app
         self._references = references
         self._clock = clock
+        self._at_rest = at_rest
         self._slots = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is under way for this caller."""
+        return self._at_rest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 import anyio
 import anyio.abc
@@ -18,20 +20,48 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_WITHIN_S = 0.5
 SCOPE_KEY = "evolink.tenant"
-OpenApp = Callable[[Tenant], AbstractAsyncContextManager[ASGIApp]]
+# The app of a tenant that nobody has called for so long is closed, if it may be.
+IDLE_S, LOOK_EVERY_S = 3600.0, 60.0
+
+
+class TenantApp(Protocol):
+    """A tenant's ASGI app. `at_rest`: nothing is under way in it, so it can be closed and opened again at the next call."""
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is under way."""
+        ...
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        ...
+
+
+OpenApp = Callable[[Tenant], AbstractAsyncContextManager[TenantApp]]
 
 
 class Tenants:
     """An ASGI app behind the door, which says whose request it is; each tenant's own app is opened by `open_app`.
 
     The apps live in `group`. A tenant of whom the tokens file says something new gets a new app; what the old one has
-    under way goes on.
+    under way goes on. An app that is idle is closed after a while, unless its tenant `stays`. `sleep` is for tests.
     """
 
-    def __init__(self, group: anyio.abc.TaskGroup, open_app: OpenApp) -> None:
+    def __init__(
+        self,
+        group: anyio.abc.TaskGroup,
+        open_app: OpenApp,
+        stays: Callable[[Tenant], bool] = lambda tenant: True,
+        *,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+    ) -> None:
         self._group = group
         self._open_app = open_app
-        self._apps: dict[Tenant, ASGIApp] = {}
+        self._stays = stays
+        self._sleep = sleep
+        self._apps: dict[Tenant, TenantApp] = {}
+        self._requests: Counter[Tenant] = Counter()
+        self._called: dict[Tenant, float] = {}
         self._opening = anyio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,10 +69,16 @@ class Tenants:
         if scope["type"] == "lifespan":
             await _live(receive, send)
         else:
-            app = await self.app(scope[SCOPE_KEY])
-            await app(scope, receive, send)
+            tenant = scope[SCOPE_KEY]
+            self._requests[tenant] += 1
+            try:
+                app = await self.app(tenant)
+                await app(scope, receive, send)
+            finally:
+                self._requests[tenant] -= 1
+                self._called[tenant] = anyio.current_time()
 
-    async def app(self, tenant: Tenant) -> ASGIApp:
+    async def app(self, tenant: Tenant) -> TenantApp:
         """The tenant's app, opened if it is not yet."""
         if tenant not in self._apps:
             async with self._opening:
@@ -50,11 +86,20 @@ class Tenants:
                     self._apps[tenant] = await self._group.start(self._serve, tenant)
         return self._apps[tenant]
 
-    async def _serve(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[ASGIApp]) -> None:
+    async def _serve(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[TenantApp]) -> None:
         async with self._open_app(tenant) as app:
             log.info("a server for the tenant %s is open", tenant.name)
+            self._called[tenant] = anyio.current_time()
             task_status.started(app)
-            await anyio.sleep_forever()
+            while self._stays(tenant) or not self._is_idle(tenant, app):
+                await self._sleep(LOOK_EVERY_S)
+            # Nothing is awaited since then, so no request can have come.
+            del self._apps[tenant], self._called[tenant], self._requests[tenant]
+        log.info("the server for the tenant %s is closed: nobody has called for a while", tenant.name)
+
+    def _is_idle(self, tenant: Tenant, app: TenantApp) -> bool:
+        called = anyio.current_time() - self._called[tenant]
+        return tenant in self._apps and not self._requests[tenant] and called >= IDLE_S and app.at_rest
 
 
 @asynccontextmanager

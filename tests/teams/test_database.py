@@ -28,6 +28,7 @@ from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
 psycopg = pytest.importorskip("psycopg")
 
 from evolink_mcp.journal.database import LOCKS, Database, open_database  # noqa: E402
+from evolink_mcp.journal.left import TENANT, tenants_left  # noqa: E402
 from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -98,6 +99,21 @@ async def test_what_a_dead_server_worked_on_is_taken_over_after_a_while_and_not_
         assert await heir.acquire(left.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '1 second'")
     assert await heir.adopt() == [replace(left, owner=heir.owner, caller="")]
+
+
+async def test_tenants_whose_server_has_died_are_found_by_others(opened: Any, cluster: Any, url: str) -> None:
+    """Nobody may ever call for them again, and their pictures are paid."""
+    dead, heir = await opened(), await opened()
+    await dead.learn(TENANT, "anna at https://login.example.org")
+    await dead.intend(entry(dead))
+    assert await tenants_left(heir._database, []) == {}  # somebody works on it
+    await dead._database.close()
+    with cluster.admin(name_of(url)) as db:
+        ended(db, dead)
+        assert await tenants_left(heir._database, []) == {}
+        db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
+    assert await tenants_left(heir._database, ["another"]) == {"a1": "anna at https://login.example.org"}
+    assert await tenants_left(heir._database, ["a1"]) == {}
 
 
 async def test_a_call_of_a_server_that_is_not_heard_from_waits_for_nothing(opened: Any, cluster: Any, url: str) -> None:

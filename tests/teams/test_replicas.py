@@ -23,10 +23,12 @@ pytest.importorskip("psycopg")
 from drawings import drawing
 from office import HEADERS, block
 
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, names_of, tenants_app
+from evolink_mcp.cli.team import Studios, behind_door, look_after_those_who_left, names_of, open_tenant, tenants_app
 from evolink_mcp.cli.wiring import open_team_database
-from evolink_mcp.transports.auth import Tokens
+from evolink_mcp.studio.jobs import Order
+from evolink_mcp.transports.auth import Tenant, Tokens
 from evolink_mcp.transports.callers import Callers
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -50,9 +52,10 @@ class RoundRobin(httpx.AsyncBaseTransport):
 
 
 class Team:
-    def __init__(self, apps: list[Any], simulator: PlainSimulator) -> None:
+    def __init__(self, apps: list[Any], simulator: PlainSimulator, settings: Settings) -> None:
         self.proxy = RoundRobin(apps)
         self.simulator = simulator
+        self.settings = settings
 
     def http(self, token: str) -> httpx.AsyncClient:
         headers = {**HEADERS, "authorization": f"Bearer {token}"}
@@ -77,7 +80,45 @@ def _replica(
     studios, callers, names = Studios(database), Callers(tokens), names_of((), settings)
     transport = httpx.ASGITransport(simulator.app)
     tenants = tenants_app(settings, callers, studios, group, command=command, names=names, transport=transport)
+    group.start_soon(look_after_those_who_left, studios, tenants, settings)
     return behind_door(tenants, settings, names, callers, studios)
+
+
+async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_finished(url: str, tmp_path: Path) -> None:
+    """People of an issuer have no studio at a server before they call there."""
+    person = Tenant("anna at https://login.example.org")
+    async with team(url, tmp_path, ANNA) as office, AsyncExitStack() as stack:
+        settings = office.settings
+        transport = httpx.ASGITransport(office.simulator.app)
+        async with open_team_database(settings.database_url) as doomed:
+            assert doomed is not None
+            office.simulator.duration_s = 3600
+            opening = open_tenant(person, settings, lambda server, studio: _App(studio), transport, database=doomed)
+            app = await stack.enter_async_context(opening)
+            wish = GenerationRequest(prompt="a fox", size="1024x640")
+            await app.studio.order(Order(wish, 9.0))
+            while not office.simulator.tasks:
+                await anyio.sleep(0.01)
+            while (await app.studio.journal.recent(1))[0].task is None:
+                await anyio.sleep(0.01)
+        for task in office.simulator.tasks.values():
+            task.duration = 0
+        while not list(tmp_path.rglob("copies/*.png")):
+            await anyio.sleep(0.05)
+    assert office.posts == 1
+
+
+class _App:
+    def __init__(self, studio: Any) -> None:
+        self.studio = studio
+        self.at_rest = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
 
 
 @asynccontextmanager
@@ -99,7 +140,7 @@ async def team(url: str, folder: Path, *blocks: str, command: str = "http", **en
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             apps.append(_replica(settings, Tokens(settings.tokens_file), group, database, simulator, command))
-        yield Team(apps, simulator)
+        yield Team(apps, simulator, settings)
 
 
 @pytest.fixture

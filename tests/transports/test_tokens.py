@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team import why_not_ready
 from evolink_mcp.transports.auth import BadTokens, Refusal, Tenant, Tokens, new_token
 from evolink_mcp.transports.callers import Callers
+from evolink_mcp.transports.tenants import SCOPE_KEY, Tenants
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -358,3 +361,45 @@ async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
             await anyio.sleep(0.01)
         keys = {r.headers["authorization"] for r in town.simulator.requests}
     assert keys == {"Bearer sk-test-key"}
+
+
+async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Tenants of the file stay: what their servers left is theirs. Anybody else comes and goes."""
+    hour_later = anyio.Event()
+
+    async def sleep(_: float) -> None:
+        await hour_later.wait()
+        await anyio.sleep(0)
+
+    class App:
+        at_rest = False
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            pass
+
+    opened, closed, app = [], [], App()
+
+    @asynccontextmanager
+    async def opens(tenant: Tenant) -> AsyncIterator[App]:
+        opened.append(tenant.name)
+        yield app
+        closed.append(tenant.name)
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            tenants = Tenants(group, opens, lambda tenant: tenant.name == "anna", sleep=sleep)
+            for name in ("anna", "bert", "bert"):
+                await tenants({"type": "http", SCOPE_KEY: Tenant(name)}, None, None)  # pyright: ignore[reportArgumentType]
+            for name in tenants._called:
+                tenants._called[name] -= 3_600
+            hour_later.set()
+            for _ in range(20):
+                await anyio.sleep(0)
+            assert closed == []  # something is under way
+            app.at_rest = True
+            while not closed:
+                await anyio.sleep(0)
+            assert (opened, closed) == (["anna", "bert"], ["bert"])
+            await tenants({"type": "http", SCOPE_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
+            assert opened == ["anna", "bert", "bert"]
+            group.cancel_scope.cancel()
