@@ -17,6 +17,7 @@ import pytest
 from conftest import World
 
 from evolink_mcp import __version__
+from evolink_mcp.cli.arguments import parsed
 from evolink_mcp.cli.host_config import host_blocks
 from evolink_mcp.cli.settings import VARIABLES, Settings
 from evolink_mcp.cli.values import EXAMPLE_KEY
@@ -264,3 +265,29 @@ def test_the_contents_of_the_documents_lead_to_their_sections() -> None:
         titles = re.findall(r"^## (.*)$", document, re.MULTILINE)
         sections = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
         assert set(re.findall(r"^- \[[^\]]*\]\(#([^)]*)\)$", document, re.MULTILINE)) == sections
+
+
+# --- a team's servers ---
+
+
+def test_compose_starts_two_servers_with_settings_that_exist() -> None:
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load(text("compose.yaml"))
+    servers = [compose["services"][name] for name in ("one", "two")]
+    for server in servers:
+        assert set(server["environment"]) <= set(VARIABLES)
+        assert parsed([str(word) for word in server["command"]]).port == 8000
+    needed = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
+    assert needed == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))
+    assert {".env", "tokens.toml"} <= set(text(".gitignore").split())
+    proxy = compose["configs"]["proxy"]["content"]
+    assert [f"server {name}:8000" in proxy for name in ("one", "two")] == [True, True]
+    assert {volume.partition(":")[0] for volume in servers[0]["volumes"]} <= set(compose["volumes"])
+
+
+def test_the_image_can_be_built_with_the_extra_of_teams() -> None:
+    yaml = pytest.importorskip("yaml")
+    extras = yaml.safe_load(text("compose.yaml"))["services"]["one"]["build"]["args"]["EXTRAS"]
+    assert extras.strip("[]") in PYPROJECT["project"]["optional-dependencies"]
+    assert 'ARG EXTRAS=""' in text("Dockerfile")
+    assert '".${EXTRAS}"' in text("Dockerfile")

@@ -187,6 +187,21 @@ async def test_a_link_ends_and_cannot_be_changed() -> None:
         assert links.read(odd, 0.0) is None
 
 
+async def test_a_servers_disk_that_takes_nothing_is_told_without_a_path(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "copies").write_text("no folder")
+    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+        bought = await client.call_tool("generate_image", WISH)
+        (tmp_path / "data" / "copies").unlink()
+        again = facts(await client.call_tool("get_task", {"task_id": facts(bought)["task_id"]}))
+        assert town.posts == 1
+    told = bought.model_dump_json()
+    assert "this server's disk cannot take the picture now" in told
+    assert str(tmp_path) not in told
+    assert facts(bought)["images"][0]["url"].startswith("http://127.0.0.1:9/")
+    assert again["images"][0]["sha256"]
+
+
 # --- S3, spoken by a server that others wrote ---
 
 
