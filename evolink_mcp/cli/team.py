@@ -127,7 +127,7 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
         unguarded += [("GET", PICTURES), ("HEAD", PICTURES)]
     if callers is not None and callers.issuer is not None:
         app = ResourceMetadata(app, callers.issuer.metadata)
-        unguarded.append(("GET", METADATA))
+        unguarded += [("GET", METADATA), ("GET", f"{METADATA}/")]
     if settings.team.metrics_port is not None or settings.team.metrics_token is not None:
         from evolink_mcp.transports.metrics import Metrics, MetricsPage
 
@@ -182,9 +182,14 @@ def tenants_app(
     return Tenants(group, opened, lambda tenant: tenant in callers.tenants)
 
 
-async def look_after_those_who_left(studios: Studios, tenants: Tenants, settings: Settings) -> None:
-    """For ever: go on with what a dead server left of tenants who may not call again, such as people of an issuer."""
-    assert studios.database is not None
+async def go_on_with_what_was_left(studios: Studios, tenants: Tenants, settings: Settings, callers: Callers) -> None:
+    """Open the known tenants, who take up what is theirs; then for ever, with a team's database, look for what dead
+    servers left of others who may not call again, such as people of an issuer.
+    """
+    for tenant in callers.tenants:
+        await tenants.app(tenant)
+    if studios.database is None:
+        return
     from evolink_mcp.journal.left import tenants_left
 
     while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -134,6 +133,8 @@ def _metrics_token(said: Mapping[str, str]) -> str | None:
 
 
 def _need(module: str, name: str) -> None:
+    from importlib.util import find_spec
+
     if find_spec(module) is None:
         raise BadSetting(f'{name} needs the extra “teams”: pip install "evolink-mcp[teams]"')
 

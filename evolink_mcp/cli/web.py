@@ -12,7 +12,7 @@ from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.cli.process import keep_what_stays, leave_in_time
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, app_of, behind_door, look_after_those_who_left, names_of, tenants_app
+from evolink_mcp.cli.team import Studios, app_of, behind_door, go_on_with_what_was_left, names_of, tenants_app
 from evolink_mcp.cli.values import BadSetting
 from evolink_mcp.cli.wiring import open_studio, open_team_database, server_for
 from evolink_mcp.sanitize import harmless
@@ -90,10 +90,7 @@ async def _serve(options: Namespace, settings: Settings, callers: Callers | None
                 code = await served(app_of(studios, server_for(studio, settings), studio, **place))
         else:
             tenants = tenants_app(settings, callers, studios, group, **place)
-            if database is not None:
-                group.start_soon(look_after_those_who_left, studios, tenants, settings)
-            for tenant in callers.tenants:  # what they left unfinished goes on
-                group.start_soon(tenants.app, tenant)
+            group.start_soon(go_on_with_what_was_left, studios, tenants, settings, callers)
             code = await served(tenants)
         group.cancel_scope.cancel()
         return code

@@ -55,7 +55,8 @@ class Door:
 
     A browser sends the name that a page was loaded from: a name that was rebound to this machine is turned away.
     With `callers`, whoever is none of them is turned away before a body is read, on every path but HEALTH and READINESS,
-    which the door answers itself, and what `unguarded` names: methods, each with the paths below which it needs no token.
+    which the door answers itself, and what `unguarded` names: methods, each with a path that needs no token, or with a
+    folder of them, which ends in a slash. What stands behind the door must answer all of these by itself.
     `not_ready` says why the server cannot do paid work now, if so.
     """
 
@@ -102,7 +103,7 @@ class Door:
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
             why = ENDING if self._closed else self._not_ready()
             await self._tell_of_health(send, why if scope["path"] == READINESS else None)
-        elif any(scope["method"] == method and scope["path"].startswith(path) for method, path in self._unguarded):
+        elif self._is_unguarded(scope["method"], scope["path"]):
             serve = self._post if scope["method"] == "POST" else self._app
             await serve(scope, receive, send)
         elif (entered := await self._entered(headers)) is not None and isinstance(entered, Refusal):
@@ -111,6 +112,12 @@ class Door:
             await self._post({**scope, TENANT: entered}, receive, send)
         else:
             await self._app({**scope, TENANT: entered}, receive, send)
+
+    def _is_unguarded(self, method: str, path: str) -> bool:
+        return any(
+            method == one and (path == place or (place.endswith("/") and path.startswith(place)))
+            for one, place in self._unguarded
+        )
 
     async def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
         return None if self._callers is None else await self._callers.enter(headers)

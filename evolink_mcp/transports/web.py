@@ -40,8 +40,8 @@ def door(
 ) -> Door:
     """`app` behind its door: it answers to the names of this machine and to `names`, and to `callers`, if any.
 
-    `not_ready` says why the server cannot do paid work now, if so. `unguarded` names what needs no token: a method, and the
-    path below which it does not.
+    `not_ready` says why the server cannot do paid work now, if so. `unguarded` names what needs no token, as
+    `Door` says.
     """
     return Door(app, names, REQUEST_MAX_BYTES, callers, not_ready, unguarded)
 

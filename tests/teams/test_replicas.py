@@ -25,7 +25,7 @@ from office import HEADERS, block
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, look_after_those_who_left, names_of, open_tenant, tenants_app
+from evolink_mcp.cli.team import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
 from evolink_mcp.cli.wiring import open_team_database
 from evolink_mcp.studio.jobs import Order
 from evolink_mcp.transports.auth import Tenant, Tokens
@@ -80,7 +80,7 @@ def _replica(
     studios, callers, names = Studios(database), Callers(tokens), names_of((), settings)
     transport = httpx.ASGITransport(simulator.app)
     tenants = tenants_app(settings, callers, studios, group, command=command, names=names, transport=transport)
-    group.start_soon(look_after_those_who_left, studios, tenants, settings)
+    group.start_soon(go_on_with_what_was_left, studios, tenants, settings, callers)
     return behind_door(tenants, settings, names, callers, studios)
 
 

@@ -69,6 +69,7 @@ async def test_metrics_tell_what_was_bought_looked_at_and_fetched(tmp_path: Path
 async def test_metrics_need_their_own_token(tmp_path: Path, token: str | None) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town, town.http(token) as http:
         assert (await http.get("/metrics")).status_code == 401
+        assert (await http.get("/metrics/x")).status_code in (401, 404)
     async with office(tmp_path, ANNA) as town, town.http(TOKEN) as http:
         assert (await http.get("/metrics")).status_code == 401  # there are none, and who asks is nobody here
 
