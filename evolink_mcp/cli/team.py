@@ -1,4 +1,4 @@
-"""A tenant's settings, studio and server: what the tokens file says goes before what the environment says."""
+"""The servers of tenants behind one door: settings, studios and apps, and what needs no token."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from evolink_mcp.journal.database import Database
     from evolink_mcp.transports.metrics import Metrics
 
+LOOK_EVERY_S = 5.0
+
 
 def settings_of(tenant: Tenant, settings: Settings) -> Settings:
     """The server's settings with what the tokens file says of this tenant."""
@@ -54,9 +56,6 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
         budget=replace(budget, per_call=per_call, per_day=per_day, running=tenant.max_running),
         tools=tools,
     )
-
-
-LOOK_EVERY_S = 5.0
 
 
 @asynccontextmanager
