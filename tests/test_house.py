@@ -34,7 +34,7 @@ PACKAGES = {
     "server": "opening resources prompts gallery tasks_extension server",
     "transports": "signals wires stdio auth oauth callers tenants calls sessions callbacks pictures metrics door web",
     "simulator": "rules simulation paintings app",
-    "cli": "process arguments values team_settings settings wiring team web host_config doctor demo shelf main",
+    "cli": "process arguments values team_settings settings wiring team web host_config findings doctor demo shelf main",
 }
 ORDER = [f"{package}.{name}".strip(".") for package, names in PACKAGES.items() for name in names.split()] + ["__main__"]
 

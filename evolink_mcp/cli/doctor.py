@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import priced
+from evolink_mcp.cli.findings import Finding, team
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.settings import Settings, unknown_variables
 from evolink_mcp.cli.values import EXAMPLE_KEY, BadSetting
@@ -40,18 +41,6 @@ NETWORK_FILE_SYSTEMS = frozenset({
     "fuse.sshfs", "fuse.rclone", "fuse.s3fs",
 })  # fmt: skip
 MOUNTS = Path("/proc/self/mounts")
-
-Verdict = Literal["ok", "warning", "broken", "unknown"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found, and what to do about it."""
-
-    subject: str
-    verdict: Verdict
-    words: str
-    todo: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +89,7 @@ async def examine(environment: Mapping[str, str] | None = None) -> Report:
         findings += (
             journal(settings.data_dir) if settings.database_url is None else [team_journal(settings.database_url)]
         )
+        findings += await team(settings)
     command, args = installed_command()
     return Report(tuple(findings), host_blocks(command, args, {KEY_VARIABLE: EXAMPLE_KEY}))
 

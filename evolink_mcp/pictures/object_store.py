@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,21 @@ class ObjectStore:
 
             found = await obstore.get_async(self._store, name)
         yield found.meta["size"], _parts(found)
+
+    async def try_out(self) -> None:
+        """Write something, read it, make a link to it and remove it.
+
+        Raises:
+            StoreUnusable: one of them does not work.
+        """
+        with _translated(reads=False):
+            import obstore
+
+            name = f"evolink-mcp-{uuid.uuid4().hex}"
+            await obstore.put_async(self._store, name, b"evolink-mcp tries the store")
+            await obstore.get_async(self._store, name)
+            await self.link(name)
+            await obstore.delete_async(self._store, name)
 
     async def link(self, name: str) -> tuple[str, float]:
         """A link by which anybody can fetch the picture, and when it ends, in epoch seconds.

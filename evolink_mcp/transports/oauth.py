@@ -98,6 +98,14 @@ class Issuer:
             return Refusal(FORBIDDEN, f"This token lacks the scope {' '.join(missing)}.", (challenge,))
         return Tenant(f"{said['sub']} at {self._named}")
 
+    async def problem(self) -> str | None:
+        """Why the issuer cannot be used now; None if it can."""
+        try:
+            await self._published()
+        except _Unusable as error:
+            return str(error)
+        return None
+
     async def _checked(self, token: str) -> dict[str, Any]:
         kid = jwt.get_unverified_header(token).get("kid")
         key = await self._key(kid if isinstance(kid, str) else None)

@@ -12,6 +12,7 @@ from conftest import poor_environment
 pytest.importorskip("obstore")
 pytest.importorskip("prometheus_client")
 
+from evolink_mcp.cli.findings import team
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team_settings import OAuth
 from evolink_mcp.cli.values import BadSetting
@@ -80,3 +81,34 @@ async def test_settings_that_do_not_fit_end_the_start_with_one_line(
         )
     lines = run.stderr.decode().splitlines()
     assert (run.returncode, len(lines), words in lines[0], run.stdout) == (2, 1, True, b"")
+
+
+# --- what doctor finds about them ---
+
+
+async def findings(**said: str) -> list[tuple[str, str]]:
+    return [(found.subject, found.verdict) for found in await team(Settings.from_environment(said))]
+
+
+@pytest.mark.anyio
+async def test_doctor_tries_the_store_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+    (folder := tmp_path / "store").mkdir()
+    said = {**PUBLIC, "EVOLINK_MCP_STORE": str(folder)}
+    assert await findings(**said) == [("store", "ok")]
+    assert list(folder.iterdir()) == []
+    settings = Settings.from_environment(said)
+    folder.rmdir()
+    folder.write_text("no folder any more")
+    (found,) = await team(settings)
+    assert (found.verdict, str(folder) in found.words) == ("broken", False)
+
+
+@pytest.mark.anyio
+async def test_doctor_reads_tokens_and_issuer(tmp_path: Path) -> None:
+    (file := tmp_path / "tokens.toml").write_text("[[token]]\nname = 'anna'\n")
+    assert await findings(EVOLINK_MCP_TOKENS_FILE=str(file)) == [("tokens", "broken")]
+    file.write_text(f"[[token]]\nname = 'anna'\nsha256 = '{'0' * 64}'\n")
+    assert await findings(EVOLINK_MCP_TOKENS_FILE=str(file)) == [("tokens", "ok")]
+    nobody = {**PUBLIC, "EVOLINK_MCP_OAUTH_ISSUER": "http://127.0.0.1:9"}
+    assert await findings(**nobody) == [("issuer", "broken")]
+    assert await findings() == []
