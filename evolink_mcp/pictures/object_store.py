@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.sanitize import harmless
@@ -62,7 +62,10 @@ class ObjectStore:
     def __init__(
         self, place: str, link_hours: float, links: Links | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._place = place
+        self._place, self._prefix = place, ""
+        if place.startswith(REMOTE):  # older versions of obstore leave a prefix in the address out
+            parts = urlsplit(place)
+            self._place, self._prefix = f"{parts.scheme}://{parts.netloc}", parts.path.strip("/")
         self._link_s = link_hours * 3600
         self._links = links
         self._clock = clock
@@ -78,7 +81,7 @@ class ObjectStore:
             import obstore
 
             attributes: Any = {"Content-Type": mime_type} if self._place.startswith(REMOTE) else None
-            await obstore.put_async(self._store, name, file, attributes=attributes)
+            await obstore.put_async(self._store, self._at(name), file, attributes=attributes)
 
     async def get(self, name: str, into: BinaryIO) -> int:
         """Write the picture to `into`; returns its size in bytes.
@@ -102,7 +105,7 @@ class ObjectStore:
         with _translated():
             import obstore
 
-            found = await obstore.get_async(self._store, name)
+            found = await obstore.get_async(self._store, self._at(name))
         yield found.meta["size"], _parts(found)
 
     async def try_out(self) -> None:
@@ -115,10 +118,10 @@ class ObjectStore:
             import obstore
 
             name = f"evolink-mcp-{uuid.uuid4().hex}"
-            await obstore.put_async(self._store, name, b"evolink-mcp tries the store")
-            await obstore.get_async(self._store, name)
+            await obstore.put_async(self._store, self._at(name), b"evolink-mcp tries the store")
+            await obstore.get_async(self._store, self._at(name))
             await self.link(name)
-            await obstore.delete_async(self._store, name)
+            await obstore.delete_async(self._store, self._at(name))
 
     async def link(self, name: str) -> tuple[str, float]:
         """A link by which anybody can fetch the picture, and when it ends, in epoch seconds.
@@ -133,11 +136,14 @@ class ObjectStore:
             import obstore
 
             store: Any = self._store
-            return await obstore.sign_async(store, "GET", name, timedelta(seconds=self._link_s)), until
+            return await obstore.sign_async(store, "GET", self._at(name), timedelta(seconds=self._link_s)), until
 
     def linked(self, path: str) -> str | None:
         """The picture that this path of the server is a valid link to, if it is one."""
         return None if self._links is None else self._links.read(path, self._clock())
+
+    def _at(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
 
     @property
     def _store(self) -> AnyStore:
