@@ -59,7 +59,7 @@ def callers_of(settings: Settings, options: Namespace) -> Callers | None:
     if oauth is not None:
         resource = f"{settings.public_url}/{_path(options)}"
         issuer = Issuer(oauth.issuer, oauth.audience, oauth.scopes, resource)
-    return Callers(tokens, issuer, own_keys=own_keys)
+    return Callers(tokens, issuer, own_keys=own_keys, key=settings.key)
 
 
 async def _serve(options: Namespace, settings: Settings, callers: Callers | None, names: list[str]) -> int:

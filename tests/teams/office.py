@@ -88,7 +88,9 @@ async def office(
     with anyio.fail_after(40):
         async with anyio.create_task_group() as group:
             studios = Studios(None)
-            callers = Callers(Tokens(settings.tokens_file), issuer, own_keys=settings.team.caller_keys)
+            callers = Callers(
+                Tokens(settings.tokens_file), issuer, own_keys=settings.team.caller_keys, key=settings.key
+            )
             names = names_of((), settings)
             transport = httpx.ASGITransport(simulator.app)
             tenants = tenants_app(settings, callers, studios, group, names=names, transport=transport)

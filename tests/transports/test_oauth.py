@@ -250,6 +250,14 @@ async def test_a_caller_may_pay_with_an_own_key(tmp_path: Path) -> None:
     assert "sk-her-own-key" not in json.dumps(own)
 
 
+async def test_the_key_that_pays_anyway_brings_no_second_server(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
+        async with town.client("a", x_evolink_key="sk-test-key") as client:
+            own = (await client.call_tool("generate_image", WISH)).structured_content
+        same = await town.call("a", "get_task", task_id=own["task_id"])
+        assert (same.structured_content["status"], len(town.studios.accounts)) == ("completed", 1)
+
+
 async def test_a_key_that_is_not_wanted_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town, town.http("a", x_evolink_key="sk-her-own-key") as http:
         refused = await http.post("/mcp", json=INITIALIZE)
