@@ -281,6 +281,27 @@ async def test_a_tenants_days_cap_counts_at_all_replicas(url: str, tmp_path: Pat
         assert office.posts == len(paid) > 1
 
 
+async def test_uploads_and_links_of_one_replica_are_good_at_the_other(url: str, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    (tmp_path / "store").mkdir()
+    shared = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
+    async with team(url, tmp_path, ANNA, **shared) as office, office.http("a") as wire:
+        uri = (await wire.put("/uploads", content=drawing())).json()["uri"]
+        at = office.proxy.seen[-1]
+        wish = {**WISH, "image_urls": [uri], "callback_url": "https://hooks.example.com/x"}
+        async with office.client("a") as client:
+            for prompt in ("sim:fast a fox", "sim:fast a hen"):
+                made = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content
+                assert made["status"] == "completed"
+                (image,) = made["images"]
+                for _ in range(2):
+                    picture = await wire.get(image["url"].removeprefix("https://pictures.example.org"))
+                    assert (picture.status_code, len(picture.content)) == (200, image["bytes"])
+        orders = [number for number in office.proxy.seen if number != at]
+    assert orders  # the other replica has served some of them
+    assert office.posts == 2
+
+
 # --- SSE: two connections of one session at two servers ---
 
 

@@ -238,7 +238,6 @@ async def test_sigterm_answers_who_waits_and_then_ends(tmp_path: Path) -> None:
                     calls.start_soon(order)
                     while not gateway.simulator.tasks:
                         await anyio.sleep(0.01)
-                    await anyio.sleep(0.2)  # EvoLink's answer is on its way back
                     server.send_signal(signal.SIGTERM)
             assert await server.wait() == 143
             rest = b"".join([part async for part in server.stderr])
