@@ -144,7 +144,7 @@ def app_of(
     """The ASGI app of one studio's server, by which `studios` knows it: MCP by `command` ("http" or "sse"), and uploads."""
     studios.add(studio)
     app = web_app(server, studio.journal, command, host, names)
-    return Uploads(app, studio.references, studio.now, lambda: studio.at_rest)
+    return Uploads(app, studio.references, studio.now, lambda: studios.may_close(studio))
 
 
 def tenants_app(
@@ -220,6 +220,11 @@ class Studios:
         self._open.remove(studio)
         if self._by_account.get(studio.journal.account) is studio:
             del self._by_account[studio.journal.account]
+
+    def may_close(self, studio: Studio) -> bool:
+        """Whether it has nothing under way, and no other one of its account is open: they own entries together."""
+        account = studio.journal.account
+        return studio.at_rest and not any(one is not studio and one.journal.account == account for one in self._open)
 
     @property
     def accounts(self) -> list[str]:

@@ -84,9 +84,10 @@ class Database:
         if len(said) <= TOLD_MAX_BYTES:
             await self.run(lambda db: db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, said)))
 
-    def when_lost(self, stop: Callable[[], None]) -> None:
-        """Call `stop` when this server must not work on what it owned any longer."""
+    def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
+        """Call `stop` when this server must not work on what it owned any longer. Returns what ends it."""
         self._stops.append(stop)
+        return lambda: self._stops.remove(stop)
 
     async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str | None = None) -> T:
         """Call `act` with a connection in autocommit mode. A caller that is cancelled does not end it.
@@ -216,9 +217,7 @@ class Database:
 
     def _lost(self) -> None:
         if self.alive:
-            log.error(
-                "the database has not answered for %.0f s: this server stops what it works on", self._stop_after_s
-            )
+            log.error("the database has not answered for %.0f s: this server stops its work", self._stop_after_s)
         self.alive = False
         self._wait_for_life()  # again: for what begins later
         for stop in self._stops:

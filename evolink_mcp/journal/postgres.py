@@ -41,6 +41,7 @@ class PostgresJournal:
         self.account = account
         self._database = database
         self._mine = visible(account, strict=strict)
+        self._ends: list[Callable[[], None]] = []
 
     @property
     def owner(self) -> str:
@@ -59,13 +60,14 @@ class PostgresJournal:
             else:
                 hear(news)
 
-        return self._database.listen(self.account, told)
+        self._ends.append(end := self._database.listen(self.account, told))
+        return end
 
     async def tell(self, news: News) -> None:
         await self._database.tell(self.account, {name: value for name, value in asdict(news).items() if value})
 
     def when_lost(self, stop: Callable[[], None]) -> None:
-        self._database.when_lost(stop)
+        self._ends.append(self._database.when_lost(stop))
 
     # --- the contract ---
 
@@ -217,6 +219,10 @@ class PostgresJournal:
         return rows[0]["value"] if len(rows) == 1 else None
 
     async def close(self) -> None:
+        for end in self._ends:
+            with suppress(ValueError):  # it was ended before
+                end()
+
         async def leave_all(db: Connection) -> None:
             async with db.transaction():
                 for column in ("owner", "caller"):

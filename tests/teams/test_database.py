@@ -101,6 +101,17 @@ async def test_what_a_dead_server_worked_on_is_taken_over_after_a_while_and_not_
     assert await heir.adopt() == [replace(left, owner=heir.owner, caller="")]
 
 
+async def test_a_closed_journal_hears_nothing_and_is_told_nothing(opened: Any) -> None:
+    """Servers of people who stay away are closed: nothing of them may stay behind."""
+    journal = await opened()
+    journal.listen(lambda news: None)
+    ender = journal.listen(lambda news: None)
+    journal.when_lost(lambda: None)
+    ender()
+    await journal.close()
+    assert (journal._database._listeners, journal._database._stops) == ([], [])
+
+
 async def test_tenants_whose_server_has_died_are_found_by_others(opened: Any, cluster: Any, url: str) -> None:
     """Nobody may ever call for them again, and their pictures are paid."""
     dead, heir = await opened(), await opened()
