@@ -185,7 +185,7 @@ async def test_a_server_without_its_database_stops_buys_nothing_and_goes_on_when
     assert await one.by_key(mine.key) == mine
     assert await one.acquire(mine.key) is True
     assert {record.message for record in caplog.records if record.levelno == logging.ERROR} == {
-        "the database has not answered for 1 s: this server stops what it works on"
+        "the database has not answered for 1 s: this server stops its work"
     }
 
 
