@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -29,12 +30,25 @@ KEYS_LIVE_S, KEYS_LIVE_AT_MOST_S, LOOK_AGAIN_AFTER_S = 3600.0, 24 * 3600.0, 30.0
 READ_WITHIN_S, ANSWER_MAX_BYTES = 10.0, 1 << 20
 CLOCK_SKEW_S = 30.0
 SUBJECT_MAX = 255  # characters
-# Only algorithms whose keys can be published.
-ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+# Only algorithms whose keys can be published, by the type of the key.
+ALGORITHMS = {
+    "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    "EC": ("ES256", "ES384", "ES512"),
+    "OKP": ("EdDSA",),
+}
 
 
 class _Unusable(Exception):
     """The issuer's metadata or keys cannot be had; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A published key, and the algorithms by which it may sign."""
+
+    name: str | None
+    key: Any
+    algorithms: tuple[str, ...]
 
 
 class Issuer:
@@ -60,7 +74,7 @@ class Issuer:
         self._transport = transport
         self._clock = clock
         self._named = issuer  # as the issuer names itself: with or without a last slash
-        self._keys: list[jwt.PyJWK] = []
+        self._keys: list[_Key] = []
         self._read_at = self._tried_at = -KEYS_LIVE_AT_MOST_S
         self._reading = anyio.Lock()
 
@@ -110,14 +124,14 @@ class Issuer:
         kid = jwt.get_unverified_header(token).get("kid")
         key = await self._key(kid if isinstance(kid, str) else None)
         said = jwt.decode(
-            token, key, algorithms=ALGORITHMS, audience=self._audience, issuer=self._named, leeway=CLOCK_SKEW_S,
+            token, key.key, algorithms=key.algorithms, audience=self._audience, issuer=self._named, leeway=CLOCK_SKEW_S,
             options={"require": ["exp", "aud", "iss", "sub"]},
         )  # fmt: skip
         if not 0 < len(said["sub"]) <= SUBJECT_MAX:
             raise jwt.InvalidTokenError("its sub is empty or too long")
         return said
 
-    async def _key(self, kid: str | None) -> jwt.PyJWK:
+    async def _key(self, kid: str | None) -> _Key:
         """The key of this id, or the only one if the token names none."""
         async with self._reading:
             now = self._clock()
@@ -129,8 +143,8 @@ class Issuer:
             raise jwt.InvalidKeyError("it is signed by a key that the issuer does not publish")
         return known
 
-    def _known(self, kid: str | None) -> jwt.PyJWK | None:
-        found = [key for key in self._keys if kid is None or key.key_id == kid]
+    def _known(self, kid: str | None) -> _Key | None:
+        found = [key for key in self._keys if kid is None or key.name == kid]
         return found[0] if len(found) == 1 else None
 
     async def _look_again(self, now: float) -> None:
@@ -144,7 +158,7 @@ class Issuer:
         if now - self._read_at > KEYS_LIVE_AT_MOST_S or not self._keys:
             raise _Unusable
 
-    async def _published(self) -> tuple[str, list[jwt.PyJWK]]:
+    async def _published(self) -> tuple[str, list[_Key]]:
         """The issuer's own name, and its keys of today."""
         told = await self._metadata()
         name, address = told.get("issuer"), told.get("jwks_uri")
@@ -153,13 +167,7 @@ class Issuer:
         if not isinstance(address, str) or not _may_be_asked(address):
             raise _Unusable("its metadata name no https address of keys")
         keys = (await self._read(address)).get("keys")
-        found: list[jwt.PyJWK] = []
-        for one in cast("list[Any]", keys) if isinstance(keys, list) else []:
-            if isinstance(one, dict) and cast("dict[str, Any]", one).get("use", "sig") == "sig":
-                try:
-                    found.append(jwt.PyJWK.from_dict(cast("dict[str, Any]", one)))
-                except (jwt.PyJWTError, ValueError, TypeError):
-                    continue  # a kind of key that is not known here
+        found = [key for one in (cast("list[Any]", keys) if isinstance(keys, list) else []) if (key := _key_of(one))]
         if not found:
             raise _Unusable("it publishes no key that can be used")
         return name, found
@@ -219,6 +227,24 @@ class ResourceMetadata:
             await JSONResponse(self._metadata)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+def _key_of(told: Any) -> _Key | None:
+    """A key for signatures out of a JWKS; None for any other, and for a kind that is not known here."""
+    if not isinstance(told, dict):
+        return None
+    said = cast("dict[str, Any]", told)
+    algorithms = ALGORITHMS.get(str(said.get("kty")), ())
+    if (only := said.get("alg")) is not None:
+        algorithms = tuple(name for name in algorithms if name == only)
+    if not algorithms or said.get("use", "sig") != "sig":
+        return None
+    try:
+        key = jwt.PyJWK.from_dict(said).key
+    except (jwt.PyJWTError, ValueError, TypeError):
+        return None
+    name = said.get("kid")
+    return _Key(name if isinstance(name, str) else None, key, algorithms)
 
 
 def _may_be_asked(address: str) -> bool:

@@ -31,6 +31,7 @@ class Login:
     def __init__(self, **metadata: Any) -> None:
         self.keys = {"one": rsa.generate_private_key(65537, 2048)}
         self.metadata = {"issuer": ISSUER, "jwks_uri": f"{ISSUER}/keys", **metadata}
+        self.algorithms: dict[str, str] = {}  # those that keys name
         self.asked: list[str] = []
         self.down = False
         self.now = 1_000_000.0
@@ -60,6 +61,8 @@ class Login:
                 jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
             )
             told.append({**json.loads(algorithm.to_jwk(key.public_key())), "kid": name, "use": "sig"})
+            if name in self.algorithms:
+                told[-1]["alg"] = self.algorithms[name]
         return Response(status_code=503) if self.down else JSONResponse({"keys": told})
 
 
@@ -73,6 +76,19 @@ async def test_a_jwt_of_the_issuer_is_a_person_of_its_own(login: Login) -> None:
     assert isinstance(entered, Tenant)
     assert entered.name == f"anna at {ISSUER}"
     assert entered.shares_account
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "RS512", "PS256"])
+async def test_a_key_that_names_no_algorithm_signs_by_each_of_its_kind(login: Login, algorithm: str) -> None:
+    assert isinstance(await login.issuer().tenant_of(login.token(algorithm=algorithm)), Tenant)
+
+
+async def test_a_key_signs_by_the_algorithm_that_it_names_and_by_no_other() -> None:
+    login = Login()
+    login.algorithms["one"] = "RS512"
+    issuer = login.issuer()
+    assert isinstance(await issuer.tenant_of(login.token(algorithm="RS512")), Tenant)
+    assert isinstance(await issuer.tenant_of(login.token(algorithm="RS256")), Refusal)
 
 
 STRANGER = rsa.generate_private_key(65537, 2048)
