@@ -11,6 +11,8 @@ import httpx2 as httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from mcp.client.auth.utils import extract_resource_metadata_from_www_auth, extract_scope_from_www_auth
+from mcp.shared.auth import ProtectedResourceMetadata
 from office import ANNA, INITIALIZE, WISH, office
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from evolink_mcp.transports.auth import Refusal, Tenant
-from evolink_mcp.transports.oauth import Issuer
+from evolink_mcp.transports.oauth import METADATA, Issuer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ISSUER, RESOURCE = "https://login.example.org/realms/team", "https://pictures.example.org/mcp"
@@ -247,6 +249,11 @@ async def test_a_client_without_a_good_token_is_told_where_to_get_one(
             told = (await http.get(path)).json()
             assert (told["resource"], told["authorization_servers"]) == (RESOURCE, [ISSUER])
             assert told["scopes_supported"] == ["buy"]
+        # The official client reads the same out of it.
+        plain = httpx.Response(401, headers=refused.headers, request=refused.request)
+        assert extract_resource_metadata_from_www_auth(plain) == f"{RESOURCE[:-4]}{METADATA}/mcp"
+        assert extract_scope_from_www_auth(plain) == "buy"
+        assert str(ProtectedResourceMetadata.model_validate(told).resource) == RESOURCE
 
 
 # --- keys of callers ---
