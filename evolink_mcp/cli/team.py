@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.team_settings import is_folder
 from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for, store_of
-from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.pictures.object_store import PATH as PICTURES
 from evolink_mcp.studio.callbacks import PATH as CALLBACKS
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from evolink_mcp.transports.metrics import Metrics
 
 LOOK_EVERY_S = 5.0
+ASK_AGAIN_AFTER_S, ASK_WITHIN_S = 60.0, 3.0
 
 
 def settings_of(tenant: Tenant, settings: Settings) -> Settings:
@@ -114,8 +116,14 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
     """`app` behind its door, and before it what needs no token of a caller: each is signed, or has a token of its own."""
     unguarded: list[tuple[str, str]] = []
 
+    accepted = KeyCheck(settings)
+
     def why() -> str | None:
-        return why_not_ready(settings, callers, studios.database)
+        return why_not_ready(settings, callers, studios.database) or accepted.problem
+
+    async def why_not() -> str | None:
+        await accepted.ask()
+        return why()
 
     if (callbacks := callbacks_of(settings)) is not None:
         app = CalledBack(app, callbacks, studios.called_back)
@@ -127,15 +135,45 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
     if callers is not None and callers.issuer is not None:
         app = ResourceMetadata(app, callers.issuer.metadata)
         unguarded += [("GET", METADATA), ("GET", f"{METADATA}/")]
-    if settings.team.metrics_port is not None or settings.team.metrics_token is not None:
+    if find_spec("prometheus_client") is not None:
         from evolink_mcp.transports.metrics import Metrics, MetricsPage
 
+        token = settings.team.metrics_token
         metrics = studios.metrics = Metrics(studios.tally, studios.statuses, lambda: at.open, lambda: why() is None)
-        if settings.team.metrics_token is not None:
-            app = MetricsPage(app, metrics, settings.team.metrics_token)
+        app = MetricsPage(app, metrics, token)
+        if token is not None:
             unguarded.append(("GET", MetricsPage.PATH))
-    at = door(app, names, callers, why, unguarded)
+    at = door(app, names, callers, why_not, unguarded)
     return at
+
+
+class KeyCheck:
+    """Whether EvoLink accepts the server's key: asked when somebody wants to know, and not more often than every minute."""
+
+    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._settings = settings
+        self._transport = transport
+        self._asking = anyio.Lock()
+        self._asked_at = -ASK_AGAIN_AFTER_S
+        self.problem: str | None = None
+
+    async def ask(self) -> None:
+        """Ask for the account's balance, which is free; where EvoLink does not answer soon, what was known stays."""
+        async with self._asking:
+            if self._settings.key is None or anyio.current_time() - self._asked_at < ASK_AGAIN_AFTER_S:
+                return
+            self._asked_at = anyio.current_time()
+            with anyio.move_on_after(ASK_WITHIN_S):
+                async with EvolinkClient(
+                    self._settings.key, base_url=self._settings.base_url, transport=self._transport
+                ) as client:
+                    try:
+                        await client.balance()
+                        self.problem = None
+                    except Rejected as error:
+                        self.problem = "EvoLink does not accept the key" if error.http_status == 401 else None
+                    except EvolinkError:
+                        pass
 
 
 def app_of(

@@ -30,7 +30,7 @@ TEAM_VARIABLES: dict[str, tuple[str, str]] = {
     "EVOLINK_MCP_METRICS_PORT": ("none", "Over HTTP: serve Prometheus metrics on this port, to whoever reaches it."),
     "EVOLINK_MCP_METRICS_TOKEN": (
         "none",
-        "Over HTTP: serve them at `/metrics` beside the tools, to who sends this as a bearer token.",
+        "Over HTTP: `/metrics` is for who sends this as a bearer token, and no longer for every caller.",
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,7 +66,7 @@ class Door:
         names: Sequence[str],
         body_max: int,
         callers: Callers | None = None,
-        not_ready: Callable[[], str | None] = lambda: None,
+        not_ready: Callable[[], Awaitable[str | None]] | None = None,
         unguarded: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._unguarded = tuple(unguarded)
@@ -101,8 +101,7 @@ class Door:
         elif origin is not None and not self._may_call(origin):
             await _say(send, FORBIDDEN, "Pages from elsewhere may not call this server.")
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
-            why = ENDING if self._closed else self._not_ready()
-            await self._tell_of_health(send, why if scope["path"] == READINESS else None)
+            await self._tell_of_health(send, await self._why_not() if scope["path"] == READINESS else None)
         elif self._is_unguarded(scope["method"], scope["path"]):
             serve = self._post if scope["method"] == "POST" else self._app
             await serve(scope, receive, send)
@@ -121,6 +120,11 @@ class Door:
 
     async def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
         return None if self._callers is None else await self._callers.enter(headers)
+
+    async def _why_not(self) -> str | None:
+        if self._closed:
+            return ENDING
+        return None if self._not_ready is None else await self._not_ready()
 
     async def _tell_of_health(self, send: Send, why: str | None) -> None:
         told = {"status": "ok", **NAMED} if why is None else {"status": "not ready", "why": why, **NAMED}

@@ -90,20 +90,22 @@ class Metrics(Collector):
 
 
 class MetricsPage:
-    """`GET /metrics` before `app`, for who sends `token` as a bearer token."""
+    """`GET /metrics` before `app`: for who sends `token` as a bearer token, else for every caller."""
 
     PATH = "/metrics"
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, token: str) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None) -> None:
         self._app = app
         self._metrics = metrics
-        self._wanted = f"Bearer {token}".encode()
+        self._wanted = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] != self.PATH:
             await self._app(scope, receive, send)
-        elif hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self._wanted):
+        elif self._wanted is None or hmac.compare_digest(
+            dict(scope["headers"]).get(b"authorization", b""), self._wanted
+        ):
             await Response(self._metrics.text(), media_type=CONTENT_TYPE)(scope, receive, send)
         else:
             headers = {"www-authenticate": 'Bearer realm="metrics"'}

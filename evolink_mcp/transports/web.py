@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ def door(
     app: Any,
     names: Sequence[str] = (),
     callers: Callers | None = None,
-    not_ready: Callable[[], str | None] = lambda: None,
+    not_ready: Callable[[], Awaitable[str | None]] | None = None,
     unguarded: Sequence[tuple[str, str]] = (),
 ) -> Door:
     """`app` behind its door: it answers to the names of this machine and to `names`, and to `callers`, if any.

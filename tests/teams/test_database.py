@@ -362,7 +362,7 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
         "no address": "postgresql://team:canary-word@127.0.0.1:port/evolink",
     }[wrong]
     env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
-                           EVOLINK_API_KEY="sk-canary-0123456789")  # fmt: skip
+                           EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
     # The host keeps stdin open.
     async with await anyio.open_process([sys.executable, "-m", "evolink_mcp", *command], env=env) as process:
         assert process.stdout is not None
@@ -378,7 +378,7 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
 async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str, tmp_path: Path) -> None:
     port = silent_port()
     env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
-                           EVOLINK_API_KEY="sk-canary-0123456789")  # fmt: skip
+                           EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
     command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
     async with (
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http,

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx2 as httpx
 import pytest
-from conftest import Open, poor_environment
+from conftest import Open, PlainSimulator, poor_environment
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
@@ -24,6 +25,8 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
+from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.team import KeyCheck
 from evolink_mcp.studio.tally import Tally
 from evolink_mcp.transports.metrics import Metrics
 
@@ -70,8 +73,8 @@ async def test_metrics_need_their_own_token(tmp_path: Path, token: str | None) -
     async with office(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town, town.http(token) as http:
         assert (await http.get("/metrics")).status_code == 401
         assert (await http.get("/metrics/x")).status_code in (401, 404)
-    async with office(tmp_path, ANNA) as town, town.http(TOKEN) as http:
-        assert (await http.get("/metrics")).status_code == 401  # there are none, and who asks is nobody here
+    async with office(tmp_path, ANNA) as town, town.http(token) as http:
+        assert (await http.get("/metrics")).status_code == (200 if token == "a" else 401)
 
 
 async def test_metrics_have_a_port_of_their_own() -> None:
@@ -93,6 +96,19 @@ async def test_metrics_have_a_port_of_their_own() -> None:
         await anyio.to_thread.run_sync(close)
     assert (told["evolink_ready"], told["evolink_credits_total"]) == (0, 2.5)
     assert (told["evolink_lag_seconds_bucket 0.5"], told["evolink_lag_seconds_bucket +Inf"]) == (1, 2)
+
+
+@pytest.mark.parametrize(("key", "why"), [("sk-good-key", None), ("sk-bad-key", "EvoLink does not accept the key")])
+async def test_a_key_that_evolink_does_not_accept_makes_no_server_ready(
+    tmp_path: Path, key: str, why: str | None
+) -> None:
+    simulator = PlainSimulator(keys={"sk-good-key": 1000.0})
+    settings = Settings.from_environment({"EVOLINK_API_KEY": key, "EVOLINK_BASE_URL": "http://127.0.0.1:9"})
+    check = KeyCheck(settings, httpx.ASGITransport(simulator.app))
+    for _ in range(3):
+        await check.ask()
+        assert check.problem == why
+    assert [request.path for request in simulator.requests] == ["/v1/credits"]
 
 
 # --- spans ---
