@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 # Reading order: a package imports only from packages above it, a module only from modules before it in its package.
 PACKAGES = {
-    "": "errors sanitize tracing",
+    "": "errors sanitize signing tracing",
     "api": "sizes size_words costs urls request task http client",
     "journal": "entry rows contract migrations file sqlite address schema database left postgres",
     "pictures": (

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
@@ -111,7 +112,7 @@ def _http(options: Namespace) -> int:
     from evolink_mcp.cli.web import serve_web
 
     try:
-        return serve_web(options, settings)
+        return serve_web(options, settings, partial(print, file=sys.stderr, flush=True))
     except BadSetting as error:
         _complain(str(error))
         return 2

@@ -17,11 +17,11 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team_settings import is_folder
 from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for, store_of
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.pictures.object_store import PATH as PICTURES
+from evolink_mcp.pictures.object_store import ObjectStore
 from evolink_mcp.studio.callbacks import PATH as CALLBACKS
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
@@ -69,6 +69,7 @@ async def open_tenant(
     *,
     database: Database | None = None,
     poller: Poller | None = None,
+    store: ObjectStore | None = None,
     tally: Tally | None = None,
 ) -> AsyncGenerator[Any]:
     """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
@@ -83,6 +84,7 @@ async def open_tenant(
         shared=tenant.shares_account,
         database=database,
         poller=poller,
+        store=store,
         tally=tally,
         transport=transport,
     ) as studio:
@@ -129,7 +131,7 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
         app = CalledBack(app, callbacks, studios.called_back)
         unguarded.append(("POST", CALLBACKS))
     store = store_of(settings)
-    if store is not None and settings.team.store and is_folder(settings.team.store):
+    if store is not None and store.is_folder:
         app = StoredPictures(app, store)
         unguarded += [("GET", PICTURES), ("HEAD", PICTURES)]
     if callers is not None and callers.issuer is not None:
@@ -151,8 +153,7 @@ class KeyCheck:
     """Whether EvoLink accepts the server's key: asked when somebody wants to know, and not more often than every minute."""
 
     def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self._settings = settings
-        self._transport = transport
+        self._client = EvolinkClient(settings.key, base_url=settings.base_url, transport=transport)
         self._asking = anyio.Lock()
         self._asked_at = -ASK_AGAIN_AFTER_S
         self.problem: str | None = None
@@ -160,20 +161,17 @@ class KeyCheck:
     async def ask(self) -> None:
         """Ask for the account's balance, which is free; where EvoLink does not answer soon, what was known stays."""
         async with self._asking:
-            if self._settings.key is None or anyio.current_time() - self._asked_at < ASK_AGAIN_AFTER_S:
+            if not self._client.has_key or anyio.current_time() - self._asked_at < ASK_AGAIN_AFTER_S:
                 return
             self._asked_at = anyio.current_time()
             with anyio.move_on_after(ASK_WITHIN_S):
-                async with EvolinkClient(
-                    self._settings.key, base_url=self._settings.base_url, transport=self._transport
-                ) as client:
-                    try:
-                        await client.balance()
-                        self.problem = None
-                    except Rejected as error:
-                        self.problem = "EvoLink does not accept the key" if error.http_status == 401 else None
-                    except EvolinkError:
-                        pass
+                try:
+                    await self._client.balance()
+                    self.problem = None
+                except Rejected as error:
+                    self.problem = "EvoLink does not accept the key" if error.http_status == 401 else None
+                except EvolinkError:
+                    pass
 
 
 def app_of(
@@ -197,6 +195,7 @@ def tenants_app(
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Tenants:
     """The ASGI app of all tenants; their studios live in `group`. `transport` is for tests."""
+    store = store_of(settings)
     make = partial(app_of, studios, command=command, host=host, names=names)
 
     @asynccontextmanager
@@ -208,7 +207,7 @@ def tenants_app(
             return make(server, studio)
 
         poller = studios.poller_of(settings_of(tenant, settings), group, transport)
-        own: Any = {"database": studios.database, "poller": poller, "tally": studios.tally}
+        own: Any = {"database": studios.database, "poller": poller, "store": store, "tally": studios.tally}
         try:
             async with open_tenant(tenant, settings, noting, transport, **own) as app:
                 yield app

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from evolink_mcp.cli import values
 from evolink_mcp.cli.values import BadSetting
 
-STORES = ("s3://", "gs://", "az://")
 LINK_HOURS, LINK_HOURS_MAX = 24.0, 168.0  # S3 signs for a week at most
 # Every variable, its default as README names it, and what it does.
 TEAM_VARIABLES: dict[str, tuple[str, str]] = {
@@ -94,7 +92,9 @@ def _oauth(said: Mapping[str, str], public_url: str | None) -> OAuth | None:
 def _store(value: str | None, public_url: str | None) -> str | None:
     if value is None:
         return None
-    if value.startswith(STORES):
+    from evolink_mcp.pictures.object_store import REMOTE
+
+    if value.startswith(REMOTE):
         parts = urlsplit(value)
         if not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
             raise BadSetting(
@@ -102,14 +102,14 @@ def _store(value: str | None, public_url: str | None) -> str | None:
             )
     else:
         if "://" in value:
-            raise BadSetting(f"EVOLINK_MCP_STORE must begin with {', '.join(STORES)} or be an absolute folder")
+            raise BadSetting(f"EVOLINK_MCP_STORE must begin with {', '.join(REMOTE)} or be an absolute folder")
         folder = values.path("EVOLINK_MCP_STORE", value)
         if not folder.is_dir():
             raise BadSetting(f"EVOLINK_MCP_STORE: there is no folder {folder}; make it, or mount what belongs there")
         if public_url is None:
             raise BadSetting("EVOLINK_MCP_STORE names a folder: links into it need EVOLINK_MCP_PUBLIC_URL")
         value = str(folder)
-    _need("obstore", "EVOLINK_MCP_STORE")
+    values.need("obstore", "EVOLINK_MCP_STORE")
     return value
 
 
@@ -119,26 +119,13 @@ def _port(said: Mapping[str, str]) -> int | None:
         return None
     if port != int(port) or not port:
         raise BadSetting("EVOLINK_MCP_METRICS_PORT must be a port from 1 to 65535")
-    _need("prometheus_client", "EVOLINK_MCP_METRICS_PORT")
+    values.need("prometheus_client", "EVOLINK_MCP_METRICS_PORT")
     return int(port)
 
 
 def _metrics_token(said: Mapping[str, str]) -> str | None:
     token = said.get("EVOLINK_MCP_METRICS_TOKEN")
     if token is not None:
-        if len(token) < values.SECRET_MIN:
-            raise BadSetting(f"EVOLINK_MCP_METRICS_TOKEN must have {values.SECRET_MIN} characters or more")
-        _need("prometheus_client", "EVOLINK_MCP_METRICS_TOKEN")
+        values.check_length("EVOLINK_MCP_METRICS_TOKEN", token)
+        values.need("prometheus_client", "EVOLINK_MCP_METRICS_TOKEN")
     return token
-
-
-def _need(module: str, name: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise BadSetting(f'{name} needs the extra “teams”: pip install "evolink-mcp[teams]"')
-
-
-def is_folder(store: str) -> bool:
-    """Whether this value of EVOLINK_MCP_STORE is a folder."""
-    return not store.startswith(STORES) and Path(store).is_absolute()

@@ -58,8 +58,8 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
     Raises:
         BadSetting: the address is none, the secret is short or missing, or the extra is not installed.
     """
-    if secret is not None and len(secret) < SECRET_MIN:
-        raise BadSetting(f"EVOLINK_MCP_SECRET must have {SECRET_MIN} characters or more")
+    if secret is not None:
+        check_length("EVOLINK_MCP_SECRET", secret)
     if url is None:
         return None, secret
     if not url.startswith(("postgresql://", "postgres://")):
@@ -69,11 +69,23 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
             "EVOLINK_MCP_DATABASE_URL needs EVOLINK_MCP_SECRET, the same on all servers of the team; "
             'make one with: python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
+    for module in ("psycopg", "psycopg_pool"):
+        need(module, "EVOLINK_MCP_DATABASE_URL")
+    return url, secret
+
+
+def check_length(name: str, secret: str) -> None:
+    """Refuse a secret that could be guessed."""
+    if len(secret) < SECRET_MIN:
+        raise BadSetting(f"{name} must have {SECRET_MIN} characters or more")
+
+
+def need(module: str, name: str) -> None:
+    """Refuse a variable whose library is not installed."""
     from importlib.util import find_spec
 
-    if find_spec("psycopg") is None or find_spec("psycopg_pool") is None:
-        raise BadSetting('EVOLINK_MCP_DATABASE_URL needs the extra “teams”: pip install "evolink-mcp[teams]"')
-    return url, secret
+    if find_spec(module) is None:
+        raise BadSetting(f'{name} needs the extra “teams”: pip install "evolink-mcp[teams]"')
 
 
 def public_url(value: str | None, secret: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,8 @@ from evolink_mcp.transports.oauth import Issuer
 from evolink_mcp.transports.web import serve_app
 
 
-def serve_web(options: Namespace, settings: Settings) -> int:
-    """Serve until a signal; returns the exit code.
+def serve_web(options: Namespace, settings: Settings, log: Callable[[str], None]) -> int:
+    """Serve until a signal; returns the exit code. `log` takes lines for the person who started it.
 
     Raises:
         BadSetting: the settings do not fit each other, or the tokens file cannot be used.
@@ -31,7 +31,7 @@ def serve_web(options: Namespace, settings: Settings) -> int:
     """
     callers = callers_of(settings, options)
     names = names_of(options.allowed_host, settings)
-    return anyio.run(partial(_serve, options, settings, callers, names))
+    return anyio.run(partial(_serve, options, settings, callers, names, log))
 
 
 def callers_of(settings: Settings, options: Namespace) -> Callers | None:
@@ -62,7 +62,9 @@ def callers_of(settings: Settings, options: Namespace) -> Callers | None:
     return Callers(tokens, issuer, own_keys=own_keys, key=settings.key)
 
 
-async def _serve(options: Namespace, settings: Settings, callers: Callers | None, names: list[str]) -> int:
+async def _serve(
+    options: Namespace, settings: Settings, callers: Callers | None, names: list[str], log: Callable[[str], None]
+) -> int:
     async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
         studios = Studios(database)
         place: Any = {"command": options.command, "host": options.host, "names": names}
@@ -75,14 +77,14 @@ async def _serve(options: Namespace, settings: Settings, callers: Callers | None
                     try:
                         metrics.serve(options.host, port)
                     except OSError as error:
-                        _say(f"EVOLINK_MCP_METRICS_PORT: port {port} cannot be opened ({error.strerror})")
+                        log(f"evolink-mcp: EVOLINK_MCP_METRICS_PORT: port {port} cannot be opened ({error.strerror})")
                         return 1
 
             def drained() -> bool:
                 door.close()
                 return studios.drain()
 
-            ready = partial(_ready, options, settings, callers, names)
+            ready = partial(_ready, options, settings, callers, names, log)
             return await serve_app(door, options.host, options.port, leave_in_time, ready, drained)
 
         if callers is None:
@@ -101,11 +103,13 @@ def _path(options: Namespace) -> str:
     return "mcp" if options.command == "http" else "sse"
 
 
-def _ready(options: Namespace, settings: Settings, callers: Callers | None, names: list[str]) -> None:
+def _ready(
+    options: Namespace, settings: Settings, callers: Callers | None, names: list[str], log: Callable[[str], None]
+) -> None:
     """The port is open: say where, and who may spend."""
     keep_what_stays()
     if not is_loopback(options.host) and not names:
-        _say("without --allowed-host NAME it answers only to names of this machine")
+        log("evolink-mcp: without --allowed-host NAME it answers only to names of this machine")
     who = "every program of this machine" if is_loopback(options.host) else "everyone who reaches it"
     if callers is not None:
         known = len({tenant.name for tenant in callers.tenants})
@@ -113,9 +117,4 @@ def _ready(options: Namespace, settings: Settings, callers: Callers | None, name
         may += [f"whom {settings.team.oauth.issuer} knows"] if settings.team.oauth else []
         who = " and ".join(may)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    _say(f"serves http://{host}:{options.port}/{_path(options)}: {who} may spend your credits")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"evolink-mcp{'' if text.startswith('serves') else ':'} {text}\n")
-    sys.stderr.flush()
+    log(f"evolink-mcp serves http://{host}:{options.port}/{_path(options)}: {who} may spend your credits")

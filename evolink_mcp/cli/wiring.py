@@ -13,7 +13,6 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team_settings import is_folder
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
@@ -42,6 +41,7 @@ async def open_studio(
     shared: bool = False,
     database: Database | None = None,
     poller: Poller | None = None,
+    store: ObjectStore | None = None,
     tally: Tally | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
@@ -52,8 +52,8 @@ async def open_studio(
 
     `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
     other tenants spend from the same account. `database` is the team's, open, where several tenants use it.
-    `poller` reads for all studios of the account. `tally` counts what it does. `transport`, `clock` (epoch
-    seconds), `sleep` and `pause` are for tests.
+    `poller` reads for all studios of the account, `store` keeps the pictures of all. `tally` counts what the studio does.
+    `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, transport=transport,
@@ -77,8 +77,8 @@ async def open_studio(
             journal = PostgresJournal(database, account, strict=bool(tenant))
         keeping: Keeping = InFolders(folders, sidecars=settings.sidecars)
         if tenant or settings.team.store is not None:
-            store = store_of(settings, clock)
-            keeping = ForCallersElsewhere(client, account, store, settings.data_dir / "copies", clock=clock)
+            place = store or store_of(settings, clock)
+            keeping = ForCallersElsewhere(client, account, place, settings.data_dir / "copies", clock=clock)
         references = References(client, journal, folders, keeping, local=local, clock=clock)
         studio = Studio(
             client, journal, keeping, references, settings.budget,
@@ -100,12 +100,10 @@ def callbacks_of(settings: Settings) -> Callbacks | None:
 
 def store_of(settings: Settings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
     """The store of pictures for callers elsewhere, if there is one."""
-    store, links = settings.team.store, None
-    if store is None:
+    if settings.team.store is None:
         return None
-    if is_folder(store) and settings.public_url and settings.secret:
-        links = Links(settings.public_url, settings.secret)
-    return ObjectStore(store, settings.team.store_link_hours, links, clock=clock)
+    links = Links(settings.public_url, settings.secret) if settings.public_url and settings.secret else None
+    return ObjectStore(settings.team.store, settings.team.store_link_hours, links, clock=clock)
 
 
 @asynccontextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.signing import Signer
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as AnyStore
@@ -28,32 +27,29 @@ REASON_SHOWN = 200  # characters
 _SIGNED = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
 
 
-@dataclass(frozen=True, slots=True)
 class Links:
     """Links below `public_url` to pictures of a folder, signed with the team's `secret`; each names the end of its life."""
 
-    public_url: str
-    secret: str
+    def __init__(self, public_url: str, secret: str) -> None:
+        self._public_url = public_url.rstrip("/")
+        self._signer = Signer(secret, "pictures")
 
     def to(self, name: str, until: float) -> str:
         """The link to this picture; it is good until `until`, in epoch seconds."""
-        return f"{self.public_url.rstrip('/')}{PATH}{int(until)}.{self._sign(int(until), name)}/{quote(name)}"
+        signature = self._signer.sign(f"{int(until)}.{name}")
+        return f"{self._public_url}{PATH}{int(until)}.{signature}/{quote(name)}"
 
     def read(self, path: str, now: float) -> str | None:
         """The picture that this path was made for; None if it was not made here, or its time is over."""
         found = _SIGNED.fullmatch(path.removeprefix(PATH))
         if found is None:
             return None
-        until, name = int(found[1]), found[3]
-        return name if hmac.compare_digest(self._sign(until, name), found[2]) and now < until else None
-
-    def _sign(self, until: int, name: str) -> str:
-        key = hmac.new(self.secret.encode(), b"pictures", "sha256").digest()
-        return hmac.new(key, f"{until}.{name}".encode(), "sha256").hexdigest()
+        until, signature, name = int(found[1]), found[2], found[3]
+        return name if self._signer.signed(f"{until}.{name}", signature) and now < until else None
 
 
 class ObjectStore:
-    """A store at `place`: an address of REMOTE, or an absolute folder, to which `links` are needed.
+    """A store at `place`: an address of REMOTE, whose links the store signs, or an absolute folder, which needs `links`.
 
     A link lives for `link_hours`. The store is opened at its first use; its credentials are those of its own SDKs'
     environment variables.
@@ -63,13 +59,19 @@ class ObjectStore:
         self, place: str, link_hours: float, links: Links | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._place, self._prefix = place, ""
-        if place.startswith(REMOTE):  # older versions of obstore leave a prefix in the address out
-            parts = urlsplit(place)
-            self._place, self._prefix = f"{parts.scheme}://{parts.netloc}", parts.path.strip("/")
-        self._link_s = link_hours * 3600
         self._links = links
+        if place.startswith(REMOTE):
+            parts = urlsplit(place)  # older versions of obstore leave a prefix in the address out
+            self._place, self._prefix = f"{parts.scheme}://{parts.netloc}", parts.path.strip("/")
+            self._links = None
+        self._link_s = link_hours * 3600
         self._clock = clock
         self._opened: AnyStore | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether its links lead to this team's servers, which have to answer them."""
+        return self._links is not None
 
     async def put(self, name: str, file: Path, mime_type: str) -> None:
         """Store a picture under this name; the same name is the same picture.

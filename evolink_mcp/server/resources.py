@@ -69,21 +69,24 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no saved picture {harmless(index, 20)} of {harmless(task_id, 60)}; call get_task"
             )
-        shown = next(p for p in (await studio.keeping.shown(entry)).pictures if p.index == picture.index)
-        place = " and ".join(filter(None, [shown.path, shown.url]))
+
+        async def places() -> str:
+            shown = next(p for p in (await studio.keeping.shown(entry)).pictures if p.index == picture.index)
+            return " and ".join(filter(None, [shown.path, shown.url]))
+
         try:
             file = await studio.keeping.file(task_id, picture)
             size, data = await anyio.to_thread.run_sync(_read, file)
         except EvolinkError as error:
-            raise ResourceError(f"{error.what}; its places: {place}") from error
+            raise ResourceError(f"{error.what}; its places: {await places()}") from error
         except OSError as error:
             raise ResourceNotFoundError(
-                f"the file cannot be read ({error.strerror or error}); its places: {place}"
+                f"the file cannot be read ({error.strerror or error}); its places: {await places()}"
             ) from error
         if size > IMAGE_MAX_BYTES:
-            raise ResourceError(f"the picture has {size:,} bytes, too many for one message; it is at {place}")
+            raise ResourceError(f"the picture has {size:,} bytes, too many for one message; it is at {await places()}")
         if sniff(data[:16]) is None:
-            raise ResourceError(f"what was saved is no picture any more; its places: {place}")
+            raise ResourceError(f"what was saved is no picture any more; its places: {await places()}")
         return data
 
     _tell_of_changes(server, studio)

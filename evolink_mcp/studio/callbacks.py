@@ -5,11 +5,11 @@ What comes there is a hint: the task is read back from EvoLink before anything i
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from evolink_mcp.signing import Signer
 
 PATH = "/callbacks/"
 # The looks at a task that will be told; they are for a callback that does not come.
@@ -22,20 +22,20 @@ class Callbacks:
 
     def __init__(self, public_url: str, secret: str) -> None:
         self._public_url = public_url.rstrip("/")
-        self._secret = hmac.new(secret.encode(), b"callbacks", "sha256").digest()
+        self._signer = Signer(secret, "callbacks")
 
     def addressed(self, body: Mapping[str, Any], account: str, key: str) -> dict[str, Any]:
         """The order's body as it is sent: with an address of ours, unless the caller gave one."""
         if "callback_url" in body:
             return dict(body)
-        return {**body, "callback_url": f"{self._public_url}{PATH}{account}.{key}.{self._sign(account, key)}"}
+        return {
+            **body,
+            "callback_url": f"{self._public_url}{PATH}{account}.{key}.{self._signer.sign(f'{account}.{key}')}",
+        }
 
     def read(self, path: str) -> tuple[str, str] | None:
         """Account and key of the order that this path was made for; None if it was not made here."""
         found = _SIGNED.fullmatch(path.removeprefix(PATH))
-        if found is None or not hmac.compare_digest(self._sign(found[1], found[2]), found[3]):
+        if found is None or not self._signer.signed(f"{found[1]}.{found[2]}", found[3]):
             return None
         return found[1], found[2]
-
-    def _sign(self, account: str, key: str) -> str:
-        return hmac.new(self._secret, f"{account}.{key}".encode(), hashlib.sha256).hexdigest()

@@ -123,12 +123,6 @@ class Purchases:
         If the server ends while the request is on its way, the entry stays `sending`.
         """
         try:
-            await self._to_its_end(job)
-        finally:
-            self._tally.purchases[job.entry.phase] += 1
-
-    async def _to_its_end(self, job: Job) -> None:
-        try:
             with job.before_sending:
                 await self._buy(job)
             if job.before_sending.cancelled_caught:
@@ -144,6 +138,7 @@ class Purchases:
             if job.entry.phase == "intent":
                 with anyio.CancelScope(shield=True):
                     await self._recorder.phase_changed(job, "unsent", error=INTERRUPTED)
+            self._tally.purchases[job.entry.phase] += 1
 
     async def _buy(self, job: Job) -> None:
         entry, recorder = job.entry, self._recorder

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pydantic import SecretStr
 
 from evolink_mcp.api.urls import KEY
-from evolink_mcp.transports.auth import TOO_MANY_REQUESTS, UNAUTHORIZED, Refusal, Tenant, Tokens
+from evolink_mcp.transports.auth import BAD_REQUEST, FORBIDDEN, TOO_MANY_REQUESTS, UNAUTHORIZED, Refusal, Tenant, Tokens
 from evolink_mcp.transports.oauth import Issuer
 
 OWN_KEY = b"x-evolink-key"
 KEYS_MAX = 16  # of one tenant: each opens a part of the journal and connections of its own
-BAD_REQUEST, FORBIDDEN = 400, 403
 
 
 class Callers:

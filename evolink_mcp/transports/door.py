@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from evolink_mcp import __version__
-from evolink_mcp.transports.auth import Refusal, Tenant
+from evolink_mcp.transports.auth import FORBIDDEN, UNAVAILABLE, Refusal, Tenant
 from evolink_mcp.transports.callers import Callers
 from evolink_mcp.transports.tenants import SCOPE_KEY as TENANT
 
@@ -36,7 +36,7 @@ FULL = (
     b"content-type: text/plain\r\ncontent-length: 46\r\n\r\nToo many connections; try again in a moment.\r\n"
 )
 DRAINED_MAX_BYTES = 64 << 20
-MISDIRECTED, FORBIDDEN, TIMED_OUT, TOO_LARGE, UNAVAILABLE = 421, 403, 408, 413, 503
+MISDIRECTED, TIMED_OUT, TOO_LARGE = 421, 408, 413
 INVALID_REQUEST = -32600
 _ID = re.compile(rb'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})')
 

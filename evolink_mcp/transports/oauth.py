@@ -19,12 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from evolink_mcp.api.http import TRANSPORT_ERRORS, why
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.transports.auth import UNAUTHORIZED, Refusal, Tenant
+from evolink_mcp.transports.auth import FORBIDDEN, UNAUTHORIZED, UNAVAILABLE, Refusal, Tenant
 
 log = logging.getLogger(__name__)
 
 METADATA = "/.well-known/oauth-protected-resource"  # RFC 9728
-FORBIDDEN, UNAVAILABLE = 403, 503
 # An issuer publishes a new key before it signs by it; an unknown key is looked for at once, but not by every request.
 KEYS_LIVE_S, KEYS_LIVE_AT_MOST_S, LOOK_AGAIN_AFTER_S = 3600.0, 24 * 3600.0, 30.0
 READ_WITHIN_S, ANSWER_MAX_BYTES = 10.0, 1 << 20
