@@ -357,7 +357,11 @@ async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
         town.simulator.duration_s = 3600
         for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
             await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
+        jobs = [job for studio in town.studios._open for job in studio._workshop.jobs]
+        assert len(jobs) == 3
         while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
+            for job in jobs:  # when they look by themselves, they seldom do at the same moment
+                job.poll_now()
             await anyio.sleep(0.01)
         keys = {r.headers["authorization"] for r in town.simulator.requests}
     assert keys == {"Bearer sk-test-key"}
