@@ -29,8 +29,8 @@ from evolink_mcp.studio.tally import Tally
 from evolink_mcp.transports.auth import Tenant
 from evolink_mcp.transports.callbacks import CalledBack
 from evolink_mcp.transports.callers import Callers
-from evolink_mcp.transports.door import Door
-from evolink_mcp.transports.oauth import METADATA, ResourceMetadata
+from evolink_mcp.transports.door import Door, Page
+from evolink_mcp.transports.oauth import METADATA
 from evolink_mcp.transports.pictures import StoredPictures, Uploads
 from evolink_mcp.transports.tenants import Tenants, lifespan
 from evolink_mcp.transports.web import door, web_app
@@ -115,9 +115,8 @@ def names_of(allowed: Sequence[str], settings: Settings) -> list[str]:
 
 
 def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Callers | None, studios: Studios) -> Door:
-    """`app` behind its door, and before it what needs no token of a caller: each is signed, or has a token of its own."""
-    unguarded: list[tuple[str, str]] = []
-
+    """`app` behind its door, with the pages that are answered beside it."""
+    pages: list[Page] = []
     accepted = KeyCheck(settings)
 
     def why() -> str | None:
@@ -128,24 +127,20 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
         return why()
 
     if (callbacks := callbacks_of(settings)) is not None:
-        app = CalledBack(app, callbacks, studios.called_back)
-        unguarded.append(("POST", CALLBACKS))
+        pages.append(Page(("POST",), CALLBACKS, CalledBack(callbacks, studios.called_back)))
     store = store_of(settings)
     if store is not None and store.is_folder:
-        app = StoredPictures(app, store)
-        unguarded += [("GET", PICTURES), ("HEAD", PICTURES)]
+        pages.append(Page(("GET", "HEAD"), PICTURES, StoredPictures(store)))
     if callers is not None and callers.issuer is not None:
-        app = ResourceMetadata(app, callers.issuer.metadata)
-        unguarded += [("GET", METADATA), ("GET", f"{METADATA}/")]
+        told = callers.issuer.page
+        pages += [Page(("GET",), METADATA, told), Page(("GET",), f"{METADATA}/", told)]
     if find_spec("prometheus_client") is not None:
-        from evolink_mcp.transports.metrics import Metrics, MetricsPage
+        from evolink_mcp.transports.metrics import PATH, Metrics, MetricsPage
 
         token = settings.team.metrics_token
         metrics = studios.metrics = Metrics(studios.tally, studios.statuses, lambda: at.open, lambda: why() is None)
-        app = MetricsPage(app, metrics, token)
-        if token is not None:
-            unguarded.append(("GET", MetricsPage.PATH))
-    at = door(app, names, callers, why_not, unguarded)
+        pages.append(Page(("GET",), PATH, MetricsPage(metrics, token), is_open=token is not None))
+    at = door(app, names, callers, why_not, pages)
     return at
 
 

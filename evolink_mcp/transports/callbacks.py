@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.studio.callbacks import PATH, Callbacks
+from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.transports.calls import message_in
 
 Tell = Callable[[str, str, str], Awaitable[None]]  # of an account's order, by its key: this task has ended
 
 
 class CalledBack:
-    """An ASGI app before `app`, behind the door, which gives it each body in one message."""
+    """`POST` below PATH, behind the door, which gives it each body in one message."""
 
-    def __init__(self, app: ASGIApp, callbacks: Callbacks, tell: Tell) -> None:
-        self._app = app
+    def __init__(self, callbacks: Callbacks, tell: Tell) -> None:
         self._callbacks = callbacks
         self._tell = tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith(PATH):
-            await self._app(scope, receive, send)
-            return
         order = self._callbacks.read(scope["path"])
         task_id = message_in((await receive()).get("body", b"")).get("id")  # nothing else of it is read
         if order is None:

@@ -50,14 +50,31 @@ class _Body:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What the door's own app does not answer: these methods of `path`, or of all paths below it if it ends in a slash.
+
+    `is_open`: it needs no token of a caller, because its address is signed or it has a token of its own.
+    """
+
+    methods: tuple[str, ...]
+    path: str
+    app: ASGIApp
+    is_open: bool = True
+
+    def answers(self, method: str, path: str) -> bool:
+        """Whether this request is for it."""
+        below = self.path.endswith("/") and path.startswith(self.path)
+        return method in self.methods and (path == self.path or below)
+
+
 class Door:
     """An ASGI app around `app`. `names` are the host names that may be asked for, besides those of this machine.
 
     A browser sends the name that a page was loaded from: a name that was rebound to this machine is turned away.
     With `callers`, whoever is none of them is turned away before a body is read, on every path but HEALTH and READINESS,
-    which the door answers itself, and what `unguarded` names: methods, each with a path that needs no token, or with a
-    folder of them, which ends in a slash. What stands behind the door must answer all of these by itself.
-    `not_ready` says why the server cannot do paid work now, if so.
+    which the door answers itself, and on those of the `pages` that are open. `not_ready` says why the server cannot do
+    paid work now, if so.
     """
 
     def __init__(
@@ -67,9 +84,9 @@ class Door:
         body_max: int,
         callers: Callers | None = None,
         not_ready: Callable[[], Awaitable[str | None]] | None = None,
-        unguarded: Sequence[tuple[str, str]] = (),
+        pages: Sequence[Page] = (),
     ) -> None:
-        self._unguarded = tuple(unguarded)
+        self._pages = tuple(pages)
         self._not_ready = not_ready
         self._app = app
         self._callers = callers
@@ -102,21 +119,16 @@ class Door:
             await _say(send, FORBIDDEN, "Pages from elsewhere may not call this server.")
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
             await self._tell_of_health(send, await self._why_not() if scope["path"] == READINESS else None)
-        elif self._is_unguarded(scope["method"], scope["path"]):
-            serve = self._post if scope["method"] == "POST" else self._app
-            await serve(scope, receive, send)
-        elif (entered := await self._entered(headers)) is not None and isinstance(entered, Refusal):
-            await _answer(send, entered.status, entered.text.encode(), TEXT, entered.headers)
-        elif scope["method"] == "POST":
-            await self._post({**scope, TENANT: entered}, receive, send)
         else:
-            await self._app({**scope, TENANT: entered}, receive, send)
-
-    def _is_unguarded(self, method: str, path: str) -> bool:
-        return any(
-            method == one and (path == place or (place.endswith("/") and path.startswith(place)))
-            for one, place in self._unguarded
-        )
+            page = next((page for page in self._pages if page.answers(scope["method"], scope["path"])), None)
+            entered = None if page is not None and page.is_open else await self._entered(headers)
+            app = self._app if page is None else page.app
+            if isinstance(entered, Refusal):
+                await _answer(send, entered.status, entered.text.encode(), TEXT, entered.headers)
+            elif scope["method"] == "POST":
+                await self._post(app, {**scope, TENANT: entered}, receive, send)
+            else:
+                await app({**scope, TENANT: entered}, receive, send)
 
     async def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
         return None if self._callers is None else await self._callers.enter(headers)
@@ -134,8 +146,8 @@ class Door:
         scheme, found, rest = origin.partition(b"://")
         return bool(found) and scheme in (b"http", b"https") and _name_of(rest) in self._names
 
-    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the app have the body in one message, once all of it is here."""
+    async def _post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let `app` have the body in one message, once all of it is here."""
         body: _Body | None = None
         with anyio.move_on_after(BODY_WITHIN_S):
             body = await self._body(receive)
@@ -144,7 +156,7 @@ class Door:
         elif body.size > self._body_max:
             await _refuse(send, _id_in(body.ends), self._too_large())
         else:
-            await self._app(scope, _first(body.message, receive), send)
+            await app(scope, _first(body.message, receive), send)
 
     async def _body(self, receive: Receive) -> _Body:
         """The whole body; what is too much of it is read and dropped."""

@@ -11,10 +11,11 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from evolink_mcp.studio.tally import LAG_BOUNDS_S, Tally
 
+PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_EVERY_S = 0.5
 
@@ -90,22 +91,15 @@ class Metrics(Collector):
 
 
 class MetricsPage:
-    """`GET /metrics` before `app`: for who sends `token` as a bearer token, else for every caller."""
+    """`GET /metrics`: for who sends `token` as a bearer token, if there is one."""
 
-    PATH = "/metrics"
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None) -> None:
-        self._app = app
+    def __init__(self, metrics: Metrics, token: str | None) -> None:
         self._metrics = metrics
         self._wanted = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] != self.PATH:
-            await self._app(scope, receive, send)
-        elif self._wanted is None or hmac.compare_digest(
-            dict(scope["headers"]).get(b"authorization", b""), self._wanted
-        ):
+        if self._wanted is None or hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self._wanted):
             await Response(self._metrics.text(), media_type=CONTENT_TYPE)(scope, receive, send)
         else:
             headers = {"www-authenticate": 'Bearer realm="metrics"'}

@@ -14,7 +14,7 @@ import anyio
 import httpx2 as httpx
 import jwt
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from evolink_mcp.api.http import TRANSPORT_ERRORS, why
 from evolink_mcp.api.urls import is_loopback
@@ -78,7 +78,7 @@ class Issuer:
         self._reading = anyio.Lock()
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def page(self) -> ASGIApp:
         """What RFC 9728 tells of this server: who gives tokens for it."""
         told: dict[str, Any] = {
             "resource": self._resource,
@@ -86,7 +86,7 @@ class Issuer:
             "bearer_methods_supported": ["header"],
             "resource_name": "evolink-mcp",
         }
-        return {**told, "scopes_supported": list(self._scopes)} if self._scopes else told
+        return JSONResponse({**told, "scopes_supported": list(self._scopes)} if self._scopes else told)
 
     def challenge(self, more: str = "") -> tuple[bytes, bytes]:
         """The header that tells a client where to get a token, and which scopes it needs."""
@@ -211,21 +211,6 @@ class Issuer:
         except (ValueError, RecursionError) as error:
             raise _Unusable("it answers with no JSON") from error
         return cast("dict[str, Any]", told) if isinstance(told, dict) else {}
-
-
-class ResourceMetadata:
-    """`GET` of METADATA before `app`: RFC 9728's answer, by which a client finds the issuer."""
-
-    def __init__(self, app: ASGIApp, metadata: dict[str, Any]) -> None:
-        self._app = app
-        self._metadata = metadata
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"].startswith(METADATA):
-            await JSONResponse(self._metadata)(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
 
 
 def _key_of(told: Any) -> _Key | None:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Refused
 from evolink_mcp.journal.entry import iso
-from evolink_mcp.pictures.object_store import PATH, ObjectStore
+from evolink_mcp.pictures.object_store import ObjectStore
 from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES, UPLOAD_LIVES_S, References
 
 UPLOADS = "/uploads"
@@ -101,17 +101,13 @@ class Uploads:
 
 
 class StoredPictures:
-    """`GET /pictures/…` before `app`: whoever has a link that the team signed gets the picture from the folder."""
+    """`GET /pictures/…`: whoever has a link that the team signed gets the picture from the folder."""
 
-    def __init__(self, app: ASGIApp, store: ObjectStore) -> None:
-        self._app = app
+    def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not scope["path"].startswith(PATH):
-            await self._app(scope, receive, send)
-            return
         name = self._store.linked(scope["path"])
         if name is None:
             await _refused(404, "there is no such link, or its time is over; get_task makes a new one")(

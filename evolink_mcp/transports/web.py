@@ -18,7 +18,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.transports.callers import Callers
 from evolink_mcp.transports.calls import Calls
-from evolink_mcp.transports.door import LOOPBACK_NAMES, Door, Impatient, accepted_at_once
+from evolink_mcp.transports.door import LOOPBACK_NAMES, Door, Impatient, Page, accepted_at_once
 from evolink_mcp.transports.sessions import Sessions
 from evolink_mcp.transports.signals import on_stop_signal
 
@@ -36,14 +36,14 @@ def door(
     names: Sequence[str] = (),
     callers: Callers | None = None,
     not_ready: Callable[[], Awaitable[str | None]] | None = None,
-    unguarded: Sequence[tuple[str, str]] = (),
+    pages: Sequence[Page] = (),
 ) -> Door:
     """`app` behind its door: it answers to the names of this machine and to `names`, and to `callers`, if any.
 
-    `not_ready` says why the server cannot do paid work now, if so. `unguarded` names what needs no token, as
-    `Door` says.
+    `not_ready` says why the server cannot do paid work now, if so. `pages` are answered beside
+    `app`.
     """
-    return Door(app, names, REQUEST_MAX_BYTES, callers, not_ready, unguarded)
+    return Door(app, names, REQUEST_MAX_BYTES, callers, not_ready, pages)
 
 
 def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str, names: Sequence[str] = ()) -> Any:
