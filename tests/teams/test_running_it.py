@@ -231,12 +231,14 @@ async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_take
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-async def test_sigterm_answers_who_waits_and_then_ends(tmp_path: Path) -> None:
+async def test_sigterm_at_a_server_of_a_team_answers_who_waits_and_then_ends(tmp_path: Path) -> None:
     async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
-        port = silent_port()
+        port, file = silent_port(), tmp_path / "tokens.toml"
+        file.write_text(ANNA)
         env = poor_environment(
             tmp_path, EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL=gateway.url, EVOLINK_MCP_AUDIT="1",
-            EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"), EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
+            EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"),
+            EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
         )  # fmt: skip
         command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
         async with await anyio.open_process(command, env=env, stdin=-3, stdout=-3) as server:
@@ -245,7 +247,10 @@ async def test_sigterm_answers_who_waits_and_then_ends(tmp_path: Path) -> None:
             while b"serves" not in said:
                 said += await server.stderr.receive()
             answers: list[Any] = []
-            async with Client(streamable_http_client(f"http://127.0.0.1:{port}/mcp"), mode="auto") as client:
+            async with (
+                httpx.AsyncClient(headers={"authorization": "Bearer a"}) as http,
+                Client(streamable_http_client(f"http://127.0.0.1:{port}/mcp", http_client=http), mode="auto") as client,
+            ):
 
                 async def order() -> None:
                     answers.append(await client.call_tool("generate_image", {**LATE, "prompt": "a fox"}))
