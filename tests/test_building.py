@@ -47,7 +47,7 @@ def test_the_python_program_makes_a_picture(tmp_path: Path) -> None:
     env = poor_environment(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", SIMULATED, str(page), str(tmp_path)],
-        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     path = done.stdout.split(".png")[0] + ".png"

@@ -133,7 +133,7 @@ async function underOneEra(mode, evolink, hostScript) {
     complaints.push(`${mode} ${m.type()}: ${m.text()}`);
   });
   page.on("pageerror", (error) => complaints.push(`${mode}: ${error.message}`));
-  await page.exposeFunction("toServer", (method, params) => client.request({ method, params }, { timeout: 60_000 }));
+  await page.exposeFunction("toServer", (method, params) => client.request({ method, params }, { timeout: 300_000 }));
   await page.goto(chat.origin);
 
   let tool;
@@ -166,7 +166,7 @@ async function underOneEra(mode, evolink, hostScript) {
         return pictures.length === wanted && pictures.every((p) => p.complete && p.naturalWidth > 0 && p.src.startsWith("data:image/"));
       },
       n,
-      { timeout: 30_000, polling: 20 },
+      { timeout: 300_000, polling: 20 },
     );
 
   await check(name(`the tool names the page and the page has the App type (protocol ${era})`), async () => {
@@ -313,7 +313,7 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.evaluate(() => { document.documentElement.dataset.theme = "dark"; });
     const handle = await page.evaluate(() => callTool("generate_image", { prompt: "sim:slow=9 A fox in the snow", n: 2, wait_seconds: 0 }));
     assert.equal(handle.structuredContent.next_action.tool, "get_task");
-    await frame().waitForFunction(() => document.getElementById("bar").ariaValueNow > 0, null, { timeout: 20_000 });
+    await frame().waitForFunction(() => document.getElementById("bar").ariaValueNow > 0, null, { timeout: 300_000 });
     await app().getByText(/\d+ % · \d+ s/).waitFor();
     await audited(frame(), "progress");
     await shot("progress-dark");

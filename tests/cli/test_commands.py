@@ -19,7 +19,7 @@ COMMANDS = ("http", "sse", "token", "demo", "simulate", "tasks", "open", "sheet"
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = poor_environment(home, PYTHONUTF8="1")
     command = [sys.executable, "-m", "evolink_mcp", *arguments]
-    return subprocess.run(command, env=env, cwd=home, capture_output=True, encoding="utf-8", timeout=60)
+    return subprocess.run(command, env=env, cwd=home, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def test_the_version_is_the_package_version(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_what_an_owner_may_say_is_read(tmp_path: Path) -> None:
 async def test_settings_that_do_not_fit_end_the_start_with_one_line(
     tmp_path: Path, command: list[str], said: dict[str, str], words: str
 ) -> None:
-    with anyio.fail_after(60):
+    with anyio.fail_after(300):
         run = await anyio.run_process(
             [sys.executable, "-m", "evolink_mcp", *command], env=poor_environment(tmp_path, **said), check=False
         )

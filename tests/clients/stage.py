@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-UP_WITHIN_S = 30.0
+UP_WITHIN_S = 120.0
 PICTURE_S = "1"
 TRANSPORTS = ("stdio", "http", "sse")
 PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -32,7 +32,7 @@ class Stage:
         python = python if os.sep not in python else os.path.abspath(python)
         # A checkout that is not installed is started without PYTHONPATH: Gemini CLI withholds it from servers.
         start = ["-m", "evolink_mcp"]
-        if subprocess.run([python, "-c", "import evolink_mcp"], cwd="/", capture_output=True, timeout=60).returncode:
+        if subprocess.run([python, "-c", "import evolink_mcp"], cwd="/", capture_output=True, timeout=300).returncode:
             start = [
                 "-c",
                 f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evolink_mcp.cli.main import main; main()",
@@ -88,7 +88,7 @@ class Stage:
         """What the journal says, newest first."""
         told = subprocess.run(
             [*self.command, "tasks", "--json", "--limit", "500"], env=self.server_env, cwd=self.home,
-            capture_output=True, text=True, check=True, timeout=60,
+            capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
         return json.loads(told.stdout)
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parent / "clients"))
 from stage import PATH, TRANSPORTS, Score, Stage, npm_install  # noqa: E402
 
 AT_ONCE = 2
-WITHIN_S = 120
+WITHIN_S = 300
 TOOL_ERROR = 5  # what the Inspector leaves with when a tool's answer is an error
 TOOLS = {"generate_image", "get_task", "compute_size", "view_image", "list_tasks", "get_balance"}
 

@@ -233,7 +233,7 @@ def test_no_answer_of_evolink_breaks_a_tool(
             "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
         }
         transport = httpx.ASGITransport(app)
-        with anyio.fail_after(30):
+        with anyio.fail_after(300):
             async with (
                 open_studio(
                     Settings.from_environment(environ),

@@ -152,7 +152,10 @@ def _nursery(path: str) -> None:
     import evolink_mcp.cli.main
     import evolink_mcp.cli.wiring
     import evolink_mcp.journal.sqlite
-    import evolink_mcp.transports.stdio  # noqa: F401
+    import evolink_mcp.transports.stdio
+
+    with suppress(ImportError):
+        import evolink_mcp.journal.postgres  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as door:

@@ -51,7 +51,7 @@ def main() -> None:
 
 async def drive(server: StdioServerParameters) -> None:
     """Tools as the manifest lists them, a free tool that works, and a missing key told in words to act on."""
-    with anyio.fail_after(180):
+    with anyio.fail_after(300):
         async with Client(server) as client:
             names = [tool.name for tool in (await client.list_tools()).tools]
             size = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})

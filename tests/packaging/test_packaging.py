@@ -105,7 +105,7 @@ def test_the_bundle_starts_from_any_folder_in_both_ways_that_hosts_know(tmp_path
     arguments = CONFIG["args"][CONFIG["args"].index("python") + 1 :]
     for line in (arguments, [str(ROOT / MANIFEST["server"]["entry_point"])]):
         run = [sys.executable, *line, "--version"]
-        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert (done.stdout, done.stderr) == (f"evolink-mcp {__version__}\n", "")
 
 

@@ -15,7 +15,7 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 @ERAS
 async def test_one_call_brings_the_pictures_and_sends_one_post(world: World, mode: str) -> None:
     wish = {"prompt": "A calm sunset over the ocean", "size": "16:9", "resolution": "2K", "n": 2}
-    with anyio.fail_after(20):
+    with anyio.fail_after(300):
         async with world.client(mode) as client:
             answer = await client.call_tool("generate_image", wish)
     facts = answer.structured_content
@@ -30,7 +30,7 @@ async def test_one_call_brings_the_pictures_and_sends_one_post(world: World, mod
 
 
 async def test_a_wait_that_ends_is_a_handle_and_get_task_completes_it(world: World) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(300):
         async with world.client() as client:
             handle = await client.call_tool("generate_image", {"prompt": "sim:slow a fox", "wait_seconds": 0})
             assert handle.is_error is False
@@ -45,7 +45,7 @@ async def test_a_wait_that_ends_is_a_handle_and_get_task_completes_it(world: Wor
 
 
 async def test_an_order_that_nobody_received_is_handed_over_before_another_is_bought(open_world: Open) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:
             async with anyio.create_task_group() as group:
                 group.start_soon(client.call_tool, "generate_image", {"prompt": "sim:slow=1000000 a fox"})
@@ -63,7 +63,7 @@ async def test_an_order_that_nobody_received_is_handed_over_before_another_is_bo
 
 async def test_the_same_call_after_an_unknown_outcome_looks_again_and_only_force_new_buys(world: World) -> None:
     wish = {"prompt": "sim:500 a fox"}
-    with anyio.fail_after(20):
+    with anyio.fail_after(300):
         async with world.client() as client:
             first = await client.call_tool("generate_image", wish)
             again = await client.call_tool("generate_image", wish)

@@ -29,7 +29,7 @@ PIXELS = {"anchor-edge": (2048, 1152), "pixel-budget": (2736, 1536)}
 
 @pytest.fixture(autouse=True)
 async def in_time() -> AsyncIterator[None]:
-    with anyio.fail_after(30):
+    with anyio.fail_after(300):
         yield
 
 

@@ -85,7 +85,7 @@ async def office(
         }
     )
     assert settings.tokens_file is not None
-    with anyio.fail_after(40):
+    with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             studios = Studios(None)
             callers = Callers(

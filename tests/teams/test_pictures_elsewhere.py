@@ -244,7 +244,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 async def _made(bucket: str) -> None:
     async with httpx.AsyncClient() as http:
-        with anyio.fail_after(40):
+        with anyio.fail_after(300):
             while True:
                 try:
                     answer = await http.put(bucket, content=b"")

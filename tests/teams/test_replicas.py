@@ -59,7 +59,7 @@ class Team:
 
     def http(self, token: str) -> httpx.AsyncClient:
         headers = {**HEADERS, "authorization": f"Bearer {token}"}
-        return httpx.AsyncClient(transport=self.proxy, base_url="http://localhost", headers=headers, timeout=60)
+        return httpx.AsyncClient(transport=self.proxy, base_url="http://localhost", headers=headers, timeout=300)
 
     @asynccontextmanager
     async def client(self, token: str, mode: Any = "auto", **more: Any) -> AsyncIterator[Client]:

@@ -95,7 +95,7 @@ def test_an_unknown_host_gets_45_seconds() -> None:
 @asynccontextmanager
 async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIterator[Client]:
     info = Implementation(name=name, version="1")
-    with anyio.fail_after(5):
+    with anyio.fail_after(300):
         async with Client(build_server(world.studio, **server), client_info=info, mode=mode) as client:
             yield client
 

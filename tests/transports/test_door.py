@@ -31,7 +31,7 @@ async def served() -> AsyncIterator[int]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ready = anyio.Event()
-    with anyio.fail_after(20):
+    with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: web.serve_app(door.Door(app, (), 1000), "127.0.0.1", port, ready=ready.set))
             await ready.wait()

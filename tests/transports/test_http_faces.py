@@ -19,7 +19,7 @@ from mcp.client import Client
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-WITHIN_S = 120
+WITHIN_S = 300
 BODY_MAX = 512 << 10
 KEY = "sk-simulated"
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 async def test_a_signal_is_heard_with_its_exit_code_and_the_old_handler_comes_back(number: int) -> None:
     before = signal.getsignal(number)
     heard: list[int] = []
-    with anyio.fail_after(20):
+    with anyio.fail_after(300):
         with on_stop_signal(heard.append):
             signal.raise_signal(number)
             while not heard:
