@@ -138,9 +138,11 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
     if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
-        from evolink_mcp.journal import database, postgres
+        from evolink_mcp.journal import address, database, postgres
 
-        database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
+        # No test waits for seconds, and no server gives up because the machine stands still for some.
+        database.Database.__init__.__kwdefaults__.update(grace_s=0.3, stop_after_s=120.0)
+        address.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = 120
         postgres.PostgresJournal.adopt_every_s = 0.1
     from evolink_mcp.cli.main import main
 

@@ -34,7 +34,7 @@ import sys
 import time
 import urllib.request
 
-for _ in range(100):
+for _ in range(1200):
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/healthz", timeout=1)
         sys.exit(0)

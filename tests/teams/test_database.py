@@ -27,7 +27,7 @@ from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
 
 psycopg = pytest.importorskip("psycopg")
 
-from evolink_mcp.journal.database import LOCKS, Database, open_database  # noqa: E402
+from evolink_mcp.journal.database import LOCKS, STOP_AFTER_S, Database, open_database  # noqa: E402
 from evolink_mcp.journal.left import TENANT, tenants_left  # noqa: E402
 from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
 
@@ -50,6 +50,12 @@ async def until(condition: Callable[[], Any]) -> None:
 @pytest.fixture
 def url(cluster: Any) -> str:
     return cluster.database()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers stop their work when the database has been gone for seconds, as they do outside of tests."""
+    monkeypatch.setitem(Database.__init__.__kwdefaults__, "stop_after_s", STOP_AFTER_S)
 
 
 @pytest.fixture
@@ -431,6 +437,7 @@ def in_postgres(open_world: Open, url: str) -> Callable[..., Any]:
     return lambda **more: open_world(team, **more)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_an_id_that_came_while_the_database_was_gone_is_delivered_and_written_later(
     in_postgres: Any, cluster: Any
 ) -> None:
@@ -457,6 +464,7 @@ async def test_an_id_that_came_while_the_database_was_gone_is_delivered_and_writ
         assert world.posts == 1
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_server_stops(
     in_postgres: Any, cluster: Any
 ) -> None:
@@ -523,6 +531,7 @@ async def test_another_servers_result_comes_at_once(in_postgres: Any) -> None:
     assert one.posts == 1
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
     in_postgres: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
