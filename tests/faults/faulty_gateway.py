@@ -262,6 +262,13 @@ class Gateway:
                     talk.cancel()
                 await asyncio.gather(*self._talks, return_exceptions=True)
 
+    async def dealt_with(self) -> None:
+        """Wait until everything is answered that was sent up to now, also by a client that has gone since."""
+        async with httpx.AsyncClient() as asking:
+            await asking.get(self.url)  # connections are taken in the order in which they came
+        if self._talks:
+            await asyncio.wait(set(self._talks))
+
     def _fault(self, ask: Ask) -> Fault:
         self.seen.append((ask.method, ask.path))
         if (ask.method, ask.path) != PAY:

@@ -97,6 +97,7 @@ async def neighbours(town: Town, name: str, at: int) -> None:
             await server.call("generate_image", **WISH)
             server.hang_up()
             assert await server.gone() in (-signal.SIGKILL, 0)
+        await town.gateway.dealt_with()
         billed = town.billed(name)
         assert len(billed) <= 1
         assert await tasks(neighbour) == []

@@ -89,13 +89,14 @@ async def struck_life(
     async with town.nursery.server(env, greet=False) as server:
         await server.hello()
         answer = await server.call("generate_image", **WISH)
-        billed = town.billed(name)
-        assert len(billed) <= 1
-        if answer is not None:
-            facts = answer["structuredContent"]
-            assert facts["charged"] in (("yes", "unknown") if billed else ("no", "unknown")), facts
         server.hang_up()
         assert await server.gone() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
+    await town.gateway.dealt_with()
+    billed = town.billed(name)
+    assert len(billed) <= 1
+    if answer is not None:
+        facts = answer["structuredContent"]
+        assert facts["charged"] in (("yes", "unknown") if billed else ("no", "unknown")), facts
     assert "Traceback" not in server.err.read_text()
     return billed, answer
 
