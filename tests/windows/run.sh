@@ -35,7 +35,7 @@ mapfile -t needs < <(python3 - "$project/pyproject.toml" <<'P'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 # Without xdist, and without what a team's servers need: they run on Linux and macOS.
-tests = [need for need in project["optional-dependencies"]["test"] if not need.startswith(("pytest-xdist", "moto", "flask", project["name"]))]
+tests = [need for need in project["optional-dependencies"]["test"] if not need.startswith(("pytest-xdist", "coverage", "moto", "flask", project["name"]))]
 print("\n".join(project["dependencies"] + tests))
 P
 )
