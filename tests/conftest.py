@@ -28,6 +28,9 @@ from evolink_mcp.simulator.simulation import SimulatedTask
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
 
+# Their asserts show what they saw, as those of tests do.
+pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
+
 KEY = "sk-canary-0123456789abcdef"
 TEAM = os.environ.get("EVOLINK_TEST_DATABASE") == "postgres"
 

@@ -284,8 +284,9 @@ class Nursery:
 @contextmanager
 def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
+    # What measures coverage in child processes is not for those that are killed: its own work at their end has crashed.
     env = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")},
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:
