@@ -42,7 +42,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under Windows, skip what is missing there, and say why; in PostgreSQL, what looks into the journal's file."""
+    """What takes longest begins first. Under Windows, skip what is missing there, and say why.
+
+    In PostgreSQL, what looks into the journal's file is skipped.
+    """
+    items.sort(key=lambda item: "killed" not in item.path.name)
     if TEAM:
         for item in items:
             if item.get_closest_marker("journal_file"):

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,17 @@ def _arm_postgres(countdown: Countdown) -> None:
     transaction.__aexit__ = counted("journal: COMMIT", transaction.__aexit__)  # pyright: ignore
 
 
+def unmeasured(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what measures coverage in child processes: what that does at the end of one that is killed has crashed."""
+    return {name: value for name, value in environ.items() if not name.startswith("COVERAGE_")}
+
+
 def _serve(order: dict[str, Any], fds: list[int]) -> None:
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
     os.environ.clear()
-    os.environ.update(order["env"])
+    os.environ.update(unmeasured(order["env"]))
     os.chdir(order["cwd"])
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.enable(2)  # a crash of the interpreter says on stderr where it was
@@ -284,9 +289,8 @@ class Nursery:
 @contextmanager
 def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
-    # What measures coverage in child processes is not for those that are killed: its own work at their end has crashed.
     env = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")},
+        **unmeasured(os.environ),
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:
