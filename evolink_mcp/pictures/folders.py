@@ -254,6 +254,11 @@ def patiently(move: Callable[[Path, Path], None], source: Path, target: Path) ->
     return move(source, target)
 
 
+def stem_of(path: Path) -> str:
+    """The file's name without the suffix of a picture; what follows another dot belongs to the name."""
+    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+
+
 def is_reserved(name: str) -> bool:
     """Whether Windows cannot have a file of this name: NUL, com1.png, a trailing dot or blank."""
     return name.endswith((".", " ")) or name.split(".")[0].rstrip(" ").upper() in RESERVED_NAMES

@@ -21,7 +21,7 @@ from evolink_mcp.api.task import is_task_id
 from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired, Refused, StoreUnusable
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.pictures.downloads import download
-from evolink_mcp.pictures.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, Folders, is_reserved, open_plain
+from evolink_mcp.pictures.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, Folders, is_reserved, open_plain, stem_of
 from evolink_mcp.pictures.object_store import ObjectStore
 from evolink_mcp.pictures.sidecar import lay_beside
 from evolink_mcp.pictures.store import keep
@@ -164,7 +164,7 @@ class ForCallersElsewhere:
             kept = await keep(fetch, copy, preview_edge=preview_edge)
         facts = asdict(kept) | {"path": None}
         if self._store is not None:
-            name = _file_name(entry, picture.index, kept.mime_type)
+            name = _file_name(entry, picture.index, Path(kept.path).suffix)
             facts["stored"] = f"{self._account}/{_folder_of(entry.task_id)}/{name}"
             await self._store.put(facts["stored"], Path(kept.path), kept.mime_type)
         return replace(picture, **facts)
@@ -253,13 +253,11 @@ def _name_of(entry: Entry, index: int) -> str:
     return f"{name}-{index}" if several else name
 
 
-def _file_name(entry: Entry, index: int, mime_type: str) -> str:
+def _file_name(entry: Entry, index: int, suffix: str) -> str:
     """The name by which a caller elsewhere gets the picture: as `save_as` says, with the suffix of what it is."""
-    suffix = f".{mime_type.removeprefix('image/').replace('jpeg', 'jpg')}"
-    wanted = Path(entry.save_as or "")
     if entry.save_as is None:
         return _name_of(entry, index) + suffix
-    stem = wanted.stem if wanted.suffix.lower() in PICTURE_SUFFIXES else wanted.name
+    stem = stem_of(Path(entry.save_as))
     return (stem if index == 0 else f"{stem}-{index}") + suffix
 
 

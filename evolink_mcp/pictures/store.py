@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from evolink_mcp.errors import FolderRefused, PictureUnusable
 from evolink_mcp.pictures.child import in_child
-from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, PICTURE_SUFFIXES, make_folder, move_to_free_name
+from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, make_folder, move_to_free_name, stem_of
 from evolink_mcp.pictures.inspect import Facts, NotAPicture
 from evolink_mcp.pictures.previews import check_and_preview, remember
 
@@ -88,8 +88,7 @@ def _settle(part: Path, target: Path, facts: Facts) -> Kept:
     size = part.stat().st_size
     number = 0
     while True:
-        stem = target.stem if target.suffix.lower() in PICTURE_SUFFIXES else target.name
-        path = target.with_name(f"{stem}{f'-{number}' if number else ''}{facts.suffix}")
+        path = target.with_name(f"{stem_of(target)}{f'-{number}' if number else ''}{facts.suffix}")
         if move_to_free_name(part, path) or _same(path, size, digest):
             break
         number += 1

@@ -16,13 +16,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Refused
 from evolink_mcp.journal.entry import iso
+from evolink_mcp.pictures.found import sha256_of
+from evolink_mcp.pictures.inspect import MAGIC
 from evolink_mcp.pictures.object_store import ObjectStore
 from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES, UPLOAD_LIVES_S, References
 
 UPLOADS = "/uploads"
 UPLOAD_WITHIN_S = 120.0
 UPLOADS_AT_ONCE = 4
-TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
 
 
 class Uploads:
@@ -85,11 +87,10 @@ class Uploads:
             return _refused(400, f"{error.what}. {error.advice}")
         except EvolinkError as error:
             return _refused(502, f"EvoLink did not take the picture: {error.what}. Nothing was charged. {error.advice}")
-        digest = found.mark.partition(":")[2]
         width, height = found.size or (None, None)
         return JSONResponse(
             {
-                "uri": f"evolink://uploads/{digest}",
+                "uri": f"evolink://uploads/{sha256_of(found.mark)}",
                 "mime_type": found.mime_type,
                 "width": width,
                 "height": height,
