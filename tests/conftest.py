@@ -19,6 +19,7 @@ import httpx2 as httpx
 import pytest
 from mcp.client import Client
 from PIL import Image
+from surroundings import keep_the_database
 
 from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio
@@ -208,12 +209,8 @@ def cluster() -> Iterator[Any]:
         pytest.skip("PostgreSQL's programs for Windows are not installed here")
     from cluster import programs, running
 
-    from evolink_mcp.journal import address, database
-
     if programs() is None:
         pytest.skip("PostgreSQL is not installed here: Debian's package postgresql has it")
-    # A machine may stand still for seconds: no server gives its database up for that, unless a test says so.
-    database.Database.__init__.__kwdefaults__["stop_after_s"] = 120.0
-    address.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = 120
+    keep_the_database()  # unless a test says otherwise
     with running() as made:
         yield made

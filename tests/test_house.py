@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from surroundings import unmeasured
 
 PACKAGE = Path(__file__).parent.parent / "evolink_mcp"
 TESTS = Path(__file__).parent
@@ -181,15 +182,15 @@ def test_no_test_mocks() -> None:
     assert users == []
 
 
-def alone() -> dict[str, str]:
-    """An environment in which a child process imports nothing that measures it."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-
-
 def test_importing_the_package_does_nothing() -> None:
     script = "import sys, evolink_mcp; print(sorted(m for m in sys.modules if m.startswith(('mcp', 'PIL', 'sqlite3'))))"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=alone(), capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", script],
+        env=unmeasured(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
@@ -201,6 +202,11 @@ def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
         "print([m for m in late if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], env=alone(), capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", script],
+        env=unmeasured(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert done.stdout.strip() == "[]"

@@ -16,13 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from surroundings import keep_the_database, unmeasured
 
 HERE = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
@@ -126,11 +127,6 @@ def _arm_postgres(countdown: Countdown) -> None:
     transaction.__aexit__ = counted("journal: COMMIT", transaction.__aexit__)  # pyright: ignore
 
 
-def unmeasured(environ: Mapping[str, str]) -> dict[str, str]:
-    """Without what measures coverage in child processes: what that does at the end of one that is killed has crashed."""
-    return {name: value for name, value in environ.items() if not name.startswith("COVERAGE_")}
-
-
 def _serve(order: dict[str, Any], fds: list[int]) -> None:
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
@@ -143,11 +139,10 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
     if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
-        from evolink_mcp.journal import address, database, postgres
+        from evolink_mcp.journal import database, postgres
 
-        # No test waits for seconds, and no server gives up because the machine stands still for some.
-        database.Database.__init__.__kwdefaults__.update(grace_s=0.3, stop_after_s=120.0)
-        address.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = 120
+        keep_the_database()
+        database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
         postgres.PostgresJournal.adopt_every_s = 0.1
     from evolink_mcp.cli.main import main
 
@@ -289,6 +284,7 @@ class Nursery:
 @contextmanager
 def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
+    # What measures coverage has crashed at the end of such servers.
     env = {
         **unmeasured(os.environ),
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -17,6 +17,7 @@ import httpx2 as httpx
 import pytest
 from conftest import PlainSimulator
 from office import ANNA, BERT, Office, office
+from surroundings import unmeasured
 
 pytest.importorskip("obstore")
 
@@ -228,10 +229,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     with (
         (tmp_path / "moto.txt").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as moto,
+        subprocess.Popen(command, stdout=log, stderr=log, env=unmeasured(os.environ)) as moto,
     ):
         try:
             with anyio.from_thread.start_blocking_portal() as portal:
