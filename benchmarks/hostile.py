@@ -17,11 +17,11 @@ from pathlib import Path
 
 import anyio
 import httpx2 as httpx
+from evolink_mcp.pictures.child import in_child
 from PIL import Image
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, environment, free_port, memory_mb, standin
-from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.inspect import NotAPicture
 from evolink_mcp.pictures.previews import check_and_preview
 from evolink_mcp.pictures.structure import SCANS_MAX

@@ -16,9 +16,11 @@ EvolinkError
 │   └── RateLimited         EvoLink asks to wait (429)
 ├── OutcomeUnknown          a paid request left and its answer was lost: it may have been charged
 ├── Unreadable              a read (never a purchase) failed: it may be repeated
+├── DecoderUnavailable      the process that decodes images does not start
 └── DownloadFailed          a finished picture could not be fetched or kept; its task is paid
     ├── LinkExpired         EvoLink's link to it has ended (24 h)
-    ├── PictureUnusable     what came is no whole picture
+    ├── PictureUnusable     the downloaded file is not a complete image
+    │   └── PictureRejected decoding it would cost too much work
     └── StoreUnusable       the team's store of pictures cannot be written or read
 """
 
@@ -193,6 +195,17 @@ class Unreadable(EvolinkError):
     advice = "Call again in a moment; nothing is lost."
 
 
+class DecoderUnavailable(EvolinkError):
+    """The process that decodes images does not start, so the server decodes nothing."""
+
+    code = "decoder_unavailable"
+    retryable = True
+    advice = "Run evolink-mcp doctor: it names the reason. Then call again."
+
+    def __init__(self) -> None:
+        super().__init__("the process that decodes images does not start")
+
+
 class DownloadFailed(EvolinkError):
     """A finished picture could not be fetched or saved; its task is paid."""
 
@@ -211,10 +224,20 @@ class LinkExpired(DownloadFailed):
 
 
 class PictureUnusable(DownloadFailed):
-    """What came is no whole picture, or orders more work than any honest one; it is not fetched again by itself."""
+    """The downloaded file is not a complete image. Only get_task downloads it again."""
 
     code = "picture_unusable"
-    advice = "The picture is paid and its URL is in this answer until it expires; get_task fetches it once more."
+    advice = "The picture is paid and its URL is in this answer until it expires; get_task downloads it once more."
+
+
+class PictureRejected(PictureUnusable):
+    """Decoding the downloaded file would cost too much work. The server never downloads it again."""
+
+    code = "picture_rejected"
+    retryable = False
+    advice = (
+        "The picture is paid and its URL is in this answer until it expires. This server does not download it again."
+    )
 
 
 class StoreUnusable(DownloadFailed):

@@ -8,7 +8,7 @@ import sys
 import tomllib
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +21,9 @@ from mcp.client import Client
 from PIL import Image
 from surroundings import keep_the_database
 
-from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.settings import Settings, decoder_environment
 from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
@@ -176,6 +177,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         clock: Clock | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         pause: Sleep = anyio.sleep,
+        decoder_command: list[str] | None = None,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -190,10 +192,19 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
             }
         )
         transport = transport or httpx.ASGITransport(simulator.app)
-        async with open_studio(settings, transport=transport, clock=clock, sleep=clock.sleep, pause=pause) as studio:
-            yield World(studio, simulator, clock, tmp_path, settings)
+        with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
+            own: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
+            async with open_studio(settings, decoder=decoder, **own) as studio:
+                yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    """A decoder with real processes."""
+    with closing(Decoder(decoder_environment())) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -189,6 +189,13 @@ def environment_without_ours() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
 
 
+def decoder_environment() -> dict[str, str]:
+    """The complete environment of the process that decodes images: only what Python needs to start."""
+    # Windows' sockets and random numbers need SYSTEMROOT. Some builds of Python find their libraries by the others.
+    needed = ("SYSTEMROOT", "WINDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    return {name: value for name in needed if (value := os.environ.get(name))}
+
+
 def _said(environ: Mapping[str, str]) -> dict[str, str]:
     given = {name: environ.get(name, "").strip() for name in VARIABLES}
     # A key in quotes is refused in words of its own.

@@ -11,17 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
+import anyio
+
 from evolink_mcp.api.costs import priced
-from evolink_mcp.cli.settings import Settings, has_display
-from evolink_mcp.errors import JournalUnwritable, Refused
+from evolink_mcp.cli.settings import Settings, decoder_environment, has_display
+from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
-from evolink_mcp.pictures.inspect import NotAPicture
-from evolink_mcp.pictures.previews import preview
+from evolink_mcp.pictures.decode_process import Decoder
+from evolink_mcp.pictures.folders import open_plain
+from evolink_mcp.pictures.unusable import UnusableImage
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.times import instant
 
@@ -93,7 +97,8 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
         return 1
     which = f" with “{harmless(' '.join(words), 80)}”" if words else ""
     title = f"All pictures{which}" if since == "all" else f"Pictures since {harmless(since, 40)}{which}"
-    page, count = sheet(entries, title, complain)
+    with closing(Decoder(decoder_environment())) as decoder:
+        page, count = anyio.run(sheet, entries, title, complain, decoder)
     if not count:
         complain("there is no saved picture to show; try --since 7d or --since all")
         return 1
@@ -130,8 +135,8 @@ def show(path: Path) -> bool:
     return done.returncode == 0
 
 
-def sheet(entries: list[Entry], title: str, log: Say) -> tuple[str, int]:
-    """One HTML page with a small copy of every picture in it, and how many there are; nothing else is loaded from it."""
+async def sheet(entries: list[Entry], title: str, log: Say, decoder: Decoder) -> tuple[str, int]:
+    """Return one HTML page with a small copy of each image, and the number of images. The page loads nothing else."""
     cards: list[str] = []
     spent = 0.0
     for entry in entries:
@@ -140,8 +145,9 @@ def sheet(entries: list[Entry], title: str, log: Say) -> tuple[str, int]:
             if picture.path is None or not picture.here or len(cards) >= SHEET_MAX:
                 continue
             try:
-                small = preview(Path(picture.path), SHEET_EDGE, PREVIEW_MAX_BYTES)
-            except (NotAPicture, OSError) as error:
+                with open_plain(Path(picture.path)) as file:
+                    small = await decoder.preview(file, edge=SHEET_EDGE, budget=PREVIEW_MAX_BYTES)
+            except (UnusableImage, DecoderUnavailable, OSError) as error:
                 log(f"{picture.path} is left out ({error})")
                 continue
             if small is not None:

@@ -20,6 +20,7 @@ from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import callbacks_of, open_studio, server_for, store_of
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_mark
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.pictures.object_store import PATH as PICTURES
 from evolink_mcp.pictures.object_store import ObjectStore
 from evolink_mcp.studio.callbacks import PATH as CALLBACKS
@@ -69,6 +70,7 @@ async def open_tenant(
     *,
     database: Database | None = None,
     poller: Poller | None = None,
+    decoder: Decoder | None = None,
     store: ObjectStore | None = None,
     tally: Tally | None = None,
 ) -> AsyncGenerator[Any]:
@@ -84,6 +86,7 @@ async def open_tenant(
         shared=tenant.shares_account,
         database=database,
         poller=poller,
+        decoder=decoder,
         store=store,
         tally=tally,
         transport=transport,
@@ -202,7 +205,13 @@ def tenants_app(
             return make(server, studio)
 
         poller = studios.poller_of(settings_of(tenant, settings), group, transport)
-        own: Any = {"database": studios.database, "poller": poller, "store": store, "tally": studios.tally}
+        own: Any = {
+            "database": studios.database,
+            "poller": poller,
+            "decoder": studios.decoder,
+            "store": store,
+            "tally": studios.tally,
+        }
         try:
             async with open_tenant(tenant, settings, noting, transport, **own) as app:
                 yield app
@@ -232,10 +241,14 @@ async def go_on_with_what_was_left(studios: Studios, tenants: Tenants, settings:
 
 
 class Studios:
-    """The open studios of this server, by their accounts' marks. `tally` counts what all of them do."""
+    """The open studios of this server, by their accounts' marks. `tally` counts what all of them do.
 
-    def __init__(self, database: Database | None) -> None:
+    `decoder` decodes the images of all of them.
+    """
+
+    def __init__(self, database: Database | None, decoder: Decoder) -> None:
         self.database = database
+        self.decoder = decoder
         self.tally = Tally()
         self.metrics: Metrics | None = None
         self._open: list[Studio] = []

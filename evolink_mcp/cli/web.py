@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,11 @@ import anyio
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.cli.process import keep_what_stays, leave_in_time
-from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.settings import Settings, decoder_environment
 from evolink_mcp.cli.team import Studios, app_of, behind_door, go_on_with_what_was_left, names_of, tenants_app
 from evolink_mcp.cli.values import BadSetting
 from evolink_mcp.cli.wiring import open_studio, open_team_database, server_for
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.transports.auth import BadTokens, Tokens
 from evolink_mcp.transports.callers import Callers
@@ -31,7 +33,8 @@ def serve_web(options: Namespace, settings: Settings, log: Callable[[str], None]
     """
     callers = callers_of(settings, options)
     names = names_of(options.allowed_host, settings)
-    return anyio.run(partial(_serve, options, settings, callers, names, log))
+    with closing(Decoder(decoder_environment())) as decoder:
+        return anyio.run(partial(_serve, options, settings, callers, names, log, decoder))
 
 
 def callers_of(settings: Settings, options: Namespace) -> Callers | None:
@@ -63,10 +66,15 @@ def callers_of(settings: Settings, options: Namespace) -> Callers | None:
 
 
 async def _serve(
-    options: Namespace, settings: Settings, callers: Callers | None, names: list[str], log: Callable[[str], None]
+    options: Namespace,
+    settings: Settings,
+    callers: Callers | None,
+    names: list[str],
+    log: Callable[[str], None],
+    decoder: Decoder,
 ) -> int:
     async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
-        studios = Studios(database)
+        studios = Studios(database, decoder)
         is_team = callers is not None or database is not None
         place: Any = {"command": options.command, "host": options.host, "names": names}
 
@@ -91,7 +99,9 @@ async def _serve(
             return await serve_app(door, options.host, options.port, leave_in_time, ready, drained)
 
         if callers is None:
-            async with open_studio(settings, remote=True, database=database, tally=studios.tally) as studio:
+            async with open_studio(
+                settings, remote=True, database=database, decoder=decoder, tally=studios.tally
+            ) as studio:
                 code = await served(app_of(studios, server_for(studio, settings), studio, **place))
         else:
             tenants = tenants_app(settings, callers, studios, group, **place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,10 +12,11 @@ import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.cli.settings import Settings
+from evolink_mcp.cli.settings import Settings, decoder_environment
 from evolink_mcp.journal.contract import Journal
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.keeping import ForCallersElsewhere, InFolders, Keeping
 from evolink_mcp.pictures.object_store import Links, ObjectStore
@@ -41,6 +42,7 @@ async def open_studio(
     shared: bool = False,
     database: Database | None = None,
     poller: Poller | None = None,
+    decoder: Decoder | None = None,
     store: ObjectStore | None = None,
     tally: Tally | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
@@ -52,7 +54,8 @@ async def open_studio(
 
     `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
     other tenants spend from the same account. `database` is the team's, open, where several tenants use it.
-    `poller` reads for all studios of the account, `store` keeps the pictures of all. `tally` counts what the studio does.
+    `poller` reads for all studios of the account. `decoder` and `store` serve the images of all studios.
+    `tally` counts what the studio does.
     `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
@@ -75,10 +78,12 @@ async def open_studio(
             if database is None:
                 database = await stack.enter_async_context(open_database(settings.database_url))
             journal = PostgresJournal(database, account, strict=bool(tenant))
-        keeping: Keeping = InFolders(folders, sidecars=settings.sidecars)
+        if decoder is None:
+            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
+        keeping: Keeping = InFolders(folders, decoder, sidecars=settings.sidecars)
         if tenant or settings.team.store is not None:
             place = store or store_of(settings, clock)
-            keeping = ForCallersElsewhere(client, account, place, settings.data_dir / "copies", clock=clock)
+            keeping = ForCallersElsewhere(client, account, place, settings.data_dir / "copies", decoder, clock=clock)
         references = References(client, journal, folders, keeping, local=local, clock=clock)
         studio = Studio(
             client, journal, keeping, references, settings.budget,

@@ -1,15 +1,21 @@
-"""What a picture's bytes are: type, size, alpha, and whether it is whole. The only module that opens pictures."""
+"""Open an image: type, size, transparency, and whether it is complete. The only module that calls Pillow's open.
+
+Its functions run in the decoder process.
+"""
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from evolink_mcp.api.sizes import MAX_PIXELS
-from evolink_mcp.pictures.metadata import orientation
+from evolink_mcp.pictures.metadata import orientation, without_metadata
+from evolink_mcp.pictures.structure import parts_of
+from evolink_mcp.pictures.unusable import Reason, UnusableImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,78 +25,106 @@ MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"\xff\xd8\xff", 0, "image/jpeg", ".jpg"),
     (b"WEBP", 8, "image/webp", ".webp"),
 )
+SUFFIX_OF = {mime_type: suffix for _, _, mime_type, suffix in MAGIC}
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What a picture's bytes say: MIME type, usual suffix, width and height in pixels as it is seen, whether it has alpha.
+class ImageFacts:
+    """The properties of an image: MIME type, width and height in pixels as displayed, whether it has alpha.
 
-    `upright`: its pixels lie as they are seen, no EXIF orientation turns them. Only of a picture that was decoded:
-    `transparent` is the share of pixels that can be seen through, None without alpha; `one_colour`: all its pixels are
-    alike.
+    `is_upright`: no EXIF orientation rotates it. The others need all pixels: `transparent` is the share of pixels that
+    are not opaque, None without alpha; `is_one_colour`: all pixels are equal.
     """
 
     mime_type: str
-    suffix: str
     width: int
     height: int
     has_alpha: bool
-    upright: bool = True
+    is_upright: bool = True
     transparent: float | None = None
-    one_colour: bool = False
+    is_one_colour: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """The usual suffix of the type, with its dot."""
+        return SUFFIX_OF[self.mime_type]
 
 
-class NotAPicture(ValueError):
-    """The bytes are not a whole PNG, JPEG or WebP picture within the limits."""
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """An image whose head was read: Pillow's object, its facts, its EXIF orientation and the file without metadata."""
+
+    image: Image
+    facts: ImageFacts
+    orientation: int
+    content: bytes
 
 
 def sniff(head: bytes) -> tuple[str, str] | None:
-    """(MIME type, suffix) by magic bytes; None for anything but PNG, JPEG and WebP."""
+    """Return (MIME type, suffix) by magic bytes; None for anything but PNG, JPEG and WebP."""
     for magic, offset, mime_type, suffix in MAGIC:
         if head[offset : offset + len(magic)] == magic and (offset == 0 or head[:4] == b"RIFF"):
             return mime_type, suffix
     return None
 
 
-def examine(file: BinaryIO, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS, whole: bool = True) -> Facts:
-    """Type and size of the picture in `file`; with `whole`, every pixel is decoded once. Blocks: run it in a child.
-
-    Raises:
-        NotAPicture: not one of the three types, too large, or damaged.
-    """
-    with checked(file, max_pixels, max_side) as (image, facts):
-        return decoded(image, facts) if whole else facts
-
-
 @contextmanager
-def checked(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS) -> Generator[tuple[Image, Facts]]:
-    """The picture in `file`, its parts counted but not decoded yet, with what its head says.
+def open_image(content: bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS) -> Generator[OpenImage]:
+    """Open an image and read its head. Pillow sees the file without its metadata, and only after its parts were counted.
 
     Raises:
-        NotAPicture: as `examine`.
+        UnusableImage: not one of the three types, too large, too many parts, or damaged. Also for an error of Pillow
+            inside the `with` block.
     """
-    known = sniff(file.read(16))
+    from PIL import Image as pil
+
+    known = sniff(content[:16])
     if known is None:
-        raise NotAPicture("it is not a PNG, JPEG or WebP picture")
+        raise UnusableImage(Reason.NOT_AN_IMAGE)
+    mime_type = known[0]
+    parts = parts_of(content, mime_type)
+    turn = orientation(content, mime_type, parts)
+    plain = without_metadata(content, mime_type, parts)
+    pil.MAX_IMAGE_PIXELS = None  # the limit below replaces it
     try:
-        turned = orientation(file, known[0])
-    except ValueError as error:
-        raise NotAPicture(f"it is damaged or incomplete: {error}") from error
-    file.seek(0)
-    with opened(file, max_pixels, max_side) as image:
-        width, height = reversed(image.size) if turned >= 5 else image.size
-        yield image, Facts(*known, width, height, image.has_transparency_data, upright=turned == 1)
+        with pil.open(io.BytesIO(plain), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels or max(image.size) > max_side:
+                raise UnusableImage(Reason.TOO_LARGE, image.size)
+            width, height = reversed(image.size) if turn >= 5 else image.size
+            facts = ImageFacts(mime_type, width, height, image.has_transparency_data, is_upright=turn == 1)
+            yield OpenImage(image, facts, turn, plain)
+    except UnusableImage:
+        raise
+    except MemoryError as error:
+        raise UnusableImage(Reason.TOO_MUCH_MEMORY) from error
+    except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:
+        raise UnusableImage(Reason.DAMAGED) from error
 
 
-def decoded(image: Image, facts: Facts) -> Facts:
-    """`facts` with what only the pixels tell; decodes all of them."""
+def decode(image: Image, facts: ImageFacts) -> ImageFacts:
+    """Decode all pixels and return the facts with the properties that need them."""
     image.load()
-    return replace(facts, transparent=_transparent(image), one_colour=_is_one_colour(image))
+    return replace(facts, transparent=_transparent(image), is_one_colour=_is_one_colour(image))
+
+
+def upright(image: Image, turn: int) -> Image:
+    """Return the image rotated and mirrored as its EXIF orientation `turn` (1 to 8) orders."""
+    from PIL.Image import Transpose
+
+    methods = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image if turn == 1 else image.transpose(methods[turn])
 
 
 def _transparent(image: Image) -> float | None:
-    """The share of pixels that can be seen through."""
     if "A" not in image.getbands():
         return None
     opaque = image.histogram()[-1]  # alpha is the last band
@@ -101,22 +135,3 @@ def _is_one_colour(image: Image) -> bool:
     extrema = cast("Any", image.getextrema())
     bands = extrema if isinstance(extrema[0], tuple) else (extrema,)
     return all(low == high for low, high in bands)
-
-
-@contextmanager
-def opened(file: BinaryIO, max_pixels: int = MAX_PIXELS, max_side: int = MAX_PIXELS) -> Generator[Image]:
-    """The picture in `file`, not decoded yet; every error that Pillow has for a damaged file becomes NotAPicture."""
-    from PIL import Image as pil
-
-    pil.MAX_IMAGE_PIXELS = None  # the size is checked below, before anything is decoded
-    try:
-        with pil.open(file, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels or max(image.size) > max_side:
-                raise NotAPicture(f"it is too large: {image.width}×{image.height} pixels")
-            yield image
-    except NotAPicture:
-        raise
-    except MemoryError as error:
-        raise NotAPicture("it needs too much memory") from error
-    except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:
-        raise NotAPicture("it is damaged or incomplete") from error

@@ -20,6 +20,7 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import is_task_id
 from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired, Refused, StoreUnusable
 from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.pictures.downloads import download
 from evolink_mcp.pictures.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, Folders, is_reserved, open_plain, stem_of
 from evolink_mcp.pictures.object_store import ObjectStore
@@ -36,9 +37,13 @@ Fetch = Callable[[BinaryIO], Awaitable[int]]
 
 
 class Keeping(Protocol):
-    """How the pictures of one account are kept. `keeps`: whether they stay longer than EvoLink's links."""
+    """How the images of one account are stored. `keeps`: whether they stay longer than EvoLink's links.
+
+    `decoder` decodes the images of the whole server.
+    """
 
     keeps: bool
+    decoder: Decoder
 
     def check_name(self, save_as: str) -> None:
         """Check a name before anything is bought.
@@ -80,8 +85,9 @@ class InFolders:
 
     keeps = True
 
-    def __init__(self, folders: Folders, *, sidecars: bool = True) -> None:
+    def __init__(self, folders: Folders, decoder: Decoder, *, sidecars: bool = True) -> None:
         self._folders = folders
+        self.decoder = decoder
         self._sidecars = sidecars
 
     def check_name(self, save_as: str) -> None:
@@ -90,7 +96,8 @@ class InFolders:
 
     async def keep(self, entry: Entry, picture: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
         """See Keeping."""
-        kept = await keep(fetch, self._target(entry, picture.index, entry.save_as), preview_edge=preview_edge)
+        target = self._target(entry, picture.index, entry.save_as)
+        kept = await keep(fetch, target, self.decoder, preview_edge=preview_edge, order=entry.key)
         saved = replace(picture, **asdict(kept))
         if self._sidecars:
             await lay_beside(entry, saved)
@@ -100,7 +107,8 @@ class InFolders:
         """See Keeping; the first file stays."""
         if picture.path is None or not picture.here:
             return picture
-        kept = await keep(partial(_copied, Path(picture.path)), self._target(entry, picture.index, save_as))
+        target = self._target(entry, picture.index, save_as)
+        kept = await keep(partial(_copied, Path(picture.path)), target, self.decoder, order=entry.key)
         return replace(picture, **asdict(kept))
 
     async def file(self, task_id: str, picture: Picture) -> Path:
@@ -135,6 +143,7 @@ class ForCallersElsewhere:
         account: str,
         store: ObjectStore | None,
         copies: Path,
+        decoder: Decoder,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -142,6 +151,7 @@ class ForCallersElsewhere:
         self._account = account
         self._store = store
         self._copies = copies
+        self.decoder = decoder
         self._clock = clock
         self._swept = 0.0
         self.keeps = store is not None
@@ -161,7 +171,7 @@ class ForCallersElsewhere:
         copy = self._copy(entry.task_id, picture.index)
         await self._sweep()
         with _told_without_paths():
-            kept = await keep(fetch, copy, preview_edge=preview_edge)
+            kept = await keep(fetch, copy, self.decoder, preview_edge=preview_edge, order=entry.key)
         facts = asdict(kept) | {"path": None}
         if self._store is not None:
             name = _file_name(entry, picture.index, Path(kept.path).suffix)
@@ -183,7 +193,7 @@ class ForCallersElsewhere:
             return found
         await self._sweep()
         with _told_without_paths():
-            return Path((await keep(partial(self._fetch, picture), copy)).path)
+            return Path((await keep(partial(self._fetch, picture), copy, self.decoder, order=task_id)).path)
 
     async def shown(self, entry: Entry) -> Entry:
         """See Keeping: no path, and a link to what is stored in place of EvoLink's, which ends sooner."""

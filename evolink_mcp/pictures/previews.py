@@ -1,99 +1,90 @@
-"""A picture made small, to be shown inside an answer: as it is checked, or later from its file."""
+"""Small copies of images for answers and pages, and the cache of those made while an image was checked."""
 
 from __future__ import annotations
 
 import io
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from evolink_mcp.pictures.folders import open_plain
-from evolink_mcp.pictures.inspect import Facts, checked, decoded, opened
+from evolink_mcp.pictures.inspect import ImageFacts, OpenImage, decode, open_image, upright
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# What may be asked for, in pixels.
+# Limits of the longest edge, in pixels.
 PREVIEW_EDGE_MIN, PREVIEW_EDGE_MAX = 64, 2048
-# Longest edge in pixels by the number of pictures: many are shown smaller, so that all of them fit and none is late.
+# Longest edge in pixels by the number of images: smaller for many images, so that all fit into one answer.
 EDGES = {1: 1024, 2: 768, 3: 768, 4: 640}
 EDGE_OF_MANY = 512
-# (share of the longest edge, WebP quality): the first step that fits the budget is taken.
+# (share of the longest edge, WebP quality): the first step that fits the budget is used.
 LADDER = ((1.0, 80), (0.75, 60), (0.5, 50), (0.25, 40))
-# Pillow halves the picture by averaging first, while it stays 1.5 times the target: half the time, no visible loss.
+# Pillow first halves the image by averaging while it stays 1.5 times the target: half the time, no visible loss.
 REDUCING_GAP = 1.5
-KEPT_MAX_BYTES = 8 << 20
-_KEPT: OrderedDict[tuple[str, int, int, int], bytes] = OrderedDict()
-Kind = Literal["webp", "png"]
+CACHE_MAX_BYTES = 8 << 20
+_CACHE: OrderedDict[tuple[str, int, int, int], bytes] = OrderedDict()
 
 
 def edge_of(pictures: int, longest_edge: int | None) -> int:
-    """The longest edge of each preview, in pixels, when `pictures` are shown; `longest_edge` is the owner's setting."""
+    """Return the longest edge of each preview in pixels for an answer with `pictures` images. A set `longest_edge` wins."""
     return EDGES.get(pictures, EDGE_OF_MANY) if longest_edge is None else longest_edge
 
 
-def preview(path: Path, edge: int, budget: int, kind: Kind = "webp") -> bytes | None:
-    """A small copy of the picture at `path`: longest edge ≤ `edge` pixels, ≤ `budget` bytes, upright, no metadata.
+def preview(content: bytes, edge: int, budget: int) -> bytes | None:
+    """Return a small upright copy of an image without metadata: longest edge ≤ `edge` pixels, ≤ `budget` bytes.
 
-    None where no step of the ladder fits. Blocks: run it in a child.
-
-    Raises:
-        NotAPicture: too large, damaged, or not a picture (any more).
-        OSError: the file cannot be read.
-    """
-    with open_plain(path) as file, opened(file) as image:
-        image.draft("RGB", (edge, edge))  # a JPEG is decoded at the size that is needed
-        return _made_small(image, edge, budget, kind)
-
-
-def check_and_preview(path: Path, edge: int) -> tuple[Facts, bytes | None]:
-    """What the picture at `path` is, every pixel decoded, and its preview (None if `edge` is 0), from one decoding.
-
-    Blocks: run it in a child.
+    None if no step of the ladder fits. Runs in the decoder process.
 
     Raises:
-        NotAPicture: too large, damaged, or no picture.
-        OSError: the file cannot be read.
+        UnusableImage: too large, damaged, or not an image.
     """
-    with path.open("rb") as file, checked(file) as (image, facts):
-        facts = decoded(image, facts)
-        return facts, _made_small(image, edge, KEPT_MAX_BYTES) if edge else None
+    with open_image(content) as opened:
+        opened.image.draft("RGB", (edge, edge))  # a JPEG is decoded at the size that is needed
+        return _reduce(opened, edge, budget)
 
 
-def remember(path: Path, edge: int, made: bytes) -> None:
-    """Keep a preview that was made while its picture was checked; the oldest go beyond KEPT_MAX_BYTES."""
-    _KEPT[_mark(path, edge)] = made
-    while sum(map(len, _KEPT.values())) > KEPT_MAX_BYTES:
-        _KEPT.popitem(last=False)
+def check_and_preview(content: bytes, edge: int, budget: int = CACHE_MAX_BYTES) -> tuple[ImageFacts, bytes | None]:
+    """Return the facts of an image and its preview (None if `edge` is 0). All pixels are decoded, once.
+
+    Runs in the decoder process.
+
+    Raises:
+        UnusableImage: too large, damaged, or not an image.
+    """
+    with open_image(content) as opened:
+        facts = decode(opened.image, opened.facts)
+        return facts, _reduce(opened, edge, budget) if edge else None
+
+
+def remember(path: Path, edge: int, content: bytes) -> None:
+    """Cache a preview that was made while its image was checked. The oldest ones are dropped beyond CACHE_MAX_BYTES."""
+    _CACHE[_cache_key(path, edge)] = content
+    while sum(map(len, _CACHE.values())) > CACHE_MAX_BYTES:
+        _CACHE.popitem(last=False)
 
 
 def remembered(path: Path, edge: int) -> bytes | None:
-    """The preview that `remember` was given, if the file has not changed since.
+    """Return the cached preview if the file has not changed since.
 
     Raises:
         OSError: the file is gone.
     """
-    return _KEPT.get(_mark(path, edge))
+    return _CACHE.get(_cache_key(path, edge))
 
 
-def _mark(path: Path, edge: int) -> tuple[str, int, int, int]:
-    now = path.stat()
-    return str(path), now.st_mtime_ns, now.st_size, edge
+def _cache_key(path: Path, edge: int) -> tuple[str, int, int, int]:
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size, edge
 
 
-def _made_small(image: Image, edge: int, budget: int, kind: Kind = "webp") -> bytes | None:
-    from PIL import ImageOps
-
+def _reduce(opened: OpenImage, edge: int, budget: int) -> bytes | None:
+    image = opened.image
     mode = "RGBA" if image.has_transparency_data else "RGB"
     step = image.convert(mode) if image.mode != mode else image
     for share, quality in LADDER:
         longest = max(1, int(edge * share))
-        # In place, from the last step: to copy a 4K picture takes as long as to encode it.
+        # In place, from the previous step: a copy of a 4K image takes as long as its encoding.
         step.thumbnail((longest, longest), reducing_gap=REDUCING_GAP)
-        ImageOps.exif_transpose(step, in_place=True)
-        step.info.clear()
+        rotated = upright(step, opened.orientation)
+        rotated.info.clear()
         out = io.BytesIO()
-        step.save(out, kind, quality=quality, method=2)
+        rotated.save(out, "WEBP", quality=quality, method=2)
         if out.tell() <= budget:
             return out.getvalue()
     return None

@@ -24,13 +24,11 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import DownloadFailed, JournalUnwritable, ReferenceRefused
 from evolink_mcp.journal.contract import Journal
-from evolink_mcp.pictures.child import in_child
 from evolink_mcp.pictures.folders import Folders, open_plain
 from evolink_mcp.pictures.found import Checked, Found, check_mask, sha256_of, with_pictures
-from evolink_mcp.pictures.inspect import NotAPicture
 from evolink_mcp.pictures.keeping import Keeping
 from evolink_mcp.pictures.sidecar import made_as
-from evolink_mcp.pictures.upright import check_reference, presentable
+from evolink_mcp.pictures.unusable import Reason, UnusableImage
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20
@@ -168,7 +166,8 @@ class References:
     async def _checked(self, read: Callable[[], BinaryIO], shown: str, is_mask: bool) -> Found:
         async with self._in_memory:
             content, mark = await _border(partial(_content, read), shown)
-            facts = await _border(partial(in_child, "reference", check_reference, content, is_mask), shown)
+            check = partial(self._keeping.decoder.check_reference, content, is_mask=is_mask, order=mark)
+            facts = await _border(check, shown)
         transparent = bool(facts.transparent) if is_mask else None
         return Found(mark, None, facts.mime_type, (facts.width, facts.height), transparent, read)
 
@@ -181,7 +180,8 @@ class References:
         assert picture.mime_type is not None
         async with self._uploading.setdefault(picture.mark, anyio.Lock()), self._in_memory:
             content, _ = await _border(partial(_content, picture.read, picture.mark), "a reference")
-            content = await _border(partial(in_child, "reference", presentable, content), "a reference")
+            normalize = partial(self._keeping.decoder.normalize, content, order=picture.mark)
+            content = await _border(normalize, "a reference")
             digest = await anyio.to_thread.run_sync(_sha256, content)
             now = self._clock()
             with suppress(JournalUnwritable):
@@ -198,7 +198,7 @@ async def _border(read: Callable[[], Awaitable[T]], shown: str) -> T:
     """Await `read`; refuse a picture that cannot be a reference, and say why."""
     try:
         return await read()
-    except NotAPicture as error:
+    except UnusableImage as error:
         raise ReferenceRefused(
             f"{shown} cannot be a reference: {error}", advice="Use a whole .png, .jpg or .webp."
         ) from error
@@ -210,7 +210,7 @@ async def _content(read: Callable[[], BinaryIO], checked_mark: str | None = None
     """The picture's bytes in memory, and their mark. It must be `checked_mark`, if given: a file may change later.
 
     Raises:
-        NotAPicture: more than REFERENCE_MAX_BYTES, or changed.
+        UnusableImage: more than REFERENCE_MAX_BYTES, or changed.
         OSError: it cannot be read.
     """
 
@@ -218,10 +218,10 @@ async def _content(read: Callable[[], BinaryIO], checked_mark: str | None = None
         with read() as file:
             content = file.read(REFERENCE_MAX_BYTES + 1)
         if len(content) > REFERENCE_MAX_BYTES:
-            raise NotAPicture("it has more than 50 MB")
+            raise UnusableImage(Reason.TOO_MANY_BYTES)
         mark = f"sha256:{_sha256(content)}"
         if checked_mark not in (None, mark):
-            raise NotAPicture("it was changed while it was being read")
+            raise UnusableImage(Reason.CHANGED)
         return content, mark
 
     return await anyio.to_thread.run_sync(whole, abandon_on_cancel=True)

@@ -14,11 +14,12 @@ from typing import BinaryIO
 
 import anyio.to_thread
 
-from evolink_mcp.errors import FolderRefused, PictureUnusable
-from evolink_mcp.pictures.child import in_child
+from evolink_mcp.errors import DecoderUnavailable, DownloadFailed, FolderRefused, PictureRejected, PictureUnusable
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, make_folder, move_to_free_name, stem_of
-from evolink_mcp.pictures.inspect import Facts, NotAPicture
-from evolink_mcp.pictures.previews import check_and_preview, remember
+from evolink_mcp.pictures.inspect import ImageFacts
+from evolink_mcp.pictures.previews import remember
+from evolink_mcp.pictures.unusable import UnusableImage
 
 try:
     import fcntl
@@ -43,14 +44,22 @@ class Kept:
     one_colour: bool = False
 
 
-async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path, *, preview_edge: int = 0) -> Kept:
-    """Fetch a picture into `target`'s folder under its stem and true suffix; never overwrites: -1, -2 …
+async def keep(
+    fetch: Callable[[BinaryIO], Awaitable[int]],
+    target: Path,
+    decoder: Decoder,
+    *,
+    preview_edge: int = 0,
+    order: str = "",
+) -> Kept:
+    """Download an image into the folder of `target`, under its stem and the suffix of its type. Never overwrite a file.
 
-    With a `preview_edge` (pixels) its preview is made from the same decoding, and remembered.
+    With a `preview_edge` (pixels) the same decoding makes a preview for the cache. `order` names the purchase.
 
     Raises:
         FolderRefused: the folder cannot be made or written.
-        PictureUnusable: what came is not a whole picture.
+        PictureUnusable: the downloaded file is not a complete image.
+        DownloadFailed: no decoder process starts, so the file cannot be checked.
     """
     try:
         make_folder(target.parent)
@@ -59,19 +68,22 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path, *, pre
         raise _unwritable(target.parent, error) from error
     part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             with suppress(OSError):  # not every file system has locks
                 _lock(file.fileno())
             await fetch(file)
             file.flush()
-            facts, small = await in_child("check", check_and_preview, part, preview_edge)
+            facts, small = await decoder.check(file, edge=preview_edge, order=order)
         kept = await anyio.to_thread.run_sync(_settle, part, target, facts, abandon_on_cancel=True)
         if small is not None:
             with suppress(OSError):
                 remember(Path(kept.path), preview_edge, small)
         return kept
-    except NotAPicture as error:
-        raise PictureUnusable(f"what EvoLink sent is not usable: {error}") from error
+    except UnusableImage as error:
+        refusal = PictureRejected if error.is_hostile else PictureUnusable
+        raise refusal(f"the file that EvoLink sent is not usable: {error}") from error
+    except DecoderUnavailable as error:
+        raise DownloadFailed(error.what, code=error.code, advice=f"The picture is paid. {error.advice}") from error
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     finally:
@@ -79,7 +91,7 @@ async def keep(fetch: Callable[[BinaryIO], Awaitable[int]], target: Path, *, pre
             part.unlink()
 
 
-def _settle(part: Path, target: Path, facts: Facts) -> Kept:
+def _settle(part: Path, target: Path, facts: ImageFacts) -> Kept:
     """Sync the checked file to the disk and give it the first free name."""
     _sweep(part.parent)
     with part.open("r+b") as file:
@@ -101,7 +113,7 @@ def _settle(part: Path, target: Path, facts: Facts) -> Kept:
         size,
         digest,
         facts.transparent,
-        facts.one_colour,
+        facts.is_one_colour,
     )
 
 

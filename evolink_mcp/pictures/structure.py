@@ -1,6 +1,6 @@
-"""The parts of a picture file are counted before a decoder sees it: a small file can order hours of work.
+"""Split an image file into segments or chunks, and refuse a file that would cost the decoder too much work.
 
-An honest progressive JPEG has about ten scans, and no honest picture has thousands of segments or empty chunks.
+All functions take the complete file as bytes. They run in linear time and decode nothing.
 """
 
 from __future__ import annotations
@@ -9,31 +9,34 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
-SCANS_MAX = 60
+from evolink_mcp.pictures.unusable import Reason, UnusableImage
+
+# A progressive JPEG of mozjpeg has about 12 scans. Each scan costs the decoder one pass over all pixels.
+SCANS_MAX = 30
 SEGMENTS_MAX = 2_000
+# Quantization and Huffman tables: an optimized progressive JPEG has 1 KiB per scan.
+TABLE_BYTES_MAX = 64 << 10
+# Bytes FF before a marker. Encoders use a few for alignment.
+FILL_BYTES_MAX = 64 << 10
 CHUNKS_MAX = 20_000
+# Chunks of a PNG that hold no pixels, for example text and colour profiles.
+OTHER_CHUNKS_MAX = 256
 FRAMES_MAX = 1_000
-_BLOCK = 1 << 20
-_END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed byte, nor a restart, nor filling
-_ALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers without a length
-SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
-
-
-class TooManyParts(ValueError):
-    """The file has more parts than any honest picture."""
-
-
-class BreaksOff(ValueError):
-    """The file ends before the picture does."""
+# A marker with the fill bytes before it. Possessive: no second attempt for the same bytes.
+_MARKER = re.compile(rb"\xff++([^\xff])")
+_END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, a restart marker or a fill byte
+_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers without a length
+_TABLES = frozenset([0xC4, 0xCC, 0xDB, 0xDD])  # DHT, DAC, DQT, DRI
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_PNG_PIXELS = frozenset([b"IDAT", b"fdAT", b"fcTL"])
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A segment of a JPEG with the scan that follows it, or a chunk of a PNG or WebP: its bytes are [start, end).
+    """A JPEG segment with the scan that follows it, or a chunk of a PNG or WebP: the bytes [start, end) of the file.
 
-    `kind` is the marker's number as one byte, or the chunk's four letters.
+    `kind` is the number of the marker as one byte, or the four letters of the chunk.
     """
 
     kind: bytes
@@ -41,91 +44,92 @@ class Part:
     end: int
 
 
-def walk(file: BinaryIO, mime_type: str) -> Iterator[Part]:
-    """The parts of the picture in `file`, in order, nothing decoded; linear in the size, constant in memory.
+def parts_of(content: bytes, mime_type: str) -> list[Part]:
+    """Return all parts of the image in order.
 
     Raises:
-        TooManyParts, BreaksOff: it is no honest or no whole picture.
+        UnusableImage: INCOMPLETE, DAMAGED or TOO_MANY_PARTS.
     """
-    return {"image/jpeg": _jpeg, "image/png": _png, "image/webp": _webp}[mime_type](file)
+    split = {"image/jpeg": _jpeg, "image/png": _png, "image/webp": _webp}[mime_type]
+    return list(split(content))
 
 
-def _jpeg(file: BinaryIO) -> Iterator[Part]:
-    file.seek(2)
-    scans = segments = 0
+def _jpeg(content: bytes) -> Iterator[Part]:
+    position = 2
+    scans = segments = fill_bytes = table_bytes = 0
     while True:
-        marker = _marker(file)
-        if marker == EOI:
-            return
-        if marker in _ALONE:
-            continue
+        marker = _MARKER.match(content, position)
+        if marker is None:
+            raise UnusableImage(Reason.INCOMPLETE if _is_fill(content, position) else Reason.DAMAGED)
+        number = marker[1][0]
+        fill_bytes += marker.end() - position - 2
         segments += 1
-        start = file.tell() - 2
-        length = file.read(2)
+        if fill_bytes > FILL_BYTES_MAX or segments > SEGMENTS_MAX:
+            raise UnusableImage(Reason.TOO_MANY_PARTS)
+        if number == _EOI:
+            return
+        if number in (0, _SOI):
+            raise UnusableImage(Reason.DAMAGED)
+        position = marker.end()
+        if number in _STANDALONE:
+            continue
+        length = content[position : position + 2]
         if len(length) < 2:
-            raise BreaksOff("the end is missing")
-        file.seek(max(struct.unpack(">H", length)[0] - 2, 0), 1)
-        if marker == SOS:
+            raise UnusableImage(Reason.INCOMPLETE)
+        start = position - 2
+        position += max(struct.unpack(">H", length)[0], 2)
+        if number in _TABLES:
+            table_bytes += position - start
+        if number == _SOS:
             scans += 1
-            _skip_scan(file)
-        if scans > SCANS_MAX or segments > SEGMENTS_MAX:
-            raise TooManyParts(f"it has more than {SCANS_MAX} scans or {SEGMENTS_MAX} segments")
-        end = file.tell()
-        yield Part(bytes([marker]), start, end)
-        file.seek(end)
+            end_of_scan = _END_OF_SCAN.search(content, position)
+            if end_of_scan is None:
+                raise UnusableImage(Reason.INCOMPLETE)
+            position = end_of_scan.start()
+        if scans > SCANS_MAX or table_bytes > TABLE_BYTES_MAX:
+            raise UnusableImage(Reason.TOO_MANY_PARTS)
+        yield Part(bytes([number]), start, position)
 
 
-def _marker(file: BinaryIO) -> int:
-    byte = file.read(1)
-    while byte == b"\xff":
-        if (byte := file.read(1)) not in (b"\xff", b""):
-            return byte[0]
-    raise BreaksOff("the end is missing")
+def _is_fill(content: bytes, position: int) -> bool:
+    """Return whether only fill bytes follow."""
+    return not content[position:].strip(b"\xff")
 
 
-def _skip_scan(file: BinaryIO) -> None:
-    """Go to the next marker after a scan's coded data."""
-    start = file.tell()
-    rest = b""
-    while block := file.read(_BLOCK):
-        data = rest + block
-        if found := _END_OF_SCAN.search(data):
-            file.seek(start + found.start())
-            return
-        start += len(data) - 1
-        rest = data[-1:]
-    raise BreaksOff("the end is missing")
-
-
-def _png(file: BinaryIO) -> Iterator[Part]:
+def _png(content: bytes) -> Iterator[Part]:
     end = 8
+    others = 0
     for _ in range(CHUNKS_MAX):
-        start = file.seek(end)
-        head = file.read(8)
+        start = end
+        head = content[start : start + 8]
         if len(head) < 8:
-            raise BreaksOff("the end is missing")
+            raise UnusableImage(Reason.INCOMPLETE)
+        kind = head[4:]
         end = start + 12 + struct.unpack(">I", head[:4])[0]
-        yield Part(head[4:], start, end)
-        if head[4:] == b"IEND":
+        others += kind not in _PNG_PIXELS
+        if others > OTHER_CHUNKS_MAX:
+            raise UnusableImage(Reason.TOO_MANY_PARTS)
+        yield Part(kind, start, end)
+        if kind == b"IEND":
             return
-    raise TooManyParts(f"it has more than {CHUNKS_MAX} chunks")
+    raise UnusableImage(Reason.TOO_MANY_PARTS)
 
 
-def _webp(file: BinaryIO) -> Iterator[Part]:
-    file.seek(4)
-    whole = 8 + struct.unpack("<I", file.read(4))[0]
+def _webp(content: bytes) -> Iterator[Part]:
+    if len(content) < 12:
+        raise UnusableImage(Reason.INCOMPLETE)
+    file_end = 8 + struct.unpack("<I", content[4:8])[0]
+    if len(content) < file_end:
+        raise UnusableImage(Reason.INCOMPLETE)
     end = 12
     for _ in range(FRAMES_MAX):
-        if end >= whole:
-            break
-        start = file.seek(end)
-        head = file.read(8)
+        if end >= file_end:
+            return
+        start = end
+        head = content[start : start + 8]
         if len(head) < 8:
-            raise BreaksOff("the end is missing")
-        length = struct.unpack("<I", head[4:8])[0]
+            raise UnusableImage(Reason.INCOMPLETE)
+        length = struct.unpack("<I", head[4:])[0]
         end = start + 8 + length + length % 2
         yield Part(head[:4], start, end)
-    else:
-        raise TooManyParts(f"it has more than {FRAMES_MAX} chunks")
-    if file.seek(0, 2) < whole:
-        raise BreaksOff("the end is missing")
+    raise UnusableImage(Reason.TOO_MANY_PARTS)

@@ -1,64 +1,74 @@
-"""A reference as it is sent: checked by its head, upright, without metadata. Blocks: run it in a child."""
+"""Check a reference image, and make the copy that is uploaded: upright and without metadata.
+
+Its functions run in the decoder process.
+"""
 
 from __future__ import annotations
 
 import io
 from typing import Any
 
-from evolink_mcp.pictures.inspect import Facts, NotAPicture, checked, decoded
-from evolink_mcp.pictures.metadata import without_metadata
+from evolink_mcp.pictures.inspect import ImageFacts, decode, open_image, upright
+from evolink_mcp.pictures.unusable import Reason, UnusableImage
 
 REFERENCE_MAX_PIXELS = 178_956_970
 REFERENCE_MAX_SIDE = 23_170
-# What fits into a child's memory: a mask once, a picture that must be turned twice.
+# The decoder has 300 MiB. A mask needs one copy of its pixels, rotation needs two.
 MASK_MAX_PIXELS = 50_000_000
-TURNED_MAX_PIXELS = 24_000_000
-# How a picture that had to be turned is written again.
-SAVED_AS: dict[str, dict[str, Any]] = {
+ROTATED_MAX_PIXELS = 24_000_000
+# How a rotated image is written.
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "image/jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "image/png": {"format": "PNG"},
     "image/webp": {"format": "WEBP", "quality": 95},
 }
 
 
-def check_reference(content: bytes, is_mask: bool) -> Facts:
-    """Type and size of a picture that may be sent; of a mask also the share of its transparent pixels.
+def check_reference(
+    content: bytes,
+    is_mask: bool,
+    *,
+    mask_max_pixels: int = MASK_MAX_PIXELS,
+    rotated_max_pixels: int = ROTATED_MAX_PIXELS,
+) -> ImageFacts:
+    """Return type and size of a reference image; for a mask also the share of its transparent pixels.
 
     Raises:
-        NotAPicture: it cannot be used, and why.
+        UnusableImage: EvoLink or this server cannot use it.
     """
-    with checked(io.BytesIO(content), REFERENCE_MAX_PIXELS, REFERENCE_MAX_SIDE) as (image, facts):
+    with open_image(content, REFERENCE_MAX_PIXELS, REFERENCE_MAX_SIDE) as opened:
+        image = opened.image
+        facts = opened.facts
         pixels = image.width * image.height
-        if not facts.upright and pixels > TURNED_MAX_PIXELS and facts.mime_type != "image/jpeg":
-            raise NotAPicture("its metadata turn it, and it is too large to be turned here: save it upright")
+        if not facts.is_upright and pixels > rotated_max_pixels and facts.mime_type != "image/jpeg":
+            raise UnusableImage(Reason.ROTATED_TOO_LARGE)
         if not is_mask or not facts.has_alpha:
             return facts
-        if pixels > MASK_MAX_PIXELS:
-            raise NotAPicture(f"a mask may have at most {MASK_MAX_PIXELS // 1_000_000} megapixels")
-        return decoded(image if "A" in image.getbands() else image.convert("RGBA"), facts)
+        if pixels > mask_max_pixels:
+            raise UnusableImage(Reason.MASK_TOO_LARGE)
+        return decode(image if "A" in image.getbands() else image.convert("RGBA"), facts)
 
 
-def presentable(content: bytes) -> bytes:
-    """The picture upright and without metadata. One that is upright keeps every pixel; another is written again.
+def normalize(content: bytes, *, rotated_max_pixels: int = ROTATED_MAX_PIXELS) -> bytes:
+    """Return the image upright and without metadata. An upright image keeps every pixel, another one is encoded again.
 
-    A JPEG of more than TURNED_MAX_PIXELS that must be turned is halved first (its edges, perhaps repeatedly).
+    A JPEG with more than `rotated_max_pixels` is halved before it is rotated, until it fits.
 
     Raises:
-        NotAPicture: it cannot be decoded.
+        UnusableImage: it cannot be decoded.
     """
-    with checked(io.BytesIO(content), REFERENCE_MAX_PIXELS, REFERENCE_MAX_SIDE) as (image, facts):
-        if facts.upright:
-            return without_metadata(content, facts.mime_type)
-        from PIL import ImageOps
-
+    with open_image(content, REFERENCE_MAX_PIXELS, REFERENCE_MAX_SIDE) as opened:
+        if opened.facts.is_upright:
+            return opened.content
+        image = opened.image
         shrink = 1
-        while image.width * image.height > TURNED_MAX_PIXELS * shrink**2:
+        while image.width * image.height > rotated_max_pixels * shrink**2:
             shrink *= 2
         if shrink > 1:
             image.draft(image.mode, (image.width // shrink, image.height // shrink))
-        colours = image.info.get("icc_profile")
-        ImageOps.exif_transpose(image, in_place=True)
-        image.info.clear()
+        icc_profile = image.info.get("icc_profile")
+        rotated = upright(image, opened.orientation)
+        rotated.info.clear()
         out = io.BytesIO()
-        image.save(out, icc_profile=colours, **SAVED_AS[facts.mime_type])
+        rotated.save(out, icc_profile=icc_profile, **SAVE_OPTIONS[opened.facts.mime_type])
         return out.getvalue()

@@ -12,7 +12,14 @@ import anyio
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
-from evolink_mcp.errors import DownloadFailed, EvolinkError, LinkExpired, PictureUnusable, StoreUnusable
+from evolink_mcp.errors import (
+    DownloadFailed,
+    EvolinkError,
+    LinkExpired,
+    PictureRejected,
+    PictureUnusable,
+    StoreUnusable,
+)
 from evolink_mcp.journal.entry import Picture
 from evolink_mcp.pictures.downloads import download
 from evolink_mcp.pictures.keeping import Keeping
@@ -69,7 +76,7 @@ class Collector:
         self._recorder.pictures_expected(job, _ordered(pictures))
         async with anyio.create_task_group() as group:
             for picture in list(pictures.values()):
-                if not picture.saved:
+                if not picture.saved and not picture.is_rejected:
                     group.start_soon(self._fetch, job, pictures, picture)
 
     def _pictures(self, job: Job, task: Task) -> dict[int, Picture]:
@@ -82,7 +89,9 @@ class Collector:
         for picture in job.entry.pictures:
             if picture.saved and not picture.here and picture.url_expires_at > self._clock():
                 picture = Picture(picture.index, picture.url, picture.url_expires_at)
-            if picture.saved or not pictures.get(picture.index, picture).saved:
+            if picture.is_rejected:
+                pictures[picture.index] = picture
+            elif picture.saved or not pictures.get(picture.index, picture).saved:
                 pictures[picture.index] = replace(picture, error=None, lost=False, unusable=False)
         return pictures
 
@@ -93,7 +102,13 @@ class Collector:
             except EvolinkError as error:
                 unusable = isinstance(error, PictureUnusable)
                 lost = unusable or (isinstance(error, DownloadFailed) and not error.retryable)
-                pictures[picture.index] = replace(picture, error=error.what, lost=lost, unusable=unusable)
+                pictures[picture.index] = replace(
+                    picture,
+                    error=error.what,
+                    lost=lost,
+                    unusable=unusable,
+                    is_rejected=isinstance(error, PictureRejected),
+                )
                 job.problem = job.problem or error.problem
                 self._tally.downloads["failed"] += 1
             else:

@@ -53,7 +53,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
         block = None
         with suppress(OSError):
             file = await waiting.studio.keeping.file(req.task_id, picture)
-            block = await picture_block(file, req.max_edge, host.answer_max)
+            block = await picture_block(file, req.max_edge, host.answer_max, waiting.studio.keeping.decoder)
         place = next(p.path or "its link is in the answer of get_task" for p in shown.pictures if p.index == req.index)
         if block is None:
             raise Refused(

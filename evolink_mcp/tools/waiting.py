@@ -74,7 +74,9 @@ class Waiting:
                                  "pixels, and computed by it from now on.")  # fmt: skip
             if job.problem is not None and not job.finished:
                 out.notes.append(f"EvoLink is asked again, ever more slowly, because {job.problem.message}.")
-            pictures = await previews(out, await self._files(job.entry), self.preview_edge, host.answer_max)
+            files = await self._files(job.entry)
+            decoder = self.studio.keeping.decoder
+            pictures = await previews(out, files, self.preview_edge, host.answer_max, decoder)
             more = links(out) if self.resource_links else []
             if job.finished and job.problem is None and job.entry.conclusive:
                 await self._hand_over(job, ctx)

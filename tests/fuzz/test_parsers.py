@@ -30,9 +30,9 @@ from evolink_mcp.cli.values import BadSetting
 from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.errors import Unreadable
 from evolink_mcp.journal.rows import entry_of
-from evolink_mcp.pictures.inspect import NotAPicture, sniff
-from evolink_mcp.pictures.metadata import without_metadata
-from evolink_mcp.pictures.upright import check_reference, presentable
+from evolink_mcp.pictures.inspect import sniff
+from evolink_mcp.pictures.unusable import UnusableImage
+from evolink_mcp.pictures.upright import check_reference, normalize
 from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
 from evolink_mcp.server.server import build_server
 from evolink_mcp.transports.auth import BadTokens, Refusal, Tokens
@@ -171,19 +171,19 @@ def test_a_damaged_picture_is_refused_or_sent_as_a_picture(kind: str, changes: l
         data[at % len(data)] = byte
     if cut:
         del data[-cut:]
-    with suppress(NotAPicture):
+    with suppress(UnusableImage):
         check_reference(bytes(data), is_mask=True)
-        sent = presentable(bytes(data))
+        sent = normalize(bytes(data))
         assert sniff(sent[:16]) == sniff(bytes(data)[:16])
-        assert without_metadata(sent, sniff(sent[:16])[0]) == sent  # type: ignore[index]
+        assert normalize(sent) == sent
 
 
 @FUZZ
 @given(some.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"]), some.binary(max_size=300))
 def test_bytes_behind_a_pictures_beginning_are_refused(magic: bytes, rest: bytes) -> None:
-    with suppress(NotAPicture):
+    with suppress(UnusableImage):
         check_reference(magic + rest, is_mask=False)
-        presentable(magic + rest)
+        normalize(magic + rest)
     assert sniff(io.BytesIO(magic + rest).read(16))
 
 

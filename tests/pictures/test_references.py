@@ -26,6 +26,7 @@ from evolink_mcp.cli.settings import Settings
 from evolink_mcp.cli.wiring import open_studio
 from evolink_mcp.errors import ReferenceRefused
 from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.pictures.folders import Folders
 from evolink_mcp.pictures.keeping import InFolders
 from evolink_mcp.pictures.references import References
@@ -382,7 +383,7 @@ def _swap_folder_for_link(desk: Path) -> None:
     ],
 )  # fmt: skip
 async def test_a_file_swapped_between_check_and_upload_is_not_sent(
-    tmp_path: Path, desk: Path, name: str, swap: Callable[[Path], None]
+    tmp_path: Path, desk: Path, decoder: Decoder, name: str, swap: Callable[[Path], None]
 ) -> None:
     for folder in (desk / "in", tmp_path / "other"):
         folder.mkdir()
@@ -395,7 +396,7 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
         transport=httpx.ASGITransport(simulator.app),
     )  # fmt: skip
     folders = Folders(desk, (desk,))
-    references = References(client, journal, folders, InFolders(folders))
+    references = References(client, journal, folders, InFolders(folders, decoder))
     request = GenerationRequest(prompt="blue", image_urls=[str(desk / name)])
     async with client:
         with anyio.fail_after(300):

@@ -7,7 +7,9 @@ import io
 import os
 import random
 import stat
+import struct
 import time
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,8 +20,11 @@ from drawings import drawing, noise, vast
 from PIL import Image
 
 from evolink_mcp.errors import DownloadFailed, FolderRefused
-from evolink_mcp.pictures.inspect import NotAPicture, examine, sniff
+from evolink_mcp.pictures.decode_process import Decoder
+from evolink_mcp.pictures.inspect import ImageFacts, sniff
+from evolink_mcp.pictures.previews import check_and_preview
 from evolink_mcp.pictures.store import keep
+from evolink_mcp.pictures.unusable import UnusableImage
 
 pytestmark = pytest.mark.anyio
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
@@ -29,6 +34,11 @@ async def buy(world: World, prompt: str, **more: Any) -> Any:
     with anyio.fail_after(300):
         async with world.client() as client:
             return await client.call_tool("generate_image", {"prompt": prompt, **more})
+
+
+def examine(content: bytes) -> ImageFacts:
+    """Decode all pixels, as the decoder process does."""
+    return check_and_preview(content, edge=0)[0]
 
 
 def everything(folder: Path) -> list[str]:
@@ -176,32 +186,32 @@ async def test_a_folder_that_cannot_be_made_costs_no_picture(open_world: Open, t
 # --- keep ---
 
 
-async def test_a_picture_that_lies_there_already_is_not_doubled(tmp_path: Path) -> None:
+async def test_a_picture_that_lies_there_already_is_not_doubled(decoder: Decoder, tmp_path: Path) -> None:
     """The journal may be lost, or the server killed between saving and writing it down."""
-    first = await keep(served(drawing()), tmp_path / "a")
-    second = await keep(served(drawing()), tmp_path / "a")
-    third = await keep(served(drawing(shade=9)), tmp_path / "a")
+    first = await keep(served(drawing()), tmp_path / "a", decoder)
+    second = await keep(served(drawing()), tmp_path / "a", decoder)
+    third = await keep(served(drawing(shade=9)), tmp_path / "a", decoder)
     assert (Path(first.path).name, Path(second.path).name, Path(third.path).name) == ("a.png", "a.png", "a-1.png")
 
 
-async def test_ten_downloads_into_one_name_lose_nothing(tmp_path: Path) -> None:
+async def test_ten_downloads_into_one_name_lose_nothing(tmp_path: Path, decoder: Decoder) -> None:
     pictures = [drawing(shade=shade) for shade in range(10)]
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             for picture in pictures:
-                group.start_soon(keep, served(picture), tmp_path / "a.png")
+                group.start_soon(keep, served(picture), tmp_path / "a.png", decoder)
     assert sorted(pictures) == sorted(path.read_bytes() for path in tmp_path.iterdir())
 
 
 async def test_file_systems_without_hard_links_get_the_picture_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_links(*_: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "link", no_links)
     (tmp_path / "a.png").write_bytes(b"mine")
-    kept = await keep(served(drawing()), tmp_path / "a")
+    kept = await keep(served(drawing()), tmp_path / "a", decoder)
     assert everything(tmp_path) == ["a-1.png", "a.png"]
     assert drawing() == Path(kept.path).read_bytes()
     assert (tmp_path / "a.png").read_bytes() == b"mine"
@@ -223,13 +233,13 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
         pytest.param(vast(60_000, 60_000), id="decompression bomb"),
     ],
 )
-async def test_nothing_is_left_of_what_is_no_picture(tmp_path: Path, content: bytes) -> None:
+async def test_nothing_is_left_of_what_is_no_picture(decoder: Decoder, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DownloadFailed):
-        await keep(served(content), tmp_path / "new" / "a")
+        await keep(served(content), tmp_path / "new" / "a", decoder)
     assert everything(tmp_path) == []
 
 
-async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(tmp_path: Path) -> None:
+async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(decoder: Decoder, tmp_path: Path) -> None:
     async def breaks(into: BinaryIO) -> int:
         into.write(drawing())
         raise DownloadFailed("broken")
@@ -240,21 +250,25 @@ async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(tmp_pat
         raise AssertionError
 
     with pytest.raises(DownloadFailed):
-        await keep(breaks, tmp_path / "a")
+        await keep(breaks, tmp_path / "a", decoder)
     with anyio.move_on_after(0.05):
-        await keep(stays, tmp_path / "a")
+        await keep(stays, tmp_path / "a", decoder)
     assert everything(tmp_path) == []
 
 
-async def test_what_a_killed_server_left_is_cleared_away_and_what_another_writes_is_not(tmp_path: Path) -> None:
+async def test_what_a_killed_server_left_is_cleared_away_and_what_another_writes_is_not(
+    decoder: Decoder, tmp_path: Path
+) -> None:
     for name, age_s in ((".evolink-old.part", 7_200), (".evolink-new.part", 60), ("my.part", 7_200)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    await keep(served(drawing()), tmp_path / "a")
+    await keep(served(drawing()), tmp_path / "a", decoder)
     assert everything(tmp_path) == [".evolink-new.part", "a.png", "my.part"]
 
 
-async def test_a_picture_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_picture_is_on_disk_before_it_gets_its_name(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[tuple[str, int]] = []
 
     def noting(name: str, act: Any, inode: Any) -> None:
@@ -266,23 +280,23 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(tmp_path: Path, monk
 
     noting("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
     noting("link", os.link, lambda path: os.stat(path).st_ino)
-    kept = await keep(served(drawing()), tmp_path / "fox")
+    kept = await keep(served(drawing()), tmp_path / "fox", decoder)
     inode = Path(kept.path).stat().st_ino
     assert steps[:2] == [("fsync", inode), ("link", inode)]
     assert [name for name, _ in steps[2:]] == ["fsync"]  # the folder
 
 
-async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FolderRefused) as refusal:
-        await keep(served(drawing()), tmp_path / "file" / "a")
+        await keep(served(drawing()), tmp_path / "file" / "a", decoder)
     assert str(tmp_path / "file") in refusal.value.what
     assert refusal.value.charged == "yes"
 
 
-async def test_what_is_told_of_a_kept_picture_is_true(tmp_path: Path) -> None:
+async def test_what_is_told_of_a_kept_picture_is_true(decoder: Decoder, tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
-    kept = await keep(served(picture), tmp_path / "link" / ".." / "a")
+    kept = await keep(served(picture), tmp_path / "link" / ".." / "a", decoder)
     assert picture == Path(kept.path).read_bytes()
     assert (kept.mime_type, kept.width, kept.height, kept.bytes) == ("image/webp", 70, 30, len(picture))
     assert hashlib.sha256(picture).hexdigest() == kept.sha256
@@ -304,7 +318,7 @@ async def test_what_is_told_of_a_kept_picture_is_true(tmp_path: Path) -> None:
     ],
 )
 def test_transparency_is_seen(picture: bytes, alpha: bool) -> None:
-    assert examine(io.BytesIO(picture)).has_alpha is alpha
+    assert examine(picture).has_alpha is alpha
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -320,8 +334,8 @@ def test_a_damaged_picture_is_refused_or_read_and_nothing_else_happens(kind: str
         if dice.random() < 0.3:
             del damaged[dice.randrange(len(damaged)) :]
         try:
-            examine(io.BytesIO(damaged))
-        except NotAPicture:
+            examine(bytes(damaged))
+        except UnusableImage:
             outcomes["refused"] += 1
         else:
             outcomes["read"] += 1
@@ -335,8 +349,8 @@ def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it was decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", loaded)
-    with pytest.raises(NotAPicture, match="60000×60000"):
-        examine(io.BytesIO(vast(60_000, 60_000)))
+    with pytest.raises(UnusableImage, match="60000×60000"):
+        examine(vast(60_000, 60_000))
 
 
 # --- files that order work -----------------------------------------------------------------------------------
@@ -359,12 +373,46 @@ def empty_chunks(count: int) -> bytes:
     return plain[:33] + b"\x00\x00\x00\x00teXt\x00\x00\x00\x00" * count + plain[33:]
 
 
+def segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def before_the_first_segment(data: bytes) -> bytes:
+    plain = drawing(kind="JPEG")
+    return plain[:2] + data + plain[2:]
+
+
+def after_the_header(kind: bytes, data: bytes, count: int) -> bytes:
+    plain = drawing()
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return plain[:33] + chunk * count + plain[33:]
+
+
+def webp_of(chunks: bytes) -> bytes:
+    plain = drawing(kind="WEBP")
+    return b"RIFF" + struct.pack("<I", len(plain) - 8 + len(chunks)) + plain[8:] + chunks
+
+
+EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x10E, 2, 60_000, 26) + bytes(60_010)
+TABLES = segment(0xDB, (b"\0" + bytes(64)) * 1_000)
+PHOTOSHOP = segment(0xED, b"Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 5_000)
+PROFILE = b"x\0\0" + zlib.compress(bytes(1 << 20), 9)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         pytest.param(lambda: scans(3_600), "scans", id="a scan repeated"),
         pytest.param(lambda: segments(300_000), "segments", id="empty segments"),
         pytest.param(lambda: empty_chunks(800_000), "chunks", id="empty chunks"),
+        pytest.param(lambda: before_the_first_segment(b"\xff" * 24_000_000), "fill bytes", id="fill bytes"),
+        pytest.param(lambda: before_the_first_segment(b"\xff\xd0" * 12_000_000), "segments", id="restart markers"),
+        pytest.param(lambda: before_the_first_segment(b"\xff\x01" * 12_000_000), "segments", id="TEM markers"),
+        pytest.param(lambda: before_the_first_segment(TABLES * 1_000), "segments", id="quantization tables"),
+        pytest.param(lambda: before_the_first_segment(PHOTOSHOP * 2_100), "segments", id="Photoshop blocks"),
+        pytest.param(lambda: after_the_header(b"iCCP", PROFILE, 20_000), "chunks", id="colour profiles"),
+        pytest.param(lambda: after_the_header(b"IDAT", b"", 30_000), "chunks", id="empty pixel chunks"),
+        pytest.param(lambda: webp_of(b"EXIF\0\0\0\0" * 1_500), "chunks", id="empty WebP chunks"),
         pytest.param(lambda: drawing()[:-12], "end is missing", id="a PNG without its end"),
         pytest.param(lambda: drawing(kind="JPEG")[:-2], "end is missing", id="a JPEG without its end"),
         pytest.param(lambda: drawing(kind="WEBP")[:-40], "end is missing", id="a WebP without its end"),
@@ -379,16 +427,59 @@ async def test_a_file_that_orders_work_is_refused_before_a_decoder_sees_it(
 
     data = content()
     monkeypatch.setattr(Image, "open", decode)
-    with pytest.raises(NotAPicture, match=said):
-        examine(io.BytesIO(data))
+    with pytest.raises(UnusableImage, match=said):
+        examine(data)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: before_the_first_segment(segment(0xE1, EXIF) * 1_500), id="EXIF blocks"),
+        pytest.param(lambda: before_the_first_segment(PHOTOSHOP * 1_500), id="Photoshop blocks"),
+        pytest.param(lambda: after_the_header(b"iCCP", PROFILE, 250), id="colour profiles"),
+        pytest.param(lambda: after_the_header(b"eXIf", EXIF * 200, 1), id="EXIF of 12 MB"),
+        pytest.param(lambda: after_the_header(b"zTXt", b"a\0\0" + PROFILE[3:], 250), id="compressed texts"),
+        pytest.param(lambda: webp_of((b"EXIF" + struct.pack("<I", len(EXIF)) + EXIF) * 200), id="WebP EXIF blocks"),
+    ],
+)
+def test_metadata_below_the_limits_never_reach_the_decoder(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would read each block in Python, some of them in quadratic time."""
+    data = content()
+    sizes: list[int] = []
+    open_with_pillow = Image.open
+
+    def measured(file: io.BytesIO, **options: Any) -> Image.Image:
+        sizes.append(len(file.getvalue()))
+        return open_with_pillow(file, **options)
+
+    monkeypatch.setattr(Image, "open", measured)
+    assert (examine(data).width, examine(data).height) == (64, 48)
+    assert max(sizes) < 10_000
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 async def test_honest_pictures_pass(kind: str) -> None:
     for more in ({}, {"progressive": True} if kind == "JPEG" else {}):
-        assert examine(io.BytesIO(drawing((640, 480), kind=kind, **more))).width == 640
+        assert examine(drawing((640, 480), kind=kind, **more)).width == 640
     if kind == "JPEG":
-        assert examine(io.BytesIO(scans(20))).width == 2880
+        assert examine(scans(20)).width == 2880
+
+
+async def test_a_hostile_file_is_never_downloaded_again(open_world: Open) -> None:
+    async with open_world() as world:
+        answer = await buy(world, "sim:fast sim:hostile-picture a fox")
+        simulator, clock = world.simulator, world.clock
+    facts = answer.structured_content
+    assert facts["error"]["code"] == "picture_rejected"
+    assert facts["charged"] == "yes"
+    assert facts["next_action"] is None
+    assert facts["images"][0]["url"].startswith("http")
+    downloads = sum(request.path.startswith("/pictures/") for request in simulator.requests)
+    assert downloads == 1
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+    assert again.structured_content["error"]["code"] == "picture_rejected"
+    assert sum(request.path.startswith("/pictures/") for request in simulator.requests) == downloads
 
 
 async def test_what_was_refused_is_not_fetched_again_by_itself(open_world: Open) -> None:

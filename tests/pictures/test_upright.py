@@ -8,9 +8,8 @@ import pytest
 from drawings import SECRET, changed, drawing, noise, talkative, turned
 from PIL import Image, ImageCms
 
-from evolink_mcp.pictures import upright
-from evolink_mcp.pictures.inspect import NotAPicture
-from evolink_mcp.pictures.upright import check_reference, presentable
+from evolink_mcp.pictures.unusable import UnusableImage
+from evolink_mcp.pictures.upright import check_reference, normalize
 
 KINDS = pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -24,7 +23,7 @@ def pixels(picture: bytes) -> tuple[tuple[int, int], bytes]:
 @KINDS
 def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
     picture = talkative(kind)
-    sent = presentable(picture)
+    sent = normalize(picture)
     assert SECRET.encode() in picture
     assert SECRET.encode() not in sent
     assert pixels(sent) == pixels(picture)
@@ -33,18 +32,18 @@ def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
 @KINDS
 def test_what_follows_the_picture_is_left_out(kind: str) -> None:
     picture = noise((64, 48), kind)
-    assert presentable(picture + b"a second picture, or a program") == picture
+    assert normalize(picture + b"a second picture, or a program") == picture
 
 
 @KINDS
 def test_a_picture_that_says_nothing_is_sent_byte_for_byte(kind: str) -> None:
     picture = noise((64, 48), kind)
-    assert presentable(picture) == picture
+    assert normalize(picture) == picture
 
 
 @KINDS
 def test_colours_keep_their_profile(kind: str) -> None:
-    sent = [presentable(drawing(kind=kind, icc_profile=PROFILE)), presentable(turned(drawing(kind=kind), 6))]
+    sent = [normalize(drawing(kind=kind, icc_profile=PROFILE)), normalize(turned(drawing(kind=kind), 6))]
     with Image.open(io.BytesIO(sent[0])) as image:
         assert image.info["icc_profile"] == PROFILE
 
@@ -71,26 +70,25 @@ def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> 
     out = io.BytesIO()
     stored.save(out, kind, exif=exif.tobytes())
     facts = check_reference(out.getvalue(), is_mask=False)
-    assert (facts.width, facts.height, facts.upright) == (48, 64, orientation == 1)
-    with Image.open(io.BytesIO(presentable(out.getvalue()))) as sent:
+    assert (facts.width, facts.height, facts.is_upright) == (48, 64, orientation == 1)
+    with Image.open(io.BytesIO(normalize(out.getvalue()))) as sent:
         assert (sent.size, dict(sent.getexif())) == ((48, 64), {})
         for spot in ((10, 10), (40, 10), (10, 50)):
             near = zip(sent.convert("RGB").getpixel(spot), seen.getpixel(spot), strict=True)
             assert all(abs(one - other) < 30 for one, other in near)
 
 
-def test_a_turned_photo_beyond_the_memory_bound_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upright, "TURNED_MAX_PIXELS", 64 * 48 // 2)
-    with Image.open(io.BytesIO(presentable(turned(drawing(kind="JPEG"), 6)))) as sent:
+def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:
+    limit = 64 * 48 // 2
+    with Image.open(io.BytesIO(normalize(turned(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))) as sent:
         assert sent.size == (24, 32)
-    with pytest.raises(NotAPicture, match="save it upright"):
-        check_reference(turned(drawing(), 6), is_mask=False)
+    with pytest.raises(UnusableImage, match="save it upright"):
+        check_reference(turned(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
 
 
-def test_a_mask_beyond_the_memory_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upright, "MASK_MAX_PIXELS", 1_000_000)
-    with pytest.raises(NotAPicture, match="at most 1 megapixels"):
-        check_reference(drawing((1001, 1000), mode="RGBA"), is_mask=True)
+def test_a_mask_above_the_memory_limit_is_refused() -> None:
+    with pytest.raises(UnusableImage, match="at most 50 megapixels"):
+        check_reference(drawing((1001, 1000), mode="RGBA"), is_mask=True, mask_max_pixels=1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +108,9 @@ def test_the_transparent_share_of_a_mask_is_measured(mask: bytes, share: float |
 @pytest.mark.parametrize("data", [b"", b"II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 40])
 def test_broken_exif_turns_nothing(data: bytes) -> None:
     picture = drawing(exif=data)
-    assert check_reference(picture, is_mask=False).upright
-    assert data not in presentable(picture) or len(data) == 0
+    assert check_reference(picture, is_mask=False).is_upright
+    assert data not in normalize(picture) or len(data) == 0
 
 
 def test_an_orientation_that_is_none_turns_nothing() -> None:
-    assert check_reference(turned(drawing(kind="JPEG"), 9), is_mask=False).upright
+    assert check_reference(turned(drawing(kind="JPEG"), 9), is_mask=False).is_upright

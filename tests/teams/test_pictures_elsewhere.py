@@ -27,6 +27,7 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.pictures.decode_process import Decoder
 from evolink_mcp.pictures.keeping import ForCallersElsewhere
 from evolink_mcp.pictures.object_store import Links, ObjectStore
 from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES
@@ -97,11 +98,13 @@ async def test_no_answer_has_a_path_of_the_server(tmp_path: Path, mode: str) -> 
     assert not (tmp_path / "pictures").exists()
 
 
-async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without_its_path(tmp_path: Path) -> None:
+async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without_its_path(
+    tmp_path: Path, decoder: Decoder
+) -> None:
     (old := tmp_path / "fox.png").write_bytes(PNG)
     picture = Picture(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
     entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), pictures=(picture,))
-    keeping = ForCallersElsewhere(EvolinkClient(None), "a1", None, tmp_path / "copies")
+    keeping = ForCallersElsewhere(EvolinkClient(None), "a1", None, tmp_path / "copies", decoder)
     assert (await keeping.shown(entry)).pictures[0].path is None
     assert await keeping.file("task-unified-1-abcdefgh", picture) == old
 
