@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 from mcp_types import ImageContent, ResourceLink
 
 from evolink_mcp.api.task import COMPLETED
-from evolink_mcp.pictures.child import in_child
-from evolink_mcp.pictures.inspect import NotAPicture
-from evolink_mcp.pictures.previews import edge_of, preview, remembered
+from evolink_mcp.images.decode_process import in_child
+from evolink_mcp.images.inspect import NotAPicture
+from evolink_mcp.images.previews import edge_of, preview, remembered
 from evolink_mcp.tools.task_answer import ImageOut, TaskOut
 
 GALLERY_URI = "ui://evolink/gallery.html"

@@ -26,11 +26,11 @@ from drawings import drawing
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import StoreUnusable
+from evolink_mcp.images.image_store import ForCallersElsewhere
+from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import Entry, Picture
-from evolink_mcp.pictures.keeping import ForCallersElsewhere
-from evolink_mcp.pictures.object_store import Links, ObjectStore
-from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES
-from evolink_mcp.studio import workshop
+from evolink_mcp.studio import runner
+from evolink_mcp.teams.object_store import Links, ObjectStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -205,7 +205,7 @@ async def test_a_link_ends_and_cannot_be_changed() -> None:
 async def test_a_servers_disk_that_takes_nothing_is_told_without_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "AGAIN_AFTER_S", 0.01)
+    monkeypatch.setattr(runner, "AGAIN_AFTER_S", 0.01)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
     async with office(tmp_path, ANNA) as town, town.client("a") as client:

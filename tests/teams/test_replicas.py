@@ -24,14 +24,14 @@ from drawings import drawing
 from office import HEADERS, block
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.cli import team as cli_team
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
-from evolink_mcp.cli.wiring import open_team_database
-from evolink_mcp.journal.database import Database
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_team_database
 from evolink_mcp.studio.jobs import Order
-from evolink_mcp.transports.auth import Tenant, Tokens
-from evolink_mcp.transports.callers import Callers
+from evolink_mcp.teams import app as team_app
+from evolink_mcp.teams.app import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
+from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.database import Database
+from evolink_mcp.teams.tokens import Tenant, Tokens
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -91,7 +91,7 @@ async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_fini
 ) -> None:
     """People of an issuer have no studio at a server before they call there."""
     monkeypatch.setitem(Database.__init__.__kwdefaults__, "grace_s", 0.0)
-    monkeypatch.setattr(cli_team, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(team_app, "LOOK_EVERY_S", 0.1)
     person = Tenant("anna at https://login.example.org")
     async with team(url, tmp_path, ANNA) as office, AsyncExitStack() as stack:
         settings = office.settings
