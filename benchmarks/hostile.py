@@ -17,15 +17,15 @@ from pathlib import Path
 
 import anyio
 import httpx2 as httpx
-from evolink_mcp.pictures.child import in_child
 from PIL import Image
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, environment, free_port, memory_mb, standin
-from evolink_mcp.pictures.inspect import NotAPicture
-from evolink_mcp.pictures.previews import check_and_preview
-from evolink_mcp.pictures.structure import SCANS_MAX
-from evolink_mcp.pictures.upright import check_reference
+from evolink_mcp.images.decode_process import in_child
+from evolink_mcp.images.inspect import NotAPicture
+from evolink_mcp.images.prepare import check_reference
+from evolink_mcp.images.previews import check_and_preview
+from evolink_mcp.images.structure import SCANS_MAX
 
 TITLE = "A hostile world"
 MIB = 1 << 20

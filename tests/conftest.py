@@ -21,9 +21,9 @@ from mcp.client import Client
 from PIL import Image
 from surroundings import keep_the_database
 
-from evolink_mcp.cli.settings import Settings, decoder_environment
-from evolink_mcp.cli.wiring import open_studio
-from evolink_mcp.pictures.decode_process import Decoder
+from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask

@@ -14,7 +14,7 @@ def unmeasured(environ: Mapping[str, str]) -> dict[str, str]:
 
 def keep_the_database() -> None:
     """A machine may stand still for seconds: no server of this process gives its database up for that."""
-    from evolink_mcp.journal import address, database
+    from evolink_mcp.teams import database, database_url
 
     database.Database.__init__.__kwdefaults__["stop_after_s"] = float(PATIENT_S)
-    address.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = PATIENT_S
+    database_url.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = PATIENT_S

@@ -19,8 +19,8 @@ from killer import Nursery, nursery_of_servers  # noqa: F401
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import EvolinkError
 
 pytestmark = pytest.mark.anyio

@@ -17,7 +17,7 @@ from mcp.client.stdio import StdioServerParameters
 from mcp_types import CallToolResult, TextContent
 
 from evolink_mcp.api.task import as_dict, as_list
-from evolink_mcp.cli.settings import Settings, environment_without_ours
+from evolink_mcp.app.settings import Settings, environment_without_ours
 from evolink_mcp.isolated import isolated_command
 from evolink_mcp.simulator.app import Simulator
 

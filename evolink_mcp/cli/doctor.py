@@ -20,10 +20,10 @@ from typing import Any
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import priced
-from evolink_mcp.cli.findings import Finding, team
+from evolink_mcp.app.settings import Settings, unknown_variables
+from evolink_mcp.app.values import EXAMPLE_KEY, BadSetting
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
-from evolink_mcp.cli.settings import Settings, unknown_variables
-from evolink_mcp.cli.values import EXAMPLE_KEY, BadSetting
+from evolink_mcp.cli.team_checks import Finding, team
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import FILE_NAME
@@ -271,7 +271,7 @@ def _read(data_dir: Path) -> Finding:
 
 def team_journal(url: str) -> Finding:
     """The team's database can be read, and what it holds."""
-    from evolink_mcp.journal import schema
+    from evolink_mcp.teams import schema
 
     try:
         return _held(*schema.read_entries(url, ENTRIES_MAX))

@@ -24,9 +24,9 @@ from mcp_types import INVALID_PARAMS, EmptyResult, SubscribeRequestParams, Unsub
 from evolink_mcp.api import sizes
 from evolink_mcp.api.task import is_task_id
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
+from evolink_mcp.images.folders import open_plain
+from evolink_mcp.images.inspect import sniff
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.pictures.folders import open_plain
-from evolink_mcp.pictures.inspect import sniff
 from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.task_answer import task_out

@@ -11,7 +11,7 @@ import anyio
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
-from evolink_mcp.journal.contract import Journal, News
+from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, Phase, Picture, new_key
 from evolink_mcp.studio.jobs import Job, Sleep
 

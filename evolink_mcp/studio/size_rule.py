@@ -12,7 +12,7 @@ from evolink_mcp.api.sizes import Rule
 from evolink_mcp.errors import JournalUnwritable
 
 if TYPE_CHECKING:
-    from evolink_mcp.journal.contract import Journal
+    from evolink_mcp.journal.backend import Journal
     from evolink_mcp.journal.entry import Entry
 
 log = logging.getLogger(__name__)

@@ -13,24 +13,24 @@ import anyio
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
 from evolink_mcp.errors import EvolinkError, KeyMissing, Refused, TaskUnknown
-from evolink_mcp.journal.contract import Journal, News
+from evolink_mcp.images.image_store import Keeping
+from evolink_mcp.images.references import Checked, References
+from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
-from evolink_mcp.pictures.keeping import Keeping
-from evolink_mcp.pictures.references import Checked, References
-from evolink_mcp.studio.callbacks import Callbacks
-from evolink_mcp.studio.collect import Collector
-from evolink_mcp.studio.experience import Experience
+from evolink_mcp.studio.deduplication import Joining
+from evolink_mcp.studio.durations import Experience
 from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
-from evolink_mcp.studio.joining import Joining
 from evolink_mcp.studio.limits import Budget, Limits
-from evolink_mcp.studio.lost import LostAnswers
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.purchase import Purchases
+from evolink_mcp.studio.reconcile import LostAnswers
 from evolink_mcp.studio.recorder import Recorder
+from evolink_mcp.studio.runner import Workshop
+from evolink_mcp.studio.save import Collector
 from evolink_mcp.studio.size_rule import AUTO, SizeRule
-from evolink_mcp.studio.tally import Audit, Tally
 from evolink_mcp.studio.watch import Watcher
-from evolink_mcp.studio.workshop import Workshop
+from evolink_mcp.teams.callbacks import Callbacks
+from evolink_mcp.teams.metrics import Audit, Tally
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from evolink_mcp.studio.times import DAY_S, instant, start_of_day
 from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.task_answer import brief, row, task_out
-from evolink_mcp.tools.task_words import row_text, task_text
+from evolink_mcp.tools.task_text import row_text, task_text
 
 ANSWER_MAX_CHARS = 850_000
 LIST_MAX = 50

@@ -13,10 +13,10 @@ from mcp_types import ImageContent, ResourceLink
 
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import DecoderUnavailable
-from evolink_mcp.pictures.decode_process import Decoder
-from evolink_mcp.pictures.folders import open_plain
-from evolink_mcp.pictures.previews import edge_of, remembered
-from evolink_mcp.pictures.unusable import UnusableImage
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.folders import open_plain
+from evolink_mcp.images.previews import edge_of, remembered
+from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.tools.task_answer import ImageOut, TaskOut
 
 GALLERY_URI = "ui://evolink/gallery.html"

@@ -12,7 +12,7 @@ from pydantic import Field, Strict
 
 from evolink_mcp.api.request import IMAGES_MAX, WHOLE, Arguments, TaskId
 from evolink_mcp.errors import EvolinkError, Refused
-from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
+from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 from evolink_mcp.tools.adapter import READS, flat_tool, result
 from evolink_mcp.tools.previews import picture_block
 from evolink_mcp.tools.task_answer import task_out

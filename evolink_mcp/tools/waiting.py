@@ -23,7 +23,7 @@ from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
 from evolink_mcp.tools.previews import links, previews
 from evolink_mcp.tools.task_answer import is_error, refusal, task_out
-from evolink_mcp.tools.task_words import task_text
+from evolink_mcp.tools.task_text import task_text
 
 LAST_READ_S = 1.0
 ID_GRACE_S = 14.0

@@ -23,10 +23,10 @@ import uvicorn
 from blocking import BlockingJournal
 from conftest import poor_environment
 
+from evolink_mcp.app.values import EXAMPLE_KEY
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
 from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed_command
-from evolink_mcp.cli.values import EXAMPLE_KEY
 from evolink_mcp.journal.entry import Entry, new_key
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries

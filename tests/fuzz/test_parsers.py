@@ -21,23 +21,23 @@ from pydantic import ValidationError
 
 from evolink_mcp.api.http import moment_of, retry_after_s
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.api.size_words import advice, meant
+from evolink_mcp.api.size_grammar import advice, meant
 from evolink_mcp.api.sizes import IllegalSize, resolve
 from evolink_mcp.api.task import Task, read_balance, read_task, read_tasks
 from evolink_mcp.api.urls import check_public_url, host_of
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.values import BadSetting
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.values import BadSetting
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import Unreadable
+from evolink_mcp.images.inspect import sniff
+from evolink_mcp.images.prepare import check_reference, normalize
+from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.rows import entry_of
-from evolink_mcp.pictures.inspect import sniff
-from evolink_mcp.pictures.unusable import UnusableImage
-from evolink_mcp.pictures.upright import check_reference, normalize
 from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
 from evolink_mcp.server.server import build_server
-from evolink_mcp.transports.auth import BadTokens, Refusal, Tokens
-from evolink_mcp.transports.calls import message_in
-from evolink_mcp.transports.door import _id_in, _name_of
+from evolink_mcp.teams.tokens import BadTokens, Refusal, Tokens
+from evolink_mcp.transports.http_calls import message_in
+from evolink_mcp.transports.http_guard import _id_in, _name_of
 
 FUZZ = settings(
     max_examples=150, deadline=None, database=None, derandomize=True,

@@ -139,7 +139,7 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
     if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
-        from evolink_mcp.journal import database, postgres
+        from evolink_mcp.teams import database, postgres
 
         keep_the_database()
         database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
@@ -151,13 +151,13 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
 
 def _nursery(path: str) -> None:
     """Fork a server for every connection; tell its process id at once and its wait status at its end."""
+    import evolink_mcp.app.wiring
     import evolink_mcp.cli.main
-    import evolink_mcp.cli.wiring
     import evolink_mcp.journal.sqlite
     import evolink_mcp.transports.stdio
 
     with suppress(ImportError):
-        import evolink_mcp.journal.postgres  # noqa: F401
+        import evolink_mcp.teams.postgres  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as door:

@@ -19,9 +19,9 @@ say "tools"
 "$WORK/tools/bin/pip" install -q 'build>=1.2,<2' 'twine>=6,<8' 'uv>=0.9'
 
 say "the first answers, recorded with the versions that are installed today"
-(cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_opening.py | tail -1)
+(cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_startup_answers.py | tail -1)
 # They are used only with these versions: an installation that cannot use them starts slowly.
-opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.opening import recorded; sys.exit(recorded() is None)'); }
+opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.startup_answers import recorded; sys.exit(recorded() is None)'); }
 
 say "wheel and source distribution"
 "$WORK/tools/bin/python" -m build -q --outdir "$WORK/dist" "$root" >/dev/null

@@ -12,7 +12,7 @@ from conftest import Clock, Open, PlainSimulator
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import read_task
 from evolink_mcp.errors import DownloadFailed
-from evolink_mcp.pictures.downloads import download
+from evolink_mcp.images.download import download
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 

@@ -94,7 +94,7 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    from evolink_mcp.transports.web import serve_app
+    from evolink_mcp.transports.http import serve_app
 
     simulator = QuickSimulator(duration_s=seconds)
 

@@ -14,12 +14,12 @@ from conftest import PlainSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from evolink_mcp.cli.settings import Settings, decoder_environment
-from evolink_mcp.cli.team import Studios, behind_door, names_of, tenants_app
-from evolink_mcp.pictures.decode_process import Decoder
-from evolink_mcp.transports.auth import Tokens
-from evolink_mcp.transports.callers import Callers
-from evolink_mcp.transports.oauth import Issuer
+from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.teams.app import Studios, behind_door, names_of, tenants_app
+from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.oauth import Issuer
+from evolink_mcp.teams.tokens import Tokens
 
 INITIALIZE = {
     "jsonrpc": "2.0", "id": 1, "method": "initialize",

@@ -19,17 +19,17 @@ import pytest
 from conftest import KEY, Clock, HeldClock, Open, PlainSimulator, poor_environment
 
 from evolink_mcp.api.task import Task
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.contract import News
+from evolink_mcp.journal.backend import News
 from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
 
 psycopg = pytest.importorskip("psycopg")
 
-from evolink_mcp.journal.database import LOCKS, STOP_AFTER_S, Database, open_database  # noqa: E402
-from evolink_mcp.journal.left import TENANT, tenants_left  # noqa: E402
-from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
+from evolink_mcp.teams.database import LOCKS, STOP_AFTER_S, Database, open_database  # noqa: E402
+from evolink_mcp.teams.orphans import TENANT, tenants_left  # noqa: E402
+from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}

@@ -26,12 +26,12 @@ from drawings import drawing
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import StoreUnusable
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.image_store import ForCallersElsewhere
+from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import Entry, Picture
-from evolink_mcp.pictures.decode_process import Decoder
-from evolink_mcp.pictures.keeping import ForCallersElsewhere
-from evolink_mcp.pictures.object_store import Links, ObjectStore
-from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES
-from evolink_mcp.studio import workshop
+from evolink_mcp.studio import runner as workshop
+from evolink_mcp.teams.object_store import Links, ObjectStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])

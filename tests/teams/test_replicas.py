@@ -24,15 +24,15 @@ from drawings import drawing
 from office import HEADERS, block
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.cli import team as cli_team
-from evolink_mcp.cli.settings import Settings, decoder_environment
-from evolink_mcp.cli.team import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
-from evolink_mcp.cli.wiring import open_team_database
-from evolink_mcp.journal.database import Database
-from evolink_mcp.pictures.decode_process import Decoder
+from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.wiring import open_team_database
+from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import Order
-from evolink_mcp.transports.auth import Tenant, Tokens
-from evolink_mcp.transports.callers import Callers
+from evolink_mcp.teams import app as cli_team
+from evolink_mcp.teams.app import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
+from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.database import Database
+from evolink_mcp.teams.tokens import Tenant, Tokens
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])

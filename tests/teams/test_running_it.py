@@ -25,10 +25,10 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import KeyCheck
-from evolink_mcp.studio.tally import Tally
-from evolink_mcp.transports.metrics import Metrics
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.teams.app import KeyCheck
+from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics_endpoint import Metrics
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TOKEN = "m" * 32

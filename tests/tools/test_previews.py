@@ -17,9 +17,9 @@ from mcp.client import Client
 from PIL import Image
 
 from evolink_mcp.api.task import COMPLETED, Task
-from evolink_mcp.cli.wiring import server_for
+from evolink_mcp.app.wiring import server_for
+from evolink_mcp.images.previews import preview
 from evolink_mcp.journal.entry import Entry, Picture, new_key
-from evolink_mcp.pictures.previews import preview
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])

@@ -137,12 +137,12 @@ def test_an_id_that_is_no_id_gets_an_answer(talk: Talk, name: str) -> None:
 
 LONG_LINES = """
 import sys, threading
-from evolink_mcp.transports import wires
-wires.LINE_MAX_BYTES = 1 << 20
+from evolink_mcp.transports import stdio_lines
+stdio_lines.LINE_MAX_BYTES = 1 << 20
 ended = threading.Event()
 def take(line):
     print(line, file=sys.stderr) if line is not None else ended.set()
-ours = wires.Wires(lambda line: None)
+ours = stdio_lines.Wires(lambda line: None)
 ours.take_lines(take)
 ended.wait()
 ours.flush()
