@@ -135,7 +135,7 @@ def _besieged(folder: Path, evolink: int, silent: int, callers: int) -> dict[str
     said = folder / "stderr"
     few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS}))"
     start = f"{few}; from evolink_mcp.cli.main import main; main()"
-    command = [sys.executable, "-c", start, "http", "--port", str(port)]
+    command = [sys.executable, "-P", "-c", start, "http", "--port", str(port)]
     with said.open("wb") as stderr:
         server = subprocess.Popen(command, cwd=ROOT, env=environment(folder, evolink), stderr=stderr)
     try:

@@ -17,9 +17,9 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from child_processes import keep_the_database
 from mcp.client import Client
 from PIL import Image
-from surroundings import keep_the_database
 
 from evolink_mcp.app.settings import Settings, decoder_environment
 from evolink_mcp.app.wiring import open_studio
@@ -60,12 +60,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for reason, tests in lacking.items():
             if item.nodeid.startswith(tuple(tests)):
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def poor_environment(home: Path, **more: str) -> dict[str, str]:
-    """As little as a host gives to a server; and in CI what measures the coverage of child processes."""
-    kept = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
-    return {"HOME": str(home), **kept, **more}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from surroundings import unmeasured
+from child_processes import without_coverage
 
 PACKAGE = Path(__file__).parent.parent / "evolink_mcp"
 TESTS = Path(__file__).parent
@@ -278,11 +278,18 @@ def test_no_test_mocks() -> None:
     assert users == []
 
 
+def test_child_processes_do_not_import_from_the_working_directory() -> None:
+    """`python -m` and `python -c` put the working directory first on the import path, unless -P or -I comes before."""
+    files = [path for folder in (TESTS, TESTS.parent / "benchmarks") for path in folder.rglob("*.py")]
+    unsafe = re.compile(r"""(?<!"-P", )(?<!'-P', )["']-m["'], ["']evolink_mcp|sys\.executable, ["']-c""")
+    assert [str(path) for path in files if unsafe.search(path.read_text("utf-8"))] == []
+
+
 def test_importing_the_package_does_nothing() -> None:
     script = "import sys, evolink_mcp; print(sorted(m for m in sys.modules if m.startswith(('mcp', 'PIL', 'sqlite3'))))"
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=unmeasured(os.environ),
+        [sys.executable, "-P", "-c", script],
+        env=without_coverage(os.environ),
         capture_output=True,
         text=True,
         check=True,
@@ -298,8 +305,8 @@ def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
         "print([m for m in late if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=unmeasured(os.environ),
+        [sys.executable, "-P", "-c", script],
+        env=without_coverage(os.environ),
         capture_output=True,
         text=True,
         check=True,

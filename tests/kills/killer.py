@@ -23,7 +23,7 @@ from typing import Any
 
 import anyio
 import pytest
-from surroundings import keep_the_database, unmeasured
+from child_processes import keep_the_database, without_coverage
 
 HERE = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
@@ -132,7 +132,7 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
         os.dup2(fd, target)
         os.close(fd)
     os.environ.clear()
-    os.environ.update(unmeasured(order["env"]))
+    os.environ.update(without_coverage(order["env"]))
     os.chdir(order["cwd"])
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.enable(2)  # a crash of the interpreter says on stderr where it was
@@ -286,7 +286,7 @@ def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
     # What measures coverage has crashed at the end of such servers.
     env = {
-        **unmeasured(os.environ),
+        **without_coverage(os.environ),
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:

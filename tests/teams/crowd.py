@@ -289,7 +289,7 @@ def main() -> None:
         listens(upstream)
 
         def replica(number: int) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(ports[number])]
+            command = [sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(ports[number])]
             made = stack.enter_context(process(*command, cwd=folder, log=f"server{number}.log", **env))
             listens(ports[number])
             return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -16,7 +15,8 @@ import anyio
 import anyio.to_thread
 import httpx2 as httpx
 import pytest
-from conftest import KEY, Clock, HeldClock, Open, PlainSimulator, poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
+from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.app.settings import Settings
@@ -367,10 +367,10 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
         "no such database": cluster.url("nowhere").replace("postgres@", "postgres:canary-word@"),
         "no address": "postgresql://team:canary-word@127.0.0.1:port/evolink",
     }[wrong]
-    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
+    env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
                            EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
     # The host keeps stdin open.
-    async with await anyio.open_process([sys.executable, "-m", "evolink_mcp", *command], env=env) as process:
+    async with await anyio.open_process([*SERVER_COMMAND, *command], env=env) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         said = b"".join([chunk async for chunk in process.stderr]).decode()
@@ -383,9 +383,9 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
 
 async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str, tmp_path: Path) -> None:
     port = silent_port()
-    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
+    env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
                            EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
-    command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
+    command = [*SERVER_COMMAND, "http", "--port", str(port)]
     async with (
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http,
         await anyio.open_process(command, env=env, stdin=-3, stdout=-3, stderr=-3) as server,
@@ -422,9 +422,7 @@ async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str,
     ],
 )
 async def test_a_setting_that_cannot_be_used_is_named(settings: dict[str, str], told: str, tmp_path: Path) -> None:
-    run = await anyio.run_process(
-        [sys.executable, "-m", "evolink_mcp"], env=poor_environment(tmp_path, **settings), check=False
-    )
+    run = await anyio.run_process(SERVER_COMMAND, env=minimal_environment(tmp_path, **settings), check=False)
     assert (run.returncode, told in run.stderr.decode(), "short" in run.stderr.decode()) == (2, True, False)
 
 

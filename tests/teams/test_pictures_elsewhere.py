@@ -15,9 +15,9 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from child_processes import without_coverage
 from conftest import PlainSimulator
 from office import ANNA, BERT, Office, office
-from surroundings import unmeasured
 
 pytest.importorskip("obstore")
 
@@ -234,7 +234,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (
         (tmp_path / "moto.txt").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=unmeasured(os.environ)) as moto,
+        subprocess.Popen(command, stdout=log, stderr=log, env=without_coverage(os.environ)) as moto,
     ):
         try:
             with anyio.from_thread.start_blocking_portal() as portal:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import anyio
 import pytest
-from conftest import poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
 
 pytest.importorskip("obstore")
 pytest.importorskip("prometheus_client")
@@ -77,7 +76,7 @@ async def test_settings_that_do_not_fit_end_the_start_with_one_line(
 ) -> None:
     with anyio.fail_after(300):
         run = await anyio.run_process(
-            [sys.executable, "-m", "evolink_mcp", *command], env=poor_environment(tmp_path, **said), check=False
+            [*SERVER_COMMAND, *command], env=minimal_environment(tmp_path, **said), check=False
         )
     lines = run.stderr.decode().splitlines()
     assert (run.returncode, len(lines), words in lines[0], run.stdout) == (2, 1, True, b"")

@@ -15,7 +15,8 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from conftest import Clock, poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
+from conftest import Clock
 from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
 
 from evolink_mcp.app.settings import Settings
@@ -288,8 +289,8 @@ async def test_what_was_bought_before_there_were_tenants_is_nobodys(tmp_path: Pa
 
 
 def run(tmp_path: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    env = poor_environment(tmp_path, **environ)
-    command = [sys.executable, "-m", "evolink_mcp", *arguments]
+    env = minimal_environment(tmp_path, **environ)
+    command = [*SERVER_COMMAND, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -320,8 +321,8 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = poor_environment(tmp_path, EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_API_KEY="sk-simulated")
-    command = [sys.executable, "-m", "evolink_mcp", "http", "--host", "0.0.0.0", "--port", str(port)]
+    env = minimal_environment(tmp_path, EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_API_KEY="sk-simulated")
+    command = [*SERVER_COMMAND, "http", "--host", "0.0.0.0", "--port", str(port)]
     with anyio.fail_after(300):
         process = await anyio.open_process(command, env={**os.environ, **env})
         assert process.stderr is not None

@@ -15,20 +15,18 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from conftest import poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
 pytestmark = pytest.mark.anyio
 KEY = "sk-canary-0123456789abcdef"
 LIMIT_S = 300
-# `python -P` keeps the working directory off the import path, as the installed command does.
-PROGRAM = [sys.executable, "-P", "-m", "evolink_mcp"]
 SCRIPT = Path(sys.executable).with_name("evolink-mcp.exe" if sys.platform == "win32" else "evolink-mcp")
 PROGRAMS = pytest.mark.parametrize(
     "program",
     [
-        pytest.param(PROGRAM, id="module"),
+        pytest.param(SERVER_COMMAND, id="module"),
         pytest.param(
             [str(SCRIPT)],
             id="command",
@@ -62,7 +60,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def environment(folder: Path, evolink: int) -> dict[str, str]:
-    return poor_environment(
+    return minimal_environment(
         folder,
         EVOLINK_API_KEY=KEY,
         EVOLINK_BASE_URL=f"http://127.0.0.1:{evolink}",
@@ -93,9 +91,9 @@ def evolink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a simulated EvoLink in another process and folder."""
     folder = tmp_path_factory.mktemp("simulator")
     port = free_port()
-    command = [*PROGRAM, "simulate", "--port", str(port), "--seconds", "0"]
+    command = [*SERVER_COMMAND, "simulate", "--port", str(port), "--seconds", "0"]
     with ExitStack() as stack:
-        stack.enter_context(running(command, folder, poor_environment(folder)))
+        stack.enter_context(running(command, folder, minimal_environment(folder)))
         yield port
 
 
@@ -160,7 +158,7 @@ async def test_over_http_no_file_of_the_project_runs_and_the_decoder_has_no_key(
 
 @PROGRAMS
 def test_demo_and_sheet_run_no_file_of_the_project(program: list[str], project: Project, tmp_path: Path) -> None:
-    env = poor_environment(tmp_path, EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "images simulated"))
+    env = minimal_environment(tmp_path, EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "images simulated"))
     demo = subprocess.run([*program, "demo"], cwd=project.folder, env=env, capture_output=True, timeout=LIMIT_S)
     assert demo.returncode == 0, demo.stderr.decode()
     assert list((tmp_path / "images simulated").glob("*.png"))
