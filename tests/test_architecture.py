@@ -61,7 +61,6 @@ ORDER = [
     "images.store",
     "teams.object_store",
     "images.image_store",
-    "images.checked_image",
     "images.references",
     "studio.times",
     "studio.schedule",

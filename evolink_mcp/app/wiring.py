@@ -15,8 +15,9 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.settings import Settings, decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
-from evolink_mcp.images.image_store import ForCallersElsewhere, InFolders, Keeping
+from evolink_mcp.images.image_store import ForCallersElsewhere
 from evolink_mcp.images.references import References
+from evolink_mcp.images.store import ImageStore, LocalImageStore
 from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
@@ -80,13 +81,15 @@ async def open_studio(
             journal = PostgresJournal(database, account, strict=bool(tenant))
         if decoder is None:
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
-        keeping: Keeping = InFolders(folders, decoder, sidecars=settings.sidecars)
+        image_store: ImageStore = LocalImageStore(folders, decoder, sidecars=settings.sidecars)
         if tenant or settings.team.store is not None:
             place = store or store_of(settings, clock)
-            keeping = ForCallersElsewhere(client, account, place, settings.data_dir / "copies", decoder, clock=clock)
-        references = References(client, journal, folders, keeping, local=local, clock=clock)
+            image_store = ForCallersElsewhere(
+                client, account, place, settings.data_dir / "copies", decoder, clock=clock
+            )
+        references = References(client, journal, folders, image_store, local=local, clock=clock)
         studio = Studio(
-            client, journal, keeping, references, settings.budget,
+            client, journal, image_store, references, settings.budget,
             rule=settings.size_rule, preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts, shared=shared, callbacks=callbacks_of(settings) if remote else None,
             key_problem=settings.key_problem, poller=poller, tally=tally,

@@ -1,4 +1,7 @@
-"""References: a local picture, a data: URI or an earlier result becomes a URL that EvoLink can read."""
+"""Check the reference images of a request, and turn each one into a URL that EvoLink can read.
+
+A reference is a URL, a local file, a data: URI, an upload or an earlier result.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -23,32 +26,91 @@ import anyio.to_thread
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import DownloadFailed, JournalUnwritable, ReferenceRefused
-from evolink_mcp.images.checked_image import Checked, Found, check_mask, sha256_of, with_pictures
 from evolink_mcp.images.folders import Folders, open_plain
-from evolink_mcp.images.image_store import Keeping
-from evolink_mcp.images.sidecar import made_as
+from evolink_mcp.images.sidecar import origin_of
+from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.journal.backend import Journal
+from evolink_mcp.journal.entry import Reference
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20
 IN_MEMORY_MAX = 4
 UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
+SOURCE_MAX = 300  # characters of a source in the journal
 UPLOAD_URI = re.compile(r"evolink://uploads/([0-9a-f]{64})")
 IMAGE_URI = re.compile(r"evolink://images/(task-unified-[0-9A-Za-z_-]{1,115})/([0-9]{1,2})")
+MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """A reference image that passed the checks.
+
+    `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
+    can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
+    image that is not on this machine. `has_transparency` is known for a local mask. `task_id` and `index` name the
+    earlier result that the image is, if known.
+    """
+
+    content_id: str
+    url: str | None = None
+    mime_type: str | None = None
+    size: tuple[int, int] | None = None
+    has_transparency: bool | None = None
+    open_file: Callable[[], BinaryIO] | None = None
+    task_id: str | None = None
+    index: int | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The SHA-256 of the content in hex, or None if the content is unknown."""
+        kind, _, digest = self.content_id.partition(":")
+        return digest if kind == "sha256" else None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """The body of a request with its checked reference images. `sources` are the references as the caller wrote them.
+
+    If all references are URLs, `images` is empty.
+    """
+
+    body: dict[str, Any]
+    images: tuple[CheckedImage, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The body with a content ID in place of each reference. It is equal for identical requests."""
+        if not self.images:
+            return self.body
+        return _with_references(self.body, [image.content_id for image in self.images])
+
+    def references(self, sent_body: dict[str, Any]) -> tuple[Reference, ...]:
+        """Return the references for the journal. `sent_body` is the body that goes to EvoLink."""
+        urls = [*sent_body.get("image_urls", []), *filter(None, [sent_body.get("mask_url")])]
+        images = self.images or tuple(CheckedImage(url) for url in urls)
+        return tuple(
+            Reference(_short_source(source), url, image.sha256, image.task_id, image.index)
+            for source, url, image in zip(self.sources, urls, images, strict=True)
+        )
+
+
 class References:
-    """Turns the references of a request into URLs. With `local` False (HTTP transports) it reads no local file."""
+    """Check and upload the reference images of one account.
+
+    With `local` False (callers on other machines) no local file is read.
+    """
 
     def __init__(
         self,
         client: EvolinkClient,
         journal: Journal,
         folders: Folders,
-        keeping: Keeping,
+        image_store: ImageStore,
         *,
         local: bool = True,
         clock: Callable[[], float] = time.time,
@@ -56,71 +118,61 @@ class References:
         self._client = client
         self._journal = journal
         self._folders = folders
-        self._keeping = keeping
-        self._local = local
+        self._image_store = image_store
+        self._is_local = local
         self._clock = clock
         self._in_memory = anyio.CapacityLimiter(IN_MEMORY_MAX)
-        self._uploading: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self._upload_locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
-    async def check(self, request: GenerationRequest) -> Checked:
-        """Check every reference; nothing is sent.
+    async def check(self, request: GenerationRequest) -> CheckedRequest:
+        """Check every reference. Nothing is sent.
 
         Raises:
-            ReferenceRefused: one cannot be used.
+            ReferenceRefused: a reference cannot be used.
         """
         body = request.body()
-        sources = list(request.image_urls or [])
-        given = (*sources, *filter(None, [request.mask_url]))
-        if all(map(is_remote, given)):
-            return Checked(body, given=given)
-        found = [await self._find(source) for source in sources]
+        image_sources = list(request.image_urls or [])
+        sources = (*image_sources, *filter(None, [request.mask_url]))
+        if all(map(is_remote, sources)):
+            return CheckedRequest(body, sources=sources)
+        images = [await self._check_source(source) for source in image_sources]
         if request.mask_url:
-            mask = await self._find(request.mask_url, is_mask=True)
-            check_mask(mask, found[0])
-            found.append(mask)
-        return Checked(body, tuple(found), given)
+            mask = await self._check_source(request.mask_url, is_mask=True)
+            _check_mask(mask, images[0])
+            images.append(mask)
+        return CheckedRequest(body, tuple(images), sources)
 
-    async def upload(self, checked: Checked) -> dict[str, Any]:
-        """The body to send: each local picture is uploaded, once for each content, and replaced by its URL.
-
-        Raises:
-            EvolinkError: an upload failed; it costs nothing and may be repeated.
-        """
-        urls = [picture.url or await self._upload(picture) for picture in checked.found]
-        return with_pictures(checked.body, urls) if urls else checked.body
-
-    async def take(self, read: Callable[[], BinaryIO]) -> Found:
-        """Send a picture of a caller elsewhere to EvoLink, which keeps it for 72 h: `evolink://uploads/` + its SHA-256.
+    async def upload_all(self, checked: CheckedRequest) -> dict[str, Any]:
+        """Upload each local image once per content. Return the body with the URLs.
 
         Raises:
-            ReferenceRefused: it cannot be a reference.
-            JournalUnwritable: it could not be noted, so no order would find it.
-            EvolinkError: EvoLink did not take it.
+            EvolinkError: an upload failed. It was free, and may be repeated.
         """
-        found = await self._checked(read, "the upload", is_mask=False)
+        urls = [image.url or await self._upload(image) for image in checked.images]
+        return _with_references(checked.body, urls) if urls else checked.body
+
+    async def upload(self, open_file: Callable[[], BinaryIO]) -> CheckedImage:
+        """Upload an image of a remote caller. EvoLink keeps it for 72 h; its URI is `evolink://uploads/` + its SHA-256.
+
+        Raises:
+            ReferenceRefused: the image cannot be a reference.
+            JournalUnwritable: the upload cannot be recorded, so no request would find it.
+            EvolinkError: EvoLink refused the upload.
+        """
+        image = await self._check_file(open_file, "the upload", is_mask=False)
         until = self._clock() + UPLOAD_LIVES_S
-        url = await self._upload(found, anew=True)
-        await self._journal.remember_upload(sha256_of(found.mark) or "", url, until)
-        return replace(found, url=url)
+        url = await self._upload(image, is_forced=True)
+        await self._journal.remember_upload(image.sha256 or "", url, until)
+        return replace(image, url=url)
 
-    async def _taken(self, digest: str) -> Found:
-        url = await self._journal.find_upload(digest, self._clock() + LINK_MARGIN_S)
-        if url is None:
-            raise ReferenceRefused(
-                "there is no such upload of yours, or its 72 hours are over", advice="PUT it to /uploads again."
-            )
-        return Found(f"sha256:{digest}", url)
-
-    async def _find(self, source: str, *, is_mask: bool = False) -> Found:
-        """A URL that EvoLink can read already, or a checked picture of this machine."""
+    async def _check_source(self, source: str, *, is_mask: bool = False) -> CheckedImage:
         if is_remote(source):
-            return Found(source, url=source)
+            return CheckedImage(source, url=source)
         shown = harmless(source, 80)
-        if earlier := IMAGE_URI.fullmatch(source):
-            found = await self._earlier(earlier[1], int(earlier[2]), is_mask)
-            return replace(found, task_id=earlier[1], index=int(earlier[2]))
-        if upload := UPLOAD_URI.fullmatch(source):
-            return await self._taken(upload[1])
+        if match := IMAGE_URI.fullmatch(source):
+            return await self._check_result(match[1], int(match[2]), is_mask)
+        if match := UPLOAD_URI.fullmatch(source):
+            return await self._find_upload(match[1])
         scheme = source[:8].lower()
         if scheme.startswith("evolink:"):
             raise ReferenceRefused(
@@ -128,74 +180,117 @@ class References:
                 advice="Use evolink://images/{task_id}/{index}, or the uri of an upload.",
             )
         if scheme.startswith("data:"):
-            return await self._checked(partial(_decoded, source), "the data: URI", is_mask)
-        if not self._local:
+            return await self._check_file(partial(_open_data_uri, source), "the data: URI", is_mask)
+        if not self._is_local:
             raise ReferenceRefused(
                 f"“{shown}” is a local file, and this server does not read its files for remote callers",
                 advice="Give a public URL or a data: URI, or PUT the file to /uploads of this server and give its uri.",
             )
         path = self._folders.readable(_file_path(source) if scheme.startswith("file:") else source)
-        found = await self._checked(partial(self._folders.opened, path), f"“{shown}”", is_mask)
-        task_id, index = await anyio.to_thread.run_sync(made_as, path, sha256_of(found.mark))
-        return replace(found, task_id=task_id, index=index)
+        image = await self._check_file(partial(self._folders.opened, path), f"“{shown}”", is_mask)
+        task_id, index = await anyio.to_thread.run_sync(origin_of, path, image.sha256)
+        return replace(image, task_id=task_id, index=index)
 
-    async def _earlier(self, task_id: str, index: int, is_mask: bool) -> Found:
+    async def _find_upload(self, sha256: str) -> CheckedImage:
+        url = await self._journal.find_upload(sha256, self._clock() + LINK_MARGIN_S)
+        if url is None:
+            raise ReferenceRefused(
+                "there is no such upload of yours, or its 72 hours are over", advice="PUT it to /uploads again."
+            )
+        return CheckedImage(f"sha256:{sha256}", url)
+
+    async def _check_result(self, task_id: str, index: int, is_mask: bool) -> CheckedImage:
+        """Return an earlier result: by its link while that is valid, else from its file. A mask needs the file."""
         entry = await self._journal.by_task(task_id)
-        picture = next((p for p in entry.pictures if p.index == index), None) if entry else None
-        if picture is None:
+        result = next((image for image in entry.pictures if image.index == index), None) if entry else None
+        if result is None:
             raise ReferenceRefused(
                 f"there is no picture {index} of {task_id} here", advice="Call get_task with this id first."
             )
-        url = picture.url if picture.url_expires_at - LINK_MARGIN_S > self._clock() else None
-        here: Path | None = None
-        if picture.here and (is_mask or url is None):
+        url = result.url if result.url_expires_at - LINK_MARGIN_S > self._clock() else None
+        path: Path | None = None
+        if result.here and (is_mask or url is None):
             with suppress(OSError, DownloadFailed):
-                here = await self._keeping.file(task_id, picture)
-        if url is not None and here is None:
-            size = (picture.width, picture.height) if picture.width and picture.height else None
-            mark = f"sha256:{picture.sha256}" if picture.sha256 else url
-            return Found(mark, url, picture.mime_type, size)
-        if here is None:
+                path = await self._image_store.local_file(task_id, result)
+        if path is not None:
+            image = await self._check_file(partial(open_plain, path), f"picture {index} of {task_id}", is_mask)
+            if image.sha256 == result.sha256:
+                image = replace(image, url=url)
+        elif url is not None:
+            size = (result.width, result.height) if result.width and result.height else None
+            image = CheckedImage(f"sha256:{result.sha256}" if result.sha256 else url, url, result.mime_type, size)
+        else:
             raise ReferenceRefused(
                 f"picture {index} of {task_id} is gone: its link has expired and its file is not there any more",
                 advice="Give the path of a copy instead.",
             )
-        found = await self._checked(partial(open_plain, here), f"picture {index} of {task_id}", is_mask)
-        return replace(found, url=url) if found.mark == f"sha256:{picture.sha256}" else found
+        return replace(image, task_id=task_id, index=index)
 
-    async def _checked(self, read: Callable[[], BinaryIO], shown: str, is_mask: bool) -> Found:
+    async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
         async with self._in_memory:
-            content, mark = await _border(partial(_content, read), shown)
-            check = partial(self._keeping.decoder.check_reference, content, is_mask=is_mask, order=mark)
-            facts = await _border(check, shown)
-        transparent = bool(facts.transparent) if is_mask else None
-        return Found(mark, None, facts.mime_type, (facts.width, facts.height), transparent, read)
+            content, content_id = await _refuse_unusable(partial(_read, open_file), shown)
+            check = partial(self._image_store.decoder.check_reference, content, is_mask=is_mask, order=content_id)
+            facts = await _refuse_unusable(check, shown)
+        has_transparency = bool(facts.transparent) if is_mask else None
+        return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), has_transparency, open_file)
 
-    async def _upload(self, picture: Found, *, anew: bool = False) -> str:
-        """EvoLink's URL for the picture; the same content is sent once, even if several calls need it at once.
+    async def _upload(self, image: CheckedImage, *, is_forced: bool = False) -> str:
+        """Return EvoLink's URL for a local image. Two calls that need the same content at once upload it once.
 
-        What is sent is upright and carries no metadata. `anew`: it is sent even if EvoLink has it for some hours yet.
+        The uploaded copy is upright and has no metadata. `is_forced`: upload it even if an earlier upload is valid.
         """
-        assert picture.read is not None
-        assert picture.mime_type is not None
-        async with self._uploading.setdefault(picture.mark, anyio.Lock()), self._in_memory:
-            content, _ = await _border(partial(_content, picture.read, picture.mark), "a reference")
-            normalize = partial(self._keeping.decoder.normalize, content, order=picture.mark)
-            content = await _border(normalize, "a reference")
-            digest = await anyio.to_thread.run_sync(_sha256, content)
+        assert image.open_file is not None
+        assert image.mime_type is not None
+        async with self._upload_locks.setdefault(image.content_id, anyio.Lock()), self._in_memory:
+            content, _ = await _refuse_unusable(partial(_read, image.open_file, image.content_id), "a reference")
+            normalize = partial(self._image_store.decoder.normalize, content, order=image.content_id)
+            content = await _refuse_unusable(normalize, "a reference")
+            sha256 = await anyio.to_thread.run_sync(_sha256, content)
             now = self._clock()
             with suppress(JournalUnwritable):
-                if not anew and (url := await self._journal.find_upload(digest, now + LINK_MARGIN_S)):
+                if not is_forced and (url := await self._journal.find_upload(sha256, now + LINK_MARGIN_S)):
                     return url
-            name = f"{digest[:32]}.{picture.mime_type.removeprefix('image/')}"
-            url = await self._client.upload(name, picture.mime_type, io.BytesIO(content))
+            name = f"{sha256[:32]}.{image.mime_type.removeprefix('image/')}"
+            url = await self._client.upload(name, image.mime_type, io.BytesIO(content))
             with suppress(JournalUnwritable):
-                await self._journal.remember_upload(digest, url, now + UPLOAD_LIVES_S)
+                await self._journal.remember_upload(sha256, url, now + UPLOAD_LIVES_S)
             return url
 
 
-async def _border(read: Callable[[], Awaitable[T]], shown: str) -> T:
-    """Await `read`; refuse a picture that cannot be a reference, and say why."""
+def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:
+    """Check that the mask fits the first reference image, as far as both are known."""
+    if mask.mime_type not in (None, "image/png"):
+        kind = {"image/jpeg": "a JPEG", "image/webp": "a WebP"}[mask.mime_type]
+        raise ReferenceRefused(f"a mask must be a PNG, and this is {kind}", advice=MASK_ADVICE)
+    if mask.has_transparency is False:
+        raise ReferenceRefused("the mask has no transparent pixels, so nothing would be redrawn", advice=MASK_ADVICE)
+    if mask.size and first.size and mask.size != first.size:
+        raise ReferenceRefused(
+            "the mask is {}×{} pixels and the first picture {}×{} (both as they are seen, upright)".format(
+                *mask.size, *first.size
+            ),
+            advice="Give a mask of that picture's size.",
+        )
+
+
+def _with_references(body: dict[str, Any], references: list[str]) -> dict[str, Any]:
+    """Return the body with other references. The last one is the mask, if the body has one."""
+    count = len(body["image_urls"])
+    changed = {**body, "image_urls": references[:count]}
+    if "mask_url" in body:
+        changed["mask_url"] = references[count]
+    return changed
+
+
+def _short_source(source: str) -> str:
+    """Return a source on one line. Of a data: URI only its type and length remain."""
+    if source[:5].lower() == "data:":
+        return f"{harmless(source.partition(',')[0], 60)},… ({len(source):,} characters)"
+    return harmless(source, SOURCE_MAX)
+
+
+async def _refuse_unusable(read: Callable[[], Awaitable[T]], shown: str) -> T:
+    """Await `read`. Translate its errors to ReferenceRefused; `shown` names the reference."""
     try:
         return await read()
     except UnusableImage as error:
@@ -206,33 +301,32 @@ async def _border(read: Callable[[], Awaitable[T]], shown: str) -> T:
         raise ReferenceRefused(f"{shown} cannot be read ({error.strerror})", advice="Check its rights.") from error
 
 
-async def _content(read: Callable[[], BinaryIO], checked_mark: str | None = None) -> tuple[bytes, str]:
-    """The picture's bytes in memory, and their mark. It must be `checked_mark`, if given: a file may change later.
+async def _read(open_file: Callable[[], BinaryIO], checked_id: str | None = None) -> tuple[bytes, str]:
+    """Return the bytes of an image and their content ID, which must be `checked_id` if that is set.
 
     Raises:
-        UnusableImage: more than REFERENCE_MAX_BYTES, or changed.
-        OSError: it cannot be read.
+        UnusableImage: more than REFERENCE_MAX_BYTES, or the file changed since it was checked.
+        OSError: the file cannot be read.
     """
 
-    def whole() -> tuple[bytes, str]:
-        with read() as file:
+    def read() -> tuple[bytes, str]:
+        with open_file() as file:
             content = file.read(REFERENCE_MAX_BYTES + 1)
         if len(content) > REFERENCE_MAX_BYTES:
             raise UnusableImage(Reason.TOO_MANY_BYTES)
-        mark = f"sha256:{_sha256(content)}"
-        if checked_mark not in (None, mark):
+        content_id = f"sha256:{_sha256(content)}"
+        if checked_id not in (None, content_id):
             raise UnusableImage(Reason.CHANGED)
-        return content, mark
+        return content, content_id
 
-    return await anyio.to_thread.run_sync(whole, abandon_on_cancel=True)
+    return await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
 
 
 def _sha256(content: bytes) -> str:
-    """In hex; for 50 MB it takes so long that it belongs into a thread."""
     return hashlib.sha256(content).hexdigest()
 
 
-def _decoded(uri: str) -> BinaryIO:
+def _open_data_uri(uri: str) -> BinaryIO:
     head, comma, data = uri.partition(",")
     try:
         if not comma:

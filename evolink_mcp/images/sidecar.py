@@ -1,4 +1,4 @@
-"""The sidecar, a small JSON file beside each saved picture: what was asked, which task made it, what it holds."""
+"""Write the sidecar: a small JSON file beside a saved image with its facts, its task and its request."""
 
 from __future__ import annotations
 
@@ -24,58 +24,58 @@ log = logging.getLogger(__name__)
 MAKER = "evolink-mcp"
 SUFFIX = ".json"
 SIDECAR_MAX_BYTES = 1 << 20
-# A callback address may hold a secret, and people pass pictures on together with their sidecars.
-LEFT_OUT = ("prompt", "callback_url")
+# People pass images on together with their sidecars, and a callback address may hold a secret.
+PRIVATE_ARGUMENTS = frozenset(["callback_url"])
+# Fields of an image that describe the work of this server and not the file.
+INTERNAL_FIELDS = frozenset(["error", "lost", "unusable", "is_rejected", "stored", "transparent", "one_colour"])
 
 
-def sidecar_path(picture: Path) -> Path:
-    """The sidecar's path: hero.png.json beside hero.png, so that it is never taken for a hero.json."""
-    return picture.with_name(picture.name + SUFFIX)
+def sidecar_path(image: Path) -> Path:
+    """Return the path of the sidecar: hero.png.json beside hero.png. It cannot be confused with a hero.json."""
+    return image.with_name(image.name + SUFFIX)
 
 
-def made_as(picture: Path, sha256: str | None) -> tuple[str | None, int | None]:
-    """Task and index of the picture in this file, by its sidecar; (None, None) if that is unknown or of another picture."""
-    facts = _ours(sidecar_path(picture)) or {}
-    task_id, index = facts.get("task_id"), facts.get("index")
+def origin_of(image: Path, sha256: str | None) -> tuple[str | None, int | None]:
+    """Return task ID and index of the image in this file, from its sidecar. (None, None) if they are unknown."""
+    facts = _own_sidecar(sidecar_path(image)) or {}
+    task_id = facts.get("task_id")
+    index = facts.get("index")
     if is_task_id(task_id) and isinstance(index, int) and sha256 is not None and facts.get("sha256") == sha256:
         return task_id, index
     return None, None
 
 
-def sidecar(entry: Entry, picture: Picture) -> dict[str, Any]:
-    """The sidecar's content; times in UTC, sizes in pixels and bytes."""
-    return scrub({
-        "made_by": f"{MAKER} {__version__}",
-        "prompt": entry.request.get("prompt"),
-        "request": {name: value for name, value in entry.request.items() if name not in LEFT_OUT},
-        "references": [asdict(one) for one in entry.references],
-        "task_id": entry.task_id,
-        "index": picture.index,
-        "created_at": iso(entry.created_at),
-        "path": picture.path,
-        "url": picture.url,
-        "url_expires_at": iso(picture.url_expires_at),
-        "mime_type": picture.mime_type,
-        "width": picture.width,
-        "height": picture.height,
-        "bytes": picture.bytes,
-        "sha256": picture.sha256,
-    })  # fmt: skip
+def sidecar(entry: Entry, image: Picture) -> dict[str, Any]:
+    """Return the content of the sidecar. Times are in UTC, sizes in pixels and bytes."""
+    request = {name: value for name, value in entry.request.items() if name not in PRIVATE_ARGUMENTS}
+    facts = {name: value for name, value in asdict(image).items() if name not in INTERNAL_FIELDS}
+    return scrub(
+        {
+            "made_by": f"{MAKER} {__version__}",
+            "prompt": request.pop("prompt", None),
+            "request": request,
+            "references": [asdict(reference) for reference in entry.references],
+            "task_id": entry.task_id,
+            "created_at": iso(entry.created_at),
+            **facts,
+            "url_expires_at": iso(image.url_expires_at),
+        }
+    )
 
 
-async def lay_beside(entry: Entry, picture: Picture) -> None:
-    """Write a saved picture's sidecar. If it cannot be written, the log says so, and nothing else happens."""
-    assert picture.path is not None
-    path, facts = sidecar_path(Path(picture.path)), sidecar(entry, picture)
+async def write_sidecar(entry: Entry, image: Picture) -> None:
+    """Write the sidecar of a saved image. A failure is only logged: the image is more important."""
+    assert image.path is not None
+    path = sidecar_path(Path(image.path))
     try:
-        if not await anyio.to_thread.run_sync(_write, path, facts):
-            log.warning("%s is not ours, so the picture's facts were not written", path)
+        if not await anyio.to_thread.run_sync(_write, path, sidecar(entry, image)):
+            log.warning("no sidecar for this image: another program wrote %s", path)
     except OSError as error:
         log.warning("%s cannot be written (%s)", path, error.strerror or type(error).__name__)
 
 
 def _write(path: Path, facts: dict[str, Any]) -> bool:
-    """Write the whole file. What is there already stays if it is not ours or belongs to the same picture."""
+    """Write the whole file. Return False if a file of another program is there; it stays."""
     handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=path.parent)
     part = Path(name)
     try:
@@ -85,17 +85,17 @@ def _write(path: Path, facts: dict[str, Any]) -> bool:
             os.fsync(file.fileno())
         if move_to_free_name(part, path):
             return True
-        there = _ours(path)
-        if there is not None and there.get("sha256") != facts["sha256"]:  # it belonged to a picture that is gone
+        old = _own_sidecar(path)
+        if old is not None and old.get("sha256") != facts["sha256"]:  # the old image is gone
             patiently(os.replace, part, path)
-        return there is not None
+        return old is not None
     finally:
         with suppress(OSError):
             part.unlink()
 
 
-def _ours(path: Path) -> dict[str, Any] | None:
-    """The sidecar at `path`, if evolink-mcp wrote it."""
+def _own_sidecar(path: Path) -> dict[str, Any] | None:
+    """Return the sidecar at `path` if evolink-mcp wrote it."""
     try:
         with open_plain(path) as file:
             data = json.loads(file.read(SIDECAR_MAX_BYTES))

@@ -57,7 +57,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
             )
-        shown = task_out(await studio.keeping.shown(entry))
+        shown = task_out(await studio.image_store.entry_for_caller(entry))
         return json.dumps(scrub(shown.model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
@@ -71,11 +71,13 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             )
 
         async def places() -> str:
-            shown = next(p for p in (await studio.keeping.shown(entry)).pictures if p.index == picture.index)
+            shown = next(
+                p for p in (await studio.image_store.entry_for_caller(entry)).pictures if p.index == picture.index
+            )
             return " and ".join(filter(None, [shown.path, shown.url]))
 
         try:
-            file = await studio.keeping.file(task_id, picture)
+            file = await studio.image_store.local_file(task_id, picture)
             size, data = await anyio.to_thread.run_sync(_read, file)
         except EvolinkError as error:
             raise ResourceError(f"{error.what}; its places: {await places()}") from error

@@ -21,8 +21,8 @@ from evolink_mcp.errors import (
     StoreUnusable,
 )
 from evolink_mcp.images.download import download
-from evolink_mcp.images.image_store import Keeping
 from evolink_mcp.images.previews import edge_of
+from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Picture
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.recorder import Recorder
@@ -39,7 +39,7 @@ DOWNLOADS_AT_ONCE = 4
 
 
 class Collector:
-    """Lets `keeping` keep every picture, and tells `recorder` of each one.
+    """Lets `image_store` keep every picture, and tells `recorder` of each one.
 
     `preview_edge` is the longest edge of the previews that a waiting caller will be shown, as in `Waiting`.
     """
@@ -47,7 +47,7 @@ class Collector:
     def __init__(
         self,
         client: EvolinkClient,
-        keeping: Keeping,
+        image_store: ImageStore,
         recorder: Recorder,
         *,
         preview_edge: int | None = None,
@@ -57,7 +57,7 @@ class Collector:
     ) -> None:
         self._tally = tally or Tally()
         self._client = client
-        self._keeping = keeping
+        self._image_store = image_store
         self._recorder = recorder
         self._preview_edge = preview_edge
         self._clock = clock
@@ -119,7 +119,7 @@ class Collector:
         """Keep the pictures once more under the name that a caller who has joined wants."""
         pictures = {picture.index: picture for picture in job.entry.pictures}
         for picture in job.entry.pictures:
-            pictures[picture.index] = await self._keeping.copy(job.entry, picture, job.copy_as)
+            pictures[picture.index] = await self._image_store.copy(job.entry, picture, job.copy_as)
         await self._recorder.pictures_changed(job, _ordered(pictures))
 
     async def _download(self, job: Job, picture: Picture) -> Picture:
@@ -127,7 +127,7 @@ class Collector:
         for repeat in range(REPEATS_MAX + 1):
             try:
                 fetch = partial(download, self._client, picture.url)
-                return await self._keeping.keep(job.entry, picture, fetch, edge)
+                return await self._image_store.save(job.entry, picture, fetch, edge)
             except StoreUnusable:  # the store has been asked several times
                 raise
             except DownloadFailed as error:

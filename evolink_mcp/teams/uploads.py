@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Refused
-from evolink_mcp.images.checked_image import sha256_of
 from evolink_mcp.images.inspect import MAGIC
 from evolink_mcp.images.references import REFERENCE_MAX_BYTES, UPLOAD_LIVES_S, References
 from evolink_mcp.journal.entry import iso
@@ -80,7 +79,7 @@ class Uploads:
         file.seek(0)
         try:
             # The studio closes what it reads, and reads it twice.
-            found = await self._references.take(lambda: _again(file))
+            found = await self._references.upload(lambda: _again(file))
         except (JournalUnwritable, KeyMissing) as error:
             return _refused(503, f"{error.what}. {error.advice}")
         except Refused as error:
@@ -90,7 +89,7 @@ class Uploads:
         width, height = found.size or (None, None)
         return JSONResponse(
             {
-                "uri": f"evolink://uploads/{sha256_of(found.mark)}",
+                "uri": f"evolink://uploads/{found.sha256}",
                 "mime_type": found.mime_type,
                 "width": width,
                 "height": height,

@@ -101,7 +101,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
 
 def _notes(req: GenerateImageArguments, studio: Studio) -> list[str]:
     notes: list[str] = []
-    if req.save_as is not None and not studio.keeping.keeps:
+    if req.save_as is not None and not studio.image_store.is_permanent:
         notes.append("save_as has no effect here: this server keeps no pictures; fetch them by their links.")
     if "resolution" in req.model_fields_set and not sizes.takes_resolution(req.size):
         what = "auto" if req.size == "auto" else "explicit pixels"

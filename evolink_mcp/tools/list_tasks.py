@@ -109,7 +109,7 @@ async def task_list(
             if req.status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
         shown.sort(key=lambda entry: entry.created_at, reverse=True)
-    told, tasks = _fitting([await studio.keeping.shown(entry) for entry in shown], detail=req.detail)
+    told, tasks = _fitting([await studio.image_store.entry_for_caller(entry) for entry in shown], detail=req.detail)
     last = next((entry for entry in reversed(shown[: len(told)]) if entry.is_written), None)
     more = len(told) < len(shown) or len(entries) > req.limit
     spent = {name: await _spent(studio, since) for name, since in _spans(now).items()}

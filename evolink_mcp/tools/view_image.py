@@ -41,7 +41,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait(host), ctx.report_progress)
         picture = next((p for p in job.entry.pictures if p.index == req.index), None)
-        shown = await waiting.studio.keeping.shown(job.entry)
+        shown = await waiting.studio.image_store.entry_for_caller(job.entry)
         if picture is None or not picture.saved:
             out = task_out(shown, problem=job.problem)
             raise Refused(
@@ -52,8 +52,8 @@ def view_image_tool(waiting: Waiting) -> Tool:
             )
         block = None
         with suppress(OSError):
-            file = await waiting.studio.keeping.file(req.task_id, picture)
-            block = await picture_block(file, req.max_edge, host.answer_max, waiting.studio.keeping.decoder)
+            file = await waiting.studio.image_store.local_file(req.task_id, picture)
+            block = await picture_block(file, req.max_edge, host.answer_max, waiting.studio.image_store.decoder)
         place = next(p.path or "its link is in the answer of get_task" for p in shown.pictures if p.index == req.index)
         if block is None:
             raise Refused(

@@ -63,7 +63,7 @@ class Waiting:
         async with self.studio.attending(job):
             await follow(job, self.wait(host, asked_s), ctx.report_progress)
             out = task_out(
-                await self.studio.keeping.shown(job.entry),
+                await self.studio.image_store.entry_for_caller(job.entry),
                 problem=job.problem if job.finished else None,
                 joined=joined,
                 running=not job.finished,
@@ -75,7 +75,7 @@ class Waiting:
             if job.problem is not None and not job.finished:
                 out.notes.append(f"EvoLink is asked again, ever more slowly, because {job.problem.message}.")
             files = await self._files(job.entry)
-            decoder = self.studio.keeping.decoder
+            decoder = self.studio.image_store.decoder
             pictures = await previews(out, files, self.preview_edge, host.answer_max, decoder)
             more = links(out) if self.resource_links else []
             if job.finished and job.problem is None and job.entry.conclusive:
@@ -91,7 +91,7 @@ class Waiting:
             for picture in entry.pictures:
                 if picture.saved:
                     with suppress(OSError, EvolinkError):
-                        files.append(await self.studio.keeping.file(entry.task_id, picture))
+                        files.append(await self.studio.image_store.local_file(entry.task_id, picture))
         return files
 
     async def _hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import Open, World
 
 from evolink_mcp.cli.image_commands import lay_out, open_picture
-from evolink_mcp.images.image_store import file_name
+from evolink_mcp.images.store import file_name
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TASK = "task-unified-1790000000-owhmvtsa"

@@ -27,8 +27,8 @@ from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import ReferenceRefused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
-from evolink_mcp.images.image_store import InFolders
 from evolink_mcp.images.references import References
+from evolink_mcp.images.store import LocalImageStore
 from evolink_mcp.journal.sqlite import SqliteJournal
 
 pytestmark = pytest.mark.anyio
@@ -396,14 +396,14 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
         transport=httpx.ASGITransport(simulator.app),
     )  # fmt: skip
     folders = Folders(desk, (desk,))
-    references = References(client, journal, folders, InFolders(folders, decoder))
+    references = References(client, journal, folders, LocalImageStore(folders, decoder))
     request = GenerationRequest(prompt="blue", image_urls=[str(desk / name)])
     async with client:
         with anyio.fail_after(300):
             checked = await references.check(request)
             swap(desk)
             with pytest.raises(ReferenceRefused):
-                await references.upload(checked)
+                await references.upload_all(checked)
     await journal.close()
     assert simulator.requests == []
 

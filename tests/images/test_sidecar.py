@@ -67,6 +67,7 @@ async def test_it_says_how_the_picture_was_made(world: World) -> None:
     assert told["prompt"] == "sim:fast a fox"
     assert told["request"] == {"model": "gpt-image-2", "size": "16:9", "quality": "low"}
     assert (told["task_id"], told["created_at"]) == (facts["task_id"], facts["created_at"])
+    assert set(told) == {"made_by", "prompt", "request", "references", "task_id", "created_at", *SHARED}
 
 
 async def test_neither_the_key_nor_a_callback_address_is_in_it(world: World) -> None:

@@ -23,7 +23,7 @@ from evolink_mcp.errors import DownloadFailed, FolderRefused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.inspect import ImageFacts, sniff
 from evolink_mcp.images.previews import check_and_preview
-from evolink_mcp.images.store import keep
+from evolink_mcp.images.store import save_image
 from evolink_mcp.images.unusable import UnusableImage
 
 pytestmark = pytest.mark.anyio
@@ -183,14 +183,14 @@ async def test_a_folder_that_cannot_be_made_costs_no_picture(open_world: Open, t
         assert world.posts == 1
 
 
-# --- keep ---
+# --- save_image ---
 
 
 async def test_a_picture_that_lies_there_already_is_not_doubled(decoder: Decoder, tmp_path: Path) -> None:
     """The journal may be lost, or the server killed between saving and writing it down."""
-    first = await keep(served(drawing()), tmp_path / "a", decoder)
-    second = await keep(served(drawing()), tmp_path / "a", decoder)
-    third = await keep(served(drawing(shade=9)), tmp_path / "a", decoder)
+    first = await save_image(served(drawing()), tmp_path / "a", decoder)
+    second = await save_image(served(drawing()), tmp_path / "a", decoder)
+    third = await save_image(served(drawing(shade=9)), tmp_path / "a", decoder)
     assert (Path(first.path).name, Path(second.path).name, Path(third.path).name) == ("a.png", "a.png", "a-1.png")
 
 
@@ -199,7 +199,7 @@ async def test_ten_downloads_into_one_name_lose_nothing(tmp_path: Path, decoder:
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             for picture in pictures:
-                group.start_soon(keep, served(picture), tmp_path / "a.png", decoder)
+                group.start_soon(save_image, served(picture), tmp_path / "a.png", decoder)
     assert sorted(pictures) == sorted(path.read_bytes() for path in tmp_path.iterdir())
 
 
@@ -211,7 +211,7 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
 
     monkeypatch.setattr(os, "link", no_links)
     (tmp_path / "a.png").write_bytes(b"mine")
-    kept = await keep(served(drawing()), tmp_path / "a", decoder)
+    kept = await save_image(served(drawing()), tmp_path / "a", decoder)
     assert everything(tmp_path) == ["a-1.png", "a.png"]
     assert drawing() == Path(kept.path).read_bytes()
     assert (tmp_path / "a.png").read_bytes() == b"mine"
@@ -235,7 +235,7 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
 )
 async def test_nothing_is_left_of_what_is_no_picture(decoder: Decoder, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DownloadFailed):
-        await keep(served(content), tmp_path / "new" / "a", decoder)
+        await save_image(served(content), tmp_path / "new" / "a", decoder)
     assert everything(tmp_path) == []
 
 
@@ -250,9 +250,9 @@ async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(decoder
         raise AssertionError
 
     with pytest.raises(DownloadFailed):
-        await keep(breaks, tmp_path / "a", decoder)
+        await save_image(breaks, tmp_path / "a", decoder)
     with anyio.move_on_after(0.05):
-        await keep(stays, tmp_path / "a", decoder)
+        await save_image(stays, tmp_path / "a", decoder)
     assert everything(tmp_path) == []
 
 
@@ -262,7 +262,7 @@ async def test_what_a_killed_server_left_is_cleared_away_and_what_another_writes
     for name, age_s in ((".evolink-old.part", 7_200), (".evolink-new.part", 60), ("my.part", 7_200)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    await keep(served(drawing()), tmp_path / "a", decoder)
+    await save_image(served(drawing()), tmp_path / "a", decoder)
     assert everything(tmp_path) == [".evolink-new.part", "a.png", "my.part"]
 
 
@@ -280,7 +280,7 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(
 
     noting("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
     noting("link", os.link, lambda path: os.stat(path).st_ino)
-    kept = await keep(served(drawing()), tmp_path / "fox", decoder)
+    kept = await save_image(served(drawing()), tmp_path / "fox", decoder)
     inode = Path(kept.path).stat().st_ino
     assert steps[:2] == [("fsync", inode), ("link", inode)]
     assert [name for name, _ in steps[2:]] == ["fsync"]  # the folder
@@ -289,14 +289,14 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(
 async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FolderRefused) as refusal:
-        await keep(served(drawing()), tmp_path / "file" / "a", decoder)
+        await save_image(served(drawing()), tmp_path / "file" / "a", decoder)
     assert str(tmp_path / "file") in refusal.value.what
     assert refusal.value.charged == "yes"
 
 
 async def test_what_is_told_of_a_kept_picture_is_true(decoder: Decoder, tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
-    kept = await keep(served(picture), tmp_path / "link" / ".." / "a", decoder)
+    kept = await save_image(served(picture), tmp_path / "link" / ".." / "a", decoder)
     assert picture == Path(kept.path).read_bytes()
     assert (kept.mime_type, kept.width, kept.height, kept.bytes) == ("image/webp", 70, 30, len(picture))
     assert hashlib.sha256(picture).hexdigest() == kept.sha256
