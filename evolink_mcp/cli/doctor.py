@@ -156,7 +156,7 @@ async def account(settings: Settings) -> list[Finding]:
         try:
             seen = Probe(date=await client.date())
         except EvolinkError as error:
-            seen = Probe(problem=error.what)
+            seen = Probe(problem=error.message)
         findings = [reached(settings.base_url, seen, needed=settings.key is not None)]
         if settings.key is not None:
             findings.append(await _credits(client))
@@ -177,7 +177,7 @@ async def _credits(client: EvolinkClient) -> Finding:
     try:
         balance = await client.balance()
     except EvolinkError as error:
-        return Finding("credits", "broken", error.what, error.advice)
+        return Finding("credits", "broken", error.message, error.advice)
     left = [amount for amount in (balance.account_remaining, balance.key_remaining) if amount is not None]
     if balance.key_unlimited and balance.account_remaining is not None:
         left = [balance.account_remaining]
@@ -264,7 +264,7 @@ def _read(data_dir: Path) -> Finding:
             return Finding("journal", "broken", f"{path} is damaged", todo)
         entries = read_entries(data_dir, ENTRIES_MAX)
     except (OSError, JournalUnwritable) as error:
-        words = error.what if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
+        words = error.message if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
         return Finding("journal", "broken", words, REFUSED)
     return _held(str(path), entries)
 
@@ -276,7 +276,7 @@ def team_journal(url: str) -> Finding:
     try:
         return _held(*schema.read_entries(url, ENTRIES_MAX))
     except JournalUnwritable as error:
-        return Finding("journal", "broken", error.what, REFUSED)
+        return Finding("journal", "broken", error.message, REFUSED)
 
 
 def _held(place: str, entries: list[Entry]) -> Finding:

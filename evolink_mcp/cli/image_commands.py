@@ -71,7 +71,7 @@ def open_picture(settings: Settings, words: list[str], say: Say, complain: Say, 
     try:
         path = picture_of(settings, words)
     except JournalUnwritable as error:
-        complain(error.what)
+        complain(error.message)
         return 1
     if words and path == settings.folders.output:
         complain(
@@ -93,7 +93,7 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
     try:
         _, entries = kept(settings, tuple(words), SHEET_MAX, 0.0 if since == "all" else instant(since, now))
     except (JournalUnwritable, Refused) as error:
-        complain(f"{error.what}. {error.advice}")
+        complain(f"{error.message}. {error.advice}")
         return 1
     which = f" with “{harmless(' '.join(words), 80)}”" if words else ""
     title = f"All pictures{which}" if since == "all" else f"Pictures since {harmless(since, 40)}{which}"

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         unwritable = _within(error)
         if unwritable is None:
             raise
-        _complain(unwritable.what)
+        _complain(unwritable.message)
         code = 1
     for stream in cast("list[TextIO | None]", [sys.stdout, sys.stderr]):
         if stream is not None:
@@ -166,7 +166,7 @@ def _tasks(options: Namespace) -> int:
     try:
         place, entries = kept(_settings(), (), options.limit)
     except JournalUnwritable as error:
-        _complain(error.what)
+        _complain(error.message)
         return 1
     if not entries and not options.json:
         print(f"Nothing was bought yet: there is no entry in {place}.")

@@ -65,5 +65,7 @@ async def store(settings: Settings) -> list[Finding]:
     try:
         await place.try_out()
     except StoreUnusable as error:
-        return [Finding("store", "broken", error.what, "Look at EVOLINK_MCP_STORE, and at the store's own variables.")]
+        return [
+            Finding("store", "broken", error.message, "Look at EVOLINK_MCP_STORE, and at the store's own variables.")
+        ]
     return [Finding("store", "ok", f"{harmless(settings.team.store, 200)} can be written and read")]

@@ -233,7 +233,7 @@ async def save_image(
         refusal = PictureRejected if error.is_hostile else PictureUnusable
         raise refusal(f"the file that EvoLink sent is not usable: {error}") from error
     except DecoderUnavailable as error:
-        raise DownloadFailed(error.what, code=error.code, advice=f"The picture is paid. {error.advice}") from error
+        raise DownloadFailed(error.message, code=error.code, advice=f"The picture is paid. {error.advice}") from error
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     finally:

@@ -80,7 +80,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             file = await studio.image_store.local_file(task_id, picture)
             size, data = await anyio.to_thread.run_sync(_read, file)
         except EvolinkError as error:
-            raise ResourceError(f"{error.what}; its places: {await places()}") from error
+            raise ResourceError(f"{error.message}; its places: {await places()}") from error
         except OSError as error:
             raise ResourceNotFoundError(
                 f"the file cannot be read ({error.strerror or error}); its places: {await places()}"
@@ -98,7 +98,7 @@ async def _entry(studio: Studio, task_id: str) -> Entry | None:
     try:
         return await studio.entry(task_id) if is_task_id(task_id) else None
     except JournalUnwritable as error:
-        raise ResourceError(f"{error.what}. {error.advice}") from error
+        raise ResourceError(f"{error.message}. {error.advice}") from error
 
 
 def _read(path: Path) -> tuple[int, bytes]:

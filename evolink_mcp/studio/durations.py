@@ -54,7 +54,7 @@ class Experience:
             try:
                 await self._journal.learn(FACT, json.dumps(list(self._taken)))
             except JournalUnwritable as error:
-                log.info("%s", error.what)
+                log.info("%s", error.message)
 
     async def _read(self) -> None:
         try:

@@ -133,7 +133,7 @@ class Workshop:
         try:
             return await self._journal.acquire(key)
         except JournalUnwritable as error:
-            log.warning("%s", error.what)
+            log.warning("%s", error.message)
             return if_unknown
 
     def buy(self, entry: Entry, client: str | None = None) -> Job:

@@ -104,7 +104,7 @@ class Collector:
                 lost = unusable or (isinstance(error, DownloadFailed) and not error.retryable)
                 pictures[picture.index] = replace(
                     picture,
-                    error=error.what,
+                    error=error.message,
                     lost=lost,
                     unusable=unusable,
                     is_rejected=isinstance(error, PictureRejected),

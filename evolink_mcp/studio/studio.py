@@ -260,7 +260,7 @@ class Studio:
         try:
             tasks = await self.client.recent_tasks()
         except EvolinkError as error:
-            return [], error.what
+            return [], error.message
         known = await self.journal.known_tasks([task.id for task in tasks])
         return [task for task in tasks if task.id not in known], None
 

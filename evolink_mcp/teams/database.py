@@ -146,7 +146,7 @@ class Database:
             raise self.unwritable(error) from error
         except JournalUnwritable as error:
             await self._shut()
-            raise self._address.unwritable(error.what) from error
+            raise self._address.unwritable(error.message) from error
         self._life = asyncio.create_task(self._live())
 
     async def close(self) -> None:

@@ -81,11 +81,13 @@ class Uploads:
             # The studio closes what it reads, and reads it twice.
             found = await self._references.upload(lambda: _again(file))
         except (JournalUnwritable, KeyMissing) as error:
-            return _refused(503, f"{error.what}. {error.advice}")
+            return _refused(503, f"{error.message}. {error.advice}")
         except Refused as error:
-            return _refused(400, f"{error.what}. {error.advice}")
+            return _refused(400, f"{error.message}. {error.advice}")
         except EvolinkError as error:
-            return _refused(502, f"EvoLink did not take the picture: {error.what}. Nothing was charged. {error.advice}")
+            return _refused(
+                502, f"EvoLink did not take the picture: {error.message}. Nothing was charged. {error.advice}"
+            )
         width, height = found.size or (None, None)
         return JSONResponse(
             {
@@ -130,7 +132,7 @@ class StoredPictures:
                     response = Response(None, headers=headers, media_type=kind)
                 await response(scope, receive, send)
         except EvolinkError as error:
-            await _refused(404 if not error.retryable else 503, error.what)(scope, receive, send)
+            await _refused(404 if not error.retryable else 503, error.message)(scope, receive, send)
 
 
 def _refused(status: int, text: str, **headers: str) -> Response:

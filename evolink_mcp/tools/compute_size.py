@@ -115,10 +115,12 @@ def compute_size_tool(studio: Studio) -> Tool:
         out = compute(req, studio.size_rule.current, studio.size_rule.possible, known=studio.size_rule.known)
         return result(size_text(out), out, is_error=out.error is not None)
 
-    return flat_tool(compute_size, ComputeSizeArguments, SizeOut, _refuse, title="Compute size", annotations=OFFLINE)
+    return flat_tool(
+        compute_size, ComputeSizeArguments, SizeOut, _format_error, title="Compute size", annotations=OFFLINE
+    )
 
 
-def _refuse(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
+def _format_error(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
     out = SizeOut(alternatives=list(nearest), error=error_out(error.problem))
     return result(size_text(out), out, is_error=True)
 

@@ -22,7 +22,7 @@ from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
-from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, refuse_task
+from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
 
 Credits = Annotated[
     float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it may cost more credits.")
@@ -92,7 +92,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         generate_image,
         GenerateImageArguments,
         TaskOut,
-        refuse_task,
+        format_task_error,
         title="Generate image",
         annotations=PAID,
         meta=GALLERY_META,

@@ -20,7 +20,7 @@ from evolink_mcp.journal.entry import Entry
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.times import DAY_S, instant, start_of_day
-from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
+from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.task_answer import brief, row, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
@@ -78,7 +78,7 @@ def list_tasks_tool(studio: Studio) -> Tool:
         return result(text, out)
 
     return flat_tool(
-        list_tasks, ListTasksArguments, TaskList, refuse_as(TaskList), title="List tasks", annotations=READS
+        list_tasks, ListTasksArguments, TaskList, format_error_as(TaskList), title="List tasks", annotations=READS
     )
 
 

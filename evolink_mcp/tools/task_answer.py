@@ -209,7 +209,7 @@ def _failure(entry: Entry) -> Problem | None:
     code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
     advice = advice_for(code)
     said = f"; EvoLink says: {quoted(task.error.message)}" if task.error else ""
-    return Problem(code, f"{advice.meaning}{said}", advice.repeat, advice.todo)
+    return Problem(code, f"{advice.meaning}{said}", advice.retryable, advice.next_step)
 
 
 def _expected(entry: Entry) -> Pixels | None:

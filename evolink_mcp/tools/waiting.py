@@ -59,7 +59,7 @@ class Waiting:
         self, job: Job, asked_s: float | None, ctx: Context[Any, Any], notes: list[str], *, joined: bool = False
     ) -> CallToolResult:
         """Wait for the job as long as this call may, then say how it stands; the job goes on, however the wait ends."""
-        host = host_of(ctx)
+        host = mcp_host_of(ctx)
         async with self.studio.attending(job):
             await follow(job, self.wait(host, asked_s), ctx.report_progress)
             out = task_out(
@@ -122,12 +122,12 @@ def client_of(ctx: Context[Any, Any]) -> str | None:
     return params.client_info.name if params else None
 
 
-def host_of(ctx: Context[Any, Any]) -> Host:
+def mcp_host_of(ctx: Context[Any, Any]) -> Host:
     """The host that this call comes from, by the name that its client gave."""
     return host_named(client_of(ctx))
 
 
-def refuse_task(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
     """The answer of generate_image and get_task to an error before there is a task."""
     out = refusal(error)
     return result(task_text(out), out, is_error=True)

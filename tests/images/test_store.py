@@ -290,7 +290,7 @@ async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(FolderRefused) as refusal:
         await save_image(served(drawing()), tmp_path / "file" / "a", decoder)
-    assert str(tmp_path / "file") in refusal.value.what
+    assert str(tmp_path / "file") in refusal.value.message
     assert refusal.value.charged == "yes"
 
 

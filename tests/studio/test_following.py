@@ -194,7 +194,7 @@ async def fetched(url: str, **hops: str) -> tuple[bytes, list[str]]:
         try:
             await download(client, url, into)
         except DownloadFailed as error:
-            return error.what.encode(), seen
+            return error.message.encode(), seen
     return into.getvalue(), seen
 
 
