@@ -52,6 +52,7 @@ SLOW_MAX = 2
 NICENESS_OF_SLOW = 10
 IMAGES_PER_PROCESS = 100
 BLOCK_BYTES = 1 << 20
+HEAD_BYTES = 16  # of a file, for its type
 Lane = Literal["check", "preview", "reference"]
 # Images of one lane at once. Each may need MEMORY_MAX_BYTES.
 LANES: Mapping[Lane, int] = {"check": 2, "preview": 1, "reference": 2}
@@ -111,9 +112,10 @@ class Decoder:
         """
         request = DecodeRequest(Operation.CHECK, _size_of(file), edge, CACHE_MAX_BYTES)
         answer = await self._run("check", request, file, order)
-        if answer.facts is None or (edge == 0 and answer.payload is not None):
+        if edge == 0 and answer.payload is not None:
             raise UnusableImage(Reason.DECODER_FAILED)
-        return answer.facts, answer.payload
+        file.seek(0)
+        return _facts_of(answer, file.read(HEAD_BYTES)), answer.payload
 
     async def preview(self, file: BinaryIO, *, edge: int, budget: int, order: str = "") -> bytes | None:
         """Return a WebP copy: longest edge ≤ `edge` pixels, at most `budget` bytes; None if it does not fit.
@@ -131,11 +133,8 @@ class Decoder:
             UnusableImage, DecoderUnavailable: as `check`.
         """
         request = DecodeRequest(Operation.CHECK_REFERENCE, len(content), is_mask=is_mask)
-        facts = (await self._run("reference", request, io.BytesIO(content), order)).facts
-        known = sniff(content[:16])
-        if facts is None or known is None or facts.mime_type != known[0]:
-            raise UnusableImage(Reason.DECODER_FAILED)
-        return facts
+        answer = await self._run("reference", request, io.BytesIO(content), order)
+        return _facts_of(answer, content[:HEAD_BYTES])
 
     async def normalize(self, content: bytes, *, order: str = "") -> bytes:
         """Return a reference image upright and without metadata, in the same file type.
@@ -145,7 +144,7 @@ class Decoder:
         """
         request = DecodeRequest(Operation.NORMALIZE, len(content))
         payload = (await self._run("reference", request, io.BytesIO(content), order)).payload
-        if payload is None or sniff(payload[:16]) != sniff(content[:16]):
+        if payload is None or sniff(payload[:HEAD_BYTES]) != sniff(content[:HEAD_BYTES]):
             raise UnusableImage(Reason.DECODER_FAILED)
         return payload
 
@@ -253,6 +252,14 @@ def _expected_protections() -> Protection:
     if sys.platform == "linux":
         return Protection.RESOURCE_LIMITS | Protection.NO_NEW_PRIVILEGES | Protection.SYSCALL_FILTER
     return Protection.RESOURCE_LIMITS
+
+
+def _facts_of(answer: DecodeAnswer, head: bytes) -> ImageFacts:
+    """Return the facts of an answer. Their type must be that of the first bytes of the file."""
+    known = sniff(head)
+    if answer.facts is None or known is None or answer.facts.mime_type != known[0]:
+        raise UnusableImage(Reason.DECODER_FAILED)
+    return answer.facts
 
 
 def _size_of(file: BinaryIO) -> int:

@@ -20,8 +20,6 @@ TABLE_BYTES_MAX = 64 << 10
 # Bytes FF before a marker. Encoders use a few for alignment.
 FILL_BYTES_MAX = 64 << 10
 CHUNKS_MAX = 20_000
-# Chunks of a PNG that hold no pixels, for example text and colour profiles.
-OTHER_CHUNKS_MAX = 256
 FRAMES_MAX = 1_000
 # A marker with the fill bytes before it. Possessive: no second attempt for the same bytes.
 _MARKER = re.compile(rb"\xff++([^\xff])")
@@ -29,7 +27,6 @@ _END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, a
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers without a length
 _TABLES = frozenset([0xC4, 0xCC, 0xDB, 0xDD])  # DHT, DAC, DQT, DRI
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
-_PNG_PIXELS = frozenset([b"IDAT", b"fdAT", b"fcTL"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,6 @@ def _is_fill(content: bytes, position: int) -> bool:
 
 def _png(content: bytes) -> Iterator[Part]:
     end = 8
-    others = 0
     for _ in range(CHUNKS_MAX):
         start = end
         head = content[start : start + 8]
@@ -106,9 +102,6 @@ def _png(content: bytes) -> Iterator[Part]:
             raise UnusableImage(Reason.INCOMPLETE)
         kind = head[4:]
         end = start + 12 + struct.unpack(">I", head[:4])[0]
-        others += kind not in _PNG_PIXELS
-        if others > OTHER_CHUNKS_MAX:
-            raise UnusableImage(Reason.TOO_MANY_PARTS)
         yield Part(kind, start, end)
         if kind == b"IEND":
             return

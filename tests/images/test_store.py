@@ -465,21 +465,38 @@ async def test_honest_pictures_pass(kind: str) -> None:
         assert examine(scans(20)).width == 2880
 
 
+def downloads_of(world: World) -> int:
+    return sum(request.path.startswith("/pictures/") for request in world.simulator.requests)
+
+
 async def test_a_hostile_file_is_never_downloaded_again(open_world: Open) -> None:
     async with open_world() as world:
         answer = await buy(world, "sim:fast sim:hostile-picture a fox")
-        simulator, clock = world.simulator, world.clock
+        simulator = world.simulator
+        clock = world.clock
+        assert downloads_of(world) == 1
     facts = answer.structured_content
     assert facts["error"]["code"] == "picture_rejected"
     assert facts["charged"] == "yes"
     assert facts["next_action"] is None
     assert facts["images"][0]["url"].startswith("http")
-    downloads = sum(request.path.startswith("/pictures/") for request in simulator.requests)
-    assert downloads == 1
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+        assert downloads_of(world) == 1
     assert again.structured_content["error"]["code"] == "picture_rejected"
-    assert sum(request.path.startswith("/pictures/") for request in simulator.requests) == downloads
+
+
+async def test_a_deleted_image_is_downloaded_again_but_not_the_hostile_one_beside_it(world: World) -> None:
+    answer = await buy(world, "sim:fast sim:hostile-picture a fox", n=2)
+    hostile, good = answer.structured_content["images"]
+    assert (hostile["path"], downloads_of(world)) == (None, 2)
+    Path(good["path"]).unlink()
+    async with world.client() as client:
+        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+    assert downloads_of(world) == 3
+    assert Path(good["path"]).is_file()
+    assert again.structured_content["images"][0]["error"] == hostile["error"]
+    assert "fill bytes" in hostile["error"]
 
 
 async def test_what_was_refused_is_not_fetched_again_by_itself(open_world: Open) -> None:
