@@ -246,6 +246,8 @@ async def test_a_pickle_from_the_decoder_is_never_loaded(tmp_path: Path) -> None
 
 
 VALID = DecodeAnswer(ImageFacts("image/png", 64, 48, has_alpha=True, transparent=0.5), b"abc").pack()
+WRONG_TYPE = DecodeAnswer(ImageFacts("image/jpeg", 64, 48, has_alpha=False)).pack()
+NO_PAYLOAD = (DecodeAnswer().pack(), WRONG_TYPE)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -274,10 +276,6 @@ def test_one_changed_byte_of_an_answer_never_gives_impossible_facts(position: in
 
 @in_time
 @pytest.mark.anyio
-WRONG_TYPE = DecodeAnswer(ImageFacts("image/jpeg", 64, 48, has_alpha=False)).pack()
-NO_PAYLOAD = (DecodeAnswer().pack(), WRONG_TYPE)
-
-
 @pytest.mark.parametrize("operation", list(Operation))
 @pytest.mark.parametrize(
     "data",
