@@ -25,10 +25,10 @@ import anyio
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, Standin, environment, memory_mb, standin
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.studio.jobs import Job, Order
 from evolink_mcp.studio.purchase import price_of
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.tools.waiting import follow
 
 TITLE = "Many at once"
@@ -75,7 +75,7 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
     dice = random.Random(4)
     followed: list[Job] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        settings = Settings.from_environment(environment(Path(name), at.port))
+        settings = TeamSettings.from_environment(environment(Path(name), at.port))
         async with open_studio(settings) as studio, anyio.create_task_group() as calls:
 
             async def order(prompt: str) -> Job:

@@ -14,10 +14,10 @@ from mcp.client import Client
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import environment, standin, timed
 from benchmarks.standin import drawn
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.images.previews import check_and_preview, preview
 from evolink_mcp.server.server import build_server
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.tools.hosts import UNKNOWN
 
 TITLE = "Previews"
@@ -89,7 +89,7 @@ class _Seen:
 async def _ask(port: int) -> _Seen:
     seen = _Seen()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        settings = Settings.from_environment(environment(Path(name), port))
+        settings = TeamSettings.from_environment(environment(Path(name), port))
         async with (
             open_studio(settings) as studio,
             Client(build_server(studio)) as client,

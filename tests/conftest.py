@@ -21,7 +21,7 @@ from child_processes import keep_the_database
 from mcp.client import Client
 from PIL import Image
 
-from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.server.server import build_server
@@ -29,6 +29,7 @@ from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
+from evolink_mcp.teams.settings import TeamSettings
 
 # Their asserts show what they saw, as those of tests do.
 pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
@@ -131,7 +132,7 @@ class World:
     simulator: Simulator
     clock: Clock
     folder: Path
-    settings: Settings
+    settings: TeamSettings
 
     @property
     def posts(self) -> int:
@@ -175,7 +176,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
-        settings = Settings.from_environment(
+        settings = TeamSettings.from_environment(
             {
                 "EVOLINK_API_KEY": KEY,
                 "EVOLINK_BASE_URL": "http://127.0.0.1:9",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import runpy
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from test_architecture import ORDER, PACKAGES
 from evolink_mcp import __version__
 from evolink_mcp.api.costs import output_tokens
 from evolink_mcp.api.sizes import Size
-from evolink_mcp.app.settings import VARIABLES
+from evolink_mcp.app.settings import Setting, Settings
 from evolink_mcp.studio.schedule import USUAL_S
-from evolink_mcp.teams.settings import TEAM_VARIABLES
+from evolink_mcp.teams.settings import TeamSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,22 +29,32 @@ def between(mark: str, text: str = README) -> str:
     return text.split(f"<!-- {mark}:begin -->\n")[1].split(f"<!-- {mark}:end -->")[0]
 
 
+PERSONAL = Settings.table()
+TEAM = {name: entry for name, entry in TeamSettings.table().items() if name not in PERSONAL}
+
+
 @pytest.mark.parametrize(
-    ("document", "variables"),
-    [
-        pytest.param("README.md", VARIABLES.keys() - TEAM_VARIABLES.keys(), id="for one person"),
-        pytest.param("docs/teams.md", TEAM_VARIABLES.keys(), id="for teams"),
-    ],
+    ("document", "settings"),
+    [pytest.param("README.md", PERSONAL, id="README"), pytest.param("docs/teams.md", TEAM, id="teams")],
 )
-def test_the_settings_table_is_the_settings(document: str, variables: Collection[str]) -> None:
-    rows = [f"| `{name}` | {default} | {what} |" for name, (default, what) in VARIABLES.items() if name in variables]
-    table = "\n".join(["| Variable | Default | What it does |", "|---|---|---|", *rows]) + "\n"
+def test_the_settings_table_is_the_settings(document: str, settings: dict[str, Setting]) -> None:
+    rows = [f"| `{entry.variable}` | {entry.default_text} | {entry.description} |" for entry in settings.values()]
+    table = "\n".join(["| Variable | Default | Description |", "|---|---|---|", *rows]) + "\n"
     text = README if document == "README.md" else TEAMS
     if os.environ.get("UPDATE_DOCS"):
         begin, end = "<!-- settings:begin -->\n", "<!-- settings:end -->"
         written = text.replace(f"{begin}{between('settings', text)}{end}", f"{begin}{table}{end}")
         (ROOT / document).write_text(written, encoding="utf-8")
     assert between("settings", text) == table
+
+
+DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if path.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in DOCUMENTS])
+def test_every_setting_that_a_document_names_exists(path: Path) -> None:
+    names = set(re.findall(r"\bEVOLINK_[A-Z_]*[A-Z]\b(?!_?\*)", path.read_text(encoding="utf-8")))
+    assert {name for name in names if not name.startswith("EVOLINK_TEST_")} <= set(TeamSettings.variables())
 
 
 @pytest.mark.anyio

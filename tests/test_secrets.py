@@ -19,9 +19,9 @@ from killer import Nursery, nursery_of_servers  # noqa: F401
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import EvolinkError
+from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = pytest.mark.anyio
 
@@ -143,8 +143,8 @@ async def test_the_texts_and_traces_of_every_error_are_without_the_key(gateway: 
     assert any("(the key)" in text for text in texts)
 
 
-def _settings(**more: str) -> Settings:
-    return Settings.from_environment({"EVOLINK_API_KEY": CANARY, **more})
+def _settings(**more: str) -> TeamSettings:
+    return TeamSettings.from_environment({"EVOLINK_API_KEY": CANARY, **more})
 
 
 async def test_no_object_shows_the_key_when_it_is_printed(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ async def test_no_object_shows_the_key_when_it_is_printed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", [f"{CANARY} {CANARY}", f"Bearer {CANARY}", f"{CANARY}\u200b", f"“{CANARY}”", "short"])
 def test_a_key_that_cannot_be_one_is_not_repeated_in_what_is_said_about_it(value: str) -> None:
-    settings = Settings.from_environment({"EVOLINK_API_KEY": value})
+    settings = TeamSettings.from_environment({"EVOLINK_API_KEY": value})
     assert settings.key is None
     assert value not in (settings.key_problem or "")
     assert betrays(settings.key_problem or "") == []

@@ -1,203 +1,474 @@
-"""The environment becomes one frozen `Settings`; nobody else reads the environment."""
+"""Read the settings from environment variables. Only this module reads the environment.
+
+`Settings` is the table of all settings: each field names its variable, parser, default and description. README,
+`evolink-mcp --help` and the warnings about unknown variables use the same table. `TeamSettings` in `teams.settings`
+adds the settings of teams to it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
-from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, is_loopback
-from evolink_mcp.app import values
+from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, KEY, is_loopback
 from evolink_mcp.images.folders import Folders
+from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.limits import Budget
-from evolink_mcp.teams.settings import TEAM_VARIABLES, TeamSettings
 from evolink_mcp.tools.hosts import WAIT_MAX_S
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
+PREFIX = "EVOLINK_"
+EXAMPLE_KEY = "sk-..."
 EVOLINK_DOMAIN = "evolink.ai"
+CREDITS_MAX = 1e9
 
-# Every variable, its default as README names it, and what it does; README's table is held to this.
-VARIABLES: dict[str, tuple[str, str]] = {
-    "EVOLINK_API_KEY": ("none", "Your EvoLink key. Without it only the free, offline tools work."),
-    "EVOLINK_BASE_URL": (BASE_URL, "The API's address: https, or http on loopback."),
-    "EVOLINK_FILES_BASE_URL": (FILES_BASE_URL, "The file API's address, for local reference pictures."),
-    "EVOLINK_SIZE_RULE": (
-        "auto",
-        "How ratios become pixels: auto (learned from pictures), anchor-edge or pixel-budget.",
-    ),
-    "EVOLINK_MCP_DATA_DIR": ("the user's data folder", "Where the journal lies."),
-    "EVOLINK_MCP_OUTPUT_DIR": (
-        "Pictures/EvoLink",
-        "Where pictures are saved; a simulated EvoLink's in Pictures/EvoLink simulated.",
-    ),
-    "EVOLINK_MCP_ALLOWED_DIRS": (
-        "output and working folder",
-        "Folders that local files may come from and go to.",
-    ),
-    "EVOLINK_MCP_WAIT_SECONDS": ("what the host bears", "How long one call waits, 0 to 900."),
-    "EVOLINK_MCP_PREVIEW": ("auto", "Inline preview: auto, off, or its longest edge in pixels."),
-    "EVOLINK_MCP_SIDECAR": ("1", "0 leaves out the JSON file beside each picture that says how it was made."),
-    "EVOLINK_MCP_RESOURCE_LINKS": ("0", "1 adds resource_link blocks; some hosts fail on them."),
-    "EVOLINK_MCP_TOKENS_FILE": ("none", "Over HTTP: the TOML file that says who may call, by tokens."),
-    "EVOLINK_MCP_DATABASE_URL": (
-        "none",
-        "postgresql://…: the journal lies there instead, for all servers of a team (extra teams).",
-    ),
-    "EVOLINK_MCP_SECRET": (
-        "none",
-        "32 characters or more, the same for all servers of a team; needed with a database.",
-    ),
-    "EVOLINK_MCP_PUBLIC_URL": (
-        "none",
-        "Over HTTP: the https address that EvoLink reaches; it tells there that a picture is ready. Needs the secret.",
-    ),
-    **TEAM_VARIABLES,
-    "EVOLINK_MCP_TOOLS": ("all", "Comma list of the tools to publish; without generate_image nothing can be bought."),
-    "EVOLINK_MCP_CALLBACK_HOSTS": ("any public host", "Comma list of hosts that callback_url may name, or none."),
-    "EVOLINK_MCP_MAX_CREDITS_PER_CALL": ("none", "Refuse a call whose computed price is higher."),
-    "EVOLINK_MCP_MAX_CREDITS_PER_DAY": ("none", "Refuse what would take the day's total higher."),
-    "EVOLINK_MCP_CONFIRM_ABOVE": ("none", "Ask the user before a call that costs more credits."),
-}
+_PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
+_HOSTNAME = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+T = TypeVar("T")
+
+
+class BadSetting(ValueError):
+    """A variable has an invalid value. The text names the variable and states valid values."""
+
+
+# --- the parts of a table ---
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One environment variable.
+
+    `parse` converts the text. Its ValueError continues a sentence that begins with the name of the variable.
+    `default` is the value of an unset variable, or a function that computes it from the fields before it.
+    `requires` is another variable that must be set too, and the reason.
+    """
+
+    variable: str
+    parse: Callable[[str], Any]
+    default: Any
+    default_text: str
+    description: str
+    is_secret: bool
+    keeps_quotes: bool
+    requires: tuple[str, str] | None
+
+
+def setting(
+    variable: str,
+    parse: Callable[[str], T],
+    default: T | Callable[[Mapping[str, Any]], T],
+    description: str,
+    *,
+    default_text: str | None = None,
+    is_secret: bool = False,
+    keeps_quotes: bool = False,
+    requires: tuple[str, str] | None = None,
+) -> T:
+    """Declare a field of a settings class. The arguments are those of `Setting`."""
+    if default_text is None:
+        default_text = _text_of(default)
+    entry = Setting(variable, parse, default, default_text, description, is_secret, keeps_quotes, requires)
+    return field(kw_only=True, repr=not is_secret, metadata={Setting: entry})
+
+
+def _text_of(default: object) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return str(int(default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def read(table: Mapping[str, Setting], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the value of each field of `table`. A blank text and an unreplaced `${…}` count as unset.
+
+    Raises:
+        BadSetting: a value is invalid, or a required variable is missing.
+    """
+    values: dict[str, Any] = {}
+    texts = {entry.variable: _text(entry, environ) for entry in table.values()}
+    for name, entry in table.items():
+        text = texts[entry.variable]
+        if not text:
+            values[name] = entry.default(values) if callable(entry.default) else entry.default
+            continue
+        try:
+            values[name] = entry.parse(text)
+        except ValueError as error:
+            # The chained error could show a secret.
+            raise BadSetting(f"{entry.variable} {error}") from None
+        if entry.requires is not None and not texts[entry.requires[0]]:
+            raise BadSetting(f"{entry.variable} needs {entry.requires[0]}: {entry.requires[1]}")
+    return values
+
+
+def _text(entry: Setting, environ: Mapping[str, str]) -> str:
+    text = environ.get(entry.variable, "").strip()
+    if not entry.keeps_quotes:
+        text = _without_quotes(text)
+    return "" if _PLACEHOLDER.fullmatch(text) else text
+
+
+def _without_quotes(text: str) -> str:
+    """Remove the quotes that some configuration files pass on."""
+    is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1].strip() if is_quoted else text
+
+
+# --- parsers ---
+
+
+def plain(text: str) -> str:
+    """Accept any text."""
+    return text
+
+
+def switch(text: str) -> bool:
+    """Parse 1 or 0, or a word for it."""
+    if text.lower() not in _SWITCH:
+        raise ValueError("must be 0 or 1")
+    return _SWITCH[text.lower()]
+
+
+def number(maximum: float) -> Callable[[str], float]:
+    """Return a parser for a number from 0 to `maximum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= maximum:
+            raise ValueError(f"must be a number from 0 to {maximum:g}")
+        return value
+
+    return parse
+
+
+def url(text: str) -> str:
+    """Parse a base URL: https, or http on loopback. Remove the slash at its end."""
+    try:
+        parts = urlsplit(text)
+        hostname = parts.hostname or ""
+        _ = parts.port  # raises for an invalid port
+    except ValueError:
+        parts = urlsplit("")
+        hostname = ""
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(hostname))
+    if not hostname or not is_safe or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("must be an https URL (http only on loopback) without user name and query")
+    return text.rstrip("/")
+
+
+def path(text: str) -> Path:
+    """Parse an absolute path. Replace `~` and the placeholders of MCP bundles, for example ${HOME}."""
+    import platformdirs
+
+    folders = {
+        "${HOME}": lambda: str(Path.home()),
+        "${DESKTOP}": platformdirs.user_desktop_dir,
+        "${DOCUMENTS}": platformdirs.user_documents_dir,
+        "${DOWNLOADS}": platformdirs.user_downloads_dir,
+        "${PICTURES}": platformdirs.user_pictures_dir,
+    }
+    for placeholder, folder in folders.items():
+        if placeholder in text:
+            text = text.replace(placeholder, folder())
+    if unknown := _PLACEHOLDER.search(text):
+        raise ValueError(f"contains {harmless(unknown[0], 80)}, which the MCP host did not replace; give the full path")
+    try:
+        absolute = Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("names the home folder of an unknown user") from None
+    if not absolute.is_absolute():
+        raise ValueError(
+            f"must be an absolute path; “{harmless(text, 80)}” depends on the working directory of the MCP host"
+        )
+    return absolute
+
+
+def paths(text: str) -> tuple[Path, ...]:
+    """Parse several absolute paths, separated as in PATH."""
+    parts = (_without_quotes(part.strip()) for part in text.split(os.pathsep))
+    folders = tuple(path(part) for part in parts if part and not _PLACEHOLDER.fullmatch(part))
+    for folder in folders:
+        if "," in str(folder) and not folder.exists():
+            raise ValueError(f"separates its folders by “{os.pathsep}”, not by commas")
+    return folders
+
+
+def words(text: str) -> list[str]:
+    """Split a comma-separated list."""
+    return [word for word in map(str.strip, text.split(",")) if word]
+
+
+def _size_rule(text: str) -> str:
+    from evolink_mcp.studio.size_rule import SETTINGS
+
+    if text.lower() not in SETTINGS:
+        raise ValueError(f"must be {' or '.join(SETTINGS)}")
+    return text.lower()
+
+
+def _preview_edge(text: str) -> int | None:
+    if text.lower() in ("auto", "off"):
+        return None if text.lower() == "auto" else 0
+    from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
+
+    if not text.isascii() or not text.isdigit() or not PREVIEW_EDGE_MIN <= int(text[:6]) <= PREVIEW_EDGE_MAX:
+        raise ValueError(f"must be auto, off, or pixels from {PREVIEW_EDGE_MIN} to {PREVIEW_EDGE_MAX}")
+    return int(text)
+
+
+def _tools(text: str) -> frozenset[str]:
+    from evolink_mcp.tools.schemas import tools_named
+
+    try:
+        return tools_named(words(text))
+    except ValueError as error:
+        raise ValueError(f"is invalid: {error}") from error
+
+
+def _hostnames(text: str) -> frozenset[str]:
+    names = frozenset(name.lower().rstrip(".") for name in words(text))
+    for name in names:
+        if not _HOSTNAME.fullmatch(name):
+            raise ValueError(f"contains “{harmless(name, 60)}”; give hostnames like hooks.example.com, or none")
+    return names - {"none"}
+
+
+# --- defaults that depend on this machine or on other settings ---
+
+
+def _files_base_url(values: Mapping[str, Any]) -> str:
+    # A simulated EvoLink serves both APIs. The key must not reach the real file API then.
+    return FILES_BASE_URL if values["base_url"] == BASE_URL else values["base_url"]
+
+
+def _data_dir(_: Mapping[str, Any]) -> Path:
+    import platformdirs
+
+    return platformdirs.user_data_path("evolink-mcp", appauthor=False).absolute()
+
+
+def _output_dir(values: Mapping[str, Any]) -> Path:
+    import platformdirs
+
+    # Simulated images must not lie among bought ones.
+    is_simulated = values["base_url"].startswith("http:")
+    return platformdirs.user_pictures_path().absolute() / ("EvoLink simulated" if is_simulated else "EvoLink")
+
+
+def _working_folder() -> tuple[Path, ...]:
+    """Return the working directory, unless it is the root, the home folder or a parent of it."""
+    try:
+        folder = Path.cwd().resolve()
+        home = Path.home().resolve()
+    except (OSError, RuntimeError):
+        return ()
+    return () if folder == Path(folder.anchor) or home.is_relative_to(folder) else (folder,)
+
+
+# --- the table ---
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the owner of the server decides; README's table says what each one does.
+    """The settings of every server. `setting()` gives each field its variable, parser, default and description.
 
-    `key_problem` says why a given key cannot be used. `wait_s` is in seconds, None leaves it to the host.
-    `preview_edge` is in pixels, None chooses it, 0 sends no previews. `budget` is in credits.
-    `tools` are published, None for all; `callback_hosts` None allows any public host.
+    `wait_s`: in seconds; None lets the MCP host decide. `preview_edge`: in pixels; None chooses it, 0 sends no preview.
+    `tools`, `callback_hosts`: None allows all. `max_running`: the limit of running tasks; it comes from a tokens file.
     """
 
-    key_text: str | None = field(repr=False)
-    key_problem: str | None
-    base_url: str
-    files_base_url: str
-    size_rule: str
-    data_dir: Path
-    folders: Folders
-    allowed_dirs_given: bool
-    wait_s: float | None
-    preview_edge: int | None
-    resource_links: bool
-    sidecars: bool
-    budget: Budget
-    tools: frozenset[str] | None
-    callback_hosts: frozenset[str] | None
-    tokens_file: Path | None
-    database_url: str | None = field(repr=False)
-    secret: str | None = field(repr=False)
-    public_url: str | None
-    team: TeamSettings = field(default_factory=TeamSettings)
+    key_text: str | None = setting(
+        "EVOLINK_API_KEY",
+        plain,
+        None,
+        "EvoLink API key. Without it, only the free offline tools work.",
+        is_secret=True,
+        keeps_quotes=True,  # `key_problem` explains the quotes
+    )
+    base_url: str = setting("EVOLINK_BASE_URL", url, BASE_URL, "Base URL of the API: https, or http on loopback.")
+    files_base_url: str = setting(
+        "EVOLINK_FILES_BASE_URL",
+        url,
+        _files_base_url,
+        "Base URL of the file API, for local reference images.",
+        default_text=FILES_BASE_URL,
+    )
+    size_rule: str = setting(
+        "EVOLINK_SIZE_RULE",
+        _size_rule,
+        "auto",
+        "Size table: auto (detected from delivered images), anchor-edge or pixel-budget.",
+    )
+    data_dir: Path = setting(
+        "EVOLINK_MCP_DATA_DIR", path, _data_dir, "Journal folder.", default_text="the user's data folder"
+    )
+    output_dir: Path = setting(
+        "EVOLINK_MCP_OUTPUT_DIR",
+        path,
+        _output_dir,
+        "Output folder. The default for a simulated EvoLink is Pictures/EvoLink simulated.",
+        default_text="Pictures/EvoLink",
+    )
+    allowed_dirs: tuple[Path, ...] = setting(
+        "EVOLINK_MCP_ALLOWED_DIRS",
+        paths,
+        (),
+        "Folders for local reference images and for `save_as`, separated as in PATH.",
+        default_text="output folder and working directory",
+    )
+    wait_s: float | None = setting(
+        "EVOLINK_MCP_WAIT_SECONDS",
+        number(WAIT_MAX_S),
+        None,
+        f"Default wait of a call, from 0 to {WAIT_MAX_S}.",
+        default_text="depends on the MCP host",
+    )
+    preview_edge: int | None = setting(
+        "EVOLINK_MCP_PREVIEW",
+        _preview_edge,
+        None,
+        "Inline preview: auto, off, or its longest edge in pixels.",
+        default_text="auto",
+    )
+    has_sidecars: bool = setting(
+        "EVOLINK_MCP_SIDECAR", switch, True, "1 writes a JSON file with the request and the task beside each image."
+    )
+    has_resource_links: bool = setting(
+        "EVOLINK_MCP_RESOURCE_LINKS", switch, False, "1 adds resource_link blocks. Some MCP hosts fail on them."
+    )
+    tools: frozenset[str] | None = setting(
+        "EVOLINK_MCP_TOOLS",
+        _tools,
+        None,
+        "Comma-separated list of published tools. Without generate_image nothing can be bought.",
+        default_text="all",
+    )
+    callback_hosts: frozenset[str] | None = setting(
+        "EVOLINK_MCP_CALLBACK_HOSTS",
+        _hostnames,
+        None,
+        "Comma-separated hostnames that `callback_url` may use. `none` disables callbacks.",
+        default_text="any public hostname",
+    )
+    max_credits_per_call: float | None = setting(
+        "EVOLINK_MCP_MAX_CREDITS_PER_CALL", number(CREDITS_MAX), None, "Spending limit per call, in credits."
+    )
+    max_credits_per_day: float | None = setting(
+        "EVOLINK_MCP_MAX_CREDITS_PER_DAY", number(CREDITS_MAX), None, "Spending limit per day, in credits."
+    )
+    confirm_above: float | None = setting(
+        "EVOLINK_MCP_CONFIRM_ABOVE", number(CREDITS_MAX), None, "Price in credits above which the user must confirm."
+    )
+    max_running: int | None = field(kw_only=True, default=None)
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read every variable; blank values and unsubstituted `${...}` placeholders count as unset.
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read all variables of the table.
 
         Raises:
-            BadSetting: for any value that cannot be used, except the key's (paid tools explain that one).
+            BadSetting: a value is invalid. An invalid API key does not raise: paid tools report `key_problem`.
         """
-        said = _said(os.environ if environ is None else environ)
-        key_text, key_problem = values.key(said.get("EVOLINK_API_KEY"))
-        base = values.address("EVOLINK_BASE_URL", said.get("EVOLINK_BASE_URL", BASE_URL))
-        files = said.get("EVOLINK_FILES_BASE_URL")
-        # A simulated EvoLink serves both; only the real one has a host of its own for files.
-        files = values.address("EVOLINK_FILES_BASE_URL", files or (FILES_BASE_URL if base == BASE_URL else base))
-        output = values.folder(said, "EVOLINK_MCP_OUTPUT_DIR") or values.pictures_folder(
-            simulated=base.startswith("http:")
-        )
-        allowed = tuple(
-            values.path("EVOLINK_MCP_ALLOWED_DIRS", part)
-            for part in map(values.unquoted, map(str.strip, said.get("EVOLINK_MCP_ALLOWED_DIRS", "").split(os.pathsep)))
-            if part and not values.PLACEHOLDER.fullmatch(part)
-        )
-        values.refuse_commas(allowed)
-        database, secret = values.database(said.get("EVOLINK_MCP_DATABASE_URL"), said.get("EVOLINK_MCP_SECRET"))
-        public_url = values.public_url(said.get("EVOLINK_MCP_PUBLIC_URL"), secret)
-        return cls(
-            key_text=key_text,
-            key_problem=key_problem,
-            base_url=base,
-            files_base_url=files,
-            size_rule=values.size_rule(said.get("EVOLINK_SIZE_RULE")),
-            data_dir=values.folder(said, "EVOLINK_MCP_DATA_DIR") or values.data_folder(),
-            folders=Folders(output, tuple(dict.fromkeys((output, *(allowed or values.working_folder()))))),
-            allowed_dirs_given=bool(allowed),
-            wait_s=values.number(said, "EVOLINK_MCP_WAIT_SECONDS", WAIT_MAX_S),
-            preview_edge=values.preview_edge(said.get("EVOLINK_MCP_PREVIEW", "auto")),
-            resource_links=values.switch(said, "EVOLINK_MCP_RESOURCE_LINKS", default=False),
-            sidecars=values.switch(said, "EVOLINK_MCP_SIDECAR", default=True),
-            budget=Budget(
-                per_call=values.number(said, "EVOLINK_MCP_MAX_CREDITS_PER_CALL"),
-                per_day=values.number(said, "EVOLINK_MCP_MAX_CREDITS_PER_DAY"),
-                confirm_above=values.number(said, "EVOLINK_MCP_CONFIRM_ABOVE"),
-            ),
-            tools=values.tools(said.get("EVOLINK_MCP_TOOLS")),
-            callback_hosts=values.hosts(said.get("EVOLINK_MCP_CALLBACK_HOSTS")),
-            tokens_file=values.folder(said, "EVOLINK_MCP_TOKENS_FILE"),
-            database_url=database,
-            secret=secret,
-            public_url=public_url,
-            team=TeamSettings.of(said, public_url),
-        )
+        return cls(**read(cls.table(), os.environ if environ is None else environ))
+
+    @classmethod
+    def table(cls) -> dict[str, Setting]:
+        """Return the settings by field name, in the order of their declaration."""
+        return {one.name: one.metadata[Setting] for one in fields(cls) if Setting in one.metadata}
+
+    @classmethod
+    def variables(cls) -> list[str]:
+        """Return the names of all variables."""
+        return [entry.variable for entry in cls.table().values()]
+
+    @classmethod
+    def unknown_variables(cls, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+        """Return the set variables that begin like a setting but are none, each with the most similar setting."""
+        known = cls.variables()
+        names = os.environ if environ is None else environ
+        unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in known)
+        return {name: _most_similar(name, known) for name in unknown}
+
+    @property
+    def key_problem(self) -> str | None:
+        """Why the API key is unusable; None for a valid or missing key."""
+        key = self.key_text
+        if key is None:
+            return None
+        if key == EXAMPLE_KEY:
+            return f"EVOLINK_API_KEY is still the example {EXAMPLE_KEY}"
+        if _PLACEHOLDER.search(key):
+            return "EVOLINK_API_KEY contains a ${...} that the MCP host did not replace"
+        if key[0] in "\"'" or key.lower().startswith("bearer"):
+            return "EVOLINK_API_KEY must be the key alone, without quotes and without “Bearer”"
+        if not KEY.fullmatch(key):
+            return "EVOLINK_API_KEY is not a key: a key has 8 to 512 visible ASCII characters and no blanks"
+        return None
 
     @property
     def key(self) -> SecretStr | None:
-        """The key, in a form that no log prints."""
+        """The API key in a form that no log prints; None if it is missing or unusable."""
         from pydantic import SecretStr
 
-        return None if self.key_text is None else SecretStr(self.key_text)
+        return None if self.key_text is None or self.key_problem else SecretStr(self.key_text)
 
     @property
-    def strange_hosts(self) -> list[str]:
-        """A sentence for each variable that sends the key to a host that is neither EvoLink's nor this machine."""
-        hosts = {
+    def folders(self) -> Folders:
+        """The output folder and all allowed folders."""
+        allowed = self.allowed_dirs or _working_folder()
+        return Folders(self.output_dir, tuple(dict.fromkeys((self.output_dir, *allowed))))
+
+    @property
+    def budget(self) -> Budget:
+        """The spending limits in credits, and the limit of running tasks."""
+        return Budget(self.max_credits_per_call, self.max_credits_per_day, self.confirm_above, self.max_running)
+
+    @property
+    def foreign_hosts(self) -> list[str]:
+        """One warning per base URL that is neither EvoLink's nor on this machine."""
+        hostnames = {
             "EVOLINK_BASE_URL": urlsplit(self.base_url).hostname or "",
             "EVOLINK_FILES_BASE_URL": urlsplit(self.files_base_url).hostname or "",
         }
         return [
-            f"{name} sends your key to {host}, which is not EvoLink's"
-            for name, host in hosts.items()
-            if not is_loopback(host) and host != EVOLINK_DOMAIN and not host.endswith("." + EVOLINK_DOMAIN)
+            f"{variable} sends your API key to {hostname}, which is not EvoLink's"
+            for variable, hostname in hostnames.items()
+            if not is_loopback(hostname) and hostname != EVOLINK_DOMAIN and not hostname.endswith("." + EVOLINK_DOMAIN)
         ]
 
 
-def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
-    """Variables that look like ours but are not, each with the one that was probably meant."""
+def _most_similar(name: str, known: Sequence[str]) -> str | None:
     import difflib
 
-    names = [name for name in (os.environ if environ is None else environ) if name.startswith("EVOLINK_")]
-    return {
-        name: next(iter(difflib.get_close_matches(name, VARIABLES, n=1)), None)
-        for name in sorted(names)
-        if name not in VARIABLES
-    }
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+# --- the environment of child processes ---
 
 
 def has_display() -> bool:
-    """Whether there is a desktop to open something on (Linux)."""
+    """Whether a graphical desktop runs (Linux)."""
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
-def environment_without_ours() -> dict[str, str]:
-    """This process's environment for a child that gets settings of its own."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
+def environment_without_settings() -> dict[str, str]:
+    """Return this process's environment for a child process with its own settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 def decoder_environment() -> dict[str, str]:
-    """The complete environment of the process that decodes images: only what Python needs to start."""
+    """Return the complete environment of the image decoder: only the variables that Python needs to start."""
     # Windows' sockets and random numbers need SYSTEMROOT. Some builds of Python find their libraries by the others.
-    needed = ("SYSTEMROOT", "WINDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    return {name: value for name in needed if (value := os.environ.get(name))}
-
-
-def _said(environ: Mapping[str, str]) -> dict[str, str]:
-    given = {name: environ.get(name, "").strip() for name in VARIABLES}
-    # A key in quotes is refused in words of its own.
-    given |= {name: values.unquoted(value) for name, value in given.items() if name != "EVOLINK_API_KEY"}
-    return {name: value for name, value in given.items() if value and not values.PLACEHOLDER.fullmatch(value)}
+    names = ("SYSTEMROOT", "WINDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    return {name: value for name in names if (value := os.environ.get(name))}

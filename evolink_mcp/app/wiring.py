@@ -12,7 +12,7 @@ import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
 from evolink_mcp.images.image_store import ForCallersElsewhere
@@ -28,6 +28,7 @@ from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.callbacks import Callbacks
 from evolink_mcp.teams.metrics import Audit, Tally
 from evolink_mcp.teams.object_store import Links, ObjectStore
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.tools.schemas import TOOL_NAMES
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def open_studio(
-    settings: Settings,
+    settings: TeamSettings,
     *,
     remote: bool = False,
     tenant: str = "",
@@ -65,7 +66,7 @@ async def open_studio(
     )  # fmt: skip
     key = settings.key.get_secret_value() if settings.key else tenant
     account = account_mark(key, settings.base_url, tenant) if key else ""
-    local = not remote or (settings.allowed_dirs_given and not tenant)
+    local = not remote or (bool(settings.allowed_dirs) and not tenant)
     # Callers elsewhere save into the output folder only, unless the owner named folders for them.
     folders = settings.folders if local else Folders(settings.folders.output, (settings.folders.output,))
     async with AsyncExitStack() as stack:
@@ -81,8 +82,8 @@ async def open_studio(
             journal = PostgresJournal(database, account, strict=bool(tenant))
         if decoder is None:
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
-        image_store: ImageStore = LocalImageStore(folders, decoder, sidecars=settings.sidecars)
-        if tenant or settings.team.store is not None:
+        image_store: ImageStore = LocalImageStore(folders, decoder, sidecars=settings.has_sidecars)
+        if tenant or settings.store is not None:
             place = store or store_of(settings, clock)
             image_store = ForCallersElsewhere(
                 client, account, place, settings.data_dir / "copies", decoder, clock=clock
@@ -93,25 +94,25 @@ async def open_studio(
             rule=settings.size_rule, preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts, shared=shared, callbacks=callbacks_of(settings) if remote else None,
             key_problem=settings.key_problem, poller=poller, tally=tally,
-            audit=Audit(tenant) if settings.team.audit else None, clock=clock, sleep=sleep, pause=pause,
+            audit=Audit(tenant) if settings.has_audit_log else None, clock=clock, sleep=sleep, pause=pause,
         )  # fmt: skip
         await stack.enter_async_context(client)
         yield await stack.enter_async_context(studio)
 
 
-def callbacks_of(settings: Settings) -> Callbacks | None:
+def callbacks_of(settings: TeamSettings) -> Callbacks | None:
     """The addresses at which EvoLink tells that a task has ended, if it can reach this server."""
     if settings.public_url is None or settings.secret is None:
         return None
     return Callbacks(settings.public_url, settings.secret)
 
 
-def store_of(settings: Settings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
+def store_of(settings: TeamSettings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
     """The store of pictures for callers elsewhere, if there is one."""
-    if settings.team.store is None:
+    if settings.store is None:
         return None
     links = Links(settings.public_url, settings.secret) if settings.public_url and settings.secret else None
-    return ObjectStore(settings.team.store, settings.team.store_link_hours, links, clock=clock)
+    return ObjectStore(settings.store, settings.store_link_hours, links, clock=clock)
 
 
 @asynccontextmanager
@@ -130,13 +131,13 @@ async def open_team_database(url: str | None) -> AsyncGenerator[Database | None]
             yield database
 
 
-def server_for(studio: Studio, settings: Settings) -> MCPServer[Any]:
+def server_for(studio: Studio, settings: TeamSettings) -> MCPServer[Any]:
     """The MCP server of an open studio."""
     return build_server(
         studio,
         wait_s=settings.wait_s,
         preview_edge=settings.preview_edge,
-        resource_links=settings.resource_links,
+        resource_links=settings.has_resource_links,
         published=TOOL_NAMES if settings.tools is None else settings.tools,
         secret=settings.secret,
     )

@@ -17,7 +17,7 @@ from mcp.client.stdio import StdioServerParameters
 from mcp_types import CallToolResult, TextContent
 
 from evolink_mcp.api.task import as_dict, as_list
-from evolink_mcp.app.settings import Settings, environment_without_ours
+from evolink_mcp.app.settings import Settings, environment_without_settings
 from evolink_mcp.isolated import isolated_command
 from evolink_mcp.simulator.app import Simulator
 
@@ -64,7 +64,7 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
         command=command,
         args=arguments,
         env={
-            **environment_without_ours(),
+            **environment_without_settings(),
             "NO_PROXY": "127.0.0.1",  # a proxy could not reach this machine's own simulator
             "no_proxy": "127.0.0.1",
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",

@@ -20,14 +20,14 @@ from typing import Any
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import priced
-from evolink_mcp.app.settings import Settings, unknown_variables
-from evolink_mcp.app.values import EXAMPLE_KEY, BadSetting
+from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.team_checks import Finding, team
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.teams.settings import TeamSettings
 
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("mcp", "httpx2", "pydantic", "anyio", "pillow", "platformdirs", "filelock", "starlette", "uvicorn")
@@ -76,14 +76,14 @@ class Probe:
 async def examine(environment: Mapping[str, str] | None = None) -> Report:
     """Look at everything. Sends the key, if there is one, to EvoLink's `GET /v1/credits` and nowhere else."""
     findings = [python_version(sys.version_info[:3]), packages()]
-    findings += variables(unknown_variables(environment))
+    findings += variables(TeamSettings.unknown_variables(environment))
     try:
-        settings = Settings.from_environment(environment)
+        settings = TeamSettings.from_environment(environment)
     except BadSetting as error:
         findings.append(Finding("settings", "broken", str(error), "Correct or remove this variable."))
     else:
         findings.append(key(settings))
-        findings += [Finding("network", "warning", told) for told in settings.strange_hosts]
+        findings += [Finding("network", "warning", told) for told in settings.foreign_hosts]
         findings += await account(settings)
         findings += folders(settings)
         findings += (
@@ -134,7 +134,7 @@ def variables(unknown: Mapping[str, str | None]) -> list[Finding]:
 # --- EvoLink ---
 
 
-def key(settings: Settings) -> Finding:
+def key(settings: TeamSettings) -> Finding:
     """A key is set and looks like one."""
     if settings.key_problem:
         return Finding("key", "broken", settings.key_problem, f"Set {KEY_VARIABLE} to your EvoLink key.")
@@ -148,7 +148,7 @@ def key(settings: Settings) -> Finding:
     return Finding("key", "ok", "a key is set (it is not shown)")
 
 
-async def account(settings: Settings) -> list[Finding]:
+async def account(settings: TeamSettings) -> list[Finding]:
     """EvoLink can be reached, takes the key, has credits left for it, and agrees about the time."""
     async with EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url
@@ -207,7 +207,7 @@ def clock(date: str | None, now: float) -> Finding:
 # --- folders and journal ---
 
 
-def folders(settings: Settings) -> list[Finding]:
+def folders(settings: TeamSettings) -> list[Finding]:
     """Pictures can be saved, and the folders that local files may come from exist."""
     output = settings.folders.output
     findings = [writable("pictures", output, "EVOLINK_MCP_OUTPUT_DIR")]

@@ -18,7 +18,7 @@ from pathlib import Path
 import anyio
 
 from evolink_mcp.api.costs import priced
-from evolink_mcp.app.settings import Settings, decoder_environment, has_display
+from evolink_mcp.app.settings import decoder_environment, has_display
 from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain
@@ -28,6 +28,7 @@ from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.times import instant
+from evolink_mcp.teams.settings import TeamSettings
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,7 @@ small { color: var(--quiet); display: block; overflow-wrap: anywhere; }
 """
 
 
-def kept(settings: Settings, words: tuple[str, ...], limit: int, since: float = 0.0) -> tuple[str, list[Entry]]:
+def kept(settings: TeamSettings, words: tuple[str, ...], limit: int, since: float = 0.0) -> tuple[str, list[Entry]]:
     """Where the journal lies, and its newest entries since then (epoch seconds) with every word, newest first; blocks.
 
     A word is searched in the prompt, the file names and the task id.
@@ -66,7 +67,7 @@ def kept(settings: Settings, words: tuple[str, ...], limit: int, since: float = 
     return str(path), read_entries(settings.data_dir, limit, words, since) if path.exists() else []
 
 
-def open_picture(settings: Settings, words: list[str], say: Say, complain: Say, *, only_print: bool) -> int:
+def open_picture(settings: TeamSettings, words: list[str], say: Say, complain: Say, *, only_print: bool) -> int:
     """Show the newest picture with these words, or the folder; returns the exit code."""
     try:
         path = picture_of(settings, words)
@@ -87,7 +88,7 @@ def open_picture(settings: Settings, words: list[str], say: Say, complain: Say, 
     return 0
 
 
-def lay_out(settings: Settings, words: list[str], since: str, out: str | None, say: Say, complain: Say) -> int:
+def lay_out(settings: TeamSettings, words: list[str], since: str, out: str | None, say: Say, complain: Say) -> int:
     """Write one page with the pictures since then; returns the exit code."""
     now = time.time()
     try:
@@ -113,7 +114,7 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
     return 0
 
 
-def picture_of(settings: Settings, words: list[str]) -> Path:
+def picture_of(settings: TeamSettings, words: list[str]) -> Path:
     """The newest saved picture with these words that is still there; without words, or without one, the folder."""
     if words:
         for entry in kept(settings, tuple(words), SHEET_MAX)[1]:

@@ -48,20 +48,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _settings():
-    from evolink_mcp.app.settings import Settings, unknown_variables
-    from evolink_mcp.app.values import BadSetting
+    from evolink_mcp.app.settings import BadSetting
+    from evolink_mcp.teams.settings import TeamSettings
 
-    for name, meant in unknown_variables().items():
+    for name, meant in TeamSettings.unknown_variables().items():
         advice = f"; did you mean {meant}?" if meant else ""
         print(f"evolink-mcp: {harmless(name, 60)} is no setting and has no effect{advice}", file=sys.stderr)
     try:
-        settings = Settings.from_environment()
+        settings = TeamSettings.from_environment()
     except BadSetting as error:
         print(f"evolink-mcp: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if settings.team.audit:
+    if settings.has_audit_log:
         audit_to_stderr()
-    for told in settings.strange_hosts:
+    for told in settings.foreign_hosts:
         print(f"evolink-mcp: {told}", file=sys.stderr)
     return settings
 
@@ -108,7 +108,7 @@ def _stdio(_: Namespace) -> int:
 def _http(options: Namespace) -> int:
     take_descriptors()
     settings = _settings()
-    from evolink_mcp.app.values import BadSetting
+    from evolink_mcp.app.settings import BadSetting
     from evolink_mcp.cli.serve_http import serve_web
 
     try:

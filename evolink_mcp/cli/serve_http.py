@@ -10,8 +10,7 @@ from typing import Any
 import anyio
 
 from evolink_mcp.api.urls import is_loopback
-from evolink_mcp.app.settings import Settings, decoder_environment
-from evolink_mcp.app.values import BadSetting
+from evolink_mcp.app.settings import BadSetting, decoder_environment
 from evolink_mcp.app.wiring import open_studio, open_team_database, server_for
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.cli.process import keep_what_stays, leave_in_time
@@ -20,11 +19,12 @@ from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.app import Studios, app_of, behind_door, go_on_with_what_was_left, names_of, tenants_app
 from evolink_mcp.teams.callers import Callers
 from evolink_mcp.teams.oauth import Issuer
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import BadTokens, Tokens
 from evolink_mcp.transports.http import serve_app
 
 
-def serve_web(options: Namespace, settings: Settings, log: Callable[[str], None]) -> int:
+def serve_web(options: Namespace, settings: TeamSettings, log: Callable[[str], None]) -> int:
     """Serve until a signal; returns the exit code. `log` takes lines for the person who started it.
 
     Raises:
@@ -37,13 +37,13 @@ def serve_web(options: Namespace, settings: Settings, log: Callable[[str], None]
         return anyio.run(partial(_serve, options, settings, callers, names, log, decoder))
 
 
-def callers_of(settings: Settings, options: Namespace) -> Callers | None:
+def callers_of(settings: TeamSettings, options: Namespace) -> Callers | None:
     """Who may call; None for whoever reaches the server.
 
     Raises:
         BadSetting: nobody guards a server that others reach, or the tokens file cannot be used.
     """
-    oauth, own_keys = settings.team.oauth, settings.team.caller_keys
+    oauth, own_keys = settings.oauth, settings.has_caller_keys
     if settings.tokens_file is None and oauth is None:
         if own_keys:
             raise BadSetting("EVOLINK_MCP_CALLER_KEYS needs EVOLINK_MCP_TOKENS_FILE or EVOLINK_MCP_OAUTH_ISSUER")
@@ -67,7 +67,7 @@ def callers_of(settings: Settings, options: Namespace) -> Callers | None:
 
 async def _serve(
     options: Namespace,
-    settings: Settings,
+    settings: TeamSettings,
     callers: Callers | None,
     names: list[str],
     log: Callable[[str], None],
@@ -82,7 +82,7 @@ async def _serve(
             door = behind_door(app, settings, names, callers, studios)
             if (metrics := studios.metrics) is not None:
                 group.start_soon(metrics.watch_the_loop)
-                if (port := settings.team.metrics_port) is not None:
+                if (port := settings.metrics_port) is not None:
                     try:
                         metrics.serve(options.host, port)
                     except OSError as error:
@@ -117,7 +117,7 @@ def _path(options: Namespace) -> str:
 
 
 def _ready(
-    options: Namespace, settings: Settings, callers: Callers | None, names: list[str], log: Callable[[str], None]
+    options: Namespace, settings: TeamSettings, callers: Callers | None, names: list[str], log: Callable[[str], None]
 ) -> None:
     """The port is open: say where, and who may spend."""
     keep_what_stays()
@@ -127,7 +127,7 @@ def _ready(
     if callers is not None:
         known = len({tenant.name for tenant in callers.tenants})
         may = [f"{'one tenant' if known == 1 else f'{known} tenants'} of {settings.tokens_file}"] if known else []
-        may += [f"whom {settings.team.oauth.issuer} knows"] if settings.team.oauth else []
+        may += [f"whom {settings.oauth.issuer} knows"] if settings.oauth else []
         who = " and ".join(may)
     host = f"[{options.host}]" if ":" in options.host else options.host
     log(f"evolink-mcp serves http://{host}:{options.port}/{_path(options)}: {who} may spend your credits")

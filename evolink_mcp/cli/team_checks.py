@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.teams.settings import TeamSettings
 
 Verdict = Literal["ok", "warning", "broken", "unknown"]
 
@@ -22,12 +22,12 @@ class Finding:
     todo: str = ""
 
 
-async def team(settings: Settings) -> list[Finding]:
+async def team(settings: TeamSettings) -> list[Finding]:
     """Tokens, issuer and store, those of them that the settings name."""
     return [*tokens(settings), *await issuer(settings), *await store(settings)]
 
 
-def tokens(settings: Settings) -> list[Finding]:
+def tokens(settings: TeamSettings) -> list[Finding]:
     """The tokens file can be used, and how many may call."""
     if settings.tokens_file is None:
         return []
@@ -40,9 +40,9 @@ def tokens(settings: Settings) -> list[Finding]:
     return [Finding("tokens", "ok", f"{settings.tokens_file}: {len(names)} tenants")]
 
 
-async def issuer(settings: Settings) -> list[Finding]:
+async def issuer(settings: TeamSettings) -> list[Finding]:
     """The OAuth issuer publishes its keys."""
-    oauth = settings.team.oauth
+    oauth = settings.oauth
     if oauth is None:
         return []
     from evolink_mcp.teams.oauth import Issuer
@@ -54,9 +54,9 @@ async def issuer(settings: Settings) -> list[Finding]:
     return [Finding("issuer", "ok", f"{shown} publishes its keys; JWTs must name {harmless(oauth.audience, 200)}")]
 
 
-async def store(settings: Settings) -> list[Finding]:
+async def store(settings: TeamSettings) -> list[Finding]:
     """A picture can be written into the store, read and removed."""
-    if settings.team.store is None:
+    if settings.store is None:
         return []
     from evolink_mcp.app.wiring import store_of
 
@@ -68,4 +68,4 @@ async def store(settings: Settings) -> list[Finding]:
         return [
             Finding("store", "broken", error.message, "Look at EVOLINK_MCP_STORE, and at the store's own variables.")
         ]
-    return [Finding("store", "ok", f"{harmless(settings.team.store, 200)} can be written and read")]
+    return [Finding("store", "ok", f"{harmless(settings.store, 200)} can be written and read")]

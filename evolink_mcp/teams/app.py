@@ -16,7 +16,6 @@ import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import callbacks_of, open_studio, server_for, store_of
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.images.decode_process import Decoder
@@ -30,6 +29,7 @@ from evolink_mcp.teams.metrics import Tally
 from evolink_mcp.teams.oauth import METADATA
 from evolink_mcp.teams.object_store import PATH as PICTURES
 from evolink_mcp.teams.object_store import ObjectStore
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tenants import Tenants, lifespan
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.teams.uploads import StoredPictures, Uploads
@@ -44,19 +44,19 @@ LOOK_EVERY_S = 5.0
 ASK_AGAIN_AFTER_S, ASK_WITHIN_S = 60.0, 3.0
 
 
-def settings_of(tenant: Tenant, settings: Settings) -> Settings:
+def settings_of(tenant: Tenant, settings: TeamSettings) -> TeamSettings:
     """The server's settings with what the tokens file says of this tenant."""
-    budget = settings.budget
-    per_call = budget.per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
-    per_day = budget.per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
+    per_call = settings.max_credits_per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
+    per_day = settings.max_credits_per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
     tools = tenant.tools
     if settings.tools is not None:
         tools = settings.tools if tools is None else settings.tools & tools
     return replace(
         settings,
         key_text=tenant.evolink_key.get_secret_value() if tenant.evolink_key else settings.key_text,
-        key_problem=None if tenant.evolink_key else settings.key_problem,
-        budget=replace(budget, per_call=per_call, per_day=per_day, running=tenant.max_running),
+        max_credits_per_call=per_call,
+        max_credits_per_day=per_day,
+        max_running=tenant.max_running,
         tools=tools,
     )
 
@@ -64,7 +64,7 @@ def settings_of(tenant: Tenant, settings: Settings) -> Settings:
 @asynccontextmanager
 async def open_tenant(
     tenant: Tenant,
-    settings: Settings,
+    settings: TeamSettings,
     make_app: Callable[[MCPServer[Any], Studio], Any],
     transport: httpx.AsyncBaseTransport | None = None,
     *,
@@ -101,7 +101,7 @@ async def open_tenant(
             yield app
 
 
-def why_not_ready(settings: Settings, callers: Callers | None, database: Database | None) -> str | None:
+def why_not_ready(settings: TeamSettings, callers: Callers | None, database: Database | None) -> str | None:
     """Why nothing can be bought at this server now, if so: its database is gone, or there is no key for anybody."""
     if database is not None and not database.alive:
         return "the database does not answer"
@@ -111,13 +111,15 @@ def why_not_ready(settings: Settings, callers: Callers | None, database: Databas
     return None
 
 
-def names_of(allowed: Sequence[str], settings: Settings) -> list[str]:
+def names_of(allowed: Sequence[str], settings: TeamSettings) -> list[str]:
     """The host names that a server answers to besides this machine's: the public one needs no `--allowed-host`."""
     public = urlsplit(settings.public_url or "").hostname
     return [*allowed, *([public] if public else [])]
 
 
-def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Callers | None, studios: Studios) -> Door:
+def behind_door(
+    app: Any, settings: TeamSettings, names: Sequence[str], callers: Callers | None, studios: Studios
+) -> Door:
     """`app` behind its door, with the pages that are answered beside it."""
     pages: list[Page] = []
     accepted = KeyCheck(settings)
@@ -140,7 +142,7 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
     if find_spec("prometheus_client") is not None:
         from evolink_mcp.teams.metrics_endpoint import PATH, Metrics, MetricsPage
 
-        token = settings.team.metrics_token
+        token = settings.metrics_token
         metrics = studios.metrics = Metrics(studios.tally, studios.statuses, lambda: at.open, lambda: why() is None)
         pages.append(Page(("GET",), PATH, MetricsPage(metrics, token), is_open=token is not None))
     at = door(app, names, callers, why_not, pages)
@@ -150,7 +152,7 @@ def behind_door(app: Any, settings: Settings, names: Sequence[str], callers: Cal
 class KeyCheck:
     """Whether EvoLink accepts the server's key: asked when somebody wants to know, and not more often than every minute."""
 
-    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, settings: TeamSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._client = EvolinkClient(settings.key, base_url=settings.base_url, transport=transport)
         self._asking = anyio.Lock()
         self._asked_at = -ASK_AGAIN_AFTER_S
@@ -182,7 +184,7 @@ def app_of(
 
 
 def tenants_app(
-    settings: Settings,
+    settings: TeamSettings,
     callers: Callers,
     studios: Studios,
     group: anyio.abc.TaskGroup,
@@ -222,7 +224,9 @@ def tenants_app(
     return Tenants(group, opened, lambda tenant: tenant in callers.tenants)
 
 
-async def go_on_with_what_was_left(studios: Studios, tenants: Tenants, settings: Settings, callers: Callers) -> None:
+async def go_on_with_what_was_left(
+    studios: Studios, tenants: Tenants, settings: TeamSettings, callers: Callers
+) -> None:
     """Open the known tenants, who take up what is theirs; then for ever, with a team's database, look for what dead
     servers left of others who may not call again, such as people of an issuer.
     """
@@ -277,7 +281,7 @@ class Studios:
         return list(self._by_account)
 
     def poller_of(
-        self, settings: Settings, group: anyio.abc.TaskGroup, transport: httpx.AsyncBaseTransport | None
+        self, settings: TeamSettings, group: anyio.abc.TaskGroup, transport: httpx.AsyncBaseTransport | None
     ) -> Poller | None:
         """What reads for all tenants of one key, so that their looks go together and a 429 slows them all, and no others."""
         if settings.key is None or settings.key_text is None:

@@ -1,131 +1,199 @@
-"""The settings that only servers of a team need: where pictures go, who else may call, what is told about the work."""
+"""The settings of teams: database, allowed callers, object store, callbacks, metrics and audit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from evolink_mcp.app import values
-from evolink_mcp.app.values import BadSetting
+from evolink_mcp.app.settings import BadSetting, Settings, number, path, plain, setting, switch, url
 
-LINK_HOURS, LINK_HOURS_MAX = 24.0, 168.0  # S3 signs for a week at most
-# Every variable, its default as README names it, and what it does.
-TEAM_VARIABLES: dict[str, tuple[str, str]] = {
-    "EVOLINK_MCP_OAUTH_ISSUER": (
-        "none",
-        "Over HTTP: the OAuth 2.1 issuer whose JWTs may call, instead of or beside tokens. Needs the public URL.",
-    ),
-    "EVOLINK_MCP_OAUTH_AUDIENCE": ("the public URL + /mcp", "The audience that a JWT must name."),
-    "EVOLINK_MCP_OAUTH_SCOPES": ("none", "The scopes that a JWT must have, separated by blanks or commas."),
-    "EVOLINK_MCP_CALLER_KEYS": ("0", "1: a caller with a token may bring an own EvoLink key in `X-EvoLink-Key`."),
-    "EVOLINK_MCP_STORE": (
-        "nowhere",
-        "Where pictures of callers with a token go: s3://…, gs://…, az://…, or a folder that all servers mount.",
-    ),
-    "EVOLINK_MCP_STORE_LINK_HOURS": ("24", "How long a link to a stored picture lives."),
-    "EVOLINK_MCP_AUDIT": ("0", "1: one JSON line on stderr for each paid call."),
-    "EVOLINK_MCP_METRICS_PORT": ("none", "Over HTTP: serve Prometheus metrics on this port, to whoever reaches it."),
-    "EVOLINK_MCP_METRICS_TOKEN": (
-        "none",
-        "Over HTTP: `/metrics` is for who sends this as a bearer token, and no longer for every caller.",
-    ),
-}
+SECRET_MIN = 32
+LINK_HOURS = 24.0
+LINK_HOURS_MAX = 168.0  # S3 signs links for at most a week
+PORT_MAX = 65_535
+_SECRET = "EVOLINK_MCP_SECRET"
+_NEW_SECRET = 'create one with: python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class OAuth:
-    """An issuer whose JWTs may call, the audience and the scopes that they need."""
+    """An issuer whose JWTs are accepted, and the audience and scopes that a JWT needs."""
 
     issuer: str
     audience: str
     scopes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TeamSettings:
-    """What TEAM_VARIABLES say. `store` is an address or an absolute folder; `metrics_port` is a TCP port."""
-
-    oauth: OAuth | None = None
-    caller_keys: bool = False
-    store: str | None = None
-    store_link_hours: float = LINK_HOURS
-    audit: bool = False
-    metrics_port: int | None = None
-    metrics_token: str | None = field(default=None, repr=False)
-
-    @classmethod
-    def of(cls, said: Mapping[str, str], public_url: str | None) -> TeamSettings:
-        """Read every variable.
-
-        Raises:
-            BadSetting: one cannot be used, or needs another one.
-        """
-        hours = values.number(said, "EVOLINK_MCP_STORE_LINK_HOURS", LINK_HOURS_MAX)
-        return cls(
-            oauth=_oauth(said, public_url),
-            caller_keys=values.switch(said, "EVOLINK_MCP_CALLER_KEYS", default=False),
-            store=_store(said.get("EVOLINK_MCP_STORE"), public_url),
-            store_link_hours=hours or LINK_HOURS,
-            audit=values.switch(said, "EVOLINK_MCP_AUDIT", default=False),
-            metrics_port=_port(said),
-            metrics_token=_metrics_token(said),
-        )
+# --- parsers ---
 
 
-def _oauth(said: Mapping[str, str], public_url: str | None) -> OAuth | None:
-    issuer = said.get("EVOLINK_MCP_OAUTH_ISSUER")
-    if issuer is None:
-        for name in ("EVOLINK_MCP_OAUTH_AUDIENCE", "EVOLINK_MCP_OAUTH_SCOPES"):
-            if name in said:
-                raise BadSetting(f"{name} needs EVOLINK_MCP_OAUTH_ISSUER")
-        return None
-    values.address("EVOLINK_MCP_OAUTH_ISSUER", issuer)
-    if public_url is None:
-        raise BadSetting(
-            "EVOLINK_MCP_OAUTH_ISSUER needs EVOLINK_MCP_PUBLIC_URL, by which clients find out where to log in"
-        )
-    audience = said.get("EVOLINK_MCP_OAUTH_AUDIENCE", f"{public_url}/mcp")
-    return OAuth(issuer, audience, tuple(said.get("EVOLINK_MCP_OAUTH_SCOPES", "").replace(",", " ").split()))
+def _with_extra(parse: Callable[[str], T], *modules: str) -> Callable[[str], T]:
+    """Return a parser that first checks that the modules of the extra “teams” are installed."""
+
+    def parse_with_extra(text: str) -> T:
+        from importlib.util import find_spec
+
+        value = parse(text)
+        if not all(map(find_spec, modules)):
+            raise ValueError('needs the extra “teams”: pip install "evolink-mcp[teams]"')
+        return value
+
+    return parse_with_extra
 
 
-def _store(value: str | None, public_url: str | None) -> str | None:
-    if value is None:
-        return None
+def _secret(text: str) -> str:
+    if len(text) < SECRET_MIN:
+        raise ValueError(f"must have {SECRET_MIN} characters or more")
+    return text
+
+
+def _database_url(text: str) -> str:
+    if not text.startswith(("postgresql://", "postgres://")):
+        raise ValueError("must begin with postgresql://")
+    return text
+
+
+def _issuer(text: str) -> str:
+    url(text)
+    return text  # JWTs repeat the issuer exactly, with a slash at the end or without
+
+
+def _scopes(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+def _audience(values: Mapping[str, Any]) -> str | None:
+    return None if values["oauth_issuer"] is None else f"{values['public_url']}/mcp"
+
+
+def _store(text: str) -> str:
     from evolink_mcp.teams.object_store import REMOTE
 
-    if value.startswith(REMOTE):
-        parts = urlsplit(value)
+    if text.startswith(REMOTE):
+        parts = urlsplit(text)
         if not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
-            raise BadSetting(
-                "EVOLINK_MCP_STORE must be like s3://bucket/prefix; credentials go into the store's own variables"
-            )
-    else:
-        if "://" in value:
-            raise BadSetting(f"EVOLINK_MCP_STORE must begin with {', '.join(REMOTE)} or be an absolute folder")
-        folder = values.path("EVOLINK_MCP_STORE", value)
-        if not folder.is_dir():
-            raise BadSetting(f"EVOLINK_MCP_STORE: there is no folder {folder}; make it, or mount what belongs there")
-        if public_url is None:
-            raise BadSetting("EVOLINK_MCP_STORE names a folder: links into it need EVOLINK_MCP_PUBLIC_URL")
-        value = str(folder)
-    values.need("obstore", "EVOLINK_MCP_STORE")
-    return value
+            raise ValueError("must be like s3://bucket/prefix; set credentials in the variables of the store")
+        return text
+    if "://" in text:
+        raise ValueError(f"must begin with {', '.join(REMOTE)} or be an absolute folder")
+    folder = path(text)
+    if not folder.is_dir():
+        raise ValueError(f"names a missing folder: {folder}; create or mount it")
+    return str(folder)
 
 
-def _port(said: Mapping[str, str]) -> int | None:
-    port = values.number(said, "EVOLINK_MCP_METRICS_PORT", 65_535)
-    if port is None:
-        return None
+def _port(text: str) -> int:
+    port = number(PORT_MAX)(text)
     if port != int(port) or not port:
-        raise BadSetting("EVOLINK_MCP_METRICS_PORT must be a port from 1 to 65535")
-    values.need("prometheus_client", "EVOLINK_MCP_METRICS_PORT")
+        raise ValueError(f"must be a port from 1 to {PORT_MAX}")
     return int(port)
 
 
-def _metrics_token(said: Mapping[str, str]) -> str | None:
-    token = said.get("EVOLINK_MCP_METRICS_TOKEN")
-    if token is not None:
-        values.check_length("EVOLINK_MCP_METRICS_TOKEN", token)
-        values.need("prometheus_client", "EVOLINK_MCP_METRICS_TOKEN")
-    return token
+# --- the table ---
+
+
+@dataclass(frozen=True, slots=True)
+class TeamSettings(Settings):
+    """All settings of a server. The fields of this class are those that only teams need."""
+
+    secret: str | None = setting(
+        _SECRET,
+        _secret,
+        None,
+        f"At least {SECRET_MIN} characters, the same on all servers of a team. Signs links and callback addresses.",
+        is_secret=True,
+    )
+    database_url: str | None = setting(
+        "EVOLINK_MCP_DATABASE_URL",
+        _with_extra(_database_url, "psycopg", "psycopg_pool"),
+        None,
+        "`postgresql://…`: PostgreSQL database for the journal of all servers of a team. Needs the secret.",
+        is_secret=True,
+        requires=(_SECRET, f"set the same secret on all servers of the team; {_NEW_SECRET}"),
+    )
+    public_url: str | None = setting(
+        "EVOLINK_MCP_PUBLIC_URL",
+        url,
+        None,
+        "https URL of this server for people and for EvoLink's callbacks, over HTTP. Needs the secret.",
+        requires=(_SECRET, f"the server signs the addresses below its URL; {_NEW_SECRET}"),
+    )
+    tokens_file: Path | None = setting(
+        "EVOLINK_MCP_TOKENS_FILE", path, None, "TOML file with the tokens of allowed callers, over HTTP."
+    )
+    oauth_issuer: str | None = setting(
+        "EVOLINK_MCP_OAUTH_ISSUER",
+        _issuer,
+        None,
+        "OAuth 2.1 issuer whose JWTs are accepted over HTTP, instead of tokens or in addition. Needs the public URL.",
+        requires=("EVOLINK_MCP_PUBLIC_URL", "clients find the login page of the issuer there"),
+    )
+    oauth_audience: str | None = setting(
+        "EVOLINK_MCP_OAUTH_AUDIENCE",
+        plain,
+        _audience,
+        "Audience that a JWT must contain.",
+        default_text="the public URL + /mcp",
+        requires=("EVOLINK_MCP_OAUTH_ISSUER", "only JWTs have an audience"),
+    )
+    oauth_scopes: tuple[str, ...] = setting(
+        "EVOLINK_MCP_OAUTH_SCOPES",
+        _scopes,
+        (),
+        "Scopes that a JWT must have, separated by blanks or commas.",
+        default_text="none",
+        requires=("EVOLINK_MCP_OAUTH_ISSUER", "only JWTs have scopes"),
+    )
+    has_caller_keys: bool = setting(
+        "EVOLINK_MCP_CALLER_KEYS",
+        switch,
+        False,
+        "1 lets an authenticated caller send a separate EvoLink key in `X-EvoLink-Key`.",
+    )
+    store: str | None = setting(
+        "EVOLINK_MCP_STORE",
+        _with_extra(_store, "obstore"),
+        None,
+        "Object store for images of remote callers: s3://…, gs://…, az://…, or a folder that all servers mount.",
+    )
+    store_link_hours: float = setting(
+        "EVOLINK_MCP_STORE_LINK_HOURS",
+        lambda text: number(LINK_HOURS_MAX)(text) or LINK_HOURS,
+        LINK_HOURS,
+        "Lifetime of a link to a stored image, in hours.",
+    )
+    has_audit_log: bool = setting("EVOLINK_MCP_AUDIT", switch, False, "1 writes one JSON line per paid call to stderr.")
+    metrics_port: int | None = setting(
+        "EVOLINK_MCP_METRICS_PORT",
+        _with_extra(_port, "prometheus_client"),
+        None,
+        "Port for Prometheus metrics without authentication, over HTTP.",
+    )
+    metrics_token: str | None = setting(
+        "EVOLINK_MCP_METRICS_TOKEN",
+        _with_extra(_secret, "prometheus_client"),
+        None,
+        "Bearer token for `/metrics`, over HTTP. Without it, every caller can read the metrics.",
+        is_secret=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the settings together.
+
+        Raises:
+            BadSetting: links into a folder need a public URL.
+        """
+        if self.store is not None and "://" not in self.store and self.public_url is None:
+            raise BadSetting("EVOLINK_MCP_STORE names a folder. Links into it need EVOLINK_MCP_PUBLIC_URL.")
+
+    @property
+    def oauth(self) -> OAuth | None:
+        """The accepted issuer with the requirements for its JWTs."""
+        if self.oauth_issuer is None or self.oauth_audience is None:
+            return None
+        return OAuth(self.oauth_issuer, self.oauth_audience, self.oauth_scopes)

@@ -1,4 +1,4 @@
-"""The environment, as people, shells and bundles write it."""
+"""Settings are read from the environment in the forms that people, shells and MCP bundles write."""
 
 from __future__ import annotations
 
@@ -7,51 +7,50 @@ from pathlib import Path
 
 import pytest
 
-from evolink_mcp.app.settings import VARIABLES, Settings, unknown_variables
-from evolink_mcp.app.values import BadSetting
+from evolink_mcp.app.settings import BadSetting, Settings
 
 KEY = "sk-canary-0123456789abcdef"
 
 
-def settings(**said: str) -> Settings:
-    return Settings.from_environment(said)
+def settings(**environ: str) -> Settings:
+    return Settings.from_environment(environ)
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of one's own, with the working folder elsewhere."""
-    folder, work = tmp_path / "home", tmp_path / "work"
+    """An empty home folder. The working directory is beside it."""
+    folder = tmp_path / "home"
     folder.mkdir()
-    work.mkdir()
+    working_directory = tmp_path / "work"
+    working_directory.mkdir()
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(folder))
     for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_PICTURES_DIR", "XDG_DESKTOP_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(work)
+    monkeypatch.chdir(working_directory)
     return folder
 
 
-@pytest.mark.parametrize("name", sorted(VARIABLES))
+@pytest.mark.parametrize("name", Settings.variables())
 @pytest.mark.parametrize(
     "value",
     [
         pytest.param("", id="empty"),
         pytest.param(" \t\n", id="blank"),
-        pytest.param("${user_config.something}", id="what a bundle passes for an empty field"),
-        pytest.param("${EVOLINK_SETTING}", id="what a host passes for an unset variable"),
-        pytest.param("${env:EVOLINK_SETTING}", id="what another passes"),
-        pytest.param(" ${input:evolink} ", id="with blanks around it"),
+        pytest.param("${user_config.something}", id="empty field of a bundle"),
+        pytest.param("${EVOLINK_SETTING}", id="unset variable of an MCP host"),
+        pytest.param("${env:EVOLINK_SETTING}", id="unset variable of another MCP host"),
+        pytest.param(" ${input:evolink} ", id="blanks around it"),
     ],
 )
 def test_blank_values_and_placeholders_count_as_unset(home: Path, name: str, value: str) -> None:
-    """A bundle's optional fields arrive as the placeholder itself."""
     assert settings(**{name: value}) == settings()
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("text", "folder"),
     [
-        pytest.param("${HOME}/Pictures/EvoLink", "Pictures/EvoLink", id="a bundle's default"),
+        pytest.param("${HOME}/Pictures/EvoLink", "Pictures/EvoLink", id="default of a bundle"),
         pytest.param("~/Pictures/EvoLink", "Pictures/EvoLink", id="tilde"),
         pytest.param("  ~/a b  ", "a b", id="blanks around and inside"),
         pytest.param("${DESKTOP}/x", "Desktop/x", id="desktop"),
@@ -59,30 +58,32 @@ def test_blank_values_and_placeholders_count_as_unset(home: Path, name: str, val
         pytest.param("${PICTURES}/x", "Pictures/x", id="pictures"),
     ],
 )
-def test_folders_are_understood_as_people_and_bundles_write_them(home: Path, written: str, meant: str) -> None:
-    """Bundles replace ${HOME} before they insert defaults: a default arrives with it."""
-    assert settings(EVOLINK_MCP_OUTPUT_DIR=written).folders.output == home / meant
+def test_tilde_and_bundle_placeholders_in_folders_are_replaced(home: Path, text: str, folder: str) -> None:
+    """Bundles insert default values after they replaced placeholders, so a default still contains ${HOME}."""
+    assert settings(EVOLINK_MCP_OUTPUT_DIR=text).folders.output == home / folder
 
 
 @pytest.mark.parametrize("name", ["EVOLINK_MCP_DATA_DIR", "EVOLINK_MCP_OUTPUT_DIR", "EVOLINK_MCP_ALLOWED_DIRS"])
 @pytest.mark.parametrize("value", ["journal", "./journal", "../journal", '"journal"'])
 def test_a_relative_folder_is_refused(home: Path, name: str, value: str) -> None:
-    """What it means would depend on where the host starts the server."""
+    """A relative folder would depend on the working directory that the MCP host chose."""
     with pytest.raises(BadSetting, match=f"{name} must be an absolute path"):
         settings(**{name: value})
 
 
 @pytest.mark.parametrize("quote", ['"', "'"])
-def test_quotes_around_a_value_are_taken_off(home: Path, quote: str) -> None:
-    folder = f"{quote}{home}/pictures{quote}"
-    read = settings(EVOLINK_MCP_OUTPUT_DIR=folder, EVOLINK_MCP_WAIT_SECONDS=f"{quote}7{quote}",
-                    EVOLINK_MCP_ALLOWED_DIRS=f"{quote}{home}/a b{quote}{os.pathsep}{home}/c")  # fmt: skip
+def test_quotes_around_a_value_are_removed(home: Path, quote: str) -> None:
+    read = settings(
+        EVOLINK_MCP_OUTPUT_DIR=f"{quote}{home}/pictures{quote}",
+        EVOLINK_MCP_WAIT_SECONDS=f"{quote}7{quote}",
+        EVOLINK_MCP_ALLOWED_DIRS=f"{quote}{home}/a b{quote}{os.pathsep}{home}/c",
+    )
     assert read.folders.output == home / "pictures"
     assert set(read.folders.allowed) >= {home / "a b", home / "c"}
     assert read.wait_s == 7
 
 
-def test_folders_separated_by_commas_are_refused_unless_there_is_such_a_folder(home: Path) -> None:
+def test_folders_separated_by_commas_are_refused_unless_the_folder_exists(home: Path) -> None:
     with pytest.raises(BadSetting, match="separates its folders by"):
         settings(EVOLINK_MCP_ALLOWED_DIRS=f"{home}/a,{home}/b")
     (home / "a,b").mkdir()
@@ -90,99 +91,117 @@ def test_folders_separated_by_commas_are_refused_unless_there_is_such_a_folder(h
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
-        pytest.param("EVOLINK_MCP_OUTPUT_DIR", "${workspaceFolder}/out", "${work", id="half replaced"),
-        pytest.param("EVOLINK_MCP_OUTPUT_DIR", "~nobody-of-that-name/x", "home folder", id="nobody's home"),
+        pytest.param("EVOLINK_MCP_OUTPUT_DIR", "${workspaceFolder}/out", "${work", id="unknown placeholder"),
+        pytest.param("EVOLINK_MCP_OUTPUT_DIR", "~nobody-of-that-name/x", "home folder", id="unknown user"),
         pytest.param("EVOLINK_BASE_URL", "http://api.evolink.ai", "https", id="plain http"),
-        pytest.param("EVOLINK_BASE_URL", "https://user:secret@api.evolink.ai", "user name", id="user in the address"),
-        pytest.param("EVOLINK_BASE_URL", "https://", "https", id="no host"),
-        pytest.param("EVOLINK_BASE_URL", "http://[::1", "https", id="a broken bracket"),
-        pytest.param("EVOLINK_BASE_URL", "https://api.evolink.ai:99999", "https", id="a port that is none"),
-        pytest.param("EVOLINK_FILES_BASE_URL", "ftp://files-api.evolink.ai", "https", id="another scheme"),
+        pytest.param("EVOLINK_BASE_URL", "https://user:secret@api.evolink.ai", "user name", id="user in the URL"),
+        pytest.param("EVOLINK_BASE_URL", "https://", "https", id="no hostname"),
+        pytest.param("EVOLINK_BASE_URL", "http://[::1", "https", id="open bracket"),
+        pytest.param("EVOLINK_BASE_URL", "https://api.evolink.ai:99999", "https", id="invalid port"),
+        pytest.param("EVOLINK_FILES_BASE_URL", "ftp://files-api.evolink.ai", "https", id="other scheme"),
         pytest.param("EVOLINK_SIZE_RULE", "golden", "anchor-edge", id="unknown rule"),
         pytest.param("EVOLINK_MCP_WAIT_SECONDS", "-1", "0 to 900", id="negative wait"),
-        pytest.param("EVOLINK_MCP_WAIT_SECONDS", "901", "0 to 900", id="endless wait"),
+        pytest.param("EVOLINK_MCP_WAIT_SECONDS", "901", "0 to 900", id="wait too long"),
         pytest.param("EVOLINK_MCP_WAIT_SECONDS", "nan", "0 to 900", id="not a number"),
-        pytest.param("EVOLINK_MCP_MAX_CREDITS_PER_DAY", "ten", "number", id="a word"),
+        pytest.param("EVOLINK_MCP_MAX_CREDITS_PER_DAY", "ten", "number", id="word"),
         pytest.param("EVOLINK_MCP_MAX_CREDITS_PER_CALL", "inf", "number", id="infinite"),
-        pytest.param("EVOLINK_MCP_PREVIEW", "big", "auto, off", id="preview word"),
+        pytest.param("EVOLINK_MCP_PREVIEW", "big", "auto, off", id="unknown preview"),
         pytest.param("EVOLINK_MCP_PREVIEW", "63", "64 to 2048", id="preview too small"),
-        pytest.param("EVOLINK_MCP_PREVIEW", "9" * 5000, "64 to 2048", id="preview absurd"),
-        pytest.param("EVOLINK_MCP_RESOURCE_LINKS", "maybe", "0 or 1", id="neither yes nor no"),
+        pytest.param("EVOLINK_MCP_PREVIEW", "9" * 5000, "64 to 2048", id="preview too large"),
+        pytest.param("EVOLINK_MCP_RESOURCE_LINKS", "maybe", "0 or 1", id="no switch"),
+        pytest.param("EVOLINK_MCP_TOOLS", "make_coffee", "make_coffee", id="unknown tool"),
+        pytest.param("EVOLINK_MCP_CALLBACK_HOSTS", "https://hooks.example.com", "hooks.example.com", id="URL as host"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_refused_by_name(home: Path, name: str, value: str, told: str) -> None:
-    with pytest.raises(BadSetting) as refused:
+def test_the_message_about_an_invalid_value_names_the_variable(home: Path, name: str, value: str, message: str) -> None:
+    with pytest.raises(BadSetting) as refusal:
         settings(**{name: value})
-    assert name in str(refused.value)
-    assert told in str(refused.value)
-    assert "secret" not in str(refused.value)
+    assert str(refusal.value).startswith(name)
+    assert message in str(refusal.value)
+    assert "secret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "problem"),
     [
-        pytest.param("sk-...", "example", id="the example's"),
-        pytest.param("sk-ab cdefgh", "visible ASCII", id="a blank inside"),
-        pytest.param("sk-short", None, id="short enough"),
+        pytest.param("sk-...", "example", id="example"),
+        pytest.param("sk-ab cdefgh", "visible ASCII", id="blank inside"),
+        pytest.param("sk-short", None, id="shortest"),
         pytest.param("sk-shor", "8 to 512", id="too short"),
         pytest.param("k" * 513, "8 to 512", id="too long"),
         pytest.param("sk-ключ-ключ", "visible ASCII", id="not ASCII"),
         pytest.param(f'"{KEY}"', "quotes", id="in quotes"),
         pytest.param(f"Bearer {KEY}", "Bearer", id="with Bearer"),
-        pytest.param("a${user_config.api_key}b", "${...}", id="a key that a bundle broke"),
+        pytest.param("a${user_config.api_key}b", "${...}", id="with a placeholder"),
         pytest.param(f" {KEY}\n", None, id="blanks around it"),
     ],
 )
-def test_a_key_that_is_none_is_explained_and_never_shown(home: Path, value: str, told: str | None) -> None:
-    """The server starts all the same: paid tools tell it."""
-    found = settings(EVOLINK_API_KEY=value)
-    assert (found.key is None) == (told is not None)
-    assert (told or "") in (found.key_problem or "")
-    assert value.strip() not in repr(found) or value == "sk-..."
+def test_an_unusable_key_is_explained_and_never_shown(home: Path, value: str, problem: str | None) -> None:
+    """The server starts nevertheless. Paid tools report the problem."""
+    read = settings(EVOLINK_API_KEY=value)
+    assert (read.key is None) == (problem is not None)
+    assert (problem or "") in (read.key_problem or "")
+    assert value.strip() not in repr(read) or value == "sk-..."
 
 
-def test_the_key_does_not_print_itself(home: Path) -> None:
-    found = settings(EVOLINK_API_KEY=KEY)
-    assert found.key is not None
-    assert found.key.get_secret_value() == KEY
-    assert KEY not in f"{found!r} {found}"
+def test_the_key_is_not_in_the_printed_settings(home: Path) -> None:
+    read = settings(EVOLINK_API_KEY=KEY)
+    assert read.key is not None
+    assert read.key.get_secret_value() == KEY
+    assert KEY not in f"{read!r} {read}"
 
 
-def test_the_working_folder_is_allowed_unless_it_is_the_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts with a window start servers in / or the home folder."""
-    work = home.parent / "work"
-    assert settings().folders.allowed[1:] == (work,)
-    for everything in (home, home.parent, Path(home.anchor)):
-        monkeypatch.chdir(everything)
+def test_the_working_directory_is_allowed_unless_it_contains_the_home_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Desktop applications start servers in / or in the home folder."""
+    assert settings().folders.allowed[1:] == (home.parent / "work",)
+    for folder in (home, home.parent, Path(home.anchor)):
+        monkeypatch.chdir(folder)
         assert settings().folders.allowed == (settings().folders.output,)
 
 
-def test_allowed_folders_replace_the_working_folder(home: Path) -> None:
-    said = os.pathsep.join([str(home / "a"), " ", "${user_config.reference_dir}", "${HOME}/b", "~/a"])
-    found = settings(EVOLINK_MCP_ALLOWED_DIRS=said, EVOLINK_MCP_OUTPUT_DIR="~/out")
-    assert found.folders.allowed == (home / "out", home / "a", home / "b")
-    assert found.allowed_dirs_given
+def test_allowed_folders_replace_the_working_directory(home: Path) -> None:
+    text = os.pathsep.join([str(home / "a"), " ", "${user_config.reference_dir}", "${HOME}/b", "~/a"])
+    read = settings(EVOLINK_MCP_ALLOWED_DIRS=text, EVOLINK_MCP_OUTPUT_DIR="~/out")
+    assert read.folders.allowed == (home / "out", home / "a", home / "b")
 
 
-def test_a_stand_in_for_the_api_serves_files_too(home: Path) -> None:
-    """A key must not go to the real file API because only the other address was changed."""
-    found = settings(EVOLINK_BASE_URL="http://127.0.0.1:8765/")
-    assert (found.base_url, found.files_base_url) == ("http://127.0.0.1:8765",) * 2
+def test_another_api_also_serves_files(home: Path) -> None:
+    """The key must not go to EvoLink's file API if only the other base URL was changed."""
+    read = settings(EVOLINK_BASE_URL="http://127.0.0.1:8765/")
+    assert (read.base_url, read.files_base_url) == ("http://127.0.0.1:8765",) * 2
+
+
+def test_a_host_that_is_not_evolinks_is_reported(home: Path) -> None:
+    assert settings().foreign_hosts == settings(EVOLINK_BASE_URL="http://localhost:1").foreign_hosts == []
+    (warning,) = settings(EVOLINK_FILES_BASE_URL="https://evolink.ai.example.com").foreign_hosts
+    assert warning.startswith("EVOLINK_FILES_BASE_URL sends your API key to evolink.ai.example.com")
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
-def test_switches_take_the_usual_words(home: Path, value: str) -> None:
-    assert settings(EVOLINK_MCP_RESOURCE_LINKS=value).resource_links
-    assert not settings(EVOLINK_MCP_RESOURCE_LINKS="off").resource_links
+def test_a_switch_accepts_the_usual_words(home: Path, value: str) -> None:
+    assert settings(EVOLINK_MCP_RESOURCE_LINKS=value).has_resource_links
+    assert not settings(EVOLINK_MCP_RESOURCE_LINKS="off").has_resource_links
 
 
-def test_a_wait_of_nothing_is_a_wait(home: Path) -> None:
+def test_a_wait_of_0_s_differs_from_an_unset_wait(home: Path) -> None:
     assert settings(EVOLINK_MCP_WAIT_SECONDS="0").wait_s == 0
     assert settings().wait_s is None
 
 
-def test_variables_that_nobody_reads_are_found_with_what_was_meant() -> None:
-    said = {"EVOLINK_API_KEY": KEY, "EVOLINK_MCP_OUTPUTDIR": "x", "EVOLINK_ZZZZZZZZ": "y", "PATH": "z"}
-    assert unknown_variables(said) == {"EVOLINK_MCP_OUTPUTDIR": "EVOLINK_MCP_OUTPUT_DIR", "EVOLINK_ZZZZZZZZ": None}
+def test_the_spending_limits_become_the_budget(home: Path) -> None:
+    budget = settings(
+        EVOLINK_MCP_MAX_CREDITS_PER_CALL="1", EVOLINK_MCP_MAX_CREDITS_PER_DAY="2.5", EVOLINK_MCP_CONFIRM_ABOVE="0"
+    ).budget
+    assert (budget.per_call, budget.per_day, budget.confirm_above, budget.running) == (1, 2.5, 0, None)
+
+
+def test_unknown_variables_are_listed_with_the_most_similar_setting() -> None:
+    environ = {"EVOLINK_API_KEY": KEY, "EVOLINK_MCP_OUTPUTDIR": "x", "EVOLINK_ZZZZZZZZ": "y", "PATH": "z"}
+    assert Settings.unknown_variables(environ) == {
+        "EVOLINK_MCP_OUTPUTDIR": "EVOLINK_MCP_OUTPUT_DIR",
+        "EVOLINK_ZZZZZZZZ": None,
+    }

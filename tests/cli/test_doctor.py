@@ -23,7 +23,7 @@ import uvicorn
 from blocking import BlockingJournal
 from child_processes import SERVER_COMMAND, minimal_environment
 
-from evolink_mcp.app.values import EXAMPLE_KEY
+from evolink_mcp.app.settings import EXAMPLE_KEY
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
 from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed_command

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.cli import serve_http
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.teams.app import Studios
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import new_token
 
 
@@ -31,7 +31,7 @@ def test_only_a_server_of_a_team_waits_for_those_who_wait(
     monkeypatch.setattr(serve_http, "serve_app", signalled)
     monkeypatch.setattr(Studios, "drain", lambda studios: False)
     (tokens := tmp_path / "tokens.toml").write_text(new_token("anna")[1])
-    settings = Settings.from_environment(
+    settings = TeamSettings.from_environment(
         {
             "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
             "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),

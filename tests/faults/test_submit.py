@@ -23,10 +23,10 @@ from mcp.client import Client
 
 from evolink_mcp import errors
 from evolink_mcp.api import client, http
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.studio import Studio
+from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = pytest.mark.anyio
 
@@ -57,7 +57,7 @@ async def no_sleep(_: float) -> None:
 async def studio_at(
     folder: Path, url: str, sleep: Callable[[float], Awaitable[None]] = no_sleep, **more: str
 ) -> AsyncIterator[Studio]:
-    settings = Settings.from_environment({
+    settings = TeamSettings.from_environment({
         "EVOLINK_API_KEY": KEY, "EVOLINK_BASE_URL": url, "EVOLINK_MCP_DATA_DIR": str(folder / "data"),
         "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"), **more,
     })  # fmt: skip

@@ -25,8 +25,7 @@ from evolink_mcp.api.size_grammar import advice, meant
 from evolink_mcp.api.sizes import IllegalSize, resolve
 from evolink_mcp.api.task import Task, read_balance, read_task, read_tasks
 from evolink_mcp.api.urls import check_public_url, host_of
-from evolink_mcp.app.settings import Settings
-from evolink_mcp.app.values import BadSetting
+from evolink_mcp.app.settings import BadSetting
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import Unreadable
 from evolink_mcp.images.inspect import sniff
@@ -35,6 +34,7 @@ from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.rows import entry_of
 from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
 from evolink_mcp.server.server import build_server
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import BadTokens, Refusal, Tokens
 from evolink_mcp.transports.http_calls import message_in
 from evolink_mcp.transports.http_guard import _id_in, _name_of
@@ -146,7 +146,7 @@ def test_a_tokens_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
 ]), some.text(max_size=40), max_size=5))  # fmt: skip
 def test_settings_are_read_or_refused(environ: dict[str, str]) -> None:
     with suppress(BadSetting):
-        Settings.from_environment(environ)
+        TeamSettings.from_environment(environ)
 
 
 # --- files ---
@@ -244,7 +244,7 @@ def test_no_answer_of_evolink_breaks_a_tool(
         with anyio.fail_after(300):
             async with (
                 open_studio(
-                    Settings.from_environment(environ),
+                    TeamSettings.from_environment(environ),
                     transport=transport,
                     clock=clock,
                     sleep=clock.sleep,

@@ -22,7 +22,6 @@ from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import ReferenceRefused
 from evolink_mcp.images.decode_process import Decoder
@@ -30,6 +29,7 @@ from evolink_mcp.images.folders import Folders
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import LocalImageStore
 from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = pytest.mark.anyio
 HOUR_S = 3600.0
@@ -551,7 +551,7 @@ async def test_callers_over_http_read_no_files_here_unless_folders_are_named(
         "EVOLINK_MCP_OUTPUT_DIR": str(desk),
         **({"EVOLINK_MCP_ALLOWED_DIRS": str(desk)} if allowed else {}),
     }
-    settings = Settings.from_environment(environ)
+    settings = TeamSettings.from_environment(environ)
     transport = httpx.ASGITransport(simulator.app)
     async with open_studio(settings, remote=True, transport=transport) as studio:
         world = World(studio, simulator, None, tmp_path, settings)  # type: ignore[arg-type]

@@ -17,10 +17,10 @@ import pytest
 from conftest import World
 
 from evolink_mcp import __version__
-from evolink_mcp.app.settings import VARIABLES, Settings
-from evolink_mcp.app.values import EXAMPLE_KEY
+from evolink_mcp.app.settings import EXAMPLE_KEY, Settings
 from evolink_mcp.cli.arguments import parsed
 from evolink_mcp.cli.host_config import host_blocks
+from evolink_mcp.teams.settings import TeamSettings
 
 ROOT = Path(__file__).parents[2]
 OWNER = "evolink-mcp/evolink-mcp"
@@ -65,7 +65,7 @@ def test_every_reference_is_defined_and_every_field_is_used() -> None:
     """The validator passes a `${user_config.nope}`; the server would get it as it stands."""
     used = set(re.findall(r"\$\{user_config\.(\w+)\}", json.dumps(CONFIG)))
     assert used == set(MANIFEST["user_config"])
-    assert set(CONFIG["env"]) <= set(VARIABLES)
+    assert set(CONFIG["env"]) <= set(TeamSettings.variables())
     assert set(re.findall(r"\$\{(?!user_config\.)([^}]*)\}", json.dumps(CONFIG))) == {"__dirname"}
 
 
@@ -161,7 +161,7 @@ def test_the_registry_entry_keeps_to_its_schema() -> None:
     assert (package["runtimeHint"], package["transport"]) == ("uvx", {"type": "stdio"})
     for variable in package["environmentVariables"]:
         assert set(variable) <= {"name", "description", "isRequired", "isSecret", "format", "default", "choices"}
-        assert variable["name"] in VARIABLES
+        assert variable["name"] in TeamSettings.variables()
         assert variable.get("format", "string") in ("string", "number", "boolean", "filepath")
     assert [v["name"] for v in package["environmentVariables"] if v.get("isRequired")] == ["EVOLINK_API_KEY"]
     assert [v["name"] for v in package["environmentVariables"] if v.get("isSecret")] == ["EVOLINK_API_KEY"]
@@ -275,7 +275,7 @@ def test_compose_starts_two_servers_with_settings_that_exist() -> None:
     compose = yaml.safe_load(text("compose.yaml"))
     servers = [compose["services"][name] for name in ("one", "two")]
     for server in servers:
-        assert set(server["environment"]) <= set(VARIABLES)
+        assert set(server["environment"]) <= set(TeamSettings.variables())
         assert parsed([str(word) for word in server["command"]]).port == 8000
     needed = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
     assert needed == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))

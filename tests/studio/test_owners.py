@@ -347,14 +347,14 @@ async def test_what_could_not_be_written_before_sending_is_over(
 async def test_a_client_that_cannot_be_built_buys_nothing_and_blocks_nothing(
     open_world: Open, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, tmp_path: Path
 ) -> None:
-    from evolink_mcp.app.settings import Settings
     from evolink_mcp.app.wiring import open_studio
+    from evolink_mcp.teams.settings import TeamSettings
 
     for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv(variable, value)
-    settings = Settings.from_environment({
+    settings = TeamSettings.from_environment({
         "EVOLINK_API_KEY": "sk-canary-0123456789abcdef", "EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3",
         "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"), "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
     })  # fmt: skip

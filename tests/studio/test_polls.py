@@ -23,12 +23,12 @@ from mcp.client import Client
 
 from evolink_mcp.api import http, task
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.sanitize import UPSTREAM_WORDS_MAX
 from evolink_mcp.studio.jobs import Order
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.schedule import RetryBudget
+from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = pytest.mark.anyio
 
@@ -414,7 +414,7 @@ async def test_misbehaving_connections_only_cost_a_look(
 
     with anyio.fail_after(300):
         async with gateway.open():
-            opened = Settings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
+            opened = TeamSettings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
             async with open_studio(opened, sleep=sleep) as studio:
                 request = GenerationRequest.model_validate(WISH)
                 job = await studio.order(Order(request, price_of(request, studio.size_rule.possible)))

@@ -14,11 +14,12 @@ from conftest import PlainSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.teams.app import Studios, behind_door, names_of, tenants_app
 from evolink_mcp.teams.callers import Callers
 from evolink_mcp.teams.oauth import Issuer
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import Tokens
 
 INITIALIZE = {
@@ -75,7 +76,7 @@ async def office(
     """`blocks` are the tokens file; everybody spends from one account that is simulated."""
     (tmp_path / "tokens.toml").write_text("".join(blocks))
     simulator = simulator or PlainSimulator()
-    settings = Settings.from_environment(
+    settings = TeamSettings.from_environment(
         {
             "EVOLINK_API_KEY": "sk-test-key",
             "EVOLINK_BASE_URL": "http://127.0.0.1:9",
@@ -91,9 +92,7 @@ async def office(
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
             group = await stack.enter_async_context(anyio.create_task_group())
             studios = Studios(None, decoder)
-            callers = Callers(
-                Tokens(settings.tokens_file), issuer, own_keys=settings.team.caller_keys, key=settings.key
-            )
+            callers = Callers(Tokens(settings.tokens_file), issuer, own_keys=settings.has_caller_keys, key=settings.key)
             names = names_of((), settings)
             transport = httpx.ASGITransport(simulator.app)
             tenants = tenants_app(settings, callers, studios, group, names=names, transport=transport)

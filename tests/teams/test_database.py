@@ -19,11 +19,11 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 
 from evolink_mcp.api.task import Task
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import News
 from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
+from evolink_mcp.teams.settings import TeamSettings
 
 psycopg = pytest.importorskip("psycopg")
 
@@ -236,7 +236,7 @@ async def test_changes_are_told_to_the_other_servers_of_the_account(opened: Any,
 
 async def test_a_studio_that_is_closed_hears_nothing_more(opened: Any, url: str, tmp_path: Path) -> None:
     """Its server lives on, and other tenants' studios with it."""
-    settings = Settings.from_environment({
+    settings = TeamSettings.from_environment({
         "EVOLINK_API_KEY": KEY, "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": SECRET,
         "EVOLINK_MCP_DATA_DIR": str(tmp_path), "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path),
     })  # fmt: skip

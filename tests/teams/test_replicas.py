@@ -24,7 +24,7 @@ from drawings import drawing
 from office import HEADERS, block
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.app.wiring import open_team_database
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import Order
@@ -32,6 +32,7 @@ from evolink_mcp.teams import app as cli_team
 from evolink_mcp.teams.app import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
 from evolink_mcp.teams.callers import Callers
 from evolink_mcp.teams.database import Database
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import Tenant, Tokens
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -55,7 +56,7 @@ class RoundRobin(httpx.AsyncBaseTransport):
 
 
 class Team:
-    def __init__(self, apps: list[Any], simulator: PlainSimulator, settings: Settings) -> None:
+    def __init__(self, apps: list[Any], simulator: PlainSimulator, settings: TeamSettings) -> None:
         self.proxy = RoundRobin(apps)
         self.simulator = simulator
         self.settings = settings
@@ -78,7 +79,7 @@ class Team:
 
 
 def _replica(
-    settings: Settings, tokens: Tokens, group: Any, studios: Studios, simulator: PlainSimulator, command: str
+    settings: TeamSettings, tokens: Tokens, group: Any, studios: Studios, simulator: PlainSimulator, command: str
 ) -> Any:
     callers = Callers(tokens)
     names = names_of((), settings)
@@ -137,7 +138,7 @@ async def team(url: str, folder: Path, *blocks: str, command: str = "http", **en
     apps: list[Any] = []
     async with AsyncExitStack() as stack:
         for number in (1, 2):
-            settings = Settings.from_environment({
+            settings = TeamSettings.from_environment({
                 "EVOLINK_API_KEY": "sk-test-key", "EVOLINK_BASE_URL": "http://127.0.0.1:9",
                 "EVOLINK_MCP_DATA_DIR": str(folder / f"data{number}"), "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
                 "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"), "EVOLINK_MCP_DATABASE_URL": url,

@@ -26,10 +26,10 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.teams.app import KeyCheck
 from evolink_mcp.teams.metrics import Tally
 from evolink_mcp.teams.metrics_endpoint import Metrics
+from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TOKEN = "m" * 32
@@ -104,7 +104,7 @@ async def test_a_key_that_evolink_does_not_accept_makes_no_server_ready(
     tmp_path: Path, key: str, why: str | None
 ) -> None:
     simulator = PlainSimulator(keys={"sk-good-key": 1000.0})
-    settings = Settings.from_environment({"EVOLINK_API_KEY": key, "EVOLINK_BASE_URL": "http://127.0.0.1:9"})
+    settings = TeamSettings.from_environment({"EVOLINK_API_KEY": key, "EVOLINK_BASE_URL": "http://127.0.0.1:9"})
     check = KeyCheck(settings, httpx.ASGITransport(simulator.app))
     for _ in range(3):
         await check.ask()

@@ -19,9 +19,9 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import Clock
 from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
 
-from evolink_mcp.app.settings import Settings
 from evolink_mcp.teams.app import why_not_ready
 from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tenants import SCOPE_KEY, Tenants
 from evolink_mcp.teams.tokens import BadTokens, Refusal, Tenant, Tokens, new_token
 
@@ -349,7 +349,7 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
 )
 def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
     file.write_text(blocks)
-    settings = Settings.from_environment({"EVOLINK_API_KEY": key} if key else {})
+    settings = TeamSettings.from_environment({"EVOLINK_API_KEY": key} if key else {})
     assert why_not_ready(settings, Callers(Tokens(file)), None) == why
 
 
