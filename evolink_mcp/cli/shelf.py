@@ -20,6 +20,7 @@ from evolink_mcp.errors import JournalUnwritable, Refused
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.pictures.folders import write_new_file
 from evolink_mcp.pictures.inspect import NotAPicture
 from evolink_mcp.pictures.previews import preview
 from evolink_mcp.sanitize import harmless
@@ -84,7 +85,7 @@ def open_picture(settings: Settings, words: list[str], say: Say, complain: Say, 
 
 
 def lay_out(settings: Settings, words: list[str], since: str, out: str | None, say: Say, complain: Say) -> int:
-    """Write one page with the pictures since then; returns the exit code."""
+    """Write one page with the pictures since then, to a new private file. Return the exit code."""
     now = time.time()
     try:
         _, entries = kept(settings, tuple(words), SHEET_MAX, 0.0 if since == "all" else instant(since, now))
@@ -100,9 +101,12 @@ def lay_out(settings: Settings, words: list[str], since: str, out: str | None, s
     name = time.strftime("contact-sheet-%Y-%m-%d-%H%M%S.html", time.localtime(now))
     path = Path(out).absolute() if out else settings.folders.output / name
     try:
-        path.write_text(page, encoding="utf-8")
+        is_written = write_new_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
         complain(f"{path} cannot be written ({error.strerror})")
+        return 1
+    if not is_written:
+        complain(f"{path} exists already and is never overwritten. Give another name with --out")
         return 1
     say(f"{'1 picture' if count == 1 else f'{count} pictures'}: {path}")
     return 0

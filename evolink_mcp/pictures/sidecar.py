@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import anyio.to_thread
 from evolink_mcp import __version__
 from evolink_mcp.api.task import as_dict, is_task_id
 from evolink_mcp.journal.entry import Entry, Picture, iso
-from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain, patiently
+from evolink_mcp.pictures.folders import move_to_free_name, open_plain, part_file, patiently
 from evolink_mcp.sanitize import scrub
 
 log = logging.getLogger(__name__)
@@ -76,22 +74,14 @@ async def lay_beside(entry: Entry, picture: Picture) -> None:
 
 def _write(path: Path, facts: dict[str, Any]) -> bool:
     """Write the whole file. What is there already stays if it is not ours or belongs to the same picture."""
-    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    content = json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n"
+    with part_file(path.parent, content) as part:
         if move_to_free_name(part, path):
             return True
         there = _ours(path)
         if there is not None and there.get("sha256") != facts["sha256"]:  # it belonged to a picture that is gone
             patiently(os.replace, part, path)
         return there is not None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _ours(path: Path) -> dict[str, Any] | None:
