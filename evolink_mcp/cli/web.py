@@ -30,6 +30,8 @@ def serve_web(options: Namespace, settings: Settings, log: Callable[[str], None]
         JournalUnwritable: the team's database cannot be used.
     """
     callers = callers_of(settings, options)
+    if callers is not None and callers.exposure is not None:
+        log(f"evolink-mcp: {callers.exposure}")
     names = names_of(options.allowed_host, settings)
     return anyio.run(partial(_serve, options, settings, callers, names, log))
 
