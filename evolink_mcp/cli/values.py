@@ -13,6 +13,8 @@ from evolink_mcp.sanitize import harmless
 
 HOST = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
+HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^:\[\]]*)(:[0-9]{0,5})?")
+BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 EXAMPLE_KEY = "sk-..."
 SECRET_MIN = 32
 
@@ -56,7 +58,7 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
     """The database's address and the team's secret; neither is ever shown.
 
     Raises:
-        BadSetting: the address is none, the secret is short or missing, or the extra is not installed.
+        BadSetting: the address is none or is ambiguous, the secret is short or missing, or the extra is not installed.
     """
     if secret is not None:
         check_length("EVOLINK_MCP_SECRET", secret)
@@ -64,6 +66,11 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
         return None, secret
     if not url.startswith(("postgresql://", "postgres://")):
         raise BadSetting("EVOLINK_MCP_DATABASE_URL must begin with postgresql://")
+    if not has_clear_authority(url):
+        raise BadSetting(
+            "EVOLINK_MCP_DATABASE_URL is ambiguous: percent-encode the user name and the password in it "
+            "(@ is %40, / is %2F, ? is %3F, # is %23, : is %3A, % is %25)"
+        )
     if secret is None:
         raise BadSetting(
             "EVOLINK_MCP_DATABASE_URL needs EVOLINK_MCP_SECRET, the same on all servers of the team; "
@@ -72,6 +79,20 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
     for module in ("psycopg", "psycopg_pool"):
         need(module, "EVOLINK_MCP_DATABASE_URL")
     return url, secret
+
+
+def has_clear_authority(url: str) -> bool:
+    """Return whether user, password, hosts and ports of a database URL can be divided in one way only.
+
+    Otherwise PostgreSQL's client could take a part of the password for a host. It would ask DNS for it, and show it in
+    an error.
+    """
+    rest = url.partition("://")[2]
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    hosts = authority.rpartition("@")[2]
+    if rest.count("@") > 1 or "@" in rest[len(authority) :] or BROKEN_ESCAPE.search(rest):
+        return False
+    return all(HOST_AND_PORT.fullmatch(host) for host in hosts.split(","))
 
 
 def check_length(name: str, secret: str) -> None:

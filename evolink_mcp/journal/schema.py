@@ -9,7 +9,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.address import Address, said_by
+from evolink_mcp.journal.address import Address
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.rows import COLUMNS, folded, readable, searched
 
@@ -124,4 +124,4 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     except psycopg.errors.UndefinedTable:
         return address.place, []
     except psycopg.Error as error:
-        raise address.unwritable(said_by(error)) from error
+        raise address.unwritable(address.reason(error)) from error
