@@ -58,7 +58,7 @@ def database(url: str | None, secret: str | None) -> tuple[str | None, str | Non
     """The database's address and the team's secret; neither is ever shown.
 
     Raises:
-        BadSetting: the address is none or is ambiguous, the secret is short or missing, or the extra is not installed.
+        BadSetting: the address is wrong or ambiguous, the secret is short or missing, or the extra is not installed.
     """
     if secret is not None:
         check_length("EVOLINK_MCP_SECRET", secret)

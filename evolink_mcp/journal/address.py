@@ -27,7 +27,7 @@ ADVICE = (
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The connection string of libpq, the `place` that people are told, and the `passwords` that no text may show."""
+    """The connection string of libpq, the `place` for messages, and the `passwords` that must not appear in them."""
 
     conninfo: str = field(repr=False)
     place: str
@@ -69,7 +69,7 @@ class Address:
         )
 
     def reason(self, error: Exception) -> str:
-        """Return the first line of an error, without a password. A server may quote what it was sent."""
+        """Return the first line of an error, without a password. A server may quote its input."""
         text = str(error)
         for password in self.passwords:
             text = text.replace(password, "***")

@@ -70,7 +70,7 @@ class Refusal:
 
 
 class Tokens:
-    """The tokens file at `path`. It is read again when it has changed; a broken one keeps what was read before.
+    """The tokens file at `path`. A changed file is read again. A broken one changes nothing.
 
     `exposure` is a warning if other users of this machine can read an EvoLink key in it.
     """
@@ -200,7 +200,7 @@ def _exposure_of(path: Path, mode: int, tenants: Iterable[Tenant]) -> str | None
     if os.name != "posix" or not has_key or not is_readable:
         return None
     return (
-        f"other users of this machine can read the EvoLink keys in the tokens file {path}, whose mode is {mode:04o}. "
+        f"other users of this machine can read the EvoLink keys in the tokens file {path} (mode {mode:04o}). "
         f"Run: chmod 600 {shlex.quote(str(path))}"
     )
 

@@ -166,7 +166,7 @@ def test_a_file_with_a_key_that_other_users_can_read_is_reported_with_its_mode(f
     exposure = Tokens(file).exposure
     assert exposure is not None
     assert len(exposure.splitlines()) == 1
-    assert f"{file}, whose mode is {mode:04o}" in exposure
+    assert f"{file} (mode {mode:04o})" in exposure
     assert f"chmod 600 {file}" in exposure
     assert "sk-annas-own" not in exposure
 
@@ -363,7 +363,7 @@ def test_the_start_reports_a_file_with_a_key_that_other_users_can_read(
     assert ended.returncode == 1
     (report,) = [line for line in ended.stderr.splitlines() if "chmod" in line]
     assert report.startswith("evolink-mcp: other users of this machine can read the EvoLink keys in the tokens file ")
-    assert report.endswith(f"{file}, whose mode is 0644. Run: chmod 600 {file}")
+    assert report.endswith(f"{file} (mode 0644). Run: chmod 600 {file}")
     assert "sk-annas-own" not in ended.stderr
 
 
