@@ -20,7 +20,7 @@ test: install ## all tests that need nothing else
 	$(PY) -m pytest -q
 
 demo: install ## a picture without key or network
-	$(PY) -m evolink_mcp demo
+	$(PY) -P -m evolink_mcp demo
 
 bench: install ## every promised figure, as ratios
 	$(PY) -m benchmarks

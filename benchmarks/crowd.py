@@ -25,8 +25,8 @@ import anyio
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, Standin, environment, memory_mb, standin
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.studio.jobs import Job, Order
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.tools.waiting import follow

@@ -21,11 +21,11 @@ from PIL import Image
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, environment, free_port, memory_mb, standin
-from evolink_mcp.pictures.child import in_child
-from evolink_mcp.pictures.inspect import NotAPicture
-from evolink_mcp.pictures.previews import check_and_preview
-from evolink_mcp.pictures.structure import SCANS_MAX
-from evolink_mcp.pictures.upright import check_reference
+from evolink_mcp.images.decode_process import in_child
+from evolink_mcp.images.inspect import NotAPicture
+from evolink_mcp.images.prepare import check_reference
+from evolink_mcp.images.previews import check_and_preview
+from evolink_mcp.images.structure import SCANS_MAX
 
 TITLE = "A hostile world"
 MIB = 1 << 20
@@ -135,7 +135,7 @@ def _besieged(folder: Path, evolink: int, silent: int, callers: int) -> dict[str
     said = folder / "stderr"
     few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS}))"
     start = f"{few}; from evolink_mcp.cli.main import main; main()"
-    command = [sys.executable, "-c", start, "http", "--port", str(port)]
+    command = [sys.executable, "-P", "-c", start, "http", "--port", str(port)]
     with said.open("wb") as stderr:
         server = subprocess.Popen(command, cwd=ROOT, env=environment(folder, evolink), stderr=stderr)
     try:

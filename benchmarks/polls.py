@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from benchmarks.figures import Figure, share
-from evolink_mcp.studio.experience import KEPT
+from evolink_mcp.studio.durations import KEPT
 from evolink_mcp.studio.schedule import USUAL_S, Schedule, Taken, expected
 
 TITLE = "Looks"

@@ -14,9 +14,9 @@ from mcp.client import Client
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import environment, standin, timed
 from benchmarks.standin import drawn
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
-from evolink_mcp.pictures.previews import check_and_preview, preview
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.images.previews import check_and_preview, preview
 from evolink_mcp.server.server import build_server
 from evolink_mcp.tools.hosts import UNKNOWN
 

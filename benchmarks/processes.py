@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-benchmark-0123456789"
 GIVE_UP_S = 120.0
 SERVERS = {
-    "ours": ["-m", "evolink_mcp"],
+    "ours": ["-P", "-m", "evolink_mcp"],
     "bare": ["-m", "benchmarks.servers", "sdk"],
     "empty": ["-m", "benchmarks.servers", "ours"],
 }

@@ -21,9 +21,9 @@ def main(transport: str) -> None:
         return
     import anyio
 
-    from evolink_mcp.server.opening import Opening
+    from evolink_mcp.server.startup_answers import Opening
     from evolink_mcp.transports.stdio import serve_stdio
-    from evolink_mcp.transports.wires import Wires
+    from evolink_mcp.transports.stdio_lines import Wires
 
     async def serve(read: object, write: object) -> None:
         lowlevel = server._lowlevel_server

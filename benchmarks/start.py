@@ -90,7 +90,7 @@ def _start(server: str, env: dict[str, str], tool: str = "") -> tuple[float, flo
 def _loaded(env: dict[str, str]) -> tuple[set[str], list[str]]:
     asked, ask = os.pipe()
     tell, told = os.pipe()
-    with Pipe(["-c", SPY, str(asked), str(told)], env, fds=(asked, told)) as pipe:
+    with Pipe(["-P", "-c", SPY, str(asked), str(told)], env, fds=(asked, told)) as pipe:
         os.close(asked)
         os.close(told)
         pipe.greet()

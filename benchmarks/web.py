@@ -59,7 +59,7 @@ def _crowd(
     with standin(pictures) as at, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         port = free_port()
         env = environment(Path(name), at.port) | {"EVOLINK_MCP_WAIT_SECONDS": "600", "EVOLINK_MCP_PREVIEW": preview}
-        command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
+        command = [sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(port)]
         server = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
         try:
             return asyncio.run(_watch(at, server.pid, port, callers, window_s, end_within_s))

@@ -8,7 +8,7 @@ import sys
 import tomllib
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from child_processes import keep_the_database
 from mcp.client import Client
 from PIL import Image
-from surroundings import keep_the_database
 
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
@@ -59,12 +60,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for reason, tests in lacking.items():
             if item.nodeid.startswith(tuple(tests)):
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def poor_environment(home: Path, **more: str) -> dict[str, str]:
-    """As little as a host gives to a server; and in CI what measures the coverage of child processes."""
-    kept = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
-    return {"HOME": str(home), **kept, **more}
 
 
 @pytest.fixture
@@ -176,6 +171,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         clock: Clock | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         pause: Sleep = anyio.sleep,
+        decoder_command: list[str] | None = None,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -190,10 +186,19 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
             }
         )
         transport = transport or httpx.ASGITransport(simulator.app)
-        async with open_studio(settings, transport=transport, clock=clock, sleep=clock.sleep, pause=pause) as studio:
-            yield World(studio, simulator, clock, tmp_path, settings)
+        with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
+            own: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
+            async with open_studio(settings, decoder=decoder, **own) as studio:
+                yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    """A decoder with real processes."""
+    with closing(Decoder(decoder_environment())) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import World, poor_environment
+from child_processes import minimal_environment
+from conftest import World
 
 from evolink_mcp.simulator.app import FAULTS
 from evolink_mcp.tools.task_answer import ImageOut, TaskOut
@@ -32,7 +33,7 @@ threading.Thread(target=web.run, daemon=True).start()
 while not web.started:
     pass
 port = web.servers[0].sockets[0].getsockname()[1]
-page = open(sys.argv[1]).read().replace('"evolink-mcp"', repr(sys.executable) + ', args=["-m", "evolink_mcp"]')
+page = open(sys.argv[1]).read().replace('"evolink-mcp"', repr(sys.executable) + ', args=["-P", "-m", "evolink_mcp"]')
 page = page.replace('{"EVOLINK_API_KEY": "sk-..."}', repr({
     "EVOLINK_API_KEY": "sk-simulated", "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}", "HOME": sys.argv[2],
     "EVOLINK_MCP_DATA_DIR": sys.argv[2] + "/data", "EVOLINK_MCP_OUTPUT_DIR": sys.argv[2] + "/pictures",
@@ -44,9 +45,9 @@ exec(page)
 def test_the_python_program_makes_a_picture(tmp_path: Path) -> None:
     page = tmp_path / "page.py"
     page.write_text(block("python"), encoding="utf-8")
-    env = poor_environment(tmp_path)
+    env = minimal_environment(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", SIMULATED, str(page), str(tmp_path)],
+        [sys.executable, "-P", "-c", SIMULATED, str(page), str(tmp_path)],
         env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from conftest import World
-from test_house import PACKAGES
+from test_architecture import ORDER, PACKAGES
 
 from evolink_mcp import __version__
 from evolink_mcp.api.costs import output_tokens
 from evolink_mcp.api.sizes import Size
-from evolink_mcp.cli.settings import VARIABLES
-from evolink_mcp.cli.team_settings import TEAM_VARIABLES
+from evolink_mcp.app.settings import VARIABLES
 from evolink_mcp.studio.schedule import USUAL_S
+from evolink_mcp.teams.settings import TEAM_VARIABLES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_the_map_shows_every_package_in_reading_order() -> None:
     shown = re.findall(
         r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", README.split("## The house")[1], re.MULTILINE))
     )
-    assert shown == [*PACKAGES[""].split(), *filter(None, PACKAGES)]
+    assert shown == [*(name for name in ORDER[:-1] if "." not in name), *PACKAGES]
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:

@@ -13,14 +13,14 @@ import anyio
 import faulty_gateway as gw
 import httpx2 as httpx
 import pytest
-from conftest import poor_environment
+from child_processes import minimal_environment
 from faulty_gateway import Ask, Gateway, QuickSimulator
 from killer import Nursery, nursery_of_servers  # noqa: F401
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import EvolinkError
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +66,7 @@ async def test_a_server_leaves_no_trace_of_the_key_whatever_happens(
     gateway: Gateway, servers: Nursery, tmp_path: Path
 ) -> None:
     """stdout, stderr at its most talkative, the journal's bytes, pictures: after every kind of fault, and a kill."""
-    env = poor_environment(
+    env = minimal_environment(
         tmp_path, EVOLINK_API_KEY=CANARY, EVOLINK_BASE_URL=gateway.url,
         EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"), EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
     )  # fmt: skip

@@ -184,7 +184,7 @@ class EvolinkClient:
             try:
                 return read_task(reply.json())
             except Unreadable as error:
-                raise OutcomeUnknown(f"the request was sent, but {lower_first(error.what)}") from error
+                raise OutcomeUnknown(f"the request was sent, but {lower_first(error.message)}") from error
         if reply.status == 404:
             raise Rejected(
                 "EvoLink's address for pictures was not found (HTTP 404)",

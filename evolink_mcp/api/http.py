@@ -209,8 +209,8 @@ def rejection(reply: Reply) -> EvolinkError:
     return kind(
         what,
         code=code,
-        retryable=advice.repeat,
-        advice=advice.todo,
+        retryable=advice.retryable,
+        advice=advice.next_step,
         http_status=reply.status,
         retry_after_s=retry_after_s(reply.headers),
     )
@@ -240,7 +240,7 @@ def dump(body: dict[str, Any]) -> bytes:
 def why(error: BaseException) -> str:
     """The kind of a transport failure in words of ours; the text of a foreign exception may hold a secret."""
     if isinstance(error, EvolinkError):
-        return lower_first(error.what)
+        return lower_first(error.message)
     return {
         "ConnectError": "no connection",
         "ConnectTimeout": f"no connection within {CONNECT_TIMEOUT_S:.0f} s",

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.json_schema import SkipJsonSchema
 
 from evolink_mcp.api import sizes, urls
-from evolink_mcp.api.size_words import advice
+from evolink_mcp.api.size_grammar import advice
 from evolink_mcp.sanitize import harmless
 
 MODEL = "gpt-image-2"

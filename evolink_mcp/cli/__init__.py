@@ -1,1 +1,1 @@
-"""What a person runs: settings, the objects built from them, and the commands."""
+"""The commands that a person runs."""

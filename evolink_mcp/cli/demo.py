@@ -17,12 +17,14 @@ from mcp.client.stdio import StdioServerParameters
 from mcp_types import CallToolResult, TextContent
 
 from evolink_mcp.api.task import as_dict, as_list
-from evolink_mcp.cli.settings import Settings, environment_without_ours
+from evolink_mcp.app.settings import Settings, environment_without_ours
+from evolink_mcp.isolated import isolated_command
 from evolink_mcp.simulator.app import Simulator
 
 PICTURE_SECONDS = 5.0
 SIZE = {"size": "16:9", "resolution": "2K", "quality": "medium"}
 BAR_WIDTH = 28
+SERVER_REQUIREMENTS = ("mcp", "mcp_types", "httpx2", "pydantic", "anyio", "PIL", "platformdirs", "filelock")
 
 
 async def run_demo(prompt: str, say: Callable[..., None]) -> int:
@@ -57,9 +59,10 @@ def demo_folder(output: Path) -> Path:
 
 
 async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..., None]) -> CallToolResult:
+    command, *arguments = isolated_command("evolink_mcp.cli.main:main", SERVER_REQUIREMENTS)
     server = StdioServerParameters(
-        command=sys.executable,
-        args=["-m", "evolink_mcp"],
+        command=command,
+        args=arguments,
         env={
             **environment_without_ours(),
             "NO_PROXY": "127.0.0.1",  # a proxy could not reach this machine's own simulator

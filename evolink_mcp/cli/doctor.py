@@ -20,10 +20,10 @@ from typing import Any
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import priced
-from evolink_mcp.cli.findings import Finding, team
+from evolink_mcp.app.settings import Settings, unknown_variables
+from evolink_mcp.app.values import EXAMPLE_KEY, BadSetting
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
-from evolink_mcp.cli.settings import Settings, unknown_variables
-from evolink_mcp.cli.values import EXAMPLE_KEY, BadSetting
+from evolink_mcp.cli.team_checks import Finding, team
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import FILE_NAME
@@ -156,7 +156,7 @@ async def account(settings: Settings) -> list[Finding]:
         try:
             seen = Probe(date=await client.date())
         except EvolinkError as error:
-            seen = Probe(problem=error.what)
+            seen = Probe(problem=error.message)
         findings = [reached(settings.base_url, seen, needed=settings.key is not None)]
         if settings.key is not None:
             findings.append(await _credits(client))
@@ -177,7 +177,7 @@ async def _credits(client: EvolinkClient) -> Finding:
     try:
         balance = await client.balance()
     except EvolinkError as error:
-        return Finding("credits", "broken", error.what, error.advice)
+        return Finding("credits", "broken", error.message, error.advice)
     left = [amount for amount in (balance.account_remaining, balance.key_remaining) if amount is not None]
     if balance.key_unlimited and balance.account_remaining is not None:
         left = [balance.account_remaining]
@@ -264,19 +264,19 @@ def _read(data_dir: Path) -> Finding:
             return Finding("journal", "broken", f"{path} is damaged", todo)
         entries = read_entries(data_dir, ENTRIES_MAX)
     except (OSError, JournalUnwritable) as error:
-        words = error.what if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
+        words = error.message if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
         return Finding("journal", "broken", words, REFUSED)
     return _held(str(path), entries)
 
 
 def team_journal(url: str) -> Finding:
     """The team's database can be read, and what it holds."""
-    from evolink_mcp.journal import schema
+    from evolink_mcp.teams import schema
 
     try:
         return _held(*schema.read_entries(url, ENTRIES_MAX))
     except JournalUnwritable as error:
-        return Finding("journal", "broken", error.what, REFUSED)
+        return Finding("journal", "broken", error.message, REFUSED)
 
 
 def _held(place: str, entries: list[Entry]) -> Finding:

@@ -60,13 +60,16 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
     )
 
 
-def installed_command() -> tuple[str, list[str]]:
-    """How a host starts this very installation: absolute, since hosts with a window have a short PATH."""
-    python = Path(sys.executable)
+def installed_command(python: Path = Path(sys.executable)) -> tuple[str, list[str]]:
+    """Return the program and arguments that start this installation.
+
+    The path is absolute, because desktop applications have a short PATH.
+    """
     if "archive-v0" in python.parts:  # uvx runs from a cache that it empties
         return shutil.which("uvx") or "uvx", ["evolink-mcp"]
     script = python.with_name("evolink-mcp.exe" if sys.platform == "win32" else "evolink-mcp")
-    return (str(script), []) if script.exists() else (str(python), ["-m", "evolink_mcp"])
+    # Without -P, a file of the MCP host's working directory could replace a module.
+    return (str(script), []) if script.exists() else (str(python), ["-P", "-m", "evolink_mcp"])
 
 
 def cursor_link(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         unwritable = _within(error)
         if unwritable is None:
             raise
-        _complain(unwritable.what)
+        _complain(unwritable.message)
         code = 1
     for stream in cast("list[TextIO | None]", [sys.stdout, sys.stderr]):
         if stream is not None:
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _settings():
-    from evolink_mcp.cli.settings import Settings, unknown_variables
-    from evolink_mcp.cli.values import BadSetting
+    from evolink_mcp.app.settings import Settings, unknown_variables
+    from evolink_mcp.app.values import BadSetting
 
     for name, meant in unknown_variables().items():
         advice = f"; did you mean {meant}?" if meant else ""
@@ -75,9 +75,9 @@ def _stdio(_: Namespace) -> int:
             "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
             file=sys.stderr,
         )
-    from evolink_mcp.server.opening import Opening, recorded
+    from evolink_mcp.server.startup_answers import Opening, recorded
     from evolink_mcp.transports.signals import leave_on_stop_signal
-    from evolink_mcp.transports.wires import Wires
+    from evolink_mcp.transports.stdio_lines import Wires
 
     leave_on_stop_signal()
     opening = Opening(recorded() if settings.tools is None else None)
@@ -90,7 +90,7 @@ def _stdio(_: Namespace) -> int:
         return 1
     import anyio
 
-    from evolink_mcp.cli.wiring import open_studio, server_for
+    from evolink_mcp.app.wiring import open_studio, server_for
     from evolink_mcp.server.server import serve_streams
     from evolink_mcp.transports.stdio import serve_stdio
 
@@ -108,8 +108,8 @@ def _stdio(_: Namespace) -> int:
 def _http(options: Namespace) -> int:
     take_descriptors()
     settings = _settings()
-    from evolink_mcp.cli.values import BadSetting
-    from evolink_mcp.cli.web import serve_web
+    from evolink_mcp.app.values import BadSetting
+    from evolink_mcp.cli.serve_http import serve_web
 
     try:
         return serve_web(options, settings, partial(print, file=sys.stderr, flush=True))
@@ -119,7 +119,7 @@ def _http(options: Namespace) -> int:
 
 
 def _token(options: Namespace) -> int:
-    from evolink_mcp.transports.auth import BadTokens, new_token
+    from evolink_mcp.teams.tokens import BadTokens, new_token
 
     try:
         token, block = new_token(options.name)
@@ -142,7 +142,7 @@ def _simulate(options: Namespace) -> int:
     import anyio
 
     from evolink_mcp.simulator.app import FAULTS, Simulator
-    from evolink_mcp.transports.web import serve_app
+    from evolink_mcp.transports.http import serve_app
 
     take_descriptors()
     print(f"A simulated EvoLink on http://127.0.0.1:{options.port} (any key will do). Point the server at it with")
@@ -160,13 +160,13 @@ def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import priced
-    from evolink_mcp.cli.shelf import kept
+    from evolink_mcp.cli.image_commands import kept
     from evolink_mcp.tools.task_answer import brief, task_out
 
     try:
         place, entries = kept(_settings(), (), options.limit)
     except JournalUnwritable as error:
-        _complain(error.what)
+        _complain(error.message)
         return 1
     if not entries and not options.json:
         print(f"Nothing was bought yet: there is no entry in {place}.")
@@ -190,13 +190,13 @@ def _tasks(options: Namespace) -> int:
 
 
 def _open(options: Namespace) -> int:
-    from evolink_mcp.cli.shelf import open_picture
+    from evolink_mcp.cli.image_commands import open_picture
 
     return open_picture(_settings(), options.words, print, _complain, only_print=options.print)
 
 
 def _sheet(options: Namespace) -> int:
-    from evolink_mcp.cli.shelf import lay_out
+    from evolink_mcp.cli.image_commands import lay_out
 
     return lay_out(_settings(), options.words, options.since, options.out, print, _complain)
 

@@ -36,8 +36,8 @@ class Picture:
 
     `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the file's size. `error` says why
     the picture could not be fetched; `lost` says that it is not tried again, and `unusable` that what came was no
-    picture. `transparent` is the share of its pixels that can be seen through, None without alpha; `one_colour`: all its
-    pixels are alike.
+    picture. `is_rejected`: decoding it would cost too much work, so it is never downloaded again. `transparent` is the
+    share of its pixels that can be seen through, None without alpha; `one_colour`: all its pixels are alike.
     """
 
     index: int
@@ -52,6 +52,7 @@ class Picture:
     error: str | None = None
     lost: bool = False
     unusable: bool = False
+    is_rejected: bool = False
     transparent: float | None = None
     one_colour: bool = False
     stored: str | None = None
@@ -181,8 +182,10 @@ class Entry:
         return not self.ended or self.phase == "unknown" or self.can_fetch(now)
 
     def can_fetch(self, now: float) -> bool:
-        """Whether a picture is missing here (never saved, moved or deleted) and its link is still valid."""
-        return any(picture.url_expires_at > now and not picture.here for picture in self.pictures)
+        """Whether an image is missing here (never saved, moved or deleted) and can still be downloaded."""
+        return any(
+            picture.url_expires_at > now and not picture.here and not picture.is_rejected for picture in self.pictures
+        )
 
     def worth_joining(self, now: float) -> bool:
         """Whether an identical order gets this one: under way, of unknown outcome, or with pictures to be had."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
-from evolink_mcp.journal.contract import Hear, News
+from evolink_mcp.journal.backend import Hear, News
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
 from evolink_mcp.journal.migrations import transaction

@@ -24,9 +24,9 @@ from mcp_types import INVALID_PARAMS, EmptyResult, SubscribeRequestParams, Unsub
 from evolink_mcp.api import sizes
 from evolink_mcp.api.task import is_task_id
 from evolink_mcp.errors import EvolinkError, JournalUnwritable
+from evolink_mcp.images.folders import open_plain
+from evolink_mcp.images.inspect import sniff
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.pictures.folders import open_plain
-from evolink_mcp.pictures.inspect import sniff
 from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.task_answer import task_out
@@ -57,7 +57,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
             )
-        shown = task_out(await studio.keeping.shown(entry))
+        shown = task_out(await studio.image_store.entry_for_caller(entry))
         return json.dumps(scrub(shown.model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
@@ -71,14 +71,16 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             )
 
         async def places() -> str:
-            shown = next(p for p in (await studio.keeping.shown(entry)).pictures if p.index == picture.index)
+            shown = next(
+                p for p in (await studio.image_store.entry_for_caller(entry)).pictures if p.index == picture.index
+            )
             return " and ".join(filter(None, [shown.path, shown.url]))
 
         try:
-            file = await studio.keeping.file(task_id, picture)
+            file = await studio.image_store.local_file(task_id, picture)
             size, data = await anyio.to_thread.run_sync(_read, file)
         except EvolinkError as error:
-            raise ResourceError(f"{error.what}; its places: {await places()}") from error
+            raise ResourceError(f"{error.message}; its places: {await places()}") from error
         except OSError as error:
             raise ResourceNotFoundError(
                 f"the file cannot be read ({error.strerror or error}); its places: {await places()}"
@@ -96,7 +98,7 @@ async def _entry(studio: Studio, task_id: str) -> Entry | None:
     try:
         return await studio.entry(task_id) if is_task_id(task_id) else None
     except JournalUnwritable as error:
-        raise ResourceError(f"{error.what}. {error.advice}") from error
+        raise ResourceError(f"{error.message}. {error.advice}") from error
 
 
 def _read(path: Path) -> tuple[int, bytes]:

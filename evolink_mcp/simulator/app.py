@@ -188,6 +188,8 @@ class Simulator(Simulation):
             return error("link_expired")
         if "not-a-picture" in task.faults:
             return Response(HTML, media_type="text/html")
+        if "hostile-picture" in task.faults:
+            return Response(b"\xff\xd8" + b"\xff" * 100_000 + b"\xd9", media_type="image/jpeg")
         data = await anyio.to_thread.run_sync(self._draw, task, int(name[1]))
         return Response(
             data[: len(data) // 2] if "truncated-picture" in task.faults else data, media_type=f"image/{task.kind}"

@@ -42,6 +42,7 @@ FAULTS: dict[str, str] = {
     "sim:expired": "the links answer 403 as if a day had passed",
     "sim:truncated-picture": "the picture's file stops half way",
     "sim:not-a-picture": "the link answers 200 with an HTML page",
+    "sim:hostile-picture": "the link answers a JPEG with 100,000 fill bytes",
     "sim:other-size": "the picture is half as wide and high as asked for",
 }
 REFUSALS = {  # what EvoLink calls it: HTTP status, error.type, message

@@ -15,7 +15,7 @@ from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.studio.jobs import guarded
-from evolink_mcp.studio.tally import Tally
+from evolink_mcp.teams.metrics import Tally
 
 log = logging.getLogger(__name__)
 

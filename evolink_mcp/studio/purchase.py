@@ -22,17 +22,17 @@ from evolink_mcp.errors import (
     TaskKnown,
     Unreachable,
 )
-from evolink_mcp.journal.contract import Journal
+from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.studio.callbacks import Callbacks
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.limits import Budget
-from evolink_mcp.studio.lost import REPEAT_WITHIN_S, LostAnswers
 from evolink_mcp.studio.poller import Pause
+from evolink_mcp.studio.reconcile import REPEAT_WITHIN_S, LostAnswers
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
-from evolink_mcp.studio.tally import Tally
 from evolink_mcp.studio.times import start_of_day
+from evolink_mcp.teams.callbacks import Callbacks
+from evolink_mcp.teams.metrics import Tally
 
 log = logging.getLogger(__name__)
 

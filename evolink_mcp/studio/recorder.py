@@ -11,7 +11,7 @@ import anyio
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
-from evolink_mcp.journal.contract import Journal, News
+from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, Phase, Picture, new_key
 from evolink_mcp.studio.jobs import Job, Sleep
 
@@ -155,7 +155,7 @@ class Recorder:
         try:
             await write
         except JournalUnwritable as error:
-            log.warning("%s", error.what)
+            log.warning("%s", error.message)
 
     async def write_what_was_not(self, sleep: Sleep) -> None:
         """For ever: write what could not be written, as soon as it can be."""
@@ -172,7 +172,7 @@ class Recorder:
             try:
                 await self._write(job, job.entry, self._journal.keep)
             except TaskKnown as error:
-                log.warning("%s was not written down: %s", job.entry.phase, error.what)
+                log.warning("%s was not written down: %s", job.entry.phase, error.message)
             if key not in self._unwritten and job.finished:
                 await self.softly(self._journal.release(key))
         if not self._unwritten:
@@ -183,7 +183,7 @@ class Recorder:
             if not await write(entry):
                 log.warning("%s was not written down: %s", entry.phase, TAKEN)
         except JournalUnwritable as error:
-            log.error("%s of %s could not be written down: %s", entry.phase, entry.task_id or entry.key, error.what)
+            log.error("%s of %s could not be written down: %s", entry.phase, entry.task_id or entry.key, error.message)
             self._unwritten[entry.key] = job
             self._something_unwritten.set()
         except TaskKnown:

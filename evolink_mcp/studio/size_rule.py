@@ -12,7 +12,7 @@ from evolink_mcp.api.sizes import Rule
 from evolink_mcp.errors import JournalUnwritable
 
 if TYPE_CHECKING:
-    from evolink_mcp.journal.contract import Journal
+    from evolink_mcp.journal.backend import Journal
     from evolink_mcp.journal.entry import Entry
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class SizeRule:
             try:
                 found = await self._journal.learned(FACT)
             except JournalUnwritable as error:
-                log.info("%s", error.what)
+                log.info("%s", error.message)
             else:
                 self._learned = next((rule for rule in sizes.RULES if rule == found), None)
 
@@ -78,7 +78,7 @@ class SizeRule:
         try:
             await self._journal.learn(FACT, shown)
         except JournalUnwritable as error:
-            log.warning("%s", error.what)
+            log.warning("%s", error.message)
         return shown
 
 

@@ -13,24 +13,24 @@ import anyio
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
 from evolink_mcp.errors import EvolinkError, KeyMissing, Refused, TaskUnknown
-from evolink_mcp.journal.contract import Journal, News
+from evolink_mcp.images.references import CheckedRequest, References
+from evolink_mcp.images.store import ImageStore
+from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
-from evolink_mcp.pictures.keeping import Keeping
-from evolink_mcp.pictures.references import Checked, References
-from evolink_mcp.studio.callbacks import Callbacks
-from evolink_mcp.studio.collect import Collector
-from evolink_mcp.studio.experience import Experience
+from evolink_mcp.studio.deduplication import Joining
+from evolink_mcp.studio.durations import Experience
 from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
-from evolink_mcp.studio.joining import Joining
 from evolink_mcp.studio.limits import Budget, Limits
-from evolink_mcp.studio.lost import LostAnswers
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.purchase import Purchases
+from evolink_mcp.studio.reconcile import LostAnswers
 from evolink_mcp.studio.recorder import Recorder
+from evolink_mcp.studio.runner import Workshop
+from evolink_mcp.studio.save import Collector
 from evolink_mcp.studio.size_rule import AUTO, SizeRule
-from evolink_mcp.studio.tally import Audit, Tally
 from evolink_mcp.studio.watch import Watcher
-from evolink_mcp.studio.workshop import Workshop
+from evolink_mcp.teams.callbacks import Callbacks
+from evolink_mcp.teams.metrics import Audit, Tally
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Studio:
         self,
         client: EvolinkClient,
         journal: Journal,
-        keeping: Keeping,
+        image_store: ImageStore,
         references: References,
         budget: Budget,
         *,
@@ -72,7 +72,7 @@ class Studio:
         pause: Sleep = anyio.sleep,
     ) -> None:
         self.client, self.journal, self.budget = client, journal, budget
-        self.keeping, self.references = keeping, references
+        self.image_store, self.references = image_store, references
         self.size_rule = SizeRule(journal, rule)
         self._recorder = Recorder(journal, self._announce)
         lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
@@ -110,7 +110,7 @@ class Studio:
                 )
                 watcher = Watcher(poller, self._recorder, self._experience, **timing)
                 collector = Collector(
-                    self.client, self.keeping, self._recorder, preview_edge=self._preview_edge, **timing
+                    self.client, self.image_store, self._recorder, preview_edge=self._preview_edge, **timing
                 )
                 self._workshop = Workshop(
                     self.client, self.journal, self._recorder, self._purchases, watcher, collector, self.size_rule, self._group,
@@ -144,7 +144,7 @@ class Studio:
             raise Refused("this server is about to end", code="draining", retryable=True, advice="Call again.")
         self._woken.set()
         if order.save_as is not None:
-            self.keeping.check_name(order.save_as)
+            self.image_store.check_name(order.save_as)
         self._limits.check_callback(order.request.callback_url)
         checked = await self.references.check(order.request)
         mark = fingerprint(with_defaults(checked.identity))
@@ -155,9 +155,9 @@ class Studio:
         with self._limits.place(self._workshop.jobs):
             return await self._bought(order, checked, mark)
 
-    async def _bought(self, order: Order, checked: Checked, mark: str) -> Job:
+    async def _bought(self, order: Order, checked: CheckedRequest, mark: str) -> Job:
         await self._purchases.check_caps(order.at_most, order.max_credits, self._clock())
-        body = await self.references.upload(checked)
+        body = await self.references.upload_all(checked)
         entry = Entry(
             key=new_key(),
             owner=self.journal.owner,
@@ -260,7 +260,7 @@ class Studio:
         try:
             tasks = await self.client.recent_tasks()
         except EvolinkError as error:
-            return [], error.what
+            return [], error.message
         known = await self.journal.known_tasks([task.id for task in tasks])
         return [task for task in tasks if task.id not in known], None
 

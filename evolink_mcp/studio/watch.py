@@ -11,13 +11,13 @@ import anyio
 
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import RateLimited, Rejected, Unreadable
-from evolink_mcp.studio.callbacks import BACKSTOP_S
-from evolink_mcp.studio.experience import Experience
+from evolink_mcp.studio.durations import Experience
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, RetryBudget, Schedule, backoff_s, slower_s
-from evolink_mcp.studio.tally import Tally
+from evolink_mcp.teams.callbacks import BACKSTOP_S
+from evolink_mcp.teams.metrics import Tally
 
 log = logging.getLogger(__name__)
 

@@ -77,7 +77,7 @@ READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_
 OFFLINE = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
 
 # Makes a tool's answer to an error of ours; the second argument holds the nearest legal sizes, if a size was wrong.
-Refusal = Callable[[EvolinkError, tuple[str, ...]], CallToolResult]
+ErrorFormatter = Callable[[EvolinkError, tuple[str, ...]], CallToolResult]
 
 
 class BadArguments(Refused):
@@ -98,18 +98,18 @@ class _OneModel(FuncMetadata):
 
 
 class FlatTool(Tool):
-    """A tool whose errors are answers in its own output schema, made by `refuse`."""
+    """A tool whose errors are answers in its own output schema, made by `format_error`."""
 
-    refuse: Refusal
+    format_error: ErrorFormatter
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        """Run the tool; arguments that do not fit are answered by `refuse`, a line for each fault."""
+        """Run the tool; arguments that do not fit are answered by `format_error`, a line for each fault."""
         try:
             return await super().run(arguments, context, convert_result)
         except ToolError as error:
             # Only invalid arguments come as a plain ToolError with this cause: what a tool raises is UnexpectedToolError.
             if type(error) is ToolError and isinstance(error.__cause__, ValidationError):
-                return self.refuse(*explain(error.__cause__, self.fn_metadata.arg_model))
+                return self.format_error(*explain(error.__cause__, self.fn_metadata.arg_model))
             raise
 
 
@@ -117,7 +117,7 @@ def flat_tool(
     fn: Callable[..., Awaitable[CallToolResult]],
     arguments: type[Arguments],
     output: type[BaseModel] | None,
-    refuse: Refusal,
+    format_error: ErrorFormatter,
     *,
     title: str,
     annotations: ToolAnnotations,
@@ -131,7 +131,7 @@ def flat_tool(
         try:
             return await fn(**given)
         except EvolinkError as error:
-            return refuse(error, ())
+            return format_error(error, ())
 
     return FlatTool(
         fn=answered,
@@ -146,7 +146,7 @@ def flat_tool(
         resolver_plans=build_resolver_plans(resolved, {"req"}),
         annotations=annotations,
         meta=meta,
-        refuse=refuse,
+        format_error=format_error,
     )
 
 
@@ -168,14 +168,14 @@ def _plain(data: BaseModel) -> dict[str, Any]:
     return plain
 
 
-def refuse_as(output: Callable[..., BaseModel]) -> Refusal:
-    """The refusal of a tool that buys nothing: `output` is its model, which has an `error` field."""
+def format_error_as(output: Callable[..., BaseModel]) -> ErrorFormatter:
+    """The error formatter of a tool that buys nothing: `output` is its model, which has an `error` field."""
 
-    def refuse(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    def format_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
         told = error_out(error.problem)
         return result(f"{told.message}. Charged: no. {told.advice}", output(error=told), is_error=True)
 
-    return refuse
+    return format_error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArguments, tuple[str, ...]]:

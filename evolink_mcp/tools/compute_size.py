@@ -11,7 +11,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from evolink_mcp.api import size_words, sizes
+from evolink_mcp.api import size_grammar, sizes
 from evolink_mcp.api.costs import TILE_BASE, at_most, price, priced, usd
 from evolink_mcp.api.request import WHOLE, Arguments, Count, OrNull, Quality, Resolution
 from evolink_mcp.api.sizes import MAX_WISH_EDGE
@@ -115,10 +115,12 @@ def compute_size_tool(studio: Studio) -> Tool:
         out = compute(req, studio.size_rule.current, studio.size_rule.possible, known=studio.size_rule.known)
         return result(size_text(out), out, is_error=out.error is not None)
 
-    return flat_tool(compute_size, ComputeSizeArguments, SizeOut, _refuse, title="Compute size", annotations=OFFLINE)
+    return flat_tool(
+        compute_size, ComputeSizeArguments, SizeOut, _format_error, title="Compute size", annotations=OFFLINE
+    )
 
 
-def _refuse(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
+def _format_error(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResult:
     out = SizeOut(alternatives=list(nearest), error=error_out(error.problem))
     return result(size_text(out), out, is_error=True)
 
@@ -137,7 +139,7 @@ def compute(
             code="invalid_arguments",
             advice="Correct them and call again.",
         )
-    meant, resolution = size_words.meant(req.size), req.resolution
+    meant, resolution = size_grammar.meant(req.size), req.resolution
     try:
         resolved = sizes.resolve(meant or req.size, resolution, rule)
     except sizes.IllegalSize as error:
@@ -155,7 +157,9 @@ def compute(
     out.rule_known = known if resolved.resolution_applies else None
     out.prices = _other_prices(meant or req.size, req, rule, possible)
     if meant is not None:
-        out.notes.append(f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_words.advice(req.size)}.")
+        out.notes.append(
+            f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_grammar.advice(req.size)}."
+        )
     if resolved.size is None:
         out.notes.append(
             "auto lets the model decide: the estimate assumes 2048x2048, as EvoLink's own does, and credits_at_most "

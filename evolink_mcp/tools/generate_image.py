@@ -22,7 +22,7 @@ from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
-from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, refuse_task
+from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
 
 Credits = Annotated[
     float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it may cost more credits.")
@@ -92,7 +92,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         generate_image,
         GenerateImageArguments,
         TaskOut,
-        refuse_task,
+        format_task_error,
         title="Generate image",
         annotations=PAID,
         meta=GALLERY_META,
@@ -101,7 +101,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
 
 def _notes(req: GenerateImageArguments, studio: Studio) -> list[str]:
     notes: list[str] = []
-    if req.save_as is not None and not studio.keeping.keeps:
+    if req.save_as is not None and not studio.image_store.is_permanent:
         notes.append("save_as has no effect here: this server keeps no pictures; fetch them by their links.")
     if "resolution" in req.model_fields_set and not sizes.takes_resolution(req.size):
         what = "auto" if req.size == "auto" else "explicit pixels"

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from evolink_mcp.api.costs import usd
 from evolink_mcp.api.request import Arguments
 from evolink_mcp.studio.studio import Studio
-from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
+from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 
 
@@ -51,7 +51,12 @@ def get_balance_tool(studio: Studio) -> Tool:
         return result("Credits. " + ", ".join(words) + ".", out)
 
     return flat_tool(
-        get_balance, GetBalanceArguments, BalanceOut, refuse_as(BalanceOut), title="Get balance", annotations=READS
+        get_balance,
+        GetBalanceArguments,
+        BalanceOut,
+        format_error_as(BalanceOut),
+        title="Get balance",
+        annotations=READS,
     )
 
 

@@ -12,7 +12,7 @@ from evolink_mcp.api.request import Arguments, OrNull, TaskId
 from evolink_mcp.tools.adapter import READS, flat_tool
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
-from evolink_mcp.tools.waiting import Waiting, WaitSeconds, refuse_task
+from evolink_mcp.tools.waiting import Waiting, WaitSeconds, format_task_error
 
 
 class GetTaskArguments(Arguments):
@@ -32,5 +32,5 @@ def get_task_tool(waiting: Waiting) -> Tool:
         return await waiting.answer(await waiting.studio.resume(req.task_id), req.wait_seconds, ctx, [])
 
     return flat_tool(
-        get_task, GetTaskArguments, TaskOut, refuse_task, title="Get task", annotations=READS, meta=GALLERY_META
+        get_task, GetTaskArguments, TaskOut, format_task_error, title="Get task", annotations=READS, meta=GALLERY_META
     )

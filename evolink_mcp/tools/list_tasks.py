@@ -20,10 +20,10 @@ from evolink_mcp.journal.entry import Entry
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.times import DAY_S, instant, start_of_day
-from evolink_mcp.tools.adapter import READS, flat_tool, refuse_as, result
+from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.task_answer import brief, row, task_out
-from evolink_mcp.tools.task_words import row_text, task_text
+from evolink_mcp.tools.task_text import row_text, task_text
 
 ANSWER_MAX_CHARS = 850_000
 LIST_MAX = 50
@@ -78,7 +78,7 @@ def list_tasks_tool(studio: Studio) -> Tool:
         return result(text, out)
 
     return flat_tool(
-        list_tasks, ListTasksArguments, TaskList, refuse_as(TaskList), title="List tasks", annotations=READS
+        list_tasks, ListTasksArguments, TaskList, format_error_as(TaskList), title="List tasks", annotations=READS
     )
 
 
@@ -109,7 +109,7 @@ async def task_list(
             if req.status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
         shown.sort(key=lambda entry: entry.created_at, reverse=True)
-    told, tasks = _fitting([await studio.keeping.shown(entry) for entry in shown], detail=req.detail)
+    told, tasks = _fitting([await studio.image_store.entry_for_caller(entry) for entry in shown], detail=req.detail)
     last = next((entry for entry in reversed(shown[: len(told)]) if entry.is_written), None)
     more = len(told) < len(shown) or len(entries) > req.limit
     spent = {name: await _spent(studio, since) for name, since in _spans(now).items()}

@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 from mcp_types import ImageContent, ResourceLink
 
 from evolink_mcp.api.task import COMPLETED
-from evolink_mcp.pictures.child import in_child
-from evolink_mcp.pictures.inspect import NotAPicture
-from evolink_mcp.pictures.previews import edge_of, preview, remembered
+from evolink_mcp.errors import DecoderUnavailable
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.folders import open_plain
+from evolink_mcp.images.previews import edge_of, remembered
+from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.tools.task_answer import ImageOut, TaskOut
 
 GALLERY_URI = "ui://evolink/gallery.html"
@@ -25,13 +27,12 @@ PREVIEW_MIN_CHARS = 20_000
 
 
 async def previews(
-    out: TaskOut, saved: Sequence[Path], longest_edge: int | None, answer_max: int
+    out: TaskOut, saved: Sequence[Path], longest_edge: int | None, answer_max: int, decoder: Decoder
 ) -> list[ImageContent]:
-    """As many previews as fit beside the text in `answer_max` characters; what cannot be shown is not an error.
+    """Return as many previews as fit beside the text in `answer_max` characters. A failed preview is not an error.
 
-    `saved` are the files of this machine that hold the task's pictures.
-
-    `longest_edge` None chooses by the number of pictures, 0 shows none.
+    `saved` are the files of this machine that hold the images of the task. `longest_edge` is in pixels: None chooses by
+    the number of images, 0 returns no preview.
     """
     if longest_edge == 0 or out.status != COMPLETED or not saved:
         return []
@@ -41,19 +42,20 @@ async def previews(
     for path in saved:
         if room < PREVIEW_MIN_CHARS:
             break
-        if (block := await picture_block(path, edge, room)) is not None:
+        if (block := await picture_block(path, edge, room, decoder)) is not None:
             room -= len(block.data)
             blocks.append(block)
     return blocks
 
 
-async def picture_block(path: Path, edge: int, chars_max: int) -> ImageContent | None:
-    """The picture at `path`, made small, within `chars_max` characters of base64; None when it cannot be shown."""
+async def picture_block(path: Path, edge: int, chars_max: int, decoder: Decoder) -> ImageContent | None:
+    """Return a small copy of the image at `path` with at most `chars_max` characters of base64; None if that fails."""
     budget = chars_max * 3 // 4
-    with suppress(OSError, NotAPicture):
+    with suppress(OSError, UnusableImage, DecoderUnavailable):
         data = remembered(path, edge)
         if data is None or len(data) > budget:
-            data = await in_child("preview", preview, path, edge, budget)
+            with open_plain(path) as file:
+                data = await decoder.preview(file, edge=edge, budget=budget, order=path.name)
         if data is not None:
             return ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type="image/webp")
     return None

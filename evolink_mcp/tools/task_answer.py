@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
-from evolink_mcp.errors import Charged, EvolinkError, LinkExpired, PictureUnusable, Problem, TaskUnknown, advice_for
+from evolink_mcp.errors import (
+    Charged,
+    EvolinkError,
+    LinkExpired,
+    PictureRejected,
+    PictureUnusable,
+    Problem,
+    TaskUnknown,
+    advice_for,
+)
 from evolink_mcp.journal.entry import ADOPTED, Entry, Picture, iso
 from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.size_rule import shown_by, size_of
@@ -187,6 +196,8 @@ def _failure(entry: Entry) -> Problem | None:
     if task is None or not task.settled or task.status == COMPLETED:
         if task and task.status == COMPLETED and entry.ended and not any(p.saved for p in entry.pictures):
             told = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
+            if all(picture.is_rejected for picture in entry.pictures):
+                return Problem(PictureRejected.code, told, PictureRejected.retryable, PictureRejected.advice)
             if any(picture.unusable for picture in entry.pictures):
                 return Problem(PictureUnusable.code, told, True, PictureUnusable.advice)
             if entry.pictures and all(picture.lost for picture in entry.pictures):
@@ -198,7 +209,7 @@ def _failure(entry: Entry) -> Problem | None:
     code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
     advice = advice_for(code)
     said = f"; EvoLink says: {quoted(task.error.message)}" if task.error else ""
-    return Problem(code, f"{advice.meaning}{said}", advice.repeat, advice.todo)
+    return Problem(code, f"{advice.meaning}{said}", advice.retryable, advice.next_step)
 
 
 def _expected(entry: Entry) -> Pixels | None:
@@ -218,7 +229,8 @@ def _credits(entry: Entry, charged: Charged) -> float | None:
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
     gone = failure is not None and (
-        entry.status in (FAILED, "cancelled") or failure.code in (LinkExpired.code, TaskUnknown.code)
+        entry.status in (FAILED, "cancelled")
+        or failure.code in (LinkExpired.code, PictureRejected.code, TaskUnknown.code)
     )
     if is_task_id(entry.task_id) and not gone:
         return NextAction(tool="get_task", arguments={"task_id": entry.task_id})

@@ -12,11 +12,11 @@ from pydantic import Field, Strict
 
 from evolink_mcp.api.request import IMAGES_MAX, WHOLE, Arguments, TaskId
 from evolink_mcp.errors import EvolinkError, Refused
-from evolink_mcp.pictures.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
+from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 from evolink_mcp.tools.adapter import READS, flat_tool, result
 from evolink_mcp.tools.previews import picture_block
 from evolink_mcp.tools.task_answer import task_out
-from evolink_mcp.tools.waiting import Waiting, follow, host_of
+from evolink_mcp.tools.waiting import Waiting, follow, mcp_host_of
 
 VIEW_EDGE = 1024
 
@@ -37,11 +37,11 @@ def view_image_tool(waiting: Waiting) -> Tool:
     async def view_image(req: ViewImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Look at a saved picture: returns the image itself, made small. Use it to check your work or when you only
         got a path. Free of charge."""
-        host = host_of(ctx)
+        host = mcp_host_of(ctx)
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait(host), ctx.report_progress)
         picture = next((p for p in job.entry.pictures if p.index == req.index), None)
-        shown = await waiting.studio.keeping.shown(job.entry)
+        shown = await waiting.studio.image_store.entry_for_caller(job.entry)
         if picture is None or not picture.saved:
             out = task_out(shown, problem=job.problem)
             raise Refused(
@@ -52,8 +52,8 @@ def view_image_tool(waiting: Waiting) -> Tool:
             )
         block = None
         with suppress(OSError):
-            file = await waiting.studio.keeping.file(req.task_id, picture)
-            block = await picture_block(file, req.max_edge, host.answer_max)
+            file = await waiting.studio.image_store.local_file(req.task_id, picture)
+            block = await picture_block(file, req.max_edge, host.answer_max, waiting.studio.image_store.decoder)
         place = next(p.path or "its link is in the answer of get_task" for p in shown.pictures if p.index == req.index)
         if block is None:
             raise Refused(
@@ -66,8 +66,8 @@ def view_image_tool(waiting: Waiting) -> Tool:
         answer = result(line, None)
         return answer.model_copy(update={"content": [block, *answer.content]})  # some clients show the first block only
 
-    return flat_tool(view_image, ViewImageArguments, None, _refuse, title="View image", annotations=READS)
+    return flat_tool(view_image, ViewImageArguments, None, _format_error, title="View image", annotations=READS)
 
 
-def _refuse(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
-    return result(f"{error.what}. Nothing was charged for looking. {error.advice}", None, is_error=True)
+def _format_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    return result(f"{error.message}. Nothing was charged for looking. {error.advice}", None, is_error=True)

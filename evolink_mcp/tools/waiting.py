@@ -23,7 +23,7 @@ from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
 from evolink_mcp.tools.previews import links, previews
 from evolink_mcp.tools.task_answer import is_error, refusal, task_out
-from evolink_mcp.tools.task_words import task_text
+from evolink_mcp.tools.task_text import task_text
 
 LAST_READ_S = 1.0
 ID_GRACE_S = 14.0
@@ -59,11 +59,11 @@ class Waiting:
         self, job: Job, asked_s: float | None, ctx: Context[Any, Any], notes: list[str], *, joined: bool = False
     ) -> CallToolResult:
         """Wait for the job as long as this call may, then say how it stands; the job goes on, however the wait ends."""
-        host = host_of(ctx)
+        host = mcp_host_of(ctx)
         async with self.studio.attending(job):
             await follow(job, self.wait(host, asked_s), ctx.report_progress)
             out = task_out(
-                await self.studio.keeping.shown(job.entry),
+                await self.studio.image_store.entry_for_caller(job.entry),
                 problem=job.problem if job.finished else None,
                 joined=joined,
                 running=not job.finished,
@@ -74,7 +74,9 @@ class Waiting:
                                  "pixels, and computed by it from now on.")  # fmt: skip
             if job.problem is not None and not job.finished:
                 out.notes.append(f"EvoLink is asked again, ever more slowly, because {job.problem.message}.")
-            pictures = await previews(out, await self._files(job.entry), self.preview_edge, host.answer_max)
+            files = await self._files(job.entry)
+            decoder = self.studio.image_store.decoder
+            pictures = await previews(out, files, self.preview_edge, host.answer_max, decoder)
             more = links(out) if self.resource_links else []
             if job.finished and job.problem is None and job.entry.conclusive:
                 await self._hand_over(job, ctx)
@@ -89,7 +91,7 @@ class Waiting:
             for picture in entry.pictures:
                 if picture.saved:
                     with suppress(OSError, EvolinkError):
-                        files.append(await self.studio.keeping.file(entry.task_id, picture))
+                        files.append(await self.studio.image_store.local_file(entry.task_id, picture))
         return files
 
     async def _hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
@@ -120,12 +122,12 @@ def client_of(ctx: Context[Any, Any]) -> str | None:
     return params.client_info.name if params else None
 
 
-def host_of(ctx: Context[Any, Any]) -> Host:
+def mcp_host_of(ctx: Context[Any, Any]) -> Host:
     """The host that this call comes from, by the name that its client gave."""
     return host_named(client_of(ctx))
 
 
-def refuse_task(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
     """The answer of generate_image and get_task to an error before there is a task."""
     out = refusal(error)
     return result(task_text(out), out, is_error=True)

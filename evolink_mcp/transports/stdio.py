@@ -19,10 +19,10 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 from pydantic import ValidationError
 
 from evolink_mcp.sanitize import scrub
-from evolink_mcp.server.opening import Opening
+from evolink_mcp.server.startup_answers import Opening
 from evolink_mcp.tools.delivery import Delivery
 from evolink_mcp.transports.signals import on_stop_signal
-from evolink_mcp.transports.wires import INVALID_REQUEST, Wires, error_line
+from evolink_mcp.transports.stdio_lines import INVALID_REQUEST, Wires, error_line
 
 LEAVE_WITHIN_S = 1.5
 PARSE_ERROR = -32700

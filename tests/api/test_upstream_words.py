@@ -53,8 +53,8 @@ async def test_an_error_that_quotes_the_key_is_told_without_it(spelling: str) ->
     async with client_that_hears(401, body) as client:
         with pytest.raises(EvolinkError) as refusal:
             await client.balance()
-    assert KEY not in bare(refusal.value.what)
-    assert THE_KEY.strip("()") in refusal.value.what
+    assert KEY not in bare(refusal.value.message)
+    assert THE_KEY.strip("()") in refusal.value.message
 
 
 @EACH_SPELLING

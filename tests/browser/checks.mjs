@@ -71,7 +71,7 @@ async function freePort() {
 
 async function simulator() {
   const port = await freePort();
-  const child = spawn(python, ["-m", "evolink_mcp", "simulate", "--port", port, "--seconds", SECONDS], {
+  const child = spawn(python, ["-P", "-m", "evolink_mcp", "simulate", "--port", port, "--seconds", SECONDS], {
     cwd: root,
     stdio: ["ignore", "ignore", "inherit"],
   });
@@ -97,7 +97,7 @@ async function connected(mode, evolink, home) {
   );
   const transport = new StdioClientTransport({
     command: python,
-    args: ["-m", "evolink_mcp"],
+    args: ["-P", "-m", "evolink_mcp"],
     cwd: root,
     env: { HOME: home, PATH: process.env.PATH, EVOLINK_BASE_URL: evolink, EVOLINK_API_KEY: "sk-simulated" },
     stderr: "inherit",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
 
 from evolink_mcp import __version__
 
@@ -17,8 +16,8 @@ COMMANDS = ("http", "sse", "token", "demo", "simulate", "tasks", "open", "sheet"
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = poor_environment(home, PYTHONUTF8="1")
-    command = [sys.executable, "-m", "evolink_mcp", *arguments]
+    env = minimal_environment(home, PYTHONUTF8="1")
+    command = [*SERVER_COMMAND, *arguments]
     return subprocess.run(command, env=env, cwd=home, capture_output=True, encoding="utf-8", timeout=300)
 
 

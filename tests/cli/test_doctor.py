@@ -21,12 +21,12 @@ import anyio
 import pytest
 import uvicorn
 from blocking import BlockingJournal
-from conftest import poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
 
+from evolink_mcp.app.values import EXAMPLE_KEY
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
 from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed_command
-from evolink_mcp.cli.values import EXAMPLE_KEY
 from evolink_mcp.journal.entry import Entry, new_key
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
@@ -122,8 +122,8 @@ async def test_a_setting_that_cannot_be_used_is_broken_and_named(tmp_path: Path)
 
 
 def test_the_command_line_tells_it_all_and_as_json(tmp_path: Path) -> None:
-    env = poor_environment(tmp_path, PYTHONUTF8="1", **environment(tmp_path))
-    run = [sys.executable, "-m", "evolink_mcp", "doctor"]
+    env = minimal_environment(tmp_path, PYTHONUTF8="1", **environment(tmp_path))
+    run = [*SERVER_COMMAND, "doctor"]
     told = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     data = subprocess.run([*run, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (told.returncode, told.stderr, data.returncode, data.stderr) == (0, "", 0, "")
@@ -332,6 +332,16 @@ def test_the_installed_command_starts_this_version() -> None:
     assert re.fullmatch(r"evolink-mcp [\d.]+\n", done.stdout)
 
 
+def test_without_an_installed_script_python_ignores_the_working_directory(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    assert installed_command(python) == (str(python), ["-P", "-m", "evolink_mcp"])
+
+
+def test_an_installation_of_uvx_is_started_through_uvx(tmp_path: Path) -> None:
+    command, arguments = installed_command(tmp_path / "archive-v0" / "abc" / "bin" / "python")
+    assert (Path(command).stem, arguments) == ("uvx", ["evolink-mcp"])
+
+
 @pytest.mark.parametrize(
     "environ",
     [
@@ -355,9 +365,9 @@ def test_whatever_the_network_is_it_is_told_without_a_traceback(tmp_path: Path, 
         threading.Thread(target=speak, daemon=True).start()
         port = str(server.getsockname()[1])
         here = f"https://127.0.0.1:{port}"  # nothing leaves this machine
-        env = poor_environment(tmp_path, EVOLINK_API_KEY="sk-0123456789abcdef", EVOLINK_BASE_URL=here)
+        env = minimal_environment(tmp_path, EVOLINK_API_KEY="sk-0123456789abcdef", EVOLINK_BASE_URL=here)
         env |= {name: value.replace("{port}", port) for name, value in environ.items()}
-        command = [sys.executable, "-m", "evolink_mcp", "doctor", "--json"]
+        command = [*SERVER_COMMAND, "doctor", "--json"]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         server.close()
     findings = {one["subject"]: one["verdict"] for one in json.loads(done.stdout)["findings"]}

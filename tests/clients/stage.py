@@ -31,9 +31,12 @@ class Stage:
         # Not resolved: a virtual environment is found by the link's own place.
         python = python if os.sep not in python else os.path.abspath(python)
         # A checkout that is not installed is started without PYTHONPATH: Gemini CLI withholds it from servers.
-        start = ["-m", "evolink_mcp"]
-        if subprocess.run([python, "-c", "import evolink_mcp"], cwd="/", capture_output=True, timeout=300).returncode:
+        start = ["-P", "-m", "evolink_mcp"]
+        if subprocess.run(
+            [python, "-P", "-c", "import evolink_mcp"], cwd="/", capture_output=True, timeout=300
+        ).returncode:
             start = [
+                "-P",
                 "-c",
                 f"import sys; sys.path.insert(0, {str(ROOT)!r}); from evolink_mcp.cli.main import main; main()",
             ]

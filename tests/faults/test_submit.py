@@ -23,8 +23,8 @@ from mcp.client import Client
 
 from evolink_mcp import errors
 from evolink_mcp.api import client, http
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.studio import Studio
 

@@ -21,23 +21,23 @@ from pydantic import ValidationError
 
 from evolink_mcp.api.http import moment_of, retry_after_s
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.api.size_words import advice, meant
+from evolink_mcp.api.size_grammar import advice, meant
 from evolink_mcp.api.sizes import IllegalSize, resolve
 from evolink_mcp.api.task import Task, read_balance, read_task, read_tasks
 from evolink_mcp.api.urls import check_public_url, host_of
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.values import BadSetting
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.values import BadSetting
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import Unreadable
+from evolink_mcp.images.inspect import sniff
+from evolink_mcp.images.prepare import check_reference, normalize
+from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.rows import entry_of
-from evolink_mcp.pictures.inspect import NotAPicture, sniff
-from evolink_mcp.pictures.metadata import without_metadata
-from evolink_mcp.pictures.upright import check_reference, presentable
 from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
 from evolink_mcp.server.server import build_server
-from evolink_mcp.transports.auth import BadTokens, Refusal, Tokens
-from evolink_mcp.transports.calls import message_in
-from evolink_mcp.transports.door import _id_in, _name_of
+from evolink_mcp.teams.tokens import BadTokens, Refusal, Tokens
+from evolink_mcp.transports.http_calls import message_in
+from evolink_mcp.transports.http_guard import _id_in, _name_of
 
 FUZZ = settings(
     max_examples=150, deadline=None, database=None, derandomize=True,
@@ -171,19 +171,19 @@ def test_a_damaged_picture_is_refused_or_sent_as_a_picture(kind: str, changes: l
         data[at % len(data)] = byte
     if cut:
         del data[-cut:]
-    with suppress(NotAPicture):
+    with suppress(UnusableImage):
         check_reference(bytes(data), is_mask=True)
-        sent = presentable(bytes(data))
+        sent = normalize(bytes(data))
         assert sniff(sent[:16]) == sniff(bytes(data)[:16])
-        assert without_metadata(sent, sniff(sent[:16])[0]) == sent  # type: ignore[index]
+        assert normalize(sent) == sent
 
 
 @FUZZ
 @given(some.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"]), some.binary(max_size=300))
 def test_bytes_behind_a_pictures_beginning_are_refused(magic: bytes, rest: bytes) -> None:
-    with suppress(NotAPicture):
+    with suppress(UnusableImage):
         check_reference(magic + rest, is_mask=False)
-        presentable(magic + rest)
+        normalize(magic + rest)
     assert sniff(io.BytesIO(magic + rest).read(16))
 
 

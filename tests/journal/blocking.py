@@ -31,8 +31,8 @@ class BlockingPostgres:
     """A `PostgresJournal` of a server of its own, whose methods block. `close` ends the server."""
 
     def __init__(self, url: str, portal: Any, account: str = "", *, strict: bool = False, **more: Any) -> None:
-        from evolink_mcp.journal.database import Database
-        from evolink_mcp.journal.postgres import PostgresJournal
+        from evolink_mcp.teams.database import Database
+        from evolink_mcp.teams.postgres import PostgresJournal
 
         self.database = Database(url, **more)
         self._portal = portal

@@ -142,7 +142,7 @@ def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
         "    await j.close()\n"
         "import anyio; anyio.run(writes)\n"
     )
-    run = [sys.executable, "-c", write, str(tmp_path)]
+    run = [sys.executable, "-P", "-c", write, str(tmp_path)]
     root = str(Path(__file__).parents[2])
     writers = [subprocess.Popen(run, cwd=root, stderr=subprocess.PIPE) for _ in range(4)]
     assert [(writer.communicate(timeout=300)[1], writer.returncode) for writer in writers] == [(b"", 0)] * 4
@@ -164,7 +164,7 @@ def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None
         "    await j.close()\n"
         "import anyio; anyio.run(writes)\n"
     )
-    run = [sys.executable, "-c", write, str(tmp_path)]
+    run = [sys.executable, "-P", "-c", write, str(tmp_path)]
     root = str(Path(__file__).parents[2])
     writers = [subprocess.Popen(run, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(4)]
     for writer in writers:

@@ -23,7 +23,7 @@ from typing import Any
 
 import anyio
 import pytest
-from surroundings import keep_the_database, unmeasured
+from child_processes import keep_the_database, without_coverage
 
 HERE = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
@@ -132,14 +132,14 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
         os.dup2(fd, target)
         os.close(fd)
     os.environ.clear()
-    os.environ.update(unmeasured(order["env"]))
+    os.environ.update(without_coverage(order["env"]))
     os.chdir(order["cwd"])
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.enable(2)  # a crash of the interpreter says on stderr where it was
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
     if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
-        from evolink_mcp.journal import database, postgres
+        from evolink_mcp.teams import database, postgres
 
         keep_the_database()
         database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
@@ -151,13 +151,13 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
 
 def _nursery(path: str) -> None:
     """Fork a server for every connection; tell its process id at once and its wait status at its end."""
+    import evolink_mcp.app.wiring
     import evolink_mcp.cli.main
-    import evolink_mcp.cli.wiring
     import evolink_mcp.journal.sqlite
     import evolink_mcp.transports.stdio
 
     with suppress(ImportError):
-        import evolink_mcp.journal.postgres  # noqa: F401
+        import evolink_mcp.teams.postgres  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as door:
@@ -286,7 +286,7 @@ def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
     # What measures coverage has crashed at the end of such servers.
     env = {
-        **unmeasured(os.environ),
+        **without_coverage(os.environ),
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:

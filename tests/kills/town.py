@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import poor_environment
+from child_processes import minimal_environment
 from faulty_gateway import Gateway, QuickSimulator
 from killer import AT, HOW, LOG, Nursery, Server
 
@@ -29,7 +29,7 @@ class Town:
     def env(self, name: str, **more: str) -> dict[str, str]:
         home = self.folder / name
         home.mkdir(exist_ok=True)
-        return poor_environment(
+        return minimal_environment(
             home, EVOLINK_API_KEY=self.key(name),
             EVOLINK_BASE_URL=self.gateway.url, EVOLINK_MCP_DATA_DIR=str(home / "data"),
             EVOLINK_MCP_OUTPUT_DIR=str(home / "pictures"), EVOLINK_MCP_PREVIEW="off", **more,

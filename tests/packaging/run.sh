@@ -25,9 +25,9 @@ cp "$release/package.json" "$release/package-lock.json" "$WORK/mcpb"
 npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$WORK/mcpb"
 
 say "the first answers, recorded with the versions that are installed today"
-(cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_opening.py | tail -1)
+(cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_startup_answers.py | tail -1)
 # They are used only with these versions: an installation that cannot use them starts slowly.
-opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.opening import recorded; sys.exit(recorded() is None)'); }
+opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.startup_answers import recorded; sys.exit(recorded() is None)'); }
 
 say "wheel and source distribution"
 "$WORK/tools/bin/python" -m build -q --no-isolation --outdir "$WORK/dist" "$root" >/dev/null

@@ -17,10 +17,10 @@ import pytest
 from conftest import World
 
 from evolink_mcp import __version__
+from evolink_mcp.app.settings import VARIABLES, Settings
+from evolink_mcp.app.values import EXAMPLE_KEY
 from evolink_mcp.cli.arguments import parsed
 from evolink_mcp.cli.host_config import host_blocks
-from evolink_mcp.cli.settings import VARIABLES, Settings
-from evolink_mcp.cli.values import EXAMPLE_KEY
 
 ROOT = Path(__file__).parents[2]
 OWNER = "evolink-mcp/evolink-mcp"

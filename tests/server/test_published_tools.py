@@ -8,7 +8,7 @@ import pytest
 from conftest import Open
 from mcp.client import Client
 
-from evolink_mcp.cli.wiring import server_for
+from evolink_mcp.app.wiring import server_for
 from evolink_mcp.server.server import build_server
 from evolink_mcp.tools.schemas import TOOL_NAMES
 

@@ -12,7 +12,7 @@ from conftest import Clock, Open, PlainSimulator
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import read_task
 from evolink_mcp.errors import DownloadFailed
-from evolink_mcp.pictures.downloads import download
+from evolink_mcp.images.download import download
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -194,7 +194,7 @@ async def fetched(url: str, **hops: str) -> tuple[bytes, list[str]]:
         try:
             await download(client, url, into)
         except DownloadFailed as error:
-            return error.what.encode(), seen
+            return error.message.encode(), seen
     return into.getvalue(), seen
 
 

@@ -347,8 +347,8 @@ async def test_what_could_not_be_written_before_sending_is_over(
 async def test_a_client_that_cannot_be_built_buys_nothing_and_blocks_nothing(
     open_world: Open, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, tmp_path: Path
 ) -> None:
-    from evolink_mcp.cli.settings import Settings
-    from evolink_mcp.cli.wiring import open_studio
+    from evolink_mcp.app.settings import Settings
+    from evolink_mcp.app.wiring import open_studio
 
     for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -583,8 +583,8 @@ async def test_a_wrong_clock_does_not_remove_a_picture_that_is_being_written(
 ) -> None:
     import os
 
-    from evolink_mcp.pictures import store
-    from evolink_mcp.pictures.folders import PART_PREFIX, PART_SUFFIX
+    from evolink_mcp.images import store
+    from evolink_mcp.images.folders import PART_PREFIX, PART_SUFFIX
 
     old = tmp_path / f"{PART_PREFIX}left{PART_SUFFIX}"
     running = tmp_path / f"{PART_PREFIX}running{PART_SUFFIX}"

@@ -23,8 +23,8 @@ from mcp.client import Client
 
 from evolink_mcp.api import http, task
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.sanitize import UPSTREAM_WORDS_MAX
 from evolink_mcp.studio.jobs import Order
 from evolink_mcp.studio.purchase import price_of

@@ -12,7 +12,7 @@ from conftest import Clock, Open, PlainSimulator, World
 
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.api.size_words import meant
+from evolink_mcp.api.size_grammar import meant
 from evolink_mcp.journal.entry import account_mark
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.simulator import rules

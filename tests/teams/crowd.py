@@ -94,7 +94,7 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    from evolink_mcp.transports.web import serve_app
+    from evolink_mcp.transports.http import serve_app
 
     simulator = QuickSimulator(duration_s=seconds)
 
@@ -289,7 +289,7 @@ def main() -> None:
         listens(upstream)
 
         def replica(number: int) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(ports[number])]
+            command = [sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(ports[number])]
             made = stack.enter_context(process(*command, cwd=folder, log=f"server{number}.log", **env))
             listens(ports[number])
             return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from conftest import PlainSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, names_of, tenants_app
-from evolink_mcp.transports.auth import Tokens
-from evolink_mcp.transports.callers import Callers
-from evolink_mcp.transports.oauth import Issuer
+from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.teams.app import Studios, behind_door, names_of, tenants_app
+from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.oauth import Issuer
+from evolink_mcp.teams.tokens import Tokens
 
 INITIALIZE = {
     "jsonrpc": "2.0", "id": 1, "method": "initialize",
@@ -86,8 +87,10 @@ async def office(
     )
     assert settings.tokens_file is not None
     with anyio.fail_after(300):
-        async with anyio.create_task_group() as group:
-            studios = Studios(None)
+        async with AsyncExitStack() as stack:
+            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
+            group = await stack.enter_async_context(anyio.create_task_group())
+            studios = Studios(None, decoder)
             callers = Callers(
                 Tokens(settings.tokens_file), issuer, own_keys=settings.team.caller_keys, key=settings.key
             )

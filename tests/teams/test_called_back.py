@@ -14,7 +14,7 @@ pytest.importorskip("psycopg")
 
 from test_replicas import ANNA, BERT, WISH, Team, team
 
-from evolink_mcp.studio.callbacks import Callbacks
+from evolink_mcp.teams.callbacks import Callbacks
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org"}

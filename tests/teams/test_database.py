@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -16,21 +15,22 @@ import anyio
 import anyio.to_thread
 import httpx2 as httpx
 import pytest
-from conftest import KEY, Clock, HeldClock, Open, PlainSimulator, poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
+from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 
 from evolink_mcp.api.task import Task
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.wiring import open_studio
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.contract import News
+from evolink_mcp.journal.backend import News
 from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
 
 psycopg = pytest.importorskip("psycopg")
 
-from evolink_mcp.journal.address import Address  # noqa: E402
-from evolink_mcp.journal.database import LOCKS, STOP_AFTER_S, Database, open_database  # noqa: E402
-from evolink_mcp.journal.left import TENANT, tenants_left  # noqa: E402
-from evolink_mcp.journal.postgres import PostgresJournal  # noqa: E402
+from evolink_mcp.teams.database import LOCKS, STOP_AFTER_S, Database, open_database  # noqa: E402
+from evolink_mcp.teams.database_url import Address  # noqa: E402
+from evolink_mcp.teams.orphans import TENANT, tenants_left  # noqa: E402
+from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
@@ -368,10 +368,10 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
         "no such database": cluster.url("nowhere").replace("postgres@", "postgres:canary-word@"),
         "no address": "postgresql://team:canary-word@127.0.0.1/evolink?canary-word=1",
     }[wrong]
-    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
+    env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
                            EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
     # The host keeps stdin open.
-    async with await anyio.open_process([sys.executable, "-m", "evolink_mcp", *command], env=env) as process:
+    async with await anyio.open_process([*SERVER_COMMAND, *command], env=env) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         said = b"".join([chunk async for chunk in process.stderr]).decode()
@@ -385,8 +385,8 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
 @pytest.mark.parametrize("command", ["", "http", "sse", "tasks", "open", "sheet", "doctor"])
 @pytest.mark.parametrize("address", ["team:canary/word@db.example.com/x", "team:canary@word@db.example.com/x"])
 async def test_no_command_shows_a_part_of_an_ambiguous_address(command: str, address: str, tmp_path: Path) -> None:
-    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=f"postgresql://{address}", EVOLINK_MCP_SECRET=SECRET)
-    run = await anyio.run_process([sys.executable, "-m", "evolink_mcp", *command.split()], env=env, check=False)
+    env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=f"postgresql://{address}", EVOLINK_MCP_SECRET=SECRET)
+    run = await anyio.run_process([*SERVER_COMMAND, *command.split()], env=env, check=False)
     text = (run.stdout + run.stderr).decode()
     assert run.returncode == (1 if command == "doctor" else 2)
     assert text.count("EVOLINK_MCP_DATABASE_URL is ambiguous") == 1
@@ -409,9 +409,9 @@ async def test_a_password_that_is_also_the_name_of_the_user_leaves_a_reason_read
 
 async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str, tmp_path: Path) -> None:
     port = silent_port()
-    env = poor_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
+    env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
                            EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
-    command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
+    command = [*SERVER_COMMAND, "http", "--port", str(port)]
     async with (
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http,
         await anyio.open_process(command, env=env, stdin=-3, stdout=-3, stderr=-3) as server,
@@ -448,9 +448,7 @@ async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str,
     ],
 )
 async def test_a_setting_that_cannot_be_used_is_named(settings: dict[str, str], told: str, tmp_path: Path) -> None:
-    run = await anyio.run_process(
-        [sys.executable, "-m", "evolink_mcp"], env=poor_environment(tmp_path, **settings), check=False
-    )
+    run = await anyio.run_process(SERVER_COMMAND, env=minimal_environment(tmp_path, **settings), check=False)
     assert (run.returncode, told in run.stderr.decode(), "short" in run.stderr.decode()) == (2, True, False)
 
 

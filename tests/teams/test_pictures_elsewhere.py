@@ -15,9 +15,9 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from child_processes import without_coverage
 from conftest import PlainSimulator
 from office import ANNA, BERT, Office, office
-from surroundings import unmeasured
 
 pytest.importorskip("obstore")
 
@@ -26,11 +26,12 @@ from drawings import drawing
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import StoreUnusable
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.image_store import ForCallersElsewhere
+from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import Entry, Picture
-from evolink_mcp.pictures.keeping import ForCallersElsewhere
-from evolink_mcp.pictures.object_store import Links, ObjectStore
-from evolink_mcp.pictures.references import REFERENCE_MAX_BYTES
-from evolink_mcp.studio import workshop
+from evolink_mcp.studio import runner as workshop
+from evolink_mcp.teams.object_store import Links, ObjectStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -97,13 +98,15 @@ async def test_no_answer_has_a_path_of_the_server(tmp_path: Path, mode: str) -> 
     assert not (tmp_path / "pictures").exists()
 
 
-async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without_its_path(tmp_path: Path) -> None:
+async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without_its_path(
+    tmp_path: Path, decoder: Decoder
+) -> None:
     (old := tmp_path / "fox.png").write_bytes(PNG)
     picture = Picture(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
     entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), pictures=(picture,))
-    keeping = ForCallersElsewhere(EvolinkClient(None), "a1", None, tmp_path / "copies")
-    assert (await keeping.shown(entry)).pictures[0].path is None
-    assert await keeping.file("task-unified-1-abcdefgh", picture) == old
+    image_store = ForCallersElsewhere(EvolinkClient(None), "a1", None, tmp_path / "copies", decoder)
+    assert (await image_store.entry_for_caller(entry)).pictures[0].path is None
+    assert await image_store.local_file("task-unified-1-abcdefgh", picture) == old
 
 
 async def test_another_server_shows_the_picture_from_evolinks_link(tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ async def test_a_picture_whose_link_has_ended_is_called_gone(tmp_path: Path) -> 
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
         (studio,) = town.studios._open
-        studio.keeping._clock = lambda: studio.now() + 25 * 3600
+        studio.image_store._clock = lambda: studio.now() + 25 * 3600
         seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
         with pytest.raises(Exception, match="link to it has ended"):
             await client.read_resource(bought["images"][0]["resource_uri"])
@@ -163,7 +166,7 @@ async def test_a_stored_picture_outlives_evolinks_link(tmp_path: Path, stored: d
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
         anna = next(studio for studio in town.studios._open if studio.statuses is not None)
-        anna.keeping._clock = lambda: anna.now() + 48 * 3600
+        anna.image_store._clock = lambda: anna.now() + 48 * 3600
         read = await client.read_resource(bought["images"][0]["resource_uri"])
         edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}
         other = facts(await town.call("b", "generate_image", **edit))
@@ -231,7 +234,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (
         (tmp_path / "moto.txt").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, env=unmeasured(os.environ)) as moto,
+        subprocess.Popen(command, stdout=log, stderr=log, env=without_coverage(os.environ)) as moto,
     ):
         try:
             with anyio.from_thread.start_blocking_portal() as portal:
@@ -268,7 +271,7 @@ async def test_s3_keeps_the_picture_and_signs_its_link(tmp_path: Path, bucket: s
             unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
         forget_copies(tmp_path)
         (studio,) = town.studios._open
-        studio.keeping._clock = lambda: studio.now() + 48 * 3600
+        studio.image_store._clock = lambda: studio.now() + 48 * 3600
         seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
     assert image["url"].startswith(f"{bucket}/bucket/team/")
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")

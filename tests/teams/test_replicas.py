@@ -6,7 +6,7 @@ import base64
 import itertools
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from drawings import drawing
 from office import HEADERS, block
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.cli import team as cli_team
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
-from evolink_mcp.cli.wiring import open_team_database
-from evolink_mcp.journal.database import Database
+from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.wiring import open_team_database
+from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import Order
-from evolink_mcp.transports.auth import Tenant, Tokens
-from evolink_mcp.transports.callers import Callers
+from evolink_mcp.teams import app as cli_team
+from evolink_mcp.teams.app import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
+from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.database import Database
+from evolink_mcp.teams.tokens import Tenant, Tokens
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -77,9 +78,10 @@ class Team:
 
 
 def _replica(
-    settings: Settings, tokens: Tokens, group: Any, database: Any, simulator: PlainSimulator, command: str
+    settings: Settings, tokens: Tokens, group: Any, studios: Studios, simulator: PlainSimulator, command: str
 ) -> Any:
-    studios, callers, names = Studios(database), Callers(tokens), names_of((), settings)
+    callers = Callers(tokens)
+    names = names_of((), settings)
     transport = httpx.ASGITransport(simulator.app)
     tenants = tenants_app(settings, callers, studios, group, command=command, names=names, transport=transport)
     group.start_soon(go_on_with_what_was_left, studios, tenants, settings, callers)
@@ -145,7 +147,9 @@ async def team(url: str, folder: Path, *blocks: str, command: str = "http", **en
             database = await stack.enter_async_context(open_team_database(settings.database_url))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
-            apps.append(_replica(settings, Tokens(settings.tokens_file), group, database, simulator, command))
+            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
+            studios = Studios(database, decoder)
+            apps.append(_replica(settings, Tokens(settings.tokens_file), group, studios, simulator, command))
         yield Team(apps, simulator, settings)
 
 

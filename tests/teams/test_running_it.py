@@ -13,7 +13,8 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from conftest import Open, PlainSimulator, poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
+from conftest import Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
@@ -25,10 +26,10 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
-from evolink_mcp.cli.settings import Settings
-from evolink_mcp.cli.team import KeyCheck
-from evolink_mcp.studio.tally import Tally
-from evolink_mcp.transports.metrics import Metrics
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.teams.app import KeyCheck
+from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics_endpoint import Metrics
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TOKEN = "m" * 32
@@ -235,12 +236,12 @@ async def test_sigterm_at_a_server_of_a_team_answers_who_waits_and_then_ends(tmp
     async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
         port, file = silent_port(), tmp_path / "tokens.toml"
         file.write_text(ANNA)
-        env = poor_environment(
+        env = minimal_environment(
             tmp_path, EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL=gateway.url, EVOLINK_MCP_AUDIT="1",
             EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"),
             EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
         )  # fmt: skip
-        command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(port)]
+        command = [*SERVER_COMMAND, "http", "--port", str(port)]
         async with await anyio.open_process(command, env=env, stdin=-3, stdout=-3) as server:
             assert server.stderr is not None
             said = b""

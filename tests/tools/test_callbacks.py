@@ -11,7 +11,7 @@ from drawings import drawing
 from mcp.client import Client
 from mcp_types import ElicitResult
 
-from evolink_mcp.cli.wiring import server_for
+from evolink_mcp.app.wiring import server_for
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])

@@ -17,9 +17,9 @@ from mcp.client import Client
 from PIL import Image
 
 from evolink_mcp.api.task import COMPLETED, Task
-from evolink_mcp.cli.wiring import server_for
+from evolink_mcp.app.wiring import server_for
+from evolink_mcp.images.previews import preview
 from evolink_mcp.journal.entry import Entry, Picture, new_key
-from evolink_mcp.pictures.previews import preview
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -199,7 +199,7 @@ def test_a_preview_tells_nothing_but_the_picture(tmp_path: Path, kind: str) -> N
     path = tmp_path / "picture"
     path.write_bytes(talkative(kind))
     assert SECRET.encode() in path.read_bytes()
-    small = preview(path, 128, 100_000)
+    small = preview(path.read_bytes(), 128, 100_000)
     assert small is not None
     assert SECRET.encode() not in small
     assert chunks(small) <= {b"VP8 ", b"VP8L", b"VP8X", b"ALPH"}
@@ -221,7 +221,7 @@ def test_a_preview_tells_nothing_but_the_picture(tmp_path: Path, kind: str) -> N
 def test_every_kind_of_picture_is_shown_and_transparency_stays(tmp_path: Path, picture: bytes, mode: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(picture)
-    small = preview(path, 32, 100_000)
+    small = preview(path.read_bytes(), 32, 100_000)
     assert small is not None
     with Image.open(io.BytesIO(small)) as seen:
         assert seen.mode == mode
@@ -231,7 +231,7 @@ def test_every_kind_of_picture_is_shown_and_transparency_stays(tmp_path: Path, p
 def test_a_small_picture_is_not_made_larger(tmp_path: Path) -> None:
     path = tmp_path / "picture"
     path.write_bytes(drawing((64, 48)))
-    with Image.open(io.BytesIO(preview(path, 1024, 100_000) or b"")) as seen:
+    with Image.open(io.BytesIO(preview(path.read_bytes(), 1024, 100_000) or b"")) as seen:
         assert seen.size == (64, 48)
 
 
@@ -239,7 +239,7 @@ def test_a_small_picture_is_not_made_larger(tmp_path: Path) -> None:
 def test_a_preview_is_within_its_budget_or_is_not(tmp_path: Path, budget: int) -> None:
     path = tmp_path / "picture"
     path.write_bytes(noise((1600, 1200)))
-    small = preview(path, 1024, budget)
+    small = preview(path.read_bytes(), 1024, budget)
     assert (small is None) == (budget == 100)
     assert small is None or len(small) <= budget
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from child_processes import SERVER_COMMAND
 from faulty_gateway import Ask, Gateway, QuickSimulator, behave
 from mcp.client import Client
 
@@ -70,7 +70,7 @@ class Town:
             "EVOLINK_MCP_OUTPUT_DIR": str(self.folder / "pictures"),
             **settings,
         }
-        command = [sys.executable, "-m", "evolink_mcp", face, "--port", str(port), *more]
+        command = [*SERVER_COMMAND, face, "--port", str(port), *more]
         process = subprocess.Popen(
             command,
             env={**clean, **ours},
@@ -439,7 +439,7 @@ async def test_purchases_through_two_servers_at_once_are_all_kept(town: Town) ->
 
 
 def test_a_port_that_is_taken_is_told_without_a_traceback(town: Town) -> None:
-    command = [sys.executable, "-m", "evolink_mcp", "http", "--port", str(town.http)]
+    command = [*SERVER_COMMAND, "http", "--port", str(town.http)]
     env = {**os.environ, "EVOLINK_MCP_DATA_DIR": str(town.folder / "third")}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=WITHIN_S)
     assert ended.returncode == 1

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from conftest import poor_environment
+from child_processes import minimal_environment
 from faulty_gateway import Ask, Gateway, QuickSimulator, behave
 from killer import Nursery, Server, nursery_of_servers  # noqa: F401
 from mcp.client import Client
@@ -52,7 +52,7 @@ class House:
 
     @property
     def env(self) -> dict[str, str]:
-        return poor_environment(
+        return minimal_environment(
             self.folder, EVOLINK_API_KEY=KEY,
             EVOLINK_BASE_URL=self.gateway.url, EVOLINK_MCP_DATA_DIR=str(self.folder / "data"),
             EVOLINK_MCP_OUTPUT_DIR=str(self.folder / "pictures"), EVOLINK_MCP_PREVIEW="off",

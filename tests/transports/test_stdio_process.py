@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import poor_environment
+from child_processes import SERVER_COMMAND, minimal_environment
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
@@ -24,9 +24,9 @@ class Talk:
     """A server process and its wire, line by line."""
 
     def __init__(self, home: Path, stdout: int = subprocess.PIPE, **environ: str) -> None:
-        env = poor_environment(home, **environ)
+        env = minimal_environment(home, **environ)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "evolink_mcp"], env=env, cwd=home,
+            SERVER_COMMAND, env=env, cwd=home,
             stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_older_protocol_versions_are_spoken(talk: Talk, version: str) -> None:
 @pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
 async def test_the_official_client_works_in_every_mode(tmp_path: Path, mode: Any) -> None:
     server = StdioServerParameters(
-        command=sys.executable, args=["-m", "evolink_mcp"], env=poor_environment(tmp_path), cwd=tmp_path
+        command=SERVER_COMMAND[0], args=SERVER_COMMAND[1:], env=minimal_environment(tmp_path), cwd=tmp_path
     )
     with anyio.fail_after(300):
         async with Client(server, mode=mode) as client:
@@ -137,12 +137,12 @@ def test_an_id_that_is_no_id_gets_an_answer(talk: Talk, name: str) -> None:
 
 LONG_LINES = """
 import sys, threading
-from evolink_mcp.transports import wires
-wires.LINE_MAX_BYTES = 1 << 20
+from evolink_mcp.transports import stdio_lines
+stdio_lines.LINE_MAX_BYTES = 1 << 20
 ended = threading.Event()
 def take(line):
     print(line, file=sys.stderr) if line is not None else ended.set()
-ours = wires.Wires(lambda line: None)
+ours = stdio_lines.Wires(lambda line: None)
 ours.take_lines(take)
 ended.wait()
 ours.flush()
@@ -152,7 +152,7 @@ ours.flush()
 def test_a_line_that_is_too_long_gets_an_answer_and_the_next_ones_too() -> None:
     ping = b'{"jsonrpc":"2.0","id":9,"method":"ping"}'
     said = ping + b"\n" + b"x" * (5 << 20) + b"\n" + ping + b"\n"
-    done = subprocess.run([sys.executable, "-c", LONG_LINES], input=said, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-P", "-c", LONG_LINES], input=said, capture_output=True, timeout=300)
     refusal = json.loads(done.stdout)
     assert (refusal["id"], refusal["error"]["code"], "1 MiB" in refusal["error"]["message"]) == (None, -32600, True)
     assert done.stderr.decode().split() == [str(ping), str(ping)]
@@ -231,8 +231,8 @@ def test_fewer_tools_are_asked_of_the_sdk(start: Callable[..., Talk]) -> None:
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
 def test_a_missing_stdin_or_stdout_is_told(tmp_path: Path, closed: str) -> None:
     done = subprocess.run(
-        ["sh", "-c", f"exec {sys.executable} -m evolink_mcp {closed}"],
-        env=poor_environment(tmp_path), capture_output=True, timeout=300,
+        ["sh", "-c", f"exec {sys.executable} -P -m evolink_mcp {closed}"],
+        env=minimal_environment(tmp_path), capture_output=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, b"no standard input and output" in done.stderr) == (1, True)
     assert b"Traceback" not in done.stderr
@@ -245,11 +245,14 @@ def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
 
     host = (
         "import subprocess, sys\n"
-        "server = subprocess.Popen([sys.executable, '-m', 'evolink_mcp'], stdin=subprocess.PIPE, stdout=sys.stdout)\n"
+        "server = subprocess.Popen([sys.executable, '-P', '-m', 'evolink_mcp'], stdin=subprocess.PIPE, stdout=sys.stdout)\n"
         "server.stdin.write(sys.stdin.buffer.readline()); server.stdin.flush(); server.wait()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", host], env=poor_environment(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-P", "-c", host],
+        env=minimal_environment(tmp_path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as parent:
         assert parent.stdin is not None
         assert parent.stdout is not None

@@ -26,7 +26,7 @@ from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 from PIL import Image
 
-SERVER = [sys.executable, "-m", "evolink_mcp"]
+SERVER = [sys.executable, "-P", "-m", "evolink_mcp"]
 WISH = {"prompt": "A fox", "size": "1024x640", "quality": "low"}
 UP_WITHIN_S, LEAVES_WITHIN_S = 200.0, 10.0
 PROMISES: list[Callable[[Stage], Awaitable[str | None]]] = []

@@ -1,0 +1,1 @@
+"""Read the settings and build the objects of a server from them."""

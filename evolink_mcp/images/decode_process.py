@@ -1,0 +1,469 @@
+"""Decode images in isolated processes: a file from outside can exploit a decoder, or order hours of work.
+
+Usage: `facts, small = await decoder.check(file, edge=1024, order=task_id)`. docs/sandbox.md describes the isolation.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, BinaryIO, Literal, cast
+
+import anyio
+import anyio.to_thread
+
+from evolink_mcp.errors import DecoderUnavailable
+from evolink_mcp.images.decode_protocol import (
+    ANSWER_BYTES,
+    CONTENT_MAX_BYTES,
+    GREETING,
+    GREETING_MAGIC,
+    PAYLOAD_MAX_BYTES,
+    DecodeAnswer,
+    DecodeRequest,
+    Operation,
+    unpack_answer,
+)
+from evolink_mcp.images.inspect import ImageFacts, sniff
+from evolink_mcp.images.previews import CACHE_MAX_BYTES
+from evolink_mcp.images.sandbox import MEMORY_MAX_BYTES, Protection
+from evolink_mcp.images.unusable import Reason, UnusableImage
+from evolink_mcp.isolated import isolated_command
+
+log = logging.getLogger(__name__)
+
+DEADLINE_S = 20.0
+START_DEADLINE_S = 60.0
+END_DEADLINE_S = 2.0
+CPU_PER_IMAGE_S = 15.0
+# An image of the largest size takes 0.2 to 0.4 s. After this time another image gets the place.
+SLOW_AFTER_S = 0.75
+SLOW_MAX = 2
+NICENESS_OF_SLOW = 10
+IMAGES_PER_PROCESS = 100
+BLOCK_BYTES = 1 << 20
+Lane = Literal["check", "preview", "reference"]
+# Images of one lane at once. Each may need MEMORY_MAX_BYTES.
+LANES: Mapping[Lane, int] = {"check": 2, "preview": 1, "reference": 2}
+_ENTRY_POINT = "evolink_mcp.images.decode_worker:main"
+_NO_WINDOW: int = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # Windows: an MCP host with windows has no console
+_NO_LIMIT = anyio.CapacityLimiter(math.inf)  # the lanes are the limit
+
+
+def decoder_command(cpu_per_image_s: float = CPU_PER_IMAGE_S, memory_max_bytes: int = MEMORY_MAX_BYTES) -> list[str]:
+    """Return the command that starts a decoder process with these limits."""
+    return isolated_command(_ENTRY_POINT, ("PIL",), str(cpu_per_image_s), str(memory_max_bytes))
+
+
+class Decoder:
+    """A pool of decoder processes for the whole server. `close()` ends them.
+
+    An order never waits long for the images of other orders. Each lane serves the order with the fewest running images
+    first. A slow image leaves its lane and continues at low priority. If SLOW_MAX images are slow already, it starts
+    again when one of them ends.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *,
+        command: Sequence[str] | None = None,
+        folder: str | None = None,
+        deadline_s: float = DEADLINE_S,
+        slow_after_s: float = SLOW_AFTER_S,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+    ) -> None:
+        """Start no process yet.
+
+        `environment` is the complete environment of the processes. `command` replaces the program, `folder` the working
+        directory (default: the root folder). `deadline_s` limits the time for one image. After `slow_after_s` an image
+        gives way to others; `sleep` waits for it.
+        """
+        self._environ = dict(environment)
+        self._command = command
+        self._folder = folder or os.path.abspath(os.sep)
+        self._deadline_s = deadline_s
+        self._slow_after_s = slow_after_s
+        self._sleep = sleep
+        self._lanes = {lane: _FairLimiter(capacity) for lane, capacity in LANES.items()}
+        self._slow = anyio.Semaphore(SLOW_MAX)
+        self._idle: list[_Process] = []
+        self._is_closed = False
+
+    async def check(self, file: BinaryIO, *, edge: int = 0, order: str = "") -> tuple[ImageFacts, bytes | None]:
+        """Decode a delivered image completely. Return its facts, and a WebP preview if `edge` (pixels) is not 0.
+
+        `order` names the purchase, for fairness between purchases.
+
+        Raises:
+            UnusableImage: not a complete image within the limits.
+            DecoderUnavailable: no decoder process starts.
+        """
+        request = DecodeRequest(Operation.CHECK, _size_of(file), edge, CACHE_MAX_BYTES)
+        answer = await self._run("check", request, file, order)
+        if answer.facts is None or (edge == 0 and answer.payload is not None):
+            raise UnusableImage(Reason.DECODER_FAILED)
+        return answer.facts, answer.payload
+
+    async def preview(self, file: BinaryIO, *, edge: int, budget: int, order: str = "") -> bytes | None:
+        """Return a WebP copy: longest edge ≤ `edge` pixels, at most `budget` bytes; None if it does not fit.
+
+        Raises:
+            UnusableImage, DecoderUnavailable: as `check`.
+        """
+        request = DecodeRequest(Operation.PREVIEW, _size_of(file), edge, min(budget, CACHE_MAX_BYTES))
+        return (await self._run("preview", request, file, order)).payload
+
+    async def check_reference(self, content: bytes, *, is_mask: bool = False, order: str = "") -> ImageFacts:
+        """Return the facts of a reference image; for a mask also the share of its transparent pixels.
+
+        Raises:
+            UnusableImage, DecoderUnavailable: as `check`.
+        """
+        request = DecodeRequest(Operation.CHECK_REFERENCE, len(content), is_mask=is_mask)
+        facts = (await self._run("reference", request, io.BytesIO(content), order)).facts
+        known = sniff(content[:16])
+        if facts is None or known is None or facts.mime_type != known[0]:
+            raise UnusableImage(Reason.DECODER_FAILED)
+        return facts
+
+    async def normalize(self, content: bytes, *, order: str = "") -> bytes:
+        """Return a reference image upright and without metadata, in the same file type.
+
+        Raises:
+            UnusableImage, DecoderUnavailable: as `check`.
+        """
+        request = DecodeRequest(Operation.NORMALIZE, len(content))
+        payload = (await self._run("reference", request, io.BytesIO(content), order)).payload
+        if payload is None or sniff(payload[:16]) != sniff(content[:16]):
+            raise UnusableImage(Reason.DECODER_FAILED)
+        return payload
+
+    async def protections(self) -> Protection:
+        """Start a process if none is idle, and return the protections that are active in it.
+
+        Raises:
+            DecoderUnavailable: no decoder process starts.
+        """
+        process = await self._process()
+        self._idle.append(process)
+        return process.protections
+
+    def close(self) -> None:
+        """End all idle processes. A process that works ends with its call."""
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().end()
+
+    async def _run(self, lane: Lane, request: DecodeRequest, content: BinaryIO, order: str) -> DecodeAnswer:
+        if request.content_bytes > CONTENT_MAX_BYTES:
+            raise UnusableImage(Reason.TOO_LARGE)
+        async with self._lanes[lane].slot(order) as slot:
+            answer = await self._decode(request, content, slot)
+        if answer is None:
+            async with self._slow:
+                answer = await self._decode(request, content, None)
+        assert answer is not None
+        return answer
+
+    async def _decode(self, request: DecodeRequest, content: BinaryIO, slot: _Slot | None) -> DecodeAnswer | None:
+        """Return the answer, or None if the image was slow and must start again. Without a slot it counts as slow."""
+        process = await self._process()
+        if slot is None:
+            process.lower_priority()
+        content.seek(0)
+        results: list[DecodeAnswer | UnusableImage] = []
+        is_late = True
+        try:
+            with anyio.move_on_after(self._deadline_s):
+                async with anyio.create_task_group() as group:
+                    if slot is not None:
+                        group.start_soon(self._yield_if_slow, process, slot, group.cancel_scope)
+                    results.append(
+                        await anyio.to_thread.run_sync(
+                            process.exchange, request, content, abandon_on_cancel=True, limiter=_NO_LIMIT
+                        )
+                    )
+                    group.cancel_scope.cancel()
+                is_late = False
+        finally:
+            process.images += 1
+            if results and process.is_reusable and not self._is_closed:
+                self._idle.append(process)
+            else:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
+        if is_late:
+            raise UnusableImage(Reason.DECODER_LATE)
+        if not results:
+            return None
+        if isinstance(results[0], UnusableImage):
+            raise results[0]
+        return results[0]
+
+    async def _yield_if_slow(self, process: _Process, slot: _Slot, scope: anyio.CancelScope) -> None:
+        """After a while, give the place in the lane to another image. Without a free slow place, stop this image."""
+        await self._sleep(self._slow_after_s)
+        try:
+            self._slow.acquire_nowait()
+        except anyio.WouldBlock:
+            scope.cancel()
+        else:
+            process.lower_priority()
+            slot.demote(self._slow)
+
+    async def _process(self) -> _Process:
+        """Return an idle process, or start one."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_alive:
+                return process
+            process.end()
+        command = self._command or decoder_command()
+        process = _Process(command, self._environ, self._folder)
+        try:
+            with anyio.fail_after(START_DEADLINE_S):
+                await anyio.to_thread.run_sync(process.start, abandon_on_cancel=True, limiter=_NO_LIMIT)
+        except (OSError, TimeoutError, ValueError) as error:
+            log.error("no image can be decoded: the decoder process does not start (%s)", error)
+            raise DecoderUnavailable from error
+        finally:
+            if not process.is_ready:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
+        missing = _expected_protections() & ~process.protections
+        if missing:
+            log.warning("the image decoder runs without %s on this system", missing.name)
+        return process
+
+
+def _expected_protections() -> Protection:
+    if sys.platform == "win32":
+        return Protection.JOB_OBJECT
+    if sys.platform == "linux":
+        return Protection.RESOURCE_LIMITS | Protection.NO_NEW_PRIVILEGES | Protection.SYSCALL_FILTER
+    return Protection.RESOURCE_LIMITS
+
+
+def _size_of(file: BinaryIO) -> int:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+class _Process:
+    """One decoder process. All methods block."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
+        self._command = command
+        self._environ = environment
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._popen: subprocess.Popen[bytes] | None = None
+        self.protections = Protection(0)
+        self.is_ready = False
+        self.images = 0
+        self._is_valid = True
+
+    def start(self) -> None:
+        """Start the program and wait for its greeting.
+
+        Raises:
+            OSError, ValueError: it does not start, or its greeting is invalid.
+        """
+        with self._lock:
+            self._popen = subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                env=self._environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                close_fds=True,
+                creationflags=_NO_WINDOW,
+            )
+            greeting = self._stdout.read(GREETING.size)
+            if len(greeting) != GREETING.size:
+                raise ValueError("it ended before its greeting")
+            magic, protections = GREETING.unpack(greeting)
+            if magic != GREETING_MAGIC:
+                raise ValueError("its greeting is invalid")
+            self.protections = Protection(protections & sum(Protection))
+            self.is_ready = True
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._popen is not None and self._popen.poll() is None
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether it may decode another image."""
+        return self._is_valid and self.images < IMAGES_PER_PROCESS
+
+    def exchange(self, request: DecodeRequest, content: BinaryIO) -> DecodeAnswer | UnusableImage:
+        """Send one request and return the answer, or the reason why the image cannot be used."""
+        with self._lock:
+            try:
+                self._send(request, content)
+                return self._receive(request)
+            except UnusableImage as error:
+                # After a refusal the process waits for the next request. After anything else its state is unknown.
+                self._is_valid = self._is_valid and error.reason not in (Reason.DECODER_FAILED, Reason.CHANGED)
+                return error
+            except (OSError, ValueError):
+                self._is_valid = False
+                return UnusableImage(self._reason_of_end())
+
+    def _send(self, request: DecodeRequest, content: BinaryIO) -> None:
+        self._stdin.write(request.pack())
+        remaining = request.content_bytes
+        while remaining:
+            block = content.read(min(remaining, BLOCK_BYTES))
+            if not block:
+                raise UnusableImage(Reason.CHANGED)
+            self._stdin.write(block)
+            remaining -= len(block)
+        self._stdin.flush()
+
+    def _receive(self, request: DecodeRequest) -> DecodeAnswer:
+        payload_max = {
+            Operation.CHECK: request.budget,
+            Operation.PREVIEW: request.budget,
+            Operation.CHECK_REFERENCE: 0,
+            Operation.NORMALIZE: PAYLOAD_MAX_BYTES,
+        }[request.operation]
+        record = self._stdout.read(ANSWER_BYTES)
+        if len(record) != ANSWER_BYTES:
+            raise ValueError("the answer is incomplete")
+        head = unpack_answer(record, payload_max)
+        payload = self._stdout.read(head.payload_bytes)
+        if len(payload) != head.payload_bytes:
+            raise ValueError("the payload is incomplete")
+        return DecodeAnswer(head.facts, payload if head.has_payload else None)
+
+    def _reason_of_end(self) -> Reason:
+        """Return why there is no valid answer."""
+        assert self._popen is not None
+        try:
+            code = self._popen.wait(END_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            return Reason.DECODER_FAILED  # it lives and sends nonsense
+        if sys.platform == "win32":
+            return Reason.DECODER_FAILED
+        if code in (-signal.SIGPROF, -signal.SIGXCPU):
+            return Reason.TOO_MUCH_TIME
+        # Another program ended it, for example the system when memory is short. The image may be good.
+        return Reason.DECODER_LATE if code in (-signal.SIGKILL, -signal.SIGTERM) else Reason.DECODER_FAILED
+
+    def lower_priority(self) -> None:
+        """Let other processes run first. This cannot be undone, so the process ends after this image."""
+        self._is_valid = False
+        if sys.platform != "win32" and self._popen is not None:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self._popen.pid, NICENESS_OF_SLOW)
+
+    def end(self) -> None:
+        """Kill the process and release its pipes."""
+        if self._popen is None:
+            return
+        self._popen.kill()
+        with self._lock:  # a thread that still waits for an answer ends now
+            for pipe in (self._popen.stdin, self._popen.stdout):
+                with suppress(OSError):
+                    cast("IO[bytes]", pipe).close()
+        self._popen.wait()
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._popen is not None
+        assert self._popen.stdin is not None
+        return self._popen.stdin
+
+    @property
+    def _stdout(self) -> IO[bytes]:
+        assert self._popen is not None
+        assert self._popen.stdout is not None
+        return self._popen.stdout
+
+
+class _Slot:
+    """The place of one image in a lane. `demote` exchanges it for a place among the slow images."""
+
+    def __init__(self, lane: _FairLimiter, order: str) -> None:
+        self._lane = lane
+        self._order = order
+        self._slow: anyio.Semaphore | None = None
+
+    def demote(self, slow: anyio.Semaphore) -> None:
+        """Give the place in the lane back. `slow` was acquired for this image."""
+        self._slow = slow
+        self._lane.release(self._order)
+
+    def release(self) -> None:
+        """Give the place back."""
+        if self._slow is None:
+            self._lane.release(self._order)
+        else:
+            self._slow.release()
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    order: str
+    event: anyio.Event
+
+
+class _FairLimiter:
+    """At most `capacity` holders. The next place goes to the order with the fewest holders, then to the oldest waiter."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._holders: Counter[str] = Counter()
+        self._waiters: deque[_Waiter] = deque()
+
+    @asynccontextmanager
+    async def slot(self, order: str) -> AsyncGenerator[_Slot]:
+        """Wait for a place and hold it."""
+        await self._acquire(order)
+        slot = _Slot(self, order)
+        try:
+            yield slot
+        finally:
+            slot.release()
+
+    async def _acquire(self, order: str) -> None:
+        waiter = _Waiter(order, anyio.Event())
+        self._waiters.append(waiter)
+        self._admit()
+        try:
+            await waiter.event.wait()
+        except anyio.get_cancelled_exc_class():
+            if waiter.event.is_set():
+                self.release(order)
+            else:
+                self._waiters.remove(waiter)
+            raise
+
+    def release(self, order: str) -> None:
+        """Give a place back."""
+        self._holders[order] -= 1
+        self._holders += Counter()  # drops orders without a holder
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiters and self._holders.total() < self._capacity:
+            waiter = min(self._waiters, key=lambda one: self._holders[one.order])
+            self._waiters.remove(waiter)
+            self._holders[waiter.order] += 1
+            waiter.event.set()

@@ -1,0 +1,163 @@
+"""The messages between the server and its decoder process: fixed binary records with length limits.
+
+Server to decoder: one request record and the file. Decoder to server: one answer record and the payload. The server
+checks every field of an answer, because a hostile image may control the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from evolink_mcp.images.inspect import SUFFIX_OF, ImageFacts
+from evolink_mcp.images.unusable import Reason, UnusableImage
+
+CONTENT_MAX_BYTES = 100 << 20
+# A rotated reference image is encoded again, which can make it larger.
+PAYLOAD_MAX_BYTES = 128 << 20
+SIDE_MAX = 1 << 20
+GREETING = struct.Struct("<4sB")
+GREETING_MAGIC = b"EVG1"
+_REQUEST = struct.Struct("<4sBBIIQ")
+_REQUEST_MAGIC = b"EVR1"
+_ANSWER = struct.Struct("<4sBBBIIdQ")
+_ANSWER_MAGIC = b"EVA1"
+REQUEST_BYTES = _REQUEST.size
+ANSWER_BYTES = _ANSWER.size
+_MIME_TYPES = tuple(SUFFIX_OF)
+_IS_USABLE = 0
+_HAS_ALPHA = 1
+_IS_UPRIGHT = 2
+_IS_ONE_COLOUR = 4
+_HAS_TRANSPARENT = 8
+_HAS_FACTS = 16
+_HAS_PAYLOAD = 32
+
+
+class Operation(IntEnum):
+    """One kind of work for the decoder."""
+
+    CHECK = 1  #: Decode a delivered image; answer its facts and, if `edge` is set, a preview
+    PREVIEW = 2  #: Make a small copy of a saved image
+    CHECK_REFERENCE = 3  #: Read the head of a reference image; decode it if it is a mask
+    NORMALIZE = 4  #: Make the copy of a reference image that is uploaded
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """Work for the decoder. `edge` is in pixels, `budget` and `content_bytes` in bytes."""
+
+    operation: Operation
+    content_bytes: int
+    edge: int = 0
+    budget: int = 0
+    is_mask: bool = False
+
+    def pack(self) -> bytes:
+        """Return the record."""
+        return _REQUEST.pack(_REQUEST_MAGIC, self.operation, self.is_mask, self.edge, self.budget, self.content_bytes)
+
+    @classmethod
+    def unpack(cls, record: bytes) -> DecodeRequest:
+        """Read a record.
+
+        Raises:
+            ValueError: it is not a valid request.
+        """
+        try:
+            magic, operation, is_mask, edge, budget, content_bytes = _REQUEST.unpack(record)
+        except struct.error as error:
+            raise ValueError("a request of the wrong length") from error
+        if magic != _REQUEST_MAGIC or content_bytes > CONTENT_MAX_BYTES:
+            raise ValueError("an invalid request")
+        return cls(Operation(operation), content_bytes, edge, budget, bool(is_mask))
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAnswer:
+    """The result of a request: facts, and the bytes of a preview or of a normalized image."""
+
+    facts: ImageFacts | None = None
+    payload: bytes | None = None
+
+    def pack(self) -> bytes:
+        """Return the record; the payload follows it."""
+        facts = self.facts
+        flags = 0
+        if self.payload is not None:
+            flags |= _HAS_PAYLOAD
+        if facts is None:
+            return _ANSWER.pack(_ANSWER_MAGIC, _IS_USABLE, 0, flags, 0, 0, 0.0, len(self.payload or b""))
+        flags |= _HAS_FACTS
+        flags |= _HAS_ALPHA if facts.has_alpha else 0
+        flags |= _IS_UPRIGHT if facts.is_upright else 0
+        flags |= _IS_ONE_COLOUR if facts.is_one_colour else 0
+        flags |= _HAS_TRANSPARENT if facts.transparent is not None else 0
+        return _ANSWER.pack(
+            _ANSWER_MAGIC,
+            _IS_USABLE,
+            _MIME_TYPES.index(facts.mime_type),
+            flags,
+            facts.width,
+            facts.height,
+            facts.transparent or 0.0,
+            len(self.payload or b""),
+        )
+
+
+def pack_refusal(error: UnusableImage) -> bytes:
+    """Return the record of an answer to a file that cannot be used."""
+    width, height = error.size or (0, 0)
+    return _ANSWER.pack(_ANSWER_MAGIC, error.reason, 0, 0, min(width, 2**32 - 1), min(height, 2**32 - 1), 0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """A checked answer record: facts, whether a payload follows, and its length in bytes."""
+
+    facts: ImageFacts | None
+    has_payload: bool
+    payload_bytes: int
+
+
+def unpack_answer(record: bytes, payload_max_bytes: int) -> AnswerHead:
+    """Read and check an answer record.
+
+    Raises:
+        UnusableImage: the decoder refused the file, or the record is invalid (DECODER_FAILED).
+    """
+    try:
+        magic, reason, mime_index, flags, width, height, transparent, payload_bytes = _ANSWER.unpack(record)
+    except struct.error as error:
+        raise UnusableImage(Reason.DECODER_FAILED) from error
+    if magic != _ANSWER_MAGIC or payload_bytes > payload_max_bytes:
+        raise UnusableImage(Reason.DECODER_FAILED)
+    if reason != _IS_USABLE:
+        known = reason in Reason.__members__.values()
+        size = (width, height) if width and height else None
+        raise UnusableImage(Reason(reason) if known else Reason.DECODER_FAILED, size if known else None)
+    facts = _facts(mime_index, flags, width, height, transparent) if flags & _HAS_FACTS else None
+    return AnswerHead(facts, bool(flags & _HAS_PAYLOAD), payload_bytes)
+
+
+def _facts(mime_index: int, flags: int, width: int, height: int, transparent: float) -> ImageFacts:
+    is_valid = (
+        mime_index < len(_MIME_TYPES)
+        and 0 < width <= SIDE_MAX
+        and 0 < height <= SIDE_MAX
+        and math.isfinite(transparent)
+        and 0 <= transparent <= 1
+    )
+    if not is_valid:
+        raise UnusableImage(Reason.DECODER_FAILED)
+    return ImageFacts(
+        _MIME_TYPES[mime_index],
+        width,
+        height,
+        has_alpha=bool(flags & _HAS_ALPHA),
+        is_upright=bool(flags & _IS_UPRIGHT),
+        transparent=transparent if flags & _HAS_TRANSPARENT else None,
+        is_one_colour=bool(flags & _IS_ONE_COLOUR),
+    )

@@ -1,0 +1,348 @@
+"""Check the reference images of a request, and turn each one into a URL that EvoLink can read.
+
+A reference is a URL, a local file, a data: URI, an upload or an earlier result.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+from weakref import WeakValueDictionary
+
+import anyio
+import anyio.to_thread
+
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.request import GenerationRequest, is_remote
+from evolink_mcp.errors import DownloadFailed, JournalUnwritable, ReferenceRefused
+from evolink_mcp.images.folders import Folders, open_plain
+from evolink_mcp.images.sidecar import origin_of
+from evolink_mcp.images.store import ImageStore
+from evolink_mcp.images.unusable import Reason, UnusableImage
+from evolink_mcp.journal.backend import Journal
+from evolink_mcp.journal.entry import Reference
+from evolink_mcp.sanitize import harmless
+
+REFERENCE_MAX_BYTES = 50 << 20
+IN_MEMORY_MAX = 4
+UPLOAD_LIVES_S = 71 * 3600
+LINK_MARGIN_S = 600
+SOURCE_MAX = 300  # characters of a source in the journal
+UPLOAD_URI = re.compile(r"evolink://uploads/([0-9a-f]{64})")
+IMAGE_URI = re.compile(r"evolink://images/(task-unified-[0-9A-Za-z_-]{1,115})/([0-9]{1,2})")
+MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """A reference image that passed the checks.
+
+    `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
+    can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
+    image that is not on this machine. `has_transparency` is known for a local mask. `task_id` and `index` name the
+    earlier result that the image is, if known.
+    """
+
+    content_id: str
+    url: str | None = None
+    mime_type: str | None = None
+    size: tuple[int, int] | None = None
+    has_transparency: bool | None = None
+    open_file: Callable[[], BinaryIO] | None = None
+    task_id: str | None = None
+    index: int | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The SHA-256 of the content in hex, or None if the content is unknown."""
+        kind, _, digest = self.content_id.partition(":")
+        return digest if kind == "sha256" else None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """The body of a request with its checked reference images. `sources` are the references as the caller wrote them.
+
+    If all references are URLs, `images` is empty.
+    """
+
+    body: dict[str, Any]
+    images: tuple[CheckedImage, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The body with a content ID in place of each reference. It is equal for identical requests."""
+        if not self.images:
+            return self.body
+        return _with_references(self.body, [image.content_id for image in self.images])
+
+    def references(self, sent_body: dict[str, Any]) -> tuple[Reference, ...]:
+        """Return the references for the journal. `sent_body` is the body that goes to EvoLink."""
+        urls = [*sent_body.get("image_urls", []), *filter(None, [sent_body.get("mask_url")])]
+        images = self.images or tuple(CheckedImage(url) for url in urls)
+        return tuple(
+            Reference(_short_source(source), url, image.sha256, image.task_id, image.index)
+            for source, url, image in zip(self.sources, urls, images, strict=True)
+        )
+
+
+class References:
+    """Check and upload the reference images of one account.
+
+    With `local` False (callers on other machines) no local file is read.
+    """
+
+    def __init__(
+        self,
+        client: EvolinkClient,
+        journal: Journal,
+        folders: Folders,
+        image_store: ImageStore,
+        *,
+        local: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._journal = journal
+        self._folders = folders
+        self._image_store = image_store
+        self._is_local = local
+        self._clock = clock
+        self._in_memory = anyio.CapacityLimiter(IN_MEMORY_MAX)
+        self._upload_locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+
+    async def check(self, request: GenerationRequest) -> CheckedRequest:
+        """Check every reference. Nothing is sent.
+
+        Raises:
+            ReferenceRefused: a reference cannot be used.
+        """
+        body = request.body()
+        image_sources = list(request.image_urls or [])
+        sources = (*image_sources, *filter(None, [request.mask_url]))
+        if all(map(is_remote, sources)):
+            return CheckedRequest(body, sources=sources)
+        images = [await self._check_source(source) for source in image_sources]
+        if request.mask_url:
+            mask = await self._check_source(request.mask_url, is_mask=True)
+            _check_mask(mask, images[0])
+            images.append(mask)
+        return CheckedRequest(body, tuple(images), sources)
+
+    async def upload_all(self, checked: CheckedRequest) -> dict[str, Any]:
+        """Upload each local image once per content. Return the body with the URLs.
+
+        Raises:
+            EvolinkError: an upload failed. It was free, and may be repeated.
+        """
+        urls = [image.url or await self._upload(image) for image in checked.images]
+        return _with_references(checked.body, urls) if urls else checked.body
+
+    async def upload(self, open_file: Callable[[], BinaryIO]) -> CheckedImage:
+        """Upload an image of a remote caller. EvoLink keeps it for 72 h; its URI is `evolink://uploads/` + its SHA-256.
+
+        Raises:
+            ReferenceRefused: the image cannot be a reference.
+            JournalUnwritable: the upload cannot be recorded, so no request would find it.
+            EvolinkError: EvoLink refused the upload.
+        """
+        image = await self._check_file(open_file, "the upload", is_mask=False)
+        until = self._clock() + UPLOAD_LIVES_S
+        url = await self._upload(image, is_forced=True)
+        await self._journal.remember_upload(image.sha256 or "", url, until)
+        return replace(image, url=url)
+
+    async def _check_source(self, source: str, *, is_mask: bool = False) -> CheckedImage:
+        if is_remote(source):
+            return CheckedImage(source, url=source)
+        shown = harmless(source, 80)
+        if match := IMAGE_URI.fullmatch(source):
+            return await self._check_result(match[1], int(match[2]), is_mask)
+        if match := UPLOAD_URI.fullmatch(source):
+            return await self._find_upload(match[1])
+        scheme = source[:8].lower()
+        if scheme.startswith("evolink:"):
+            raise ReferenceRefused(
+                f"“{shown}” is no earlier picture",
+                advice="Use evolink://images/{task_id}/{index}, or the uri of an upload.",
+            )
+        if scheme.startswith("data:"):
+            return await self._check_file(partial(_open_data_uri, source), "the data: URI", is_mask)
+        if not self._is_local:
+            raise ReferenceRefused(
+                f"“{shown}” is a local file, and this server does not read its files for remote callers",
+                advice="Give a public URL or a data: URI, or PUT the file to /uploads of this server and give its uri.",
+            )
+        path = self._folders.readable(_file_path(source) if scheme.startswith("file:") else source)
+        image = await self._check_file(partial(self._folders.opened, path), f"“{shown}”", is_mask)
+        task_id, index = await anyio.to_thread.run_sync(origin_of, path, image.sha256)
+        return replace(image, task_id=task_id, index=index)
+
+    async def _find_upload(self, sha256: str) -> CheckedImage:
+        url = await self._journal.find_upload(sha256, self._clock() + LINK_MARGIN_S)
+        if url is None:
+            raise ReferenceRefused(
+                "there is no such upload of yours, or its 72 hours are over", advice="PUT it to /uploads again."
+            )
+        return CheckedImage(f"sha256:{sha256}", url)
+
+    async def _check_result(self, task_id: str, index: int, is_mask: bool) -> CheckedImage:
+        """Return an earlier result: by its link while that is valid, else from its file. A mask needs the file."""
+        entry = await self._journal.by_task(task_id)
+        result = next((image for image in entry.pictures if image.index == index), None) if entry else None
+        if result is None:
+            raise ReferenceRefused(
+                f"there is no picture {index} of {task_id} here", advice="Call get_task with this id first."
+            )
+        url = result.url if result.url_expires_at - LINK_MARGIN_S > self._clock() else None
+        path: Path | None = None
+        if result.here and (is_mask or url is None):
+            with suppress(OSError, DownloadFailed):
+                path = await self._image_store.local_file(task_id, result)
+        if path is not None:
+            image = await self._check_file(partial(open_plain, path), f"picture {index} of {task_id}", is_mask)
+            if image.sha256 == result.sha256:
+                image = replace(image, url=url)
+        elif url is not None:
+            size = (result.width, result.height) if result.width and result.height else None
+            image = CheckedImage(f"sha256:{result.sha256}" if result.sha256 else url, url, result.mime_type, size)
+        else:
+            raise ReferenceRefused(
+                f"picture {index} of {task_id} is gone: its link has expired and its file is not there any more",
+                advice="Give the path of a copy instead.",
+            )
+        return replace(image, task_id=task_id, index=index)
+
+    async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
+        async with self._in_memory:
+            content, content_id = await _refuse_unusable(partial(_read, open_file), shown)
+            check = partial(self._image_store.decoder.check_reference, content, is_mask=is_mask, order=content_id)
+            facts = await _refuse_unusable(check, shown)
+        has_transparency = bool(facts.transparent) if is_mask else None
+        return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), has_transparency, open_file)
+
+    async def _upload(self, image: CheckedImage, *, is_forced: bool = False) -> str:
+        """Return EvoLink's URL for a local image. Two calls that need the same content at once upload it once.
+
+        The uploaded copy is upright and has no metadata. `is_forced`: upload it even if an earlier upload is valid.
+        """
+        assert image.open_file is not None
+        assert image.mime_type is not None
+        async with self._upload_locks.setdefault(image.content_id, anyio.Lock()), self._in_memory:
+            content, _ = await _refuse_unusable(partial(_read, image.open_file, image.content_id), "a reference")
+            normalize = partial(self._image_store.decoder.normalize, content, order=image.content_id)
+            content = await _refuse_unusable(normalize, "a reference")
+            sha256 = await anyio.to_thread.run_sync(_sha256, content)
+            now = self._clock()
+            with suppress(JournalUnwritable):
+                if not is_forced and (url := await self._journal.find_upload(sha256, now + LINK_MARGIN_S)):
+                    return url
+            name = f"{sha256[:32]}.{image.mime_type.removeprefix('image/')}"
+            url = await self._client.upload(name, image.mime_type, io.BytesIO(content))
+            with suppress(JournalUnwritable):
+                await self._journal.remember_upload(sha256, url, now + UPLOAD_LIVES_S)
+            return url
+
+
+def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:
+    """Check that the mask fits the first reference image, as far as both are known."""
+    if mask.mime_type not in (None, "image/png"):
+        kind = {"image/jpeg": "a JPEG", "image/webp": "a WebP"}[mask.mime_type]
+        raise ReferenceRefused(f"a mask must be a PNG, and this is {kind}", advice=MASK_ADVICE)
+    if mask.has_transparency is False:
+        raise ReferenceRefused("the mask has no transparent pixels, so nothing would be redrawn", advice=MASK_ADVICE)
+    if mask.size and first.size and mask.size != first.size:
+        raise ReferenceRefused(
+            "the mask is {}×{} pixels and the first picture {}×{} (both as they are seen, upright)".format(
+                *mask.size, *first.size
+            ),
+            advice="Give a mask of that picture's size.",
+        )
+
+
+def _with_references(body: dict[str, Any], references: list[str]) -> dict[str, Any]:
+    """Return the body with other references. The last one is the mask, if the body has one."""
+    count = len(body["image_urls"])
+    changed = {**body, "image_urls": references[:count]}
+    if "mask_url" in body:
+        changed["mask_url"] = references[count]
+    return changed
+
+
+def _short_source(source: str) -> str:
+    """Return a source on one line. Of a data: URI only its type and length remain."""
+    if source[:5].lower() == "data:":
+        return f"{harmless(source.partition(',')[0], 60)},… ({len(source):,} characters)"
+    return harmless(source, SOURCE_MAX)
+
+
+async def _refuse_unusable(read: Callable[[], Awaitable[T]], shown: str) -> T:
+    """Await `read`. Translate its errors to ReferenceRefused; `shown` names the reference."""
+    try:
+        return await read()
+    except UnusableImage as error:
+        raise ReferenceRefused(
+            f"{shown} cannot be a reference: {error}", advice="Use a whole .png, .jpg or .webp."
+        ) from error
+    except OSError as error:
+        raise ReferenceRefused(f"{shown} cannot be read ({error.strerror})", advice="Check its rights.") from error
+
+
+async def _read(open_file: Callable[[], BinaryIO], checked_id: str | None = None) -> tuple[bytes, str]:
+    """Return the bytes of an image and their content ID, which must be `checked_id` if that is set.
+
+    Raises:
+        UnusableImage: more than REFERENCE_MAX_BYTES, or the file changed since it was checked.
+        OSError: the file cannot be read.
+    """
+
+    def read() -> tuple[bytes, str]:
+        with open_file() as file:
+            content = file.read(REFERENCE_MAX_BYTES + 1)
+        if len(content) > REFERENCE_MAX_BYTES:
+            raise UnusableImage(Reason.TOO_MANY_BYTES)
+        content_id = f"sha256:{_sha256(content)}"
+        if checked_id not in (None, content_id):
+            raise UnusableImage(Reason.CHANGED)
+        return content, content_id
+
+    return await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _open_data_uri(uri: str) -> BinaryIO:
+    head, comma, data = uri.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        if head.lower().endswith(";base64"):
+            return io.BytesIO(base64.b64decode("".join(unquote(data).split()), validate=True))
+        return io.BytesIO(unquote_to_bytes(data))
+    except ValueError as error:
+        raise ReferenceRefused("the data: URI cannot be decoded", advice="Use data:image/png;base64,…") from error
+
+
+def _file_path(uri: str) -> str:
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ReferenceRefused("the file: URI cannot be read", advice="Use file:///absolute/path.png.") from error
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise ReferenceRefused("a file: URI must name a file of this machine", advice="Use file:///absolute/path.png.")
+    return url2pathname(parts.path)

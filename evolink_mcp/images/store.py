@@ -1,0 +1,330 @@
+"""Save result images: check the downloaded file, give it a free name, never overwrite another file.
+
+`ImageStore` is what the studio needs. `LocalImageStore` saves into the user's folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+import unicodedata
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import anyio.to_thread
+
+from evolink_mcp.errors import (
+    DecoderUnavailable,
+    DownloadFailed,
+    FolderRefused,
+    PictureRejected,
+    PictureUnusable,
+    Refused,
+)
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.folders import (
+    PART_PREFIX,
+    PART_SUFFIX,
+    Folders,
+    make_folder,
+    move_to_free_name,
+    open_plain,
+    stem_of,
+)
+from evolink_mcp.images.inspect import ImageFacts
+from evolink_mcp.images.previews import remember
+from evolink_mcp.images.sidecar import write_sidecar
+from evolink_mcp.images.unusable import UnusableImage
+from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.sanitize import harmless
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+NAME_MAX = 48  # characters of the prompt in a file name
+ID_PART_MAX = 8  # characters of the task ID in a file name
+UNFINISHED_MAX_AGE_S = 3600
+_SWEPT: set[Path] = set()
+
+Fetch = Callable[[BinaryIO], Awaitable[int]]
+
+
+class ImageStore(Protocol):
+    """The storage for the result images of one account.
+
+    `is_permanent`: the images stay longer than EvoLink's links. `decoder` decodes the images of the whole server.
+    """
+
+    is_permanent: bool
+    decoder: Decoder
+
+    def check_name(self, save_as: str) -> None:
+        """Check a file name before the purchase.
+
+        Raises:
+            FolderRefused: this store cannot use the name.
+        """
+        ...
+
+    async def save(self, entry: Entry, image: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
+        """Download an image and save it. Return it with its facts and its place.
+
+        With a `preview_edge` (pixels) the same decoding makes a preview for the cache.
+
+        Raises:
+            FolderRefused, StoreUnusable: the store cannot be written.
+            PictureUnusable: the downloaded file is not a complete image.
+        """
+        ...
+
+    async def copy(self, entry: Entry, image: Picture, save_as: str | None) -> Picture:
+        """Save a second copy of a saved image, under the name that another caller wants."""
+        ...
+
+    async def local_file(self, task_id: str, image: Picture) -> Path:
+        """Return a file on this machine that holds the saved image.
+
+        Raises:
+            OSError: the file is gone.
+            EvolinkError: the image cannot be downloaded from its store.
+        """
+        ...
+
+    async def entry_for_caller(self, entry: Entry) -> Entry:
+        """Return the entry with the paths and links that the caller can use."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SavedImage:
+    """The facts of a saved file, in the fields of `Picture`. Width and height are in pixels, `sha256` is in hex."""
+
+    path: str
+    mime_type: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    transparent: float | None = None
+    one_colour: bool = False
+
+
+class LocalImageStore:
+    """Save images into the user's folders, each with a sidecar unless `sidecars` is False."""
+
+    is_permanent = True
+
+    def __init__(self, folders: Folders, decoder: Decoder, *, sidecars: bool = True) -> None:
+        self._folders = folders
+        self.decoder = decoder
+        self._has_sidecars = sidecars
+
+    def check_name(self, save_as: str) -> None:
+        """See ImageStore."""
+        self._folders.target(save_as)
+
+    async def save(self, entry: Entry, image: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
+        """See ImageStore."""
+        target = self._target(entry, image.index, entry.save_as)
+        saved_image = await save_image(fetch, target, self.decoder, preview_edge=preview_edge, order=entry.key)
+        image = replace(image, **asdict(saved_image))
+        if self._has_sidecars:
+            await write_sidecar(entry, image)
+        return image
+
+    async def copy(self, entry: Entry, image: Picture, save_as: str | None) -> Picture:
+        """See ImageStore. The first file stays."""
+        if image.path is None or not image.here:
+            return image
+        target = self._target(entry, image.index, save_as)
+        saved_image = await save_image(partial(_copy_file, Path(image.path)), target, self.decoder, order=entry.key)
+        return replace(image, **asdict(saved_image))
+
+    async def local_file(self, task_id: str, image: Picture) -> Path:
+        """See ImageStore."""
+        if image.path is None:
+            raise FileNotFoundError(f"picture {image.index} of {task_id} was not saved")
+        return Path(image.path)
+
+    async def entry_for_caller(self, entry: Entry) -> Entry:
+        """See ImageStore."""
+        return entry
+
+    def _target(self, entry: Entry, index: int, save_as: str | None) -> Path:
+        if save_as is not None:
+            with suppress(Refused):
+                target = self._folders.target(save_as)
+                # The number is the index of the image. It does not depend on the order of the downloads.
+                stem = target.stem if index == 0 else f"{target.stem}-{index}"
+                return target.with_name(stem + target.suffix)
+        return self._folders.output / default_stem(entry, index)
+
+
+# --- names ---
+
+
+def default_stem(entry: Entry, index: int) -> str:
+    """Return the file name without suffix for an image whose caller gave no name."""
+    has_several = max(entry.request.get("n", 1), len(entry.pictures)) > 1
+    name = file_name(str(entry.request.get("prompt", "")), entry.task_id or "")
+    return f"{name}-{index}" if has_several else name
+
+
+def file_name(prompt: str, task_id: str) -> str:
+    """Return a readable name: the first words of the prompt and the last characters of the task ID."""
+    text = unicodedata.normalize("NFC", harmless(prompt, 4 * NAME_MAX)).lower()
+    words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
+    while words and words[0] in ("a", "an", "the"):
+        del words[0]
+    name = ""
+    for word in words:
+        if len(name) + len(word) + bool(name) > NAME_MAX:
+            name = name or word[:NAME_MAX]
+            break
+        name += "-" * bool(name) + word
+    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_PART_MAX:]
+    return "-".join(filter(None, (name, end))) or "picture"
+
+
+# --- files ---
+
+
+async def save_image(
+    fetch: Fetch, target: Path, decoder: Decoder, *, preview_edge: int = 0, order: str = ""
+) -> SavedImage:
+    """Download an image into the folder of `target`, under its stem and the suffix of its type. Never overwrite a file.
+
+    With a `preview_edge` (pixels) the same decoding makes a preview for the cache. `order` names the purchase.
+
+    Raises:
+        FolderRefused: the folder cannot be made or written.
+        PictureUnusable: the downloaded file is not a complete image.
+        DownloadFailed: no decoder process starts, so the file cannot be checked.
+    """
+    try:
+        make_folder(target.parent)
+        handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=target.parent)
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            with suppress(OSError):  # some file systems have no locks
+                _lock(file.fileno())
+            await fetch(file)
+            file.flush()
+            facts, preview = await decoder.check(file, edge=preview_edge, order=order)
+        saved_image = await anyio.to_thread.run_sync(_finish, part, target, facts, abandon_on_cancel=True)
+        if preview is not None:
+            with suppress(OSError):
+                remember(Path(saved_image.path), preview_edge, preview)
+        return saved_image
+    except UnusableImage as error:
+        refusal = PictureRejected if error.is_hostile else PictureUnusable
+        raise refusal(f"the file that EvoLink sent is not usable: {error}") from error
+    except DecoderUnavailable as error:
+        raise DownloadFailed(error.message, code=error.code, advice=f"The picture is paid. {error.advice}") from error
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _finish(part: Path, target: Path, facts: ImageFacts) -> SavedImage:
+    """Sync the checked file to the disk and give it the first free name."""
+    _remove_unfinished(part.parent)
+    with part.open("r+b") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    size = part.stat().st_size
+    number = 0
+    while True:
+        path = target.with_name(f"{stem_of(target)}{f'-{number}' if number else ''}{facts.suffix}")
+        if move_to_free_name(part, path) or _has_content(path, size, sha256):
+            break
+        number += 1
+    _sync_folder(target.parent)
+    return SavedImage(
+        str(path.resolve()),
+        facts.mime_type,
+        facts.width,
+        facts.height,
+        size,
+        sha256,
+        facts.transparent,
+        facts.is_one_colour,
+    )
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Once per folder, remove the unfinished files of killed servers: old files without a lock."""
+    if folder in _SWEPT:
+        return
+    _SWEPT.add(folder)
+    with suppress(OSError):
+        for old in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
+            with suppress(OSError):
+                if time.time() - old.lstat().st_mtime > UNFINISHED_MAX_AGE_S:
+                    with old.open("rb") as file:
+                        _lock(file.fileno())
+                    old.unlink()
+
+
+def _lock(handle: int) -> None:
+    """Lock an unfinished file, so that no other server removes it even if its clock is wrong.
+
+    Windows needs no lock: it does not remove an open file.
+
+    Raises:
+        OSError: another process has locked the file.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _has_content(path: Path, size: int, sha256: str) -> bool:
+    """Return whether the file holds this image already: a server saved it, and then its journal was lost."""
+    try:
+        if path.is_symlink() or path.stat().st_size != size:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except OSError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # Windows cannot open a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+async def _copy_file(source: Path, into: BinaryIO) -> int:
+    def copy() -> int:
+        with open_plain(source) as file:
+            shutil.copyfileobj(file, into)
+        return into.tell()
+
+    return await anyio.to_thread.run_sync(copy)
+
+
+def _unwritable(folder: Path, error: OSError) -> FolderRefused:
+    return FolderRefused(
+        f"the folder {folder} cannot be written ({error.strerror or type(error).__name__})",
+        charged="yes",
+        advice="Make it writable or set EVOLINK_MCP_OUTPUT_DIR, then call get_task: EvoLink keeps the picture for 24 h.",
+    )

@@ -1,0 +1,127 @@
+"""PostgreSQL's tables: a list of changes, each made once, by one server at a time; and their entries, read without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.rows import COLUMNS, folded, readable, searched
+from evolink_mcp.teams.database_url import Address
+
+# Whatever a caller could see of an entry is told on this channel: "account {JSON}", where `by` is the server that did it.
+CHANNEL = "evolink_mcp"
+VERSIONS = (
+    f"""
+    CREATE TABLE evolink_servers (
+        number INTEGER GENERATED ALWAYS AS IDENTITY PRIMARY KEY, since TIMESTAMPTZ NOT NULL DEFAULT now(),
+        seen_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(), gone_since TIMESTAMPTZ
+    );
+    CREATE TABLE evolink_entries (
+        key TEXT COLLATE "C" PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
+        created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
+        closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION, estimate DOUBLE PRECISION NOT NULL,
+        spent DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT,
+        pictures TEXT NOT NULL, rule TEXT NOT NULL, given TEXT NOT NULL, words TEXT NOT NULL,
+        CONSTRAINT evolink_task_once UNIQUE (task_id, account)
+    );
+    CREATE INDEX evolink_entries_by_age ON evolink_entries (account, created_at DESC, key);
+    CREATE INDEX evolink_entries_spending ON evolink_entries (account, created_at) INCLUDE (spent);
+    CREATE INDEX evolink_entries_open ON evolink_entries (account, owner) WHERE NOT closed;
+    CREATE INDEX evolink_entries_owned ON evolink_entries (owner) WHERE owner <> '';
+    CREATE INDEX evolink_entries_awaited ON evolink_entries (caller) WHERE caller <> '' AND delivered_at IS NULL;
+    CREATE INDEX evolink_entries_undelivered ON evolink_entries (account, fingerprint) WHERE delivered_at IS NULL;
+    CREATE TABLE evolink_uploads (
+        account TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (account, sha256)
+    );
+    CREATE TABLE evolink_facts (
+        account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)
+    );
+    CREATE FUNCTION evolink_tell() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_notify('{CHANNEL}', NEW.account || ' ' || json_build_object(
+                'by', CASE WHEN NEW.owner = '' AND TG_OP = 'UPDATE' THEN OLD.owner ELSE NEW.owner END,
+                'key', NEW.key, 'task_id', NEW.task_id));
+            RETURN NULL;
+        END
+    $$;
+    CREATE TRIGGER evolink_changed AFTER INSERT OR UPDATE OF phase, task, error, pictures, owner ON evolink_entries
+        FOR EACH ROW EXECUTE FUNCTION evolink_tell();
+    """,
+)
+
+
+Value = Callable[[Entry], Any]
+SEPARATOR = "\n"
+
+
+def plain(value: Any) -> Any:
+    """Text without NUL and lone surrogates, which PostgreSQL refuses; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def words_of(entry: Entry) -> str:
+    """The text that `recent` searches."""
+    pictures = [{"path": picture.path} for picture in entry.pictures]
+    return SEPARATOR.join(searched(entry.request, pictures, entry.save_as, entry.task_id))
+
+
+ROW: dict[str, Value] = {**COLUMNS, "words": words_of}
+INSERT = f"INSERT INTO evolink_entries ({', '.join(ROW)}) VALUES ({', '.join(['%s'] * len(ROW))})"
+
+
+def values_of(entry: Entry, columns: Mapping[str, Value] = ROW) -> list[Any]:
+    """The entry's values in these columns, as PostgreSQL takes them."""
+    return [plain(value(entry)) for value in columns.values()]
+
+
+async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
+    """Make the changes that this database has not seen yet, in one transaction; `locks` is the lock's first half.
+
+    Raises:
+        JournalUnwritable: a newer version of evolink-mcp made it.
+    """
+    async with db.transaction():
+        await db.execute("SET LOCAL statement_timeout = '10min'")
+        await db.execute("SELECT pg_advisory_xact_lock(%s, 0)", (locks,))
+        await db.execute("CREATE TABLE IF NOT EXISTS evolink_schema (version INTEGER NOT NULL)")
+        row = await (await db.execute("SELECT version FROM evolink_schema")).fetchone()
+        version = row["version"] if row is not None else 0
+        if version > len(VERSIONS):
+            raise JournalUnwritable(
+                f"its tables are of version {version} and this program knows {len(VERSIONS)}: "
+                "a newer version of evolink-mcp made them"
+            )
+        for script in VERSIONS[version:]:
+            await db.execute(script.encode())
+        if version < len(VERSIONS):
+            await db.execute("DELETE FROM evolink_schema")
+            await db.execute("INSERT INTO evolink_schema VALUES (%s)", (len(VERSIONS),))
+
+
+def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> tuple[str, list[Entry]]:
+    """Where the journal lies, and the newest entries of all accounts, newest first; blocks, and changes nothing.
+
+    `words` are those of `Journal.recent`; `since` is in epoch seconds.
+
+    Raises:
+        JournalUnwritable: it cannot be read.
+    """
+    address = Address.of(url)
+    holds = " AND strpos(words, %s) > 0" * len(words)
+    statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{holds} ORDER BY created_at DESC, key LIMIT %s"
+    try:
+        with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as rows:
+            rows.execute(statement.encode(), (since, *map(folded, words), limit))
+            return address.place, readable(rows.fetchall())
+    except psycopg.errors.UndefinedTable:
+        return address.place, []
+    except psycopg.Error as error:
+        raise address.unwritable(address.reason(error)) from error

@@ -1,0 +1,31 @@
+"""How tests start this package in another process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+PATIENT_S = 120
+# -P keeps the working directory off the import path. There, a file of a project could replace a module.
+SERVER_COMMAND = [sys.executable, "-P", "-m", "evolink_mcp"]
+
+
+def minimal_environment(home: Path, **settings: str) -> dict[str, str]:
+    """Return what an MCP host passes to a server: a home, a path and `settings`. Keep the variables of coverage."""
+    inherited = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
+    return {"HOME": str(home), **inherited, **settings}
+
+
+def without_coverage(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables that measure the coverage of child processes."""
+    return {name: value for name, value in environ.items() if not name.startswith("COVERAGE_")}
+
+
+def keep_the_database() -> None:
+    """A machine may stand still for seconds: no server of this process gives its database up for that."""
+    from evolink_mcp.teams import database, database_url
+
+    database.Database.__init__.__kwdefaults__["stop_after_s"] = float(PATIENT_S)
+    database_url.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = PATIENT_S

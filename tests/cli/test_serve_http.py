@@ -1,0 +1,43 @@
+"""How `evolink-mcp http` and `sse` end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.cli import serve_http
+from evolink_mcp.cli.arguments import Namespace
+from evolink_mcp.teams.app import Studios
+from evolink_mcp.teams.tokens import new_token
+
+
+@pytest.mark.parametrize("team", [False, True], ids=["one person", "a team"])
+def test_only_a_server_of_a_team_waits_for_those_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, team: bool
+) -> None:
+    """One person's is gone within two seconds of a signal, also while a call waits and a POST is under way."""
+    ends: list[bool] = []
+
+    async def signalled(
+        app: Any, host: str, port: int, leaving: Any, ready: Any, drained: Callable[[], bool] = lambda: True
+    ) -> int:
+        ends.append(drained())
+        return 143
+
+    monkeypatch.setattr(serve_http, "serve_app", signalled)
+    monkeypatch.setattr(Studios, "drain", lambda studios: False)
+    (tokens := tmp_path / "tokens.toml").write_text(new_token("anna")[1])
+    settings = Settings.from_environment(
+        {
+            "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
+            "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
+            **({"EVOLINK_MCP_TOKENS_FILE": str(tokens)} if team else {}),
+        }
+    )
+    options = Namespace(command="http", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
+    assert serve_http.serve_web(options, settings, lambda line: None) == 143
+    assert ends == [not team]

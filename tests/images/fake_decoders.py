@@ -1,0 +1,50 @@
+"""Programs that stand in for the decoder process: they greet correctly and then misbehave.
+
+They start with `-I`, as the real one does, and import only the standard library.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+GREET = """
+import os, sys
+requests = os.fdopen(0, "rb")
+answers = os.fdopen(1, "wb")
+def answer(data):
+    answers.write(data)
+    answers.flush()
+def request():
+    head = requests.read(22)
+    return requests.read(int.from_bytes(head[14:22], "little"))
+answer(b"EVG1" + bytes([15]))
+"""
+REFUSE = r'answer(b"EVA1\x01" + bytes(26))'
+
+
+def program(body: str) -> list[str]:
+    """Return the command of a decoder that greets and then runs `body`."""
+    return [sys.executable, "-I", "-c", GREET + body]
+
+
+def stuck(marker: Path) -> list[str]:
+    """Return a decoder that writes its process ID to `marker` and never answers."""
+    return program(f"request()\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\nwhile True: sys.stdin.read()")
+
+
+def answering(data: bytes) -> list[str]:
+    """Return a decoder that answers each request with `data`."""
+    return program(f"while requests.peek(1):\n    request()\n    answer({data!r})")
+
+
+# Refuses an image, unless its content is "endless": then it never answers.
+ENDLESS_OR_REFUSE = program(
+    f"""
+import threading
+while requests.peek(1):
+    if request() == b"endless":
+        threading.Event().wait()
+    {REFUSE}
+"""
+)

@@ -1,0 +1,116 @@
+"""What is uploaded is upright and says nothing but its pixels; a picture that is both already stays as it is."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from drawings import SECRET, changed, drawing, noise, talkative, turned
+from PIL import Image, ImageCms
+
+from evolink_mcp.images.prepare import check_reference, normalize
+from evolink_mcp.images.unusable import UnusableImage
+
+KINDS = pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def pixels(picture: bytes) -> tuple[tuple[int, int], bytes]:
+    with Image.open(io.BytesIO(picture)) as image:
+        return image.size, image.convert("RGBA").tobytes()
+
+
+@KINDS
+def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
+    picture = talkative(kind)
+    sent = normalize(picture)
+    assert SECRET.encode() in picture
+    assert SECRET.encode() not in sent
+    assert pixels(sent) == pixels(picture)
+
+
+@KINDS
+def test_what_follows_the_picture_is_left_out(kind: str) -> None:
+    picture = noise((64, 48), kind)
+    assert normalize(picture + b"a second picture, or a program") == picture
+
+
+@KINDS
+def test_a_picture_that_says_nothing_is_sent_byte_for_byte(kind: str) -> None:
+    picture = noise((64, 48), kind)
+    assert normalize(picture) == picture
+
+
+@KINDS
+def test_colours_keep_their_profile(kind: str) -> None:
+    sent = [normalize(drawing(kind=kind, icc_profile=PROFILE)), normalize(turned(drawing(kind=kind), 6))]
+    with Image.open(io.BytesIO(sent[0])) as image:
+        assert image.info["icc_profile"] == PROFILE
+
+
+@KINDS
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> None:
+    """A picture that is red above and blue below, and lighter at the left, in all eight ways in which a camera stores it."""
+    seen = Image.new("RGB", (48, 64), (200, 0, 0))
+    seen.paste((0, 0, 200), (0, 32, 48, 64))
+    seen.paste((250, 120, 120), (0, 0, 24, 32))
+    stored = {
+        1: lambda image: image,
+        2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
+        4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
+        6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
+        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+        8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    }[orientation](seen)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    stored.save(out, kind, exif=exif.tobytes())
+    facts = check_reference(out.getvalue(), is_mask=False)
+    assert (facts.width, facts.height, facts.is_upright) == (48, 64, orientation == 1)
+    with Image.open(io.BytesIO(normalize(out.getvalue()))) as sent:
+        assert (sent.size, dict(sent.getexif())) == ((48, 64), {})
+        for spot in ((10, 10), (40, 10), (10, 50)):
+            near = zip(sent.convert("RGB").getpixel(spot), seen.getpixel(spot), strict=True)
+            assert all(abs(one - other) < 30 for one, other in near)
+
+
+def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:
+    limit = 64 * 48 // 2
+    with Image.open(io.BytesIO(normalize(turned(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))) as sent:
+        assert sent.size == (24, 32)
+    with pytest.raises(UnusableImage, match="save it upright"):
+        check_reference(turned(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
+
+
+def test_a_mask_above_the_memory_limit_is_refused() -> None:
+    with pytest.raises(UnusableImage, match="at most 50 megapixels"):
+        check_reference(drawing((1001, 1000), mode="RGBA"), is_mask=True, mask_max_pixels=1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("mask", "share"),
+    [
+        pytest.param(drawing(mode="RGBA"), 1.0, id="all of it"),
+        pytest.param(changed(drawing(mode="RGBA"), lambda i: i.paste((0, 0, 0, 255), (0, 0, 32, 48))), 0.5, id="half"),
+        pytest.param(changed(drawing(mode="RGBA"), lambda i: i.putalpha(255)), 0.0, id="none"),
+        pytest.param(drawing(mode="LA"), 0.549, id="grey, of which all is half transparent"),
+        pytest.param(drawing(), None, id="no alpha"),
+    ],
+)
+def test_the_transparent_share_of_a_mask_is_measured(mask: bytes, share: float | None) -> None:
+    assert bool(check_reference(mask, is_mask=True).transparent) == bool(share)
+
+
+@pytest.mark.parametrize("data", [b"", b"II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 40])
+def test_broken_exif_turns_nothing(data: bytes) -> None:
+    picture = drawing(exif=data)
+    assert check_reference(picture, is_mask=False).is_upright
+    assert data not in normalize(picture) or len(data) == 0
+
+
+def test_an_orientation_that_is_none_turns_nothing() -> None:
+    assert check_reference(turned(drawing(kind="JPEG"), 9), is_mask=False).is_upright

@@ -1,0 +1,205 @@
+"""The JSON beside a picture: the same facts as every answer, written whole, in nobody's place, and only if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import KEY, Open, World
+from drawings import drawing
+from PIL import Image
+
+pytestmark = pytest.mark.anyio
+SHARED = ("index", "path", "url", "url_expires_at", "mime_type", "width", "height", "bytes", "sha256")
+
+
+async def buy(world: World, prompt: str = "sim:fast a fox", **more: Any) -> Any:
+    with anyio.fail_after(300):
+        async with world.client() as client:
+            return await client.call_tool("generate_image", {"prompt": prompt, **more})
+
+
+def beside(image: dict[str, Any]) -> Path:
+    return Path(image["path"] + ".json")
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+@pytest.mark.parametrize("wish", [{}, {"save_as": "a b/hero (1).png", "size": "16:9", "output_format": "webp"}])
+async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_disk(
+    world: World, mode: str, wish: dict[str, Any]
+) -> None:
+    with anyio.fail_after(300):
+        async with world.client(mode) as client:
+            answer = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2, **wish})
+            facts, text = answer.structured_content, answer.content[0].text
+            (page,) = (await client.read_resource(f"evolink://tasks/{facts['task_id']}")).contents
+            assert len(facts["images"]) == 2
+            for image in facts["images"]:
+                (blob,) = (await client.read_resource(image["resource_uri"])).contents
+                content = Path(image["path"]).read_bytes()
+                with Image.open(image["path"]) as picture:
+                    assert (image["width"], image["height"]) == picture.size
+                    assert image["mime_type"] == picture.get_format_mimetype() == blob.mime_type
+                assert hashlib.sha256(content).hexdigest() == image["sha256"]
+                assert len(content) == image["bytes"]
+                told = json.loads(beside(image).read_text("utf-8"))
+                assert {name: image[name] for name in SHARED} == {name: told[name] for name in SHARED}
+                for name in ("path", "url", "sha256", "resource_uri", "url_expires_at", "markdown"):
+                    assert image[name] in text
+                assert (
+                    f"{image['width']}×{image['height']} pixels, {image['mime_type']}, {image['bytes']:,} bytes" in text
+                )
+                assert image["path"] in image["markdown"]
+    assert json.loads(page.text)["images"] == facts["images"]
+
+
+async def test_it_says_how_the_picture_was_made(world: World) -> None:
+    answer = await buy(world, size="16:9", quality="low", callback_url="https://hooks.example.org/x?token=hush")
+    facts = answer.structured_content
+    told = json.loads(beside(facts["images"][0]).read_text("utf-8"))
+    assert told["made_by"].startswith("evolink-mcp ")
+    assert told["prompt"] == "sim:fast a fox"
+    assert told["request"] == {"model": "gpt-image-2", "size": "16:9", "quality": "low"}
+    assert (told["task_id"], told["created_at"]) == (facts["task_id"], facts["created_at"])
+    assert set(told) == {"made_by", "prompt", "request", "references", "task_id", "created_at", *SHARED}
+
+
+async def test_neither_the_key_nor_a_callback_address_is_in_it(world: World) -> None:
+    answer = await buy(world, callback_url="https://hooks.example.org/x?token=hush")
+    written = beside(answer.structured_content["images"][0]).read_text("utf-8")
+    assert KEY not in written
+    assert "hush" not in written
+
+
+async def test_it_is_for_its_owner_only_and_nothing_else_is_left(world: World) -> None:
+    answer = await buy(world)
+    (image,) = answer.structured_content["images"]
+    assert stat.S_IMODE(beside(image).stat().st_mode) == 0o600
+    assert {Path(image["path"]), beside(image)} == set((world.folder / "pictures").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [("", True), ("1", True), ("on", True), ("0", False), ("off", False), ("${SIDECAR}", True)],
+)
+async def test_it_can_be_switched_off(open_world: Open, value: str, written: bool) -> None:
+    async with open_world({"EVOLINK_MCP_SIDECAR": value}) as world:
+        answer = await buy(world)
+        assert beside(answer.structured_content["images"][0]).exists() is written
+
+
+def _file(path: Path, content: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        pytest.param("{}", id="JSON of somebody"),
+        pytest.param('{"made_by": "another-tool", "sha256": "1"}', id="JSON of another tool"),
+        pytest.param('["made_by", "evolink-mcp"]', id="a list"),
+        pytest.param("not JSON", id="no JSON"),
+        pytest.param("", id="empty"),
+        pytest.param("[" * 100_000, id="brackets without end"),
+    ],
+)
+async def test_somebody_elses_file_is_left_alone(world: World, foreign: str) -> None:
+    path = world.folder / "pictures" / "hero.png.json"
+    _file(path, foreign)
+    answer = await buy(world, save_as="hero.png")
+    (image,) = answer.structured_content["images"]
+    assert (answer.is_error, Path(image["path"]).name) == (False, "hero.png")
+    assert path.read_text() == foreign
+
+
+async def test_a_link_in_its_place_is_not_written_through(world: World) -> None:
+    path, secret = world.folder / "pictures" / "hero.png.json", world.folder / "settings.json"
+    _file(secret, '{"made_by": "evolink-mcp", "sha256": "1"}')
+    path.parent.mkdir()
+    path.symlink_to(secret)
+    answer = await buy(world, save_as="hero.png")
+    assert answer.is_error is False
+    assert secret.read_text() == '{"made_by": "evolink-mcp", "sha256": "1"}'
+    assert path.is_symlink()
+
+
+async def test_a_pipe_in_its_place_does_not_hold_up_the_picture(world: World) -> None:
+    path = world.folder / "pictures" / "hero.png.json"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    answer = await buy(world, save_as="hero.png")
+    assert answer.is_error is False
+
+
+async def test_what_is_left_of_a_deleted_picture_is_replaced_by_the_next_of_its_name(world: World) -> None:
+    first = (await buy(world, save_as="hero.png")).structured_content
+    Path(first["images"][0]["path"]).unlink()
+    second = (await buy(world, "sim:fast a cat", save_as="hero.png")).structured_content
+    (image,) = second["images"]
+    told = json.loads(beside(image).read_text("utf-8"))
+    assert Path(image["path"]).name == "hero.png"
+    assert (told["task_id"], told["sha256"]) == (second["task_id"], image["sha256"])
+
+
+async def test_it_comes_back_with_a_picture_that_was_deleted(world: World) -> None:
+    facts = (await buy(world)).structured_content
+    (image,) = facts["images"]
+    before = json.loads(beside(image).read_text("utf-8"))
+    Path(image["path"]).unlink()
+    beside(image).unlink()
+    with anyio.fail_after(300):
+        async with world.client() as client:
+            await client.call_tool("get_task", {"task_id": facts["task_id"]})
+    assert json.loads(beside(image).read_text("utf-8")) == before
+
+
+async def test_a_picture_whose_sidecar_cannot_be_written_is_kept_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = os.fsync
+
+    def full(handle: int) -> None:
+        if os.fstat(handle).st_size < 2_000:
+            raise OSError(28, "No space left on device")
+        whole(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    answer = await buy(world)
+    (image,) = answer.structured_content["images"]
+    assert answer.is_error is False
+    assert [Path(image["path"])] == list((world.folder / "pictures").iterdir())
+    assert "cannot be written (No space left on device)" in caplog.text
+
+
+async def test_a_task_bought_elsewhere_gets_one_with_what_is_known(open_world: Open, world: World) -> None:
+    """Another client of the same key bought it: the words of the request are not known here."""
+    await buy(world, wait_seconds=0)
+    (task_id,) = world.simulator.tasks
+    world.clock.now += 60
+    environ = {
+        "EVOLINK_MCP_DATA_DIR": str(world.folder / "data2"),
+        "EVOLINK_MCP_OUTPUT_DIR": str(world.folder / "pictures2"),
+    }
+    async with open_world(environ, simulator=world.simulator, clock=world.clock) as other:
+        with anyio.fail_after(300):
+            async with other.client() as client:
+                facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
+    told = json.loads(beside(facts["images"][0]).read_text("utf-8"))
+    assert (told["prompt"], told["request"], told["task_id"]) == (None, {}, task_id)
+
+
+async def test_a_sidecar_is_no_reference_and_no_picture(open_world: Open, tmp_path: Path) -> None:
+    desk = tmp_path / "pictures"
+    _file(desk / "cat.png.json", "{}")
+    (desk / "cat.png").write_bytes(drawing())
+    async with open_world() as world:
+        answer = await buy(world, image_urls=[str(desk / "cat.png.json")])
+    assert answer.is_error is True
+    assert world.simulator.requests == []

@@ -1,0 +1,262 @@
+"""The recorded first answers are the SDK's, byte for byte, in every era; anything unusual is left to the SDK."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import World
+from mcp.shared.message import SessionMessage
+from mcp_types import JSONRPCRequest, jsonrpc_message_adapter
+from pydantic import ValidationError
+
+from evolink_mcp.app.wiring import server_for
+from evolink_mcp.server import startup_answers as rooms
+from evolink_mcp.server.server import build_server, serve_streams
+from evolink_mcp.server.startup_answers import HANDSHAKES, LISTS, MODERN, RECORDING, Opening, record, recorded, versions
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+Session = list[bytes]
+CLIENT = {"name": "claude-code", "version": "2.1.0", "title": "Claude Code"}
+CAPABILITIES = {
+    "roots": {"listChanged": True},
+    "sampling": {"context": {}, "tools": {}},
+    "elicitation": {"form": {}, "url": {}},
+    "experimental": {"a": {"b": [1]}},
+    "extensions": {"io.modelcontextprotocol/ui": {"mimeTypes": ["text/html;profile=mcp-app"]}},
+}
+ENVELOPE = {rooms._VERSION: MODERN, rooms._CAPABILITIES: CAPABILITIES, rooms._CLIENT: CLIENT}
+INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+
+
+def say(name: Any, method: str, params: Any = None, **more: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": name, "method": method, **({} if params is None else {"params": params}), **more}
+
+
+def hello(version: Any = "2025-11-25", capabilities: Any = CAPABILITIES, client: Any = CLIENT, **more: Any) -> Any:
+    return say(
+        0, "initialize", {"protocolVersion": version, "capabilities": capabilities, "clientInfo": client, **more}
+    )
+
+
+def modern(name: Any, method: str, **more: Any) -> dict[str, Any]:
+    return say(name, method, {"_meta": {**ENVELOPE, **more}})
+
+
+def lists(first: int) -> list[dict[str, Any]]:
+    return [say(first + number, method) for number, method in enumerate(("ping", *LISTS))]
+
+
+def lines(*messages: Any) -> Session:
+    return [one if isinstance(one, bytes) else json.dumps(one, ensure_ascii=False).encode() for one in messages]
+
+
+@pytest.fixture
+async def answers(world: World, tmp_path: Path) -> rooms.Answers:
+    """A recording made now: what is installed may be newer than what the package's was made with."""
+    path = tmp_path / "startup_answers.tsv"
+    path.write_bytes(await record(partial(serve_streams, build_server(world.studio))))
+    found = recorded(path)
+    assert found is not None
+    return found
+
+
+def early(said: Session, answers: rooms.Answers) -> dict[Any, bytes]:
+    """What the recording answers, by id."""
+    opening = Opening(answers)
+    found = [answer for line in said if (answer := opening.answer(line)) is not None]
+    by_id = {json.loads(answer)["id"]: answer for answer in found}
+    assert len(by_id) == len(found)
+    assert set(by_id) == opening.answered
+    return by_id
+
+
+async def asked(world: World, said: Session) -> dict[Any, bytes]:
+    """What the SDK answers, by id, each as a line."""
+    to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](1000)
+    to_client, from_server = anyio.create_memory_object_stream[SessionMessage](1000)
+    expected: set[Any] = set()
+    for line in said:
+        with suppress(ValidationError):
+            message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+            await to_server.send(SessionMessage(message))
+            if isinstance(message, JSONRPCRequest):
+                expected.add(message.id)
+    by_id: dict[Any, bytes] = {}
+    async with anyio.create_task_group() as group, from_server:
+        group.start_soon(serve_streams, server_for(world.studio, world.settings), from_client, to_client)
+        while expected - set(by_id):
+            found = (await from_server.receive()).message
+            line = found.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n"
+            by_id.setdefault(getattr(found, "id", None), line)
+        to_server.close()
+    return by_id
+
+
+async def test_the_recording_is_what_the_sdk_says_now(world: World) -> None:
+    """`UPDATE_OPENING=1` makes it again."""
+    now = await record(partial(serve_streams, build_server(world.studio)))
+    if "UPDATE_OPENING" in os.environ:
+        RECORDING.write_bytes(now)
+    made_with = RECORDING.read_bytes().splitlines()[0].decode()
+    if made_with != versions():
+        pytest.skip(
+            f"startup_answers.tsv was made with {made_with}, and this is {versions()}: UPDATE_OPENING=1 makes it again"
+        )
+    assert RECORDING.read_bytes() == now
+
+
+USUAL = {
+    **{f"handshake {version}": (lines(hello(version), INITIALIZED, *lists(1)), 5) for version in HANDSHAKES},
+    "a version that nobody knows": (lines(hello("2099-01-01"), *lists(1)), 5),
+    "the modern version in a handshake": (lines(hello(MODERN), INITIALIZED, *lists(1)), 5),
+    "no capabilities": (lines(hello(capabilities={}, client={"name": "x", "version": "1"}), *lists(1)), 5),
+    "ids are words": (lines(hello(), say("é", "tools/list"), say("", "ping"), say("a\tb\"\\/\x7f", "ping")), 4),
+    "a call in the same write": (lines(hello(), INITIALIZED, say(1, "tools/call", {"name": "x"}), say(2, "ping")), 2),
+    "a progress token": (lines(hello(), say(1, "tools/list", {"_meta": {"progressToken": 7}})), 2),
+    "modern": (lines(*(modern(n, method) for n, method in enumerate(("server/discover", *LISTS)))), 4),
+    "modern without a name": (lines(say(1, "tools/list", {"_meta": {rooms._VERSION: MODERN, rooms._CAPABILITIES: {}}})), 1),
+    "probe, then initialize": (lines(modern(1, "server/discover"), say(2, "initialize", hello()["params"])), 1),
+    "modern, then without envelope": (lines(modern(1, "tools/list"), say(2, "tools/list"), modern(3, "ping")), 1),
+    "handshake, then envelope": (lines(hello(), modern(1, "tools/list"), say(2, "ping")), 2),
+}  # fmt: skip
+UNUSUAL = {
+    "list first": lines(say(1, "tools/list"), hello(), say(2, "tools/list")),
+    "half an envelope": lines(say(1, "tools/list", {"_meta": {rooms._VERSION: MODERN}})),
+    "another envelope": lines(say(1, "tools/list", {"_meta": {**ENVELOPE, rooms._VERSION: "2027-01-01"}})),
+    "a cursor": lines(hello(), say(1, "tools/list", {"cursor": "x"})),
+    "a cursor of null": lines(hello(), say(1, "tools/list", {"cursor": None})),
+    "a number for a version": lines(hello(20251125), say(1, "tools/list")),
+    "no client": lines(hello(client=None), say(1, "tools/list")),
+    "a client without version": lines(hello(client={"name": "x"}), say(1, "tools/list")),
+    "capabilities are a list": lines(hello(capabilities=[]), say(1, "tools/list")),
+    "roots are true": lines(hello(capabilities={"roots": True}), say(1, "tools/list")),
+    "params are a list": lines(hello(), say(1, "tools/list", [])),
+    "ids repeat": lines(hello(), say(0, "tools/list"), say(2, "ping")),
+    "twice initialize": lines(hello(), say(1, "initialize", hello()["params"])),
+    "an id of 1.5": lines(hello(), say(1.5, "tools/list"), say(2, "ping")),
+    "an id of true": lines(hello(), say(True, "tools/list")),
+    "an id of null": lines(hello(), say(None, "tools/list")),
+    "a long id": lines(hello(), say(10**30, "tools/list")),
+    "another protocol": lines({**hello(), "jsonrpc": "1.0"}),
+    "a batch": lines([hello()], hello()),
+    "no JSON": lines(b"{", hello()),
+    "not a number": lines(hello(), b'{"jsonrpc":"2.0","id":1,"method":"tools/list","params":{"_meta":{"x":NaN}}}'),
+    "a name twice": lines(hello(), b'{"jsonrpc":"2.0","id":1,"id":2,"method":"ping"}'),
+    "a lone surrogate": lines(hello(), b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}'),
+    "more members": lines({**hello(), "more": 1}),
+    "discover after a handshake": lines(hello(), say(1, "server/discover")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "count"), USUAL.values(), ids=USUAL)
+async def test_a_usual_session_is_answered_as_the_sdk_answers_it(
+    said: Session, count: int, world: World, answers: rooms.Answers
+) -> None:
+    found = early(said, answers)
+    assert len(found) == count
+    theirs = await asked(world, said)
+    assert {name: theirs[name] for name in found} == found
+
+
+@pytest.mark.parametrize("said", UNUSUAL.values(), ids=UNUSUAL)
+async def test_what_is_unusual_is_left_to_the_sdk_or_answered_as_it_does(
+    said: Session, world: World, answers: rooms.Answers
+) -> None:
+    found = early(said, answers)
+    assert len(found) < len(said)
+    if found:
+        theirs = await asked(world, said)
+        assert {name: theirs[name] for name in found} == found
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    [{}],
+    {},
+    {"a": 1},
+    {"a": {}},
+    {"listChanged": 1},
+    {"a": {"b": None}},
+]
+
+
+def bent(rng: random.Random, value: Any, depth: int = 0) -> Any:
+    """The value with something odd somewhere in it."""
+    if not isinstance(value, dict) or not value or rng.random() < 0.15 * depth:
+        return rng.choice(ODD)
+    key = rng.choice(list(value))
+    kind = rng.random()
+    if kind < 0.15:
+        return {name: one for name, one in value.items() if name != key}
+    if kind < 0.3:
+        return {**value, rng.choice(["more", "tasks", "roots", "_meta", "cursor", "title", "icons"]): rng.choice(ODD)}
+    return {**value, key: bent(rng, value[key], depth + 1)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
+    seed: int, world: World, answers: rooms.Answers
+) -> None:
+    rng = random.Random(seed)
+    told = 0
+    for _ in range(60):
+        first, second = hello(rng.choice(HANDSHAKES)), say(1, rng.choice(LISTS), {"_meta": {"progressToken": "t"}})
+        if rng.random() < 0.5:
+            first, second = modern(0, rng.choice(["server/discover", *LISTS])), modern(1, rng.choice(LISTS))
+        if rng.random() < 0.7:
+            first = {**first, "params": bent(rng, first["params"])}
+        else:
+            second = {**second, "params": bent(rng, second["params"])}
+        said = lines(first, second)
+        found = early(said, answers)
+        told += len(found)
+        if found:
+            theirs = await asked(world, said)
+            assert {name: theirs[name] for name in found} == found, said
+    assert told > 10
+
+
+async def test_only_the_versions_of_the_recording_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: rooms.Answers
+) -> None:
+    assert len(answers) == len(HANDSHAKES) * 5 + 1 + 4
+    other = tmp_path / "startup_answers.tsv"
+    first, _, rest = other.read_bytes().partition(b"\n")
+    other.write_bytes(first.replace(b"mcp ", b"mcp 9", 1) + b"\n" + rest)
+    assert recorded(other) is None
+    other.write_bytes(b"")
+    assert recorded(other) is None
+    assert recorded(tmp_path / "none") is None
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    other.write_bytes(first + b"\n" + rest)
+    assert recorded(other) is None
+
+
+async def test_without_a_recording_nothing_is_answered() -> None:
+    assert early(lines(hello(), *lists(1)), {}) == {}
+    opening = Opening(None)
+    assert opening.answer(lines(hello())[0]) is None
+
+
+async def test_notifications_and_other_calls_do_not_end_it(answers: rooms.Answers) -> None:
+    cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
+    said = lines(
+        INITIALIZED, hello(), cancel, say(1, "resources/list"), say(2, "tools/call", {"name": 1}), say(3, "ping")
+    )
+    assert set(early(said, answers)) == {0, 3}

@@ -1,0 +1,146 @@
+"""A lost answer's task is guessed only if nothing speaks against it, whatever the shape of the account's list."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from conftest import Clock, Open, PlainSimulator, World
+
+from evolink_mcp.api.task import Task
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.reconcile import contradicts
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+NOW = 1_790_000_000.0
+PRICE = 0.1983
+
+
+class Loses(httpx.ASGITransport):
+    """Loses the answers of purchases: of those that were taken, or (`unbilled`) instead of taking them.
+
+    `skew_s` is how far its clock is ahead, as the `Date` header tells.
+    """
+
+    def __init__(self, simulator: PlainSimulator, *, unbilled: bool = False, skew_s: float | None = None) -> None:
+        super().__init__(simulator.app)
+        self._simulator, self._unbilled, self._skew_s = simulator, unbilled, skew_s
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/images/generations":
+            if not self._unbilled:
+                await super().handle_async_request(request)
+            return httpx.Response(502, stream=httpx.ByteStream(b"<html>"))
+        reply = await super().handle_async_request(request)
+        if self._skew_s is not None:
+            moment = datetime.fromtimestamp(self._simulator.clock() + self._skew_s, UTC)
+            reply.headers["date"] = format_datetime(moment, usegmt=True)
+        return reply
+
+
+async def bought(world: World, **more: Any) -> tuple[dict[str, Any], str]:
+    async with world.client() as client:
+        answer = await client.call_tool("generate_image", {**WISH, **more})
+    return answer.structured_content, answer.content[0].text
+
+
+@pytest.mark.parametrize("list_times", ["number", "iso", "none"])
+async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_times: str) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
+    async with open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world:
+        facts, text = await bought(world)
+    assert (facts["guess"], facts["charged"], facts["status"], facts["credits"]) == (True, "unknown", "completed", None)
+    assert text.splitlines()[0].startswith("A guess: ")
+    assert [facts["task_id"]] == list(simulator.tasks)
+    assert world.posts == 1
+
+
+@pytest.mark.parametrize("list_times", ["number", "iso", "none"])
+async def test_a_purchase_from_the_web_page_is_not_taken_for_an_unbilled_one(open_world: Open, list_times: str) -> None:
+    """A 502 that made no task, and beside it something dearer that the user bought on EvoLink's page."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
+    lost = Loses(simulator, unbilled=True)
+    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+        assert world.settings.key is not None
+        strangers = {"model": "gpt-image-2", "prompt": "a duchess", "size": "2048x2048", "quality": "high"}
+        simulator.create(strangers, key=world.settings.key.get_secret_value())
+        facts, text = await bought(world)
+        async with world.client() as client:
+            listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
+    assert (facts["task_id"], facts["charged"], facts["status"]) == (None, "unknown", "unknown")
+    assert not text.startswith("A guess")
+    (stranger,) = (task for task in listed["tasks"] if task["task_id"])
+    assert stranger["created_at"].startswith("2026-")
+    assert not any("support" in note for task in listed["tasks"] for note in task["notes"])
+
+
+async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_world: Open) -> None:
+    """One of two was billed, nobody knows which: the task is named, and looked at by its id."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    lost = Loses(simulator, unbilled=True)
+    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+        await bought(world)
+        lost._unbilled = False
+        facts, text = await bought(world, prompt="a hen")
+    (task_id,) = simulator.tasks
+    assert (facts["task_id"], facts["charged"]) == (None, "unknown")
+    assert task_id in text
+
+
+@pytest.mark.parametrize("ahead_s", [-3 * 86_400.0, 3600.0])
+async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: float) -> None:
+    """EvoLink's `Date` tells how far the two clocks are apart."""
+    clock, theirs = Clock(), Clock()
+    theirs.now = clock.now + ahead_s
+    simulator = PlainSimulator(clock=theirs, duration_s=0)
+    lost = Loses(simulator, skew_s=0.0)
+    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+        async with world.client() as client:
+            await client.call_tool("get_balance", {})
+        facts, _ = await bought(world)
+    assert [facts["task_id"]] == list(simulator.tasks)
+
+
+def entry(**request: Any) -> Entry:
+    return Entry("k", "o", "unknown", NOW, request={"model": "gpt-image-2", **WISH, **request}, estimate=PRICE)
+
+
+@pytest.mark.parametrize(
+    ("task", "skew_s", "expected"),
+    [
+        pytest.param({}, None, False, id="the same time"),
+        pytest.param({"created": NOW + 100}, 0.0, False, id="while it was repeated"),
+        pytest.param({"created": NOW - 30}, None, False, id="a little before, and the clocks are not known"),
+        pytest.param({"created": NOW - 30}, 0.0, True, id="before it was ordered"),
+        pytest.param({"created": NOW + 300}, 0.0, True, id="long after"),
+        pytest.param({"created": NOW + 3600}, 3600.0, False, id="EvoLink's clock is an hour ahead"),
+        pytest.param({"created": NOW}, 3600.0, True, id="an hour too early by EvoLink's clock"),
+        pytest.param({"created": None}, None, True, id="no time at all"),
+        pytest.param({"model": "nano-banana"}, None, True, id="another model"),
+        pytest.param({"credits_reserved": PRICE}, None, False, id="the price reserved"),
+        pytest.param({"credits_used": PRICE, "status": "completed"}, None, False, id="the price charged"),
+        pytest.param({"credits_reserved": 9.0}, None, True, id="a dearer picture"),
+        pytest.param({"credits_reserved": 2 * PRICE}, None, True, id="two pictures"),
+        pytest.param({"credits_used": 0.05, "status": "completed"}, None, True, id="a cheaper picture"),
+    ],
+)
+async def test_what_speaks_against_a_task(task: dict[str, Any], skew_s: float | None, expected: bool) -> None:
+    assert contradicts(entry(), Task("task-unified-1-a", **{"created": NOW, **task}), skew_s) is expected
+
+
+async def test_a_request_that_leaves_the_size_to_evolink_fits_any_of_its_sizes() -> None:
+    wish = entry(size="auto", quality="high", n=2)
+    fits = [
+        c
+        for c in (2.0, 5.0, 20.0, 50.0, 90.0, 150.0)
+        if not contradicts(wish, Task("t", created=NOW, credits_used=c), None)
+    ]
+    assert fits == [20.0, 50.0, 90.0]

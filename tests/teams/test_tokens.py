@@ -1,0 +1,474 @@
+"""Who may call over HTTP: tokens on every path, tenants apart, and a file that is read again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from child_processes import SERVER_COMMAND, minimal_environment
+from conftest import Clock
+from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
+
+from evolink_mcp.app.settings import Settings
+from evolink_mcp.teams.app import why_not_ready
+from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.tenants import SCOPE_KEY, Tenants
+from evolink_mcp.teams.tokens import BadTokens, Refusal, Tenant, Tokens, new_token
+
+pytestmark = pytest.mark.anyio
+ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
+
+
+def bearer(token: str) -> bytes:
+    return f"Bearer {token}".encode()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tokens.toml"
+
+
+# --- the file ---
+
+
+def test_a_new_token_and_its_block_fit(file: Path) -> None:
+    token, text = new_token("anna")
+    file.write_text(text)
+    assert token.startswith("evt_")
+    assert len(token) == len("evt_") + 43
+    assert token not in text
+    entered = Tokens(file).enter(bearer(token))
+    assert isinstance(entered, Tenant)
+    assert entered.name == "anna"
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "NUL", "anna.", "\u202eanna", "a" * 65, "anna\n[[token]]"])
+def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+    with pytest.raises(BadTokens):
+        new_token(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("", "needs one", id="empty"),
+        pytest.param("[[token]\nname=", "no TOML", id="no TOML"),
+        pytest.param("tokens = []", "needs one", id="another word"),
+        pytest.param("[[token]]\nname = 'anna'", "sha256 must be", id="no sha256"),
+        pytest.param(block("anna", "a").replace('sha256 = "', 'sha256 = "evt_'), "not the token itself", id="a token"),
+        pytest.param(block("anna", "a") * 2, "twice", id="twice"),
+        pytest.param(block("anna", "a", max_credits_per_dya=1), "max_credits_per_dya means nothing", id="misspelled"),
+        pytest.param(block("anna", "a", max_credits_per_day=-1), "max_credits_per_day must be", id="below 0"),
+        pytest.param(block("anna", "a", max_credits_per_day="5"), "max_credits_per_day must be", id="a text"),
+        pytest.param(
+            block("anna", "a") + "max_credits_per_day = nan", "max_credits_per_day must be", id="not a number"
+        ),
+        pytest.param(block("anna", "a") + "max_running = true", "max_running must be a whole number", id="a truth"),
+        pytest.param(block("anna", "a", max_running=1.5), "max_running must be a whole number", id="a half"),
+        pytest.param(block("anna", "a", tools=["buy"]), "tools must be a list of generate_image", id="no such tool"),
+        pytest.param(block("anna", "a", tools=[["get_task"]]), "tools must be a list", id="a list in a list"),
+        pytest.param(block("anna", "a", tools=[]), "tools must be a list", id="no tool"),
+        pytest.param(block("anna", "a", evolink_key="sk 1"), "evolink_key is no EvoLink key", id="no key"),
+        pytest.param(block("an na", "a"), "no tenant's name", id="no name"),
+        pytest.param(block("anna", "a") + block("anna", "b", max_running=1), "say different things", id="two minds"),
+    ],
+)
+def test_a_file_with_a_fault_ends_the_start_and_names_it(file: Path, text: str, words: str) -> None:
+    file.write_text(text)
+    with pytest.raises(BadTokens, match=words) as refusal:
+        Tokens(file)
+    assert "sk 1" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_ends_the_start(file: Path) -> None:
+    with pytest.raises(BadTokens, match="cannot be read"):
+        Tokens(file)
+
+
+def test_the_file_is_read_again_and_a_broken_one_keeps_the_last(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    file.write_text(block("anna", "a"))
+    tokens = Tokens(file, clock=clock)
+    clock.now += 2
+    file.write_text(block("anna", "a") + block("bert", "b"))
+    assert isinstance(tokens.enter(bearer("b")), Tenant)
+    clock.now += 2
+    file.write_text("[[token")
+    with caplog.at_level(logging.ERROR):
+        assert isinstance(tokens.enter(bearer("b")), Tenant)
+        clock.now += 2
+        assert isinstance(tokens.enter(bearer("a")), Tenant)
+    assert caplog.text.count("stay as they were") == 1
+    clock.now += 2
+    file.write_text(block("bert", "b"))
+    assert isinstance(tokens.enter(bearer("a")), Refusal)
+    file.unlink()
+    clock.now += 2
+    assert isinstance(tokens.enter(bearer("b")), Tenant)
+
+
+@pytest.mark.parametrize(
+    "header", [None, b"", b"Bearer", b"Bearer ", b"Basic YTph", b"evt_a", b"Bearer b", b"Bearer \xff", b"Bearer a b"]
+)
+def test_whoever_has_no_token_is_told_what_is_needed(file: Path, header: bytes | None) -> None:
+    file.write_text(block("anna", "a"))
+    entered = Tokens(file).enter(header)
+    assert isinstance(entered, Refusal)
+    assert entered.status == 401
+    assert dict(entered.headers)[b"www-authenticate"].startswith(b'Bearer realm="evolink-mcp"')
+
+
+@pytest.mark.parametrize("header", [b"Bearer a", b"bearer a", b"BEARER   a  "])
+def test_the_scheme_is_read_in_any_case(file: Path, header: bytes) -> None:
+    file.write_text(block("anna", "a"))
+    assert isinstance(Tokens(file).enter(header), Tenant)
+
+
+def test_a_tenant_calls_only_so_often(file: Path) -> None:
+    clock = Clock()
+    file.write_text(block("anna", "a", requests_per_minute=2) + block("bert", "b"))
+    tokens = Tokens(file, clock=clock)
+    assert [isinstance(tokens.enter(bearer("a")), Tenant) for _ in range(3)] == [True, True, False]
+    refused = tokens.enter(bearer("a"))
+    assert isinstance(refused, Refusal)
+    assert (refused.status, dict(refused.headers)[b"retry-after"]) == (429, b"61")
+    assert isinstance(tokens.enter(bearer("b")), Tenant)
+    clock.now += 61
+    assert isinstance(tokens.enter(bearer("a")), Tenant)
+
+
+def test_whoever_has_an_own_key_shares_no_account(file: Path) -> None:
+    file.write_text(
+        block("anna", "a") + block("bert", "b", evolink_key="sk-berts-key") + block("bert", "b2", evolink_key="sk-berts-key")
+        + block("carl", "c", evolink_key="sk-one-key") + block("dora", "d", evolink_key="sk-one-key")
+    )  # fmt: skip
+    shared = {tenant.name: tenant.shares_account for tenant in Tokens(file).tenants}
+    assert shared == {"anna": True, "bert": False, "carl": True, "dora": True}
+
+
+WITH_KEY = block("anna", "a", evolink_key="sk-annas-own")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o444])
+def test_a_file_with_a_key_that_other_users_can_read_is_reported_with_its_mode(file: Path, mode: int) -> None:
+    file.write_text(BERT + WITH_KEY)
+    file.chmod(mode)
+    exposure = Tokens(file).exposure
+    assert exposure is not None
+    assert len(exposure.splitlines()) == 1
+    assert f"{file} (mode {mode:04o})" in exposure
+    assert f"chmod 600 {file}" in exposure
+    assert "sk-annas-own" not in exposure
+
+
+@pytest.mark.parametrize(("text", "mode"), [(WITH_KEY, 0o600), (WITH_KEY, 0o400), (ANNA, 0o644)])
+def test_a_private_file_and_one_without_keys_need_no_report(file: Path, text: str, mode: int) -> None:
+    file.write_text(text)
+    file.chmod(mode)
+    assert Tokens(file).exposure is None
+
+
+def test_a_key_that_is_added_to_a_readable_file_later_is_reported_too(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    file.write_text(ANNA)
+    file.chmod(0o644)
+    tokens = Tokens(file, clock=clock)
+    file.write_text(WITH_KEY)
+    clock.now += 2
+    tokens.enter(bearer("a"))
+    assert [record.message for record in caplog.records if "chmod 600" in record.message] == [tokens.exposure]
+
+
+# --- the whole way ---
+
+
+async def test_every_path_needs_a_token_but_the_sign_of_health(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA) as town:
+        async with town.http() as http:
+            for method, path in (
+                ("POST", "/mcp"),
+                ("GET", "/mcp"),
+                ("DELETE", "/mcp"),
+                ("GET", "/"),
+                ("OPTIONS", "/mcp"),
+            ):
+                answer = await http.request(method, path, json=INITIALIZE)
+                assert (answer.status_code, "www-authenticate" in answer.headers) == (401, True), path
+            for path in ("/healthz", "/readyz"):
+                assert (await http.get(path)).json()["status"] == "ok"
+                assert (await http.post(path, json=INITIALIZE)).status_code == 401
+            assert (await http.get("/healthz", headers={"host": "evil.dev"})).status_code == 421
+        async with town.http("wrong") as http:
+            answer = await http.post("/mcp", json=INITIALIZE)
+            assert answer.headers["www-authenticate"].endswith('error="invalid_token"')
+        async with town.http("a") as http:
+            assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
+    assert town.simulator.requests == []
+
+
+@ERAS
+async def test_identical_orders_of_two_tenants_are_two_purchases(tmp_path: Path, mode: str) -> None:
+    async with office(tmp_path, ANNA, BERT) as town:
+        first = await town.call("a", "generate_image", mode, **WISH, wait_seconds=0)
+        second = await town.call("b", "generate_image", mode, **WISH, wait_seconds=0)
+    assert first.structured_content["task_id"] != second.structured_content["task_id"]
+    assert town.posts == 2
+
+
+@ERAS
+async def test_another_tenants_task_is_not_found_whatever_is_asked(tmp_path: Path, mode: str) -> None:
+    async with office(tmp_path, ANNA, BERT) as town:
+        bought = (await town.call("a", "generate_image", mode, **WISH)).structured_content
+        task_id, uri = bought["task_id"], bought["images"][0]["resource_uri"]
+        seen = len(town.simulator.requests)
+        async with town.client("b", mode) as client:
+            for tool in ("get_task", "view_image"):
+                answer = await client.call_tool(tool, {"task_id": task_id})
+                assert answer.is_error
+                assert "there is no task" in answer.content[0].text.lower()
+            edit = await client.call_tool("generate_image", {"prompt": "an edit", "image_urls": [uri]})
+            assert edit.structured_content["error"]["code"] == "reference_refused"
+            listed = await client.call_tool("list_tasks", {"sync": True})
+            assert listed.structured_content["tasks"] == []
+            for address in (uri, f"evolink://tasks/{task_id}"):
+                with pytest.raises(Exception, match=r"no |not "):
+                    await client.read_resource(address)
+        told = [listed.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
+        assert not any("anna" in text for text in told)
+        assert len(town.simulator.requests) == seen
+        assert (await town.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
+
+
+async def test_a_lost_answer_is_not_looked_for_among_other_tenants_tasks(tmp_path: Path) -> None:
+    """The account's list has everybody's tasks: whose one is, its time and price cannot say."""
+    async with office(tmp_path, ANNA, BERT) as town:
+        lost = await town.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
+        assert (lost.structured_content["status"], lost.structured_content["charged"]) == ("unknown", "unknown")
+        assert lost.structured_content["task_id"] is None
+        assert not any(request.path == "/v1/tasks" for request in town.simulator.requests)
+
+
+async def test_caps_hold_for_each_tenant(tmp_path: Path) -> None:
+    capped = block("anna", "a", max_credits_per_day=0.4)
+    async with office(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as town:
+        wish = {**WISH, "quality": "low"}
+        assert not (await town.call("a", "generate_image", **wish)).is_error
+        second = await town.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hare"})
+        assert second.structured_content["error"]["code"] == "over_budget"
+        assert not (await town.call("b", "generate_image", **{**wish, "prompt": "sim:fast a hare"})).is_error
+        dear = await town.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
+        assert dear.structured_content["error"]["code"] == "over_budget"
+
+
+async def test_a_tenant_has_only_so_many_tasks_at_once(tmp_path: Path) -> None:
+    async with office(tmp_path, block("anna", "a", max_running=2), BERT) as town:
+        town.simulator.duration_s = 500
+        answers: list[Any] = []
+
+        async def order(number: int) -> None:
+            wish = {**WISH, "prompt": f"fox {number}"}
+            answers.append(await town.call("a", "generate_image", **wish, wait_seconds=0))
+
+        async with anyio.create_task_group() as calls:
+            for number in range(4):
+                calls.start_soon(order, number)
+        codes = sorted(answer.structured_content["error"]["code"] for answer in answers if answer.is_error)
+        assert codes == ["too_many_running"] * 2
+        assert town.posts == 2
+        assert not (await town.call("b", "generate_image", **WISH, wait_seconds=0)).is_error
+
+
+async def test_a_tenant_has_the_tools_that_are_named(tmp_path: Path) -> None:
+    async with office(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as town:
+        async with town.client("a") as client:
+            assert [tool.name for tool in (await client.list_tools()).tools] == ["get_task", "compute_size"]
+        assert (await town.call("a", "generate_image", **WISH)).is_error
+        assert town.posts == 0
+
+
+async def test_a_tenant_spends_from_an_own_account(tmp_path: Path) -> None:
+    async with office(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as town:
+        await town.call("a", "generate_image", **WISH)
+        await town.call("b", "generate_image", **WISH)
+        sent = {request.headers.get("authorization") for request in town.simulator.requests if request.method == "POST"}
+    assert sent == {"Bearer sk-annas-own", "Bearer sk-test-key"}
+
+
+async def test_what_was_bought_before_there_were_tenants_is_nobodys(tmp_path: Path) -> None:
+    from evolink_mcp.api.task import Task
+    from evolink_mcp.journal.entry import Entry
+    from evolink_mcp.journal.sqlite import SqliteJournal
+
+    old = SqliteJournal(tmp_path / "data")
+    entry = Entry.bought_elsewhere(Task("task-unified-1757156493-imcg5zqt", status="completed"), 1.0)
+    await old.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
+    await old.close()
+    async with office(tmp_path, ANNA) as town:
+        listed = await town.call("a", "list_tasks")
+    assert listed.structured_content["tasks"] == []
+
+
+# --- the command ---
+
+
+def run(tmp_path: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = minimal_environment(tmp_path, **environ)
+    command = [*SERVER_COMMAND, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command_makes_a_token(tmp_path: Path) -> None:
+    made = run(tmp_path, "token", "anna")
+    assert made.returncode == 0
+    assert made.stdout.count("evt_") == 1
+    refused = run(tmp_path, "token", "an na")
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("[[token", "is no TOML"), (None, "cannot be read"), ("[[token]]", "needs a name")]
+)
+def test_a_broken_file_ends_the_start_in_one_line(tmp_path: Path, file: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        file.write_text(text)
+    ended = run(tmp_path, "http", EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert ended.returncode == 2
+    assert words in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["http", "sse"])
+def test_the_start_reports_a_file_with_a_key_that_other_users_can_read(
+    tmp_path: Path, file: Path, command: str
+) -> None:
+    file.write_text(WITH_KEY)
+    file.chmod(0o644)
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = str(occupied.getsockname()[1])
+        ended = run(tmp_path, command, "--port", port, EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert ended.returncode == 1
+    (report,) = [line for line in ended.stderr.splitlines() if "chmod" in line]
+    assert report.startswith("evolink-mcp: other users of this machine can read the EvoLink keys in the tokens file ")
+    assert report.endswith(f"{file} (mode 0644). Run: chmod 600 {file}")
+    assert "sk-annas-own" not in ended.stderr
+
+
+def test_the_doctor_reports_a_file_with_a_key_that_other_users_can_read(tmp_path: Path, file: Path) -> None:
+    file.write_text(WITH_KEY)
+    file.chmod(0o644)
+    environ = {"EVOLINK_BASE_URL": "http://127.0.0.1:9", "EVOLINK_MCP_TOKENS_FILE": str(file)}
+    report = json.loads(run(tmp_path, "doctor", "--json", **environ).stdout)
+    (finding,) = [finding for finding in report["findings"] if finding["subject"] == "tokens"]
+    assert finding["verdict"] == "warning"
+    assert f"chmod 600 {file}" in finding["words"]
+
+
+async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Path, file: Path) -> None:
+    """Beyond loopback without --insecure, because nobody comes in without a token."""
+    token, text = new_token("anna")
+    file.write_text(text)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = minimal_environment(tmp_path, EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_API_KEY="sk-simulated")
+    command = [*SERVER_COMMAND, "http", "--host", "0.0.0.0", "--port", str(port)]
+    with anyio.fail_after(300):
+        process = await anyio.open_process(command, env={**os.environ, **env})
+        assert process.stderr is not None
+        told = b""
+        while b"serves" not in told:
+            told += await process.stderr.receive()
+        assert b"one tenant of" in told
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=HEADERS) as http:
+            assert (await http.post("/mcp", json=INITIALIZE)).status_code == 401
+            known = {"authorization": f"Bearer {token}"}
+            assert (await http.post("/mcp", json=INITIALIZE, headers=known)).status_code == 200
+        process.terminate()
+        assert await process.wait() == (1 if sys.platform == "win32" else 143)
+
+
+@pytest.mark.parametrize(
+    ("key", "blocks", "why"),
+    [
+        ("sk-test-key", ANNA, None),
+        (None, ANNA, "no EvoLink API key is set"),
+        (None, block("anna", "a", evolink_key="sk-annas-own"), None),
+        ("sk-...", ANNA, "EVOLINK_API_KEY is still the example's sk-..."),
+    ],
+)
+def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
+    file.write_text(blocks)
+    settings = Settings.from_environment({"EVOLINK_API_KEY": key} if key else {})
+    assert why_not_ready(settings, Callers(Tokens(file)), None) == why
+
+
+async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA, BERT) as town:
+        town.simulator.duration_s = 3600
+        for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
+            await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
+        jobs = [job for studio in town.studios._open for job in studio._workshop.jobs]
+        assert len(jobs) == 3
+        while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
+            for job in jobs:  # when they look by themselves, they seldom do at the same moment
+                job.poll_now()
+            await anyio.sleep(0.01)
+        keys = {r.headers["authorization"] for r in town.simulator.requests}
+    assert keys == {"Bearer sk-test-key"}
+
+
+async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Tenants of the file stay: what their servers left is theirs. Anybody else comes and goes."""
+    hour_later = anyio.Event()
+
+    async def sleep(_: float) -> None:
+        await hour_later.wait()
+        await anyio.sleep(0)
+
+    class App:
+        at_rest = False
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            pass
+
+    opened, closed, app = [], [], App()
+
+    @asynccontextmanager
+    async def opens(tenant: Tenant) -> AsyncIterator[App]:
+        opened.append(tenant.name)
+        yield app
+        closed.append(tenant.name)
+
+    with anyio.fail_after(300):
+        async with anyio.create_task_group() as group:
+            tenants = Tenants(group, opens, lambda tenant: tenant.name == "anna", sleep=sleep)
+            for name in ("anna", "bert", "bert"):
+                await tenants({"type": "http", SCOPE_KEY: Tenant(name)}, None, None)  # pyright: ignore[reportArgumentType]
+            for name in tenants._called:
+                tenants._called[name] -= 3_600
+            hour_later.set()
+            for _ in range(20):
+                await anyio.sleep(0)
+            assert closed == []  # something is under way
+            app.at_rest = True
+            while not closed:
+                await anyio.sleep(0)
+            assert (opened, closed) == (["anna", "bert"], ["bert"])
+            await tenants({"type": "http", SCOPE_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
+            assert opened == ["anna", "bert", "bert"]
+            group.cancel_scope.cancel()

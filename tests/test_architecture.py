@@ -1,0 +1,314 @@
+"""Rules for imports: the order of the modules, the package of each library, and the place of some calls."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from child_processes import without_coverage
+
+PACKAGE = Path(__file__).parent.parent / "evolink_mcp"
+TESTS = Path(__file__).parent
+
+# The order of the packages. A package imports only from packages before it, except from `teams`.
+PACKAGES = ["api", "journal", "images", "studio", "tools", "server", "transports", "simulator", "app", "teams", "cli"]
+
+# The order of the modules. A module imports only from modules before it.
+ORDER = [
+    "errors",
+    "sanitize",
+    "isolated",
+    "tracing",
+    "teams.signing",
+    "api.sizes",
+    "api.size_grammar",
+    "api.costs",
+    "api.urls",
+    "api.request",
+    "api.task",
+    "api.http",
+    "api.client",
+    "journal.entry",
+    "journal.rows",
+    "journal.backend",
+    "journal.migrations",
+    "journal.file",
+    "journal.sqlite",
+    "teams.database_url",
+    "teams.schema",
+    "teams.database",
+    "teams.orphans",
+    "teams.postgres",
+    "images.folders",
+    "images.unusable",
+    "images.structure",
+    "images.metadata",
+    "images.inspect",
+    "images.previews",
+    "images.prepare",
+    "images.sandbox",
+    "images.decode_protocol",
+    "images.decode_worker",
+    "images.decode_process",
+    "images.download",
+    "images.sidecar",
+    "images.store",
+    "teams.object_store",
+    "images.image_store",
+    "images.references",
+    "studio.times",
+    "studio.schedule",
+    "studio.durations",
+    "teams.callbacks",
+    "teams.metrics",
+    "studio.jobs",
+    "studio.recorder",
+    "studio.size_rule",
+    "studio.limits",
+    "studio.reconcile",
+    "studio.poller",
+    "studio.purchase",
+    "studio.watch",
+    "studio.save",
+    "studio.runner",
+    "studio.deduplication",
+    "studio.studio",
+    "tools.hosts",
+    "tools.schemas",
+    "tools.task_answer",
+    "tools.task_text",
+    "tools.adapter",
+    "tools.previews",
+    "tools.delivery",
+    "tools.waiting",
+    "tools.generate_image",
+    "tools.get_task",
+    "tools.compute_size",
+    "tools.view_image",
+    "tools.list_tasks",
+    "tools.get_balance",
+    "server.startup_answers",
+    "server.resources",
+    "server.prompts",
+    "server.gallery",
+    "server.tasks_extension",
+    "server.server",
+    "transports.signals",
+    "transports.stdio_lines",
+    "transports.stdio",
+    "teams.tokens",
+    "teams.oauth",
+    "teams.callers",
+    "teams.tenants",
+    "transports.http_calls",
+    "teams.sse_sessions",
+    "teams.callback_routes",
+    "teams.uploads",
+    "teams.metrics_endpoint",
+    "transports.http_guard",
+    "transports.http",
+    "simulator.rules",
+    "simulator.simulation",
+    "simulator.paintings",
+    "simulator.app",
+    "app.values",
+    "teams.settings",
+    "app.settings",
+    "app.wiring",
+    "teams.app",
+    "cli.process",
+    "cli.arguments",
+    "cli.serve_http",
+    "cli.host_config",
+    "cli.team_checks",
+    "cli.doctor",
+    "cli.demo",
+    "cli.image_commands",
+    "cli.main",
+    "__main__",
+]
+
+# Which outside library may be imported where: a package, or a single module of one.
+ONLY_IN = {
+    "mcp": ("tools", "server", "transports", "app.wiring", "teams.app", "cli"),
+    "mcp_types": ("tools", "server", "transports", "cli"),
+    "httpx2": ("api", "images.download", "app.wiring", "teams.app", "teams.oauth"),
+    "opentelemetry": ("tracing",),
+    "jwt": ("teams.oauth",),
+    "prometheus_client": ("teams.metrics_endpoint",),
+    "sqlite3": ("journal",),
+    "psycopg": ("teams",),
+    "psycopg_pool": ("teams.database",),
+    "PIL": ("images", "simulator"),
+    "obstore": ("teams.object_store",),
+    "starlette": ("transports", "teams", "server", "simulator"),
+    "uvicorn": ("transports", "teams.tenants", "cli.demo"),
+    "argparse": ("cli.arguments",),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name below `evolink_mcp`; the packages' own `__init__` files hold only a docstring."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names that a file imports, those inside functions too; `from package import module` names the module."""
+    names: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+EACH_MODULE = pytest.mark.parametrize("module", [pytest.param(name, id=name) for name in sorted(modules())])
+
+
+def test_every_module_has_its_place_in_the_reading_order() -> None:
+    assert sorted(modules()) == sorted(ORDER)
+
+
+def test_the_modules_stand_in_the_order_of_their_packages() -> None:
+    packages = [name.rpartition(".")[0] for name in ORDER[:-1] if not name.startswith("teams.")]
+    order = ["", *(name for name in PACKAGES if name != "teams")]
+    assert [name for name, _ in groupby(packages)] == order
+
+
+@EACH_MODULE
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    ours = {name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")}
+    before = set(ORDER[: ORDER.index(module)])
+    assert {name for name in ours if name in ORDER} <= before
+
+
+@EACH_MODULE
+def test_outside_libraries_stay_where_they_belong(module: str) -> None:
+    foreign = {name.split(".")[0] for name in imports(modules()[module])}
+    misplaced = {
+        name
+        for name in foreign
+        if name in ONLY_IN and module.split(".")[0] not in ONLY_IN[name] and module not in ONLY_IN[name]
+    }
+    assert misplaced == set()
+
+
+def test_every_module_and_package_says_what_is_kept_in_it() -> None:
+    silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
+    assert silent == []
+
+
+def test_a_package_exports_nothing_by_itself() -> None:
+    """No re-export and no work at import: every name has one home."""
+    full = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
+    assert full == set()
+
+
+def test_only_settings_reads_the_environment() -> None:
+    readers = {
+        name for name, path in modules().items() if re.search(r"\benviron\b|\bgetenv\b", path.read_text("utf-8"))
+    }
+    assert readers == {"app.settings"}
+
+
+def test_only_the_command_line_prints() -> None:
+    def prints(path: Path) -> bool:
+        nodes = ast.walk(tree(path))
+        return any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print" for n in nodes)
+
+    assert {name for name, path in modules().items() if prints(path)} == {"cli.main"}
+
+
+def private_names(module: ast.Module) -> set[str]:
+    """The private attributes that this module's own classes define."""
+    inside = [node for one in ast.walk(module) if isinstance(one, ast.ClassDef) for node in ast.walk(one)]
+    names = {node.name for node in inside if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    names |= {node.attr for node in inside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return names | {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def strangers(module: ast.Module, ours: set[str]) -> list[tuple[int, str]]:
+    """Line and name of every private attribute that is used here and defined by no class of ours."""
+    used = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
+    used = [node for node in used if ast.unparse(node) != "os._exit"]  # public, and documented
+    return [(node.lineno, node.attr) for node in used if node.attr not in ours]
+
+
+def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_version() -> None:
+    """Wherever the SDK lacks a public name, the line above says why and for which version."""
+    elsewhere: list[str] = []
+    unexplained: list[str] = []
+    ours = set().union(*(private_names(tree(path)) for path in modules().values()))
+    for name, path in modules().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, attribute in strangers(tree(path), ours):
+            if name != "tools.adapter" and not name.startswith("server."):
+                elsewhere.append(f"{name}:{number} {attribute}")
+            if not any("mcp 2." in line for line in lines[number - 2 : number]):
+                unexplained.append(f"{name}:{number} {attribute}")
+    assert (elsewhere, unexplained) == ([], [])
+
+
+def test_one_guard_only_catches_everything() -> None:
+    found = [
+        name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
+    ]
+    assert sorted(set(found) - {"journal.file", "journal.migrations"}) == ["studio.jobs"]
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    assert not {"utils", "helpers", "common", "base", "misc"} & {name.split(".")[-1] for name in modules()}
+
+
+def test_no_test_mocks() -> None:
+    users = [path.name for path in TESTS.rglob("*.py") if any("mock" in name.split(".") for name in imports(path))]
+    assert users == []
+
+
+def test_child_processes_do_not_import_from_the_working_directory() -> None:
+    """`python -m` and `python -c` put the working directory first on the import path, unless -P or -I comes before."""
+    files = [path for folder in (TESTS, TESTS.parent / "benchmarks") for path in folder.rglob("*.py")]
+    unsafe = re.compile(r"""(?<!"-P", )(?<!'-P', )["']-m["'], ["']evolink_mcp|sys\.executable, ["']-c""")
+    assert [str(path) for path in files if unsafe.search(path.read_text("utf-8"))] == []
+
+
+def test_importing_the_package_does_nothing() -> None:
+    script = "import sys, evolink_mcp; print(sorted(m for m in sys.modules if m.startswith(('mcp', 'PIL', 'sqlite3'))))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env=without_coverage(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
+    script = (
+        "import sys, evolink_mcp.cli.main, evolink_mcp.app.wiring, evolink_mcp.transports.stdio\n"
+        "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"
+        "print([m for m in late if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env=without_coverage(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "[]"
