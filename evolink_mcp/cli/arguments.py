@@ -57,7 +57,7 @@ def parsed(argv: list[str]) -> Namespace:
     sheet = commands.add_parser("sheet", help="lay saved pictures out on one HTML page")
     sheet.add_argument("words", nargs="*", help="only pictures with these words in prompt, file name or task id")
     sheet.add_argument("--since", default="today", help="today (default), yesterday, 7d, all, or a date")
-    sheet.add_argument("--out", help="the file to write (default: a new one in the pictures' folder)")
+    sheet.add_argument("--out", help="the new file to write (default: a name with the time, in the pictures' folder)")
     doctor = commands.add_parser("doctor", help="check this installation, and print every host's configuration")
     doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
     word = next((one for one in argv if not one.startswith("-")), None)

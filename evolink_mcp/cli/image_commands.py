@@ -21,7 +21,7 @@ from evolink_mcp.api.costs import priced
 from evolink_mcp.app.settings import decoder_environment, has_display
 from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder
-from evolink_mcp.images.folders import open_plain
+from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.journal.file import FILE_NAME
@@ -89,7 +89,7 @@ def open_picture(settings: TeamSettings, words: list[str], say: Say, complain: S
 
 
 def lay_out(settings: TeamSettings, words: list[str], since: str, out: str | None, say: Say, complain: Say) -> int:
-    """Write one page with the pictures since then; returns the exit code."""
+    """Write one page with the pictures since then, to a new private file. Return the exit code."""
     now = time.time()
     try:
         _, entries = kept(settings, tuple(words), SHEET_MAX, 0.0 if since == "all" else instant(since, now))
@@ -106,9 +106,12 @@ def lay_out(settings: TeamSettings, words: list[str], since: str, out: str | Non
     name = time.strftime("contact-sheet-%Y-%m-%d-%H%M%S.html", time.localtime(now))
     path = Path(out).absolute() if out else settings.folders.output / name
     try:
-        path.write_text(page, encoding="utf-8")
+        is_written = write_new_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
         complain(f"{path} cannot be written ({error.strerror})")
+        return 1
+    if not is_written:
+        complain(f"{path} exists already and is never overwritten. Give another name with --out")
         return 1
     say(f"{'1 picture' if count == 1 else f'{count} pictures'}: {path}")
     return 0

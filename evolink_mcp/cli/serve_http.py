@@ -32,6 +32,8 @@ def serve_web(options: Namespace, settings: TeamSettings, log: Callable[[str], N
         JournalUnwritable: the team's database cannot be used.
     """
     callers = callers_of(settings, options)
+    if callers is not None and callers.exposure is not None:
+        log(f"evolink-mcp: {callers.exposure}")
     names = names_of(options.allowed_host, settings)
     with closing(Decoder(decoder_environment())) as decoder:
         return anyio.run(partial(_serve, options, settings, callers, names, log, decoder))

@@ -34,9 +34,12 @@ def tokens(settings: TeamSettings) -> list[Finding]:
     from evolink_mcp.teams.tokens import BadTokens, Tokens
 
     try:
-        names = {tenant.name for tenant in Tokens(settings.tokens_file).tenants}
+        file = Tokens(settings.tokens_file)
     except BadTokens as error:
         return [Finding("tokens", "broken", str(error), "Correct the file: at the start it is refused.")]
+    if file.exposure is not None:
+        return [Finding("tokens", "warning", file.exposure)]
+    names = {tenant.name for tenant in file.tenants}
     return [Finding("tokens", "ok", f"{settings.tokens_file}: {len(names)} tenants")]
 
 

@@ -7,9 +7,11 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -210,6 +212,38 @@ def make_folder(folder: Path) -> None:
     """Make `folder` and every missing one above it for this user only; `Path.mkdir` would restrict only the last."""
     for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def write_new_file(path: Path, content: bytes) -> bool:
+    """Write a file that only this user can read, complete or not at all. Return False if the name is taken.
+
+    A link at `path` counts as taken. Nothing is written through it.
+
+    Raises:
+        OSError: the folder does not exist, cannot be written or is full.
+    """
+    with part_file(path.parent, content) as part:
+        return move_to_free_name(part, path)
+
+
+@contextmanager
+def part_file(folder: Path, content: bytes) -> Generator[Path]:
+    """Write a file with mode 0600 and a temporary name in `folder`. Remove it at the end if it was not moved.
+
+    Raises:
+        OSError: the folder does not exist, cannot be written or is full.
+    """
+    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=folder)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def move_to_free_name(part: Path, path: Path) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import anyio.to_thread
 
 from evolink_mcp import __version__
 from evolink_mcp.api.task import as_dict, is_task_id
-from evolink_mcp.images.folders import PART_PREFIX, PART_SUFFIX, move_to_free_name, open_plain, patiently
+from evolink_mcp.images.folders import move_to_free_name, open_plain, part_file, patiently
 from evolink_mcp.journal.entry import Entry, Picture, iso
 from evolink_mcp.sanitize import scrub
 
@@ -76,22 +74,14 @@ async def write_sidecar(entry: Entry, image: Picture) -> None:
 
 def _write(path: Path, facts: dict[str, Any]) -> bool:
     """Write the whole file. Return False if a file of another program is there; it stays."""
-    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    content = json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n"
+    with part_file(path.parent, content) as part:
         if move_to_free_name(part, path):
             return True
         old = _own_sidecar(path)
         if old is not None and old.get("sha256") != facts["sha256"]:  # the old image is gone
             patiently(os.replace, part, path)
         return old is not None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _own_sidecar(path: Path) -> dict[str, Any] | None:

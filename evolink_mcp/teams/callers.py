@@ -41,6 +41,11 @@ class Callers:
         """Those who are known beforehand."""
         return self._tokens.tenants if self._tokens is not None else ()
 
+    @property
+    def exposure(self) -> str | None:
+        """Return a warning if other users of this machine can read an EvoLink key in the tokens file."""
+        return self._tokens.exposure if self._tokens is not None else None
+
     async def enter(self, headers: Mapping[bytes, bytes]) -> Tenant | Refusal:
         """Whose request it is, by its headers, or why it is refused."""
         entered = await self._caller(headers.get(b"authorization"))

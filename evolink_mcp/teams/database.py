@@ -20,7 +20,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.teams.database_url import CONNECT_TIMEOUT_S, Address, said_by
+from evolink_mcp.teams.database_url import CONNECT_TIMEOUT_S, Address
 from evolink_mcp.teams.schema import CHANNEL, migrate
 from evolink_mcp.tracing import span
 
@@ -126,7 +126,7 @@ class Database:
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
         """The error that names the place and the setting, and never a password."""
-        return self._address.unwritable(said_by(error))
+        return self._address.unwritable(self._address.reason(error))
 
     async def open(self) -> None:
         """Connect, make or migrate the tables, and begin to live.
@@ -173,7 +173,7 @@ class Database:
                 await self._beat(self._session)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 if self._session is not None:
-                    log.warning("the session with the database was lost: %s", said_by(error))
+                    log.warning("the session with the database was lost: %s", self._address.reason(error))
                     with suppress(psycopg.Error, OSError):
                         await self._session.close()
                     self._session = None

@@ -27,10 +27,11 @@ ADVICE = (
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What libpq connects by, with a password perhaps; and the `place` that people are told."""
+    """The connection string of libpq, the `place` for messages, and the `passwords` that must not appear in them."""
 
     conninfo: str = field(repr=False)
     place: str
+    passwords: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, url: str) -> Address:
@@ -51,7 +52,13 @@ class Address:
             place = "the database"
             raise cls("", place).unwritable("its address is not one that PostgreSQL understands") from None
         host = said.get("host") or said.get("hostaddr") or "this machine"
-        return cls(conninfo, f"the database {said.get('dbname') or said.get('user') or ''} on {host}")
+        shown = {host, said.get("dbname"), said.get("user")}
+        passwords = [str(said[name]) for name in ("password", "sslpassword") if said.get(name)]
+        return cls(
+            conninfo,
+            f"the database {said.get('dbname') or said.get('user') or ''} on {host}",
+            tuple(password for password in passwords if password not in shown),
+        )
 
     def unwritable(self, reason: str) -> JournalUnwritable:
         """The error that names the place and the setting, and never a password."""
@@ -61,7 +68,9 @@ class Address:
             retryable=True,
         )
 
-
-def said_by(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    def reason(self, error: Exception) -> str:
+        """Return the first line of an error, without a password. A server may quote its input."""
+        text = str(error)
+        for password in self.passwords:
+            text = text.replace(password, "***")
+        return next(iter(text.strip().splitlines()), "") or type(error).__name__

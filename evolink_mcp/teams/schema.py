@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.rows import COLUMNS, folded, readable, searched
-from evolink_mcp.teams.database_url import Address, said_by
+from evolink_mcp.teams.database_url import Address
 
 # Whatever a caller could see of an entry is told on this channel: "account {JSON}", where `by` is the server that did it.
 CHANNEL = "evolink_mcp"
@@ -124,4 +124,4 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     except psycopg.errors.UndefinedTable:
         return address.place, []
     except psycopg.Error as error:
-        raise address.unwritable(said_by(error)) from error
+        raise address.unwritable(address.reason(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ PORT_MAX = 65_535
 _SECRET = "EVOLINK_MCP_SECRET"
 _NEW_SECRET = 'create one with: python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
 
+_HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^:\[\]]*)(:[0-9]{0,5})?")
+_BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 T = TypeVar("T")
 
 
@@ -55,7 +58,26 @@ def _secret(text: str) -> str:
 def _database_url(text: str) -> str:
     if not text.startswith(("postgresql://", "postgres://")):
         raise ValueError("must begin with postgresql://")
+    if not _has_clear_authority(text):
+        raise ValueError(
+            "is ambiguous: percent-encode the user name and the password in it "
+            "(@ is %40, / is %2F, ? is %3F, # is %23, : is %3A, % is %25)"
+        )
     return text
+
+
+def _has_clear_authority(url: str) -> bool:
+    """Return whether user, password, hosts and ports of a database URL can be divided in one way only.
+
+    Otherwise PostgreSQL's client could take a part of the password for a host. It would ask DNS for it, and show it in
+    an error.
+    """
+    rest = url.partition("://")[2]
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    hosts = authority.rpartition("@")[2]
+    if rest.count("@") > 1 or "@" in rest[len(authority) :] or _BROKEN_ESCAPE.search(rest):
+        return False
+    return all(_HOST_AND_PORT.fullmatch(host) for host in hosts.split(","))
 
 
 def _issuer(text: str) -> str:

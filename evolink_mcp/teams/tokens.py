@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import secrets
+import shlex
+import stat
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -67,7 +70,10 @@ class Refusal:
 
 
 class Tokens:
-    """The tokens file at `path`. It is read again when it has changed; a broken one keeps what was read before."""
+    """The tokens file at `path`. A changed file is read again. A broken one changes nothing.
+
+    `exposure` is a warning if other users of this machine can read an EvoLink key in it.
+    """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file.
@@ -78,7 +84,7 @@ class Tokens:
         self._path = path
         self._clock = clock
         self._mark = self._now_at_path()
-        self._tenants = _read(path)
+        self._tenants, self.exposure = _read(path)
         self._looked = clock()
         self._calls: dict[str, deque[float]] = {}
 
@@ -129,11 +135,13 @@ class Tokens:
             return
         self._mark = mark
         try:
-            self._tenants = _read(self._path)
+            self._tenants, self.exposure = _read(self._path)
         except BadTokens as error:
             log.error("the changed tokens file cannot be used, so the tokens stay as they were: %s", error)
         else:
             log.warning("the tokens file was read again: %d tokens", len(self._tenants))
+            if self.exposure is not None:
+                log.warning("%s", self.exposure)
 
     def _now_at_path(self) -> tuple[int, int, int] | None:
         try:
@@ -158,10 +166,13 @@ def _unauthorized(more: bytes, text: str) -> Refusal:
     return Refusal(UNAUTHORIZED, text, ((b"www-authenticate", b'Bearer realm="evolink-mcp"' + more),))
 
 
-def _read(path: Path) -> dict[str, Tenant]:
-    """The tenants by the SHA-256 of their tokens, in hex."""
+def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:
+    """Return the tenants by the SHA-256 of their tokens, in hex, and a warning if the file is exposed."""
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read()
+        said = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise BadTokens(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:  # neither UTF-8 nor TOML
@@ -179,7 +190,19 @@ def _read(path: Path) -> dict[str, Tenant]:
         if twin is not None:
             raise BadTokens(f"{where}: the tokens of {tenant.name} say different things")
         found[digest] = tenant
-    return _told_apart(found)
+    return _told_apart(found), _exposure_of(path, mode, found.values())
+
+
+def _exposure_of(path: Path, mode: int, tenants: Iterable[Tenant]) -> str | None:
+    """Return a warning if the file has an EvoLink key and its mode lets other users read it. Windows has no such mode."""
+    has_key = any(tenant.evolink_key is not None for tenant in tenants)
+    is_readable = bool(mode & (stat.S_IRGRP | stat.S_IROTH))
+    if os.name != "posix" or not has_key or not is_readable:
+        return None
+    return (
+        f"other users of this machine can read the EvoLink keys in the tokens file {path} (mode {mode:04o}). "
+        f"Run: chmod 600 {shlex.quote(str(path))}"
+    )
 
 
 def _tenant(block: Any, where: str) -> tuple[str, Tenant]:

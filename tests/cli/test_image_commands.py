@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,66 @@ async def test_a_sheet_shows_every_picture_and_loads_nothing_from_elsewhere(open
     assert "a &lt;b&gt;red&lt;/b&gt; fox &amp; co" in page
     assert "edited from " in page
     assert set(re.findall(r'(?:src|href)="(\w+):', page)) == {"data", "file"}
-    only = await run(lay_out, world.settings, ["hare"], "all", str(out))
-    assert only[1] == [f"1 picture: {out}"]
+    other = world.folder / "hares.html"
+    only = await run(lay_out, world.settings, ["hare"], "all", str(other))
+    assert only[1] == [f"1 picture: {other}"]
     assert (await run(lay_out, world.settings, ["badger"], "all", str(out)))[0] == 1
+
+
+def link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+def link_to_nothing(path: Path, target: Path) -> None:
+    path.symlink_to(target.with_name("nothing"))
+
+
+def copy(path: Path, target: Path) -> None:
+    path.write_bytes(target.read_bytes())
+
+
+def make_folder(path: Path, target: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("occupy", [copy, link, link_to_nothing, make_folder])
+async def test_a_sheet_takes_no_name_that_exists_and_writes_through_no_link(open_world: Open, occupy: Any) -> None:
+    async with open_world() as world:
+        await bought(world, "a fox")
+    notes, out = world.folder / "notes.html", world.folder / "sheet.html"
+    notes.write_text("notes of the user")
+    occupy(out, notes)
+    before = sorted(world.folder.iterdir())
+    code, said, complained = await run(lay_out, world.settings, [], "all", str(out))
+    assert (code, said) == (1, [])
+    assert complained == [f"{out} exists already and is never overwritten. Give another name with --out"]
+    assert sorted(world.folder.iterdir()) == before
+    assert notes.read_text() == "notes of the user"
+    assert out.is_dir() or out.is_symlink() or out.read_text() == "notes of the user"
+
+
+async def test_a_sheet_is_readable_for_its_owner_only_and_nothing_else_is_left(open_world: Open) -> None:
+    async with open_world() as world:
+        await bought(world, "a fox")
+    folder = world.folder / "sheets"
+    folder.mkdir()
+    umask = os.umask(0)
+    try:
+        code, _, _ = await run(lay_out, world.settings, [], "all", str(folder / "sheet.html"))
+    finally:
+        os.umask(umask)
+    assert code == 0
+    assert [path.name for path in folder.iterdir()] == ["sheet.html"]
+    assert stat.S_IMODE((folder / "sheet.html").stat().st_mode) == 0o600
+
+
+async def test_a_sheet_in_a_folder_that_does_not_exist_is_refused_in_one_line(open_world: Open) -> None:
+    async with open_world() as world:
+        await bought(world, "a fox")
+    out = world.folder / "nowhere" / "sheet.html"
+    code, said, complained = await run(lay_out, world.settings, [], "all", str(out))
+    assert (code, said, len(complained)) == (1, [], 1)
+    assert complained[0].startswith(f"{out} cannot be written (")
 
 
 async def test_a_damaged_picture_is_left_out_of_the_sheet(open_world: Open) -> None:

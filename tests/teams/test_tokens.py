@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -154,6 +155,41 @@ def test_whoever_has_an_own_key_shares_no_account(file: Path) -> None:
     )  # fmt: skip
     shared = {tenant.name: tenant.shares_account for tenant in Tokens(file).tenants}
     assert shared == {"anna": True, "bert": False, "carl": True, "dora": True}
+
+
+WITH_KEY = block("anna", "a", evolink_key="sk-annas-own")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o444])
+def test_a_file_with_a_key_that_other_users_can_read_is_reported_with_its_mode(file: Path, mode: int) -> None:
+    file.write_text(BERT + WITH_KEY)
+    file.chmod(mode)
+    exposure = Tokens(file).exposure
+    assert exposure is not None
+    assert len(exposure.splitlines()) == 1
+    assert f"{file} (mode {mode:04o})" in exposure
+    assert f"chmod 600 {file}" in exposure
+    assert "sk-annas-own" not in exposure
+
+
+@pytest.mark.parametrize(("text", "mode"), [(WITH_KEY, 0o600), (WITH_KEY, 0o400), (ANNA, 0o644)])
+def test_a_private_file_and_one_without_keys_need_no_report(file: Path, text: str, mode: int) -> None:
+    file.write_text(text)
+    file.chmod(mode)
+    assert Tokens(file).exposure is None
+
+
+def test_a_key_that_is_added_to_a_readable_file_later_is_reported_too(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    file.write_text(ANNA)
+    file.chmod(0o644)
+    tokens = Tokens(file, clock=clock)
+    file.write_text(WITH_KEY)
+    clock.now += 2
+    tokens.enter(bearer("a"))
+    assert [record.message for record in caplog.records if "chmod 600" in record.message] == [tokens.exposure]
 
 
 # --- the whole way ---
@@ -314,6 +350,34 @@ def test_a_broken_file_ends_the_start_in_one_line(tmp_path: Path, file: Path, te
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["http", "sse"])
+def test_the_start_reports_a_file_with_a_key_that_other_users_can_read(
+    tmp_path: Path, file: Path, command: str
+) -> None:
+    file.write_text(WITH_KEY)
+    file.chmod(0o644)
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = str(occupied.getsockname()[1])
+        ended = run(tmp_path, command, "--port", port, EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert ended.returncode == 1
+    (report,) = [line for line in ended.stderr.splitlines() if "chmod" in line]
+    assert report.startswith("evolink-mcp: other users of this machine can read the EvoLink keys in the tokens file ")
+    assert report.endswith(f"{file} (mode 0644). Run: chmod 600 {file}")
+    assert "sk-annas-own" not in ended.stderr
+
+
+def test_the_doctor_reports_a_file_with_a_key_that_other_users_can_read(tmp_path: Path, file: Path) -> None:
+    file.write_text(WITH_KEY)
+    file.chmod(0o644)
+    environ = {"EVOLINK_BASE_URL": "http://127.0.0.1:9", "EVOLINK_MCP_TOKENS_FILE": str(file)}
+    report = json.loads(run(tmp_path, "doctor", "--json", **environ).stdout)
+    (finding,) = [finding for finding in report["findings"] if finding["subject"] == "tokens"]
+    assert finding["verdict"] == "warning"
+    assert f"chmod 600 {file}" in finding["words"]
+
+
 async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Path, file: Path) -> None:
     """Beyond loopback without --insecure, because nobody comes in without a token."""
     token, text = new_token("anna")
@@ -344,7 +408,7 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
         ("sk-test-key", ANNA, None),
         (None, ANNA, "no EvoLink API key is set"),
         (None, block("anna", "a", evolink_key="sk-annas-own"), None),
-        ("sk-...", ANNA, "EVOLINK_API_KEY is still the example's sk-..."),
+        ("sk-...", ANNA, "EVOLINK_API_KEY is still the example sk-..."),
     ],
 )
 def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
