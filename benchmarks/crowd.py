@@ -26,7 +26,7 @@ from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, Standin, environment, memory_mb, standin
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.wiring import open_studio
-from evolink_mcp.studio.jobs import Job, Order
+from evolink_mcp.studio.jobs import ImageRequest, Job
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.tools.waiting import follow
@@ -80,7 +80,7 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
 
             async def order(prompt: str) -> Job:
                 request = GenerationRequest(prompt=prompt, size="1:1", quality="low")
-                return await studio.order(Order(request, price_of(request, studio.size_rule.possible)))
+                return await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
 
             # Everything that is opened or imported once is no waiting job's memory.
             with anyio.fail_after(30):

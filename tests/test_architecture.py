@@ -68,7 +68,7 @@ ORDER = [
     "teams.callbacks",
     "teams.metrics",
     "studio.jobs",
-    "studio.recorder",
+    "studio.events",
     "studio.size_rule",
     "studio.limits",
     "studio.reconcile",

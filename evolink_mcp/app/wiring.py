@@ -26,7 +26,7 @@ from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.callbacks import Callbacks
-from evolink_mcp.teams.metrics import Audit, Tally
+from evolink_mcp.teams.metrics import Audit, Metrics
 from evolink_mcp.teams.object_store import Links, ObjectStore
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.tools.schemas import TOOL_NAMES
@@ -46,7 +46,7 @@ async def open_studio(
     poller: Poller | None = None,
     decoder: Decoder | None = None,
     store: ObjectStore | None = None,
-    tally: Tally | None = None,
+    metrics: Metrics | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
@@ -57,7 +57,7 @@ async def open_studio(
     `remote`: its callers may be on other machines. `tenant`: they are this one, and see only what is theirs; `shared`:
     other tenants spend from the same account. `database` is the team's, open, where several tenants use it.
     `poller` reads for all studios of the account. `decoder` and `store` serve the images of all studios.
-    `tally` counts what the studio does.
+    `metrics` counts what the studio does.
     `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
     """
     client = EvolinkClient(
@@ -93,7 +93,7 @@ async def open_studio(
             client, journal, image_store, references, settings.budget,
             rule=settings.size_rule, preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts, shared=shared, callbacks=callbacks_of(settings) if remote else None,
-            key_problem=settings.key_problem, poller=poller, tally=tally,
+            key_problem=settings.key_problem, poller=poller, metrics=metrics,
             audit=Audit(tenant) if settings.has_audit_log else None, clock=clock, sleep=sleep, pause=pause,
         )  # fmt: skip
         await stack.enter_async_context(client)

@@ -82,11 +82,11 @@ async def _serve(
 
         async def served(app: Any) -> int:
             door = behind_door(app, settings, names, callers, studios)
-            if (metrics := studios.metrics) is not None:
-                group.start_soon(metrics.watch_the_loop)
+            if (endpoint := studios.metrics_endpoint) is not None:
+                group.start_soon(endpoint.watch_the_loop)
                 if (port := settings.metrics_port) is not None:
                     try:
-                        metrics.serve(options.host, port)
+                        endpoint.serve(options.host, port)
                     except OSError as error:
                         log(f"evolink-mcp: EVOLINK_MCP_METRICS_PORT: port {port} cannot be opened ({error.strerror})")
                         return 1
@@ -102,7 +102,7 @@ async def _serve(
 
         if callers is None:
             async with open_studio(
-                settings, remote=True, database=database, decoder=decoder, tally=studios.tally
+                settings, remote=True, database=database, decoder=decoder, metrics=studios.metrics
             ) as studio:
                 code = await served(app_of(studios, server_for(studio, settings), studio, **place))
         else:

@@ -21,7 +21,7 @@ WRITTEN_EVERY = 5  # tasks
 TAKES_AT_LEAST_S = 1.0
 
 
-class Experience:
+class DurationHistory:
     """What a task's duration is expected to be, learned from those that were watched from start to end."""
 
     def __init__(self, journal: Journal) -> None:

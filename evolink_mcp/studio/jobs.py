@@ -21,7 +21,7 @@ Sleep = Callable[[float], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ImageRequest:
     """What a caller wants, validated. Credits: `at_most` it costs, `max_credits` is the caller's own cap.
 
     `client` is the name of the program that the caller uses, as it says itself.
@@ -44,7 +44,7 @@ class Job:
     the pictures. `learned`: its pictures have shown this size rule. `before_sending` is the scope of all that happens
     before the request is sent; `following` is that of the work on a task that it has.
     `elsewhere`: another server works on it. `called_back`: EvoLink tells its end at an address of ours,
-    and has `told` it. `letting_go`: the server is about to end, so callers leave now. `audited`: its end is told to the
+    and has `told` it. `is_draining`: the server is about to end, so callers leave now. `audited`: its end is told to the
     audit, with the name of the `client` that bought it.
     """
 
@@ -62,7 +62,7 @@ class Job:
         self.following: anyio.CancelScope | None = None
         self.elsewhere = False
         self.called_back = self.told = False
-        self.letting_go = False
+        self.is_draining = False
         self.audited = False
         self.client: str | None = None
         self._changed = anyio.Event()
@@ -83,7 +83,7 @@ class Job:
 
     def let_go(self) -> None:
         """Callers are to leave now: the server is about to end, and another one goes on with the job."""
-        self.letting_go = True
+        self.is_draining = True
         self.change_to(self.entry)
 
     def abandon(self) -> None:

@@ -15,7 +15,7 @@ from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.studio.jobs import guarded
-from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class _Read:
     error: EvolinkError | None = None
 
 
-class Pause:
+class RateLimit:
     """EvoLink has asked an account to slow down (429): until when, by the loop's clock, everything of it waits."""
 
     def __init__(self) -> None:
@@ -67,17 +67,17 @@ class Poller:
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         monotonic: Callable[[], float] = anyio.current_time,
-        pause: Pause | None = None,
-        tally: Tally | None = None,
+        pause: RateLimit | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        self._tally = tally or Tally()
+        self._metrics = metrics or Metrics()
         self._client = client
         self._group = group
         self._sleep = sleep
         self._monotonic = monotonic
         self._due: dict[str, deque[_Read]] = {}
         self._gathering = False
-        self.pause = pause or Pause()
+        self.pause = pause or RateLimit()
         self._batch_works = True
         self._unreadable_batches = 0
         self._next_read_at = 0.0
@@ -169,7 +169,7 @@ class Poller:
         try:
             await self._keep_pace()
             async with self._connections:
-                self._tally.looks["batch"] += 1
+                self._metrics.looks["batch"] += 1
                 found = await self._client.tasks(task_ids)
         except RateLimited as error:
             self.pause.ask(error.retry_after_s)
@@ -192,7 +192,7 @@ class Poller:
         if not paced:
             await self._keep_pace()
         async with self._connections:
-            self._tally.looks["single"] += 1
+            self._metrics.looks["single"] += 1
             try:
                 return await self._client.task(task_id)
             except RateLimited as error:

@@ -24,15 +24,15 @@ from evolink_mcp.errors import (
 )
 from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.limits import Budget
-from evolink_mcp.studio.poller import Pause
-from evolink_mcp.studio.reconcile import REPEAT_WITHIN_S, LostAnswers
-from evolink_mcp.studio.recorder import Recorder
+from evolink_mcp.studio.poller import RateLimit
+from evolink_mcp.studio.reconcile import REPEAT_WITHIN_S, Reconciler
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.times import start_of_day
 from evolink_mcp.teams.callbacks import Callbacks
-from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ GIVEN_TWICE = Problem(
 )
 
 
-class Purchases:
+class Purchaser:
     """Buys tasks. Every state is in the journal before anything is done because of it. `lost` finds lost answers.
 
     `pause` is the account's: while EvoLink asks it to wait, no order is sent.
@@ -57,14 +57,14 @@ class Purchases:
         self,
         client: EvolinkClient,
         journal: Journal,
-        recorder: Recorder,
+        recorder: JournalWriter,
         budget: Budget,
-        lost: LostAnswers,
+        lost: Reconciler,
         *,
         callbacks: Callbacks | None = None,
         sleep: Sleep = anyio.sleep,
-        pause: Pause | None = None,
-        tally: Tally | None = None,
+        pause: RateLimit | None = None,
+        metrics: Metrics | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._client = client
@@ -75,8 +75,8 @@ class Purchases:
         self._callbacks = callbacks
         self._sleep = sleep
         self._draw = draw
-        self.pause = pause or Pause()
-        self._tally = tally or Tally()
+        self.pause = pause or RateLimit()
+        self._metrics = metrics or Metrics()
 
     async def check_caps(self, at_most: float, max_credits: float | None, now: float) -> None:
         """Refuse what may cost more than a cap before anything is sent or uploaded; `intend` judges the day's cap again.
@@ -138,7 +138,7 @@ class Purchases:
             if job.entry.phase == "intent":
                 with anyio.CancelScope(shield=True):
                     await self._recorder.phase_changed(job, "unsent", error=INTERRUPTED)
-            self._tally.purchases[job.entry.phase] += 1
+            self._metrics.purchases[job.entry.phase] += 1
 
     async def _buy(self, job: Job) -> None:
         entry, recorder = job.entry, self._recorder

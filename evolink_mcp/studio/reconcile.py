@@ -17,8 +17,8 @@ from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import ADOPTED, Entry
+from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
-from evolink_mcp.studio.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +39,14 @@ PRICE_ERROR = 0.25
 AUTO_SIZES = [sizes.Size(1408, 480), sizes.Size(2880, 2880)]
 
 
-class LostAnswers:
+class Reconciler:
     """Finds the tasks of lost answers."""
 
     def __init__(
         self,
         client: EvolinkClient,
         journal: Journal,
-        recorder: Recorder,
+        recorder: JournalWriter,
         *,
         shared: bool = False,
         sleep: Sleep = anyio.sleep,

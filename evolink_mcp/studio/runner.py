@@ -16,13 +16,13 @@ from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected, TaskKnown
 from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep, guarded
-from evolink_mcp.studio.purchase import INTERRUPTED, Purchases
-from evolink_mcp.studio.recorder import Recorder
-from evolink_mcp.studio.save import Collector
+from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
+from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
 from evolink_mcp.studio.size_rule import SizeRule
-from evolink_mcp.studio.watch import Watcher, merged
+from evolink_mcp.studio.watch import TaskFollower, merged
 from evolink_mcp.teams.metrics import Audit
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ AGAIN_AFTER_S = 5.0
 FINAL = ("unauthorized", "not_found", "key_missing")
 
 
-class Workshop:
+class JobRunner:
     """Carries out jobs in `group`. An entry has at most one job here, and at most one owner among all servers.
 
     `pause` waits between two tries of what could not be finished, and between two looks at another server's work.
@@ -42,10 +42,10 @@ class Workshop:
         self,
         client: EvolinkClient,
         journal: Journal,
-        recorder: Recorder,
-        purchases: Purchases,
-        watcher: Watcher,
-        collector: Collector,
+        recorder: JournalWriter,
+        purchases: Purchaser,
+        watcher: TaskFollower,
+        collector: ImageSaver,
         size_rule: SizeRule,
         group: anyio.abc.TaskGroup,
         *,

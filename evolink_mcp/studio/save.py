@@ -24,11 +24,11 @@ from evolink_mcp.images.download import download
 from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Picture
+from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
-from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import backoff_s
 from evolink_mcp.studio.watch import merged
-from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics import Metrics
 
 LINK_LIVES_S = 24 * 3600
 REREADS_MAX = 3
@@ -38,7 +38,7 @@ UNUSABLE_REPEATS_MAX = 1
 DOWNLOADS_AT_ONCE = 4
 
 
-class Collector:
+class ImageSaver:
     """Lets `image_store` keep every picture, and tells `recorder` of each one.
 
     `preview_edge` is the longest edge of the previews that a waiting caller will be shown, as in `Waiting`.
@@ -48,14 +48,14 @@ class Collector:
         self,
         client: EvolinkClient,
         image_store: ImageStore,
-        recorder: Recorder,
+        recorder: JournalWriter,
         *,
         preview_edge: int | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
-        tally: Tally | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        self._tally = tally or Tally()
+        self._metrics = metrics or Metrics()
         self._client = client
         self._image_store = image_store
         self._recorder = recorder
@@ -110,9 +110,9 @@ class Collector:
                     is_rejected=isinstance(error, PictureRejected),
                 )
                 job.problem = job.problem or error.problem
-                self._tally.downloads["failed"] += 1
+                self._metrics.downloads["failed"] += 1
             else:
-                self._tally.downloads["saved"] += 1
+                self._metrics.downloads["saved"] += 1
         await self._recorder.pictures_changed(job, _ordered(pictures))
 
     async def copy(self, job: Job) -> None:

@@ -18,19 +18,19 @@ from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
 from evolink_mcp.studio.deduplication import Joining
-from evolink_mcp.studio.durations import Experience
-from evolink_mcp.studio.jobs import Job, Order, Sleep, guarded
+from evolink_mcp.studio.durations import DurationHistory
+from evolink_mcp.studio.events import JournalWriter
+from evolink_mcp.studio.jobs import ImageRequest, Job, Sleep, guarded
 from evolink_mcp.studio.limits import Budget, Limits
 from evolink_mcp.studio.poller import Poller
-from evolink_mcp.studio.purchase import Purchases
-from evolink_mcp.studio.reconcile import LostAnswers
-from evolink_mcp.studio.recorder import Recorder
-from evolink_mcp.studio.runner import Workshop
-from evolink_mcp.studio.save import Collector
+from evolink_mcp.studio.purchase import Purchaser
+from evolink_mcp.studio.reconcile import Reconciler
+from evolink_mcp.studio.runner import JobRunner
+from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.size_rule import AUTO, SizeRule
-from evolink_mcp.studio.watch import Watcher
+from evolink_mcp.studio.watch import TaskFollower
 from evolink_mcp.teams.callbacks import Callbacks
-from evolink_mcp.teams.metrics import Audit, Tally
+from evolink_mcp.teams.metrics import Audit, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Studio:
         callbacks: Callbacks | None = None,
         key_problem: str | None = None,
         poller: Poller | None = None,
-        tally: Tally | None = None,
+        metrics: Metrics | None = None,
         audit: Audit | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
@@ -74,19 +74,19 @@ class Studio:
         self.client, self.journal, self.budget = client, journal, budget
         self.image_store, self.references = image_store, references
         self.size_rule = SizeRule(journal, rule)
-        self._recorder = Recorder(journal, self._announce)
-        lost = LostAnswers(client, journal, self._recorder, shared=shared, sleep=sleep)
-        self._experience = Experience(journal)
-        self._purchases = Purchases(
+        self._recorder = JournalWriter(journal, self._announce)
+        lost = Reconciler(client, journal, self._recorder, shared=shared, sleep=sleep)
+        self._durations = DurationHistory(journal)
+        self._purchases = Purchaser(
             client, journal, self._recorder, budget, lost,
-            callbacks=callbacks, sleep=sleep, tally=tally, pause=poller.pause if poller else None,
+            callbacks=callbacks, sleep=sleep, metrics=metrics, pause=poller.pause if poller else None,
         )  # fmt: skip
         self._poller = poller
         self._preview_edge = preview_edge
         self._limits = Limits(budget.running, callback_hosts)
         self._shared = shared  # others spend from the account: what the journal does not have may be theirs
         self._key_problem = key_problem
-        self._tally, self._audit, self._draining = tally, audit, False
+        self._metrics, self._audit, self._draining = metrics, audit, False
         self.now = clock  # the wall clock, in epoch seconds
         self._clock, self._sleep, self._pause = clock, sleep, pause
         self._subscribers: list[Subscriber] = []
@@ -102,22 +102,22 @@ class Studio:
 
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None]:
-        timing: Any = {"clock": self._clock, "sleep": self._sleep, "tally": self._tally}
+        timing: Any = {"clock": self._clock, "sleep": self._sleep, "metrics": self._metrics}
         try:
             async with anyio.create_task_group() as self._group:
                 poller = self._poller or Poller(
-                    self.client, self._group, sleep=self._sleep, pause=self._purchases.pause, tally=self._tally
+                    self.client, self._group, sleep=self._sleep, pause=self._purchases.pause, metrics=self._metrics
                 )
-                watcher = Watcher(poller, self._recorder, self._experience, **timing)
-                collector = Collector(
+                watcher = TaskFollower(poller, self._recorder, self._durations, **timing)
+                collector = ImageSaver(
                     self.client, self.image_store, self._recorder, preview_edge=self._preview_edge, **timing
                 )
-                self._workshop = Workshop(
+                self._runner = JobRunner(
                     self.client, self.journal, self._recorder, self._purchases, watcher, collector, self.size_rule, self._group,
                     audit=self._audit, clock=self._clock, pause=self._pause,
                 )  # fmt: skip
                 self._joining = Joining(
-                    self.journal, self._recorder, self._workshop, clock=self._clock, sleep=self._sleep
+                    self.journal, self._recorder, self._runner, clock=self._clock, sleep=self._sleep
                 )
                 self._group.start_soon(self._recorder.write_what_was_not, self._pause)
                 self._group.start_soon(self._recover_later)
@@ -125,15 +125,15 @@ class Studio:
                     yield
                 finally:
                     with anyio.CancelScope(shield=True), anyio.move_on_after(SUBMIT_GRACE_S):
-                        await self._workshop.requests_answered()
-                    self._workshop.stop_listening()
+                        await self._runner.requests_answered()
+                    self._runner.stop_listening()
                     self._group.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_GRACE_S):
-                await self._experience.write()
+                await self._durations.write()
                 await self.journal.close()
 
-    async def order(self, order: Order) -> Job:
+    async def order(self, order: ImageRequest) -> Job:
         """Buy a picture, or hand over an identical one that was bought and never delivered.
 
         Raises:
@@ -152,10 +152,10 @@ class Studio:
             job = await self._joining.job_for(order, (mark, fingerprint(checked.identity)))
             if job is not None:
                 return job
-        with self._limits.place(self._workshop.jobs):
+        with self._limits.place(self._runner.jobs):
             return await self._bought(order, checked, mark)
 
-    async def _bought(self, order: Order, checked: CheckedRequest, mark: str) -> Job:
+    async def _bought(self, order: ImageRequest, checked: CheckedRequest, mark: str) -> Job:
         await self._purchases.check_caps(order.at_most, order.max_credits, self._clock())
         body = await self.references.upload_all(checked)
         entry = Entry(
@@ -173,7 +173,7 @@ class Studio:
             references=checked.references(body),
         )
         await self._purchases.intend(entry)
-        return self._workshop.buy(entry, order.client)
+        return self._runner.buy(entry, order.client)
 
     async def resume(self, task_id: str) -> Job:
         """The job of the task with this id: finished, under way, or bought elsewhere with the same key.
@@ -185,18 +185,18 @@ class Studio:
             TaskUnknown: others spend from this account too, and the journal does not have this task.
         """
         await self.wake()
-        job = next((job for job in self._workshop.jobs if job.entry.task_id == task_id), None)
+        job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
         if job is None:
             entry = await self._recorder.known(task_id)
             if entry is None and self._shared:
                 raise TaskUnknown(f"there is no task {task_id} here")
-            if entry is None or not await self._workshop.is_ours(entry):
+            if entry is None or not await self._runner.is_ours(entry):
                 entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
             if entry.has_work(self._clock()):
                 self._need_key()
-            job = await self._workshop.go_on(entry)
+            job = await self._runner.go_on(entry)
         if job.entry.guessed and job.entry.ended:
-            await self._workshop.confirm(job)
+            await self._runner.confirm(job)
         return job
 
     async def entry(self, task_id: str) -> Entry | None:
@@ -205,7 +205,7 @@ class Studio:
         Raises:
             JournalUnwritable: the journal cannot be read.
         """
-        job = next((job for job in self._workshop.jobs if job.entry.task_id == task_id), None)
+        job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
         return job.entry if job is not None else await self.journal.by_task(task_id)
 
     async def deliver(self, job: Job) -> None:
@@ -251,7 +251,7 @@ class Studio:
         if self._shared:
             return [], "others spend from this account too, so its own list is not shown"
         lost = [entry for entry in await self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
-        for job in [await self._workshop.go_on(entry) for entry in lost if not self._workshop.running(entry.key)]:
+        for job in [await self._runner.go_on(entry) for entry in lost if not self._runner.running(entry.key)]:
             with anyio.move_on_after(SYNC_WAITS_S):
                 async with aclosing(job.states()) as states:
                     async for entry in states:
@@ -265,28 +265,33 @@ class Studio:
         return [task for task in tasks if task.id not in known], None
 
     @property
-    def at_rest(self) -> bool:
-        """Whether nothing is under way here, and everything is written down."""
-        return not self._workshop.jobs and not self._recorder.has_unwritten
+    def jobs(self) -> list[Job]:
+        """The jobs of this server, in the order of their start."""
+        return self._runner.jobs
 
     @property
-    def statuses(self) -> list[str]:
+    def is_idle(self) -> bool:
+        """Whether nothing is under way here, and everything is written down."""
+        return not self._runner.jobs and not self._recorder.has_unwritten
+
+    @property
+    def task_statuses(self) -> list[str]:
         """The states of the tasks that this server works on."""
-        return [job.entry.status for job in self._workshop.jobs if not job.elsewhere]
+        return [job.entry.status for job in self._runner.jobs if not job.elsewhere]
 
     def drain(self) -> bool:
         """Take no new order, and let the calls that wait answer with their tasks' ids; True once none waits any more."""
         self._draining = True
-        for job in self._workshop.jobs:
-            if not job.letting_go:
+        for job in self._runner.jobs:
+            if not job.is_draining:
                 job.let_go()
-        return not any(job.callers for job in self._workshop.jobs)
+        return not any(job.callers for job in self._runner.jobs)
 
     async def wake(self) -> None:
         """A caller is here: take over what a server left that is not running any more."""
         self._woken.set()
         if self.client.has_key:
-            await self._recorder.softly(self._workshop.take_over())
+            await self._recorder.softly(self._runner.take_over())
 
     async def balance(self) -> Balance:
         """Credits left on the account and the key."""
@@ -295,7 +300,7 @@ class Studio:
 
     async def called_back(self, key: str, task_id: str) -> None:
         """EvoLink says that the order with this key has ended as this task; other servers of the account are told too."""
-        await self._workshop.called_back(key, task_id)
+        await self._runner.called_back(key, task_id)
         await self._recorder.softly(self.journal.tell(News(key, task_id, ended=True)))
 
     def subscribe(self, subscriber: Subscriber) -> None:
@@ -314,7 +319,7 @@ class Studio:
         with anyio.move_on_after(RECOVER_AFTER_S):
             await self._woken.wait()
         while self.client.has_key:
-            await self._recorder.softly(self._workshop.take_over())
+            await self._recorder.softly(self._runner.take_over())
             if self.journal.adopt_every_s is None:
                 return
             await self._pause(self.journal.adopt_every_s)

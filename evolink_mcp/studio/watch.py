@@ -11,13 +11,13 @@ import anyio
 
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import RateLimited, Rejected, Unreadable
-from evolink_mcp.studio.durations import Experience
+from evolink_mcp.studio.durations import DurationHistory
+from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.poller import Poller
-from evolink_mcp.studio.recorder import Recorder
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, RetryBudget, Schedule, backoff_s, slower_s
 from evolink_mcp.teams.callbacks import BACKSTOP_S
-from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +26,23 @@ NOT_FOUND_READS = 4  # about 10 s in all
 FIRST_REFUSAL_WAIT_S = 2.0
 
 
-class Watcher:
+class TaskFollower:
     """Watches any number of jobs, and tells `recorder` every state of every task."""
 
     def __init__(
         self,
         poller: Poller,
-        recorder: Recorder,
-        experience: Experience,
+        recorder: JournalWriter,
+        durations: DurationHistory,
         *,
         clock: Callable[[], float] = time.time,
         sleep: Sleep = anyio.sleep,
-        tally: Tally | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        self._tally = tally or Tally()
+        self._metrics = metrics or Metrics()
         self._poller = poller
         self._recorder = recorder
-        self._experience = experience
+        self._durations = durations
         self._clock = clock
         self._sleep = sleep
         self._budget = RetryBudget()
@@ -67,7 +67,7 @@ class Watcher:
         # Only a job that has just bought its task waits before the first read. Any other task may be done already.
         age = 0.0 if job.heard_from else max(0.0, self._clock() - job.entry.created_at)
         accepted = anyio.current_time() - age
-        schedule = Schedule(await self._experience.expected(job.entry))
+        schedule = Schedule(await self._durations.expected(job.entry))
         at_once = not job.heard_from
         looked = anyio.current_time()
         failures = 0
@@ -115,14 +115,14 @@ class Watcher:
                 task = merged(task, seen)
                 looked, before = anyio.current_time(), looked
                 if task.settled:
-                    self._tally.settled(task.credits_used if task.charged == "yes" else None, looked - before)
+                    self._metrics.settled(task.credits_used if task.charged == "yes" else None, looked - before)
                 job.heard_from = True
                 job.seen_running = job.seen_running or not task.settled
                 await self._recorder.task_seen(job, task)
         if job.called_back:
             self._count_callback(job)
         if task.status == COMPLETED and age == 0.0:
-            await self._experience.add(job.entry, anyio.current_time() - accepted)
+            await self._durations.add(job.entry, anyio.current_time() - accepted)
 
     def _count_callback(self, job: Job) -> None:
         """Where EvoLink's callbacks do not come, its tasks are looked at as if there were none."""

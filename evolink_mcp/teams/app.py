@@ -25,7 +25,7 @@ from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.callback_routes import CalledBack
 from evolink_mcp.teams.callbacks import PATH as CALLBACKS
 from evolink_mcp.teams.callers import Callers
-from evolink_mcp.teams.metrics import Tally
+from evolink_mcp.teams.metrics import Metrics
 from evolink_mcp.teams.oauth import METADATA
 from evolink_mcp.teams.object_store import PATH as PICTURES
 from evolink_mcp.teams.object_store import ObjectStore
@@ -38,7 +38,7 @@ from evolink_mcp.transports.http_guard import Door, Page
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
-    from evolink_mcp.teams.metrics_endpoint import Metrics
+    from evolink_mcp.teams.metrics_endpoint import MetricsEndpoint
 
 LOOK_EVERY_S = 5.0
 ASK_AGAIN_AFTER_S, ASK_WITHIN_S = 60.0, 3.0
@@ -72,7 +72,7 @@ async def open_tenant(
     poller: Poller | None = None,
     decoder: Decoder | None = None,
     store: ObjectStore | None = None,
-    tally: Tally | None = None,
+    metrics: Metrics | None = None,
 ) -> AsyncGenerator[Any]:
     """The ASGI app of a tenant: a studio and a server of its own, with the lifespan that `make_app`'s app needs.
 
@@ -88,7 +88,7 @@ async def open_tenant(
         poller=poller,
         decoder=decoder,
         store=store,
-        tally=tally,
+        metrics=metrics,
         transport=transport,
     ) as studio:
         app = make_app(server_for(studio, its), studio)
@@ -140,11 +140,13 @@ def behind_door(
         told = callers.issuer.page
         pages += [Page(("GET",), METADATA, told), Page(("GET",), f"{METADATA}/", told)]
     if find_spec("prometheus_client") is not None:
-        from evolink_mcp.teams.metrics_endpoint import PATH, Metrics, MetricsPage
+        from evolink_mcp.teams.metrics_endpoint import PATH, MetricsEndpoint, MetricsPage
 
         token = settings.metrics_token
-        metrics = studios.metrics = Metrics(studios.tally, studios.statuses, lambda: at.open, lambda: why() is None)
-        pages.append(Page(("GET",), PATH, MetricsPage(metrics, token), is_open=token is not None))
+        endpoint = studios.metrics_endpoint = MetricsEndpoint(
+            studios.metrics, studios.statuses, lambda: at.open, lambda: why() is None
+        )
+        pages.append(Page(("GET",), PATH, MetricsPage(endpoint, token), is_open=token is not None))
     at = door(app, names, callers, why_not, pages)
     return at
 
@@ -212,7 +214,7 @@ def tenants_app(
             "poller": poller,
             "decoder": studios.decoder,
             "store": store,
-            "tally": studios.tally,
+            "metrics": studios.metrics,
         }
         try:
             async with open_tenant(tenant, settings, noting, transport, **own) as app:
@@ -245,7 +247,7 @@ async def go_on_with_what_was_left(
 
 
 class Studios:
-    """The open studios of this server, by their accounts' marks. `tally` counts what all of them do.
+    """The open studios of this server, by their accounts' marks. `metrics` counts what all of them do.
 
     `decoder` decodes the images of all of them.
     """
@@ -253,8 +255,8 @@ class Studios:
     def __init__(self, database: Database | None, decoder: Decoder) -> None:
         self.database = database
         self.decoder = decoder
-        self.tally = Tally()
-        self.metrics: Metrics | None = None
+        self.metrics = Metrics()
+        self.metrics_endpoint: MetricsEndpoint | None = None
         self._open: list[Studio] = []
         self._by_account: dict[str, Studio] = {}
         self._pollers: dict[tuple[str, str], Poller] = {}
@@ -273,7 +275,7 @@ class Studios:
     def may_close(self, studio: Studio) -> bool:
         """Whether it has nothing under way, and no other one of its account is open: they own entries together."""
         account = studio.journal.account
-        return studio.at_rest and not any(one is not studio and one.journal.account == account for one in self._open)
+        return studio.is_idle and not any(one is not studio and one.journal.account == account for one in self._open)
 
     @property
     def accounts(self) -> list[str]:
@@ -289,13 +291,13 @@ class Studios:
         account = (settings.key_text, settings.base_url)
         if account not in self._pollers:
             client = EvolinkClient(settings.key, base_url=settings.base_url, transport=transport)
-            self._pollers[account] = Poller(client, group, tally=self.tally)
+            self._pollers[account] = Poller(client, group, metrics=self.metrics)
             group.start_soon(_hold_open, client)
         return self._pollers[account]
 
     def statuses(self) -> list[str]:
         """The states of all tasks that this server works on."""
-        return [status for studio in self._open for status in studio.statuses]
+        return [status for studio in self._open for status in studio.task_statuses]
 
     def drain(self) -> bool:
         """See Studio.drain, for all of them."""

@@ -15,7 +15,7 @@ LAG_BOUNDS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 @dataclass(slots=True)
-class Tally:
+class Metrics:
     """Counts since the start of the process.
 
     `purchases` by their outcome, `credits` that EvoLink charged, `looks` (requests to read tasks) by their kind,

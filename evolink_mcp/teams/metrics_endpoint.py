@@ -13,14 +13,14 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from evolink_mcp.teams.metrics import LAG_BOUNDS_S, Tally
+from evolink_mcp.teams.metrics import LAG_BOUNDS_S, Metrics
 
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_EVERY_S = 0.5
 
 
-class Metrics(Collector):
+class MetricsEndpoint(Collector):
     """Reads what it tells at the moment it is asked.
 
     `statuses` are those of the tasks that this server works on, `streams` the requests that are open, `ready` whether
@@ -29,12 +29,12 @@ class Metrics(Collector):
 
     def __init__(
         self,
-        tally: Tally,
+        metrics: Metrics,
         statuses: Callable[[], Sequence[str]],
         streams: Callable[[], int],
         ready: Callable[[], bool],
     ) -> None:
-        self._tally = tally
+        self._metrics = metrics
         self._statuses = statuses
         self._streams = streams
         self._ready = ready
@@ -71,17 +71,17 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every metric as it is now."""
-        tally = self._tally
+        metrics = self._metrics
         yield GaugeMetricFamily("evolink_ready", "1 if paid work can be done.", value=float(self._ready()))
         tasks = GaugeMetricFamily("evolink_tasks", "Tasks that this server works on now.", labels=["status"])
         for status, count in Counter(self._statuses()).items():
             tasks.add_metric([status], count)
         yield tasks
-        yield _counter("evolink_purchases", "Purchases by their outcome.", "outcome", tally.purchases)
-        yield CounterMetricFamily("evolink_credits", "Credits that EvoLink charged.", value=tally.credits)
-        yield _counter("evolink_looks", "Requests that read tasks.", "kind", tally.looks)
-        yield _counter("evolink_downloads", "Pictures fetched.", "outcome", tally.downloads)
-        yield _lags(tally)
+        yield _counter("evolink_purchases", "Purchases by their outcome.", "outcome", metrics.purchases)
+        yield CounterMetricFamily("evolink_credits", "Credits that EvoLink charged.", value=metrics.credits)
+        yield _counter("evolink_looks", "Requests that read tasks.", "kind", metrics.looks)
+        yield _counter("evolink_downloads", "Pictures fetched.", "outcome", metrics.downloads)
+        yield _lags(metrics)
         yield CounterMetricFamily(
             "evolink_loop_delay_seconds", f"Lateness of a wait of {LOOK_EVERY_S} s, added up.", value=self._loop_delay_s
         )
@@ -93,14 +93,14 @@ class Metrics(Collector):
 class MetricsPage:
     """`GET /metrics`: for who sends `token` as a bearer token, if there is one."""
 
-    def __init__(self, metrics: Metrics, token: str | None) -> None:
-        self._metrics = metrics
+    def __init__(self, endpoint: MetricsEndpoint, token: str | None) -> None:
+        self._endpoint = endpoint
         self._wanted = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if self._wanted is None or hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self._wanted):
-            await Response(self._metrics.text(), media_type=CONTENT_TYPE)(scope, receive, send)
+            await Response(self._endpoint.text(), media_type=CONTENT_TYPE)(scope, receive, send)
         else:
             headers = {"www-authenticate": 'Bearer realm="metrics"'}
             await Response("EVOLINK_MCP_METRICS_TOKEN is needed.\n", 401, headers)(scope, receive, send)
@@ -113,12 +113,12 @@ def _counter(name: str, told: str, label: str, counts: Counter[str]) -> CounterM
     return family
 
 
-def _lags(tally: Tally) -> HistogramMetricFamily:
+def _lags(metrics: Metrics) -> HistogramMetricFamily:
     buckets: list[tuple[str, float]] = []
     below = 0
     for bound in (*LAG_BOUNDS_S, float("inf")):
-        below += tally.lags[bound]
+        below += metrics.lags[bound]
         buckets.append(("+Inf" if bound == float("inf") else str(bound), float(below)))
     family = HistogramMetricFamily("evolink_lag_seconds", "For how long at most a task had ended before it was known.")
-    family.add_metric([], buckets, tally.lag_s)
+    family.add_metric([], buckets, metrics.lag_s)
     return family

@@ -25,10 +25,10 @@ IDLE_S, LOOK_EVERY_S = 3600.0, 60.0
 
 
 class TenantApp(Protocol):
-    """A tenant's ASGI app. `at_rest`: nothing is under way in it, so it can be closed and opened again at the next call."""
+    """A tenant's ASGI app. `is_idle`: nothing is under way in it, so it can be closed and opened again at the next call."""
 
     @property
-    def at_rest(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing is under way."""
         ...
 
@@ -99,7 +99,7 @@ class Tenants:
 
     def _is_idle(self, tenant: Tenant, app: TenantApp) -> bool:
         called = anyio.current_time() - self._called[tenant]
-        return tenant in self._apps and not self._requests[tenant] and called >= IDLE_S and app.at_rest
+        return tenant in self._apps and not self._requests[tenant] and called >= IDLE_S and app.is_idle
 
 
 @asynccontextmanager

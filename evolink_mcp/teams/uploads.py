@@ -29,23 +29,23 @@ TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
 class Uploads:
     """`PUT /uploads` before `app`: the body is a picture, the answer names the URI that `image_urls` takes.
 
-    `references` are those of the caller's own studio, so nobody else finds the picture; `at_rest` says whether it has
+    `references` are those of the caller's own studio, so nobody else finds the picture; `is_idle` says whether it has
     nothing under way.
     """
 
     def __init__(
-        self, app: ASGIApp, references: References, clock: Callable[[], float], at_rest: Callable[[], bool]
+        self, app: ASGIApp, references: References, clock: Callable[[], float], is_idle: Callable[[], bool]
     ) -> None:
         self._app = app
         self._references = references
         self._clock = clock
-        self._at_rest = at_rest
+        self._is_idle = is_idle
         self._slots = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
 
     @property
-    def at_rest(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing is under way for this caller."""
-        return self._at_rest()
+        return self._is_idle()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

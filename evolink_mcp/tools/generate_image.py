@@ -16,7 +16,7 @@ from evolink_mcp.api.request import GenerationRequest, OrNull, is_file
 from evolink_mcp.api.urls import host_of
 from evolink_mcp.errors import OverBudget
 from evolink_mcp.sanitize import quoted
-from evolink_mcp.studio.jobs import Order
+from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
@@ -55,12 +55,12 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     studio = waiting.studio
     agreed: set[tuple[str, str]] = set()  # files that were sent together with a callback to this host
 
-    async def priced_order(req: GenerateImageArguments) -> Order:
+    async def priced_order(req: GenerateImageArguments) -> ImageRequest:
         await studio.size_rule.refresh()
-        return Order(req, price_of(req, studio.size_rule.possible), req.save_as, req.max_credits, req.force_new)
+        return ImageRequest(req, price_of(req, studio.size_rule.possible), req.save_as, req.max_credits, req.force_new)
 
     def confirm(
-        req: GenerateImageArguments, order: Annotated[Order, Resolve(priced_order)], ctx: Context[Any, Any]
+        req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
     ) -> Confirm | Elicit[Confirm]:
         limit = studio.budget.confirm_above
         dear = limit is not None and order.at_most > limit
@@ -73,7 +73,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     async def generate_image(
         req: GenerateImageArguments,
         ctx: Context[Any, Any],
-        order: Annotated[Order, Resolve(priced_order)],
+        order: Annotated[ImageRequest, Resolve(priced_order)],
         confirmed: Annotated[ElicitationResult[Confirm], Resolve(confirm)],
     ) -> CallToolResult:
         """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. One call does all: it submits,

@@ -156,7 +156,7 @@ async def _until(job: Job, progress: _Progress, deadline: float, *, heard_from: 
         with anyio.CancelScope(deadline=deadline):
             async for entry in states:
                 await progress.tell(entry)
-                if job.heard_from if heard_from else job.letting_go:
+                if job.heard_from if heard_from else job.is_draining:
                     return
 
 

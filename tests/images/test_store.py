@@ -508,6 +508,6 @@ async def test_what_was_refused_is_not_fetched_again_by_itself(open_world: Open)
     assert answer.structured_content["error"]["code"] == "picture_unusable"
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         await client.call_tool("list_tasks", {})
-        assert world.studio._workshop.jobs == []
+        assert world.studio.jobs == []
         await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
     assert sum(request.path.startswith("/pictures/") for request in simulator.requests) > fetched == 2

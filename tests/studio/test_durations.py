@@ -11,7 +11,7 @@ from conftest import Open, World
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio import durations as rooms
-from evolink_mcp.studio.durations import FACT, WRITTEN_EVERY, Experience
+from evolink_mcp.studio.durations import FACT, WRITTEN_EVERY, DurationHistory
 from evolink_mcp.studio.schedule import ENOUGH, USUAL_S
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -26,8 +26,8 @@ ENTRY = Entry(
 )
 
 
-async def learned(world: World, took_s: float, times: int) -> Experience:
-    ours = Experience(world.studio.journal)
+async def learned(world: World, took_s: float, times: int) -> DurationHistory:
+    ours = DurationHistory(world.studio.journal)
     for _ in range(times):
         await ours.add(ENTRY, took_s)
     return ours
@@ -36,7 +36,7 @@ async def learned(world: World, took_s: float, times: int) -> Experience:
 async def test_what_was_learned_is_known_to_the_next_server(world: World) -> None:
     assert WRITTEN_EVERY >= ENOUGH
     ours = await learned(world, 60.0, WRITTEN_EVERY)
-    theirs = Experience(world.studio.journal)
+    theirs = DurationHistory(world.studio.journal)
     assert (await ours.expected(ENTRY)).median_s == (await theirs.expected(ENTRY)).median_s == 60.0
     low = replace(ENTRY, request={"quality": "low"})
     assert (await theirs.expected(low)).median_s == USUAL_S["low"]
@@ -60,7 +60,7 @@ async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
 )
 async def test_an_odd_note_is_left_out(world: World, text: str) -> None:
     await world.studio.journal.learn(FACT, text)
-    assert (await Experience(world.studio.journal).expected(ENTRY)).median_s == USUAL_S["high"]
+    assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == USUAL_S["high"]
 
 
 async def test_a_bought_task_teaches_and_one_taken_up_later_does_not(
@@ -69,7 +69,7 @@ async def test_a_bought_task_teaches_and_one_taken_up_later_does_not(
     monkeypatch.setattr(rooms, "TAKES_AT_LEAST_S", 0.0)
     async with open_world() as world, world.client() as client:
         answer = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "quality": "high"})
-        assert [one[0] for one in world.studio._experience._taken] == ["high"]
+        assert [one[0] for one in world.studio._durations._taken] == ["high"]
         again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
         assert again.structured_content["status"] == "completed"
-        assert len(world.studio._experience._taken) == 1
+        assert len(world.studio._durations._taken) == 1

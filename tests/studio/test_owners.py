@@ -91,7 +91,7 @@ async def test_a_dead_servers_task_is_left_to_its_own_key(open_world: Open) -> N
         open_world(simulator=simulator, clock=clock, pause=no_pause) as again,
     ):
         assert await listed(other) == []
-        assert other.studio._workshop.jobs == []
+        assert other.studio.jobs == []
         done = await asked(again, "get_task", task_id=mine["task_id"])
         assert done["status"] == "completed"
         assert done["images"][0]["path"] is not None
@@ -199,7 +199,7 @@ async def test_an_unsent_order_of_a_living_server_is_watched_and_sent_by_it_alon
         open_world(simulator=simulator, clock=clock) as one,
         open_world(simulator=simulator, clock=free, pause=no_pause) as other,
     ):
-        answers = await joined_while_held(one, other, clock, lambda: bool(other.studio._workshop.jobs))
+        answers = await joined_while_held(one, other, clock, lambda: bool(other.studio.jobs))
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
     assert (len(simulator.tasks), len(one.files)) == (1, 1)
 
@@ -265,7 +265,7 @@ async def test_an_owner_whose_lock_file_was_deleted_is_not_dead(open_world: Open
         for lock in (tmp_path / "data" / "owners").iterdir():
             lock.unlink()
         await listed(other)
-        assert other.studio._workshop.jobs == []
+        assert other.studio.jobs == []
         (entry,) = await other.studio.journal.recent(1)
         assert entry.owner == one.studio.journal.owner
         await listed(one)
@@ -277,12 +277,12 @@ async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(op
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as idle, idle.client() as client:
-        await idle.studio._recorder.softly(idle.studio._workshop.take_over())  # as it does a second after its start
+        await idle.studio.wake()  # as it does a second after its start
         async with open_world(simulator=simulator, clock=clock) as dead:
             await asked(dead, "generate_image", **{**WISH, "wait_seconds": 0})
         clock.now += 1000
         await client.call_tool("list_tasks", {})
-        assert len(idle.studio._workshop.jobs) == 1
+        assert len(idle.studio.jobs) == 1
 
 
 async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: Open) -> None:
@@ -409,7 +409,7 @@ async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open
         second = await asked(world, "generate_image", **{**WISH, "prompt": "a hen"})
         assert (first["status"], second["error"]["code"]) == ("completed", "task_known")
         assert (second["charged"], second["task_id"]) == ("unknown", None)
-        assert world.studio._workshop.jobs == []
+        assert world.studio.jobs == []
         assert [task["status"] for task in await listed(world)] == ["unknown", "completed"]
 
 
@@ -473,8 +473,8 @@ async def test_an_id_that_another_server_has_written_down_meanwhile_ends_no_serv
 async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> None:
     """While one entry is written at last, the job of another one goes on and writes for itself."""
     from evolink_mcp.api.task import Task
+    from evolink_mcp.studio.events import JournalWriter
     from evolink_mcp.studio.jobs import Job
-    from evolink_mcp.studio.recorder import Recorder
 
     written: list[tuple[str, str]] = []
 
@@ -496,7 +496,7 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
             written.append((key, "released"))
 
     book = Book()
-    recorder = Recorder(book, lambda entry: None)  # pyright: ignore[reportArgumentType]
+    recorder = JournalWriter(book, lambda entry: None)  # pyright: ignore[reportArgumentType]
     jobs = [Job(Entry(key, "o", "submitted", 1.0, account="a")) for key in ("first", "second")]
     for number, job in enumerate(jobs):
         await recorder.task_seen(job, Task(f"task-unified-{number}", "processing"))

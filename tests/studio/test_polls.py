@@ -25,7 +25,7 @@ from evolink_mcp.api import http, task
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.sanitize import UPSTREAM_WORDS_MAX
-from evolink_mcp.studio.jobs import Order
+from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.schedule import RetryBudget
 from evolink_mcp.teams.settings import TeamSettings
@@ -417,7 +417,7 @@ async def test_misbehaving_connections_only_cost_a_look(
             opened = TeamSettings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
             async with open_studio(opened, sleep=sleep) as studio:
                 request = GenerationRequest.model_validate(WISH)
-                job = await studio.order(Order(request, price_of(request, studio.size_rule.possible)))
+                job = await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
                 async for _ in job.states():
                     pass
                 assert job.problem is None

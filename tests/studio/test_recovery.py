@@ -16,7 +16,7 @@ from mcp.client import Client
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.journal.entry import Entry, new_key
 from evolink_mcp.journal.sqlite import SqliteJournal
-from evolink_mcp.studio.jobs import Order
+from evolink_mcp.studio.jobs import ImageRequest
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -157,8 +157,8 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
     ):
         await first.call_tool("generate_image", HANDLE)
         assert len(await listed(second)) == 1
-        assert other.studio._workshop.jobs == []
-        assert len(one.studio._workshop.jobs) == 1
+        assert other.studio.jobs == []
+        assert len(one.studio.jobs) == 1
 
 
 # --- joined, or bought anew ----------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ async def test_a_handle_that_get_task_has_completed_counts_as_received(open_worl
 async def test_the_same_call_that_overtakes_the_cancelling_of_the_first_gets_what_that_bought(open_world: Open) -> None:
     """Over HTTP both are requests of their own, and the later one may come first."""
     async with open_world() as world:
-        order = Order(GenerationRequest(prompt="sim:slow=60 a fox"), at_most=9.0)
+        order = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), at_most=9.0)
         first = await world.studio.order(order)
         world.studio.attend(first)
 

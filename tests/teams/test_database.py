@@ -508,7 +508,7 @@ async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_serv
     simulator = EndsTheDatabase(clock=clock, duration_s=3600)
     async with in_postgres(simulator=simulator, clock=clock, pause=never) as world, world.client() as client:
         facts = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
-        (job,) = world.studio._workshop.jobs
+        (job,) = world.studio.jobs
         world.studio.journal._database._lost()
         await until(lambda: job.elsewhere)
         await anyio.to_thread.run_sync(cluster.start)
@@ -548,7 +548,7 @@ async def test_another_servers_result_comes_at_once(in_postgres: Any) -> None:
 
             async with anyio.create_task_group() as group:
                 group.start_soon(asks)
-                await until(lambda: other.studio._workshop.jobs)
+                await until(lambda: other.studio.jobs)
                 for task in simulator.tasks.values():
                     task.duration = 0
             assert got[0].structured_content["status"] == "completed"
@@ -564,7 +564,7 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
     async with in_postgres(simulator=simulator, clock=clock) as world, world.client() as client:
         journal = world.studio.journal
         await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})
-        (job,) = world.studio._workshop.jobs
+        (job,) = world.studio.jobs
         await until(lambda: job.following)
 
         async def taken(_: str) -> bool:
@@ -602,7 +602,7 @@ async def test_progress_and_changes_reach_who_watches_at_another_server(
 
         async def hears(task_id: str) -> None:
             changed.append(task_id)
-            seen.update(job.entry.task.progress for job in other.studio._workshop.jobs if job.entry.task)
+            seen.update(job.entry.task.progress for job in other.studio.jobs if job.entry.task)
 
         other.studio.subscribe(hears)
         bought = (await buyer.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content

@@ -165,7 +165,7 @@ async def test_a_stored_picture_outlives_evolinks_link(tmp_path: Path, stored: d
     async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
-        anna = next(studio for studio in town.studios._open if studio.statuses is not None)
+        anna = next(studio for studio in town.studios._open if studio.task_statuses is not None)
         anna.image_store._clock = lambda: anna.now() + 48 * 3600
         read = await client.read_resource(bought["images"][0]["resource_uri"])
         edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}

@@ -27,7 +27,7 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.app.wiring import open_team_database
 from evolink_mcp.images.decode_process import Decoder
-from evolink_mcp.studio.jobs import Order
+from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams import app as cli_team
 from evolink_mcp.teams.app import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
 from evolink_mcp.teams.callers import Callers
@@ -105,7 +105,7 @@ async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_fini
             opening = open_tenant(person, settings, lambda server, studio: _App(studio), transport, database=doomed)
             app = await stack.enter_async_context(opening)
             wish = GenerationRequest(prompt="a fox", size="1024x640")
-            await app.studio.order(Order(wish, 9.0))
+            await app.studio.order(ImageRequest(wish, 9.0))
             while not office.simulator.tasks:
                 await anyio.sleep(0.01)
             while (await app.studio.journal.recent(1))[0].task is None:
@@ -120,7 +120,7 @@ async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_fini
 class _App:
     def __init__(self, studio: Any) -> None:
         self.studio = studio
-        self.at_rest = False
+        self.is_idle = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         while True:

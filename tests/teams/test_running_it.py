@@ -27,8 +27,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
 from evolink_mcp.teams.app import KeyCheck
-from evolink_mcp.teams.metrics import Tally
-from evolink_mcp.teams.metrics_endpoint import Metrics
+from evolink_mcp.teams.metrics import Metrics
+from evolink_mcp.teams.metrics_endpoint import MetricsEndpoint
 from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -79,12 +79,12 @@ async def test_metrics_need_their_own_token(tmp_path: Path, token: str | None) -
 
 
 async def test_metrics_have_a_port_of_their_own() -> None:
-    tally = Tally()
-    tally.settled(2.5, 0.4)
-    tally.settled(None, 90.0)
-    metrics = Metrics(tally, lambda: ["processing"], lambda: 0, lambda: False)
+    metrics = Metrics()
+    metrics.settled(2.5, 0.4)
+    metrics.settled(None, 90.0)
+    endpoint = MetricsEndpoint(metrics, lambda: ["processing"], lambda: 0, lambda: False)
     port = silent_port()
-    close = metrics.serve("127.0.0.1", port)
+    close = endpoint.serve("127.0.0.1", port)
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -214,7 +214,7 @@ async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_take
 
         async with anyio.create_task_group() as calls:
             calls.start_soon(order)
-            while not any(job.heard_from for studio in town.studios._open for job in studio._workshop.jobs):
+            while not any(job.heard_from for studio in town.studios._open for job in studio.jobs):
                 await anyio.sleep(0.01)
             assert not town.studios.drain()
             while not town.studios.drain():

@@ -422,7 +422,7 @@ async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
         town.simulator.duration_s = 3600
         for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
             await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
-        jobs = [job for studio in town.studios._open for job in studio._workshop.jobs]
+        jobs = [job for studio in town.studios._open for job in studio.jobs]
         assert len(jobs) == 3
         while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
             for job in jobs:  # when they look by themselves, they seldom do at the same moment
@@ -441,7 +441,7 @@ async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp
         await anyio.sleep(0)
 
     class App:
-        at_rest = False
+        is_idle = False
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             pass
@@ -465,7 +465,7 @@ async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp
             for _ in range(20):
                 await anyio.sleep(0)
             assert closed == []  # something is under way
-            app.at_rest = True
+            app.is_idle = True
             while not closed:
                 await anyio.sleep(0)
             assert (opened, closed) == (["anna", "bert"], ["bert"])

@@ -21,7 +21,7 @@ WRITE_AGAIN_AFTER_S = 2.0
 TAKEN = "another server works on this order"
 
 
-class Recorder:
+class JournalWriter:
     """Hears of everything that happens to a job. `announce` is called with the task of every new state.
 
     Only `sending` refuses when the journal cannot be written. Afterwards the purchase is on disk already and the
