@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 from conftest import Clock, HeldClock, Open, PlainSimulator, World
 
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.images.folders import PART_PREFIX, PART_SUFFIX
 from evolink_mcp.journal.entry import Entry, account_mark, fingerprint, new_key
 from evolink_mcp.journal.sqlite import SqliteJournal
 
@@ -578,20 +581,18 @@ async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Op
     assert tasks[0]["task_id"] == handle["task_id"]
 
 
-async def test_a_wrong_clock_does_not_remove_a_picture_that_is_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import os
-
-    from evolink_mcp.images import store
-    from evolink_mcp.images.folders import PART_PREFIX, PART_SUFFIX
-
-    old = tmp_path / f"{PART_PREFIX}left{PART_SUFFIX}"
-    running = tmp_path / f"{PART_PREFIX}running{PART_SUFFIX}"
+async def test_a_wrong_clock_does_not_remove_an_image_that_another_server_is_writing(world: World) -> None:
+    folder = world.folder / "pictures"
+    folder.mkdir()
+    old = folder / f"{PART_PREFIX}left{PART_SUFFIX}"
+    running = folder / f"{PART_PREFIX}running{PART_SUFFIX}"
     for part in (old, running):
         part.write_bytes(b"x")
         os.utime(part, (time.time() - 3 * 86_400,) * 2)
     with running.open("r+b") as file:
-        store._lock(file.fileno())
-        store._sweep(tmp_path)
+        if sys.platform != "win32":  # Windows does not remove an open file
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        await asked(world, "generate_image", **WISH)
     assert (old.exists(), running.exists()) == (False, True)
