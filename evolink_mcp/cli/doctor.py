@@ -1,7 +1,4 @@
-"""Does this installation work? Each check looks at one thing, changes nothing, and returns what it found as data.
-
-Nothing of the key is ever in a finding.
-"""
+"""Check the installation. Each check changes nothing and returns findings. No finding contains the API key."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +18,12 @@ from typing import Any
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import priced
-from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting
+from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting, decoder_environment
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
-from evolink_mcp.cli.team_checks import Finding, team
-from evolink_mcp.errors import EvolinkError, JournalUnwritable
+from evolink_mcp.cli.team_checks import Finding, check_team
+from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritable
+from evolink_mcp.images.decode_process import Decoder, expected_protections
+from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
@@ -32,31 +32,46 @@ from evolink_mcp.teams.settings import TeamSettings
 OLDEST_PYTHON = (3, 11)
 PACKAGES = ("mcp", "httpx2", "pydantic", "anyio", "pillow", "platformdirs", "filelock", "starlette", "uvicorn")
 SKEW_MAX_S = 60.0
-ROOM_MIN_BYTES = 200 << 20
+FREE_MIN_BYTES = 200 << 20
 ENTRIES_MAX = 100_000
-REFUSED = "Paid calls are refused until it can be written."
+JOURNAL_ADVICE = "The server refuses paid calls until it can write the journal."
 SQLITE_MAGIC = b"SQLite format 3\0"
-NETWORK_FILE_SYSTEMS = frozenset({
-    "nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "9p", "ceph", "glusterfs", "lustre", "davfs",
-    "fuse.sshfs", "fuse.rclone", "fuse.s3fs",
-})  # fmt: skip
+NETWORK_FILE_SYSTEMS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "afs",
+        "9p",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "davfs",
+        "fuse.sshfs",
+        "fuse.rclone",
+        "fuse.s3fs",
+    ]
+)
 MOUNTS = Path("/proc/self/mounts")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings, and the block of every host for this very installation."""
+    """All findings, and the configuration of each MCP host for this installation."""
 
     findings: tuple[Finding, ...]
     blocks: tuple[Block, ...]
 
     @property
     def exit_code(self) -> int:
-        """1 when something is broken; warnings and what could not be found out are 0."""
+        """1 if a finding is "broken", else 0."""
         return int(any(finding.verdict == "broken" for finding in self.findings))
 
     def data(self) -> dict[str, Any]:
-        """The report as JSON can carry it."""
+        """Return the report for JSON."""
         return {
             "version": __version__,
             "well": self.exit_code == 0,
@@ -67,228 +82,277 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What the API's host answered to a request without a key: the date it gave, or why there was no answer."""
+    """The answer of the API to a request without a key: its `Date` header, or the reason why no answer came."""
 
     date: str | None = None
     problem: str | None = None
 
 
 async def examine(environment: Mapping[str, str] | None = None) -> Report:
-    """Look at everything. Sends the key, if there is one, to EvoLink's `GET /v1/credits` and nowhere else."""
-    findings = [python_version(sys.version_info[:3]), packages()]
-    findings += variables(TeamSettings.unknown_variables(environment))
+    """Run all checks. The API key goes only to `GET /v1/credits` of EvoLink."""
+    findings = [check_python(sys.version_info[:3]), check_packages()]
+    findings += check_variables(TeamSettings.unknown_variables(environment))
     try:
         settings = TeamSettings.from_environment(environment)
     except BadSetting as error:
         findings.append(Finding("settings", "broken", str(error), "Correct or remove this variable."))
     else:
-        findings.append(key(settings))
-        findings += [Finding("network", "warning", told) for told in settings.foreign_hosts]
-        findings += await account(settings)
-        findings += folders(settings)
-        findings += (
-            journal(settings.data_dir) if settings.database_url is None else [team_journal(settings.database_url)]
-        )
-        findings += await team(settings)
-    command, args = installed_command()
-    return Report(tuple(findings), host_blocks(command, args, {KEY_VARIABLE: EXAMPLE_KEY}))
+        findings.append(check_key(settings))
+        findings += [Finding("network", "warning", warning) for warning in settings.foreign_hosts]
+        findings += await check_account(settings)
+        with closing(Decoder(decoder_environment())) as decoder:
+            findings.append(await check_decoder(decoder, expected_protections()))
+        findings += check_folders(settings)
+        if settings.database_url is None:
+            findings += check_journal(settings.data_dir)
+        else:
+            findings.append(check_database(settings.database_url))
+        findings += await check_team(settings)
+    command, arguments = installed_command()
+    return Report(tuple(findings), host_blocks(command, arguments, {KEY_VARIABLE: EXAMPLE_KEY}))
 
 
 # --- this machine ---
 
 
-def python_version(version: Sequence[int]) -> Finding:
-    """Python is new enough."""
-    kind = f"{platform.python_implementation()}, {platform.system()}"
-    told = f"Python {'.'.join(map(str, version))} ({kind}), {sys.executable}"
+def check_python(version: Sequence[int]) -> Finding:
+    """Check the version of Python."""
+    build = f"{platform.python_implementation()}, {platform.system()}"
+    text = f"Python {'.'.join(map(str, version))} ({build}), {sys.executable}"
     if tuple(version) < OLDEST_PYTHON:
-        return Finding("python", "broken", told, "Install Python 3.11 or newer.")
-    return Finding("python", "ok", told)
+        return Finding("python", "broken", text, "Install Python 3.11 or newer.")
+    return Finding("python", "ok", text)
 
 
-def packages(version_of: Callable[[str], str] = metadata.version) -> Finding:
-    """Everything that is needed is installed, and in which version."""
-    found: list[str] = [f"evolink-mcp {__version__}"]
+def check_packages(version_of: Callable[[str], str] = metadata.version) -> Finding:
+    """Check that all required packages are installed, and list their versions."""
+    versions: list[str] = [f"evolink-mcp {__version__}"]
     missing: list[str] = []
     for name in PACKAGES:
         try:
-            found.append(f"{name} {version_of(name)}")
+            versions.append(f"{name} {version_of(name)}")
         except metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
         return Finding("packages", "broken", f"not installed: {', '.join(missing)}", "Install evolink-mcp again.")
-    return Finding("packages", "ok", ", ".join(found))
+    return Finding("packages", "ok", ", ".join(versions))
 
 
-def variables(unknown: Mapping[str, str | None]) -> list[Finding]:
-    """Every EVOLINK_ variable is one that somebody reads."""
+def check_variables(unknown: Mapping[str, str | None]) -> list[Finding]:
+    """Report each unknown variable with the setting that the user probably meant."""
     return [
         Finding(
-            "settings", "warning", f"{name} is set and means nothing",
-            f"Did you mean {meant}?" if meant else "Remove it; README.md lists every setting.",
+            "settings",
+            "warning",
+            f"{name} is not a setting and has no effect",
+            f"Did you mean {similar}?" if similar else "Remove it. See evolink-mcp --help for all settings.",
         )
-        for name, meant in unknown.items()
-    ]  # fmt: skip
+        for name, similar in unknown.items()
+    ]
+
+
+async def check_decoder(decoder: Decoder, expected: Protection) -> Finding:
+    """Start the image decoder and compare its active protections with those that this platform should have."""
+    try:
+        active = await decoder.protections()
+    except DecoderUnavailable as error:
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        return Finding(
+            "decoder",
+            "broken",
+            f"the image decoder process does not start{reason}",
+            "Install evolink-mcp again. Until it starts, the server saves no images and accepts no reference images.",
+        )
+    text = f"the image decoder runs with {_names(active) or 'no protections'}"
+    if missing := expected & ~active:
+        return Finding(
+            "decoder",
+            "warning",
+            f"{text}, without {_names(missing)}",
+            "An image file could exploit the decoder more easily. Update the system, or allow these in the container.",
+        )
+    return Finding("decoder", "ok", text)
+
+
+def _names(protections: Protection) -> str:
+    return ", ".join((flag.name or "").lower().replace("_", " ") for flag in Protection if flag in protections)
 
 
 # --- EvoLink ---
 
 
-def key(settings: TeamSettings) -> Finding:
-    """A key is set and looks like one."""
+def check_key(settings: TeamSettings) -> Finding:
+    """Check that an API key is set and looks valid."""
     if settings.key_problem:
         return Finding("key", "broken", settings.key_problem, f"Set {KEY_VARIABLE} to your EvoLink key.")
     if settings.key is None:
         return Finding(
-            "key", "warning", f"{KEY_VARIABLE} is not set: only the free, offline tools work",
-            "Make a key at https://evolink.ai/dashboard/keys and put it into your host's block below.",
-        )  # fmt: skip
+            "key",
+            "warning",
+            f"{KEY_VARIABLE} is not set: only the free offline tools work",
+            "Create a key at https://evolink.ai/dashboard/keys and put it into the configuration of your MCP host.",
+        )
     if not settings.key.get_secret_value().startswith("sk-"):
-        return Finding("key", "warning", "a key is set, but EvoLink's keys begin with sk-", "Check that it is whole.")
-    return Finding("key", "ok", "a key is set (it is not shown)")
+        return Finding(
+            "key", "warning", "a key is set, but EvoLink's keys begin with sk-", "Check that the key is complete."
+        )
+    return Finding("key", "ok", "a key is set (doctor does not show it)")
 
 
-async def account(settings: TeamSettings) -> list[Finding]:
-    """EvoLink can be reached, takes the key, has credits left for it, and agrees about the time."""
+async def check_account(settings: TeamSettings) -> list[Finding]:
+    """Check the network, the API key, the credits and the clock with two requests to EvoLink."""
     async with EvolinkClient(
         settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url
     ) as client:
         try:
-            seen = Probe(date=await client.date())
+            probe = Probe(date=await client.date())
         except EvolinkError as error:
-            seen = Probe(problem=error.message)
-        findings = [reached(settings.base_url, seen, needed=settings.key is not None)]
+            probe = Probe(problem=error.message)
+        findings = [check_network(settings.base_url, probe, is_needed=settings.key is not None)]
         if settings.key is not None:
-            findings.append(await _credits(client))
-    return [*findings, clock(seen.date, time.time())]
+            findings.append(await _check_credits(client))
+    return [*findings, check_clock(probe.date, time.time())]
 
 
-def reached(base_url: str, seen: Probe, *, needed: bool) -> Finding:
-    """The API's host answers; without a key nothing is asked of it anyway."""
-    if seen.problem is None:
+def check_network(base_url: str, probe: Probe, *, is_needed: bool) -> Finding:
+    """Report whether the API answered. Without a key (`is_needed` is false) the server sends it no requests."""
+    if probe.problem is None:
         return Finding("network", "ok", f"{base_url} answers")
     return Finding(
-        "network", "broken" if needed else "warning", f"{base_url} does not answer: {seen.problem}",
-        "Check the network, the proxy and EVOLINK_BASE_URL. Hosts pass few variables on: set HTTPS_PROXY in their env.",
-    )  # fmt: skip
+        "network",
+        "broken" if is_needed else "warning",
+        f"{base_url} does not answer: {probe.problem}",
+        "Check the network, the proxy and EVOLINK_BASE_URL. MCP hosts pass few variables to a server: "
+        "set HTTPS_PROXY in the configuration of the server.",
+    )
 
 
-async def _credits(client: EvolinkClient) -> Finding:
+async def _check_credits(client: EvolinkClient) -> Finding:
     try:
         balance = await client.balance()
     except EvolinkError as error:
         return Finding("credits", "broken", error.message, error.advice)
-    left = [amount for amount in (balance.account_remaining, balance.key_remaining) if amount is not None]
+    amounts = [amount for amount in (balance.account_remaining, balance.key_remaining) if amount is not None]
     if balance.key_unlimited and balance.account_remaining is not None:
-        left = [balance.account_remaining]
-    if not left:
-        return Finding("credits", "ok", "EvoLink takes the key and names no balance")
-    if min(left) <= 0:
-        return Finding("credits", "warning", "EvoLink takes the key, but no credits are left for it", "Top up first.")
-    return Finding("credits", "ok", f"EvoLink takes the key; {priced(min(left))} are left for it")
+        amounts = [balance.account_remaining]
+    if not amounts:
+        return Finding("credits", "ok", "EvoLink accepts the key and reports no balance")
+    if min(amounts) <= 0:
+        return Finding("credits", "warning", "EvoLink accepts the key, but it has no credits", "Top up the account.")
+    return Finding("credits", "ok", f"EvoLink accepts the key; it has {priced(min(amounts))}")
 
 
-def clock(date: str | None, now: float) -> Finding:
-    """This machine's clock agrees with the API's `Date` header, to a minute."""
+def check_clock(date: str | None, now: float) -> Finding:
+    """Compare the clock (`now`, epoch seconds) with the API's `Date` header. A minute of difference is accepted."""
     try:
-        theirs = email.utils.parsedate_to_datetime(date or "").timestamp()
+        api_time = email.utils.parsedate_to_datetime(date or "").timestamp()
     except (ValueError, TypeError, OverflowError):
-        return Finding("clock", "unknown", "EvoLink's time is not known, so the clock could not be compared")
-    skew = now - theirs
+        return Finding("clock", "unknown", "the time at EvoLink is not known, so the clock was not compared")
+    skew = now - api_time
     if abs(skew) > SKEW_MAX_S:
-        way = "ahead of" if skew > 0 else "behind"
+        direction = "ahead of" if skew > 0 else "behind"
         return Finding(
-            "clock", "warning", f"this clock is {abs(skew):.0f} s {way} EvoLink's",
-            "Set it: lost answers are looked for by time, and links are kept for 24 h.",
-        )  # fmt: skip
+            "clock",
+            "warning",
+            f"this clock is {abs(skew):.0f} s {direction} EvoLink's",
+            "Set the clock. The server searches lost answers by time, and image links expire after 24 h.",
+        )
     return Finding("clock", "ok", f"within {max(abs(skew), 1):.0f} s of EvoLink's")
 
 
 # --- folders and journal ---
 
 
-def folders(settings: TeamSettings) -> list[Finding]:
-    """Pictures can be saved, and the folders that local files may come from exist."""
-    output = settings.folders.output
-    findings = [writable("pictures", output, "EVOLINK_MCP_OUTPUT_DIR")]
-    for folder in settings.folders.allowed:
-        if folder != output and not folder.is_dir():
-            words = f"{folder} is allowed, but there is no such folder"
-            findings.append(Finding("folders", "warning", words, "Make it, or correct EVOLINK_MCP_ALLOWED_DIRS."))
-    read = ", ".join(str(folder) for folder in settings.folders.allowed)
-    return [*findings, Finding("folders", "ok", f"local pictures are read from {read}")]
+def check_folders(settings: TeamSettings) -> list[Finding]:
+    """Check that images can be saved, and that all allowed folders exist."""
+    folders = settings.folders
+    findings = [check_writable("pictures", folders.output, "EVOLINK_MCP_OUTPUT_DIR")]
+    for folder in folders.allowed:
+        if folder != folders.output and not folder.is_dir():
+            text = f"the allowed folder {folder} does not exist"
+            findings.append(Finding("folders", "warning", text, "Create it, or correct EVOLINK_MCP_ALLOWED_DIRS."))
+    allowed = ", ".join(map(str, folders.allowed))
+    return [*findings, Finding("folders", "ok", f"local images are read from {allowed}")]
 
 
-def writable(subject: str, folder: Path, variable: str) -> Finding:
-    """A file can be made in `folder`, or in the nearest folder above it when it is not there yet."""
-    there = next((above for above in (folder, *folder.parents) if above.exists()), folder)
-    todo = f"Give the folder's rights or room back, or set {variable} to another one."
+def check_writable(subject: str, folder: Path, variable: str) -> Finding:
+    """Write a temporary file in `folder`, or in its nearest existing parent."""
+    parent = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    advice = f"Correct the permissions of the folder or free disk space, or set {variable} to another folder."
     try:
-        with tempfile.TemporaryFile(dir=there):
-            room = shutil.disk_usage(there).free
+        with tempfile.TemporaryFile(dir=parent):
+            free_bytes = shutil.disk_usage(parent).free
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        return Finding(subject, "broken", f"{folder} cannot be written ({there}: {reason})", todo)
-    if room < ROOM_MIN_BYTES:
-        return Finding(subject, "warning", f"{folder} has only {room >> 20} MiB left", todo)
-    return Finding(subject, "ok", str(folder) if there == folder else f"{folder} (made at the first picture)")
+        return Finding(subject, "broken", f"{folder} is not writable ({parent}: {reason})", advice)
+    if free_bytes < FREE_MIN_BYTES:
+        return Finding(subject, "warning", f"{folder} has only {free_bytes >> 20} MiB of free space", advice)
+    return Finding(subject, "ok", str(folder) if parent == folder else f"{folder} (the first image creates it)")
 
 
-def journal(data_dir: Path) -> list[Finding]:
-    """The journal can be opened; what it holds; whether files were set aside; whether it lies on a network drive."""
-    findings = [writable("journal", data_dir, "EVOLINK_MCP_DATA_DIR")]
+def check_journal(data_dir: Path) -> list[Finding]:
+    """Check that the journal is readable and local, and report damaged journals that the server renamed."""
+    findings = [check_writable("journal", data_dir, "EVOLINK_MCP_DATA_DIR")]
     path = data_dir / FILE_NAME
     if findings[0].verdict == "ok" and path.exists():
-        findings = [_read(data_dir)]
-    for aside in sorted(data_dir.glob(f"{path.name}.damaged-*[0-9a-f]")):
-        findings.append(Finding(
-            "journal", "warning", f"a damaged journal was set aside: {aside}",
-            "Keep it until you know that no task is missing; list_tasks with sync=true asks EvoLink.",
-        ))  # fmt: skip
+        findings = [_check_journal_file(path)]
+    findings += [
+        Finding(
+            "journal",
+            "warning",
+            f"the server renamed a damaged journal to {damaged}",
+            "Keep the file until you know that no task is missing. list_tasks with sync=true asks EvoLink for all tasks.",
+        )
+        for damaged in sorted(data_dir.glob(f"{path.name}.damaged-*[0-9a-f]"))
+    ]
     kind = file_system(data_dir)
     if kind in NETWORK_FILE_SYSTEMS:
-        findings.append(Finding(
-            "journal", "warning", f"{data_dir} is on a network file system ({kind}): SQLite is not safe there",
-            "Set EVOLINK_MCP_DATA_DIR to a folder of this machine.",
-        ))  # fmt: skip
+        findings.append(
+            Finding(
+                "journal",
+                "warning",
+                f"{data_dir} is on a network file system ({kind}): SQLite is not safe there",
+                "Set EVOLINK_MCP_DATA_DIR to a folder of this machine.",
+            )
+        )
     return findings
 
 
-def _read(data_dir: Path) -> Finding:
-    path = data_dir / FILE_NAME
+def _check_journal_file(path: Path) -> Finding:
     try:
         with path.open("rb") as file:
-            begins = file.read(len(SQLITE_MAGIC))
-        if begins not in (b"", SQLITE_MAGIC):
-            todo = "Start the server: it sets the file aside, deletes nothing, and begins a new one."
-            return Finding("journal", "broken", f"{path} is damaged", todo)
-        entries = read_entries(data_dir, ENTRIES_MAX)
+            magic = file.read(len(SQLITE_MAGIC))
+        if magic not in (b"", SQLITE_MAGIC):
+            advice = "Start the server: it renames the file, deletes nothing and creates a new journal."
+            return Finding("journal", "broken", f"{path} is damaged", advice)
+        entries = read_entries(path.parent, ENTRIES_MAX)
     except (OSError, JournalUnwritable) as error:
-        words = error.message if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
-        return Finding("journal", "broken", words, REFUSED)
-    return _held(str(path), entries)
+        text = error.message if isinstance(error, JournalUnwritable) else f"{path}: {error.strerror}"
+        return Finding("journal", "broken", text, JOURNAL_ADVICE)
+    return _count(str(path), entries)
 
 
-def team_journal(url: str) -> Finding:
-    """The team's database can be read, and what it holds."""
+def check_database(url: str) -> Finding:
+    """Check that the database of the team is readable."""
     from evolink_mcp.teams import schema
 
     try:
-        return _held(*schema.read_entries(url, ENTRIES_MAX))
+        place, entries = schema.read_entries(url, ENTRIES_MAX)
     except JournalUnwritable as error:
-        return Finding("journal", "broken", error.message, REFUSED)
+        return Finding("journal", "broken", error.message, JOURNAL_ADVICE)
+    return _count(place, entries)
 
 
-def _held(place: str, entries: list[Entry]) -> Finding:
+def _count(place: str, entries: list[Entry]) -> Finding:
     unsettled = sum(not entry.ended for entry in entries)
     unclear = sum(entry.charged == "unknown" for entry in entries)
-    words = f"{place}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
-    todo = "Ask your model for list_tasks with sync=true: it looks for them at EvoLink." if unclear else ""
-    return Finding("journal", "ok", words, todo)
+    text = f"{place}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
+    advice = "Call list_tasks with sync=true: it searches the unknown outcomes at EvoLink." if unclear else ""
+    return Finding("journal", "ok", text, advice)
 
 
 def file_system(path: Path, mounts: str | None = None) -> str | None:
-    """The type of the file system that `path` lies on; None where it cannot be told (macOS, Windows drives)."""
+    """Return the type of the file system of `path`; None if the platform does not report it (macOS, Windows drives)."""
     if str(path).startswith("\\\\"):
         return "cifs"
     if mounts is None:
@@ -296,12 +360,14 @@ def file_system(path: Path, mounts: str | None = None) -> str | None:
             mounts = MOUNTS.read_text(errors="replace")
         except OSError:
             return None
-    real = path.resolve()
-    best: tuple[int, str | None] = (-1, None)
+    resolved = path.resolve()
+    longest = -1
+    kind = None
     for line in mounts.splitlines():
         fields = line.split(" ")
         if len(fields) > 2:
-            point = Path(fields[1].replace("\\040", " "))
-            if real.is_relative_to(point) and len(point.parts) >= best[0]:
-                best = (len(point.parts), fields[2])
-    return best[1]
+            mount_point = Path(fields[1].replace("\\040", " "))
+            if resolved.is_relative_to(mount_point) and len(mount_point.parts) >= longest:
+                longest = len(mount_point.parts)
+                kind = fields[2]
+    return kind

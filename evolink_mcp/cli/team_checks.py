@@ -1,4 +1,4 @@
-"""What one check of `doctor` finds; and the checks of what a team's servers need besides the database."""
+"""The finding of a check by `doctor`, and the checks of a team's tokens file, OAuth issuer and object store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Verdict = Literal["ok", "warning", "broken", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found, and what to do about it."""
+    """The result of one check, and the next step. `doctor --json` publishes the fields."""
 
     subject: str
     verdict: Verdict
@@ -22,13 +22,12 @@ class Finding:
     todo: str = ""
 
 
-async def team(settings: TeamSettings) -> list[Finding]:
-    """Tokens, issuer and store, those of them that the settings name."""
-    return [*tokens(settings), *await issuer(settings), *await store(settings)]
+async def check_team(settings: TeamSettings) -> list[Finding]:
+    """Check the tokens file, the issuer and the object store, if they are set."""
+    return [*_check_tokens(settings), *await _check_issuer(settings), *await _check_store(settings)]
 
 
-def tokens(settings: TeamSettings) -> list[Finding]:
-    """The tokens file can be used, and how many may call."""
+def _check_tokens(settings: TeamSettings) -> list[Finding]:
     if settings.tokens_file is None:
         return []
     from evolink_mcp.teams.tokens import BadTokens, Tokens
@@ -36,39 +35,40 @@ def tokens(settings: TeamSettings) -> list[Finding]:
     try:
         file = Tokens(settings.tokens_file)
     except BadTokens as error:
-        return [Finding("tokens", "broken", str(error), "Correct the file: at the start it is refused.")]
+        return [Finding("tokens", "broken", str(error), "Correct the file. No server starts with it.")]
     if file.exposure is not None:
         return [Finding("tokens", "warning", file.exposure)]
     names = {tenant.name for tenant in file.tenants}
     return [Finding("tokens", "ok", f"{settings.tokens_file}: {len(names)} tenants")]
 
 
-async def issuer(settings: TeamSettings) -> list[Finding]:
-    """The OAuth issuer publishes its keys."""
+async def _check_issuer(settings: TeamSettings) -> list[Finding]:
     oauth = settings.oauth
     if oauth is None:
         return []
     from evolink_mcp.teams.oauth import Issuer
 
     problem = await Issuer(oauth.issuer, oauth.audience, oauth.scopes, oauth.audience).problem()
-    shown = harmless(oauth.issuer, 200)
+    name = harmless(oauth.issuer, 200)
     if problem is not None:
-        return [Finding("issuer", "broken", f"{shown}: {problem}", "Nobody can call by a JWT until it can be read.")]
-    return [Finding("issuer", "ok", f"{shown} publishes its keys; JWTs must name {harmless(oauth.audience, 200)}")]
+        return [
+            Finding("issuer", "broken", f"{name}: {problem}", "The server accepts no JWT until its keys are readable.")
+        ]
+    return [
+        Finding("issuer", "ok", f"{name} publishes its keys; JWTs need the audience {harmless(oauth.audience, 200)}")
+    ]
 
 
-async def store(settings: TeamSettings) -> list[Finding]:
-    """A picture can be written into the store, read and removed."""
+async def _check_store(settings: TeamSettings) -> list[Finding]:
     if settings.store is None:
         return []
     from evolink_mcp.app.wiring import store_of
 
-    place = store_of(settings)
-    assert place is not None
+    store = store_of(settings)
+    assert store is not None
     try:
-        await place.try_out()
+        await store.try_out()
     except StoreUnusable as error:
-        return [
-            Finding("store", "broken", error.message, "Look at EVOLINK_MCP_STORE, and at the store's own variables.")
-        ]
-    return [Finding("store", "ok", f"{harmless(settings.store, 200)} can be written and read")]
+        advice = "Check EVOLINK_MCP_STORE and the variables of the object store."
+        return [Finding("store", "broken", error.message, advice)]
+    return [Finding("store", "ok", f"{harmless(settings.store, 200)} is writable and readable")]

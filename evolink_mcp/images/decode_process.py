@@ -240,13 +240,14 @@ class Decoder:
             if not process.is_ready:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
-        missing = _expected_protections() & ~process.protections
+        missing = expected_protections() & ~process.protections
         if missing:
             log.warning("the image decoder runs without %s on this system", missing.name)
         return process
 
 
-def _expected_protections() -> Protection:
+def expected_protections() -> Protection:
+    """Return the protections that a decoder process should have on this platform."""
     if sys.platform == "win32":
         return Protection.JOB_OBJECT
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, changes nothing, shows nothing of the key; and its blocks are what hosts read."""
+"""`doctor` finds problems, changes nothing and never shows the key. MCP hosts can read its configurations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, closing, suppress
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -27,20 +26,23 @@ from evolink_mcp.app.settings import EXAMPLE_KEY
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
 from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed_command
+from evolink_mcp.images.decode_process import Decoder, expected_protections
+from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry, new_key
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
 from evolink_mcp.simulator.app import Simulator
 
 KEY = "sk-canary-0123456789abcdef"
-COMMAND, ARGS = "/opt/my tools/evolink-mcp", ["--verbose"]
+COMMAND = "/opt/my tools/evolink-mcp"
+ARGUMENTS = ["--verbose"]
 ENV = {"EVOLINK_API_KEY": "sk-...", "EVOLINK_MCP_PREVIEW": "off"}
-BLOCKS = host_blocks(COMMAND, ARGS, ENV)
+BLOCKS = host_blocks(COMMAND, ARGUMENTS, ENV)
 
 
 @asynccontextmanager
-async def simulated() -> AsyncIterator[str]:
-    """A simulated EvoLink on a free port: its address."""
+async def simulated_evolink() -> AsyncIterator[str]:
+    """Serve a simulated EvoLink on a free port. Yield its base URL."""
     web = uvicorn.Server(uvicorn.Config(Simulator().app, port=0, log_level="error", lifespan="off"))
     async with anyio.create_task_group() as group:
         group.start_soon(web.serve)
@@ -52,96 +54,95 @@ async def simulated() -> AsyncIterator[str]:
             web.should_exit = True
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
+def environment(folder: Path, **settings: str) -> dict[str, str]:
     return {
         "EVOLINK_BASE_URL": "http://127.0.0.1:9",
         "EVOLINK_MCP_DATA_DIR": str(folder / "data"),
         "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
         "EVOLINK_MCP_ALLOWED_DIRS": str(folder),
-        **more,
+        **settings,
     }
 
 
-async def examined(folder: Path, **more: str) -> Report:
+async def examine(folder: Path, **settings: str) -> Report:
     with anyio.fail_after(300):
-        return await doctor.examine(environment(folder, **more))
+        return await doctor.examine(environment(folder, **settings))
 
 
-def about(subject: str, findings: Any) -> list[Finding]:
+def findings_about(subject: str, findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.subject == subject]
 
 
-# --- the whole ---
+# --- all checks ---
 
 
 @pytest.mark.anyio
-async def test_a_well_installation_is_well(tmp_path: Path) -> None:
-    async with simulated() as address:
-        report = await examined(tmp_path, EVOLINK_BASE_URL=address, EVOLINK_API_KEY=KEY)
+async def test_an_intact_installation_has_no_problem(tmp_path: Path) -> None:
+    async with simulated_evolink() as base_url:
+        report = await examine(tmp_path, EVOLINK_BASE_URL=base_url, EVOLINK_API_KEY=KEY)
     assert {finding.subject: finding.verdict for finding in report.findings} == dict.fromkeys(
-        ("python", "packages", "key", "network", "credits", "clock", "pictures", "folders", "journal"), "ok"
+        ("python", "packages", "key", "network", "credits", "clock", "decoder", "pictures", "folders", "journal"), "ok"
     )
     assert report.exit_code == 0
-    assert "1000 credits" in about("credits", report.findings)[0].words
+    assert "1000 credits" in findings_about("credits", report.findings)[0].words
 
 
 @pytest.mark.anyio
-async def test_a_missing_key_is_a_warning_with_a_way_to_get_one(tmp_path: Path) -> None:
-    report = await examined(tmp_path)
-    (key,) = about("key", report.findings)
-    assert (key.verdict, report.exit_code) == ("warning", 0)
-    assert "https://evolink.ai/dashboard/keys" in key.todo
-    assert about("credits", report.findings) == []
+async def test_a_missing_key_is_a_warning_that_states_where_to_create_one(tmp_path: Path) -> None:
+    report = await examine(tmp_path)
+    (finding,) = findings_about("key", report.findings)
+    assert (finding.verdict, report.exit_code) == ("warning", 0)
+    assert "https://evolink.ai/dashboard/keys" in finding.todo
+    assert findings_about("credits", report.findings) == []
 
 
 @pytest.mark.anyio
-async def test_without_a_network_a_key_is_of_no_use(tmp_path: Path) -> None:
-    report = await examined(tmp_path, EVOLINK_API_KEY=KEY)
-    assert [about(name, report.findings)[0].verdict for name in ("network", "credits", "clock")] == [
-        "broken", "broken", "unknown",
-    ]  # fmt: skip
+async def test_with_a_key_a_missing_network_is_broken(tmp_path: Path) -> None:
+    report = await examine(tmp_path, EVOLINK_API_KEY=KEY)
+    verdicts = {finding.subject: finding.verdict for finding in report.findings}
+    assert (verdicts["network"], verdicts["credits"], verdicts["clock"]) == ("broken", "broken", "unknown")
     assert report.exit_code == 1
 
 
 @pytest.mark.anyio
-async def test_nothing_of_the_key_is_shown_and_nothing_is_changed(tmp_path: Path) -> None:
-    async with simulated() as address:
-        report = await examined(tmp_path, EVOLINK_BASE_URL=address, EVOLINK_API_KEY=KEY)
-    said = json.dumps(report.data())
-    assert [part for part in (KEY, KEY[3:], KEY[-4:]) if part in said] == []
+async def test_the_report_does_not_contain_the_key_and_no_file_changes(tmp_path: Path) -> None:
+    async with simulated_evolink() as base_url:
+        report = await examine(tmp_path, EVOLINK_BASE_URL=base_url, EVOLINK_API_KEY=KEY)
+    text = json.dumps(report.data())
+    assert [part for part in (KEY, KEY[3:], KEY[-4:]) if part in text] == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.anyio
-async def test_a_setting_that_cannot_be_used_is_broken_and_named(tmp_path: Path) -> None:
-    report = await examined(tmp_path, EVOLINK_MCP_WAIT_SECONDS="soon", EVOLINK_MCP_OUTPUTDIR="x")
-    wrong, broken = about("settings", report.findings)
-    assert (wrong.verdict, broken.verdict, report.exit_code) == ("warning", "broken", 1)
-    assert "EVOLINK_MCP_OUTPUT_DIR" in wrong.todo
-    assert "EVOLINK_MCP_WAIT_SECONDS" in broken.words
+async def test_an_invalid_setting_is_broken_and_named(tmp_path: Path) -> None:
+    report = await examine(tmp_path, EVOLINK_MCP_WAIT_SECONDS="soon", EVOLINK_MCP_OUTPUTDIR="x")
+    unknown, invalid = findings_about("settings", report.findings)
+    assert (unknown.verdict, invalid.verdict, report.exit_code) == ("warning", "broken", 1)
+    assert "EVOLINK_MCP_OUTPUT_DIR" in unknown.todo
+    assert "EVOLINK_MCP_WAIT_SECONDS" in invalid.words
 
 
-def test_the_command_line_tells_it_all_and_as_json(tmp_path: Path) -> None:
+def test_text_and_json_contain_the_same_findings_and_configurations(tmp_path: Path) -> None:
     env = minimal_environment(tmp_path, PYTHONUTF8="1", **environment(tmp_path))
-    run = [*SERVER_COMMAND, "doctor"]
-    told = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    data = subprocess.run([*run, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (told.returncode, told.stderr, data.returncode, data.stderr) == (0, "", 0, "")
+    command = [*SERVER_COMMAND, "doctor"]
+    plain = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    data = subprocess.run([*command, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (plain.returncode, plain.stderr, data.returncode, data.stderr) == (0, "", 0, "")
     report = json.loads(data.stdout)
     assert (report["well"], len(report["hosts"])) == (True, len(BLOCKS))
     for finding in report["findings"]:
-        assert finding["words"] in told.stdout
+        assert finding["words"] in plain.stdout
     for block in report["hosts"]:
-        assert block["text"] in told.stdout
-        assert f"{block['host']} ({block['where']})" in told.stdout
+        assert block["text"] in plain.stdout
+        assert f"{block['host']} ({block['where']})" in plain.stdout
 
 
 # --- each check ---
 
 
 def test_an_old_python_is_broken() -> None:
-    assert doctor.python_version((3, 10, 14)).verdict == "broken"
-    assert doctor.python_version((3, 11, 0)).verdict == "ok"
+    assert doctor.check_python((3, 10, 14)).verdict == "broken"
+    assert doctor.check_python((3, 11, 0)).verdict == "ok"
 
 
 def test_a_missing_package_is_broken_and_named() -> None:
@@ -150,28 +151,55 @@ def test_a_missing_package_is_broken_and_named() -> None:
             raise metadata.PackageNotFoundError(name)
         return "1.0"
 
-    found = doctor.packages(version)
-    assert (found.verdict, "pillow" in found.words) == ("broken", True)
+    finding = doctor.check_packages(version)
+    assert (finding.verdict, "pillow" in finding.words) == ("broken", True)
+
+
+@pytest.mark.anyio
+async def test_the_active_protections_of_the_image_decoder_are_listed(decoder: Decoder) -> None:
+    finding = await doctor.check_decoder(decoder, expected_protections())
+    assert finding.verdict == "ok"
+    assert finding.words.startswith("the image decoder runs with ")
+    if sys.platform == "linux":
+        assert finding.words.endswith("resource limits, no new privileges, syscall filter")
+
+
+@pytest.mark.anyio
+async def test_a_missing_protection_of_the_image_decoder_is_a_warning(decoder: Decoder) -> None:
+    active = await decoder.protections()
+    missing = next(flag for flag in Protection if flag not in active)
+    finding = await doctor.check_decoder(decoder, active | missing)
+    assert finding.verdict == "warning"
+    assert finding.words.endswith(f", without {missing.name.lower().replace('_', ' ')}")
+
+
+@pytest.mark.anyio
+async def test_an_image_decoder_that_does_not_start_is_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(Decoder({}, command=[str(tmp_path / "missing-program")])) as decoder:
+        finding = await doctor.check_decoder(decoder, expected_protections())
+    assert finding.verdict == "broken"
+    assert "missing-program" in finding.words
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("key", "verdict"),
     [
-        pytest.param(EXAMPLE_KEY, "broken", id="the example's"),
-        pytest.param("no-such-beginning-1234", "warning", id="begins with something else"),
-        pytest.param("${user_config.api_key}", "warning", id="an empty field of a bundle"),
+        pytest.param(EXAMPLE_KEY, "broken", id="example"),
+        pytest.param("no-such-beginning-1234", "warning", id="other prefix"),
+        pytest.param("${user_config.api_key}", "warning", id="empty field of a bundle"),
     ],
 )
-async def test_a_key_is_looked_at_before_it_is_used(tmp_path: Path, key: str, verdict: str) -> None:
-    report = await examined(tmp_path, EVOLINK_API_KEY=key)
-    assert about("key", report.findings)[0].verdict == verdict
+async def test_an_unusual_key_is_reported(tmp_path: Path, key: str, verdict: str) -> None:
+    report = await examine(tmp_path, EVOLINK_API_KEY=key)
+    assert findings_about("key", report.findings)[0].verdict == verdict
 
 
 @pytest.mark.parametrize(
-    ("date", "verdict", "said"),
+    ("date", "verdict", "text"),
     [
-        pytest.param("Sun, 22 Nov 2026 12:00:00 GMT", "ok", "within 1 s", id="the same second"),
+        pytest.param("Sun, 22 Nov 2026 12:00:00 GMT", "ok", "within 1 s", id="same second"),
         pytest.param("Sun, 22 Nov 2026 12:01:00 GMT", "ok", "within 60 s", id="a minute"),
         pytest.param("Sun, 22 Nov 2026 12:01:01 GMT", "warning", "61 s behind", id="more than a minute behind"),
         pytest.param("Sun, 22 Nov 2026 11:00:00 GMT", "warning", "3600 s ahead", id="an hour ahead"),
@@ -180,70 +208,69 @@ async def test_a_key_is_looked_at_before_it_is_used(tmp_path: Path, key: str, ve
         pytest.param(None, "unknown", "not known", id="absent"),
     ],
 )
-def test_the_clock_is_compared_with_the_api(date: str | None, verdict: str, said: str) -> None:
-    found = doctor.clock(date, 1_795_348_800.0)
-    assert (found.verdict, said in found.words) == (verdict, True)
+def test_the_clock_is_compared_with_the_api(date: str | None, verdict: str, text: str) -> None:
+    finding = doctor.check_clock(date, 1_795_348_800.0)
+    assert (finding.verdict, text in finding.words) == (verdict, True)
 
 
-def test_an_unreachable_api_matters_only_with_a_key() -> None:
-    silent = Probe(problem="Connection refused")
-    assert doctor.reached("https://x", silent, needed=True).verdict == "broken"
-    assert doctor.reached("https://x", silent, needed=False).verdict == "warning"
+def test_an_unreachable_api_is_only_a_warning_without_a_key() -> None:
+    probe = Probe(problem="Connection refused")
+    assert doctor.check_network("https://x", probe, is_needed=True).verdict == "broken"
+    assert doctor.check_network("https://x", probe, is_needed=False).verdict == "warning"
 
 
-def test_a_folder_that_cannot_be_made_is_broken_with_the_variable_to_change(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_broken_and_its_variable_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    found = doctor.writable("pictures", tmp_path / "file" / "below", "EVOLINK_MCP_OUTPUT_DIR")
-    assert (found.verdict, "EVOLINK_MCP_OUTPUT_DIR" in found.todo) == ("broken", True)
+    finding = doctor.check_writable("pictures", tmp_path / "file" / "below", "EVOLINK_MCP_OUTPUT_DIR")
+    assert (finding.verdict, "EVOLINK_MCP_OUTPUT_DIR" in finding.todo) == ("broken", True)
 
 
 @pytest.mark.anyio
-async def test_an_allowed_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
-    report = await examined(tmp_path, EVOLINK_MCP_ALLOWED_DIRS=str(tmp_path / "gone"))
-    assert "gone" in about("folders", report.findings)[0].words
-    assert about("folders", report.findings)[0].verdict == "warning"
+async def test_a_missing_allowed_folder_is_a_warning(tmp_path: Path) -> None:
+    report = await examine(tmp_path, EVOLINK_MCP_ALLOWED_DIRS=str(tmp_path / "missing"))
+    finding = findings_about("folders", report.findings)[0]
+    assert (finding.verdict, "missing" in finding.words) == ("warning", True)
 
 
-def test_the_journal_is_counted(tmp_path: Path) -> None:
-    book = BlockingJournal(tmp_path)
+def test_the_entries_of_the_journal_are_counted(tmp_path: Path) -> None:
+    journal = BlockingJournal(tmp_path)
     for phase in ("refused", "intent", "unknown"):
-        book.intend(Entry(key=new_key(), owner=book.owner, phase=phase, created_at=1.0))
-    book.close()
-    (found,) = doctor.journal(tmp_path)
-    assert found.verdict == "ok"
-    assert "3 entries, 1 not finished, 1 with unknown outcome" in found.words
-    assert "list_tasks" in found.todo
+        journal.intend(Entry(key=new_key(), owner=journal.owner, phase=phase, created_at=1.0))
+    journal.close()
+    (finding,) = doctor.check_journal(tmp_path)
+    assert finding.verdict == "ok"
+    assert "3 entries, 1 not finished, 1 with unknown outcome" in finding.words
+    assert "list_tasks" in finding.todo
 
 
-def test_a_damaged_journal_is_told_and_left_where_it_is(tmp_path: Path) -> None:
-    """Opening it would set it aside: that is the server's to do."""
-    (tmp_path / FILE_NAME).write_bytes(b"these are not the bytes of a database")
-    (found,) = doctor.journal(tmp_path)
-    assert (found.verdict, [path.name for path in tmp_path.iterdir()]) == ("broken", [FILE_NAME])
+def test_a_damaged_journal_is_broken_and_keeps_its_name(tmp_path: Path) -> None:
+    """Only a server renames a damaged journal."""
+    (tmp_path / FILE_NAME).write_bytes(b"not the content of a database")
+    (finding,) = doctor.check_journal(tmp_path)
+    assert (finding.verdict, [path.name for path in tmp_path.iterdir()]) == ("broken", [FILE_NAME])
 
 
-def test_reading_the_journal_changes_no_byte_of_it(tmp_path: Path) -> None:
-    """Also while a server has it open, and what that one has written last is read."""
-    book = BlockingJournal(tmp_path)
-    book.intend(Entry(key=new_key(), owner=book.owner, phase="refused", created_at=1.0))
+def test_reading_an_open_journal_changes_no_byte_and_includes_the_last_entry(tmp_path: Path) -> None:
+    journal = BlockingJournal(tmp_path)
+    journal.intend(Entry(key=new_key(), owner=journal.owner, phase="refused", created_at=1.0))
 
-    def bytes_of_all() -> dict[str, bytes]:
+    def contents() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    before = bytes_of_all()
-    (found,) = doctor.journal(tmp_path)
+    before = contents()
+    (finding,) = doctor.check_journal(tmp_path)
     assert [entry.phase for entry in read_entries(tmp_path, 5)] == ["refused"]
-    assert "1 entr" in found.words
-    assert bytes_of_all() == before
-    book.close()
+    assert "1 entr" in finding.words
+    assert contents() == before
+    journal.close()
 
 
-def test_a_journal_that_was_set_aside_is_told(tmp_path: Path) -> None:
-    aside = tmp_path / f"{FILE_NAME}.damaged-1790000000-abc123"
-    aside.write_bytes(b"x")
-    aside.with_name(f"{aside.name}-wal").write_bytes(b"x")
-    ok, told = doctor.journal(tmp_path)
-    assert (ok.verdict, told.verdict, str(aside) in told.words) == ("ok", "warning", True)
+def test_a_renamed_damaged_journal_is_reported(tmp_path: Path) -> None:
+    damaged = tmp_path / f"{FILE_NAME}.damaged-1790000000-abc123"
+    damaged.write_bytes(b"x")
+    damaged.with_name(f"{damaged.name}-wal").write_bytes(b"x")
+    intact, renamed = doctor.check_journal(tmp_path)
+    assert (intact.verdict, renamed.verdict, str(damaged) in renamed.words) == ("ok", "warning", True)
 
 
 MOUNTS = """/dev/sda1 / ext4 rw 0 0
@@ -263,22 +290,22 @@ bad line
         ("\\\\server\\share\\x", "cifs"),
     ],
 )
-def test_the_file_system_of_a_folder_is_the_nearest_mount(path: str, kind: str) -> None:
+def test_the_file_system_of_a_folder_is_that_of_the_nearest_mount_point(path: str, kind: str) -> None:
     assert doctor.file_system(Path(path), MOUNTS) == kind
     assert ("nfs4" in doctor.NETWORK_FILE_SYSTEMS, "ext4" in doctor.NETWORK_FILE_SYSTEMS) == (True, False)
 
 
-# --- the blocks ---
+# --- the configurations of MCP hosts ---
 
 
-def started_by(block: Block) -> tuple[str, list[str], dict[str, str]]:
-    """What the host would start, as it reads the block."""
+def command_in(block: Block) -> tuple[str, list[str], dict[str, str]]:
+    """Return the command, arguments and environment that the MCP host would use."""
     if block.language == "toml":
         entry = tomllib.loads(block.text)["mcp_servers"]["evolink"]
     elif block.language == "json":
         servers = json.loads(block.text)
-        (named,) = (servers[name] for name in ("mcpServers", "servers", "context_servers", "mcp") if name in servers)
-        entry = named["evolink"]
+        (group,) = (servers[name] for name in ("mcpServers", "servers", "context_servers", "mcp") if name in servers)
+        entry = group["evolink"]
         if "environment" in entry:  # opencode
             return entry["command"][0], entry["command"][1:], entry["environment"]
     else:
@@ -290,27 +317,27 @@ def started_by(block: Block) -> tuple[str, list[str], dict[str, str]]:
 
 
 @pytest.mark.parametrize("block", [pytest.param(block, id=f"{block.host}, {block.where}") for block in BLOCKS])
-def test_every_block_says_command_arguments_and_environment(block: Block) -> None:
-    """Blanks in a path included; VS Code alone asks for the key instead."""
+def test_every_configuration_contains_command_arguments_and_environment(block: Block) -> None:
+    """The path contains a blank. VS Code asks the user for the key."""
     env = {**ENV, "EVOLINK_API_KEY": f"${{input:{KEY_INPUT}}}"} if block.host == "VS Code" else ENV
-    assert started_by(block) == (COMMAND, ARGS, env)
+    assert command_in(block) == (COMMAND, ARGUMENTS, env)
 
 
-def test_twelve_hosts_are_served() -> None:
-    served = list(dict.fromkeys(block.host for block in BLOCKS))
-    assert served == [
+def test_twelve_mcp_hosts_have_a_configuration() -> None:
+    hosts = list(dict.fromkeys(block.host for block in BLOCKS))
+    assert hosts == [
         "Claude Desktop", "Claude Code", "Cursor", "VS Code", "Codex", "Gemini CLI", "Windsurf", "Zed", "opencode",
         "Copilot CLI", "Cline", "JetBrains",
     ]  # fmt: skip
 
 
-def test_vs_code_asks_for_the_key_with_hidden_characters() -> None:
+def test_vs_code_hides_the_characters_of_the_key() -> None:
     (block,) = (block for block in BLOCKS if block.host == "VS Code")
-    (asked,) = json.loads(block.text)["inputs"]
-    assert (asked["type"], asked["id"], asked["password"]) == ("promptString", KEY_INPUT, True)
+    (field,) = json.loads(block.text)["inputs"]
+    assert (field["type"], field["id"], field["password"]) == ("promptString", KEY_INPUT, True)
 
 
-def test_codex_waits_for_as_long_as_its_host_row_says() -> None:
+def test_the_timeout_of_codex_equals_the_limit_in_the_table_of_hosts() -> None:
     from evolink_mcp.tools.hosts import host_named
 
     (block,) = (block for block in BLOCKS if block.language == "toml")
@@ -318,17 +345,17 @@ def test_codex_waits_for_as_long_as_its_host_row_says() -> None:
     assert (entry["tool_timeout_sec"], entry["startup_timeout_sec"] >= 30) == (host_named("codex").limit_s, True)
 
 
-def test_a_block_survives_odd_paths() -> None:
-    odd = 'C:\\Users\\Zoë "the" Quick\\evolink-mcp.exe'
-    for block in host_blocks(odd, [], {"EVOLINK_API_KEY": "sk-..."}):
+def test_a_path_with_quotes_and_blanks_is_escaped() -> None:
+    path = 'C:\\Users\\Zoë "the" Quick\\evolink-mcp.exe'
+    for block in host_blocks(path, [], {"EVOLINK_API_KEY": "sk-..."}):
         if block.language != "sh" or sys.platform != "win32":
-            assert started_by(block)[0] == odd
+            assert command_in(block)[0] == path
 
 
 def test_the_installed_command_starts_this_version() -> None:
-    command, args = installed_command()
+    command, arguments = installed_command()
     assert Path(command).is_absolute()
-    done = subprocess.run([command, *args, "--version"], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([command, *arguments, "--version"], capture_output=True, text=True, check=True, timeout=300)
     assert re.fullmatch(r"evolink-mcp [\d.]+\n", done.stdout)
 
 
@@ -352,24 +379,24 @@ def test_an_installation_of_uvx_is_started_through_uvx(tmp_path: Path) -> None:
     ],
     ids=["no HTTP", "no certificates", "SOCKS", "no proxy"],
 )
-def test_whatever_the_network_is_it_is_told_without_a_traceback(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_every_network_problem_is_reported_without_a_traceback(tmp_path: Path, environ: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def speak() -> None:
+        def answer_without_http() -> None:
             with suppress(OSError):
                 while True:
-                    line, _ = server.accept()
-                    line.sendall(b"SSH-2.0-nothing\r\n")
-                    line.close()
+                    connection, _ = server.accept()
+                    connection.sendall(b"SSH-2.0-nothing\r\n")
+                    connection.close()
 
-        threading.Thread(target=speak, daemon=True).start()
+        threading.Thread(target=answer_without_http, daemon=True).start()
         port = str(server.getsockname()[1])
-        here = f"https://127.0.0.1:{port}"  # nothing leaves this machine
-        env = minimal_environment(tmp_path, EVOLINK_API_KEY="sk-0123456789abcdef", EVOLINK_BASE_URL=here)
+        base_url = f"https://127.0.0.1:{port}"
+        env = minimal_environment(tmp_path, EVOLINK_API_KEY="sk-0123456789abcdef", EVOLINK_BASE_URL=base_url)
         env |= {name: value.replace("{port}", port) for name, value in environ.items()}
         command = [*SERVER_COMMAND, "doctor", "--json"]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         server.close()
-    findings = {one["subject"]: one["verdict"] for one in json.loads(done.stdout)["findings"]}
+    verdicts = {finding["subject"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}
     assert (done.returncode, done.stderr) == (1, "")
-    assert findings["network"] == findings["credits"] == "broken"
+    assert verdicts["network"] == verdicts["credits"] == "broken"

@@ -12,7 +12,7 @@ pytest.importorskip("obstore")
 pytest.importorskip("prometheus_client")
 
 from evolink_mcp.app.settings import BadSetting
-from evolink_mcp.cli.team_checks import team
+from evolink_mcp.cli.team_checks import check_team
 from evolink_mcp.teams.settings import OAuth, TeamSettings
 
 SECRET = "s" * 32
@@ -123,7 +123,7 @@ async def test_settings_that_contradict_each_other_end_the_start_with_one_line(
 
 
 async def verdicts(**environ: str) -> list[tuple[str, str]]:
-    return [(finding.subject, finding.verdict) for finding in await team(TeamSettings.from_environment(environ))]
+    return [(finding.subject, finding.verdict) for finding in await check_team(TeamSettings.from_environment(environ))]
 
 
 @pytest.mark.anyio
@@ -136,7 +136,7 @@ async def test_doctor_tests_the_object_store_and_leaves_nothing_in_it(tmp_path: 
     settings = TeamSettings.from_environment(environ)
     folder.rmdir()
     folder.write_text("a file instead of the folder")
-    (finding,) = await team(settings)
+    (finding,) = await check_team(settings)
     assert (finding.verdict, str(folder) in finding.words) == ("broken", False)
 
 
