@@ -50,7 +50,7 @@ def _limit_resources(cpu_max_s: int, memory_max_bytes: int) -> Protection:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_CPU: cpu_max_s,
         resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: 3,
+        resource.RLIMIT_NOFILE: 0,  # the two open pipes stay open
         resource.RLIMIT_NPROC: 0,
         # Only Linux counts mapped memory here. macOS knows both limits and enforces neither.
         resource.RLIMIT_DATA: memory_max_bytes,
