@@ -35,5 +35,5 @@ conformance: install ## the protocol's own conformance suite (npm needed)
 	bash tests/conformance/run.sh $(PY)
 
 bundle: ## the Claude Desktop bundle (npm needed)
-	npm ci --ignore-scripts --no-audit --no-fund --prefix .github/release
+	npm install --ignore-scripts --no-package-lock --no-audit --no-fund --prefix .github/release
 	.github/release/node_modules/.bin/mcpb pack . evolink-mcp.mcpb

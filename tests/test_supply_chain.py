@@ -133,12 +133,12 @@ def test_the_build_passes_on_the_hash_of_its_hashes() -> None:
     assert upload["with"] == {"name": "release", "path": "release", "if-no-files-found": "error"}
 
 
-def test_the_build_installs_only_tools_with_known_hashes_and_runs_no_test() -> None:
+def test_the_build_installs_only_pinned_tools_and_runs_no_test() -> None:
     text = commands(release_jobs()["build"])
     installs = [line.strip() for line in text.splitlines() if re.search(r"\b(?:pip|npm|npx|uvx|pipx)\b", line)]
     assert installs == [
         '"$RUNNER_TEMP/tools/bin/pip" install -q --require-hashes --only-binary :all: -r .github/release/requirements.txt',
-        "npm ci --ignore-scripts --no-audit --no-fund --prefix .github/release",
+        "npm install --ignore-scripts --no-package-lock --no-audit --no-fund --prefix .github/release",
     ]
     assert "pytest" not in text
     assert "-m build --no-isolation" in text
@@ -153,18 +153,15 @@ def test_no_job_of_a_release_uses_a_cache() -> None:
     assert [option.get("package-manager-cache") for option in node] == [False]
 
 
-def test_every_tool_of_a_release_has_an_exact_version_and_a_hash_and_no_host_is_named() -> None:
+def test_every_tool_of_a_release_has_an_exact_version_and_no_host_is_named() -> None:
     python = (ROOT / ".github" / "release" / "requirements.txt").read_text(encoding="utf-8")
-    node = (ROOT / ".github" / "release" / "package-lock.json").read_text(encoding="utf-8")
+    node = (ROOT / ".github" / "release" / "package.json").read_text(encoding="utf-8")
     packages = [line for line in python.splitlines() if line and line[0] not in "# "]
     assert {re.split("==", line)[0] for line in packages} >= {"build", "hatchling", "uv"}
     assert [line for line in packages if not re.fullmatch(r"[\w.-]+==[\w.]+( ; [^\\]+)? \\", line)] == []
     assert len(re.findall(r"\\\n    --hash=sha256:[0-9a-f]{64}", python)) >= len(packages)
-    modules = {name: entry for name, entry in json.loads(node)["packages"].items() if name}
-    assert "node_modules/@anthropic-ai/mcpb" in modules
-    assert [name for name, entry in modules.items() if not entry["integrity"].startswith("sha512-")] == []
+    assert [name for name, version in json.loads(node)["dependencies"].items() if not version[0].isdigit()] == []
     assert "://" not in python
-    assert '"resolved"' not in node
 
 
 @EACH_WORKFLOW

@@ -21,8 +21,8 @@ release="$root/.github/release"
 # The publishing action has this version. A newer twine accepts metadata that the action rejects.
 "$WORK/tools/bin/pip" install -q twine==6.1.0
 mkdir "$WORK/mcpb"
-cp "$release/package.json" "$release/package-lock.json" "$WORK/mcpb"
-npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$WORK/mcpb"
+cp "$release/package.json" "$WORK/mcpb"
+npm install --silent --ignore-scripts --no-package-lock --no-audit --no-fund --prefix "$WORK/mcpb"
 
 say "the first answers, recorded with the versions that are installed today"
 (cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_startup_answers.py | tail -1)
