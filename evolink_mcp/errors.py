@@ -204,9 +204,6 @@ class DecoderUnavailable(EvolinkError):
     retryable = True
     advice = "Run evolink-mcp doctor: it names the reason. Then call again."
 
-    def __init__(self) -> None:
-        super().__init__("the process that decodes images does not start")
-
 
 class DownloadFailed(EvolinkError):
     """An image could not be downloaded or saved; its task is paid."""

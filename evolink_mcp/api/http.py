@@ -204,7 +204,7 @@ def rejection(reply: Reply) -> EvolinkError:
     what = f"{advice.meaning} (HTTP {reply.status}"
     what += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
     if said:
-        what += f"; EvoLink says: {quoted(said)}"
+        what += f"; EvoLink's message: {quoted(said)}"
     kind = RateLimited if reply.status == 429 else Rejected
     return kind(
         what,

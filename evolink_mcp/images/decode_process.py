@@ -235,7 +235,7 @@ class Decoder:
                 await anyio.to_thread.run_sync(process.start, abandon_on_cancel=True, limiter=_NO_LIMIT)
         except (OSError, TimeoutError, ValueError) as error:
             log.error("no image can be decoded: the decoder process does not start (%s)", error)
-            raise DecoderUnavailable from error
+            raise DecoderUnavailable("the process that decodes images does not start") from error
         finally:
             if not process.is_ready:
                 with anyio.CancelScope(shield=True):

@@ -1,1 +1,1 @@
-"""The MCP tools, one file each, and what several of them share."""
+"""The MCP tools, one module each, and the modules that they share."""

@@ -1,4 +1,4 @@
-"""compute_size: pixels and price of a size, or the legal size that covers the pixels somebody needs."""
+"""compute_size: pixels and price of a size, or the legal size that covers a target width and height."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import OFFLINE, flat_tool, result
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
+from evolink_mcp.tools.task_text import sentence
 
 REFERENCES_MAX = 16
 RULE_FRESH_FOR_S = 2.0
-PROMPT_BYTES = 1_000  # what credits_at_most allows for a prompt that is not known yet
+PROMPT_BYTES = 1_000  # allowance of credits_at_most for a prompt that is not written yet
 
 Edge = Annotated[int, Strict(), Field(ge=1, le=MAX_WISH_EDGE), WHOLE]
 
 
 class ComputeSizeArguments(Arguments):
-    """compute_size: a size to look up, or a width and height that are needed."""
+    """The arguments of compute_size: a size, or a target width and height."""
 
     size: Annotated[str | OrNull, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
     resolution: Resolution = "1K"
@@ -38,15 +39,15 @@ class ComputeSizeArguments(Arguments):
     references: Annotated[
         int,
         Strict(),
-        Field(ge=0, le=REFERENCES_MAX, description="How many reference images, for credits_at_most."),
+        Field(ge=0, le=REFERENCES_MAX, description="Number of reference images, for credits_at_most."),
         WHOLE,
     ] = 0
-    width: Annotated[Edge | OrNull, Field(description="Instead of size: the width you need, any number.")] = None
-    height: Annotated[Edge | OrNull, Field(description="With width: the height you need.")] = None
+    width: Annotated[Edge | OrNull, Field(description="Instead of size: the width that you need, in pixels.")] = None
+    height: Annotated[Edge | OrNull, Field(description="With width: the height that you need, in pixels.")] = None
 
 
 class Crop(BaseModel):
-    """What to cut out of the picture, in pixels from its top left corner."""
+    """The part of the picture to keep, in pixels from its top left corner."""
 
     model_config = ConfigDict(json_schema_extra=undescribed)
 
@@ -57,7 +58,7 @@ class Crop(BaseModel):
 
 
 class PriceOut(BaseModel):
-    """The same shape in another quality or tier; `resolution` is null where it has no effect."""
+    """The price of the same shape in another quality or tier. `resolution` is null where it has no effect."""
 
     model_config = ConfigDict(json_schema_extra=undescribed)
 
@@ -70,13 +71,13 @@ class PriceOut(BaseModel):
 
 
 class SizeOut(BaseModel):
-    """What compute_size answers.
+    """The answer of compute_size.
 
     `width`, `height` and `pixels` are null for `auto`. `megapixels` are millions of pixels. `rule_known`: a delivered
-    picture has shown `rule`. `estimated_tokens` are output tokens; `estimated_credits` and `estimated_usd` are the price
-    of all `n` pictures at these pixels, without the prompt and reference images. `credits_at_most` is what caps judge:
-    by the dearer rule while it is not known, with `references` and a prompt of up to 1,000 bytes. For a wished width and
-    height: scale the picture by `scale` (1 is unchanged), then cut `crop`.
+    picture confirmed `rule`. `estimated_tokens` are output tokens. `estimated_credits` and `estimated_usd` are the
+    price of all `n` pictures, without the prompt and reference images. `credits_at_most` is the price ceiling, compared
+    with the spending limits. It includes `references` and a prompt of up to 1,000 bytes, and uses the more expensive
+    rule while the rule is unknown. For a target width and height: scale the picture by `scale`, then crop to `crop`.
     """
 
     width: int | None = None
@@ -92,9 +93,9 @@ class SizeOut(BaseModel):
     estimated_tokens: int | None = None
     estimated_credits: float | None = None
     estimated_usd: float | None = None
-    credits_at_most: float | None = Field(default=None, description="what caps judge; pass it as max_credits")
+    credits_at_most: float | None = Field(default=None, description="highest possible charge; pass it as max_credits")
     usd_at_most: float | None = None
-    prices: list[PriceOut] = Field(default=[], description="the other qualities and tiers of this shape")
+    prices: list[PriceOut] = Field(default=[], description="same shape in other qualities and tiers")
     alternatives: list[str] = []
     scale: float | None = None
     crop: Crop | None = None
@@ -105,12 +106,12 @@ class SizeOut(BaseModel):
 
 
 def compute_size_tool(studio: Studio) -> Tool:
-    """The tool over one studio, by its size rule."""
+    """Return the tool."""
 
     async def compute_size(req: ComputeSizeArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """What pixels and what price a size, ratio and tier mean, before anything is spent: offline, free. Or the
-        other way round: give width and height you need (such as 1200 and 628) for the nearest legal size that
-        covers them, the closest ratio and tier, and what to crop."""
+        """Compute pixels and price of a size, or of a ratio and tier, before you buy. Offline, free of charge. Or give
+        the width and height that you need (such as 1200 and 628): returns the nearest legal size that covers them,
+        the closest ratio and tier, and the crop."""
         await studio.size_rule.refresh(fresh_for_s=RULE_FRESH_FOR_S)
         out = compute(req, studio.size_rule.current, studio.size_rule.possible, known=studio.size_rule.known)
         return result(size_text(out), out, is_error=out.error is not None)
@@ -128,60 +129,69 @@ def _format_error(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResu
 def compute(
     req: ComputeSizeArguments, rule: str = "anchor-edge", possible: Sequence[str] = (), *, known: bool = False
 ) -> SizeOut:
-    """Pixels and price of a size; or the size that covers a wish. `possible` are the rules that pictures may follow."""
-    wish = (req.width, req.height)
+    """Return pixels and price of a size, or the size that covers a target.
+
+    `possible` are the size rules that the account's pictures may follow.
+
+    Raises:
+        Refused: the call needs either `size`, or `width` and `height`.
+    """
+    target = (req.width, req.height)
     possible = possible or (rule,)
-    if req.size is None and None not in wish:
+    if req.size is None and None not in target:
         return _covering(req, rule)
-    if req.size is None or any(wish):
+    if req.size is None or any(target):
         raise Refused(
             "give either size, or both width and height",
             code="invalid_arguments",
             advice="Correct them and call again.",
         )
-    meant, resolution = size_grammar.meant(req.size), req.resolution
+    corrected = size_grammar.meant(req.size)
+    size = corrected or req.size
     try:
-        resolved = sizes.resolve(meant or req.size, resolution, rule)
+        resolved = sizes.resolve(size, req.resolution, rule)
     except sizes.IllegalSize as error:
         nearest = [str(size) for size in error.nearest]
         problem = ErrorOut(
-            code="illegal_size", message=error.reason, retryable=False,
+            code="illegal_size",
+            message=error.reason,
+            retryable=False,
             advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
-        )  # fmt: skip
+        )
         return SizeOut(alternatives=nearest, error=problem)
-    candidates = [sizes.resolve(meant or req.size, resolution, each).size for each in possible]
+    candidates = [sizes.resolve(size, req.resolution, each).size for each in possible]
     out = _sized(resolved.size, req, candidates)
     out.downscaled = resolved.downscaled
     out.resolution_applies = resolved.resolution_applies
     out.rule = resolved.rule
     out.rule_known = known if resolved.resolution_applies else None
-    out.prices = _other_prices(meant or req.size, req, rule, possible)
-    if meant is not None:
+    out.prices = _other_prices(size, req, rule, possible)
+    if corrected is not None:
         out.notes.append(
             f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_grammar.advice(req.size)}."
         )
     if resolved.size is None:
         out.notes.append(
-            "auto lets the model decide: the estimate assumes 2048x2048, as EvoLink's own does, and credits_at_most "
-            "the dearest size there is, 2880x2880."
+            "With auto the model chooses the size. The estimate assumes 2048x2048, as EvoLink's own estimate does. "
+            "credits_at_most assumes the most expensive size, 2880x2880."
         )
     elif not resolved.resolution_applies and "resolution" in req.model_fields_set:
         out.notes.append("resolution has no effect with WxH.")
     if resolved.resolution_applies:
         other = next(name for name in sizes.RULES if name != rule)
-        twin = sizes.resolve(meant or req.size, resolution, other).size
-        if twin != resolved.size:
-            out.alternatives.append(str(twin))
+        other_size = sizes.resolve(size, req.resolution, other).size
+        if other_size != resolved.size:
+            out.alternatives.append(str(other_size))
+            unknown_rule = " The rule of this account's pictures is not known yet." if len(possible) > 1 else ""
             out.notes.append(
-                f"EvoLink's {other} rule makes {twin} of this; give explicit_size to be certain."
-                + (" Which rule this account's pictures follow is not known yet." if len(possible) > 1 else "")
+                f"EvoLink's {other} rule computes {other_size}. Pass explicit_size as size for exact pixels.{unknown_rule}"
             )
     return out
 
 
 def _other_prices(size: str, req: ComputeSizeArguments, rule: str, possible: Sequence[str]) -> list[PriceOut]:
-    """The other qualities and tiers of the same shape."""
-    found: list[PriceOut] = []
+    """Return the prices of the same shape in the other qualities and tiers."""
+    prices: list[PriceOut] = []
     tiers = sizes.TIERS if sizes.takes_resolution(sizes.normalize(size)) else (None,)
     for quality, tier in itertools.product(TILE_BASE, tiers):
         if quality == req.quality and tier in (None, req.resolution.upper()):
@@ -189,11 +199,17 @@ def _other_prices(size: str, req: ComputeSizeArguments, rule: str, possible: Seq
         candidates = [sizes.resolve(size, tier or "1K", each).size for each in possible]
         pixels = sizes.resolve(size, tier or "1K", rule).size
         credits = price(pixels, quality, req.n).credits
-        found.append(PriceOut(
-            quality=quality, resolution=tier, size=str(pixels) if pixels else None, credits=credits, usd=usd(credits),
-            credits_at_most=_at_most(candidates, quality, req),
-        ))  # fmt: skip
-    return found
+        prices.append(
+            PriceOut(
+                quality=quality,
+                resolution=tier,
+                size=str(pixels) if pixels else None,
+                credits=credits,
+                usd=usd(credits),
+                credits_at_most=_at_most(candidates, quality, req),
+            )
+        )
+    return prices
 
 
 def _at_most(candidates: Sequence[sizes.Size | None], quality: str, req: ComputeSizeArguments) -> float:
@@ -205,52 +221,64 @@ def _covering(req: ComputeSizeArguments, rule: str) -> SizeOut:
     assert req.height is not None
     cover = sizes.cover(req.width, req.height, rule)
     out = _sized(cover.size, req, [cover.size])
-    out.rule, out.downscaled, out.resolution_applies = "explicit", False, False
+    out.rule = "explicit"
+    out.downscaled = False
+    out.resolution_applies = False
     out.scale = round(cover.scale, 4)
     out.crop = Crop(left=cover.left, top=cover.top, width=cover.crop.width, height=cover.crop.height)
-    out.closest_ratio, out.closest_resolution = cover.ratio, cover.tier
+    out.closest_ratio = cover.ratio
+    out.closest_resolution = cover.tier
     out.alternatives = [str(cover.tier_size)]
     out.prices = _other_prices(str(cover.size), req, rule, (rule,))
     scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
     if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or scaled:
         out.notes.append(f"For {req.width}×{req.height}: {scaled}crop to {cover.crop} at ({cover.left}, {cover.top}).")
-    covers = "covers it" if cover.tier_covers else "is smaller"
-    out.notes.append(f"Closest ratio and tier: {cover.ratio} at {cover.tier}, {cover.tier_size}, which {covers}.")
+    covers = "covers the target" if cover.tier_covers else "is smaller than the target"
+    out.notes.append(f"Closest ratio and tier: {cover.ratio} at {cover.tier}. It has {cover.tier_size} and {covers}.")
     return out
 
 
 def _sized(size: sizes.Size | None, req: ComputeSizeArguments, candidates: Sequence[sizes.Size | None]) -> SizeOut:
     cost = price(size, req.quality, req.n)
-    most = _at_most(candidates, req.quality, req)
+    price_ceiling = _at_most(candidates, req.quality, req)
     out = SizeOut(
-        estimated_tokens=cost.tokens, estimated_credits=cost.credits, estimated_usd=usd(cost.credits),
-        credits_at_most=most, usd_at_most=usd(most),
-    )  # fmt: skip
+        estimated_tokens=cost.tokens,
+        estimated_credits=cost.credits,
+        estimated_usd=usd(cost.credits),
+        credits_at_most=price_ceiling,
+        usd_at_most=usd(price_ceiling),
+    )
     if size is not None:
-        out.width, out.height, out.explicit_size = size.width, size.height, str(size)
-        out.pixels, out.megapixels, out.aspect_ratio = size.pixels, size.megapixels, size.aspect_ratio
+        out.width = size.width
+        out.height = size.height
+        out.explicit_size = str(size)
+        out.pixels = size.pixels
+        out.megapixels = size.megapixels
+        out.aspect_ratio = size.aspect_ratio
     return out
 
 
 def size_text(out: SizeOut) -> str:
-    """The same facts in words."""
+    """Return the answer as text."""
     if out.error is not None:
-        near = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""
-        return f"{out.error.message}{near} Nothing was sent or charged. {out.error.advice}"
-    lines = ["The model decides the pixels (auto)."]
+        nearest = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""
+        return f"{sentence(out.error.message)}{nearest} Nothing was sent or charged. {out.error.advice}"
+    lines = ["The model chooses the pixels (auto)."]
     if out.width:
         lines = [
-            f"{out.width}×{out.height} pixels: {out.pixels:,} in all, {out.megapixels:g} megapixels, shape "
-            f'{out.aspect_ratio}. Pass size="{out.explicit_size}" to be certain of them.'
+            f"{out.width}×{out.height} pixels: {out.pixels:,} in total, {out.megapixels:g} megapixels, aspect ratio "
+            f'{out.aspect_ratio}. Pass size="{out.explicit_size}" for exactly these pixels.'
         ]
     if out.rule in sizes.RULES:
-        seen = "a delivered picture has shown it" if out.rule_known else "no picture of this account has shown it yet"
-        smaller = " They are fewer than the tier's name promises." if out.downscaled else ""
-        lines.append(f"They follow EvoLink's {out.rule} table; {seen}.{smaller}")
+        evidence = (
+            "A delivered picture confirmed it" if out.rule_known else "No picture of this account confirmed it yet"
+        )
+        smaller = " The picture is smaller than the tier's name says." if out.downscaled else ""
+        lines.append(f"The pixels follow EvoLink's {out.rule} table. {evidence}.{smaller}")
     lines.append(
-        f"It costs about {priced(out.estimated_credits or 0)} for {out.estimated_tokens:,} output tokens, without the "
-        f"prompt and reference images, and at most {priced(out.credits_at_most or 0)}: that is what caps judge and "
-        "max_credits takes."
+        f"Estimated price: {priced(out.estimated_credits or 0)} for {out.estimated_tokens:,} output tokens, without the "
+        f"prompt and reference images. Highest possible charge: {priced(out.credits_at_most or 0)}. The server compares "
+        "spending limits and max_credits with it."
     )
     if out.crop and out.scale is not None:
         crop = f"crop {out.crop.width}×{out.crop.height} at ({out.crop.left}, {out.crop.top})"
@@ -260,15 +288,13 @@ def size_text(out: SizeOut) -> str:
     if out.alternatives:
         lines.append(f"Alternatives: {', '.join(out.alternatives)}.")
     if out.prices:
-        lines.append(f"Otherwise at most, in credits: {_price_words(out.prices)}.")
+        lines.append(f"Highest possible charge of other settings, in credits: {_price_text(out.prices)}.")
     return "\n".join([*lines, *(f"Note: {note}" for note in out.notes)])
 
 
-def _price_words(prices: list[PriceOut]) -> str:
-    """The dearest charge of each other quality and tier, quality by quality."""
-    told: dict[str, list[str]] = {}
+def _price_text(prices: list[PriceOut]) -> str:
+    amounts: dict[str, list[str]] = {}
     for other in prices:
-        told.setdefault(other.quality, []).append(
-            f"{other.credits_at_most:g}{f' in {other.resolution}' * bool(other.resolution)}"
-        )
-    return "; ".join(f"{quality} {', '.join(each)}" for quality, each in told.items())
+        tier = f" in {other.resolution}" if other.resolution else ""
+        amounts.setdefault(other.quality, []).append(f"{other.credits_at_most:g}{tier}")
+    return "; ".join(f"{quality} {', '.join(each)}" for quality, each in amounts.items())

@@ -1,5 +1,5 @@
-"""generate_image: buy pictures, wait for them, save them. The only tool that spends credits."""
-# No `from __future__ import annotations` here: the SDK reads the annotations of the nested functions at run time.
+"""generate_image: buy images, wait for them and save them. The only tool that spends credits."""
+# Without `from __future__ import annotations`: the SDK reads the annotations of the nested functions at run time.
 
 from dataclasses import replace
 from typing import Annotated, Any
@@ -25,35 +25,35 @@ from evolink_mcp.tools.task_answer import TaskOut
 from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
 
 Credits = Annotated[
-    float, Strict(), Field(ge=0, description="Refuse, before anything is sent, if it may cost more credits.")
+    float, Strict(), Field(ge=0, description="Refuse before sending if the highest possible charge is above this.")
 ]
 
 
 class GenerateImageArguments(GenerationRequest):
-    """generate_image: the API's fields and ours."""
+    """The arguments of generate_image: the API's fields and four of this server."""
 
     wait_seconds: WaitSeconds | OrNull = None
     save_as: Annotated[
-        str | OrNull, Field(min_length=1, description="File name, or path inside an allowed folder; never overwrites.")
+        str | OrNull, Field(min_length=1, description="File name, or path inside an allowed folder. Never overwrites.")
     ] = None
     max_credits: Credits | OrNull = None
     force_new: Annotated[
         bool,
         Strict(),
-        Field(description="Buy even if an identical earlier picture was paid but never delivered."),
+        Field(description="Buy even if an identical earlier picture is paid but not delivered yet."),
     ] = False
 
 
 class Confirm(BaseModel):
-    """What the user is asked before a call that costs much, or that sends a file of theirs and names a callback."""
+    """The question to the user before an expensive call, or before a local file is sent with a callback."""
 
     go_ahead: bool = Field(title="Go ahead", description="Yes, do this")
 
 
 def generate_image_tool(waiting: Waiting) -> Tool:
-    """The tool over one studio."""
+    """Return the tool."""
     studio = waiting.studio
-    agreed: set[tuple[str, str]] = set()  # files that were sent together with a callback to this host
+    approved: set[tuple[str, str]] = set()  # (local file, callback host) that the user has approved
 
     async def priced_order(req: GenerateImageArguments) -> ImageRequest:
         await studio.size_rule.refresh()
@@ -63,12 +63,12 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
     ) -> Confirm | Elicit[Confirm]:
         limit = studio.budget.confirm_above
-        dear = limit is not None and order.at_most > limit
-        leaving = _leaving(req) - agreed
-        if _can_ask(ctx) and (dear or leaving):
-            price = f"This will cost at most {costs.priced(order.at_most)}. " if dear else ""
-            return Elicit(f"{price}{_sends(leaving)}Go ahead?", Confirm)
-        return Confirm(go_ahead=not dear or (req.max_credits is not None and req.max_credits >= order.at_most))
+        is_expensive = limit is not None and order.at_most > limit
+        disclosures = _disclosures(req) - approved
+        if _can_ask(ctx) and (is_expensive or disclosures):
+            price = f"This will cost at most {costs.priced(order.at_most)}. " if is_expensive else ""
+            return Elicit(f"{price}{_disclosure_text(disclosures)}Go ahead?", Confirm)
+        return Confirm(go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= order.at_most))
 
     async def generate_image(
         req: GenerateImageArguments,
@@ -76,15 +76,15 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         order: Annotated[ImageRequest, Resolve(priced_order)],
         confirmed: Annotated[ElicitationResult[Confirm], Resolve(confirm)],
     ) -> CallToolResult:
-        """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. One call does all: it submits,
-        waits, downloads, saves the files and answers with paths, URLs (valid 24 h), sizes and a small preview.
-        If the wait ends first, the answer has task_id and next_action: call get_task with that id; never call
-        generate_image again for the same picture. To edit, give image_urls. Ratios take a resolution tier; for
-        certain pixels give size as WxH (compute_size tells them, and the price, free of charge).
+        """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. One call does everything: it
+        submits, waits, downloads, saves the files and answers with paths, URLs (valid 24 h), sizes and a small preview.
+        If the wait ends first, the answer has task_id and next_action: call get_task with that id. Never call
+        generate_image again for the same picture. To edit, give image_urls. A ratio takes a resolution tier. For
+        exact pixels give size as WxH. compute_size returns pixels and price, free of charge.
         Show the user the file path and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise _unconfirmed(order.at_most, studio.budget.confirm_above, asked=_can_ask(ctx))
-        agreed.update(_leaving(req))
+            raise _unconfirmed(order.at_most, studio.budget.confirm_above, was_asked=_can_ask(ctx))
+        approved.update(_disclosures(req))
         job = await studio.order(replace(order, client=client_of(ctx)))
         return await waiting.answer(job, req.wait_seconds, ctx, _notes(req, studio), joined=job.joined)
 
@@ -102,45 +102,45 @@ def generate_image_tool(waiting: Waiting) -> Tool:
 def _notes(req: GenerateImageArguments, studio: Studio) -> list[str]:
     notes: list[str] = []
     if req.save_as is not None and not studio.image_store.is_permanent:
-        notes.append("save_as has no effect here: this server keeps no pictures; fetch them by their links.")
+        notes.append("save_as has no effect: this server saves no pictures. Download them from their links.")
     if "resolution" in req.model_fields_set and not sizes.takes_resolution(req.size):
-        what = "auto" if req.size == "auto" else "explicit pixels"
-        notes.append(f"resolution has no effect with {what}: it was not sent.")
+        size = "auto" if req.size == "auto" else "explicit pixels"
+        notes.append(f"resolution has no effect with {size}. It was not sent.")
     return notes
 
 
-def _leaving(req: GenerateImageArguments) -> set[tuple[str, str]]:
-    """The files of this machine that would be sent, each with the host that would be told of the result."""
+def _disclosures(req: GenerateImageArguments) -> set[tuple[str, str]]:
+    """Return each local file that the call would send, with the callback host that would get the result."""
     if req.callback_url is None:
         return set()
     host = host_of(req.callback_url)
     return {(source, host) for source in (*(req.image_urls or ()), req.mask_url or "") if is_file(source)}
 
 
-def _sends(leaving: set[tuple[str, str]]) -> str:
-    if not leaving:
+def _disclosure_text(disclosures: set[tuple[str, str]]) -> str:
+    if not disclosures:
         return ""
-    files = " and ".join(quoted(source, 120) for source, _ in sorted(leaving))
-    (host,) = {host for _, host in leaving}
-    return f"It sends your file {files} to EvoLink, and tells {quoted(host, 120)} where the result is. "
+    files = " and ".join(quoted(source, 120) for source, _ in sorted(disclosures))
+    (host,) = {host for _, host in disclosures}
+    return f"It sends your file {files} to EvoLink, and the URL of the result to {quoted(host, 120)}. "
 
 
-def _unconfirmed(at_most: float, limit: float | None, *, asked: bool) -> OverBudget:
-    if asked:
+def _unconfirmed(at_most: float, limit: float | None, *, was_asked: bool) -> OverBudget:
+    if was_asked:
         return OverBudget(
-            f"the user did not agree to this call, which may cost {costs.priced(at_most)}",
+            f"the user did not approve this call, which may cost {costs.priced(at_most)}",
             code="not_confirmed",
             advice="Do not call again unless the user asks for it.",
         )
     return OverBudget(
-        f"the computed price is at most {costs.priced(at_most)}, above {limit:g}: the user must agree first",
+        f"the highest possible charge is {costs.priced(at_most)}, above {limit:g}: the user must approve it first",
         code="confirmation_needed",
         advice=f"Ask the user, then call again with max_credits={at_most:g}.",
     )
 
 
 def _can_ask(ctx: Context[Any, Any]) -> bool:
-    """Whether this host can put a question to the user, in either protocol era."""
+    """Return whether this host can ask the user, in either protocol era."""
     capabilities = ctx.client_capabilities
     modern = (ctx.protocol_version or "") >= "2026-07-28"
     return bool(capabilities and capabilities.elicitation) and (modern or ctx.session.can_send_request)

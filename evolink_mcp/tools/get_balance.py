@@ -1,4 +1,4 @@
-"""get_balance: credits left on the account and the key."""
+"""get_balance: the remaining credits of the account and the key."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from evolink_mcp.tools.schemas import ErrorOut
 
 
 class GetBalanceArguments(Arguments):
-    """get_balance takes nothing."""
+    """get_balance has no arguments."""
 
 
 AMOUNTS = ("account_remaining", "account_used", "key_remaining", "key_used")
 
 
 class BalanceOut(BaseModel):
-    """What get_balance answers, in credits, and as `..._usd` in US dollars."""
+    """The answer of get_balance, in credits, and as `..._usd` in US dollars."""
 
     account_remaining: float | None = None
     account_remaining_usd: float | None = None
@@ -40,15 +40,17 @@ class BalanceOut(BaseModel):
 
 
 def get_balance_tool(studio: Studio) -> Tool:
-    """The tool over one studio."""
+    """Return the tool."""
 
     async def get_balance(req: GetBalanceArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Credits left on the EvoLink account and key. Free of charge."""
-        told = asdict(await studio.balance())
-        dollars = {f"{name}_usd": usd(told[name]) for name in AMOUNTS if told[name] is not None}
-        out = BalanceOut.model_validate(told | dollars)
-        words = [f"{name.replace('_', ' ')}: {_amount(told[name], dollars.get(f'{name}_usd'))}" for name in told]
-        return result("Credits. " + ", ".join(words) + ".", out)
+        """Remaining credits of the EvoLink account and key. Free of charge."""
+        credits = asdict(await studio.balance())
+        dollars = {f"{name}_usd": usd(credits[name]) for name in AMOUNTS if credits[name] is not None}
+        out = BalanceOut.model_validate(credits | dollars)
+        amounts = [
+            f"{name.replace('_', ' ')}: {_amount(credits[name], dollars.get(f'{name}_usd'))}" for name in credits
+        ]
+        return result("Credits. " + ", ".join(amounts) + ".", out)
 
     return flat_tool(
         get_balance,
@@ -63,4 +65,4 @@ def get_balance_tool(studio: Studio) -> Tool:
 def _amount(value: object, dollars: float | None) -> str:
     if dollars is not None:
         return f"{value:g} (${dollars:g})"
-    return "not told" if value is None else str(value).lower()
+    return "unknown" if value is None else str(value).lower()

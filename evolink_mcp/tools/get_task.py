@@ -1,4 +1,4 @@
-"""get_task: wait for a task and get its pictures, by id."""
+"""get_task: wait for a task and return its images."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from evolink_mcp.tools.waiting import Waiting, WaitSeconds, format_task_error
 
 
 class GetTaskArguments(Arguments):
-    """get_task."""
+    """The arguments of get_task."""
 
     task_id: TaskId
     wait_seconds: WaitSeconds | OrNull = None
 
 
 def get_task_tool(waiting: Waiting) -> Tool:
-    """The tool over one studio."""
+    """Return the tool."""
 
     async def get_task(req: GetTaskArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Wait for a task and get its pictures, by id: any time later, after a restart, or for a task of another
-        client with the same key. Free of charge; saves what is not saved yet, and never twice. If the wait ends
-        first, call it again with the same id."""
+        """Wait for a task and get its pictures, by id. Works later, after a restart, and for tasks of other clients
+        with the same key. Free of charge. Saves each picture once. If the wait ends first, call it again with the
+        same id."""
         return await waiting.answer(await waiting.studio.resume(req.task_id), req.wait_seconds, ctx, [])
 
     return flat_tool(

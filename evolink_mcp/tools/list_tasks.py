@@ -1,4 +1,4 @@
-"""list_tasks: what was bought, and what else the account has, in one answer that every host accepts."""
+"""list_tasks: the journal's purchases and the account's other tasks, within every host's size limit."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ Status = Annotated[
 
 
 class ListTasksArguments(Arguments):
-    """list_tasks."""
+    """The arguments of list_tasks."""
 
-    limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="How many."), WHOLE] = 10
+    limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="Number of tasks."), WHOLE] = 10
     status: Annotated[Status | OrNull, Field(description="Only tasks of this status.")] = None
-    query: Annotated[str | OrNull, Field(description="Words in prompt, file name or id.")] = None
-    since: Annotated[str | OrNull, Field(description="ISO 8601, today, yesterday, 7d.")] = None
-    until: Annotated[str | OrNull, Field(description="As since.")] = None
-    cursor: Annotated[str | OrNull, Field(description="next_cursor of the last answer.")] = None
-    detail: Annotated[bool, Strict(), Field(description="Tasks as get_task has them.")] = False
+    query: Annotated[str | OrNull, Field(description="Words of the prompt, file name or id.")] = None
+    since: Annotated[str | OrNull, Field(description="ISO 8601, today, yesterday or 7d.")] = None
+    until: Annotated[str | OrNull, Field(description="Same formats as since.")] = None
+    cursor: Annotated[str | OrNull, Field(description="next_cursor of the previous answer.")] = None
+    detail: Annotated[bool, Strict(), Field(description="Complete tasks, as get_task returns them.")] = False
     sync: Annotated[
         bool,
         Strict(),
-        Field(description="Also ask EvoLink: the account's tasks, unknown outcomes."),
+        Field(description="Also read EvoLink's list; resolves unknown outcomes."),
     ] = False
 
 
 class TaskList(BaseModel):
-    """What list_tasks answers.
+    """The answer of list_tasks.
 
-    `spent` counts from local midnight ("today"), and over the last 7 and 30 days. `synced` is null if EvoLink was not
-    asked, and false if its list could not be read.
+    `spent` counts from local midnight ("today"), and over the last 7 and 30 days. `synced` is null without `sync`,
+    and false if EvoLink's list could not be read.
     """
 
     tasks: list[dict[str, Any]] = Field([], description="newest first")
@@ -67,14 +67,14 @@ class TaskList(BaseModel):
 
 
 def list_tasks_tool(studio: Studio) -> Tool:
-    """The tool over one studio."""
+    """Return the tool."""
 
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """What was bought with this server, newest first: prompts, files, costs, unknown outcomes. Finds a picture by
-        words of its prompt, or a lost id. Free of charge."""
+        """List purchases, newest first: prompts, files, costs, unknown outcomes. Finds a picture by words of its
+        prompt, or a lost task id. Free of charge."""
         await studio.wake()
-        elsewhere, problem = await studio.sync(req.limit) if req.sync else ([], None)
-        out, text = await task_list(studio, req, elsewhere, problem)
+        external_tasks, problem = await studio.sync(req.limit) if req.sync else ([], None)
+        out, text = await task_list(studio, req, external_tasks, problem)
         return result(text, out)
 
     return flat_tool(
@@ -83,64 +83,66 @@ def list_tasks_tool(studio: Studio) -> Tool:
 
 
 async def task_list(
-    studio: Studio, req: ListTasksArguments, elsewhere: list[Task], problem: str | None
+    studio: Studio, req: ListTasksArguments, external_tasks: list[Task], problem: str | None
 ) -> tuple[TaskList, str]:
-    """The journal's entries and the account's other tasks, newest first, as data and in words.
+    """Return the journal's entries and the account's other tasks, newest first, as data and as text.
 
-    `problem` is why the account's list could not be read, if so.
+    `problem` is the reason why the account's list could not be read.
 
     Raises:
-        Refused: a time or the cursor makes no sense.
+        Refused: a time or the cursor is invalid.
     """
     now = studio.now()
-    since, until = (
-        instant(req.since, now) if req.since else None,
-        instant(req.until, now, end=True) if req.until else None,
-    )
+    since = instant(req.since, now) if req.since else None
+    until = instant(req.until, now, end=True) if req.until else None
     words = tuple((req.query or "").split())
     after = _position(req.cursor) if req.cursor else None
     entries = await studio.journal.recent(req.limit + 1, req.status, since, until, words, after)
     shown = entries[: req.limit]
     if after is None and not words:
-        strangers = [Entry.bought_elsewhere(task, task.created or 0.0) for task in elsewhere]
+        external = [Entry.bought_elsewhere(task, task.created or 0.0) for task in external_tasks]
         shown += [
             entry
-            for entry in strangers
+            for entry in external
             if req.status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
         shown.sort(key=lambda entry: entry.created_at, reverse=True)
-    told, tasks = _fitting([await studio.image_store.entry_for_caller(entry) for entry in shown], detail=req.detail)
-    last = next((entry for entry in reversed(shown[: len(told)]) if entry.is_written), None)
-    more = len(told) < len(shown) or len(entries) > req.limit
+    texts, tasks = _within_limit(
+        [await studio.image_store.entry_for_caller(entry) for entry in shown], detail=req.detail
+    )
+    last = next((entry for entry in reversed(shown[: len(texts)]) if entry.is_written), None)
+    has_more = len(texts) < len(shown) or len(entries) > req.limit
     spent = {name: await _spent(studio, since) for name, since in _spans(now).items()}
-    notes = [f"The account's own list could not be had: {problem}."] if problem else []
-    if elsewhere:
-        notes.append(f"{len(elsewhere)} of the account's tasks were not bought here; get_task fetches their pictures.")
+    notes = [f"EvoLink's list of the account's tasks could not be read: {problem}."] if problem else []
+    if external_tasks:
+        notes.append(
+            f"{len(external_tasks)} of the account's tasks were not bought with this server. get_task fetches their pictures."
+        )
     out = TaskList(
         tasks=tasks,
-        next_cursor=_cursor(last) if more and last is not None else None,
+        next_cursor=_cursor(last) if has_more and last is not None else None,
         spent=spent,
         synced=None if not req.sync else problem is None,
         notes=notes,
     )
-    return out, _text(req, out, told)
+    return out, _text(req, out, texts)
 
 
-def _text(req: ListTasksArguments, out: TaskList, told: list[str]) -> str:
-    asked = [
+def _text(req: ListTasksArguments, out: TaskList, texts: list[str]) -> str:
+    filters = [
         f"{name} “{harmless(value, 80)}”"
         for name in ("status", "query", "since", "until")
         if (value := getattr(req, name))
     ]
-    count = {0: "No task", 1: "1 task"}.get(len(told), f"{len(told)} tasks")
-    which = f" with {', '.join(asked)}" if asked else ""
+    count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
+    condition = f" with {', '.join(filters)}" if filters else ""
     spent = ", ".join(
         f"{name} {priced(out.spent[key]['credits'])}"
         for key, name in (("today", "today"), ("7d", "7 days"), ("30d", "30 days"))
     )
-    head = f"{count}{which}{', newest first' if len(told) > 1 else ''}. Spent: {spent}."
-    older = [f"Older ones: call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
-    return "\n\n".join([head, *told, *older, *(f"Note: {note}" for note in out.notes)])
+    head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. Spent: {spent}."
+    older = [f"For older tasks call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
+    return "\n\n".join([head, *texts, *older, *(f"Note: {note}" for note in out.notes)])
 
 
 async def _spent(studio: Studio, since: float) -> dict[str, float]:
@@ -152,20 +154,21 @@ def _spans(now: float) -> dict[str, float]:
     return {"today": start_of_day(now), "7d": now - 7 * DAY_S, "30d": now - 30 * DAY_S}
 
 
-def _fitting(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dict[str, Any]]]:
-    """As many entries as fit into an answer, in words and as data."""
-    room = ANSWER_MAX_CHARS
+def _within_limit(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return as many entries as fit into an answer, as text and as data."""
+    remaining_chars = ANSWER_MAX_CHARS
     texts: list[str] = []
     tasks: list[dict[str, Any]] = []
     for entry in entries:
         if detail:
-            whole = brief(task_out(entry))
-            data, text = whole.model_dump(mode="json"), task_text(whole)
+            task = brief(task_out(entry))
+            data = task.model_dump(mode="json")
+            text = task_text(task)
         else:
             data = row(entry)
             text = row_text(data)
-        room -= len(json.dumps(data)) + len(json.dumps(text))
-        if room < 0:
+        remaining_chars -= len(json.dumps(data)) + len(json.dumps(text))
+        if remaining_chars < 0:
             break
         texts.append(text)
         tasks.append(data)
@@ -173,7 +176,7 @@ def _fitting(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dic
 
 
 def _cursor(entry: Entry) -> str:
-    """Where an entry stands in the list, as one opaque word."""
+    """Return the entry's position in the list as one opaque word."""
     return base64.urlsafe_b64encode(json.dumps([entry.created_at, entry.key]).encode()).decode().rstrip("=")
 
 
@@ -183,7 +186,7 @@ def _position(cursor: str) -> tuple[float, str]:
         return float(created), str(key)
     except (ValueError, TypeError, RecursionError) as error:
         raise Refused(
-            "this is no cursor of list_tasks",
+            "the cursor is not from list_tasks",
             code="invalid_arguments",
-            advice="Give next_cursor of an answer as it was, or leave it out.",
+            advice="Pass next_cursor of an answer unchanged, or leave cursor out.",
         ) from error

@@ -1,4 +1,4 @@
-"""What is shown beside an answer's text: small previews within the host's limit, resource links, the gallery's page."""
+"""Content beside the text of an answer: previews within the host's limit, resource links, the gallery page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.tools.task_answer import ImageOut, TaskOut
 
 GALLERY_URI = "ui://evolink/gallery.html"
-# A tool's metadata by which a host shows the gallery with its answers. Some hosts still read the flat key.
+# This metadata of a tool makes a host show the gallery with its answers. Some hosts still read the flat key.
 GALLERY_META: dict[str, Any] = {"ui": {"resourceUri": GALLERY_URI}, "ui/resourceUri": GALLERY_URI}
 
 PREVIEW_MIN_CHARS = 20_000
@@ -29,10 +29,10 @@ PREVIEW_MIN_CHARS = 20_000
 async def previews(
     out: TaskOut, saved: Sequence[Path], longest_edge: int | None, answer_max: int, decoder: Decoder
 ) -> list[ImageContent]:
-    """Return as many previews as fit beside the text in `answer_max` characters. A failed preview is not an error.
+    """Return the previews that fit beside the text in `answer_max` characters. A failed preview is not an error.
 
-    `saved` are the files of this machine that hold the images of the task. `longest_edge` is in pixels: None chooses by
-    the number of images, 0 returns no preview.
+    `saved` are the local files of the task's images. `longest_edge` is in pixels: None chooses it by the number of
+    images, 0 returns no preview.
     """
     if longest_edge == 0 or out.status != COMPLETED or not saved:
         return []
@@ -62,7 +62,7 @@ async def picture_block(path: Path, edge: int, chars_max: int, decoder: Decoder)
 
 
 def links(out: TaskOut) -> list[ResourceLink]:
-    """A resource_link for every saved picture: off by default, since several hosts fail the whole call on them."""
+    """Return a resource_link for each saved picture. Off by default: several hosts fail the whole call on a link."""
     return [
         ResourceLink(type="resource_link", uri=image.resource_uri, name=_file_name(image), mime_type=image.mime_type)
         for image in out.images

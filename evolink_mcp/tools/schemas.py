@@ -1,4 +1,8 @@
-"""JSON Schemas as hosts accept them: flat, no `$ref`, no `anyOf` with null, no titles; and the error in every answer."""
+"""JSON Schemas that every MCP host accepts, the names of the tools, and the error field of every answer.
+
+The schemas are flat: no `$ref`, no `anyOf` with null, no titles. This module does not import the SDK, because the
+settings and the command line use it.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,26 @@ TOOL_NAMES = ("generate_image", "get_task", "compute_size", "view_image", "list_
 
 
 def tools_named(words: Iterable[str]) -> frozenset[str]:
-    """The tools with these names.
+    """Return the names of tools in `words`.
 
     Raises:
-        ValueError: there is no such tool, or none is named.
+        ValueError: a name is unknown, or there is no name.
     """
     names = frozenset(words)
     if not names:
         raise ValueError("it names no tool")
-    if strange := sorted(names - set(TOOL_NAMES)):
-        raise ValueError(f"there is no tool {harmless(strange[0], 60)}, only {', '.join(TOOL_NAMES)}")
+    if unknown := sorted(names - set(TOOL_NAMES)):
+        raise ValueError(f"there is no tool {harmless(unknown[0], 60)}, only {', '.join(TOOL_NAMES)}")
     return names
 
 
 def undescribed(schema: Schema) -> None:
-    """For `json_schema_extra`: keep a model's docstring out of the published schema."""
+    """Remove a model's docstring from its published schema. Use it as `json_schema_extra`."""
     schema.pop("description", None)
 
 
 class ErrorOut(BaseModel):
-    """What went wrong: a code for programs, a sentence, whether the same call may help later, what to do now."""
+    """An error in an answer: a code for programs, a sentence, whether a later repeat can help, and the next step."""
 
     model_config = ConfigDict(json_schema_extra=undescribed)
 
@@ -46,19 +50,19 @@ class ErrorOut(BaseModel):
 
 
 def error_out(problem: Problem) -> ErrorOut:
-    """A problem as it stands in structured content."""
+    """Return a problem as structured content."""
     return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
 
 
 @cache
 def input_schema(model: type[BaseModel]) -> Schema:
-    """The schema of a tool's arguments: flat, no `$ref`, no titles, and null is never mentioned.
+    """Return the schema of a tool's arguments: flat, without `$ref`, titles and null.
 
     Gemini refuses all tools if one schema uses a keyword that it does not know, such as const, exclusiveMaximum or
     examples.
     """
-    schema = _plain(model.model_json_schema(), {})
-    schema.pop("description", None)  # the tool has its own
+    schema = _flatten(model.model_json_schema(), {})
+    schema.pop("description", None)  # the tool has a description already
     for field in schema["properties"].values():
         if field.get("default", ...) is None:
             del field["default"]
@@ -72,41 +76,42 @@ def input_schema(model: type[BaseModel]) -> Schema:
 
 @cache
 def output_schema(model: type[BaseModel]) -> Schema:
-    """The schema of a tool's structured content: flat; what may be missing has the type `[type, "null"]`.
+    """Return the schema of a tool's structured content: flat, an optional field has the type `[type, "null"]`.
 
-    Of a model's docstring the first paragraph is published.
+    The first paragraph of a nested model's docstring is published.
     """
     schema = model.model_json_schema(mode="serialization")
-    return _plain(schema, schema.pop("$defs", {}))
+    schema.pop("description", None)  # the tool has a description already
+    return _flatten(schema, schema.pop("$defs", {}))
 
 
-def _plain(node: Any, definitions: Schema) -> Any:
-    """`node` without titles and references, a type that may be null written as `[type, "null"]`."""
+def _flatten(node: Any, definitions: Schema) -> Any:
+    """Return `node` without titles and references, with nullable types as `[type, "null"]`."""
     if isinstance(node, list):
-        return [_plain(item, definitions) for item in cast("list[Any]", node)]
+        return [_flatten(item, definitions) for item in cast("list[Any]", node)]
     if not isinstance(node, dict):
         return node
     schema = cast(Schema, node)
     if "$ref" in schema:
-        return _plain(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+        return _flatten(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
     if "anyOf" in schema:
-        arms = [_plain(arm, definitions) for arm in schema["anyOf"]]
-        real = [arm for arm in arms if arm != {"type": "null"}]
-        if len(real) == 1 and "type" in real[0]:
-            nullable = [real[0]["type"], "null"] if len(arms) > 1 else real[0]["type"]
+        arms = [_flatten(arm, definitions) for arm in schema["anyOf"]]
+        types = [arm for arm in arms if arm != {"type": "null"}]
+        if len(types) == 1 and "type" in types[0]:
+            nullable = [types[0]["type"], "null"] if len(arms) > 1 else types[0]["type"]
             rest = {
-                key: _plain(value, definitions)
+                key: _flatten(value, definitions)
                 for key, value in schema.items()
                 if key not in ("anyOf", "title", "default")
             }
-            return {**real[0], **rest, "type": nullable}
-    plain: Schema = {}
+            return {**types[0], **rest, "type": nullable}
+    flat: Schema = {}
     for key, value in schema.items():
         if key == "properties":
             fields: Schema = value
-            plain[key] = {name: _plain(field, definitions) for name, field in fields.items()}
+            flat[key] = {name: _flatten(field, definitions) for name, field in fields.items()}
         elif key == "description":
-            plain[key] = str(value).partition("\n\n")[0]
+            flat[key] = str(value).partition("\n\n")[0]
         elif key not in ("title", "$defs") or not isinstance(value, str | dict):
-            plain[key] = _plain(value, definitions)
-    return plain
+            flat[key] = _flatten(value, definitions)
+    return flat

@@ -1,4 +1,4 @@
-"""A task as tools answer it: everything that is known of an entry, as structured content."""
+"""The structured content of an answer about a task, built from its journal entry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
-TEXT_SHOWN, PROMPT_SHOWN = 200, 80  # characters
+TEXT_MAX_CHARS = 200
+PROMPT_MAX_CHARS = 80
 
 
 class Pixels(BaseModel):
@@ -40,9 +41,9 @@ class Pixels(BaseModel):
 class ImageOut(BaseModel):
     """One picture.
 
-    `url` is a link to it, valid until `url_expires_at` (ISO 8601, UTC). `path`, `mime_type`, `width` and
-    `height` (pixels), `bytes` (file size), `sha256` (hex), `resource_uri` and `markdown` are null until it is saved;
-    `path` stays null for a caller on another machine. `error` says why it is not saved.
+    `url` is its link, valid until `url_expires_at` (ISO 8601, UTC). `path`, `mime_type`, `width` and `height`
+    (pixels), `bytes` (file size), `sha256` (hex), `resource_uri` and `markdown` are null until it is saved. `path`
+    stays null for a caller on another machine. `error` is the reason why it is not saved.
     """
 
     index: int
@@ -60,7 +61,7 @@ class ImageOut(BaseModel):
 
 
 class NextAction(BaseModel):
-    """The call that goes on from here."""
+    """The next call."""
 
     model_config = ConfigDict(json_schema_extra=undescribed)
 
@@ -69,12 +70,12 @@ class NextAction(BaseModel):
 
 
 class TaskOut(BaseModel):
-    """What generate_image and get_task answer.
+    """The answer of generate_image and get_task.
 
-    `task_id` is null while EvoLink has not named one. `progress` is in percent, `references` say what the caller gave,
-    its address at EvoLink, its SHA-256, and the earlier picture that it is, `created_at` ISO 8601 in UTC,
-    `request` what was sent to EvoLink, `expected_size` the computed pixels of each picture. `credits` is what EvoLink
-    charged; it is null while that is not known.
+    `task_id` is null until EvoLink returns one. `progress` is in percent. `created_at` is ISO 8601 in UTC. `request`
+    is the request as sent to EvoLink. Each of `references` has the caller's argument, its URL at EvoLink, its SHA-256
+    and, if it is an earlier picture, that picture's task and index. `expected_size` has the computed pixels of each
+    picture. `credits` is EvoLink's charge, null while it is unknown.
     """
 
     task_id: str | None = None
@@ -88,23 +89,23 @@ class TaskOut(BaseModel):
     charged: Charged = "unknown"
     credits: float | None = Field(default=None, description="charged by EvoLink")
     usd: float | None = None
-    guess: bool = Field(default=False, description="the answer was lost; this task was found by time and price")
+    guess: bool = Field(default=False, description="unconfirmed match for a lost answer, by time and price")
     error: ErrorOut | None = None
     next_action: NextAction | None = None
     notes: list[str] = []
 
 
 def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = False, running: bool = False) -> TaskOut:
-    """Everything there is to say about an entry.
+    """Return the answer about an entry.
 
-    `problem` is what stopped this very call. `joined`: the call took over what an
-    earlier one bought. `running`: its job goes on, so a request that was not sent yet may still be charged.
+    `problem` is the error of this call. `joined`: the call got the purchase of an earlier identical call. `running`:
+    the job continues, so a request that is not sent yet may still be charged.
     """
     task = entry.task
     failure = _failure(entry) or problem
     waiting = not entry.ended and failure is None
-    on_its_way = running and entry.phase in ("intent", "sending")
-    charged = "unknown" if on_its_way else entry.charged
+    is_being_sent = running and entry.phase in ("intent", "sending")
+    charged = "unknown" if is_being_sent else entry.charged
     credits = _credits(entry, charged)
     return TaskOut(
         task_id=entry.task_id,
@@ -112,7 +113,7 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
         created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
-        references=[asdict(one) for one in entry.references],
+        references=[asdict(reference) for reference in entry.references],
         images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.pictures]
         if task
         else [],
@@ -123,12 +124,12 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         guess=entry.guessed,
         error=error_out(failure) if failure else None,
         next_action=_next_action(entry, failure, charged) if waiting or failure else None,
-        notes=_notes(entry, joined, on_its_way),
+        notes=_notes(entry, joined, is_being_sent),
     )
 
 
 def image_out(task_id: str, picture: Picture, prompt: str = "") -> ImageOut:
-    """One picture of this task, with its resource and a line of Markdown once it is saved."""
+    """Return one image of a task, with its resource and a line of Markdown if it is saved."""
     facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
     if picture.saved:
         facts |= {
@@ -139,7 +140,7 @@ def image_out(task_id: str, picture: Picture, prompt: str = "") -> ImageOut:
 
 
 def refusal(error: EvolinkError) -> TaskOut:
-    """A call that made no task, in the shape of a task."""
+    """Return the answer to a call that created no task."""
     return TaskOut(
         status=FAILED if error.charged == "no" else "unknown",
         charged=error.charged,
@@ -148,31 +149,34 @@ def refusal(error: EvolinkError) -> TaskOut:
 
 
 def is_error(out: TaskOut) -> bool:
-    """Whether the caller did not get what was asked: failed, unknown, or finished without a single picture."""
+    """Return whether the answer is an error: failed, unknown, or completed without a saved image."""
     if out.status == COMPLETED:
         return out.error is not None and not any(image.resource_uri for image in out.images)
     return out.error is not None
 
 
 def brief(out: TaskOut) -> TaskOut:
-    """The same for a list: long prompts and addresses are cut."""
+    """Return the answer for a list, with long prompts and URLs shortened."""
     if out.request is None:
         return out
     return out.model_copy(update={"request": {name: shortened(value) for name, value in out.request.items()}})
 
 
 def row(entry: Entry) -> dict[str, Any]:
-    """One line of a list: what a person needs to find a picture again. What there is not is left out."""
+    """Return the facts of an entry for a list, without empty ones."""
     failure = _failure(entry)
     credits = _credits(entry, entry.charged)
-    prompt = harmless(entry.request.get("prompt") or "", PROMPT_SHOWN)
+    prompt = harmless(entry.request.get("prompt") or "", PROMPT_MAX_CHARS)
     facts: dict[str, Any] = {
         "task_id": entry.task_id,
         "status": entry.status,
         "created_at": iso(entry.created_at),
         "prompt": prompt or None,
         "paths": [picture.path for picture in entry.pictures if picture.path],
-        "edited_from": [one.given if one.task_id is None else f"{one.task_id}/{one.index}" for one in entry.references],
+        "edited_from": [
+            reference.given if reference.task_id is None else f"{reference.task_id}/{reference.index}"
+            for reference in entry.references
+        ],
         "charged": entry.charged,
         "credits": credits,
         "usd": None if credits is None else costs.usd(credits),
@@ -183,10 +187,10 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 def shortened(value: Any) -> Any:
-    """A value of a request with every text in it cut to TEXT_SHOWN characters."""
+    """Return a value of a request with each text in it shortened to TEXT_MAX_CHARS."""
     if isinstance(value, list):
         return [shortened(item) for item in cast("list[Any]", value)]
-    return value if not isinstance(value, str) or len(value) <= TEXT_SHOWN else value[: TEXT_SHOWN - 1] + "…"
+    return value if not isinstance(value, str) or len(value) <= TEXT_MAX_CHARS else value[: TEXT_MAX_CHARS - 1] + "…"
 
 
 def _failure(entry: Entry) -> Problem | None:
@@ -195,21 +199,24 @@ def _failure(entry: Entry) -> Problem | None:
     task = entry.task
     if task is None or not task.settled or task.status == COMPLETED:
         if task and task.status == COMPLETED and entry.ended and not any(p.saved for p in entry.pictures):
-            told = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
+            message = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
             if all(picture.is_rejected for picture in entry.pictures):
-                return Problem(PictureRejected.code, told, PictureRejected.retryable, PictureRejected.advice)
+                return Problem(PictureRejected.code, message, PictureRejected.retryable, PictureRejected.advice)
             if any(picture.unusable for picture in entry.pictures):
-                return Problem(PictureUnusable.code, told, True, PictureUnusable.advice)
+                return Problem(PictureUnusable.code, message, True, PictureUnusable.advice)
             if entry.pictures and all(picture.lost for picture in entry.pictures):
-                return Problem(LinkExpired.code, told, LinkExpired.retryable, LinkExpired.advice)
+                return Problem(LinkExpired.code, message, LinkExpired.retryable, LinkExpired.advice)
             return Problem(
-                "download_failed", told or "no picture came", True, "Call get_task to try the download again."
+                "download_failed",
+                message or "EvoLink delivered no picture",
+                True,
+                "Call get_task to try the download again.",
             )
         return None
     code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
     advice = advice_for(code)
-    said = f"; EvoLink says: {quoted(task.error.message)}" if task.error else ""
-    return Problem(code, f"{advice.meaning}{said}", advice.retryable, advice.next_step)
+    upstream = f"; EvoLink's message: {quoted(task.error.message)}" if task.error else ""
+    return Problem(code, f"{advice.meaning}{upstream}", advice.retryable, advice.next_step)
 
 
 def _expected(entry: Entry) -> Pixels | None:
@@ -228,81 +235,91 @@ def _credits(entry: Entry, charged: Charged) -> float | None:
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
-    gone = failure is not None and (
+    is_final = failure is not None and (
         entry.status in (FAILED, "cancelled")
         or failure.code in (LinkExpired.code, PictureRejected.code, TaskUnknown.code)
     )
-    if is_task_id(entry.task_id) and not gone:
+    if is_task_id(entry.task_id) and not is_final:
         return NextAction(tool="get_task", arguments={"task_id": entry.task_id})
     if charged == "unknown":
         return NextAction(tool="list_tasks", arguments={"sync": True})
     return None
 
 
-def _notes(entry: Entry, joined: bool, on_its_way: bool) -> list[str]:
+def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
     notes: list[str] = []
     if joined and entry.phase == "unknown":
-        notes.append("An earlier identical call has this unknown outcome; nothing was sent again. force_new=true buys.")
+        notes.append(
+            "An earlier identical call has this unknown outcome. Nothing was sent again. force_new=true buys another picture."
+        )
     elif joined:
         notes.append(
-            "This was bought by an earlier identical call that never received it; nothing was charged again. "
-            "force_new=true buys another."
+            "An earlier identical call bought this and never received it. Nothing was charged again. "
+            "force_new=true buys another picture."
         )
     asked = entry.request.get("n", 1)
     task = entry.task
     if task and task.status == COMPLETED and entry.pictures and len(entry.pictures) < asked:
-        notes.append(f"Asked for {asked} pictures, {len(entry.pictures)} came; each is billed singly, "
-                     "so only what came is charged.")  # fmt: skip
+        notes.append(
+            f"The request was for {asked} pictures and EvoLink delivered {len(entry.pictures)}. "
+            "Only delivered pictures are charged."
+        )
     if task and task.links_left_out:
-        notes.append(f"EvoLink named {task.links_left_out} links more than the {LINKS_MAX} that were taken.")
-    # A row of the account's list has no links by design; that is no fault.
+        notes.append(
+            f"EvoLink delivered {task.links_left_out} links more than the limit of {LINKS_MAX}. They were ignored."
+        )
+    # A task of EvoLink's list has no links by design, so only journal entries get this note.
     if task and task.status == COMPLETED and not task.results and entry.is_written:
-        notes.append("EvoLink says the task is completed but names no picture. Do not buy it again at once: call "
-                     "get_task later, or ask support@evolink.ai with this task id.")  # fmt: skip
-    notes += _delivered_otherwise(entry)
+        notes.append(
+            "EvoLink reports the task as completed but returns no picture. Do not buy it again yet. Call get_task "
+            "later, or ask support@evolink.ai with this task id."
+        )
+    notes += _deviations(entry)
     notes += [
         f"The file of picture {picture.index} was moved or deleted."
         for picture in entry.pictures
         if picture.path and not Path(picture.path).is_file()
     ]
-    if on_its_way:
-        notes.append("EvoLink has not answered to the request yet; it goes on in the background, and may be charged.")
+    if is_being_sent:
+        notes.append("EvoLink has not answered the request yet. It continues in the background and may be charged.")
     if entry.guessed:
         notes.append(f"{ADOPTED.message}. {ADOPTED.advice}")
     return notes
 
 
-def _delivered_otherwise(entry: Entry) -> list[str]:
-    """In what the delivered pictures differ from what was asked: none of it is an error."""
+def _deviations(entry: Entry) -> list[str]:
+    """Return how the saved images differ from the request. None of it is an error."""
     notes: list[str] = []
     saved = [picture for picture in entry.pictures if picture.saved]
     asked = entry.request
-    wish = _expected(entry)
-    odd = next((p for p in saved if wish and (p.width, p.height) != (wish.width, wish.height)), None)
-    if wish and odd:
-        told = f"Computed {wish.width}×{wish.height} pixels, got {odd.width}×{odd.height}"
-        certain = "Give size as WxH where the pixels must be certain."
+    target = _expected(entry)
+    mismatch = next((p for p in saved if target and (p.width, p.height) != (target.width, target.height)), None)
+    if target and mismatch:
+        sizes_text = (
+            f"Computed {target.width}×{target.height} pixels, EvoLink delivered {mismatch.width}×{mismatch.height}"
+        )
+        hint = "Give size as WxH for exact pixels."
         if not sizes.takes_resolution(str(asked.get("size", "auto"))):
-            notes.append(f"{told}, although size named the pixels.")
+            notes.append(f"{sizes_text}, although size was given in pixels.")
         elif shown_by(entry) is not None:
-            notes.append(f"{told}: EvoLink did not follow its {entry.rule} table. {certain}")
+            notes.append(f"{sizes_text}. EvoLink did not follow its {entry.rule} table. {hint}")
         else:
-            notes.append(f"{told}, which is in neither of EvoLink's tables. {certain}")
+            notes.append(f"{sizes_text}. Neither of EvoLink's tables has this size. {hint}")
     wanted = asked.get("output_format")
     types = sorted({picture.mime_type.removeprefix("image/") for picture in saved if picture.mime_type})
-    notes += [f"EvoLink delivered {kind}, although {wanted} was asked." for kind in types if wanted not in (None, kind)]
+    notes += [f"EvoLink delivered {kind} instead of {wanted}." for kind in types if wanted not in (None, kind)]
     clear = [picture for picture in saved if picture.transparent is not None]
     if asked.get("background") == "transparent" and saved:
         if not clear:
-            notes.append("A transparent background was asked, but the picture has no transparency at all.")
+            notes.append("The request was for a transparent background, but the picture has no alpha channel.")
         elif any(picture.transparent == 0 for picture in clear):
-            notes.append("A transparent background was asked, but no pixel of the picture can be seen through.")
-    notes += [f"Picture {picture.index} is of one single colour." for picture in saved if picture.one_colour]
+            notes.append("The request was for a transparent background, but no pixel of the picture is transparent.")
+    notes += [f"Picture {picture.index} has only one colour." for picture in saved if picture.one_colour]
     return notes
 
 
 def _markdown(path: str, prompt: str) -> str:
-    """A line of Markdown that shows the picture; the prompt stands for it where it cannot be shown."""
+    """Return a line of Markdown that shows the image, with the prompt as alternative text."""
     target = f"<{path}>" if any(c in path for c in " ()<>") else path
-    alt = harmless(prompt, PROMPT_SHOWN).translate(str.maketrans("[]\\`", "()/'"))
+    alt = harmless(prompt, PROMPT_MAX_CHARS).translate(str.maketrans("[]\\`", "()/'"))
     return f"![{alt or Path(path).stem}]({target})"

@@ -1,4 +1,4 @@
-"""A task in words: the same facts as its structured content, for the text of an answer."""
+"""The text of an answer about a task: the same facts as its structured content."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from evolink_mcp.api.costs import priced
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.task_answer import TEXT_SHOWN, ImageOut, TaskOut, shortened
+from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, shortened
 
 
 def task_text(out: TaskOut) -> str:
-    """What happened, what it cost, what to do now; then every fact of `out`, one on a line."""
-    lines = ["A guess: " * out.guess + _headline(out), _money(out)]
+    """Return event, charge and next step, then every fact of `out` on its own line."""
+    lines = ["Unconfirmed match: " * out.guess + _headline(out), _money(out)]
     if out.error is not None and out.error.advice:
         lines.append(out.error.advice)
     if out.next_action is not None:
@@ -28,12 +28,12 @@ def task_text(out: TaskOut) -> str:
 
 
 def row_text(row: dict[str, Any]) -> str:
-    """One task of a list in a few lines."""
+    """Return one task of a list as a few lines."""
     paid = {"yes": priced(row["credits"]) if "credits" in row else "charged", "no": "not charged"}.get(
         row["charged"], "charged: unknown"
     )
     when = str(row["created_at"])[:16].replace("T", " ")
-    head = ", ".join([f"{when} UTC", row["status"] + " (a guess)" * row.get("guess", False), paid])
+    head = ", ".join([f"{when} UTC", row["status"] + " (unconfirmed match)" * row.get("guess", False), paid])
     lines = [f"{row.get('task_id', 'No task id')}: {head}"]
     if "prompt" in row:
         lines.append(f"“{row['prompt']}”")
@@ -46,7 +46,7 @@ def row_text(row: dict[str, Any]) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text as a sentence: with a capital letter, and one full stop."""
+    """Return the text with a capital letter and one full stop."""
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?', '!', '.”', '?”')) else '.'}"
 
 
@@ -59,19 +59,21 @@ def _headline(out: TaskOut) -> str:
         failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
         return f"{name} is completed: {count} {done}{failed}."
     if out.error is not None:
-        return f"{name} {_fate(out)}: {sentence(out.error.message)}"
+        return f"{name} {_outcome(out)}: {sentence(out.error.message)}"
     if out.status == COMPLETED:
-        return f"{name} is completed; its pictures are being fetched."
+        return f"{name} is completed. The server is downloading its pictures."
     progress = f", {out.progress:.0f} %" if out.progress is not None else ""
-    goes_on = "This is not an error: it goes on by itself, and EvoLink has no cancel."
-    return f"{name} is not finished yet (status {out.status}{progress}). {goes_on}"
+    return (
+        f"{name} is not finished yet (status {out.status}{progress}). This is not an error. The task continues at "
+        "EvoLink and cannot be cancelled."
+    )
 
 
-def _fate(out: TaskOut) -> str:
+def _outcome(out: TaskOut) -> str:
     if out.task_id is None:
         return "has an unknown outcome" if out.charged == "unknown" else "was not carried out"
     return {COMPLETED: "is completed, but", FAILED: "failed", "cancelled": "was cancelled"}.get(
-        out.status, f"could not be followed (status {out.status})"
+        out.status, f"could not be read (status {out.status})"
     )
 
 
@@ -81,7 +83,7 @@ def _money(out: TaskOut) -> str:
     if out.charged == "no":
         return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
     if out.guess:
-        return "Charged: unknown, because nobody can say whether this is the task of the call whose answer was lost."
+        return "Charged: unknown. It is not confirmed that this task belongs to the call whose answer was lost."
     return "Charged: unknown yet." if out.error is None else "Charged: unknown."
 
 
@@ -96,7 +98,7 @@ def _image_lines(image: ImageOut) -> list[str]:
     if image.error:
         lines.append(f"Not saved: {sentence(image.error)}")
     if image.url:
-        lines += [image.url] if image.path or not image.resource_uri else []  # else the Markdown has it
+        lines += [image.url] if image.path or not image.resource_uri else []  # otherwise the Markdown line has it
         lines.append(f"(link expires {image.url_expires_at})")
     if image.resource_uri:
         lines.append(image.resource_uri)
@@ -105,22 +107,24 @@ def _image_lines(image: ImageOut) -> list[str]:
 
 def _about(out: TaskOut) -> list[str]:
     lines = [f"Task: {out.task_id or 'none'}, created {out.created_at or 'at an unknown time'}."]
-    lines += [f"Edited from {_reference_words(one)}." for one in out.references]
+    lines += [f"Edited from {_reference_text(reference)}." for reference in out.references]
     if out.expected_size:
         lines.append(f"Computed size: {out.expected_size.width}×{out.expected_size.height}.")
     if out.request:
         lines.append("Request: " + _compact(out.request))
     if out.error:
-        lines.append(f"Error code: {out.error.code} (repeating {'may' if out.error.retryable else 'does not'} help).")
+        lines.append(f"Error code: {out.error.code} (a repeat {'may' if out.error.retryable else 'does not'} help).")
     return lines
 
 
-def _reference_words(one: dict[str, Any]) -> str:
-    known = one["task_id"] is not None and one["task_id"] not in one["given"]
-    return one["given"] + f" (picture {one['index']} of {one['task_id']})" * known
+def _reference_text(reference: dict[str, Any]) -> str:
+    task_id = reference["task_id"]
+    if task_id is None or task_id in reference["given"]:
+        return reference["given"]
+    return f"{reference['given']} (picture {reference['index']} of {task_id})"
 
 
 def _compact(data: dict[str, Any]) -> str:
-    """Arguments in one line of JSON, long texts cut."""
-    short = {k: harmless(v, TEXT_SHOWN) if isinstance(v, str) else shortened(v) for k, v in data.items()}
+    """Return arguments as one line of JSON, with long texts shortened."""
+    short = {k: harmless(v, TEXT_MAX_CHARS) if isinstance(v, str) else shortened(v) for k, v in data.items()}
     return json.dumps(short, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""view_image: a saved picture, made small, for the model to look at."""
+"""view_image: a small copy of a saved image, for the model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 from evolink_mcp.tools.adapter import READS, flat_tool, result
 from evolink_mcp.tools.previews import picture_block
 from evolink_mcp.tools.task_answer import task_out
+from evolink_mcp.tools.task_text import sentence
 from evolink_mcp.tools.waiting import Waiting, follow, mcp_host_of
 
 VIEW_EDGE = 1024
 
 
 class ViewImageArguments(Arguments):
-    """view_image."""
+    """The arguments of view_image."""
 
     task_id: TaskId
     index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0."), WHOLE] = 0
@@ -32,11 +33,11 @@ class ViewImageArguments(Arguments):
 
 
 def view_image_tool(waiting: Waiting) -> Tool:
-    """The tool over one studio."""
+    """Return the tool."""
 
     async def view_image(req: ViewImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Look at a saved picture: returns the image itself, made small. Use it to check your work or when you only
-        got a path. Free of charge."""
+        """Look at a saved picture: returns a small copy. Use it to check a result, or if you only got a path. Free of
+        charge."""
         host = mcp_host_of(ctx)
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait(host), ctx.report_progress)
@@ -45,29 +46,29 @@ def view_image_tool(waiting: Waiting) -> Tool:
         if picture is None or not picture.saved:
             out = task_out(shown, problem=job.problem)
             raise Refused(
-                f"there is no saved picture {req.index} of {req.task_id} (status {out.status}, {len(out.images)} pictures)",
+                f"task {req.task_id} has no saved picture {req.index} (status {out.status}, {len(out.images)} pictures)",
                 code="no_such_picture",
                 charged=out.charged,
-                advice="Call get_task with this id; indexes count from 0.",
+                advice="Call get_task with this id. Indexes start at 0.",
             )
         block = None
         with suppress(OSError):
             file = await waiting.studio.image_store.local_file(req.task_id, picture)
             block = await picture_block(file, req.max_edge, host.answer_max, waiting.studio.image_store.decoder)
-        place = next(p.path or "its link is in the answer of get_task" for p in shown.pictures if p.index == req.index)
+        place = next(p.path or "get_task returns its link" for p in shown.pictures if p.index == req.index)
         if block is None:
             raise Refused(
-                f"the picture cannot be shown ({place})",
+                f"the preview could not be made ({place})",
                 code="no_preview",
                 charged=job.entry.charged,
-                advice="It may have been moved or deleted; call get_task.",
+                advice="The file may be moved or deleted. Call get_task.",
             )
         line = f"Picture {req.index} of {req.task_id}: {picture.width}×{picture.height} pixels, {place}"
         answer = result(line, None)
-        return answer.model_copy(update={"content": [block, *answer.content]})  # some clients show the first block only
+        return answer.model_copy(update={"content": [block, *answer.content]})  # some clients show only the first block
 
     return flat_tool(view_image, ViewImageArguments, None, _format_error, title="View image", annotations=READS)
 
 
 def _format_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
-    return result(f"{error.message}. Nothing was charged for looking. {error.advice}", None, is_error=True)
+    return result(f"{sentence(error.message)} This call was free of charge. {error.advice}", None, is_error=True)

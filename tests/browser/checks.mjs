@@ -384,7 +384,7 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.evaluate((structuredContent) => tellApp("sendToolResult", { content: [{ type: "text", text: "x" }], structuredContent }), empty);
     await app().getByRole("heading", { name: "No picture came" }).waitFor();
     await app().getByText("1.5 credits ($0.0221) were charged.", { exact: true }).waitFor();
-    await pictured("no picture came");
+    await pictured("EvoLink delivered no picture");
     await page.evaluate(() => tellApp("sendToolResult", { content: [{ type: "text", text: "EVOLINK_API_KEY is not set." }] }));
     await app().getByText("EVOLINK_API_KEY is not set.", { exact: true }).waitFor();
     await pictured("only text");

@@ -153,7 +153,7 @@ async def _one_case(
     if row.outcome == TAKEN or repeated or found:
         charged = "unknown" if found else "yes"  # what is found in the account's list is a guess
         assert (out["charged"], out["status"], out["task_id"]) == (charged, "completed", *simulator.tasks)
-        assert (out["guess"], text.startswith("A guess")) == (found, found)
+        assert (out["guess"], text.startswith("Unconfirmed match")) == (found, found)
         assert Path(out["images"][0]["path"]).is_file()
     elif row.outcome == KEPT:
         assert (out["charged"], out["status"]) == ("unknown", "pending")

@@ -98,8 +98,8 @@ async def test_real_pixels_are_compared_with_what_was_computed(world: World) -> 
     assert answer.is_error is False
     assert facts["expected_size"] == {"width": 2048, "height": 1152}
     assert (image["width"], image["height"]) == (1024, 576)
-    assert any("Computed 2048×1152" in note and "got 1024×576" in note for note in facts["notes"])
-    assert "got 1024×576" in answer.content[0].text
+    assert any("Computed 2048×1152" in note and "EvoLink delivered 1024×576" in note for note in facts["notes"])
+    assert "EvoLink delivered 1024×576" in answer.content[0].text
 
 
 async def test_fewer_pictures_than_asked_are_told_with_what_was_charged(world: World) -> None:
@@ -108,7 +108,7 @@ async def test_fewer_pictures_than_asked_are_told_with_what_was_charged(world: W
     used = world.simulator.credits(f"{world.settings.key.get_secret_value()}")[1]
     assert answer.is_error is False
     assert len(facts["images"]) == 1
-    assert any("Asked for 4 pictures, 1 came" in note for note in facts["notes"])
+    assert any("for 4 pictures and EvoLink delivered 1." in note for note in facts["notes"])
     assert facts["credits"] == pytest.approx(used)
     assert f"{facts['credits']:g} credits" in answer.content[0].text
 

@@ -56,7 +56,7 @@ async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_tim
     async with open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world:
         facts, text = await bought(world)
     assert (facts["guess"], facts["charged"], facts["status"], facts["credits"]) == (True, "unknown", "completed", None)
-    assert text.splitlines()[0].startswith("A guess: ")
+    assert text.splitlines()[0].startswith("Unconfirmed match: ")
     assert [facts["task_id"]] == list(simulator.tasks)
     assert world.posts == 1
 
@@ -75,7 +75,7 @@ async def test_a_purchase_from_the_web_page_is_not_taken_for_an_unbilled_one(ope
         async with world.client() as client:
             listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
     assert (facts["task_id"], facts["charged"], facts["status"]) == (None, "unknown", "unknown")
-    assert not text.startswith("A guess")
+    assert not text.startswith("Unconfirmed match")
     (stranger,) = (task for task in listed["tasks"] if task["task_id"])
     assert stranger["created_at"].startswith("2026-")
     assert not any("support" in note for task in listed["tasks"] for note in task["notes"])

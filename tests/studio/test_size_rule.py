@@ -215,9 +215,9 @@ async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> Non
     [
         pytest.param({"output_format": "webp"}, None, id="as asked"),
         pytest.param({"background": "transparent", "output_format": "png"}, None, id="transparent as asked"),
-        pytest.param({"background": "transparent", "prompt": "opaque"}, "no transparency", id="no alpha at all"),
-        pytest.param({"prompt": "flat"}, "one single colour", id="of one colour"),
-        pytest.param({"output_format": "webp", "prompt": "png"}, "although webp was asked", id="another file type"),
+        pytest.param({"background": "transparent", "prompt": "opaque"}, "no alpha channel", id="no alpha at all"),
+        pytest.param({"prompt": "flat"}, "only one colour", id="of one colour"),
+        pytest.param({"output_format": "webp", "prompt": "png"}, "instead of webp", id="another file type"),
     ],
 )
 async def test_what_was_delivered_otherwise_is_said_and_is_no_error(

@@ -173,7 +173,7 @@ async def test_the_user_is_asked_once_before_much_is_spent(shop: Any, mode: str,
     if posts:
         assert answer.structured_content["charged"] == "yes"
     else:
-        assert "did not agree" in refused(answer, "not_confirmed")
+        assert "did not approve" in refused(answer, "not_confirmed")
 
 
 @ERAS

@@ -79,7 +79,9 @@ REFUSED = [
     ),
     pytest.param({"prompt": PROMPT, "image_urls": TWO_URLS}, "holds two addresses: give a list", id="two URLs in one"),
     pytest.param({"prompt": PROMPT, "image_urls": [TWO_URLS]}, "holds two addresses: give a list", id="two in a list"),
-    pytest.param(BLANKS, f"- {BLANK_NAMES}: empty; leave out what you do not set.", id="blanks that a host fills in"),
+    pytest.param(
+        BLANKS, f"- {BLANK_NAMES}: empty; leave out arguments that you do not set.", id="blanks that a host fills in"
+    ),
     pytest.param(
         {"prompt": PROMPT, "image_urls": ["/mnt/user-data/uploads/a.png"]}, "the chat's own sandbox", id="sandbox"
     ),
@@ -161,7 +163,7 @@ async def test_a_tier_without_effect_is_told(world: World) -> None:
     async with world.client() as client:
         wish = {"prompt": PROMPT, "size": "auto", "resolution": "4K", "wait_seconds": 0}
         answer = await client.call_tool("generate_image", wish)
-    assert "resolution has no effect with auto: it was not sent." in answer.structured_content["notes"]
+    assert "resolution has no effect with auto. It was not sent." in answer.structured_content["notes"]
 
 
 @pytest.mark.parametrize(

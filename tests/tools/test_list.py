@@ -93,7 +93,7 @@ async def test_pages_lose_nothing_even_within_one_second(world: World) -> None:
 async def test_a_cursor_that_is_none_is_told(world: World, cursor: str) -> None:
     answer = await listed(world, cursor=cursor)
     assert answer.is_error
-    assert "no cursor of list_tasks" in answer.content[0].text
+    assert "the cursor is not from list_tasks" in answer.content[0].text
 
 
 async def test_what_was_spent_is_told_for_a_day_a_week_and_a_month(open_world: Open) -> None:
