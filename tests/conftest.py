@@ -30,6 +30,7 @@ from evolink_mcp.simulator.simulation import SimulatedTask
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.settings import TeamSettings
+from evolink_mcp.teams.studios import open_team_studio
 
 # Their asserts show what they saw, as those of tests do.
 pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
@@ -189,7 +190,8 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         transport = transport or httpx.ASGITransport(simulator.app)
         with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
             own: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
-            async with open_studio(settings, decoder=decoder, **own) as studio:
+            opening = open_studio if settings.database_url is None else open_team_studio
+            async with opening(settings, decoder=decoder, **own) as studio:
                 yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened

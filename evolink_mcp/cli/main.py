@@ -97,8 +97,13 @@ def _stdio(_: Namespace) -> int:
     sys.setswitchinterval(usual)
 
     async def serve(read: Any, write: Any) -> None:
-        async with open_studio(settings) as studio:
-            server = server_for(studio, settings)
+        opening = open_studio(settings)
+        if settings.database_url is not None or settings.store is not None or settings.has_audit_log:
+            from evolink_mcp.teams.studios import open_team_studio
+
+            opening = open_team_studio(settings)
+        async with opening as studio:
+            server = server_for(studio, settings, secret=settings.secret)
             keep_what_stays()
             await serve_streams(server, read, write)
 
@@ -109,10 +114,10 @@ def _http(options: Namespace) -> int:
     take_descriptors()
     settings = _settings()
     from evolink_mcp.app.settings import BadSetting
-    from evolink_mcp.cli.serve_http import serve_web
+    from evolink_mcp.cli.serve_http import serve_http
 
     try:
-        return serve_web(options, settings, partial(print, file=sys.stderr, flush=True))
+        return serve_http(options, settings, partial(print, file=sys.stderr, flush=True))
     except BadSetting as error:
         _complain(str(error))
         return 2

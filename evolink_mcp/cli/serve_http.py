@@ -1,9 +1,10 @@
-"""`evolink-mcp http` and `sse`: who may call, whose studio answers, what is told about the work, and how it ends."""
+"""`evolink-mcp http` and `sse`: authentication, studios, metrics, and the end of the process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,43 +12,57 @@ import anyio
 
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.app.settings import BadSetting, decoder_environment
-from evolink_mcp.app.wiring import open_studio, open_team_database, server_for
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.cli.process import keep_what_stays, leave_in_time
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.teams.app import Studios, app_of, behind_door, go_on_with_what_was_left, names_of, tenants_app
-from evolink_mcp.teams.callers import Callers
-from evolink_mcp.teams.oauth import Issuer
+from evolink_mcp.teams.app import (
+    Readiness,
+    guarded_app,
+    hostnames_of,
+    metrics_for,
+    resume_tenants,
+    studio_app,
+    tenants_app,
+)
+from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.settings import TeamSettings
+from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import BadTokens, Tokens
-from evolink_mcp.transports.http import serve_app
+from evolink_mcp.transports.http import mcp_app, serve_app
+
+Log = Callable[[str], None]
 
 
-def serve_web(options: Namespace, settings: TeamSettings, log: Callable[[str], None]) -> int:
-    """Serve until a signal; returns the exit code. `log` takes lines for the person who started it.
+def serve_http(options: Namespace, settings: TeamSettings, log: Log) -> int:
+    """Serve until a signal. Return the exit code. `log` prints a line for the person who started the server.
 
     Raises:
-        BadSetting: the settings do not fit each other, or the tokens file cannot be used.
-        JournalUnwritable: the team's database cannot be used.
+        BadSetting: two settings contradict each other, or the tokens file is not usable.
+        JournalUnwritable: the team's database is not usable.
     """
-    callers = callers_of(settings, options)
-    if callers is not None and callers.exposure is not None:
-        log(f"evolink-mcp: {callers.exposure}")
-    names = names_of(options.allowed_host, settings)
+    if options.command == "sse" and settings.database_url is not None:
+        # An SSE session lives in one process, and a proxy would send its messages to any replica.
+        raise BadSetting(
+            "evolink-mcp sse serves one process and refuses EVOLINK_MCP_DATABASE_URL; teams use evolink-mcp http"
+        )
+    authenticator = authenticator_of(settings, options)
+    if authenticator is not None and authenticator.exposure is not None:
+        log(f"evolink-mcp: {authenticator.exposure}")
     with closing(Decoder(decoder_environment())) as decoder:
-        return anyio.run(partial(_serve, options, settings, callers, names, log, decoder))
+        server = _HttpServer(options, settings, authenticator, decoder, log)
+        return anyio.run(server.run)
 
 
-def callers_of(settings: TeamSettings, options: Namespace) -> Callers | None:
-    """Who may call; None for whoever reaches the server.
+def authenticator_of(settings: TeamSettings, options: Namespace) -> TeamAuthenticator | None:
+    """Return the authenticator of the callers. None: the server accepts every caller.
 
     Raises:
-        BadSetting: nobody guards a server that others reach, or the tokens file cannot be used.
+        BadSetting: other machines can reach a server without authentication, or the tokens file is not usable.
     """
-    oauth, own_keys = settings.oauth, settings.has_caller_keys
+    oauth = settings.oauth
     if settings.tokens_file is None and oauth is None:
-        if own_keys:
+        if settings.has_caller_keys:
             raise BadSetting("EVOLINK_MCP_CALLER_KEYS needs EVOLINK_MCP_TOKENS_FILE or EVOLINK_MCP_OAUTH_ISSUER")
         if not is_loopback(options.host) and not options.insecure:
             raise BadSetting(
@@ -62,74 +77,87 @@ def callers_of(settings: TeamSettings, options: Namespace) -> Callers | None:
         raise BadSetting(f"EVOLINK_MCP_TOKENS_FILE: {error}") from error
     issuer = None
     if oauth is not None:
-        resource = f"{settings.public_url}/{_path(options)}"
-        issuer = Issuer(oauth.issuer, oauth.audience, oauth.scopes, resource)
-    return Callers(tokens, issuer, own_keys=own_keys, key=settings.key)
+        from evolink_mcp.teams.oauth import Issuer  # PyJWT is in the extra `teams`
+
+        issuer = Issuer(oauth.issuer, oauth.audience, oauth.scopes, f"{settings.public_url}{_path(options)}")
+    return TeamAuthenticator(tokens, issuer, accepts_caller_keys=settings.has_caller_keys, server_key=settings.key)
 
 
-async def _serve(
-    options: Namespace,
-    settings: TeamSettings,
-    callers: Callers | None,
-    names: list[str],
-    log: Callable[[str], None],
-    decoder: Decoder,
-) -> int:
-    async with open_team_database(settings.database_url) as database, anyio.create_task_group() as group:
-        studios = Studios(database, decoder)
-        is_team = callers is not None or database is not None
-        place: Any = {"command": options.command, "host": options.host, "names": names}
+@dataclass(frozen=True, slots=True)
+class _HttpServer:
+    options: Namespace
+    settings: TeamSettings
+    authenticator: TeamAuthenticator | None
+    decoder: Decoder
+    log: Log
 
-        async def served(app: Any) -> int:
-            door = behind_door(app, settings, names, callers, studios)
-            if (endpoint := studios.metrics_endpoint) is not None:
-                group.start_soon(endpoint.watch_the_loop)
-                if (port := settings.metrics_port) is not None:
-                    try:
-                        endpoint.serve(options.host, port)
-                    except OSError as error:
-                        log(f"evolink-mcp: EVOLINK_MCP_METRICS_PORT: port {port} cannot be opened ({error.strerror})")
-                        return 1
+    async def run(self) -> int:
+        """Serve until a signal. Return the exit code."""
+        options = self.options
+        hostnames = hostnames_of(options.allowed_host, self.settings)
+        make_mcp_app = partial(mcp_app, transport=options.command, host=options.host, hostnames=hostnames)
+        async with AsyncExitStack() as stack:
+            database = await stack.enter_async_context(open_team_database(self.settings.database_url))
+            group = await stack.enter_async_context(anyio.create_task_group())
+            studios = Studios(self.settings, database, self.decoder, group)
+            if self.authenticator is None:
+                studio, settings = await stack.enter_async_context(studios.open())
+                app: Any = studio_app(studio, settings, studios, make_mcp_app)
+            else:
+                tenants = tenants_app(studios, self.authenticator, group, make_mcp_app)
+                group.start_soon(resume_tenants, studios, tenants, self.authenticator)
+                app = tenants
+            exit_code = await self._serve(app, studios, group, hostnames)
+            group.cancel_scope.cancel()
+            return exit_code
+        raise AssertionError("unreachable")
 
-            def drained() -> bool:
-                if not is_team:  # a server of one person is gone within two seconds
-                    return True
-                door.close()
-                return studios.drain()
+    async def _serve(self, app: Any, studios: Studios, group: anyio.abc.TaskGroup, hostnames: list[str]) -> int:
+        options = self.options
+        readiness = Readiness(self.settings, self.authenticator, studios.database)
+        guard = guarded_app(app, studios, self.authenticator, hostnames, readiness)
+        metrics = metrics_for(studios, guard, readiness)
+        if metrics is not None:
+            group.start_soon(metrics.measure_loop_delay)
+            port = self.settings.metrics_port
+            if port is not None:
+                try:
+                    metrics.serve(options.host, port)
+                except OSError as error:
+                    self.log(f"evolink-mcp: EVOLINK_MCP_METRICS_PORT: port {port} cannot be opened ({error.strerror})")
+                    return 1
+        is_team = self.authenticator is not None or studios.database is not None
 
-            ready = partial(_ready, options, settings, callers, names, log)
-            return await serve_app(door, options.host, options.port, leave_in_time, ready, drained)
+        def is_drained() -> bool:
+            if not is_team:  # a personal server ends within two seconds
+                return True
+            guard.close()
+            return studios.drain()
 
-        if callers is None:
-            async with open_studio(
-                settings, remote=True, database=database, decoder=decoder, metrics=studios.metrics
-            ) as studio:
-                code = await served(app_of(studios, server_for(studio, settings), studio, **place))
-        else:
-            tenants = tenants_app(settings, callers, studios, group, **place)
-            group.start_soon(go_on_with_what_was_left, studios, tenants, settings, callers)
-            code = await served(tenants)
-        group.cancel_scope.cancel()
-        return code
-    raise AssertionError("unreachable")
+        ready = partial(self._report_address, hostnames)
+        return await serve_app(guard, options.host, options.port, leave_in_time, ready, is_drained)
+
+    def _report_address(self, hostnames: list[str]) -> None:
+        """Print the address of the open port, and who may spend credits."""
+        keep_what_stays()
+        options = self.options
+        if not is_loopback(options.host) and not hostnames:
+            self.log("evolink-mcp: without --allowed-host NAME it answers only to names of this machine")
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{host}:{options.port}{_path(options)}"
+        self.log(f"evolink-mcp serves {address}: {self._callers()} may spend your credits")
+
+    def _callers(self) -> str:
+        if self.authenticator is None:
+            return "every program of this machine" if is_loopback(self.options.host) else "everyone who reaches it"
+        oauth = self.settings.oauth
+        count = len({tenant.name for tenant in self.authenticator.tenants})
+        callers = (
+            [f"{'one tenant' if count == 1 else f'{count} tenants'} of {self.settings.tokens_file}"] if count else []
+        )
+        callers += [f"callers with a JWT of {oauth.issuer}"] if oauth else []
+        return " and ".join(callers)
 
 
 def _path(options: Namespace) -> str:
-    return "mcp" if options.command == "http" else "sse"
-
-
-def _ready(
-    options: Namespace, settings: TeamSettings, callers: Callers | None, names: list[str], log: Callable[[str], None]
-) -> None:
-    """The port is open: say where, and who may spend."""
-    keep_what_stays()
-    if not is_loopback(options.host) and not names:
-        log("evolink-mcp: without --allowed-host NAME it answers only to names of this machine")
-    who = "every program of this machine" if is_loopback(options.host) else "everyone who reaches it"
-    if callers is not None:
-        known = len({tenant.name for tenant in callers.tenants})
-        may = [f"{'one tenant' if known == 1 else f'{known} tenants'} of {settings.tokens_file}"] if known else []
-        may += [f"whom {settings.oauth.issuer} knows"] if settings.oauth else []
-        who = " and ".join(may)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    log(f"evolink-mcp serves http://{host}:{options.port}/{_path(options)}: {who} may spend your credits")
+    return "/mcp" if options.command == "http" else "/sse"

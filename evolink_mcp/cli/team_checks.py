@@ -62,12 +62,12 @@ async def _check_issuer(settings: TeamSettings) -> list[Finding]:
 async def _check_store(settings: TeamSettings) -> list[Finding]:
     if settings.store is None:
         return []
-    from evolink_mcp.app.wiring import store_of
+    from evolink_mcp.teams.studios import object_store_of
 
-    store = store_of(settings)
+    store = object_store_of(settings)
     assert store is not None
     try:
-        await store.try_out()
+        await store.check()
     except StoreUnusable as error:
         advice = "Check EVOLINK_MCP_STORE and the variables of the object store."
         return [Finding("store", "broken", error.message, advice)]

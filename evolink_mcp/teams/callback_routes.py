@@ -1,4 +1,4 @@
-"""Where EvoLink calls back: an address needs no token, because only this team can have made it."""
+"""The callback endpoint. It needs no token: only this team can sign its addresses."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.callbacks import Callbacks
 from evolink_mcp.transports.http_calls import message_in
 
-Tell = Callable[[str, str, str], Awaitable[None]]  # of an account's order, by its key: this task has ended
+ReceiveCallback = Callable[[str, str, str], Awaitable[None]]  # of the account ID, the entry's key and the task ID
 
 
-class CalledBack:
-    """`POST` below PATH, behind the door, which gives it each body in one message."""
+class CallbackEndpoint:
+    """`POST /callbacks/{signed}`. The HTTP guard passes each body as one message."""
 
-    def __init__(self, callbacks: Callbacks, tell: Tell) -> None:
+    def __init__(self, callbacks: Callbacks, receive_callback: ReceiveCallback) -> None:
         self._callbacks = callbacks
-        self._tell = tell
+        self._receive_callback = receive_callback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        order = self._callbacks.read(scope["path"])
-        task_id = message_in((await receive()).get("body", b"")).get("id")  # nothing else of it is read
-        if order is None:
-            answer = JSONResponse({"error": "there is no such address"}, 404)
+        """Serve one HTTP request."""
+        purchase = self._callbacks.read(scope["path"])
+        task_id = message_in((await receive()).get("body", b"")).get("id")  # The rest of the body is not trusted
+        if purchase is None:
+            response = JSONResponse({"error": "there is no such address"}, 404)
         elif not isinstance(task_id, str):
-            answer = JSONResponse({"error": "the body names no task"}, 400)
+            response = JSONResponse({"error": "the body names no task"}, 400)
         else:
-            answer = await self._told(*order, task_id)
-        await answer(scope, receive, send)
+            response = await self._pass_on(*purchase, task_id)
+        await response(scope, receive, send)
 
-    async def _told(self, account: str, key: str, task_id: str) -> JSONResponse:
+    async def _pass_on(self, account_id: str, key: str, task_id: str) -> JSONResponse:
         try:
-            await self._tell(account, key, task_id)
+            await self._receive_callback(account_id, key, task_id)
         except JournalUnwritable:
-            return JSONResponse({"error": "come again"}, 503)  # EvoLink tries again
+            return JSONResponse({"error": "the database does not answer; try again"}, 503)  # EvoLink tries again
         return JSONResponse({"status": "ok"})

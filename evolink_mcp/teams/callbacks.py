@@ -36,6 +36,6 @@ class Callbacks:
     def read(self, path: str) -> tuple[str, str] | None:
         """Account and key of the order that this path was made for; None if it was not made here."""
         found = _SIGNED.fullmatch(path.removeprefix(PATH))
-        if found is None or not self._signer.signed(f"{found[1]}.{found[2]}", found[3]):
+        if found is None or not self._signer.verify(f"{found[1]}.{found[2]}", found[3]):
             return None
         return found[1], found[2]

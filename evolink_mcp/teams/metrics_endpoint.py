@@ -1,4 +1,4 @@
-"""Prometheus metrics of this server: what its studios do, how long the loop is late, how many requests are open."""
+"""Serve Prometheus metrics: tasks, purchases, polls, downloads, the delay of the event loop, and open HTTP requests."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from evolink_mcp.teams.metrics import LAG_BOUNDS_S, Metrics
 
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-LOOK_EVERY_S = 0.5
+LOOP_CHECK_INTERVAL_S = 0.5
 
 
-class MetricsEndpoint(Collector):
-    """Reads what it tells at the moment it is asked.
+class MetricsCollector(Collector):
+    """Collect the metrics when Prometheus reads them.
 
-    `statuses` are those of the tasks that this server works on, `streams` the requests that are open, `ready` whether
-    paid work can be done.
+    `statuses` returns the status of each task that this process works on, `open_requests` the number of open HTTP
+    requests, `is_ready` whether this server can do paid work.
     """
 
     def __init__(
         self,
         metrics: Metrics,
         statuses: Callable[[], Sequence[str]],
-        streams: Callable[[], int],
-        ready: Callable[[], bool],
+        open_requests: Callable[[], int],
+        is_ready: Callable[[], bool],
     ) -> None:
         self._metrics = metrics
         self._statuses = statuses
-        self._streams = streams
-        self._ready = ready
-        self._loop_delay_s = self._worst_s = 0.0
+        self._open_requests = open_requests
+        self._is_ready = is_ready
+        self._loop_delay_s = 0.0
+        self._loop_delay_max_s = 0.0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def serve(self, host: str, port: int) -> Callable[[], None]:
-        """Serve them on a port of their own, from a thread, until what is returned is called.
+        """Serve the metrics on a separate port from a thread. Return a function that stops it.
 
         Raises:
-            OSError: the port cannot be opened.
+            OSError: the port is not available.
         """
         server, _ = start_http_server(port, host, self._registry)
 
@@ -60,65 +61,72 @@ class MetricsEndpoint(Collector):
 
         return close
 
-    async def watch_the_loop(self) -> None:
-        """For ever: see by how much the event loop is late."""
+    async def measure_loop_delay(self) -> None:
+        """Measure the delay of the event loop, forever."""
         while True:
-            due = anyio.current_time() + LOOK_EVERY_S
-            await anyio.sleep(LOOK_EVERY_S)
-            late = max(anyio.current_time() - due, 0.0)
-            self._loop_delay_s += late
-            self._worst_s = max(self._worst_s, late)
+            due = anyio.current_time() + LOOP_CHECK_INTERVAL_S
+            await anyio.sleep(LOOP_CHECK_INTERVAL_S)
+            delay_s = max(anyio.current_time() - due, 0.0)
+            self._loop_delay_s += delay_s
+            self._loop_delay_max_s = max(self._loop_delay_max_s, delay_s)
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric as it is now."""
+        """Yield the current value of every metric."""
         metrics = self._metrics
-        yield GaugeMetricFamily("evolink_ready", "1 if paid work can be done.", value=float(self._ready()))
-        tasks = GaugeMetricFamily("evolink_tasks", "Tasks that this server works on now.", labels=["status"])
+        yield GaugeMetricFamily("evolink_ready", "1 if this server can do paid work.", value=float(self._is_ready()))
+        tasks = GaugeMetricFamily("evolink_tasks", "Tasks that this server works on.", labels=["status"])
         for status, count in Counter(self._statuses()).items():
             tasks.add_metric([status], count)
         yield tasks
-        yield _counter("evolink_purchases", "Purchases by their outcome.", "outcome", metrics.purchases)
+        yield _counter("evolink_purchases", "Purchases by outcome.", "outcome", metrics.purchases)
         yield CounterMetricFamily("evolink_credits", "Credits that EvoLink charged.", value=metrics.credits)
-        yield _counter("evolink_looks", "Requests that read tasks.", "kind", metrics.looks)
-        yield _counter("evolink_downloads", "Pictures fetched.", "outcome", metrics.downloads)
-        yield _lags(metrics)
+        yield _counter("evolink_looks", "Polls of tasks by kind.", "kind", metrics.looks)
+        yield _counter("evolink_downloads", "Image downloads by outcome.", "outcome", metrics.downloads)
+        yield _detection_lags(metrics)
         yield CounterMetricFamily(
-            "evolink_loop_delay_seconds", f"Lateness of a wait of {LOOK_EVERY_S} s, added up.", value=self._loop_delay_s
+            "evolink_loop_delay_seconds", "Total delay of the event loop.", value=self._loop_delay_s
         )
-        yield GaugeMetricFamily("evolink_loop_delay_seconds_max", "Its worst since the last look.", value=self._worst_s)
-        self._worst_s = 0.0
-        yield GaugeMetricFamily("evolink_open_streams", "Requests that are open.", value=float(self._streams()))
+        yield GaugeMetricFamily(
+            "evolink_loop_delay_seconds_max",
+            "Largest delay of the event loop since the last read.",
+            value=self._loop_delay_max_s,
+        )
+        self._loop_delay_max_s = 0.0
+        yield GaugeMetricFamily("evolink_open_streams", "Open HTTP requests.", value=float(self._open_requests()))
 
 
 class MetricsPage:
-    """`GET /metrics`: for who sends `token` as a bearer token, if there is one."""
+    """`GET /metrics`. With a `token`, it needs that bearer token."""
 
-    def __init__(self, endpoint: MetricsEndpoint, token: str | None) -> None:
-        self._endpoint = endpoint
-        self._wanted = None if token is None else f"Bearer {token}".encode()
+    def __init__(self, metrics: MetricsCollector, token: str | None) -> None:
+        self._metrics = metrics
+        self._authorization = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if self._wanted is None or hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self._wanted):
-            await Response(self._endpoint.text(), media_type=CONTENT_TYPE)(scope, receive, send)
+        """Serve one HTTP request."""
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        if self._authorization is None or hmac.compare_digest(authorization, self._authorization):
+            response = Response(self._metrics.text(), media_type=CONTENT_TYPE)
         else:
-            headers = {"www-authenticate": 'Bearer realm="metrics"'}
-            await Response("EVOLINK_MCP_METRICS_TOKEN is needed.\n", 401, headers)(scope, receive, send)
+            challenge = {"www-authenticate": 'Bearer realm="metrics"'}
+            response = Response("EVOLINK_MCP_METRICS_TOKEN is needed.\n", 401, challenge)
+        await response(scope, receive, send)
 
 
-def _counter(name: str, told: str, label: str, counts: Counter[str]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, told, labels=[label])
+def _counter(name: str, description: str, label: str, counts: Counter[str]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, description, labels=[label])
     for value, count in sorted(counts.items()):
         family.add_metric([value], count)
     return family
 
 
-def _lags(metrics: Metrics) -> HistogramMetricFamily:
+def _detection_lags(metrics: Metrics) -> HistogramMetricFamily:
     buckets: list[tuple[str, float]] = []
-    below = 0
+    cumulative = 0
     for bound in (*LAG_BOUNDS_S, float("inf")):
-        below += metrics.lags[bound]
-        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(below)))
-    family = HistogramMetricFamily("evolink_lag_seconds", "For how long at most a task had ended before it was known.")
+        cumulative += metrics.lags[bound]
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(cumulative)))
+    description = "Highest possible time from the end of a task until the server detected it."
+    family = HistogramMetricFamily("evolink_lag_seconds", description)
     family.add_metric([], buckets, metrics.lag_s)
     return family

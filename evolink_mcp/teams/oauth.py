@@ -1,4 +1,4 @@
-"""Callers whom an OAuth 2.1 issuer knows: its JWTs are checked by its published keys, which are cached and rotated."""
+"""Check JWTs of an OAuth 2.1 issuer, and publish the RFC 9728 metadata of this server."""
 
 from __future__ import annotations
 
@@ -7,29 +7,36 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import anyio
 import httpx2 as httpx
 import jwt
-from starlette.responses import JSONResponse
+from mcp.server.auth.routes import build_resource_metadata_url, create_protected_resource_routes
+from mcp.server.auth.settings import AuthSettings
 from starlette.types import ASGIApp
 
 from evolink_mcp.api.http import TRANSPORT_ERRORS, why
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.teams.tokens import FORBIDDEN, UNAUTHORIZED, UNAVAILABLE, Refusal, Tenant
+from evolink_mcp.teams.tokens import Tenant
+from evolink_mcp.transports.authentication import AuthFailure
 
 log = logging.getLogger(__name__)
 
-METADATA = "/.well-known/oauth-protected-resource"  # RFC 9728
-# An issuer publishes a new key before it signs by it; an unknown key is looked for at once, but not by every request.
-KEYS_LIVE_S, KEYS_LIVE_AT_MOST_S, LOOK_AGAIN_AFTER_S = 3600.0, 24 * 3600.0, 30.0
-READ_WITHIN_S, ANSWER_MAX_BYTES = 10.0, 1 << 20
+METADATA_PATH = "/.well-known/oauth-protected-resource"  # RFC 9728
+KEYS_REFRESH_S = 3600.0
+# While the issuer is unreachable, its last keys stay valid for this time.
+KEYS_MAX_AGE_S = 24 * 3600.0
+# A token with an unknown key ID triggers a refresh. Without this limit every forged token would.
+REFRESH_INTERVAL_MIN_S = 30.0
+READ_TIMEOUT_S = 10.0
+RESPONSE_MAX_BYTES = 1 << 20
 CLOCK_SKEW_S = 30.0
 SUBJECT_MAX = 255  # characters
-# Only algorithms whose keys can be published, by the type of the key.
+# Only asymmetric algorithms: an issuer cannot publish the key of HS256. By key type.
 ALGORITHMS = {
     "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     "EC": ("ES256", "ES384", "ES512"),
@@ -37,23 +44,24 @@ ALGORITHMS = {
 }
 
 
-class _Unusable(Exception):
-    """The issuer's metadata or keys cannot be had; the text says why."""
+class _IssuerUnusable(Exception):
+    """The metadata or the keys of the issuer are not readable. The text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Key:
-    """A published key, and the algorithms by which it may sign."""
+class _PublicKey:
+    """A published key and the algorithms that it may verify."""
 
-    name: str | None
+    key_id: str | None
     key: Any
     algorithms: tuple[str, ...]
 
 
 class Issuer:
-    """The issuer at the address `issuer`. A JWT must name `audience` and have all `scopes`.
+    """The OAuth issuer at the URL `issuer`.
 
-    `resource` is the public address of the MCP endpoint, by which a client finds out where to log in.
+    A JWT needs the `audience` and all `scopes`. `resource` is the public URL of the MCP endpoint. `transport` and `clock`
+    (seconds) are for tests.
     """
 
     def __init__(
@@ -69,183 +77,197 @@ class Issuer:
         self._issuer = issuer
         self._audience = audience
         self._scopes = tuple(scopes)
-        self._resource = resource
+        # AuthSettings keeps a URL without a path as it is. AnyHttpUrl adds a slash, and then the issuer does not match.
+        self._auth_settings = AuthSettings.model_validate(
+            {"issuer_url": issuer, "resource_server_url": resource, "validate_token_resource": False}
+        )
         self._transport = transport
         self._clock = clock
-        self._named = issuer  # as the issuer names itself: with or without a last slash
-        self._keys: list[_Key] = []
-        self._read_at = self._tried_at = -KEYS_LIVE_AT_MOST_S
-        self._reading = anyio.Lock()
+        self._issuer_name = issuer  # as the metadata spell it, with or without a final slash
+        self._keys: list[_PublicKey] = []
+        self._read_at = -KEYS_MAX_AGE_S
+        self._tried_at = -KEYS_MAX_AGE_S
+        self._lock = anyio.Lock()
 
     @property
-    def page(self) -> ASGIApp:
-        """What RFC 9728 tells of this server: who gives tokens for it."""
-        told: dict[str, Any] = {
-            "resource": self._resource,
-            "authorization_servers": [self._issuer],
-            "bearer_methods_supported": ["header"],
-            "resource_name": "evolink-mcp",
-        }
-        return JSONResponse({**told, "scopes_supported": list(self._scopes)} if self._scopes else told)
+    def metadata_app(self) -> ASGIApp:
+        """The RFC 9728 metadata: where a client gets a token for this server."""
+        settings = self._auth_settings
+        assert settings.resource_server_url is not None
+        (route,) = create_protected_resource_routes(
+            resource_url=settings.resource_server_url,
+            authorization_servers=[settings.issuer_url],
+            scopes_supported=list(self._scopes) or None,
+            resource_name="evolink-mcp",
+        )
+        return route.app
 
-    def challenge(self, more: str = "") -> tuple[bytes, bytes]:
-        """The header that tells a client where to get a token, and which scopes it needs."""
-        parts = urlsplit(self._resource)
-        where = f"{parts.scheme}://{parts.netloc}{METADATA}{parts.path}"
+    def challenge(self, parameters: str = "") -> tuple[bytes, bytes]:
+        """Return the WWW-Authenticate header with the metadata URL and the scopes."""
+        assert self._auth_settings.resource_server_url is not None
+        metadata_url = build_resource_metadata_url(self._auth_settings.resource_server_url)
         scope = f', scope="{" ".join(self._scopes)}"' if self._scopes else ""
-        return b"www-authenticate", f'Bearer resource_metadata="{where}"{scope}{more}'.encode()
+        return b"www-authenticate", f'Bearer resource_metadata="{metadata_url}"{scope}{parameters}'.encode()
 
-    async def tenant_of(self, token: bytes) -> Tenant | Refusal:
-        """The person whom this JWT names, or why the request is refused."""
+    async def tenant_of(self, token: bytes) -> Tenant | AuthFailure:
+        """Return the person whom a JWT names, or the answer that refuses the request."""
         try:
-            said = await self._checked(token.decode("ascii"))
-        except _Unusable:
-            return Refusal(UNAVAILABLE, "Tokens cannot be checked now; try again.", ((b"retry-after", b"30"),))
+            claims = await self._verify(token.decode("ascii"))
+        except _IssuerUnusable:
+            text = "Tokens cannot be checked now; try again."
+            return AuthFailure(HTTPStatus.SERVICE_UNAVAILABLE, text, ((b"retry-after", b"30"),))
         except (jwt.PyJWTError, ValueError, RecursionError) as error:
-            told = error if isinstance(error, jwt.PyJWTError) else "no JWT"
-            challenge = self.challenge(', error="invalid_token"')
-            return Refusal(UNAUTHORIZED, f"This token is not accepted: {harmless(told, 120)}.", (challenge,))
-        missing = [scope for scope in self._scopes if scope not in _scopes_of(said)]
+            reason = error if isinstance(error, jwt.PyJWTError) else "no JWT"
+            text = f"This token is not accepted: {harmless(reason, 120)}."
+            return AuthFailure(HTTPStatus.UNAUTHORIZED, text, (self.challenge(', error="invalid_token"'),))
+        missing = [scope for scope in self._scopes if scope not in _scopes_of(claims)]
         if missing:
-            challenge = self.challenge(', error="insufficient_scope"')
-            return Refusal(FORBIDDEN, f"This token lacks the scope {' '.join(missing)}.", (challenge,))
-        return Tenant(f"{said['sub']} at {self._named}")
+            text = f"This token lacks the scope {' '.join(missing)}."
+            return AuthFailure(HTTPStatus.FORBIDDEN, text, (self.challenge(', error="insufficient_scope"'),))
+        return Tenant(f"{claims['sub']} at {self._issuer_name}")
 
     async def problem(self) -> str | None:
-        """Why the issuer cannot be used now; None if it can."""
+        """Return the reason why the issuer is not usable now, if there is one."""
         try:
             await self._published()
-        except _Unusable as error:
+        except _IssuerUnusable as error:
             return str(error)
         return None
 
-    async def _checked(self, token: str) -> dict[str, Any]:
-        kid = jwt.get_unverified_header(token).get("kid")
-        key = await self._key(kid if isinstance(kid, str) else None)
-        said = jwt.decode(
-            token, key.key, algorithms=key.algorithms, audience=self._audience, issuer=self._named, leeway=CLOCK_SKEW_S,
+    async def _verify(self, token: str) -> dict[str, Any]:
+        key_id = jwt.get_unverified_header(token).get("kid")
+        key = await self._key(key_id if isinstance(key_id, str) else None)
+        claims = jwt.decode(
+            token,
+            key.key,
+            algorithms=key.algorithms,
+            audience=self._audience,
+            issuer=self._issuer_name,
+            leeway=CLOCK_SKEW_S,
             options={"require": ["exp", "aud", "iss", "sub"]},
-        )  # fmt: skip
-        if not 0 < len(said["sub"]) <= SUBJECT_MAX:
+        )
+        if not 0 < len(claims["sub"]) <= SUBJECT_MAX:
             raise jwt.InvalidTokenError("its sub is empty or too long")
-        return said
+        return claims
 
-    async def _key(self, kid: str | None) -> _Key:
-        """The key of this id, or the only one if the token names none."""
-        async with self._reading:
+    async def _key(self, key_id: str | None) -> _PublicKey:
+        """Return the key with this ID. A token without a key ID needs an issuer with a single key."""
+        async with self._lock:
             now = self._clock()
-            known = self._known(kid)
-            if now - self._read_at > KEYS_LIVE_S or known is None:
-                await self._look_again(now)
-                known = self._known(kid)
-        if known is None:
+            key = self._known_key(key_id)
+            if now - self._read_at > KEYS_REFRESH_S or key is None:
+                await self._refresh(now)
+                key = self._known_key(key_id)
+        if key is None:
             raise jwt.InvalidKeyError("it is signed by a key that the issuer does not publish")
-        return known
+        return key
 
-    def _known(self, kid: str | None) -> _Key | None:
-        found = [key for key in self._keys if kid is None or key.name == kid]
-        return found[0] if len(found) == 1 else None
+    def _known_key(self, key_id: str | None) -> _PublicKey | None:
+        matches = [key for key in self._keys if key_id is None or key.key_id == key_id]
+        return matches[0] if len(matches) == 1 else None
 
-    async def _look_again(self, now: float) -> None:
-        if now - self._tried_at >= LOOK_AGAIN_AFTER_S:
+    async def _refresh(self, now: float) -> None:
+        if now - self._tried_at >= REFRESH_INTERVAL_MIN_S:
             self._tried_at = now
             try:
-                self._named, self._keys = await self._published()
+                self._issuer_name, self._keys = await self._published()
                 self._read_at = now
-            except _Unusable as error:
+            except _IssuerUnusable as error:
                 log.error("the OAuth issuer %s cannot be used: %s", harmless(self._issuer, 200), error)
-        if now - self._read_at > KEYS_LIVE_AT_MOST_S or not self._keys:
-            raise _Unusable
+        if now - self._read_at > KEYS_MAX_AGE_S or not self._keys:
+            raise _IssuerUnusable
 
-    async def _published(self) -> tuple[str, list[_Key]]:
-        """The issuer's own name, and its keys of today."""
-        told = await self._metadata()
-        name, address = told.get("issuer"), told.get("jwks_uri")
+    async def _published(self) -> tuple[str, list[_PublicKey]]:
+        """Read the issuer's name and its current keys."""
+        metadata = await self._metadata()
+        name = metadata.get("issuer")
+        keys_url = metadata.get("jwks_uri")
         if not isinstance(name, str) or name.rstrip("/") != self._issuer.rstrip("/"):
-            raise _Unusable("its metadata name another issuer")
-        if not isinstance(address, str) or not _may_be_asked(address):
-            raise _Unusable("its metadata name no https address of keys")
-        keys = (await self._read(address)).get("keys")
-        found = [key for one in (cast("list[Any]", keys) if isinstance(keys, list) else []) if (key := _key_of(one))]
-        if not found:
-            raise _Unusable("it publishes no key that can be used")
-        return name, found
+            raise _IssuerUnusable("its metadata name another issuer")
+        if not isinstance(keys_url, str) or not _is_safe_url(keys_url):
+            raise _IssuerUnusable("its metadata name no https address of keys")
+        jwks = (await self._read(keys_url)).get("keys")
+        values = cast("list[Any]", jwks) if isinstance(jwks, list) else []
+        keys = [key for value in values if (key := _public_key(value)) is not None]
+        if not keys:
+            raise _IssuerUnusable("it publishes no key that can be used")
+        return name, keys
 
     async def _metadata(self) -> dict[str, Any]:
-        """RFC 8414's metadata, or OpenID Connect's, at each address where they may be."""
+        """Read the metadata of RFC 8414 or OpenID Connect from the first address that has them."""
         parts = urlsplit(self._issuer.rstrip("/"))
         origin = f"{parts.scheme}://{parts.netloc}"
-        places = [
+        urls = [
             f"{origin}/.well-known/oauth-authorization-server{parts.path}",
             f"{origin}/.well-known/openid-configuration{parts.path}",
             f"{origin}{parts.path}/.well-known/openid-configuration",
         ]
-        for place in dict.fromkeys(places):
-            if told := await self._read(place, missing_ok=True):
-                return told
-        raise _Unusable("it publishes no metadata")
+        for url in dict.fromkeys(urls):
+            if metadata := await self._read(url, is_optional=True):
+                return metadata
+        raise _IssuerUnusable("it publishes no metadata")
 
-    async def _read(self, address: str, *, missing_ok: bool = False) -> dict[str, Any]:
+    async def _read(self, url: str, *, is_optional: bool = False) -> dict[str, Any]:
         try:
-            with anyio.fail_after(READ_WITHIN_S):
+            with anyio.fail_after(READ_TIMEOUT_S):
                 async with (
                     httpx.AsyncClient(transport=self._transport, follow_redirects=False) as client,
-                    client.stream("GET", address, headers={"accept": "application/json"}) as response,
+                    client.stream("GET", url, headers={"accept": "application/json"}) as response,
                 ):
                     body = bytearray()
                     async for part in response.aiter_bytes():
                         body += part
-                        if len(body) > ANSWER_MAX_BYTES:
-                            raise _Unusable("it answers with more than a megabyte")
+                        if len(body) > RESPONSE_MAX_BYTES:
+                            raise _IssuerUnusable("it answers with more than a megabyte")
         except TimeoutError as error:
-            raise _Unusable(f"no answer within {READ_WITHIN_S:.0f} s") from error
+            raise _IssuerUnusable(f"no answer within {READ_TIMEOUT_S:.0f} s") from error
         except TRANSPORT_ERRORS as error:
-            said = str(error)
-            raise _Unusable(harmless(said, 160) if "certificate" in said.lower() else why(error)) from error
-        if response.status_code != 200:
-            if missing_ok and 400 <= response.status_code < 500:
+            reason = str(error)
+            raise _IssuerUnusable(harmless(reason, 160) if "certificate" in reason.lower() else why(error)) from error
+        if response.status_code != HTTPStatus.OK:
+            if is_optional and 400 <= response.status_code < 500:
                 return {}
-            raise _Unusable(f"it answers HTTP {response.status_code}")
+            raise _IssuerUnusable(f"it answers HTTP {response.status_code}")
         try:
-            told: object = json.loads(body)
+            value: object = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise _Unusable("it answers with no JSON") from error
-        return cast("dict[str, Any]", told) if isinstance(told, dict) else {}
+            raise _IssuerUnusable("it answers with no JSON") from error
+        return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def _key_of(told: Any) -> _Key | None:
-    """A key for signatures out of a JWKS; None for any other, and for a kind that is not known here."""
-    if not isinstance(told, dict):
+def _public_key(value: Any) -> _PublicKey | None:
+    """Return a signature key of a JWKS. None: it is of an unknown type or for another use."""
+    if not isinstance(value, dict):
         return None
-    said = cast("dict[str, Any]", told)
-    algorithms = ALGORITHMS.get(str(said.get("kty")), ())
-    if (only := said.get("alg")) is not None:
-        algorithms = tuple(name for name in algorithms if name == only)
-    if not algorithms or said.get("use", "sig") != "sig":
+    members = cast("dict[str, Any]", value)
+    algorithms = ALGORITHMS.get(str(members.get("kty")), ())
+    if (algorithm := members.get("alg")) is not None:
+        algorithms = tuple(name for name in algorithms if name == algorithm)
+    if not algorithms or members.get("use", "sig") != "sig":
         return None
     try:
-        key = jwt.PyJWK.from_dict(said).key
+        key = jwt.PyJWK.from_dict(members).key
     except (jwt.PyJWTError, ValueError, TypeError):
         return None
-    name = said.get("kid")
-    return _Key(name if isinstance(name, str) else None, key, algorithms)
+    key_id = members.get("kid")
+    return _PublicKey(key_id if isinstance(key_id, str) else None, key, algorithms)
 
 
-def _may_be_asked(address: str) -> bool:
+def _is_safe_url(url: str) -> bool:
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(url)
         return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
     except ValueError:
         return False
 
 
-def _scopes_of(said: dict[str, Any]) -> set[str]:
-    """The scopes as RFC 9068 writes them, in one text, or as other issuers do, in a list."""
-    found: set[str] = set()
+def _scopes_of(claims: dict[str, Any]) -> set[str]:
+    """Return the scopes of a JWT. RFC 9068 has them in one text; some issuers have a list."""
+    scopes: set[str] = set()
     for name in ("scope", "scp"):
-        value = said.get(name)
+        value = claims.get(name)
         if isinstance(value, str):
-            found |= set(value.split())
+            scopes |= set(value.split())
         elif isinstance(value, list):
-            found |= {one for one in cast("list[Any]", value) if isinstance(one, str)}
-    return found
+            scopes |= {scope for scope in cast("list[Any]", value) if isinstance(scope, str)}
+    return scopes

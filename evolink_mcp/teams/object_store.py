@@ -1,4 +1,4 @@
-"""Where a team's pictures lie: S3, Google Cloud Storage, Azure or a folder that all servers mount, and links to them."""
+"""The object store of a team: S3, Google Cloud Storage, Azure, or a folder that all servers mount."""
 
 from __future__ import annotations
 
@@ -21,164 +21,169 @@ if TYPE_CHECKING:
 
 PATH = "/pictures/"
 REMOTE = ("s3://", "gs://", "az://")
-# A store that does not answer must not hold a call for long: the picture's link at EvoLink is there meanwhile.
-ASKED_FOR_S = 20
-REASON_SHOWN = 200  # characters
-_SIGNED = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
+# A store that does not answer must not hold a call for long: the answer can show EvoLink's link.
+RETRY_TIMEOUT_S = 20
+REASON_MAX = 200  # characters
+_SIGNED_PATH = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
 
 
 class Links:
-    """Links below `public_url` to pictures of a folder, signed with the team's `secret`; each names the end of its life."""
+    """Make and check links to images in a folder. `secret` signs the image's name and the time of expiry."""
 
     def __init__(self, public_url: str, secret: str) -> None:
         self._public_url = public_url.rstrip("/")
         self._signer = Signer(secret, "pictures")
 
-    def to(self, name: str, until: float) -> str:
-        """The link to this picture; it is good until `until`, in epoch seconds."""
-        signature = self._signer.sign(f"{int(until)}.{name}")
-        return f"{self._public_url}{PATH}{int(until)}.{signature}/{quote(name)}"
+    def to(self, name: str, expires_at: float) -> str:
+        """Return the link to an image. `expires_at` is in epoch seconds."""
+        signature = self._signer.sign(f"{int(expires_at)}.{name}")
+        return f"{self._public_url}{PATH}{int(expires_at)}.{signature}/{quote(name)}"
 
     def read(self, path: str, now: float) -> str | None:
-        """The picture that this path was made for; None if it was not made here, or its time is over."""
-        found = _SIGNED.fullmatch(path.removeprefix(PATH))
-        if found is None:
+        """Return the image's name in the path of a link. None: the signature is wrong or the link has expired."""
+        match = _SIGNED_PATH.fullmatch(path.removeprefix(PATH))
+        if match is None:
             return None
-        until, signature, name = int(found[1]), found[2], found[3]
-        return name if self._signer.signed(f"{until}.{name}", signature) and now < until else None
+        expires_at = int(match[1])
+        name = match[3]
+        is_valid = self._signer.verify(f"{expires_at}.{name}", match[2])
+        return name if is_valid and now < expires_at else None
 
 
 class ObjectStore:
-    """A store at `place`: an address of REMOTE, whose links the store signs, or an absolute folder, which needs `links`.
+    """An object store at `location`: a URL of REMOTE or an absolute folder.
 
-    A link lives for `link_hours`. The store is opened at its first use; its credentials are those of its own SDKs'
-    environment variables.
+    A remote store presigns its links. A folder needs `links`, which this server serves. A link lives for `link_hours`.
+    The store opens at its first use. Its credentials come from the environment variables of its own SDK.
     """
 
     def __init__(
-        self, place: str, link_hours: float, links: Links | None = None, *, clock: Callable[[], float] = time.time
+        self, location: str, link_hours: float, links: Links | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._place, self._prefix = place, ""
-        self._links = links
-        if place.startswith(REMOTE):
-            parts = urlsplit(place)  # older versions of obstore leave a prefix in the address out
-            self._place, self._prefix = f"{parts.scheme}://{parts.netloc}", parts.path.strip("/")
-            self._links = None
-        self._link_s = link_hours * 3600
+        self._is_remote = location.startswith(REMOTE)
+        self._root = location
+        self._prefix = ""
+        self._links = None if self._is_remote else links
+        if self._is_remote:
+            parts = urlsplit(location)  # older versions of obstore ignore a prefix in the URL
+            self._root = f"{parts.scheme}://{parts.netloc}"
+            self._prefix = parts.path.strip("/")
+        self._link_lifetime_s = link_hours * 3600
         self._clock = clock
-        self._opened: AnyStore | None = None
+        self._opened_store: AnyStore | None = None
 
     @property
     def is_folder(self) -> bool:
-        """Whether its links lead to this team's servers, which have to answer them."""
+        """Whether the store is a folder, so that this server must serve its links."""
         return self._links is not None
 
     async def put(self, name: str, file: Path, mime_type: str) -> None:
-        """Store a picture under this name; the same name is the same picture.
+        """Store an image under this name. An existing image of this name is replaced.
 
         Raises:
-            StoreUnusable: it cannot be stored now.
+            StoreUnusable: the store does not accept it now.
         """
-        with _translated(reads=False):
+        with _translated_errors(is_read=False):
             import obstore
 
-            attributes: Any = {"Content-Type": mime_type} if self._place.startswith(REMOTE) else None
-            await obstore.put_async(self._store, self._at(name), file, attributes=attributes)
+            attributes: Any = {"Content-Type": mime_type} if self._is_remote else None
+            await obstore.put_async(self._store, self._key(name), file, attributes=attributes)
 
     async def get(self, name: str, into: BinaryIO) -> int:
-        """Write the picture to `into`; returns its size in bytes.
+        """Write the image to `into`. Return its size in bytes.
 
         Raises:
-            StoreUnusable: it cannot be read now, or is gone.
+            StoreUnusable: the store does not answer, or has no such image.
         """
-        written = 0
+        size = 0
         async with self.reading(name) as (_, parts):
             async for part in parts:
-                written += into.write(part)
-        return written
+                size += into.write(part)
+        return size
 
     @asynccontextmanager
     async def reading(self, name: str) -> AsyncGenerator[tuple[int, AsyncGenerator[bytes]]]:
-        """The picture's size in bytes and its content in parts.
+        """Open an image. Yield its size in bytes and its content in parts.
 
         Raises:
-            StoreUnusable: it cannot be read now, or is gone.
+            StoreUnusable: the store does not answer, or has no such image.
         """
-        with _translated():
+        with _translated_errors():
             import obstore
 
-            found = await obstore.get_async(self._store, self._at(name))
-        yield found.meta["size"], _parts(found)
+            result = await obstore.get_async(self._store, self._key(name))
+        yield result.meta["size"], _parts(result)
 
-    async def try_out(self) -> None:
-        """Write something, read it, make a link to it and remove it.
+    async def check(self) -> None:
+        """Write, read, link and remove a test object.
 
         Raises:
-            StoreUnusable: one of them does not work.
+            StoreUnusable: one of these steps failed.
         """
-        with _translated(reads=False):
+        with _translated_errors(is_read=False):
             import obstore
 
             name = f"evolink-mcp-{uuid.uuid4().hex}"
-            await obstore.put_async(self._store, self._at(name), b"evolink-mcp tries the store")
-            await obstore.get_async(self._store, self._at(name))
+            await obstore.put_async(self._store, self._key(name), b"evolink-mcp tries the store")
+            await obstore.get_async(self._store, self._key(name))
             await self.link(name)
-            await obstore.delete_async(self._store, self._at(name))
+            await obstore.delete_async(self._store, self._key(name))
 
     async def link(self, name: str) -> tuple[str, float]:
-        """A link by which anybody can fetch the picture, and when it ends, in epoch seconds.
+        """Return a link to the image that needs no login, and the time of its expiry in epoch seconds.
 
         Raises:
-            StoreUnusable: none can be made now.
+            StoreUnusable: the store cannot sign a link now.
         """
-        until = self._clock() + self._link_s
+        expires_at = self._clock() + self._link_lifetime_s
         if self._links is not None:
-            return self._links.to(name, until), until
-        with _translated():
+            return self._links.to(name, expires_at), expires_at
+        with _translated_errors():
             import obstore
 
             store: Any = self._store
-            return await obstore.sign_async(store, "GET", self._at(name), timedelta(seconds=self._link_s)), until
+            lifetime = timedelta(seconds=self._link_lifetime_s)
+            return await obstore.sign_async(store, "GET", self._key(name), lifetime), expires_at
 
-    def linked(self, path: str) -> str | None:
-        """The picture that this path of the server is a valid link to, if it is one."""
+    def linked_name(self, path: str) -> str | None:
+        """Return the name of the image to which this path is a valid link."""
         return None if self._links is None else self._links.read(path, self._clock())
 
-    def _at(self, name: str) -> str:
+    def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
 
     @property
     def _store(self) -> AnyStore:
-        if self._opened is None:
+        if self._opened_store is None:
             from obstore.store import LocalStore, from_url
 
-            if self._place.startswith(REMOTE):
-                retry: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=ASKED_FOR_S)}
-                self._opened = from_url(self._place, retry_config=retry)
+            if self._is_remote:
+                retry: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)}
+                self._opened_store = from_url(self._root, retry_config=retry)
             else:
-                self._opened = LocalStore(prefix=self._place)
-        return self._opened
+                self._opened_store = LocalStore(prefix=self._root)
+        return self._opened_store
 
 
 @contextmanager
-def _translated(*, reads: bool = True) -> Generator[None]:
-    """What the store's library raises becomes StoreUnusable, which shows neither the place nor a credential."""
+def _translated_errors(*, is_read: bool = True) -> Generator[None]:
+    """Raise StoreUnusable for each error of obstore. Its text shows neither the location nor a credential."""
     from obstore.exceptions import BaseError
 
     try:
         yield
     except (BaseError, OSError, ValueError, NotImplementedError) as error:
-        if not reads or not isinstance(error, FileNotFoundError):
+        if not is_read or not isinstance(error, FileNotFoundError):
             raise StoreUnusable(f"the store of pictures cannot be used ({_kind(error)})") from error
         raise StoreUnusable("the picture is not in the store any more", retryable=False) from error
 
 
 def _kind(error: BaseException) -> str:
-    """The library's name for the fault: its text may hold addresses, names of buckets and what the store answered."""
-    return harmless(type(error).__name__.removesuffix("Error").lower() or "error", REASON_SHOWN)
+    """Return obstore's name of the error. Its text may contain URLs, bucket names and answers of the store."""
+    return harmless(type(error).__name__.removesuffix("Error").lower() or "error", REASON_MAX)
 
 
-async def _parts(found: Any) -> AsyncGenerator[bytes]:
-    with _translated():
-        async for part in found.stream():
+async def _parts(result: Any) -> AsyncGenerator[bytes]:
+    with _translated_errors():
+        async for part in result.stream():
             yield bytes(part)

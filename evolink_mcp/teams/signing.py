@@ -1,4 +1,4 @@
-"""Signatures by the team's secret: what bears one was made by this team, for one purpose."""
+"""Sign texts with the team's secret."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import hmac
 
 
 class Signer:
-    """Signs texts for one `purpose` (`callbacks`, `pictures`): a signature for another one is worth nothing here."""
+    """Sign texts for one `purpose` (`callbacks` or `pictures`). Signatures of another purpose are invalid."""
 
     def __init__(self, secret: str, purpose: str) -> None:
         self._key = hmac.new(secret.encode(), purpose.encode(), "sha256").digest()
 
     def sign(self, text: str) -> str:
-        """The signature of this text: 64 hex digits."""
+        """Return the signature of the text: 64 hex digits."""
         return hmac.new(self._key, text.encode(), "sha256").hexdigest()
 
-    def signed(self, text: str, signature: str) -> bool:
-        """Whether this is the text's signature; how long it takes tells nothing."""
+    def verify(self, text: str, signature: str) -> bool:
+        """Return whether this is the signature of the text. The comparison takes constant time."""
         return hmac.compare_digest(self.sign(text), signature)

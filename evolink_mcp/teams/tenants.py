@@ -1,4 +1,4 @@
-"""Each tenant has a server, a journal's part and pictures of their own: a request only ever reaches its tenant's."""
+"""Route each HTTP request to the app of its tenant. Each tenant has its own studio, MCP server and part of the journal."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.lifespan.on import LifespanOn
 
 from evolink_mcp.teams.tokens import Tenant
+from evolink_mcp.transports.authentication import CALLER_KEY
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_WITHIN_S = 0.5
-SCOPE_KEY = "evolink.tenant"
-# The app of a tenant that nobody has called for so long is closed, if it may be.
-IDLE_S, LOOK_EVERY_S = 3600.0, 60.0
+SHUTDOWN_TIMEOUT_S = 0.5
+IDLE_TIMEOUT_S = 3600.0
+IDLE_CHECK_INTERVAL_S = 60.0
 
 
 class TenantApp(Protocol):
-    """A tenant's ASGI app. `is_idle`: nothing is under way in it, so it can be closed and opened again at the next call."""
+    """The ASGI app of a tenant."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way."""
+        """Whether the app has no running work. An idle app can be closed and opened again."""
         ...
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one HTTP request."""
         ...
 
 
@@ -41,70 +41,74 @@ OpenApp = Callable[[Tenant], AbstractAsyncContextManager[TenantApp]]
 
 
 class Tenants:
-    """An ASGI app behind the door, which says whose request it is; each tenant's own app is opened by `open_app`.
+    """An ASGI app behind the HTTP guard, which authenticates the tenant of each request.
 
-    The apps live in `group`. A tenant of whom the tokens file says something new gets a new app; what the old one has
-    under way goes on. An app that is idle is closed after a while, unless its tenant `stays`. `sleep` is for tests.
+    `open_app` opens the app of a tenant at its first request; it runs in `group`. If the tokens file changes a tenant, the
+    tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed,
+    unless the tenant `is_permanent`. `sleep` and `clock` (seconds) are for tests.
     """
 
     def __init__(
         self,
         group: anyio.abc.TaskGroup,
         open_app: OpenApp,
-        stays: Callable[[Tenant], bool] = lambda tenant: True,
+        is_permanent: Callable[[Tenant], bool] = lambda tenant: True,
         *,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
+        clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self._group = group
         self._open_app = open_app
-        self._stays = stays
+        self._is_permanent = is_permanent
         self._sleep = sleep
+        self._clock = clock
         self._apps: dict[Tenant, TenantApp] = {}
-        self._requests: Counter[Tenant] = Counter()
-        self._called: dict[Tenant, float] = {}
-        self._opening = anyio.Lock()
+        self._open_requests: Counter[Tenant] = Counter()
+        self._last_request_at: dict[Tenant, float] = {}
+        self._lock = anyio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one HTTP request."""
         if scope["type"] == "lifespan":
-            await _live(receive, send)
-        else:
-            tenant = scope[SCOPE_KEY]
-            self._requests[tenant] += 1
-            try:
-                app = await self.app(tenant)
-                await app(scope, receive, send)
-            finally:
-                self._requests[tenant] -= 1
-                self._called[tenant] = anyio.current_time()
+            await _serve_lifespan(receive, send)
+            return
+        tenant: Tenant = scope[CALLER_KEY]
+        self._open_requests[tenant] += 1
+        try:
+            app = await self.app(tenant)
+            await app(scope, receive, send)
+        finally:
+            self._open_requests[tenant] -= 1
+            self._last_request_at[tenant] = self._clock()
 
     async def app(self, tenant: Tenant) -> TenantApp:
-        """The tenant's app, opened if it is not yet."""
+        """Return the app of the tenant. Open it first if necessary."""
         if tenant not in self._apps:
-            async with self._opening:
+            async with self._lock:
                 if tenant not in self._apps:
-                    self._apps[tenant] = await self._group.start(self._serve, tenant)
+                    self._apps[tenant] = await self._group.start(self._run, tenant)
         return self._apps[tenant]
 
-    async def _serve(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[TenantApp]) -> None:
+    async def _run(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[TenantApp]) -> None:
         async with self._open_app(tenant) as app:
-            log.info("a server for the tenant %s is open", tenant.name)
-            self._called[tenant] = anyio.current_time()
+            log.info("opened the server of tenant %s", tenant.name)
+            self._last_request_at[tenant] = self._clock()
             task_status.started(app)
-            while self._stays(tenant) or not self._is_idle(tenant, app):
-                await self._sleep(LOOK_EVERY_S)
-            # Nothing is awaited since then, so no request can have come.
-            del self._apps[tenant], self._called[tenant], self._requests[tenant]
-        log.info("the server for the tenant %s is closed: nobody has called for a while", tenant.name)
+            while self._is_permanent(tenant) or not self._can_close(tenant, app):
+                await self._sleep(IDLE_CHECK_INTERVAL_S)
+            # There is no await between the check and this line, so no request can arrive in between.
+            del self._apps[tenant], self._last_request_at[tenant], self._open_requests[tenant]
+        log.info("closed the idle server of tenant %s", tenant.name)
 
-    def _is_idle(self, tenant: Tenant, app: TenantApp) -> bool:
-        called = anyio.current_time() - self._called[tenant]
-        return tenant in self._apps and not self._requests[tenant] and called >= IDLE_S and app.is_idle
+    def _can_close(self, tenant: Tenant, app: TenantApp) -> bool:
+        silence_s = self._clock() - self._last_request_at[tenant]
+        is_unused = tenant in self._apps and not self._open_requests[tenant]
+        return is_unused and silence_s >= IDLE_TIMEOUT_S and app.is_idle
 
 
 @asynccontextmanager
 async def lifespan(app: ASGIApp) -> AsyncGenerator[None]:
-    """Run the lifespan of an ASGI app that no server runs by itself."""
+    """Run the lifespan of an ASGI app. uvicorn runs only the lifespan of the outermost app."""
     config = uvicorn.Config(app, lifespan="on", log_config=None)
     config.load()
     life = LifespanOn(config)
@@ -114,11 +118,11 @@ async def lifespan(app: ASGIApp) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(SHUTDOWN_WITHIN_S):
+        with anyio.CancelScope(shield=True), anyio.move_on_after(SHUTDOWN_TIMEOUT_S):
             await life.shutdown()
 
 
-async def _live(receive: Receive, send: Send) -> None:
+async def _serve_lifespan(receive: Receive, send: Send) -> None:
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})

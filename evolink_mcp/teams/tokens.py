@@ -15,6 +15,7 @@ import tomllib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +25,13 @@ from evolink_mcp.api.urls import KEY
 from evolink_mcp.images.folders import is_reserved
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.tools.schemas import TOOL_NAMES, tools_named
+from evolink_mcp.transports.authentication import AuthFailure
 
 log = logging.getLogger(__name__)
 
 TOKEN_PREFIX = "evt_"
 LOOK_AGAIN_AFTER_S = 1.0
 MINUTE_S = 60.0
-BAD_REQUEST, UNAUTHORIZED, FORBIDDEN, TOO_MANY_REQUESTS, UNAVAILABLE = 400, 401, 403, 429, 503
 _NAME = re.compile(r"[0-9A-Za-z]([0-9A-Za-z._@-]{0,62}[0-9A-Za-z])?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NUMBERS = {
@@ -60,15 +61,6 @@ class Tenant:
     shares_account: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """An HTTP status, what it says, and its headers."""
-
-    status: int
-    text: str
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-
-
 class Tokens:
     """The tokens file at `path`. A changed file is read again. A broken one changes nothing.
 
@@ -93,7 +85,7 @@ class Tokens:
         """Everybody who may call."""
         return frozenset(self._tenants.values())
 
-    def enter(self, authorization: bytes | None) -> Tenant | Refusal:
+    def authenticate(self, authorization: bytes | None) -> Tenant | AuthFailure:
         """The tenant whose token this header holds, or why the request is refused."""
         self._look_again()
         scheme, _, token = (authorization or b"").strip().partition(b" ")
@@ -110,7 +102,7 @@ class Tokens:
         found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, digest)]
         return found[0] if found else None
 
-    def _too_often(self, tenant: Tenant) -> Refusal | None:
+    def _too_often(self, tenant: Tenant) -> AuthFailure | None:
         limit = tenant.requests_per_minute
         if limit is None:
             return None
@@ -121,7 +113,7 @@ class Tokens:
         if len(calls) >= limit:
             wait = str(int(calls[0] + MINUTE_S - now) + 1 if calls else int(MINUTE_S)).encode()
             text = f"More than {limit} requests a minute; try again in {wait.decode()} s."
-            return Refusal(TOO_MANY_REQUESTS, text, ((b"retry-after", wait),))
+            return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text, ((b"retry-after", wait),))
         calls.append(now)
         return None
 
@@ -162,8 +154,8 @@ def new_token(name: str) -> tuple[str, str]:
     return token, f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
 
 
-def _unauthorized(more: bytes, text: str) -> Refusal:
-    return Refusal(UNAUTHORIZED, text, ((b"www-authenticate", b'Bearer realm="evolink-mcp"' + more),))
+def _unauthorized(more: bytes, text: str) -> AuthFailure:
+    return AuthFailure(HTTPStatus.UNAUTHORIZED, text, ((b"www-authenticate", b'Bearer realm="evolink-mcp"' + more),))
 
 
 def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:

@@ -1,4 +1,4 @@
-"""Pictures over HTTP, for callers on other machines: they bring reference pictures, and fetch what lies in the store."""
+"""Image endpoints for remote callers: upload a reference image, and download a stored image by a signed link."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from evolink_mcp.images.references import REFERENCE_MAX_BYTES, UPLOAD_LIVES_S, R
 from evolink_mcp.journal.entry import iso
 from evolink_mcp.teams.object_store import ObjectStore
 
-UPLOADS = "/uploads"
-UPLOAD_WITHIN_S = 120.0
+UPLOADS_PATH = "/uploads"
+UPLOAD_TIMEOUT_S = 120.0
+# Each upload holds up to 50 MB in a temporary file.
 UPLOADS_AT_ONCE = 4
-TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
+MIME_TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
 
 
-class Uploads:
-    """`PUT /uploads` before `app`: the body is a picture, the answer names the URI that `image_urls` takes.
+class UploadApp:
+    """`PUT /uploads` in front of `app`. The body is an image; the answer has the URI for `image_urls`.
 
-    `references` are those of the caller's own studio, so nobody else finds the picture; `is_idle` says whether it has
-    nothing under way.
+    `references` belong to the caller's studio, so no other tenant can use the image. `is_idle` returns whether the
+    studio has no running work.
     """
 
     def __init__(
@@ -44,103 +45,102 @@ class Uploads:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way for this caller."""
+        """Whether the studio of this app has no running work."""
         return self._is_idle()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or scope["path"].rstrip("/") != UPLOADS:
+        """Serve one HTTP request."""
+        if scope["type"] != "http" or scope["path"].rstrip("/") != UPLOADS_PATH:
             await self._app(scope, receive, send)
         elif scope["method"] != "PUT":
-            await _refused(405, "PUT a picture here", allow="PUT")(scope, receive, send)
+            await _error(405, "Upload an image with PUT.", allow="PUT")(scope, receive, send)
         elif self._slots.available_tokens < 1:
-            again = _refused(503, "as many uploads as may be are under way; try again", **{"retry-after": "5"})
-            await again(scope, receive, send)
+            text = f"The limit of {UPLOADS_AT_ONCE} uploads at once is reached. Try again."
+            await _error(503, text, **{"retry-after": "5"})(scope, receive, send)
         else:
             async with self._slots:
-                await (await self._taken(Request(scope, receive)))(scope, receive, send)
+                response = await self._upload(Request(scope, receive))
+                await response(scope, receive, send)
 
-    async def _taken(self, request: Request) -> Response:
-        too_large = _refused(413, f"a picture may have {REFERENCE_MAX_BYTES >> 20} MB at most", connection="close")
-        said = request.headers.get("content-length", "")
-        if said.isascii() and said.isdigit() and int(said[:15]) > REFERENCE_MAX_BYTES:
+    async def _upload(self, request: Request) -> Response:
+        too_large = _error(413, f"An image may have at most {REFERENCE_MAX_BYTES >> 20} MB.", connection="close")
+        declared_size = request.headers.get("content-length", "")
+        if declared_size.isascii() and declared_size.isdigit() and int(declared_size[:15]) > REFERENCE_MAX_BYTES:
             return too_large
         with tempfile.TemporaryFile() as file:
-            size = -1
-            with anyio.move_on_after(UPLOAD_WITHIN_S):
-                size = await _written(request, file)
-            if size < 0:
-                return _refused(408, f"the picture did not come within {UPLOAD_WITHIN_S:.0f} s", connection="close")
+            size = None
+            with anyio.move_on_after(UPLOAD_TIMEOUT_S):
+                size = await _write_body(request, file)
+            if size is None:
+                text = f"The image did not arrive within {UPLOAD_TIMEOUT_S:.0f} s."
+                return _error(408, text, connection="close")
             if size > REFERENCE_MAX_BYTES:
                 return too_large
-            return await self._sent_on(file, size)
+            return await self._send_to_evolink(file, size)
 
-    async def _sent_on(self, file: BinaryIO, size: int) -> Response:
+    async def _send_to_evolink(self, file: BinaryIO, size: int) -> Response:
         file.seek(0)
         try:
-            # The studio closes what it reads, and reads it twice.
-            found = await self._references.upload(lambda: _again(file))
+            # The studio reads the file twice and closes it each time.
+            image = await self._references.upload(lambda: _reopen(file))
         except (JournalUnwritable, KeyMissing) as error:
-            return _refused(503, f"{error.message}. {error.advice}")
+            return _error(503, f"{error.message}. {error.advice}")
         except Refused as error:
-            return _refused(400, f"{error.message}. {error.advice}")
+            return _error(400, f"{error.message}. {error.advice}")
         except EvolinkError as error:
-            return _refused(
-                502, f"EvoLink did not take the picture: {error.message}. Nothing was charged. {error.advice}"
-            )
-        width, height = found.size or (None, None)
-        return JSONResponse(
-            {
-                "uri": f"evolink://uploads/{found.sha256}",
-                "mime_type": found.mime_type,
-                "width": width,
-                "height": height,
-                "bytes": size,
-                "expires_at": iso(self._clock() + UPLOAD_LIVES_S),
-            },
-            201,
-        )
+            return _error(502, f"EvoLink refused the image: {error.message}. Nothing was charged. {error.advice}")
+        width, height = image.size or (None, None)
+        facts = {
+            "uri": f"evolink://uploads/{image.sha256}",
+            "mime_type": image.mime_type,
+            "width": width,
+            "height": height,
+            "bytes": size,
+            "expires_at": iso(self._clock() + UPLOAD_LIVES_S),
+        }
+        return JSONResponse(facts, 201)
 
 
 class StoredPictures:
-    """`GET /pictures/…`: whoever has a link that the team signed gets the picture from the folder."""
+    """`GET /pictures/…`: return an image of the store's folder to each caller with a signed link."""
 
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
+    def __init__(self, object_store: ObjectStore) -> None:
+        self._object_store = object_store
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        name = self._store.linked(scope["path"])
+        """Serve one HTTP request."""
+        name = self._object_store.linked_name(scope["path"])
         if name is None:
-            await _refused(404, "there is no such link, or its time is over; get_task makes a new one")(
-                scope, receive, send
-            )
+            text = "The link is invalid or expired. get_task makes a new one."
+            await _error(404, text)(scope, receive, send)
             return
         try:
-            async with self._store.reading(name) as (size, parts):
-                file = PurePosixPath(name).name
+            async with self._object_store.reading(name) as (size, parts):
                 headers = {
                     "content-length": str(size),
-                    "content-disposition": f"inline; filename*=UTF-8''{quote(file)}",
+                    "content-disposition": f"inline; filename*=UTF-8''{quote(PurePosixPath(name).name)}",
                     "cache-control": "private, max-age=3600",
                     "x-content-type-options": "nosniff",
                     "content-security-policy": "default-src 'none'; sandbox",
                 }
-                kind = TYPES.get(PurePosixPath(name).suffix, "application/octet-stream")
-                response = StreamingResponse(parts, headers=headers, media_type=kind)
+                mime_type = MIME_TYPES.get(PurePosixPath(name).suffix, "application/octet-stream")
+                response = StreamingResponse(parts, headers=headers, media_type=mime_type)
                 if scope["method"] == "HEAD":
-                    response = Response(None, headers=headers, media_type=kind)
+                    response = Response(None, headers=headers, media_type=mime_type)
                 await response(scope, receive, send)
         except EvolinkError as error:
-            await _refused(404 if not error.retryable else 503, error.message)(scope, receive, send)
+            await _error(503 if error.retryable else 404, error.message)(scope, receive, send)
 
 
-def _refused(status: int, text: str, **headers: str) -> Response:
+def _error(status: int, text: str, **headers: str) -> Response:
     return JSONResponse({"error": text}, status, headers)
 
 
-async def _written(request: Request, file: BinaryIO) -> int:
-    """Write the body to `file`; returns its size in bytes, or more than REFERENCE_MAX_BYTES where it is too large."""
+async def _write_body(request: Request, file: BinaryIO) -> int | None:
+    """Write the body to `file`. Return its size in bytes, or None if the client disconnected.
+
+    The size of a body that is too large is any number above REFERENCE_MAX_BYTES.
+    """
     size = 0
     try:
         async for part in request.stream():
@@ -149,13 +149,12 @@ async def _written(request: Request, file: BinaryIO) -> int:
                 break
             file.write(part)
     except ClientDisconnect:
-        return -1
+        return None
     return size
 
 
-def _again(file: BinaryIO) -> BinaryIO:
-    """The file from its start, under a handle of its own."""
-
+def _reopen(file: BinaryIO) -> BinaryIO:
+    """Return a second handle of the file, at its start."""
     handle = os.dup(file.fileno())
     os.lseek(handle, 0, os.SEEK_SET)
     return os.fdopen(handle, "rb")

@@ -16,8 +16,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.teams.callers import Callers
-from evolink_mcp.teams.sse_sessions import Sessions
+from evolink_mcp.transports.authentication import Authenticator
 from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import LOOPBACK_NAMES, Door, Impatient, Page, accepted_at_once
 from evolink_mcp.transports.signals import on_stop_signal
@@ -34,7 +33,7 @@ LINGER_S = 0.5
 def door(
     app: Any,
     names: Sequence[str] = (),
-    callers: Callers | None = None,
+    authenticator: Authenticator | None = None,
     not_ready: Callable[[], Awaitable[str | None]] | None = None,
     pages: Sequence[Page] = (),
 ) -> Door:
@@ -43,22 +42,23 @@ def door(
     `not_ready` says why the server cannot do paid work now, if so. `pages` are answered beside
     `app`.
     """
-    return Door(app, names, REQUEST_MAX_BYTES, callers, not_ready, pages)
+    return Door(app, names, REQUEST_MAX_BYTES, authenticator, not_ready, pages)
 
 
-def web_app(server: MCPServer[Any], journal: Journal, transport: str, host: str, names: Sequence[str] = ()) -> Any:
+def mcp_app(
+    server: MCPServer[Any], journal: Journal, *, transport: str, host: str, hostnames: Sequence[str] = ()
+) -> Any:
     """The ASGI app that speaks `transport` ("http": streamable HTTP at /mcp, "sse": SSE at /sse) for `server`.
 
     `journal` is that of its studio, by which the servers of a team hear of each other.
-    `host` is the address it will be bound to. It stands behind a `door`, which has the same `names`.
+    `host` is the address it will be bound to. It stands behind a `door`, which has the same `hostnames`.
     """
-    names = [name.lower() for name in names]
+    names = [name.lower() for name in hostnames]
     guard = _guard([*LOOPBACK_NAMES, *names])
     # One byte more than the door lets through, so that it is the door that says what was too much.
     limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":
-        sse = server.sse_app(max_request_body_size=limit, transport_security=guard, host=host)
-        return Sessions(sse, journal)
+        return server.sse_app(max_request_body_size=limit, transport_security=guard, host=host)
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=guard, host=host
     )

@@ -14,9 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from evolink_mcp import __version__
-from evolink_mcp.teams.callers import Callers
-from evolink_mcp.teams.tenants import SCOPE_KEY as TENANT
-from evolink_mcp.teams.tokens import FORBIDDEN, UNAVAILABLE, Refusal, Tenant
+from evolink_mcp.transports.authentication import CALLER_KEY, Authenticator, AuthFailure
 
 # Who asks whether the server is up needs no token.
 HEALTH, READINESS = "/healthz", "/readyz"
@@ -82,18 +80,22 @@ class Door:
         app: ASGIApp,
         names: Sequence[str],
         body_max: int,
-        callers: Callers | None = None,
+        authenticator: Authenticator | None = None,
         not_ready: Callable[[], Awaitable[str | None]] | None = None,
         pages: Sequence[Page] = (),
     ) -> None:
-        self._pages = tuple(pages)
+        self._pages = list(pages)
         self._not_ready = not_ready
         self._app = app
-        self._callers = callers
+        self._authenticator = authenticator
         self._closed = False
         self.open = 0  # requests that are being served
         self._names = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *names))
         self._body_max = body_max
+
+    def add_page(self, page: Page) -> None:
+        """Serve one more page."""
+        self._pages.append(page)
 
     def close(self) -> None:
         """The server is about to end: READINESS says so from now on, and a proxy sends new requests elsewhere."""
@@ -116,22 +118,22 @@ class Door:
         if _name_of(headers.get(b"host", b"")) not in self._names:
             await _say(send, MISDIRECTED, "This server does not answer to that host name; see --allowed-host.")
         elif origin is not None and not self._may_call(origin):
-            await _say(send, FORBIDDEN, "Pages from elsewhere may not call this server.")
+            await _say(send, 403, "Pages from elsewhere may not call this server.")
         elif scope["path"] in (HEALTH, READINESS) and scope["method"] in ("GET", "HEAD"):
             await self._tell_of_health(send, await self._why_not() if scope["path"] == READINESS else None)
         else:
             page = next((page for page in self._pages if page.answers(scope["method"], scope["path"])), None)
             entered = None if page is not None and page.is_open else await self._entered(headers)
             app = self._app if page is None else page.app
-            if isinstance(entered, Refusal):
+            if isinstance(entered, AuthFailure):
                 await _answer(send, entered.status, entered.text.encode(), TEXT, entered.headers)
             elif scope["method"] == "POST":
-                await self._post(app, {**scope, TENANT: entered}, receive, send)
+                await self._post(app, {**scope, CALLER_KEY: entered}, receive, send)
             else:
-                await app({**scope, TENANT: entered}, receive, send)
+                await app({**scope, CALLER_KEY: entered}, receive, send)
 
-    async def _entered(self, headers: dict[bytes, bytes]) -> Tenant | Refusal | None:
-        return None if self._callers is None else await self._callers.enter(headers)
+    async def _entered(self, headers: dict[bytes, bytes]) -> object | AuthFailure:
+        return None if self._authenticator is None else await self._authenticator.authenticate(headers)
 
     async def _why_not(self) -> str | None:
         if self._closed:
@@ -140,7 +142,7 @@ class Door:
 
     async def _tell_of_health(self, send: Send, why: str | None) -> None:
         told = {"status": "ok", **NAMED} if why is None else {"status": "not ready", "why": why, **NAMED}
-        await _answer(send, 200 if why is None else UNAVAILABLE, json.dumps(told).encode(), b"application/json")
+        await _answer(send, 200 if why is None else 503, json.dumps(told).encode(), b"application/json")
 
     def _may_call(self, origin: bytes) -> bool:
         scheme, found, rest = origin.partition(b"://")

@@ -10,8 +10,8 @@ import pytest
 
 from evolink_mcp.cli import serve_http
 from evolink_mcp.cli.arguments import Namespace
-from evolink_mcp.teams.app import Studios
 from evolink_mcp.teams.settings import TeamSettings
+from evolink_mcp.teams.studios import Studios
 from evolink_mcp.teams.tokens import new_token
 
 
@@ -39,5 +39,5 @@ def test_only_a_server_of_a_team_waits_for_those_who_wait(
         }
     )
     options = Namespace(command="http", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
-    assert serve_http.serve_web(options, settings, lambda line: None) == 143
+    assert serve_http.serve_http(options, settings, lambda line: None) == 143
     assert ends == [not team]

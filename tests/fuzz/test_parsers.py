@@ -35,7 +35,8 @@ from evolink_mcp.journal.rows import entry_of
 from evolink_mcp.sanitize import THE_KEY, harmless, quoted, without, word
 from evolink_mcp.server.server import build_server
 from evolink_mcp.teams.settings import TeamSettings
-from evolink_mcp.teams.tokens import BadTokens, Refusal, Tokens
+from evolink_mcp.teams.tokens import BadTokens, Tokens
+from evolink_mcp.transports.authentication import AuthFailure
 from evolink_mcp.transports.http_calls import message_in
 from evolink_mcp.transports.http_guard import _id_in, _name_of
 
@@ -136,7 +137,7 @@ def test_a_requests_head_is_read(data: bytes) -> None:
 def test_a_tokens_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tokens.toml").write_bytes(data)
     with suppress(BadTokens):
-        assert isinstance(Tokens(tmp_path / "tokens.toml").enter(data[:60]), Refusal)
+        assert isinstance(Tokens(tmp_path / "tokens.toml").authenticate(data[:60]), AuthFailure)
 
 
 @FUZZ

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.app.wiring import StudioParts, open_studio
 from evolink_mcp.errors import ReferenceRefused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
@@ -553,7 +553,7 @@ async def test_callers_over_http_read_no_files_here_unless_folders_are_named(
     }
     settings = TeamSettings.from_environment(environ)
     transport = httpx.ASGITransport(simulator.app)
-    async with open_studio(settings, remote=True, transport=transport) as studio:
+    async with open_studio(settings, StudioParts(has_remote_callers=True), transport=transport) as studio:
         world = World(studio, simulator, None, tmp_path, settings)  # type: ignore[arg-type]
         for source in (str(desk / "cat.png"), f"file://{desk}/cat.png"):
             answer = await edit(world, source, wait_seconds=0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from mcp.client.streamable_http import streamable_http_client
 
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
-from evolink_mcp.teams.app import Studios, behind_door, names_of, tenants_app
-from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.app import Readiness, guarded_app, hostnames_of, metrics_for, tenants_app
+from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.oauth import Issuer
 from evolink_mcp.teams.settings import TeamSettings
+from evolink_mcp.teams.studios import Studios
+from evolink_mcp.teams.tenants import Tenants
 from evolink_mcp.teams.tokens import Tokens
+from evolink_mcp.transports.http import mcp_app
+from evolink_mcp.transports.http_guard import Door as HttpGuard
 
 INITIALIZE = {
     "jsonrpc": "2.0", "id": 1, "method": "initialize",
@@ -35,18 +41,49 @@ def block(name: str, token: str, **more: Any) -> str:
     return "\n".join(["[[token]]", f'name = "{name}"', f'sha256 = "{digest}"', *lines, ""])
 
 
-class Office:
-    """A server with tenants, in process; each call is a real client's over HTTP."""
+class ShiftedClock:
+    """The real time plus `shift_s`, so that a test can let links expire."""
 
-    def __init__(self, door: Any, simulator: PlainSimulator, studios: Studios) -> None:
-        self.door = door
+    def __init__(self) -> None:
+        self.shift_s = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.shift_s
+
+
+def guard_of(
+    studios: Studios, authenticator: TeamAuthenticator, group: Any, tenants: Tenants | None = None
+) -> HttpGuard:
+    """Assemble the app of a server as `evolink-mcp http` does."""
+    hostnames = hostnames_of((), studios.settings)
+    tenants = tenants or tenants_of(studios, authenticator, group)
+    readiness = Readiness(studios.settings, authenticator, studios.database)
+    guard = guarded_app(tenants, studios, authenticator, hostnames, readiness)
+    metrics_for(studios, guard, readiness)
+    return guard
+
+
+def tenants_of(studios: Studios, authenticator: TeamAuthenticator, group: Any) -> Tenants:
+    hostnames = hostnames_of((), studios.settings)
+    make_mcp_app = partial(mcp_app, transport="http", host="127.0.0.1", hostnames=hostnames)
+    return tenants_app(studios, authenticator, group, make_mcp_app)
+
+
+class Office:
+    """A server with tenants in this process. Each call comes from a real client over HTTP."""
+
+    def __init__(self, guard: HttpGuard, simulator: PlainSimulator, studios: Studios, clock: ShiftedClock) -> None:
+        self.guard = guard
         self.simulator = simulator
         self.studios = studios
+        self.clock = clock
 
     def http(self, token: str | None = None, **more: str) -> httpx.AsyncClient:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         headers = {**HEADERS, **headers, **{name.replace("_", "-"): value for name, value in more.items()}}
-        return httpx.AsyncClient(transport=httpx.ASGITransport(self.door), base_url="http://localhost", headers=headers)
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.guard), base_url="http://localhost", headers=headers
+        )
 
     @asynccontextmanager
     async def client(self, token: str, mode: Any = "auto", **more: str) -> AsyncIterator[Client]:
@@ -91,12 +128,17 @@ async def office(
         async with AsyncExitStack() as stack:
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
             group = await stack.enter_async_context(anyio.create_task_group())
-            studios = Studios(None, decoder)
-            callers = Callers(Tokens(settings.tokens_file), issuer, own_keys=settings.has_caller_keys, key=settings.key)
-            names = names_of((), settings)
+            clock = ShiftedClock()
             transport = httpx.ASGITransport(simulator.app)
-            tenants = tenants_app(settings, callers, studios, group, names=names, transport=transport)
-            yield Office(behind_door(tenants, settings, names, callers, studios), simulator, studios)
+            studios = Studios(settings, None, decoder, group, transport=transport, clock=clock)
+            authenticator = TeamAuthenticator(
+                Tokens(settings.tokens_file),
+                issuer,
+                accepts_caller_keys=settings.has_caller_keys,
+                server_key=settings.key,
+            )
+            guard = guard_of(studios, authenticator, group)
+            yield Office(guard, simulator, studios, clock)
             group.cancel_scope.cancel()
 
 

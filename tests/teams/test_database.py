@@ -31,6 +31,7 @@ from evolink_mcp.teams.database import LOCKS, STOP_AFTER_S, Database, open_datab
 from evolink_mcp.teams.database_url import Address  # noqa: E402
 from evolink_mcp.teams.orphans import TENANT, tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
+from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
@@ -243,7 +244,7 @@ async def test_a_studio_that_is_closed_hears_nothing_more(opened: Any, url: str,
     })  # fmt: skip
     other = await opened()
     async with open_database(url) as database:
-        async with open_studio(settings, database=database) as studio:
+        async with open_studio(settings, team_parts(settings, database)) as studio:
             neighbour = PostgresJournal(other._database, studio.journal.account)
         heard: list[News] = []
         PostgresJournal(database, studio.journal.account).listen(heard.append)

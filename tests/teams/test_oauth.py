@@ -19,8 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from evolink_mcp.teams.oauth import METADATA, Issuer
-from evolink_mcp.teams.tokens import Refusal, Tenant
+from evolink_mcp.teams.oauth import METADATA_PATH, Issuer
+from evolink_mcp.teams.tokens import Tenant
+from evolink_mcp.transports.authentication import AuthFailure
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ISSUER, RESOURCE = "https://login.example.org/realms/team", "https://pictures.example.org/mcp"
@@ -90,7 +91,7 @@ async def test_a_key_signs_by_the_algorithm_that_it_names_and_by_no_other() -> N
     login.algorithms["one"] = "RS512"
     issuer = login.issuer()
     assert isinstance(await issuer.tenant_of(login.token(algorithm="RS512")), Tenant)
-    assert isinstance(await issuer.tenant_of(login.token(algorithm="RS256")), Refusal)
+    assert isinstance(await issuer.tenant_of(login.token(algorithm="RS256")), AuthFailure)
 
 
 STRANGER = rsa.generate_private_key(65537, 2048)
@@ -120,7 +121,7 @@ async def test_a_jwt_that_is_not_good_here_is_refused(login: Login, more: dict[s
     else:
         token = login.token(**more)
     refused = await login.issuer().tenant_of(token)
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, AuthFailure)
     assert (refused.status, 'error="invalid_token"' in dict(refused.headers)[b"www-authenticate"].decode()) == (
         401,
         True,
@@ -130,7 +131,7 @@ async def test_a_jwt_that_is_not_good_here_is_refused(login: Login, more: dict[s
 @pytest.mark.parametrize("token", [b"", b"..", b"a.b.c", b"\xff.\xff.\xff", b"e30.e30.e30", b"." * 5_000])
 async def test_what_is_no_jwt_is_refused(login: Login, token: bytes) -> None:
     refused = await login.issuer().tenant_of(token)
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, AuthFailure)
     assert refused.status == 401
 
 
@@ -145,8 +146,8 @@ async def test_what_is_no_jwt_is_refused(login: Login, token: bytes) -> None:
 )
 async def test_a_missing_scope_is_named(login: Login, said: dict[str, Any], status: int | None) -> None:
     entered = await login.issuer(("pictures:buy",)).tenant_of(login.token(**said))
-    assert (entered.status if isinstance(entered, Refusal) else None) == status
-    if isinstance(entered, Refusal):
+    assert (entered.status if isinstance(entered, AuthFailure) else None) == status
+    if isinstance(entered, AuthFailure):
         challenge = dict(entered.headers)[b"www-authenticate"].decode()
         assert 'error="insufficient_scope"' in challenge
         assert 'scope="pictures:buy"' in challenge
@@ -164,13 +165,13 @@ async def test_a_new_key_is_found_at_once_and_an_unknown_one_is_not_asked_for_ag
     assert isinstance(await issuer.tenant_of(login.token("two", "ES256")), Tenant)
     for _ in range(3):
         refused = await issuer.tenant_of(login.token("three", key=STRANGER))
-        assert isinstance(refused, Refusal)
+        assert isinstance(refused, AuthFailure)
         assert refused.status == 401
     assert login.asked == ["metadata", "keys"] * 2
     del login.keys["one"]
     login.now += 3601
     assert isinstance(await issuer.tenant_of(login.token("two", "ES256")), Tenant)
-    assert isinstance(await issuer.tenant_of(login.token("one", key=STRANGER)), Refusal)
+    assert isinstance(await issuer.tenant_of(login.token("one", key=STRANGER)), AuthFailure)
 
 
 async def test_an_issuer_that_is_away_keeps_its_keys_for_a_day(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,7 +185,7 @@ async def test_an_issuer_that_is_away_keeps_its_keys_for_a_day(caplog: pytest.Lo
     assert ["cannot be used: it answers HTTP 503" in text for text in caplog.messages] == [True]
     login.now += 20 * 3600
     refused = await issuer.tenant_of(token)
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, AuthFailure)
     assert (refused.status, b"retry-after" in dict(refused.headers)) == (503, True)
 
 
@@ -202,7 +203,7 @@ async def test_an_issuer_that_cannot_be_used_is_told_in_one_line(
 ) -> None:
     login = Login(**metadata)
     refused = await login.issuer().tenant_of(login.token())
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, AuthFailure)
     assert refused.status == 503
     assert [words in text for text in caplog.messages] == [True]
 
@@ -213,7 +214,7 @@ async def test_a_certificate_that_is_over_is_told_in_one_line(caplog: pytest.Log
 
     issuer = Issuer(ISSUER, RESOURCE, (), RESOURCE, transport=httpx.MockTransport(fail))
     refused = await issuer.tenant_of(Login().token())
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, AuthFailure)
     assert refused.status == 503
     assert ["certificate has expired" in text for text in caplog.messages] == [True]
 
@@ -251,7 +252,7 @@ async def test_a_client_without_a_good_token_is_told_where_to_get_one(
             assert told["scopes_supported"] == ["buy"]
         # The official client reads the same out of it.
         plain = httpx.Response(401, headers=refused.headers, request=refused.request)
-        assert extract_resource_metadata_from_www_auth(plain) == f"{RESOURCE[:-4]}{METADATA}/mcp"
+        assert extract_resource_metadata_from_www_auth(plain) == f"{RESOURCE[:-4]}{METADATA_PATH}/mcp"
         assert extract_scope_from_www_auth(plain) == "buy"
         assert str(ProtectedResourceMetadata.model_validate(told).resource) == RESOURCE
 
@@ -278,7 +279,7 @@ async def test_the_key_that_pays_anyway_brings_no_second_server(tmp_path: Path) 
         async with town.client("a", x_evolink_key="sk-test-key") as client:
             own = (await client.call_tool("generate_image", WISH)).structured_content
         same = await town.call("a", "get_task", task_id=own["task_id"])
-        assert (same.structured_content["status"], len(town.studios.accounts)) == ("completed", 1)
+        assert (same.structured_content["status"], len(town.studios.account_ids)) == ("completed", 1)
 
 
 async def test_a_key_that_is_not_wanted_is_refused_before_anything_is_spent(tmp_path: Path) -> None:

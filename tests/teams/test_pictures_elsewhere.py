@@ -27,11 +27,11 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.images.decode_process import Decoder
-from evolink_mcp.images.image_store import ForCallersElsewhere
 from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import Entry, Picture
 from evolink_mcp.studio import runner as workshop
 from evolink_mcp.teams.object_store import Links, ObjectStore
+from evolink_mcp.teams.remote_images import RemoteImageStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -104,7 +104,7 @@ async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without
     (old := tmp_path / "fox.png").write_bytes(PNG)
     picture = Picture(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
     entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), pictures=(picture,))
-    image_store = ForCallersElsewhere(EvolinkClient(None), "a1", None, tmp_path / "copies", decoder)
+    image_store = RemoteImageStore(EvolinkClient(None), "a1", None, tmp_path / "copies", decoder)
     assert (await image_store.entry_for_caller(entry)).pictures[0].path is None
     assert await image_store.local_file("task-unified-1-abcdefgh", picture) == old
 
@@ -124,8 +124,7 @@ async def test_a_picture_whose_link_has_ended_is_called_gone(tmp_path: Path) -> 
     async with office(tmp_path, ANNA) as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
-        (studio,) = town.studios._open
-        studio.image_store._clock = lambda: studio.now() + 25 * 3600
+        town.clock.shift_s = 25 * 3600
         seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
         with pytest.raises(Exception, match="link to it has ended"):
             await client.read_resource(bought["images"][0]["resource_uri"])
@@ -165,8 +164,7 @@ async def test_a_stored_picture_outlives_evolinks_link(tmp_path: Path, stored: d
     async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
-        anna = next(studio for studio in town.studios._open if studio.task_statuses is not None)
-        anna.image_store._clock = lambda: anna.now() + 48 * 3600
+        town.clock.shift_s = 48 * 3600
         read = await client.read_resource(bought["images"][0]["resource_uri"])
         edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}
         other = facts(await town.call("b", "generate_image", **edit))
@@ -270,8 +268,7 @@ async def test_s3_keeps_the_picture_and_signs_its_link(tmp_path: Path, bucket: s
             picture = await http.get(image["url"])
             unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
         forget_copies(tmp_path)
-        (studio,) = town.studios._open
-        studio.image_store._clock = lambda: studio.now() + 48 * 3600
+        town.clock.shift_s = 48 * 3600
         seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
     assert image["url"].startswith(f"{bucket}/bucket/team/")
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")

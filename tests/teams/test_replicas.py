@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ from mcp_types import ElicitResult
 pytest.importorskip("psycopg")
 
 from drawings import drawing
-from office import HEADERS, block
+from office import HEADERS, block, guard_of, tenants_of
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.settings import decoder_environment
-from evolink_mcp.app.wiring import open_team_database
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
-from evolink_mcp.teams import app as cli_team
-from evolink_mcp.teams.app import Studios, behind_door, go_on_with_what_was_left, names_of, open_tenant, tenants_app
-from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.app import resume_tenants
+from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.database import Database
 from evolink_mcp.teams.settings import TeamSettings
+from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import Tenant, Tokens
+from evolink_mcp.transports.http_guard import Door as HttpGuard
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -78,15 +78,11 @@ class Team:
         return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
 
 
-def _replica(
-    settings: TeamSettings, tokens: Tokens, group: Any, studios: Studios, simulator: PlainSimulator, command: str
-) -> Any:
-    callers = Callers(tokens)
-    names = names_of((), settings)
-    transport = httpx.ASGITransport(simulator.app)
-    tenants = tenants_app(settings, callers, studios, group, command=command, names=names, transport=transport)
-    group.start_soon(go_on_with_what_was_left, studios, tenants, settings, callers)
-    return behind_door(tenants, settings, names, callers, studios)
+def _replica(studios: Studios, tokens: Tokens, group: Any, orphan_interval_s: float) -> HttpGuard:
+    authenticator = TeamAuthenticator(tokens)
+    tenants = tenants_of(studios, authenticator, group)
+    group.start_soon(partial(resume_tenants, studios, tenants, authenticator, interval_s=orphan_interval_s))
+    return guard_of(studios, authenticator, group, tenants)
 
 
 async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_finished(
@@ -94,21 +90,23 @@ async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_fini
 ) -> None:
     """People of an issuer have no studio at a server before they call there."""
     monkeypatch.setitem(Database.__init__.__kwdefaults__, "grace_s", 0.0)
-    monkeypatch.setattr(cli_team, "LOOK_EVERY_S", 0.1)
     person = Tenant("anna at https://login.example.org")
-    async with team(url, tmp_path, ANNA) as office, AsyncExitStack() as stack:
+    async with team(url, tmp_path, ANNA, orphan_interval_s=0.1) as office, AsyncExitStack() as stack:
+        group = await stack.enter_async_context(anyio.create_task_group())
+        stack.callback(group.cancel_scope.cancel)
         settings = office.settings
         transport = httpx.ASGITransport(office.simulator.app)
         async with open_team_database(settings.database_url) as doomed:
             assert doomed is not None
             office.simulator.duration_s = 3600
-            opening = open_tenant(person, settings, lambda server, studio: _App(studio), transport, database=doomed)
-            app = await stack.enter_async_context(opening)
+            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
+            studios = Studios(settings, doomed, decoder, group, transport=transport)
+            studio, _ = await stack.enter_async_context(studios.open(person))
             wish = GenerationRequest(prompt="a fox", size="1024x640")
-            await app.studio.order(ImageRequest(wish, 9.0))
+            await studio.order(ImageRequest(wish, 9.0))
             while not office.simulator.tasks:
                 await anyio.sleep(0.01)
-            while (await app.studio.journal.recent(1))[0].task is None:
+            while (await studio.journal.recent(1))[0].task is None:
                 await anyio.sleep(0.01)
         for task in office.simulator.tasks.values():
             task.duration = 0
@@ -117,21 +115,10 @@ async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_fini
     assert office.posts == 1
 
 
-class _App:
-    def __init__(self, studio: Any) -> None:
-        self.studio = studio
-        self.is_idle = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        while True:
-            message = await receive()
-            await send({"type": f"{message['type']}.complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
-
-
 @asynccontextmanager
-async def team(url: str, folder: Path, *blocks: str, command: str = "http", **environ: str) -> AsyncIterator[Team]:
+async def team(
+    url: str, folder: Path, *blocks: str, orphan_interval_s: float = 5.0, **environ: str
+) -> AsyncIterator[Team]:
     """Two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
     simulator = PlainSimulator()
@@ -149,8 +136,8 @@ async def team(url: str, folder: Path, *blocks: str, command: str = "http", **en
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
-            studios = Studios(database, decoder)
-            apps.append(_replica(settings, Tokens(settings.tokens_file), group, studios, simulator, command))
+            studios = Studios(settings, database, decoder, group, transport=httpx.ASGITransport(simulator.app))
+            apps.append(_replica(studios, Tokens(settings.tokens_file), group, orphan_interval_s))
         yield Team(apps, simulator, settings)
 
 
@@ -311,86 +298,3 @@ async def test_uploads_and_links_of_one_replica_are_good_at_the_other(url: str, 
         orders = [number for number in office.proxy.seen if number != at]
     assert orders  # the other replica has served some of them
     assert office.posts == 2
-
-
-# --- SSE: two connections of one session at two servers ---
-
-
-class Stream:
-    """An SSE stream at one replica, and what has come on it."""
-
-    def __init__(self, app: Any, token: str) -> None:
-        self._app = app
-        self._headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())]
-        self.text = ""
-        self.ended = anyio.Event()
-
-    def _scope(self, method: str, path: str, query: str = "", more: tuple[tuple[bytes, bytes], ...] = ()) -> Any:
-        return {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-            "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
-            "headers": [*self._headers, *more], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
-        }  # fmt: skip
-
-    async def run(self) -> None:
-        async def receive() -> Any:
-            await self.ended.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            self.text += message.get("body", b"").decode()
-
-        await self._app(self._scope("GET", "/sse"), receive, send)
-
-    async def until(self, words: str) -> str:
-        while words not in self.text:
-            await anyio.sleep(0.01)
-        return self.text
-
-    async def address(self) -> str:
-        return (await self.until("session_id=")).partition("session_id=")[2].split()[0]
-
-    async def post(self, app: Any, session: str, message: Any) -> int:
-        body = [{"type": "http.request", "body": json.dumps(message).encode(), "more_body": False}]
-        said: list[Any] = []
-
-        async def receive() -> Any:
-            return body.pop() if body else await anyio.sleep_forever()
-
-        async def send(answer: Any) -> None:
-            said.append(answer)
-
-        more = ((b"content-type", b"application/json"),)
-        await app(self._scope("POST", "/messages/", f"session_id={session}", more), receive, send)
-        return said[0]["status"]
-
-
-async def test_an_sse_session_works_when_its_messages_reach_another_replica(url: str, tmp_path: Path) -> None:
-    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
-    picture = "data:image/png;base64," + base64.b64encode(drawing((800, 600))).decode()
-    arguments = {**WISH, "image_urls": [picture]}
-    calls = [
-        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello},
-        {"jsonrpc": "2.0", "method": "notifications/initialized"},
-        {
-            "jsonrpc": "2.0",
-            "id": 2,
-            "method": "tools/call",
-            "params": {"name": "generate_image", "arguments": arguments},
-        },
-    ]
-    async with team(url, tmp_path, ANNA, BERT, command="sse") as office, anyio.create_task_group() as group:
-        here, there = office.proxy.apps
-        stream, strange = Stream(here, "a"), Stream(there, "b")
-        group.start_soon(stream.run)
-        session = await stream.address()
-        assert await strange.post(here, session, calls[0]) == 202  # it reaches nobody
-        for call in calls:
-            assert await stream.post(there, session, call) == 202
-        told = await stream.until('"id":2')
-        assert told.count('"id":1') == 1
-        assert '"status":"completed"' in told
-        assert office.posts == 1
-        assert await stream.post(here, session, {"jsonrpc": "2.0", "id": 3, "method": "ping"}) == 202
-        await stream.until('"id":3')
-        stream.ended.set()

@@ -26,9 +26,9 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
-from evolink_mcp.teams.app import KeyCheck
+from evolink_mcp.teams.app import Readiness
 from evolink_mcp.teams.metrics import Metrics
-from evolink_mcp.teams.metrics_endpoint import MetricsEndpoint
+from evolink_mcp.teams.metrics_endpoint import MetricsCollector
 from evolink_mcp.teams.settings import TeamSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -82,9 +82,9 @@ async def test_metrics_have_a_port_of_their_own() -> None:
     metrics = Metrics()
     metrics.settled(2.5, 0.4)
     metrics.settled(None, 90.0)
-    endpoint = MetricsEndpoint(metrics, lambda: ["processing"], lambda: 0, lambda: False)
+    collector = MetricsCollector(metrics, lambda: ["processing"], lambda: 0, lambda: False)
     port = silent_port()
-    close = endpoint.serve("127.0.0.1", port)
+    close = collector.serve("127.0.0.1", port)
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -105,10 +105,9 @@ async def test_a_key_that_evolink_does_not_accept_makes_no_server_ready(
 ) -> None:
     simulator = PlainSimulator(keys={"sk-good-key": 1000.0})
     settings = TeamSettings.from_environment({"EVOLINK_API_KEY": key, "EVOLINK_BASE_URL": "http://127.0.0.1:9"})
-    check = KeyCheck(settings, httpx.ASGITransport(simulator.app))
+    readiness = Readiness(settings, transport=httpx.ASGITransport(simulator.app))
     for _ in range(3):
-        await check.ask()
-        assert check.problem == why
+        assert await readiness.check() == why
     assert [request.path for request in simulator.requests] == ["/v1/credits"]
 
 
@@ -214,13 +213,13 @@ async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_take
 
         async with anyio.create_task_group() as calls:
             calls.start_soon(order)
-            while not any(job.heard_from for studio in town.studios._open for job in studio.jobs):
+            while not any(job.heard_from for studio in town.studios for job in studio.jobs):
                 await anyio.sleep(0.01)
             assert not town.studios.drain()
             while not town.studios.drain():
                 await anyio.sleep(0.01)
         new = (await town.call("a", "generate_image", prompt="another")).structured_content
-        town.door.close()
+        town.guard.close()
         async with town.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
             assert (await http.get("/readyz")).json()["why"] == "it is about to end"

@@ -20,11 +20,12 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import Clock
 from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
 
-from evolink_mcp.teams.app import why_not_ready
-from evolink_mcp.teams.callers import Callers
+from evolink_mcp.teams.app import Readiness
+from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.settings import TeamSettings
-from evolink_mcp.teams.tenants import SCOPE_KEY, Tenants
-from evolink_mcp.teams.tokens import BadTokens, Refusal, Tenant, Tokens, new_token
+from evolink_mcp.teams.tenants import Tenants
+from evolink_mcp.teams.tokens import BadTokens, Tenant, Tokens, new_token
+from evolink_mcp.transports.authentication import CALLER_KEY, AuthFailure
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -48,7 +49,7 @@ def test_a_new_token_and_its_block_fit(file: Path) -> None:
     assert token.startswith("evt_")
     assert len(token) == len("evt_") + 43
     assert token not in text
-    entered = Tokens(file).enter(bearer(token))
+    entered = Tokens(file).authenticate(bearer(token))
     assert isinstance(entered, Tenant)
     assert entered.name == "anna"
 
@@ -102,20 +103,20 @@ def test_the_file_is_read_again_and_a_broken_one_keeps_the_last(file: Path, capl
     tokens = Tokens(file, clock=clock)
     clock.now += 2
     file.write_text(block("anna", "a") + block("bert", "b"))
-    assert isinstance(tokens.enter(bearer("b")), Tenant)
+    assert isinstance(tokens.authenticate(bearer("b")), Tenant)
     clock.now += 2
     file.write_text("[[token")
     with caplog.at_level(logging.ERROR):
-        assert isinstance(tokens.enter(bearer("b")), Tenant)
+        assert isinstance(tokens.authenticate(bearer("b")), Tenant)
         clock.now += 2
-        assert isinstance(tokens.enter(bearer("a")), Tenant)
+        assert isinstance(tokens.authenticate(bearer("a")), Tenant)
     assert caplog.text.count("stay as they were") == 1
     clock.now += 2
     file.write_text(block("bert", "b"))
-    assert isinstance(tokens.enter(bearer("a")), Refusal)
+    assert isinstance(tokens.authenticate(bearer("a")), AuthFailure)
     file.unlink()
     clock.now += 2
-    assert isinstance(tokens.enter(bearer("b")), Tenant)
+    assert isinstance(tokens.authenticate(bearer("b")), Tenant)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,8 @@ def test_the_file_is_read_again_and_a_broken_one_keeps_the_last(file: Path, capl
 )
 def test_whoever_has_no_token_is_told_what_is_needed(file: Path, header: bytes | None) -> None:
     file.write_text(block("anna", "a"))
-    entered = Tokens(file).enter(header)
-    assert isinstance(entered, Refusal)
+    entered = Tokens(file).authenticate(header)
+    assert isinstance(entered, AuthFailure)
     assert entered.status == 401
     assert dict(entered.headers)[b"www-authenticate"].startswith(b'Bearer realm="evolink-mcp"')
 
@@ -132,20 +133,20 @@ def test_whoever_has_no_token_is_told_what_is_needed(file: Path, header: bytes |
 @pytest.mark.parametrize("header", [b"Bearer a", b"bearer a", b"BEARER   a  "])
 def test_the_scheme_is_read_in_any_case(file: Path, header: bytes) -> None:
     file.write_text(block("anna", "a"))
-    assert isinstance(Tokens(file).enter(header), Tenant)
+    assert isinstance(Tokens(file).authenticate(header), Tenant)
 
 
 def test_a_tenant_calls_only_so_often(file: Path) -> None:
     clock = Clock()
     file.write_text(block("anna", "a", requests_per_minute=2) + block("bert", "b"))
     tokens = Tokens(file, clock=clock)
-    assert [isinstance(tokens.enter(bearer("a")), Tenant) for _ in range(3)] == [True, True, False]
-    refused = tokens.enter(bearer("a"))
-    assert isinstance(refused, Refusal)
+    assert [isinstance(tokens.authenticate(bearer("a")), Tenant) for _ in range(3)] == [True, True, False]
+    refused = tokens.authenticate(bearer("a"))
+    assert isinstance(refused, AuthFailure)
     assert (refused.status, dict(refused.headers)[b"retry-after"]) == (429, b"61")
-    assert isinstance(tokens.enter(bearer("b")), Tenant)
+    assert isinstance(tokens.authenticate(bearer("b")), Tenant)
     clock.now += 61
-    assert isinstance(tokens.enter(bearer("a")), Tenant)
+    assert isinstance(tokens.authenticate(bearer("a")), Tenant)
 
 
 def test_whoever_has_an_own_key_shares_no_account(file: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_key_that_is_added_to_a_readable_file_later_is_reported_too(
     tokens = Tokens(file, clock=clock)
     file.write_text(WITH_KEY)
     clock.now += 2
-    tokens.enter(bearer("a"))
+    tokens.authenticate(bearer("a"))
     assert [record.message for record in caplog.records if "chmod 600" in record.message] == [tokens.exposure]
 
 
@@ -414,7 +415,7 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
 def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
     file.write_text(blocks)
     settings = TeamSettings.from_environment({"EVOLINK_API_KEY": key} if key else {})
-    assert why_not_ready(settings, Callers(Tokens(file)), None) == why
+    assert Readiness(settings, TeamAuthenticator(Tokens(file))).problem == why
 
 
 async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
@@ -422,7 +423,7 @@ async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
         town.simulator.duration_s = 3600
         for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
             await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
-        jobs = [job for studio in town.studios._open for job in studio.jobs]
+        jobs = [job for studio in town.studios for job in studio.jobs]
         assert len(jobs) == 3
         while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
             for job in jobs:  # when they look by themselves, they seldom do at the same moment
@@ -435,6 +436,7 @@ async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
 async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp_path: Path) -> None:
     """Tenants of the file stay: what their servers left is theirs. Anybody else comes and goes."""
     hour_later = anyio.Event()
+    now_s = [1_000.0]
 
     async def sleep(_: float) -> None:
         await hour_later.wait()
@@ -456,11 +458,10 @@ async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp
 
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            tenants = Tenants(group, opens, lambda tenant: tenant.name == "anna", sleep=sleep)
+            tenants = Tenants(group, opens, lambda tenant: tenant.name == "anna", sleep=sleep, clock=lambda: now_s[0])
             for name in ("anna", "bert", "bert"):
-                await tenants({"type": "http", SCOPE_KEY: Tenant(name)}, None, None)  # pyright: ignore[reportArgumentType]
-            for name in tenants._called:
-                tenants._called[name] -= 3_600
+                await tenants({"type": "http", CALLER_KEY: Tenant(name)}, None, None)  # pyright: ignore[reportArgumentType]
+            now_s[0] += 3_600
             hour_later.set()
             for _ in range(20):
                 await anyio.sleep(0)
@@ -469,6 +470,6 @@ async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp
             while not closed:
                 await anyio.sleep(0)
             assert (opened, closed) == (["anna", "bert"], ["bert"])
-            await tenants({"type": "http", SCOPE_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
+            await tenants({"type": "http", CALLER_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
             assert opened == ["anna", "bert", "bert"]
             group.cancel_scope.cancel()

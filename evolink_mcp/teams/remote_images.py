@@ -1,0 +1,165 @@
+"""Store the images of remote callers in the object store, or only at EvoLink."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio.to_thread
+
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.task import is_task_id
+from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired, StoreUnusable
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.download import download
+from evolink_mcp.images.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, is_reserved, stem_of
+from evolink_mcp.images.store import Fetch, default_stem, save_image
+from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.sanitize import harmless
+from evolink_mcp.teams.object_store import ObjectStore
+
+# Previews and resources need a local copy. It saves a download while the caller looks at the image.
+COPY_LIFETIME_S = 3600.0
+COPIES_MAX_BYTES = 2 << 30
+SWEEP_INTERVAL_S = 60.0
+
+
+class RemoteImageStore:
+    """An image store for callers on other machines. Answers never show a path of this server.
+
+    It stores images in `object_store`. Without one, the answer has only EvoLink's link. `copies` is a local folder for
+    temporary copies; previews and resources use them.
+    """
+
+    def __init__(
+        self,
+        client: EvolinkClient,
+        account_id: str,
+        object_store: ObjectStore | None,
+        copies: Path,
+        decoder: Decoder,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._account_id = account_id
+        self._object_store = object_store
+        self._copies = copies
+        self.decoder = decoder
+        self._clock = clock
+        self._swept_at = 0.0
+        self.is_permanent = object_store is not None
+
+    def check_name(self, save_as: str) -> None:
+        """See ImageStore. Accept only a plain file name."""
+        is_plain = save_as == Path(save_as).name and save_as not in ("", ".", "..") and "\\" not in save_as
+        if not is_plain or not save_as.isprintable() or len(save_as.encode()) > NAME_MAX_BYTES or is_reserved(save_as):
+            raise FolderRefused(
+                f"save_as “{harmless(save_as, 80)}” is no plain file name, and this server saves into no folder of callers",
+                advice="Give a name such as hero.png, or leave it out.",
+            )
+
+    async def save(self, entry: Entry, image: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
+        """See ImageStore."""
+        assert entry.task_id is not None
+        copy = self._copy_path(entry.task_id, image.index)
+        await self._sweep()
+        with _without_paths():
+            file = await save_image(fetch, copy, self.decoder, preview_edge=preview_edge, order=entry.key)
+        facts = asdict(file) | {"path": None}
+        if self._object_store is not None:
+            name = _object_name(entry, image.index, Path(file.path).suffix)
+            facts["stored"] = f"{self._account_id}/{_folder_of(entry.task_id)}/{name}"
+            await self._object_store.put(facts["stored"], Path(file.path), file.mime_type)
+        return replace(image, **facts)
+
+    async def copy(self, entry: Entry, image: Picture, save_as: str | None) -> Picture:
+        """See ImageStore. A stored image keeps its first name."""
+        return image
+
+    async def local_file(self, task_id: str, image: Picture) -> Path:
+        """See ImageStore. Download the image again if there is no copy."""
+        if image.path is not None and image.here:  # saved before the team had an object store
+            return Path(image.path)
+        copy = self._copy_path(task_id, image.index)
+        existing = next((path for path in map(copy.with_suffix, PICTURE_SUFFIXES) if path.is_file()), None)
+        if existing is not None:
+            return existing
+        await self._sweep()
+        with _without_paths():
+            return Path((await save_image(partial(self._fetch, image), copy, self.decoder, order=task_id)).path)
+
+    async def entry_for_caller(self, entry: Entry) -> Entry:
+        """See ImageStore. Replace EvoLink's links by links to the object store, which live longer."""
+        return replace(entry, pictures=tuple([await self._with_link(image) for image in entry.pictures]))
+
+    async def _with_link(self, image: Picture) -> Picture:
+        shown = replace(image, path=None)
+        if image.stored is None or self._object_store is None:
+            return shown
+        try:
+            url, expires_at = await self._object_store.link(image.stored)
+        except StoreUnusable:
+            return shown
+        return replace(shown, url=url, url_expires_at=expires_at)
+
+    async def _fetch(self, image: Picture, into: BinaryIO) -> int:
+        if self._object_store is not None and image.stored is not None:
+            try:
+                return await self._object_store.get(image.stored, into)
+            except StoreUnusable:
+                if image.url_expires_at <= self._clock():
+                    raise
+                into.seek(0)
+                into.truncate()
+        if image.url_expires_at <= self._clock():
+            raise LinkExpired("EvoLink's link to it has ended, and it is in no store")
+        return await download(self._client, image.url, into)
+
+    def _copy_path(self, task_id: str, index: int) -> Path:
+        name = hashlib.sha256(f"{self._account_id} {task_id} {index}".encode()).hexdigest()[:40]
+        return self._copies / name
+
+    async def _sweep(self) -> None:
+        if self._clock() - self._swept_at >= SWEEP_INTERVAL_S:
+            self._swept_at = self._clock()
+            await anyio.to_thread.run_sync(_remove_old_copies, self._copies, self._clock())
+
+
+@contextmanager
+def _without_paths() -> Generator[None]:
+    """Replace an error of the local disk, which names a path, by one that a remote caller may see."""
+    try:
+        yield
+    except FolderRefused as error:
+        raise DownloadFailed("this server's disk cannot take the picture now", code="server_disk") from error
+
+
+def _remove_old_copies(folder: Path, now: float) -> None:
+    """Remove copies older than COPY_LIFETIME_S, and the oldest ones beyond COPIES_MAX_BYTES."""
+    with suppress(OSError):
+        copies = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir())
+        room = COPIES_MAX_BYTES
+        for written_at, size, path in reversed(copies):
+            room -= size
+            if room < 0 or written_at < now - COPY_LIFETIME_S:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _folder_of(task_id: str) -> str:
+    return task_id if is_task_id(task_id) else hashlib.sha256(task_id.encode()).hexdigest()[:40]
+
+
+def _object_name(entry: Entry, index: int, suffix: str) -> str:
+    """Return the file name of a stored image: the stem of `save_as`, with the suffix of the image's type."""
+    if entry.save_as is None:
+        return default_stem(entry, index) + suffix
+    stem = stem_of(Path(entry.save_as))
+    return (stem if index == 0 else f"{stem}-{index}") + suffix

@@ -1,0 +1,248 @@
+"""The studios of one server process: one per tenant, with the parts that they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.abc
+import httpx2 as httpx
+
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.app.wiring import MakeImageStore, MakeJournal, StudioParts, open_studio
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.store import ImageStore
+from evolink_mcp.journal.backend import Journal
+from evolink_mcp.studio.poller import Poller
+from evolink_mcp.studio.studio import Studio
+from evolink_mcp.teams.callbacks import Callbacks
+from evolink_mcp.teams.metrics import Audit, Metrics
+from evolink_mcp.teams.object_store import Links, ObjectStore
+from evolink_mcp.teams.remote_images import RemoteImageStore
+from evolink_mcp.teams.settings import TeamSettings
+from evolink_mcp.teams.tokens import Tenant
+
+if TYPE_CHECKING:
+    from evolink_mcp.teams.database import Database
+
+
+def tenant_settings(tenant: Tenant, settings: TeamSettings) -> TeamSettings:
+    """Return the server's settings with the tenant's key, limits and tools."""
+    per_call = settings.max_credits_per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
+    per_day = settings.max_credits_per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
+    tools = tenant.tools
+    if settings.tools is not None:
+        tools = settings.tools if tools is None else settings.tools & tools
+    return replace(
+        settings,
+        key_text=tenant.evolink_key.get_secret_value() if tenant.evolink_key else settings.key_text,
+        max_credits_per_call=per_call,
+        max_credits_per_day=per_day,
+        max_running=tenant.max_running,
+        tools=tools,
+    )
+
+
+def callbacks_of(settings: TeamSettings) -> Callbacks | None:
+    """Return the signed callback addresses. None: EvoLink cannot reach this server."""
+    if settings.public_url is None or settings.secret is None:
+        return None
+    return Callbacks(settings.public_url, settings.secret)
+
+
+def object_store_of(settings: TeamSettings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
+    """Return the object store of EVOLINK_MCP_STORE, if it is set."""
+    if settings.store is None:
+        return None
+    links = Links(settings.public_url, settings.secret) if settings.public_url and settings.secret else None
+    return ObjectStore(settings.store, settings.store_link_hours, links, clock=clock)
+
+
+@asynccontextmanager
+async def open_team_database(url: str | None) -> AsyncGenerator[Database | None]:
+    """Open the PostgreSQL database of EVOLINK_MCP_DATABASE_URL, if it is set.
+
+    Raises:
+        JournalUnwritable: the database is not usable.
+    """
+    if url is None:
+        yield None
+        return
+    from evolink_mcp.teams.database import open_database  # psycopg is in the extra `teams`
+
+    async with open_database(url) as database:
+        yield database
+
+
+def team_parts(
+    settings: TeamSettings,
+    database: Database | None = None,
+    *,
+    tenant: str = "",
+    has_remote_callers: bool = False,
+    object_store: ObjectStore | None = None,
+    clock: Callable[[], float] = time.time,
+) -> StudioParts:
+    """Return the journal, the image store, the callbacks and the audit that the team settings name."""
+    return StudioParts(
+        tenant=tenant,
+        has_remote_callers=has_remote_callers,
+        make_journal=None if database is None else _postgres_journal(database, is_strict=bool(tenant)),
+        make_image_store=_remote_image_store(settings, object_store, clock) if tenant or settings.store else None,
+        callbacks=callbacks_of(settings) if has_remote_callers else None,
+        audit=Audit(tenant) if settings.has_audit_log else None,
+    )
+
+
+def _postgres_journal(database: Database, *, is_strict: bool) -> MakeJournal:
+    from evolink_mcp.teams.postgres import PostgresJournal
+
+    def make(account_id: str) -> Journal:
+        return PostgresJournal(database, account_id, strict=is_strict)
+
+    return make
+
+
+def _remote_image_store(
+    settings: TeamSettings, object_store: ObjectStore | None, clock: Callable[[], float]
+) -> MakeImageStore:
+    def make(client: EvolinkClient, account_id: str, decoder: Decoder) -> ImageStore:
+        store = object_store or object_store_of(settings, clock)
+        return RemoteImageStore(client, account_id, store, settings.data_dir / "copies", decoder, clock=clock)
+
+    return make
+
+
+@asynccontextmanager
+async def open_team_studio(settings: TeamSettings, **options: Any) -> AsyncGenerator[Studio]:
+    """Open a studio for one person on this machine with the team's database and object store.
+
+    `options` are those of `open_studio`.
+    """
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(open_team_database(settings.database_url))
+        parts = team_parts(settings, database, clock=options.get("clock", time.time))
+        yield await stack.enter_async_context(open_studio(settings, parts, **options))
+
+
+class Studios:
+    """The open studios of this server process.
+
+    They share the database, the decoder, the object store and the metrics. Studios with the same EvoLink key also share
+    a poller, which runs in `group`. `transport` and `clock` (epoch seconds) are for tests.
+    """
+
+    def __init__(
+        self,
+        settings: TeamSettings,
+        database: Database | None,
+        decoder: Decoder,
+        group: anyio.abc.TaskGroup,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.database = database
+        self.metrics = Metrics()
+        self.object_store = object_store_of(settings, clock)
+        self._decoder = decoder
+        self._group = group
+        self._transport = transport
+        self._clock = clock
+        self._studios: list[Studio] = []
+        self._pollers: dict[tuple[str, str], Poller] = {}
+
+    def __iter__(self) -> Any:
+        """Iterate over the open studios."""
+        return iter(tuple(self._studios))
+
+    @asynccontextmanager
+    async def open(self, tenant: Tenant | None = None) -> AsyncGenerator[tuple[Studio, TeamSettings]]:
+        """Open a studio for a tenant. Without a tenant, open it for all callers of the server.
+
+        Yields the studio and its settings.
+        """
+        settings = self.settings if tenant is None else tenant_settings(tenant, self.settings)
+        parts = team_parts(
+            settings,
+            self.database,
+            tenant="" if tenant is None else tenant.name,
+            has_remote_callers=True,
+            object_store=self.object_store,
+            clock=self._clock,
+        )
+        parts = replace(
+            parts,
+            has_other_tenants=tenant is not None and tenant.shares_account,
+            poller=None if tenant is None else self._poller_of(settings),
+            metrics=self.metrics,
+        )
+        options: Any = {"decoder": self._decoder, "transport": self._transport, "clock": self._clock}
+        studio: Studio | None = None
+        try:
+            async with open_studio(settings, parts, **options) as studio:
+                if self.database is not None and tenant is not None and tenant.evolink_key is None:
+                    from evolink_mcp.teams.orphans import TENANT
+
+                    with suppress(JournalUnwritable):
+                        await studio.journal.learn(TENANT, tenant.name)
+                self._studios.append(studio)
+                yield studio, settings
+        finally:
+            # A closing studio still owns its entries, so it leaves the list only after it is closed.
+            if studio in self._studios:
+                self._studios.remove(studio)
+
+    def can_close(self, studio: Studio) -> bool:
+        """Return whether the studio is idle and the only one of its account: studios of one account share entries."""
+        account_id = studio.journal.account
+        others = (other for other in self._studios if other is not studio)
+        return studio.is_idle and all(other.journal.account != account_id for other in others)
+
+    @property
+    def account_ids(self) -> list[str]:
+        """The account IDs of the open studios."""
+        return list({studio.journal.account for studio in self._studios})
+
+    def statuses(self) -> list[str]:
+        """Return the status of each task that this process works on."""
+        return [status for studio in self._studios for status in studio.task_statuses]
+
+    def drain(self) -> bool:
+        """Drain all studios. Return whether all are drained."""
+        drained = [studio.drain() for studio in self._studios]
+        return all(drained)
+
+    async def receive_callback(self, account_id: str, key: str, task_id: str) -> None:
+        """Pass a callback to the account's newest studio, or to the other servers of the team.
+
+        Raises:
+            JournalUnwritable: the database is not usable.
+        """
+        studio = next((one for one in reversed(self._studios) if one.journal.account == account_id), None)
+        if studio is not None:
+            await studio.called_back(key, task_id)
+        elif self.database is not None:
+            await self.database.tell(account_id, {"key": key, "task_id": task_id, "ended": True})
+
+    def _poller_of(self, settings: TeamSettings) -> Poller | None:
+        """Return the poller of this EvoLink key. It batches the polls of all tenants; a 429 slows down only this key."""
+        if settings.key is None or settings.key_text is None:
+            return None
+        account = (settings.key_text, settings.base_url)
+        if account not in self._pollers:
+            client = EvolinkClient(settings.key, base_url=settings.base_url, transport=self._transport)
+            self._pollers[account] = Poller(client, self._group, metrics=self.metrics)
+            self._group.start_soon(_hold_open, client)
+        return self._pollers[account]
+
+
+async def _hold_open(client: EvolinkClient) -> None:
+    async with client:
+        await anyio.sleep_forever()
