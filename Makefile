@@ -8,12 +8,13 @@ install: .venv/installed ## .venv with the package, tests and checkers
 
 .venv/installed: pyproject.toml
 	python3 -m venv .venv
-	.venv/bin/pip install -q -e ".[test]" "ruff>=0.17,<0.18" "pyright>=1.1.414,<2"
+	.venv/bin/pip install -q -e ".[test]" "ruff>=0.17,<0.18" "pyright>=1.1.414,<2" "deptry>=0.25,<1"
 	touch $@
 
 check: install ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m deptry .
 	$(PY) -m pyright --pythonpath $(PY)
 
 test: install ## all tests that need nothing else

@@ -17,8 +17,7 @@ class News:
     cancelled by its client.
 
     `key` and `task_id` are the entry's. `task` is what EvoLink has told of it and nobody writes down: the progress.
-    `ended`: EvoLink has called back. `call` names a call: its client's session, and the id of the request. `part` is one of
-    a message for a session whose stream is at another server: session, message, number, count, and content in base64.
+    `ended`: EvoLink has called back. `call` names a call: its client's session, and the id of the request.
     """
 
     key: str = ""
@@ -26,7 +25,6 @@ class News:
     task: Task | None = None
     ended: bool = False
     call: tuple[str, str | int] | None = None
-    part: tuple[str, str, int, int, str] | None = None
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> News:
@@ -35,14 +33,14 @@ class News:
         Raises:
             TypeError, ValueError, KeyError, AttributeError: they make no sense.
         """
-        task, call, part = told.get("task"), told.get("call"), told.get("part")
+        task = told.get("task")
+        call = told.get("call")
         return cls(
             key=told.get("key", ""),
             task_id=told.get("task_id"),
             task=task_of(task) if task else None,
             ended=bool(told.get("ended")),
             call=(call[0], call[1]) if call else None,
-            part=(str(part[0]), str(part[1]), int(part[2]), int(part[3]), str(part[4])) if part else None,
         )
 
 
@@ -71,11 +69,6 @@ class Journal(Protocol):
     @property
     def account(self) -> str:
         """The mark of this server's key; empty if it has none."""
-        ...
-
-    @property
-    def tells(self) -> bool:
-        """Whether other servers of the account hear what is told by `tell`."""
         ...
 
     @property

@@ -56,10 +56,6 @@ class SqliteJournal:
         """Where a damaged journal was moved to, if one was found."""
         return self._file.set_aside
 
-    @property
-    def tells(self) -> bool:
-        return False
-
     def listen(self, hear: Hear) -> Callable[[], None]:
         return lambda: None  # SQLite tells nobody of a change: `reread_s` is short
 

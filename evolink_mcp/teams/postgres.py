@@ -47,10 +47,6 @@ class PostgresJournal:
     def owner(self) -> str:
         return self._database.owner
 
-    @property
-    def tells(self) -> bool:
-        return True
-
     def listen(self, hear: Hear) -> Callable[[], None]:
         def told(said: dict[str, Any]) -> None:
             try:

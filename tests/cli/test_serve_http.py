@@ -1,4 +1,4 @@
-"""How `evolink-mcp http` and `sse` end."""
+"""How `evolink-mcp http` and `sse` start and end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from evolink_mcp.app.settings import BadSetting
 from evolink_mcp.cli import serve_http
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.teams.settings import TeamSettings
@@ -41,3 +42,14 @@ def test_only_a_server_of_a_team_waits_for_those_who_wait(
     options = Namespace(command="http", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
     assert serve_http.serve_http(options, settings, lambda line: None) == 143
     assert ends == [not team]
+
+
+def test_sse_refuses_the_database_of_a_team() -> None:
+    """An SSE session lives in one process, and the replicas of a team share the sessions of their callers."""
+    pytest.importorskip("psycopg")
+    settings = TeamSettings.from_environment(
+        {"EVOLINK_MCP_DATABASE_URL": "postgresql://127.0.0.1:9/x", "EVOLINK_MCP_SECRET": "s" * 32}
+    )
+    options = Namespace(command="sse", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
+    with pytest.raises(BadSetting, match=r"sse serves one process.*teams use evolink-mcp http"):
+        serve_http.serve_http(options, settings, lambda line: None)

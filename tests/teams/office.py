@@ -63,9 +63,9 @@ def guard_of(
     return guard
 
 
-def tenants_of(studios: Studios, authenticator: TeamAuthenticator, group: Any) -> Tenants:
+def tenants_of(studios: Studios, authenticator: TeamAuthenticator, group: Any, transport: str = "http") -> Tenants:
     hostnames = hostnames_of((), studios.settings)
-    make_mcp_app = partial(mcp_app, transport="http", host="127.0.0.1", hostnames=hostnames)
+    make_mcp_app = partial(mcp_app, transport=transport, host="127.0.0.1", hostnames=hostnames)
     return tenants_app(studios, authenticator, group, make_mcp_app)
 
 
@@ -108,6 +108,7 @@ async def office(
     *blocks: str,
     simulator: PlainSimulator | None = None,
     issuer: Issuer | None = None,
+    transport: str = "http",
     **environ: str,
 ) -> AsyncIterator[Office]:
     """`blocks` are the tokens file; everybody spends from one account that is simulated."""
@@ -129,15 +130,16 @@ async def office(
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
             group = await stack.enter_async_context(anyio.create_task_group())
             clock = ShiftedClock()
-            transport = httpx.ASGITransport(simulator.app)
-            studios = Studios(settings, None, decoder, group, transport=transport, clock=clock)
+            upstream = httpx.ASGITransport(simulator.app)
+            studios = Studios(settings, None, decoder, group, transport=upstream, clock=clock)
             authenticator = TeamAuthenticator(
                 Tokens(settings.tokens_file),
                 issuer,
                 accepts_caller_keys=settings.has_caller_keys,
                 server_key=settings.key,
             )
-            guard = guard_of(studios, authenticator, group)
+            tenants = tenants_of(studios, authenticator, group, transport)
+            guard = guard_of(studios, authenticator, group, tenants)
             yield Office(guard, simulator, studios, clock)
             group.cancel_scope.cancel()
 
