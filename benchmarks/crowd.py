@@ -26,6 +26,7 @@ from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, Standin, environment, memory_mb, standin
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.journal.entry import Stage
 from evolink_mcp.studio.jobs import ImageRequest, Job
 from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.teams.settings import TeamSettings
@@ -107,7 +108,9 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
                     async for _ in states:
                         pass
             calls.cancel_scope.cancel()
-            saved = sum(job.entry.ended and all(p.saved for p in job.entry.pictures) for job in followed)
+            saved = sum(
+                job.entry.stage is not Stage.OPEN and all(p.is_saved for p in job.entry.images) for job in followed
+            )
             seen = {
                 "share": share, "before_mb": before_mb, "extra_mb": alone_mb - before_mb, "calls_mb": with_calls_mb - before_mb,
                 "saved": saved, "rate": requests, "looks_a_second": looks, "cpu_ms_a_job": 1000 * (_cpu() - before_cpu) / jobs,

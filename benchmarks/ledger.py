@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.figures import Figure, middle, share
 from benchmarks.processes import timed
 from evolink_mcp.api.task import Task
-from evolink_mcp.journal.entry import Entry, Picture, fingerprint, new_key
+from evolink_mcp.journal.entry import Entry, ResultImage, fingerprint, new_key
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import SqliteJournal
 
@@ -91,7 +91,7 @@ def _entry(number: int) -> Entry:
     return Entry(
         new_key(), "dead", "submitted", created, fingerprint(request), request, 3.9, None, "", "", created + 60,
         Task(task_id, "completed", 100.0, created, "gpt-image-2", (url,), credits_used=3.9),
-        pictures=(Picture(0, url, created + 86_400, f"/pictures/{task_id}-0.png", "image/png", 2048, 1152, 10**6, "a" * 64),),
+        images=(ResultImage(0, url, created + 86_400, f"/pictures/{task_id}-0.png", "image/png", 2048, 1152, 10**6, "a" * 64),),
     )  # fmt: skip
 
 

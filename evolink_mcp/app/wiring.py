@@ -19,7 +19,7 @@ from evolink_mcp.images.folders import Folders
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore, LocalImageStore
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.journal.entry import account_mark
+from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.jobs import Sleep
@@ -77,7 +77,7 @@ async def open_studio(
         clock=clock,
     )
     key = settings.key.get_secret_value() if settings.key else parts.tenant
-    account_id = account_mark(key, settings.base_url, parts.tenant) if key else ""
+    account_id = account_id_of(key, settings.base_url, parts.tenant) if key else ""
     is_local = not parts.has_remote_callers or (bool(settings.allowed_dirs) and not parts.tenant)
     # Remote callers may use only the output folder, unless the owner of the server allowed folders explicitly.
     folders = settings.folders if is_local else Folders(settings.folders.output, (settings.folders.output,))
@@ -85,7 +85,7 @@ async def open_studio(
         if decoder is None:
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
         if parts.make_journal is None:
-            journal: Journal = SqliteJournal(settings.data_dir, account_id, strict=bool(parts.tenant), clock=clock)
+            journal: Journal = SqliteJournal(settings.data_dir, account_id, has_tenants=bool(parts.tenant), clock=clock)
         else:
             journal = parts.make_journal(account_id)
         if parts.make_image_store is None:

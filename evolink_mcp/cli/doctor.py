@@ -24,7 +24,7 @@ from evolink_mcp.cli.team_checks import Finding, check_team
 from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritable
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
-from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.entry import Entry, Stage
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
 from evolink_mcp.teams.settings import TeamSettings
@@ -344,7 +344,7 @@ def check_database(url: str) -> Finding:
 
 
 def _count(place: str, entries: list[Entry]) -> Finding:
-    unsettled = sum(not entry.ended for entry in entries)
+    unsettled = sum(entry.stage is Stage.OPEN for entry in entries)
     unclear = sum(entry.charged == "unknown" for entry in entries)
     text = f"{place}: {len(entries)} entries, {unsettled} not finished, {unclear} with unknown outcome"
     advice = "Call list_tasks with sync=true: it searches the unknown outcomes at EvoLink." if unclear else ""

@@ -23,7 +23,7 @@ from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
-from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.journal.entry import Entry, ResultImage
 from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.sqlite import read_entries
 from evolink_mcp.sanitize import harmless
@@ -121,8 +121,8 @@ def picture_of(settings: TeamSettings, words: list[str]) -> Path:
     """The newest saved picture with these words that is still there; without words, or without one, the folder."""
     if words:
         for entry in kept(settings, tuple(words), SHEET_MAX)[1]:
-            for picture in entry.pictures:
-                if picture.path is not None and picture.here:
+            for picture in entry.images:
+                if picture.path is not None and picture.is_present:
                     return Path(picture.path)
     return settings.folders.output
 
@@ -145,8 +145,8 @@ async def sheet(entries: list[Entry], title: str, log: Say, decoder: Decoder) ->
     spent = 0.0
     for entry in entries:
         spent += entry.task.credits_used or 0.0 if entry.task else 0.0
-        for picture in entry.pictures:
-            if picture.path is None or not picture.here or len(cards) >= SHEET_MAX:
+        for picture in entry.images:
+            if picture.path is None or not picture.is_present or len(cards) >= SHEET_MAX:
                 continue
             try:
                 with open_plain(Path(picture.path)) as file:
@@ -167,7 +167,7 @@ async def sheet(entries: list[Entry], title: str, log: Say, decoder: Decoder) ->
     return page, len(cards)
 
 
-def _card(entry: Entry, picture: Picture, small: bytes) -> str:
+def _card(entry: Entry, picture: ResultImage, small: bytes) -> str:
     path = Path(picture.path or "")
     prompt = harmless(entry.request.get("prompt") or "", 300)
     when = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")

@@ -31,7 +31,7 @@ from evolink_mcp.images.sidecar import origin_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.journal.entry import Reference
+from evolink_mcp.journal.entry import ReferenceImage
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20
@@ -89,12 +89,12 @@ class CheckedRequest:
             return self.body
         return _with_references(self.body, [image.content_id for image in self.images])
 
-    def references(self, sent_body: dict[str, Any]) -> tuple[Reference, ...]:
+    def references(self, sent_body: dict[str, Any]) -> tuple[ReferenceImage, ...]:
         """Return the references for the journal. `sent_body` is the body that goes to EvoLink."""
         urls = [*sent_body.get("image_urls", []), *filter(None, [sent_body.get("mask_url")])]
         images = self.images or tuple(CheckedImage(url) for url in urls)
         return tuple(
-            Reference(_short_source(source), url, image.sha256, image.task_id, image.index)
+            ReferenceImage(_short_source(source), url, image.sha256, image.task_id, image.index)
             for source, url, image in zip(self.sources, urls, images, strict=True)
         )
 
@@ -202,14 +202,14 @@ class References:
     async def _check_result(self, task_id: str, index: int, is_mask: bool) -> CheckedImage:
         """Return an earlier result: by its link while that is valid, else from its file. A mask needs the file."""
         entry = await self._journal.by_task(task_id)
-        result = next((image for image in entry.pictures if image.index == index), None) if entry else None
+        result = next((image for image in entry.images if image.index == index), None) if entry else None
         if result is None:
             raise ReferenceRefused(
                 f"there is no picture {index} of {task_id} here", advice="Call get_task with this id first."
             )
         url = result.url if result.url_expires_at - LINK_MARGIN_S > self._clock() else None
         path: Path | None = None
-        if result.here and (is_mask or url is None):
+        if result.is_present and (is_mask or url is None):
             with suppress(OSError, DownloadFailed):
                 path = await self._image_store.local_file(task_id, result)
         if path is not None:

@@ -14,7 +14,7 @@ import anyio.to_thread
 from evolink_mcp import __version__
 from evolink_mcp.api.task import as_dict, is_task_id
 from evolink_mcp.images.folders import move_to_free_name, open_plain, part_file, patiently
-from evolink_mcp.journal.entry import Entry, Picture, iso
+from evolink_mcp.journal.entry import Entry, ResultImage, iso
 from evolink_mcp.sanitize import scrub
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,9 @@ SIDECAR_MAX_BYTES = 1 << 20
 # People pass images on together with their sidecars, and a callback address may hold a secret.
 PRIVATE_ARGUMENTS = frozenset(["callback_url"])
 # Fields of an image that describe the work of this server and not the file.
-INTERNAL_FIELDS = frozenset(["error", "lost", "unusable", "is_rejected", "stored", "transparent", "one_colour"])
+INTERNAL_FIELDS = frozenset(
+    ["error", "is_lost", "is_unusable", "is_rejected", "object_name", "transparent_share", "is_one_colour"]
+)
 
 
 def sidecar_path(image: Path) -> Path:
@@ -43,7 +45,7 @@ def origin_of(image: Path, sha256: str | None) -> tuple[str | None, int | None]:
     return None, None
 
 
-def sidecar(entry: Entry, image: Picture) -> dict[str, Any]:
+def sidecar(entry: Entry, image: ResultImage) -> dict[str, Any]:
     """Return the content of the sidecar. Times are in UTC, sizes in pixels and bytes."""
     request = {name: value for name, value in entry.request.items() if name not in PRIVATE_ARGUMENTS}
     facts = {name: value for name, value in asdict(image).items() if name not in INTERNAL_FIELDS}
@@ -61,7 +63,7 @@ def sidecar(entry: Entry, image: Picture) -> dict[str, Any]:
     )
 
 
-async def write_sidecar(entry: Entry, image: Picture) -> None:
+async def write_sidecar(entry: Entry, image: ResultImage) -> None:
     """Write the sidecar of a saved image. A failure is only logged: the image is more important."""
     assert image.path is not None
     path = sidecar_path(Path(image.path))

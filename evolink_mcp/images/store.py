@@ -43,7 +43,7 @@ from evolink_mcp.images.inspect import ImageFacts
 from evolink_mcp.images.previews import remember
 from evolink_mcp.images.sidecar import write_sidecar
 from evolink_mcp.images.unusable import UnusableImage
-from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.journal.entry import Entry, ResultImage
 from evolink_mcp.sanitize import harmless
 
 try:
@@ -76,7 +76,7 @@ class ImageStore(Protocol):
         """
         ...
 
-    async def save(self, entry: Entry, image: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
+    async def save(self, entry: Entry, image: ResultImage, fetch: Fetch, preview_edge: int = 0) -> ResultImage:
         """Download an image and save it. Return it with its facts and its place.
 
         With a `preview_edge` (pixels) the same decoding makes a preview for the cache.
@@ -87,11 +87,11 @@ class ImageStore(Protocol):
         """
         ...
 
-    async def copy(self, entry: Entry, image: Picture, save_as: str | None) -> Picture:
+    async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """Save a second copy of a saved image, under the name that another caller wants."""
         ...
 
-    async def local_file(self, task_id: str, image: Picture) -> Path:
+    async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """Return a file on this machine that holds the saved image.
 
         Raises:
@@ -115,8 +115,8 @@ class SavedImage:
     height: int
     bytes: int
     sha256: str
-    transparent: float | None = None
-    one_colour: bool = False
+    transparent_share: float | None = None
+    is_one_colour: bool = False
 
 
 class LocalImageStore:
@@ -133,7 +133,7 @@ class LocalImageStore:
         """See ImageStore."""
         self._folders.target(save_as)
 
-    async def save(self, entry: Entry, image: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
+    async def save(self, entry: Entry, image: ResultImage, fetch: Fetch, preview_edge: int = 0) -> ResultImage:
         """See ImageStore."""
         target = self._target(entry, image.index, entry.save_as)
         saved_image = await save_image(fetch, target, self.decoder, preview_edge=preview_edge, order=entry.key)
@@ -142,15 +142,15 @@ class LocalImageStore:
             await write_sidecar(entry, image)
         return image
 
-    async def copy(self, entry: Entry, image: Picture, save_as: str | None) -> Picture:
+    async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """See ImageStore. The first file stays."""
-        if image.path is None or not image.here:
+        if image.path is None or not image.is_present:
             return image
         target = self._target(entry, image.index, save_as)
         saved_image = await save_image(partial(_copy_file, Path(image.path)), target, self.decoder, order=entry.key)
         return replace(image, **asdict(saved_image))
 
-    async def local_file(self, task_id: str, image: Picture) -> Path:
+    async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """See ImageStore."""
         if image.path is None:
             raise FileNotFoundError(f"picture {image.index} of {task_id} was not saved")
@@ -175,7 +175,7 @@ class LocalImageStore:
 
 def default_stem(entry: Entry, index: int) -> str:
     """Return the file name without suffix for an image whose caller gave no name."""
-    has_several = max(entry.request.get("n", 1), len(entry.pictures)) > 1
+    has_several = max(entry.request.get("n", 1), len(entry.images)) > 1
     name = file_name(str(entry.request.get("prompt", "")), entry.task_id or "")
     return f"{name}-{index}" if has_several else name
 

@@ -51,8 +51,7 @@ class Journal(Protocol):
     """What a journal promises. A write is on disk when its method returns. Entries are never deleted.
 
     `owner` is this server's mark, `account` the mark of its key (empty without a key). Every method sees the entries of
-    this account, and those of 0.1.0, which have no mark; without a key it sees all. An entry's state is written only by
-    the server that owns it.
+    this account; without a key it sees all. An entry's state is written only by the server that owns it.
 
     Times are epoch seconds, sums are credits. A caller that is cancelled does not wait any longer, but what it began
     may still be written.
@@ -109,7 +108,7 @@ class Journal(Protocol):
         ...
 
     async def update(self, entry: Entry) -> bool:
-        """Write the entry's account, phase, task and error. False: it belongs to another server, nothing is written.
+        """Write the entry's phase, task and error. False: it belongs to another server, nothing is written.
 
         Raises:
             TaskKnown: another entry of the account has this task.
@@ -126,10 +125,6 @@ class Journal(Protocol):
 
     async def release(self, key: str) -> None:
         """Nobody works on this entry any more."""
-        ...
-
-    async def mark(self, key: str) -> None:
-        """An entry without a mark belongs to this account: EvoLink has answered for its task."""
         ...
 
     async def deliver(self, key: str, at: float) -> None:
@@ -185,10 +180,6 @@ class Journal(Protocol):
 
     async def known_tasks(self, task_ids: list[str]) -> set[str]:
         """Which of these tasks have an entry."""
-        ...
-
-    async def has_strangers(self) -> bool:
-        """Whether there are entries of other accounts."""
         ...
 
     async def spent_since(self, since: float) -> float:

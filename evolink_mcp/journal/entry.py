@@ -1,8 +1,4 @@
-"""One purchase: the entry that is written before its request is sent, and how its state follows from what is known.
-
-An entry goes `intent` → `sending` → `submitted`, or ends as `refused` (EvoLink said no), `unsent` (provably not one
-byte was sent) or `unknown` (it was sent and the answer was lost). `found` marks a task that was bought elsewhere.
-"""
+"""The entry of one purchase. It is written before the POST is sent."""
 
 from __future__ import annotations
 
@@ -12,16 +8,16 @@ import json
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from evolink_mcp.api.request import MODEL
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import Charged, Problem
 
-Phase = Literal["intent", "sending", "submitted", "refused", "unsent", "unknown", "found"]
-# Said of an entry whose answer was lost and whose task was found in the account's list, by its time and price.
-ADOPTED = Problem(
+# The error of an entry whose answer was lost, while its only candidate is not confirmed.
+UNCONFIRMED = Problem(
     "adopted",
     "The answer to this request was lost; this task is a guess, found in the account's list by its time and price",
     False,
@@ -29,15 +25,34 @@ ADOPTED = Problem(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture of a task: its link at EvoLink, and where it was saved: `path` is a file here, `stored` its name in the
-    team's store. A picture of a caller elsewhere may be in neither: then only its link has it.
+class Phase(StrEnum):
+    """The progress of the POST."""
 
-    `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the file's size. `error` says why
-    the picture could not be fetched; `lost` says that it is not tried again, and `unusable` that what came was no
-    picture. `is_rejected`: decoding it would cost too much work, so it is never downloaded again. `transparent` is the
-    share of its pixels that can be seen through, None without alpha; `one_colour`: all its pixels are alike.
+    INTENT = "intent"  #: The entry is written, the POST has not started
+    SENDING = "sending"  #: The POST is in progress
+    SUBMITTED = "submitted"  #: EvoLink accepted the request, the entry has a task
+    REFUSED = "refused"  #: EvoLink rejected the request, nothing was charged
+    UNSENT = "unsent"  #: No byte was sent, nothing was charged
+    UNKNOWN = "unknown"  #: The POST was sent, its answer was lost
+    EXTERNAL = "external"  #: Another client of the account bought the task
+
+
+class Stage(Enum):
+    """The completeness of an entry."""
+
+    OPEN = 1  #: The POST, the task or a download is unfinished
+    DELIVERABLE = 2  #: The result is complete, except for downloads that failed and can be repeated
+    FINAL = 3  #: No server can do anything more
+
+
+@dataclass(frozen=True, slots=True)
+class ResultImage:
+    """One image of a task. `path` is a local file, `object_name` its name in the object store; it may have neither.
+
+    `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the size of the file.
+    `error` is the reason of a failed download. `is_lost`: the download is not repeated. `is_unusable`: the downloaded
+    data was no image. `is_rejected`: decoding it would cost too much work. `transparent_share` is the share of pixels
+    that are not opaque, None without an alpha channel.
     """
 
     index: int
@@ -50,30 +65,30 @@ class Picture:
     bytes: int | None = None
     sha256: str | None = None
     error: str | None = None
-    lost: bool = False
-    unusable: bool = False
+    is_lost: bool = False
+    is_unusable: bool = False
     is_rejected: bool = False
-    transparent: float | None = None
-    one_colour: bool = False
-    stored: str | None = None
+    transparent_share: float | None = None
+    is_one_colour: bool = False
+    object_name: str | None = None
 
     @property
-    def saved(self) -> bool:
-        """Whether it was fetched whole, and saved if it is saved at all, at any time."""
+    def is_saved(self) -> bool:
+        """Return whether the download is complete. A user may have deleted the file since."""
         return self.path is not None or self.sha256 is not None
 
     @property
-    def here(self) -> bool:
-        """Whether it was saved, and its file, if it has one, is still there. Looks at the disk."""
-        return self.saved and (self.path is None or Path(self.path).is_file())
+    def is_present(self) -> bool:
+        """Return whether the image is saved and its file, if it has one, still exists. Reads the disk."""
+        return self.is_saved and (self.path is None or Path(self.path).is_file())
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A picture that an order was made from: what the caller gave, and where EvoLink read it.
+class ReferenceImage:
+    """One input image of a request.
 
-    `given` is a path or an address as it was said, long ones cut. `sha256` (hex) is that of a file here; `task_id` and
-    `index` name the earlier picture that it is, where that is known.
+    `given` is the caller's path or URL, shortened; `url` is the address that EvoLink reads. `sha256` (hex) belongs to a
+    local file. `task_id` and `index` name the earlier result that the image is, if known.
     """
 
     given: str
@@ -87,11 +102,10 @@ class Reference:
 class Entry:
     """One purchase. Times are epoch seconds, `estimate` is the computed price in credits.
 
-    `key` is sent as `Idempotency-Key`; it is empty for a task that was bought elsewhere and is not written down yet.
-    `account` is the mark of the key and address it was bought with; empty in entries of 0.1.0. `owner` is the server
-    that works on it now, `caller` the server whose call waits for the result; both empty if there is none.
-    `delivered_at`: a caller has the result since then. `fingerprint` is the same for identical requests.
-    `rule` is the size rule that its pixels and its price were computed by; `references` are what it was made from.
+    `key` is the `Idempotency-Key`. An external task has none until it is written. `account` identifies the EvoLink key
+    and base URL of the purchase. `owner` is the server that works on the entry. `caller` is the server with a call that
+    waits for the result. Both are empty if there is none. `delivered_at` is the time when a caller got the result.
+    Identical requests have the same `fingerprint`. `rule` is the size rule of the pixels and the price.
     """
 
     key: str
@@ -107,132 +121,138 @@ class Entry:
     delivered_at: float | None = None
     task: Task | None = None
     error: Problem | None = None
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ResultImage, ...] = ()
     rule: str = "anchor-edge"
-    references: tuple[Reference, ...] = ()
+    references: tuple[ReferenceImage, ...] = ()
 
     @classmethod
-    def bought_elsewhere(cls, task: Task, created_at: float) -> Entry:
-        """An entry for a task of this account that the journal does not know; it is not written down yet."""
-        return cls("", "", "found", created_at, task=task)
+    def external(cls, task: Task, created_at: float) -> Entry:
+        """Return an unwritten entry for a task that another client bought."""
+        return cls("", "", Phase.EXTERNAL, created_at, task=task)
 
     @property
     def is_written(self) -> bool:
-        """Whether the journal has it. Only a task that was bought elsewhere begins without being written down."""
+        """Return whether the journal has the entry. Only an external task starts unwritten."""
         return self.key != ""
 
     @property
     def task_id(self) -> str | None:
-        """EvoLink's id of the task; None while there is none."""
+        """Return EvoLink's ID of the task; None before EvoLink accepts the request."""
         return self.task.id if self.task else None
 
     @property
     def status(self) -> str:
-        """What became of it, in the API's words; `unknown` where nobody can say."""
+        """Return the task's status in EvoLink's words, or `unknown`."""
         if self.task is not None:
             return self.task.status
-        return {"refused": "failed", "unsent": "failed", "unknown": "unknown", "sending": "unknown"}.get(
-            self.phase, "pending"
-        )
+        return _STATUS_WITHOUT_TASK.get(self.phase, "pending")
 
     @property
-    def guessed(self) -> bool:
-        """Whether its task was found by time and price, and nobody has confirmed that it is this purchase's."""
-        return self.task is not None and self.error is not None and self.error.code == ADOPTED.code
+    def is_unconfirmed(self) -> bool:
+        """Return whether the task is an unconfirmed match: the only candidate for a lost answer."""
+        return self.task is not None and self.error is not None and self.error.code == UNCONFIRMED.code
 
     @property
     def charged(self) -> Charged:
-        """What was paid for it, as far as anyone can know."""
-        if self.guessed:
+        """Return whether EvoLink charged for the entry."""
+        if self.is_unconfirmed:
             return "unknown"
         if self.task is not None:
             return self.task.charged
-        return "unknown" if self.phase in ("sending", "unknown") else "no"
+        return "unknown" if self.phase in (Phase.SENDING, Phase.UNKNOWN) else "no"
 
     @property
     def spent(self) -> float:
-        """Credits that count for the owner's caps: the charge, or the estimate while that is not known.
+        """Return the credits that count for the spending limits: the charge, or else the estimate.
 
-        A guess does not count: the purchase it stands for may never have happened.
+        An unconfirmed match does not count, because the purchase may not exist.
         """
-        if self.phase == "found" or self.guessed or (self.charged == "no" and self.closed):
+        if self.phase == Phase.EXTERNAL or self.is_unconfirmed or (self.charged == "no" and self.stage is Stage.FINAL):
             return 0.0
         used = self.task.credits_used if self.task is not None and self.task.settled else None
         return self.estimate if used is None else used
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing is under way any more: settled, and each picture that came is saved or has failed."""
-        return self._over(all(picture.saved or picture.error for picture in self.pictures))
+    def stage(self) -> Stage:
+        """Return the completeness of the entry. It reads no file: a deleted image counts as saved."""
+        if self.task is None:
+            return Stage.FINAL if self.phase in _PHASES_WITHOUT_TASK else Stage.OPEN
+        if self.task.status != COMPLETED:
+            return Stage.FINAL if self.task.settled else Stage.OPEN
+        if not self.images or not all(image.is_saved or image.error for image in self.images):
+            return Stage.OPEN
+        return Stage.FINAL if all(image.is_saved or image.is_lost for image in self.images) else Stage.DELIVERABLE
 
     @property
-    def closed(self) -> bool:
-        """Whether no server has anything left to do: settled, and each picture is saved or lost for good."""
-        return self._over(all(picture.saved or picture.lost for picture in self.pictures))
+    def is_running(self) -> bool:
+        """Return whether the entry counts for the limit of running tasks."""
+        if self.task is None:
+            return self.phase in (Phase.INTENT, Phase.SENDING)
+        return not self.task.settled
 
     @property
-    def conclusive(self) -> bool:
-        """Whether the caller has an answer that ends the matter: a picture is saved, or certainly nothing was bought."""
-        return any(picture.saved for picture in self.pictures) or (
-            self.charged == "no" and self.phase != "intent" and (self.task is None or self.task.settled)
-        )
+    def has_result(self) -> bool:
+        """Return whether the caller needs no further call: an image is saved, or nothing was charged."""
+        if any(image.is_saved for image in self.images):
+            return True
+        is_settled = self.phase != Phase.INTENT if self.task is None else self.task.settled
+        return is_settled and self.charged == "no"
 
     def has_work(self, now: float) -> bool:
-        """Whether a job could do something for it now: buy, find a lost answer, follow the task or fetch a picture."""
-        return not self.ended or self.phase == "unknown" or self.can_fetch(now)
+        """Return whether a job can buy, reconcile, poll or download something at `now`."""
+        return self.stage is Stage.OPEN or self.phase == Phase.UNKNOWN or self.can_download(now)
 
-    def can_fetch(self, now: float) -> bool:
-        """Whether an image is missing here (never saved, moved or deleted) and can still be downloaded."""
+    def can_download(self, now: float) -> bool:
+        """Return whether an image is not on this computer, and its URL is still valid at `now`."""
         return any(
-            picture.url_expires_at > now and not picture.here and not picture.is_rejected for picture in self.pictures
+            image.url_expires_at > now and not image.is_present and not image.is_rejected for image in self.images
         )
 
-    def worth_joining(self, now: float) -> bool:
-        """Whether an identical order gets this one: under way, of unknown outcome, or with pictures to be had."""
+    def is_reusable(self, now: float) -> bool:
+        """Return whether an identical request can get this purchase: it is running, unknown, or has images."""
         if self.task is None:
-            return self.phase in ("intent", "sending", "unknown")
+            return self.phase in (Phase.INTENT, Phase.SENDING, Phase.UNKNOWN)
         if not self.task.settled:
             return True
-        here = any(picture.here for picture in self.pictures)
-        return self.task.status == COMPLETED and (here or not self.pictures or self.can_fetch(now))
+        has_images = not self.images or any(image.is_present for image in self.images) or self.can_download(now)
+        return self.task.status == COMPLETED and has_images
 
-    def _over(self, pictures_are: bool) -> bool:
-        if self.task is None:
-            return self.phase in ("refused", "unsent", "unknown")
-        if self.task.status != COMPLETED:
-            return self.task.settled
-        return bool(self.pictures) and pictures_are
+
+_STATUS_WITHOUT_TASK = {
+    Phase.REFUSED: "failed",
+    Phase.UNSENT: "failed",
+    Phase.UNKNOWN: "unknown",
+    Phase.SENDING: "unknown",
+}
+_PHASES_WITHOUT_TASK = (Phase.REFUSED, Phase.UNSENT, Phase.UNKNOWN)
 
 
 def iso(seconds: float | None) -> str | None:
-    """Epoch seconds as people and hosts read them: UTC in ISO 8601, to the second. None stays None."""
+    """Return epoch seconds as UTC in ISO 8601, to the second. None stays None."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def new_key() -> str:
-    """A fresh idempotency key: 16 to 96 characters of [A-Za-z0-9._-]."""
+    """Return a new idempotency key: 16 to 96 characters of [A-Za-z0-9._-]."""
     return f"evomcp-{uuid.uuid4().hex}"
 
 
-def account_mark(key: str, base_url: str, tenant: str = "") -> str:
-    """What stands for an account, or a tenant's part of it, in the journal.
-
-    It is made from the key, EvoLink's address and the tenant's name, and shows none of them.
-    """
-    of = f" of {tenant}" if tenant else ""
-    return hmac.new(key.encode(), f"account at {base_url.lower()}{of}".encode(), "sha256").hexdigest()[:32]
+def account_id_of(key: str, base_url: str, tenant: str = "") -> str:
+    """Return the identity of an account, or of one tenant of it. It does not reveal the key, URL or tenant."""
+    suffix = f" of {tenant}" if tenant else ""
+    return hmac.new(key.encode(), f"account at {base_url.lower()}{suffix}".encode(), "sha256").hexdigest()[:32]
 
 
 def with_defaults(body: dict[str, Any]) -> dict[str, Any]:
-    """A request with the page's defaults filled in, in one spelling: what two identical requests have in common."""
+    """Return the request with EvoLink's defaults, in one spelling. Identical requests become equal."""
     size = str(body.get("size", "auto")).lower().replace("×", "x").replace(" ", "")
     tier = {"resolution": str(body.get("resolution", "1K")).upper()} if ":" in size else {}
-    said = {name: value for name, value in body.items() if name != "resolution" and value is not None}
+    values = {name: value for name, value in body.items() if name != "resolution" and value is not None}
     defaults = {"model": MODEL, "quality": "medium", "n": 1, "background": "opaque", "output_format": "png"}
-    return {**defaults, **said, "size": size, **tier}
+    return {**defaults, **values, "size": size, **tier}
 
 
 def fingerprint(body: dict[str, Any]) -> str:
-    """SHA-256 of a request, in hex: the same for identical requests, whatever the order of their fields."""
-    said = json.dumps(body, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(said.encode()).hexdigest()
+    """Return the SHA-256 of a request in hex. The order of its fields does not matter."""
+    text = json.dumps(body, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

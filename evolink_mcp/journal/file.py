@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.migrations import migrate
+from evolink_mcp.journal.migrations import check_origin, migrate
 from evolink_mcp.journal.rows import searched
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class JournalFile:
     def _connect(self) -> sqlite3.Connection:
         db = _connected(self.path)
         try:
+            check_origin(db, self.path)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             migrate(db)
@@ -233,6 +234,7 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
             _copy(file.path, copy)
             db = _connected(copy)
             try:
+                check_origin(db, file.path)
                 migrate(db)
                 yield db
             finally:
@@ -257,7 +259,7 @@ def new_owner() -> str:
 
 
 def _is_running(owner: str) -> bool:
-    """Whether the owner's process is there. 0.1.0 wrote no process numbers; Windows deletes no file that is in use."""
+    """Return whether the owner's process exists. Windows cannot delete a lock file in use, so it needs no check."""
     number = owner.partition("-")[0]
     if sys.platform == "win32" or "-" not in owner or not number.isdigit():
         return False

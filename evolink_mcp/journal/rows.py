@@ -12,7 +12,7 @@ from typing import Any
 
 from evolink_mcp.api.task import SETTLED, Task, TaskError
 from evolink_mcp.errors import Problem
-from evolink_mcp.journal.entry import Entry, Picture, Reference
+from evolink_mcp.journal.entry import Entry, Phase, ReferenceImage, ResultImage, Stage
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ COLUMNS: dict[str, Callable[[Entry], Any]] = {
     "fingerprint": lambda entry: entry.fingerprint,
     "task_id": lambda entry: entry.task_id,
     "status": lambda entry: entry.status,
-    "closed": lambda entry: entry.closed,
+    "closed": lambda entry: entry.stage is Stage.FINAL,
     "delivered_at": lambda entry: entry.delivered_at,
     "estimate": lambda entry: entry.estimate,
     "spent": lambda entry: entry.spent,
@@ -36,12 +36,12 @@ COLUMNS: dict[str, Callable[[Entry], Any]] = {
     "save_as": lambda entry: entry.save_as,
     "task": lambda entry: json.dumps(asdict(entry.task)) if entry.task else None,
     "error": lambda entry: json.dumps(asdict(entry.error)) if entry.error else None,
-    "pictures": lambda entry: json.dumps([asdict(picture) for picture in entry.pictures]),
+    "images": lambda entry: json.dumps([asdict(image) for image in entry.images]),
     "rule": lambda entry: entry.rule,
     "given": lambda entry: json.dumps([asdict(one) for one in entry.references]),
 }
 # What `Journal.update` writes; `Journal.keep` writes the pictures too.
-STATE = ("account", "phase", "task_id", "status", "closed", "spent", "task", "error")
+STATE = ("phase", "task_id", "status", "closed", "spent", "task", "error")
 
 
 def entry_of(row: Mapping[str, Any]) -> Entry:
@@ -54,7 +54,7 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
     return Entry(
         key=row["key"],
         owner=row["owner"],
-        phase=row["phase"],
+        phase=Phase(row["phase"]),
         created_at=row["created_at"],
         fingerprint=row["fingerprint"],
         request=dict(json.loads(row["request"])),
@@ -65,9 +65,9 @@ def entry_of(row: Mapping[str, Any]) -> Entry:
         delivered_at=row["delivered_at"],
         task=task_of(json.loads(task)) if task else None,
         error=Problem(**json.loads(error)) if error else None,
-        pictures=tuple(Picture(**picture) for picture in json.loads(row["pictures"])),
+        images=tuple(ResultImage(**picture) for picture in json.loads(row["images"])),
         rule=row["rule"],
-        references=tuple(Reference(**one) for one in json.loads(row["given"])),
+        references=tuple(ReferenceImage(**one) for one in json.loads(row["given"])),
     )
 
 
@@ -82,16 +82,14 @@ def readable(rows: Iterable[Any]) -> list[Entry]:
     return entries
 
 
-def visible(account: str, *, strict: bool) -> str:
-    """The SQL condition of the entries that this account sees.
+def visible(account: str, *, has_tenants: bool) -> str:
+    """Return the SQL condition of the entries that this account sees.
 
-    `strict`: entries without a mark are nobody's, because several tenants use the journal.
+    Without an account a server sees all entries, except if the journal is shared by tenants.
     """
     if account and not account.isalnum():
         raise ValueError("an account's mark has only letters and digits")
-    if strict:
-        return f"account = '{account}'"
-    return f"account IN ('', '{account}')" if account else "account = account"
+    return f"account = '{account}'" if account or has_tenants else "account = account"
 
 
 # The SQL condition of what is bought or being bought and not finished by EvoLink. `closed` makes it quick.

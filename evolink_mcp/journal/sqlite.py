@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HOLDS = "holds(?, request, pictures, save_as, task_id)"  # the word, as `folded` makes it
+HOLDS = "holds(?, request, images, save_as, task_id)"  # the word, as `folded` makes it
 INSERT = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
@@ -37,12 +37,12 @@ class SqliteJournal:
     adopt_every_s = None
 
     def __init__(
-        self, folder: Path, account: str = "", *, strict: bool = False, clock: Callable[[], float] = time.time
+        self, folder: Path, account: str = "", *, has_tenants: bool = False, clock: Callable[[], float] = time.time
     ) -> None:
-        """`strict`: entries without a mark are nobody's, because several tenants use this file."""
+        """`has_tenants`: without an account this journal sees no entry."""
         self.owner = new_owner()
         self.account = account
-        self._mine = visible(account, strict=strict)
+        self._mine = visible(account, has_tenants=has_tenants)
         self._file = JournalFile(folder, self.owner, clock=clock)
         self._thread: ThreadPoolExecutor | None = None
 
@@ -95,7 +95,7 @@ class SqliteJournal:
         return await self._write(entry, STATE)
 
     async def keep(self, entry: Entry) -> bool:
-        return await self._write(entry, (*STATE, "pictures"))
+        return await self._write(entry, (*STATE, "images"))
 
     async def acquire(self, key: str) -> bool:
         def take(db: sqlite3.Connection) -> bool:
@@ -111,10 +111,6 @@ class SqliteJournal:
     async def release(self, key: str) -> None:
         await self._execute("UPDATE entries SET owner = '' WHERE key = ? AND owner = ?", key, self.owner)
 
-    async def mark(self, key: str) -> None:
-        statement = "UPDATE OR IGNORE entries SET account = ? WHERE key = ? AND account = ''"
-        await self._execute(statement, self.account, key)
-
     async def deliver(self, key: str, at: float) -> None:
         await self._execute("UPDATE entries SET delivered_at = ? WHERE key = ?", at, key)
 
@@ -129,7 +125,7 @@ class SqliteJournal:
         return await self._one("key = ?", key)
 
     async def by_task(self, task_id: str) -> Entry | None:
-        return await self._one("task_id = ? ORDER BY account DESC", task_id)
+        return await self._one("task_id = ?", task_id)
 
     async def recent(
         self,
@@ -159,10 +155,6 @@ class SqliteJournal:
         marks = ", ".join("?" * len(task_ids))
         where = f"task_id IN ({marks}) AND {self._mine}"
         return {row[0] for row in await self._rows(f"SELECT task_id FROM entries WHERE {where}", *task_ids)}
-
-    async def has_strangers(self) -> bool:
-        where = "account NOT IN ('', ?)"
-        return await self._rows(f"SELECT 1 FROM entries WHERE {where} LIMIT 1", self.account) != []
 
     async def spent_since(self, since: float) -> float:
         return await self._run(lambda db: self._spent(db, since))

@@ -159,12 +159,12 @@ async def _prompt_values(name: str, studio: Studio) -> Iterable[str]:
 async def _resource_values(template: str, name: str, task_id: str | None, studio: Studio) -> Iterable[str]:
     entries = await _recent(studio)
     if template.startswith("evolink://images/"):
-        entries = [entry for entry in entries if any(picture.saved for picture in entry.pictures)]
+        entries = [entry for entry in entries if any(picture.is_saved for picture in entry.images)]
     if name == "task_id":
         return [entry.task_id for entry in entries if entry.task_id]
     if name == "index":
         chosen = [entry for entry in entries if entry.task_id == task_id] if task_id else entries
-        return sorted({str(picture.index) for entry in chosen for picture in entry.pictures if picture.saved}, key=int)
+        return sorted({str(picture.index) for entry in chosen for picture in entry.images if picture.is_saved}, key=int)
     return ()
 
 
@@ -172,8 +172,8 @@ async def _pictures(studio: Studio) -> Iterable[str]:
     return [
         f"evolink://images/{entry.task_id}/{picture.index}"
         for entry in await _recent(studio)
-        for picture in entry.pictures
-        if picture.saved
+        for picture in entry.images
+        if picture.is_saved
     ]
 
 

@@ -64,15 +64,15 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
                      description="A saved picture in full.")  # fmt: skip
     async def image(task_id: str, index: str) -> bytes:
         entry = await _entry(studio, task_id)
-        picture = next((p for p in entry.pictures if str(p.index) == index), None) if entry else None
-        if entry is None or picture is None or not picture.saved:
+        picture = next((p for p in entry.images if str(p.index) == index), None) if entry else None
+        if entry is None or picture is None or not picture.is_saved:
             raise ResourceNotFoundError(
                 f"there is no saved picture {harmless(index, 20)} of {harmless(task_id, 60)}; call get_task"
             )
 
         async def places() -> str:
             shown = next(
-                p for p in (await studio.image_store.entry_for_caller(entry)).pictures if p.index == picture.index
+                p for p in (await studio.image_store.entry_for_caller(entry)).images if p.index == picture.index
             )
             return " and ".join(filter(None, [shown.path, shown.url]))
 

@@ -19,7 +19,7 @@ from mcp_types import INVALID_PARAMS, CallToolRequestParams, CallToolResult, Req
 
 from evolink_mcp.api.task import is_task_id
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.entry import Entry, iso
+from evolink_mcp.journal.entry import Entry, Stage, iso
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 
@@ -62,7 +62,7 @@ class Tasks(Extension):
         result = await call_next(ctx)
         facts = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
         entry = await self._entry(facts["task_id"]) if facts else None
-        if entry is None or entry.ended:
+        if entry is None or entry.stage is not Stage.OPEN:
             return result
         # The client has the handle, so an identical call is a purchase of its own, as it is beside a waiting call.
         with suppress(JournalUnwritable):

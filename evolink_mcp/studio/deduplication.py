@@ -53,9 +53,9 @@ class Joining:
         """The job of such an entry; this caller now waits for it."""
         now = self._clock()
         for entry in await self._journal.undelivered(marks, now - JOIN_WITHIN_S):
-            if self._recorder.is_unwritten(entry.key) or not entry.worth_joining(now):
+            if self._recorder.is_unwritten(entry.key) or not entry.is_reusable(now):
                 continue
-            if await self._runner.is_ours(entry) and await self._journal.claim(entry.key):
+            if await self._journal.claim(entry.key):
                 other_name = order.save_as if order.save_as != entry.save_as else None
                 job = self._runner.running(entry.key) or await self._runner.go_on(entry, copy_as=other_name)
                 job.joined = True

@@ -12,7 +12,7 @@ import anyio
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
 from evolink_mcp.journal.backend import Journal, News
-from evolink_mcp.journal.entry import Entry, Phase, Picture, new_key
+from evolink_mcp.journal.entry import Entry, Phase, ResultImage, new_key
 from evolink_mcp.studio.jobs import Job, Sleep
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,9 @@ class JournalWriter:
         Raises:
             JournalUnwritable: it could not be written down, so the request must not be sent.
         """
-        if not await self._journal.update(replace(job.entry, phase="sending")):
+        if not await self._journal.update(replace(job.entry, phase=Phase.SENDING)):
             raise JournalUnwritable(TAKEN, advice="Call again: you will get what that server buys.")
-        self._changed(job, replace(job.entry, phase="sending"))
+        self._changed(job, replace(job.entry, phase=Phase.SENDING))
 
     async def phase_changed(
         self, job: Job, phase: Phase, *, task: Task | None = None, error: Problem | None = None
@@ -87,11 +87,10 @@ class JournalWriter:
         Raises:
             TaskKnown: another entry has this task; nothing is changed.
         """
-        account = self._journal.account if task is not None else job.entry.account
         with anyio.CancelScope(shield=True):
-            entry = replace(job.entry, account=account, phase=phase, task=task, error=error)
+            entry = replace(job.entry, phase=phase, task=task, error=error)
             await self._write(job, entry, self._journal.update)
-        self._changed(job, replace(job.entry, account=account, phase=phase, task=task, error=error))
+        self._changed(job, replace(job.entry, phase=phase, task=task, error=error))
 
     async def task_seen(self, job: Job, task: Task) -> None:
         """EvoLink has told the task's state. Only a settled status or new links are written.
@@ -100,18 +99,18 @@ class JournalWriter:
             TaskKnown: another server has just written down the same task, which was bought elsewhere.
         """
         before = job.entry.task
-        entry = replace(job.entry, task=task, account=self._journal.account)
+        entry = replace(job.entry, task=task)
         if not entry.is_written:
             created = task.created or entry.created_at
-            entry = replace(entry, key=new_key(), owner=self._journal.owner, created_at=created)
+            journal = self._journal
+            entry = replace(entry, key=new_key(), owner=journal.owner, account=journal.account, created_at=created)
             await self.softly(self._journal.intend(entry))
             self._changed(job, entry)
             return
-        unmarked = job.entry.account != entry.account
         if entry != job.entry:
             self._changed(job, entry)
         settles = before is None or (before.status != task.status and task.settled)
-        if unmarked or settles or (before is not None and before.results != task.results):
+        if settles or (before is not None and before.results != task.results):
             await self._write(job, entry, self._journal.update)
         elif before != task:
             await self.softly(self._journal.tell(News(entry.key, task.id, task)))
@@ -124,15 +123,15 @@ class JournalWriter:
         """Another server has changed the entry of this task, which no job here is about."""
         self._announce(task_id)
 
-    def pictures_expected(self, job: Job, pictures: tuple[Picture, ...]) -> None:
+    def pictures_expected(self, job: Job, pictures: tuple[ResultImage, ...]) -> None:
         """These pictures are about to be fetched. They follow from the task, so nothing is written."""
-        if pictures != job.entry.pictures:
-            self._changed(job, replace(job.entry, pictures=pictures))
+        if pictures != job.entry.images:
+            self._changed(job, replace(job.entry, images=pictures))
 
-    async def pictures_changed(self, job: Job, pictures: tuple[Picture, ...]) -> None:
+    async def pictures_changed(self, job: Job, pictures: tuple[ResultImage, ...]) -> None:
         """A picture was saved, or could not be."""
-        if pictures != job.entry.pictures:
-            self._changed(job, replace(job.entry, pictures=pictures))
+        if pictures != job.entry.images:
+            self._changed(job, replace(job.entry, images=pictures))
             await self._write(job, job.entry, self._journal.keep)
 
     async def confirmed(self, job: Job) -> None:

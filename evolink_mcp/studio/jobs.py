@@ -10,7 +10,7 @@ import anyio
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.errors import EvolinkError, Problem
-from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.entry import Entry, Phase
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Job:
 
     def abandon(self) -> None:
         """Nobody wants it any more: it is not bought, unless the request is on its way already."""
-        if self.entry.phase == "intent":
+        if self.entry.phase == Phase.INTENT:
             self.before_sending.cancel()
 
     def poll_now(self) -> None:

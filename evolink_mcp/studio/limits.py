@@ -11,7 +11,6 @@ from evolink_mcp.api.urls import host_of
 from evolink_mcp.errors import CallbackRefused, TooManyRunning
 
 if TYPE_CHECKING:  # settings hold a budget, and nothing of a server's start waits for more than settings
-    from evolink_mcp.journal.entry import Entry
     from evolink_mcp.studio.jobs import Job
 
 
@@ -53,7 +52,7 @@ class Limits:
         Raises:
             TooManyRunning: as many are under way as may be.
         """
-        under_way = self._ordering + sum(_under_way(job.entry) for job in jobs)
+        under_way = self._ordering + sum(job.entry.is_running for job in jobs)
         if self._running is not None and under_way >= self._running:
             raise TooManyRunning.of(under_way, self._running)
         self._ordering += 1
@@ -61,8 +60,3 @@ class Limits:
             yield
         finally:
             self._ordering -= 1
-
-
-def _under_way(entry: Entry) -> bool:
-    """Whether something is bought or being bought that EvoLink has not finished."""
-    return entry.phase in ("intent", "sending") or (entry.task is not None and not entry.task.settled)

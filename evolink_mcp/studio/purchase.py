@@ -23,7 +23,7 @@ from evolink_mcp.errors import (
     Unreachable,
 )
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.entry import Entry, Phase
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.limits import Budget
@@ -126,18 +126,18 @@ class Purchaser:
             with job.before_sending:
                 await self._buy(job)
             if job.before_sending.cancelled_caught:
-                await self._recorder.phase_changed(job, "unsent", error=ABANDONED)
+                await self._recorder.phase_changed(job, Phase.UNSENT, error=ABANDONED)
         except TaskKnown:
-            await self._recorder.phase_changed(job, "unknown", error=GIVEN_TWICE)
+            await self._recorder.phase_changed(job, Phase.UNKNOWN, error=GIVEN_TWICE)
         except EvolinkError as error:
-            if job.entry.phase != "intent":  # only what is provably unsent is called so
+            if job.entry.phase != Phase.INTENT:  # only what is provably unsent is called so
                 raise
             job.problem = error.problem
-            await self._recorder.phase_changed(job, "unsent", error=error.problem)
+            await self._recorder.phase_changed(job, Phase.UNSENT, error=error.problem)
         finally:
-            if job.entry.phase == "intent":
+            if job.entry.phase == Phase.INTENT:
                 with anyio.CancelScope(shield=True):
-                    await self._recorder.phase_changed(job, "unsent", error=INTERRUPTED)
+                    await self._recorder.phase_changed(job, Phase.UNSENT, error=INTERRUPTED)
             self._metrics.purchases[job.entry.phase] += 1
 
     async def _buy(self, job: Job) -> None:
@@ -161,19 +161,19 @@ class Purchaser:
                 wait = max(error.retry_after_s or 0.0, backoff_s(repeat, self._draw))
                 used_s += anyio.current_time() - began + wait
                 if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:
-                    phase = "refused" if isinstance(error, RateLimited) else "unsent"
+                    phase = Phase.REFUSED if isinstance(error, RateLimited) else Phase.UNSENT
                     return await recorder.phase_changed(job, phase, error=error.problem)
                 log.info("the request was not taken (%s); once more in %.1f s", error.code, wait)
-                await recorder.phase_changed(job, "intent")
+                await recorder.phase_changed(job, Phase.INTENT)
                 await self._sleep(wait)
             except Rejected as error:
-                return await recorder.phase_changed(job, "refused", error=error.problem)
+                return await recorder.phase_changed(job, Phase.REFUSED, error=error.problem)
             except OutcomeUnknown as error:
-                await recorder.phase_changed(job, "unknown", error=error.problem)
+                await recorder.phase_changed(job, Phase.UNKNOWN, error=error.problem)
                 return await self.lost.reconcile(job)
             else:
                 # This is written even if the call is cancelled now, so the id cannot be lost.
-                return await recorder.phase_changed(job, "submitted", task=task)
+                return await recorder.phase_changed(job, Phase.SUBMITTED, task=task)
         raise AssertionError("unreachable")
 
 

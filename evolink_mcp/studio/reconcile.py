@@ -16,7 +16,7 @@ from evolink_mcp.api.request import MODEL, GenerationRequest
 from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.journal.entry import ADOPTED, Entry
+from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 
@@ -28,9 +28,9 @@ CLOCK_SKEW_S = 60.0
 CLOCK_ERROR_S = 3.0
 # EvoLink makes a purchase's task within this time after the entry was written.
 SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S
-# Entries that may own a task that is found by its time. `found` counts too: the user may have called get_task on one
+# Entries that may own a task that is found by its time. `external` counts too: the user may have called get_task on one
 # of two candidates, and that does not make the other one certain.
-RIVALS = ("sending", "unknown", "found")
+RIVALS = (Phase.SENDING, Phase.UNKNOWN, Phase.EXTERNAL)
 # When the account's list is read for a lost answer: at once, and again because the task may not be listed yet.
 LOOK_AFTER_S = (0.0, 3.0)
 # What EvoLink bills may differ from the computed price by this share: the prompt's tokens are estimated.
@@ -73,7 +73,7 @@ class Reconciler:
             if contradicts(job.entry, task, self._client.clock_skew_s):
                 log.warning("a callback named the task %s, which cannot be this order's", task.id)
                 return False
-            await self._recorder.phase_changed(job, "submitted", task=task)
+            await self._recorder.phase_changed(job, Phase.SUBMITTED, task=task)
         except EvolinkError as error:
             log.info("the task of a callback could not be read or is another order's: %s", error.code)
             return False
@@ -96,7 +96,9 @@ class Reconciler:
                 candidates = await self._candidates(entry)
                 if len(candidates) == 1 and not await self._has_rivals(entry):
                     log.info("a lost answer may be this task of the account's list: %s", candidates[0].id)
-                    return await self._recorder.phase_changed(job, "submitted", task=candidates[0], error=ADOPTED)
+                    return await self._recorder.phase_changed(
+                        job, Phase.SUBMITTED, task=candidates[0], error=UNCONFIRMED
+                    )
             except TaskKnown:
                 candidates = []
             except EvolinkError as error:
@@ -110,12 +112,12 @@ class Reconciler:
             advice = (
                 f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
             )
-        return await self._recorder.phase_changed(job, "unknown", error=Problem("outcome_unknown", said, False, advice))
+        return await self._recorder.phase_changed(
+            job, Phase.UNKNOWN, error=Problem("outcome_unknown", said, False, advice)
+        )
 
     async def _candidates(self, entry: Entry) -> list[Task]:
         """The account's tasks that may be the entry's and belong to no entry of the journal."""
-        if entry.account != self._journal.account and await self._journal.has_strangers():
-            return []  # an entry of 0.1.0 does not tell its account, and this journal has served several
         tasks = await self._client.recent_tasks()
         skew = self._client.clock_skew_s
         tasks = [task for task in tasks if not contradicts(entry, task, skew)]

@@ -13,9 +13,9 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED
-from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected, TaskKnown
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.backend import Journal, News
-from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep, guarded
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
@@ -75,7 +75,7 @@ class JobRunner:
         for entry in await self._journal.adopt():
             if self.running(entry.key) or self._recorder.is_unwritten(entry.key):
                 continue
-            if entry.phase == "intent":
+            if entry.phase == Phase.INTENT:
                 await self._give_up(left := Job(entry))
                 await self._recorder.ended(left)
                 left.finish()
@@ -106,27 +106,12 @@ class JobRunner:
         for job in list(self.jobs):
             async with aclosing(job.states()) as states:
                 async for entry in states:
-                    if entry.phase != "sending":
+                    if entry.phase != Phase.SENDING:
                         break
 
     def waits_for(self, marks: tuple[str, ...]) -> bool:
         """Whether a call waits for the result of an identical order right now."""
         return any(job.callers and job.entry.fingerprint in marks for job in self.jobs)
-
-    async def is_ours(self, entry: Entry) -> bool:
-        """Whether this account bought it. An entry of 0.1.0 belongs to whoever's key EvoLink accepts for its task."""
-        if entry.account == self._journal.account:
-            return True
-        if entry.task_id is None or not self._client.has_key:
-            return not await self._journal.has_strangers()
-        try:
-            await self._client.task(entry.task_id)
-        except Rejected:
-            return False
-        except EvolinkError:
-            return not await self._journal.has_strangers()
-        await self._recorder.softly(self._journal.mark(entry.key))
-        return True
 
     async def acquire(self, key: str, *, if_unknown: bool = False) -> bool:
         """Become the entry's owner; `if_unknown` where the journal cannot be used."""
@@ -166,9 +151,9 @@ class JobRunner:
 
     async def _go_on(self, job: Job) -> None:
         """Do what is left to do for an entry that this server has come to own. It buys nothing."""
-        if job.entry.phase == "intent":
+        if job.entry.phase == Phase.INTENT:
             await self._give_up(job)
-        elif job.entry.phase in ("sending", "unknown"):
+        elif job.entry.phase in (Phase.SENDING, Phase.UNKNOWN):
             await self._purchases.lost.reconcile(job)
         await self._follow(job)
 
@@ -200,7 +185,7 @@ class JobRunner:
 
     async def _give_up(self, job: Job) -> None:
         """What another server had not sent when it ended is over."""
-        await self._recorder.phase_changed(job, "unsent", error=INTERRUPTED)
+        await self._recorder.phase_changed(job, Phase.UNSENT, error=INTERRUPTED)
 
     async def _accompany(self, job: Job) -> None:
         """Watch an entry that another server works on, and go on with it when that one has ended."""
@@ -242,17 +227,17 @@ class JobRunner:
         """
         job = self.running(key)
         entry = job.entry if job is not None else await self._recorder.known_by_key(key)
-        if entry is None or entry.phase in ("refused", "unsent", "found"):
+        if entry is None or entry.phase in (Phase.REFUSED, Phase.UNSENT, Phase.EXTERNAL):
             return
-        if entry.task is None or entry.guessed:
+        if entry.task is None or entry.is_unconfirmed:
             self._purchases.lost.told(key, task_id)
         if job is not None:
             job.told = entry.task_id == task_id
             if job.told and not job.elsewhere:
                 job.poll_now()
-        elif entry.phase in ("sending", "unknown") and await self.acquire(key):
+        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN) and await self.acquire(key):
             self._begin(entry, self._go_on)
-        elif entry.guessed and entry.task_id == task_id:
+        elif entry.is_unconfirmed and entry.task_id == task_id:
             await self.confirm(Job(entry))
 
     async def confirm(self, job: Job) -> None:
@@ -271,11 +256,9 @@ class JobRunner:
         """What could not be finished is tried again, ever more slowly, until the pictures' links have died."""
         entry = job.entry
         problem = job.problem
-        unfinished = entry.is_written and entry.task is not None and not entry.closed
+        unfinished = entry.is_written and entry.task is not None and entry.stage is not Stage.FINAL
         if not unfinished or problem is None or problem.code in FINAL or entry.key in self._later:
             return
-        if entry.account != self._journal.account:
-            return  # an entry of 0.1.0 that EvoLink did not accept this key for
         tries = self._tries.get(entry.key, 0)
         self._tries[entry.key] = tries + 1
         if tries < SLOW_REPEATS_MAX:
@@ -286,5 +269,5 @@ class JobRunner:
         await self._pause(delay_s)
         self._later.discard(key)
         entry = await self._recorder.known_by_key(key)
-        if entry is not None and not entry.closed and not self.running(key):
+        if entry is not None and entry.stage is not Stage.FINAL and not self.running(key):
             await self.go_on(entry)

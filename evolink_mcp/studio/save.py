@@ -23,7 +23,7 @@ from evolink_mcp.errors import (
 from evolink_mcp.images.download import download
 from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
-from evolink_mcp.journal.entry import Picture
+from evolink_mcp.journal.entry import ResultImage
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.schedule import backoff_s
@@ -76,26 +76,26 @@ class ImageSaver:
         self._recorder.pictures_expected(job, _ordered(pictures))
         async with anyio.create_task_group() as group:
             for picture in list(pictures.values()):
-                if not picture.saved and not picture.is_rejected:
+                if not picture.is_saved and not picture.is_rejected:
                     group.start_soon(self._fetch, job, pictures, picture)
 
-    def _pictures(self, job: Job, task: Task) -> dict[int, Picture]:
+    def _pictures(self, job: Job, task: Task) -> dict[int, ResultImage]:
         """The task's pictures by index, with what was saved of them before."""
         # A link is valid for 24 h after the task's end. Only a job that saw the task run knows that moment: it is now.
         # For any other job the task's start is the safe assumption.
         ended = self._clock() if job.seen_running else task.created or job.entry.created_at
         expires = ended + LINK_LIVES_S
-        pictures = {index: Picture(index, url, expires) for index, url in enumerate(task.results)}
-        for picture in job.entry.pictures:
-            if picture.saved and not picture.here and picture.url_expires_at > self._clock():
-                picture = Picture(picture.index, picture.url, picture.url_expires_at)
+        pictures = {index: ResultImage(index, url, expires) for index, url in enumerate(task.results)}
+        for picture in job.entry.images:
+            if picture.is_saved and not picture.is_present and picture.url_expires_at > self._clock():
+                picture = ResultImage(picture.index, picture.url, picture.url_expires_at)
             if picture.is_rejected:
                 pictures[picture.index] = picture
-            elif picture.saved or not pictures.get(picture.index, picture).saved:
-                pictures[picture.index] = replace(picture, error=None, lost=False, unusable=False)
+            elif picture.is_saved or not pictures.get(picture.index, picture).is_saved:
+                pictures[picture.index] = replace(picture, error=None, is_lost=False, is_unusable=False)
         return pictures
 
-    async def _fetch(self, job: Job, pictures: dict[int, Picture], picture: Picture) -> None:
+    async def _fetch(self, job: Job, pictures: dict[int, ResultImage], picture: ResultImage) -> None:
         async with self._slots:
             try:
                 pictures[picture.index] = await self._download(job, picture)
@@ -105,8 +105,8 @@ class ImageSaver:
                 pictures[picture.index] = replace(
                     picture,
                     error=error.message,
-                    lost=lost,
-                    unusable=unusable,
+                    is_lost=lost,
+                    is_unusable=unusable,
                     is_rejected=isinstance(error, PictureRejected),
                 )
                 job.problem = job.problem or error.problem
@@ -117,13 +117,13 @@ class ImageSaver:
 
     async def copy(self, job: Job) -> None:
         """Keep the pictures once more under the name that a caller who has joined wants."""
-        pictures = {picture.index: picture for picture in job.entry.pictures}
-        for picture in job.entry.pictures:
+        pictures = {picture.index: picture for picture in job.entry.images}
+        for picture in job.entry.images:
             pictures[picture.index] = await self._image_store.copy(job.entry, picture, job.copy_as)
         await self._recorder.pictures_changed(job, _ordered(pictures))
 
-    async def _download(self, job: Job, picture: Picture) -> Picture:
-        edge = edge_of(len(job.entry.pictures), self._preview_edge) if job.callers else 0
+    async def _download(self, job: Job, picture: ResultImage) -> ResultImage:
+        edge = edge_of(len(job.entry.images), self._preview_edge) if job.callers else 0
         for repeat in range(REPEATS_MAX + 1):
             try:
                 fetch = partial(download, self._client, picture.url)
@@ -155,5 +155,5 @@ class ImageSaver:
                 await self._recorder.task_seen(job, task)
 
 
-def _ordered(pictures: dict[int, Picture]) -> tuple[Picture, ...]:
+def _ordered(pictures: dict[int, ResultImage]) -> tuple[ResultImage, ...]:
     return tuple(pictures[index] for index in sorted(pictures))

@@ -90,7 +90,7 @@ def shown_by(entry: Entry) -> Rule | None:
         return None
     if len(set(cells.values())) < len(cells):
         return None
-    pixels = {(picture.width, picture.height) for picture in entry.pictures if picture.saved}
+    pixels = {(picture.width, picture.height) for picture in entry.images if picture.is_saved}
     shown: list[Rule] = [rule for rule, size in cells.items() if size and (size.width, size.height) in pixels]
     return shown[0] if len(shown) == 1 else None
 

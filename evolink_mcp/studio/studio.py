@@ -16,7 +16,7 @@ from evolink_mcp.errors import EvolinkError, KeyMissing, Refused, TaskUnknown
 from evolink_mcp.images.references import CheckedRequest, References
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.backend import Journal, News
-from evolink_mcp.journal.entry import Entry, fingerprint, new_key, with_defaults
+from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, new_key, with_defaults
 from evolink_mcp.studio.deduplication import Joining
 from evolink_mcp.studio.durations import DurationHistory
 from evolink_mcp.studio.events import JournalWriter
@@ -161,7 +161,7 @@ class Studio:
         entry = Entry(
             key=new_key(),
             owner=self.journal.owner,
-            phase="intent",
+            phase=Phase.INTENT,
             created_at=self._clock(),
             fingerprint=mark,
             request=body,
@@ -190,12 +190,12 @@ class Studio:
             entry = await self._recorder.known(task_id)
             if entry is None and self._shared:
                 raise TaskUnknown(f"there is no task {task_id} here")
-            if entry is None or not await self._runner.is_ours(entry):
-                entry = Entry.bought_elsewhere(Task(task_id, status="unknown"), self._clock())
+            if entry is None or entry.account != self.journal.account:
+                entry = Entry.external(Task(task_id, status="unknown"), self._clock())
             if entry.has_work(self._clock()):
                 self._need_key()
             job = await self._runner.go_on(entry)
-        if job.entry.guessed and job.entry.ended:
+        if job.entry.is_unconfirmed and job.entry.stage is not Stage.OPEN:
             await self._runner.confirm(job)
         return job
 
@@ -250,12 +250,12 @@ class Studio:
         self._need_key()
         if self._shared:
             return [], "others spend from this account too, so its own list is not shown"
-        lost = [entry for entry in await self.journal.recent(limit, status="unknown") if entry.phase == "unknown"]
+        lost = [entry for entry in await self.journal.recent(limit, status="unknown") if entry.phase == Phase.UNKNOWN]
         for job in [await self._runner.go_on(entry) for entry in lost if not self._runner.running(entry.key)]:
             with anyio.move_on_after(SYNC_WAITS_S):
                 async with aclosing(job.states()) as states:
                     async for entry in states:
-                        if entry.phase != "unknown":
+                        if entry.phase != Phase.UNKNOWN:
                             break
         try:
             tasks = await self.client.recent_tasks()

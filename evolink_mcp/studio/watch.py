@@ -11,6 +11,7 @@ import anyio
 
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import RateLimited, Rejected, Unreadable
+from evolink_mcp.journal.entry import Phase
 from evolink_mcp.studio.durations import DurationHistory
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
@@ -85,8 +86,8 @@ class TaskFollower:
             except RateLimited as error:
                 at_once = error.retry_after_s != 0  # the poller waits as long as EvoLink asks
             except Rejected as error:
-                # A task that was bought elsewhere, or by a key that 0.1.0 did not note, may be another account's.
-                if not job.entry.account or job.entry.phase == "found" or error.http_status == 401:
+                # An external task may belong to another account.
+                if job.entry.phase == Phase.EXTERNAL or error.http_status == 401:
                     raise
                 if error.http_status == 404:
                     # EvoLink may answer 404 for a task that it has just made: only a 404 that lasts counts.

@@ -18,7 +18,7 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.journal.entry import account_mark
+from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.callback_routes import CallbackEndpoint
@@ -182,5 +182,5 @@ async def resume_tenants(
         await anyio.sleep(interval_s)
         with suppress(JournalUnwritable):
             for account_id, name in (await tenants_left(studios.database, studios.account_ids)).items():
-                if settings.key_text and account_mark(settings.key_text, settings.base_url, name) == account_id:
+                if settings.key_text and account_id_of(settings.key_text, settings.base_url, name) == account_id:
                     await tenants.app(Tenant(name))

@@ -238,7 +238,7 @@ class Database:
             log.warning("something was told on the channel %s that is none of ours", CHANNEL)
             return
         for of, hear in list(self._listeners):
-            if account in ("", of):
+            if account == of:
                 hear(told)
 
     async def _shut(self) -> None:

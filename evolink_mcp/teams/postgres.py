@@ -13,7 +13,7 @@ from psycopg.rows import DictRow
 
 from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
 from evolink_mcp.journal.backend import Hear, News
-from evolink_mcp.journal.entry import ADOPTED, Entry
+from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
 from evolink_mcp.journal.rows import STATE, UNDER_WAY, readable, selection, visible
 from evolink_mcp.teams.database import Connection, Database, row_of
 from evolink_mcp.teams.schema import INSERT, ROW, plain, values_of
@@ -27,7 +27,7 @@ ADOPT_EVERY_S = 3.0
 HOLDS = "strpos(words, ?) > 0"
 UNDELIVERED = "fingerprint = ANY(%s) AND delivered_at IS NULL AND created_at >= %s"
 # An id that EvoLink has told is written over another server's guess, or over the absence of one.
-TRUTH = f'(task_id IS NULL OR error LIKE \'%%"code": "{ADOPTED.code}"%%\')'
+TRUTH = f'(task_id IS NULL OR error LIKE \'%%"code": "{UNCONFIRMED.code}"%%\')'
 
 
 class PostgresJournal:
@@ -36,11 +36,11 @@ class PostgresJournal:
     reread_s = REREAD_S
     adopt_every_s = ADOPT_EVERY_S
 
-    def __init__(self, database: Database, account: str = "", *, strict: bool = False) -> None:
-        """`strict`: entries without a mark are nobody's, because several tenants use this database."""
+    def __init__(self, database: Database, account: str = "", *, has_tenants: bool = False) -> None:
+        """`has_tenants`: without an account this journal sees no entry."""
         self.account = account
         self._database = database
-        self._mine = visible(account, strict=strict)
+        self._mine = visible(account, has_tenants=has_tenants)
         self._ends: list[Callable[[], None]] = []
 
     @property
@@ -94,7 +94,7 @@ class PostgresJournal:
         return await self._write(entry, STATE)
 
     async def keep(self, entry: Entry) -> bool:
-        return await self._write(entry, (*STATE, "pictures"))
+        return await self._write(entry, (*STATE, "images"))
 
     async def acquire(self, key: str) -> bool:
         async def take(db: Connection) -> bool:
@@ -114,10 +114,6 @@ class PostgresJournal:
 
     async def release(self, key: str) -> None:
         await self._execute("owner = '' WHERE key = %s AND owner = %s", key, self.owner, key=key)
-
-    async def mark(self, key: str) -> None:
-        with suppress(TaskKnown):
-            await self._execute("account = %s WHERE key = %s AND account = ''", self.account, key, key=key)
 
     async def deliver(self, key: str, at: float) -> None:
         await self._execute("delivered_at = %s WHERE key = %s", at, key, key=key)
@@ -141,7 +137,7 @@ class PostgresJournal:
         return await self._one("key = %s", key)
 
     async def by_task(self, task_id: str) -> Entry | None:
-        return await self._one("task_id = %s ORDER BY account DESC", task_id)
+        return await self._one("task_id = %s", task_id)
 
     async def recent(
         self,
@@ -183,10 +179,6 @@ class PostgresJournal:
     async def known_tasks(self, task_ids: list[str]) -> set[str]:
         statement = f"SELECT task_id FROM evolink_entries WHERE task_id = ANY(%s) AND {self._mine}"
         return {row["task_id"] for row in await self._rows(statement, [plain(task_id) for task_id in task_ids])}
-
-    async def has_strangers(self) -> bool:
-        statement = "SELECT 1 FROM evolink_entries WHERE account NOT IN ('', %s) LIMIT 1"
-        return await self._rows(statement, self.account) != []
 
     async def spent_since(self, since: float) -> float:
         return await self._database.run(lambda db: self._spent(db, since))
@@ -265,7 +257,7 @@ class PostgresJournal:
                 )
                 if mine.rowcount == 1:
                     return True
-                if entry.phase == "submitted" and entry.task is not None and not entry.guessed:
+                if entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed:
                     truth = f"{change}, owner = %s WHERE key = %s AND {TRUTH}"
                     if (await db.execute(truth.encode(), (*values, self.owner, entry.key))).rowcount == 1:
                         return True

@@ -20,7 +20,7 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.download import download
 from evolink_mcp.images.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, is_reserved, stem_of
 from evolink_mcp.images.store import Fetch, default_stem, save_image
-from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.journal.entry import Entry, ResultImage
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.object_store import ObjectStore
 
@@ -65,7 +65,7 @@ class RemoteImageStore:
                 advice="Give a name such as hero.png, or leave it out.",
             )
 
-    async def save(self, entry: Entry, image: Picture, fetch: Fetch, preview_edge: int = 0) -> Picture:
+    async def save(self, entry: Entry, image: ResultImage, fetch: Fetch, preview_edge: int = 0) -> ResultImage:
         """See ImageStore."""
         assert entry.task_id is not None
         copy = self._copy_path(entry.task_id, image.index)
@@ -75,17 +75,17 @@ class RemoteImageStore:
         facts = asdict(file) | {"path": None}
         if self._object_store is not None:
             name = _object_name(entry, image.index, Path(file.path).suffix)
-            facts["stored"] = f"{self._account_id}/{_folder_of(entry.task_id)}/{name}"
-            await self._object_store.put(facts["stored"], Path(file.path), file.mime_type)
+            facts["object_name"] = f"{self._account_id}/{_folder_of(entry.task_id)}/{name}"
+            await self._object_store.put(facts["object_name"], Path(file.path), file.mime_type)
         return replace(image, **facts)
 
-    async def copy(self, entry: Entry, image: Picture, save_as: str | None) -> Picture:
+    async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """See ImageStore. A stored image keeps its first name."""
         return image
 
-    async def local_file(self, task_id: str, image: Picture) -> Path:
+    async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """See ImageStore. Download the image again if there is no copy."""
-        if image.path is not None and image.here:  # saved before the team had an object store
+        if image.path is not None and image.is_present:  # saved before the team had an object store
             return Path(image.path)
         copy = self._copy_path(task_id, image.index)
         existing = next((path for path in map(copy.with_suffix, PICTURE_SUFFIXES) if path.is_file()), None)
@@ -97,22 +97,22 @@ class RemoteImageStore:
 
     async def entry_for_caller(self, entry: Entry) -> Entry:
         """See ImageStore. Replace EvoLink's links by links to the object store, which live longer."""
-        return replace(entry, pictures=tuple([await self._with_link(image) for image in entry.pictures]))
+        return replace(entry, images=tuple([await self._with_link(image) for image in entry.images]))
 
-    async def _with_link(self, image: Picture) -> Picture:
+    async def _with_link(self, image: ResultImage) -> ResultImage:
         shown = replace(image, path=None)
-        if image.stored is None or self._object_store is None:
+        if image.object_name is None or self._object_store is None:
             return shown
         try:
-            url, expires_at = await self._object_store.link(image.stored)
+            url, expires_at = await self._object_store.link(image.object_name)
         except StoreUnusable:
             return shown
         return replace(shown, url=url, url_expires_at=expires_at)
 
-    async def _fetch(self, image: Picture, into: BinaryIO) -> int:
-        if self._object_store is not None and image.stored is not None:
+    async def _fetch(self, image: ResultImage, into: BinaryIO) -> int:
+        if self._object_store is not None and image.object_name is not None:
             try:
-                return await self._object_store.get(image.stored, into)
+                return await self._object_store.get(image.object_name, into)
             except StoreUnusable:
                 if image.url_expires_at <= self._clock():
                     raise

@@ -15,6 +15,11 @@ from evolink_mcp.teams.database_url import Address
 
 # Whatever a caller could see of an entry is told on this channel: "account {JSON}", where `by` is the server that did it.
 CHANNEL = "evolink_mcp"
+# The tables of unpublished builds, and the statements that move them away.
+OLD_TABLES = ("evolink_schema", "evolink_servers", "evolink_entries", "evolink_uploads", "evolink_facts")
+MOVE_OLD_TABLES = "; ".join(
+    ["CREATE SCHEMA evolink_old", *(f"ALTER TABLE {name} SET SCHEMA evolink_old" for name in OLD_TABLES)]
+)
 VERSIONS = (
     f"""
     CREATE TABLE evolink_servers (
@@ -26,7 +31,7 @@ VERSIONS = (
         created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION, estimate DOUBLE PRECISION NOT NULL,
         spent DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT,
-        pictures TEXT NOT NULL, rule TEXT NOT NULL, given TEXT NOT NULL, words TEXT NOT NULL,
+        images TEXT NOT NULL, rule TEXT NOT NULL, given TEXT NOT NULL, words TEXT NOT NULL,
         CONSTRAINT evolink_task_once UNIQUE (task_id, account)
     );
     CREATE INDEX evolink_entries_by_age ON evolink_entries (account, created_at DESC, key);
@@ -42,7 +47,7 @@ VERSIONS = (
     CREATE TABLE evolink_facts (
         account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)
     );
-    CREATE FUNCTION evolink_tell() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
             PERFORM pg_notify('{CHANNEL}', NEW.account || ' ' || json_build_object(
                 'by', CASE WHEN NEW.owner = '' AND TG_OP = 'UPDATE' THEN OLD.owner ELSE NEW.owner END,
@@ -50,11 +55,14 @@ VERSIONS = (
             RETURN NULL;
         END
     $$;
-    CREATE TRIGGER evolink_changed AFTER INSERT OR UPDATE OF phase, task, error, pictures, owner ON evolink_entries
-        FOR EACH ROW EXECUTE FUNCTION evolink_tell();
+    CREATE TRIGGER evolink_changed AFTER INSERT OR UPDATE OF phase, task, error, images, owner ON evolink_entries
+        FOR EACH ROW EXECUTE FUNCTION evolink_publish();
     """,
 )
 
+
+FIND_OLD_TABLES = "SELECT to_regclass('evolink_schema') AS name"
+UNPUBLISHED = f"an unpublished build made its tables; move them away: {MOVE_OLD_TABLES}"
 
 Value = Callable[[Entry], Any]
 SEPARATOR = "\n"
@@ -69,7 +77,7 @@ def plain(value: Any) -> Any:
 
 def words_of(entry: Entry) -> str:
     """The text that `recent` searches."""
-    pictures = [{"path": picture.path} for picture in entry.pictures]
+    pictures = [{"path": picture.path} for picture in entry.images]
     return SEPARATOR.join(searched(entry.request, pictures, entry.save_as, entry.task_id))
 
 
@@ -91,8 +99,11 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
     async with db.transaction():
         await db.execute("SET LOCAL statement_timeout = '10min'")
         await db.execute("SELECT pg_advisory_xact_lock(%s, 0)", (locks,))
-        await db.execute("CREATE TABLE IF NOT EXISTS evolink_schema (version INTEGER NOT NULL)")
-        row = await (await db.execute("SELECT version FROM evolink_schema")).fetchone()
+        row = await (await db.execute(FIND_OLD_TABLES)).fetchone()
+        if row is not None and row["name"] is not None:
+            raise JournalUnwritable(UNPUBLISHED)
+        await db.execute("CREATE TABLE IF NOT EXISTS evolink_version (version INTEGER NOT NULL)")
+        row = await (await db.execute("SELECT version FROM evolink_version")).fetchone()
         version = row["version"] if row is not None else 0
         if version > len(VERSIONS):
             raise JournalUnwritable(
@@ -102,8 +113,8 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
         for script in VERSIONS[version:]:
             await db.execute(script.encode())
         if version < len(VERSIONS):
-            await db.execute("DELETE FROM evolink_schema")
-            await db.execute("INSERT INTO evolink_schema VALUES (%s)", (len(VERSIONS),))
+            await db.execute("DELETE FROM evolink_version")
+            await db.execute("INSERT INTO evolink_version VALUES (%s)", (len(VERSIONS),))
 
 
 def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> tuple[str, list[Entry]]:
@@ -119,6 +130,9 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{holds} ORDER BY created_at DESC, key LIMIT %s"
     try:
         with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as rows:
+            row = rows.execute(FIND_OLD_TABLES).fetchone()
+            if row is not None and row["name"] is not None:
+                raise address.unwritable(UNPUBLISHED)
             rows.execute(statement.encode(), (since, *map(folded, words), limit))
             return address.place, readable(rows.fetchall())
     except psycopg.errors.UndefinedTable:

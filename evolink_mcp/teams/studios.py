@@ -92,18 +92,18 @@ def team_parts(
     return StudioParts(
         tenant=tenant,
         has_remote_callers=has_remote_callers,
-        make_journal=None if database is None else _postgres_journal(database, is_strict=bool(tenant)),
+        make_journal=None if database is None else _postgres_journal(database, has_tenants=bool(tenant)),
         make_image_store=_remote_image_store(settings, object_store, clock) if tenant or settings.store else None,
         callbacks=callbacks_of(settings) if has_remote_callers else None,
         audit=Audit(tenant) if settings.has_audit_log else None,
     )
 
 
-def _postgres_journal(database: Database, *, is_strict: bool) -> MakeJournal:
+def _postgres_journal(database: Database, *, has_tenants: bool) -> MakeJournal:
     from evolink_mcp.teams.postgres import PostgresJournal
 
     def make(account_id: str) -> Journal:
-        return PostgresJournal(database, account_id, strict=is_strict)
+        return PostgresJournal(database, account_id, has_tenants=has_tenants)
 
     return make
 

@@ -100,7 +100,7 @@ async def task_list(
     entries = await studio.journal.recent(req.limit + 1, req.status, since, until, words, after)
     shown = entries[: req.limit]
     if after is None and not words:
-        external = [Entry.bought_elsewhere(task, task.created or 0.0) for task in external_tasks]
+        external = [Entry.external(task, task.created or 0.0) for task in external_tasks]
         shown += [
             entry
             for entry in external

@@ -20,7 +20,7 @@ from evolink_mcp.errors import (
     TaskUnknown,
     advice_for,
 )
-from evolink_mcp.journal.entry import ADOPTED, Entry, Picture, iso
+from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, iso
 from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
@@ -103,8 +103,8 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
     """
     task = entry.task
     failure = _failure(entry) or problem
-    waiting = not entry.ended and failure is None
-    is_being_sent = running and entry.phase in ("intent", "sending")
+    waiting = entry.stage is Stage.OPEN and failure is None
+    is_being_sent = running and entry.phase in (Phase.INTENT, Phase.SENDING)
     charged = "unknown" if is_being_sent else entry.charged
     credits = _credits(entry, charged)
     return TaskOut(
@@ -114,24 +114,24 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
         references=[asdict(reference) for reference in entry.references],
-        images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.pictures]
+        images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.images]
         if task
         else [],
         expected_size=_expected(entry),
         charged=charged,
         credits=credits,
         usd=None if credits is None else costs.usd(credits),
-        guess=entry.guessed,
+        guess=entry.is_unconfirmed,
         error=error_out(failure) if failure else None,
         next_action=_next_action(entry, failure, charged) if waiting or failure else None,
         notes=_notes(entry, joined, is_being_sent),
     )
 
 
-def image_out(task_id: str, picture: Picture, prompt: str = "") -> ImageOut:
+def image_out(task_id: str, picture: ResultImage, prompt: str = "") -> ImageOut:
     """Return one image of a task, with its resource and a line of Markdown if it is saved."""
     facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
-    if picture.saved:
+    if picture.is_saved:
         facts |= {
             "resource_uri": f"evolink://images/{task_id}/{picture.index}",
             "markdown": _markdown(picture.path or picture.url, prompt),
@@ -172,7 +172,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "status": entry.status,
         "created_at": iso(entry.created_at),
         "prompt": prompt or None,
-        "paths": [picture.path for picture in entry.pictures if picture.path],
+        "paths": [picture.path for picture in entry.images if picture.path],
         "edited_from": [
             reference.given if reference.task_id is None else f"{reference.task_id}/{reference.index}"
             for reference in entry.references
@@ -180,7 +180,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "charged": entry.charged,
         "credits": credits,
         "usd": None if credits is None else costs.usd(credits),
-        "guess": entry.guessed or None,
+        "guess": entry.is_unconfirmed or None,
         "error": failure.message if failure else None,
     }
     return {name: value for name, value in facts.items() if value not in (None, [])}
@@ -194,17 +194,22 @@ def shortened(value: Any) -> Any:
 
 
 def _failure(entry: Entry) -> Problem | None:
-    if entry.error is not None and not entry.guessed:
+    if entry.error is not None and not entry.is_unconfirmed:
         return entry.error
     task = entry.task
     if task is None or not task.settled or task.status == COMPLETED:
-        if task and task.status == COMPLETED and entry.ended and not any(p.saved for p in entry.pictures):
-            message = "; ".join(dict.fromkeys(p.error for p in entry.pictures if p.error))
-            if all(picture.is_rejected for picture in entry.pictures):
+        if (
+            task
+            and task.status == COMPLETED
+            and entry.stage is not Stage.OPEN
+            and not any(p.is_saved for p in entry.images)
+        ):
+            message = "; ".join(dict.fromkeys(p.error for p in entry.images if p.error))
+            if all(picture.is_rejected for picture in entry.images):
                 return Problem(PictureRejected.code, message, PictureRejected.retryable, PictureRejected.advice)
-            if any(picture.unusable for picture in entry.pictures):
+            if any(picture.is_unusable for picture in entry.images):
                 return Problem(PictureUnusable.code, message, True, PictureUnusable.advice)
-            if entry.pictures and all(picture.lost for picture in entry.pictures):
+            if entry.images and all(picture.is_lost for picture in entry.images):
                 return Problem(LinkExpired.code, message, LinkExpired.retryable, LinkExpired.advice)
             return Problem(
                 "download_failed",
@@ -231,7 +236,7 @@ def _credits(entry: Entry, charged: Charged) -> float | None:
     if charged == "no":
         return 0.0
     task = entry.task
-    return task.credits_used if task and task.status == COMPLETED and not entry.guessed else None
+    return task.credits_used if task and task.status == COMPLETED and not entry.is_unconfirmed else None
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
@@ -248,7 +253,7 @@ def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> Nex
 
 def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
     notes: list[str] = []
-    if joined and entry.phase == "unknown":
+    if joined and entry.phase == Phase.UNKNOWN:
         notes.append(
             "An earlier identical call has this unknown outcome. Nothing was sent again. force_new=true buys another picture."
         )
@@ -259,9 +264,9 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
         )
     asked = entry.request.get("n", 1)
     task = entry.task
-    if task and task.status == COMPLETED and entry.pictures and len(entry.pictures) < asked:
+    if task and task.status == COMPLETED and entry.images and len(entry.images) < asked:
         notes.append(
-            f"The request was for {asked} pictures and EvoLink delivered {len(entry.pictures)}. "
+            f"The request was for {asked} pictures and EvoLink delivered {len(entry.images)}. "
             "Only delivered pictures are charged."
         )
     if task and task.links_left_out:
@@ -277,20 +282,20 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
     notes += _deviations(entry)
     notes += [
         f"The file of picture {picture.index} was moved or deleted."
-        for picture in entry.pictures
+        for picture in entry.images
         if picture.path and not Path(picture.path).is_file()
     ]
     if is_being_sent:
         notes.append("EvoLink has not answered the request yet. It continues in the background and may be charged.")
-    if entry.guessed:
-        notes.append(f"{ADOPTED.message}. {ADOPTED.advice}")
+    if entry.is_unconfirmed:
+        notes.append(f"{UNCONFIRMED.message}. {UNCONFIRMED.advice}")
     return notes
 
 
 def _deviations(entry: Entry) -> list[str]:
     """Return how the saved images differ from the request. None of it is an error."""
     notes: list[str] = []
-    saved = [picture for picture in entry.pictures if picture.saved]
+    saved = [picture for picture in entry.images if picture.is_saved]
     asked = entry.request
     target = _expected(entry)
     mismatch = next((p for p in saved if target and (p.width, p.height) != (target.width, target.height)), None)
@@ -308,13 +313,13 @@ def _deviations(entry: Entry) -> list[str]:
     wanted = asked.get("output_format")
     types = sorted({picture.mime_type.removeprefix("image/") for picture in saved if picture.mime_type})
     notes += [f"EvoLink delivered {kind} instead of {wanted}." for kind in types if wanted not in (None, kind)]
-    clear = [picture for picture in saved if picture.transparent is not None]
+    clear = [picture for picture in saved if picture.transparent_share is not None]
     if asked.get("background") == "transparent" and saved:
         if not clear:
             notes.append("The request was for a transparent background, but the picture has no alpha channel.")
-        elif any(picture.transparent == 0 for picture in clear):
+        elif any(picture.transparent_share == 0 for picture in clear):
             notes.append("The request was for a transparent background, but no pixel of the picture is transparent.")
-    notes += [f"Picture {picture.index} has only one colour." for picture in saved if picture.one_colour]
+    notes += [f"Picture {picture.index} has only one colour." for picture in saved if picture.is_one_colour]
     return notes
 
 

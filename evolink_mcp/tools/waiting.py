@@ -15,7 +15,7 @@ from pydantic import Field, Strict
 
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import EvolinkError
-from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.entry import Entry, Stage
 from evolink_mcp.studio.jobs import Job
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import result
@@ -78,7 +78,7 @@ class Waiting:
             decoder = self.studio.image_store.decoder
             pictures = await previews(out, files, self.preview_edge, host.answer_max, decoder)
             more = links(out) if self.resource_links else []
-            if job.finished and job.problem is None and job.entry.conclusive:
+            if job.finished and job.problem is None and job.entry.has_result:
                 await self._hand_over(job, ctx)
         return result(task_text(out), out, *pictures, *more, is_error=is_error(out))
 
@@ -88,8 +88,8 @@ class Waiting:
             return []
         files: list[Path] = []
         with anyio.move_on_after(FILES_WITHIN_S):
-            for picture in entry.pictures:
-                if picture.saved:
+            for picture in entry.images:
+                if picture.is_saved:
                     with suppress(OSError, EvolinkError):
                         files.append(await self.studio.image_store.local_file(entry.task_id, picture))
         return files
@@ -173,7 +173,7 @@ class _Progress:
         if self._last >= 100 or (entry.task is None and anyio.current_time() < self._speak_from):
             return
         known = (entry.task.progress if entry.task else None) or 0.0
-        value = 100.0 if entry.ended else min(known, 99.0)
+        value = 100.0 if entry.stage is not Stage.OPEN else min(known, 99.0)
         self._last = value if value > self._last else self._last + (99.9 - self._last) / 100
         await self._report(round(self._last, 4), 100.0, _progress_words(entry))
 
@@ -181,7 +181,7 @@ class _Progress:
 def _progress_words(entry: Entry) -> str:
     if entry.task is None:
         return "waiting for EvoLink to take the request"
-    saved = sum(picture.saved for picture in entry.pictures)
+    saved = sum(picture.is_saved for picture in entry.images)
     if entry.status == COMPLETED:
         return f"{entry.task.id} completed, {saved} of {len(entry.task.results)} saved"
     progress = f" {entry.task.progress:.0f} %" if entry.task.progress is not None else ""

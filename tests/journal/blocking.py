@@ -30,14 +30,14 @@ class BlockingJournal:
 class BlockingPostgres:
     """A `PostgresJournal` of a server of its own, whose methods block. `close` ends the server."""
 
-    def __init__(self, url: str, portal: Any, account: str = "", *, strict: bool = False, **more: Any) -> None:
+    def __init__(self, url: str, portal: Any, account: str = "", *, has_tenants: bool = False, **more: Any) -> None:
         from evolink_mcp.teams.database import Database
         from evolink_mcp.teams.postgres import PostgresJournal
 
         self.database = Database(url, **more)
         self._portal = portal
         portal.call(self.database.open)
-        self._journal = PostgresJournal(self.database, account, strict=strict)
+        self._journal = PostgresJournal(self.database, account, has_tenants=has_tenants)
 
     def __getattr__(self, name: str) -> Any:
         return _blocking(self._journal, name, self._portal.call)

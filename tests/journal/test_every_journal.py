@@ -13,7 +13,7 @@ from blocking import BlockingJournal, BlockingPostgres, a_loop
 
 from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import Problem, TaskKnown, TooManyRunning
-from evolink_mcp.journal.entry import Entry, Picture, new_key
+from evolink_mcp.journal.entry import Entry, ResultImage, new_key
 
 NOW = 1_790_000_000.0
 Open = Callable[..., Any]
@@ -34,8 +34,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     all_of_them: list[Any] = []
     if request.param == "sqlite":
 
-        def journal(*account: str, strict: bool = False) -> Any:
-            all_of_them.append(BlockingJournal(tmp_path / "data", *account, strict=strict, clock=lambda: NOW))
+        def journal(*account: str, has_tenants: bool = False) -> Any:
+            all_of_them.append(BlockingJournal(tmp_path / "data", *account, has_tenants=has_tenants, clock=lambda: NOW))
             return all_of_them[-1]
 
         yield journal
@@ -45,8 +45,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     url = request.getfixturevalue("cluster").database()
     with a_loop() as portal:
 
-        def journal(*account: str, strict: bool = False) -> Any:
-            all_of_them.append(BlockingPostgres(url, portal, *account, strict=strict, grace_s=0.0))
+        def journal(*account: str, has_tenants: bool = False) -> Any:
+            all_of_them.append(BlockingPostgres(url, portal, *account, has_tenants=has_tenants, grace_s=0.0))
             return all_of_them[-1]
 
         yield journal
@@ -56,7 +56,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
 
 def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
     journal = opened()
-    picture = Picture(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
+    picture = ResultImage(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
     whole = entry(
         journal, phase="submitted", fingerprint="f", request={"prompt": "a “fox” \ud800 🦊", "n": 2}, estimate=1.5,
         save_as="hero.png", task=task(status="completed", results=("https://x.example/1",), credits_used=0.25,
@@ -64,9 +64,9 @@ def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
         error=Problem("a", "b", True, "c"),
     )  # fmt: skip
     journal.intend(whole)
-    journal.keep(replace(whole, pictures=(picture,)))
+    journal.keep(replace(whole, images=(picture,)))
     journal.deliver(whole.key, NOW)
-    assert opened().by_key(whole.key) == replace(whole, pictures=(picture,), delivered_at=NOW)
+    assert opened().by_key(whole.key) == replace(whole, images=(picture,), delivered_at=NOW)
     assert opened().by_task("task-unified-1") == opened().recent(5)[0]
 
 
@@ -74,7 +74,7 @@ def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open)
     one, other = opened(), opened()
     early = entry(one, task=task(status="completed"), phase="submitted")
     one.intend(early)
-    assert other.keep(replace(early, pictures=(Picture(0, "u", NOW, path="/x"),))) is False
+    assert other.keep(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
     assert other.update(replace(early, phase="unknown")) is False
     other.deliver(early.key, NOW)
     assert one.by_key(early.key) == replace(early, delivered_at=NOW)
@@ -114,7 +114,7 @@ def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) 
         pytest.param({"phase": "submitted", "task": task(status="failed")}, 0.0, id="failed"),
         pytest.param({"phase": "submitted", "task": task(status="completed", credits_used=1.2)}, 1.2, id="the charge"),
         pytest.param(
-            {"phase": "found", "task": task(status="completed", credits_used=1.2)}, 0.0, id="bought elsewhere"
+            {"phase": "external", "task": task(status="completed", credits_used=1.2)}, 0.0, id="bought elsewhere"
         ),
         pytest.param({"phase": "submitted", "task": task(), "created_at": NOW - 86_400}, 0.0, id="yesterday"),
     ],
@@ -143,7 +143,7 @@ def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> 
     done = replace(
         entry(dead, phase="submitted", fingerprint="f", caller=dead.owner),
         task=task(status="completed"),
-        pictures=(Picture(0, "u", NOW, path="/x"),),
+        images=(ResultImage(0, "u", NOW, path="/x"),),
     )
     dead.intend(done)
     assert heir.undelivered(("f",), 0) == []
@@ -155,46 +155,46 @@ def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> 
 @pytest.mark.parametrize(
     ("picture", "adopted"),
     [
-        pytest.param(Picture(0, "u", NOW, path="/x"), False, id="saved"),
-        pytest.param(Picture(0, "u", NOW, error="no room"), True, id="failed and to be tried again"),
-        pytest.param(Picture(0, "u", NOW, error="expired", lost=True), False, id="lost for good"),
+        pytest.param(ResultImage(0, "u", NOW, path="/x"), False, id="saved"),
+        pytest.param(ResultImage(0, "u", NOW, error="no room"), True, id="failed and to be tried again"),
+        pytest.param(ResultImage(0, "u", NOW, error="expired", is_lost=True), False, id="lost for good"),
     ],
 )
 def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
-    opened: Open, picture: Picture, adopted: bool
+    opened: Open, picture: ResultImage, adopted: bool
 ) -> None:
     dead, heir = opened(), opened()
-    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), pictures=(picture,)))
+    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), images=(picture,)))
     dead.close()
     assert bool(heir.adopt()) == adopted
 
 
-def test_an_account_sees_its_own_entries_and_those_without_a_mark(opened: Open) -> None:
-    anna, ben, strict = opened("a1"), opened("b2"), opened("c3", strict=True)
+def test_an_account_sees_only_its_own_entries(opened: Open) -> None:
+    anna = opened("a1")
+    ben = opened("b2")
     anna.intend(hers := entry(anna, fingerprint="f", task=task("1"), phase="submitted", estimate=2.0))
-    anna.intend(unmarked := entry(anna, fingerprint="f", account="", created_at=NOW - 1))
-    assert anna.recent(9) == [hers, unmarked]
-    assert ben.recent(9) == [unmarked]
-    assert strict.recent(9) == []
+    anna.remember_upload("ab", "https://x.example/1", NOW)
+    assert anna.recent(9) == [hers]
+    assert ben.recent(9) == []
     assert ben.by_key(hers.key) is None
     assert ben.by_task("task-unified-1") is None
-    assert (anna.known_tasks(["task-unified-1", "x"]), ben.known_tasks(["task-unified-1"])) == (
-        {"task-unified-1"},
-        set(),
-    )
-    assert [one.key for one in ben.undelivered(("f", "g"), 0)] == [unmarked.key]
+    assert anna.known_tasks(["task-unified-1", "x"]) == {"task-unified-1"}
+    assert ben.known_tasks(["task-unified-1"]) == set()
+    assert ben.undelivered(("f", "g"), 0) == []
+    assert anna.undelivered(("f", "g"), 0) == [hers]
     assert (ben.spent_since(0), anna.spent_since(0)) == (0.0, 2.0)
-    assert (ben.acquire(hers.key), strict.acquire(unmarked.key)) == (False, False)
-    assert (anna.has_strangers(), ben.has_strangers()) == (False, True)
+    assert ben.acquire(hers.key) is False
+    assert ben.find_upload("ab", 0) is None
 
 
-def test_who_gets_the_mark_of_an_unmarked_entry_has_it_alone(opened: Open) -> None:
-    anna, ben = opened("a1"), opened("b2")
-    anna.intend(unmarked := entry(anna, account=""))
-    ben.mark(unmarked.key)
-    anna.mark(unmarked.key)
-    assert anna.by_key(unmarked.key) is None
-    assert ben.by_key(unmarked.key).account == "b2"
+def test_a_server_without_a_key_sees_all_entries_unless_tenants_share_the_journal(opened: Open) -> None:
+    anna = opened("a1")
+    ben = opened("b2")
+    anna.intend(hers := entry(anna))
+    ben.intend(his := entry(ben, created_at=NOW - 1))
+    assert opened().recent(9) == [hers, his]
+    assert opened("", has_tenants=True).recent(9) == []
+    assert opened("", has_tenants=True).by_key(hers.key) is None
 
 
 def test_a_task_has_one_entry_an_account(opened: Open) -> None:
@@ -246,7 +246,7 @@ def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -
     for one in entries:
         journal.intend(one)
     saved = replace(entries[1], phase="submitted", task=task(status="completed"),
-                    pictures=(Picture(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
+                    images=(ResultImage(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
     journal.keep(saved)
     newest = [entries[2], saved, entries[0]]
     assert journal.recent(9) == newest
@@ -325,7 +325,7 @@ def test_only_so_many_tasks_of_an_account_are_under_way(opened: Open, more: dict
     if not counts:
         assert other.intend(entry(other), running=1) is None
         return
-    with pytest.raises(TooManyRunning, match="1 of 1"):
+    with pytest.raises(TooManyRunning, match="the limit of 1 running tasks is reached"):
         other.intend(entry(other), running=1, cap=100.0)
     assert other.intend(entry(other), running=2) is None
     assert len(one.recent(9)) == 2

@@ -22,9 +22,10 @@ from conftest import KEY, Open
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.entry import Entry, fingerprint, new_key
+from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, fingerprint, new_key
 from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.rows import COLUMNS
+from evolink_mcp.journal.migrations import MIGRATIONS, migrate, move_command
+from evolink_mcp.journal.sqlite import read_entries
 
 NOW = 1_790_000_000.0
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
@@ -36,6 +37,12 @@ def entry(journal: BlockingJournal, **more: Any) -> Entry:
 
 def task(name: str = "1", status: str = "pending", **more: Any) -> Task:
     return Task(f"task-unified-{name}", status, **more)
+
+
+PENDING = ResultImage(0, "u", NOW)
+SAVED = ResultImage(0, "u", NOW, path="/x")
+FAILED = ResultImage(1, "u", NOW, error="no room")
+LOST = ResultImage(1, "u", NOW, error="expired", is_lost=True)
 
 
 @pytest.fixture
@@ -53,59 +60,107 @@ def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
 
 
 Opened = Callable[[], BlockingJournal]
-RELEASED = sorted((Path(__file__).parent / "released").glob("*.sqlite3"))
 
 
-@pytest.fixture(params=RELEASED, ids=lambda path: path.stem)
-def released(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlockingJournal]:
-    """A journal that a released version wrote, opened by this one. Its twelve entries were made one second apart."""
-    (tmp_path / "data").mkdir()
-    shutil.copy(request.param, tmp_path / "data" / FILE_NAME)
-    journal = BlockingJournal(tmp_path / "data", clock=lambda: NOW)
-    yield journal
+# --- versions ------------------------------------------------------------------------------------------------
+
+
+def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entries(opened: Opened) -> None:
+    journal = opened()
+    journal.intend(early := entry(journal))
     journal.close()
+    migrations = (
+        *MIGRATIONS,
+        "ALTER TABLE entries ADD COLUMN mood TEXT NOT NULL DEFAULT 'calm'; CREATE TABLE moods (x)",
+    )
+    with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
+        migrate(db, migrations)
+        migrate(db, migrations)
+        assert db.execute("SELECT key, mood FROM entries").fetchall() == [(early.key, "calm")]
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
 
 
-def test_there_is_a_journal_of_every_released_version() -> None:
-    assert [path.stem for path in RELEASED] == ["0.1.0"]
+def test_a_migration_that_fails_changes_nothing(opened: Opened) -> None:
+    journal = opened()
+    journal.intend(early := entry(journal))
+    journal.close()
+    with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
+        with pytest.raises(sqlite3.OperationalError):
+            migrate(db, (*MIGRATIONS, "CREATE TABLE moods (x); CREATE TABLE moods (x)"))
+        assert db.execute("SELECT name FROM sqlite_master WHERE name = 'moods'").fetchall() == []
+    assert opened().recent(5) == [replace(early, owner="")]
 
 
-def test_a_released_journal_keeps_every_entry(released: BlockingJournal) -> None:
-    entries = list(reversed(released.recent(50)))
-    assert released.set_aside is None
-    assert [entry.created_at for entry in entries] == [NOW + number for number in range(1, 13)]
-    assert [entry.key for entry in entries] == [f"evomcp-{number:032x}" for number in range(1, 13)]
-    assert [(entry.phase, entry.status, entry.charged) for entry in entries] == [
-        ("intent", "pending", "no"),
-        ("sending", "unknown", "unknown"),
-        ("submitted", "processing", "unknown"),
-        ("submitted", "completed", "yes"),
-        ("submitted", "completed", "yes"),
-        ("submitted", "completed", "yes"),
-        ("submitted", "failed", "no"),
-        ("refused", "failed", "no"),
-        ("unsent", "failed", "no"),
-        ("unknown", "unknown", "unknown"),
-        ("submitted", "completed", "unknown"),  # a guess
-        ("found", "completed", "yes"),
-    ]
-    assert [entry.closed for entry in entries] == [number not in (1, 2, 3, 5) for number in range(1, 13)]
-    assert round(released.spent_since(0), 4) == 35.9982
-    assert released.find_upload("cd" * 32, 0) is None  # it does not tell whose it is, and uploads are free
+@pytest.mark.parametrize("version", [1, 5])
+def test_a_journal_of_an_unpublished_build_is_refused_with_the_command_that_moves_it_away(
+    opened: Opened, tmp_path: Path, version: int
+) -> None:
+    journal = opened()
+    journal.folder.mkdir()
+    with closing(sqlite3.connect(journal.path)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("CREATE TABLE entries (key TEXT PRIMARY KEY)")
+        db.execute(f"PRAGMA user_version = {version}")
+    for read in (lambda: journal.recent(5), lambda: read_entries(journal.folder, 5)):
+        with pytest.raises(JournalUnwritable, match=r"an unpublished build wrote it; move it away: ") as refused:
+            read()
+        assert str(journal.path) in refused.value.message
+        assert move_command(journal.path) in refused.value.message
+    journal.close()
+    subprocess.run(move_command(journal.path), shell=True, check=True, cwd=journal.folder)
+    assert Path(f"{journal.path}.old").exists()
+    fresh = opened()
+    fresh.intend(new := entry(fresh))
+    assert fresh.recent(5) == [new]
 
 
-def test_a_released_journal_is_taken_over_and_written_on(released: BlockingJournal) -> None:
-    left = released.adopt()
-    assert sorted(entry.created_at - NOW for entry in left) == [1, 2, 3, 5]
-    lost = next(entry for entry in left if entry.phase == "sending")
-    released.update(replace(lost, phase="unknown"))
-    assert released.by_key(lost.key) == replace(lost, phase="unknown")
-    with sqlite3.connect(released.path) as db:
-        columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
-        still_open = db.execute("SELECT count(*) FROM entries WHERE closed = 0").fetchone()[0]
-    db.close()
-    assert columns == list(COLUMNS)
-    assert still_open == 3
+def test_the_command_that_moves_a_journal_away_fits_the_platform() -> None:
+    path = Path("/home/ann lee/data/journal.sqlite3")
+    assert (
+        move_command(path, "linux")
+        == "mv '/home/ann lee/data/journal.sqlite3' '/home/ann lee/data/journal.sqlite3.old'"
+    )
+    assert move_command(path, "darwin") == move_command(path, "linux")
+    assert move_command(path, "win32") == f'ren "{path}" "journal.sqlite3.old"'
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "charged", "stage"),
+    [
+        ({"phase": Phase.INTENT}, "pending", "no", Stage.OPEN),
+        ({"phase": Phase.SENDING}, "unknown", "unknown", Stage.OPEN),
+        ({"phase": Phase.REFUSED}, "failed", "no", Stage.FINAL),
+        ({"phase": Phase.UNSENT}, "failed", "no", Stage.FINAL),
+        ({"phase": Phase.UNKNOWN}, "unknown", "unknown", Stage.FINAL),
+        ({"task": task(status="processing")}, "processing", "unknown", Stage.OPEN),
+        ({"task": task(status="completed")}, "completed", "yes", Stage.OPEN),
+        ({"task": task(status="completed"), "images": (SAVED,)}, "completed", "yes", Stage.FINAL),
+        ({"task": task(status="completed"), "images": (SAVED, FAILED)}, "completed", "yes", Stage.DELIVERABLE),
+        ({"task": task(status="completed"), "images": (SAVED, PENDING)}, "completed", "yes", Stage.OPEN),
+        ({"task": task(status="completed"), "images": (LOST,)}, "completed", "yes", Stage.FINAL),
+        ({"task": task(status="failed")}, "failed", "no", Stage.FINAL),
+        (
+            {"task": task(status="completed"), "error": UNCONFIRMED, "images": (SAVED,)},
+            "completed",
+            "unknown",
+            Stage.FINAL,
+        ),
+        (
+            {"task": task(status="completed"), "phase": Phase.EXTERNAL, "images": (SAVED,)},
+            "completed",
+            "yes",
+            Stage.FINAL,
+        ),
+    ],
+)
+def test_status_charge_and_stage_follow_from_phase_task_and_images(
+    facts: dict[str, Any], status: str, charged: str, stage: Stage
+) -> None:
+    one = Entry(**{"key": "k", "owner": "o", "phase": Phase.SUBMITTED, "created_at": NOW, **facts})
+    assert (one.status, one.charged, one.stage) == (status, charged, stage)
+
+
+# --- the file ------------------------------------------------------------------------------------------------
 
 
 def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
@@ -285,8 +340,8 @@ def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Ope
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("task", b'{"id": 1'), ("task", b"[]"), ("request", b"7"), ("pictures", b'[{"shape": "round"}]'),
-        ("error", b"\xff\xfe"), ("pictures", b"null"),
+        ("task", b'{"id": 1'), ("task", b"[]"), ("request", b"7"), ("images", b'[{"shape": "round"}]'),
+        ("error", b"\xff\xfe"), ("images", b"null"),
     ],
 )  # fmt: skip
 def test_an_entry_that_makes_no_sense_is_named_and_the_others_are_served(

@@ -421,7 +421,7 @@ async def test_misbehaving_connections_only_cost_a_look(
                 async for _ in job.states():
                     pass
                 assert job.problem is None
-                assert [picture.saved for picture in job.entry.pictures] == [True]
+                assert [picture.is_saved for picture in job.entry.images] == [True]
     assert gateway.posts == 1
 
 

@@ -135,10 +135,11 @@ async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
 ) -> None:
     """Before `sending` is on disk, provably nothing left; after it, nobody knows until EvoLink is asked."""
     clock = Clock()
-    dead = SqliteJournal(tmp_path / "data", clock=clock)
-    await dead.intend(Entry(new_key(), dead.owner, phase, clock.now, request=WISH, caller=dead.owner))
-    await dead.close()
     async with open_world(simulator=QuickSimulator(clock=clock), clock=clock) as world, world.client() as client:
+        dead = SqliteJournal(tmp_path / "data", world.studio.journal.account, clock=clock)
+        entry = Entry(new_key(), dead.owner, phase, clock.now, request=WISH, account=dead.account, caller=dead.owner)
+        await dead.intend(entry)
+        await dead.close()
         await listed(client)
         while (tasks := await listed(client))[0]["error"] is None:
             await anyio.sleep(0)

@@ -13,7 +13,7 @@ from conftest import Clock, Open, PlainSimulator, World
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.size_grammar import meant
-from evolink_mcp.journal.entry import account_mark
+from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.simulator import rules
 from evolink_mcp.studio.purchase import price_of
@@ -152,7 +152,7 @@ async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
 
 async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
     one, other, keyless = (
-        SqliteJournal(tmp_path, mark) for mark in (account_mark("a", "u"), account_mark("b", "u"), "")
+        SqliteJournal(tmp_path, mark) for mark in (account_id_of("a", "u"), account_id_of("b", "u"), "")
     )
     assert await keyless.learned("size_rule") is None
     assert not list(tmp_path.iterdir())

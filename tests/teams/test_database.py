@@ -22,7 +22,7 @@ from evolink_mcp.api.task import Task
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import News
-from evolink_mcp.journal.entry import ADOPTED, Entry, new_key
+from evolink_mcp.journal.entry import UNCONFIRMED, Entry, new_key
 from evolink_mcp.teams.settings import TeamSettings
 
 psycopg = pytest.importorskip("psycopg")
@@ -31,6 +31,7 @@ from evolink_mcp.teams.database import LOCKS, STOP_AFTER_S, Database, open_datab
 from evolink_mcp.teams.database_url import Address  # noqa: E402
 from evolink_mcp.teams.orphans import TENANT, tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
+from evolink_mcp.teams.schema import MOVE_OLD_TABLES, OLD_TABLES, read_entries  # noqa: E402
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -220,19 +221,19 @@ async def test_changes_are_told_to_the_other_servers_of_the_account(opened: Any,
         task = Task("task-unified-1", "pending")
         await one.update(replace(mine, phase="submitted", task=task))
         await one.release(mine.key)
-        await one.intend(unmarked := entry(one, account=""))
         progress = News(mine.key, task.id, replace(task, progress=40.0))
         await one.tell(progress)
         await one.tell(News(mine.key, task.id, replace(task, results=("https://x.example/" + "x" * 9000,))))
         await one._database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 nonsense')"))
         await one._database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 {\"task\": {\"x\": 1}}')"))
         await other.tell(News(call=("session x", 7)))
-        await until(lambda: len(told) == 7)
+        await PostgresJournal(other._database, "b2").tell(News("for b2 only"))
+        await until(lambda: len(told) == 6)
     changed = News(mine.key, task.id)
     assert [news for name, news in told if name == "other"] == [
-        News(mine.key), changed, changed, News(unmarked.key), progress
+        News(mine.key), changed, changed, progress
     ]  # fmt: skip
-    assert [news for name, news in told if name == "b2"] == [News(unmarked.key)]
+    assert [news for name, news in told if name == "b2"] == [News("for b2 only")]
     assert [news for name, news in told if name == "one"] == [News(call=("session x", 7))]
 
 
@@ -269,7 +270,7 @@ async def test_an_id_that_was_told_is_written_even_if_another_server_has_taken_t
     assert await other.acquire(mine.key)
     taken = replace(sent, owner=other.owner)
     if guess is not None:
-        taken = replace(taken, phase="submitted", task=Task(guess, "pending"), error=ADOPTED)
+        taken = replace(taken, phase="submitted", task=Task(guess, "pending"), error=UNCONFIRMED)
     assert await other.update(taken)
     told = replace(sent, phase="submitted", task=Task("task-unified-told", "pending"))
     assert await one.update(told) is True
@@ -337,17 +338,36 @@ async def test_servers_that_start_together_make_the_tables_once(url: str, cluste
             group.start_soon(starts)
     assert len(numbers) == 6
     with cluster.admin(name_of(url)) as db:
-        assert db.execute("SELECT version FROM evolink_schema").fetchall() == [(1,)]
+        assert db.execute("SELECT version FROM evolink_version").fetchall() == [(1,)]
 
 
 async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) -> None:
     async with open_database(url):
         pass
     with cluster.admin(name_of(url)) as db:
-        db.execute("UPDATE evolink_schema SET version = 99")
+        db.execute("UPDATE evolink_version SET version = 99")
         with pytest.raises(JournalUnwritable, match="of version 99 and this program knows 1: a newer version"):
             await Database(url).open()
-        assert db.execute("SELECT version FROM evolink_schema").fetchall() == [(99,)]
+        assert db.execute("SELECT version FROM evolink_version").fetchall() == [(99,)]
+
+
+async def test_tables_of_an_unpublished_build_are_refused_with_the_statements_that_move_them_away(
+    url: str, cluster: Any
+) -> None:
+    with cluster.admin(name_of(url)) as db:
+        for name in OLD_TABLES:
+            db.execute(f"CREATE TABLE {name} (version INTEGER NOT NULL)")
+        with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away") as refused:
+            await Database(url).open()
+        with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away"):
+            read_entries(url, 5)
+        for statement in MOVE_OLD_TABLES.split("; "):
+            assert statement in refused.value.message
+            db.execute(statement)
+    async with open_database(url) as database:
+        journal = PostgresJournal(database, "a1")
+        await journal.intend(mine := entry(journal))
+        assert await journal.recent(5) == [mine]
 
 
 # --- an address that is wrong ---
@@ -516,11 +536,11 @@ async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_serv
         await until(lambda: world.studio.journal._database.alive)
         job.wake()
         await until(lambda: job.following or job.finished)
-        assert (job.entry.phase, job.entry.task_id, job.entry.guessed) == ("submitted", facts["task_id"], False)
+        assert (job.entry.phase, job.entry.task_id, job.entry.is_unconfirmed) == ("submitted", facts["task_id"], False)
         await world.studio._recorder.flush()
         found = await _entry_of(world.studio, facts["task_id"])
     assert found is not None
-    assert (found.phase, found.guessed, world.posts) == ("submitted", False, 1)
+    assert (found.phase, found.is_unconfirmed, world.posts) == ("submitted", False, 1)
 
 
 async def _entry_of(studio: Any, task_id: str) -> Entry | None:

@@ -28,7 +28,7 @@ from evolink_mcp.api.task import Task
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.references import REFERENCE_MAX_BYTES
-from evolink_mcp.journal.entry import Entry, Picture
+from evolink_mcp.journal.entry import Entry, ResultImage
 from evolink_mcp.studio import runner as workshop
 from evolink_mcp.teams.object_store import Links, ObjectStore
 from evolink_mcp.teams.remote_images import RemoteImageStore
@@ -102,10 +102,10 @@ async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without
     tmp_path: Path, decoder: Decoder
 ) -> None:
     (old := tmp_path / "fox.png").write_bytes(PNG)
-    picture = Picture(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
-    entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), pictures=(picture,))
+    picture = ResultImage(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
+    entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), images=(picture,))
     image_store = RemoteImageStore(EvolinkClient(None), "a1", None, tmp_path / "copies", decoder)
-    assert (await image_store.entry_for_caller(entry)).pictures[0].path is None
+    assert (await image_store.entry_for_caller(entry)).images[0].path is None
     assert await image_store.local_file("task-unified-1-abcdefgh", picture) == old
 
 

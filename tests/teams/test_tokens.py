@@ -314,7 +314,7 @@ async def test_what_was_bought_before_there_were_tenants_is_nobodys(tmp_path: Pa
     from evolink_mcp.journal.sqlite import SqliteJournal
 
     old = SqliteJournal(tmp_path / "data")
-    entry = Entry.bought_elsewhere(Task("task-unified-1757156493-imcg5zqt", status="completed"), 1.0)
+    entry = Entry.external(Task("task-unified-1757156493-imcg5zqt", status="completed"), 1.0)
     await old.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
     await old.close()
     async with office(tmp_path, ANNA) as town:

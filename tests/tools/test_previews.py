@@ -19,7 +19,7 @@ from PIL import Image
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.images.previews import preview
-from evolink_mcp.journal.entry import Entry, Picture, new_key
+from evolink_mcp.journal.entry import Entry, ResultImage, new_key
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -56,13 +56,15 @@ async def own(world: World, number: int, picture: Path, *, pictures: int = 10, *
         os.link(picture, path)
         url = f"https://cdn.example.org/{task_id}/{'0' * 60}-{index}.png"
         saved.append(
-            Picture(index, url, now + 86_400, str(path), "image/png", *UHD, path.stat().st_size, "0123456789abcdef" * 4)
+            ResultImage(
+                index, url, now + 86_400, str(path), "image/png", *UHD, path.stat().st_size, "0123456789abcdef" * 4
+            )
         )
     task = Task(task_id, COMPLETED, 100.0, now, results=tuple(one.url for one in saved), credits_used=42.0)
     asked = {"model": "gpt-image-2", "prompt": "a fox", "size": "16:9", "resolution": "4K", "n": pictures, **request}
     journal = world.studio.journal
     entry = Entry(new_key(), journal.owner, "submitted", now - number, request=asked, task=task,
-                  pictures=tuple(saved), account=journal.account)  # fmt: skip
+                  images=tuple(saved), account=journal.account)  # fmt: skip
     await journal.intend(entry)
     return task_id
 
