@@ -51,9 +51,10 @@ def check_origin(db: sqlite3.Connection, path: Path) -> None:
     """
     import sqlite3
 
+    # The number of tables is read first: another server may make tables and application ID in between, never apart.
+    (table_count,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application_id,) = db.execute("PRAGMA application_id").fetchone()
-    (pages,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if pages and application_id != APPLICATION_ID:
+    if table_count and application_id != APPLICATION_ID:
         raise sqlite3.OperationalError(f"an unpublished build wrote it; move it away: {move_command(path)}")
 
 
