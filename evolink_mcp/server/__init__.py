@@ -1,1 +1,1 @@
-"""One MCP server: the tools, and the resources, prompts, gallery and Tasks extension beside them."""
+"""The MCP server: tools, resources, prompts, gallery and the Tasks extension."""

@@ -1,6 +1,6 @@
-"""The gallery as an MCP App: one page that hosts show beside generate_image and get_task.
+"""The gallery, an MCP App: a page that hosts show beside the answers of generate_image and get_task.
 
-It is an addition: every answer is whole without it.
+It is optional: every answer is complete without it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PAGE = Path(__file__).with_name("gallery.html")
 
 
 def gallery() -> Apps:
-    """The extension with its one page, read from disk when a host asks for it.
+    """Return the extension with its page. The page is read from disk at each request.
 
-    It asks for no outside origin and no permission: pictures come through the host as `resources/read`, which every
-    host's default policy lets it show.
+    The page needs no external origin and no permission. It reads images through the host with `resources/read`, and
+    every host's default policy allows it to show them.
     """
     apps = Apps()
     apps.add_resource(

@@ -1,7 +1,7 @@
-"""Tasks, pictures and size tables as MCP resources: `evolink://tasks/…`, `evolink://images/…`, `evolink://sizes`.
+"""Tasks, images and size tables as MCP resources: `evolink://tasks/…`, `evolink://images/…`, `evolink://sizes`.
 
-A client can watch a task's resource and is told of every new state: through `subscriptions/listen` in protocol
-2026-07-28, through `resources/subscribe` before.
+A client can subscribe to a task and gets a notification for each new state. Protocol 2026-07-28 has
+`subscriptions/listen` for this, older versions have `resources/subscribe`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,18 @@ from evolink_mcp.tools.task_answer import task_out
 # TypeScript stdio clients close the connection on a message above 10 MiB; base64 adds a third.
 IMAGE_MAX_BYTES = 7_000_000
 TASK_URI = "evolink://tasks/"
-WATCHED_MAX = 1_000
+SUBSCRIPTIONS_MAX = 1_000
 
 
 def add_resources(server: MCPServer[Any], studio: Studio) -> None:
-    """Publish the three kinds of resources of one studio, and tell the watchers of a task about its changes."""
+    """Publish the resources of one studio, and notify subscribers when a task changes."""
 
-    @server.resource("evolink://sizes", title="Size tables", mime_type="text/markdown",
-                     description="All ratio and tier combinations in pixels, by both rules.")  # fmt: skip
+    @server.resource(
+        "evolink://sizes",
+        title="Size tables",
+        mime_type="text/markdown",
+        description="The pixels of each ratio and tier, by both size rules.",
+    )
     def size_tables() -> str:
         parts = [
             f"## {rule}{' (in use)' if rule == studio.size_rule.current else ''}\n\n{sizes.table(rule)}"
@@ -49,28 +53,36 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
         ]
         return "# Sizes of gpt-image-2\n\n" + "\n\n".join(parts) + "\n"
 
-    @server.resource("evolink://tasks/{task_id}", title="Task", mime_type="application/json",
-                     description="What is known of a task, as get_task answers it, without waiting.")  # fmt: skip
+    @server.resource(
+        "evolink://tasks/{task_id}",
+        title="Task",
+        mime_type="application/json",
+        description="A task, as get_task returns it, without waiting.",
+    )
     async def task(task_id: str) -> str:
         entry = await _entry(studio, task_id)
         if entry is None:
             raise ResourceNotFoundError(
-                f"there is no task {harmless(task_id, 60)} here; get_task may find it at EvoLink"
+                f"there is no task {harmless(task_id, 60)} here. get_task may find it at EvoLink."
             )
         shown = task_out(await studio.image_store.entry_for_caller(entry))
         return json.dumps(scrub(shown.model_dump(mode="json")), ensure_ascii=False)
 
-    @server.resource("evolink://images/{task_id}/{index}", title="Picture", mime_type="image/png",
-                     description="A saved picture in full.")  # fmt: skip
+    @server.resource(
+        "evolink://images/{task_id}/{index}",
+        title="Picture",
+        mime_type="image/png",
+        description="A saved picture in full size.",
+    )
     async def image(task_id: str, index: str) -> bytes:
         entry = await _entry(studio, task_id)
         picture = next((p for p in entry.images if str(p.index) == index), None) if entry else None
         if entry is None or picture is None or not picture.is_saved:
             raise ResourceNotFoundError(
-                f"there is no saved picture {harmless(index, 20)} of {harmless(task_id, 60)}; call get_task"
+                f"task {harmless(task_id, 60)} has no saved picture {harmless(index, 20)}. Call get_task."
             )
 
-        async def places() -> str:
+        async def locations() -> str:
             shown = next(
                 p for p in (await studio.image_store.entry_for_caller(entry)).images if p.index == picture.index
             )
@@ -80,18 +92,20 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             file = await studio.image_store.local_file(task_id, picture)
             size, data = await anyio.to_thread.run_sync(_read, file)
         except EvolinkError as error:
-            raise ResourceError(f"{error.message}; its places: {await places()}") from error
+            raise ResourceError(f"{error.message}. Locations: {await locations()}") from error
         except OSError as error:
             raise ResourceNotFoundError(
-                f"the file cannot be read ({error.strerror or error}); its places: {await places()}"
+                f"the file cannot be read ({error.strerror or error}). Locations: {await locations()}"
             ) from error
         if size > IMAGE_MAX_BYTES:
-            raise ResourceError(f"the picture has {size:,} bytes, too many for one message; it is at {await places()}")
+            raise ResourceError(
+                f"the picture has {size:,} bytes, too many for one message. Locations: {await locations()}"
+            )
         if sniff(data[:16]) is None:
-            raise ResourceError(f"what was saved is no picture any more; its places: {await places()}")
+            raise ResourceError(f"the file is not a picture any more. Locations: {await locations()}")
         return data
 
-    _tell_of_changes(server, studio)
+    _publish_changes(server, studio)
 
 
 async def _entry(studio: Studio, task_id: str) -> Entry | None:
@@ -102,7 +116,7 @@ async def _entry(studio: Studio, task_id: str) -> Entry | None:
 
 
 def _read(path: Path) -> tuple[int, bytes]:
-    """Size in bytes and content; no content if it is more than IMAGE_MAX_BYTES."""
+    """Return size in bytes and content. The content is empty if it is larger than IMAGE_MAX_BYTES."""
     with open_plain(path) as file:
         data = file.read(IMAGE_MAX_BYTES + 1)
         return (len(data), data) if len(data) <= IMAGE_MAX_BYTES else (path.stat().st_size, b"")
@@ -111,76 +125,80 @@ def _read(path: Path) -> tuple[int, bytes]:
 # --- changes, in both protocol eras ------------------------------------------------------------------------
 
 
-def _tell_of_changes(server: MCPServer[Any], studio: Studio) -> None:
-    # mcp 2.3: MCPServer publishes neither its bus nor a way to answer requests that it does not know.
-    bus, wire = server._subscriptions, server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - see above
-    watchers = _Watchers()
+def _publish_changes(server: MCPServer[Any], studio: Studio) -> None:
+    # mcp 2.3: the bus of MCPServer has no public name.
+    bus = server._subscriptions  # pyright: ignore[reportPrivateUsage] - see above
+    # mcp 2.3: only the low-level server can add a request handler.
+    lowlevel = server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - see above
+    subscribers = _Subscribers()
 
-    async def tell(task_id: str) -> None:
+    async def publish(task_id: str) -> None:
         uri = TASK_URI + task_id
         await bus.publish(ResourceUpdated(uri=uri))
-        await watchers.tell(uri)
+        await subscribers.notify(uri)
 
-    studio.subscribe(tell)
-    wire.add_request_handler("resources/subscribe", SubscribeRequestParams, watchers.subscribe)
-    wire.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, watchers.unsubscribe)
+    studio.subscribe(publish)
+    lowlevel.add_request_handler("resources/subscribe", SubscribeRequestParams, subscribers.subscribe)
+    lowlevel.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, subscribers.unsubscribe)
 
 
-class _Watchers:
-    """Connections of the older protocol and the tasks that each of them watches; one that ends is forgotten."""
+class _Subscribers:
+    """The subscriptions of each open connection in the older protocol versions."""
 
     def __init__(self) -> None:
-        self._watched: dict[Connection, set[str]] = {}
+        self._uris: dict[Connection, set[str]] = {}
 
     async def subscribe(self, context: ServerRequestContext[Any, Any], params: SubscribeRequestParams) -> EmptyResult:
         uri = str(params.uri)
         if not re.match(r"evolink://(tasks/|images/|sizes$)", uri):
             raise MCPError(INVALID_PARAMS, f"there is no resource {harmless(uri, 80)}", {"uri": harmless(uri)})
         connection = _connection(context)
-        if connection not in self._watched:
-            connection.exit_stack.callback(self._watched.pop, connection, None)
-        watched = self._watched.setdefault(connection, set())
-        if len(watched) >= WATCHED_MAX and uri not in watched:
-            raise MCPError(INVALID_PARAMS, f"{WATCHED_MAX} subscriptions are the most; unsubscribe from some")
-        watched.add(uri)
+        if connection not in self._uris:
+            connection.exit_stack.callback(self._uris.pop, connection, None)
+        uris = self._uris.setdefault(connection, set())
+        if len(uris) >= SUBSCRIPTIONS_MAX and uri not in uris:
+            raise MCPError(
+                INVALID_PARAMS, f"the limit of {SUBSCRIPTIONS_MAX} subscriptions is reached. Unsubscribe from some."
+            )
+        uris.add(uri)
         return EmptyResult()
 
     async def unsubscribe(
         self, context: ServerRequestContext[Any, Any], params: UnsubscribeRequestParams
     ) -> EmptyResult:
-        self._watched.get(_connection(context), set()).discard(str(params.uri))
+        self._uris.get(_connection(context), set()).discard(str(params.uri))
         return EmptyResult()
 
-    async def tell(self, uri: str) -> None:
-        for connection, watched in list(self._watched.items()):
-            if uri in watched:
+    async def notify(self, uri: str) -> None:
+        for connection, uris in list(self._uris.items()):
+            if uri in uris:
                 await connection.send_resource_updated(uri)
 
 
 def _connection(context: ServerRequestContext[Any, Any]) -> Connection:
-    # mcp 2.3: a session lives as long as one request, and the connection behind it has no public name.
+    # mcp 2.3: a session lasts for one request, and its connection has no public name.
     return context.session._connection  # pyright: ignore[reportPrivateUsage] - see above
 
 
 class ResourceServer(MCPServer[Any]):
-    """An MCPServer that tells the type of each picture; a resource template can name only one type for all."""
+    """An MCPServer that answers each image with its own type. A resource template has one type for all."""
 
     async def read_resource(self, uri: Any, context: Context[Any, Any] | None = None) -> Any:
-        """The SDK's answer, each picture with the type that its bytes have."""
+        """Return the SDK's answer, with each image's type taken from its bytes."""
         contents = await super().read_resource(uri, context)
         if not isinstance(contents, list):
             return contents
         return [
-            replace(item, mime_type=known[0])
-            if isinstance(item.content, bytes) and (known := sniff(item.content[:16]))
+            replace(item, mime_type=kind[0])
+            if isinstance(item.content, bytes) and (kind := sniff(item.content[:16]))
             else item
             for item in contents
         ]
 
-    def streamable_http_app(self, **how: Any) -> Any:
-        """The SDK's app; without sessions it offers no subscriptions of the older protocol, for nobody could be told."""
-        if how.get("stateless_http"):
+    def streamable_http_app(self, **options: Any) -> Any:
+        """Return the SDK's app. Without sessions it offers no `resources/subscribe`: it could not notify a client."""
+        if options.get("stateless_http"):
             for method in ("resources/subscribe", "resources/unsubscribe"):
                 # mcp 2.3: a handler can be added but not removed.
                 self._lowlevel_server._request_handlers.pop(method, None)  # pyright: ignore[reportPrivateUsage] - see above
-        return super().streamable_http_app(**how)
+        return super().streamable_http_app(**options)

@@ -1,4 +1,4 @@
-"""Tools, resources, prompts and extensions of one studio on one MCP server."""
+"""Build the MCP server of one studio: tools, resources, prompts and extensions."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ from evolink_mcp.tools.waiting import Waiting
 
 NAME = "evolink-mcp"
 INSTRUCTIONS = (
-    "Makes and edits pictures with EvoLink's gpt-image-2. generate_image is paid and does everything in one call; if it "
-    "answers before the picture is ready, call get_task with the task_id it names, and never generate_image again for "
-    "the same picture. compute_size tells pixels and price beforehand, free of charge. After an unknown outcome or a "
-    "lost id, call list_tasks before buying again. Show the user the path of every saved picture."
+    "Makes and edits pictures with EvoLink's gpt-image-2. generate_image is paid and does everything in one call. If it "
+    "answers before the picture is ready, call get_task with the task_id of the answer. Never call generate_image again "
+    "for the same picture. compute_size returns pixels and price before you buy, free of charge. After an unknown "
+    "outcome or a lost id, call list_tasks before you buy again. Show the user the path of every saved picture."
 )
 WITHOUT_BUYING = (
-    "Shows pictures that were bought with EvoLink's gpt-image-2, and tells sizes and prices. This server publishes no "
-    "tool that buys: generate_image is switched off by its owner (EVOLINK_MCP_TOOLS)."
+    "Shows pictures from EvoLink's gpt-image-2, and computes sizes and prices. This server has no tool that buys: its "
+    "owner switched off generate_image (EVOLINK_MCP_TOOLS)."
 )
 DAY_MS = 86_400_000
 INVALID_PARAMS = -32602
 
 
 class Server(ResourceServer):
-    """An MCPServer that answers a missing prompt or argument as the caller's mistake; the SDK calls it internal."""
+    """An MCPServer that answers an unknown prompt or argument as invalid params. The SDK answers an internal error."""
 
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
     ) -> Any:
-        """The SDK's answer.
+        """Return the SDK's answer.
 
         Raises:
-            MCPError: there is no such prompt, or it lacks an argument (-32602).
+            MCPError: the prompt is unknown, or an argument is missing (-32602).
         """
-        known = {prompt.name: prompt for prompt in await self.list_prompts()}
-        if name not in known:
-            raise MCPError(INVALID_PARAMS, f"There is no prompt {harmless(name, 60)}, only {', '.join(known)}.")
-        needed = [argument.name for argument in known[name].arguments or () if argument.required]
-        lacking = [word for word in needed if word not in (arguments or {})]
-        if lacking:
-            raise MCPError(INVALID_PARAMS, f"The prompt {name} needs {' and '.join(lacking)}.")
+        prompts = {prompt.name: prompt for prompt in await self.list_prompts()}
+        if name not in prompts:
+            raise MCPError(INVALID_PARAMS, f"There is no prompt {harmless(name, 60)}, only {', '.join(prompts)}.")
+        required = [argument.name for argument in prompts[name].arguments or () if argument.required]
+        missing = [argument for argument in required if argument not in (arguments or {})]
+        if missing:
+            raise MCPError(INVALID_PARAMS, f"The prompt {name} needs {' and '.join(missing)}.")
         return await super().get_prompt(name, arguments, context)
 
 
@@ -72,11 +72,11 @@ def build_server(
     published: Collection[str] = TOOL_NAMES,
     secret: str | None = None,
 ) -> MCPServer[Any]:
-    """Tools, resources and prompts over `studio`, which the caller opens and closes.
+    """Return the server of `studio`. The caller opens and closes the studio.
 
-    `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`. Only the tools in `published` are there;
-    without generate_image nothing can be bought. `secret` seals what a client carries from one request to the next, so
-    that every server with the same one goes on with it; without one, only this process does.
+    `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`. `published` names the published tools;
+    without generate_image a client cannot buy. `secret` encrypts the state that a client carries between requests.
+    Servers with the same secret accept each other's state. Without a secret only this process accepts it.
     """
     waiting = Waiting(studio, wait_s, preview_edge, resource_links)
     get_task = get_task_tool(waiting)
@@ -98,7 +98,7 @@ def build_server(
         extensions=[gallery(), Tasks(studio, get_task)],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
-        # Bound to the account: what one tenant carries is nothing to another one.
+        # The audience names the account, so that the state of one tenant is invalid for another.
         request_state_security=RequestStateSecurity(keys=[secret], audience=f"{NAME} {studio.journal.account}")
         if secret
         else None,
@@ -116,7 +116,7 @@ def build_server(
 
 
 async def serve_streams(server: MCPServer[Any], read: Any, write: Any) -> None:
-    """Serve one client over a pair of message streams, as the SDK's own transports give them, until `read` ends."""
-    # mcp 2.3: MCPServer runs over its own stdio streams only; its low-level server takes any.
+    """Serve one client over a pair of message streams of the SDK until `read` ends."""
+    # mcp 2.3: MCPServer runs only over its own stdio streams. Its low-level server accepts other streams.
     lowlevel = server._lowlevel_server  # pyright: ignore[reportPrivateUsage] - see above
     await lowlevel.run(read, write, lowlevel.create_initialization_options())

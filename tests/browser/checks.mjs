@@ -382,9 +382,9 @@ async function underOneEra(mode, evolink, hostScript) {
     await pictured("before any call");
     const empty = { status: "completed", task_id: "task-unified-1-abcdefgh", images: [], charged: "yes", credits: 1.5, usd: 0.0221, notes: [] };
     await page.evaluate((structuredContent) => tellApp("sendToolResult", { content: [{ type: "text", text: "x" }], structuredContent }), empty);
-    await app().getByRole("heading", { name: "No picture came" }).waitFor();
+    await app().getByRole("heading", { name: "No picture was delivered" }).waitFor();
     await app().getByText("1.5 credits ($0.0221) were charged.", { exact: true }).waitFor();
-    await pictured("EvoLink delivered no picture");
+    await pictured("no picture delivered");
     await page.evaluate(() => tellApp("sendToolResult", { content: [{ type: "text", text: "EVOLINK_API_KEY is not set." }] }));
     await app().getByText("EVOLINK_API_KEY is not set.", { exact: true }).waitFor();
     await pictured("only text");
@@ -445,7 +445,7 @@ async function underOneEra(mode, evolink, hostScript) {
     appendFileSync(image.path, Buffer.alloc(7_100_000)); // a PNG ends where it says so: what follows is not looked at
     await opened();
     await page.evaluate((id) => callTool("get_task", { task_id: id }, true), task_id);
-    await app().getByText("It cannot be shown here. It is at").waitFor();
+    await app().getByText("The picture cannot be shown here. It is saved at").waitFor();
     await app().locator(".away").getByText(image.path).waitFor();
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction((url) => seen.links[0]?.url === url, image.url);

@@ -1,4 +1,4 @@
-"""A caller's mistake is told as one, in both eras, and leaves no traceback in anybody's log."""
+"""A caller's mistake is answered as invalid params in both protocol eras, without a traceback in the log."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 
 @ERAS
 @pytest.mark.parametrize(
-    ("name", "arguments", "told"),
+    ("name", "arguments", "message"),
     [
-        pytest.param("newest_picture", {}, "There is no prompt newest_picture, only new_picture", id="no such prompt"),
+        pytest.param("newest_picture", {}, "There is no prompt newest_picture, only new_picture", id="unknown prompt"),
         pytest.param("new_picture", {}, "The prompt new_picture needs subject.", id="no arguments"),
         pytest.param(
-            "new_picture", {"subjct": "a fox"}, "The prompt new_picture needs subject.", id="another argument"
+            "new_picture", {"subjct": "a fox"}, "The prompt new_picture needs subject.", id="misspelt argument"
         ),
-        pytest.param("edit_picture", {}, "The prompt edit_picture needs picture and change.", id="two are lacking"),
+        pytest.param(
+            "edit_picture", {}, "The prompt edit_picture needs picture and change.", id="two missing arguments"
+        ),
     ],
 )
-async def test_a_prompt_that_cannot_be_filled_in_says_why(
-    world: World, caplog: pytest.LogCaptureFixture, mode: str, name: str, arguments: dict[str, str], told: str
+async def test_a_wrong_prompt_request_is_answered_with_the_reason(
+    world: World, caplog: pytest.LogCaptureFixture, mode: str, name: str, arguments: dict[str, str], message: str
 ) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             with pytest.raises(MCPError) as raised:
                 await client.get_prompt(name, arguments)
     assert raised.value.code == -32602
-    assert told in str(raised.value)
+    assert message in str(raised.value)
     assert caplog.records == []
 
 
 @ERAS
-async def test_an_unknown_tool_is_an_answer_that_the_model_can_read(world: World, mode: str) -> None:
+async def test_an_unknown_tool_is_answered_with_a_text_for_the_model(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             answer = await client.call_tool("generate_images", {"prompt": "a fox"})

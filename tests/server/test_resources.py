@@ -1,4 +1,4 @@
-"""Tasks, pictures and size tables as resources, and word of every change, in both protocol eras."""
+"""Tasks, images and size tables as resources, and notifications of changes, in both protocol eras."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from mcp_types import ResourceUpdatedNotification
 
 from evolink_mcp.api.sizes import RATIOS, RULES
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.server.resources import IMAGE_MAX_BYTES, WATCHED_MAX
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.simulation import SimulatedTask
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-INVALID_PARAMS, INTERNAL_ERROR, METHOD_NOT_FOUND = -32602, -32603, -32601
+IMAGE_MAX_BYTES = 7_000_000
+SUBSCRIPTIONS_MAX = 1_000
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+METHOD_NOT_FOUND = -32601
 
 
-async def bought(client: Client, **wish: Any) -> dict[str, Any]:
-    small = {"prompt": "sim:fast a fox", "size": "1024x640"}
-    return (await client.call_tool("generate_image", {**small, **wish})).structured_content
+async def buy(client: Client, **arguments: Any) -> dict[str, Any]:
+    defaults = {"prompt": "sim:fast a fox", "size": "1024x640"}
+    return (await client.call_tool("generate_image", {**defaults, **arguments})).structured_content
 
 
 @ERAS
@@ -43,7 +46,7 @@ async def test_resources_and_templates_are_listed(world: World, mode: str) -> No
 
 
 @ERAS
-async def test_the_size_tables_hold_every_ratio_by_both_rules(world: World, mode: str) -> None:
+async def test_the_size_tables_have_every_ratio_by_both_rules(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             (page,) = (await client.read_resource("evolink://sizes")).contents
@@ -54,10 +57,10 @@ async def test_the_size_tables_hold_every_ratio_by_both_rules(world: World, mode
 
 
 @ERAS
-async def test_a_task_reads_as_get_task_answers_it(world: World, mode: str) -> None:
+async def test_a_task_resource_equals_the_answer_of_get_task(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            task_id = (await bought(client, n=2))["task_id"]
+            task_id = (await buy(client, n=2))["task_id"]
             (page,) = (await client.read_resource(f"evolink://tasks/{task_id}")).contents
             answer = await client.call_tool("get_task", {"task_id": task_id})
     assert page.mime_type == "application/json"
@@ -66,10 +69,10 @@ async def test_a_task_reads_as_get_task_answers_it(world: World, mode: str) -> N
 
 @ERAS
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-async def test_a_picture_reads_as_the_saved_file_under_its_own_type(world: World, mode: str, kind: str) -> None:
+async def test_an_image_resource_is_the_saved_file_with_its_own_type(world: World, mode: str, kind: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            facts = await bought(client, output_format=kind)
+            facts = await buy(client, output_format=kind)
             (image,) = facts["images"]
             (page,) = (await client.read_resource(image["resource_uri"])).contents
     assert page.mime_type == image["mime_type"] == f"image/{kind}"
@@ -80,22 +83,24 @@ async def test_a_picture_reads_as_the_saved_file_under_its_own_type(world: World
 @pytest.mark.parametrize(
     "uri",
     [
-        pytest.param("evolink://tasks/task-unified-nobody", id="no such task"),
-        pytest.param("evolink://tasks/..%2F..%2Fv1%2Fcredits", id="a path for an id"),
+        pytest.param("evolink://tasks/task-unified-nobody", id="unknown task"),
+        pytest.param("evolink://tasks/..%2F..%2Fv1%2Fcredits", id="a path instead of an id"),
         pytest.param("evolink://tasks/%00", id="NUL"),
-        pytest.param("evolink://images/task-unified-nobody/0", id="picture of no such task"),
-        pytest.param("evolink://images/{id}/1", id="one picture too many"),
-        pytest.param("evolink://images/{id}/-1", id="before the first"),
-        pytest.param("evolink://images/{id}/00", id="two noughts"),
-        pytest.param("evolink://images/{id}/\u0660", id="another script's nought"),
+        pytest.param("evolink://images/task-unified-nobody/0", id="image of an unknown task"),
+        pytest.param("evolink://images/{id}/1", id="index after the last"),
+        pytest.param("evolink://images/{id}/-1", id="index before the first"),
+        pytest.param("evolink://images/{id}/00", id="two zeros"),
+        pytest.param("evolink://images/{id}/\u0660", id="a zero of another script"),
         pytest.param("evolink://images/{id}/first", id="a word"),
-        pytest.param("evolink://nothing", id="nothing"),
+        pytest.param("evolink://nothing", id="unknown kind"),
     ],
 )
-async def test_what_is_not_there_is_not_found(world: World, mode: str, uri: str) -> None:
+async def test_an_unknown_resource_is_invalid_params_without_a_request_to_evolink(
+    world: World, mode: str, uri: str
+) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            facts = await bought(client)
+            facts = await buy(client)
             before = len(world.simulator.requests)
             with pytest.raises(MCPError) as refusal:
                 await client.read_resource(uri.replace("{id}", facts["task_id"]))
@@ -105,15 +110,15 @@ async def test_what_is_not_there_is_not_found(world: World, mode: str, uri: str)
 
 @ERAS
 @pytest.mark.parametrize(
-    ("extra", "fits"), [pytest.param(0, True, id="just fits"), pytest.param(1, False, id="too big")]
+    ("extra", "fits"), [pytest.param(0, True, id="largest"), pytest.param(1, False, id="too large")]
 )
-async def test_a_picture_too_big_for_one_message_is_told_by_path_and_url(
+async def test_an_image_too_large_for_one_message_is_answered_with_path_and_url(
     world: World, mode: str, extra: int, fits: bool
 ) -> None:
-    """Clients in TypeScript close the connection on a message above 10 MiB."""
+    """TypeScript clients close the connection on a message above 10 MiB."""
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            (image,) = (await bought(client))["images"]
+            (image,) = (await buy(client))["images"]
             os.truncate(image["path"], IMAGE_MAX_BYTES + extra)
             if fits:
                 answer = await client.read_resource(image["resource_uri"])
@@ -127,30 +132,30 @@ async def test_a_picture_too_big_for_one_message_is_told_by_path_and_url(
     assert "7,000,001 bytes" in refusal.value.message
 
 
-def _replaced(path: Path, by: Path) -> None:
+def _replace_with_link(path: Path, target: Path) -> None:
     path.unlink()
-    path.symlink_to(by)
+    path.symlink_to(target)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         pytest.param(lambda path, _: path.unlink(), "cannot be read", id="deleted"),
-        pytest.param(lambda path, _: path.write_text("a letter"), "is no picture any more", id="another content"),
-        pytest.param(_replaced, "cannot be read", id="a link to a secret"),
+        pytest.param(lambda path, _: path.write_text("a letter"), "is not a picture any more", id="other content"),
+        pytest.param(_replace_with_link, "cannot be read", id="a link to a secret"),
         pytest.param(lambda path, _: (path.unlink(), os.mkfifo(path)), "cannot be read", id="a pipe"),
     ],
 )
-async def test_what_lies_where_a_picture_was_is_not_given_away(world: World, change: Any, words: str) -> None:
+async def test_another_file_at_the_path_of_an_image_is_not_published(world: World, change: Any, message: str) -> None:
     secret = world.folder / "secret.txt"
     secret.write_text("secret")
     with anyio.fail_after(300):
         async with world.client() as client:
-            (image,) = (await bought(client))["images"]
+            (image,) = (await buy(client))["images"]
             change(Path(image["path"]), secret)
             with pytest.raises(MCPError) as refusal:
                 await client.read_resource(image["resource_uri"])
-    assert words in refusal.value.message
+    assert message in refusal.value.message
     assert image["url"] in refusal.value.message
 
 
@@ -166,20 +171,20 @@ async def test_resources_work_without_a_key_and_without_a_journal(open_world: Op
                     await client.read_resource("evolink://tasks/task-unified-1")
 
 
-# --- word of changes ---
+# --- notifications ---
 
 
 async def subscribe(client: Client, uri: str) -> None:
-    """As older clients do; the SDK says each time that it is old."""
+    """Subscribe as clients of older protocol versions do. The SDK warns each time that this is deprecated."""
     with pytest.warns(MCPDeprecationWarning):
         await client.subscribe_resource(uri)
 
 
-async def test_whoever_listens_to_a_task_hears_when_it_changes(world: World) -> None:
+async def test_a_listening_client_is_notified_of_its_task_only(world: World) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            one = (await bought(client, prompt="a fox", wait_seconds=0))["task_id"]
-            other = (await bought(client, prompt="a cat", wait_seconds=0))["task_id"]
+            one = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
+            other = (await buy(client, prompt="a cat", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{one}"
             async with client.listen(resource_subscriptions=[uri]) as events:
                 await client.call_tool("get_task", {"task_id": other})
@@ -191,23 +196,22 @@ async def test_whoever_listens_to_a_task_hears_when_it_changes(world: World) -> 
                         break
 
 
-async def test_who_is_told_of_a_change_reads_what_has_changed(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also while that is still being written down: no later word would come."""
-    clock, written = HeldClock(), anyio.Event()
+async def test_a_notified_client_reads_the_new_state(open_world: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the journal still writes the state, because no later notification follows."""
+    clock = HeldClock()
+    written = anyio.Event()
     clock.held = True
     with anyio.fail_after(300):
         async with open_world(clock=clock) as world, world.client() as client:
             write = world.studio.journal.update
 
-            async def slowly(entry: Entry) -> bool:
+            async def update_slowly(entry: Entry) -> bool:
                 if entry.status == "completed":
                     await written.wait()
                 return await write(entry)
 
-            monkeypatch.setattr(world.studio.journal, "update", slowly)
-            task_id = (await bought(client, prompt="a fox", wait_seconds=0))["task_id"]
+            monkeypatch.setattr(world.studio.journal, "update", update_slowly)
+            task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{task_id}"
             async with client.listen(resource_subscriptions=[uri]) as events:
                 clock.go_on.set()
@@ -219,7 +223,7 @@ async def test_who_is_told_of_a_change_reads_what_has_changed(
 
 
 class HeldSimulator(PlainSimulator):
-    """No picture is given out before `go` is set."""
+    """A simulated EvoLink that delivers no image before `go` is set."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock=clock)
@@ -230,14 +234,14 @@ class HeldSimulator(PlainSimulator):
         return super()._draw(task, index)
 
 
-async def test_older_clients_subscribe_and_hear_until_they_unsubscribe(open_world: Open) -> None:
-    heard: list[str] = []
+async def test_older_clients_are_notified_until_they_unsubscribe(open_world: Open) -> None:
+    uris: list[str] = []
     clock = Clock()
     simulator = HeldSimulator(clock)
 
     async def listen(message: Any) -> None:
         if isinstance(message, ResourceUpdatedNotification):
-            heard.append(str(message.params.uri))
+            uris.append(str(message.params.uri))
 
     with anyio.fail_after(300):
         async with (
@@ -245,7 +249,7 @@ async def test_older_clients_subscribe_and_hear_until_they_unsubscribe(open_worl
             Client(build_server(world.studio), mode="legacy", message_handler=listen) as client,
         ):
             assert client.server_capabilities.resources.subscribe is True
-            ids = [(await bought(client, prompt=f"fox {k}", wait_seconds=0))["task_id"] for k in range(3)]
+            ids = [(await buy(client, prompt=f"fox {k}", wait_seconds=0))["task_id"] for k in range(3)]
             one, other, third = (f"evolink://tasks/{task_id}" for task_id in ids)
             for uri in (one, other, one):
                 await subscribe(client, uri)
@@ -255,14 +259,14 @@ async def test_older_clients_subscribe_and_hear_until_they_unsubscribe(open_worl
             simulator.go.set()
             for task_id in reversed(ids):
                 await client.call_tool("get_task", {"task_id": task_id})
-    assert set(heard) == {one}
+    assert set(uris) == {one}
 
 
-async def test_a_client_that_left_is_forgotten_and_harms_nobody(world: World) -> None:
+async def test_the_subscriptions_of_a_closed_connection_do_not_disturb_later_clients(world: World) -> None:
     server = build_server(world.studio)
     with anyio.fail_after(300):
         async with Client(server, mode="legacy") as client:
-            task_id = (await bought(client, prompt="a fox", wait_seconds=0))["task_id"]
+            task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             await subscribe(client, f"evolink://tasks/{task_id}")
         async with Client(server, mode="legacy") as client:
             answer = await client.call_tool("get_task", {"task_id": task_id})
@@ -270,7 +274,7 @@ async def test_a_client_that_left_is_forgotten_and_harms_nobody(world: World) ->
 
 
 @pytest.mark.parametrize("uri", ["file:///etc/passwd", "evolink://sizes/more", "https://example.org/", "evolink://"])
-async def test_nothing_else_can_be_subscribed_to(world: World, uri: str) -> None:
+async def test_a_subscription_to_an_unknown_resource_is_refused(world: World, uri: str) -> None:
     with anyio.fail_after(300):
         async with world.client("legacy") as client:
             with pytest.raises(MCPError) as refusal:
@@ -278,18 +282,18 @@ async def test_nothing_else_can_be_subscribed_to(world: World, uri: str) -> None
     assert refusal.value.code == INVALID_PARAMS
 
 
-async def test_subscriptions_are_not_without_end(world: World) -> None:
+async def test_the_number_of_subscriptions_is_limited(world: World) -> None:
     with anyio.fail_after(300):
         async with world.client("legacy") as client:
-            for number in range(WATCHED_MAX):
+            for number in range(SUBSCRIPTIONS_MAX):
                 await subscribe(client, f"evolink://tasks/task-unified-{number}")
             await subscribe(client, "evolink://tasks/task-unified-0")
             with pytest.raises(MCPError, match="1000 subscriptions"):
                 await subscribe(client, "evolink://tasks/task-unified-1000")
 
 
-async def test_without_sessions_older_clients_are_offered_no_subscriptions(world: World) -> None:
-    """Stateless HTTP has no way to tell them anything later."""
+async def test_without_sessions_older_clients_cannot_subscribe(world: World) -> None:
+    """Stateless HTTP cannot send a notification later."""
     server = build_server(world.studio)
     server.streamable_http_app(stateless_http=True)
     with anyio.fail_after(300):
