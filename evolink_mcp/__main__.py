@@ -1,4 +1,4 @@
-"""`python -m evolink_mcp` is `evolink-mcp`."""
+"""Run `evolink-mcp` as `python -m evolink_mcp`."""
 
 from evolink_mcp.cli.main import main
 

@@ -263,7 +263,7 @@ def _data_dir(_: Mapping[str, Any]) -> Path:
 def _output_dir(values: Mapping[str, Any]) -> Path:
     import platformdirs
 
-    # Simulated images must not lie among bought ones.
+    # Simulated images must not mix with bought ones.
     is_simulated = values["base_url"].startswith("http:")
     return platformdirs.user_pictures_path().absolute() / ("EvoLink simulated" if is_simulated else "EvoLink")
 
@@ -318,7 +318,7 @@ class Settings:
         "EVOLINK_MCP_OUTPUT_DIR",
         path,
         _output_dir,
-        "Output folder. The default for a simulated EvoLink is Pictures/EvoLink simulated.",
+        "Output folder. Simulated images go to Pictures/EvoLink simulated.",
         default_text="Pictures/EvoLink",
     )
     allowed_dirs: tuple[Path, ...] = setting(

@@ -1,4 +1,4 @@
-"""The main job without key or network: a real MCP client over stdio against this server and a simulated EvoLink."""
+"""The command `demo`: a real MCP client calls this server over stdio. The server uses a simulated EvoLink."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from mcp.client.stdio import StdioServerParameters
 from mcp_types import CallToolResult, TextContent
 
 from evolink_mcp.api.task import as_dict, as_list
-from evolink_mcp.app.settings import Settings, environment_without_settings
+from evolink_mcp.app.settings import environment_without_settings
 from evolink_mcp.isolated import isolated_command
 from evolink_mcp.simulator.app import Simulator
 
-PICTURE_SECONDS = 5.0
+TASK_S = 5.0
 SIZE = {"size": "16:9", "resolution": "2K", "quality": "medium"}
 BAR_WIDTH = 28
 SERVER_REQUIREMENTS = ("mcp", "mcp_types", "httpx2", "pydantic", "anyio", "PIL", "platformdirs", "filelock")
 
 
-async def run_demo(prompt: str, say: Callable[..., None]) -> int:
-    """Make one picture and tell what a person wants to know; returns the exit code."""
-    output = demo_folder(Settings.from_environment().folders.output)
-    say("evolink-mcp demo: a real MCP client, a real server, a simulated EvoLink. No key, no network, no cost.\n")
+async def run_demo(prompt: str, output: Path, report: Callable[..., None]) -> int:
+    """Generate one image beside the folder `output` and print the result with `report`. Return the exit code."""
+    report("evolink-mcp demo: a real MCP client, a real server, a simulated EvoLink. No key, no network, no cost.\n")
     call = f'generate_image(prompt="{prompt}", size="16:9", resolution="2K")'
     width = max(shutil.get_terminal_size().columns - 2, 20)
-    say(textwrap.fill(call, width, initial_indent="  ", subsequent_indent="      ") + "\n")
-    simulator = Simulator(duration_s=PICTURE_SECONDS)
+    report(textwrap.fill(call, width, initial_indent="  ", subsequent_indent="      ") + "\n")
+    simulator = Simulator(duration_s=TASK_S)
     web = uvicorn.Server(uvicorn.Config(simulator.app, port=0, log_level="error", lifespan="off"))
     code = 1
     with tempfile.TemporaryDirectory(prefix="evolink-demo-") as data:
@@ -43,29 +42,29 @@ async def run_demo(prompt: str, say: Callable[..., None]) -> int:
             while not web.started:
                 await anyio.sleep(0.01)
             port = web.servers[0].sockets[0].getsockname()[1]
-            started = time.monotonic()
+            start = time.monotonic()
             try:
-                answer = await _ask(prompt, port, data, output, say)
-                code = _tell(answer, time.monotonic() - started, say)
+                answer = await _generate(prompt, port, data, demo_folder(output), report)
+                code = _report_result(answer, time.monotonic() - start, report)
             finally:
                 web.should_exit = True
     return code
 
 
 def demo_folder(output: Path) -> Path:
-    """Where a demo's pictures go: beside the bought ones, never among them."""
-    simulated = "simulated" in output.name.lower()
-    return output if simulated else output.with_name(f"{output.name} simulated")
+    """Return the output folder of the demo. Simulated images never mix with bought ones."""
+    is_simulated = "simulated" in output.name.lower()
+    return output if is_simulated else output.with_name(f"{output.name} simulated")
 
 
-async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..., None]) -> CallToolResult:
+async def _generate(prompt: str, port: int, data: str, output: Path, report: Callable[..., None]) -> CallToolResult:
     command, *arguments = isolated_command("evolink_mcp.cli.main:main", SERVER_REQUIREMENTS)
     server = StdioServerParameters(
         command=command,
         args=arguments,
         env={
             **environment_without_settings(),
-            "NO_PROXY": "127.0.0.1",  # a proxy could not reach this machine's own simulator
+            "NO_PROXY": "127.0.0.1",  # a proxy cannot reach the simulator on this machine
             "no_proxy": "127.0.0.1",
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
             "EVOLINK_API_KEY": "sk-demo-no-money",
@@ -73,7 +72,7 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
             "EVOLINK_MCP_OUTPUT_DIR": str(output),
         },
     )
-    bar = _Bar(say)
+    bar = _ProgressBar(report)
 
     async def show(progress: float, total: float | None, message: str | None) -> None:
         bar.show(progress, message or "")
@@ -81,54 +80,54 @@ async def _ask(prompt: str, port: int, data: str, output: Path, say: Callable[..
     try:
         async with Client(server) as client:
             return await client.call_tool("generate_image", {"prompt": prompt, **SIZE}, progress_callback=show)
-    finally:  # also after Ctrl-C: the terminal's next line is its own
+    finally:  # after Ctrl-C too, so that the prompt of the terminal is on a new line
         bar.end()
 
 
-def _tell(answer: CallToolResult, took_s: float, say: Callable[..., None]) -> int:
+def _report_result(answer: CallToolResult, duration_s: float, report: Callable[..., None]) -> int:
     facts = as_dict(answer.structured_content)
-    pictures = [image for image in map(as_dict, as_list(facts.get("images"))) if image["path"]]
-    if answer.is_error or not pictures:
-        say(next(block.text for block in answer.content if isinstance(block, TextContent)))
+    images = [image for image in map(as_dict, as_list(facts.get("images"))) if image["path"]]
+    if answer.is_error or not images:
+        report(next(block.text for block in answer.content if isinstance(block, TextContent)))
         return 1
-    for image in pictures:
-        say(f"\n  {image['path']}")
-        say(f"  {image['width']} × {image['height']} pixels, {image['bytes']:,} bytes, {image['mime_type']}")
-    say(f"\nDone in {took_s:.1f} s. At EvoLink the same call costs about {facts['credits']:g} credits "
-        f"(${facts['usd']:.3f}) and takes 10 to 130 s.")  # fmt: skip
-    say("The picture is simulated: it lies in a folder of its own. Next:")
-    say("  evolink-mcp doctor    checks this machine, and prints what your MCP host needs to start the server")
+    for image in images:
+        report(f"\n  {image['path']}")
+        report(f"  {image['width']} × {image['height']} pixels, {image['bytes']:,} bytes, {image['mime_type']}")
+    price = f"about {facts['credits']:g} credits (${facts['usd']:.3f})"
+    report(f"\nDone in {duration_s:.1f} s. At EvoLink the same call costs {price} and takes 10 to 130 s.")
+    report("The image is simulated. It is saved in a separate folder. Next step:")
+    report("  evolink-mcp doctor    checks this machine and prints the configuration of your MCP host")
     return 0
 
 
-def _can_print(letters: str) -> bool:
-    """Whether this console has these letters: cp1252 has no blocks."""
+def _can_print(characters: str) -> bool:
+    """Whether the console has these characters: cp1252 has no blocks."""
     try:
-        letters.encode(sys.stdout.encoding or "ascii")
+        characters.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         return False
     return True
 
 
-class _Bar:
-    """A live bar in a terminal, a line per change elsewhere."""
+class _ProgressBar:
+    """A progress bar in a terminal. Without a terminal, one line per new message."""
 
-    def __init__(self, say: Callable[..., None]) -> None:
-        self._say = say
-        self._live = sys.stdout.isatty()
+    def __init__(self, report: Callable[..., None]) -> None:
+        self._report = report
+        self._is_terminal = sys.stdout.isatty()
         self._full, self._empty = "█░" if _can_print("█░") else "#-"
-        self._last = ""
+        self._last_message = ""
 
-    def show(self, done: float, message: str) -> None:
-        filled = round(BAR_WIDTH * done / 100)
-        line = f"  [{self._full * filled}{self._empty * (BAR_WIDTH - filled)}] {done:3.0f} %  {message}"
-        if self._live:
+    def show(self, percent: float, message: str) -> None:
+        filled = round(BAR_WIDTH * percent / 100)
+        line = f"  [{self._full * filled}{self._empty * (BAR_WIDTH - filled)}] {percent:3.0f} %  {message}"
+        if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
-            self._say("\r" + line[:width].ljust(width), end="", flush=True)
-        elif message != self._last:
-            self._say(line, flush=True)
-        self._last = message
+            self._report("\r" + line[:width].ljust(width), end="", flush=True)
+        elif message != self._last_message:
+            self._report(line, flush=True)
+        self._last_message = message
 
     def end(self) -> None:
-        if self._live:
-            self._say()
+        if self._is_terminal:
+            self._report()

@@ -1,4 +1,4 @@
-"""How each host is told to start this server: text to paste into its configuration, and links that do it at a click."""
+"""The configuration that makes an MCP host start this server: text to paste, and links that install it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SERVER_NAME = "evolink"
 KEY_VARIABLE = "EVOLINK_API_KEY"
 KEY_INPUT = "evolink-api-key"
 TERMINAL = "terminal"
-# uv and pip may have to unpack at the first start; Codex gives older versions 10 s for it, and calls 60 s.
+# At the first start uv may unpack packages. The default limits of Codex are 10 s for the start and 60 s for a call.
 CODEX_STARTUP_S = 60
 CODEX_CALL_S = 300
-PATIENCE_S = 300  # where a host lets a server say how long a call may take; theirs is 60
+CALL_S = 300  # for hosts with a limit in their configuration; their default is 60 s
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`text` goes into the file `where` of `host`, or is typed there when `where` is "terminal"."""
+    """The configuration `text` of an MCP host. `where` is its file; "terminal" marks a command to type."""
 
     host: str
     where: str
@@ -34,7 +34,7 @@ class Block:
 
 
 def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tuple[Block, ...]:
-    """The block of every host for this command line and environment; the key in `env` should be an example."""
+    """Return the configuration of each MCP host for a command and an environment. Put only an example key into `env`."""
     entry = _entry(command, args, env)
     servers = _json({"mcpServers": {SERVER_NAME: entry}})
     line = [command, *args]
@@ -44,12 +44,12 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
     gemini = ["gemini", "mcp", "add", "-s", "user", *_each("-e", pairs), SERVER_NAME, *line]
     return (
         Block("Claude Desktop", "claude_desktop_config.json", "json", servers),
-        Block("Claude Code", TERMINAL, "sh", _typed(claude)),
+        Block("Claude Code", TERMINAL, "sh", _command_line(claude)),
         Block("Cursor", "~/.cursor/mcp.json", "json", servers),
         Block("VS Code", ".vscode/mcp.json", "json", _vscode(entry)),
-        Block("Codex", TERMINAL, "sh", _typed(codex)),
+        Block("Codex", TERMINAL, "sh", _command_line(codex)),
         Block("Codex", "~/.codex/config.toml", "toml", _codex(command, args, env)),
-        Block("Gemini CLI", TERMINAL, "sh", _typed(gemini)),
+        Block("Gemini CLI", TERMINAL, "sh", _command_line(gemini)),
         Block("Gemini CLI", "~/.gemini/settings.json", "json", servers),
         Block("Windsurf", "~/.codeium/windsurf/mcp_config.json", "json", servers),
         Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: {"args": [], **entry}}})),
@@ -65,7 +65,7 @@ def installed_command(python: Path = Path(sys.executable)) -> tuple[str, list[st
 
     The path is absolute, because desktop applications have a short PATH.
     """
-    if "archive-v0" in python.parts:  # uvx runs from a cache that it empties
+    if "archive-v0" in python.parts:  # uvx deletes its cache, so this path does not stay
         return shutil.which("uvx") or "uvx", ["evolink-mcp"]
     script = python.with_name("evolink-mcp.exe" if sys.platform == "win32" else "evolink-mcp")
     # Without -P, a file of the MCP host's working directory could replace a module.
@@ -73,16 +73,16 @@ def installed_command(python: Path = Path(sys.executable)) -> tuple[str, list[st
 
 
 def cursor_link(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    """A link that opens Cursor and offers to install the server."""
+    """Return a link that opens Cursor and installs the server."""
     config = base64.b64encode(_compact(_entry(command, args, env)).encode()).decode()
     return f"https://cursor.com/en/install-mcp?name={SERVER_NAME}&config={quote(config, safe='')}"
 
 
 def vscode_link(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    """A link that opens VS Code, which asks for the key and keeps it among its secrets."""
-    inputs, config = quote(_compact([_key_input()]), safe=""), _compact(_asking(_entry(command, args, env)))
-    address = "https://insiders.vscode.dev/redirect/mcp/install"
-    return f"{address}?name={SERVER_NAME}&inputs={inputs}&config={quote(config, safe='')}"
+    """Return a link that opens VS Code and installs the server. VS Code asks for the key and stores it securely."""
+    inputs = quote(_compact([_key_input()]), safe="")
+    config = quote(_compact(_with_key_input(_entry(command, args, env))), safe="")
+    return f"https://insiders.vscode.dev/redirect/mcp/install?name={SERVER_NAME}&inputs={inputs}&config={config}"
 
 
 def _entry(command: str, args: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
@@ -90,34 +90,30 @@ def _entry(command: str, args: Sequence[str], env: Mapping[str, str]) -> dict[st
 
 
 def _vscode(entry: dict[str, Any]) -> str:
-    return _json({"inputs": [_key_input()], "servers": {SERVER_NAME: {"type": "stdio", **_asking(entry)}}})
+    return _json({"inputs": [_key_input()], "servers": {SERVER_NAME: {"type": "stdio", **_with_key_input(entry)}}})
 
 
 def _key_input() -> dict[str, Any]:
     return {"type": "promptString", "id": KEY_INPUT, "description": "EvoLink API key", "password": True}
 
 
-def _asking(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with the key asked for instead of written down."""
+def _with_key_input(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry with a reference to the input field instead of the key."""
     return {**entry, "env": {**entry["env"], KEY_VARIABLE: f"${{input:{KEY_INPUT}}}"}}
 
 
 def _codex(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    # A string or a list of strings is written the same in JSON and TOML.
-    return "\n".join([
-        f"[mcp_servers.{SERVER_NAME}]",
-        f"command = {_compact(command)}",
-        *([f"args = {_compact(list(args))}"] if args else []),
-        f"startup_timeout_sec = {CODEX_STARTUP_S}",
-        f"tool_timeout_sec = {CODEX_CALL_S}",
-        "",
-        f"[mcp_servers.{SERVER_NAME}.env]",
-        *(f"{name} = {_compact(value)}" for name, value in env.items()),
-    ])  # fmt: skip
+    # Strings and lists of strings have the same form in JSON and TOML.
+    lines = [f"[mcp_servers.{SERVER_NAME}]", f"command = {_compact(command)}"]
+    if args:
+        lines.append(f"args = {_compact(list(args))}")
+    lines += [f"startup_timeout_sec = {CODEX_STARTUP_S}", f"tool_timeout_sec = {CODEX_CALL_S}", ""]
+    lines += [f"[mcp_servers.{SERVER_NAME}.env]", *(f"{name} = {_compact(value)}" for name, value in env.items())]
+    return "\n".join(lines)
 
 
 def _opencode(line: Sequence[str], env: Mapping[str, str]) -> str:
-    server = {"type": "local", "command": list(line), "environment": dict(env), "timeout": PATIENCE_S * 1000}
+    server = {"type": "local", "command": list(line), "environment": dict(env), "timeout": CALL_S * 1000}
     return _json({"$schema": "https://opencode.ai/config.json", "mcp": {SERVER_NAME: server}})
 
 
@@ -126,14 +122,14 @@ def _copilot(entry: dict[str, Any]) -> str:
 
 
 def _cline(entry: dict[str, Any]) -> str:
-    return _json({"mcpServers": {SERVER_NAME: {**entry, "timeout": PATIENCE_S}}})
+    return _json({"mcpServers": {SERVER_NAME: {**entry, "timeout": CALL_S}}})
 
 
 def _each(flag: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
 
 
-def _typed(words: Sequence[str]) -> str:
+def _command_line(words: Sequence[str]) -> str:
     if sys.platform == "win32":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)

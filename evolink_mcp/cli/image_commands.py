@@ -1,4 +1,4 @@
-"""Find saved pictures again: open one or its folder, or lay many out on one page (`open` and `sheet`)."""
+"""The commands `open` and `sheet`: open a saved image, or show many on one HTML page."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.times import instant
 from evolink_mcp.teams.settings import TeamSettings
 
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 SHEET_EDGE = 360  # pixels
-SHEET_MAX = 200  # pictures
+SHEET_MAX = 200  # images
 PREVIEW_MAX_BYTES = 200_000
 
 STYLE = """
@@ -51,13 +51,15 @@ small { color: var(--quiet); display: block; overflow-wrap: anywhere; }
 """
 
 
-def kept(settings: TeamSettings, words: tuple[str, ...], limit: int, since: float = 0.0) -> tuple[str, list[Entry]]:
-    """Where the journal lies, and its newest entries since then (epoch seconds) with every word, newest first; blocks.
+def find_entries(
+    settings: TeamSettings, words: tuple[str, ...], limit: int, since: float = 0.0
+) -> tuple[str, list[Entry]]:
+    """Return the place of the journal and its newest entries since a time (epoch seconds). Blocks.
 
-    A word is searched in the prompt, the file names and the task id.
+    Each word must occur in the prompt, a file name or the task ID.
 
     Raises:
-        JournalUnwritable: the journal is damaged or cannot be read.
+        JournalUnwritable: the journal is damaged or unreadable.
     """
     if settings.database_url is not None:
         from evolink_mcp.teams import schema
@@ -67,114 +69,121 @@ def kept(settings: TeamSettings, words: tuple[str, ...], limit: int, since: floa
     return str(path), read_entries(settings.data_dir, limit, words, since) if path.exists() else []
 
 
-def open_picture(settings: TeamSettings, words: list[str], say: Say, complain: Say, *, only_print: bool) -> int:
-    """Show the newest picture with these words, or the folder; returns the exit code."""
+def open_image(settings: TeamSettings, words: list[str], report: Print, complain: Print, *, only_print: bool) -> int:
+    """Open the newest image with these words, or the output folder. Return the exit code."""
+    output = settings.folders.output
     try:
-        path = picture_of(settings, words)
+        path = _find_image(settings, words) if words else output
     except JournalUnwritable as error:
         complain(error.message)
         return 1
-    if words and path == settings.folders.output:
-        complain(
-            f"no saved picture has “{harmless(' '.join(words), 80)}” in its prompt, its file's name or its task's id"
-        )
+    if path is None:
+        complain(f"no saved image has “{harmless(' '.join(words), 80)}” in its prompt, file name or task ID")
         return 1
     if not path.exists():
-        complain(f"nothing was saved yet; pictures will be in {path}")
+        complain(f"no image is saved yet; the output folder is {path}")
         return 1
-    say(str(path))
-    if not only_print and not show(path):
-        complain("no program here can show it")
+    report(str(path))
+    if not only_print and not _show(path):
+        complain("no program of this system can open it")
     return 0
 
 
-def lay_out(settings: TeamSettings, words: list[str], since: str, out: str | None, say: Say, complain: Say) -> int:
-    """Write one page with the pictures since then, to a new private file. Return the exit code."""
+def _find_image(settings: TeamSettings, words: list[str]) -> Path | None:
+    for entry in find_entries(settings, tuple(words), SHEET_MAX)[1]:
+        for image in entry.images:
+            if image.path is not None and image.is_present:
+                return Path(image.path)
+    return None
+
+
+def _show(path: Path) -> bool:
+    """Open a file or folder with the program of the system. Return False if it has none."""
+    if sys.platform == "win32":
+        os.startfile(path)
+        return True
+    program = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
+    if program is None or (sys.platform == "linux" and not has_display()):
+        return False
+    done = subprocess.run([program, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0
+
+
+def write_sheet(
+    settings: TeamSettings, words: list[str], since: str, out: str | None, report: Print, complain: Print
+) -> int:
+    """Write an HTML page with the images since a time to a new private file. Return the exit code."""
     now = time.time()
     try:
-        _, entries = kept(settings, tuple(words), SHEET_MAX, 0.0 if since == "all" else instant(since, now))
+        start = 0.0 if since == "all" else instant(since, now)
+        _, entries = find_entries(settings, tuple(words), SHEET_MAX, start)
     except (JournalUnwritable, Refused) as error:
         complain(f"{error.message}. {error.advice}")
         return 1
-    which = f" with “{harmless(' '.join(words), 80)}”" if words else ""
-    title = f"All pictures{which}" if since == "all" else f"Pictures since {harmless(since, 40)}{which}"
+    suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
+    title = f"All images{suffix}" if since == "all" else f"Images since {harmless(since, 40)}{suffix}"
     with closing(Decoder(decoder_environment())) as decoder:
-        page, count = anyio.run(sheet, entries, title, complain, decoder)
+        page, count = anyio.run(_build_page, entries, title, complain, decoder)
     if not count:
-        complain("there is no saved picture to show; try --since 7d or --since all")
+        complain("no saved image matches; try --since 7d or --since all")
         return 1
     name = time.strftime("contact-sheet-%Y-%m-%d-%H%M%S.html", time.localtime(now))
     path = Path(out).absolute() if out else settings.folders.output / name
     try:
         is_written = write_new_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
-        complain(f"{path} cannot be written ({error.strerror})")
+        complain(f"{path} is not writable ({error.strerror})")
         return 1
     if not is_written:
         complain(f"{path} exists already and is never overwritten. Give another name with --out")
         return 1
-    say(f"{'1 picture' if count == 1 else f'{count} pictures'}: {path}")
+    report(f"{_count(count)}: {path}")
     return 0
 
 
-def picture_of(settings: TeamSettings, words: list[str]) -> Path:
-    """The newest saved picture with these words that is still there; without words, or without one, the folder."""
-    if words:
-        for entry in kept(settings, tuple(words), SHEET_MAX)[1]:
-            for picture in entry.images:
-                if picture.path is not None and picture.is_present:
-                    return Path(picture.path)
-    return settings.folders.output
-
-
-def show(path: Path) -> bool:
-    """Open a file or folder with the system's own program; False where there is none."""
-    if sys.platform == "win32":
-        os.startfile(path)
-        return True
-    opener = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
-    if opener is None or (sys.platform == "linux" and not has_display()):
-        return False
-    done = subprocess.run([opener, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    return done.returncode == 0
-
-
-async def sheet(entries: list[Entry], title: str, log: Say, decoder: Decoder) -> tuple[str, int]:
-    """Return one HTML page with a small copy of each image, and the number of images. The page loads nothing else."""
+async def _build_page(entries: list[Entry], title: str, complain: Print, decoder: Decoder) -> tuple[str, int]:
+    """Return an HTML page with a preview of each image, and the number of images. The page loads no other file."""
     cards: list[str] = []
     spent = 0.0
     for entry in entries:
-        spent += entry.task.credits_used or 0.0 if entry.task else 0.0
-        for picture in entry.images:
-            if picture.path is None or not picture.is_present or len(cards) >= SHEET_MAX:
+        if entry.task is not None:
+            spent += entry.task.credits_used or 0.0
+        for image in entry.images:
+            if image.path is None or not image.is_present or len(cards) >= SHEET_MAX:
                 continue
             try:
-                with open_plain(Path(picture.path)) as file:
-                    small = await decoder.preview(file, edge=SHEET_EDGE, budget=PREVIEW_MAX_BYTES)
+                with open_plain(Path(image.path)) as file:
+                    preview = await decoder.preview(file, edge=SHEET_EDGE, budget=PREVIEW_MAX_BYTES)
             except (UnusableImage, DecoderUnavailable, OSError) as error:
-                log(f"{picture.path} is left out ({error})")
+                complain(f"{image.path} is not on the page ({error})")
                 continue
-            if small is not None:
-                cards.append(_card(entry, picture, small))
-    count = "1 picture" if len(cards) == 1 else f"{len(cards)} pictures"
+            if preview is not None:
+                cards.append(_card(entry, image, preview))
     page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n<header><h1>{html.escape(title)}</h1>"
-        f"<p>{count}, {html.escape(priced(round(spent, 4)))}</p></header>\n<main>\n"
+        f"<p>{_count(len(cards))}, {html.escape(priced(round(spent, 4)))}</p></header>\n<main>\n"
         + "\n".join(cards)
         + "\n</main></html>\n"
     )
     return page, len(cards)
 
 
-def _card(entry: Entry, picture: ResultImage, small: bytes) -> str:
-    path = Path(picture.path or "")
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
+
+
+def _card(entry: Entry, image: ResultImage, preview: bytes) -> str:
+    path = Path(image.path or "")
     prompt = harmless(entry.request.get("prompt") or "", 300)
-    when = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
-    data = base64.b64encode(small).decode()
-    sources = [re.split(r"[\\/]", harmless(one.given, 300))[-1] for one in entry.references]
-    made_from = [f"edited from {source}" for source in sources]
-    facts = [f"{when}, {picture.width}×{picture.height}", *made_from, path.name]
+    created_at = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
+    data = base64.b64encode(preview).decode()
+    sources = [re.split(r"[\\/]", harmless(reference.given, 300))[-1] for reference in entry.references]
+    facts = [
+        f"{created_at}, {image.width}×{image.height}",
+        *(f"edited from {source}" for source in sources),
+        path.name,
+    ]
     return (
         f'<figure><a href="{html.escape(path.as_uri())}"><img loading="lazy" alt="{html.escape(prompt)}" '
         f'src="data:image/webp;base64,{data}"></a><figcaption><p>{html.escape(prompt)}</p>'

@@ -1,4 +1,4 @@
-"""What `evolink-mcp` does on the command line: arguments, settings, studio, transport."""
+"""The commands of `evolink-mcp`. Each returns its exit code."""
 
 from __future__ import annotations
 
@@ -12,67 +12,73 @@ from functools import partial
 from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
-from evolink_mcp.cli.arguments import Namespace, parsed
-from evolink_mcp.cli.process import audit_to_stderr, keep_what_stays, leave_in_time, take_descriptors
+from evolink_mcp.cli.arguments import Namespace, parse_arguments
+from evolink_mcp.cli.process import (
+    exit_within_deadline,
+    log_audit_to_stderr,
+    raise_descriptor_limit,
+    start_garbage_collection,
+)
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.sanitize import harmless
 
-ANSWER_WITHIN_S = 0.0005  # how soon the first answers interrupt the imports
+# The longest time that the imports delay the first answers.
+SWITCH_INTERVAL_S = 0.0005
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and leave with its exit code."""
+    """Run a command and end the process with its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console may lack letters: cp1252 has no arrow
+        if isinstance(stream, io.TextIOWrapper):  # a console may lack characters: cp1252 has no arrow
             stream.reconfigure(errors="replace")
-    options = parsed(sys.argv[1:] if argv is None else argv)
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
-    for noisy in ("httpx2", "httpcore2", "mcp", "psycopg"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for library in ("httpx2", "httpcore2", "mcp", "psycopg"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = COMMANDS[options.command](options)
     except KeyboardInterrupt:
         code = 130
-    except (JournalUnwritable, BaseExceptionGroup) as error:  # a team's database that cannot be used at the start
-        unwritable = _within(error)
+    except (JournalUnwritable, BaseExceptionGroup) as error:  # the database of a team is unusable
+        unwritable = _journal_error_in(error)
         if unwritable is None:
             raise
-        _complain(unwritable.message)
+        _print_error(unwritable.message)
         code = 1
     for stream in cast("list[TextIO | None]", [sys.stdout, sys.stderr]):
         if stream is not None:
             stream.flush()
-    # Threads may still wait for stdin or work on a picture; nothing that they do is needed any more.
+    # Threads may still wait for stdin or decode an image. No result of them is needed.
     os._exit(code)
 
 
-def _settings():
+def _read_settings():
     from evolink_mcp.app.settings import BadSetting
     from evolink_mcp.teams.settings import TeamSettings
 
-    for name, meant in TeamSettings.unknown_variables().items():
-        advice = f"; did you mean {meant}?" if meant else ""
-        print(f"evolink-mcp: {harmless(name, 60)} is no setting and has no effect{advice}", file=sys.stderr)
+    for name, similar in TeamSettings.unknown_variables().items():
+        hint = f"; did you mean {similar}?" if similar else ""
+        _print_error(f"{harmless(name, 60)} is not a setting and has no effect{hint}")
     try:
         settings = TeamSettings.from_environment()
     except BadSetting as error:
-        print(f"evolink-mcp: {error}", file=sys.stderr)
+        _print_error(str(error))
         raise SystemExit(2) from error
     if settings.has_audit_log:
-        audit_to_stderr()
-    for told in settings.foreign_hosts:
-        print(f"evolink-mcp: {told}", file=sys.stderr)
+        log_audit_to_stderr()
+    for warning in settings.foreign_hosts:
+        _print_error(warning)
     return settings
 
 
 def _stdio(_: Namespace) -> int:
-    gc.disable()  # until `keep_what_stays`: to search what the imports make takes a tenth of the start
-    take_descriptors()
-    settings = _settings()
+    gc.disable()  # garbage collection takes a tenth of the start; `start_garbage_collection` enables it again
+    raise_descriptor_limit()
+    settings = _read_settings()
     if sys.stdin and sys.stdin.isatty():
         print(
-            "evolink-mcp speaks MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
+            "evolink-mcp serves MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
             file=sys.stderr,
         )
     from evolink_mcp.server.startup_answers import Opening, recorded
@@ -81,12 +87,12 @@ def _stdio(_: Namespace) -> int:
 
     leave_on_stop_signal()
     opening = Opening(recorded() if settings.tools is None else None)
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(ANSWER_WITHIN_S)
+    default_interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         wires = Wires(opening.answer)
     except OSError as error:
-        print(f"evolink-mcp: there is no standard input and output to speak over ({error.strerror})", file=sys.stderr)
+        _print_error(f"no standard input and output ({error.strerror}): the server cannot serve MCP over stdio")
         return 1
     import anyio
 
@@ -94,7 +100,7 @@ def _stdio(_: Namespace) -> int:
     from evolink_mcp.server.server import serve_streams
     from evolink_mcp.transports.stdio import serve_stdio
 
-    sys.setswitchinterval(usual)
+    sys.setswitchinterval(default_interval)
 
     async def serve(read: Any, write: Any) -> None:
         opening = open_studio(settings)
@@ -104,22 +110,22 @@ def _stdio(_: Namespace) -> int:
             opening = open_team_studio(settings)
         async with opening as studio:
             server = server_for(studio, settings, secret=settings.secret)
-            keep_what_stays()
+            start_garbage_collection()
             await serve_streams(server, read, write)
 
-    return anyio.run(serve_stdio, wires, opening, serve, leave_in_time)
+    return anyio.run(serve_stdio, wires, opening, serve, exit_within_deadline)
 
 
 def _http(options: Namespace) -> int:
-    take_descriptors()
-    settings = _settings()
+    raise_descriptor_limit()
+    settings = _read_settings()
     from evolink_mcp.app.settings import BadSetting
     from evolink_mcp.cli.serve_http import serve_http
 
     try:
         return serve_http(options, settings, partial(print, file=sys.stderr, flush=True))
     except BadSetting as error:
-        _complain(str(error))
+        _print_error(str(error))
         return 2
 
 
@@ -129,9 +135,9 @@ def _token(options: Namespace) -> int:
     try:
         token, block = new_token(options.name)
     except BadTokens as error:
-        print(f"evolink-mcp: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
-    print(f"The token, shown this once: {token}\n\nFor the file that EVOLINK_MCP_TOKENS_FILE names:\n\n{block}")
+    print(f"Token, printed only once: {token}\n\nAdd this to the file of EVOLINK_MCP_TOKENS_FILE:\n\n{block}")
     return 0
 
 
@@ -140,7 +146,7 @@ def _demo(options: Namespace) -> int:
 
     from evolink_mcp.cli.demo import run_demo
 
-    return anyio.run(run_demo, options.prompt, print)
+    return anyio.run(run_demo, options.prompt, _read_settings().folders.output, print)
 
 
 def _simulate(options: Namespace) -> int:
@@ -149,10 +155,11 @@ def _simulate(options: Namespace) -> int:
     from evolink_mcp.simulator.app import FAULTS, Simulator
     from evolink_mcp.transports.http import serve_app
 
-    take_descriptors()
-    print(f"A simulated EvoLink on http://127.0.0.1:{options.port} (any key will do). Point the server at it with")
-    print(f"  EVOLINK_BASE_URL=http://127.0.0.1:{options.port} EVOLINK_API_KEY=sk-simulated evolink-mcp")
-    print("Words in a prompt order faults:")
+    raise_descriptor_limit()
+    base_url = f"http://127.0.0.1:{options.port}"
+    print(f"Simulated EvoLink at {base_url}. It accepts any key. Start the server with")
+    print(f"  EVOLINK_BASE_URL={base_url} EVOLINK_API_KEY=sk-simulated evolink-mcp")
+    print("Words in a prompt cause faults:")
     for word, meaning in FAULTS.items():
         print(f"  {word:24} {meaning}")
     sys.stdout.flush()
@@ -165,16 +172,16 @@ def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import priced
-    from evolink_mcp.cli.image_commands import kept
+    from evolink_mcp.cli.image_commands import find_entries
     from evolink_mcp.tools.task_answer import brief, task_out
 
     try:
-        place, entries = kept(_settings(), (), options.limit)
+        place, entries = find_entries(_read_settings(), (), options.limit)
     except JournalUnwritable as error:
-        _complain(error.message)
+        _print_error(error.message)
         return 1
     if not entries and not options.json:
-        print(f"Nothing was bought yet: there is no entry in {place}.")
+        print(f"No purchases yet: {place} has no entries.")
         return 0
     outs = [task_out(entry) for entry in entries]
     if options.json:
@@ -182,9 +189,9 @@ def _tasks(options: Namespace) -> int:
         return 0
     for out in outs:
         cost = priced(out.credits) if out.credits is not None else ""
-        asked = harmless((out.request or {}).get("prompt", ""), 60)
+        prompt = harmless((out.request or {}).get("prompt", ""), 60)
         print(
-            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {asked}"
+            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {prompt}"
         )
         for image in out.images:
             print(f"    {image.path or image.error or image.url}")
@@ -195,26 +202,26 @@ def _tasks(options: Namespace) -> int:
 
 
 def _open(options: Namespace) -> int:
-    from evolink_mcp.cli.image_commands import open_picture
+    from evolink_mcp.cli.image_commands import open_image
 
-    return open_picture(_settings(), options.words, print, _complain, only_print=options.print)
+    return open_image(_read_settings(), options.words, print, _print_error, only_print=options.print)
 
 
 def _sheet(options: Namespace) -> int:
-    from evolink_mcp.cli.image_commands import lay_out
+    from evolink_mcp.cli.image_commands import write_sheet
 
-    return lay_out(_settings(), options.words, options.since, options.out, print, _complain)
+    return write_sheet(_read_settings(), options.words, options.since, options.out, print, _print_error)
 
 
-def _within(error: BaseException) -> JournalUnwritable | None:
-    """The reason why the journal cannot be used, if that is what ended a task group."""
+def _journal_error_in(error: BaseException) -> JournalUnwritable | None:
+    """Return the first JournalUnwritable in an exception or exception group."""
     if isinstance(error, JournalUnwritable):
         return error
     inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())
-    return next((found for found in map(_within, inner) if found), None)
+    return next(filter(None, map(_journal_error_in, inner)), None)
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"evolink-mcp: {text}", file=sys.stderr)
 
 
@@ -234,11 +241,11 @@ def _doctor(options: Namespace) -> int:
         print(f"  {finding.verdict:8} {finding.subject:9} {finding.words}")
         if finding.todo:
             print(f"{'':21}{finding.todo}")
-    print("\nTo start this installation from a host (put your key in place of the example):")
+    print("\nConfiguration of each MCP host for this installation (replace the example key by yours):")
     for text in dict.fromkeys(block.text for block in report.blocks):
-        where = ", ".join(f"{block.host} ({block.where})" for block in report.blocks if block.text == text)
-        print(f"\n--- {where}\n{text}")
-    print("\nSomething is broken: see above." if report.exit_code else "\nNothing is broken.")
+        places = ", ".join(f"{block.host} ({block.where})" for block in report.blocks if block.text == text)
+        print(f"\n--- {places}\n{text}")
+    print("\nA check failed: see “broken” above." if report.exit_code else "\nNo check failed.")
     return report.exit_code
 
 

@@ -1,4 +1,4 @@
-"""What this process asks of the system and of Python: descriptors, a quiet memory, and an end in time."""
+"""Set up this process: file descriptors, garbage collection, audit log, deadline for the exit."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import sys
 import threading
 from contextlib import suppress
 
-LEAVE_WITHIN_S = 1.8
+EXIT_WITHIN_S = 1.8
 DESCRIPTORS = 8192
-GARBAGE = (5_000, 20, 100)  # a full search of 1,000 waiting calls takes a second
+# A full collection with 1,000 waiting calls takes a second, so it runs rarely.
+GARBAGE_THRESHOLDS = (5_000, 20, 100)
 
 
-def leave_in_time(code: int) -> None:
-    """End this process soon, even if a thread still waits for the disk: what is not written is left to the next start."""
-    end = threading.Timer(LEAVE_WITHIN_S, os._exit, (code,))
-    end.daemon = True
-    end.start()
+def exit_within_deadline(code: int) -> None:
+    """End this process after EXIT_WITHIN_S, even if a thread waits for the disk. The next start completes its work."""
+    timer = threading.Timer(EXIT_WITHIN_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
-def take_descriptors() -> None:
-    """Use as many file descriptors as the system allows: macOS gives 256 unless it is asked for more."""
+def raise_descriptor_limit() -> None:
+    """Allow DESCRIPTORS open files, or as many as the system permits. The default of macOS is 256."""
     if sys.platform != "win32":
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
+        target = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+        if soft != resource.RLIM_INFINITY and soft < target:
             with suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-def audit_to_stderr() -> None:
-    """Write the audit's lines as they are: each is one JSON object."""
+def log_audit_to_stderr() -> None:
+    """Write each line of the audit log to stderr without a prefix: it is one JSON object."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     audit = logging.getLogger("evolink_mcp.audit")
@@ -43,8 +44,11 @@ def audit_to_stderr() -> None:
     audit.propagate = False
 
 
-def keep_what_stays() -> None:
-    """Garbage is searched from now on, but not among half a million objects of the imports, and rarely among the old."""
+def start_garbage_collection() -> None:
+    """Exclude all present objects from garbage collection, then enable it with GARBAGE_THRESHOLDS.
+
+    Imports created half a million objects. They stay until the end.
+    """
     gc.freeze()
-    gc.set_threshold(*GARBAGE)
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     gc.enable()

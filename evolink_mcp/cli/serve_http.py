@@ -13,7 +13,7 @@ import anyio
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.app.settings import BadSetting, decoder_environment
 from evolink_mcp.cli.arguments import Namespace
-from evolink_mcp.cli.process import keep_what_stays, leave_in_time
+from evolink_mcp.cli.process import exit_within_deadline, start_garbage_collection
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.app import (
@@ -135,11 +135,11 @@ class _HttpServer:
             return studios.drain()
 
         ready = partial(self._report_address, hostnames)
-        return await serve_app(guard, options.host, options.port, leave_in_time, ready, is_drained)
+        return await serve_app(guard, options.host, options.port, exit_within_deadline, ready, is_drained)
 
     def _report_address(self, hostnames: list[str]) -> None:
         """Print the address of the open port, and who may spend credits."""
-        keep_what_stays()
+        start_garbage_collection()
         options = self.options
         if not is_loopback(options.host) and not hostnames:
             self.log("evolink-mcp: without --allowed-host NAME it answers only to names of this machine")

@@ -18,7 +18,7 @@ from conftest import World
 
 from evolink_mcp import __version__
 from evolink_mcp.app.settings import EXAMPLE_KEY, Settings
-from evolink_mcp.cli.arguments import parsed
+from evolink_mcp.cli.arguments import parse_arguments
 from evolink_mcp.cli.host_config import host_blocks
 from evolink_mcp.teams.settings import TeamSettings
 
@@ -276,7 +276,7 @@ def test_compose_starts_two_servers_with_settings_that_exist() -> None:
     servers = [compose["services"][name] for name in ("one", "two")]
     for server in servers:
         assert set(server["environment"]) <= set(TeamSettings.variables())
-        assert parsed([str(word) for word in server["command"]]).port == 8000
+        assert parse_arguments([str(word) for word in server["command"]]).port == 8000
     needed = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
     assert needed == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))
     assert {".env", "tokens.toml"} <= set(text(".gitignore").split())
