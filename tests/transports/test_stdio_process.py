@@ -291,5 +291,5 @@ def test_a_poor_environment_starts_and_a_missing_key_is_told(start: Callable[...
 def test_a_setting_that_cannot_be_used_is_named_on_stderr(start: Callable[..., Talk]) -> None:
     code, out, err = start(EVOLINK_BASE_URL="http://api.evolink.ai").end()
     assert (code, out) == (2, b"")
-    assert b"EVOLINK_BASE_URL must be an https address" in err
+    assert b"EVOLINK_BASE_URL must be an https URL" in err
     assert b"Traceback" not in err
