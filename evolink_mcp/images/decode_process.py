@@ -230,14 +230,16 @@ class Decoder:
             process.end()
         command = self._command or decoder_command()
         process = _Process(command, self._environ, self._folder)
+        is_started = False
         try:
             with anyio.fail_after(START_DEADLINE_S):
                 await anyio.to_thread.run_sync(process.start, abandon_on_cancel=True, limiter=_NO_LIMIT)
+            is_started = True
         except (OSError, TimeoutError, ValueError) as error:
             log.error("no image can be decoded: the decoder process does not start (%s)", error)
             raise DecoderUnavailable("the process that decodes images does not start") from error
         finally:
-            if not process.is_ready:
+            if not is_started:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
         missing = expected_protections() & ~process.protections
@@ -279,9 +281,9 @@ class _Process:
         self._lock = threading.Lock()
         self._popen: subprocess.Popen[bytes] | None = None
         self.protections = Protection(0)
-        self.is_ready = False
         self.images = 0
         self._is_valid = True
+        self._is_ended = False
 
     def start(self) -> None:
         """Start the program and wait for its greeting.
@@ -290,6 +292,8 @@ class _Process:
             OSError, ValueError: it does not start, or its greeting is invalid.
         """
         with self._lock:
+            if self._is_ended:
+                raise ValueError("its call was cancelled before its start")
             self._popen = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
@@ -300,6 +304,8 @@ class _Process:
                 close_fds=True,
                 creationflags=_NO_WINDOW,
             )
+            if self._is_ended:  # by a cancelled call, which did not see the program yet
+                self._popen.kill()
             greeting = self._stdout.read(GREETING.size)
             if len(greeting) != GREETING.size:
                 raise ValueError("it ended before its greeting")
@@ -307,7 +313,6 @@ class _Process:
             if magic != GREETING_MAGIC:
                 raise ValueError("its greeting is invalid")
             self.protections = Protection(protections & sum(Protection))
-            self.is_ready = True
 
     @property
     def is_alive(self) -> bool:
@@ -382,11 +387,13 @@ class _Process:
                 os.setpriority(os.PRIO_PROCESS, self._popen.pid, NICENESS_OF_SLOW)
 
     def end(self) -> None:
-        """Kill the process and release its pipes."""
-        if self._popen is None:
-            return
-        self._popen.kill()
+        """Kill the process and release its pipes. A start that waits for its thread starts nothing."""
+        self._is_ended = True
+        if self._popen is not None:
+            self._popen.kill()
         with self._lock:  # a thread that still waits for an answer ends now
+            if self._popen is None:
+                return
             for pipe in (self._popen.stdin, self._popen.stdout):
                 with suppress(OSError):
                     cast("IO[bytes]", pipe).close()

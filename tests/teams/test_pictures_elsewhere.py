@@ -89,7 +89,7 @@ async def test_no_answer_has_a_path_of_the_server(tmp_path: Path, mode: str) -> 
     assert (image["width"], image["height"], image["mime_type"]) == (1024, 640, "image/png")
     assert [block.type for block in answers[0].content] == ["text", "image"]
     assert "completed: 1 picture ready" in answers[0].content[0].text
-    assert "save_as has no effect here" in answers[0].content[0].text
+    assert "save_as has no effect" in answers[0].content[0].text
     assert resources[0].contents[0].mime_type == "image/png"
     assert facts(refused)["error"]["code"] == "folder_refused"
     assert "PUT the file to /uploads" in facts(local)["error"]["advice"]
