@@ -95,6 +95,7 @@ ORDER = [
     "transports.authentication",
     "transports.http_calls",
     "transports.http_guard",
+    "transports.connections",
     "transports.http",
     "simulator.rules",
     "simulator.simulation",

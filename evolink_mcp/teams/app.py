@@ -29,8 +29,8 @@ from evolink_mcp.teams.studios import Studios, callbacks_of
 from evolink_mcp.teams.tenants import Tenants, lifespan
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.teams.uploads import StoredPictures, UploadApp
-from evolink_mcp.transports.http import door
-from evolink_mcp.transports.http_guard import Door, Page
+from evolink_mcp.transports.http import REQUEST_MAX_BYTES
+from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
@@ -131,31 +131,40 @@ def guarded_app(
     authenticator: TeamAuthenticator | None,
     hostnames: Sequence[str],
     readiness: Readiness,
-) -> Door:
+) -> HttpGuard:
     """Return `app` behind the HTTP guard, with the paths for callbacks, stored images and OAuth metadata."""
-    pages: list[Page] = []
+    endpoints: list[Endpoint] = []
     if (callbacks := callbacks_of(studios.settings)) is not None:
-        pages.append(Page(("POST",), CALLBACKS, CallbackEndpoint(callbacks, studios.receive_callback)))
+        endpoints.append(Endpoint(("POST",), CALLBACKS, CallbackEndpoint(callbacks, studios.receive_callback)))
     store = studios.object_store
     if store is not None and store.is_folder:
-        pages.append(Page(("GET", "HEAD"), PICTURES, StoredPictures(store)))
+        endpoints.append(Endpoint(("GET", "HEAD"), PICTURES, StoredPictures(store)))
     if authenticator is not None and authenticator.issuer is not None:
         from evolink_mcp.teams.oauth import METADATA_PATH
 
         metadata = authenticator.issuer.metadata_app
-        pages += [Page(("GET",), METADATA_PATH, metadata), Page(("GET",), f"{METADATA_PATH}/", metadata)]
-    return door(app, hostnames, authenticator, readiness.check, pages)
+        endpoints += [Endpoint(("GET",), METADATA_PATH, metadata), Endpoint(("GET",), f"{METADATA_PATH}/", metadata)]
+    return HttpGuard(
+        app,
+        hostnames,
+        REQUEST_MAX_BYTES,
+        authenticator=authenticator,
+        not_ready=readiness.check,
+        endpoints=endpoints,
+    )
 
 
-def metrics_for(studios: Studios, guard: Door, readiness: Readiness) -> MetricsCollector | None:
+def metrics_for(studios: Studios, guard: HttpGuard, readiness: Readiness) -> MetricsCollector | None:
     """Publish `/metrics` at the guard. Return None if prometheus-client is not installed."""
     if find_spec("prometheus_client") is None:
         return None
     from evolink_mcp.teams.metrics_endpoint import PATH, MetricsCollector, MetricsPage
 
     token = studios.settings.metrics_token
-    metrics = MetricsCollector(studios.metrics, studios.statuses, lambda: guard.open, lambda: readiness.problem is None)
-    guard.add_page(Page(("GET",), PATH, MetricsPage(metrics, token), is_open=token is not None))
+    metrics = MetricsCollector(
+        studios.metrics, studios.statuses, lambda: guard.open_requests, lambda: readiness.problem is None
+    )
+    guard.add_endpoint(Endpoint(("GET",), PATH, MetricsPage(metrics, token), is_public=token is not None))
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""MCP over HTTP: streamable HTTP and SSE on uvicorn; it refuses other origins, and ends soon after a signal."""
+"""Serve MCP over streamable HTTP or SSE with uvicorn, until a signal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import anyio
 import uvicorn
@@ -16,51 +17,37 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
 from evolink_mcp.journal.backend import Journal
-from evolink_mcp.transports.authentication import Authenticator
+from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, descriptor_limit
 from evolink_mcp.transports.http_calls import Calls
-from evolink_mcp.transports.http_guard import LOOPBACK_NAMES, Door, Impatient, Page, accepted_at_once
+from evolink_mcp.transports.http_guard import LOOPBACK_NAMES
 from evolink_mcp.transports.signals import on_stop_signal
 
 log = logging.getLogger(__name__)
 
 REQUEST_MAX_BYTES = 512 << 10
-LEAVE_WITHIN_S = 0.3
-DRAIN_WITHIN_S, DRAINED_EVERY_S = 7.0, 0.05
-# Clients ask something more before they believe an answer: the SDK's own lists the tools.
+LEAVE_TIMEOUT_S = 0.3
+DRAIN_TIMEOUT_S = 7.0
+DRAIN_CHECK_INTERVAL_S = 0.05
+# Clients send further requests before they use an answer: the SDK's client lists the tools.
 LINGER_S = 0.5
-
-
-def door(
-    app: Any,
-    names: Sequence[str] = (),
-    authenticator: Authenticator | None = None,
-    not_ready: Callable[[], Awaitable[str | None]] | None = None,
-    pages: Sequence[Page] = (),
-) -> Door:
-    """`app` behind its door: it answers to the names of this machine and to `names`, and to `callers`, if any.
-
-    `not_ready` says why the server cannot do paid work now, if so. `pages` are answered beside
-    `app`.
-    """
-    return Door(app, names, REQUEST_MAX_BYTES, authenticator, not_ready, pages)
 
 
 def mcp_app(
     server: MCPServer[Any], journal: Journal, *, transport: str, host: str, hostnames: Sequence[str] = ()
 ) -> Any:
-    """The ASGI app that speaks `transport` ("http": streamable HTTP at /mcp, "sse": SSE at /sse) for `server`.
+    """Return the ASGI app of an MCP server.
 
-    `journal` is that of its studio, by which the servers of a team hear of each other.
-    `host` is the address it will be bound to. It stands behind a `door`, which has the same `hostnames`.
+    `transport` is "http" (streamable HTTP at /mcp) or "sse" (SSE at /sse). `journal` reports cancellations to the other
+    servers of a team. The server will bind to `host`, behind an HTTP guard with the same `hostnames`.
     """
     names = [name.lower() for name in hostnames]
-    guard = _guard([*LOOPBACK_NAMES, *names])
-    # One byte more than the door lets through, so that it is the door that says what was too much.
+    security = _security_of([*LOOPBACK_NAMES, *names])
+    # One byte more than the HTTP guard accepts, because its error text gives advice.
     limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":
-        return server.sse_app(max_request_body_size=limit, transport_security=guard, host=host)
+        return server.sse_app(max_request_body_size=limit, transport_security=security, host=host)
     app = server.streamable_http_app(
-        stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=guard, host=host
+        stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=security, host=host
     )
     return Calls(app, journal)
 
@@ -69,64 +56,66 @@ async def serve_app(
     app: Any,
     host: str,
     port: int,
-    leaving: Callable[[int], None] = lambda code: None,
+    leaving: Callable[[int], None] = lambda exit_code: None,
     ready: Callable[[], None] = lambda: None,
     drained: Callable[[], bool] = lambda: True,
+    limits: ConnectionLimits | None = None,
 ) -> int:
-    """Serve an ASGI app until SIGINT or SIGTERM. Returns the exit code: 1 if the port cannot be opened.
+    """Serve an ASGI app until SIGINT or SIGTERM. Return the exit code: 1 if the port is not available.
 
-    `ready()` is called when the port is open. After a signal `drained()` is called until it says that nothing has to be
-    answered any more, for DRAIN_WITHIN_S at most; a second signal ends that. Then `leaving(code)` is called.
+    It calls `ready()` when the port is open. After a signal it calls `drained()` repeatedly until that returns True, for
+    DRAIN_TIMEOUT_S at most; a second signal ends the wait. Then it calls `leaving(exit_code)`.
     """
-    server = _Server(
-        # uvicorn's type says int, its code compares floats.
-        uvicorn.Config(
-            app, host=host, port=port, log_level="warning", http=Impatient, ws="none",
-            timeout_graceful_shutdown=LEAVE_WITHIN_S,  # pyright: ignore[reportArgumentType]
-            backlog=accepted_at_once(),
-        ),
-        ready,
-    )  # fmt: skip
-    code = 0
-
+    limits = limits or ConnectionLimits.for_descriptors(descriptor_limit())
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        http=cast("Any", partial(LimitedH11Protocol, limits=limits)),
+        ws="none",
+        timeout_graceful_shutdown=cast("Any", LEAVE_TIMEOUT_S),  # typed as int, but uvicorn compares floats
+        backlog=limits.accepted_at_once,
+    )
+    server = _Server(config, ready)
+    exit_code = 0
     draining: asyncio.Task[None] | None = None
 
-    def stop(exit_code: int) -> None:
-        nonlocal code, draining
-        code = exit_code
+    def stop(signal_exit_code: int) -> None:
+        nonlocal exit_code, draining
+        exit_code = signal_exit_code
         if draining is None and not drained():
             draining = asyncio.create_task(drain())
         else:
             leave()
 
     async def drain() -> None:
-        with anyio.move_on_after(DRAIN_WITHIN_S):
+        with anyio.move_on_after(DRAIN_TIMEOUT_S):
             while not drained():
-                await anyio.sleep(DRAINED_EVERY_S)
+                await anyio.sleep(DRAIN_CHECK_INTERVAL_S)
         await anyio.sleep(LINGER_S)
         leave()
 
     def leave() -> None:
-        leaving(code)
-        # Everything paid is in the journal. uvicorn would print a traceback for every open stream.
+        leaving(exit_code)
+        # uvicorn prints a traceback for every open stream. The journal already has all paid work.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
 
-    starting = logging.getLogger("uvicorn.error")
-    starting.setLevel(logging.CRITICAL)  # why a port cannot be opened is told here
-    asyncio.get_running_loop().set_exception_handler(_once_out_of_descriptors())
+    # serve_app reports an unavailable port itself, in one line.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    asyncio.get_running_loop().set_exception_handler(DescriptorWarning())
     with on_stop_signal(stop):
         try:
             await server.serve()
         except SystemExit:
-            code = 1
-            log.error(
-                "%s port %d cannot be opened (%s); choose another one with --port", host, port, _why_not(host, port)
-            )
-    return code if server.started else 1
+            exit_code = 1
+            reason = _reason_of_unavailable_port(host, port)
+            log.error("%s port %d cannot be opened (%s); choose another one with --port", host, port, reason)
+    return exit_code if server.started else 1
 
 
-def _why_not(host: str, port: int) -> str:
+def _reason_of_unavailable_port(host: str, port: int) -> str:
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return "it was busy"
@@ -134,23 +123,28 @@ def _why_not(host: str, port: int) -> str:
         return os.strerror(error.errno).lower() if error.errno else str(error)
 
 
-def _once_out_of_descriptors() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
-    """asyncio prints a traceback for each connection that it has no descriptor for: say that once instead."""
-    said = False
+class DescriptorWarning:
+    """An asyncio exception handler that reports exhausted descriptors once.
 
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal said
+    asyncio itself logs a traceback for each connection that it cannot accept.
+    """
+
+    def __init__(self) -> None:
+        self._is_reported = False
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle one exception of the event loop."""
         if "out of system resource" not in context.get("message", ""):
             loop.default_exception_handler(context)
-        elif not said:
-            said = True
-            log.error("out of file descriptors: new connections wait (said once); allow more, for example by ulimit -n")
+        elif not self._is_reported:
+            self._is_reported = True
+            log.error(
+                "out of file descriptors: new connections wait (reported once); raise the limit, for example with ulimit -n"
+            )
 
-    return handle
 
-
-def _guard(names: Sequence[str]) -> TransportSecuritySettings:
-    """The SDK's own check of Host and Origin, behind that of the door."""
+def _security_of(names: Sequence[str]) -> TransportSecuritySettings:
+    """Return the settings of the SDK's check of Host and Origin, which runs after the HTTP guard."""
     return TransportSecuritySettings(
         enable_dns_rebinding_protection=True,
         allowed_hosts=[*names, *(f"{name}:*" for name in names)],
@@ -173,5 +167,5 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Leave signals to `serve_app`: uvicorn would raise them again before the studio is closed."""
+        """Let `serve_app` handle signals: uvicorn raises them again before the studio is closed."""
         yield

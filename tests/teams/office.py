@@ -26,7 +26,7 @@ from evolink_mcp.teams.studios import Studios
 from evolink_mcp.teams.tenants import Tenants
 from evolink_mcp.teams.tokens import Tokens
 from evolink_mcp.transports.http import mcp_app
-from evolink_mcp.transports.http_guard import Door as HttpGuard
+from evolink_mcp.transports.http_guard import HttpGuard
 
 INITIALIZE = {
     "jsonrpc": "2.0", "id": 1, "method": "initialize",

@@ -33,7 +33,7 @@ from evolink_mcp.teams.database import Database
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import Tenant, Tokens
-from evolink_mcp.transports.http_guard import Door as HttpGuard
+from evolink_mcp.transports.http_guard import HttpGuard
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])

@@ -222,7 +222,7 @@ async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_take
         town.guard.close()
         async with town.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
-            assert (await http.get("/readyz")).json()["why"] == "it is about to end"
+            assert (await http.get("/readyz")).json()["why"] == "the server is about to end"
             assert (await http.get("/healthz")).status_code == 200
         assert town.posts == 1
     (left,) = (answer.structured_content for answer in answers)

@@ -1,4 +1,4 @@
-"""Connections that say nothing do not stay, and do not keep others out."""
+"""Silent and excess connections are closed, and they do not keep other clients out."""
 
 from __future__ import annotations
 
@@ -6,97 +6,101 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from anyio.abc import SocketStream
+from starlette.responses import PlainTextResponse
 
-from evolink_mcp.transports import http, http_guard
+from evolink_mcp.transports.connections import ConnectionLimits
+from evolink_mcp.transports.http import DescriptorWarning, serve_app
+from evolink_mcp.transports.http_guard import BODY_TIMEOUT_S, HttpGuard
 
 pytestmark = pytest.mark.anyio
 
-ASK = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\nhi"
+REQUEST = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\nhi"
+LIMITS = ConnectionLimits.for_descriptors(1_024)
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     if scope["type"] == "http":
-        await http_guard._say(send, 200, "hello")
+        await PlainTextResponse("hello")(scope, receive, send)
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[int]:
+async def served(limits: ConnectionLimits = LIMITS, body_timeout_s: float = BODY_TIMEOUT_S) -> AsyncIterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ready = anyio.Event()
+    guard = HttpGuard(app, (), 1000, body_timeout_s=body_timeout_s)
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: http.serve_app(http_guard.Door(app, (), 1000), "127.0.0.1", port, ready=ready.set))
+            group.start_soon(lambda: serve_app(guard, "127.0.0.1", port, ready=ready.set, limits=limits))
             await ready.wait()
             yield port
             signal.raise_signal(signal.SIGTERM)
 
 
-async def rest(stream: SocketStream) -> bytes:
-    """All that comes until the other side closes."""
-    seen = b""
+async def everything_from(stream: SocketStream) -> bytes:
+    """Read until the other side closes the connection."""
+    received = b""
     try:
         while True:
-            seen += await stream.receive()
+            received += await stream.receive()
     except (anyio.EndOfStream, anyio.BrokenResourceError):
-        return seen
+        return received
 
 
-@pytest.mark.parametrize("said", [b"", b"POST / HTTP/1.1\r\nhost: local"])
-async def test_a_connection_that_says_nothing_or_half_is_closed(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
-    monkeypatch.setattr(http_guard, "SAYS_SOMETHING_WITHIN_S", 0.05)
-    async with served() as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
-        if said:
-            await stream.send(said)
-        assert await rest(stream) == b""
+@pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nhost: local"])
+async def test_a_connection_without_a_complete_request_head_is_closed(sent: bytes) -> None:
+    async with (
+        served(replace(LIMITS, request_head_timeout_s=0.05)) as port,
+        await anyio.connect_tcp("127.0.0.1", port) as stream,
+    ):
+        if sent:
+            await stream.send(sent)
+        assert await everything_from(stream) == b""
 
 
-async def test_a_body_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_guard, "BODY_WITHIN_S", 0.05)
-    async with served() as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
-        await stream.send(ASK[:-1])
+async def test_a_body_that_does_not_arrive_in_time_is_answered_with_408() -> None:
+    async with served(body_timeout_s=0.05) as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
+        await stream.send(REQUEST[:-1])
         assert b" 408 " in await stream.receive()
 
 
-async def test_beyond_a_number_new_connections_are_told_and_the_old_ones_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(http_guard, "connections_max", lambda: 3)
-    async with served() as port:
+async def test_a_connection_above_the_limit_gets_503_and_the_first_ones_still_work() -> None:
+    async with served(replace(LIMITS, served_max=3)) as port:
         early = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(3)]
-        for stream in early:  # each is known to the server
-            await stream.send(ASK)
+        for stream in early:  # the server has accepted each of them
+            await stream.send(REQUEST)
             assert b" 200 " in await stream.receive()
         async with await anyio.connect_tcp("127.0.0.1", port) as late:
-            assert (await rest(late)).startswith(b"HTTP/1.1 503 Service Unavailable")
-        await early[0].send(ASK)
+            assert (await everything_from(late)).startswith(b"HTTP/1.1 503 Service Unavailable")
+        await early[0].send(REQUEST)
         assert b" 200 " in await early[0].receive()
         for stream in early:
             await stream.aclose()
 
 
-def test_that_descriptors_are_used_up_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio calls its handler for every connection that it cannot accept, with a traceback each."""
-    handle = http._once_out_of_descriptors()
-    seen: list[Any] = []
-    loop: Any = SimpleNamespace(default_exception_handler=seen.append)
+def test_exhausted_descriptors_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio calls its handler for each connection that it cannot accept, and would log a traceback each time."""
+    handle = DescriptorWarning()
+    other_errors: list[Any] = []
+    loop: Any = SimpleNamespace(default_exception_handler=other_errors.append)
     for _ in range(1_000):
         handle(loop, {"message": "socket.accept() out of system resource", "exception": OSError(24, "too many")})
     handle(loop, {"message": "something else"})
     assert caplog.text.count("out of file descriptors") == 1
-    assert seen == [{"message": "something else"}]
+    assert other_errors == [{"message": "something else"}]
 
 
-@pytest.mark.parametrize(("limit", "at_once", "most"), [(256, 8, 120), (1_024, 16, 816), (65_536, 512, 60_864)])
-def test_few_descriptors_are_shared_out_carefully(
-    monkeypatch: pytest.MonkeyPatch, limit: int, at_once: int, most: int
-) -> None:
-    monkeypatch.setattr(http_guard, "descriptors", lambda: limit)
-    assert (http_guard.accepted_at_once(), http_guard.connections_max()) == (at_once, most)
+@pytest.mark.parametrize(
+    ("descriptors", "at_once", "served_max"), [(256, 8, 120), (1_024, 16, 816), (65_536, 512, 60_864)]
+)
+def test_few_descriptors_mean_few_connections(descriptors: int, at_once: int, served_max: int) -> None:
+    limits = ConnectionLimits.for_descriptors(descriptors)
+    assert (limits.accepted_at_once, limits.served_max) == (at_once, served_max)

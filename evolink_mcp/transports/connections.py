@@ -1,0 +1,95 @@
+"""Limit the connections of an HTTP server, so that slow clients and many clients do not exhaust its descriptors."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# Free descriptors for the journal, EvoLink, images and the interpreter.
+RESERVED_DESCRIPTORS = 64
+# asyncio needs some turns of its loop from accepting a connection to the protocol, and as many to close it.
+ACCEPT_TURNS = 5
+WINDOWS_DESCRIPTORS = 8_192
+UNLIMITED_DESCRIPTORS = 1_000_000
+BUSY_RESPONSE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\n"
+    b"content-type: text/plain\r\ncontent-length: 46\r\n\r\nToo many connections; try again in a moment.\r\n"
+)
+
+
+def descriptor_limit() -> int:
+    """Return how many files and connections this process may open."""
+    if sys.platform == "win32":
+        return WINDOWS_DESCRIPTORS
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return UNLIMITED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Limits for the connections of one server.
+
+    It serves at most `served_max` connections. `refused_max` further ones wait for their request and get a 503.
+    `accepted_at_once` connections are accepted in one turn of the event loop.
+    """
+
+    served_max: int
+    refused_max: int
+    accepted_at_once: int
+    request_head_timeout_s: float = 10.0
+    refusal_timeout_s: float = 1.0
+
+    @classmethod
+    def for_descriptors(cls, descriptors: int) -> Self:
+        """Return the limits for a process with this number of descriptors."""
+        accepted_at_once = min(max(descriptors // 64, 8), 512)
+        refused_max = 4 * accepted_at_once
+        served_max = descriptors - RESERVED_DESCRIPTORS - ACCEPT_TURNS * accepted_at_once - refused_max
+        return cls(max(served_max, 1), refused_max, accepted_at_once)
+
+
+class LimitedH11Protocol(H11Protocol):
+    """One connection. It closes without a complete request head, and answers 503 above the limit of connections."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._limits = limits
+        self._is_refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        """Accept the connection, or prepare its 503 if the limit is reached."""
+        super().connection_made(transport)
+        limits = self._limits
+        excess = len(self.connections) - limits.served_max
+        self._is_refused = excess > 0
+        timeout_s = limits.refusal_timeout_s if self._is_refused else limits.request_head_timeout_s
+        self._timer = self.loop.call_later(timeout_s, self._close_silent)
+        if excess > limits.refused_max:
+            self._refuse()
+
+    def data_received(self, data: bytes) -> None:
+        """Read the request. A refused connection gets its 503 only now: an earlier answer could be lost."""
+        if self._is_refused:
+            self._refuse()
+        else:
+            super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer of a closed connection."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _refuse(self) -> None:
+        self.transport.write(BUSY_RESPONSE)
+        self.transport.close()
+
+    def _close_silent(self) -> None:
+        if self._is_refused:
+            self._refuse()
+        elif cast("Any", self.cycle) is None:
+            self.transport.close()
