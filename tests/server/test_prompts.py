@@ -1,4 +1,4 @@
-"""Briefs from the menu, and what a host offers while they are filled in."""
+"""Prompts, and the completions that a host offers for their arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mcp_types import PromptReference, ResourceTemplateReference
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-FILLED: dict[str, dict[str, str]] = {
+ARGUMENTS: dict[str, dict[str, str]] = {
     "new_picture": {"subject": "A fox in the snow", "size": "16:9"},
     "edit_picture": {"picture": "evolink://images/task-unified-1-a/0", "change": "a red scarf"},
     "variations": {"of": "A fox in the snow", "count": "4"},
@@ -25,34 +25,32 @@ def prompt(name: str) -> PromptReference:
     return PromptReference(type="ref/prompt", name=name)
 
 
-async def offered(client: Any, ref: Any, name: str, value: str = "", **known: str) -> list[str]:
+async def completions(client: Any, ref: Any, name: str, value: str = "", **known: str) -> list[str]:
     answer = await client.complete(ref, {"name": name, "value": value}, known or None)
     return answer.completion.values
 
 
 @ERAS
-async def test_every_brief_has_a_title_and_every_argument_says_what_it_is(world: World, mode: str) -> None:
+async def test_every_prompt_and_argument_has_a_description(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             prompts = (await client.list_prompts()).prompts
-    assert {one.name for one in prompts} == FILLED.keys()
-    for one in prompts:
-        assert one.title
-        assert one.description
-        assert all(argument.description for argument in one.arguments or [])
-        assert {a.name for a in one.arguments or [] if a.required} <= FILLED[one.name].keys()
+    assert {each.name for each in prompts} == ARGUMENTS.keys()
+    for each in prompts:
+        assert each.title
+        assert each.description
+        assert all(argument.description for argument in each.arguments or [])
+        assert {a.name for a in each.arguments or [] if a.required} <= ARGUMENTS[each.name].keys()
 
 
 @ERAS
-@pytest.mark.parametrize("name", FILLED)
-async def test_a_brief_carries_its_arguments_and_says_that_each_call_is_paid_once(
-    world: World, mode: str, name: str
-) -> None:
+@pytest.mark.parametrize("name", ARGUMENTS)
+async def test_a_prompt_has_its_arguments_and_orders_exactly_one_purchase(world: World, mode: str, name: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            (message,) = (await client.get_prompt(name, FILLED[name])).messages
+            (message,) = (await client.get_prompt(name, ARGUMENTS[name])).messages
     assert message.role == "user"
-    for value in FILLED[name].values():
+    for value in ARGUMENTS[name].values():
         assert value in message.content.text
     assert "generate_image exactly once" in message.content.text
     assert "get_task" in message.content.text
@@ -60,15 +58,15 @@ async def test_a_brief_carries_its_arguments_and_says_that_each_call_is_paid_onc
 
 
 @pytest.mark.parametrize("name", ["new_picture", "variations", "size_set"])
-async def test_what_may_cost_more_than_expected_is_computed_before(world: World, name: str) -> None:
+async def test_the_price_is_computed_before_an_expensive_purchase(world: World, name: str) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            (message,) = (await client.get_prompt(name, FILLED[name])).messages
+            (message,) = (await client.get_prompt(name, ARGUMENTS[name])).messages
     text = message.content.text
     assert text.index("compute_size") < text.index("generate_image exactly once")
 
 
-async def test_left_out_arguments_leave_no_holes(world: World) -> None:
+async def test_omitted_arguments_leave_no_empty_lines(world: World) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             (message,) = (await client.get_prompt("new_picture", {"subject": "A fox"})).messages
@@ -78,42 +76,43 @@ async def test_left_out_arguments_leave_no_holes(world: World) -> None:
 
 
 @ERAS
-async def test_task_ids_and_pictures_of_earlier_purchases_are_offered(world: World, mode: str) -> None:
+async def test_task_ids_and_images_of_earlier_purchases_are_completed(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            made = await client.call_tool("generate_image", {"prompt": "sim:fast a pond", "n": 2})
+            completed = await client.call_tool("generate_image", {"prompt": "sim:fast a pond", "n": 2})
             failed = await client.call_tool("generate_image", {"prompt": "sim:fast sim:fail"})
-            made_id, failed_id = made.structured_content["task_id"], failed.structured_content["task_id"]
-            assert set(await offered(client, TASKS, "task_id")) == {made_id, failed_id}
-            assert await offered(client, TASKS, "task_id", made_id[:-1]) == [made_id]
-            assert await offered(client, IMAGES, "task_id") == [made_id]
-            assert await offered(client, IMAGES, "index", task_id=made_id) == ["0", "1"]
-            assert await offered(client, IMAGES, "index", task_id=failed_id) == []
-            pictures = [f"evolink://images/{made_id}/{index}" for index in (0, 1)]
-            assert await offered(client, prompt("edit_picture"), "picture") == pictures
-            assert await offered(client, prompt("variations"), "of", "images") == pictures
+            completed_id = completed.structured_content["task_id"]
+            failed_id = failed.structured_content["task_id"]
+            assert set(await completions(client, TASKS, "task_id")) == {completed_id, failed_id}
+            assert await completions(client, TASKS, "task_id", completed_id[:-1]) == [completed_id]
+            assert await completions(client, IMAGES, "task_id") == [completed_id]
+            assert await completions(client, IMAGES, "index", task_id=completed_id) == ["0", "1"]
+            assert await completions(client, IMAGES, "index", task_id=failed_id) == []
+            pictures = [f"evolink://images/{completed_id}/{index}" for index in (0, 1)]
+            assert await completions(client, prompt("edit_picture"), "picture") == pictures
+            assert await completions(client, prompt("variations"), "of", "images") == pictures
 
 
 @pytest.mark.parametrize(
     ("name", "argument", "typed", "values"),
     [
-        pytest.param("new_picture", "size", "16", ["16:9", "9:16"], id="what begins so comes first"),
-        pytest.param("new_picture", "quality", "", ["low", "medium", "high"], id="all when nothing is typed"),
+        pytest.param("new_picture", "size", "16", ["16:9", "9:16"], id="values with this beginning first"),
+        pytest.param("new_picture", "quality", "", ["low", "medium", "high"], id="all values for an empty text"),
         pytest.param("variations", "count", "1", ["1", "10"], id="numbers"),
-        pytest.param("new_picture", "subject", "", [], id="nobody knows the subject"),
+        pytest.param("new_picture", "subject", "", [], id="no values for the subject"),
     ],
 )
-async def test_values_are_offered_as_they_are_typed(
+async def test_values_are_completed_from_the_typed_text(
     world: World, name: str, argument: str, typed: str, values: list[str]
 ) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            assert await offered(client, prompt(name), argument, typed) == values
+            assert await completions(client, prompt(name), argument, typed) == values
 
 
-async def test_without_a_readable_journal_nothing_is_offered_and_nothing_fails(open_world: Open, tmp_path: Any) -> None:
+async def test_without_a_readable_journal_completions_are_empty(open_world: Open, tmp_path: Any) -> None:
     (tmp_path / "data").write_text("a file where the folder should be")
     with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:
-            assert await offered(client, TASKS, "task_id") == []
-            assert await offered(client, prompt("edit_picture"), "picture") == []
+            assert await completions(client, TASKS, "task_id") == []
+            assert await completions(client, prompt("edit_picture"), "picture") == []

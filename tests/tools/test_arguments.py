@@ -1,4 +1,4 @@
-"""What may be asked, through the front door: a refusal costs nothing, names the fault, and sends nothing."""
+"""Arguments of the tools: a refused call names the fault, sends nothing and costs nothing."""
 
 from __future__ import annotations
 
@@ -32,39 +32,41 @@ REFUSED = [
     pytest.param({"prompt": "\ud800"}, "surrogate", id="half a surrogate pair"),
     pytest.param({"prompt": 1.5}, "prompt", id="a number as prompt"),
     pytest.param({"prompt": PROMPT, "n": -1}, "greater than or equal to 1", id="n below"),
-    pytest.param({"prompt": PROMPT, "n": 0}, "n: empty; leave out", id="n of nothing"),
+    pytest.param({"prompt": PROMPT, "n": 0}, "n: empty; leave out", id="n of zero"),
     pytest.param({"prompt": PROMPT, "n": 11}, "less than or equal to 10", id="n above"),
-    pytest.param({"prompt": PROMPT, "n": "3"}, "n: ", id="n as text is not guessed"),
-    pytest.param({"prompt": PROMPT, "n": True}, "n: ", id="true is not one"),
+    pytest.param({"prompt": PROMPT, "n": "3"}, "n: ", id="n as text"),
+    pytest.param({"prompt": PROMPT, "n": True}, "n: ", id="n as boolean"),
     pytest.param({"prompt": PROMPT, "n": 2.5}, "n: ", id="n with a fraction"),
     pytest.param({"prompt": PROMPT, "quality": "hd"}, "'low', 'medium' or 'high'", id="quality of another API"),
-    pytest.param({"prompt": PROMPT, "resolution": "8K"}, "'1K', '2K' or '4K'", id="tier that is not"),
+    pytest.param({"prompt": PROMPT, "resolution": "8K"}, "'1K', '2K' or '4K'", id="unknown tier"),
     pytest.param(
         {"prompt": PROMPT, "seed": 1}, "seed: unknown argument; gpt-image-2 has no seed", id="unknown argument"
     ),
     pytest.param({"prompt": PROMPT, "sizes": "16:9"}, "did you mean size?", id="misspelt argument"),
     pytest.param({"Prompt": PROMPT}, "did you mean prompt?", id="argument in another case"),
-    pytest.param({"prompt": PROMPT, "size": "1000x1000"}, "1008x1008", id="illegal size names the nearest"),
+    pytest.param({"prompt": PROMPT, "size": "1000x1000"}, "1008x1008", id="illegal size"),
     pytest.param({"prompt": PROMPT, "size": "１６:９"}, "size", id="full-width digits"),
     pytest.param({"prompt": PROMPT, "size": "9" * 1_000_000}, "size", id="a megabyte of nines"),
     pytest.param({"prompt": PROMPT, "callback_url": "http://example.com/h"}, "callback_url", id="plain http callback"),
     pytest.param({"prompt": PROMPT, "callback_url": "https://127.1/h"}, "callback_url", id="short loopback"),
     pytest.param({"prompt": PROMPT, "callback_url": "https://[::ffff:10.0.0.1]/"}, "callback_url", id="v4-mapped"),
-    pytest.param({"prompt": PROMPT, "image_urls": []}, "image_urls", id="no references in the list"),
+    pytest.param({"prompt": PROMPT, "image_urls": []}, "image_urls", id="empty list of references"),
     pytest.param(
         {"prompt": PROMPT, "image_urls": ["https://example.com/a.png"] * 17}, "at most 16", id="17 references"
     ),
     pytest.param({"prompt": PROMPT, "image_urls": ["ftp://example.com/a.png"]}, "image_urls.0", id="ftp reference"),
     pytest.param({"prompt": PROMPT, "image_urls": ["http://localhost/a.png"]}, "image_urls.0", id="loopback reference"),
     pytest.param(
-        {"prompt": PROMPT, "mask_url": "https://example.com/m.png"}, "mask_url needs image_urls", id="mask alone"
+        {"prompt": PROMPT, "mask_url": "https://example.com/m.png"},
+        "mask_url needs image_urls",
+        id="mask without reference",
     ),
     pytest.param(
         {"prompt": PROMPT, "background": "transparent", "output_format": "jpeg"}, "jpeg has no", id="no alpha"
     ),
-    pytest.param({"prompt": PROMPT, "wait_seconds": 901}, "wait_seconds", id="too long a wait"),
+    pytest.param({"prompt": PROMPT, "wait_seconds": 901}, "wait_seconds", id="wait above the limit"),
     pytest.param(
-        {"prompt": PROMPT, "save_as": "../../x.png"}, "outside the allowed folders", id="path out of the folder"
+        {"prompt": PROMPT, "save_as": "../../x.png"}, "outside the allowed folders", id="path outside the folder"
     ),
     pytest.param(
         {"prompt": PROMPT, "aspect_ratio": "16:9"}, "aspect_ratio: unknown argument; did you mean size?", id="ratio"
@@ -73,39 +75,51 @@ REFUSED = [
     pytest.param({"prompt": PROMPT, "reference_images": []}, "did you mean image_urls?", id="references"),
     pytest.param({"prompt": PROMPT, "num_images": 2}, "did you mean n?", id="number"),
     pytest.param({"prompt": PROMPT, "negative_prompt": "x"}, "write it into the prompt", id="negative prompt"),
-    pytest.param({"prompt": PROMPT, "user": "x"}, "gpt-image-2 has no user, leave it out", id="of another API"),
     pytest.param(
-        {"prompt": PROMPT, "random_string": "x"}, "random_string: unknown argument; leave it out", id="of a host"
+        {"prompt": PROMPT, "user": "x"}, "gpt-image-2 has no user, leave it out", id="argument of another API"
     ),
-    pytest.param({"prompt": PROMPT, "image_urls": TWO_URLS}, "holds two addresses: give a list", id="two URLs in one"),
-    pytest.param({"prompt": PROMPT, "image_urls": [TWO_URLS]}, "holds two addresses: give a list", id="two in a list"),
     pytest.param(
-        BLANKS, f"- {BLANK_NAMES}: empty; leave out arguments that you do not set.", id="blanks that a host fills in"
+        {"prompt": PROMPT, "random_string": "x"},
+        "random_string: unknown argument; leave it out",
+        id="argument that a host adds",
+    ),
+    pytest.param(
+        {"prompt": PROMPT, "image_urls": TWO_URLS}, "holds two addresses: give a list", id="two URLs in one text"
+    ),
+    pytest.param(
+        {"prompt": PROMPT, "image_urls": [TWO_URLS]}, "holds two addresses: give a list", id="two URLs in one list item"
+    ),
+    pytest.param(
+        BLANKS, f"- {BLANK_NAMES}: empty; leave out arguments that you do not set.", id="empty values from a host"
     ),
     pytest.param(
         {"prompt": PROMPT, "image_urls": ["/mnt/user-data/uploads/a.png"]}, "the chat's own sandbox", id="sandbox"
     ),
-    pytest.param({"prompt": PROMPT, "image_urls": ["file:///mnt/data/a.png"]}, "not on this machine", id="another one"),
+    pytest.param(
+        {"prompt": PROMPT, "image_urls": ["file:///mnt/data/a.png"]},
+        "not on this machine",
+        id="file of another machine",
+    ),
     pytest.param({"prompt": PROMPT, "api_key": "sk-abcdefghijkl"}, "api_key: unknown argument", id="a key as argument"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), REFUSED)
-async def test_a_bad_call_is_refused_with_words_and_no_request(
-    world: World, arguments: dict[str, Any], words: str
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+async def test_a_wrong_argument_is_refused_without_a_request(
+    world: World, arguments: dict[str, Any], message: str
 ) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             answer = await client.call_tool("generate_image", arguments)
     assert answer.is_error is True
-    assert words in answer.content[0].text
+    assert message in answer.content[0].text
     assert len(answer.content[0].text) < 2_000
     assert answer.structured_content["charged"] == "no"
     assert world.simulator.requests == []
 
 
-TAKEN = [
-    pytest.param({}, {}, id="the prompt alone: no default goes out"),
+ACCEPTED = [
+    pytest.param({}, {}, id="the prompt alone, without defaults"),
     pytest.param({"size": "16:9", "resolution": "2K"}, {"size": "16:9", "resolution": "2K"}, id="ratio and tier unchanged"),
     pytest.param({"size": " 1536 X 1024 "}, {"size": "1536x1024"}, id="blanks and case of pixels"),
     pytest.param({"n": 2.0}, {"n": 2}, id="2.0 is 2"),
@@ -113,22 +127,22 @@ TAKEN = [
     pytest.param({"size": "AUTO"}, {"size": "auto"}, id="auto in capitals"),
     pytest.param({"quality": "HIGH"}, {"quality": "high"}, id="quality in capitals"),
     pytest.param({"size": "3:2", "resolution": "2k"}, {"size": "3:2", "resolution": "2K"}, id="tier in small letters"),
-    pytest.param({"size": "1024x1024", "resolution": "4K"}, {"size": "1024x1024"}, id="a tier without effect stays here"),
+    pytest.param({"size": "1024x1024", "resolution": "4K"}, {"size": "1024x1024"}, id="a tier without effect"),
     pytest.param({"quality": None}, {"quality": "medium"}, id="null is the default"),
-    pytest.param({"callback_url": None, "wait_seconds": None}, {}, id="null of an optional is nothing"),
-    pytest.param({"n": 1}, {"n": 1}, id="a default that was said goes out"),
+    pytest.param({"callback_url": None, "wait_seconds": None}, {}, id="null of an optional argument"),
+    pytest.param({"n": 1}, {"n": 1}, id="an explicit default"),
     pytest.param({"callback_url": "https://8.8.8.8/h"}, {"callback_url": "https://8.8.8.8/h"}, id="public address"),
     pytest.param(
         {"image_urls": '["https://example.com/a.png"]'}, {"image_urls": ["https://example.com/a.png"]},
-        id="a list written as JSON",
+        id="a list as JSON text",
     ),
     pytest.param({"output_format": "webp", "background": "transparent"},
-                 {"output_format": "webp", "background": "transparent"}, id="later fields, when given"),
+                 {"output_format": "webp", "background": "transparent"}, id="optional fields"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "sent"), TAKEN)
-async def test_the_body_holds_what_was_said_and_nothing_else(
+@pytest.mark.parametrize(("arguments", "sent"), ACCEPTED)
+async def test_the_body_contains_exactly_the_given_arguments(
     world: World, arguments: dict[str, Any], sent: dict[str, Any]
 ) -> None:
     with anyio.fail_after(300):
@@ -142,7 +156,7 @@ async def test_the_body_holds_what_was_said_and_nothing_else(
 @pytest.mark.parametrize(
     "prompt",
     [
-        pytest.param("é" * 16_000, id="32,000 code points are not normalised to fewer"),
+        pytest.param("é" * 16_000, id="32,000 code points without normalisation"),
         pytest.param(FAMILY * 4_571, id="graphemes of seven code points"),
         pytest.param("\ufeffstart", id="byte order mark"),
         pytest.param("'; DROP TABLE entries; --", id="SQL"),
@@ -150,7 +164,7 @@ async def test_the_body_holds_what_was_said_and_nothing_else(
         pytest.param("../../etc/passwd", id="a path"),
     ],
 )
-async def test_a_prompt_goes_out_as_it_came(world: World, prompt: str) -> None:
+async def test_a_prompt_is_sent_unchanged(world: World, prompt: str) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             answer = await client.call_tool("generate_image", {"prompt": prompt, "wait_seconds": 0})
@@ -159,10 +173,10 @@ async def test_a_prompt_goes_out_as_it_came(world: World, prompt: str) -> None:
     assert json.loads(body)["prompt"] == prompt
 
 
-async def test_a_tier_without_effect_is_told(world: World) -> None:
+async def test_a_tier_without_effect_gets_a_note(world: World) -> None:
     async with world.client() as client:
-        wish = {"prompt": PROMPT, "size": "auto", "resolution": "4K", "wait_seconds": 0}
-        answer = await client.call_tool("generate_image", wish)
+        arguments = {"prompt": PROMPT, "size": "auto", "resolution": "4K", "wait_seconds": 0}
+        answer = await client.call_tool("generate_image", arguments)
     assert "resolution has no effect with auto. It was not sent." in answer.structured_content["notes"]
 
 
@@ -171,14 +185,14 @@ async def test_a_tier_without_effect_is_told(world: World) -> None:
     ["   ", "task-unified-", "../credits", "task-unified-1/../../credits", "task-unified-1?x=1", "task-unified-1#f",
      "//evil.example/task-unified-1", "https://evil.example/task-unified-1", "task-unified-1 2", "{id}", "null"],
 )  # fmt: skip
-async def test_an_id_never_reaches_another_endpoint(world: World, task_id: str) -> None:
+async def test_an_invalid_task_id_sends_no_request(world: World, task_id: str) -> None:
     async with world.client() as client:
         answer = await client.call_tool("get_task", {"task_id": task_id})
     assert answer.is_error is True
     assert world.simulator.requests == []
 
 
-async def test_blanks_around_an_id_are_trimmed_and_a_stranger_is_not_found(world: World) -> None:
+async def test_blanks_around_a_task_id_are_trimmed_and_an_unknown_task_is_not_found(world: World) -> None:
     async with world.client() as client:
         answer = await client.call_tool("get_task", {"task_id": " task-unified-1757156493-imcg5zqt\n"})
     assert answer.structured_content["error"]["code"] == "not_found"
@@ -187,12 +201,12 @@ async def test_blanks_around_an_id_are_trimmed_and_a_stranger_is_not_found(world
 
 async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    nowhere = {
+    environ = {
         "EVOLINK_API_KEY": "",
         "EVOLINK_MCP_DATA_DIR": str(tmp_path / "file" / "data"),
         "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "file" / "pictures"),
     }
-    async with open_world(nowhere) as world, world.client() as client:
+    async with open_world(environ) as world, world.client() as client:
         answer = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})
         paid = await client.call_tool("generate_image", {"prompt": PROMPT})
     assert (answer.structured_content["width"], answer.structured_content["height"]) == (2048, 1152)
@@ -203,14 +217,14 @@ async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: An
 @pytest.mark.parametrize(
     ("quality", "tokens", "credits"), [("low", 196, 0.3599), ("medium", 1756, 3.2241), ("high", 7024, 12.8961)]
 )
-async def test_compute_size_tells_the_price(world: World, quality: str, tokens: int, credits: float) -> None:
+async def test_compute_size_returns_the_price(world: World, quality: str, tokens: int, credits: float) -> None:
     async with world.client() as client:
         answer = await client.call_tool("compute_size", {"size": "1024x1024", "quality": quality})
     facts = answer.structured_content
     assert (facts["estimated_tokens"], facts["estimated_credits"]) == (tokens, credits)
 
 
-async def test_compute_size_answers_the_other_way_round(world: World) -> None:
+async def test_compute_size_finds_a_size_for_a_target(world: World) -> None:
     async with world.client() as client:
         answer = await client.call_tool("compute_size", {"width": 1200, "height": 628})
     facts = answer.structured_content

@@ -1,4 +1,4 @@
-"""What the server publishes is a file: a change of it is a diff that somebody reads (UPDATE_CONTRACT=1 writes it)."""
+"""The published tools equal a reviewed file. UPDATE_CONTRACT=1 writes the file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def published(world: World, mode: str = "auto") -> dict[str, object]:
 
 
 @ERAS
-async def test_the_published_tools_are_the_reviewed_ones(world: World, mode: str) -> None:
+async def test_the_published_tools_equal_the_reviewed_file(world: World, mode: str) -> None:
     actual = json.dumps(await published(world, mode), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     file = CONTRACT / "tools.json"
     if os.environ.get("UPDATE_CONTRACT"):
@@ -39,7 +39,7 @@ async def test_the_list_of_tools_is_small(world: World) -> None:
     assert len(json.dumps({"tools": list(tools.values())}, ensure_ascii=False).encode()) < TOOLS_LIST_MAX_BYTES
 
 
-async def test_every_tool_says_what_it_is(world: World) -> None:
+async def test_every_tool_has_a_title_a_short_description_and_hints(world: World) -> None:
     for name, tool in (await published(world)).items():
         assert tool["title"], name
         assert 0 < len(tool["description"]) <= DESCRIPTION_MAX, name
@@ -65,7 +65,7 @@ async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -
             jsonschema.Draft202012Validator.check_schema(tool["outputSchema"])
 
 
-async def test_every_limit_of_the_page_shows_in_the_schema(world: World) -> None:
+async def test_every_limit_of_the_api_is_in_the_schema(world: World) -> None:
     fields = (await published(world))["generate_image"]["inputSchema"]["properties"]
     shown = {name: {k: v for k, v in field.items() if k not in ("description", "examples", "pattern")}
              for name, field in fields.items()}  # fmt: skip
@@ -95,7 +95,7 @@ CALLS = [
     pytest.param("compute_size", {"size": "1000x1000"}, id="illegal size"),
     pytest.param("compute_size", {}, id="no size"),
     pytest.param("list_tasks", {}, id="list"),
-    pytest.param("list_tasks", {"detail": True}, id="whole list"),
+    pytest.param("list_tasks", {"detail": True}, id="list with details"),
     pytest.param("list_tasks", {"sync": True}, id="synced list"),
     pytest.param("list_tasks", {"since": "some day"}, id="bad time"),
     pytest.param("get_balance", {}, id="balance"),
@@ -103,14 +103,14 @@ CALLS = [
 ]
 
 
-def said_in(fact: object, text: str) -> bool:
-    """Whether the text has this fact; numbers are grouped for people."""
+def is_in_text(fact: object, text: str) -> bool:
+    """Return whether the text contains the fact. Numbers may have thousands separators."""
     return str(fact) in text or (isinstance(fact, int) and f"{fact:,}" in text)
 
 
 @ERAS
 @pytest.mark.parametrize(("tool", "arguments"), CALLS)
-async def test_every_answer_fits_its_schema_and_says_the_same_in_text(
+async def test_every_answer_fits_its_schema_and_repeats_its_facts_as_text(
     world: World, mode: str, tool: str, arguments: dict[str, object]
 ) -> None:
     schema = (await published(world, mode))[tool]["outputSchema"]
@@ -122,12 +122,12 @@ async def test_every_answer_fits_its_schema_and_says_the_same_in_text(
     assert set(facts) == set(schema["properties"])
     for name in ("task_id", "status", "width", "height", "explicit_size", "estimated_tokens"):
         if facts.get(name) is not None and not (name == "status" and facts.get("task_id") is None):
-            assert said_in(facts[name], text), name
+            assert is_in_text(facts[name], text), name
     for image in facts.get("images", []):
-        said = [
+        facts_of_image = [
             image[name] for name in ("path", "url", "url_expires_at", "sha256", "resource_uri", "markdown", "bytes")
         ]
-        assert all(said_in(fact, text) for fact in said if fact is not None)
+        assert all(is_in_text(fact, text) for fact in facts_of_image if fact is not None)
     if facts.get("error"):
         assert answer.is_error is True
         assert facts["error"]["advice"] in text

@@ -1,4 +1,4 @@
-"""Waits that fit the host: the table in docs/hosts.md is the table in the code, and calls keep to it."""
+"""Waits within the limits of the host. The table in docs/hosts.md equals the table in the code."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def test_the_table_in_the_documentation_is_the_table_in_the_code() -> None:
         [host.name, start and f"`{start}`", f"{host.wait_s:g}", f"{host.limit_s:g}" if host.limit_s else "not known"]
         for start, host in EVERY
     ]
-    assert [row[0] for row in rows if not row[-1]] == []  # every row says where it is known from
+    assert [row[0] for row in rows if not row[-1]] == []  # every row names its source
 
 
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
 def test_a_call_ends_before_its_host_gives_up(host: Host) -> None:
-    """Also the call that has to wait for its task id; unknown hosts bear what the most common SDK bears."""
+    """Also a call that waits for its task id. Unknown hosts have at least the timeout of the most common SDK."""
     assert host.wait_s + ID_GRACE_S <= (host.limit_s or 60)
 
 
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
-def test_an_answer_stays_below_the_megabyte_that_desktop_hosts_take(host: Host) -> None:
+def test_an_answer_stays_below_the_limit_of_1_mb_of_desktop_hosts(host: Host) -> None:
     assert host.answer_max <= 750_000
 
 
@@ -73,11 +73,11 @@ def test_an_answer_stays_below_the_megabyte_that_desktop_hosts_take(host: Host) 
         (None, "any other host"),
     ],
 )
-def test_hosts_are_known_by_what_their_clients_call_themselves(client_name: str | None, host: str) -> None:
+def test_a_host_is_identified_by_the_name_of_its_client(client_name: str | None, host: str) -> None:
     assert host_named(client_name).name == host
 
 
-def test_no_host_hides_behind_an_earlier_one() -> None:
+def test_no_prefix_is_hidden_by_an_earlier_one() -> None:
     hidden = [
         (start, earlier)
         for index, (start, _) in enumerate(KNOWN)
@@ -89,7 +89,7 @@ def test_no_host_hides_behind_an_earlier_one() -> None:
 
 
 def test_an_unknown_host_gets_45_seconds() -> None:
-    assert host_named("nobody-knows-me").wait_s == 45
+    assert host_named("unknown-client").wait_s == 45
 
 
 @asynccontextmanager
@@ -101,7 +101,7 @@ async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIte
 
 
 async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
-    """What a call sees of a task that ends after two minutes; the world's clock is turned by whoever waits."""
+    """Return the status in the answer of a call whose task takes two simulated minutes."""
     async with calling(world, name, mode, **server) as client:
         answer = await client.call_tool("generate_image", {"prompt": "A calm sunset sim:slow=120 sim:fail"})
     return answer.structured_content["status"]
@@ -109,20 +109,20 @@ async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A host that bears no wait at all."""
+    """The name of a client whose host allows no wait."""
     monkeypatch.setattr(hosts, "KNOWN", (("hasty", Host("Hasty", wait_s=0)),))
     return "hasty-client"
 
 
 @ERAS
 @pytest.mark.anyio
-async def test_the_wait_follows_the_name_the_client_gives(world: World, hasty: str, mode: Any) -> None:
+async def test_the_name_of_the_client_decides_the_wait(world: World, hasty: str, mode: Any) -> None:
     assert await status_for(world, hasty, mode) in ("pending", "processing")
-    assert await status_for(world, "somebody-else", mode) == "failed"
+    assert await status_for(world, "other-client", mode) == "failed"
 
 
 @ERAS
 @pytest.mark.anyio
-async def test_the_setting_wins_over_the_host(world: World, hasty: str, mode: Any) -> None:
+async def test_the_setting_overrides_the_host(world: World, hasty: str, mode: Any) -> None:
     assert await status_for(world, hasty, mode, wait_s=45) == "failed"
-    assert await status_for(world, "somebody-else", mode, wait_s=0) in ("pending", "processing")
+    assert await status_for(world, "other-client", mode, wait_s=0) in ("pending", "processing")

@@ -1,4 +1,4 @@
-"""What a host is shown: small pictures that tell nothing but themselves, in answers that no host chokes on."""
+"""Previews: without metadata, and in answers below the size limit of every host."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONGEST_PROMPT = "\U0001f98a" * 32_000
 
 @pytest.fixture(scope="module")
 def uhd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 4K picture that no codec makes small: more than 20 MB."""
+    """A 4K image of noise, more than 20 MB."""
     path = tmp_path_factory.mktemp("uhd") / "noise.png"
     path.write_bytes(noise(UHD, compress_level=1))
     return path
@@ -40,16 +40,17 @@ def uhd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uhd_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as JPEG, which is made small in a tenth of the time: where ten of them are shown."""
+    """The same as JPEG. A preview of it takes a tenth of the time."""
     path = tmp_path_factory.mktemp("uhd") / "noise.jpg"
     path.write_bytes(noise(UHD, "JPEG", quality=95))
     return path
 
 
-async def own(world: World, number: int, picture: Path, *, pictures: int = 10, **request: Any) -> str:
-    """A finished task with its pictures on disk, as a journal has it; returns its id."""
+async def add_task(world: World, number: int, picture: Path, *, pictures: int = 10, **request: Any) -> str:
+    """Add a completed task with saved images to the journal. Return its id."""
     task_id = f"task-unified-{1_790_000_000 + number}-abcdefgh"
-    now, saved = world.clock(), []
+    now = world.clock()
+    saved: list[ResultImage] = []
     for index in range(pictures):
         path = world.folder / "pictures" / f"{task_id}-{index}{picture.suffix}"
         path.parent.mkdir(exist_ok=True)
@@ -60,27 +61,28 @@ async def own(world: World, number: int, picture: Path, *, pictures: int = 10, *
                 index, url, now + 86_400, str(path), "image/png", *UHD, path.stat().st_size, "0123456789abcdef" * 4
             )
         )
-    task = Task(task_id, COMPLETED, 100.0, now, results=tuple(one.url for one in saved), credits_used=42.0)
-    asked = {"model": "gpt-image-2", "prompt": "a fox", "size": "16:9", "resolution": "4K", "n": pictures, **request}
+    task = Task(task_id, COMPLETED, 100.0, now, results=tuple(image.url for image in saved), credits_used=42.0)
+    body = {"model": "gpt-image-2", "prompt": "a fox", "size": "16:9", "resolution": "4K", "n": pictures, **request}
     journal = world.studio.journal
-    entry = Entry(new_key(), journal.owner, "submitted", now - number, request=asked, task=task,
+    entry = Entry(new_key(), journal.owner, "submitted", now - number, request=body, task=task,
                   images=tuple(saved), account=journal.account)  # fmt: skip
     await journal.intend(entry)
     return task_id
 
 
 def length(answer: Any) -> int:
-    """Characters of the longest spelling that an answer may get on its way: everything beyond ASCII escaped."""
+    """Return the length of the answer as JSON with everything beyond ASCII escaped, the longest form."""
     return len(json.dumps(json.loads(answer.model_dump_json(by_alias=True, exclude_none=True))))
 
 
-def shown(answer: Any) -> list[Image.Image]:
+def previews_in(answer: Any) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(b.data))) for b in answer.content if b.type == "image"]
 
 
 def chunks(webp: bytes) -> set[bytes]:
-    """The names of the parts of a WebP file."""
-    names, at = set(), 12
+    """Return the names of the chunks of a WebP file."""
+    names: set[bytes] = set()
+    at = 12
     while at < len(webp):
         names.add(webp[at : at + 4])
         size = int.from_bytes(webp[at + 4 : at + 8], "little")
@@ -88,7 +90,7 @@ def chunks(webp: bytes) -> set[bytes]:
     return names
 
 
-# --- every answer fits ---
+# --- size of answers ---
 
 
 @ERAS
@@ -99,24 +101,24 @@ def chunks(webp: bytes) -> set[bytes]:
         pytest.param({"prompt": LONGEST_PROMPT}, 10, id="longest prompt"),
         pytest.param({"prompt": '"\\' * 16_000}, 10, id="prompt of quotes"),
         pytest.param(
-            {"prompt": LONGEST_PROMPT, "image_urls": ["https://e.org/" + "x" * 8_000] * 16}, None, id="all of it"
+            {"prompt": LONGEST_PROMPT, "image_urls": ["https://e.org/" + "x" * 8_000] * 16}, None, id="longest request"
         ),
     ],
 )
-async def test_an_answer_with_ten_4k_pictures_fits(
+async def test_an_answer_with_ten_4k_images_is_below_the_limit(
     world: World, uhd_jpeg: Path, mode: str, request_: dict[str, Any], pictures: int | None
 ) -> None:
-    await ten_pictures_fit(world, uhd_jpeg, mode, request_, pictures)
+    await check_ten_images(world, uhd_jpeg, mode, request_, pictures)
 
 
-async def test_an_answer_with_ten_4k_pngs_fits(world: World, uhd: Path) -> None:
-    await ten_pictures_fit(world, uhd, "auto", {}, 10)
+async def test_an_answer_with_ten_4k_pngs_is_below_the_limit(world: World, uhd: Path) -> None:
+    await check_ten_images(world, uhd, "auto", {}, 10)
 
 
-async def ten_pictures_fit(
+async def check_ten_images(
     world: World, picture: Path, mode: str, request_: dict[str, Any], pictures: int | None
 ) -> None:
-    task_id = await own(world, 1, picture, **request_)
+    task_id = await add_task(world, 1, picture, **request_)
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             answer = await client.call_tool("get_task", {"task_id": task_id})
@@ -124,30 +126,32 @@ async def ten_pictures_fit(
     assert length(answer) < NEVER_ABOVE
     assert len(answer.model_dump_json(by_alias=True)) < ANSWER_MAX
     assert length(task) < NEVER_ABOVE
-    assert pictures is None or len(shown(answer)) == pictures
-    assert all(max(picture.size) <= 512 for picture in shown(answer))
+    assert pictures is None or len(previews_in(answer)) == pictures
+    assert all(max(picture.size) <= 512 for picture in previews_in(answer))
 
 
 @ERAS
-async def test_the_longest_list_fits(world: World, uhd: Path, mode: str) -> None:
+async def test_the_longest_list_is_below_the_limit_and_its_pages_are_complete(
+    world: World, uhd: Path, mode: str
+) -> None:
     for number in range(LIST_MAX + 1):
-        await own(world, number, uhd, prompt=LONGEST_PROMPT)
+        await add_task(world, number, uhd, prompt=LONGEST_PROMPT)
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            wish = {"limit": LIST_MAX, "detail": True}
-            answer = await client.call_tool("list_tasks", wish)
+            arguments = {"limit": LIST_MAX, "detail": True}
+            answer = await client.call_tool("list_tasks", arguments)
             parts = [answer]
             while cursor := parts[-1].structured_content["next_cursor"]:
-                parts.append(await client.call_tool("list_tasks", {**wish, "cursor": cursor}))
-    told = [task["task_id"] for part in parts for task in part.structured_content["tasks"]]
+                parts.append(await client.call_tool("list_tasks", {**arguments, "cursor": cursor}))
+    ids = [task["task_id"] for part in parts for task in part.structured_content["tasks"]]
     assert len(answer.structured_content["tasks"]) >= 20
-    assert len(set(told)) == len(told) == LIST_MAX + 1
+    assert len(set(ids)) == len(ids) == LIST_MAX + 1
     assert all(length(part) < NEVER_ABOVE for part in parts)
 
 
-async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path) -> None:
+async def test_a_list_of_the_longest_requests_is_below_the_limit(world: World, uhd: Path) -> None:
     for number in range(LIST_MAX):
-        await own(world, number, uhd, prompt=LONGEST_PROMPT, image_urls=["https://e.org/" + "x" * 8_000] * 16)
+        await add_task(world, number, uhd, prompt=LONGEST_PROMPT, image_urls=["https://e.org/" + "x" * 8_000] * 16)
     with anyio.fail_after(300):
         async with world.client() as client:
             answer = await client.call_tool("list_tasks", {"limit": LIST_MAX, "detail": True})
@@ -155,12 +159,12 @@ async def test_the_longest_list_fits_whatever_was_asked(world: World, uhd: Path)
 
 
 @pytest.mark.parametrize("edge", [64, 1024, 2048])
-async def test_a_single_4k_picture_is_viewed_within_the_limit(world: World, uhd: Path, edge: int) -> None:
-    task_id = await own(world, 1, uhd, pictures=1)
+async def test_view_image_of_a_4k_image_is_below_the_limit(world: World, uhd: Path, edge: int) -> None:
+    task_id = await add_task(world, 1, uhd, pictures=1)
     with anyio.fail_after(300):
         async with world.client() as client:
             answer = await client.call_tool("view_image", {"task_id": task_id, "max_edge": edge})
-    (picture,) = shown(answer)
+    (picture,) = previews_in(answer)
     assert length(answer) < NEVER_ABOVE
     assert max(picture.size) <= edge
     assert max(picture.size) >= min(edge, 512)
@@ -170,21 +174,21 @@ async def test_a_single_4k_picture_is_viewed_within_the_limit(world: World, uhd:
     ("count", "edge"),
     [pytest.param(1, 1024, id="one"), pytest.param(2, 768, id="two"), pytest.param(10, 512, id="ten")],
 )
-async def test_all_pictures_are_shown_the_smaller_the_more_there_are(world: World, count: int, edge: int) -> None:
+async def test_more_images_get_smaller_previews(world: World, count: int, edge: int) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            wish = {"prompt": "sim:fast a fox", "size": "16:9", "resolution": "2K", "n": count}
-            answer = await client.call_tool("generate_image", wish)
-    pictures = shown(answer)
+            arguments = {"prompt": "sim:fast a fox", "size": "16:9", "resolution": "2K", "n": count}
+            answer = await client.call_tool("generate_image", arguments)
+    pictures = previews_in(answer)
     assert [(edge, edge * 9 // 16)] * count == [picture.size for picture in pictures]
     assert {picture.format for picture in pictures} == {"WEBP"}
 
 
-# --- what is in it ---
+# --- contents of answers ---
 
 
 @ERAS
-async def test_the_text_comes_first_and_has_the_line_to_paste(world: World, mode: str) -> None:
+async def test_the_text_comes_first_and_has_the_markdown_line(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             answer = await client.call_tool(
@@ -197,7 +201,7 @@ async def test_the_text_comes_first_and_has_the_line_to_paste(world: World, mode
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_preview_tells_nothing_but_the_picture(tmp_path: Path, kind: str) -> None:
+def test_a_preview_has_no_metadata(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(talkative(kind))
     assert SECRET.encode() in path.read_bytes()
@@ -220,25 +224,25 @@ def test_a_preview_tells_nothing_but_the_picture(tmp_path: Path, kind: str) -> N
         pytest.param(drawing((1, 3000)), "RGB", id="a line"),
     ],
 )
-def test_every_kind_of_picture_is_shown_and_transparency_stays(tmp_path: Path, picture: bytes, mode: str) -> None:
+def test_a_preview_of_every_image_mode_keeps_transparency(tmp_path: Path, picture: bytes, mode: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(picture)
     small = preview(path.read_bytes(), 32, 100_000)
     assert small is not None
-    with Image.open(io.BytesIO(small)) as seen:
-        assert seen.mode == mode
-        assert max(seen.size) <= 32
+    with Image.open(io.BytesIO(small)) as small_image:
+        assert small_image.mode == mode
+        assert max(small_image.size) <= 32
 
 
-def test_a_small_picture_is_not_made_larger(tmp_path: Path) -> None:
+def test_a_small_image_is_not_enlarged(tmp_path: Path) -> None:
     path = tmp_path / "picture"
     path.write_bytes(drawing((64, 48)))
-    with Image.open(io.BytesIO(preview(path.read_bytes(), 1024, 100_000) or b"")) as seen:
-        assert seen.size == (64, 48)
+    with Image.open(io.BytesIO(preview(path.read_bytes(), 1024, 100_000) or b"")) as small_image:
+        assert small_image.size == (64, 48)
 
 
 @pytest.mark.parametrize("budget", [525_000, 100_000, 15_000, 100])
-def test_a_preview_is_within_its_budget_or_is_not(tmp_path: Path, budget: int) -> None:
+def test_a_preview_is_within_its_budget_or_none(tmp_path: Path, budget: int) -> None:
     path = tmp_path / "picture"
     path.write_bytes(noise((1600, 1200)))
     small = preview(path.read_bytes(), 1024, budget)
@@ -246,7 +250,7 @@ def test_a_preview_is_within_its_budget_or_is_not(tmp_path: Path, budget: int) -
     assert small is None or len(small) <= budget
 
 
-# --- what cannot be shown ---
+# --- unreadable files ---
 
 
 @pytest.mark.parametrize(
@@ -259,16 +263,16 @@ def test_a_preview_is_within_its_budget_or_is_not(tmp_path: Path, budget: int) -
         pytest.param(lambda path: (path.unlink(), os.mkfifo(path)), id="a pipe"),
     ],
 )
-async def test_a_picture_that_cannot_be_shown_is_no_error_of_the_task(world: World, change: Any) -> None:
+async def test_an_unreadable_image_file_is_no_error_of_the_task(world: World, change: Any) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             facts = (await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2})).structured_content
             change(Path(facts["images"][0]["path"]))
-            world.clock.now += 25 * 3600  # its link has expired: it cannot be fetched again
+            world.clock.now += 25 * 3600  # the link has expired, so the file cannot be downloaded again
             again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
             view = await client.call_tool("view_image", {"task_id": facts["task_id"]})
     assert again.is_error is False
-    assert len(shown(again)) == 1
+    assert len(previews_in(again)) == 1
     assert view.is_error is True
     assert facts["images"][0]["path"] in view.content[0].text
 
@@ -280,18 +284,18 @@ async def test_a_picture_that_cannot_be_shown_is_no_error_of_the_task(world: Wor
     ("setting", "edge"),
     [("", 1024), ("auto", 1024), ("256", 256), ("64", 64), ("off", None), ("${PREVIEW}", 1024)],
 )
-async def test_the_preview_is_as_the_setting_says(open_world: Open, setting: str, edge: int | None) -> None:
+async def test_the_setting_decides_the_size_of_previews(open_world: Open, setting: str, edge: int | None) -> None:
     async with open_world({"EVOLINK_MCP_PREVIEW": setting}) as world:
         with anyio.fail_after(300):
             async with Client(server_for(world.studio, world.settings)) as client:
-                wish = {"prompt": "sim:fast a fox", "size": "2048x1152"}
-                answer = await client.call_tool("generate_image", wish)
+                arguments = {"prompt": "sim:fast a fox", "size": "2048x1152"}
+                answer = await client.call_tool("generate_image", arguments)
     assert answer.is_error is False
-    assert [max(picture.size) for picture in shown(answer)] == ([edge] if edge else [])
+    assert [max(picture.size) for picture in previews_in(answer)] == ([edge] if edge else [])
 
 
 @pytest.mark.parametrize(("setting", "count"), [("", 0), ("0", 0), ("1", 2)])
-async def test_resource_links_come_only_when_wanted(open_world: Open, setting: str, count: int) -> None:
+async def test_the_setting_decides_about_resource_links(open_world: Open, setting: str, count: int) -> None:
     async with open_world({"EVOLINK_MCP_RESOURCE_LINKS": setting}) as world:
         with anyio.fail_after(300):
             async with Client(server_for(world.studio, world.settings)) as client:
@@ -307,8 +311,8 @@ async def test_resource_links_come_only_when_wanted(open_world: Open, setting: s
 
 
 @ERAS
-async def test_view_image_shows_the_picture_and_nothing_that_a_host_could_show_instead(world: World, mode: str) -> None:
-    """Several hosts show the model only structured content where there is some."""
+async def test_view_image_returns_the_image_without_structured_content(world: World, mode: str) -> None:
+    """Several hosts give the model only the structured content if an answer has one."""
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             facts = (await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2})).structured_content
@@ -319,7 +323,7 @@ async def test_view_image_shows_the_picture_and_nothing_that_a_host_could_show_i
     assert answer.structured_content is None
     assert [block.type for block in answer.content] == ["image", "text"]
     assert facts["images"][1]["path"] in answer.content[1].text
-    assert [max(picture.size) for picture in shown(answer)] == [300]
+    assert [max(picture.size) for picture in previews_in(answer)] == [300]
     assert beyond.is_error is True
     assert "no saved picture 2" in beyond.content[0].text
     assert world.posts == 1

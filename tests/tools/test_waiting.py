@@ -1,4 +1,4 @@
-"""A call follows a job: progress rises, the first word is the task's id, silence is broken, the wait ends in time."""
+"""A call follows a job: rising progress, the task ID first, a heartbeat, and an end of the wait in time."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ pytestmark = pytest.mark.anyio
 TASK = "task-unified-1790000000-abcdefgh"
 
 
-class Heard:
-    """What the host was told: (progress, message)."""
+class ProgressLog:
+    """The progress notifications of a call: (progress, message)."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[float, str]] = []
+        self.reports: list[tuple[float, str]] = []
 
     async def __call__(self, progress: float, total: float, message: str) -> None:
         assert total == 100
-        self.told.append((progress, message))
+        self.reports.append((progress, message))
 
     @property
-    def rises(self) -> bool:
-        values = [value for value, _ in self.told]
+    def is_rising(self) -> bool:
+        values = [value for value, _ in self.reports]
         return all(a < b for a, b in pairwise(values))
 
 
@@ -39,55 +39,55 @@ def job(**task: object) -> Job:
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
-async def test_progress_rises_to_100_and_its_first_word_is_the_task_id(world: World, mode: str) -> None:
-    heard = Heard()
+async def test_progress_rises_to_100_and_begins_with_the_task_id(world: World, mode: str) -> None:
+    log = ProgressLog()
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            answer = await client.call_tool("generate_image", {"prompt": "a fox"}, progress_callback=heard)
-    assert heard.told[0][1].startswith(answer.structured_content["task_id"])
-    assert heard.rises
-    assert heard.told[-1][0] == 100
+            answer = await client.call_tool("generate_image", {"prompt": "a fox"}, progress_callback=log)
+    assert log.reports[0][1].startswith(answer.structured_content["task_id"])
+    assert log.is_rising
+    assert log.reports[-1][0] == 100
 
 
 @pytest.mark.parametrize("order", ["sim:backwards", "sim:unknown-status", "sim:poll-500", "sim:poll-429"])
-async def test_progress_rises_whatever_evolink_says(world: World, order: str) -> None:
-    heard = Heard()
+async def test_progress_rises_with_odd_answers_of_evolink(world: World, order: str) -> None:
+    log = ProgressLog()
     with anyio.fail_after(300):
         async with world.client() as client:
-            answer = await client.call_tool("generate_image", {"prompt": f"{order} a fox"}, progress_callback=heard)
+            answer = await client.call_tool("generate_image", {"prompt": f"{order} a fox"}, progress_callback=log)
     assert answer.structured_content["status"] == "completed"
-    assert heard.rises
+    assert log.is_rising
 
 
-async def test_a_job_that_does_not_change_is_still_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unchanged_job_is_reported_at_each_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evolink_mcp.tools.waiting.HEARTBEAT_S", 0.001)
-    heard, waiting = Heard(), job(progress=40)
+    log, waiting = ProgressLog(), job(progress=40)
     waiting.heard_from = True
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(follow, waiting, 60.0, heard)
-            while len(heard.told) < 5:
+            group.start_soon(follow, waiting, 60.0, log)
+            while len(log.reports) < 5:
                 await anyio.sleep(0)
             waiting.finish()
-    assert heard.rises
-    assert all(40 <= value < 100 for value, _ in heard.told)
+    assert log.is_rising
+    assert all(40 <= value < 100 for value, _ in log.reports)
 
 
-async def test_a_wait_that_ends_asks_for_one_last_look() -> None:
+async def test_the_end_of_a_wait_requests_one_last_poll() -> None:
     waiting = job()
     waiting.heard_from = True
-    asked = anyio.Event()
-    waiting.poll_now = asked.set  # pyright: ignore[reportAttributeAccessIssue]
+    polled = anyio.Event()
+    waiting.poll_now = polled.set  # pyright: ignore[reportAttributeAccessIssue]
     with anyio.fail_after(300):
-        await follow(waiting, 0.0, Heard())
-    assert asked.is_set()
+        await follow(waiting, 0.0, ProgressLog())
+    assert polled.is_set()
 
 
-async def test_a_call_without_an_id_waits_for_it_beyond_its_own_wait() -> None:
+async def test_a_call_without_a_task_id_waits_for_it_beyond_its_wait() -> None:
     waiting = Job(Entry("k" * 16, "owner", "sending", 0.0))
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(follow, waiting, 0.0, Heard())
+            group.start_soon(follow, waiting, 0.0, ProgressLog())
             for _ in range(5):
                 await anyio.sleep(0)
             waiting.heard_from = True
