@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-PATIENT_S = 120
+DATABASE_TIMEOUT_S = 120
 # -P keeps the working directory off the import path. There, a file of a project could replace a module.
 SERVER_COMMAND = [sys.executable, "-P", "-m", "evolink_mcp"]
 
 
 def minimal_environment(home: Path, **settings: str) -> dict[str, str]:
-    """Return what an MCP host passes to a server: a home, a path and `settings`. Keep the variables of coverage."""
+    """Return the environment that an MCP host gives to a server: home, path, `settings`. Keep variables of coverage."""
     inherited = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
     return {"HOME": str(home), **inherited, **settings}
 
@@ -23,9 +23,10 @@ def without_coverage(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("COVERAGE_")}
 
 
-def keep_the_database() -> None:
-    """A machine may stand still for seconds: no server of this process gives its database up for that."""
+def raise_database_timeouts() -> None:
+    """Let the servers of this process wait DATABASE_TIMEOUT_S for the database. A busy machine can stop for seconds."""
     from evolink_mcp.teams import database, database_url
 
-    database.Database.__init__.__kwdefaults__["stop_after_s"] = float(PATIENT_S)
-    database_url.CONNECT_TIMEOUT_S = database.CONNECT_TIMEOUT_S = PATIENT_S
+    database.Database.__init__.__kwdefaults__["stop_after_s"] = float(DATABASE_TIMEOUT_S)
+    database_url.CONNECT_TIMEOUT_S = DATABASE_TIMEOUT_S
+    database.CONNECT_TIMEOUT_S = DATABASE_TIMEOUT_S

@@ -1,4 +1,4 @@
-"""A studio in a folder: simulated EvoLink in process, a clock that only tests turn, nothing outside tmp_path."""
+"""Fixtures: a studio in tmp_path with a simulated EvoLink and a clock that only the test moves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from child_processes import keep_the_database
+from child_processes import raise_database_timeouts
 from mcp.client import Client
 from PIL import Image
 
@@ -32,7 +32,7 @@ from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import open_team_studio
 
-# Their asserts show what they saw, as those of tests do.
+# A failed assert in these modules shows its values, as in tests.
 pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
 
 KEY = "sk-canary-0123456789abcdef"
@@ -41,20 +41,17 @@ TEAM = os.environ.get("EVOLINK_TEST_DATABASE") == "postgres"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: many tests wait for other processes."""
+    """Start two workers more than cores: many tests wait for other processes."""
     return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first. Under Windows, skip what is missing there, and say why.
-
-    In PostgreSQL, what looks into the journal's file is skipped.
-    """
+    """Start the longest tests first. Skip tests that need another platform or another journal, with the reason."""
     items.sort(key=lambda item: "killed" not in item.path.name)
     if TEAM:
         for item in items:
             if item.get_closest_marker("journal_file"):
-                item.add_marker(pytest.mark.skip(reason="this is about the journal's file"))
+                item.add_marker(pytest.mark.skip(reason="reads the file of the SQLite journal"))
     if sys.platform != "win32":
         return
     lacking = tomllib.loads((Path(__file__).parent / "windows" / "lacking.toml").read_text("utf-8"))
@@ -71,13 +68,13 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 async def in_time() -> AsyncIterator[None]:
-    """No test may hang; five minutes are enough on a crowded machine."""
+    """End a test that hangs. Five minutes are enough on a busy machine."""
     with anyio.fail_after(300):
         yield
 
 
 class Clock:
-    """Wall time for studio and simulator: sleeping turns it, and lets everything else run."""
+    """The time of studio and simulator. `sleep` moves it and lets other coroutines run."""
 
     def __init__(self) -> None:
         self.now = 1_790_000_000.0
@@ -91,43 +88,45 @@ class Clock:
 
 
 class HeldClock(Clock):
-    """A clock whose sleeper waits while it is held."""
+    """A clock that can block `sleep`: set `is_held`, wait for `has_sleeper`, then set `release`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held, self.asleep, self.go_on = False, anyio.Event(), anyio.Event()
+        self.is_held = False
+        self.has_sleeper = anyio.Event()
+        self.release = anyio.Event()
 
     async def sleep(self, seconds: float) -> None:
-        if self.held:
-            self.asleep.set()
-            await self.go_on.wait()
+        if self.is_held:
+            self.has_sleeper.set()
+            await self.release.wait()
         await super().sleep(seconds)
 
 
 @lru_cache(maxsize=256)
-def flat_picture(mark: int, size: tuple[int, int], kind: str, clear: bool, plain: bool = False) -> bytes:
-    """A picture of two colours (one if `plain`), made in a fiftieth of the time that a painted one takes."""
-    colour = (mark & 255, mark >> 8 & 255, mark >> 16 & 255)
-    out = io.BytesIO()
-    image = Image.new("RGBA" if clear else "RGB", size, (*colour, 0)[: 4 if clear else 3])
-    if not plain:
+def flat_image(seed: int, size: tuple[int, int], kind: str, is_transparent: bool, is_plain: bool = False) -> bytes:
+    """Return an image with two colours, or one if `is_plain`. The simulator's own images take 50 times longer."""
+    colour = (seed & 255, seed >> 8 & 255, seed >> 16 & 255)
+    file = io.BytesIO()
+    image = Image.new("RGBA", size, (*colour, 0)) if is_transparent else Image.new("RGB", size, colour)
+    if not is_plain:
         image.paste(tuple(255 - part for part in colour), (0, 0, size[0] // 2, size[1] // 2))
-    image.save(out, kind.upper())
-    return out.getvalue()
+    image.save(file, kind.upper())
+    return file.getvalue()
 
 
 class PlainSimulator(Simulator):
-    """EvoLink simulated, with plain pictures: no two pictures are alike, and each has its size, type and alpha."""
+    """A simulated EvoLink with flat images. Each image is different and has the requested size, type and alpha."""
 
     def _draw(self, task: SimulatedTask, index: int) -> bytes:
         size = (task.size[0] // 2, task.size[1] // 2) if "other-size" in task.faults else task.size
-        mark = zlib.crc32(f"{index} {task.body['prompt']}".encode("utf-8", "surrogatepass"))
-        return flat_picture(mark, size, task.kind, task.body.get("background") == "transparent")
+        seed = zlib.crc32(f"{index} {task.body['prompt']}".encode("utf-8", "surrogatepass"))
+        return flat_image(seed, size, task.kind, task.body.get("background") == "transparent")
 
 
 @dataclass
 class World:
-    """One studio, its simulator and clock, and the folder it lives in."""
+    """A studio with its simulator, clock and folder."""
 
     studio: Studio
     simulator: Simulator
@@ -137,17 +136,17 @@ class World:
 
     @property
     def posts(self) -> int:
-        """How many purchases went out."""
+        """The number of sent purchases."""
         return sum(r.method == "POST" and r.path == "/v1/images/generations" for r in self.simulator.requests)
 
     @property
     def files(self) -> list[Path]:
-        """The saved pictures, and whatever else lies among them that should not."""
+        """All files of the output folder except sidecars."""
         return sorted(p for p in (self.folder / "pictures").rglob("*") if p.is_file() and p.suffix != ".json")
 
     @asynccontextmanager
     async def client(self, mode: Any = "auto", **server: Any) -> AsyncIterator[Client]:
-        """A real MCP client, in process."""
+        """Connect a real MCP client in this process."""
         async with Client(build_server(self.studio, **server), mode=mode) as client:
             yield client
 
@@ -157,9 +156,9 @@ Open = Callable[..., AbstractAsyncContextManager[World]]
 
 @pytest.fixture
 def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
-    """Open a world: `environ` adds settings, `simulator` and `clock` carry over from an earlier life.
+    """Return a function that opens a world. `environ` adds settings. An earlier `simulator` or `clock` can continue.
 
-    EVOLINK_TEST_DATABASE=postgres lays the journals of all worlds into PostgreSQL.
+    With EVOLINK_TEST_DATABASE=postgres the journals of all worlds are in PostgreSQL.
     """
     team: dict[str, str] = {}
     if TEAM:
@@ -189,9 +188,9 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         )
         transport = transport or httpx.ASGITransport(simulator.app)
         with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
-            own: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
+            options: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
             opening = open_studio if settings.database_url is None else open_team_studio
-            async with opening(settings, decoder=decoder, **own) as studio:
+            async with opening(settings, decoder=decoder, **options) as studio:
                 yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened
@@ -199,7 +198,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
 
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
-    """A decoder with real processes."""
+    """An image decoder with real processes."""
     with closing(Decoder(decoder_environment())) as opened:
         yield opened
 
@@ -212,13 +211,13 @@ async def world(open_world: Open) -> AsyncIterator[World]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """A PostgreSQL of the tests' own."""
+    """A PostgreSQL server for the tests."""
     if sys.platform == "win32":
-        pytest.skip("PostgreSQL's programs for Windows are not installed here")
+        pytest.skip("needs PostgreSQL for Windows")
     from cluster import programs, running
 
     if programs() is None:
-        pytest.skip("PostgreSQL is not installed here: Debian's package postgresql has it")
-    keep_the_database()  # unless a test says otherwise
-    with running() as made:
-        yield made
+        pytest.skip("needs PostgreSQL, for example Debian's package postgresql")
+    raise_database_timeouts()
+    with running() as server:
+        yield server

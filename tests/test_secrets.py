@@ -1,4 +1,4 @@
-"""The key goes to EvoLink and nowhere else: a canary is looked for wherever a server can leave anything."""
+"""The API key goes only to EvoLink. The tests search for a canary key in all output of a server."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from evolink_mcp.teams.settings import TeamSettings
 pytestmark = pytest.mark.anyio
 
 CANARY = "sk-canary-aXq81ZbT3kLw90vM"
-# As it is, and as it may hide: in base64, in hex, in pieces of its own.
+# The key, its secret part, its start in base64, and its hexadecimal form.
 TRACES = (CANARY, CANARY[3:], base64.b64encode(CANARY.encode()).decode()[:24], CANARY.encode().hex())
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
 
-def betrays(data: bytes | str) -> list[str]:
+def traces_in(data: bytes | str) -> list[str]:
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     return [trace for trace in TRACES if trace in text]
 
@@ -43,9 +43,9 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 async def quote_the_key(ask: Ask) -> None:
-    """An upstream that repeats what it was sent, as some do in their errors."""
-    said = f"Incorrect API key provided: {ask.headers['authorization']}"
-    ask.answer(401, json.dumps({"error": {"code": said, "message": said}}).encode(), x_request_id=said)
+    """Repeat the key in the error, as some APIs do."""
+    message = f"Incorrect API key provided: {ask.headers['authorization']}"
+    ask.answer(401, json.dumps({"error": {"code": message, "message": message}}).encode(), x_request_id=message)
 
 
 async def echo(ask: Ask) -> None:
@@ -62,15 +62,15 @@ FAULTS: dict[str, gw.Fault] = {
 }  # fmt: skip
 
 
-async def test_a_server_leaves_no_trace_of_the_key_whatever_happens(
+async def test_no_output_and_no_file_of_a_server_contains_the_key(
     gateway: Gateway, servers: Nursery, tmp_path: Path
 ) -> None:
-    """stdout, stderr at its most talkative, the journal's bytes, pictures: after every kind of fault, and a kill."""
+    """Search stdout, verbose stderr, the journal and all images, after every fault and after a kill."""
     env = minimal_environment(
         tmp_path, EVOLINK_API_KEY=CANARY, EVOLINK_BASE_URL=gateway.url,
         EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"), EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
     )  # fmt: skip
-    told: list[str] = []
+    outputs: list[str] = []
 
     def reads(ask: Ask) -> gw.Fault | None:
         return quote_the_key if ask.path == "/v1/credits" else None
@@ -78,52 +78,52 @@ async def test_a_server_leaves_no_trace_of_the_key_whatever_happens(
     gateway.reads = reads
     with anyio.fail_after(300):
         async with servers.server(env, "-v") as server, anyio.create_task_group() as calls:
-            told.append(json.dumps(await server.ask("tools/list")))
+            outputs.append(json.dumps(await server.ask("tools/list")))
 
-            async def one(name: str, fault: gw.Fault) -> None:
+            async def buy_with_fault(name: str, fault: gw.Fault) -> None:
                 async with servers.server(env, "-v") as other:
                     gateway.purchases.append(fault)
-                    told.append(json.dumps(await other.call("generate_image", **{**WISH, "prompt": name})))
-                    told.append(other.err.read_text())
+                    outputs.append(json.dumps(await other.call("generate_image", **{**REQUEST, "prompt": name})))
+                    outputs.append(other.err.read_text())
 
             for name, fault in FAULTS.items():
-                calls.start_soon(one, name, fault)
+                calls.start_soon(buy_with_fault, name, fault)
             for tool, arguments in (
-                ("get_balance", {}), ("generate_image", {**WISH, "prompt": ""}), ("list_tasks", {"sync": True}),
+                ("get_balance", {}), ("generate_image", {**REQUEST, "prompt": ""}), ("list_tasks", {"sync": True}),
                 ("compute_size", {"size": "16:9"}), ("nothing", {}),
             ):  # fmt: skip
-                told.append(json.dumps(await server.call(tool, **arguments)))
+                outputs.append(json.dumps(await server.call(tool, **arguments)))
             server.kill()
             await server.gone()
-            told.append(server.err.read_text())
-        async with servers.server(env, "-v", "tasks", "--json", greet=False) as shown:
-            await shown.gone()
-            told.append(shown.err.read_text())
+            outputs.append(server.err.read_text())
+        async with servers.server(env, "-v", "tasks", "--json", greet=False) as command:
+            await command.gone()
+            outputs.append(command.err.read_text())
     assert len(gateway.simulator.tasks) > 3
-    assert [betrays(text) for text in told] == [[]] * len(told)
+    assert [traces_in(text) for text in outputs] == [[]] * len(outputs)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {".png", ".sqlite3"} <= {path.suffix for path in files}
-    assert {path.name: betrays(path.read_bytes()) for path in files if betrays(path.read_bytes())} == {}
+    assert {path.name: traces_in(path.read_bytes()) for path in files if traces_in(path.read_bytes())} == {}
 
 
-async def nothing() -> None:
-    """Nothing is written down."""
+async def record_nothing() -> None:
+    """Stand in for the write to the journal."""
 
 
-async def test_the_texts_and_traces_of_every_error_are_without_the_key(gateway: Gateway, tmp_path: Path) -> None:
-    """Also the causes of an error, as a traceback prints them."""
+async def test_no_error_and_no_traceback_contains_the_key(gateway: Gateway) -> None:
+    """A traceback includes the causes of an error."""
     gateway.purchases = [fault for name, fault in FAULTS.items() if name not in ("none", "odd")]
     texts: list[str] = []
 
-    def spoil(ask: Ask) -> gw.Fault | None:
+    def quote_always(ask: Ask) -> gw.Fault | None:
         return quote_the_key
 
-    gateway.reads = spoil
+    gateway.reads = quote_always
     with anyio.fail_after(300):
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             for _ in range(len(gateway.purchases)):
                 with pytest.raises(EvolinkError) as caught:
-                    await client.submit({"prompt": "x"}, idempotency_key="k" * 20, on_sending=nothing)
+                    await client.submit({"prompt": "x"}, idempotency_key="k" * 20, on_sending=record_nothing)
                 texts += [
                     "".join(traceback.format_exception(caught.value)),
                     repr(caught.value),
@@ -133,59 +133,66 @@ async def test_the_texts_and_traces_of_every_error_are_without_the_key(gateway: 
                 with pytest.raises(EvolinkError) as caught:
                     await read()
                 texts += ["".join(traceback.format_exception(caught.value)), repr(caught.value)]
-            texts += [
-                repr(client),
-                str(vars(client)),
-                repr(client._reads),
-                repr(client._request(client._reads, "GET", "/")),
-            ]
-    assert [betrays(text) for text in texts] == [[]] * len(texts)
+            texts += [repr(client), str(vars(client))]
+    assert [traces_in(text) for text in texts] == [[]] * len(texts)
     assert any("(the key)" in text for text in texts)
 
 
-def _settings(**more: str) -> TeamSettings:
-    return TeamSettings.from_environment({"EVOLINK_API_KEY": CANARY, **more})
+class RequestPrinter(httpx.AsyncBaseTransport):
+    """Store how each request prints, and refuse the connection."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        assert CANARY in request.headers["authorization"]
+        self.texts.append(f"{request!r} {request.headers!r}")
+        raise httpx.ConnectError("refused", request=request)
 
 
-async def test_no_object_shows_the_key_when_it_is_printed(tmp_path: Path) -> None:
-    settings = _settings(EVOLINK_MCP_DATA_DIR=str(tmp_path))
+async def test_a_printed_request_does_not_contain_the_key() -> None:
+    printer = RequestPrinter()
+    async with EvolinkClient(SecretStr(CANARY), base_url="http://127.0.0.1:9", transport=printer) as client:
+        with pytest.raises(EvolinkError):
+            await client.balance()
+    assert [traces_in(text) for text in printer.texts] == [[]]
+
+
+async def test_no_printed_object_contains_the_key(tmp_path: Path) -> None:
+    settings = TeamSettings.from_environment({"EVOLINK_API_KEY": CANARY, "EVOLINK_MCP_DATA_DIR": str(tmp_path)})
     async with open_studio(settings) as studio:
-        shown = [
-            repr(settings),
-            str(settings),
-            f"{settings.key}",
-            repr(studio),
-            str(vars(studio)),
-            str(vars(studio._purchases)),
-        ]
-    assert [betrays(text) for text in shown] == [[]] * len(shown)
+        parts = [studio, *vars(studio).values()]
+        texts = [repr(settings), str(settings), f"{settings.key}", *map(repr, parts)]
+        texts += [str(vars(part)) for part in parts if hasattr(part, "__dict__")]
+    assert len(texts) > 10
+    assert [traces_in(text) for text in texts] == [[]] * len(texts)
 
 
 @pytest.mark.parametrize("value", [f"{CANARY} {CANARY}", f"Bearer {CANARY}", f"{CANARY}\u200b", f"“{CANARY}”", "short"])
-def test_a_key_that_cannot_be_one_is_not_repeated_in_what_is_said_about_it(value: str) -> None:
+def test_the_message_about_an_invalid_key_does_not_contain_the_key(value: str) -> None:
     settings = TeamSettings.from_environment({"EVOLINK_API_KEY": value})
     assert settings.key is None
     assert value not in (settings.key_problem or "")
-    assert betrays(settings.key_problem or "") == []
+    assert traces_in(settings.key_problem or "") == []
 
 
 @pytest.mark.parametrize(
     "path",
     ["http://127.0.0.1:9@127.0.0.1:1", "//127.0.0.1:1/", "@127.0.0.1:1/x", ".example.com/", "\\\\127.0.0.1:1", ":1"],
 )
-async def test_a_request_never_leaves_the_origin(path: str) -> None:
+async def test_a_request_never_goes_to_another_origin(path: str) -> None:
     async with EvolinkClient(SecretStr(CANARY), base_url="http://127.0.0.1:9") as client:
         with suppress(EvolinkError, httpx.InvalidURL):
             request = client._request(client._reads, "GET", path)
             assert (request.url.scheme, request.url.host, request.url.port) == ("http", "127.0.0.1", 9)
 
 
-async def test_a_redirect_does_not_take_the_key_along(gateway: Gateway) -> None:
-    seen: list[Ask] = []
-    other = Gateway(QuickSimulator(), reads=lambda ask: seen.append(ask) or None)
+async def test_the_client_does_not_send_the_key_to_a_redirect(gateway: Gateway) -> None:
+    requests: list[Ask] = []
+    other = Gateway(QuickSimulator(), reads=lambda ask: requests.append(ask) or None)
     async with other.open():
         gateway.reads = lambda ask: gw.before(gw.says(302, location=f"{other.url}/v1/credits"))
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             with pytest.raises(EvolinkError):
                 await client.balance()
-    assert seen == []
+    assert requests == []

@@ -16,32 +16,33 @@ from evolink_mcp.teams.studios import Studios
 from evolink_mcp.teams.tokens import new_token
 
 
-@pytest.mark.parametrize("team", [False, True], ids=["one person", "a team"])
-def test_only_a_server_of_a_team_waits_for_those_who_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, team: bool
+@pytest.mark.parametrize("is_team", [False, True], ids=["personal server", "team"])
+def test_only_the_server_of_a_team_waits_for_running_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_team: bool
 ) -> None:
-    """One person's is gone within two seconds of a signal, also while a call waits and a POST is under way."""
-    ends: list[bool] = []
+    """A personal server ends within two seconds of a signal, even during a POST."""
+    results: list[bool] = []
 
-    async def signalled(
+    async def receive_signal(
         app: Any, host: str, port: int, leaving: Any, ready: Any, drained: Callable[[], bool] = lambda: True
     ) -> int:
-        ends.append(drained())
+        results.append(drained())
         return 143
 
-    monkeypatch.setattr(serve_http, "serve_app", signalled)
+    monkeypatch.setattr(serve_http, "serve_app", receive_signal)
     monkeypatch.setattr(Studios, "drain", lambda studios: False)
-    (tokens := tmp_path / "tokens.toml").write_text(new_token("anna")[1])
+    tokens_file = tmp_path / "tokens.toml"
+    tokens_file.write_text(new_token("anna")[1])
     settings = TeamSettings.from_environment(
         {
             "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
             "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
-            **({"EVOLINK_MCP_TOKENS_FILE": str(tokens)} if team else {}),
+            **({"EVOLINK_MCP_TOKENS_FILE": str(tokens_file)} if is_team else {}),
         }
     )
     options = Namespace(command="http", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
     assert serve_http.serve_http(options, settings, lambda line: None) == 143
-    assert ends == [not team]
+    assert results == [not is_team]
 
 
 def test_sse_refuses_the_database_of_a_team() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import anyio
 import pytest
-from child_processes import keep_the_database, without_coverage
+from child_processes import raise_database_timeouts, without_coverage
 
 HERE = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
@@ -141,7 +141,7 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
         from evolink_mcp.teams import database, postgres
 
-        keep_the_database()
+        raise_database_timeouts()
         database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
         postgres.PostgresJournal.adopt_every_s = 0.1
     from evolink_mcp.cli.main import main

@@ -200,7 +200,7 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open, monkeypat
     """Also while the journal still writes the state, because no later notification follows."""
     clock = HeldClock()
     written = anyio.Event()
-    clock.held = True
+    clock.is_held = True
     with anyio.fail_after(300):
         async with open_world(clock=clock) as world, world.client() as client:
             write = world.studio.journal.update
@@ -214,7 +214,7 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open, monkeypat
             task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{task_id}"
             async with client.listen(resource_subscriptions=[uri]) as events:
-                clock.go_on.set()
+                clock.release.set()
                 async for _ in events:
                     (page,) = (await client.read_resource(uri)).contents
                     if json.loads(page.text)["status"] == "completed":

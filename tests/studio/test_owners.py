@@ -120,15 +120,15 @@ async def test_an_order_whose_caller_cancels_before_it_is_sent_is_not_bought_twi
         open_world(simulator=simulator, clock=clock) as one,
         open_world(simulator=simulator, clock=free) as other,
     ):
-        clock.held = True
+        clock.is_held = True
         wish = {**WISH, "prompt": "sim:429 a fox"}
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: asked(one, "generate_image", **wish))
-            await clock.asleep.wait()
+            await clock.has_sleeper.wait()
             group.cancel_scope.cancel()
-        clock.held = False
+        clock.is_held = False
         bought_by_other = await asked(other, "generate_image", **wish)
-        clock.go_on.set()
+        clock.release.set()
         tasks = await listed(one)
     assert bought_by_other["status"] == "completed"
     assert len(simulator.tasks) == 1
@@ -141,10 +141,10 @@ async def joined_while_held(
     """What `other` answers to the order that `one` has not sent yet, because its clock is held until `seen()`."""
     wish = {**WISH, "prompt": "sim:429 a fox"}
     answers: list[dict[str, Any]] = []
-    clock.held = True
+    clock.is_held = True
     async with one.client() as client, anyio.create_task_group() as group:
         group.start_soon(lambda: client.call_tool("generate_image", wish))
-        await clock.asleep.wait()
+        await clock.has_sleeper.wait()
         (entry,) = await one.studio.journal.recent(1)
         await one.studio.leave(entry)
 
@@ -154,8 +154,8 @@ async def joined_while_held(
         group.start_soon(join)
         while not seen():
             await anyio.sleep(0.001)
-        clock.held = False
-        clock.go_on.set()
+        clock.is_held = False
+        clock.release.set()
     return answers
 
 
@@ -342,14 +342,14 @@ async def test_an_order_that_waits_after_a_429_is_provably_unsent(open_world: Op
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world:
-        clock.held = True
+        clock.is_held = True
         async with world.client() as client, anyio.create_task_group() as group:
             group.start_soon(lambda: client.call_tool("generate_image", {**WISH, "prompt": "sim:429 a fox"}))
-            await clock.asleep.wait()
+            await clock.has_sleeper.wait()
             (entry,) = await world.studio.journal.recent(1)
             assert (entry.phase, entry.charged) == ("intent", "no")
-            clock.held = False
-            clock.go_on.set()
+            clock.is_held = False
+            clock.release.set()
 
 
 # --- what EvoLink says twice, and what the disk refuses -------------------------------------------------------

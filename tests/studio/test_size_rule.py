@@ -227,12 +227,12 @@ async def test_what_was_delivered_otherwise_is_said_and_is_no_error(
 
     class Wilful(PlainSimulator):
         def _draw(self, task: Any, index: int) -> bytes:
-            from conftest import flat_picture
+            from conftest import flat_image
 
             if wish.get("prompt") == "flat":
-                return flat_picture(7, task.size, task.kind, False, plain=True)
+                return flat_image(7, task.size, task.kind, False, is_plain=True)
             clear = task.body.get("background") == "transparent" and wish.get("prompt") != "opaque"
-            return flat_picture(index, task.size, "png" if wish.get("prompt") == "png" else task.kind, clear)
+            return flat_image(index, task.size, "png" if wish.get("prompt") == "png" else task.kind, clear)
 
     async with open_world(simulator=Wilful(clock=clock, duration_s=0), clock=clock) as world:
         facts = await asked(world, "generate_image", **{"prompt": "a fox", "size": "1024x640", **wish})

@@ -515,7 +515,7 @@ async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_serv
 ) -> None:
     """What the journal has of it is older: the request is on its way, nobody knows of a task."""
     clock = HeldClock()
-    clock.held = True
+    clock.is_held = True
 
     class EndsTheDatabase(PlainSimulator):
         def create(self, *args: Any, **more: Any) -> Any:
@@ -606,7 +606,7 @@ async def test_progress_and_changes_reach_who_watches_at_another_server(
     in_postgres: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = HeldClock()
-    clock.held = True
+    clock.is_held = True
     simulator = PlainSimulator(clock=clock, duration_s=3600)
 
     async def never(_: float) -> None:
@@ -645,8 +645,8 @@ async def test_progress_and_changes_reach_who_watches_at_another_server(
         async with anyio.create_task_group() as group:
             group.start_soon(asks)
             await until(lambda: looks)
-            clock.held = False
-            clock.go_on.set()
+            clock.is_held = False
+            clock.release.set()
     (answer,) = answers
     assert answer.structured_content["status"] == "completed"
     assert len(looks) <= 1  # all that it knows later, the other server has told it
