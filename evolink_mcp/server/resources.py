@@ -65,8 +65,8 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here. get_task may find it at EvoLink."
             )
-        shown = task_out(await studio.image_store.entry_for_caller(entry))
-        return json.dumps(scrub(shown.model_dump(mode="json")), ensure_ascii=False)
+        answer = task_out(await studio.image_store.entry_for_caller(entry))
+        return json.dumps(scrub(answer.model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource(
         "evolink://images/{task_id}/{index}",
@@ -83,10 +83,10 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             )
 
         async def locations() -> str:
-            shown = next(
+            answer = next(
                 p for p in (await studio.image_store.entry_for_caller(entry)).images if p.index == picture.index
             )
-            return " and ".join(filter(None, [shown.path, shown.url]))
+            return " and ".join(filter(None, [answer.path, answer.url]))
 
         try:
             file = await studio.image_store.local_file(task_id, picture)

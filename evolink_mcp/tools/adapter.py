@@ -178,12 +178,12 @@ def _is_empty_optional(fault: Any, model: type[BaseModel]) -> bool:
     return field is not None and not field.is_required() and is_empty and not isinstance(fault["loc"][-1], int)
 
 
-def _line(fault: Any, cause: object, known: list[str]) -> str:
+def _line(fault: Any, cause: object, names: list[str]) -> str:
     # pydantic's path also names the member of a union. The caller needs only the argument and the index in its list.
     path = ".".join(str(part) for number, part in enumerate(fault["loc"]) if number == 0 or isinstance(part, int))
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][0])
-        return f"{harmless(name, VALUE_MAX_CHARS)}: unknown argument; {_correction(name, known)}"
+        return f"{harmless(name, VALUE_MAX_CHARS)}: unknown argument; {_correction(name, names)}"
     if fault["type"] == "missing":
         return f"{path}: required"
     if fault["type"] == "string_unicode":
@@ -191,19 +191,19 @@ def _line(fault: Any, cause: object, known: list[str]) -> str:
     message = str(cause) if cause is not None else str(fault["msg"])
     message = message if message[:2].isupper() else lower_first(message)
     value = fault.get("input")
-    shown = f" (got {harmless(repr(value), VALUE_MAX_CHARS)})" if isinstance(value, int | float | bool) else ""
-    return f"{path}: {message}{shown}" if path else message
+    got = f" (got {harmless(repr(value), VALUE_MAX_CHARS)})" if isinstance(value, int | float | bool) else ""
+    return f"{path}: {message}{got}" if path else message
 
 
-def _correction(name: str, known: list[str]) -> str:
+def _correction(name: str, names: list[str]) -> str:
     """Return the next step for an unknown argument: use another one, the prompt, or leave it out."""
     lowered = name.lower()[:64]
-    match = lowered if lowered in known else OUR_NAMES.get(lowered)
-    if match in known:
+    match = lowered if lowered in names else OUR_NAMES.get(lowered)
+    if match in names:
         return f"did you mean {match}?"
-    if "prompt" in known and lowered in PROMPT_PARTS:
+    if "prompt" in names and lowered in PROMPT_PARTS:
         return "write it into the prompt"
-    if "prompt" in known and lowered in UNSUPPORTED.split():
+    if "prompt" in names and lowered in UNSUPPORTED.split():
         return f"gpt-image-2 has no {lowered}, leave it out"
-    similar = difflib.get_close_matches(lowered, known, n=1, cutoff=0.7) if len(lowered) > 3 else []
+    similar = difflib.get_close_matches(lowered, names, n=1, cutoff=0.7) if len(lowered) > 3 else []
     return f"did you mean {similar[0]}?" if similar else "leave it out"

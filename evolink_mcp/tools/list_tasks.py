@@ -98,20 +98,20 @@ async def task_list(
     words = tuple((req.query or "").split())
     after = _position(req.cursor) if req.cursor else None
     entries = await studio.journal.recent(req.limit + 1, req.status, since, until, words, after)
-    shown = entries[: req.limit]
+    listed = entries[: req.limit]
     if after is None and not words:
         external = [Entry.external(task, task.created or 0.0) for task in external_tasks]
-        shown += [
+        listed += [
             entry
             for entry in external
             if req.status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
-        shown.sort(key=lambda entry: entry.created_at, reverse=True)
+        listed.sort(key=lambda entry: entry.created_at, reverse=True)
     texts, tasks = _within_limit(
-        [await studio.image_store.entry_for_caller(entry) for entry in shown], detail=req.detail
+        [await studio.image_store.entry_for_caller(entry) for entry in listed], detail=req.detail
     )
-    last = next((entry for entry in reversed(shown[: len(texts)]) if entry.is_written), None)
-    has_more = len(texts) < len(shown) or len(entries) > req.limit
+    last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
+    has_more = len(texts) < len(listed) or len(entries) > req.limit
     spent = {name: await _spent(studio, since) for name, since in _spans(now).items()}
     notes = [f"EvoLink's list of the account's tasks could not be read: {problem}."] if problem else []
     if external_tasks:

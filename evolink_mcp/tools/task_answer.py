@@ -262,11 +262,11 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
             "An earlier identical call bought this and never received it. Nothing was charged again. "
             "force_new=true buys another picture."
         )
-    asked = entry.request.get("n", 1)
+    count = entry.request.get("n", 1)
     task = entry.task
-    if task and task.status == COMPLETED and entry.images and len(entry.images) < asked:
+    if task and task.status == COMPLETED and entry.images and len(entry.images) < count:
         notes.append(
-            f"The request was for {asked} pictures and EvoLink delivered {len(entry.images)}. "
+            f"The request was for {count} pictures and EvoLink delivered {len(entry.images)}. "
             "Only delivered pictures are charged."
         )
     if task and task.links_left_out:
@@ -296,7 +296,7 @@ def _deviations(entry: Entry) -> list[str]:
     """Return how the saved images differ from the request. None of it is an error."""
     notes: list[str] = []
     saved = [picture for picture in entry.images if picture.is_saved]
-    asked = entry.request
+    body = entry.request
     target = _expected(entry)
     mismatch = next((p for p in saved if target and (p.width, p.height) != (target.width, target.height)), None)
     if target and mismatch:
@@ -304,17 +304,21 @@ def _deviations(entry: Entry) -> list[str]:
             f"Computed {target.width}×{target.height} pixels, EvoLink delivered {mismatch.width}×{mismatch.height}"
         )
         hint = "Give size as WxH for exact pixels."
-        if not sizes.takes_resolution(str(asked.get("size", "auto"))):
+        if not sizes.takes_resolution(str(body.get("size", "auto"))):
             notes.append(f"{sizes_text}, although size was given in pixels.")
         elif shown_by(entry) is not None:
             notes.append(f"{sizes_text}. EvoLink did not follow its {entry.rule} table. {hint}")
         else:
             notes.append(f"{sizes_text}. Neither of EvoLink's tables has this size. {hint}")
-    wanted = asked.get("output_format")
+    requested_format = body.get("output_format")
     types = sorted({picture.mime_type.removeprefix("image/") for picture in saved if picture.mime_type})
-    notes += [f"EvoLink delivered {kind} instead of {wanted}." for kind in types if wanted not in (None, kind)]
+    notes += [
+        f"EvoLink delivered {kind} instead of {requested_format}."
+        for kind in types
+        if requested_format not in (None, kind)
+    ]
     clear = [picture for picture in saved if picture.transparent_share is not None]
-    if asked.get("background") == "transparent" and saved:
+    if body.get("background") == "transparent" and saved:
         if not clear:
             notes.append("The request was for a transparent background, but the picture has no alpha channel.")
         elif any(picture.transparent_share == 0 for picture in clear):

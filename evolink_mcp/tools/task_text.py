@@ -55,9 +55,9 @@ def _headline(out: TaskOut) -> str:
     saved = [image for image in out.images if image.resource_uri]
     if out.status == COMPLETED and saved:
         count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
-        done = "saved" if any(image.path for image in saved) else "ready"
+        verb = "saved" if any(image.path for image in saved) else "ready"
         failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
-        return f"{name} is completed: {count} {done}{failed}."
+        return f"{name} is completed: {count} {verb}{failed}."
     if out.error is not None:
         return f"{name} {_outcome(out)}: {sentence(out.error.message)}"
     if out.status == COMPLETED:

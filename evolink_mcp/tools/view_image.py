@@ -42,9 +42,9 @@ def view_image_tool(waiting: Waiting) -> Tool:
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait(host), ctx.report_progress)
         picture = next((p for p in job.entry.images if p.index == req.index), None)
-        shown = await waiting.studio.image_store.entry_for_caller(job.entry)
+        entry = await waiting.studio.image_store.entry_for_caller(job.entry)
         if picture is None or not picture.is_saved:
-            out = task_out(shown, problem=job.problem)
+            out = task_out(entry, problem=job.problem)
             raise Refused(
                 f"task {req.task_id} has no saved picture {req.index} (status {out.status}, {len(out.images)} pictures)",
                 code="no_such_picture",
@@ -55,7 +55,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
         with suppress(OSError):
             file = await waiting.studio.image_store.local_file(req.task_id, picture)
             block = await picture_block(file, req.max_edge, host.answer_max, waiting.studio.image_store.decoder)
-        place = next(p.path or "get_task returns its link" for p in shown.images if p.index == req.index)
+        place = next(p.path or "get_task returns its link" for p in entry.images if p.index == req.index)
         if block is None:
             raise Refused(
                 f"the preview could not be made ({place})",

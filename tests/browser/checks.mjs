@@ -1,4 +1,4 @@
-// Every check is what a person would see: real server, simulated EvoLink, official App bridge, headless Chromium.
+// Test the gallery page with the real server, a simulated EvoLink, the official App bridge and headless Chromium.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -15,7 +15,7 @@ import { chromium } from "playwright-core";
 const [python, shots] = process.argv.slice(2);
 const root = resolve(import.meta.dirname, "../..");
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const SECONDS = 2; // how long the simulated EvoLink takes
+const SECONDS = 2; // duration of a task at the simulated EvoLink
 const SHOWN_WITHIN_MS = 1000;
 const LONGEST_S = 480;
 const SHEET = [["light", 360], ["dark", 360], ["light", 720], ["dark", 720]];
@@ -23,7 +23,7 @@ const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-ru
   "--disable-component-update", "--disable-sync"];
 const URI = "ui://evolink/gallery.html";
 const MIME = "text/html;profile=mcp-app";
-// What a host allows an App that asks for nothing (the specification's restrictive default).
+// The content policy for an App without permissions (the default of the specification).
 const POLICY =
   "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; " +
   "img-src 'self' data:; media-src 'self' data:; connect-src 'none'; frame-src 'none'; object-src 'none'; base-uri 'self'";
@@ -41,9 +41,9 @@ const complaints = [];
 
 async function check(name, act) {
   try {
-    const told = await act();
+    const remark = await act();
     passed += 1;
-    console.log(`ok    ${name}${typeof told === "string" ? ` (${told})` : ""}`);
+    console.log(`ok    ${name}${typeof remark === "string" ? ` (${remark})` : ""}`);
   } catch (error) {
     failed += 1;
     console.log(`FAIL  ${name}\n      ${String(error.message ?? error).split("\n").slice(0, 12).join("\n      ")}`);
@@ -109,13 +109,13 @@ async function connected(mode, evolink, home) {
 async function audited(frame, name) {
   await frame.evaluate(axe);
   const { violations, passes } = await frame.evaluate(() => axe.run(document));
-  const told = violations.map((v) => `${v.id}: ${v.help}: ${v.nodes.map((n) => n.html.slice(0, 120)).join(" | ")}`);
-  assert.deepEqual(told, [], `${name}: ${told.join("\n")}`);
+  const messages = violations.map((v) => `${v.id}: ${v.help}: ${v.nodes.map((n) => n.html.slice(0, 120)).join(" | ")}`);
+  assert.deepEqual(messages, [], `${name}: ${messages.join("\n")}`);
   return `${passes.length} rules passed`;
 }
 
 async function underOneEra(mode, evolink, hostScript) {
-  // A browser for each era: both run side by side, and each has a clipboard of its own.
+  // One browser per era: both run at the same time, and each needs its own clipboard.
   const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
   const home = mkdtempSync(join(tmpdir(), "gallery-"));
   const client = await connected(mode, evolink, home);
@@ -128,7 +128,7 @@ async function underOneEra(mode, evolink, hostScript) {
   const page = await (await browser.newContext({ permissions: ["clipboard-read"], viewport: { width: 860, height: 900 }, deviceScaleFactor: 1 })).newPage();
   page.setDefaultTimeout(10_000);
   page.on("console", (m) => {
-    // Chromium says this of every frame that the specification asks for.
+    // Chromium prints this warning for each frame with the attributes of the specification.
     if (!["error", "warning"].includes(m.type()) || m.text().startsWith("An iframe which has both allow-scripts and")) return;
     complaints.push(`${mode} ${m.type()}: ${m.text()}`);
   });
@@ -184,7 +184,7 @@ async function underOneEra(mode, evolink, hostScript) {
   });
 
   const wish = { prompt: "A quiet harbour at dawn, mist over the water", n: 2, size: "3:2" };
-  await check(name("a running task shows what is made, with a busy bar and empty frames"), async () => {
+  await check(name("a running task shows its title, with a busy bar and empty frames"), async () => {
     await page.evaluate((w) => { window.pending = callTool("generate_image", w); }, wish);
     await app().getByRole("heading", { name: "Making 2 pictures" }).waitFor();
     await app().getByRole("progressbar").waitFor();
@@ -303,7 +303,7 @@ async function underOneEra(mode, evolink, hostScript) {
     assert.ok((await real())[0] < natural, "still larger than its pane");
     await page.keyboard.press("Escape");
     await app().getByRole("dialog").waitFor({ state: "hidden" });
-    assert.ok(await open.evaluate((node) => node === document.activeElement), "the focus went elsewhere");
+    assert.ok(await open.evaluate((node) => node === document.activeElement), "the focus moved to another element");
   });
   await page.evaluate(() => closeApp());
 
@@ -324,7 +324,7 @@ async function underOneEra(mode, evolink, hostScript) {
     assert.ok(calls.every((call) => call.arguments.wait_seconds <= 20));
     assert.ok(took < SHOWN_WITHIN_MS, `took ${took.toFixed(0)} ms`);
     assert.match(context[0].content[0].text, /completed.*evolink:\/\/images\//);
-    return `${calls.length} looks, shown after ${took.toFixed(0)} ms`;
+    return `${calls.length} polls, shown after ${took.toFixed(0)} ms`;
   });
   await page.evaluate(() => closeApp());
 
@@ -347,7 +347,7 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("what is written for the model is not shown to the person"), async () => {
+  await check(name("sentences for the model are not shown"), async () => {
     await opened();
     const error = { code: "x", message: "EvoLink did not answer.", advice: "Nothing is lost. Call get_task later.", retryable: true };
     const notes = ["The picture is 1,024 × 1,024. Call generate_image with size 1:1.", "Tell the user what it cost."];
@@ -361,7 +361,7 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("a call that the host stopped says what goes on"), async () => {
+  await check(name("a call that the host stopped is explained"), async () => {
     await opened();
     await page.evaluate(() => tellApp("sendToolInput", { arguments: { prompt: "A fox in the snow" } }));
     await app().getByRole("heading", { name: "Making your picture" }).waitFor();
@@ -377,7 +377,7 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("a task without pictures, and an answer that is only text, are told"), async () => {
+  await check(name("a task without pictures, and an answer with text only, are shown"), async () => {
     await opened();
     await pictured("before any call");
     const empty = { status: "completed", task_id: "task-unified-1-abcdefgh", images: [], charged: "yes", credits: 1.5, usd: 0.0221, notes: [] };
@@ -391,7 +391,7 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("an edit says what it was made from"), async () => {
+  await check(name("an edit names its original"), async () => {
     await opened();
     const first = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A red bicycle" } } });
     const { images: [{ resource_uri }] } = first.structuredContent;
@@ -419,7 +419,7 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("somebody on another machine sees the picture and its link, and no path"), async () => {
+  await check(name("a user on another machine sees the picture and its link, and no path"), async () => {
     await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
     const made = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A lake" } } });
     const { structuredContent: data, content } = made;
@@ -433,16 +433,16 @@ async function underOneEra(mode, evolink, hostScript) {
     await app().getByRole("button", { name: "Open link: picture 1" }).click();
     await page.waitForFunction((url) => seen.links[0]?.url === url, data.images[0].url);
     await shot("elsewhere-light");
-    await pictured("somebody elsewhere");
+    await pictured("another machine");
     return await audited(frame(), "elsewhere");
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("a picture above the cap of one message shows its path, and its link"), async () => {
+  await check(name("a picture above the limit of one message shows its path, and its link"), async () => {
     await page.evaluate(() => Object.values(seen).forEach((list) => (list.length = 0)));
     const made = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A mountain" } } });
     const { task_id, images: [image] } = made.structuredContent;
-    appendFileSync(image.path, Buffer.alloc(7_100_000)); // a PNG ends where it says so: what follows is not looked at
+    appendFileSync(image.path, Buffer.alloc(7_100_000)); // decoders ignore bytes after the end of a PNG
     await opened();
     await page.evaluate((id) => callTool("get_task", { task_id: id }, true), task_id);
     await app().getByText("The picture cannot be shown here. It is saved at").waitFor();
@@ -473,7 +473,7 @@ async function underOneEra(mode, evolink, hostScript) {
   rmSync(home, { recursive: true, force: true });
 }
 
-// Every state on one page: what a person looks at before a release.
+// All states on one page, for a review before a release.
 async function contactSheet() {
   const cells = (state) => SHEET.map(([theme, width]) => {
     const data = readFileSync(join(shots, "states", `${state}-${theme}-${width}.png`)).toString("base64");
@@ -491,7 +491,7 @@ async function contactSheet() {
   return `${states.length} states`;
 }
 
-// Whatever hangs: the run ends, and says so.
+// End the run if a check hangs.
 setTimeout(() => {
   console.log(`FAIL  the checks took longer than ${LONGEST_S} s\n${passed} passed, ${failed + 1} failed`);
   process.exit(1);
@@ -501,7 +501,7 @@ const evolink = await simulator();
 process.on("exit", evolink.stop);
 const bundle = await build({ entryPoints: [join(import.meta.dirname, "host.js")], bundle: true, write: false, format: "iife", platform: "browser", logLevel: "error" });
 try {
-  const eras = ["auto", "legacy"].map((mode) => check(`${mode === "legacy" ? "legacy" : "modern"}: every step could be taken`, () => underOneEra(mode, evolink.url, bundle.outputFiles[0].text)));
+  const eras = ["auto", "legacy"].map((mode) => check(`${mode === "legacy" ? "legacy" : "modern"}: all steps ran`, () => underOneEra(mode, evolink.url, bundle.outputFiles[0].text)));
   await Promise.all(eras);
   await check("every state is on the contact sheet", contactSheet);
   await check("no error and no warning in the console", () => assert.deepEqual(complaints, []));

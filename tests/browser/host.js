@@ -1,4 +1,4 @@
-// A host as the official App bridge makes it: the page of a chat with one App in a frame. Node answers for the server.
+// A host with the official App bridge: a chat page with one App in a frame. Node forwards requests to the server.
 import { AppBridge, PostMessageTransport } from "@modelcontextprotocol/ext-apps/app-bridge";
 
 const ask = (method, params) => window.toServer(method, params);
@@ -37,7 +37,7 @@ window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
   };
   const ready = new Promise((resolve, reject) => {
     bridge.oninitialized = resolve;
-    setTimeout(reject, 5000, new Error("the page never said that it is initialised"));
+    setTimeout(reject, 5000, new Error("the page did not report that it is initialised"));
   });
   await bridge.connect(new PostMessageTransport(frame.contentWindow, frame.contentWindow));
   frame.src = url;
@@ -46,7 +46,7 @@ window.openApp = async ({ url, theme, tool, width, modes = ["inline"] }) => {
   return bridge.getAppVersion();
 };
 
-// As hosts do: the input before the call, the result after it. `textOnly`: some keep the pictures in an answer to themselves.
+// Hosts send the input before the call and the result after it. `textOnly`: some hosts do not forward images.
 window.callTool = async (name, args, textOnly = false) => {
   await bridge.sendToolInput({ arguments: args });
   const answer = await ask("tools/call", { name, arguments: args });
@@ -55,7 +55,7 @@ window.callTool = async (name, args, textOnly = false) => {
   await bridge.sendToolResult(answer);
   return answer;
 };
-// A state that only a host or a broken network brings about.
+// Sends a state that only a host or a broken network can cause.
 window.tellApp = (method, params) => bridge[method](params);
 window.dressApp = (theme) => {
   document.documentElement.dataset.theme = theme;

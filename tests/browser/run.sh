@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The gallery as a person sees it: tests/browser/run.sh PYTHON [FOLDER FOR SCREENSHOTS]
+# Test the gallery page in a browser: tests/browser/run.sh PYTHON [FOLDER FOR SCREENSHOTS]
 # Needs node 20, npm, Chromium (CHROMIUM names it if it is not /usr/bin/chromium) and a Python with evolink-mcp's needs.
 set -euo pipefail
 python=${1:?which Python has the dependencies of evolink-mcp}

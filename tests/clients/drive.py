@@ -1,8 +1,8 @@
-"""Drives this server with clients that others wrote, each at home in a folder of its own, and judges what they saw.
+"""Test this server with other MCP clients, each installed in its own folder.
 
     drive.py PYTHON WORK [NAME...]     NAME: only clients whose name contains it
 
-The client scripts only call and report (python/, typescript/, hosts.py); what is right is said here, once.
+The client scripts only call the tools and print a report (python/, typescript/, hosts.py). This module checks the reports.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import hosts
 from stage import PATH, TRANSPORTS, Score, Stage, npm_install
 
-HERE = Path(__file__).resolve().parent
-AT_ONCE = 3
+FOLDER = Path(__file__).resolve().parent
+CONCURRENCY = 3
 INSTALL_WITHIN_S, CALLS_WITHIN_S = 300, 300
 TOOLS = {"generate_image", "get_task", "compute_size", "view_image", "list_tasks", "get_balance"}
 SIZE = ("compute_size", {"size": "16:9", "resolution": "2K"})
@@ -31,15 +31,15 @@ PICTURE_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Client:
-    """One client: its name, what it is installed from, the script that drives it, and where it can go."""
+    """A client: its name, packages and script, and its protocol modes and transports."""
 
     name: str
     packages: tuple[str, ...]
     script: str
     modes: tuple[str, ...] = ("",)
     transports: tuple[str, ...] = TRANSPORTS
-    not_there: tuple[tuple[str, str], ...] = ()  # (mode, transport) that make no sense
-    gives_up: bool = False  # whether its script also makes a call that gives up after three seconds
+    not_there: tuple[tuple[str, str], ...] = ()  # impossible pairs of mode and transport
+    gives_up: bool = False  # its script also cancels a call after three seconds
 
 
 PYTHON_CLIENTS = (
@@ -62,19 +62,19 @@ NODE_CLIENTS = (
 
 
 class Drive:
-    """All clients against one stage."""
+    """Run all clients against one stage."""
 
-    def __init__(self, stage: Stage, wanted: list[str], uv: str, npm: str) -> None:
-        self.stage, self.wanted, self.uv, self.npm = stage, wanted, uv, npm
+    def __init__(self, stage: Stage, names: list[str], uv: str, npm: str) -> None:
+        self.stage, self.wanted, self.uv, self.npm = stage, names, uv, npm
         self.score = Score()
         self.prompts: list[str] = []
         self.table: list[tuple[str, str, str, str, str]] = []
         self._turn = threading.Lock()
 
     def everything(self) -> int:
-        """Every client, a few at a time; the exit code."""
+        """Run each client, some at a time. Return the exit code."""
         families = [self._hosts, self._bridges, self._typescript, *(self._python(client) for client in PYTHON_CLIENTS)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
             for done in [pool.submit(self._guarded, family) for family in families]:
                 done.result()
         self._once_each()
@@ -83,7 +83,7 @@ class Drive:
     def _guarded(self, family: Any) -> None:
         try:
             family()
-        except Exception as error:  # noqa: BLE001 - one client's trouble is its own line, not the end of all
+        except Exception as error:  # noqa: BLE001 - an error of one client is one failed line
             traceback.print_exc()
             self._tell(getattr(family, "__name__", "a client").strip("_"), "", "", f"{type(error).__name__}: {error}")
 
@@ -100,7 +100,7 @@ class Drive:
             python = str(folder / "bin" / "python")
             self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder)])
             self._install([self.uv, "pip", "install", "-q", "--python", python, *client.packages])
-            self._legs(client, [python, str(HERE / "python" / client.script)])
+            self._legs(client, [python, str(FOLDER / "python" / client.script)])
 
         family.__name__ = client.name
         return family
@@ -109,17 +109,17 @@ class Drive:
         clients = [client for client in NODE_CLIENTS if self._asked_for(client.name)]
         if clients:
             folder = self.stage.work / "typescript"
-            npm_install(self.npm, HERE / "typescript", folder)
+            npm_install(self.npm, FOLDER / "typescript", folder)
             for client in clients:
                 self._legs(client, [str(folder / "node_modules" / ".bin" / "node"), str(folder / client.script)])
 
     def _bridges(self) -> None:
-        """Programs that give a client with stdio only a server over HTTP or SSE; the official client talks through them."""
+        """Bridges from stdio to HTTP or SSE. The official client calls the server through them."""
         names = [name for name in ("mcp-remote", "supergateway", "mcp-proxy", "mcporter") if self._asked_for(name)]
         if not names:
             return
         folder = self.stage.work / "bridges"
-        npm_install(self.npm, HERE / "bridges", folder)
+        npm_install(self.npm, FOLDER / "bridges", folder)
         bins = folder / "node_modules" / ".bin"
         python = str(folder / "python" / "bin" / "python")
         self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder / "python")])
@@ -149,20 +149,20 @@ class Drive:
             "transport": "stdio", "command": bridge[0], "args": bridge[1:], "env": env, "mode": "legacy",
             "prompt": self._prompt(name, transport),
         }  # fmt: skip
-        passes_cancelling_on = name == "mcp-remote"
-        if passes_cancelling_on:
+        forwards_cancellation = name == "mcp-remote"
+        if forwards_cancellation:
             target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
-        seen = self._reported(name, [self.stage.command[0], str(HERE / "python" / "mcp2.py")], target, transport)
-        if seen is None:
+        report = self._reported(name, [self.stage.command[0], str(FOLDER / "python" / "mcp2.py")], target, transport)
+        if report is None:
             return
-        if not passes_cancelling_on:  # the others take the answer of a call that was given up, and nobody hears of it
-            seen.pop("again")
-        if name == "supergateway":  # it passes no progress on
-            seen["image"]["progress"] = None
-        self._tell(name, "", transport, "; ".join(self._faults(seen)), _remark(seen))
+        if not forwards_cancellation:  # the others do not forward the cancellation, so the result counts as delivered
+            report.pop("again")
+        if name == "supergateway":  # it does not forward progress
+            report["image"]["progress"] = None
+        self._tell(name, "", transport, "; ".join(self._faults(report)), _remark(report))
 
     def _mcporter(self, folder: Path, bins: Path, env: dict[str, str]) -> None:
-        """The command line of mcporter: a list of tools, and a call."""
+        """The command line of mcporter: list the tools and call one."""
         config = folder / "mcporter.json"
         config.write_text(json.dumps({"mcpServers": {"evolink": {"url": self.stage.url("http"), "allowHttp": True}}}))
         words = [str(bins / "mcporter"), "--config", str(config)]
@@ -173,16 +173,16 @@ class Drive:
             )
             for more in (["list", "evolink"], ["call", "evolink.compute_size", "size=16:9", "resolution=2K"])
         ]  # fmt: skip
-        told = "".join(one.stdout + one.stderr for one in said)
-        lacking = [word for word in ("generate_image", "2048") if word not in told]
-        self._tell("mcporter", "", "http", f"no {lacking} in {told[-600:]!r}" if lacking else "")
+        run = "".join(one.stdout + one.stderr for one in said)
+        lacking = [word for word in ("generate_image", "2048") if word not in run]
+        self._tell("mcporter", "", "http", f"no {lacking} in {run[-600:]!r}" if lacking else "")
 
     def _hosts(self) -> None:
         names = [name for name in ("claude code", "gemini cli", "codex") if self._asked_for(name)]
         if not names:
             return
         folder = self.stage.work / "hosts"
-        npm_install(self.npm, HERE / "hosts", folder)
+        npm_install(self.npm, FOLDER / "hosts", folder)
         modules = folder / "node_modules"
         for name, package, list_servers in (
             ("claude code", "@anthropic-ai/claude-code", hosts.claude_code),
@@ -195,7 +195,7 @@ class Drive:
             with hosts.codex(self.stage, modules) as call:
                 for transport in ("stdio", "http"):
                     prompt = self._prompt("codex", transport)
-                    seen = {
+                    report = {
                         "tools": list(call(transport, "tools/list", {})["tools"]),
                         "size": _wired(call(transport, *SIZE)),
                         "image": _wired(call(transport, "generate_image", {"prompt": prompt, "n": 1})),
@@ -203,7 +203,7 @@ class Drive:
                     }
                     self._tell(
                         "codex", hosts.version_of(modules, "@openai/codex"), transport,
-                        "; ".join(self._faults(seen)), _remark(seen),
+                        "; ".join(self._faults(report)), _remark(report),
                     )  # fmt: skip
 
     # --- one leg each ---
@@ -219,33 +219,33 @@ class Drive:
         target = {**self.stage.target(transport), "mode": mode, "prompt": self._prompt(name, transport)}
         if client.gives_up:
             target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
-        seen = self._reported(name, command, target, transport)
-        if seen is not None:
-            self._tell(name, seen["version"], transport, "; ".join(self._faults(seen)), _remark(seen))
+        report = self._reported(name, command, target, transport)
+        if report is not None:
+            self._tell(name, report["version"], transport, "; ".join(self._faults(report)), _remark(report))
 
     def _reported(self, name: str, command: list[str], target: dict[str, Any], transport: str) -> dict[str, Any] | None:
-        """What a client's script has seen; None if it reported nothing, which is told."""
+        """Run a client's script and return its report. None if it printed no report, which is a failed check."""
         try:
-            told = subprocess.run(
+            run = subprocess.run(
                 [*command, json.dumps(target)], env=self.stage.client_env(), cwd=self.stage.home,
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALLS_WITHIN_S,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             self._tell(name, "", transport, f"no end within {CALLS_WITHIN_S} s")
             return None
-        report = next((line[7:] for line in told.stdout.splitlines() if line.startswith("REPORT ")), None)
+        report = next((line[7:] for line in run.stdout.splitlines() if line.startswith("REPORT ")), None)
         if report is None:
-            sys.stderr.write(told.stdout[-2000:] + told.stderr[-4000:])
-            self._tell(name, "", transport, f"exit code {told.returncode} and no report")
+            sys.stderr.write(run.stdout[-2000:] + run.stderr[-4000:])
+            self._tell(name, "", transport, f"exit code {run.returncode} and no report")
             return None
         return json.loads(report)
 
-    def _faults(self, seen: dict[str, Any]) -> Iterable[str]:
-        """What a client saw and should not have, or should have seen and did not."""
-        if not set(seen["tools"]) >= TOOLS:
-            yield f"lists only {seen['tools']}"
-        size, image, bad = seen["size"], seen["image"], seen["bad"]
-        if size["error"] or not _says(size, "2048", "1152"):
+    def _faults(self, report: dict[str, Any]) -> Iterable[str]:
+        """Yield each fault in a client's report."""
+        if not set(report["tools"]) >= TOOLS:
+            yield f"lists only {report['tools']}"
+        size, image, bad = report["size"], report["image"], report["bad"]
+        if size["error"] or not _contains(size, "2048", "1152"):
             yield f"compute_size answered {size}"
         path = _path(image)
         if image["error"] or path is None:
@@ -255,21 +255,21 @@ class Drive:
         elif image["text"] and path not in image["text"]:
             yield "the text does not name the picture"
         shown = image.get("progress")
-        # The TypeScript SDK forgets who wants progress when the answer is in the same packet as the last of it.
-        last = 99 if str(seen.get("version", "")).startswith("@modelcontextprotocol/") else 100
+        # The TypeScript SDK drops the last progress notification if it arrives in the same packet as the answer.
+        last = 99 if str(report.get("version", "")).startswith("@modelcontextprotocol/") else 100
         if shown is not None and (not shown or shown != sorted(set(shown)) or shown[-1] < last):
             yield f"progress went {shown}"
-        again = seen.get("again")
-        if again is not None and not (again["gaveUp"] and _says(again, "earlier identical call", "completed")):
-            yield f"the same call after giving up was answered {again}"
-        if bad["error"] is False or not _says(bad, "promt: unknown argument; did you mean prompt?"):
+        again = report.get("again")
+        if again is not None and not (again["gaveUp"] and _contains(again, "earlier identical call", "completed")):
+            yield f"the same call after the cancelled one was answered {again}"
+        if bad["error"] is False or not _contains(bad, "promt: unknown argument; did you mean prompt?"):
             yield f"the bad call was answered {bad}"
 
     def _is_picture(self, path: Path) -> bool:
         return path.is_relative_to(self.stage.pictures) and path.read_bytes().startswith(PICTURE_MAGIC)
 
     def _once_each(self) -> None:
-        """Every picture that was asked for is in the journal once: neither bad calls nor probes bought any."""
+        """Check that the journal has each ordered image once. Wrong calls and probes buy nothing."""
         bought = sorted(entry["request"]["prompt"] for entry in self.stage.bought())
         odd = "" if bought == sorted(self.prompts) else f"asked for {sorted(self.prompts)}, bought {bought}"
         self.score.tell("one journal for all: each picture bought once", odd, f"{len(bought)} pictures")
@@ -291,33 +291,33 @@ class Drive:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def _says(answer: dict[str, Any], *words: str) -> bool:
-    told = f"{answer['text']}\n{json.dumps(answer['structured'], ensure_ascii=False)}"
-    return all(word in told for word in words)
+def _contains(answer: dict[str, Any], *words: str) -> bool:
+    run = f"{answer['text']}\n{json.dumps(answer['structured'], ensure_ascii=False)}"
+    return all(word in run for word in words)
 
 
 def _path(image: dict[str, Any]) -> str | None:
-    """The picture's path, from the structured answer, else from the text's own line."""
+    """Return the image's path from the structured content, or else from the text."""
     if image["structured"]:
         return next((picture["path"] for picture in image["structured"]["images"]), None)
     return next((line for line in image["text"].splitlines() if line.startswith("/") and line.endswith(".png")), None)
 
 
 def _wired(result: dict[str, Any]) -> dict[str, Any]:
-    """A result as it is on the wire."""
+    """Return a protocol result in the form of the reports."""
     text = "\n".join(block["text"] for block in result["content"] if block["type"] == "text")
     return {"text": text, "structured": result.get("structuredContent"), "error": bool(result.get("isError"))}
 
 
-def _remark(seen: dict[str, Any]) -> str:
-    parts = [seen.get("protocol", ""), "progress" if seen["image"].get("progress") else ""]
+def _remark(report: dict[str, Any]) -> str:
+    parts = [report.get("protocol", ""), "progress" if report["image"].get("progress") else ""]
     return ", ".join(part for part in parts if part)
 
 
-def main(python: str, work: str, *wanted: str) -> int:
+def main(python: str, work: str, *names: str) -> int:
     folder = Path(work).resolve()
     with Stage(python, folder) as stage:
-        drive = Drive(stage, list(wanted), uv=str(folder / "uv" / "bin" / "uv"), npm="npm")
+        drive = Drive(stage, list(names), uv=str(folder / "uv" / "bin" / "uv"), npm="npm")
         code = drive.everything()
         (folder / "results.json").write_text(json.dumps(drive.table, indent=1))
     return code

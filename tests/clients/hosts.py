@@ -1,4 +1,4 @@
-"""Hosts that ship with their own MCP client, driven without a login or a model."""
+"""MCP hosts with their own client, run without a login or a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stage import PATH, TRANSPORTS, Stage
 ANSWER_WITHIN_S = 300.0
 NAMES = {transport: f"evolink-{transport}" for transport in TRANSPORTS}
 
-# Codex opens a line to its model as soon as there is a thread: this one leads nowhere.
+# Codex connects to its model when a thread starts. This address refuses the connection.
 NO_MODEL = """
 model_provider = "nowhere"
 [model_providers.nowhere]
@@ -28,7 +28,7 @@ wire_api = "responses"
 
 
 def environment(stage: Stage, modules: Path, home: Path) -> dict[str, str]:
-    """Each host has a home of its own, the Node that came with it, and no wish to call its own."""
+    """Return the environment of a host: a separate home folder, its own Node, and no calls to its vendor."""
     home.mkdir(parents=True, exist_ok=True)
     return stage.client_env(
         HOME=str(home),
@@ -44,16 +44,16 @@ def version_of(modules: Path, package: str) -> str:
 
 
 def run(command: list[str], env: dict[str, str]) -> str:
-    told = subprocess.run(
+    output = subprocess.run(
         command, env=env, cwd=env["HOME"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
-    return told.stdout + told.stderr
+    return output.stdout + output.stderr
 
 
-def listed(told: str, mark: str) -> Iterator[tuple[str, str]]:
-    """Each transport, and what speaks against its server being connected, from a host's own list of servers."""
+def listed(output: str, mark: str) -> Iterator[tuple[str, str]]:
+    """Yield each transport and its fault, empty if the host's list shows the server as connected."""
     for transport, name in NAMES.items():
-        line = next((line for line in told.splitlines() if name in line), f"{name} is not listed: {told[-400:]!r}")
+        line = next((line for line in output.splitlines() if name in line), f"{name} is not listed: {output[-400:]!r}")
         good = line.rstrip().endswith("Connected") and mark in line
         yield transport, "" if good else line.strip()
 
@@ -86,7 +86,7 @@ def gemini_cli(stage: Stage, modules: Path) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], dict]]:
-    """Codex's app server with a thread open: yields `call(transport, tool, arguments)`, which its own client carries out."""
+    """Start Codex's app server with a thread. Yield `call(transport, tool, arguments)`, which Codex's client executes."""
     env = environment(stage, modules, stage.work / "codex-home")
     folder = Path(env["HOME"], ".codex")
     folder.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], di
         try:
             wire = _Wire(process)
             wire.ask("initialize", {"clientInfo": {"name": "evolink-mcp-check", "version": "1.0.0"}})
-            wire.say("initialized")
+            wire.send("initialized")
             thread = wire.ask("thread/start", {"cwd": env["HOME"], "ephemeral": True})["thread"]["id"]
             listed_servers = wire.ask("mcpServerStatus/list", {"threadId": thread})["data"]
             servers = {server["name"]: server for server in listed_servers}
@@ -122,30 +122,30 @@ def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], di
 
 
 class _Wire:
-    """JSON-RPC, a line a message, over a process's stdin and stdout."""
+    """JSON-RPC over a process's stdin and stdout, one message per line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self._last = 0
-        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._heard.put(line)
+            self._lines.put(line)
 
-    def say(self, method: str, **more: Any) -> None:
+    def send(self, method: str, **fields: Any) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"jsonrpc": "2.0", "method": method, **more}) + "\n")
+        self._process.stdin.write(json.dumps({"jsonrpc": "2.0", "method": method, **fields}) + "\n")
         self._process.stdin.flush()
 
     def ask(self, method: str, params: dict) -> dict:
         self._last += 1
-        self.say(method, id=self._last, params=params)
+        self.send(method, id=self._last, params=params)
         deadline = time.monotonic() + ANSWER_WITHIN_S
         while True:
-            answer = json.loads(self._heard.get(timeout=max(0.0, deadline - time.monotonic())))
+            answer = json.loads(self._lines.get(timeout=max(0.0, deadline - time.monotonic())))
             if answer.get("id") == self._last and "method" not in answer:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Drives this server with clients that others wrote: one line per client and transport, then "N passed, N failed".
+# Test this server with other MCP clients: one line per client and transport, then "N passed, N failed".
 #
 #   tests/clients/run.sh PYTHON [NAME...]    PYTHON has the package's dependencies; NAME: only clients so named
 #
-# Needs npm and the package registries. Everything is installed below $WORK (default: a new temporary folder).
+# Needs npm and the package registries. All files are below $WORK (default: a new temporary folder).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${1:?usage: tests/clients/run.sh PYTHON [NAME...]}

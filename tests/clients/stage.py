@@ -1,6 +1,6 @@
-"""The stage for clients from elsewhere: a simulated EvoLink, this server on two ports, and a home of its own.
+"""The environment for other MCP clients: a simulated EvoLink, this server on two ports, and a separate home folder.
 
-Only the standard library: it runs under the Python that has the package, beside clients that do not.
+It uses only the standard library, because some clients run in environments without the package.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 class Stage:
-    """What a client needs to know; use as a context manager. Everything that is written lies under `work`."""
+    """Addresses and environments for a client. Use it as a context manager. All files are below `work`."""
 
     def __init__(self, python: str, work: Path) -> None:
-        # Not resolved: a virtual environment is found by the link's own place.
+        # Not resolved: Python finds its virtual environment by the path of the link.
         python = python if os.sep not in python else os.path.abspath(python)
         # A checkout that is not installed is started without PYTHONPATH: Gemini CLI withholds it from servers.
         start = ["-P", "-m", "evolink_mcp"]
@@ -77,32 +77,33 @@ class Stage:
         return f"http://127.0.0.1:{port}/{path}"
 
     def target(self, transport: str) -> dict:
-        """How to reach the server over `transport`, as the client scripts take it."""
+        """Return the server's address over `transport` for the client scripts."""
         if transport == "stdio":
             command, *args = self.command
             return {"transport": transport, "command": command, "args": args, "env": self.server_env}
         return {"transport": transport, "url": self.url(transport)}
 
-    def client_env(self, **more: str) -> dict[str, str]:
-        """A poor environment: nothing of whoever runs this reaches a client."""
-        return {"HOME": str(self.home), "PATH": PATH, "LANG": "C.UTF-8", **more}
+    def client_env(self, **options: str) -> dict[str, str]:
+        """Return a minimal environment without variables of the caller."""
+        return {"HOME": str(self.home), "PATH": PATH, "LANG": "C.UTF-8", **options}
 
     def bought(self) -> list[dict]:
-        """What the journal says, newest first."""
-        told = subprocess.run(
+        """Return the journal's entries, newest first."""
+        run = subprocess.run(
             [*self.command, "tasks", "--json", "--limit", "500"], env=self.server_env, cwd=self.home,
             capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
-        return json.loads(told.stdout)
+        return json.loads(run.stdout)
 
-    def _serve(self, what: str, port: int, *more: str) -> None:
-        command, log = [*self.command, what, "--port", str(port), *more], self.work / f"{what}.log"
-        self._stack.enter_context(background(command, self.server_env, log, self.home))
+    def _serve(self, command: str, port: int, *options: str) -> None:
+        log = self.work / f"{command}.log"
+        line = [*self.command, command, "--port", str(port), *options]
+        self._stack.enter_context(background(line, self.server_env, log, self.home))
 
 
 @contextmanager
 def background(command: list[str], env: dict[str, str], log: Path, cwd: Path):
-    """A process that ends with the block."""
+    """Run a process until the block ends."""
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
@@ -122,7 +123,7 @@ def free_port() -> int:
 
 
 def await_up(url: str) -> None:
-    """Return as soon as somebody answers at `url`, whatever the answer."""
+    """Return when a server answers at `url` with any status."""
     deadline = time.monotonic() + UP_WITHIN_S
     while True:
         try:
@@ -138,7 +139,7 @@ def await_up(url: str) -> None:
 
 
 class Score:
-    """One line a check, and how many went well."""
+    """Print one line per check and count the results."""
 
     def __init__(self) -> None:
         self.passed = self.failed = 0
@@ -156,7 +157,7 @@ class Score:
 
 
 def npm_install(npm: str, source: Path, folder: Path, env: dict[str, str] | None = None) -> None:
-    """Install what `source/package.json` names into `folder`, without a lock file."""
+    """Install the packages of `source/package.json` into `folder`, without a lock file."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".mjs"):

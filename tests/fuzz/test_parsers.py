@@ -1,4 +1,4 @@
-"""Whatever comes from outside: every parser answers or refuses in its own words, and nothing else happens."""
+"""Fuzz tests of the parsers of external data: each parses its input or raises its documented error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TASK_ID = "task-unified-1757156493-imcg5zqt"
 KIND = some.sampled_from(["PNG", "JPEG", "WEBP"])
 
 
-# --- what EvoLink says ---
+# --- answers of EvoLink ---
 
 
 @FUZZ
@@ -85,29 +85,29 @@ def test_a_wait_is_within_its_limits(text: str) -> None:
 
 @FUZZ
 @given(some.text(max_size=60), some.text(max_size=60))
-def test_words_are_made_harmless(before: str, after: str) -> None:
+def test_external_text_is_made_harmless(before: str, after: str) -> None:
     key = "sk-canary-aXq81ZbT3kLw90vM"
-    told = f"{before}{key}{after}"
-    assert key not in json.dumps(without(key, {told: [told]}), ensure_ascii=False)
-    assert THE_KEY in without(key, told)
-    assert "\n" not in harmless(told)
-    assert "”" not in quoted(told)[1:-1]
-    assert not any(char.isspace() for char in word(told, 60))
+    text = f"{before}{key}{after}"
+    assert key not in json.dumps(without(key, {text: [text]}), ensure_ascii=False)
+    assert THE_KEY in without(key, text)
+    assert "\n" not in harmless(text)
+    assert "”" not in quoted(text)[1:-1]
+    assert not any(char.isspace() for char in word(text, 60))
 
 
-# --- what a caller says ---
+# --- input of callers ---
 
 
 @FUZZ
 @given(some.dictionaries(some.sampled_from(list(GenerationRequest.model_fields)), JSON, max_size=8))
-def test_arguments_are_taken_or_refused(said: dict[str, Any]) -> None:
+def test_arguments_are_accepted_or_refused(arguments: dict[str, Any]) -> None:
     with suppress(ValidationError):
-        json.dumps(GenerationRequest.model_validate(said).body(), allow_nan=False)
+        json.dumps(GenerationRequest.model_validate(arguments).body(), allow_nan=False)
 
 
 @FUZZ
 @given(some.text(max_size=30) | some.from_regex(r"[0-9]{1,5}[x×:.,][0-9]{1,5}", fullmatch=True))
-def test_a_size_is_one_or_has_a_nearest(size: str) -> None:
+def test_a_size_is_legal_or_illegal(size: str) -> None:
     with suppress(IllegalSize):
         resolve(size, "1K", "anchor-edge")
     meant(size)
@@ -123,7 +123,7 @@ def test_a_url_is_public_or_refused(url: str) -> None:
 
 @FUZZ
 @given(some.binary(max_size=300))
-def test_a_requests_head_is_read(data: bytes) -> None:
+def test_the_head_of_an_http_message_is_read(data: bytes) -> None:
     message_in(data)
     _id_in(data)
     _name_of(data)
@@ -166,7 +166,7 @@ def test_a_row_of_the_journal_is_an_entry_or_damaged(row: dict[str, Any]) -> Non
 
 @FUZZ
 @given(KIND, some.lists(some.tuples(some.integers(0, 400), some.integers(0, 255)), max_size=6), some.integers(0, 400))
-def test_a_damaged_picture_is_refused_or_sent_as_a_picture(kind: str, changes: list[tuple[int, int]], cut: int) -> None:
+def test_a_damaged_image_is_refused_or_sent_as_an_image(kind: str, changes: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(drawing((40, 30), kind))
     for at, byte in changes:
         data[at % len(data)] = byte
@@ -181,14 +181,14 @@ def test_a_damaged_picture_is_refused_or_sent_as_a_picture(kind: str, changes: l
 
 @FUZZ
 @given(some.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"]), some.binary(max_size=300))
-def test_bytes_behind_a_pictures_beginning_are_refused(magic: bytes, rest: bytes) -> None:
+def test_random_bytes_after_a_signature_are_refused(magic: bytes, rest: bytes) -> None:
     with suppress(UnusableImage):
         check_reference(magic + rest, is_mask=False)
         normalize(magic + rest)
     assert sniff(io.BytesIO(magic + rest).read(16))
 
 
-# --- whole answers of EvoLink, through the public face ---
+# --- answers of EvoLink through the tools ---
 
 
 @settings(FUZZ, max_examples=40)
@@ -202,27 +202,27 @@ def test_bytes_behind_a_pictures_beginning_are_refused(magic: bytes, rest: bytes
 def test_no_answer_of_evolink_breaks_a_tool(
     tmp_path: Path, tool: str, status: int, first: Any, later: list[Any]
 ) -> None:
-    """The tool answers by its schema, and there is at most one POST."""
+    """The answer fits the schema, and the tool sends at most one POST."""
     posts = 0
-    looks = 0
+    polls = 0
 
-    def ended(path: str, said: bytes) -> Any:
-        """Every task that a look asks for has failed."""
-        ids = json.loads(said)["task_ids"] if said else [path.rpartition("/")[2]]
+    def failed_tasks(path: str, request_body: bytes) -> Any:
+        """Return each polled task as failed."""
+        ids = json.loads(request_body)["task_ids"] if request_body else [path.rpartition("/")[2]]
         tasks = [{"id": task_id, "status": "failed", "error": {"message": "enough"}} for task_id in ids]
-        return {"data": tasks} if said else tasks[0]
+        return {"data": tasks} if request_body else tasks[0]
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        nonlocal posts, looks
-        said = (await receive()).get("body", b"")
+        nonlocal posts, polls
+        request_body = (await receive()).get("body", b"")
         if scope["method"] == "POST" and scope["path"].endswith("generations"):
             posts += 1
             answer, code = first, status
         else:
-            answer, code = later[min(looks, len(later) - 1)], 200
-            looks += 1
-            if looks > 60:
-                answer = ended(scope["path"], said)
+            answer, code = later[min(polls, len(later) - 1)], 200
+            polls += 1
+            if polls > 60:
+                answer = failed_tasks(scope["path"], request_body)
         body = json.dumps(answer).encode("utf-8", "replace")
         await send({"type": "http.response.start", "status": code, "headers": []})
         await send({"type": "http.response.body", "body": body})
@@ -253,7 +253,9 @@ def test_no_answer_of_evolink_breaks_a_tool(
                 ) as studio,
                 Client(build_server(studio)) as client,
             ):
-                (schema,) = [known.output_schema for known in (await client.list_tools()).tools if known.name == tool]
+                (schema,) = [
+                    published.output_schema for published in (await client.list_tools()).tools if published.name == tool
+                ]
                 return schema, await client.call_tool(tool, arguments)
 
     schema, answer = anyio.run(ask)

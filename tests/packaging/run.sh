@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Packs what users get, and runs each where it will run: wheel, source distribution, bundle.
+# Build the wheel, the source distribution and the bundle, and test each in its own environment.
 #
 #   tests/packaging/run.sh PYTHON    PYTHON has the package's dependencies
 #
-# Needs npm and the package registries. Everything happens below $WORK (default: a new temporary folder).
+# Needs npm and the package registries. All files are below $WORK (default: a new temporary folder).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -45,7 +45,7 @@ say "the wheel with the oldest versions that pyproject.toml allows"
 "$WORK/tools/bin/uv" pip install -q --python "$WORK/oldest/bin/python" --resolution lowest-direct "$WORK"/dist/*.whl
 "$python" "$here/drive.py" "$WORK/oldest/bin/evolink-mcp"
 
-say "what the source distribution holds passes its own packaging tests"
+say "the packaging tests in the source distribution"
 mkdir "$WORK/source" && tar xzf "$WORK"/dist/*.tar.gz -C "$WORK/source" --strip-components 1
 (cd "$WORK/source" && "$python" -m pytest -q -p no:cacheprovider tests/packaging/test_packaging.py | tail -1)
 

@@ -1,4 +1,4 @@
-"""What users install says the same everywhere: bundle, registry entry, wheel, image, README and documentation."""
+"""Bundle, registry entry, wheel, image, README and documentation agree with each other."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ README, CONFIGURATION = text("README.md"), text("docs/configuration.md")
 # --- the bundle ---
 
 
-def test_one_version_everywhere() -> None:
+def test_all_files_have_the_same_version() -> None:
     (package,) = SERVER["packages"]
     assert {MANIFEST["version"], SERVER["version"], package["version"]} == {__version__}
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
 @pytest.mark.anyio
-async def test_the_manifest_lists_the_tools_in_their_own_words(world: World) -> None:
+async def test_the_manifest_lists_the_tools_with_their_descriptions(world: World) -> None:
     async with world.client() as client:
         tools = (await client.list_tools()).tools
     assert [tool["name"] for tool in MANIFEST["tools"]] == [tool.name for tool in tools]
-    for told, tool in zip(MANIFEST["tools"], tools, strict=True):
+    for entry, tool in zip(MANIFEST["tools"], tools, strict=True):
         published = " ".join((tool.description or "").split())
-        assert published.startswith(told["description"])
-        assert told["description"].endswith(".")
+        assert published.startswith(entry["description"])
+        assert entry["description"].endswith(".")
     assert not MANIFEST["tools_generated"]
 
 
 def test_every_reference_is_defined_and_every_field_is_used() -> None:
-    """The validator passes a `${user_config.nope}`; the server would get it as it stands."""
+    """The validator accepts an unknown `${user_config.x}`, and the server would get it unchanged."""
     used = set(re.findall(r"\$\{user_config\.(\w+)\}", json.dumps(CONFIG)))
     assert used == set(MANIFEST["user_config"])
     assert set(CONFIG["env"]) <= set(TeamSettings.variables())
     assert set(re.findall(r"\$\{(?!user_config\.)([^}]*)\}", json.dumps(CONFIG))) == {"__dirname"}
 
 
-def test_the_key_is_secret_and_the_only_thing_that_is_required() -> None:
+def test_the_key_is_secret_and_the_only_required_field() -> None:
     fields = MANIFEST["user_config"]
     assert (fields["api_key"]["sensitive"], fields["api_key"]["required"]) == (True, True)
     assert [name for name, field in fields.items() if field["required"] and name != "api_key"] == []
@@ -77,8 +77,10 @@ def test_the_key_is_secret_and_the_only_thing_that_is_required() -> None:
 
 
 def substituted(filled: dict[str, Any]) -> dict[str, str]:
-    """The environment as the bundle's own library makes it: what is not filled in stays a placeholder, defaults are
-    inserted last, booleans are words."""
+    """Return the environment that the bundle's library creates.
+
+    An empty field stays a placeholder, defaults are inserted last, booleans become `true` or `false`.
+    """
     values = {name: field["default"] for name, field in MANIFEST["user_config"].items() if "default" in field} | filled
     env = dict(CONFIG["env"])
     for name, value in values.items():
@@ -87,7 +89,7 @@ def substituted(filled: dict[str, Any]) -> dict[str, str]:
     return env
 
 
-def test_empty_fields_are_unset_and_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_fields_are_unset_and_home_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     empty = Settings.from_environment(substituted({}))
@@ -97,20 +99,20 @@ def test_empty_fields_are_unset_and_home_is_understood(tmp_path: Path, monkeypat
     assert (found.folders.output, found.budget.per_day) == (tmp_path / "Pictures" / "EvoLink", 12.5)
 
 
-def test_the_bundle_starts_from_any_folder_in_both_ways_that_hosts_know(tmp_path: Path) -> None:
-    """Some run the arguments with their own uv, some the entry point; `-P` keeps a working folder's modules out."""
+def test_the_bundle_starts_from_any_folder_in_both_ways_of_hosts(tmp_path: Path) -> None:
+    """Some hosts run the arguments with their own uv, others the entry point. `-P` excludes the working folder's modules."""
     assert (MANIFEST["server"]["type"], CONFIG["command"], CONFIG["args"][0]) == ("uv", "uv", "run")
     assert {"--project", "${__dirname}", "--no-dev"} <= set(CONFIG["args"])
     (tmp_path / "mcp.py").write_text("raise SystemExit('a module of the working folder was imported')")
     arguments = CONFIG["args"][CONFIG["args"].index("python") + 1 :]
     for line in (arguments, [str(ROOT / MANIFEST["server"]["entry_point"])]):
-        run = [sys.executable, *line, "--version"]
-        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert (done.stdout, done.stderr) == (f"evolink-mcp {__version__}\n", "")
+        command = [sys.executable, *line, "--version"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert (run.stdout, run.stderr) == (f"evolink-mcp {__version__}\n", "")
 
 
-def test_no_module_hides_one_of_the_standard_library() -> None:
-    """`uv run evolink_mcp/__main__.py` puts the package's own folder first."""
+def test_no_module_shadows_the_standard_library() -> None:
+    """`uv run evolink_mcp/__main__.py` puts the package folder first on the import path."""
     modules = {path.stem for path in (ROOT / "evolink_mcp").iterdir() if path.suffix == ".py" or path.is_dir()}
     foreign = {re.split(r"[><=]", need)[0].replace("-", "_") for need in PYPROJECT["project"]["dependencies"]}
     assert modules & ((sys.stdlib_module_names | foreign | {"PIL"}) - {"__main__"}) == set()
@@ -124,15 +126,21 @@ def test_the_icon_is_a_png_of_512_pixels() -> None:
     assert (ROOT / MANIFEST["icon"]).stat().st_size < 100_000
 
 
-def test_the_bundle_holds_what_it_needs_and_nothing_else() -> None:
+def test_the_bundle_contains_only_the_needed_files() -> None:
     lines = [line for line in text(".mcpbignore").splitlines() if line and not line.startswith("#")]
-    kept = {line.removeprefix("!/") for line in lines if line.startswith("!")}
+    included = {line.removeprefix("!/") for line in lines if line.startswith("!")}
     assert lines[0] == "/*"
     build = {"pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]}
-    assert kept == {"evolink_mcp", "manifest.json", MANIFEST["icon"], "uv.lock", *build}  # a lock: in a release only
+    assert included == {
+        "evolink_mcp",
+        "manifest.json",
+        MANIFEST["icon"],
+        "uv.lock",
+        *build,
+    }  # a lock: in a release only
 
 
-def test_the_manifest_says_what_the_validator_does_not_ask() -> None:
+def test_the_manifest_has_fields_that_its_validator_does_not_check() -> None:
     assert (MANIFEST["manifest_version"], MANIFEST["name"]) == ("0.4", PYPROJECT["project"]["name"])
     assert MANIFEST["compatibility"]["runtimes"]["python"] == PYPROJECT["project"]["requires-python"]
     assert MANIFEST["license"] == PYPROJECT["project"]["license"]
@@ -143,13 +151,13 @@ def test_the_manifest_says_what_the_validator_does_not_ask() -> None:
 # --- registry, wheel, image ---
 
 
-def test_the_registry_entry_is_owned_by_this_readme() -> None:
+def test_the_readme_names_the_registry_entry() -> None:
     assert f"<!-- mcp-name: {NAME} -->" in README
     assert SERVER["name"] == NAME
     assert f'io.modelcontextprotocol.server.name="{NAME}"' in text("Dockerfile")
 
 
-def test_the_registry_entry_keeps_to_its_schema() -> None:
+def test_the_registry_entry_fits_its_schema() -> None:
     assert SERVER["$schema"].endswith("/2025-12-11/server.schema.json")
     assert re.fullmatch(r"[a-zA-Z0-9.-]+/[a-zA-Z0-9._-]+", SERVER["name"])
     assert (1 <= len(SERVER["description"]) <= 100, 1 <= len(SERVER["title"]) <= 100) == (True, True)
@@ -177,14 +185,14 @@ def test_the_wheel_has_types_a_licence_and_a_command() -> None:
     assert PYPROJECT["tool"]["uv"]["default-groups"] == []
 
 
-def test_the_source_distribution_holds_what_its_tests_read() -> None:
+def test_the_source_distribution_contains_the_files_of_its_tests() -> None:
     included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     needed = {"/tests", "/docs", "/manifest.json", "/server.json", "/icon.png", "/.mcpbignore", "/.github"}
     assert needed <= set(included)
     assert [name for name in included if not (ROOT / name[1:]).exists()] == []
 
 
-def test_ci_runs_every_python_that_is_promised() -> None:
+def test_ci_runs_every_supported_python() -> None:
     promised = [line.rsplit(" ", 1)[1] for line in PYPROJECT["project"]["classifiers"] if ":: 3." in line]
     matrix = json.loads(re.search(r"python: (\[.*\])", text(".github/workflows/ci.yml"))[1])
     assert matrix == promised
@@ -197,7 +205,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "python -m pytest -q\n" in workflow
 
 
-def test_no_lock_file_and_no_package_index_is_written_down() -> None:
+def test_no_lock_file_and_no_package_index_is_committed() -> None:
     locks = ("uv.lock", "poetry.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml")
     assert [str(path) for name in locks for path in ROOT.glob(name)] == []
     written = "".join(text(name) for name in ("pyproject.toml", "manifest.json", "server.json", "Dockerfile"))
@@ -253,14 +261,14 @@ def test_the_link_for_vs_code_asks_for_the_key() -> None:
     assert found
     for link in found:
         query = parse_qs(urlsplit(link).query, strict_parsing=True)
-        (asked,), config = json.loads(query["inputs"][0]), json.loads(query["config"][0])
-        assert (asked["type"], asked["password"]) == ("promptString", True)
+        (key_input,), config = json.loads(query["inputs"][0]), json.loads(query["config"][0])
+        assert (key_input["type"], key_input["password"]) == ("promptString", True)
         assert config == {
-            "command": "uvx", "args": ["evolink-mcp"], "env": {"EVOLINK_API_KEY": f"${{input:{asked['id']}}}"},
+            "command": "uvx", "args": ["evolink-mcp"], "env": {"EVOLINK_API_KEY": f"${{input:{key_input['id']}}}"},
         }  # fmt: skip
 
 
-def test_the_contents_of_the_documents_lead_to_their_sections() -> None:
+def test_the_tables_of_contents_link_to_all_sections() -> None:
     for document in (CONFIGURATION, text("docs/hosts.md")):
         titles = re.findall(r"^## (.*)$", document, re.MULTILINE)
         sections = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}

@@ -25,8 +25,8 @@ def prompt(name: str) -> PromptReference:
     return PromptReference(type="ref/prompt", name=name)
 
 
-async def completions(client: Any, ref: Any, name: str, value: str = "", **known: str) -> list[str]:
-    answer = await client.complete(ref, {"name": name, "value": value}, known or None)
+async def completions(client: Any, ref: Any, name: str, value: str = "", **context: str) -> list[str]:
+    answer = await client.complete(ref, {"name": name, "value": value}, context or None)
     return answer.completion.values
 
 

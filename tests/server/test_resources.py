@@ -183,12 +183,12 @@ async def subscribe(client: Client, uri: str) -> None:
 async def test_a_listening_client_is_notified_of_its_task_only(world: World) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            one = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
-            other = (await buy(client, prompt="a cat", wait_seconds=0))["task_id"]
-            uri = f"evolink://tasks/{one}"
+            first = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
+            second = (await buy(client, prompt="a cat", wait_seconds=0))["task_id"]
+            uri = f"evolink://tasks/{first}"
             async with client.listen(resource_subscriptions=[uri]) as events:
-                await client.call_tool("get_task", {"task_id": other})
-                await client.call_tool("get_task", {"task_id": one})
+                await client.call_tool("get_task", {"task_id": second})
+                await client.call_tool("get_task", {"task_id": first})
                 async for event in events:
                     assert event.uri == uri
                     (page,) = (await client.read_resource(uri)).contents
@@ -250,16 +250,16 @@ async def test_older_clients_are_notified_until_they_unsubscribe(open_world: Ope
         ):
             assert client.server_capabilities.resources.subscribe is True
             ids = [(await buy(client, prompt=f"fox {k}", wait_seconds=0))["task_id"] for k in range(3)]
-            one, other, third = (f"evolink://tasks/{task_id}" for task_id in ids)
-            for uri in (one, other, one):
+            first, second, third = (f"evolink://tasks/{task_id}" for task_id in ids)
+            for uri in (first, second, first):
                 await subscribe(client, uri)
-            for uri in (other, third):
+            for uri in (second, third):
                 with pytest.warns(MCPDeprecationWarning):
                     await client.unsubscribe_resource(uri)
             simulator.go.set()
             for task_id in reversed(ids):
                 await client.call_tool("get_task", {"task_id": task_id})
-    assert set(uris) == {one}
+    assert set(uris) == {first}
 
 
 async def test_the_subscriptions_of_a_closed_connection_do_not_disturb_later_clients(world: World) -> None:

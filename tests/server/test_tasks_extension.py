@@ -1,4 +1,4 @@
-"""The Tasks extension: a client that declares it gets a handle and polls; for everybody else nothing changes."""
+"""The Tasks extension: a client that declares it gets a task handle and polls. Other clients notice no change."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SLOW = {"prompt": "sim:slow=1000000 a fox"}
 
 
 class TaskHandle(Result):
-    """A task as it is on the wire, whatever it holds."""
+    """A task in the protocol, with any fields."""
 
     model_config = ConfigDict(extra="allow")
     result_type: Literal["task"]
 
 
-class Told(Result):
-    """Any answer to a tasks method."""
+class TaskAnswer(Result):
+    """An answer to a tasks method, with any fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -43,29 +43,29 @@ class TaskRequest(Request[TaskParams, str]):
 
 
 class TaskClient(ClientExtension):
-    """A client that takes handles, shows them, and polls without a pause."""
+    """A client that records task handles and polls without a delay."""
 
     identifier = TASKS
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
+        self.handles: list[dict[str, Any]] = []
 
     def claims(self) -> Sequence[ResultClaim[Any]]:
         return [ResultClaim(result_type="task", model=TaskHandle, resolve=self._resolve)]
 
     async def _resolve(self, handle: TaskHandle, ctx: ClaimContext) -> CallToolResult:
-        self.seen.append(handle.model_dump(by_alias=True))
+        self.handles.append(handle.model_dump(by_alias=True))
         while True:
-            told = await ask(ctx, "tasks/get", self.seen[0]["taskId"])
-            self.seen.append(told)
-            if told["status"] != "working":
-                return CallToolResult.model_validate(told["result"])
+            answer = await ask(ctx, "tasks/get", self.handles[0]["taskId"])
+            self.handles.append(answer)
+            if answer["status"] != "working":
+                return CallToolResult.model_validate(answer["result"])
             await anyio.sleep(0)
 
 
 async def ask(client: Any, method: str, task_id: str) -> dict[str, Any]:
     request = TaskRequest(method=method, params=TaskParams(task_id=task_id))
-    return (await client.session.send_request(request, Told)).model_dump(by_alias=True)
+    return (await client.session.send_request(request, TaskAnswer)).model_dump(by_alias=True)
 
 
 def client_of(world: World, mode: Any = "auto") -> tuple[Client, TaskClient]:
@@ -74,23 +74,23 @@ def client_of(world: World, mode: Any = "auto") -> tuple[Client, TaskClient]:
 
 
 async def handle_of(client: Client, arguments: dict[str, Any]) -> dict[str, Any]:
-    told = await client.session.call_tool("generate_image", arguments, allow_claimed=True)
-    return told.model_dump(by_alias=True)
+    answer = await client.session.call_tool("generate_image", arguments, allow_claimed=True)
+    return answer.model_dump(by_alias=True)
 
 
-async def test_a_task_is_created_polled_and_ends_with_the_answer_of_get_task(world: World) -> None:
+async def test_a_task_is_created_and_polled_and_ends_with_the_answer_of_get_task(world: World) -> None:
     with anyio.fail_after(300):
         client, extension = client_of(world)
         async with client:
             answer = await client.call_tool("generate_image", {"prompt": "a lighthouse"})
-            task_id = extension.seen[0]["taskId"]
+            task_id = extension.handles[0]["taskId"]
             plain = await client.call_tool("get_task", {"task_id": task_id})
-    created, *working, completed = extension.seen
+    created, *working, completed = extension.handles
     assert created["resultType"] == "task"
     assert created["status"] == "working"
     assert isinstance(created["pollIntervalMs"], int)
     assert "ttlMs" in created
-    assert {told["status"] for told in working} == {"working"}
+    assert {answer["status"] for answer in working} == {"working"}
     assert completed["resultType"] == "complete"
     assert completed["status"] == "completed"
     assert completed["taskId"] == task_id
@@ -105,19 +105,19 @@ async def test_a_failed_picture_is_a_completed_task_whose_answer_is_an_error(wor
         client, extension = client_of(world)
         async with client:
             answer = await client.call_tool("generate_image", {"prompt": "sim:fail sim:slow=1000 a fox"})
-    assert extension.seen[-1]["status"] == "completed"
+    assert extension.handles[-1]["status"] == "completed"
     assert answer.is_error is True
     assert answer.structured_content["error"]["code"] == "content_policy_violation"
 
 
-async def test_refused_arguments_make_no_task(world: World) -> None:
+async def test_refused_arguments_create_no_task(world: World) -> None:
     with anyio.fail_after(300):
         client, extension = client_of(world)
         async with client:
             answer = await client.call_tool("generate_image", {"prompt": "a fox", "promt": "a fox"})
     assert answer.is_error is True
     assert "did you mean prompt" in answer.content[0].text
-    assert extension.seen == []
+    assert extension.handles == []
     assert world.posts == 0
 
 
@@ -127,11 +127,11 @@ async def test_other_tools_are_never_tasks(world: World) -> None:
         async with client:
             answer = await client.call_tool("compute_size", {"size": "16:9"})
     assert answer.is_error is False
-    assert extension.seen == []
+    assert extension.handles == []
 
 
-async def test_two_handles_for_the_same_words_are_two_purchases(world: World) -> None:
-    """A handle is delivered by itself: unlike a call that was cut off, it is not handed to the next identical one."""
+async def test_two_identical_calls_with_handles_are_two_purchases(world: World) -> None:
+    """The first client has its handle, so the second call is not a repeat of a lost one."""
     with anyio.fail_after(300):
         client, _ = client_of(world)
         async with client:
@@ -140,8 +140,8 @@ async def test_two_handles_for_the_same_words_are_two_purchases(world: World) ->
     assert world.posts == 2
 
 
-async def test_a_cancelled_task_is_handed_to_the_next_identical_call(world: World) -> None:
-    """EvoLink offers no way to call a picture back, and it is paid: only the waiting ends."""
+async def test_the_next_identical_call_gets_a_cancelled_task(world: World) -> None:
+    """EvoLink cannot cancel a paid task. Only the wait ends."""
     with anyio.fail_after(300):
         client, _ = client_of(world)
         async with client:
@@ -157,18 +157,18 @@ async def test_a_cancelled_task_is_handed_to_the_next_identical_call(world: Worl
 
 
 @pytest.mark.parametrize(("action", "posts"), [("accept", 1), ("decline", 0)])
-async def test_the_user_is_asked_before_there_is_a_task(open_world: Open, action: Any, posts: int) -> None:
-    async def answer(context: Any, question: Any) -> ElicitResult:
+async def test_the_user_approves_before_the_task_is_created(open_world: Open, action: Any, posts: int) -> None:
+    async def reply(context: Any, question: Any) -> ElicitResult:
         return ElicitResult(action=action, content={"go_ahead": True} if action == "accept" else None)
 
     with anyio.fail_after(300):
         async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": "0.1"}) as world:
             extension = TaskClient()
-            asked = Client(build_server(world.studio), extensions=[extension], elicitation_callback=answer)
-            async with asked as client:
-                told = await client.call_tool("generate_image", {"prompt": "a fox"})
-    assert told.is_error is (action == "decline")
-    assert bool(extension.seen) is (action == "accept")
+            connection = Client(build_server(world.studio), extensions=[extension], elicitation_callback=reply)
+            async with connection as client:
+                answer = await client.call_tool("generate_image", {"prompt": "a fox"})
+    assert answer.is_error is (action == "decline")
+    assert bool(extension.handles) is (action == "accept")
     assert world.posts == posts
 
 
@@ -181,9 +181,9 @@ async def test_a_handle_outlives_the_server(open_world: Open) -> None:
         async with open_world(simulator=world.simulator, clock=world.clock) as world:
             client, _ = client_of(world)
             async with client:
-                while (told := await ask(client, "tasks/get", handle["taskId"]))["status"] == "working":
+                while (answer := await ask(client, "tasks/get", handle["taskId"]))["status"] == "working":
                     await anyio.sleep(0)
-    assert told["result"]["structuredContent"]["images"][0]["path"] == str(world.files[0])
+    assert answer["result"]["structuredContent"]["images"][0]["path"] == str(world.files[0])
     assert world.posts == 1
 
 
@@ -191,8 +191,8 @@ async def test_a_handle_outlives_the_server(open_world: Open) -> None:
 @pytest.mark.parametrize(
     "task_id",
     [
-        pytest.param("task-unified-1790000000-nobodys1", id="of nobody"),
-        pytest.param("../../v1/credits", id="no id at all"),
+        pytest.param("task-unified-1790000000-nobodys1", id="unknown id"),
+        pytest.param("../../v1/credits", id="invalid id"),
     ],
 )
 async def test_an_unknown_task_is_a_protocol_error(world: World, method: str, task_id: str) -> None:
@@ -206,7 +206,7 @@ async def test_an_unknown_task_is_a_protocol_error(world: World, method: str, ta
 
 
 @pytest.mark.parametrize("method", ["tasks/list", "tasks/result"])
-async def test_methods_of_the_older_design_are_not_there(world: World, method: str) -> None:
+async def test_methods_of_the_older_design_are_unknown(world: World, method: str) -> None:
     with anyio.fail_after(300):
         client, _ = client_of(world)
         async with client:
@@ -215,7 +215,7 @@ async def test_methods_of_the_older_design_are_not_there(world: World, method: s
     assert raised.value.code == -32601
 
 
-async def test_a_client_that_does_not_declare_it_waits_and_may_not_poll(world: World) -> None:
+async def test_a_client_without_the_extension_waits_and_cannot_poll(world: World) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             assert TASKS in (client.server_capabilities.extensions or {})
@@ -226,7 +226,7 @@ async def test_a_client_that_does_not_declare_it_waits_and_may_not_poll(world: W
     assert raised.value.code == -32021
 
 
-async def test_on_an_older_connection_nothing_is_advertised_and_nothing_changes(world: World) -> None:
+async def test_older_protocol_versions_have_no_tasks_extension(world: World) -> None:
     with anyio.fail_after(300):
         client, extension = client_of(world, "legacy")
         async with client:
@@ -235,5 +235,5 @@ async def test_on_an_older_connection_nothing_is_advertised_and_nothing_changes(
             with pytest.raises(MCPError) as raised:
                 await ask(client, "tasks/get", answer.structured_content["task_id"])
     assert answer.structured_content["status"] == "completed"
-    assert extension.seen == []
+    assert extension.handles == []
     assert raised.value.code == -32601

@@ -67,15 +67,15 @@ async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -
 
 async def test_every_limit_of_the_api_is_in_the_schema(world: World) -> None:
     fields = (await published(world))["generate_image"]["inputSchema"]["properties"]
-    shown = {name: {k: v for k, v in field.items() if k not in ("description", "examples", "pattern")}
+    limits = {name: {k: v for k, v in field.items() if k not in ("description", "examples", "pattern")}
              for name, field in fields.items()}  # fmt: skip
-    assert shown["prompt"] == {"type": "string", "minLength": 1, "maxLength": 32_000}
-    assert shown["n"] == {"type": "integer", "minimum": 1, "maximum": 10, "default": 1}
-    assert shown["quality"] == {"type": "string", "enum": ["low", "medium", "high"], "default": "medium"}
-    assert shown["resolution"] == {"type": "string", "enum": ["1K", "2K", "4K"], "default": "1K"}
-    assert shown["image_urls"] == {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 16}
-    assert shown["callback_url"] == {"type": "string", "maxLength": 2048}
-    assert shown["wait_seconds"] == {"type": "number", "minimum": 0, "maximum": 900}
+    assert limits["prompt"] == {"type": "string", "minLength": 1, "maxLength": 32_000}
+    assert limits["n"] == {"type": "integer", "minimum": 1, "maximum": 10, "default": 1}
+    assert limits["quality"] == {"type": "string", "enum": ["low", "medium", "high"], "default": "medium"}
+    assert limits["resolution"] == {"type": "string", "enum": ["1K", "2K", "4K"], "default": "1K"}
+    assert limits["image_urls"] == {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 16}
+    assert limits["callback_url"] == {"type": "string", "maxLength": 2048}
+    assert limits["wait_seconds"] == {"type": "number", "minimum": 0, "maximum": 900}
     assert all(limit in fields["size"]["description"] for limit in ("16", "3840", "655360", "8294400", "3:1"))
 
 

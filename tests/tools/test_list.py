@@ -19,10 +19,11 @@ async def list_tasks(world: World, **arguments: Any) -> Any:
         return await client.call_tool("list_tasks", arguments)
 
 
-async def buy(world: World, *prompts: str, **more: Any) -> list[dict[str, Any]]:
+async def buy(world: World, *prompts: str, **arguments: Any) -> list[dict[str, Any]]:
     async with world.client() as client:
         calls = [
-            await client.call_tool("generate_image", {"prompt": f"sim:fast {prompt}", **more}) for prompt in prompts
+            await client.call_tool("generate_image", {"prompt": f"sim:fast {prompt}", **arguments})
+            for prompt in prompts
         ]
     return [answer.structured_content for answer in calls]
 
