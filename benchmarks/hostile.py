@@ -1,8 +1,9 @@
-"""Hostile pictures and silent connections: what each costs, and what an honest caller notices (R36, R37)."""
+"""Hostile images and silent connections: their cost, and the delay that an honest caller notices (R36, R37)."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import socket
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import anyio
@@ -21,110 +23,191 @@ from PIL import Image
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, environment, free_port, memory_mb, standin
-from evolink_mcp.images.decode_process import in_child
-from evolink_mcp.images.inspect import NotAPicture
-from evolink_mcp.images.prepare import check_reference
-from evolink_mcp.images.previews import check_and_preview
+from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.structure import SCANS_MAX
+from evolink_mcp.images.unusable import UnusableImage
 
 TITLE = "A hostile world"
 MIB = 1 << 20
 LARGEST = (2880, 2880)
 DESCRIPTORS = 256
+SAMPLE_EVERY_S = 0.01
+HOSTILE_AT_ONCE = 4
 HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
 
 
 def run(quick: bool) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        costs = anyio.run(_pictures, Path(name))
-    slowest = max(costs, key=lambda what: costs[what][0])
-    largest = max(costs, key=lambda what: costs[what][1])
+    costs = anyio.run(_costs)
+    slowest = max(costs, key=lambda name: costs[name][0])
+    largest = max(costs, key=lambda name: costs[name][1])
+    delay_s, alone_s = anyio.run(_delay)
     silent, callers = (300, 100) if quick else (1_100, 300)
     with standin() as at, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         seen = _besieged(Path(name), at.port, silent, callers)
     return [
-        Figure("the dearest hostile picture", costs[slowest][0], "s", 3, f"{slowest}; of {len(costs)} kinds"),
+        Figure("the most expensive hostile image", costs[slowest][0], "s", 3, f"{slowest}; of {len(costs)} kinds"),
         Figure("most memory for one", costs[largest][1], "MiB", 300, largest),
+        Figure(f"delay of an order beside {HOSTILE_AT_ONCE} hostile images", delay_s, "s", 2,
+               f"check of a largest image; {alone_s:.2f} s alone"),
         Figure(f"server's memory for {silent:,} silent connections", seen["silent_mb"], "MB", 30,
-               f"at a limit of {DESCRIPTORS} descriptors; {seen['said']:,} bytes on stderr"),
+               f"at a limit of {DESCRIPTORS} descriptors; {seen['stderr']:,} bytes on stderr"),
         Figure("until an honest request is answered beside them", seen["beside_s"], "s", 15,
                "silent connections are closed after 10 s"),
-        Figure(f"of {callers} callers at once at that limit, answered", seen["served"] + seen["told"], "", None,
-               f"{seen['served']} served, {seen['told']} told 503; {seen['lost']} closed before their request came"),
+        Figure(f"of {callers} callers at once at that limit, answered", seen["served"] + seen["refused"], "", None,
+               f"{seen['served']} served, {seen['refused']} got a 503; {seen['lost']} closed before their request came"),
         Figure("end after SIGTERM beside them", seen["end_s"], "s", 2),
     ]  # fmt: skip
 
 
-# --- pictures ---
+# --- images ---
 
 
-def _progressive(scans: int) -> bytes:
-    """A JPEG of the largest size whose last scan is there that often."""
+def _jpeg() -> bytes:
     out = io.BytesIO()
     Image.new("RGB", LARGEST, (9, 9, 9)).save(out, "JPEG", progressive=True, quality=50)
-    data = out.getvalue()
+    return out.getvalue()
+
+
+def _scans(count: int) -> bytes:
+    """Return a JPEG of the largest size with `count` scans. The last one is repeated."""
+    data = _jpeg()
     last = data.rindex(b"\xff\xda")
     after = last + 2 + struct.unpack(">H", data[last + 2 : last + 4])[0]
     end = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]").search(data, after)
     assert end is not None
     own = data.count(b"\xff\xda")
-    return data[: end.start()] + data[last : end.start()] * (scans - own) + b"\xff\xd9"
+    return data[: end.start()] + data[last : end.start()] * (count - own) + b"\xff\xd9"
+
+
+def _before_segments(data: bytes) -> bytes:
+    """Return a JPEG with these bytes before its first segment."""
+    plain = _jpeg()
+    return plain[:2] + data + plain[2:]
+
+
+def _segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png(between: bytes, size: tuple[int, int] = LARGEST, mode: int = 6) -> bytes:
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, mode, 0, 0, 0))
-    row = b"\0" + b"\0" * (size[0] * 4)
-    pixels = zlib.compress(row * size[1], 1)
+def _png(between: bytes) -> bytes:
+    """Return a PNG of the largest size, all zero, with these bytes after its header."""
+    width, height = LARGEST
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
+    row = b"\0" + b"\0" * (width * 4)
+    pixels = zlib.compress(row * height, 1)
     return b"\x89PNG\r\n\x1a\n" + head + between + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 
-def _hostile() -> dict[str, bytes]:
-    webp = io.BytesIO()
-    Image.effect_noise(LARGEST, 100).convert("RGBA").save(webp, "WEBP", lossless=True, method=0)
-    bomb = _chunk(b"iCCP", b"x\0\0" + zlib.compress(b"\0" * (200 * MIB), 9))
-    return {
-        f"a JPEG of {SCANS_MAX} scans, the most that are decoded": _progressive(SCANS_MAX),
-        "a JPEG of 3,600 scans": _progressive(3_600),
-        "30 MiB of empty JPEG segments": b"\xff\xd8" + b"\xff\xe5\0\2" * (30 * MIB // 4) + b"\xff\xd9",
-        "10 MiB of empty PNG chunks": _png(_chunk(b"teXt", b"") * (10 * MIB // 12)),
-        "a PNG of the largest size, all zero": _png(b""),
-        "a PNG whose profile unpacks to 200 MiB": _png(bomb),
-        "a lossless WebP of noise": webp.getvalue(),
-        "a WebP of 10 MiB of empty chunks": b"RIFF" + struct.pack("<I", 10 * MIB + 4) + b"WEBP"
-        + b"XXXX\0\0\0\0" * (10 * MIB // 8),
-    }  # fmt: skip
+def _webp() -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise(LARGEST, 100).convert("RGBA").save(out, "WEBP", lossless=True, method=0)
+    return out.getvalue()
 
 
-async def _pictures(folder: Path) -> dict[str, tuple[float, float]]:
-    """(seconds, MiB at most) of each kind, as a delivered picture and as a reference."""
-    path = folder / "picture"
-    path.write_bytes(_png(b"", (64, 64)))
-    await in_child("check", check_and_preview, path, 1024)  # the child is there
-    found: dict[str, tuple[float, float]] = {}
-    for what, picture in _hostile().items():
-        path.write_bytes(picture)
-        for call, arguments in ((check_and_preview, (path, 1024)), (check_reference, (picture, False))):
-            started = time.perf_counter()
-            with suppress(NotAPicture):
-                await in_child("check", call, *arguments)
-            took = time.perf_counter() - started
-            most = await in_child("check", _peak_mib)
-            name = what if call is check_and_preview else f"{what}, as a reference"
-            found[name] = (took, most)
-    return found
+def _webp_chunks() -> bytes:
+    return b"RIFF" + struct.pack("<I", 10 * MIB + 4) + b"WEBP" + b"XXXX\0\0\0\0" * (10 * MIB // 8)
 
 
-def _peak_mib() -> float:
-    """In the child: the most memory that it held since it was asked last."""
-    status = Path("/proc/self/status").read_text()
-    most = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return most
+# A block with one entry whose value fills it: Pillow would copy the value.
+_EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x10E, 2, 60_000, 26) + bytes(60_010)
+_PHOTOSHOP = b"Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 5_000
+_TABLES = (b"\0" + bytes(64)) * 1_000
+_PROFILE = b"x\0\0" + zlib.compress(bytes(200 * MIB), 9)
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    f"a JPEG of {SCANS_MAX} scans, the most that are decoded": lambda: _scans(SCANS_MAX),
+    "a JPEG of 3,600 scans": lambda: _scans(3_600),
+    "a JPEG with 30 MiB of empty segments": lambda: _before_segments(_segment(0xE5, b"") * (30 * MIB // 4)),
+    "a JPEG with 24 MB of fill bytes": lambda: _before_segments(b"\xff" * 24_000_000),
+    "a JPEG with 12 million restart markers": lambda: _before_segments(b"\xff\xd0" * 12_000_000),
+    "a JPEG with 65 MB of quantization tables": lambda: _before_segments(_segment(0xDB, _TABLES) * 1_000),
+    "a JPEG with 1,500 Photoshop blocks": lambda: _before_segments(_segment(0xED, _PHOTOSHOP) * 1_500),
+    "a JPEG with 1,500 EXIF blocks": lambda: _before_segments(_segment(0xE1, _EXIF) * 1_500),
+    "a PNG with 12 MB of EXIF": lambda: _png(_chunk(b"eXIf", _EXIF[6:] * 200)),
+    "a PNG with 10 MiB of empty chunks": lambda: _png(_chunk(b"teXt", b"") * (10 * MIB // 12)),
+    "a PNG of the largest size, all zero": lambda: _png(b""),
+    "a PNG whose profile unpacks to 200 MiB": lambda: _png(_chunk(b"iCCP", _PROFILE)),
+    "a lossless WebP of noise": _webp,
+    "a WebP of 10 MiB of empty chunks": _webp_chunks,
+}
+
+
+async def _costs() -> dict[str, tuple[float, float]]:
+    """Return (seconds, MiB at most) for each kind, as a result image and as a reference."""
+    costs: dict[str, tuple[float, float]] = {}
+    for name, content_of in HOSTILE.items():
+        content = content_of()
+        for role in ("", ", as a reference"):
+            with closing(Decoder(decoder_environment())) as decoder:
+                await decoder.protections()  # starts the process
+                async with _peak_memory() as samples:
+                    started = time.perf_counter()
+                    with suppress(UnusableImage):
+                        if role:
+                            await decoder.check_reference(content)
+                        else:
+                            await decoder.check(io.BytesIO(content), edge=1024)
+                    costs[name + role] = (time.perf_counter() - started, max(samples))
+    return costs
+
+
+@asynccontextmanager
+async def _peak_memory() -> AsyncIterator[list[float]]:
+    """Collect the peak memory of the child processes in MiB. Only Linux tells it."""
+    samples = [0.0]
+
+    async def sample() -> None:
+        while True:
+            samples.extend(_child_peaks_mib())
+            await anyio.sleep(SAMPLE_EVERY_S)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(sample)
+        yield samples
+        samples.extend(_child_peaks_mib())
+        group.cancel_scope.cancel()
+
+
+def _child_peaks_mib() -> list[float]:
+    peaks: list[float] = []
+    for names in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for child in names.read_text().split():
+            with suppress(OSError):
+                match = re.search(r"VmHWM:\s+(\d+)", Path("/proc", child, "status").read_text())
+                if match is not None:
+                    peaks.append(int(match[1]) / 1024)
+    return peaks
+
+
+async def _delay() -> tuple[float, float]:
+    """Return the seconds that an order waits longer beside hostile images of other orders, and its seconds alone."""
+    hostile = _scans(SCANS_MAX)
+    honest = _webp()
+
+    async def attack(decoder: Decoder, order: str) -> None:
+        with suppress(UnusableImage):
+            await decoder.check(io.BytesIO(hostile), edge=1024, order=order)
+
+    async def seconds(decoder: Decoder) -> float:
+        started = time.perf_counter()
+        await decoder.check(io.BytesIO(honest), edge=1024, order="honest")
+        return time.perf_counter() - started
+
+    with closing(Decoder(decoder_environment())) as decoder:
+        await decoder.protections()
+        alone_s = await seconds(decoder)
+        async with anyio.create_task_group() as group:
+            for number in range(HOSTILE_AT_ONCE):
+                group.start_soon(attack, decoder, f"hostile {number}")
+            await anyio.sleep(0.05)
+            beside_s = await seconds(decoder)
+            group.cancel_scope.cancel()
+    return max(beside_s - alone_s, 0.0), alone_s
 
 
 # --- connections ---
@@ -132,18 +215,18 @@ def _peak_mib() -> float:
 
 def _besieged(folder: Path, evolink: int, silent: int, callers: int) -> dict[str, float]:
     port = free_port()
-    said = folder / "stderr"
+    stderr_file = folder / "stderr"
     few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS}))"
     start = f"{few}; from evolink_mcp.cli.main import main; main()"
     command = [sys.executable, "-P", "-c", start, "http", "--port", str(port)]
-    with said.open("wb") as stderr:
+    with stderr_file.open("wb") as stderr:
         server = subprocess.Popen(command, cwd=ROOT, env=environment(folder, evolink), stderr=stderr)
     try:
         seen = anyio.run(_siege, server.pid, port, silent, callers)
         started = time.perf_counter()
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-        return {**seen, "end_s": time.perf_counter() - started, "said": said.stat().st_size}
+        return {**seen, "end_s": time.perf_counter() - started, "stderr": stderr_file.stat().st_size}
     finally:
         server.kill()
 
@@ -156,10 +239,10 @@ async def _siege(pid: int, port: int, silent: int, callers: int) -> dict[str, fl
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(silent)]
     started = time.perf_counter()
     await anyio.sleep(0.5)
-    most = memory_mb(pid)
+    during = memory_mb(pid)
     async with httpx.AsyncClient() as client:
         await _answered(client, f"{url}/healthz")
-    beside = time.perf_counter() - started
+    beside_s = time.perf_counter() - started
     for one in sockets:
         one.close()
     outcomes: list[str] = []
@@ -172,17 +255,17 @@ async def _siege(pid: int, port: int, silent: int, callers: int) -> dict[str, fl
         with suppress(httpx.HTTPError):
             async with httpx.AsyncClient(timeout=30) as client:
                 answer = await client.post(f"{url}/mcp", json=body, headers=HEADERS)
-                outcomes.append({200: "served", 503: "told"}.get(answer.status_code, "odd"))
+                outcomes.append({200: "served", 503: "refused"}.get(answer.status_code, "odd"))
 
     async with anyio.create_task_group() as group:
         for number in range(callers):
             group.start_soon(call, number)
     return {
-        "silent_mb": most - before,
-        "beside_s": beside,
+        "silent_mb": during - before,
+        "beside_s": beside_s,
         "served": outcomes.count("served"),
-        "told": outcomes.count("told"),
-        "lost": callers - outcomes.count("served") - outcomes.count("told"),
+        "refused": outcomes.count("refused"),
+        "lost": callers - outcomes.count("served") - outcomes.count("refused"),
     }
 
 

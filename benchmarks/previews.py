@@ -1,4 +1,4 @@
-"""Ten 4K pictures at once through the real tool: does the event loop stall, and how big is the answer?"""
+"""Order ten 4K images in one call of the real tool. Measure the stalls of the event loop and the size of the answer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def run(quick: bool) -> list[Figure]:
     repeats, rounds = (3, 1) if quick else (7, 5)
     figures: list[Figure] = []
     for kind, what in KINDS[:1] if quick else KINDS:
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-            took, size, both = _alone(Path(name), kind, repeats)
+        took, size, both = _alone(kind, repeats)
         with standin(kind) as at:
             answers = [anyio.run(_ask, at.port) for _ in range(rounds)]
         seen = answers[0]
@@ -48,35 +47,36 @@ def run(quick: bool) -> list[Figure]:
     return figures
 
 
-def _alone(folder: Path, kind: str, repeats: int) -> tuple[float, int, float]:
-    path = folder / f"{kind}.png"
-    path.write_bytes(drawn(kind)[0])
-    made = preview(path, 1024, UNKNOWN.answer_max * 3 // 4)
-    took = [timed(lambda: preview(path, 1024, UNKNOWN.answer_max * 3 // 4)) for _ in range(repeats)]
-    pairs = [
-        timed(lambda: check_and_preview(path, 1024)) / (timed(lambda: check_and_preview(path, 0)) + once)
-        for once in took
+def _alone(kind: str, repeats: int) -> tuple[float, int, float]:
+    """Return the seconds for one preview, its bytes, and the time of check and preview together ÷ one after the other."""
+    content = drawn(kind)[0]
+    budget = UNKNOWN.answer_max * 3 // 4
+    small = preview(content, 1024, budget)
+    seconds = [timed(lambda: preview(content, 1024, budget)) for _ in range(repeats)]
+    ratios = [
+        timed(lambda: check_and_preview(content, 1024)) / (timed(lambda: check_and_preview(content, 0)) + once)
+        for once in seconds
     ]
-    return middle(took), len(made or b""), middle(pairs)
+    return middle(seconds), len(small or b""), middle(ratios)
 
 
-def _time_notes(journal: Any, took: list[float]) -> None:
-    """Note how long the journal's writes of saved pictures take."""
+def _time_saves(journal: Any, seconds: list[float]) -> None:
+    """Record how long the journal takes to record a saved image."""
     keep = journal.keep
 
-    async def kept(*given: Any) -> bool:
+    async def timed_keep(*arguments: Any) -> bool:
         started = time.perf_counter()
         try:
-            return await keep(*given)
+            return await keep(*arguments)
         finally:
-            took.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
 
-    journal.keep = kept
+    journal.keep = timed_keep
 
 
 @dataclass
 class _Seen:
-    """What one answer was like; stalls in seconds beyond the tick."""
+    """Measurements of one answer. Stalls are in seconds beyond the tick."""
 
     idle: list[float] = field(default_factory=lambda: [0.0])
     stalls: list[float] = field(default_factory=lambda: [0.0])
@@ -95,7 +95,7 @@ async def _ask(port: int) -> _Seen:
             Client(build_server(studio)) as client,
             anyio.create_task_group() as group,
         ):
-            # The first picture pays for imports and for reading the system's certificates; it is not measured here.
+            # The first image also imports modules and reads the system's certificates.
             await client.call_tool("generate_image", {"prompt": "sim:slow=0.5 a first one", "wait_seconds": 60})
             ticks: list[float] = seen.idle
 
@@ -108,7 +108,7 @@ async def _ask(port: int) -> _Seen:
             group.start_soon(tick)
             await anyio.sleep(1)
             ticks = seen.stalls
-            _time_notes(studio.journal, seen.notes)
+            _time_saves(studio.journal, seen.notes)
             started = time.perf_counter()
             answer: Any = await client.call_tool("generate_image", {"prompt": "sim:slow=2 ten of them", **ORDER})
             seen.took = time.perf_counter() - started - 2
