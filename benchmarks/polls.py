@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from statistics import mean
 
 from benchmarks.figures import Figure, share
+from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.studio.durations import KEPT
-from evolink_mcp.studio.schedule import USUAL_S, Schedule, Taken, expected
+from evolink_mcp.studio.schedule import Schedule, Taken, expected
 
 TITLE = "Looks"
 FIXED_S = 3.5
@@ -79,7 +80,7 @@ class _Seen:
         taken: list[Taken] = []
         for number in range(times):
             quality = dice.choice(["low", "medium", "medium", "high"])
-            lasts = USUAL_S[quality] * trial.times(number) * dice.lognormvariate(0.0, trial.spread)
+            lasts = TYPICAL_S[quality] * trial.times(number) * dice.lognormvariate(0.0, trial.spread)
             estimate = trial.estimate(lasts, dice)
             if fixed_s is None:
                 rhythm: Next = Schedule(expected(quality, estimate, taken[-KEPT:]), jitter.random).next_s

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evolink_mcp.api.sizes import RATIOS, RULES, TIERS, resolve
+from evolink_mcp.api.models import DEFAULT_MODEL, TIERS
+from evolink_mcp.api.sizes import RULES, resolve
 
 COLUMNS, CELL_WIDTH, CELL_HEIGHT, SHAPE = 5, 228, 250, 110
 MARGIN, HEAD = 24, 64
@@ -16,7 +17,7 @@ INK, QUIET, SHAPE_FILL, PAPER = "#1c1b19", "#6b675f", "#d9d2c4", "#f7f5f0"
 
 def drawn() -> str:
     """The whole picture as SVG."""
-    rows = -(-len(RATIOS) // COLUMNS)
+    rows = -(-len(DEFAULT_MODEL.limits.ratios) // COLUMNS)
     width, height = 2 * MARGIN + COLUMNS * CELL_WIDTH, HEAD + rows * CELL_HEIGHT + MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
@@ -26,7 +27,7 @@ def drawn() -> str:
         f'<text x="{width - MARGIN}" y="38" font-size="13" text-anchor="end" fill="{QUIET}">'
         f"in each line {RULES[0]}, then {RULES[1]} where it differs</text>",
     ]
-    for number, ratio in enumerate(sorted(RATIOS, key=_shape)):
+    for number, ratio in enumerate(sorted(DEFAULT_MODEL.limits.ratios, key=_shape)):
         left = MARGIN + number % COLUMNS * CELL_WIDTH
         parts += _cell(ratio, left, HEAD + number // COLUMNS * CELL_HEIGHT)
     return "\n".join([*parts, "</svg>", ""])

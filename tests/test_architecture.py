@@ -25,6 +25,7 @@ ORDER = [
     "sanitize",
     "isolated",
     "tracing",
+    "api.models",
     "api.sizes",
     "api.size_grammar",
     "api.costs",

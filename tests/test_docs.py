@@ -13,9 +13,9 @@ from test_architecture import ORDER, PACKAGES
 
 from evolink_mcp import __version__
 from evolink_mcp.api.costs import output_tokens
+from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.api.sizes import Size
 from evolink_mcp.app.settings import Setting, Settings
-from evolink_mcp.studio.schedule import USUAL_S
 from evolink_mcp.teams.settings import TeamSettings
 
 ROOT = Path(__file__).parent.parent
@@ -120,4 +120,4 @@ def test_what_designers_are_told_of_prices_and_times_holds() -> None:
     assert "low costs about a ninth of medium, high four times as much" in page
     assert (round(medium / low), round(high / medium)) == (9, 4)
     assert "in about a fifth of the time" in page
-    assert round(USUAL_S["medium"] / USUAL_S["low"]) == 5
+    assert round(TYPICAL_S["medium"] / TYPICAL_S["low"]) == 5

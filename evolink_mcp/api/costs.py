@@ -1,6 +1,6 @@
-"""What a picture costs: size, quality and number to tokens to credits, as EvoLink bills them.
+"""Compute the price of a request: from size, quality and number of images to tokens and credits, as EvoLink bills them.
 
-Sums are whole units of 0.0001 credit, each component rounded up; the rates are public, without discounts.
+A sum is in whole units of 0.0001 credit, and each component is rounded up. The rates are public, without discounts.
 """
 
 from __future__ import annotations
@@ -10,29 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from evolink_mcp.api.models import DEFAULT_MODEL, ImageModel
 from evolink_mcp.api.sizes import Size
 
-# A unit is 0.0001 credit. EvoLink's price page (https://evolink.ai/gpt-image-2), credits per 1,000 tokens:
-# 1.836 image output, 0.4896 image input, 0.306 text input.
 UNITS_PER_CREDIT = 10_000
-OUTPUT_UNITS_PER_1000_TOKENS = 18_360
-IMAGE_INPUT_UNITS_PER_1000_TOKENS = 4_896
-TEXT_INPUT_UNITS_PER_1000_TOKENS = 3_060
 CREDITS_PER_USD = 68
-
-# The generation page, field `quality`: "Tile base".
-TILE_BASE = {"low": 16, "medium": 48, "high": 96}
-# OpenAI budgets 1,536 patches of 32 pixels a picture, so no reference costs more.
-REFERENCE_TOKENS_MAX = 1_536
-# EvoLink's own price calculator takes this for `auto`, whose size is not known beforehand.
-AUTO_SIZE = Size(2048, 2048)
-# The dearest size there is: `auto` may choose it.
-DEAREST_SIZE = Size(2880, 2880)
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """The price of one request: `tokens` are the output tokens of all its pictures."""
+    """The price of one request. `tokens` are the output tokens of all images."""
 
     tokens: int
     credits: float
@@ -40,30 +27,46 @@ class Price:
     assumed_auto: bool
 
 
-def output_tokens(size: Size, quality: str) -> int:
-    """Output tokens of one picture (1024x1024: 196, 1756, 7024); ValueError for an unknown quality."""
-    if quality not in TILE_BASE:
-        raise ValueError(f"The quality is not one of {', '.join(TILE_BASE)}.")
-    base = TILE_BASE[quality]
-    long, short = max(size.width, size.height), min(size.width, size.height)
+def output_tokens(size: Size, quality: str, model: ImageModel = DEFAULT_MODEL) -> int:
+    """Return the output tokens of one image (1024x1024: 196, 1756, 7024).
+
+    Raises:
+        ValueError: the model has no such quality.
+    """
+    if quality not in model.qualities:
+        raise ValueError(f"The quality is not one of {', '.join(model.qualities)}.")
+    base = model.qualities[quality].tile_base
+    long = max(size.width, size.height)
+    short = min(size.width, size.height)
     across = (2 * base * short + long) // (2 * long)
     return -(-base * across * (2_000_000 + size.pixels) // 4_000_000)
 
 
 @lru_cache(maxsize=1024)
-def price(size: Size | None, quality: str, n: int = 1, *, references: int = 0, prompt_tokens: int = 0) -> Price:
-    """The price of `n` pictures, each billed for itself with its share of prompt and references.
+def price(
+    size: Size | None,
+    quality: str,
+    n: int = 1,
+    *,
+    references: int = 0,
+    prompt_tokens: int = 0,
+    model: ImageModel = DEFAULT_MODEL,
+) -> Price:
+    """Return the price of `n` images. EvoLink bills each image with its share of prompt and references.
 
-    Exact for the output, an upper bound for `references` pictures, as good as `prompt_tokens` for the text.
-    `size` None is auto, priced as 2048x2048. Raises ValueError for counts that cannot be.
+    The output is exact, the price of `references` images is an upper bound, the price of the text is as good as
+    `prompt_tokens`. A `size` of None (auto) is priced as EvoLink's own calculator does.
+
+    Raises:
+        ValueError: an impossible count, or a quality that the model does not have.
     """
     if n < 1 or references < 0 or prompt_tokens < 0:
         raise ValueError("A price needs n of at least 1 and no negative counts.")
-    tokens = output_tokens(size or AUTO_SIZE, quality)
+    tokens = output_tokens(size or Size(*model.auto_price_size), quality, model)
     units = n * (
-        _units(tokens, OUTPUT_UNITS_PER_1000_TOKENS)
-        + _units(references * REFERENCE_TOKENS_MAX, IMAGE_INPUT_UNITS_PER_1000_TOKENS)
-        + _units(prompt_tokens, TEXT_INPUT_UNITS_PER_1000_TOKENS)
+        _units(tokens, model.rates.image_output)
+        + _units(references * model.reference_tokens_max, model.rates.image_input)
+        + _units(prompt_tokens, model.rates.text_input)
     )
     return Price(
         tokens=n * tokens,
@@ -74,32 +77,45 @@ def price(size: Size | None, quality: str, n: int = 1, *, references: int = 0, p
 
 
 def at_most(
-    sizes: Iterable[Size | None], quality: str, n: int = 1, *, references: int = 0, prompt_bytes: int = 0
+    sizes: Iterable[Size | None],
+    quality: str,
+    n: int = 1,
+    *,
+    references: int = 0,
+    prompt_bytes: int = 0,
+    model: ImageModel = DEFAULT_MODEL,
 ) -> float:
-    """Credits that `n` pictures cannot exceed, rounded up to a hundredth: pass it on as `max_credits`.
+    """Return the highest possible price in credits, rounded up to a hundredth: pass it on as `max_credits`.
 
-    `sizes` are those that the pictures may have: the dearest counts, and None (auto) may be the dearest of all. A token
-    is at least one byte of the prompt (UTF-8), and a reference at most REFERENCE_TOKENS_MAX.
+    `sizes` are the possible sizes of the images; the most expensive one counts. None (auto) means the model's most
+    expensive size. A token has at least one byte of the prompt (UTF-8).
     """
     credits = max(
-        price(size or DEAREST_SIZE, quality, n, references=references, prompt_tokens=prompt_bytes).credits
+        price(
+            size or Size(*model.auto_sizes[-1]),
+            quality,
+            n,
+            references=references,
+            prompt_tokens=prompt_bytes,
+            model=model,
+        ).credits
         for size in sizes
     )
     return math.ceil(round(credits * 100, 6)) / 100
 
 
 def usd(credits: float) -> float:
-    """The public price of these credits in US dollars, to a ten-thousandth."""
+    """Return the public price of these credits in US dollars, to a ten-thousandth."""
     return round(credits / CREDITS_PER_USD, 4)
 
 
 def priced(credits: float) -> str:
-    """Credits with their price in dollars, in words."""
+    """Return a text with credits and dollars."""
     return f"{credits:g} credits (${usd(credits):g})"
 
 
 def prompt_tokens(prompt: str) -> int:
-    """An estimate, not a count: a token is four ASCII characters or one CJK character (three UTF-8 bytes)."""
+    """Estimate the tokens of a prompt: one per four ASCII characters or per CJK character (three UTF-8 bytes)."""
     ascii_bytes = len(prompt.encode("ascii", "ignore"))
     other_bytes = len(prompt.encode("utf-8", "surrogatepass")) - ascii_bytes
     return -(-(3 * ascii_bytes + 4 * other_bytes) // 12)

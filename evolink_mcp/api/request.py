@@ -1,32 +1,42 @@
-"""What may be asked of EvoLink, strictly; what comes back is read in `task`.
+"""The arguments of a request to EvoLink, checked strictly. The answers are read in `task`.
 
-Every limit of EvoLink's page "POST /v1/images/generations" stands here once, next to its type.
+The numbers of a model come from its record in `models`. The limits that all models share are here.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from evolink_mcp.api import sizes, urls
+from evolink_mcp.api import models, sizes, urls
+from evolink_mcp.api.models import BACKGROUNDS, DEFAULT_MODEL, MODELS, OUTPUT_FORMATS, QUALITIES, TIERS, ImageModel
 from evolink_mcp.api.size_grammar import advice
 from evolink_mcp.sanitize import harmless
 
-MODEL = "gpt-image-2"
-PROMPT_MAX = 32_000
-REFERENCES_MAX = 16
 URL_MAX = 8_192
 CALLBACK_URL_MAX = 2_048
-IMAGES_MAX = 10
+PROMPT_MAX = max(model.prompt_max for model in MODELS.values())
+REFERENCES_MAX = max(model.references_max for model in MODELS.values())
+IMAGES_MAX = max(model.images_max for model in MODELS.values())
 TASK_ID_PATTERN = r"^task-unified-[0-9A-Za-z_-]{1,115}$"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _LOCAL_SCHEMES = ("file", "data", "evolink")
 _SECOND_URL = re.compile(r"[,;|\s]https?://", re.IGNORECASE)
+
+# The choices come from the records, so a type checker sees only strings.
+if TYPE_CHECKING:
+    ModelName = TierName = QualityName = BackgroundName = OutputFormatName = str
+else:
+    ModelName = Literal[tuple(MODELS)]
+    TierName = Literal[TIERS]
+    QualityName = Literal[QUALITIES]
+    BackgroundName = Literal[BACKGROUNDS]
+    OutputFormatName = Literal[OUTPUT_FORMATS]
 
 
 def _not_blank(text: str) -> str:
@@ -35,23 +45,23 @@ def _not_blank(text: str) -> str:
     return text
 
 
-def fold(*words: str) -> BeforeValidator:
-    """Take one of `words` in any case and with blanks around it; leave everything else to the type."""
+def ignore_case(*words: str) -> BeforeValidator:
+    """Accept one of `words` in any case and with blanks around it. Every other value is left to the type."""
     known = {word.lower(): word for word in words}
 
-    def fold(value: Any) -> Any:
+    def normalize(value: Any) -> Any:
         return known.get(value.strip().lower(), value) if isinstance(value, str) else value
 
-    return BeforeValidator(fold)
+    return BeforeValidator(normalize)
 
 
 def _whole(value: Any) -> Any:
-    """3.0 is 3: JSON Schema counts it as an integer."""
+    """Convert 3.0 to 3: JSON Schema counts it as an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _list_in_a_string(value: Any) -> Any:
-    """A list written as a JSON string is the list (some hosts send it so); one bare string is a list of one."""
+def _list_of(value: Any) -> Any:
+    """Convert a JSON list in a string (some MCP hosts send that) to a list, and a single string to a list of one."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -62,8 +72,8 @@ def _list_in_a_string(value: Any) -> Any:
     return [value]
 
 
-def _picture_source(text: str) -> str:
-    """A public http(s) URL, or something local that `references` turns into one: never another scheme."""
+def _image_source(text: str) -> str:
+    """Check a reference: a public http(s) URL, a path, or one of the local schemes."""
     text = text.strip()
     if not text:
         raise ValueError("is empty: give a URL or the path of a picture")
@@ -80,13 +90,44 @@ def _picture_source(text: str) -> str:
 
 
 def is_remote(source: str) -> bool:
-    """Whether EvoLink can fetch `source` by itself: an http(s) URL."""
+    """Return whether EvoLink can fetch `source` itself: an http(s) URL."""
     return source[:8].lower().startswith(("http://", "https://"))
 
 
 def is_file(source: str) -> bool:
-    """Whether `source` names a file of this machine, by its path or a file: URI."""
+    """Return whether `source` names a file of this machine, by its path or a file: URI."""
     return bool(source) and not is_remote(source) and not source[:8].lower().startswith(("data:", "evolink:"))
+
+
+def _size(text: str) -> str:
+    """Return the size to send. A description in words is refused with the value to use."""
+    if (hint := advice(text)) is not None:
+        raise sizes.IllegalSize(f"EvoLink does not take this as a size: {hint}")
+    refusal: sizes.IllegalSize | None = None
+    for model in MODELS.values():
+        try:
+            return sizes.normalize(text, model.limits)
+        except sizes.IllegalSize as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _size_description(model: ImageModel) -> str:
+    limits = model.limits
+    return (
+        f"auto, a ratio ({' '.join(limits.ratios)}) or WxH in pixels: edges multiples of {limits.edge_step} from "
+        f"{limits.edge_min} to {limits.edge_max}, {limits.pixels_min} to {limits.pixels_max} pixels, at most "
+        f"{limits.aspect_max}:1."
+    )
+
+
+def _quality_description(model: ImageModel) -> str:
+    """Return the sentence about costs: each other quality with its price relative to the default quality."""
+    ratios = [
+        f"{name} about {model.cost_ratio(name):.2g}x" for name in model.qualities if name != model.default_quality
+    ]
+    return f"Drives cost: {', '.join(ratios)} of {model.default_quality}."
 
 
 Prompt = Annotated[
@@ -94,10 +135,10 @@ Prompt = Annotated[
     Field(min_length=1, max_length=PROMPT_MAX, description="What to draw, or how to edit the reference images."),
     AfterValidator(_not_blank),
 ]
-PictureSource = Annotated[str, Strict(), AfterValidator(_picture_source)]
+PictureSource = Annotated[str, Strict(), AfterValidator(_image_source)]
 ImageUrls = Annotated[
     list[PictureSource],
-    BeforeValidator(_list_in_a_string),
+    BeforeValidator(_list_of),
     Field(
         min_length=1,
         max_length=REFERENCES_MAX,
@@ -105,39 +146,24 @@ ImageUrls = Annotated[
         "evolink://images/{task_id}/{index} of an earlier result. .jpeg .jpg .png .webp, 50 MB each.",
     ),
 ]
-
-
-def _size(text: str) -> str:
-    """The size to send; what people say instead is refused with the very value to use."""
-    if (told := advice(text)) is not None:
-        raise sizes.IllegalSize(f"EvoLink does not take this as a size: {told}")
-    return sizes.normalize(text)
-
-
 SizeText = Annotated[
     str,
     AfterValidator(_size),
     Field(
-        description="auto, a ratio (" + " ".join(sizes.RATIOS) + ") or WxH in pixels: edges multiples of "
-        f"{sizes.EDGE_STEP} from {sizes.MIN_EDGE} to {sizes.MAX_EDGE}, {sizes.MIN_PIXELS} to {sizes.MAX_PIXELS} "
-        f"pixels, at most {sizes.MAX_ASPECT}:1.",
+        description=_size_description(DEFAULT_MODEL),
         json_schema_extra={
-            "pattern": "^(" + "|".join(("auto", *sizes.RATIOS)) + r"|[1-9]\d{1,3}[xX×][1-9]\d{1,3})$",
+            "pattern": "^(" + "|".join(("auto", *DEFAULT_MODEL.limits.ratios)) + r"|[1-9]\d{1,3}[xX×][1-9]\d{1,3})$",
             "examples": ["16:9", "2048x1152"],
         },
     ),
 ]
 Resolution = Annotated[
-    Literal["1K", "2K", "4K"],
-    fold(*sizes.TIERS),
+    TierName,
+    ignore_case(*TIERS),
     Field(description="Tier for a ratio; ignored with auto or WxH."),
 ]
-Quality = Annotated[
-    Literal["low", "medium", "high"],
-    fold("low", "medium", "high"),
-    Field(description="Drives cost: low about 0.11x, high about 4x of medium."),
-]
-# Stands last, so that the type before it publishes its own limits.
+Quality = Annotated[QualityName, ignore_case(*QUALITIES), Field(description=_quality_description(DEFAULT_MODEL))]
+# Must be the last annotation, so that the type before it publishes its own limits.
 WHOLE = BeforeValidator(_whole)
 Count = Annotated[
     int,
@@ -154,7 +180,7 @@ CallbackUrl = Annotated[
         json_schema_extra={"pattern": "^https://"},
     ),
 ]
-Model = Annotated[Literal["gpt-image-2"], fold(MODEL), Field(description="The image model.")]
+Model = Annotated[ModelName, ignore_case(*MODELS), Field(description="The image model.")]
 MaskUrl = Annotated[
     PictureSource,
     Field(
@@ -162,14 +188,14 @@ MaskUrl = Annotated[
     ),
 ]
 Background = Annotated[
-    Literal["opaque", "transparent"],
-    fold("opaque", "transparent"),
+    BackgroundName,
+    ignore_case(*BACKGROUNDS),
     Field(description="transparent needs output_format png or webp."),
 ]
 OutputFormat = Annotated[
-    Literal["png", "jpeg", "webp"],
-    fold("png", "jpeg", "webp"),
-    Field(description="File type; EvoLink's default is png."),
+    OutputFormatName,
+    ignore_case(*OUTPUT_FORMATS),
+    Field(description=f"File type; EvoLink's default is {DEFAULT_MODEL.defaults['output_format']}."),
 ]
 TaskId = Annotated[
     str,
@@ -181,7 +207,7 @@ OrNull = SkipJsonSchema[None]
 
 
 class Arguments(BaseModel):
-    """What a caller said: unknown names are refused, and null means the default."""
+    """The arguments of a caller. Unknown names are refused, and null means the default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -190,31 +216,36 @@ class Arguments(BaseModel):
     def _null_is_the_default(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        said: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for name, value in cast("dict[str, Any]", data).items():
             field = cls.model_fields.get(name)
             if value is None and field is not None and not field.is_required():
                 if field.default is not None:
-                    said[name] = field.default
+                    arguments[name] = field.default
                 continue
-            said[name] = value
-        return said
+            arguments[name] = value
+        return arguments
 
 
 class GenerationRequest(Arguments):
-    """`POST /v1/images/generations` as the page describes it; `body()` is what goes out."""
+    """The body of `POST /v1/images/generations`, as EvoLink's page describes it."""
 
     prompt: Prompt
     image_urls: ImageUrls | OrNull = None
     size: SizeText = "auto"
-    resolution: Resolution = "1K"
-    quality: Quality = "medium"
+    resolution: Resolution = TIERS[0]
+    quality: Quality = DEFAULT_MODEL.default_quality
     n: Count = 1
     callback_url: CallbackUrl | OrNull = None
-    model: Model = "gpt-image-2"
+    model: Model = DEFAULT_MODEL.name
     mask_url: MaskUrl | OrNull = None
     background: Background | OrNull = None
     output_format: OutputFormat | OrNull = None
+
+    @property
+    def image_model(self) -> ImageModel:
+        """The record of the model."""
+        return models.model_named(self.model)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -224,9 +255,33 @@ class GenerationRequest(Arguments):
             raise ValueError("background 'transparent' needs output_format 'png' or 'webp': jpeg has no transparency")
         return self
 
+    @model_validator(mode="after")
+    def _fits_the_model(self) -> Self:
+        """Check what the schema cannot: it allows the values of all models."""
+        model = self.image_model
+        choices = {
+            "quality": (self.quality, tuple(model.qualities)),
+            "resolution": (self.resolution, tuple(model.limits.tiers)),
+            "background": (self.background, (None, *model.backgrounds)),
+            "output_format": (self.output_format, (None, *model.output_formats)),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{model.name} has no {name} '{value}': give {' or '.join(filter(None, allowed))}")
+        counts = {
+            "n": (self.n, model.images_max),
+            "image_urls": (len(self.image_urls or ()), model.references_max),
+            "prompt": (len(self.prompt), model.prompt_max),
+        }
+        for name, (count, maximum) in counts.items():
+            if count > maximum:
+                raise ValueError(f"{name} is above the limit of {model.name}: {maximum:,}")
+        sizes.normalize(self.size, model.limits)
+        return self
+
     def body(self) -> dict[str, Any]:
-        """What the caller said, unchanged, and `model`; `resolution` only where it has an effect."""
-        said = {name: getattr(self, name) for name in GenerationRequest.model_fields if name in self.model_fields_set}
-        if not sizes.takes_resolution(self.size):
-            said.pop("resolution", None)
-        return {"model": self.model, **said}
+        """Return the caller's arguments unchanged, and `model`. `resolution` is left out where it has no effect."""
+        body = {name: getattr(self, name) for name in GenerationRequest.model_fields if name in self.model_fields_set}
+        if not sizes.takes_resolution(self.size, self.image_model.limits):
+            body.pop("resolution", None)
+        return {"model": self.model, **body}

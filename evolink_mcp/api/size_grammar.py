@@ -1,4 +1,4 @@
-"""Words that people use for a size, and the legal value that they mean."""
+"""Understand words for a size, for example "square", "1080p" or "16x9", and name the legal value."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 from math import sqrt
 
 from evolink_mcp.api import sizes
+from evolink_mcp.api.models import DEFAULT_MODEL
 
-# What people call a shape, and formats by their usual pixels (A4 and Letter at the area of a 2K square).
+# Usual names of shapes, and formats with their usual pixels (A4 and Letter with the area of a 2K square).
 SHAPES = {
     "square": "1:1", "portrait": "2:3", "landscape": "3:2", "vertical": "9:16", "horizontal": "16:9", "tall": "9:16",
     "wide": "16:9", "widescreen": "16:9", "story": "9:16", "reel": "9:16", "tiktok": "9:16", "youtube": "16:9",
@@ -26,44 +27,50 @@ _OTHER_WORDS = re.compile(
 _SMALL_PAIR = re.compile(r"(\d{1,2}(?:\.\d{1,2})?) ?(?:[:x/]|by) ?(\d{1,2}(?:\.\d{1,2})?)")
 _RATIO = re.compile(r"[1-9][0-9]*:[1-9][0-9]*")
 _EXPLICIT = re.compile(r"([1-9][0-9]{0,4}) ?x ?([1-9][0-9]{0,4})")
-AREA = 1024 * 1024  # pixels of a shape that is no ratio of EvoLink's, as at 1K
+_LIMITS = DEFAULT_MODEL.limits
+_AREA = 1024 * 1024  # pixels of a shape that is not one of EvoLink's ratios, as at 1K
 
 
-def meant(text: str) -> str | None:
-    """The legal value that somebody means by words for a size: "16x9" is "16:9", "1080p" "1920x1088", "square" "1:1".
+def legal_value(text: str) -> str | None:
+    """Return the legal value for words: "16x9" is "16:9", "1080p" is "1920x1088", "square" is "1:1".
 
-    None for what is legal as it stands, and for what is not understood.
+    None for a value that is legal already, and for text that is not understood.
     """
-    words = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip(sizes.BLANKS).lower().replace("×", "x"))
-    if words in ("auto", *sizes.RATIOS) or _RATIO.fullmatch(words) or len(words) > sizes.TEXT_MAX:
+    plain = text.strip(sizes.BLANKS).lower().replace("×", "x")
+    words = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
+    if words in ("auto", *_LIMITS.ratios) or _RATIO.fullmatch(words) or len(words) > sizes.TEXT_MAX:
         return None
     if words in SHAPES:
         return SHAPES[words]
     if words in FORMATS_IN_PIXELS:
         return str(sizes.cover(*FORMATS_IN_PIXELS[words]).size)
     bare = _OTHER_WORDS.sub("", words).strip(" ,()/")
-    if (small := _SMALL_PAIR.fullmatch(bare)) is not None:
-        across, down = float(small[1]), float(small[2])
-        ratio = f"{small[1]}:{small[2]}"
-        if ratio in sizes.RATIOS:
+    if (pair := _SMALL_PAIR.fullmatch(bare)) is not None:
+        across = float(pair[1])
+        down = float(pair[2])
+        ratio = f"{pair[1]}:{pair[2]}"
+        if ratio in _LIMITS.ratios:
             return ratio
-        if across > 0 and down > 0 and (":" in bare or max(across, down) < sizes.MIN_EDGE):
-            budget = AREA
-            return str(sizes.nearest_legal(round(sqrt(budget * across / down)), round(sqrt(budget * down / across)))[0])
-    if (pixels := _EXPLICIT.fullmatch(bare)) is not None and bare != text.strip(sizes.BLANKS).lower().replace("×", "x"):
-        width, height = int(pixels[1]), int(pixels[2])
-        return str(sizes.cover(width, height).size) if max(width, height) <= sizes.MAX_EDGE else None
+        if across > 0 and down > 0 and (":" in bare or max(across, down) < _LIMITS.edge_min):
+            edges = (round(sqrt(_AREA * across / down)), round(sqrt(_AREA * down / across)))
+            return str(sizes.nearest_legal(*edges)[0])
+    if (pixels := _EXPLICIT.fullmatch(bare)) is not None and bare != plain:
+        width = int(pixels[1])
+        height = int(pixels[2])
+        return str(sizes.cover(width, height).size) if max(width, height) <= _LIMITS.edge_max else None
     return None
 
 
 def advice(text: str) -> str | None:
-    """What to give instead of words for a size, in words; None if `meant` does not know them."""
-    if (value := meant(text)) is None:
+    """Return a sentence with the value to use instead of words; None if they are not understood."""
+    value = legal_value(text)
+    if value is None:
         return None
-    told = f'use size="{value}"'
-    if (tier := text.strip(sizes.BLANKS).upper()) in sizes.TIERS:
-        return f'it is a tier: give resolution="{tier}" beside a ratio, or {told}'
-    if value not in sizes.RATIOS:
+    hint = f'use size="{value}"'
+    tier = text.strip(sizes.BLANKS).upper()
+    if tier in _LIMITS.tiers:
+        return f'it is a tier: give resolution="{tier}" beside a ratio, or {hint}'
+    if value not in _LIMITS.ratios:
         width, height = map(int, value.split("x"))
-        told += f", or the ratio {sizes.nearest_ratios(width, height)[0]}"
-    return told
+        hint += f", or the ratio {sizes.nearest_ratios(width, height)[0]}"
+    return hint

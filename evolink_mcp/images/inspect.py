@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from evolink_mcp.api.sizes import MAX_PIXELS
+from evolink_mcp.api.models import MODELS
 from evolink_mcp.images.metadata import orientation, without_metadata
 from evolink_mcp.images.structure import parts_of
 from evolink_mcp.images.unusable import Reason, UnusableImage
@@ -25,6 +25,8 @@ MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"\xff\xd8\xff", 0, "image/jpeg", ".jpg"),
     (b"WEBP", 8, "image/webp", ".webp"),
 )
+# A result image has at most as many pixels as the largest size of any model.
+MAX_PIXELS = max(model.limits.pixels_max for model in MODELS.values())
 SUFFIX_OF = {mime_type: suffix for _, _, mime_type, suffix in MAGIC}
 FORMATS = ("PNG", "JPEG", "WEBP")
 

@@ -12,7 +12,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
-from evolink_mcp.api.request import MODEL
+from evolink_mcp.api.models import model_named
 from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import Charged, Problem
 
@@ -248,7 +248,8 @@ def with_defaults(body: dict[str, Any]) -> dict[str, Any]:
     size = str(body.get("size", "auto")).lower().replace("×", "x").replace(" ", "")
     tier = {"resolution": str(body.get("resolution", "1K")).upper()} if ":" in size else {}
     values = {name: value for name, value in body.items() if name != "resolution" and value is not None}
-    defaults = {"model": MODEL, "quality": "medium", "n": 1, "background": "opaque", "output_format": "png"}
+    model = model_named(body.get("model"))
+    defaults = {"model": model.name, **model.defaults}
     return {**defaults, **values, "size": size, **tier}
 
 

@@ -5,14 +5,24 @@ It is optional: every answer is complete without it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mcp.server.apps import APP_MIME_TYPE, Apps
-from mcp.server.mcpserver.resources import FileResource
+from mcp.server.mcpserver.resources import FunctionResource
 
+from evolink_mcp.api.models import DEFAULT_MODEL, TYPICAL_S
 from evolink_mcp.tools.previews import GALLERY_URI
 
 PAGE = Path(__file__).with_name("gallery.html")
+CONSTANTS = 'TYPICAL_S = {}, DEFAULT_QUALITY = ""'
+
+
+def page_text() -> str:
+    """Return the page with the typical durations of the default model in seconds."""
+    values = {"TYPICAL_S": TYPICAL_S, "DEFAULT_QUALITY": DEFAULT_MODEL.default_quality}
+    constants = ", ".join(f"{name} = {json.dumps(value)}" for name, value in values.items())
+    return PAGE.read_text(encoding="utf-8").replace(CONSTANTS, constants)
 
 
 def gallery() -> Apps:
@@ -23,14 +33,14 @@ def gallery() -> Apps:
     """
     apps = Apps()
     apps.add_resource(
-        FileResource(
+        FunctionResource(
             uri=GALLERY_URI,
             name="gallery",
             title="Picture gallery",
             description="Shows a task's progress and its pictures in the chat.",
             mime_type=APP_MIME_TYPE,
             meta={"ui": {"prefersBorder": True}},
-            path=PAGE,
+            fn=page_text,
         )
     )
     return apps

@@ -15,7 +15,7 @@ from mcp_types import (
 )
 from pydantic import Field
 
-from evolink_mcp.api.sizes import RATIOS
+from evolink_mcp.api.models import DEFAULT_MODEL, QUALITIES
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.studio import Studio
@@ -148,10 +148,10 @@ async def _prompt_values(name: str, studio: Studio) -> Iterable[str]:
     if name in ("picture", "of"):
         return await _pictures(studio)
     choices: dict[str, Iterable[str]] = {
-        "size": ("auto", *RATIOS),
+        "size": ("auto", *DEFAULT_MODEL.limits.ratios),
         "sizes": USUAL_SETS,
-        "quality": ("low", "medium", "high"),
-        "count": map(str, range(1, 11)),
+        "quality": QUALITIES,
+        "count": map(str, range(1, DEFAULT_MODEL.images_max + 1)),
     }
     return choices.get(name, ())
 

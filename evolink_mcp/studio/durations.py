@@ -8,6 +8,7 @@ import math
 from collections import deque
 from typing import Any, cast
 
+from evolink_mcp.api.models import duration_group
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import Entry
@@ -67,7 +68,7 @@ class DurationHistory:
 
 
 def _quality(entry: Entry) -> str:
-    return str(entry.request.get("quality", "medium"))
+    return duration_group(entry.request.get("model"), entry.request.get("quality"))
 
 
 def _taken(row: Any) -> Taken | None:

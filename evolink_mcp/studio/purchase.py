@@ -187,10 +187,12 @@ def _over_the_day(at_most: float, spent: float, cap: float) -> OverBudget:
 
 def price_of(request: GenerationRequest, rules: Iterable[str]) -> float:
     """What a request costs at most, in credits, whichever of these size rules its pictures follow."""
+    model = request.image_model
     return costs.at_most(
-        [sizes.resolve(request.size, request.resolution, rule).size for rule in rules],
+        [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in rules],
         request.quality,
         request.n,
         references=len(request.image_urls or ()) + (1 if request.mask_url else 0),
         prompt_bytes=len(request.prompt.encode("utf-8", "surrogatepass")),
+        model=model,
     )

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.client import SUBMIT_DEADLINE_S, EvolinkClient
-from evolink_mcp.api.request import MODEL, GenerationRequest
+from evolink_mcp.api.models import DEFAULT_MODEL
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.backend import Journal
@@ -35,8 +36,6 @@ RIVALS = (Phase.SENDING, Phase.UNKNOWN, Phase.EXTERNAL)
 LOOK_AFTER_S = (0.0, 3.0)
 # What EvoLink bills may differ from the computed price by this share: the prompt's tokens are estimated.
 PRICE_ERROR = 0.25
-# The cheapest and the dearest picture that EvoLink may choose where the size is left to it.
-AUTO_SIZES = [sizes.Size(1408, 480), sizes.Size(2880, 2880)]
 
 
 class Reconciler:
@@ -136,7 +135,7 @@ def contradicts(entry: Entry, task: Task, skew_s: float | None) -> bool:
 
     `skew_s` is how far EvoLink's clock is ahead of ours, in seconds; None if that is not known.
     """
-    if task.model not in (None, MODEL) or task.created is None:
+    if task.model not in (None, entry.request.get("model", DEFAULT_MODEL.name)) or task.created is None:
         return True
     error_s = CLOCK_SKEW_S if skew_s is None else CLOCK_ERROR_S
     age = task.created - entry.created_at - (skew_s or 0.0)
@@ -155,12 +154,13 @@ def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
         return 0.0, float("inf")
     references = len(request.image_urls or ()) + (1 if request.mask_url else 0)
     tokens = costs.prompt_tokens(request.prompt)
-    resolved = [sizes.resolve(request.size, request.resolution, rule).size for rule in sizes.RULES]
-    shapes = [size for size in resolved if size is not None] or AUTO_SIZES
+    model = request.image_model
+    resolved = [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in sizes.RULES]
+    shapes = [size for size in resolved if size is not None] or [sizes.Size(*size) for size in model.auto_sizes]
     fewest = 1 if task.settled else request.n  # fewer pictures may come than were asked
-    low = min(costs.price(size, request.quality, fewest).credits for size in shapes)
+    low = min(costs.price(size, request.quality, fewest, model=model).credits for size in shapes)
     high = max(
-        costs.price(size, request.quality, request.n, references=references, prompt_tokens=tokens).credits
+        costs.price(size, request.quality, request.n, references=references, prompt_tokens=tokens, model=model).credits
         for size in shapes
     )
     return low * (1 - PRICE_ERROR), high * (1 + PRICE_ERROR)

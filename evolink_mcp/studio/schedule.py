@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 
-# How long half of all pictures take at EvoLink, by quality, in seconds: its own published medians.
-USUAL_S = {"low": 10.0, "medium": 48.0, "high": 126.0}
+from evolink_mcp.api.models import DEFAULT_MODEL, TYPICAL_S
+
+# The duration of an unknown group.
+DEFAULT_TYPICAL_S = TYPICAL_S[DEFAULT_MODEL.default_quality]
 # By how much durations differ from their median: the standard deviation of their logarithm.
 USUAL_SPREAD = 0.4
 # One task in ten is of another kind, about which only this much is known.
@@ -38,7 +40,7 @@ SLOWEST_S, SLOW_REPEATS_MAX = 3600.0, 58
 class Expected:
     """How long a task will take: half of such tasks take less than `median_s` seconds; `spread` is that of the logarithm."""
 
-    median_s: float = USUAL_S["medium"]
+    median_s: float = DEFAULT_TYPICAL_S
     spread: float = USUAL_SPREAD
 
     def rest_s(self, elapsed_s: float) -> float:
@@ -91,7 +93,7 @@ def _own(quality: str, taken: Sequence[Taken]) -> list[float]:
 
 def _median(quality: str, taken: Sequence[Taken]) -> float:
     own = _own(quality, taken)
-    return median(own) if len(own) >= ENOUGH else USUAL_S.get(quality, USUAL_S["medium"])
+    return median(own) if len(own) >= ENOUGH else TYPICAL_S.get(quality, DEFAULT_TYPICAL_S)
 
 
 @dataclass(slots=True)

@@ -12,9 +12,10 @@ from mcp_types import CallToolResult
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from evolink_mcp.api import size_grammar, sizes
-from evolink_mcp.api.costs import TILE_BASE, at_most, price, priced, usd
-from evolink_mcp.api.request import WHOLE, Arguments, Count, OrNull, Quality, Resolution
-from evolink_mcp.api.sizes import MAX_WISH_EDGE
+from evolink_mcp.api.costs import at_most, price, priced, usd
+from evolink_mcp.api.models import DEFAULT_MODEL, TIERS
+from evolink_mcp.api.request import REFERENCES_MAX, WHOLE, Arguments, Count, OrNull, Quality, Resolution
+from evolink_mcp.api.sizes import TARGET_EDGE_MAX
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
@@ -22,19 +23,18 @@ from evolink_mcp.tools.adapter import OFFLINE, flat_tool, result
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 from evolink_mcp.tools.task_text import sentence
 
-REFERENCES_MAX = 16
 RULE_FRESH_FOR_S = 2.0
 PROMPT_BYTES = 1_000  # allowance of credits_at_most for a prompt that is not written yet
 
-Edge = Annotated[int, Strict(), Field(ge=1, le=MAX_WISH_EDGE), WHOLE]
+Edge = Annotated[int, Strict(), Field(ge=1, le=TARGET_EDGE_MAX), WHOLE]
 
 
 class ComputeSizeArguments(Arguments):
     """The arguments of compute_size: a size, or a target width and height."""
 
     size: Annotated[str | OrNull, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
-    resolution: Resolution = "1K"
-    quality: Quality = "medium"
+    resolution: Resolution = TIERS[0]
+    quality: Quality = DEFAULT_MODEL.default_quality
     n: Count = 1
     references: Annotated[
         int,
@@ -146,7 +146,7 @@ def compute(
             code="invalid_arguments",
             advice="Correct them and call again.",
         )
-    corrected = size_grammar.meant(req.size)
+    corrected = size_grammar.legal_value(req.size)
     size = corrected or req.size
     try:
         resolved = sizes.resolve(size, req.resolution, rule)
@@ -192,8 +192,8 @@ def compute(
 def _other_prices(size: str, req: ComputeSizeArguments, rule: str, possible: Sequence[str]) -> list[PriceOut]:
     """Return the prices of the same shape in the other qualities and tiers."""
     prices: list[PriceOut] = []
-    tiers = sizes.TIERS if sizes.takes_resolution(sizes.normalize(size)) else (None,)
-    for quality, tier in itertools.product(TILE_BASE, tiers):
+    tiers = tuple(DEFAULT_MODEL.limits.tiers) if sizes.takes_resolution(sizes.normalize(size)) else (None,)
+    for quality, tier in itertools.product(DEFAULT_MODEL.qualities, tiers):
         if quality == req.quality and tier in (None, req.resolution.upper()):
             continue
         candidates = [sizes.resolve(size, tier or "1K", each).size for each in possible]

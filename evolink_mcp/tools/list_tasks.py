@@ -13,7 +13,7 @@ from mcp_types import CallToolResult
 from pydantic import BaseModel, Field, Strict
 
 from evolink_mcp.api.costs import priced, usd
-from evolink_mcp.api.request import WHOLE, Arguments, OrNull, fold
+from evolink_mcp.api.request import WHOLE, Arguments, OrNull, ignore_case
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
 from evolink_mcp.journal.entry import Entry
@@ -30,7 +30,7 @@ LIST_MAX = 50
 
 Status = Annotated[
     Literal["pending", "processing", "completed", "failed", "cancelled", "unknown"],
-    fold("pending", "processing", "completed", "failed", "cancelled", "unknown"),
+    ignore_case("pending", "processing", "completed", "failed", "cancelled", "unknown"),
 ]
 
 

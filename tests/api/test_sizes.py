@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from evolink_mcp.api import sizes
+from evolink_mcp.api import models, sizes
 from evolink_mcp.api.sizes import IllegalSize, Size
 
 ANCHOR_EDGE = """\
@@ -63,7 +63,7 @@ def _cells() -> list[object]:
                     cell.endswith("*"),
                     id=f"{rule} {ratio} {tier}",
                 )
-                for tier, cell in zip(sizes.TIERS, row, strict=True)
+                for tier, cell in zip(models.TIERS, row, strict=True)
             ]
     return cells
 
@@ -239,7 +239,7 @@ def test_a_wish_in_pixels_is_covered(
     wish: tuple[int, int], size: str, scale: float, offset: tuple[int, int], cell: str
 ) -> None:
     cover = sizes.cover(*wish)
-    assert (wish, size, scale) == (cover.wish, str(cover.size), cover.scale)
+    assert (wish, size, scale) == (cover.target, str(cover.size), cover.scale)
     assert (Size(*wish), offset) == (cover.crop, (cover.left, cover.top))
     assert cell == f"{cover.ratio} {cover.tier} {cover.tier_size} {cover.tier_covers}"
 
@@ -257,7 +257,7 @@ def test_every_wish_gets_a_legal_picture_that_holds_the_crop(rule: str) -> None:
             right, bottom = cover.left + width, cover.top + height
             held = right <= cover.size.width * cover.scale + 1e-6 and bottom <= cover.size.height * cover.scale + 1e-6
             # Only a wish that is smaller than every legal picture is made smaller, and then just enough.
-            small = width * height < sizes.MIN_PIXELS
+            small = width * height < models.DEFAULT_MODEL.limits.pixels_min
             tight = cover.scale >= 1 or (small and width / cover.size.width <= cover.scale + 1e-9)
             if not (_legal(cover.size) and held and cover.left >= 0 <= cover.top and tight):
                 lost.append((width, height))

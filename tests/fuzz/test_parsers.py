@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from evolink_mcp.api.http import moment_of, retry_after_s
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.api.size_grammar import advice, meant
+from evolink_mcp.api.size_grammar import advice, legal_value
 from evolink_mcp.api.sizes import IllegalSize, resolve
 from evolink_mcp.api.task import Task, read_balance, read_task, read_tasks
 from evolink_mcp.api.urls import check_public_url, host_of
@@ -110,7 +110,7 @@ def test_arguments_are_accepted_or_refused(arguments: dict[str, Any]) -> None:
 def test_a_size_is_legal_or_illegal(size: str) -> None:
     with suppress(IllegalSize):
         resolve(size, "1K", "anchor-edge")
-    meant(size)
+    legal_value(size)
     advice(size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from conftest import World
 
 import evolink_mcp
-from evolink_mcp.server.gallery import gallery
-from evolink_mcp.studio.schedule import USUAL_S
+from evolink_mcp.api.models import DEFAULT_MODEL, TYPICAL_S
+from evolink_mcp.server.gallery import gallery, page_text
 
 pytestmark = pytest.mark.anyio
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -30,7 +31,7 @@ async def test_the_gallery_is_listed_and_read_with_the_type_that_hosts_render(wo
             (page,) = (await client.read_resource(URI)).contents
     assert listed[URI].mime_type == page.mime_type == MIME
     assert listed[URI].meta == page.meta == {"ui": {"prefersBorder": True}}
-    assert page.text == PAGE.read_text(encoding="utf-8")
+    assert page.text == page_text()
 
 
 async def test_the_server_declares_the_ui_extension(world: World) -> None:
@@ -91,5 +92,6 @@ def test_the_page_is_read_only_when_a_host_requests_it() -> None:
 
 
 def test_the_page_and_the_server_expect_the_same_durations() -> None:
-    (durations,) = re.findall(r"const USUAL_S = (\{.*?\});", PAGE.read_text(encoding="utf-8"))
-    assert {name: float(seconds) for name, seconds in re.findall(r"(\w+): (\d+)", durations)} == USUAL_S
+    ((durations, quality),) = re.findall(r'const TYPICAL_S = (\{.+?\}), DEFAULT_QUALITY = "(\w+)";', page_text())
+    assert json.loads(durations) == TYPICAL_S
+    assert quality == DEFAULT_MODEL.default_quality

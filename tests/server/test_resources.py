@@ -16,7 +16,8 @@ from mcp.client import Client
 from mcp.shared.exceptions import MCPDeprecationWarning, MCPError
 from mcp_types import ResourceUpdatedNotification
 
-from evolink_mcp.api.sizes import RATIOS, RULES
+from evolink_mcp.api.models import DEFAULT_MODEL
+from evolink_mcp.api.sizes import RULES
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.simulation import SimulatedTask
@@ -53,7 +54,9 @@ async def test_the_size_tables_have_every_ratio_by_both_rules(world: World, mode
     assert page.mime_type == "text/markdown"
     assert [page.text.count(f"## {rule}") for rule in RULES] == [1, 1]
     assert "## anchor-edge (in use)" in page.text
-    assert [page.text.count(f"| {ratio} |") for ratio in RATIOS] == [2] * len(RATIOS)
+    assert [page.text.count(f"| {ratio} |") for ratio in DEFAULT_MODEL.limits.ratios] == [2] * len(
+        DEFAULT_MODEL.limits.ratios
+    )
 
 
 @ERAS

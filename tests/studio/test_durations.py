@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from conftest import Open, World
 
+from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio import durations as rooms
 from evolink_mcp.studio.durations import FACT, WRITTEN_EVERY, DurationHistory
-from evolink_mcp.studio.schedule import ENOUGH, USUAL_S
+from evolink_mcp.studio.schedule import ENOUGH
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -39,7 +40,7 @@ async def test_what_was_learned_is_known_to_the_next_server(world: World) -> Non
     theirs = DurationHistory(world.studio.journal)
     assert (await ours.expected(ENTRY)).median_s == (await theirs.expected(ENTRY)).median_s == 60.0
     low = replace(ENTRY, request={"quality": "low"})
-    assert (await theirs.expected(low)).median_s == USUAL_S["low"]
+    assert (await theirs.expected(low)).median_s == TYPICAL_S["low"]
 
 
 async def test_less_is_written_when_the_server_ends(world: World) -> None:
@@ -51,7 +52,7 @@ async def test_less_is_written_when_the_server_ends(world: World) -> None:
 
 async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
     ours = await learned(world, 0.2, 3 * WRITTEN_EVERY)
-    assert (await ours.expected(ENTRY)).median_s == USUAL_S["high"]
+    assert (await ours.expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
 )
 async def test_an_odd_note_is_left_out(world: World, text: str) -> None:
     await world.studio.journal.learn(FACT, text)
-    assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == USUAL_S["high"]
+    assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 
 async def test_a_bought_task_teaches_and_one_taken_up_later_does_not(

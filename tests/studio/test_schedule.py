@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.studio.schedule import (
     BACKOFF_MAX_S,
     BACKOFF_MIN_S,
@@ -15,7 +16,6 @@ from evolink_mcp.studio.schedule import (
     REST_OLD_MAX_S,
     SPRINT_READS,
     SPRINT_S,
-    USUAL_S,
     Expected,
     RetryBudget,
     Schedule,
@@ -26,7 +26,7 @@ from evolink_mcp.studio.schedule import (
 
 JITTER = 0.1
 ELAPSED = [0.0, 4.0, 12.5, 40.0, 62.5, 90.0, 125.0, 600.0, 86_400.0]
-MEDIUM = Expected(USUAL_S["medium"])
+MEDIUM = Expected(TYPICAL_S["medium"])
 
 
 def middle() -> float:
@@ -42,16 +42,16 @@ def plain(elapsed_s: float, what: Expected = MEDIUM) -> float:
 # --- what is expected ---
 
 
-@pytest.mark.parametrize("quality", USUAL_S)
+@pytest.mark.parametrize("quality", TYPICAL_S)
 @pytest.mark.parametrize("estimate_s", [None, 100.0, 45.0, 1e9, float("inf")])
 def test_without_experience_the_published_median_of_the_quality_is_expected(
     quality: str, estimate_s: float | None
 ) -> None:
-    assert expected(quality, estimate_s, []).median_s == USUAL_S[quality]
+    assert expected(quality, estimate_s, []).median_s == TYPICAL_S[quality]
 
 
 def test_another_quality_is_taken_for_medium() -> None:
-    assert expected("strange", None, []).median_s == USUAL_S["medium"]
+    assert expected("strange", None, []).median_s == TYPICAL_S["medium"]
 
 
 def test_an_estimate_that_is_much_shorter_is_believed_at_once() -> None:
@@ -63,8 +63,8 @@ def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
     old: list[Taken] = [("high", 100.0, 900.0)] * 20
     own: list[Taken] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT)]
     assert expected("high", 100.0, [*old, *own]).median_s == pytest.approx(65.5)
-    assert expected("high", 100.0, own[: ENOUGH - 1]).median_s == USUAL_S["high"]
-    assert expected("low", 100.0, own).median_s == USUAL_S["low"]
+    assert expected("high", 100.0, own[: ENOUGH - 1]).median_s == TYPICAL_S["high"]
+    assert expected("low", 100.0, own).median_s == TYPICAL_S["low"]
 
 
 def test_an_estimate_is_believed_when_it_was_nearer_to_the_truth() -> None:
@@ -186,7 +186,7 @@ def test_the_end_is_noticed_soon_and_at_the_price_of_few_looks(told: object) -> 
     lasting: list[float] = []
     for _ in range(800):
         quality = dice.choice(["low", "medium", "medium", "high"])
-        lasting.append(USUAL_S[quality] * dice.lognormvariate(0.0, 0.35))
+        lasting.append(TYPICAL_S[quality] * dice.lognormvariate(0.0, 0.35))
         seen.append(looked_at(lasting[-1], Schedule(expected(quality, 100.0, []), dice.random), told))
     lags, looks = sorted(lag for lag, _ in seen), mean([float(count) for _, count in seen])
     assert looks <= 15
@@ -204,7 +204,7 @@ def test_even_when_everything_is_otherwise_it_is_no_worse_than_a_fixed_rhythm(sp
     lasting: list[float] = []
     for _ in range(600):
         quality = dice.choice(["low", "medium", "medium", "high"])
-        lasting.append(times * USUAL_S[quality] * dice.lognormvariate(0.0, spread))
+        lasting.append(times * TYPICAL_S[quality] * dice.lognormvariate(0.0, spread))
         seen.append(looked_at(lasting[-1], Schedule(expected(quality, 100.0, []), dice.random), None))
     looks = mean([float(count) for _, count in seen])
     assert mean([lag for lag, _ in seen]) <= mean(lasting) / looks / 2

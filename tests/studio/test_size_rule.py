@@ -10,9 +10,9 @@ import anyio
 import pytest
 from conftest import Clock, Open, PlainSimulator, World
 
-from evolink_mcp.api import costs, sizes
+from evolink_mcp.api import costs, models, sizes
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.api.size_grammar import meant
+from evolink_mcp.api.size_grammar import legal_value
 from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.simulator import rules
@@ -20,6 +20,7 @@ from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.size_rule import SizeRule
 from evolink_mcp.tools import compute_size
 
+RATIOS = models.DEFAULT_MODEL.limits.ratios
 pytestmark = pytest.mark.anyio
 
 WIDE = {"prompt": "sim:fast a fox", "size": "16:9", "resolution": "2K", "quality": "low"}
@@ -137,7 +138,11 @@ async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
     """By the simulator's own reading of the formula, whichever table EvoLink follows."""
     links = [f"https://cdn.example.com/{number}.png" for number in range(16)]
     for size, tier, quality, n, references in itertools.product(
-        (*sizes.RATIOS, "auto", "1024x640", "2880x2880"), sizes.TIERS, ("low", "medium", "high"), (1, 3), (0, 1, 16)
+        (*RATIOS, "auto", "1024x640", "2880x2880"),
+        models.TIERS,
+        ("low", "medium", "high"),
+        (1, 3),
+        (0, 1, 16),
     ):
         body: dict[str, Any] = {"prompt": prompt, "size": size, "resolution": tier, "quality": quality, "n": n}
         if references:
@@ -192,7 +197,7 @@ async def test_a_word_for_a_size_is_refused_with_its_value_and_answered_in_compu
     "text", ["auto", "16:9", "-1024x1024", "1024x640", "1024X640", "fox", "", "16:10", "3000x2000", "0x0", "x" * 99]
 )
 async def test_what_is_legal_or_not_understood_is_left_alone(text: str) -> None:
-    assert meant(text) is None
+    assert legal_value(text) is None
 
 
 async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> None:
