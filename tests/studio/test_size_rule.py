@@ -103,7 +103,7 @@ async def test_what_teaches_nothing(open_world: Open, wish: dict[str, Any]) -> N
         facts = await asked(world, "generate_image", **{**WIDE, **wish, "resolution": "1K"})
         assert not learned(facts)
         assert (await sized(world))[3] is False
-    assert any("neither" in note for note in facts["notes"]) == ("prompt" in wish)
+    assert any("Neither of EvoLink's tables" in note for note in facts["notes"]) == ("prompt" in wish)
 
 
 async def test_while_the_rule_is_not_known_caps_judge_by_the_dearer_one(open_world: Open) -> None:
