@@ -106,7 +106,9 @@ async def test_the_two_shell_commands_create_a_simulated_image(tmp_path: Path) -
     try:
         with anyio.fail_after(LIMIT_S):
             await is_listening(int(port))
-            parameters = StdioServerParameters(command=SERVER_COMMAND[0], args=SERVER_COMMAND[1:], env=env, cwd=tmp_path)
+            parameters = StdioServerParameters(
+                command=SERVER_COMMAND[0], args=SERVER_COMMAND[1:], env=env, cwd=tmp_path
+            )
             async with Client(parameters) as client:
                 answer = (await client.call_tool("generate_image", {"prompt": "A fox"})).structured_content
     finally:
