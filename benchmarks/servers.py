@@ -21,7 +21,7 @@ def main(transport: str) -> None:
         return
     import anyio
 
-    from evolink_mcp.server.startup_answers import Opening
+    from evolink_mcp.server.startup_answers import StartupAnswers
     from evolink_mcp.transports.stdio import serve_stdio
     from evolink_mcp.transports.stdio_lines import Wires
 
@@ -29,7 +29,7 @@ def main(transport: str) -> None:
         lowlevel = server._lowlevel_server
         await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
 
-    opening = Opening(None)
+    opening = StartupAnswers(None)
     anyio.run(serve_stdio, Wires(opening.answer), opening, serve)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import SERVERS, Pipe, cpu_s, environment, memory_mb
-from evolink_mcp.tools.schemas import TOOL_NAMES
+from evolink_mcp.tools.names import TOOL_NAMES
 
 TITLE = "Start"
 LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")

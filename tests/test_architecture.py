@@ -71,6 +71,7 @@ ORDER = [
     "studio.deduplication",
     "studio.studio",
     "tools.hosts",
+    "tools.names",
     "tools.schemas",
     "tools.task_answer",
     "tools.task_text",

@@ -230,7 +230,7 @@ def _preview_edge(text: str) -> int | None:
 
 
 def _tools(text: str) -> frozenset[str]:
-    from evolink_mcp.tools.schemas import tools_named
+    from evolink_mcp.tools.names import tools_named
 
     try:
         return tools_named(words(text))
@@ -258,6 +258,13 @@ def _data_dir(_: Mapping[str, Any]) -> Path:
     import platformdirs
 
     return platformdirs.user_data_path("evolink-mcp", appauthor=False).absolute()
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that the server can create again."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("evolink-mcp", appauthor=False).absolute()
 
 
 def _output_dir(values: Mapping[str, Any]) -> Path:

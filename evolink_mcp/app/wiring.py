@@ -27,7 +27,7 @@ from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.callbacks import Callbacks
 from evolink_mcp.teams.metrics import Audit, Metrics
-from evolink_mcp.tools.schemas import TOOL_NAMES
+from evolink_mcp.tools.names import TOOL_NAMES
 
 MakeJournal = Callable[[str], Journal]
 MakeImageStore = Callable[[EvolinkClient, str, Decoder], ImageStore]

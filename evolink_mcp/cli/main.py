@@ -7,8 +7,9 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from evolink_mcp import __version__
@@ -22,6 +23,10 @@ from evolink_mcp.cli.process import (
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.sanitize import harmless
 
+log = logging.getLogger(__name__)
+
+# Some MCP hosts start a server and stop it at once, so the recording of the first answers waits.
+RECORD_AFTER_S = 1.0
 # The longest time that the imports delay the first answers.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -81,16 +86,20 @@ def _stdio(_: Namespace) -> int:
             "evolink-mcp serves MCP over stdin and stdout: an MCP host starts it. Try: evolink-mcp demo",
             file=sys.stderr,
         )
-    from evolink_mcp.server.startup_answers import Opening, recorded
+    from evolink_mcp.app.settings import cache_folder
+    from evolink_mcp.server.startup_answers import StartupAnswers, load, recording_key
     from evolink_mcp.transports.signals import leave_on_stop_signal
     from evolink_mcp.transports.stdio_lines import Wires
 
     leave_on_stop_signal()
-    opening = Opening(recorded() if settings.tools is None else None)
+    cache = cache_folder()
+    key = recording_key(settings.tools)
+    results = load(cache, key)
+    startup_answers = StartupAnswers(results)
     default_interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        wires = Wires(opening.answer)
+        wires = Wires(startup_answers.answer)
     except OSError as error:
         _print_error(f"no standard input and output ({error.strerror}): the server cannot serve MCP over stdio")
         return 1
@@ -108,12 +117,30 @@ def _stdio(_: Namespace) -> int:
             from evolink_mcp.teams.studios import open_team_studio
 
             opening = open_team_studio(settings)
-        async with opening as studio:
+        async with opening as studio, anyio.create_task_group() as group:
             server = server_for(studio, settings, secret=settings.secret)
             start_garbage_collection()
+            if results is None:
+                group.start_soon(_record_startup, cache, key, partial(serve_streams, server))
             await serve_streams(server, read, write)
+            group.cancel_scope.cancel()
 
-    return anyio.run(serve_stdio, wires, opening, serve, exit_within_deadline)
+    return anyio.run(serve_stdio, wires, startup_answers, serve, exit_within_deadline)
+
+
+async def _record_startup(folder: Path, key: bytes, serve: Callable[[Any, Any], Coroutine[Any, Any, None]]) -> None:
+    """Record the first answers for the next start."""
+    import anyio
+    import anyio.to_thread
+
+    from evolink_mcp.server.startup_answers import record, save
+
+    await anyio.sleep(RECORD_AFTER_S)
+    try:
+        results = await record(serve)
+        await anyio.to_thread.run_sync(save, folder, key, results)
+    except* (OSError, ValueError) as errors:
+        log.info("the first answers were not recorded (%s)", errors.exceptions[0])
 
 
 def _http(options: Namespace) -> int:

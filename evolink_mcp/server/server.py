@@ -23,7 +23,7 @@ from evolink_mcp.tools.generate_image import generate_image_tool
 from evolink_mcp.tools.get_balance import get_balance_tool
 from evolink_mcp.tools.get_task import get_task_tool
 from evolink_mcp.tools.list_tasks import list_tasks_tool
-from evolink_mcp.tools.schemas import TOOL_NAMES
+from evolink_mcp.tools.names import TOOL_NAMES
 from evolink_mcp.tools.view_image import view_image_tool
 from evolink_mcp.tools.waiting import Waiting
 

@@ -1,142 +1,202 @@
-"""The first answers of a session from a recording: a host need not wait until the SDK is imported.
+"""Answer the first requests of a stdio session from a recording while the server still imports the SDK.
 
-`startup_answers.tsv` holds what the SDK answered to the requests that every session begins with. It is used only with the
-versions that it was recorded with; whatever has an unusual form is left to the SDK, which gets every line in any case.
+`record()` asks the SDK for the results of all requests that sessions begin with. `save()` stores them in the user's cache
+folder, and the next start reads them with `load()`. The key of a recording contains all versions and files that the
+results depend on. A request of an unusual form is left to the SDK, which receives every line in any case.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+import zlib
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from evolink_mcp import __version__
 
-RECORDING = Path(__file__).with_name("startup_answers.tsv")
-PACKAGES = ("mcp", "mcp_types", "pydantic")  # what the answers depend on, beside this package
+PACKAGES = ("mcp", "mcp_types", "pydantic")  # the outside packages that determine the results
 LINE_MAX_BYTES = 1 << 16
+FILE_MAX_BYTES = 1 << 20
+FILES_MAX = 8  # recordings of other versions and settings in the cache folder
 INTEGER_MAX = 1 << 53
 
 INITIALIZE = "initialize"
 LISTS = ("tools/list", "prompts/list", "resources/templates/list")
 HANDSHAKES = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 MODERN = "2026-07-28"
-ANY_OTHER = "*"  # what `initialize` answers to a version that it does not know
+ANY_OTHER = "*"  # stands for a protocol version that `initialize` does not know
 
 _VERSION = "io.modelcontextprotocol/protocolVersion"
 _CLIENT = "io.modelcontextprotocol/clientInfo"
 _CAPABILITIES = "io.modelcontextprotocol/clientCapabilities"
 
 Object = dict[str, Any]
-Answers = Mapping[tuple[str, str], bytes]  # by method and protocol version: the result, as JSON
+Results = Mapping[tuple[str, str], bytes]  # by method and protocol version: the result as JSON
 RequestId = str | int
 Serve = Callable[[Any, Any], Coroutine[Any, Any, None]]
 
 
-class Opening:
-    """Answers one client's lines from `answers`, as long as they are what every client says.
+class StartupAnswers:
+    """Answer the lines of one client from recorded results, as long as they have the usual form.
 
-    `answered` has the ids of what was answered: the SDK will answer them once more, and nobody may hear that.
+    `answered` contains the IDs of these requests. The transport drops the SDK's answers to them.
     """
 
-    def __init__(self, answers: Answers | None) -> None:
-        self._answers: Answers = answers or {}
-        self._version: str | None = None  # the protocol version, once the first request has told it
-        self._seen: set[RequestId] = set()
+    def __init__(self, results: Results | None) -> None:
+        self._results: Results = results or {}
+        self._version: str | None = None  # the protocol version of the session, after its first request
+        self._request_ids: set[RequestId] = set()
         self.answered: set[RequestId] = set()
-        self._over = not self._answers
+        self._is_over = not self._results
 
     def answer(self, line: bytes) -> bytes | None:
-        """The line that answers this one; None if the SDK has to, or if it needs no answer."""
-        if self._over:
+        """Return the answer line, or None if the SDK must answer or the line needs no answer."""
+        if self._is_over:
             return None
-        said = _message(line)
-        if said is None:
-            self._over = True
+        message = _message(line)
+        if message is None:
+            self._is_over = True
             return None
-        if "id" not in said:
+        if "id" not in message:
             return None
-        name, method = said["id"], said["method"]
-        if not _is_id(name) or name in self._seen:
-            self._over = True
+        request_id = message["id"]
+        method = message["method"]
+        if not _is_request_id(request_id) or request_id in self._request_ids:
+            self._is_over = True
             return None
-        self._seen.add(name)
-        params = said.get("params", {})
+        self._request_ids.add(request_id)
+        params = message.get("params", {})
         if self._version is None:
-            self._version = _opened(method, params)
-            self._over = self._version is None
+            self._version = _session_version(method, params)
+            self._is_over = self._version is None
         elif method == INITIALIZE or not _is_usual(params, self._version):
             return None
-        result = self._answers.get((method, self._version or ""))
+        result = self._results.get((method, self._version or ""))
         if method == INITIALIZE and self._version and self._version not in HANDSHAKES:
-            self._version, result = HANDSHAKES[-1], self._answers.get((method, ANY_OTHER))
+            self._version = HANDSHAKES[-1]
+            result = self._results.get((method, ANY_OTHER))
         if result is None:
             return None
-        self.answered.add(name)
-        shown = json.dumps(name, ensure_ascii=False).encode()
-        return b'{"jsonrpc":"2.0","id":' + shown + b',"result":' + result + b"}\n"
+        self.answered.add(request_id)
+        encoded_id = json.dumps(request_id, ensure_ascii=False).encode()
+        return b'{"jsonrpc":"2.0","id":' + encoded_id + b',"result":' + result + b"}\n"
 
 
-def recorded(path: Path = RECORDING) -> Answers | None:
-    """The answers in a recording; None if it was made with other versions, or cannot be read."""
-    try:
-        first, *rows = path.read_bytes().splitlines()
-    except (OSError, ValueError):
-        return None
-    if first.decode(errors="replace") != versions():
-        return None
-    answers: dict[tuple[str, str], bytes] = {}
-    for row in rows:
-        method, protocols, result = row.split(b"\t", 2)
-        for protocol in protocols.decode().split():
-            answers[method.decode(), protocol] = result
-    return answers
+# --- the recording on disk ---
 
 
-def versions() -> str:
-    """The versions of this package and of what its answers depend on. Nothing is imported for it."""
-    import os
-
-    found: dict[str, str] = {}
-    for folder in sys.path:
-        try:
-            names = os.listdir(folder or ".")
-        except OSError:
-            continue
-        for name in names:
-            package, _, version = name.removesuffix(".dist-info").partition("-")
-            if name.endswith(".dist-info") and package in PACKAGES:
-                found.setdefault(package, version)
-    return " ".join([f"evolink_mcp {__version__}", *(f"{name} {found.get(name, '?')}" for name in PACKAGES)])
+def recording_key(published: Collection[str] | None) -> bytes:
+    """Return one line with everything that the results depend on. `published` are the tools; None means all."""
+    tools = "all tools" if published is None else " ".join(sorted(published))
+    return "\t".join([*_versions(), *_files(), tools]).replace("\n", " ").encode()
 
 
-async def record(serve: Serve) -> bytes:
-    """The content of `startup_answers.tsv`: what the SDK answers in every version of the protocol.
+def load(folder: Path, key: bytes) -> Results | None:
+    """Read a recording. Return None for a missing or damaged file, and for one that another user could write."""
+    with suppress(OSError, ValueError):
+        checksum, stored_key, content = _read_private(_path(folder, key)).split(b"\n", 2)
+        if stored_key == key and checksum == _checksum(content):
+            return _results_in(content)
+    return None
 
-    `serve(read_stream, write_stream)` runs a session of the server.
+
+def save(folder: Path, key: bytes, results: Results) -> None:
+    """Write a recording, and delete the oldest ones beside it.
+
+    Raises:
+        OSError: the folder is not writable.
     """
-    rows: dict[tuple[str, bytes], list[str]] = {}
+    import tempfile
+
+    rows = [b"\t".join([method.encode(), version.encode(), result]) for (method, version), result in results.items()]
+    content = b"\n".join(rows)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="part-", delete=False) as file:  # mode 0600
+        file.write(b"\n".join([_checksum(content), key, content]))
+    Path(file.name).replace(_path(folder, key))
+    recordings = sorted(folder.glob("startup-*.tsv"), key=lambda one: one.stat().st_mtime)
+    for old in recordings[:-FILES_MAX]:
+        old.unlink(missing_ok=True)
+
+
+def _path(folder: Path, key: bytes) -> Path:
+    return folder / f"startup-{_checksum(key).decode()}.tsv"
+
+
+def _checksum(content: bytes) -> bytes:
+    """Return a checksum against damage. hashlib would take longer to import than the rest of this module."""
+    return b"%08x" % zlib.crc32(content)
+
+
+def _read_private(path: Path) -> bytes:
+    """Return the content of a file that only this user can write.
+
+    Raises:
+        OSError, ValueError: there is no such file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        is_private = sys.platform == "win32" or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+        if not stat.S_ISREG(status.st_mode) or not is_private or status.st_size > FILE_MAX_BYTES:
+            raise ValueError(f"{path} is not a private file")
+        return file.read()
+
+
+def _results_in(content: bytes) -> Results:
+    results: dict[tuple[str, str], bytes] = {}
+    for row in content.splitlines():
+        method, version, result = row.split(b"\t", 2)
+        results[method.decode(), version.decode()] = result
+    return results
+
+
+def _versions() -> Iterator[str]:
+    """Yield the versions of this package and of PACKAGES without an import of them."""
+    yield f"evolink_mcp {__version__}"
+    yield sys.version
+    for folder in sys.path:
+        with suppress(OSError):
+            for name in sorted(os.listdir(folder or ".")):
+                package, _, version = name.removesuffix(".dist-info").partition("-")
+                if name.endswith(".dist-info") and package in PACKAGES:
+                    yield f"{package} {version}"
+
+
+def _files() -> Iterator[str]:
+    """Yield name, size and time of each file of this package. Their content would take ten times as long."""
+    root = Path(__file__).parent.parent
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - {"__pycache__"})
+        for name in sorted(names):
+            status = os.stat(os.path.join(folder, name))
+            yield f"{os.path.relpath(folder, root)}/{name} {status.st_size} {status.st_mtime_ns}"
+
+
+# --- the recording itself ---
+
+
+async def record(serve: Serve) -> Results:
+    """Return the SDK's results for every protocol version. `serve(read_stream, write_stream)` runs one session."""
+    results: dict[tuple[str, str], bytes] = {}
     client = {"name": "recorder", "version": "1"}
     for version in (*HANDSHAKES, ANY_OTHER):
         hello = {"protocolVersion": version, "capabilities": {}, "clientInfo": client}
-        methods: list[str] = [] if version == ANY_OTHER else ["ping", *LISTS]
-        asked: list[tuple[str, Object]] = [(INITIALIZE, hello), *((method, {}) for method in methods)]
-        for method, result in await _asked(serve, asked):
-            rows.setdefault((method, result), []).append(version)
+        methods = () if version == ANY_OTHER else ("ping", *LISTS)
+        requests: list[tuple[str, Object]] = [(INITIALIZE, hello), *((method, {}) for method in methods)]
+        results |= {(method, version): result for method, result in await _ask(serve, requests)}
     envelope = {"_meta": {_VERSION: MODERN, _CLIENT: client, _CAPABILITIES: {}}}
-    for method, result in await _asked(serve, [(method, envelope) for method in ("server/discover", *LISTS)]):
-        rows.setdefault((method, result), []).append(MODERN)
-    lines = [
-        b"\t".join([method.encode(), " ".join(protocols).encode(), result])
-        for (method, result), protocols in rows.items()
-    ]
-    return b"\n".join([versions().encode(), *lines, b""])
+    modern = [(method, envelope) for method in ("server/discover", *LISTS)]
+    return results | {(method, MODERN): result for method, result in await _ask(serve, modern)}
 
 
-async def _asked(serve: Serve, requests: list[tuple[str, Object]]) -> list[tuple[str, bytes]]:
-    """Each method with the result that the SDK writes, in a session of these requests."""
+async def _ask(serve: Serve, requests: list[tuple[str, Object]]) -> list[tuple[str, bytes]]:
+    """Return each method with the SDK's result, from one session with these requests."""
     import anyio
     from mcp.shared.message import SessionMessage
     from mcp_types import JSONRPCRequest, JSONRPCResponse
@@ -158,108 +218,115 @@ async def _asked(serve: Serve, requests: list[tuple[str, Object]]) -> list[tuple
     return results
 
 
-def _opened(method: object, params: object) -> str | None:
-    """The protocol version that a session's first request opens; None if it is no usual opening."""
+# --- the usual form of a request ---
+
+
+def _session_version(method: object, params: object) -> str | None:
+    """Return the protocol version that the first request of a session selects, or None for an unusual request."""
     if method == INITIALIZE:
-        return _shaken(params)
+        return _handshake_version(params)
     return MODERN if _is_usual(params, MODERN) else None
 
 
-def _shaken(params: object) -> str | None:
+def _handshake_version(params: object) -> str | None:
     if not isinstance(params, dict):
         return None
-    said = cast("Object", params)
-    version = said.get("protocolVersion")
-    usual = said.keys() == {"protocolVersion", "capabilities", "clientInfo"} and isinstance(version, str)
-    usual = usual and _is_client(said["clientInfo"]) and _are_capabilities(said["capabilities"])
-    return version if usual else None
+    handshake = cast("Object", params)
+    if handshake.keys() != {"protocolVersion", "capabilities", "clientInfo"}:
+        return None
+    version = handshake["protocolVersion"]
+    is_usual = _is_client(handshake["clientInfo"]) and _has_known_capabilities(handshake["capabilities"])
+    return version if isinstance(version, str) and is_usual else None
 
 
 def _is_usual(params: object, version: str) -> bool:
-    """Whether these are the parameters of a request that asks for nothing special: the first page of a list."""
+    """Return whether a request with these parameters asks for nothing special: the first page of a list."""
     if not isinstance(params, dict):
         return False
-    said = cast("Object", params)
-    if said.keys() - {"_meta"}:
+    fields = cast("Object", params)
+    if fields.keys() - {"_meta"}:
         return False
-    meta = said.get("_meta", {})
+    meta = fields.get("_meta", {})
     if not isinstance(meta, dict):
         return False
     meta = cast("Object", meta)
-    if "progressToken" in meta and not _is_id(meta["progressToken"]):
+    if "progressToken" in meta and not _is_request_id(meta["progressToken"]):
         return False
-    needed = {_VERSION, _CAPABILITIES} if version == MODERN else set[str]()
-    if meta.keys() - {"progressToken", _CLIENT} != needed:
+    required = {_VERSION, _CAPABILITIES} if version == MODERN else set[str]()
+    if meta.keys() - {"progressToken", _CLIENT} != required:
         return False
     if version != MODERN:
         return _CLIENT not in meta
-    usual = meta[_VERSION] == MODERN and _are_capabilities(meta[_CAPABILITIES])
-    return usual and (_CLIENT not in meta or _is_client(meta[_CLIENT]))
+    is_known = meta[_VERSION] == MODERN and _has_known_capabilities(meta[_CAPABILITIES])
+    return is_known and (_CLIENT not in meta or _is_client(meta[_CLIENT]))
 
 
 def _is_client(value: object) -> bool:
-    """Whether this names a client: texts only, its name and version among them."""
+    """Return whether a value describes a client: strings only, name and version among them."""
     if not isinstance(value, dict):
         return False
-    said = cast("Object", value)
-    texts = {"name", "version", "title", "description"}
-    return {"name", "version"} <= said.keys() <= texts and all(isinstance(text, str) for text in said.values())
+    fields = cast("Object", value)
+    names = {"name", "version", "title", "description"}
+    return {"name", "version"} <= fields.keys() <= names and all(isinstance(text, str) for text in fields.values())
 
 
-def _are_capabilities(value: object) -> bool:
-    """Whether these are a client's capabilities in a form that every version of the protocol takes."""
-    levels: dict[str, Callable[[object], bool]] = {
-        "roots": lambda one: (
-            isinstance(one, dict)
-            and all(key == "listChanged" and isinstance(on, bool) for key, on in cast("Object", one).items())
-        ),
-        "sampling": lambda one: _are_objects(one, 2, {"context", "tools"}),
-        "elicitation": lambda one: _are_objects(one, 2, {"form", "url"}),
-        "experimental": lambda one: _are_objects(one, 2),
-        "extensions": lambda one: _are_objects(one, 2),
+def _has_known_capabilities(value: object) -> bool:
+    """Return whether a value contains client capabilities in a form that each protocol version accepts."""
+    checks: dict[str, Callable[[object], bool]] = {
+        "roots": _is_roots,
+        "sampling": lambda one: _is_nested_object(one, 2, {"context", "tools"}),
+        "elicitation": lambda one: _is_nested_object(one, 2, {"form", "url"}),
+        "experimental": lambda one: _is_nested_object(one, 2),
+        "extensions": lambda one: _is_nested_object(one, 2),
     }
     if not isinstance(value, dict):
         return False
-    return all(key in levels and levels[key](one) for key, one in cast("Object", value).items())
+    return all(name in checks and checks[name](one) for name, one in cast("Object", value).items())
 
 
-def _are_objects(value: object, depth: int, names: set[str] | None = None) -> bool:
-    """Whether this is an object of objects, `depth` levels of them, with these names at most."""
+def _is_roots(value: object) -> bool:
     if not isinstance(value, dict):
         return False
-    said = cast("Object", value)
-    if names is not None and said.keys() - names:
+    return all(name == "listChanged" and isinstance(one, bool) for name, one in cast("Object", value).items())
+
+
+def _is_nested_object(value: object, depth: int, names: set[str] | None = None) -> bool:
+    """Return whether a value is an object of objects with `depth` levels. `names` limits the names of the first level."""
+    if not isinstance(value, dict):
         return False
-    return depth == 1 or all(_are_objects(one, depth - 1) for one in said.values())
+    fields = cast("Object", value)
+    if names is not None and fields.keys() - names:
+        return False
+    return depth == 1 or all(_is_nested_object(one, depth - 1) for one in fields.values())
 
 
-def _is_id(value: object) -> bool:
+def _is_request_id(value: object) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, str) or (isinstance(value, int) and abs(value) <= INTEGER_MAX)
 
 
 def _message(line: bytes) -> Object | None:
-    """The line as a request or a notification; None for everything else, and for what the SDK may read differently."""
+    """Return the request or notification in a line. Return None for a line that the SDK could read differently."""
     if len(line) > LINE_MAX_BYTES or b"\\u" in line:
         return None
     try:
-        said: object = json.loads(line, parse_constant=_refuse, object_pairs_hook=_without_repetition)
+        value: object = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object_of)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(said, dict):
+    if not isinstance(value, dict):
         return None
-    message = cast("Object", said)
-    usual = message.keys() <= {"jsonrpc", "id", "method", "params"} and message.get("jsonrpc") == "2.0"
-    return message if usual and isinstance(message.get("method"), str) else None
+    message = cast("Object", value)
+    is_usual = message.keys() <= {"jsonrpc", "id", "method", "params"} and message.get("jsonrpc") == "2.0"
+    return message if is_usual and isinstance(message.get("method"), str) else None
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> Object:
-    said = dict(pairs)
-    if len(said) != len(pairs):
-        raise ValueError("a name is repeated")
-    return said
+def _object_of(pairs: list[tuple[str, Any]]) -> Object:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a repeated name")
+    return value

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from evolink_mcp.api.urls import KEY
 from evolink_mcp.images.folders import is_reserved
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.schemas import TOOL_NAMES, tools_named
+from evolink_mcp.tools.names import TOOL_NAMES, tools_named
 from evolink_mcp.transports.authentication import AuthFailure
 
 log = logging.getLogger(__name__)

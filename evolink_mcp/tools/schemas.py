@@ -1,4 +1,4 @@
-"""JSON Schemas that every MCP host accepts, the names of the tools, and the error field of every answer.
+"""JSON Schemas that every MCP host accepts, and the error field of every answer.
 
 The schemas are flat: no `$ref`, no `anyOf` with null, no titles. This module does not import the SDK, because the
 settings and the command line use it.
@@ -6,31 +6,14 @@ settings and the command line use it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
 from evolink_mcp.errors import Problem
-from evolink_mcp.sanitize import harmless
 
 Schema = dict[str, Any]
-TOOL_NAMES = ("generate_image", "get_task", "compute_size", "view_image", "list_tasks", "get_balance")
-
-
-def tools_named(words: Iterable[str]) -> frozenset[str]:
-    """Return the names of tools in `words`.
-
-    Raises:
-        ValueError: a name is unknown, or there is no name.
-    """
-    names = frozenset(words)
-    if not names:
-        raise ValueError("it names no tool")
-    if unknown := sorted(names - set(TOOL_NAMES)):
-        raise ValueError(f"there is no tool {harmless(unknown[0], 60)}, only {', '.join(TOOL_NAMES)}")
-    return names
 
 
 def undescribed(schema: Schema) -> None:

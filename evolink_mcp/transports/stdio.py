@@ -19,7 +19,7 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 from pydantic import ValidationError
 
 from evolink_mcp.sanitize import scrub
-from evolink_mcp.server.startup_answers import Opening
+from evolink_mcp.server.startup_answers import StartupAnswers
 from evolink_mcp.tools.delivery import Delivery
 from evolink_mcp.transports.signals import on_stop_signal
 from evolink_mcp.transports.stdio_lines import INVALID_REQUEST, Wires, error_line
@@ -31,7 +31,7 @@ Serve = Callable[[Any, Any], Awaitable[None]]
 
 
 async def serve_stdio(
-    wires: Wires, opening: Opening, serve: Serve, leaving: Callable[[int], None] = lambda code: None
+    wires: Wires, opening: StartupAnswers, serve: Serve, leaving: Callable[[int], None] = lambda code: None
 ) -> int:
     """Run `serve(read_stream, write_stream)` over the wires. What `opening` has answered is not answered again.
 

@@ -24,11 +24,6 @@ mkdir "$WORK/mcpb"
 cp "$release/package.json" "$WORK/mcpb"
 npm install --silent --ignore-scripts --no-package-lock --no-audit --no-fund --prefix "$WORK/mcpb"
 
-say "the first answers, recorded with the versions that are installed today"
-(cd "$root" && UPDATE_OPENING=1 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/server/test_startup_answers.py | tail -1)
-# They are used only with these versions: an installation that cannot use them starts slowly.
-opens() { (cd / && "$1" -P -c 'import sys; from evolink_mcp.server.startup_answers import recorded; sys.exit(recorded() is None)'); }
-
 say "wheel and source distribution"
 "$WORK/tools/bin/python" -m build -q --no-isolation --outdir "$WORK/dist" "$root" >/dev/null
 "$WORK/tools/bin/twine" check --strict "$WORK"/dist/*
@@ -38,7 +33,6 @@ say "the wheel in an empty environment"
 "$WORK/empty/bin/pip" install -q "$WORK"/dist/*.whl
 (cd / && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" --version && HOME="$WORK" "$WORK/empty/bin/evolink-mcp" doctor | tail -1)
 "$python" "$here/drive.py" "$WORK/empty/bin/evolink-mcp"
-opens "$WORK/empty/bin/python"
 
 say "the wheel with the oldest versions that pyproject.toml allows"
 "$python" -m venv "$WORK/oldest"
@@ -53,4 +47,3 @@ say "the bundle"
 mcpb="$WORK/mcpb/node_modules/.bin/mcpb"
 (cd "$WORK" && "$mcpb" validate "$root/manifest.json" 2>/dev/null && "$mcpb" pack "$root" "$WORK/evolink-mcp.mcpb" 2>/dev/null | grep -E 'size|total')
 "$python" "$here/drive.py" --bundle "$WORK/evolink-mcp.mcpb" --uv "$WORK/tools/bin/uv" --into "$WORK/else where"
-opens "$WORK/else where/.venv/bin/python"

@@ -1,10 +1,11 @@
-"""The recorded first answers are the SDK's, byte for byte, in every era; anything unusual is left to the SDK."""
+"""The recorded first answers equal those of the SDK, byte for byte, in every era. The SDK answers unusual requests."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,27 @@ from mcp_types import JSONRPCRequest, jsonrpc_message_adapter
 from pydantic import ValidationError
 
 from evolink_mcp.app.wiring import server_for
-from evolink_mcp.server import startup_answers as rooms
 from evolink_mcp.server.server import build_server, serve_streams
-from evolink_mcp.server.startup_answers import HANDSHAKES, LISTS, MODERN, RECORDING, Opening, record, recorded, versions
+from evolink_mcp.server.startup_answers import (
+    FILES_MAX,
+    HANDSHAKES,
+    LISTS,
+    MODERN,
+    Results,
+    StartupAnswers,
+    load,
+    record,
+    recording_key,
+    save,
+)
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+pytestmark = pytest.mark.anyio
 
 Session = list[bytes]
+VERSION = "io.modelcontextprotocol/protocolVersion"
+CLIENT_FIELD = "io.modelcontextprotocol/clientInfo"
+CAPABILITIES_FIELD = "io.modelcontextprotocol/clientCapabilities"
+KEY = b"the versions of a test"
 CLIENT = {"name": "claude-code", "version": "2.1.0", "title": "Claude Code"}
 CAPABILITIES = {
     "roots": {"listChanged": True},
@@ -33,7 +48,7 @@ CAPABILITIES = {
     "experimental": {"a": {"b": [1]}},
     "extensions": {"io.modelcontextprotocol/ui": {"mimeTypes": ["text/html;profile=mcp-app"]}},
 }
-ENVELOPE = {rooms._VERSION: MODERN, rooms._CAPABILITIES: CAPABILITIES, rooms._CLIENT: CLIENT}
+ENVELOPE = {VERSION: MODERN, CAPABILITIES_FIELD: CAPABILITIES, CLIENT_FIELD: CLIENT}
 INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
 
 
@@ -60,22 +75,18 @@ def lines(*messages: Any) -> Session:
 
 
 @pytest.fixture
-async def answers(world: World, tmp_path: Path) -> rooms.Answers:
-    """A recording made now: what is installed may be newer than what the package's was made with."""
-    path = tmp_path / "startup_answers.tsv"
-    path.write_bytes(await record(partial(serve_streams, build_server(world.studio))))
-    found = recorded(path)
-    assert found is not None
-    return found
+async def results(world: World) -> Results:
+    """The SDK's results, recorded in this test."""
+    return await record(partial(serve_streams, build_server(world.studio)))
 
 
-def early(said: Session, answers: rooms.Answers) -> dict[Any, bytes]:
-    """What the recording answers, by id."""
-    opening = Opening(answers)
-    found = [answer for line in said if (answer := opening.answer(line)) is not None]
+def early(said: Session, results: Results) -> dict[Any, bytes]:
+    """Return the answers from the recording by request ID."""
+    startup_answers = StartupAnswers(results)
+    found = [answer for line in said if (answer := startup_answers.answer(line)) is not None]
     by_id = {json.loads(answer)["id"]: answer for answer in found}
     assert len(by_id) == len(found)
-    assert set(by_id) == opening.answered
+    assert set(by_id) == startup_answers.answered
     return by_id
 
 
@@ -101,19 +112,6 @@ async def asked(world: World, said: Session) -> dict[Any, bytes]:
     return by_id
 
 
-async def test_the_recording_is_what_the_sdk_says_now(world: World) -> None:
-    """`UPDATE_OPENING=1` makes it again."""
-    now = await record(partial(serve_streams, build_server(world.studio)))
-    if "UPDATE_OPENING" in os.environ:
-        RECORDING.write_bytes(now)
-    made_with = RECORDING.read_bytes().splitlines()[0].decode()
-    if made_with != versions():
-        pytest.skip(
-            f"startup_answers.tsv was made with {made_with}, and this is {versions()}: UPDATE_OPENING=1 makes it again"
-        )
-    assert RECORDING.read_bytes() == now
-
-
 USUAL = {
     **{f"handshake {version}": (lines(hello(version), INITIALIZED, *lists(1)), 5) for version in HANDSHAKES},
     "a version that nobody knows": (lines(hello("2099-01-01"), *lists(1)), 5),
@@ -123,15 +121,15 @@ USUAL = {
     "a call in the same write": (lines(hello(), INITIALIZED, say(1, "tools/call", {"name": "x"}), say(2, "ping")), 2),
     "a progress token": (lines(hello(), say(1, "tools/list", {"_meta": {"progressToken": 7}})), 2),
     "modern": (lines(*(modern(n, method) for n, method in enumerate(("server/discover", *LISTS)))), 4),
-    "modern without a name": (lines(say(1, "tools/list", {"_meta": {rooms._VERSION: MODERN, rooms._CAPABILITIES: {}}})), 1),
+    "modern without a name": (lines(say(1, "tools/list", {"_meta": {VERSION: MODERN, CAPABILITIES_FIELD: {}}})), 1),
     "probe, then initialize": (lines(modern(1, "server/discover"), say(2, "initialize", hello()["params"])), 1),
     "modern, then without envelope": (lines(modern(1, "tools/list"), say(2, "tools/list"), modern(3, "ping")), 1),
     "handshake, then envelope": (lines(hello(), modern(1, "tools/list"), say(2, "ping")), 2),
 }  # fmt: skip
 UNUSUAL = {
     "list first": lines(say(1, "tools/list"), hello(), say(2, "tools/list")),
-    "half an envelope": lines(say(1, "tools/list", {"_meta": {rooms._VERSION: MODERN}})),
-    "another envelope": lines(say(1, "tools/list", {"_meta": {**ENVELOPE, rooms._VERSION: "2027-01-01"}})),
+    "half an envelope": lines(say(1, "tools/list", {"_meta": {VERSION: MODERN}})),
+    "another envelope": lines(say(1, "tools/list", {"_meta": {**ENVELOPE, VERSION: "2027-01-01"}})),
     "a cursor": lines(hello(), say(1, "tools/list", {"cursor": "x"})),
     "a cursor of null": lines(hello(), say(1, "tools/list", {"cursor": None})),
     "a number for a version": lines(hello(20251125), say(1, "tools/list")),
@@ -159,9 +157,9 @@ UNUSUAL = {
 
 @pytest.mark.parametrize(("said", "count"), USUAL.values(), ids=USUAL)
 async def test_a_usual_session_is_answered_as_the_sdk_answers_it(
-    said: Session, count: int, world: World, answers: rooms.Answers
+    said: Session, count: int, world: World, results: Results
 ) -> None:
-    found = early(said, answers)
+    found = early(said, results)
     assert len(found) == count
     theirs = await asked(world, said)
     assert {name: theirs[name] for name in found} == found
@@ -169,9 +167,9 @@ async def test_a_usual_session_is_answered_as_the_sdk_answers_it(
 
 @pytest.mark.parametrize("said", UNUSUAL.values(), ids=UNUSUAL)
 async def test_what_is_unusual_is_left_to_the_sdk_or_answered_as_it_does(
-    said: Session, world: World, answers: rooms.Answers
+    said: Session, world: World, results: Results
 ) -> None:
-    found = early(said, answers)
+    found = early(said, results)
     assert len(found) < len(said)
     if found:
         theirs = await asked(world, said)
@@ -211,7 +209,7 @@ def bent(rng: random.Random, value: Any, depth: int = 0) -> Any:
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
-    seed: int, world: World, answers: rooms.Answers
+    seed: int, world: World, results: Results
 ) -> None:
     rng = random.Random(seed)
     told = 0
@@ -224,7 +222,7 @@ async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
         else:
             second = {**second, "params": bent(rng, second["params"])}
         said = lines(first, second)
-        found = early(said, answers)
+        found = early(said, results)
         told += len(found)
         if found:
             theirs = await asked(world, said)
@@ -232,31 +230,72 @@ async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
     assert told > 10
 
 
-async def test_only_the_versions_of_the_recording_use_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: rooms.Answers
-) -> None:
-    assert len(answers) == len(HANDSHAKES) * 5 + 1 + 4
-    other = tmp_path / "startup_answers.tsv"
-    first, _, rest = other.read_bytes().partition(b"\n")
-    other.write_bytes(first.replace(b"mcp ", b"mcp 9", 1) + b"\n" + rest)
-    assert recorded(other) is None
-    other.write_bytes(b"")
-    assert recorded(other) is None
-    assert recorded(tmp_path / "none") is None
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    other.write_bytes(first + b"\n" + rest)
-    assert recorded(other) is None
+async def test_a_recording_covers_every_request_of_every_era(results: Results) -> None:
+    handshakes = {(method, version) for method in ("initialize", "ping", *LISTS) for version in HANDSHAKES}
+    modern = {(method, MODERN) for method in ("server/discover", *LISTS)}
+    assert set(results) == {*handshakes, ("initialize", "*"), *modern}
 
 
-async def test_without_a_recording_nothing_is_answered() -> None:
+async def test_a_saved_recording_is_loaded_unchanged_and_only_with_its_key(tmp_path: Path, results: Results) -> None:
+    save(tmp_path / "cache", KEY, results)
+    assert load(tmp_path / "cache", KEY) == results
+    assert load(tmp_path / "cache", b"another version") is None
+    assert load(tmp_path / "none", KEY) is None
+
+
+def test_the_key_depends_on_the_published_tools() -> None:
+    keys = [recording_key(None), recording_key({"get_task"}), recording_key({"get_task", "compute_size"})]
+    assert len(set(keys)) == 3
+    assert recording_key(["a", "b"]) == recording_key(["b", "a"])
+    assert all(b"\n" not in key and b"pydantic" in key for key in keys)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[:-1], id="one byte short"),
+        pytest.param(lambda content: content.replace(b"generate_image", b"generate_imagf", 1), id="one letter changed"),
+        pytest.param(lambda content: b"\n".join([b"0" * 8, *content.split(b"\n")[1:]]), id="wrong checksum"),
+        pytest.param(lambda content: content + bytes(1 << 20), id="too large"),
+    ],
+)
+def test_a_damaged_recording_is_ignored(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    save(tmp_path, KEY, {("ping", MODERN): b'{"tools":["generate_image"]}'})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert load(tmp_path, KEY) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_recording_that_another_user_could_change_is_ignored(tmp_path: Path) -> None:
+    save(tmp_path, KEY, {("ping", MODERN): b"{}"})
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o666)
+    assert load(tmp_path, KEY) is None
+    file.chmod(0o600)
+    assert load(tmp_path, KEY) is not None
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert load(tmp_path, KEY) is None
+
+
+def test_old_recordings_are_deleted(tmp_path: Path) -> None:
+    for number in range(FILES_MAX + 3):
+        save(tmp_path, b"version %d" % number, {("ping", MODERN): b"{}"})
+    assert len(list(tmp_path.iterdir())) == FILES_MAX
+    assert load(tmp_path, b"version %d" % (FILES_MAX + 2)) is not None
+
+
+async def test_without_a_recording_the_sdk_answers() -> None:
     assert early(lines(hello(), *lists(1)), {}) == {}
-    opening = Opening(None)
-    assert opening.answer(lines(hello())[0]) is None
+    assert StartupAnswers(None).answer(lines(hello())[0]) is None
 
 
-async def test_notifications_and_other_calls_do_not_end_it(answers: rooms.Answers) -> None:
+async def test_notifications_and_other_calls_do_not_end_it(results: Results) -> None:
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
     said = lines(
         INITIALIZED, hello(), cancel, say(1, "resources/list"), say(2, "tools/call", {"name": 1}), say(3, "ping")
     )
-    assert set(early(said, answers)) == {0, 3}
+    assert set(early(said, results)) == {0, 3}

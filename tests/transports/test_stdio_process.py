@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import pytest
 from child_processes import SERVER_COMMAND, minimal_environment
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
+
+from evolink_mcp.app.settings import cache_folder
+from evolink_mcp.tools.names import TOOL_NAMES
 
 pytestmark = pytest.mark.anyio
 HERE = Path(__file__).parent
@@ -158,15 +162,38 @@ def test_a_line_that_is_too_long_gets_an_answer_and_the_next_ones_too() -> None:
     assert done.stderr.decode().split() == [str(ping), str(ping)]
 
 
-def test_the_first_answers_do_not_wait_for_the_sdk(start: Callable[..., Talk]) -> None:
-    """Nothing is imported when they come, and what they answer is not answered again."""
-    talk = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+@pytest.fixture(scope="module", params=[None, "get_task,compute_size"], ids=["all tools", "two tools"])
+def recorded(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment of a second start: the first one has recorded its answers."""
+    home = tmp_path_factory.mktemp("recorded")
+    tools = {} if request.param is None else {"EVOLINK_MCP_TOOLS": request.param}
+    talk = Talk(home, **tools)
+    talk.greet()
+    while not [file for folder in cache_folders(home) for file in folder.glob("startup-*.tsv")]:
+        time.sleep(0.05)
+    assert talk.end() == (0, b"", b"")
+    return {**tools, "HOME": str(home), "PYTHONPATH": str(HERE / "without_sdk"), "WITHOUT_SDK": "1"}
+
+
+def cache_folders(home: Path) -> list[Path]:
+    """The cache folder of the server on Linux, macOS or Windows."""
+    return [home / ".cache" / "evolink-mcp", home / "Library" / "Caches" / "evolink-mcp", cache_folder()]
+
+
+def test_the_second_start_answers_before_it_imports_the_sdk(
+    start: Callable[..., Talk], recorded: dict[str, str]
+) -> None:
+    talk = start(**recorded)
     greeting = talk.greet("2025-11-25")
     assert greeting["result"]["serverInfo"]["name"] == "evolink-mcp"
+    answers: dict[str, Any] = {}
     for number, method in enumerate(("tools/list", "prompts/list", "resources/templates/list", "ping"), 2):
         talk.say({"jsonrpc": "2.0", "id": number, "method": method})
-        assert (talk.hear())["id"] == number
+        answers[method] = talk.hear()
+        assert answers[method]["id"] == number
     assert talk.process.poll() is None
+    names = [tool["name"] for tool in answers["tools/list"]["result"]["tools"]]
+    assert names == (["get_task", "compute_size"] if "EVOLINK_MCP_TOOLS" in recorded else list(TOOL_NAMES))
 
 
 def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Talk) -> None:
@@ -190,11 +217,13 @@ def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Tal
     assert talk.end() == (0, b"", b"")
 
 
-def test_an_end_of_input_in_the_middle_of_the_start_ends_it(start: Callable[..., Talk]) -> None:
-    talk = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+def test_an_end_of_input_in_the_middle_of_the_start_ends_it(
+    start: Callable[..., Talk], recorded: dict[str, str]
+) -> None:
+    talk = start(**recorded)
     talk.greet()
     assert talk.end() == (0, b"", b"")
-    silent = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    silent = start(**recorded)
     assert silent.end() == (0, b"", b"")
 
 
@@ -207,8 +236,10 @@ def test_a_question_before_the_end_of_input_is_answered(start: Callable[..., Tal
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("end", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_in_the_middle_of_the_start_ends_it(start: Callable[..., Talk], end: str, code: int) -> None:
-    talk = start(PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+def test_a_signal_in_the_middle_of_the_start_ends_it(
+    start: Callable[..., Talk], recorded: dict[str, str], end: str, code: int
+) -> None:
+    talk = start(**recorded)
     talk.greet()
     talk.process.send_signal(getattr(signal, end))
     assert talk.process.wait(20) == code
@@ -265,13 +296,15 @@ def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
-def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(start: Callable[..., Talk]) -> None:
+def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(
+    start: Callable[..., Talk], recorded: dict[str, str]
+) -> None:
     """The answer finds nobody while the server is still being imported."""
     import os
 
     heard, out = os.pipe()
     os.close(heard)
-    talk = start(out, PYTHONPATH=str(HERE / "without_sdk"), WITHOUT_SDK="1")
+    talk = start(out, **recorded)
     os.close(out)
     talk.ask_to_begin()
     assert (talk.process.wait(20), talk.end()[2]) == (0, b"")
