@@ -1,10 +1,10 @@
 .PHONY: help install check test demo bench clients browser conformance bundle
 PY := .venv/bin/python
 
-help: ## this list
+help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-install: .venv/installed ## .venv with the package, tests and checkers
+install: .venv/installed ## create .venv with the package and all tools
 
 .venv/installed: pyproject.toml
 	python3 -m venv .venv
@@ -17,24 +17,24 @@ check: install ## style and types
 	$(PY) -m deptry .
 	$(PY) -m pyright --pythonpath $(PY)
 
-test: install ## all tests that need nothing else
+test: install ## tests that need no other program
 	$(PY) -m pytest -q
 
-demo: install ## a picture without key or network
+demo: install ## create an image without key or network
 	$(PY) -P -m evolink_mcp demo
 
-bench: install ## every promised figure, as ratios
+bench: install ## measure all speed targets
 	$(PY) -m benchmarks
 
-clients: install ## clients that others wrote (npm and pip needed)
+clients: install ## published MCP clients (needs npm and pip)
 	bash tests/clients/run.sh $(PY)
 
-browser: install ## the gallery in a real browser (chromium and npm needed)
+browser: install ## the gallery in a browser (needs chromium and npm)
 	bash tests/browser/run.sh $(PY)
 
-conformance: install ## the protocol's own conformance suite (npm needed)
+conformance: install ## the conformance suite of the protocol (needs npm)
 	bash tests/conformance/run.sh $(PY)
 
-bundle: ## the Claude Desktop bundle (npm needed)
+bundle: ## the Claude Desktop bundle (needs npm)
 	npm install --ignore-scripts --no-package-lock --no-audit --no-fund --prefix .github/release
 	.github/release/node_modules/.bin/mcpb pack . evolink-mcp.mcpb

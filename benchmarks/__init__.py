@@ -1,1 +1,1 @@
-"""What the product costs in time and memory, measured beside the thing it is compared with: `python -m benchmarks`."""
+"""Measure time and memory of the server against references: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--json] [--quick] [--only NAME]`: every promised figure, measured in one run."""
+"""Measure all figures in one run: `python -m benchmarks [--json] [--quick] [--only NAME]`."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ PARTS = {
 def main() -> int:
     options = _parser().parse_args()
     names = options.only or list(PARTS)
-    found: dict[str, list[Figure]] = {}
+    results: dict[str, list[Figure]] = {}
     for name in names:
         started = time.perf_counter()
-        found[name] = PARTS[name].run(options.quick)
+        results[name] = PARTS[name].run(options.quick)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if options.json:
-        print(json.dumps(_data(found, quick=options.quick), indent=2, ensure_ascii=False))
+        print(json.dumps(_data(results, quick=options.quick), indent=2, ensure_ascii=False))
     elif options.markdown:
-        print("| What | Measured | Promised | | |\n|---|---|---|---|---|")
-        for name, figures in found.items():
+        print("| Figure | Measured | Target | | |\n|---|---|---|---|---|")
+        for name, figures in results.items():
             print("\n".join([f"| **{PARTS[name].TITLE}** | | | | |", *(figure.row() for figure in figures)]))
     else:
-        print("\n".join(f"# {word}: {value}" for word, value in _machine().items()))
-        for name, figures in found.items():
+        print("\n".join(f"# {name}: {value}" for name, value in _machine().items()))
+        for name, figures in results.items():
             print("\n".join(["", PARTS[name].TITLE, *(figure.line() for figure in figures)]))
-    missed = [figure.name for figures in found.values() for figure in figures if figure.met is False]
+    missed = [figure.name for figures in results.values() for figure in figures if figure.met is False]
     if missed:
         print(f"{len(missed)} not met: {'; '.join(missed)}", file=sys.stderr)
     return 1 if missed and options.strict else 0
@@ -56,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--markdown", action="store_true", help="the table of docs/speed.md")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller crowds, below a minute")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 when a promise is not met")
-    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=f"one of {', '.join(PARTS)}")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller crowds, about a minute")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if a figure misses its target")
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=f"one part: {', '.join(PARTS)}")
     return parser
 
 
@@ -71,8 +71,8 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _data(found: dict[str, list[Figure]], *, quick: bool) -> dict[str, object]:
-    parts = {name: [figure.data() for figure in figures] for name, figures in found.items()}
+def _data(results: dict[str, list[Figure]], *, quick: bool) -> dict[str, object]:
+    parts = {name: [figure.data() for figure in figures] for name, figures in results.items()}
     return {**_machine(), "quick": quick, "parts": parts}
 
 

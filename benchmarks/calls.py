@@ -1,4 +1,4 @@
-"""A free call beside a tool that does nothing, and our stdio beside the SDK's."""
+"""Compare a free call with a tool that does nothing, and this server's stdio with the SDK's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from benchmarks.processes import SERVERS, Pipe, environment, timed
 TITLE = "Calls"
 AT_ONCE = 50
 SIZE = {"size": "16:9", "resolution": "2K"}
-
-
 LISTED = 50
 
 
@@ -26,33 +24,31 @@ def run(quick: bool) -> list[Figure]:
         env = environment(Path(folder))
         fill(Path(env["EVOLINK_MCP_DATA_DIR"]), 2 * LISTED)
         pipes = {name: stack.enter_context(Pipe(SERVERS[name], env)) for name in SERVERS}
-        what = {name: ("compute_size", SIZE) if name == "ours" else ("nothing", {"word": "x"}) for name in SERVERS}
+        targets = {name: ("compute_size", SIZE) if name == "ours" else ("nothing", {"word": "x"}) for name in SERVERS}
         for name, pipe in pipes.items():
             pipe.greet()
             for _ in range(30):
-                pipe.call(*what[name])
+                pipe.call(*targets[name])
         for _ in range(rounds):
             for name, pipe in pipes.items():
-                times = [timed(lambda pipe=pipe, name=name: pipe.call(*what[name])) for _ in range(calls)]
+                times = [timed(lambda pipe=pipe, name=name: pipe.call(*targets[name])) for _ in range(calls)]
                 single[name].append(middle(times) * 1000)
-                many[name].append(timed(lambda pipe=pipe, name=name: pipe.flood(*what[name], AT_ONCE)) / AT_ONCE)
-        ours = pipes["ours"]
-        listed = ours.call("list_tasks", {"limit": LISTED})["structuredContent"]["tasks"]
-        lists = [timed(lambda: ours.call("list_tasks", {"limit": LISTED})) * 1000 for _ in range(calls)]
+                many[name].append(timed(lambda pipe=pipe, name=name: pipe.flood(*targets[name], AT_ONCE)) / AT_ONCE)
+        pipe = pipes["ours"]
+        listed = pipe.call("list_tasks", {"limit": LISTED})["structuredContent"]["tasks"]
+        lists = [timed(lambda: pipe.call("list_tasks", {"limit": LISTED})) * 1000 for _ in range(calls)]
     rate = {name: 1 / middle(times) for name, times in many.items()}
     return [
-        _beside("compute_size ÷ a bare MCPServer's no-op", single["ours"], single["bare"], 1.1),
-        _beside("a no-op on our stdio ÷ a bare MCPServer's", single["empty"], single["bare"], 1.1),
-        Figure(f"list_tasks of {len(listed)}", middle(lists), "ms", 10, f"95 of 100 within {share(lists, 0.95):.1f} ms"),
-        Figure(f"calls a second on our stdio ÷ the SDK's, {AT_ONCE} at once", rate["empty"] / rate["bare"], "×", None,
+        _compare("compute_size ÷ a bare MCPServer's no-op", single["ours"], single["bare"], 1.1),
+        _compare("a no-op on this stdio ÷ a bare MCPServer's no-op", single["empty"], single["bare"], 1.1),
+        Figure(f"list_tasks of {len(listed)}", middle(lists), "ms", 10, f"95 % within {share(lists, 0.95):.1f} ms"),
+        Figure(f"calls per second on this stdio ÷ the SDK's, {AT_ONCE} at once", rate["empty"] / rate["bare"], "×", None,
                f"{rate['empty']:,.0f} and {rate['bare']:,.0f} calls/s; compute_size {rate['ours']:,.0f}"),
     ]  # fmt: skip
 
 
-def _beside(name: str, ours: list[float], theirs: list[float], limit: float) -> Figure:
-    """Medians of rounds in turns, and how far the rounds differ."""
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    note = (
-        f"{len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}; {middle(ours):.2f} and {middle(theirs):.2f} ms"
-    )
+def _compare(name: str, times: list[float], reference: list[float], limit: float) -> Figure:
+    """Return the median ratio of alternating rounds, with the lowest and the highest."""
+    ratios = [time / base for time, base in zip(times, reference, strict=True)]
+    note = f"{len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}; {middle(times):.2f} and {middle(reference):.2f} ms"
     return Figure(name, middle(ratios), "×", limit, note)

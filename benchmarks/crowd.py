@@ -1,9 +1,9 @@
-"""A thousand waiting jobs in one process, with and without batch reads.
+"""Measure a thousand waiting jobs in one process, with and without batch polls.
 
-`python -m benchmarks.crowd PORT JOBS SETTLE_S WINDOW_S END_S` is the process that waits: it buys JOBS pictures, lets
-the first looks pass for SETTLE_S seconds, measures itself for WINDOW_S while all are under way, follows every job to
-its end (they end over END_S seconds; 0: leaves before), and prints what it saw as JSON. Memory is what the jobs
-take by themselves; while processor time is measured, a call follows every one of them.
+`python -m benchmarks.crowd PORT JOBS SETTLE_S WINDOW_S END_S` is the process that waits. It buys JOBS images, waits
+SETTLE_S seconds for the first polls, and measures itself for WINDOW_S seconds while all tasks run. Then it follows every
+job to its end and prints the figures as JSON. The tasks end over END_S seconds; with 0 the process exits before. The
+memory is measured without calls, the CPU time with one call per job.
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ def run(quick: bool) -> list[Figure]:
         with standin(batch=batch) as at:
             return _wait(at, jobs, settle, window, end if batch else 0)
 
-    # Processor time and memory are a process's own: where time is short, both wait at once.
+    # Both processes may run together in the quick mode: CPU time and memory are measured per process.
     with ThreadPoolExecutor(2 if quick else 1) as pool:
-        together, singly = pool.submit(wait, batch=True), pool.submit(wait, batch=False)
-        saw, alone = together.result(), singly.result()
+        with_batches = pool.submit(wait, batch=True)
+        without_batches = pool.submit(wait, batch=False)
+        batched = with_batches.result()
+        single = without_batches.result()
     return [
-        Figure(f"share of one core while {jobs} jobs wait", 100 * saw["share"], "%", 60,
-               f"for {window} s, every job followed by a call"),
-        Figure(f"extra memory for {jobs} waiting jobs", saw["extra_mb"], "MB", 15,
-               f"from {saw['before_mb']:.0f} MB; {saw['calls_mb']:.0f} MB with a call on each"),
-        Figure(f"jobs lost of {jobs}", jobs - saw["saved"], "", 0, "lost: without a file in the end"),
-        Figure("requests a second with batch reads", saw["rate"], "/s", None,
-               f"{saw['looks_a_second']:.0f} looks a second in them"),
-        Figure("requests a second with single reads only", alone["rate"], "/s", None,
-               f"{100 * alone['share']:.0f} % of a core"),
-        Figure("requests for one look, batch reads ÷ single reads", saw["rate"] / saw["looks_a_second"], "",
-               None if quick else 0.05, "promised for 1,000 tasks"),
-        Figure("processor time a job, from order to file", saw["cpu_ms_a_job"], "ms"),
+        Figure(f"share of one core while {jobs} jobs wait", 100 * batched["share"], "%", 60,
+               f"for {window} s, with one call per job"),
+        Figure(f"extra memory for {jobs} waiting jobs", batched["extra_mb"], "MB", 15,
+               f"from {batched['before_mb']:.0f} MB; {batched['calls_mb']:.0f} MB with one call per job"),
+        Figure(f"jobs lost of {jobs}", jobs - batched["saved"], "", 0, "jobs without a saved file at the end"),
+        Figure("HTTP requests per second with batch polls", batched["rate"], "/s", None,
+               f"{batched['polls_per_s']:.0f} polls per second in them"),
+        Figure("HTTP requests per second with single polls only", single["rate"], "/s", None,
+               f"{100 * single['share']:.0f} % of a core"),
+        Figure("HTTP requests per poll, batch ÷ single", batched["rate"] / batched["polls_per_s"], "",
+               None if quick else 0.05, "the target is for 1,000 tasks"),
+        Figure("CPU time per job, from request to file", batched["cpu_ms_per_job"], "ms"),
     ]  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def _wait(at: Standin, *numbers: float) -> dict[str, Any]:
 
 async def _work(at: Standin, jobs: int, settle: float, window: float, end: float) -> None:
     dice = random.Random(4)
-    followed: list[Job] = []
+    followed_jobs: list[Job] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         settings = TeamSettings.from_environment(environment(Path(name), at.port))
         async with open_studio(settings) as studio, anyio.create_task_group() as calls:
@@ -83,58 +85,60 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
                 request = GenerationRequest(prompt=prompt, size="1:1", quality="low")
                 return await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
 
-            # Everything that is opened or imported once is no waiting job's memory.
+            # Exclude the memory of one-time imports and connections.
             with anyio.fail_after(30):
                 for prompt in ("sim:slow=0.5 the first", "sim:slow=0.5 the second"):
                     await follow(await order(prompt), WAIT_S, _silent)
             before_mb, before_cpu = memory_mb(), _cpu()
             for number in range(jobs):
                 lasts = jobs / ACCEPTED_A_SECOND + settle + window + end * dice.random()
-                followed.append(await order(f"sim:slow={lasts:.1f} picture {number}"))
-            await _all_accepted(followed)
+                followed_jobs.append(await order(f"sim:slow={lasts:.1f} picture {number}"))
+            await _all_accepted(followed_jobs)
             await anyio.sleep(settle)
             alone_mb = memory_mb()
-            for job in followed:
+            for job in followed_jobs:
                 calls.start_soon(follow, job, WAIT_S, _silent)
             begin = await _counts(at)
             cpu, clock = _cpu(), time.monotonic()
             await anyio.sleep(window)
             with_calls_mb = memory_mb()
-            took = time.monotonic() - clock
-            share = (_cpu() - cpu) / took
-            requests, looks = ((after - before) / took for before, after in zip(begin, await _counts(at), strict=True))
-            for job in followed if end else ():
+            duration_s = time.monotonic() - clock
+            share = (_cpu() - cpu) / duration_s
+            requests, polls = (
+                (after - before) / duration_s for before, after in zip(begin, await _counts(at), strict=True)
+            )
+            for job in followed_jobs if end else ():
                 async with aclosing(job.states()) as states:
                     async for _ in states:
                         pass
             calls.cancel_scope.cancel()
             saved = sum(
-                job.entry.stage is not Stage.OPEN and all(p.is_saved for p in job.entry.images) for job in followed
+                job.entry.stage is not Stage.OPEN and all(p.is_saved for p in job.entry.images) for job in followed_jobs
             )
-            seen = {
+            figures = {
                 "share": share, "before_mb": before_mb, "extra_mb": alone_mb - before_mb, "calls_mb": with_calls_mb - before_mb,
-                "saved": saved, "rate": requests, "looks_a_second": looks, "cpu_ms_a_job": 1000 * (_cpu() - before_cpu) / jobs,
+                "saved": saved, "rate": requests, "polls_per_s": polls, "cpu_ms_per_job": 1000 * (_cpu() - before_cpu) / jobs,
             }  # fmt: skip
-    print(json.dumps(seen))
+    print(json.dumps(figures))
 
 
 async def _counts(at: Standin) -> tuple[int, int]:
-    """Requests that read tasks so far, and the looks in them."""
+    """Return the number of HTTP requests that polled tasks so far, and of the polls in them."""
     counts = (await anyio.to_thread.run_sync(at.seen))["counts"]
-    single, batch, looks = (counts.get(word, 0) for word in ("single", "batch", "looks in batches"))
-    return single + batch, single + looks
+    single, batch, batched_polls = (counts.get(word, 0) for word in ("single", "batch", "looks in batches"))
+    return single + batch, single + batched_polls
 
 
-async def _all_accepted(followed: list[Job]) -> None:
-    while any(job.entry.task is None for job in followed):
-        if any(job.finished for job in followed):
-            problem = next(job.problem for job in followed if job.finished)
+async def _all_accepted(jobs: list[Job]) -> None:
+    while any(job.entry.task is None for job in jobs):
+        if any(job.finished for job in jobs):
+            problem = next(job.problem for job in jobs if job.finished)
             raise RuntimeError(f"a job ended before all were accepted: {problem}")
         await anyio.sleep(0.2)
 
 
 async def _silent(progress: float, total: float, message: str) -> None:
-    """A host that asked for no progress."""
+    """Ignore progress."""
 
 
 def _cpu() -> float:

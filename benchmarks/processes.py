@@ -1,4 +1,4 @@
-"""Child processes that are measured: MCP servers over a raw pipe, the stand-in of EvoLink, and what they use."""
+"""Start and measure child processes: MCP servers over a raw pipe, and the stand-in for EvoLink."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SERVERS = {
 
 
 def environment(folder: Path, port: int = 9) -> dict[str, str]:
-    """Only what a server needs: no setting of whoever runs this reaches it."""
-    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG") if name in os.environ}
-    return kept | {
+    """Return a minimal environment, without the settings of this user."""
+    inherited = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG") if name in os.environ}
+    return inherited | {
         "HOME": str(folder),
         "EVOLINK_API_KEY": KEY,
         "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
@@ -38,7 +38,7 @@ def environment(folder: Path, port: int = 9) -> dict[str, str]:
 
 
 class Pipe:
-    """A server process and a client that does as little as possible: one line out, one line in."""
+    """A server process with a minimal client: it writes a line and reads a line."""
 
     def __init__(
         self, arguments: list[str], env: dict[str, str], fds: tuple[int, ...] = (), program: str | None = None
@@ -68,14 +68,14 @@ class Pipe:
         self.process.stdout.close()
 
     def greet(self) -> Any:
-        """From nothing to the list of tools, as a host does it; returns the list."""
+        """Initialize the session as an MCP host does, and return the list of tools."""
         client = {"name": "benchmark", "version": "1"}
         self.ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
         return self.ask("tools/list", {})
 
     def ready(self) -> None:
-        """Wait until everything is imported: the first answers come before that, this error does not."""
+        """Wait until the server has imported everything: only then it answers an unknown method."""
         with suppress(RuntimeError):
             self.ask("nothing/known", {})
 
@@ -88,7 +88,7 @@ class Pipe:
         return self._answer()
 
     def flood(self, tool: str, arguments: dict[str, Any], at_once: int) -> None:
-        """That many calls written together, and every answer read."""
+        """Write `at_once` calls together and read all answers."""
         params = {"name": tool, "arguments": arguments}
         lines = []
         for _ in range(at_once):
@@ -111,24 +111,24 @@ class Pipe:
             message = json.loads(line)
             if "id" in message and "method" not in message:
                 if "error" in message:
-                    raise RuntimeError(f"the server said: {message['error']}")
+                    raise RuntimeError(f"the server answered: {message['error']}")
                 return message["result"]
         raise RuntimeError("the server ended or gave no answer in time")
 
 
 class Standin:
-    """The stand-in of EvoLink in its own process; see `benchmarks.standin` for what it serves."""
+    """The stand-in for EvoLink in a separate process (`benchmarks.standin`)."""
 
     def __init__(self, port: int) -> None:
         self.port = port
 
     def seen(self) -> dict[str, Any]:
-        """What has happened there: counts of requests and the moments of looks, purchases and downloads."""
+        """Return the counts of requests and the times of polls, purchases and downloads."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/benchmark", timeout=30) as answer:
             return json.load(answer)
 
     def end_all(self, within_s: float) -> None:
-        """Let every task end within this time from now."""
+        """Complete every task within this time from now."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/benchmark/end?{within_s}", timeout=30):
             pass
 
@@ -147,17 +147,17 @@ def standin(pictures: str = "dot", *, batch: bool = True) -> Iterator[Standin]:
 
 
 def memory_mb(pid: int | None = None) -> float:
-    """What a process holds in memory now."""
+    """Return the resident memory of a process."""
     status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) / 1024
-    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid or os.getpid())], capture_output=True, check=True)
-    return int(told.stdout) / 1024
+    ps = subprocess.run(["ps", "-o", "rss=", "-p", str(pid or os.getpid())], capture_output=True, check=True)
+    return int(ps.stdout) / 1024
 
 
 def cpu_s(pid: int) -> float | None:
-    """Processor time a child has used so far; None where the system does not tell."""
+    """Return the CPU time of a child process so far; None if the system does not report it."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.exists():
         return None

@@ -1,4 +1,4 @@
-"""The servers ours is compared with: one tool that does nothing, on the SDK's stdio or on ours."""
+"""Serve one tool that does nothing, over the SDK's stdio or over this project's stdio, as references."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ server = MCPServer("bare", log_level="ERROR")
 
 @server.tool()
 def nothing(word: str = "") -> str:
-    """Answers with its argument."""
+    """Return the argument."""
     return word
 
 

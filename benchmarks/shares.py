@@ -1,7 +1,7 @@
-"""Our own share of one finished job, over stdio: from the call to the purchase, and from "completed" to the answer.
+"""Measure the server's own share of a job, over stdio: from the call to the POST, and from "completed" to the answer.
 
-Taken off are EvoLink's time, the lag of the look that found the end, and the download; left are the journal, the
-connection, checking and saving the file, and the preview.
+The share excludes EvoLink's time, the detection lag and the download. It includes the journal, the connection, the check
+and the save of the file, and the preview.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import SERVERS, Pipe, Standin, environment, standin
 
-TITLE = "Our share of one job"
+TITLE = "Own share of one job"
 
 
 def run(quick: bool) -> list[Figure]:
@@ -29,24 +29,25 @@ def run(quick: bool) -> list[Figure]:
             pipe.greet()
             pipe.ready()
             first, *later = [_job(pipe, at, kinds[kind], number) for number in range(repeats + 1)]
-        before, after = (middle([one[part] for one in later]) for part in (0, 1))
+        before, after = (middle([job[part] for job in later]) for part in (0, 1))
         figures += [
-            Figure(f"our share of one {kind} picture", middle([sum(one) for one in later]), "s", 0.5,
+            Figure(f"own share of one {kind} image", middle([sum(job) for job in later]), "s", 0.5,
                    f"before the purchase {before:.3f} s, after “completed” {after:.3f} s"),
-            Figure(f"the same for the first {kind} picture of a server", sum(first), "s", 0.5,
+            Figure(f"the same for the first {kind} image of a server", sum(first), "s", 0.5,
                    f"before the purchase {first[0]:.3f} s, after “completed” {first[1]:.3f} s"),
         ]  # fmt: skip
     return figures
 
 
 def _job(pipe: Pipe, at: Standin, size: dict[str, str], number: int) -> tuple[float, float]:
-    """Our seconds before the purchase and after the look that found the end."""
-    asked = time.time()
+    """Return the server's own seconds before the POST and after the poll that detected the end."""
+    called_at = time.time()
     answer = pipe.call("generate_image", {"prompt": f"sim:slow=1.5 picture {number}", "wait_seconds": 60, **size})
-    answered = time.time()
+    answered_at = time.time()
     facts = answer["structuredContent"]
     if answer.get("isError") or not all(image["path"] for image in facts["images"]):
         raise RuntimeError(f"the tool failed: {answer['content'][0]['text'][:300]}")
-    task_id, seen = facts["task_id"], at.seen()
-    fetched = sum(end - begin for begin, end in seen["fetched"][task_id])
-    return seen["bought"][task_id] - asked, answered - seen["told"][task_id] - fetched
+    task_id = facts["task_id"]
+    record = at.seen()
+    download_s = sum(end - begin for begin, end in record["fetched"][task_id])
+    return record["bought"][task_id] - called_at, answered_at - record["told"][task_id] - download_s

@@ -1,4 +1,4 @@
-"""The first answers, the whole start, memory and what is imported, beside a bare `MCPServer` with one tool."""
+"""Compare the first answers, the complete start, memory and imports with a bare `MCPServer` with one tool."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from evolink_mcp.tools.names import TOOL_NAMES
 
 TITLE = "Start"
 LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")
-# Runs the server with a thread that, when asked, tells which modules are loaded and which pages were opened.
+# Run the server with a thread that reports the loaded modules and the opened HTML pages on request.
 SPY = """
 import json, os, runpy, sys, threading
-asked, told, pages = int(sys.argv[1]), int(sys.argv[2]), []
-def heard(event, args):
+request_fd = int(sys.argv[1])
+report_fd = int(sys.argv[2])
+pages = []
+def record_page(event, args):
     if event == "open" and isinstance(args[0], (str, os.PathLike)) and str(args[0]).endswith(".html"):
         pages.append(str(args[0]))
-def tell():
-    os.read(asked, 1)
-    os.write(told, json.dumps([sorted(sys.modules), pages]).encode())
-    os.close(told)
-sys.addaudithook(heard)
-threading.Thread(target=tell, daemon=True).start()
+def report():
+    os.read(request_fd, 1)
+    os.write(report_fd, json.dumps([sorted(sys.modules), pages]).encode())
+    os.close(report_fd)
+sys.addaudithook(record_page)
+threading.Thread(target=report, daemon=True).start()
 sys.argv = ["evolink-mcp"]
 runpy.run_module("evolink_mcp", run_name="__main__")
 """
@@ -36,34 +38,34 @@ def run(quick: bool) -> list[Figure]:
     rounds = 3 if quick else 11
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         env = environment(Path(name))
-        for server in ("ours", "bare"):  # the first run compiles
+        for server in ("ours", "bare"):  # the first run compiles the modules
             _start(server, env)
         pairs = [(_start("ours", env), _start("bare", env)) for _ in range(rounds)]
-        # The owner's choice of tools is not in the recording: the SDK answers.
+        # With EVOLINK_MCP_TOOLS no recorded answers exist, so the SDK answers.
         slow = env | {"EVOLINK_MCP_TOOLS": ",".join(TOOL_NAMES)}
         whole = [(_start("ours", slow), _start("bare", env)) for _ in range(rounds)]
-        called = [(_start("ours", env, "compute_size"), _start("bare", env, "nothing")) for _ in range(rounds)]
+        with_call = [(_start("ours", env, "compute_size"), _start("bare", env, "nothing")) for _ in range(rounds)]
         uncompiled = env | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": f"{name}/nothing"}
         cold = [(_start("ours", uncompiled), _start("bare", uncompiled)) for _ in range(3)]
         modules, pages = _loaded(env)
-        held, calls = _held(env)
+        memory, calls = _memory_after_calls(env)
     early = [word for word in LATE if word in modules] + pages
     figures = [
-        _ratio("from spawn to the list of tools ÷ bare MCPServer on the SDK's stdio", pairs, 0.15),
+        _ratio("from process start to the list of tools ÷ bare MCPServer on the SDK's stdio", pairs, 0.15),
         _ratio("the same without bytecode", cold, None),
-        _ratio("the same without the recording", whole, 1.10),
-        _ratio("from spawn to the answer of compute_size ÷ of a tool that does nothing", called, None),
+        _ratio("the same without recorded answers", whole, 1.10),
+        _ratio("from process start to the answer of compute_size ÷ of a tool that does nothing", with_call, None),
     ]
     if whole[0][0][1] is not None:
-        cpu = middle([ours[1] / bare[1] for ours, bare in whole])  # pyright: ignore[reportOperatorIssue]
+        cpu = middle([project[1] / bare[1] for project, bare in whole])  # pyright: ignore[reportOperatorIssue]
         figures.append(
             Figure(
-                "without the recording, by processor time", cpu, "×", None, "hardly moved by other work on the machine"
+                "without recorded answers, by CPU time", cpu, "×", None, "other work on the machine hardly changes it"
             )
         )
-    what = ", ".join(early) or "nothing of " + ", ".join(LATE[:4]) + ", HTML"
-    figures.append(Figure("loaded before the first call although only a call needs it", len(early), "", 0, what))
-    figures.append(Figure(f"memory after {calls} free calls", held, "MB", 85))
+    note = ", ".join(early) or "none of " + ", ".join(LATE[:4]) + ", HTML"
+    figures.append(Figure("modules for calls that are loaded before the first call", len(early), "", 0, note))
+    figures.append(Figure(f"memory after {calls} free calls", memory, "MB", 85))
     return figures
 
 
@@ -71,14 +73,15 @@ Pairs = list[tuple[tuple[float, float | None], tuple[float, float | None]]]
 
 
 def _ratio(name: str, pairs: Pairs, limit: float | None) -> Figure:
-    ratios = [ours[0] / bare[0] for ours, bare in pairs]
-    ours, bare = (middle([one[0] for one in side]) * 1000 for side in zip(*pairs, strict=True))
-    note = f"median of {len(pairs)} interleaved pairs, {min(ratios):.2f} to {max(ratios):.2f}; {ours:.0f} and {bare:.0f} ms"
+    ratios = [project[0] / bare[0] for project, bare in pairs]
+    project_ms, bare_ms = (middle([times[0] for times in side]) * 1000 for side in zip(*pairs, strict=True))
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    note = f"median of {len(pairs)} interleaved pairs, {spread}; {project_ms:.0f} and {bare_ms:.0f} ms"
     return Figure(name, middle(ratios), "×", limit, note)
 
 
 def _start(server: str, env: dict[str, str], tool: str = "") -> tuple[float, float | None]:
-    """Seconds from spawn to the list of tools or to the answer of a tool, by the clock and by the processor."""
+    """Return the wall time and the CPU time from the process start to the list of tools, or to the answer of a tool."""
     started = time.perf_counter()
     with Pipe(SERVERS[server], env) as pipe:
         pipe.greet()
@@ -88,21 +91,21 @@ def _start(server: str, env: dict[str, str], tool: str = "") -> tuple[float, flo
 
 
 def _loaded(env: dict[str, str]) -> tuple[set[str], list[str]]:
-    asked, ask = os.pipe()
-    tell, told = os.pipe()
-    with Pipe(["-P", "-c", SPY, str(asked), str(told)], env, fds=(asked, told)) as pipe:
-        os.close(asked)
-        os.close(told)
+    request_read, request_write = os.pipe()
+    report_read, report_write = os.pipe()
+    with Pipe(["-P", "-c", SPY, str(request_read), str(report_write)], env, fds=(request_read, report_write)) as pipe:
+        os.close(request_read)
+        os.close(report_write)
         pipe.greet()
         pipe.ready()
-        os.write(ask, b".")
-        with open(tell, "rb") as file:
+        os.write(request_write, b".")
+        with open(report_read, "rb") as file:
             modules, pages = json.load(file)
-        os.close(ask)
+        os.close(request_write)
     return set(modules), [Path(page).name for page in pages]
 
 
-def _held(env: dict[str, str]) -> tuple[float, int]:
+def _memory_after_calls(env: dict[str, str]) -> tuple[float, int]:
     with Pipe(SERVERS["ours"], env) as pipe:
         pipe.greet()
         for _ in range(8):

@@ -1,9 +1,8 @@
-"""What servers of a team bear: one alone, then two behind nginx, with PostgreSQL and a simulated EvoLink that calls back.
+"""Measure the capacity of one server and of two behind nginx, with PostgreSQL and a simulated EvoLink that calls back.
 
-Callers of 20 tenants order within five seconds and wait; nothing is killed (`tests/teams/crowd.py --calm`, which also
-judges that every order was bought once and answered to its tenant). Everything shares the machine, so two servers do not
-help where its cores are busy: the processor time of the servers alone, for each order, says how far a core of their own
-would carry them.
+Callers of 20 tenants send requests within five seconds and wait. `tests/teams/crowd.py --calm` runs them and checks that
+each image was bought once and reached its tenant. All processes share the machine, so two servers do not help if its cores
+are busy. The CPU time of the servers per request shows the capacity of a separate core.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ from benchmarks.figures import Figure
 from benchmarks.processes import ROOT
 
 TITLE = "Servers of a team"
-LOOKS_MAX = 2.0
+POLL_REQUESTS_MAX = 2.0
 
 
 def run(quick: bool) -> list[Figure]:
     if shutil.which("nginx") is None:
-        print("teams: nginx and PostgreSQL are needed (apt-get install nginx-light postgresql)", file=sys.stderr)
+        print("teams: needs nginx and PostgreSQL (apt-get install nginx-light postgresql)", file=sys.stderr)
         return []
     callers = 40 if quick else 200
-    one, two = _crowd(callers, 1), _crowd(callers, 2)
-    orders = callers * 5
+    single = _crowd(callers, 1)
+    double = _crowd(callers, 2)
+    requests = callers * 5
     return [
-        Figure(f"orders a second, {orders} at one server", one["orders_a_second"], "/s", None,
-               f"up to {one['waiting']} callers wait at once; half have their picture within {one['median_s']:.1f} s"),
-        Figure("the same at two servers", two["orders_a_second"], "/s", None,
-               f"{two['orders_a_second'] / one['orders_a_second']:.2f} times as many on this machine"),
-        Figure("processor time of the servers for an order, one server", one["cpu_ms"], "ms", None,
-               f"a core carries {1000 / one['cpu_ms']:.0f} orders a second"),
-        Figure("the same at two servers", two["cpu_ms"], "ms", None, "of both together"),
-        Figure("memory above an idle server", max(one["extra_mb"]), "MB", None,
-               f"{1000 * max(one['extra_mb']) / one['waiting']:.0f} kB for each waiting caller"),
-        Figure("the same at each of two servers", max(two["extra_mb"]), "MB"),
-        Figure("requests that read tasks, for each order, with callbacks", max(one["looks"], two["looks"]), "",
-               LOOKS_MAX, "a callback is a hint: one look believes it"),
+        Figure(f"requests per second, {requests} to one server", single["orders_a_second"], "/s", None,
+               f"up to {single['waiting']} callers wait at once; 50 % get their image within {single['median_s']:.1f} s"),
+        Figure("the same with two servers", double["orders_a_second"], "/s", None,
+               f"{double['orders_a_second'] / single['orders_a_second']:.2f} times the rate of one server"),
+        Figure("CPU time of the servers per request, one server", single["cpu_ms"], "ms", None,
+               f"one core can process {1000 / single['cpu_ms']:.0f} requests per second"),
+        Figure("the same with two servers", double["cpu_ms"], "ms", None, "the sum of both"),
+        Figure("memory above an idle server", max(single["extra_mb"]), "MB", None,
+               f"{1000 * max(single['extra_mb']) / single['waiting']:.0f} kB per waiting caller"),
+        Figure("the same for each of two servers", max(double["extra_mb"]), "MB"),
+        Figure("requests that poll tasks, per purchase, with callbacks", max(single["looks"], double["looks"]), "",
+               POLL_REQUESTS_MAX, "one poll confirms a callback"),
     ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def _crowd(callers: int, servers: int) -> dict[str, Any]:
     command = [
         sys.executable, "tests/teams/crowd.py", "--calm", "--callbacks", "--callers", str(callers), "--servers", str(servers),
     ]  # fmt: skip
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"the crowd went wrong:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if run.returncode:
+        raise RuntimeError(f"tests/teams/crowd.py failed:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
+    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))

@@ -1,4 +1,4 @@
-"""A crowd over HTTP: callers who all wait for a picture, what they cost, and how soon each has it in the end."""
+"""Measure many callers over HTTP that wait for an image: memory, CPU time, and the lag of their answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.processes import ROOT, Standin, cpu_s, environment, free_port, m
 
 TITLE = "Many at once over HTTP"
 SETTLE_S = 5.0
-ASKED_EVERY_S = 0.02
+CALL_INTERVAL_S = 0.02
 GIVE_UP_S = 240.0
 HEAD = (
     "POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json, text/event-stream\r\n"
@@ -30,25 +30,25 @@ def run(quick: bool) -> list[Figure]:
     few = _crowd(100 if quick else 1000, 3 if quick else 10)
     figures = [
         Figure(f"extra memory for {few['callers']:,} waiting callers", few["extra_mb"], "MB", 150,
-               f"from {few['before_mb']:.0f} MB; {1024 * few['extra_mb'] / few['callers']:.0f} KB each"),
-        Figure("compute_size beside them, 99 of 100", few["beside_p99_ms"], "ms", 100,
-               f"half below {few['beside_ms']:.1f} ms, the longest {few['beside_max_ms']:.0f} ms, of {few['asked']}"),
-        Figure("longest wait for compute_size beside them", few["beside_max_ms"], "ms", 100, "a stall of the loop and its work"),
+               f"from {few['before_mb']:.0f} MB; {1024 * few['extra_mb'] / few['callers']:.0f} KB per caller"),
+        Figure("compute_size meanwhile, 99 % within", few["beside_p99_ms"], "ms", 100,
+               f"50 % below {few['beside_ms']:.1f} ms, maximum {few['beside_max_ms']:.0f} ms, {few['asked']} calls"),
+        Figure("longest compute_size meanwhile", few["beside_max_ms"], "ms", 100, "a stall of the event loop and the call"),
         Figure("share of one core while they wait", 100 * few["share"], "%"),
-        Figure("lag when all end within one second, 95 of 100", few["lag_p95"], "s", 5,
-               f"half below {few['lag_p50']:.1f} s; {few['cpu_ms']:.1f} ms of processor time a picture"),
-        Figure(f"callers without their picture, of {few['callers']:,}", few["lost"], "", 0),
+        Figure("detection lag when all tasks end within one second, 95 % within", few["lag_p95"], "s", 5,
+               f"50 % below {few['lag_p50']:.1f} s; {few['cpu_ms']:.1f} ms of CPU time per image"),
+        Figure(f"callers without their image, of {few['callers']:,}", few["lost"], "", 0),
     ]  # fmt: skip
     large = _crowd(8 if quick else 40, 1, "4K", 0.5, "auto")
     figures += [
-        Figure(f"lag when {large['callers']} 4K pictures end within half a second, half of them", large["lag_p50"], "s", 3,
-               f"10 of 100 within {large['lag_p10']:.1f} s, 95 within {large['lag_p95']:.1f} s; with check and preview"),
+        Figure(f"detection lag when {large['callers']} 4K images end within half a second, 50 % within", large["lag_p50"], "s", 3,
+               f"10 % within {large['lag_p10']:.1f} s, 95 % within {large['lag_p95']:.1f} s; with check and preview"),
     ]  # fmt: skip
     if not quick:
         many = _crowd(5000, 5)
         figures += [
-            Figure("callers without their picture, of 5,000", many["lost"], "", 0,
-                   f"lag of 95 of 100 {many['lag_p95']:.0f} s; {many['extra_mb']:.0f} MB more"),
+            Figure("callers without their image, of 5,000", many["lost"], "", 0,
+                   f"lag of 95 % within {many['lag_p95']:.0f} s; {many['extra_mb']:.0f} MB of extra memory"),
         ]  # fmt: skip
     return figures
 
@@ -81,23 +81,25 @@ async def _watch(
     while (await asyncio.to_thread(at.seen))["counts"].get("bought", 0) < callers + len(warm):
         await asyncio.sleep(0.2)
     await asyncio.sleep(SETTLE_S)
-    extra_mb, idle_cpu, began = memory_mb(pid) - before_mb, cpu_s(pid) or 0.0, time.monotonic()
-    asked: list[float] = []
-    while time.monotonic() - began < window_s:
+    extra_mb = memory_mb(pid) - before_mb
+    idle_cpu = cpu_s(pid) or 0.0
+    begin = time.monotonic()
+    durations: list[float] = []
+    while time.monotonic() - begin < window_s:
         started = time.monotonic()
         await _call(port, "compute_size", {"size": "16:9"})
-        asked.append(1000 * (time.monotonic() - started))
-        await asyncio.sleep(ASKED_EVERY_S)
-    core = ((cpu_s(pid) or 0.0) - idle_cpu) / (time.monotonic() - began)
+        durations.append(1000 * (time.monotonic() - started))
+        await asyncio.sleep(CALL_INTERVAL_S)
+    core = ((cpu_s(pid) or 0.0) - idle_cpu) / (time.monotonic() - begin)
     busy_cpu = cpu_s(pid) or 0.0
     await asyncio.to_thread(at.end_all, end_within_s)
     answers = await asyncio.gather(*calls, return_exceptions=True)
     ends = (await asyncio.to_thread(at.seen))["ends"]
-    good = [one for one in answers if not isinstance(one, BaseException) and one[1]]
-    lags = [came - ends[task_id] for came, task_id in good] or [math.inf]
+    good = [answer for answer in answers if not isinstance(answer, BaseException) and answer[1]]
+    lags = [answered_at - ends[task_id] for answered_at, task_id in good] or [math.inf]
     return {
-        "callers": callers, "before_mb": before_mb, "extra_mb": extra_mb, "share": core, "asked": len(asked),
-        "beside_ms": middle(asked), "beside_p99_ms": share(asked, 0.99), "beside_max_ms": max(asked),
+        "callers": callers, "before_mb": before_mb, "extra_mb": extra_mb, "share": core, "asked": len(durations),
+        "beside_ms": middle(durations), "beside_p99_ms": share(durations, 0.99), "beside_max_ms": max(durations),
         "lag_p50": middle(lags), "lag_p95": share(lags, 0.95), "lost": callers - len(good),
         "lag_p10": share(lags, 0.1),
         "cpu_ms": 1000 * ((cpu_s(pid) or 0.0) - busy_cpu) / callers,
@@ -105,7 +107,7 @@ async def _watch(
 
 
 async def _picture(port: int, prompt: str) -> tuple[float, str]:
-    """When the answer with a saved picture came, and the task's id; an empty id if there is no picture."""
+    """Return the time of the answer, and the task ID; an empty ID if no image was saved."""
     answer = await _call(port, "generate_image", {"prompt": prompt, "size": "1:1", "quality": "low"})
     task = answer.get("structuredContent", {})
     saved = task.get("status") == "completed" and all(image.get("path") for image in task.get("images", []))

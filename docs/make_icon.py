@@ -1,6 +1,6 @@
-"""Draws icon.png: the sun going down over the sea inside a picture frame's soft corners. Run it to change the icon.
+"""Draw icon.png: a sunset over the sea with rounded corners. Run this script to change the icon.
 
-python docs/make_icon.py [where]
+python docs/make_icon.py [FILE]
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 EDGE = 512
-FINE = 4  # everything is drawn this much larger, then made small: that is the smoothing
+FINE = 4  # draw in this scale, then reduce the image: this smooths the edges
 SIDE = EDGE * FINE
 HORIZON = 0.615
-SUN = (0.5, 0.475, 0.215)  # centre and radius, as parts of the edge
+SUN = (0.5, 0.475, 0.215)  # centre and radius, as fractions of the edge
 
 Colour = tuple[int, int, int]
 SKY: list[tuple[float, Colour]] = [
@@ -35,8 +35,8 @@ WARMTH = (1.0, 0.36, 0.42)
 DISC: list[tuple[float, Colour]] = [(0.0, (255, 244, 196)), (0.55, (255, 212, 128)), (1.0, (255, 150, 98))]
 
 
-def main(where: str = "icon.png") -> None:
-    """Draw and save it."""
+def main(file: str = "icon.png") -> None:
+    """Draw and save the icon."""
     picture = fade(SKY)
     glow(picture)
     disc(picture)
@@ -48,11 +48,11 @@ def main(where: str = "icon.png") -> None:
     sparkle(picture, 0.775, 0.215, 0.098)
     sparkle(picture, 0.873, 0.327, 0.043)
     picture.putalpha(corners())
-    picture.resize((EDGE, EDGE), Image.Resampling.LANCZOS).save(Path(where), optimize=True)
+    picture.resize((EDGE, EDGE), Image.Resampling.LANCZOS).save(Path(file), optimize=True)
 
 
 def fade(stops: list[tuple[float, Colour]]) -> Image.Image:
-    """A vertical gradient through `stops`, (height, colour)."""
+    """Return a vertical gradient through `stops`, pairs of height and colour."""
     column = Image.new("RGB", (1, SIDE))
     for y in range(SIDE):
         column.putpixel((0, y), between(stops, y / SIDE))
@@ -60,7 +60,7 @@ def fade(stops: list[tuple[float, Colour]]) -> Image.Image:
 
 
 def between(stops: list[tuple[float, Colour]], at: float) -> Colour:
-    """The colour at one height, eased between its neighbours."""
+    """Return the colour at a height, interpolated smoothly between the neighbours."""
     below = [stop for stop in stops if stop[0] <= at] or stops[:1]
     above = [stop for stop in stops if stop[0] > at] or stops[-1:]
     (low, first), (high, second) = below[-1], above[0]
@@ -71,7 +71,7 @@ def between(stops: list[tuple[float, Colour]], at: float) -> Colour:
 
 
 def glow(picture: Image.Image) -> None:
-    """Warm air around the sun."""
+    """Draw the glow around the sun."""
     x, y, r = (part * SIDE for part in SUN)
     light = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(light).ellipse((x - r * 1.5, y - r * 1.5, x + r * 1.5, y + r * 1.5), fill=150)
@@ -81,7 +81,7 @@ def glow(picture: Image.Image) -> None:
 
 
 def disc(picture: Image.Image) -> None:
-    """The sun."""
+    """Draw the sun."""
     x, y, r = (part * SIDE for part in SUN)
     mask = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(mask).ellipse((x - r, y - r, x + r, y + r), fill=255)
@@ -90,14 +90,15 @@ def disc(picture: Image.Image) -> None:
 
 
 def reflection(sea: Image.Image) -> None:
-    """The sun on the water: bars that part and grow narrow towards the shore."""
+    """Draw the reflection of the sun: bars that become narrower towards the bottom."""
     mask = Image.new("L", (SIDE, SIDE))
     draw = ImageDraw.Draw(mask)
     x, _, r = (part * SIDE for part in SUN)
     widths = (0.86, 1.02, 0.80, 0.60, 0.40, 0.20)
     for row, width in enumerate(widths):
         top = (HORIZON + 0.030 + 0.0575 * row) * SIDE
-        half, thick = r * width, SIDE * (0.0155 - 0.0007 * row)
+        half = r * width
+        thick = SIDE * (0.0155 - 0.0007 * row)
         shift = r * 0.10 * math.sin(row * 2.1)
         draw.rounded_rectangle((x - half + shift, top, x + half + shift, top + 2 * thick), thick, fill=255 - 14 * row)
     shade = fade([(HORIZON, (255, 206, 132)), (0.80, (255, 138, 108)), (0.97, (214, 84, 132))])
@@ -105,7 +106,7 @@ def reflection(sea: Image.Image) -> None:
 
 
 def ridge(picture: Image.Image) -> None:
-    """Two islands on the horizon."""
+    """Draw two islands on the horizon."""
     draw = ImageDraw.Draw(picture)
     line = HORIZON * SIDE
     for start, end, high, colour in ((-0.05, 0.33, 0.085, (74, 30, 104)), (0.76, 1.06, 0.060, (98, 36, 116))):
@@ -120,27 +121,27 @@ def ridge(picture: Image.Image) -> None:
 
 
 def sparkle(picture: Image.Image, x: float, y: float, radius: float) -> None:
-    """A star of four points: something new was made."""
+    """Draw a star with four points."""
     mask = Image.new("L", (SIDE, SIDE))
     points = []
     for step in range(720):
         angle = math.tau * step / 720
-        away = radius / (abs(math.cos(angle)) ** 0.52 + abs(math.sin(angle)) ** 0.52) ** (1 / 0.52)
-        points.append(((x + away * math.cos(angle)) * SIDE, (y + away * math.sin(angle)) * SIDE))
+        radius_here = radius / (abs(math.cos(angle)) ** 0.52 + abs(math.sin(angle)) ** 0.52) ** (1 / 0.52)
+        points.append(((x + radius_here * math.cos(angle)) * SIDE, (y + radius_here * math.sin(angle)) * SIDE))
     ImageDraw.Draw(mask).polygon(points, fill=255)
     halo = mask.filter(ImageFilter.GaussianBlur(radius * SIDE * 0.16)).point(lambda value: value * 0.7)
     picture.paste(Image.new("RGB", picture.size, (255, 246, 226)), mask=ImageChops.lighter(mask, halo))
 
 
 def corners() -> Image.Image:
-    """A superellipse: corners without a visible beginning."""
+    """Return a mask with rounded corners (a superellipse)."""
     mask = Image.new("L", (SIDE, SIDE))
     middle = SIDE / 2
     points = []
     for step in range(2880):
         angle = math.tau * step / 2880
-        away = middle / (abs(math.cos(angle)) ** 5 + abs(math.sin(angle)) ** 5) ** (1 / 5)
-        points.append((middle + away * math.cos(angle), middle + away * math.sin(angle)))
+        radius_here = middle / (abs(math.cos(angle)) ** 5 + abs(math.sin(angle)) ** 5) ** (1 / 5)
+        points.append((middle + radius_here * math.cos(angle), middle + radius_here * math.sin(angle)))
     ImageDraw.Draw(mask).polygon(points, fill=255)
     return mask
 

@@ -1,6 +1,6 @@
-"""Draws docs/sizes.svg: every ratio as a shape, and the pixels of each tier by both of EvoLink's tables.
+"""Draw docs/sizes.svg: each ratio as a shape, with the pixels of each tier in both of EvoLink's tables.
 
-python docs/make_sizes.py    run it where evolink_mcp can be imported
+python docs/make_sizes.py    needs evolink_mcp on the import path
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MARGIN, HEAD = 24, 64
 INK, QUIET, SHAPE_FILL, PAPER = "#1c1b19", "#6b675f", "#d9d2c4", "#f7f5f0"
 
 
-def drawn() -> str:
-    """The whole picture as SVG."""
+def draw() -> str:
+    """Return the complete image as SVG."""
     rows = -(-len(DEFAULT_MODEL.limits.ratios) // COLUMNS)
     width, height = 2 * MARGIN + COLUMNS * CELL_WIDTH, HEAD + rows * CELL_HEIGHT + MARGIN
     parts = [
@@ -28,8 +28,8 @@ def drawn() -> str:
         f"in each line {RULES[0]}, then {RULES[1]} where it differs</text>",
     ]
     for number, ratio in enumerate(sorted(DEFAULT_MODEL.limits.ratios, key=_shape)):
-        left = MARGIN + number % COLUMNS * CELL_WIDTH
-        parts += _cell(ratio, left, HEAD + number // COLUMNS * CELL_HEIGHT)
+        x = MARGIN + number % COLUMNS * CELL_WIDTH
+        parts += _cell(ratio, x, HEAD + number // COLUMNS * CELL_HEIGHT)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -38,22 +38,22 @@ def _shape(ratio: str) -> float:
     return across / down
 
 
-def _cell(ratio: str, left: int, top: int) -> list[str]:
+def _cell(ratio: str, x: int, top: int) -> list[str]:
     shape = _shape(ratio)
     width, height = (SHAPE, SHAPE / shape) if shape >= 1 else (SHAPE * shape, SHAPE)
     parts = [
-        f'<rect x="{left + (SHAPE - width) / 2:.1f}" y="{top + (SHAPE - height) / 2:.1f}" width="{width:.1f}" '
+        f'<rect x="{x + (SHAPE - width) / 2:.1f}" y="{top + (SHAPE - height) / 2:.1f}" width="{width:.1f}" '
         f'height="{height:.1f}" rx="3" fill="{SHAPE_FILL}"/>',
-        f'<text x="{left + SHAPE / 2:.1f}" y="{top + SHAPE / 2 + 5:.1f}" font-size="15" font-weight="600" '
+        f'<text x="{x + SHAPE / 2:.1f}" y="{top + SHAPE / 2 + 5:.1f}" font-size="15" font-weight="600" '
         f'text-anchor="middle">{ratio}</text>',
     ]
     for line, tier in enumerate(TIERS):
-        told = dict.fromkeys(str(resolve(ratio, tier, rule).size).replace("x", "×") for rule in RULES)
+        sizes = dict.fromkeys(str(resolve(ratio, tier, rule).size).replace("x", "×") for rule in RULES)
         y = top + SHAPE + 28 + 22 * line
-        parts.append(f'<text x="{left}" y="{y}" font-size="13" fill="{QUIET}">{tier}</text>')
-        parts.append(f'<text x="{left + 28}" y="{y}" font-size="13">{" / ".join(told)}</text>')
+        parts.append(f'<text x="{x}" y="{y}" font-size="13" fill="{QUIET}">{tier}</text>')
+        parts.append(f'<text x="{x + 28}" y="{y}" font-size="13">{" / ".join(sizes)}</text>')
     return parts
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("sizes.svg").write_text(drawn(), encoding="utf-8")
+    Path(__file__).with_name("sizes.svg").write_text(draw(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What README says is what the code does."""
+"""Compare README and the other documents with the code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from evolink_mcp.teams.settings import TeamSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 TEAMS = (ROOT / "docs" / "teams.md").read_text(encoding="utf-8")
 
 
@@ -37,7 +35,7 @@ TEAM = {name: entry for name, entry in TeamSettings.table().items() if name not 
     ("document", "settings"),
     [pytest.param("README.md", PERSONAL, id="README"), pytest.param("docs/teams.md", TEAM, id="teams")],
 )
-def test_the_settings_table_is_the_settings(document: str, settings: dict[str, Setting]) -> None:
+def test_a_settings_table_matches_the_settings(document: str, settings: dict[str, Setting]) -> None:
     rows = [f"| `{entry.variable}` | {entry.default_text} | {entry.description} |" for entry in settings.values()]
     table = "\n".join(["| Variable | Default | Description |", "|---|---|---|", *rows]) + "\n"
     text = README if document == "README.md" else TEAMS
@@ -68,37 +66,37 @@ async def test_the_tools_table_names_every_tool(world: World) -> None:
     }
 
 
-def test_the_map_shows_every_package_in_reading_order() -> None:
-    shown = re.findall(
+def test_the_architecture_table_lists_every_package_in_order() -> None:
+    listed = re.findall(
         r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", README.split("## Architecture")[1], re.MULTILINE))
     )
-    assert shown == [*(name for name in ORDER[:-1] if "." not in name), *PACKAGES]
+    assert listed == [*(name for name in ORDER[:-1] if "." not in name), *PACKAGES]
 
 
-def test_every_link_into_the_repository_leads_somewhere() -> None:
+def test_every_link_to_a_file_of_the_repository_works() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
         assert [link for link in links if not (document.parent / link).exists()] == [], document.name
 
 
-def test_readme_is_short_and_the_changelog_knows_the_version() -> None:
+def test_readme_is_short_and_the_changelog_has_the_version() -> None:
     assert len(README.splitlines()) <= 200
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_the_error_tree_in_the_source_is_the_tree() -> None:
+def test_the_tree_in_the_docstring_of_errors_has_every_class() -> None:
     from evolink_mcp import errors
 
-    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
-    built = [
+    documented = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
+    classes = [
         name
         for name, thing in vars(errors).items()
         if isinstance(thing, type) and issubclass(thing, errors.EvolinkError)
     ]
-    assert sorted(drawn) == sorted(set(built) - {"EvolinkError"})
+    assert sorted(documented) == sorted(set(classes) - {"EvolinkError"})
 
 
-def test_every_promise_of_security_names_tests_that_are_there() -> None:
+def test_every_promise_of_security_names_existing_tests() -> None:
     security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     table = security.partition("## Which test shows it")[2].partition("\n## ")[0]
     named = re.findall(r"`((?:tests|benchmarks)/[^`]+)`", table)
@@ -106,14 +104,14 @@ def test_every_promise_of_security_names_tests_that_are_there() -> None:
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-def test_the_picture_of_sizes_shows_what_is_computed() -> None:
-    """`python docs/make_sizes.py` draws it again."""
+def test_the_image_of_sizes_matches_the_computed_sizes() -> None:
+    """`python docs/make_sizes.py` updates the image."""
     docs = ROOT / "docs"
-    drawn = runpy.run_path(str(docs / "make_sizes.py"))["drawn"]()
-    assert (docs / "sizes.svg").read_text("utf-8") == drawn
+    image = runpy.run_path(str(docs / "make_sizes.py"))["draw"]()
+    assert (docs / "sizes.svg").read_text("utf-8") == image
 
 
-def test_what_designers_are_told_of_prices_and_times_holds() -> None:
+def test_the_prices_and_times_for_designers_are_right() -> None:
     page = (ROOT / "docs" / "designers.md").read_text("utf-8")
     square = Size(1024, 1024)
     low, medium, high = (output_tokens(square, quality) for quality in ("low", "medium", "high"))

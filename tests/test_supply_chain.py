@@ -1,4 +1,4 @@
-"""Actions, images, tools and lowest versions are exact, and no job may do more than it needs."""
+"""Check pinned actions, images and tools, minimum versions, and the permissions of each job."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRIVILEGED = {
     "assets": [DOWNLOAD],
     "registry": ["actions/checkout"],
 }
-# The lowest versions in which no hole is known that concerns us.
+# The lowest versions without a known vulnerability that concerns this package.
 FLOORS = {"filelock": (3, 20, 3), "pillow": (12, 3), "python-multipart": (0, 0, 22), "starlette": (1,), "mcp": (2, 3)}
 
 
@@ -92,7 +92,7 @@ def test_a_job_that_signs_or_publishes_installs_nothing_and_runs_no_test(name: s
     assert re.findall(r"\b(?:pip|pipx|uvx?|npm|npx|node|python3?|pytest|make|docker)\b", commands(job)) == []
 
 
-def test_every_job_without_a_permission_to_write_is_one_that_builds_or_tests() -> None:
+def test_only_the_jobs_that_build_or_test_have_no_write_permission() -> None:
     unprivileged = {name: job["permissions"] for name, job in release_jobs().items() if name not in PRIVILEGED}
     assert unprivileged == {"test": {"contents": "read"}, "build": {"contents": "read"}}
 
@@ -110,7 +110,7 @@ def test_nothing_is_signed_before_the_tests_passed_and_nothing_is_published_unsi
 
 
 @pytest.mark.parametrize("name", ["attest", "pypi", "assets"])
-def test_a_download_is_checked_against_the_hashes_of_the_build_before_anything_else_happens(name: str) -> None:
+def test_each_job_first_checks_its_download_against_the_hashes_of_the_build(name: str) -> None:
     """Another job of the run can replace the artifact, but not the output of the build."""
     download, check, *_ = release_jobs()[name]["steps"]
     assert download["uses"].startswith(f"{DOWNLOAD}@")
@@ -153,7 +153,7 @@ def test_no_job_of_a_release_uses_a_cache() -> None:
     assert [option.get("package-manager-cache") for option in node] == [False]
 
 
-def test_every_tool_of_a_release_has_an_exact_version_and_no_host_is_named() -> None:
+def test_every_tool_of_a_release_has_an_exact_version_and_no_registry_url() -> None:
     python = (ROOT / ".github" / "release" / "requirements.txt").read_text(encoding="utf-8")
     node = (ROOT / ".github" / "release" / "package.json").read_text(encoding="utf-8")
     packages = [line for line in python.splitlines() if line and line[0] not in "# "]
@@ -165,7 +165,7 @@ def test_every_tool_of_a_release_has_an_exact_version_and_no_host_is_named() -> 
 
 
 @EACH_WORKFLOW
-def test_a_workflow_reads_and_does_no_more_unless_a_job_says_so(workflow: Path) -> None:
+def test_a_workflow_can_only_read_unless_a_job_declares_more(workflow: Path) -> None:
     text = workflow.read_text(encoding="utf-8")
     assert "\npermissions:\n  contents: read\n" in text
     assert "write-all" not in text
@@ -173,7 +173,7 @@ def test_a_workflow_reads_and_does_no_more_unless_a_job_says_so(workflow: Path) 
 
 
 @EACH_WORKFLOW
-def test_what_is_fetched_is_checked_by_its_sum(workflow: Path) -> None:
+def test_every_downloaded_file_is_checked_by_its_hash(workflow: Path) -> None:
     scripts = [step.get("run", "") for job in jobs(workflow).values() for step in job["steps"]]
     downloads = [script for script in scripts if re.search(r"\b(?:curl|wget)\b", script)]
     assert [
@@ -188,14 +188,14 @@ def test_the_image_is_built_on_an_exact_base() -> None:
 
 
 @pytest.mark.parametrize("name", FLOORS)
-def test_the_lowest_version_that_may_be_installed_has_no_known_hole(name: str) -> None:
+def test_the_lowest_allowed_version_has_no_known_vulnerability(name: str) -> None:
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     (need,) = [need for need in needs if re.match(rf"{name}[\[>]", need)]
     floor = re.search(r">=([0-9.]+)", need)
     assert floor is not None
     assert tuple(map(int, floor[1].split("."))) >= FLOORS[name]
-    assert re.search(r",<\d", need), "an upper bound too"
+    assert re.search(r",<\d", need), "the upper bound is missing"
 
 
-def test_no_lock_file_and_no_registrys_host_is_kept() -> None:
+def test_the_repository_has_no_lock_file() -> None:
     assert [path.name for path in ROOT.iterdir() if path.name in ("uv.lock", "poetry.lock", "package-lock.json")] == []

