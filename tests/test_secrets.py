@@ -81,10 +81,10 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
             outputs.append(json.dumps(await server.ask("tools/list")))
 
             async def buy_with_fault(name: str, fault: gw.Fault) -> None:
-                async with servers.server(env, "-v") as other:
+                async with servers.server(env, "-v") as second:
                     gateway.purchases.append(fault)
-                    outputs.append(json.dumps(await other.call("generate_image", **{**REQUEST, "prompt": name})))
-                    outputs.append(other.err.read_text())
+                    outputs.append(json.dumps(await second.call("generate_image", **{**REQUEST, "prompt": name})))
+                    outputs.append(second.err.read_text())
 
             for name, fault in FAULTS.items():
                 calls.start_soon(buy_with_fault, name, fault)
@@ -189,9 +189,9 @@ async def test_a_request_never_goes_to_another_origin(path: str) -> None:
 
 async def test_the_client_does_not_send_the_key_to_a_redirect(gateway: Gateway) -> None:
     requests: list[Ask] = []
-    other = Gateway(QuickSimulator(), reads=lambda ask: requests.append(ask) or None)
-    async with other.open():
-        gateway.reads = lambda ask: gw.before(gw.says(302, location=f"{other.url}/v1/credits"))
+    target = Gateway(QuickSimulator(), reads=lambda ask: requests.append(ask) or None)
+    async with target.open():
+        gateway.reads = lambda ask: gw.before(gw.says(302, location=f"{target.url}/v1/credits"))
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             with pytest.raises(EvolinkError):
                 await client.balance()

@@ -392,7 +392,7 @@ class Settings:
     @classmethod
     def table(cls) -> dict[str, Setting]:
         """Return the settings by field name, in the order of their declaration."""
-        return {one.name: one.metadata[Setting] for one in fields(cls) if Setting in one.metadata}
+        return {item.name: item.metadata[Setting] for item in fields(cls) if Setting in item.metadata}
 
     @classmethod
     def variables(cls) -> list[str]:
@@ -402,10 +402,10 @@ class Settings:
     @classmethod
     def unknown_variables(cls, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
         """Return the set variables that begin like a setting but are none, each with the most similar setting."""
-        known = cls.variables()
+        variables = cls.variables()
         names = os.environ if environ is None else environ
-        unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in known)
-        return {name: _most_similar(name, known) for name in unknown}
+        unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in variables)
+        return {name: _most_similar(name, variables) for name in unknown}
 
     @property
     def key_problem(self) -> str | None:
@@ -455,10 +455,10 @@ class Settings:
         ]
 
 
-def _most_similar(name: str, known: Sequence[str]) -> str | None:
+def _most_similar(name: str, variables: Sequence[str]) -> str | None:
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    return next(iter(difflib.get_close_matches(name, variables, n=1)), None)
 
 
 # --- the environment of child processes ---

@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     sheet.add_argument("--out", help="new file to write (default: a name with the time, in the output folder)")
     doctor = commands.add_parser("doctor", help="check this installation and print the configuration of each MCP host")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    word = next((one for one in argv if not one.startswith("-")), None)
+    word = next((argument for argument in argv if not argument.startswith("-")), None)
     if word == "help":
         parser.print_help()
         parser.exit()

@@ -277,7 +277,7 @@ def check_folders(settings: TeamSettings) -> list[Finding]:
 
 def check_writable(subject: str, folder: Path, variable: str) -> Finding:
     """Write a temporary file in `folder`, or in its nearest existing parent."""
-    parent = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    parent = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     advice = f"Correct the permissions of the folder or free disk space, or set {variable} to another folder."
     try:
         with tempfile.TemporaryFile(dir=parent):

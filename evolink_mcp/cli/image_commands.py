@@ -105,8 +105,8 @@ def _show(path: Path) -> bool:
     program = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if program is None or (sys.platform == "linux" and not has_display()):
         return False
-    done = subprocess.run([program, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    return done.returncode == 0
+    result = subprocess.run([program, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return result.returncode == 0
 
 
 def write_sheet(

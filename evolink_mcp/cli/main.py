@@ -112,12 +112,12 @@ def _stdio(_: Namespace) -> int:
     sys.setswitchinterval(default_interval)
 
     async def serve(read: Any, write: Any) -> None:
-        opening = open_studio(settings)
+        studio_context = open_studio(settings)
         if settings.database_url is not None or settings.store is not None or settings.has_audit_log:
             from evolink_mcp.teams.studios import open_team_studio
 
-            opening = open_team_studio(settings)
-        async with opening as studio, anyio.create_task_group() as group:
+            studio_context = open_team_studio(settings)
+        async with studio_context as studio, anyio.create_task_group() as group:
             server = server_for(studio, settings, secret=settings.secret)
             start_garbage_collection()
             if results is None:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class OAuth:
-    """An issuer whose JWTs are accepted, and the audience and scopes that a JWT needs."""
+    """An accepted issuer of JWTs, with the required audience and scopes."""
 
     issuer: str
     audience: str
@@ -152,7 +152,7 @@ class TeamSettings(Settings):
         "EVOLINK_MCP_OAUTH_ISSUER",
         _issuer,
         None,
-        "OAuth 2.1 issuer whose JWTs are accepted over HTTP, instead of tokens or in addition. Needs the public URL.",
+        "OAuth 2.1 issuer of accepted JWTs over HTTP, instead of tokens or in addition. Needs the public URL.",
         requires=("EVOLINK_MCP_PUBLIC_URL", "clients find the login page of the issuer there"),
     )
     oauth_audience: str | None = setting(

@@ -36,25 +36,25 @@ def test_help_names_every_command_and_every_setting(tmp_path: Path) -> None:
 
 
 def test_tasks_before_the_first_purchase_creates_no_file(tmp_path: Path) -> None:
-    done = run(tmp_path, "tasks")
-    assert (done.returncode, done.stdout.startswith("No purchases yet")) == (0, True)
+    result = run(tmp_path, "tasks")
+    assert (result.returncode, result.stdout.startswith("No purchases yet")) == (0, True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_for_other_machines_without_authentication_needs_insecure(tmp_path: Path) -> None:
-    done = run(tmp_path, "http", "--host", "0.0.0.0", "--port", "0")
-    assert done.returncode == 2
-    assert "--insecure" in done.stderr
+    result = run(tmp_path, "http", "--host", "0.0.0.0", "--port", "0")
+    assert result.returncode == 2
+    assert "--insecure" in result.stderr
 
 
 def test_the_demo_saves_an_image_and_prints_its_path(tmp_path: Path) -> None:
-    done = run(tmp_path, "demo", "A fox in the mist")
-    assert (done.returncode, done.stderr) == (0, "")
+    result = run(tmp_path, "demo", "A fox in the mist")
+    assert (result.returncode, result.stderr) == (0, "")
     (image,) = tmp_path.rglob("*.png")
     assert image.parent.name.endswith("simulated")
-    assert str(image) in done.stdout
-    assert "2048 × 1152 pixels" in done.stdout
-    assert "credits" in done.stdout
+    assert str(image) in result.stdout
+    assert "2048 × 1152 pixels" in result.stdout
+    assert "credits" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -72,23 +72,23 @@ def test_the_demo_saves_an_image_and_prints_its_path(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run(tmp_path, *arguments)
-    assert (done.returncode in (1, 2), done.stdout) == (True, "")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    result = run(tmp_path, *arguments)
+    assert (result.returncode in (1, 2), result.stdout) == (True, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["http"], ["demo"], ["tasks"], ["open"], ["sheet"]])
 def test_an_invalid_setting_ends_every_command_in_one_line(tmp_path: Path, arguments: list[str]) -> None:
-    done = run(tmp_path, *arguments, EVOLINK_MCP_WAIT_SECONDS="soon")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "evolink-mcp: EVOLINK_MCP_WAIT_SECONDS must be a number from 0 to 900\n"
+    result = run(tmp_path, *arguments, EVOLINK_MCP_WAIT_SECONDS="soon")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "evolink-mcp: EVOLINK_MCP_WAIT_SECONDS must be a number from 0 to 900\n"
 
 
 def test_warnings_about_settings_are_on_stderr(tmp_path: Path) -> None:
-    done = run(tmp_path, "tasks", EVOLINK_MCP_OUTPUTDIR="x", EVOLINK_BASE_URL="https://api.example.com")
-    assert done.returncode == 0
-    unknown, *foreign = done.stderr.splitlines()
+    result = run(tmp_path, "tasks", EVOLINK_MCP_OUTPUTDIR="x", EVOLINK_BASE_URL="https://api.example.com")
+    assert result.returncode == 0
+    unknown, *foreign = result.stderr.splitlines()
     assert unknown == (
         "evolink-mcp: EVOLINK_MCP_OUTPUTDIR is not a setting and has no effect; did you mean EVOLINK_MCP_OUTPUT_DIR?"
     )
@@ -99,9 +99,9 @@ def test_warnings_about_settings_are_on_stderr(tmp_path: Path) -> None:
 def test_a_used_port_is_reported_in_one_line(tmp_path: Path, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        done = run(tmp_path, command, "--port", port)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+        result = run(tmp_path, command, "--port", port)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
     assert f"127.0.0.1 port {port} cannot be opened" in line
 
 

@@ -355,8 +355,8 @@ def test_a_path_with_quotes_and_blanks_is_escaped() -> None:
 def test_the_installed_command_starts_this_version() -> None:
     command, arguments = installed_command()
     assert Path(command).is_absolute()
-    done = subprocess.run([command, *arguments, "--version"], capture_output=True, text=True, check=True, timeout=300)
-    assert re.fullmatch(r"evolink-mcp [\d.]+\n", done.stdout)
+    result = subprocess.run([command, *arguments, "--version"], capture_output=True, text=True, check=True, timeout=300)
+    assert re.fullmatch(r"evolink-mcp [\d.]+\n", result.stdout)
 
 
 def test_without_an_installed_script_python_ignores_the_working_directory(tmp_path: Path) -> None:
@@ -395,8 +395,8 @@ def test_every_network_problem_is_reported_without_a_traceback(tmp_path: Path, e
         env = minimal_environment(tmp_path, EVOLINK_API_KEY="sk-0123456789abcdef", EVOLINK_BASE_URL=base_url)
         env |= {name: value.replace("{port}", port) for name, value in environ.items()}
         command = [*SERVER_COMMAND, "doctor", "--json"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         server.close()
-    verdicts = {finding["subject"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}
-    assert (done.returncode, done.stderr) == (1, "")
+    verdicts = {finding["subject"]: finding["verdict"] for finding in json.loads(result.stdout)["findings"]}
+    assert (result.returncode, result.stderr) == (1, "")
     assert verdicts["network"] == verdicts["credits"] == "broken"

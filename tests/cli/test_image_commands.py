@@ -84,9 +84,9 @@ async def test_a_sheet_shows_every_image_and_loads_no_other_file(open_world: Ope
     assert "a &lt;b&gt;red&lt;/b&gt; fox &amp; co" in page
     assert "edited from " in page
     assert set(re.findall(r'(?:src|href)="(\w+):', page)) == {"data", "file"}
-    other = world.folder / "hares.html"
-    _, lines, _ = await run(write_sheet, world.settings, ["hare"], "all", str(other))
-    assert lines == [f"1 image: {other}"]
+    second = world.folder / "hares.html"
+    _, lines, _ = await run(write_sheet, world.settings, ["hare"], "all", str(second))
+    assert lines == [f"1 image: {second}"]
     assert (await run(write_sheet, world.settings, ["badger"], "all", str(out)))[0] == 1
 
 

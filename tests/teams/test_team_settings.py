@@ -93,8 +93,8 @@ def test_no_secret_is_in_the_printed_settings() -> None:
         "EVOLINK_MCP_METRICS_TOKEN": "m" * 32,
     }
     assert {entry.variable for entry in TeamSettings.table().values() if entry.is_secret} == set(secrets)
-    shown = repr(TeamSettings.from_environment(secrets))
-    assert [value for value in secrets.values() if value in shown] == []
+    text = repr(TeamSettings.from_environment(secrets))
+    assert [value for value in secrets.values() if value in text] == []
 
 
 @pytest.mark.anyio
@@ -112,11 +112,11 @@ async def test_settings_that_contradict_each_other_end_the_start_with_one_line(
     tmp_path: Path, command: list[str], environ: dict[str, str], message: str
 ) -> None:
     with anyio.fail_after(300):
-        done = await anyio.run_process(
+        result = await anyio.run_process(
             [*SERVER_COMMAND, *command], env=minimal_environment(tmp_path, **environ), check=False
         )
-    lines = done.stderr.decode().splitlines()
-    assert (done.returncode, len(lines), message in lines[0], done.stdout) == (2, 1, True, b"")
+    lines = result.stderr.decode().splitlines()
+    assert (result.returncode, len(lines), message in lines[0], result.stdout) == (2, 1, True, b"")
 
 
 # --- the checks of doctor ---
