@@ -1,4 +1,4 @@
-"""The exception tree: what each failure of a call means, and whether money was charged.
+"""The exception tree: the meaning of each failed call, and whether it cost money.
 
 EvolinkError
 ├── Refused                 the server stopped the call: nothing was sent, nothing was charged
@@ -116,7 +116,7 @@ class JournalUnwritable(Refused):
 
     code = "journal_unwritable"
     advice = (
-        "The server buys only what it can record first. Make the folder writable, free some space, "
+        "The server must record a purchase before it buys. Make the folder writable, free some space, "
         "or set EVOLINK_MCP_DATA_DIR to another folder. Then call again."
     )
 

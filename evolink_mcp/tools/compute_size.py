@@ -113,7 +113,7 @@ def compute_size_tool(studio: Studio) -> Tool:
         the width and height that you need (such as 1200 and 628): returns the nearest legal size that covers them,
         the closest ratio and tier, and the crop."""
         await studio.size_rule.refresh(fresh_for_s=RULE_FRESH_FOR_S)
-        out = compute(req, studio.size_rule.current, studio.size_rule.possible, known=studio.size_rule.known)
+        out = compute(req, studio.size_rule.current, studio.size_rule.possible, is_known=studio.size_rule.known)
         return result(size_text(out), out, is_error=out.error is not None)
 
     return flat_tool(
@@ -127,7 +127,7 @@ def _format_error(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResu
 
 
 def compute(
-    req: ComputeSizeArguments, rule: str = "anchor-edge", possible: Sequence[str] = (), *, known: bool = False
+    req: ComputeSizeArguments, rule: str = "anchor-edge", possible: Sequence[str] = (), *, is_known: bool = False
 ) -> SizeOut:
     """Return pixels and price of a size, or the size that covers a target.
 
@@ -164,7 +164,7 @@ def compute(
     out.downscaled = resolved.downscaled
     out.resolution_applies = resolved.resolution_applies
     out.rule = resolved.rule
-    out.rule_known = known if resolved.resolution_applies else None
+    out.rule_known = is_known if resolved.resolution_applies else None
     out.prices = _other_prices(size, req, rule, possible)
     if corrected is not None:
         out.notes.append(
@@ -178,13 +178,13 @@ def compute(
     elif not resolved.resolution_applies and "resolution" in req.model_fields_set:
         out.notes.append("resolution has no effect with WxH.")
     if resolved.resolution_applies:
-        other = next(name for name in sizes.RULES if name != rule)
-        other_size = sizes.resolve(size, req.resolution, other).size
+        other_rule = next(name for name in sizes.RULES if name != rule)
+        other_size = sizes.resolve(size, req.resolution, other_rule).size
         if other_size != resolved.size:
             out.alternatives.append(str(other_size))
             unknown_rule = " The rule of this account's pictures is not known yet." if len(possible) > 1 else ""
             out.notes.append(
-                f"EvoLink's {other} rule computes {other_size}. Pass explicit_size as size for exact pixels.{unknown_rule}"
+                f"EvoLink's {other_rule} rule computes {other_size}. Pass explicit_size as size for exact pixels.{unknown_rule}"
             )
     return out
 
@@ -273,7 +273,7 @@ def size_text(out: SizeOut) -> str:
         evidence = (
             "A delivered picture confirmed it" if out.rule_known else "No picture of this account confirmed it yet"
         )
-        smaller = " The picture is smaller than the tier's name says." if out.downscaled else ""
+        smaller = " The picture is smaller than the tier's name suggests." if out.downscaled else ""
         lines.append(f"The pixels follow EvoLink's {out.rule} table. {evidence}.{smaller}")
     lines.append(
         f"Estimated price: {priced(out.estimated_credits or 0)} for {out.estimated_tokens:,} output tokens, without the "
@@ -294,7 +294,7 @@ def size_text(out: SizeOut) -> str:
 
 def _price_text(prices: list[PriceOut]) -> str:
     amounts: dict[str, list[str]] = {}
-    for other in prices:
-        tier = f" in {other.resolution}" if other.resolution else ""
-        amounts.setdefault(other.quality, []).append(f"{other.credits_at_most:g}{tier}")
+    for each in prices:
+        tier = f" in {each.resolution}" if each.resolution else ""
+        amounts.setdefault(each.quality, []).append(f"{each.credits_at_most:g}{tier}")
     return "; ".join(f"{quality} {', '.join(each)}" for quality, each in amounts.items())

@@ -305,7 +305,7 @@ def _deviations(entry: Entry) -> list[str]:
         )
         hint = "Give size as WxH for exact pixels."
         if not sizes.takes_resolution(str(body.get("size", "auto"))):
-            notes.append(f"{sizes_text}, although size was given in pixels.")
+            notes.append(f"{sizes_text}, although the request named the pixels.")
         elif shown_by(entry) is not None:
             notes.append(f"{sizes_text}. EvoLink did not follow its {entry.rule} table. {hint}")
         else:

@@ -12,7 +12,7 @@ from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, sho
 
 
 def task_text(out: TaskOut) -> str:
-    """Return event, charge and next step, then every fact of `out` on its own line."""
+    """Return event, charge and next step, then one line for each fact of `out`."""
     lines = ["Unconfirmed match: " * out.guess + _headline(out), _money(out)]
     if out.error is not None and out.error.advice:
         lines.append(out.error.advice)
@@ -83,7 +83,7 @@ def _money(out: TaskOut) -> str:
     if out.charged == "no":
         return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
     if out.guess:
-        return "Charged: unknown. It is not confirmed that this task belongs to the call whose answer was lost."
+        return "Charged: unknown. It is not confirmed that this task belongs to the call with the lost answer."
     return "Charged: unknown yet." if out.error is None else "Charged: unknown."
 
 

@@ -65,7 +65,7 @@ class Drive:
     """Run all clients against one stage."""
 
     def __init__(self, stage: Stage, names: list[str], uv: str, npm: str) -> None:
-        self.stage, self.wanted, self.uv, self.npm = stage, names, uv, npm
+        self.stage, self.names, self.uv, self.npm = stage, names, uv, npm
         self.score = Score()
         self.prompts: list[str] = []
         self.table: list[tuple[str, str, str, str, str]] = []
@@ -75,8 +75,8 @@ class Drive:
         """Run each client, some at a time. Return the exit code."""
         families = [self._hosts, self._bridges, self._typescript, *(self._python(client) for client in PYTHON_CLIENTS)]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
-            for done in [pool.submit(self._guarded, family) for family in families]:
-                done.result()
+            for finished in [pool.submit(self._guarded, family) for family in families]:
+                finished.result()
         self._once_each()
         return self.score.close()
 
@@ -88,7 +88,7 @@ class Drive:
             self._tell(getattr(family, "__name__", "a client").strip("_"), "", "", f"{type(error).__name__}: {error}")
 
     def _asked_for(self, name: str) -> bool:
-        return not self.wanted or any(word in name for word in self.wanted)
+        return not self.names or any(word in name for word in self.names)
 
     # --- one family each ---
 
@@ -166,14 +166,14 @@ class Drive:
         config = folder / "mcporter.json"
         config.write_text(json.dumps({"mcpServers": {"evolink": {"url": self.stage.url("http"), "allowHttp": True}}}))
         words = [str(bins / "mcporter"), "--config", str(config)]
-        said = [
+        runs = [
             subprocess.run(
-                [*words, *more], env=env, cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                [*words, *arguments], env=env, cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 timeout=CALLS_WITHIN_S,
             )
-            for more in (["list", "evolink"], ["call", "evolink.compute_size", "size=16:9", "resolution=2K"])
+            for arguments in (["list", "evolink"], ["call", "evolink.compute_size", "size=16:9", "resolution=2K"])
         ]  # fmt: skip
-        run = "".join(one.stdout + one.stderr for one in said)
+        run = "".join(each.stdout + each.stderr for each in runs)
         lacking = [word for word in ("generate_image", "2048") if word not in run]
         self._tell("mcporter", "", "http", f"no {lacking} in {run[-600:]!r}" if lacking else "")
 
@@ -254,11 +254,11 @@ class Drive:
             yield f"{path} is no picture"
         elif image["text"] and path not in image["text"]:
             yield "the text does not name the picture"
-        shown = image.get("progress")
+        progress = image.get("progress")
         # The TypeScript SDK drops the last progress notification if it arrives in the same packet as the answer.
         last = 99 if str(report.get("version", "")).startswith("@modelcontextprotocol/") else 100
-        if shown is not None and (not shown or shown != sorted(set(shown)) or shown[-1] < last):
-            yield f"progress went {shown}"
+        if progress is not None and (not progress or progress != sorted(set(progress)) or progress[-1] < last):
+            yield f"progress went {progress}"
         again = report.get("again")
         if again is not None and not (again["gaveUp"] and _contains(again, "earlier identical call", "completed")):
             yield f"the same call after the cancelled one was answered {again}"
@@ -286,9 +286,9 @@ class Drive:
             self.score.tell(f"{name} [{version}] {transport}".replace(" []", "").strip(), problem, remark)
 
     def _install(self, command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_WITHIN_S)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_WITHIN_S)
+        if finished.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{finished.stdout}{finished.stderr}")
 
 
 def _contains(answer: dict[str, Any], *words: str) -> bool:

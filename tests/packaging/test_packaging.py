@@ -85,7 +85,7 @@ def substituted(filled: dict[str, Any]) -> dict[str, str]:
     env = dict(CONFIG["env"])
     for name, value in values.items():
         word = str(value).lower() if isinstance(value, bool) else str(value)
-        env = {variable: said.replace(f"${{user_config.{name}}}", word) for variable, said in env.items()}
+        env = {variable: template.replace(f"${{user_config.{name}}}", word) for variable, template in env.items()}
     return env
 
 
@@ -95,8 +95,8 @@ def test_empty_fields_are_unset_and_home_is_replaced(tmp_path: Path, monkeypatch
     empty = Settings.from_environment(substituted({}))
     assert (empty, empty.key, empty.key_problem) == (Settings.from_environment({}), None, None)
     filled = {"api_key": "sk-0123456789", "output_dir": "${HOME}/Pictures/EvoLink", "max_credits_per_day": 12.5}
-    found = Settings.from_environment(substituted(filled))
-    assert (found.folders.output, found.budget.per_day) == (tmp_path / "Pictures" / "EvoLink", 12.5)
+    values = Settings.from_environment(substituted(filled))
+    assert (values.folders.output, values.budget.per_day) == (tmp_path / "Pictures" / "EvoLink", 12.5)
 
 
 def test_the_bundle_starts_from_any_folder_in_both_ways_of_hosts(tmp_path: Path) -> None:
@@ -248,18 +248,18 @@ def links(prefix: str) -> list[str]:
 
 
 def test_the_link_for_cursor_installs_the_published_server() -> None:
-    found = links("https://cursor.com/")
-    assert found
-    for link in found:
+    matches = links("https://cursor.com/")
+    assert matches
+    for link in matches:
         query = parse_qs(urlsplit(link).query, strict_parsing=True)
         config = json.loads(base64.b64decode(query["config"][0], validate=True))
         assert (query["name"], config) == (["evolink"], {"command": "uvx", "args": ["evolink-mcp"], "env": ENV})
 
 
 def test_the_link_for_vs_code_asks_for_the_key() -> None:
-    found = links("https://insiders.vscode.dev/")
-    assert found
-    for link in found:
+    matches = links("https://insiders.vscode.dev/")
+    assert matches
+    for link in matches:
         query = parse_qs(urlsplit(link).query, strict_parsing=True)
         (key_input,), config = json.loads(query["inputs"][0]), json.loads(query["config"][0])
         assert (key_input["type"], key_input["password"]) == ("promptString", True)

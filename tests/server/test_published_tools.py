@@ -1,4 +1,4 @@
-"""EVOLINK_MCP_TOOLS limits the published tools. Other tools cannot be called, and no text mentions a purchase."""
+"""EVOLINK_MCP_TOOLS limits the published tools. A call of another tool fails, and no text mentions a purchase."""
 
 from __future__ import annotations
 

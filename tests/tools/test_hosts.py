@@ -101,7 +101,7 @@ async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIte
 
 
 async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
-    """Return the status in the answer of a call whose task takes two simulated minutes."""
+    """Return the status in the answer of a call. Its task takes two simulated minutes."""
     async with calling(world, name, mode, **server) as client:
         answer = await client.call_tool("generate_image", {"prompt": "A calm sunset sim:slow=120 sim:fail"})
     return answer.structured_content["status"]

@@ -1,4 +1,4 @@
-"""FastMCP's client, of both current lines."""
+"""FastMCP's client, versions 2 and 4."""
 
 from importlib.metadata import distributions
 
@@ -15,15 +15,15 @@ def transport():
 
 
 async def main() -> None:
-    shown = []
+    reports = []
 
     async def progress(value, total, message) -> None:
-        shown.append(value)
+        reports.append(value)
 
     async with Client(transport(), progress_handler=progress) as client:
         tools = [tool.name for tool in await client.list_tools()]
         size = result_of(await client.call_tool(*SIZE, raise_on_error=False))
-        image = result_of(await client.call_tool(*IMAGE, raise_on_error=False), progress=shown)
+        image = result_of(await client.call_tool(*IMAGE, raise_on_error=False), progress=reports)
         bad = result_of(await client.call_tool(*BAD, raise_on_error=False))
         names = {package.metadata["Name"] for package in distributions()}
         session = client.session

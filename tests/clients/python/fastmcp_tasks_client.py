@@ -1,4 +1,4 @@
-"""FastMCP with fastmcp-tasks: a client of the Tasks extension, which takes a handle and polls."""
+"""FastMCP with fastmcp-tasks: a client of the Tasks extension that polls a task handle."""
 
 import anyio
 from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, report, result_of

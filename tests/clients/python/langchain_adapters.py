@@ -2,7 +2,7 @@
 
 import asyncio
 
-from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, report, seen
+from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, answer_of, report
 from langchain_mcp_adapters.client import MultiServerMCPClient
 
 KIND = {"stdio": "stdio", "http": "streamable_http", "sse": "sse"}[TRANSPORT]
@@ -19,7 +19,7 @@ async def main() -> None:
         text = "\n".join(block["text"] for block in blocks if block["type"] == "text")
         artifact = message.artifact or {}
         structured = artifact.get("structured_content") if isinstance(artifact, dict) else None
-        return seen(text, structured, message.status == "error")
+        return answer_of(text, structured, message.status == "error")
 
     size, image, bad = await call(*SIZE), await call(*IMAGE), await call(*BAD)
     report("langchain-mcp-adapters", "", list(tools), size, image, bad)

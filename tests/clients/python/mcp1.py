@@ -1,4 +1,4 @@
-"""The Python SDK 1.x: `ClientSession`, also the versions of early 2025."""
+"""The Python SDK 1.x: `ClientSession`, including versions of early 2025."""
 
 import inspect
 from contextlib import asynccontextmanager
@@ -27,20 +27,20 @@ async def streams():
 
 
 async def main() -> None:
-    shown = []
+    reports = []
 
     async def progress(value, total, message) -> None:
-        shown.append(value)
+        reports.append(value)
 
     async with streams() as (read, write), ClientSession(read, write) as session:
-        begun = await session.initialize()
+        started = await session.initialize()
         tools = [tool.name for tool in (await session.list_tools()).tools]
         size = result_of(await session.call_tool(*SIZE))
         able = "progress_callback" in inspect.signature(session.call_tool).parameters
-        more = {"progress_callback": progress} if able else {}
-        image = result_of(await session.call_tool(*IMAGE, **more), progress=shown if able else None)
+        fields = {"progress_callback": progress} if able else {}
+        image = result_of(await session.call_tool(*IMAGE, **fields), progress=reports if able else None)
         bad = result_of(await session.call_tool(*BAD))
-        report("mcp", str(begun.protocolVersion), tools, size, image, bad)
+        report("mcp", str(started.protocolVersion), tools, size, image, bad)
 
 
 anyio.run(main)

@@ -1,4 +1,4 @@
-"""The Python SDK 2.x: `Client`, negotiating by itself (auto) or by the old handshake (legacy)."""
+"""The Python SDK 2.x: `Client` with negotiation (auto) or with the older handshake (legacy)."""
 
 import anyio
 from calls import BAD, IMAGE, MODE, SIZE, SLOW, TARGET, TRANSPORT, report, result_of
@@ -15,15 +15,15 @@ def server():
 
 
 async def main() -> None:
-    shown = []
+    reports = []
 
     async def progress(value, total, message) -> None:
-        shown.append(value)
+        reports.append(value)
 
     async with Client(server(), mode=MODE) as client:
         tools = [tool.name for tool in (await client.list_tools()).tools]
         size = result_of(await client.call_tool(*SIZE))
-        image = result_of(await client.call_tool(*IMAGE, progress_callback=progress), progress=shown)
+        image = result_of(await client.call_tool(*IMAGE, progress_callback=progress), progress=reports)
         bad = result_of(await client.call_tool(*BAD))
         gave_up = False
         try:

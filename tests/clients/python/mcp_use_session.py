@@ -1,4 +1,4 @@
-"""mcp-use: a session from a configuration such as hosts have."""
+"""mcp-use: a session from a configuration file in the form of MCP hosts."""
 
 import asyncio
 import os

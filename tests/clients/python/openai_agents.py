@@ -1,4 +1,4 @@
-"""openai-agents: its MCP servers, and our schemas made strict as its models want them."""
+"""openai-agents: its MCP servers, with our schemas converted to strict ones."""
 
 import asyncio
 

@@ -1,8 +1,8 @@
-"""pydantic-ai: its `MCPToolset`, which hands structured content on and turns an error into a retry."""
+"""pydantic-ai: its `MCPToolset`, which returns structured content and turns an error into a retry."""
 
 import asyncio
 
-from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, report, seen
+from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, answer_of, report
 from fastmcp.client.transports import SSETransport, StdioTransport, StreamableHttpTransport
 from pydantic_ai.exceptions import ModelRetry
 from pydantic_ai.mcp import MCPToolset
@@ -20,13 +20,13 @@ async def main() -> None:
 
         async def call(name: str, arguments: dict) -> dict:
             try:
-                told = await toolset.direct_call_tool(name, arguments)
+                message = await toolset.direct_call_tool(name, arguments)
             except ModelRetry as error:
-                return seen(str(error), None, True)
-            parts = told if isinstance(told, list) else [told]
+                return answer_of(str(error), None, True)
+            parts = message if isinstance(message, list) else [message]
             texts = [part for part in parts if isinstance(part, str)]
             structured = next((part for part in parts if isinstance(part, dict)), None)
-            return seen("\n".join(texts), structured, False)
+            return answer_of("\n".join(texts), structured, False)
 
         size, image, bad = await call(*SIZE), await call(*IMAGE), await call(*BAD)
         report("pydantic-ai-slim", "", tools, size, image, bad)

@@ -1,6 +1,6 @@
-"""smolagents: MCP tools as its own, of whose answers it takes the first block only."""
+"""smolagents: MCP tools as its own tools. It uses only the first block of an answer."""
 
-from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, report, seen
+from calls import BAD, IMAGE, SIZE, TARGET, TRANSPORT, answer_of, report
 from mcp import StdioServerParameters
 from smolagents import MCPClient
 
@@ -13,6 +13,6 @@ def server():
 
 with MCPClient(server(), structured_output=False) as tools:
     named = {tool.name: tool for tool in tools}
-    # It does not tell an error from an answer.
-    size, image, bad = (seen(named[name](**arguments), error=None) for name, arguments in (SIZE, IMAGE, BAD))
+    # It does not distinguish an error from an answer.
+    size, image, bad = (answer_of(named[name](**arguments), error=None) for name, arguments in (SIZE, IMAGE, BAD))
 report("smolagents", "", list(named), size, image, bad)

@@ -1,4 +1,4 @@
-// The four calls every client makes, and what it reports of them: one line of JSON on stdout for drive.py to judge.
+// The four calls of every client, and its report: one line of JSON on stdout, which drive.py checks.
 import { readFileSync } from "node:fs";
 
 export const target = JSON.parse(process.argv[2]);

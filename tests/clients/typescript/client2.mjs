@@ -1,4 +1,4 @@
-// The TypeScript client 2.x, by the old handshake (legacy) or negotiating by itself (auto).
+// The TypeScript client 2.x, with the older handshake (legacy) or with negotiation (auto).
 import { Client, SSEClientTransport, StreamableHTTPClientTransport } from "@modelcontextprotocol/client";
 import { StdioClientTransport } from "@modelcontextprotocol/client/stdio";
 import { drive, target } from "./calls.mjs";
