@@ -100,14 +100,14 @@ class RemoteImageStore:
         return replace(entry, images=tuple([await self._with_link(image) for image in entry.images]))
 
     async def _with_link(self, image: ResultImage) -> ResultImage:
-        shown = replace(image, path=None)
+        visible = replace(image, path=None)
         if image.object_name is None or self._object_store is None:
-            return shown
+            return visible
         try:
             url, expires_at = await self._object_store.link(image.object_name)
         except StoreUnusable:
-            return shown
-        return replace(shown, url=url, url_expires_at=expires_at)
+            return visible
+        return replace(visible, url=url, url_expires_at=expires_at)
 
     async def _fetch(self, image: ResultImage, into: BinaryIO) -> int:
         if self._object_store is not None and image.object_name is not None:

@@ -202,8 +202,8 @@ class Studios:
     def can_close(self, studio: Studio) -> bool:
         """Return whether the studio is idle and the only one of its account: studios of one account share entries."""
         account_id = studio.journal.account
-        others = (other for other in self._studios if other is not studio)
-        return studio.is_idle and all(other.journal.account != account_id for other in others)
+        siblings = (sibling for sibling in self._studios if sibling is not studio)
+        return studio.is_idle and all(sibling.journal.account != account_id for sibling in siblings)
 
     @property
     def account_ids(self) -> list[str]:
@@ -225,7 +225,9 @@ class Studios:
         Raises:
             JournalUnwritable: the database is not usable.
         """
-        studio = next((one for one in reversed(self._studios) if one.journal.account == account_id), None)
+        studio = next(
+            (candidate for candidate in reversed(self._studios) if candidate.journal.account == account_id), None
+        )
         if studio is not None:
             await studio.called_back(key, task_id)
         elif self.database is not None:

@@ -1,4 +1,4 @@
-"""Who may call over HTTP: the tokens file, a tenant for each token, and how often a tenant may call."""
+"""The tokens file: the allowed callers, their limits, and the rate limit of each tenant."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ from evolink_mcp.transports.authentication import AuthFailure
 log = logging.getLogger(__name__)
 
 TOKEN_PREFIX = "evt_"
-LOOK_AGAIN_AFTER_S = 1.0
+FILE_CHECK_INTERVAL_S = 1.0
 MINUTE_S = 60.0
+NUMBER_MAX = 1e9
 _NAME = re.compile(r"[0-9A-Za-z]([0-9A-Za-z._@-]{0,62}[0-9A-Za-z])?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NUMBERS = {
-    "max_credits_per_call": (int, float), "max_credits_per_day": (int, float),
-    "max_running": (int,), "requests_per_minute": (int,),
-}  # fmt: skip
+_NUMBER_TYPES = {
+    "max_credits_per_call": (int, float),
+    "max_credits_per_day": (int, float),
+    "max_running": (int,),
+    "requests_per_minute": (int,),
+}
 
 
 class BadTokens(ValueError):
-    """The tokens file cannot be used; the text says what is wrong in it, and shows no secret."""
+    """The tokens file is invalid. The text names the fault and shows no secret."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Somebody who may call, as the tokens file says. Caps are in credits; None is the server's own setting, or no limit.
+    """The identity of an HTTP caller, with its limits. None is the server's own setting, or no limit.
 
-    `evolink_key` None spends from the server's account. `shares_account`: others spend from the same account.
+    Without an `evolink_key` the tenant uses the server's key. `shares_account`: other tenants use the same key.
     """
 
     name: str
@@ -62,100 +65,101 @@ class Tenant:
 
 
 class Tokens:
-    """The tokens file at `path`. A changed file is read again. A broken one changes nothing.
+    """The tokens file at `path`. A changed file is read again. An invalid one changes nothing.
 
     `exposure` is a warning if other users of this machine can read an EvoLink key in it.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Read the file.
+        """Read the file. `clock` (seconds) is for tests.
 
         Raises:
-            BadTokens: it cannot be read, or something in it is wrong.
+            BadTokens: the file is not readable or not valid.
         """
         self._path = path
         self._clock = clock
-        self._mark = self._now_at_path()
+        self._version = self._file_version()
         self._tenants, self.exposure = _read(path)
-        self._looked = clock()
-        self._calls: dict[str, deque[float]] = {}
+        self._checked_at = clock()
+        self._request_times: dict[str, deque[float]] = {}
 
     @property
     def tenants(self) -> Collection[Tenant]:
-        """Everybody who may call."""
+        """The tenants of all tokens."""
         return frozenset(self._tenants.values())
 
     def authenticate(self, authorization: bytes | None) -> Tenant | AuthFailure:
-        """The tenant whose token this header holds, or why the request is refused."""
-        self._look_again()
+        """Return the tenant of the token in an Authorization header, or the answer that refuses the request."""
+        self._reload()
         scheme, _, token = (authorization or b"").strip().partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             return _unauthorized(b"", "This server needs a token: send Authorization: Bearer evt_…")
         tenant = self._tenant_of(token.strip())
         if tenant is None:
-            return _unauthorized(b', error="invalid_token"', "This token is not known here.")
-        return self._too_often(tenant) or tenant
+            return _unauthorized(b', error="invalid_token"', "This server does not know the token.")
+        return self._rate_limit_failure(tenant) or tenant
 
     def _tenant_of(self, token: bytes) -> Tenant | None:
-        """Every token is compared, each in constant time: how long it takes tells nothing."""
+        # Compare all digests, each in constant time, so that the duration shows nothing about the tokens.
         digest = hashlib.sha256(token).hexdigest()
-        found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, digest)]
-        return found[0] if found else None
+        matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, digest)]
+        return matches[0] if matches else None
 
-    def _too_often(self, tenant: Tenant) -> AuthFailure | None:
+    def _rate_limit_failure(self, tenant: Tenant) -> AuthFailure | None:
         limit = tenant.requests_per_minute
         if limit is None:
             return None
         now = self._clock()
-        calls = self._calls.setdefault(tenant.name, deque())
-        while calls and calls[0] <= now - MINUTE_S:
-            calls.popleft()
-        if len(calls) >= limit:
-            wait = str(int(calls[0] + MINUTE_S - now) + 1 if calls else int(MINUTE_S)).encode()
-            text = f"More than {limit} requests a minute; try again in {wait.decode()} s."
-            return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text, ((b"retry-after", wait),))
-        calls.append(now)
-        return None
+        times = self._request_times.setdefault(tenant.name, deque())
+        while times and times[0] <= now - MINUTE_S:
+            times.popleft()
+        if len(times) < limit:
+            times.append(now)
+            return None
+        wait_s = int(times[0] + MINUTE_S - now) + 1 if times else int(MINUTE_S)
+        text = f"The limit of {limit} requests per minute is reached. Try again in {wait_s} s."
+        return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text, ((b"retry-after", str(wait_s).encode()),))
 
-    def _look_again(self) -> None:
+    def _reload(self) -> None:
         now = self._clock()
-        if now - self._looked < LOOK_AGAIN_AFTER_S:
+        if now - self._checked_at < FILE_CHECK_INTERVAL_S:
             return
-        self._looked = now
-        mark = self._now_at_path()
-        if mark == self._mark:
+        self._checked_at = now
+        version = self._file_version()
+        if version == self._version:
             return
-        self._mark = mark
+        self._version = version
         try:
             self._tenants, self.exposure = _read(self._path)
         except BadTokens as error:
-            log.error("the changed tokens file cannot be used, so the tokens stay as they were: %s", error)
+            log.error("the changed tokens file is invalid, so the last valid tokens stay in use: %s", error)
         else:
-            log.warning("the tokens file was read again: %d tokens", len(self._tenants))
+            log.warning("reloaded the tokens file: %d tokens", len(self._tenants))
             if self.exposure is not None:
                 log.warning("%s", self.exposure)
 
-    def _now_at_path(self) -> tuple[int, int, int] | None:
+    def _file_version(self) -> tuple[int, int, int] | None:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def new_token(name: str) -> tuple[str, str]:
-    """A new token for this tenant, and the block that the tokens file needs for it.
+    """Return a new token for a tenant, and its block for the tokens file.
 
     Raises:
-        BadTokens: `name` cannot be a tenant's.
+        BadTokens: the name is not valid.
     """
     _check_name(name)
     token = TOKEN_PREFIX + secrets.token_urlsafe(32)
     return token, f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
 
 
-def _unauthorized(more: bytes, text: str) -> AuthFailure:
-    return AuthFailure(HTTPStatus.UNAUTHORIZED, text, ((b"www-authenticate", b'Bearer realm="evolink-mcp"' + more),))
+def _unauthorized(parameters: bytes, text: str) -> AuthFailure:
+    challenge = b'Bearer realm="evolink-mcp"' + parameters
+    return AuthFailure(HTTPStatus.UNAUTHORIZED, text, ((b"www-authenticate", challenge),))
 
 
 def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:
@@ -164,25 +168,24 @@ def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             content = file.read()
-        said = tomllib.loads(content.decode("utf-8-sig"))
+        table = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise BadTokens(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:  # neither UTF-8 nor TOML
+    except ValueError as error:  # not UTF-8, or not TOML
         raise BadTokens(f"{path} is no TOML: {harmless(error, 200)}") from error
-    blocks = said.pop("token", [])
-    if said or not isinstance(blocks, list) or not blocks:
-        raise BadTokens(f"{path} needs one [[token]] block or more, and nothing else")
-    found: dict[str, Tenant] = {}
+    blocks = table.pop("token", [])
+    if table or not isinstance(blocks, list) or not blocks:
+        raise BadTokens(f"{path} needs one or more [[token]] blocks, and nothing else")
+    tenants: dict[str, Tenant] = {}
     for number, block in enumerate(cast("list[Any]", blocks), 1):
-        where = f"token {number} in {path}"
-        digest, tenant = _tenant(block, where)
-        if digest in found:
-            raise BadTokens(f"{where}: this sha256 is there twice")
-        twin = next((other for other in found.values() if other.name == tenant.name and other != tenant), None)
-        if twin is not None:
-            raise BadTokens(f"{where}: the tokens of {tenant.name} say different things")
-        found[digest] = tenant
-    return _told_apart(found), _exposure_of(path, mode, found.values())
+        location = f"token {number} in {path}"
+        digest, tenant = _parse_block(block, location)
+        if digest in tenants:
+            raise BadTokens(f"{location}: another token has the same sha256")
+        if any(earlier.name == tenant.name and earlier != tenant for earlier in tenants.values()):
+            raise BadTokens(f"{location}: the tokens of {tenant.name} have different settings")
+        tenants[digest] = tenant
+    return _with_shared_accounts(tenants), _exposure_of(path, mode, tenants.values())
 
 
 def _exposure_of(path: Path, mode: int, tenants: Iterable[Tenant]) -> str | None:
@@ -197,63 +200,68 @@ def _exposure_of(path: Path, mode: int, tenants: Iterable[Tenant]) -> str | None
     )
 
 
-def _tenant(block: Any, where: str) -> tuple[str, Tenant]:
+def _parse_block(block: Any, location: str) -> tuple[str, Tenant]:
+    """Return the SHA-256 of the token, in hex, and its tenant."""
     if not isinstance(block, dict):
-        raise BadTokens(f"{where}: it must be a [[token]] block")
-    said = cast("dict[str, Any]", block)
+        raise BadTokens(f"{location}: it must be a [[token]] block")
+    values = cast("dict[str, Any]", block)
     known = {field.name for field in fields(Tenant)} - {"shares_account"} | {"sha256"}
-    if strange := sorted(set(said) - known):
-        raise BadTokens(f"{where}: {harmless(strange[0], 60)} means nothing; known are {', '.join(sorted(known))}")
-    name, digest, key, tools = (said.get(word) for word in ("name", "sha256", "evolink_key", "tools"))
+    if unknown := sorted(set(values) - known):
+        raise BadTokens(f"{location}: {harmless(unknown[0], 60)} is unknown; use {', '.join(sorted(known))}")
+    name = values.get("name")
     if not isinstance(name, str):
-        raise BadTokens(f"{where}: it needs a name")
+        raise BadTokens(f"{location}: it needs a name")
     try:
         _check_name(name)
     except BadTokens as error:
-        raise BadTokens(f"{where}: {error}") from error
+        raise BadTokens(f"{location}: {error}") from error
+    digest = values.get("sha256")
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest.lower()):
-        raise BadTokens(f"{where}: sha256 must be the 64 hex digits of the token's SHA-256, not the token itself")
+        raise BadTokens(f"{location}: sha256 must be the 64 hex digits of the token's SHA-256, not the token itself")
+    key = values.get("evolink_key")
     if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
-        raise BadTokens(f"{where}: evolink_key is no EvoLink key")
+        raise BadTokens(f"{location}: evolink_key is no EvoLink key")
     secret = None if key is None else SecretStr(key)
-    return digest.lower(), Tenant(name, secret, **_numbers(said, where), tools=_tools(tools, where))
+    numbers = _parse_numbers(values, location)
+    return digest.lower(), Tenant(name, secret, **numbers, tools=_parse_tools(values.get("tools"), location))
 
 
-def _numbers(said: Mapping[str, Any], where: str) -> dict[str, Any]:
-    numbers = {word: said[word] for word in _NUMBERS if word in said}
-    for word, number in numbers.items():
-        if type(number) not in _NUMBERS[word] or not 0 <= number <= 1e9:
-            raise BadTokens(f"{where}: {word} must be a {'whole ' * (len(_NUMBERS[word]) == 1)}number, 0 or more")
+def _parse_numbers(values: Mapping[str, Any], location: str) -> dict[str, Any]:
+    numbers = {name: values[name] for name in _NUMBER_TYPES if name in values}
+    for name, number in numbers.items():
+        if type(number) not in _NUMBER_TYPES[name] or not 0 <= number <= NUMBER_MAX:
+            kind = "number" if float in _NUMBER_TYPES[name] else "whole number"
+            raise BadTokens(f"{location}: {name} must be a {kind}, 0 or more")
     return numbers
 
 
-def _tools(said: Any, where: str) -> frozenset[str] | None:
-    if said is None:
+def _parse_tools(value: Any, location: str) -> frozenset[str] | None:
+    if value is None:
         return None
-    words = cast("list[Any]", said) if isinstance(said, list) else []
+    names = cast("list[Any]", value) if isinstance(value, list) else []
     try:
-        return tools_named(str(word) for word in words)
+        return tools_named(str(name) for name in names)
     except ValueError as error:
-        raise BadTokens(f"{where}: tools must be a list of {', '.join(TOOL_NAMES)}") from error
+        raise BadTokens(f"{location}: tools must be a list of {', '.join(TOOL_NAMES)}") from error
 
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or is_reserved(name):
         raise BadTokens(
-            f"“{harmless(name, 60)}” is no tenant's name: letters, digits and . _ @ - inside, at most 64 characters"
+            f"“{harmless(name, 60)}” is no valid name: use at most 64 letters and digits, with . _ @ - between them"
         )
 
 
-def _told_apart(found: dict[str, Tenant]) -> dict[str, Tenant]:
-    """Say of each tenant whether others spend from the same account."""
+def _with_shared_accounts(tenants: dict[str, Tenant]) -> dict[str, Tenant]:
+    """Set `shares_account` of each tenant."""
     names: dict[str | None, set[str]] = {}
-    for tenant in found.values():
-        names.setdefault(_secret(tenant), set()).add(tenant.name)
+    for tenant in tenants.values():
+        names.setdefault(_secret_of(tenant), set()).add(tenant.name)
     return {
-        digest: replace(tenant, shares_account=_secret(tenant) is None or len(names[_secret(tenant)]) > 1)
-        for digest, tenant in found.items()
+        digest: replace(tenant, shares_account=tenant.evolink_key is None or len(names[_secret_of(tenant)]) > 1)
+        for digest, tenant in tenants.items()
     }
 
 
-def _secret(tenant: Tenant) -> str | None:
+def _secret_of(tenant: Tenant) -> str | None:
     return None if tenant.evolink_key is None else tenant.evolink_key.get_secret_value()

@@ -124,7 +124,9 @@ class HttpGuard:
             await self._dispatch(scope, receive, send, headers)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
-        endpoint = next((one for one in self._endpoints if one.matches(scope["method"], scope["path"])), None)
+        endpoint = next(
+            (candidate for candidate in self._endpoints if candidate.matches(scope["method"], scope["path"])), None
+        )
         app = self._app if endpoint is None else endpoint.app
         caller: object | AuthFailure = None
         if self._authenticator is not None and (endpoint is None or not endpoint.is_public):

@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own, in a temporary folder: no root, no port, nothing left behind."""
+"""Start a PostgreSQL server in a temporary folder, without root privileges and without a port."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ACCOUNTS = ("postgres", "nobody")  # initdb refuses root
 
 
 def programs() -> Path | None:
-    """The folder of PostgreSQL's server programs; None if it is not installed."""
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    """Return the folder of PostgreSQL's server programs, or None if it is not installed."""
+    folders = shutil.which("initdb")
+    folders = [Path(folders).parent] if folders else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
 class Cluster:
-    """A running PostgreSQL; `database` makes a new, empty database."""
+    """A running PostgreSQL server. `database` creates an empty database."""
 
     def __init__(self, folder: Path, programs: Path) -> None:
         self.folder = folder
@@ -93,10 +93,10 @@ class Cluster:
 
 @contextmanager
 def running() -> Iterator[Cluster]:
-    found = programs()
-    assert found is not None
+    folders = programs()
+    assert folders is not None
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has 107 bytes at most
-    cluster = Cluster(folder, found)
+    cluster = Cluster(folder, folders)
     try:
         cluster.make()
         cluster.start()

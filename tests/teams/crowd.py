@@ -1,9 +1,9 @@
-"""A crowd at a team's two servers: one is killed in the middle, PostgreSQL restarts once, and everybody gets the picture.
+"""Load test of two replicas: one is killed, PostgreSQL restarts once, and each caller gets the image.
 
     python tests/teams/crowd.py [--callers 200] [--orders 5] [--tenants 20]
 
-Two real servers behind nginx, which sends each request to the next one; a PostgreSQL of their own; EvoLink simulated in
-another process. A caller whose call breaks off makes the same call again. It ends with figures, or with what was wrong.
+It runs two servers behind nginx (round-robin), a PostgreSQL server, and a simulated EvoLink in another process. A caller
+repeats a call that broke off. The test prints figures, or the faults.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIZES = ["1024x640", "640x1024", "1024x768", "768x1024", "1024x1024"]
 PATIENCE_S = 420.0
 
 COMPOSE = HERE.parent.parent / "compose.yaml"
-# What nginx needs to run without root, in a folder.
+# nginx runs in a folder, without root privileges.
 ALONE = """
 daemon off; pid nginx.pid; error_log error.log; worker_processes 1;
 """
@@ -79,8 +79,8 @@ def listens(port: int, within_s: float = 60.0) -> None:
 @contextmanager
 def process(*command: str, cwd: Path, log: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     with (
-        (cwd / log).open("wb") as told,
-        subprocess.Popen(command, cwd=cwd, env={**os.environ, **env}, stdout=told, stderr=told) as running,
+        (cwd / log).open("wb") as log_file,
+        subprocess.Popen(command, cwd=cwd, env={**os.environ, **env}, stdout=log_file, stderr=log_file) as running,
     ):
         try:
             yield running
@@ -89,7 +89,7 @@ def process(*command: str, cwd: Path, log: str, **env: str) -> Iterator[subproce
 
 
 def simulate(port: int, seconds: float, proxy: int) -> None:
-    """EvoLink, with pictures that cost nothing to draw; what it was asked is printed when it ends."""
+    """Serve a simulated EvoLink with small images. `/report` returns its requests and purchases."""
     from faulty_gateway import QuickSimulator
     from starlette.responses import JSONResponse
     from starlette.routing import Route
@@ -104,13 +104,13 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
         return JSONResponse({"asked": asked, "bought": bought})
 
     async def call_back() -> None:
-        """Tell the end of every task at its own address, as EvoLink does; the public name leads to the proxy."""
-        told: set[str] = set()
+        """Send a callback for each finished task. The public hostname leads to the proxy."""
+        log_file: set[str] = set()
         async with httpx.AsyncClient(trust_env=False) as wire:
             while True:
                 await asyncio.sleep(0.05)
-                for task in [task for task in simulator.tasks.values() if task.id not in told and ended(task)]:
-                    told.add(task.id)
+                for task in [task for task in simulator.tasks.values() if task.id not in log_file and ended(task)]:
+                    log_file.add(task.id)
                     address = urlsplit(task.body["callback_url"])
                     body = {"id": task.id, "status": "completed"}
                     for wait in (0.0, 1.0, 2.0, 4.0):
@@ -133,7 +133,7 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
 
 @dataclass(frozen=True)
 class Used:
-    """What a process has used: processor time, and memory at its highest, or what that is above an earlier moment."""
+    """CPU time and memory of a process, or the difference between two such measurements."""
 
     cpu_s: float
     peak_mb: float
@@ -152,7 +152,7 @@ class Used:
 
 
 class Crowd:
-    """The callers and what each of them has got."""
+    """The callers, and the result of each request."""
 
     def __init__(self, url: str, callers: int, orders: int, tokens: list[str], callbacks: bool) -> None:
         self._url, self._tokens = url, tokens
@@ -162,7 +162,7 @@ class Crowd:
         self.took: list[float] = []
         self.broken = Counter[str]()
         self.retries = 0
-        self.most = 0  # callers that waited at one time
+        self.most = 0  # the highest number of callers that waited at once
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._callers)
@@ -189,7 +189,7 @@ class Crowd:
                 continue
             if facts["status"] == "completed" or (facts["status"] == "unknown" and not patience):
                 break
-            if facts["status"] == "unknown":  # EvoLink tells it, if it has the order
+            if facts["status"] == "unknown":  # A callback identifies the task, if EvoLink has it
                 patience -= 1
                 await asyncio.sleep(0.5 + random.random())
                 tool, arguments = "generate_image", wish
@@ -213,8 +213,8 @@ class Crowd:
         if reply.status_code != 200 or not lines:
             self.broken[f"HTTP {reply.status_code}"] += 1
             return None
-        told = json.loads(lines[-1])
-        return told["result"]["structuredContent"] if "result" in told else None
+        log_file = json.loads(lines[-1])
+        return log_file["result"]["structuredContent"] if "result" in log_file else None
 
 
 async def scene(crowd: Crowd, doomed: subprocess.Popen[bytes], cluster: Any, revive: Any) -> None:
@@ -290,9 +290,9 @@ def main() -> None:
 
         def replica(number: int) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(ports[number])]
-            made = stack.enter_context(process(*command, cwd=folder, log=f"server{number}.log", **env))
+            server = stack.enter_context(process(*command, cwd=folder, log=f"server{number}.log", **env))
             listens(ports[number])
-            return made
+            return server
 
         servers = [replica(number) for number in range(options.servers)]
         stack.enter_context(process(
@@ -353,13 +353,15 @@ def judge(
     print(f"  {wall:.1f} s in all; a result took {took[len(took) // 2]:.1f} s (median), {took[-1]:.1f} s at most")
     print(f"  asked of EvoLink: {report['asked']}")
     wrong = [line for line in logs.splitlines() if "Traceback" in line or "Error:" in line]
-    missing = set(crowd.got) - set(bought) - unknown  # what was lost before EvoLink had it is of unknown outcome too
-    untold = unknown & set(bought) if crowd.callbacks else set[str]()  # EvoLink has called back for all that it has
+    missing = (
+        set(crowd.got) - set(bought) - unknown
+    )  # a POST that was lost before it reached EvoLink also has an unknown outcome
+    untold = unknown & set(bought) if crowd.callbacks else set[str]()  # EvoLink sent a callback for each of its tasks
     if len(crowd.got) != total or double or leaks or missing or untold or wrong:
         for row in rows:
             if row[0] in double:
                 print("  ", row, crowd.got[row[0]]["task_id"])
-        faults = [sorted(found)[:5] for found in (double, leaks, missing, untold, wrong)]
+        faults = [sorted(names)[:5] for names in (double, leaks, missing, untold, wrong)]
         raise SystemExit(f"wrong: {faults}\n{logs[-3000:]}")
     print("  one task for every order, and its result, or the word that its answer was lost with a server")
 

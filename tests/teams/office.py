@@ -1,4 +1,4 @@
-"""A server with tenants in process, for tests: its tokens file, its simulated EvoLink, and clients over HTTP."""
+"""A server with tenants in the test's process: a tokens file, a simulated EvoLink, and HTTP clients."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ INITIALIZE = {
 HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
 
 
-def block(name: str, token: str, **more: Any) -> str:
-    lines = [f"{word} = {value!r}".replace("'", '"') for word, value in more.items()]
+def block(name: str, token: str, **extra: Any) -> str:
+    lines = [f"{word} = {value!r}".replace("'", '"') for word, value in extra.items()]
     digest = hashlib.sha256(token.encode()).hexdigest()
     return "\n".join(["[[token]]", f'name = "{name}"', f'sha256 = "{digest}"', *lines, ""])
 
@@ -78,17 +78,17 @@ class Office:
         self.studios = studios
         self.clock = clock
 
-    def http(self, token: str | None = None, **more: str) -> httpx.AsyncClient:
+    def http(self, token: str | None = None, **extra: str) -> httpx.AsyncClient:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        headers = {**HEADERS, **headers, **{name.replace("_", "-"): value for name, value in more.items()}}
+        headers = {**HEADERS, **headers, **{name.replace("_", "-"): value for name, value in extra.items()}}
         return httpx.AsyncClient(
             transport=httpx.ASGITransport(self.guard), base_url="http://localhost", headers=headers
         )
 
     @asynccontextmanager
-    async def client(self, token: str, mode: Any = "auto", **more: str) -> AsyncIterator[Client]:
+    async def client(self, token: str, mode: Any = "auto", **extra: str) -> AsyncIterator[Client]:
         async with (
-            self.http(token, **more) as http,
+            self.http(token, **extra) as http,
             Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode) as client,
         ):
             yield client
@@ -111,7 +111,7 @@ async def office(
     transport: str = "http",
     **environ: str,
 ) -> AsyncIterator[Office]:
-    """`blocks` are the tokens file; everybody spends from one account that is simulated."""
+    """Open a server. `blocks` are the tokens file. All tenants spend from one simulated account."""
     (tmp_path / "tokens.toml").write_text("".join(blocks))
     simulator = simulator or PlainSimulator()
     settings = TeamSettings.from_environment(

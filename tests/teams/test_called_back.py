@@ -1,4 +1,4 @@
-"""EvoLink calls back: at a signed address, believed only after a look, and whichever server it reaches."""
+"""Callbacks of EvoLink: signed addresses, a poll before the server trusts one, and delivery to any replica."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def url(cluster: Any) -> str:
 
 
 def addresses(office: Team) -> list[str]:
-    """What EvoLink was asked to call, in the order of the purchases."""
+    """Return the callback addresses in the order of the purchases."""
     bought = [r for r in office.simulator.requests if r.path == "/v1/images/generations"]
     return [json.loads(request.body)["callback_url"] for request in bought]
 
 
-def looks(office: Team) -> int:
+def polls(office: Team) -> int:
     return sum(r.path.startswith("/v1/tasks/task-") for r in office.simulator.requests)
 
 
@@ -47,62 +47,65 @@ def body_of(task_id: str) -> str:
     return json.dumps({"id": task_id, "status": "completed", "results": ["https://evil.dev/x.png"]})
 
 
-async def test_the_order_names_an_address_of_its_own_that_callers_do_not_see(url: str, tmp_path: Path) -> None:
+async def test_each_purchase_has_a_separate_callback_address_that_callers_never_see(url: str, tmp_path: Path) -> None:
     async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
         office.simulator.duration_s = 3600
         first = await client.call_tool("generate_image", SLOW)
         again = await client.call_tool("generate_image", {**SLOW, "prompt": "a hen"})
-        own = await client.call_tool(
+        with_caller_url = await client.call_tool(
             "generate_image", {**SLOW, "prompt": "x", "callback_url": "https://hooks.example.com/x"}
         )
         listed = await client.call_tool("list_tasks", {"detail": True})
-        one, other, given = addresses(office)
-    assert (one.startswith("https://pictures.example.org/callbacks/"), one == other) == (True, False)
-    assert given == "https://hooks.example.com/x"
-    assert not own.is_error
-    told = "".join(answer.model_dump_json() for answer in (first, again, listed))
-    assert "/callbacks/" not in told
+        first_address, second_address, caller_address = addresses(office)
+    assert (first_address.startswith("https://pictures.example.org/callbacks/"), first_address == second_address) == (
+        True,
+        False,
+    )
+    assert caller_address == "https://hooks.example.com/x"
+    assert not with_caller_url.is_error
+    text = "".join(answer.model_dump_json() for answer in (first, again, listed))
+    assert "/callbacks/" not in text
 
 
 @pytest.mark.parametrize("turns", [0, 1])
-async def test_a_callback_at_any_server_brings_the_picture_with_one_look(url: str, tmp_path: Path, turns: int) -> None:
+async def test_a_callback_at_any_replica_saves_the_image_with_one_poll(url: str, tmp_path: Path, turns: int) -> None:
     async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
         office.simulator.duration_s = 3600
         bought = (await client.call_tool("generate_image", SLOW)).structured_content
-        before = looks(office)
+        before = polls(office)
         for task in office.simulator.tasks.values():
             task.duration = 0
         for _ in range(turns):
-            next(office.proxy._turns)
+            office.proxy.skip_turn()
         assert await call_back(office, addresses(office)[0], body_of(bought["task_id"])) == 200
         while not list(tmp_path.rglob("copies/*.png")):
             await anyio.sleep(0.01)
-        assert looks(office) == before + 1
-        told = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
-    assert (told["status"], told["charged"]) == ("completed", "yes")
-    assert "evil.dev" not in json.dumps(told)
+        assert polls(office) == before + 1
+        task = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
+    assert (task["status"], task["charged"]) == ("completed", "yes")
+    assert "evil.dev" not in json.dumps(task)
 
 
-async def test_what_is_not_signed_is_not_heard(url: str, tmp_path: Path) -> None:
+async def test_a_callback_without_a_valid_signature_has_no_effect(url: str, tmp_path: Path) -> None:
     async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
         office.simulator.duration_s = 3600
         bought = (await client.call_tool("generate_image", SLOW)).structured_content
         (address,) = addresses(office)
         forged = address[:-1] + ("0" if address[-1] != "0" else "1")
-        before = looks(office)
+        before = polls(office)
         assert await call_back(office, forged, body_of(bought["task_id"])) == 404
         assert await call_back(office, "/callbacks/", body_of(bought["task_id"])) == 404
         for body in ("", "[]", "{", '{"id": 7}', "[" * 100_000):
             assert await call_back(office, address, body) == 400
         assert await call_back(office, "/mcp", body_of(bought["task_id"])) == 401
-        assert looks(office) == before
+        assert polls(office) == before
     async with team(url, tmp_path, ANNA) as office, office.http("no") as http:
         answer = await http.post(address.removeprefix("https://pictures.example.org"), content=body_of("x"))
         assert answer.status_code == 401
 
 
-async def test_a_lost_answer_is_no_guess_when_evolink_calls_back(url: str, tmp_path: Path) -> None:
-    """The account is shared by two tenants, so its list proves nothing; the address was made for this order alone."""
+async def test_a_callback_identifies_the_task_of_a_lost_answer(url: str, tmp_path: Path) -> None:
+    """Two tenants share the account, so its task list proves nothing. The address belongs to one purchase."""
     async with team(url, tmp_path, ANNA, BERT, **PUBLIC) as office, office.client("a") as client:
         wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
         lost = (await client.call_tool("generate_image", wish)).structured_content
@@ -121,7 +124,7 @@ async def test_a_lost_answer_is_no_guess_when_evolink_calls_back(url: str, tmp_p
         assert office.posts == 1
 
 
-async def test_a_task_that_cannot_be_the_orders_is_not_believed(url: str, tmp_path: Path) -> None:
+async def test_a_callback_with_an_impossible_task_is_ignored(url: str, tmp_path: Path) -> None:
     async with (
         team(url, tmp_path, ANNA, BERT, **PUBLIC) as office,
         office.client("a") as anna,
@@ -141,10 +144,10 @@ async def test_a_task_that_cannot_be_the_orders_is_not_believed(url: str, tmp_pa
         assert not [r for r in office.simulator.requests if r.path.endswith("/credits")]
 
 
-async def test_where_no_callback_comes_looks_go_on_as_without(
+async def test_polls_continue_normally_if_callbacks_do_not_arrive(
     open_world: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A wrong public address costs a few pictures a minute, and then nothing."""
+    """A wrong public URL delays three tasks by a minute, and no further ones."""
     waits: list[float] = []
     async with open_world() as world, world.client() as client:
         world.studio._purchases._callbacks = Callbacks("https://nowhere.example.org", "s" * 32)
@@ -157,15 +160,18 @@ async def test_where_no_callback_comes_looks_go_on_as_without(
     assert caplog.text.count("can it reach EVOLINK_MCP_PUBLIC_URL?") == 1
 
 
-async def test_an_address_belongs_to_one_team_and_one_order() -> None:
-    ours, theirs = Callbacks("https://x.example.org", "s" * 32), Callbacks("https://x.example.org", "t" * 32)
-    address = ours.addressed({"prompt": "x"}, "a1", "evomcp-1")["callback_url"]
+async def test_a_callback_address_belongs_to_one_team_and_one_purchase() -> None:
+    callbacks, other_callbacks = (
+        Callbacks("https://x.example.org", "s" * 32),
+        Callbacks("https://x.example.org", "t" * 32),
+    )
+    address = callbacks.addressed({"prompt": "x"}, "a1", "evomcp-1")["callback_url"]
     path = address.removeprefix("https://x.example.org")
-    assert ours.read(path) == ("a1", "evomcp-1")
-    assert theirs.read(path) is None
-    assert ours.read(path.replace("evomcp-1", "evomcp-2")) is None
-    assert ours.read(path.replace("a1.", "b2.")) is None
-    assert ours.read(path + "0") is None
-    assert ours.addressed({"callback_url": "https://y.example.org"}, "a1", "k") == {
+    assert callbacks.read(path) == ("a1", "evomcp-1")
+    assert other_callbacks.read(path) is None
+    assert callbacks.read(path.replace("evomcp-1", "evomcp-2")) is None
+    assert callbacks.read(path.replace("a1.", "b2.")) is None
+    assert callbacks.read(path + "0") is None
+    assert callbacks.addressed({"callback_url": "https://y.example.org"}, "a1", "k") == {
         "callback_url": "https://y.example.org"
     }

@@ -1,4 +1,4 @@
-"""Callers whom an OAuth issuer knows: which JWTs are accepted, where a client finds the issuer, and keys that change."""
+"""OAuth: accepted JWTs, the metadata of the server, rotation of keys, and EvoLink keys of callers."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ CONFIGURATION = "/realms/team/.well-known/openid-configuration"
 
 
 class Login:
-    """An issuer with keys; `asked` is what was read from it."""
+    """A simulated issuer. `reads` lists the documents that the server read."""
 
     def __init__(self, **metadata: Any) -> None:
         self.keys = {"one": rsa.generate_private_key(65537, 2048)}
         self.metadata = {"issuer": ISSUER, "jwks_uri": f"{ISSUER}/keys", **metadata}
         self.algorithms: dict[str, str] = {}  # those that keys name
-        self.asked: list[str] = []
+        self.reads: list[str] = []
         self.down = False
         self.now = 1_000_000.0
-        routes = [Route(CONFIGURATION, self._told), Route("/realms/team/keys", self._published)]
+        routes = [Route(CONFIGURATION, self._serve_metadata), Route("/realms/team/keys", self._serve_keys)]
         self._app = Starlette(routes=routes)
 
     def issuer(self, scopes: tuple[str, ...] = ()) -> Issuer:
         transport = httpx.ASGITransport(self._app)
         return Issuer(ISSUER, RESOURCE, scopes, RESOURCE, transport=transport, clock=lambda: self.now)
 
-    def token(self, kid: str | None = "one", algorithm: str = "RS256", key: Any = None, **more: Any) -> bytes:
+    def token(self, kid: str | None = "one", algorithm: str = "RS256", key: Any = None, **changes: Any) -> bytes:
         now = int(time.time())
-        said = {"iss": ISSUER, "aud": RESOURCE, "sub": "anna", "iat": now, "exp": now + 600, **more}
-        said = {name: value for name, value in said.items() if value is not None}
+        claims = {"iss": ISSUER, "aud": RESOURCE, "sub": "anna", "iat": now, "exp": now + 600, **changes}
+        claims = {name: value for name, value in claims.items() if value is not None}
         headers = {} if kid is None else {"kid": kid}
-        return jwt.encode(said, key or self.keys[kid or "one"], algorithm, headers).encode()
+        return jwt.encode(claims, key or self.keys[kid or "one"], algorithm, headers).encode()
 
-    async def _told(self, request: Request) -> Response:
-        self.asked.append("metadata")
+    async def _serve_metadata(self, request: Request) -> Response:
+        self.reads.append("metadata")
         return Response(status_code=503) if self.down else JSONResponse(self.metadata)
 
-    async def _published(self, request: Request) -> Response:
-        self.asked.append("keys")
-        told: list[Any] = [{"kty": "unheard-of", "kid": "x"}, "nonsense"]
+    async def _serve_keys(self, request: Request) -> Response:
+        self.reads.append("keys")
+        keys: list[Any] = [{"kty": "unheard-of", "kid": "x"}, "nonsense"]
         for name, key in self.keys.items():
             algorithm: Any = (
                 jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
             )
-            told.append({**json.loads(algorithm.to_jwk(key.public_key())), "kid": name, "use": "sig"})
+            keys.append({**json.loads(algorithm.to_jwk(key.public_key())), "kid": name, "use": "sig"})
             if name in self.algorithms:
-                told[-1]["alg"] = self.algorithms[name]
-        return Response(status_code=503) if self.down else JSONResponse({"keys": told})
+                keys[-1]["alg"] = self.algorithms[name]
+        return Response(status_code=503) if self.down else JSONResponse({"keys": keys})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def login() -> Login:
     return Login()
 
 
-async def test_a_jwt_of_the_issuer_is_a_person_of_its_own(login: Login) -> None:
+async def test_a_valid_jwt_is_a_tenant_named_after_subject_and_issuer(login: Login) -> None:
     entered = await login.issuer().tenant_of(login.token())
     assert isinstance(entered, Tenant)
     assert entered.name == f"anna at {ISSUER}"
@@ -82,11 +82,11 @@ async def test_a_jwt_of_the_issuer_is_a_person_of_its_own(login: Login) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "RS512", "PS256"])
-async def test_a_key_that_names_no_algorithm_signs_by_each_of_its_kind(login: Login, algorithm: str) -> None:
+async def test_a_key_without_an_algorithm_may_use_each_algorithm_of_its_type(login: Login, algorithm: str) -> None:
     assert isinstance(await login.issuer().tenant_of(login.token(algorithm=algorithm)), Tenant)
 
 
-async def test_a_key_signs_by_the_algorithm_that_it_names_and_by_no_other() -> None:
+async def test_a_key_with_an_algorithm_may_use_only_this_one() -> None:
     login = Login()
     login.algorithms["one"] = "RS512"
     issuer = login.issuer()
@@ -100,26 +100,26 @@ STRANGER = rsa.generate_private_key(65537, 2048)
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param({"exp": 1}, id="over"),
-        pytest.param({"exp": None}, id="without an end"),
+        pytest.param({"exp": 1}, id="expired"),
+        pytest.param({"exp": None}, id="without an expiry"),
         pytest.param({"aud": "https://elsewhere.example.org/mcp"}, id="for another server"),
-        pytest.param({"aud": None}, id="for nobody"),
+        pytest.param({"aud": None}, id="without an audience"),
         pytest.param({"iss": "https://evil.dev"}, id="of another issuer"),
-        pytest.param({"sub": None}, id="of nobody"),
-        pytest.param({"sub": ""}, id="of an empty name"),
-        pytest.param({"sub": "x" * 300}, id="of a name without end"),
-        pytest.param({"nbf": 4_000_000_000}, id="not yet"),
+        pytest.param({"sub": None}, id="without a subject"),
+        pytest.param({"sub": ""}, id="with an empty subject"),
+        pytest.param({"sub": "x" * 300}, id="with a subject that is too long"),
+        pytest.param({"nbf": 4_000_000_000}, id="not yet valid"),
         pytest.param({"key": STRANGER}, id="signed by another key"),
         pytest.param({"algorithm": "HS256", "key": "x" * 64}, id="signed by a shared secret"),
         pytest.param({"algorithm": "none", "key": ""}, id="not signed"),
     ],
 )
-async def test_a_jwt_that_is_not_good_here_is_refused(login: Login, more: dict[str, Any]) -> None:
-    if more.get("algorithm") == "none":
-        said = login.token().split(b".")
-        token = jwt.utils.base64url_encode(b'{"alg":"none","kid":"one"}') + b"." + said[1] + b"."
+async def test_an_invalid_jwt_is_refused(login: Login, changes: dict[str, Any]) -> None:
+    if changes.get("algorithm") == "none":
+        claims = login.token().split(b".")
+        token = jwt.utils.base64url_encode(b'{"alg":"none","kid":"one"}') + b"." + claims[1] + b"."
     else:
-        token = login.token(**more)
+        token = login.token(**changes)
     refused = await login.issuer().tenant_of(token)
     assert isinstance(refused, AuthFailure)
     assert (refused.status, 'error="invalid_token"' in dict(refused.headers)[b"www-authenticate"].decode()) == (
@@ -129,23 +129,25 @@ async def test_a_jwt_that_is_not_good_here_is_refused(login: Login, more: dict[s
 
 
 @pytest.mark.parametrize("token", [b"", b"..", b"a.b.c", b"\xff.\xff.\xff", b"e30.e30.e30", b"." * 5_000])
-async def test_what_is_no_jwt_is_refused(login: Login, token: bytes) -> None:
+async def test_a_malformed_jwt_is_refused(login: Login, token: bytes) -> None:
     refused = await login.issuer().tenant_of(token)
     assert isinstance(refused, AuthFailure)
     assert refused.status == 401
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("claims", "status"),
     [
-        pytest.param({"scope": "pictures:buy openid"}, None, id="as RFC 9068 says"),
-        pytest.param({"scp": ["pictures:buy"]}, None, id="in a list"),
-        pytest.param({"scope": "pictures:buyer"}, 403, id="another one"),
-        pytest.param({}, 403, id="none"),
+        pytest.param({"scope": "pictures:buy openid"}, None, id="as text"),
+        pytest.param({"scp": ["pictures:buy"]}, None, id="as a list"),
+        pytest.param({"scope": "pictures:buyer"}, 403, id="another scope"),
+        pytest.param({}, 403, id="no scope"),
     ],
 )
-async def test_a_missing_scope_is_named(login: Login, said: dict[str, Any], status: int | None) -> None:
-    entered = await login.issuer(("pictures:buy",)).tenant_of(login.token(**said))
+async def test_a_jwt_without_a_required_scope_gets_403_with_its_name(
+    login: Login, claims: dict[str, Any], status: int | None
+) -> None:
+    entered = await login.issuer(("pictures:buy",)).tenant_of(login.token(**claims))
     assert (entered.status if isinstance(entered, AuthFailure) else None) == status
     if isinstance(entered, AuthFailure):
         challenge = dict(entered.headers)[b"www-authenticate"].decode()
@@ -154,12 +156,12 @@ async def test_a_missing_scope_is_named(login: Login, said: dict[str, Any], stat
         assert 'resource_metadata="https://pictures.example.org/.well-known/oauth-protected-resource/mcp"' in challenge
 
 
-async def test_a_new_key_is_found_at_once_and_an_unknown_one_is_not_asked_for_again_and_again() -> None:
+async def test_a_new_key_is_read_at_once_and_unknown_keys_cause_few_reads() -> None:
     login = Login()
     issuer = login.issuer()
     assert isinstance(await issuer.tenant_of(login.token()), Tenant)
     assert isinstance(await issuer.tenant_of(login.token()), Tenant)
-    assert login.asked == ["metadata", "keys"]
+    assert login.reads == ["metadata", "keys"]
     login.keys["two"] = ec.generate_private_key(ec.SECP256R1())
     login.now += 60
     assert isinstance(await issuer.tenant_of(login.token("two", "ES256")), Tenant)
@@ -167,14 +169,14 @@ async def test_a_new_key_is_found_at_once_and_an_unknown_one_is_not_asked_for_ag
         refused = await issuer.tenant_of(login.token("three", key=STRANGER))
         assert isinstance(refused, AuthFailure)
         assert refused.status == 401
-    assert login.asked == ["metadata", "keys"] * 2
+    assert login.reads == ["metadata", "keys"] * 2
     del login.keys["one"]
     login.now += 3601
     assert isinstance(await issuer.tenant_of(login.token("two", "ES256")), Tenant)
     assert isinstance(await issuer.tenant_of(login.token("one", key=STRANGER)), AuthFailure)
 
 
-async def test_an_issuer_that_is_away_keeps_its_keys_for_a_day(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_keys_of_an_unreachable_issuer_stay_valid_for_a_day(caplog: pytest.LogCaptureFixture) -> None:
     login = Login()
     issuer = login.issuer()
     token = login.token()
@@ -192,13 +194,13 @@ async def test_an_issuer_that_is_away_keeps_its_keys_for_a_day(caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        pytest.param({"issuer": "https://evil.dev"}, "another issuer", id="another name"),
-        pytest.param({"jwks_uri": "http://evil.dev/keys"}, "no https address", id="keys in clear"),
-        pytest.param({"jwks_uri": None}, "no https address", id="no keys"),
-        pytest.param({"jwks_uri": f"{ISSUER}/nowhere"}, "HTTP 404", id="keys nowhere"),
+        pytest.param({"issuer": "https://evil.dev"}, "another issuer", id="another issuer"),
+        pytest.param({"jwks_uri": "http://evil.dev/keys"}, "no https address", id="keys over http"),
+        pytest.param({"jwks_uri": None}, "no https address", id="no key address"),
+        pytest.param({"jwks_uri": f"{ISSUER}/nowhere"}, "HTTP 404", id="missing keys"),
     ],
 )
-async def test_an_issuer_that_cannot_be_used_is_told_in_one_line(
+async def test_an_unusable_issuer_is_logged_in_one_line(
     caplog: pytest.LogCaptureFixture, metadata: dict[str, Any], words: str
 ) -> None:
     login = Login(**metadata)
@@ -208,7 +210,7 @@ async def test_an_issuer_that_cannot_be_used_is_told_in_one_line(
     assert [words in text for text in caplog.messages] == [True]
 
 
-async def test_a_certificate_that_is_over_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_expired_certificate_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     def fail(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired")
 
@@ -219,26 +221,26 @@ async def test_a_certificate_that_is_over_is_told_in_one_line(caplog: pytest.Log
     assert ["certificate has expired" in text for text in caplog.messages] == [True]
 
 
-# --- through the door ---
+# --- over HTTP ---
 
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
 WITH_CALLBACK = {**WISH, "callback_url": "https://hooks.example.com/x"}
 
 
-async def test_people_and_tokens_stand_side_by_side_and_apart(tmp_path: Path, login: Login) -> None:
+async def test_jwts_and_tokens_work_together_and_their_tenants_are_isolated(tmp_path: Path, login: Login) -> None:
     async with office(tmp_path, ANNA, issuer=login.issuer(), **PUBLIC) as town:
         jwt_of_anna, jwt_of_bert = (login.token(sub=name).decode() for name in ("anna", "bert"))
         bought = (await town.call(jwt_of_anna, "generate_image", **WITH_CALLBACK)).structured_content
         task = {"task_id": bought["task_id"]}
         assert bought["status"] == "completed"
         assert (await town.call(jwt_of_anna, "get_task", **task)).structured_content["status"] == "completed"
-        for other in (jwt_of_bert, "a"):  # the token of the tenant anna is not the person anna of the issuer
-            assert (await town.call(other, "get_task", **task)).is_error
-            assert (await town.call(other, "list_tasks")).structured_content["tasks"] == []
+        for other_token in (jwt_of_bert, "a"):  # the token of the tenant anna is not the person anna of the issuer
+            assert (await town.call(other_token, "get_task", **task)).is_error
+            assert (await town.call(other_token, "list_tasks")).structured_content["tasks"] == []
 
 
 @pytest.mark.parametrize("token", [None, "evt_wrong", "a.b.c"])
-async def test_a_client_without_a_good_token_is_told_where_to_get_one(
+async def test_a_client_without_a_valid_token_gets_the_address_of_the_metadata(
     tmp_path: Path, login: Login, token: str | None
 ) -> None:
     async with office(tmp_path, ANNA, issuer=login.issuer(("buy",)), **PUBLIC) as town, town.http(token) as http:
@@ -247,20 +249,20 @@ async def test_a_client_without_a_good_token_is_told_where_to_get_one(
         assert refused.status_code == 401
         assert 'resource_metadata="https://pictures.example.org/.well-known/oauth-protected-resource/mcp"' in challenge
         for path in ("/.well-known/oauth-protected-resource", "/.well-known/oauth-protected-resource/mcp"):
-            told = (await http.get(path)).json()
-            assert (told["resource"], told["authorization_servers"]) == (RESOURCE, [ISSUER])
-            assert told["scopes_supported"] == ["buy"]
+            metadata = (await http.get(path)).json()
+            assert (metadata["resource"], metadata["authorization_servers"]) == (RESOURCE, [ISSUER])
+            assert metadata["scopes_supported"] == ["buy"]
         # The official client reads the same out of it.
         plain = httpx.Response(401, headers=refused.headers, request=refused.request)
         assert extract_resource_metadata_from_www_auth(plain) == f"{RESOURCE[:-4]}{METADATA_PATH}/mcp"
         assert extract_scope_from_www_auth(plain) == "buy"
-        assert str(ProtectedResourceMetadata.model_validate(told).resource) == RESOURCE
+        assert str(ProtectedResourceMetadata.model_validate(metadata).resource) == RESOURCE
 
 
-# --- keys of callers ---
+# --- EvoLink keys of callers ---
 
 
-async def test_a_caller_may_pay_with_an_own_key(tmp_path: Path) -> None:
+async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         async with town.client("a", x_evolink_key="sk-her-own-key") as client:
             own = (await client.call_tool("generate_image", WISH)).structured_content
@@ -274,7 +276,7 @@ async def test_a_caller_may_pay_with_an_own_key(tmp_path: Path) -> None:
     assert "sk-her-own-key" not in json.dumps(own)
 
 
-async def test_the_key_that_pays_anyway_brings_no_second_server(tmp_path: Path) -> None:
+async def test_a_caller_key_equal_to_the_servers_key_opens_no_second_studio(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         async with town.client("a", x_evolink_key="sk-test-key") as client:
             own = (await client.call_tool("generate_image", WISH)).structured_content
@@ -282,14 +284,14 @@ async def test_the_key_that_pays_anyway_brings_no_second_server(tmp_path: Path) 
         assert (same.structured_content["status"], len(town.studios.account_ids)) == ("completed", 1)
 
 
-async def test_a_key_that_is_not_wanted_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+async def test_a_caller_key_is_refused_without_the_setting_and_nothing_is_charged(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town, town.http("a", x_evolink_key="sk-her-own-key") as http:
         refused = await http.post("/mcp", json=INITIALIZE)
         assert (refused.status_code, "sk-her" in refused.text) == (403, False)
         assert town.simulator.requests == []
 
 
-async def test_keys_of_one_caller_are_limited(tmp_path: Path) -> None:
+async def test_one_caller_may_use_at_most_16_keys(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         statuses: list[int] = []
         for number in range(18):

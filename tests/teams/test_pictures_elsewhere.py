@@ -1,4 +1,4 @@
-"""Callers on other machines: no path of the server, links that last, a store that may fail, and pictures they bring."""
+"""Images of remote callers: no path of the server, lasting links, an unusable store, and uploads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from evolink_mcp.teams.remote_images import RemoteImageStore
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 PNG = drawing()
-# With an own callback nobody waits for one at the public address.
+# With a separate callback URL the server does not wait for a callback at its public URL.
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.example.com/x"}
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
 
@@ -65,11 +65,11 @@ def stored(folder: Path) -> dict[str, str]:
     return {**PUBLIC, "EVOLINK_MCP_STORE": str(folder)}
 
 
-# --- no store ---
+# --- without an object store ---
 
 
 @ERAS
-async def test_no_answer_has_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
+async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA) as town, town.client("a", mode) as client:
         bought = await client.call_tool("generate_image", {**WISH, "save_as": "hero.png"})
         (image,) = facts(bought)["images"]
@@ -93,14 +93,12 @@ async def test_no_answer_has_a_path_of_the_server(tmp_path: Path, mode: str) -> 
     assert resources[0].contents[0].mime_type == "image/png"
     assert facts(refused)["error"]["code"] == "folder_refused"
     assert "PUT the file to /uploads" in facts(local)["error"]["advice"]
-    told = "".join(answer.model_dump_json() for answer in (*answers, *resources, refused))
-    assert str(tmp_path) not in told.replace(json.dumps(str(tmp_path / "x.png")), "")
+    text = "".join(answer.model_dump_json() for answer in (*answers, *resources, refused))
+    assert str(tmp_path) not in text.replace(json.dumps(str(tmp_path / "x.png")), "")
     assert not (tmp_path / "pictures").exists()
 
 
-async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without_its_path(
-    tmp_path: Path, decoder: Decoder
-) -> None:
+async def test_an_image_in_a_local_folder_is_shown_without_its_path(tmp_path: Path, decoder: Decoder) -> None:
     (old := tmp_path / "fox.png").write_bytes(PNG)
     picture = ResultImage(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
     entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), images=(picture,))
@@ -109,33 +107,33 @@ async def test_a_picture_that_was_saved_before_tenants_had_none_is_shown_without
     assert await image_store.local_file("task-unified-1-abcdefgh", picture) == old
 
 
-async def test_another_server_shows_the_picture_from_evolinks_link(tmp_path: Path) -> None:
+async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
-        seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
         forget_copies(tmp_path)
         again = await client.call_tool("get_task", {"task_id": bought["task_id"]})
-    assert [block.type for block in seen.content] == ["image", "text"]
+    assert [block.type for block in viewed.content] == ["image", "text"]
     assert [block.type for block in again.content] == ["text", "image"]
 
 
-async def test_a_picture_whose_link_has_ended_is_called_gone(tmp_path: Path) -> None:
+async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
         town.clock.shift_s = 25 * 3600
-        seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
         with pytest.raises(Exception, match="link to it has ended"):
             await client.read_resource(bought["images"][0]["resource_uri"])
-    assert seen.is_error
+    assert viewed.is_error
 
 
-# --- a folder that all servers mount ---
+# --- a folder as the object store ---
 
 
 @ERAS
-async def test_a_stored_picture_has_a_signed_link_that_needs_no_token(
+async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
     tmp_path: Path, folder: Path, stored: dict[str, str], mode: str
 ) -> None:
     async with office(tmp_path, ANNA, **stored) as town:
@@ -160,21 +158,21 @@ async def test_a_stored_picture_has_a_signed_link_that_needs_no_token(
     assert "anna" not in image["url"]
 
 
-async def test_a_stored_picture_outlives_evolinks_link(tmp_path: Path, stored: dict[str, str]) -> None:
+async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path: Path, stored: dict[str, str]) -> None:
     async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         forget_copies(tmp_path)
         town.clock.shift_s = 48 * 3600
         read = await client.read_resource(bought["images"][0]["resource_uri"])
         edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}
-        other = facts(await town.call("b", "generate_image", **edit))
-        own = facts(await client.call_tool("generate_image", edit))
+        other_task = facts(await town.call("b", "generate_image", **edit))
+        own_task = facts(await client.call_tool("generate_image", edit))
     assert read.contents[0].mime_type == "image/png"
-    assert other["error"]["code"] == "reference_refused"
-    assert own["status"] == "completed"
+    assert other_task["error"]["code"] == "reference_refused"
+    assert own_task["status"] == "completed"
 
 
-async def test_a_lost_store_loses_nothing(tmp_path: Path, folder: Path, stored: dict[str, str]) -> None:
+async def test_an_unusable_store_costs_no_image(tmp_path: Path, folder: Path, stored: dict[str, str]) -> None:
     async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
         shutil.rmtree(folder)
         folder.write_text("no folder any more")
@@ -191,7 +189,7 @@ async def test_a_lost_store_loses_nothing(tmp_path: Path, folder: Path, stored: 
     assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
 
 
-async def test_a_link_ends_and_cannot_be_changed() -> None:
+async def test_a_link_expires_and_a_changed_link_is_invalid() -> None:
     links = Links("https://p.example.org/", "s" * 32)
     path = links.to("a/task/fox.png", 1_000.0).removeprefix("https://p.example.org")
     assert links.read(path, 999.0) == "a/task/fox.png"
@@ -203,9 +201,7 @@ async def test_a_link_ends_and_cannot_be_changed() -> None:
         assert links.read(odd, 0.0) is None
 
 
-async def test_a_servers_disk_that_takes_nothing_is_told_without_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workshop, "AGAIN_AFTER_S", 0.01)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
@@ -214,14 +210,14 @@ async def test_a_servers_disk_that_takes_nothing_is_told_without_a_path(
         (tmp_path / "data" / "copies").unlink()
         again = facts(await client.call_tool("get_task", {"task_id": facts(bought)["task_id"]}))
         assert town.posts == 1
-    told = bought.model_dump_json()
-    assert "this server's disk cannot take the picture now" in told
-    assert str(tmp_path) not in told
+    text = bought.model_dump_json()
+    assert "this server's disk cannot take the picture now" in text
+    assert str(tmp_path) not in text
     assert facts(bought)["images"][0]["url"].startswith("http://127.0.0.1:9/")
     assert again["images"][0]["sha256"]
 
 
-# --- S3, spoken by a server that others wrote ---
+# --- S3 of a third-party server ---
 
 
 @pytest.fixture
@@ -236,7 +232,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     ):
         try:
             with anyio.from_thread.start_blocking_portal() as portal:
-                portal.call(_made, f"{address}/bucket")
+                portal.call(_create_bucket, f"{address}/bucket")
             for name, value in {
                 "AWS_ACCESS_KEY_ID": "one", "AWS_SECRET_ACCESS_KEY": "two", "AWS_REGION": "us-east-1",
                 "AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true",
@@ -247,7 +243,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
             moto.kill()
 
 
-async def _made(bucket: str) -> None:
+async def _create_bucket(bucket: str) -> None:
     async with httpx.AsyncClient() as http:
         with anyio.fail_after(300):
             while True:
@@ -260,7 +256,7 @@ async def _made(bucket: str) -> None:
                     return
 
 
-async def test_s3_keeps_the_picture_and_signs_its_link(tmp_path: Path, bucket: str) -> None:
+async def test_s3_stores_the_image_and_presigns_its_link(tmp_path: Path, bucket: str) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as town, town.client("a") as client:
         bought = facts(await client.call_tool("generate_image", WISH))
         (image,) = bought["images"]
@@ -269,15 +265,15 @@ async def test_s3_keeps_the_picture_and_signs_its_link(tmp_path: Path, bucket: s
             unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
         forget_copies(tmp_path)
         town.clock.shift_s = 48 * 3600
-        seen = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
     assert image["url"].startswith(f"{bucket}/bucket/team/")
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
     assert len(picture.content) == image["bytes"]
     assert unsigned.status_code != 200 or b"<Error>" in unsigned.content or not unsigned.content.startswith(b"\x89PNG")
-    assert seen.content[0].type == "image"
+    assert viewed.content[0].type == "image"
 
 
-async def test_a_bucket_that_is_not_there_is_one_clear_error(tmp_path: Path, bucket: str) -> None:
+async def test_a_missing_bucket_is_one_clear_error(tmp_path: Path, bucket: str) -> None:
     store = ObjectStore("s3://nobody", 24)
     file = tmp_path / "x.png"
     file.write_bytes(PNG)
@@ -289,28 +285,28 @@ async def test_a_bucket_that_is_not_there_is_one_clear_error(tmp_path: Path, buc
             pass
 
 
-# --- pictures that callers bring ---
+# --- uploads ---
 
 
 @ERAS
-async def test_an_upload_is_a_reference_for_its_tenant_alone(tmp_path: Path, mode: str) -> None:
+async def test_an_upload_is_a_reference_image_only_for_its_tenant(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
         async with town.http("a") as http:
             answer = await http.put("/uploads", content=PNG)
-            told = answer.json()
-        edit = {"prompt": "sim:fast bluer", "image_urls": [told["uri"]]}
-        own = facts(await town.call("a", "generate_image", mode, **edit))
-        other = facts(await town.call("b", "generate_image", mode, **edit))
+            upload = answer.json()
+        edit = {"prompt": "sim:fast bluer", "image_urls": [upload["uri"]]}
+        own_task = facts(await town.call("a", "generate_image", mode, **edit))
+        other_task = facts(await town.call("b", "generate_image", mode, **edit))
         (order,) = (json.loads(r.body) for r in town.simulator.requests if r.path == "/v1/images/generations")
-    assert (answer.status_code, told["mime_type"], told["bytes"]) == (201, "image/png", len(PNG))
-    assert told["uri"].startswith("evolink://uploads/")
-    assert own["status"] == "completed"
-    assert own["references"][0]["given"] == told["uri"]
+    assert (answer.status_code, upload["mime_type"], upload["bytes"]) == (201, "image/png", len(PNG))
+    assert upload["uri"].startswith("evolink://uploads/")
+    assert own_task["status"] == "completed"
+    assert own_task["references"][0]["given"] == upload["uri"]
     assert order["image_urls"][0].startswith("http")
-    assert other["error"]["code"] == "reference_refused"
+    assert other_task["error"]["code"] == "reference_refused"
 
 
-async def test_an_upload_and_the_same_data_uri_are_one_order(tmp_path: Path) -> None:
+async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests(tmp_path: Path) -> None:
     import base64
 
     async with office(tmp_path, ANNA) as town, town.http("a") as http:
@@ -326,13 +322,15 @@ async def test_an_upload_and_the_same_data_uri_are_one_order(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "headers", "status", "words"),
     [
-        pytest.param(b"GIF89a" + b"x" * 100, {}, 400, "cannot be a reference", id="no picture"),
-        pytest.param(PNG[:-20], {}, 400, "cannot be a reference", id="it breaks off"),
-        pytest.param(b"", {}, 400, "cannot be a reference", id="nothing"),
-        pytest.param(b"x", {"content-length": str(REFERENCE_MAX_BYTES + 1)}, 413, "50 MB", id="too large, as it says"),
+        pytest.param(b"GIF89a" + b"x" * 100, {}, 400, "cannot be a reference", id="no image"),
+        pytest.param(PNG[:-20], {}, 400, "cannot be a reference", id="incomplete"),
+        pytest.param(b"", {}, 400, "cannot be a reference", id="empty"),
+        pytest.param(
+            b"x", {"content-length": str(REFERENCE_MAX_BYTES + 1)}, 413, "50 MB", id="too large by its header"
+        ),
     ],
 )
-async def test_what_cannot_be_a_reference_is_refused(
+async def test_an_upload_that_cannot_be_a_reference_image_is_refused(
     tmp_path: Path, content: bytes, headers: dict[str, str], status: int, words: str
 ) -> None:
     async with office(tmp_path, ANNA) as town, town.http("a") as http:
@@ -341,7 +339,7 @@ async def test_what_cannot_be_a_reference_is_refused(
         assert town.simulator.requests == []
 
 
-async def test_a_body_that_is_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
+async def test_an_upload_that_is_too_large_is_refused_before_its_end(tmp_path: Path) -> None:
     sent = 0
 
     async def parts() -> Any:
@@ -355,7 +353,7 @@ async def test_a_body_that_is_too_large_is_not_read_to_its_end(tmp_path: Path) -
         assert answer.status_code == 413
 
 
-async def test_uploads_need_a_token_a_key_and_put(tmp_path: Path) -> None:
+async def test_uploads_need_a_token_a_key_and_the_method_put(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town:
         async with town.http() as http:
             assert (await http.put("/uploads", content=PNG)).status_code == 401
@@ -366,7 +364,7 @@ async def test_uploads_need_a_token_a_key_and_put(tmp_path: Path) -> None:
         assert (answer.status_code, "EVOLINK_API_KEY" in answer.json()["error"]) == (503, True)
 
 
-async def test_a_file_api_that_says_no_is_told(tmp_path: Path) -> None:
+async def test_a_refusal_of_evolinks_file_api_is_reported(tmp_path: Path) -> None:
     simulator = PlainSimulator()
     served = simulator.app
 

@@ -1,4 +1,4 @@
-"""Two servers of a team behind a proxy that sends each request to the next one: any of them answers any request."""
+"""Two replicas behind a round-robin proxy: each of them answers any request."""
 
 from __future__ import annotations
 
@@ -41,17 +41,20 @@ WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 class RoundRobin(httpx.AsyncBaseTransport):
-    """Each request goes to the next replica; `seen` says which."""
+    """Send each request to the next replica. `turns` lists the replicas in the order of the requests."""
 
     def __init__(self, apps: list[Any]) -> None:
         self.apps = apps
         self._transports = [httpx.ASGITransport(app) for app in apps]
         self._turns = itertools.cycle(range(len(apps)))
-        self.seen: list[int] = []
+        self.turns: list[int] = []
+
+    def skip_turn(self) -> None:
+        next(self._turns)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         turn = next(self._turns)
-        self.seen.append(turn)
+        self.turns.append(turn)
         return await self._transports[turn].handle_async_request(request)
 
 
@@ -66,10 +69,10 @@ class Team:
         return httpx.AsyncClient(transport=self.proxy, base_url="http://localhost", headers=headers, timeout=300)
 
     @asynccontextmanager
-    async def client(self, token: str, mode: Any = "auto", **more: Any) -> AsyncIterator[Client]:
+    async def client(self, token: str, mode: Any = "auto", **options: Any) -> AsyncIterator[Client]:
         async with (
             self.http(token) as http,
-            Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode, **more) as client,
+            Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode, **options) as client,
         ):
             yield client
 
@@ -85,10 +88,10 @@ def _replica(studios: Studios, tokens: Tokens, group: Any, orphan_interval_s: fl
     return guard_of(studios, authenticator, group, tenants)
 
 
-async def test_what_a_dead_server_left_of_somebody_who_never_calls_again_is_finished(
+async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """People of an issuer have no studio at a server before they call there."""
+    """A caller with a JWT has no studio at a replica before the first call there."""
     monkeypatch.setitem(Database.__init__.__kwdefaults__, "grace_s", 0.0)
     person = Tenant("anna at https://login.example.org")
     async with team(url, tmp_path, ANNA, orphan_interval_s=0.1) as office, AsyncExitStack() as stack:
@@ -150,14 +153,14 @@ ANNA, BERT = block("anna", "a"), block("bert", "b")
 
 
 @ERAS
-async def test_every_tool_works_whichever_replica_answers(url: str, tmp_path: Path, mode: str) -> None:
+async def test_every_tool_works_at_each_replica(url: str, tmp_path: Path, mode: str) -> None:
     async with team(url, tmp_path, ANNA) as office, office.client("a", mode) as client:
         bought = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
         for _ in range(2):
             again = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
             assert (again["status"], again["charged"]) == ("completed", "yes")
-            shown = await client.call_tool("view_image", {"task_id": bought["task_id"]})
-            assert not shown.is_error
+            viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+            assert not viewed.is_error
             read = await client.read_resource(again["images"][0]["resource_uri"])
             assert read.contents
             listed = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
@@ -165,28 +168,28 @@ async def test_every_tool_works_whichever_replica_answers(url: str, tmp_path: Pa
             assert not (await client.call_tool("get_balance", {})).is_error
             assert len((await client.list_tools()).tools) == 6
         assert office.posts == 1
-        assert set(office.proxy.seen) == {0, 1}
+        assert set(office.proxy.turns) == {0, 1}
 
 
-async def test_a_question_that_one_replica_asks_is_answered_at_another(url: str, tmp_path: Path) -> None:
-    """What the client carries in between is sealed by the team's secret."""
-    asked: list[str] = []
+async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_path: Path) -> None:
+    """The team's secret seals the request state that the client carries."""
+    questions: list[str] = []
 
     async def user(_: Any, params: Any) -> ElicitResult:
-        asked.append(params.message)
+        questions.append(params.message)
         return ElicitResult(action="accept", content=dict.fromkeys(params.requested_schema["properties"], True))
 
     async with team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as office:
         async with office.client("a", elicitation_callback=user) as client:
-            before = len(office.proxy.seen)
+            before = len(office.proxy.turns)
             bought = await client.call_tool("generate_image", WISH)
         assert not bought.is_error, bought.content
-        assert len(asked) == 1
-        assert len(set(office.proxy.seen[before:])) == 2
+        assert len(questions) == 1
+        assert len(set(office.proxy.turns[before:])) == 2
         assert office.posts == 1
 
 
-async def test_what_one_tenant_carries_is_nothing_to_another(url: str, tmp_path: Path) -> None:
+async def test_the_request_state_of_one_tenant_is_invalid_for_another(url: str, tmp_path: Path) -> None:
     ask = {
         "jsonrpc": "2.0", "id": 1, "method": "tools/call",
         "params": {"name": "generate_image", "arguments": WISH, "_meta": {
@@ -198,13 +201,13 @@ async def test_what_one_tenant_carries_is_nothing_to_another(url: str, tmp_path:
     headers = {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call", "mcp-name": "generate_image"}
     async with team(url, tmp_path, ANNA, BERT, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as office:  # noqa: SIM117
         async with office.http("a") as anna, office.http("b") as bert:
-            told = _result(await anna.post("/mcp", json=ask, headers=headers))
-            assert told["result"]["resultType"] == "input_required", told
-            (name,) = told["result"]["inputRequests"]
+            reply = _result(await anna.post("/mcp", json=ask, headers=headers))
+            assert reply["result"]["resultType"] == "input_required", reply
+            (name,) = reply["result"]["inputRequests"]
             answer = {"action": "accept", "content": {}}
-            schema = told["result"]["inputRequests"][name]["params"]["requestedSchema"]
+            schema = reply["result"]["inputRequests"][name]["params"]["requestedSchema"]
             answer["content"] = dict.fromkeys(schema["properties"], True)
-            ask["params"] |= {"requestState": told["result"]["requestState"], "inputResponses": {name: answer}}
+            ask["params"] |= {"requestState": reply["result"]["requestState"], "inputResponses": {name: answer}}
             refused = _result(await bert.post("/mcp", json=ask, headers=headers))
             assert "error" in refused, refused
             assert office.posts == 0
@@ -236,9 +239,9 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
             while not office.posts:
                 await anyio.sleep(0.01)
             cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
-            at = office.proxy.seen[-1]
+            at = office.proxy.turns[-1]
             assert (await wire.post("/mcp", json=cancel, headers=session)).status_code == 202
-            assert office.proxy.seen[-1] != at
+            assert office.proxy.turns[-1] != at
         assert "structuredContent" not in ended[0]
         async with office.client("a", "legacy") as client:
             again = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
@@ -247,7 +250,7 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
 
 
 @ERAS
-async def test_tenants_are_apart_at_every_replica(url: str, tmp_path: Path, mode: str) -> None:
+async def test_tenants_are_isolated_at_every_replica(url: str, tmp_path: Path, mode: str) -> None:
     async with team(url, tmp_path, ANNA, BERT) as office:
         async with office.client("a", mode) as anna, office.client("b", mode) as bert:
             bought = (await anna.call_tool("generate_image", WISH)).structured_content
@@ -257,12 +260,12 @@ async def test_tenants_are_apart_at_every_replica(url: str, tmp_path: Path, mode
                 assert (await bert.call_tool("list_tasks", {})).structured_content["tasks"] == []
                 with pytest.raises(Exception, match=r"no |not "):
                     await bert.read_resource(bought["images"][0]["resource_uri"])
-            twin = (await bert.call_tool("generate_image", WISH)).structured_content
-        assert twin["task_id"] != bought["task_id"]
+            duplicate = (await bert.call_tool("generate_image", WISH)).structured_content
+        assert duplicate["task_id"] != bought["task_id"]
         assert office.posts == 2
 
 
-async def test_a_tenants_days_cap_counts_at_all_replicas(url: str, tmp_path: Path) -> None:
+async def test_the_daily_limit_of_a_tenant_counts_across_replicas(url: str, tmp_path: Path) -> None:
     async with team(url, tmp_path, block("anna", "a", max_credits_per_day=1.0)) as office:
         answers: list[Any] = []
 
@@ -279,22 +282,22 @@ async def test_a_tenants_days_cap_counts_at_all_replicas(url: str, tmp_path: Pat
         assert office.posts == len(paid) > 1
 
 
-async def test_uploads_and_links_of_one_replica_are_good_at_the_other(url: str, tmp_path: Path) -> None:
+async def test_uploads_and_links_of_one_replica_are_valid_at_the_other(url: str, tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     (tmp_path / "store").mkdir()
     shared = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
     async with team(url, tmp_path, ANNA, **shared) as office, office.http("a") as wire:
         uri = (await wire.put("/uploads", content=drawing())).json()["uri"]
-        at = office.proxy.seen[-1]
+        at = office.proxy.turns[-1]
         wish = {**WISH, "image_urls": [uri], "callback_url": "https://hooks.example.com/x"}
         async with office.client("a") as client:
             for prompt in ("sim:fast a fox", "sim:fast a hen"):
-                made = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content
-                assert made["status"] == "completed"
-                (image,) = made["images"]
+                task = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content
+                assert task["status"] == "completed"
+                (image,) = task["images"]
                 for _ in range(2):
                     picture = await wire.get(image["url"].removeprefix("https://pictures.example.org"))
                     assert (picture.status_code, len(picture.content)) == (200, image["bytes"])
-        orders = [number for number in office.proxy.seen if number != at]
+        orders = [number for number in office.proxy.turns if number != at]
     assert orders  # the other replica has served some of them
     assert office.posts == 2

@@ -1,4 +1,4 @@
-"""Two servers of a team on one PostgreSQL: one ends, or loses its database, at its k-th operation; the other goes on."""
+"""Two replicas with one PostgreSQL: one ends or loses its database at its k-th operation, the other continues."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SLOW = [
 ]
 
 
-def team(town: Town, name: str, url: str, **more: str) -> dict[str, str]:
-    return {**town.env(name, **more), "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": "s" * 32}
+def team(town: Town, name: str, url: str, **environ: str) -> dict[str, str]:
+    return {**town.env(name, **environ), "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": "s" * 32}
 
 
 async def one_life(town: Town, name: str, url: str, how: str, at: int) -> None:
-    """One replica is struck at its k-th operation, while another one lives; that one puts everything right."""
+    """One replica fails at its k-th operation. A second replica must then finish all work."""
     async with town.nursery.server(team(town, name, url)) as heir:
         await tasks(heir)
         env = team(town, name, url, **{AT: str(at), HOW: how})
@@ -45,15 +45,15 @@ async def one_life(town: Town, name: str, url: str, how: str, at: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "fail", pytest.param("late", marks=SLOW)])
-async def test_whatever_operation_is_the_last_the_other_replica_ends_with_one_task(
+async def test_a_replica_stopped_at_any_operation_leaves_one_task_to_the_other(
     town: Town, cluster: Any, how: str
 ) -> None:
-    """kill: SIGKILL before the k-th; fail: the k-th is not done and fails; late: it is done, and fails."""
+    """kill: SIGKILL before operation k. fail: operation k fails without effect. late: operation k fails after its effect."""
     url = cluster.database()
     operations = await good_run(town, team(town, "good", url))
     kinds = Counter(operation.partition(":")[0] for operation in operations)
     assert kinds["journal"] >= 15
-    # What fails in the files and on the way to EvoLink is tried without a database; here, what the database does.
+    # Other tests cover failures of files and of EvoLink; this one covers the database.
     struck = ("journal", "socket") if how == "kill" else ("journal",)
     ats = [
         at for at in range(1, len(operations) + SPARE)
@@ -62,6 +62,6 @@ async def test_whatever_operation_is_the_last_the_other_replica_ends_with_one_ta
     await each(operations, ats, lambda at: one_life(town, f"{how}-{at}", url, how, at), AT_ONCE)
 
 
-async def test_a_replica_that_was_only_stopped_keeps_its_work(town: Town, cluster: Any) -> None:
-    """Its session with the database stands."""
+async def test_a_replica_that_was_only_suspended_keeps_its_work(town: Town, cluster: Any) -> None:
+    """Its database session stays open."""
     await stopped_and_continued(town, team(town, "pair", cluster.database()))

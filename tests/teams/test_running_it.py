@@ -1,4 +1,4 @@
-"""What an operator sees of a server: its metrics, its spans, its audit, and how it ends."""
+"""Operation of a server: metrics, spans, audit and draining."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LATE = {"prompt": "sim:slow=3600 a fox", "wait_seconds": 50}
 
 
 def values(text: str) -> dict[str, float]:
-    """Every sample by its name and labels."""
+    """Return each sample by its name and labels."""
     return {
         " ".join([sample.name, *sample.labels.values()]): sample.value
         for family in text_string_to_metric_families(text)
@@ -48,29 +48,29 @@ def values(text: str) -> dict[str, float]:
 # --- metrics ---
 
 
-async def test_metrics_tell_what_was_bought_looked_at_and_fetched(tmp_path: Path) -> None:
+async def test_metrics_count_purchases_polls_and_downloads(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, BERT, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town:
         bought = (await town.call("a", "generate_image", **WISH)).structured_content
         refused = await town.call("b", "generate_image", prompt="sim:402 a fox")
         await town.call("b", "generate_image", **{**LATE, "wait_seconds": 0})
         async with town.http(TOKEN) as http:
             answer = await http.get("/metrics")
-        told = values(answer.text)
+        samples = values(answer.text)
     assert answer.headers["content-type"].startswith("text/plain")
     assert refused.is_error
-    assert told["evolink_purchases_total submitted"] == 2
-    assert told["evolink_purchases_total refused"] == 1
-    assert told["evolink_credits_total"] == bought["credits"]
-    assert told["evolink_looks_total single"] >= 1
-    assert told["evolink_downloads_total saved"] == 1
-    assert told["evolink_lag_seconds_count"] == 1
-    assert told["evolink_tasks pending"] + told.get("evolink_tasks processing", 0) == 1
-    assert (told["evolink_ready"], told["evolink_open_streams"]) == (1, 1)
+    assert samples["evolink_purchases_total submitted"] == 2
+    assert samples["evolink_purchases_total refused"] == 1
+    assert samples["evolink_credits_total"] == bought["credits"]
+    assert samples["evolink_looks_total single"] >= 1
+    assert samples["evolink_downloads_total saved"] == 1
+    assert samples["evolink_lag_seconds_count"] == 1
+    assert samples["evolink_tasks pending"] + samples.get("evolink_tasks processing", 0) == 1
+    assert (samples["evolink_ready"], samples["evolink_open_streams"]) == (1, 1)
     assert not any(word in answer.text for word in ("anna", "bert", "sk-", "fox"))
 
 
 @pytest.mark.parametrize("token", [None, "a", TOKEN + "x", ""])
-async def test_metrics_need_their_own_token(tmp_path: Path, token: str | None) -> None:
+async def test_metrics_with_a_token_refuse_every_other_token(tmp_path: Path, token: str | None) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town, town.http(token) as http:
         assert (await http.get("/metrics")).status_code == 401
         assert (await http.get("/metrics/x")).status_code in (401, 404)
@@ -78,7 +78,7 @@ async def test_metrics_need_their_own_token(tmp_path: Path, token: str | None) -
         assert (await http.get("/metrics")).status_code == (200 if token == "a" else 401)
 
 
-async def test_metrics_have_a_port_of_their_own() -> None:
+async def test_metrics_are_served_on_a_separate_port() -> None:
     metrics = Metrics()
     metrics.settled(2.5, 0.4)
     metrics.settled(None, 90.0)
@@ -92,15 +92,15 @@ async def test_metrics_have_a_port_of_their_own() -> None:
             with opener.open(f"http://127.0.0.1:{port}/metrics") as answer:
                 return answer.read().decode()
 
-        told = values(await anyio.to_thread.run_sync(read))
+        samples = values(await anyio.to_thread.run_sync(read))
     finally:
         await anyio.to_thread.run_sync(close)
-    assert (told["evolink_ready"], told["evolink_credits_total"]) == (0, 2.5)
-    assert (told["evolink_lag_seconds_bucket 0.5"], told["evolink_lag_seconds_bucket +Inf"]) == (1, 2)
+    assert (samples["evolink_ready"], samples["evolink_credits_total"]) == (0, 2.5)
+    assert (samples["evolink_lag_seconds_bucket 0.5"], samples["evolink_lag_seconds_bucket +Inf"]) == (1, 2)
 
 
 @pytest.mark.parametrize(("key", "why"), [("sk-good-key", None), ("sk-bad-key", "EvoLink does not accept the key")])
-async def test_a_key_that_evolink_does_not_accept_makes_no_server_ready(
+async def test_a_server_is_ready_only_with_a_key_that_evolink_accepts(
     tmp_path: Path, key: str, why: str | None
 ) -> None:
     simulator = PlainSimulator(keys={"sk-good-key": 1000.0})
@@ -114,7 +114,7 @@ async def test_a_key_that_evolink_does_not_accept_makes_no_server_ready(
 # --- spans ---
 
 
-async def test_spans_tell_what_evolink_was_asked_and_no_secret(
+async def test_spans_show_the_requests_to_evolink_and_no_secret(
     open_world: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans: list[tuple[str, dict[str, Any]]] = []
@@ -137,32 +137,32 @@ async def test_spans_tell_what_evolink_was_asked_and_no_secret(
         def start_span(self, name: str, *, kind: Any, attributes: dict[str, Any]) -> Span:
             return Span(name, attributes)
 
-    monkeypatch.setattr(tracing.trace, "get_tracer", lambda *_: Tracer())
+    monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
     async with open_world() as world, world.client() as client:
         await client.call_tool("generate_image", WISH)
     names = [name for name, _ in spans]
     assert names[0] == "POST /v1/images/generations"
     assert {"GET /v1/tasks/{id}", "GET /picture"} <= set(names)
-    assert all(told["ended"] and "failed" not in told for _, told in spans)
-    assert {told["http.response.status_code"] for _, told in spans} == {200}
+    assert all(attributes["ended"] and "failed" not in attributes for _, attributes in spans)
+    assert {attributes["http.response.status_code"] for _, attributes in spans} == {200}
     assert not any(word in json.dumps(spans) for word in ("sk-", "fox", "task-unified"))
 
 
-async def test_a_span_of_what_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+async def test_the_span_of_a_failed_call_records_the_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
     class Span:
         def set_status(self, status: Any) -> None:
-            told.append("failed")
+            calls.append("failed")
 
         def end(self) -> None:
-            told.append("ended")
+            calls.append("ended")
 
     class Tracer:
         def start_span(self, name: str, **_: Any) -> Span:
             return Span()
 
-    monkeypatch.setattr(tracing.trace, "get_tracer", lambda *_: Tracer())
+    monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
 
     def fail() -> None:
         with tracing.span("x"):
@@ -170,13 +170,13 @@ async def test_a_span_of_what_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(ConnectionError):
         fail()
-    assert told == ["failed", "ended"]
+    assert calls == ["failed", "ended"]
 
 
 # --- the audit ---
 
 
-async def test_each_purchase_is_one_line_without_prompt_or_key(
+async def test_the_audit_has_one_line_per_purchase_without_prompt_or_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
@@ -194,17 +194,17 @@ async def test_each_purchase_is_one_line_without_prompt_or_key(
     assert not any(word in json.dumps(lines) for word in ("fox", "sk-test"))
 
 
-async def test_without_the_setting_nothing_is_audited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_the_setting_there_is_no_audit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with office(tmp_path, ANNA) as town:
             await town.call("a", "generate_image", **WISH)
     assert [record for record in caplog.records if record.name == "evolink_mcp.audit"] == []
 
 
-# --- the end ---
+# --- draining ---
 
 
-async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_takes_no_new_order(tmp_path: Path) -> None:
+async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses_new_requests(tmp_path: Path) -> None:
     answers: list[Any] = []
     async with office(tmp_path, ANNA) as town:
 
@@ -225,13 +225,13 @@ async def test_a_draining_server_lets_waiting_calls_go_with_their_tasks_and_take
             assert (await http.get("/readyz")).json()["why"] == "the server is about to end"
             assert (await http.get("/healthz")).status_code == 200
         assert town.posts == 1
-    (left,) = (answer.structured_content for answer in answers)
-    assert left["next_action"] == {"tool": "get_task", "arguments": {"task_id": left["task_id"]}}
+    (facts,) = (answer.structured_content for answer in answers)
+    assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
     assert (new["error"]["code"], new["charged"]) == ("draining", "no")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-async def test_sigterm_at_a_server_of_a_team_answers_who_waits_and_then_ends(tmp_path: Path) -> None:
+async def test_a_team_server_answers_waiting_calls_after_sigterm_and_then_ends(tmp_path: Path) -> None:
     async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
         port, file = silent_port(), tmp_path / "tokens.toml"
         file.write_text(ANNA)
@@ -243,9 +243,9 @@ async def test_sigterm_at_a_server_of_a_team_answers_who_waits_and_then_ends(tmp
         command = [*SERVER_COMMAND, "http", "--port", str(port)]
         async with await anyio.open_process(command, env=env, stdin=-3, stdout=-3) as server:
             assert server.stderr is not None
-            said = b""
-            while b"serves" not in said:
-                said += await server.stderr.receive()
+            output = b""
+            while b"serves" not in output:
+                output += await server.stderr.receive()
             answers: list[Any] = []
             async with (
                 httpx.AsyncClient(headers={"authorization": "Bearer a"}) as http,
@@ -262,8 +262,8 @@ async def test_sigterm_at_a_server_of_a_team_answers_who_waits_and_then_ends(tmp
                     server.send_signal(signal.SIGTERM)
             assert await server.wait() == 143
             rest = b"".join([part async for part in server.stderr])
-    (left,) = (answer.structured_content for answer in answers)
-    assert left["task_id"] in gateway.simulator.tasks
-    assert left["next_action"]["tool"] == "get_task"
+    (facts,) = (answer.structured_content for answer in answers)
+    assert facts["task_id"] in gateway.simulator.tasks
+    assert facts["next_action"]["tool"] == "get_task"
     (line,) = (json.loads(line) for line in rest.decode().splitlines() if line.startswith("{"))
-    assert (line["task"], line["outcome"]) == (left["task_id"], left["status"])
+    assert (line["task"], line["outcome"]) == (facts["task_id"], facts["status"])

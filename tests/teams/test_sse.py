@@ -24,11 +24,11 @@ class Stream:
         self.text = ""
         self.ended = anyio.Event()
 
-    def _scope(self, method: str, path: str, query: str = "", more: tuple[tuple[bytes, bytes], ...] = ()) -> Any:
+    def _scope(self, method: str, path: str, query: str = "", extra: tuple[tuple[bytes, bytes], ...] = ()) -> Any:
         return {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
             "path": path, "raw_path": path.encode(), "query_string": query.encode(), "root_path": "",
-            "headers": [*self._headers, *more], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
+            "headers": [*self._headers, *extra], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000),
         }  # fmt: skip
 
     async def run(self) -> None:
@@ -59,8 +59,8 @@ class Stream:
         async def send(answer: Any) -> None:
             answers.append(answer)
 
-        more = ((b"content-type", b"application/json"),)
-        await self._app(self._scope("POST", "/messages/", f"session_id={session_id}", more), receive, send)
+        extra = ((b"content-type", b"application/json"),)
+        await self._app(self._scope("POST", "/messages/", f"session_id={session_id}", extra), receive, send)
         return answers[0]["status"]
 
 

@@ -1,4 +1,4 @@
-"""Who may call over HTTP: tokens on every path, tenants apart, and a file that is read again."""
+"""The tokens file: authentication on every path, isolated tenants, and a reload of a changed file."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "tokens.toml"
 
 
-# --- the file ---
+# --- the tokens file ---
 
 
-def test_a_new_token_and_its_block_fit(file: Path) -> None:
+def test_a_new_token_matches_its_block(file: Path) -> None:
     token, text = new_token("anna")
     file.write_text(text)
     assert token.startswith("evt_")
     assert len(token) == len("evt_") + 43
     assert token not in text
-    entered = Tokens(file).authenticate(bearer(token))
-    assert isinstance(entered, Tenant)
-    assert entered.name == "anna"
+    tenant = Tokens(file).authenticate(bearer(token))
+    assert isinstance(tenant, Tenant)
+    assert tenant.name == "anna"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "NUL", "anna.", "\u202eanna", "a" * 65, "anna\n[[token]]"])
-def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
+def test_a_name_that_no_folder_can_have_is_invalid(name: str) -> None:
     with pytest.raises(BadTokens):
         new_token(name)
 
@@ -63,13 +63,19 @@ def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        pytest.param("", "needs one", id="empty"),
+        pytest.param("", "needs one or more", id="empty"),
         pytest.param("[[token]\nname=", "no TOML", id="no TOML"),
-        pytest.param("tokens = []", "needs one", id="another word"),
+        pytest.param("tokens = []", "needs one or more", id="an unknown table"),
         pytest.param("[[token]]\nname = 'anna'", "sha256 must be", id="no sha256"),
-        pytest.param(block("anna", "a").replace('sha256 = "', 'sha256 = "evt_'), "not the token itself", id="a token"),
-        pytest.param(block("anna", "a") * 2, "twice", id="twice"),
-        pytest.param(block("anna", "a", max_credits_per_dya=1), "max_credits_per_dya means nothing", id="misspelled"),
+        pytest.param(
+            block("anna", "a").replace('sha256 = "', 'sha256 = "evt_'),
+            "not the token itself",
+            id="a token instead of its hash",
+        ),
+        pytest.param(block("anna", "a") * 2, "the same sha256", id="a repeated token"),
+        pytest.param(
+            block("anna", "a", max_credits_per_dya=1), "max_credits_per_dya is unknown", id="a misspelled setting"
+        ),
         pytest.param(block("anna", "a", max_credits_per_day=-1), "max_credits_per_day must be", id="below 0"),
         pytest.param(block("anna", "a", max_credits_per_day="5"), "max_credits_per_day must be", id="a text"),
         pytest.param(
@@ -81,23 +87,27 @@ def test_a_name_that_no_folder_can_have_is_refused(name: str) -> None:
         pytest.param(block("anna", "a", tools=[["get_task"]]), "tools must be a list", id="a list in a list"),
         pytest.param(block("anna", "a", tools=[]), "tools must be a list", id="no tool"),
         pytest.param(block("anna", "a", evolink_key="sk 1"), "evolink_key is no EvoLink key", id="no key"),
-        pytest.param(block("an na", "a"), "no tenant's name", id="no name"),
-        pytest.param(block("anna", "a") + block("anna", "b", max_running=1), "say different things", id="two minds"),
+        pytest.param(block("an na", "a"), "is no valid name", id="an invalid name"),
+        pytest.param(
+            block("anna", "a") + block("anna", "b", max_running=1), "have different settings", id="two limits"
+        ),
     ],
 )
-def test_a_file_with_a_fault_ends_the_start_and_names_it(file: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_refused_with_its_fault(file: Path, text: str, words: str) -> None:
     file.write_text(text)
     with pytest.raises(BadTokens, match=words) as refusal:
         Tokens(file)
     assert "sk 1" not in str(refusal.value)
 
 
-def test_a_file_that_is_not_there_ends_the_start(file: Path) -> None:
+def test_a_missing_file_is_refused(file: Path) -> None:
     with pytest.raises(BadTokens, match="cannot be read"):
         Tokens(file)
 
 
-def test_the_file_is_read_again_and_a_broken_one_keeps_the_last(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_file_is_reloaded_and_an_invalid_one_keeps_the_last_tokens(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = Clock()
     file.write_text(block("anna", "a"))
     tokens = Tokens(file, clock=clock)
@@ -110,7 +120,7 @@ def test_the_file_is_read_again_and_a_broken_one_keeps_the_last(file: Path, capl
         assert isinstance(tokens.authenticate(bearer("b")), Tenant)
         clock.now += 2
         assert isinstance(tokens.authenticate(bearer("a")), Tenant)
-    assert caplog.text.count("stay as they were") == 1
+    assert caplog.text.count("last valid tokens stay in use") == 1
     clock.now += 2
     file.write_text(block("bert", "b"))
     assert isinstance(tokens.authenticate(bearer("a")), AuthFailure)
@@ -122,34 +132,34 @@ def test_the_file_is_read_again_and_a_broken_one_keeps_the_last(file: Path, capl
 @pytest.mark.parametrize(
     "header", [None, b"", b"Bearer", b"Bearer ", b"Basic YTph", b"evt_a", b"Bearer b", b"Bearer \xff", b"Bearer a b"]
 )
-def test_whoever_has_no_token_is_told_what_is_needed(file: Path, header: bytes | None) -> None:
+def test_a_request_without_a_known_token_gets_401(file: Path, header: bytes | None) -> None:
     file.write_text(block("anna", "a"))
-    entered = Tokens(file).authenticate(header)
-    assert isinstance(entered, AuthFailure)
-    assert entered.status == 401
-    assert dict(entered.headers)[b"www-authenticate"].startswith(b'Bearer realm="evolink-mcp"')
+    failure = Tokens(file).authenticate(header)
+    assert isinstance(failure, AuthFailure)
+    assert failure.status == 401
+    assert dict(failure.headers)[b"www-authenticate"].startswith(b'Bearer realm="evolink-mcp"')
 
 
 @pytest.mark.parametrize("header", [b"Bearer a", b"bearer a", b"BEARER   a  "])
-def test_the_scheme_is_read_in_any_case(file: Path, header: bytes) -> None:
+def test_the_scheme_bearer_may_have_any_case(file: Path, header: bytes) -> None:
     file.write_text(block("anna", "a"))
     assert isinstance(Tokens(file).authenticate(header), Tenant)
 
 
-def test_a_tenant_calls_only_so_often(file: Path) -> None:
+def test_a_tenant_above_its_requests_per_minute_gets_429(file: Path) -> None:
     clock = Clock()
     file.write_text(block("anna", "a", requests_per_minute=2) + block("bert", "b"))
     tokens = Tokens(file, clock=clock)
     assert [isinstance(tokens.authenticate(bearer("a")), Tenant) for _ in range(3)] == [True, True, False]
-    refused = tokens.authenticate(bearer("a"))
-    assert isinstance(refused, AuthFailure)
-    assert (refused.status, dict(refused.headers)[b"retry-after"]) == (429, b"61")
+    failure = tokens.authenticate(bearer("a"))
+    assert isinstance(failure, AuthFailure)
+    assert (failure.status, dict(failure.headers)[b"retry-after"]) == (429, b"61")
     assert isinstance(tokens.authenticate(bearer("b")), Tenant)
     clock.now += 61
     assert isinstance(tokens.authenticate(bearer("a")), Tenant)
 
 
-def test_whoever_has_an_own_key_shares_no_account(file: Path) -> None:
+def test_a_tenant_with_a_separate_key_shares_no_account(file: Path) -> None:
     file.write_text(
         block("anna", "a") + block("bert", "b", evolink_key="sk-berts-key") + block("bert", "b2", evolink_key="sk-berts-key")
         + block("carl", "c", evolink_key="sk-one-key") + block("dora", "d", evolink_key="sk-one-key")
@@ -193,10 +203,10 @@ def test_a_key_that_is_added_to_a_readable_file_later_is_reported_too(
     assert [record.message for record in caplog.records if "chmod 600" in record.message] == [tokens.exposure]
 
 
-# --- the whole way ---
+# --- over HTTP ---
 
 
-async def test_every_path_needs_a_token_but_the_sign_of_health(tmp_path: Path) -> None:
+async def test_every_path_needs_a_token_except_the_health_checks(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town:
         async with town.http() as http:
             for method, path in (
@@ -221,7 +231,7 @@ async def test_every_path_needs_a_token_but_the_sign_of_health(tmp_path: Path) -
 
 
 @ERAS
-async def test_identical_orders_of_two_tenants_are_two_purchases(tmp_path: Path, mode: str) -> None:
+async def test_identical_requests_of_two_tenants_are_two_purchases(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
         first = await town.call("a", "generate_image", mode, **WISH, wait_seconds=0)
         second = await town.call("b", "generate_image", mode, **WISH, wait_seconds=0)
@@ -230,11 +240,11 @@ async def test_identical_orders_of_two_tenants_are_two_purchases(tmp_path: Path,
 
 
 @ERAS
-async def test_another_tenants_task_is_not_found_whatever_is_asked(tmp_path: Path, mode: str) -> None:
+async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
         bought = (await town.call("a", "generate_image", mode, **WISH)).structured_content
         task_id, uri = bought["task_id"], bought["images"][0]["resource_uri"]
-        seen = len(town.simulator.requests)
+        visible = len(town.simulator.requests)
         async with town.client("b", mode) as client:
             for tool in ("get_task", "view_image"):
                 answer = await client.call_tool(tool, {"task_id": task_id})
@@ -247,14 +257,14 @@ async def test_another_tenants_task_is_not_found_whatever_is_asked(tmp_path: Pat
             for address in (uri, f"evolink://tasks/{task_id}"):
                 with pytest.raises(Exception, match=r"no |not "):
                     await client.read_resource(address)
-        told = [listed.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
-        assert not any("anna" in text for text in told)
-        assert len(town.simulator.requests) == seen
+        texts = [listed.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
+        assert not any("anna" in text for text in texts)
+        assert len(town.simulator.requests) == visible
         assert (await town.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
 
 
-async def test_a_lost_answer_is_not_looked_for_among_other_tenants_tasks(tmp_path: Path) -> None:
-    """The account's list has everybody's tasks: whose one is, its time and price cannot say."""
+async def test_a_lost_answer_is_never_matched_with_the_task_of_another_tenant(tmp_path: Path) -> None:
+    """The account's task list has the tasks of all tenants. Time and price do not prove a match."""
     async with office(tmp_path, ANNA, BERT) as town:
         lost = await town.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
         assert (lost.structured_content["status"], lost.structured_content["charged"]) == ("unknown", "unknown")
@@ -262,7 +272,7 @@ async def test_a_lost_answer_is_not_looked_for_among_other_tenants_tasks(tmp_pat
         assert not any(request.path == "/v1/tasks" for request in town.simulator.requests)
 
 
-async def test_caps_hold_for_each_tenant(tmp_path: Path) -> None:
+async def test_spending_limits_count_per_tenant(tmp_path: Path) -> None:
     capped = block("anna", "a", max_credits_per_day=0.4)
     async with office(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as town:
         wish = {**WISH, "quality": "low"}
@@ -274,7 +284,7 @@ async def test_caps_hold_for_each_tenant(tmp_path: Path) -> None:
         assert dear.structured_content["error"]["code"] == "over_budget"
 
 
-async def test_a_tenant_has_only_so_many_tasks_at_once(tmp_path: Path) -> None:
+async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path) -> None:
     async with office(tmp_path, block("anna", "a", max_running=2), BERT) as town:
         town.simulator.duration_s = 500
         answers: list[Any] = []
@@ -292,7 +302,7 @@ async def test_a_tenant_has_only_so_many_tasks_at_once(tmp_path: Path) -> None:
         assert not (await town.call("b", "generate_image", **WISH, wait_seconds=0)).is_error
 
 
-async def test_a_tenant_has_the_tools_that_are_named(tmp_path: Path) -> None:
+async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
     async with office(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as town:
         async with town.client("a") as client:
             assert [tool.name for tool in (await client.list_tools()).tools] == ["get_task", "compute_size"]
@@ -300,7 +310,7 @@ async def test_a_tenant_has_the_tools_that_are_named(tmp_path: Path) -> None:
         assert town.posts == 0
 
 
-async def test_a_tenant_spends_from_an_own_account(tmp_path: Path) -> None:
+async def test_a_tenant_with_a_key_spends_from_its_account(tmp_path: Path) -> None:
     async with office(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as town:
         await town.call("a", "generate_image", **WISH)
         await town.call("b", "generate_image", **WISH)
@@ -308,7 +318,7 @@ async def test_a_tenant_spends_from_an_own_account(tmp_path: Path) -> None:
     assert sent == {"Bearer sk-annas-own", "Bearer sk-test-key"}
 
 
-async def test_what_was_bought_before_there_were_tenants_is_nobodys(tmp_path: Path) -> None:
+async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -> None:
     from evolink_mcp.api.task import Task
     from evolink_mcp.journal.entry import Entry
     from evolink_mcp.journal.sqlite import SqliteJournal
@@ -331,10 +341,10 @@ def run(tmp_path: Path, *arguments: str, **environ: str) -> subprocess.Completed
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_the_command_makes_a_token(tmp_path: Path) -> None:
-    made = run(tmp_path, "token", "anna")
-    assert made.returncode == 0
-    assert made.stdout.count("evt_") == 1
+def test_the_command_creates_a_token(tmp_path: Path) -> None:
+    created = run(tmp_path, "token", "anna")
+    assert created.returncode == 0
+    assert created.stdout.count("evt_") == 1
     refused = run(tmp_path, "token", "an na")
     assert (refused.returncode, refused.stdout) == (2, "")
 
@@ -342,7 +352,7 @@ def test_the_command_makes_a_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"), [("[[token", "is no TOML"), (None, "cannot be read"), ("[[token]]", "needs a name")]
 )
-def test_a_broken_file_ends_the_start_in_one_line(tmp_path: Path, file: Path, text: str | None, words: str) -> None:
+def test_an_invalid_file_ends_the_start_with_one_line(tmp_path: Path, file: Path, text: str | None, words: str) -> None:
     if text is not None:
         file.write_text(text)
     ended = run(tmp_path, "http", EVOLINK_MCP_TOKENS_FILE=str(file))
@@ -379,8 +389,8 @@ def test_the_doctor_reports_a_file_with_a_key_that_other_users_can_read(tmp_path
     assert f"chmod 600 {file}" in finding["words"]
 
 
-async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Path, file: Path) -> None:
-    """Beyond loopback without --insecure, because nobody comes in without a token."""
+async def test_a_server_with_tokens_may_listen_on_every_address(tmp_path: Path, file: Path) -> None:
+    """With tokens, a bind beyond loopback needs no --insecure."""
     token, text = new_token("anna")
     file.write_text(text)
     with socket.socket() as probe:
@@ -391,14 +401,14 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
     with anyio.fail_after(300):
         process = await anyio.open_process(command, env={**os.environ, **env})
         assert process.stderr is not None
-        told = b""
-        while b"serves" not in told:
-            told += await process.stderr.receive()
-        assert b"one tenant of" in told
+        output = b""
+        while b"serves" not in output:
+            output += await process.stderr.receive()
+        assert b"one tenant of" in output
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=HEADERS) as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 401
-            known = {"authorization": f"Bearer {token}"}
-            assert (await http.post("/mcp", json=INITIALIZE, headers=known)).status_code == 200
+            headers = {"authorization": f"Bearer {token}"}
+            assert (await http.post("/mcp", json=INITIALIZE, headers=headers)).status_code == 200
         process.terminate()
         assert await process.wait() == (1 if sys.platform == "win32" else 143)
 
@@ -412,13 +422,13 @@ async def test_the_command_serves_who_has_a_token_on_every_address(tmp_path: Pat
         ("sk-...", ANNA, "EVOLINK_API_KEY is still the example sk-..."),
     ],
 )
-def test_a_server_without_a_key_for_anybody_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
+def test_a_server_without_any_evolink_key_is_not_ready(file: Path, key: str | None, blocks: str, why: str) -> None:
     file.write_text(blocks)
     settings = TeamSettings.from_environment({"EVOLINK_API_KEY": key} if key else {})
     assert Readiness(settings, TeamAuthenticator(Tokens(file))).problem == why
 
 
-async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
+async def test_tasks_of_tenants_with_one_account_are_polled_in_one_batch(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
         town.simulator.duration_s = 3600
         for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
@@ -426,15 +436,15 @@ async def test_tenants_of_one_account_are_read_together(tmp_path: Path) -> None:
         jobs = [job for studio in town.studios for job in studio.jobs]
         assert len(jobs) == 3
         while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
-            for job in jobs:  # when they look by themselves, they seldom do at the same moment
+            for job in jobs:  # By themselves, the polls seldom meet at the same moment
                 job.poll_now()
             await anyio.sleep(0.01)
         keys = {r.headers["authorization"] for r in town.simulator.requests}
     assert keys == {"Bearer sk-test-key"}
 
 
-async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Tenants of the file stay: what their servers left is theirs. Anybody else comes and goes."""
+async def test_the_app_of_an_idle_caller_with_a_jwt_is_closed_after_an_hour(tmp_path: Path) -> None:
+    """Tenants of the tokens file stay open, because their servers adopt orphans. Other callers are closed."""
     hour_later = anyio.Event()
     now_s = [1_000.0]
 
@@ -465,7 +475,7 @@ async def test_a_person_who_has_not_called_for_an_hour_leaves_nothing_behind(tmp
             hour_later.set()
             for _ in range(20):
                 await anyio.sleep(0)
-            assert closed == []  # something is under way
+            assert closed == []  # The app has running work
             app.is_idle = True
             while not closed:
                 await anyio.sleep(0)

@@ -1,4 +1,4 @@
-"""The HTTP faces on real ports: progress, dropped connections, what is refused at the door, two servers on one journal."""
+"""HTTP servers on real ports: progress, disconnects, refused requests, and two servers with one journal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEY = "sk-simulated"
 
 
 class Town:
-    """A simulated EvoLink, two streamable HTTP servers over one journal, and an SSE server, each a process."""
+    """Processes: a simulated EvoLink, two streamable HTTP servers with one journal, and an SSE server."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class Town:
     def open(self) -> None:
         evolink = self._start("simulate", "--seconds", "1")
         self.evolink = f"http://127.0.0.1:{evolink}"
-        self.http, self.other, self.sse = (self._start(face) for face in ("http", "http", "sse"))
+        self.http, self.second, self.sse = (self._start(face) for face in ("http", "http", "sse"))
         anyio.run(self._up)
 
     def close(self) -> None:
@@ -44,25 +44,25 @@ class Town:
         return f"http://127.0.0.1:{port}/mcp"
 
     async def bought(self, prompt: str) -> list[dict[str, Any]]:
-        """What EvoLink itself has of this prompt."""
-        async with Client(self.url(self.other)) as client:
+        """Return EvoLink's tasks with this prompt."""
+        async with Client(self.url(self.second)) as client:
             listed = await client.call_tool("list_tasks", {"limit": 50, "sync": True, "detail": True})
         tasks = listed.structured_content["tasks"]
         assert listed.structured_content["synced"] is True
         return [task for task in tasks if (task["request"] or {}).get("prompt") == prompt or not task["request"]]
 
     async def beside(self, evolink: str) -> str:
-        """One more streamable HTTP server, before an EvoLink of the test's own; its URL."""
+        """Start another streamable HTTP server for a separate EvoLink. Return its URL."""
         port = self._start("http", EVOLINK_BASE_URL=evolink)
         with anyio.fail_after(WITHIN_S):
             async with httpx.AsyncClient() as client:
                 await _answers(client, f"http://127.0.0.1:{port}/healthz")
         return self.url(port)
 
-    def _start(self, face: str, *more: str, **settings: str) -> int:
+    def _start(self, face: str, *options: str, **settings: str) -> int:
         port = _free_port()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
-        ours = {
+        own_variables = {
             "HOME": str(self.folder),
             "EVOLINK_API_KEY": KEY,
             "EVOLINK_BASE_URL": getattr(self, "evolink", "http://127.0.0.1:9"),
@@ -70,10 +70,10 @@ class Town:
             "EVOLINK_MCP_OUTPUT_DIR": str(self.folder / "pictures"),
             **settings,
         }
-        command = [*SERVER_COMMAND, face, "--port", str(port), *more]
+        command = [*SERVER_COMMAND, face, "--port", str(port), *options]
         process = subprocess.Popen(
             command,
-            env={**clean, **ours},
+            env={**clean, **own_variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ class Town:
     async def _up(self) -> None:
         with anyio.fail_after(WITHIN_S):
             async with httpx.AsyncClient() as client:
-                for port in (self.http, self.other, self.sse):
+                for port in (self.http, self.second, self.sse):
                     await _answers(client, f"http://127.0.0.1:{port}/healthz")
                 await _answers(client, f"{self.evolink}/v1/credits")
 
@@ -117,7 +117,7 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
 
 
 def _call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A tools/call as a 2025 client without a session sends it."""
+    """Return a tools/call of a 2025 client without a session."""
     return {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
 
 
@@ -129,17 +129,17 @@ HEADERS = {
 
 
 @ERAS
-async def test_progress_arrives_and_rises_to_the_end(town: Town, mode: Any) -> None:
-    """EvoLink finishes the task only after the caller has heard of it: so it must be heard of before the end."""
-    shown: list[float] = []
-    heard = anyio.Event()
+async def test_progress_rises_until_the_task_is_completed(town: Town, mode: Any) -> None:
+    """EvoLink finishes the task only after the caller has received progress."""
+    progress_values: list[float] = []
+    is_reported = anyio.Event()
 
     async def show(progress: float, total: float | None, message: str | None) -> None:
-        shown.append(progress)
-        heard.set()
+        progress_values.append(progress)
+        is_reported.set()
 
     async def hold(ask: Ask) -> None:
-        await heard.wait()
+        await is_reported.wait()
         await behave(ask)
 
     gateway = Gateway(QuickSimulator(duration_s=0), reads=lambda ask: hold if "/v1/tasks" in ask.path else None)
@@ -148,19 +148,19 @@ async def test_progress_arrives_and_rises_to_the_end(town: Town, mode: Any) -> N
             wish = {"prompt": f"a lighthouse, {mode}"}
             answer = await client.call_tool("generate_image", wish, progress_callback=show)
     assert answer.is_error is False
-    assert shown == sorted(set(shown))
-    assert len(shown) > 1
-    assert shown[-1] == 100
+    assert progress_values == sorted(set(progress_values))
+    assert len(progress_values) > 1
+    assert progress_values[-1] == 100
 
 
 @ERAS
-async def test_a_dropped_connection_leaves_the_task_going(town: Town, mode: Any) -> None:
-    """The call is gone, the picture is not: a later client finds it saved, and it was bought once."""
+async def test_a_task_continues_after_its_client_disconnects(town: Town, mode: Any) -> None:
+    """A later client gets the saved image. There is one purchase."""
     prompt = f"sim:slow=1.5 a fox that nobody waited for, {mode}"
-    begun = anyio.Event()
+    is_started = anyio.Event()
 
     async def show(progress: float, total: float | None, message: str | None) -> None:
-        begun.set()
+        is_started.set()
 
     with anyio.fail_after(WITHIN_S):
         async with anyio.create_task_group() as group:
@@ -170,19 +170,19 @@ async def test_a_dropped_connection_leaves_the_task_going(town: Town, mode: Any)
                     await client.call_tool("generate_image", {"prompt": prompt}, progress_callback=show)
 
             group.start_soon(ask)
-            await begun.wait()
+            await is_started.wait()
             group.cancel_scope.cancel()
         async with Client(town.url(town.http), mode=mode) as client:
             listed = await client.call_tool("list_tasks", {"limit": 50, "detail": True})
-            mine = [task for task in listed.structured_content["tasks"] if task["request"]["prompt"] == prompt]
-            answer = await client.call_tool("get_task", {"task_id": mine[0]["task_id"]})
-        assert [task["task_id"] for task in await town.bought(prompt)] == [mine[0]["task_id"]]
+            tasks = [task for task in listed.structured_content["tasks"] if task["request"]["prompt"] == prompt]
+            answer = await client.call_tool("get_task", {"task_id": tasks[0]["task_id"]})
+        assert [task["task_id"] for task in await town.bought(prompt)] == [tasks[0]["task_id"]]
     assert answer.structured_content["status"] == "completed"
     assert Path(answer.structured_content["images"][0]["path"]).is_file()
 
 
-async def test_a_connection_that_breaks_off_mid_request_leaves_the_task_going(town: Town) -> None:
-    """Without a client's good manners: the socket closes while the answer is still to come."""
+async def test_a_task_continues_after_its_socket_closes_during_the_call(town: Town) -> None:
+    """The client closes its socket without a cancellation."""
     prompt = "sim:slow=1.5 a fox behind a broken wire"
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers=HEADERS) as wire:
@@ -196,7 +196,7 @@ async def test_a_connection_that_breaks_off_mid_request_leaves_the_task_going(to
 
 
 class OldClient:
-    """A client of 2025-11-25 that gives up by a `notifications/cancelled` in another POST, and keeps its stream open."""
+    """A client of 2025-11-25. It sends `notifications/cancelled` in another POST and keeps its stream open."""
 
     def __init__(self, wire: httpx.AsyncClient, url: str, *, session: bool = True) -> None:
         self._wire, self._url, self._session = wire, url, session
@@ -211,7 +211,7 @@ class OldClient:
         await self._notify("notifications/initialized", {})
 
     async def ask(self, arguments: dict[str, Any]) -> str:
-        """The stream that the answer comes in, to its end."""
+        """Read the answer's stream to its end."""
         reply = await self._wire.post(self._url, json=_call("generate_image", arguments), headers=self.headers)
         return reply.text
 
@@ -232,8 +232,8 @@ async def _under_way(town: Town, prompt: str) -> None:
 
 
 @pytest.mark.parametrize("session", [True, False])
-async def test_a_cancellation_in_another_post_finds_its_call(town: Town, session: bool) -> None:
-    """The same call then gets what was bought; a client without a session is known by its address and name."""
+async def test_a_cancellation_in_another_post_reaches_its_call(town: Town, session: bool) -> None:
+    """The same call then gets the purchased task. A client without a session is identified by address and name."""
     prompt = f"sim:slow=2 a fox given up, session {session}"
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(timeout=WITHIN_S) as wire, anyio.create_task_group() as group:
@@ -247,7 +247,7 @@ async def test_a_cancellation_in_another_post_finds_its_call(town: Town, session
         assert len(await town.bought(prompt)) == 1
 
 
-async def test_a_cancellation_does_not_touch_another_clients_call_of_the_same_number(town: Town) -> None:
+async def test_a_cancellation_never_reaches_the_call_of_another_client_with_the_same_id(town: Town) -> None:
     prompt = "sim:slow=2 a fox that is waited for"
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(timeout=WITHIN_S) as wire, anyio.create_task_group() as group:
@@ -265,8 +265,8 @@ async def test_a_cancellation_does_not_touch_another_clients_call_of_the_same_nu
     assert '"status":"completed"' in answers[0]
 
 
-async def test_an_answer_that_nobody_was_there_for_is_not_called_delivered(town: Town) -> None:
-    """The socket dies while the finished picture's answer waits to be written."""
+async def test_an_answer_to_a_closed_socket_does_not_count_as_delivered(town: Town) -> None:
+    """The socket closes before the server writes the answer of the completed task."""
     prompt = "sim:slow=1 a fox whose caller died"
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers=HEADERS) as wire:
@@ -282,7 +282,7 @@ async def test_an_answer_that_nobody_was_there_for_is_not_called_delivered(town:
     assert anew.structured_content["task_id"] != joined.structured_content["task_id"]
 
 
-async def test_a_stream_without_a_request_is_not_opened(town: Town) -> None:
+async def test_a_get_request_opens_no_stream(town: Town) -> None:
     async with httpx.AsyncClient() as wire:
         reply = await wire.get(town.url(town.http), headers={"accept": "text/event-stream"})
     assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
@@ -294,11 +294,11 @@ async def test_a_stream_without_a_request_is_not_opened(town: Town) -> None:
     [
         pytest.param({"host": "evil.example"}, 421, id="a name that was rebound to this machine"),
         pytest.param({"host": "evil.example:80"}, 421, id="the same with a port"),
-        pytest.param({"origin": "https://evil.example"}, 403, id="a web page elsewhere"),
+        pytest.param({"origin": "https://evil.example"}, 403, id="a web page of another site"),
         pytest.param({"origin": "null"}, 403, id="a page without an origin"),
     ],
 )
-async def test_other_hosts_and_origins_are_turned_away(
+async def test_requests_with_a_foreign_host_or_origin_are_refused(
     town: Town, face: str, headers: dict[str, str], status: int
 ) -> None:
     with anyio.fail_after(WITHIN_S):
@@ -311,34 +311,34 @@ async def test_other_hosts_and_origins_are_turned_away(
 
 
 @pytest.mark.parametrize("face", ["http", "sse"])
-async def test_healthz_checks_the_host_too(town: Town, face: str) -> None:
+async def test_the_health_check_also_checks_the_host(town: Town, face: str) -> None:
     async with httpx.AsyncClient(headers={"host": "evil.example"}) as wire:
         answer = await wire.get(f"http://127.0.0.1:{getattr(town, face)}/healthz")
     assert answer.status_code == 421
 
 
-async def test_an_insecure_server_still_checks_names_and_answers_to_allowed_ones(town: Town) -> None:
-    """A page under a name that was rebound to this machine must not buy, whatever --insecure waives."""
+async def test_an_insecure_server_accepts_only_allowed_hostnames(town: Town) -> None:
+    """A web page under a rebound hostname must not buy, also with --insecure."""
     port = town._start("http", "--host", "0.0.0.0", "--insecure", "--allowed-host", "Pictures.Example")
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers=HEADERS) as wire:
             await _answers(wire, f"http://127.0.0.1:{port}/healthz")
-            asked = _call("compute_size", {"size": "1:1"})
-            seen = {}
+            evolink_requests = _call("compute_size", {"size": "1:1"})
+            statuses = {}
             for host, origin in (
                 ("pictures.example", None), ("pictures.example:8000", "https://pictures.example"), ("localhost", None),
                 ("evil.example", None), ("evil.example", "http://evil.example"), ("pictures.example", "https://evil.example"),
                 ("pictures.example.evil.example", None), ("127.0.0.1.evil.example", None), ("", None),
             ):  # fmt: skip
                 headers = {"host": host} | ({"origin": origin} if origin else {})
-                reply = await wire.post(f"http://127.0.0.1:{port}/mcp", json=asked, headers=headers)
-                seen[host, origin] = reply.status_code
-    assert list(seen.values()) == [200, 200, 200, 421, 421, 403, 421, 421, 421]
+                reply = await wire.post(f"http://127.0.0.1:{port}/mcp", json=evolink_requests, headers=headers)
+                statuses[host, origin] = reply.status_code
+    assert list(statuses.values()) == [200, 200, 200, 421, 421, 403, 421, 421, 421]
 
 
 @pytest.mark.parametrize("name", [7, "seven", None])
 @pytest.mark.parametrize("last", [True, False], ids=["id at the end", "id first"])
-async def test_a_body_that_is_too_large_is_refused_in_json_with_its_id(town: Town, name: Any, last: bool) -> None:
+async def test_a_body_that_is_too_large_gets_a_json_rpc_error_with_its_id(town: Town, name: Any, last: bool) -> None:
     import json
 
     params = {
@@ -357,7 +357,7 @@ async def test_a_body_that_is_too_large_is_refused_in_json_with_its_id(town: Tow
     assert "358 kB" in answer.json()["error"]["message"]
 
 
-async def test_a_page_on_this_machine_may_call(town: Town) -> None:
+async def test_a_web_page_of_this_machine_may_call(town: Town) -> None:
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers={**HEADERS, "origin": "http://localhost:6274"}) as wire:
             answer = await wire.post(town.url(town.http), json=_call("compute_size", {"size": "1:1"}))
@@ -370,8 +370,8 @@ async def test_a_page_on_this_machine_may_call(town: Town) -> None:
     ("length", "status"),
     [pytest.param(BODY_MAX, 200, id="the longest"), pytest.param(BODY_MAX + 1, 413, id="one byte too long")],
 )
-@pytest.mark.parametrize("told", [True, False], ids=["with its length", "in chunks"])
-async def test_a_body_may_have_so_many_bytes_and_no_more(town: Town, length: int, status: int, told: bool) -> None:
+@pytest.mark.parametrize("has_length", [True, False], ids=["with its length", "in chunks"])
+async def test_the_body_limit_is_exact(town: Town, length: int, status: int, has_length: bool) -> None:
     import json
 
     body = json.dumps(_call("compute_size", {"size": "1:1"})).encode().ljust(length)
@@ -382,12 +382,12 @@ async def test_a_body_may_have_so_many_bytes_and_no_more(town: Town, length: int
 
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers=HEADERS) as wire:
-            answer = await wire.post(town.url(town.http), content=body if told else chunks())
+            answer = await wire.post(town.url(town.http), content=body if has_length else chunks())
     assert answer.status_code == status
 
 
 @pytest.mark.parametrize("face", ["http", "sse"])
-async def test_healthz_tells_that_it_is_up_and_which_version(town: Town, face: str) -> None:
+async def test_the_health_check_reports_status_and_version(town: Town, face: str) -> None:
     from evolink_mcp import __version__
 
     with anyio.fail_after(WITHIN_S):
@@ -397,8 +397,8 @@ async def test_healthz_tells_that_it_is_up_and_which_version(town: Town, face: s
 
 
 @ERAS
-async def test_a_task_of_one_server_is_finished_through_another(town: Town, mode: Any) -> None:
-    """No request needs the process that an earlier one met: the journal is shared, the picture is saved once."""
+async def test_a_task_of_one_server_is_available_at_another(town: Town, mode: Any) -> None:
+    """The servers share the journal, and the image is saved once."""
     with anyio.fail_after(WITHIN_S):
         async with Client(town.url(town.http), mode=mode) as client:
             wish = {"prompt": f"a bridge, {mode}", "wait_seconds": 0}
@@ -408,21 +408,21 @@ async def test_a_task_of_one_server_is_finished_through_another(town: Town, mode
 
             async def fetch(port: int) -> None:
                 async with Client(town.url(port), mode=mode) as client:
-                    told = await client.call_tool("get_task", {"task_id": handle["task_id"]})
-                    answers[port] = told.structured_content
+                    result = await client.call_tool("get_task", {"task_id": handle["task_id"]})
+                    answers[port] = result.structured_content
 
             group.start_soon(fetch, town.http)
-            group.start_soon(fetch, town.other)
+            group.start_soon(fetch, town.second)
         assert len(await town.bought(wish["prompt"])) == 1
     assert handle["status"] != "completed"
-    assert answers[town.http]["status"] == answers[town.other]["status"] == "completed"
-    assert answers[town.http]["images"] == answers[town.other]["images"]
+    assert answers[town.http]["status"] == answers[town.second]["status"] == "completed"
+    assert answers[town.http]["images"] == answers[town.second]["images"]
     saved = [path.name for path in (town.folder / "pictures").iterdir() if handle["task_id"][-8:] in path.name]
     assert len([name for name in saved if name.endswith(".png")]) == 1
 
 
-async def test_purchases_through_two_servers_at_once_are_all_kept(town: Town) -> None:
-    """Identical calls side by side are separate purchases, also in separate processes."""
+async def test_simultaneous_purchases_at_two_servers_are_all_recorded(town: Town) -> None:
+    """Simultaneous identical calls are separate purchases, also in separate processes."""
     prompt, paths = "twins", []
     with anyio.fail_after(WITHIN_S):
         async with anyio.create_task_group() as group:
@@ -432,13 +432,13 @@ async def test_purchases_through_two_servers_at_once_are_all_kept(town: Town) ->
                     answer = await client.call_tool("generate_image", {"prompt": prompt})
                     paths.append(answer.structured_content["images"][0]["path"])
 
-            for port in (town.http, town.other) * 3:
+            for port in (town.http, town.second) * 3:
                 group.start_soon(buy, port)
         bought = await town.bought(prompt)
     assert len(set(paths)) == len(paths) == len(bought) == 6
 
 
-def test_a_port_that_is_taken_is_told_without_a_traceback(town: Town) -> None:
+def test_an_occupied_port_is_reported_without_a_traceback(town: Town) -> None:
     command = [*SERVER_COMMAND, "http", "--port", str(town.http)]
     env = {**os.environ, "EVOLINK_MCP_DATA_DIR": str(town.folder / "third")}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=WITHIN_S)
