@@ -66,7 +66,7 @@ def authenticator_of(settings: TeamSettings, options: Namespace) -> TeamAuthenti
             raise BadSetting("EVOLINK_MCP_CALLER_KEYS needs EVOLINK_MCP_TOKENS_FILE or EVOLINK_MCP_OAUTH_ISSUER")
         if not is_loopback(options.host) and not options.insecure:
             raise BadSetting(
-                f"{harmless(options.host, 60)} is reachable from other machines, and whoever reaches it spends your "
+                f"{harmless(options.host, 60)} is reachable from other machines, and every caller there spends your "
                 "credits. Use --host 127.0.0.1, EVOLINK_MCP_TOKENS_FILE, EVOLINK_MCP_OAUTH_ISSUER, or --insecure if "
                 "something else guards it."
             )
@@ -138,7 +138,7 @@ class _HttpServer:
         return await serve_app(guard, options.host, options.port, exit_within_deadline, ready, is_drained)
 
     def _report_address(self, hostnames: list[str]) -> None:
-        """Print the address of the open port, and who may spend credits."""
+        """Print the address of the open port, and the callers that may spend credits."""
         start_garbage_collection()
         options = self.options
         if not is_loopback(options.host) and not hostnames:

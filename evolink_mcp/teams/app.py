@@ -69,7 +69,7 @@ class Readiness:
 
     @property
     def problem(self) -> str | None:
-        """The reason why this server can do no paid work, as far as it is known."""
+        """The known reason why this server can do no paid work, if there is one."""
         if self._database is not None and not self._database.alive:
             return "the database does not answer"
         if self._settings.key is None and not self._tenants_have_keys():
@@ -122,6 +122,7 @@ def tenants_app(
             async with lifespan(app):
                 yield app
 
+    # Tenants of the tokens file stay open, because they adopt orphans of their accounts.
     return Tenants(group, open_app, lambda tenant: tenant in authenticator.tenants)
 
 
@@ -160,6 +161,7 @@ def metrics_for(studios: Studios, guard: HttpGuard, readiness: Readiness) -> Met
         return None
     from evolink_mcp.teams.metrics_endpoint import PATH, MetricsCollector, MetricsPage
 
+    # With a separate token, Prometheus needs no token of a tenant.
     token = studios.settings.metrics_token
     metrics = MetricsCollector(
         studios.metrics, studios.statuses, lambda: guard.open_requests, lambda: readiness.problem is None
@@ -191,5 +193,6 @@ async def resume_tenants(
         await anyio.sleep(interval_s)
         with suppress(JournalUnwritable):
             for account_id, name in (await tenants_left(studios.database, studios.account_ids)).items():
+                # The name reopens only a tenant with the server's key. Other keys are unknown here.
                 if settings.key_text and account_id_of(settings.key_text, settings.base_url, name) == account_id:
                     await tenants.app(Tenant(name))

@@ -91,7 +91,7 @@ class MetricsCollector(Collector):
             "Largest delay of the event loop since the last read.",
             value=self._loop_delay_max_s,
         )
-        self._loop_delay_max_s = 0.0
+        self._loop_delay_max_s = 0.0  # each read starts a new interval
         yield GaugeMetricFamily("evolink_open_streams", "Open HTTP requests.", value=float(self._open_requests()))
 
 

@@ -35,7 +35,7 @@ REFRESH_INTERVAL_MIN_S = 30.0
 READ_TIMEOUT_S = 10.0
 RESPONSE_MAX_BYTES = 1 << 20
 CLOCK_SKEW_S = 30.0
-SUBJECT_MAX = 255  # characters
+SUBJECT_MAX = 255  # characters, as in OpenID Connect
 # Only asymmetric algorithms: an issuer cannot publish the key of HS256. By key type.
 ALGORITHMS = {
     "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -144,6 +144,7 @@ class Issuer:
             audience=self._audience,
             issuer=self._issuer_name,
             leeway=CLOCK_SKEW_S,
+            # PyJWT accepts a token without these claims unless they are required.
             options={"require": ["exp", "aud", "iss", "sub"]},
         )
         if not 0 < len(claims["sub"]) <= SUBJECT_MAX:
@@ -210,6 +211,7 @@ class Issuer:
     async def _read(self, url: str, *, is_optional: bool = False) -> dict[str, Any]:
         try:
             with anyio.fail_after(READ_TIMEOUT_S):
+                # A redirect could lead to an address inside the server's network.
                 async with (
                     httpx.AsyncClient(transport=self._transport, follow_redirects=False) as client,
                     client.stream("GET", url, headers={"accept": "application/json"}) as response,

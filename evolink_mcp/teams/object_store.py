@@ -155,7 +155,7 @@ class ObjectStore:
     @property
     def _store(self) -> AnyStore:
         if self._opened_store is None:
-            from obstore.store import LocalStore, from_url
+            from obstore.store import LocalStore, from_url  # obstore is in the extra `teams`
 
             if self._is_remote:
                 retry: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)}

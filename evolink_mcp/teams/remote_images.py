@@ -116,13 +116,14 @@ class RemoteImageStore:
             except StoreUnusable:
                 if image.url_expires_at <= self._clock():
                     raise
-                into.seek(0)
+                into.seek(0)  # the store may have failed after a part of the image
                 into.truncate()
         if image.url_expires_at <= self._clock():
             raise LinkExpired("EvoLink's link to it has ended, and it is in no store")
         return await download(self._client, image.url, into)
 
     def _copy_path(self, task_id: str, index: int) -> Path:
+        # The name of a copy must show neither the account nor the task to other users of this machine.
         name = hashlib.sha256(f"{self._account_id} {task_id} {index}".encode()).hexdigest()[:40]
         return self._copies / name
 

@@ -18,6 +18,7 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.backend import Journal
+from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.callbacks import Callbacks
@@ -35,6 +36,7 @@ def tenant_settings(tenant: Tenant, settings: TeamSettings) -> TeamSettings:
     """Return the server's settings with the tenant's key, limits and tools."""
     per_call = settings.max_credits_per_call if tenant.max_credits_per_call is None else tenant.max_credits_per_call
     per_day = settings.max_credits_per_day if tenant.max_credits_per_day is None else tenant.max_credits_per_day
+    # A token may remove tools, but never add one that the server does not publish.
     tools = tenant.tools
     if settings.tools is not None:
         tools = settings.tools if tools is None else settings.tools & tools
@@ -64,8 +66,8 @@ def object_store_of(settings: TeamSettings, clock: Callable[[], float] = time.ti
 
 
 @asynccontextmanager
-async def open_team_database(url: str | None) -> AsyncGenerator[Database | None]:
-    """Open the PostgreSQL database of EVOLINK_MCP_DATABASE_URL, if it is set.
+async def open_team_database(url: str | None, **options: Any) -> AsyncGenerator[Database | None]:
+    """Open the PostgreSQL database of EVOLINK_MCP_DATABASE_URL, if it is set. `options` are those of `Database`.
 
     Raises:
         JournalUnwritable: the database is not usable.
@@ -75,7 +77,7 @@ async def open_team_database(url: str | None) -> AsyncGenerator[Database | None]
         return
     from evolink_mcp.teams.database import open_database  # psycopg is in the extra `teams`
 
-    async with open_database(url) as database:
+    async with open_database(url, **options) as database:
         yield database
 
 
@@ -134,7 +136,7 @@ class Studios:
     """The open studios of this server process.
 
     They share the database, the decoder, the object store and the metrics. Studios with the same EvoLink key also share
-    a poller, which runs in `group`. `transport` and `clock` (epoch seconds) are for tests.
+    a poller, which runs in `group`. `transport`, `clock` (epoch seconds) and `pause` are for tests.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Studios:
         *,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.time,
+        pause: Sleep = anyio.sleep,
     ) -> None:
         self.settings = settings
         self.database = database
@@ -155,6 +158,7 @@ class Studios:
         self._group = group
         self._transport = transport
         self._clock = clock
+        self._pause = pause
         self._studios: list[Studio] = []
         self._pollers: dict[tuple[str, str], Poller] = {}
 
@@ -183,10 +187,16 @@ class Studios:
             poller=None if tenant is None else self._poller_of(settings),
             metrics=self.metrics,
         )
-        options: Any = {"decoder": self._decoder, "transport": self._transport, "clock": self._clock}
+        options: Any = {
+            "decoder": self._decoder,
+            "transport": self._transport,
+            "clock": self._clock,
+            "pause": self._pause,
+        }
         studio: Studio | None = None
         try:
             async with open_studio(settings, parts, **options) as studio:
+                # A replica that adopts the tenant's entries needs its name. The account ID is only a hash.
                 if self.database is not None and tenant is not None and tenant.evolink_key is None:
                     from evolink_mcp.teams.orphans import TENANT
 
@@ -246,5 +256,6 @@ class Studios:
 
 
 async def _hold_open(client: EvolinkClient) -> None:
+    # The poller outlives the studio of each tenant, so its client does too.
     async with client:
         await anyio.sleep_forever()

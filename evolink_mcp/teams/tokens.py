@@ -168,6 +168,7 @@ def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             content = file.read()
+        # Editors on Windows write a byte order mark.
         table = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise BadTokens(f"{path} cannot be read ({error.strerror})") from error
@@ -229,6 +230,7 @@ def _parse_block(block: Any, location: str) -> tuple[str, Tenant]:
 def _parse_numbers(values: Mapping[str, Any], location: str) -> dict[str, Any]:
     numbers = {name: values[name] for name in _NUMBER_TYPES if name in values}
     for name, number in numbers.items():
+        # isinstance would accept `true`, because bool is a subclass of int.
         if type(number) not in _NUMBER_TYPES[name] or not 0 <= number <= NUMBER_MAX:
             kind = "number" if float in _NUMBER_TYPES[name] else "whole number"
             raise BadTokens(f"{location}: {name} must be a {kind}, 0 or more")

@@ -63,6 +63,7 @@ class UploadApp:
                 await response(scope, receive, send)
 
     async def _upload(self, request: Request) -> Response:
+        # The client may still be sending. The closed connection stops it.
         too_large = _error(413, f"An image may have at most {REFERENCE_MAX_BYTES >> 20} MB.", connection="close")
         declared_size = request.headers.get("content-length", "")
         if declared_size.isascii() and declared_size.isdigit() and int(declared_size[:15]) > REFERENCE_MAX_BYTES:
@@ -116,6 +117,7 @@ class StoredPictures:
             return
         try:
             async with self._object_store.reading(name) as (size, parts):
+                # The content comes from callers: a browser must not run it as a page of this server.
                 headers = {
                     "content-length": str(size),
                     "content-disposition": f"inline; filename*=UTF-8''{quote(PurePosixPath(name).name)}",

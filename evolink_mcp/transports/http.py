@@ -46,6 +46,7 @@ def mcp_app(
     limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":
         return server.sse_app(max_request_body_size=limit, transport_security=security, host=host)
+    # Any replica answers any request, so no session may live in a process. The answer is a stream, for progress.
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=security, host=host
     )

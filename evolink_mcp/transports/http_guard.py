@@ -93,7 +93,7 @@ class HttpGuard:
         self._endpoints.append(endpoint)
 
     def close(self) -> None:
-        """Answer the readiness check with "not ready" from now on, so that a proxy sends new requests elsewhere."""
+        """Answer the readiness check with 503 from now on, so that a proxy sends new requests to other servers."""
         self._is_closing = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ from mcp.client.streamable_http import streamable_http_client
 
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.teams.app import Readiness, guarded_app, hostnames_of, metrics_for, tenants_app
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.oauth import Issuer
@@ -109,6 +110,7 @@ async def office(
     simulator: PlainSimulator | None = None,
     issuer: Issuer | None = None,
     transport: str = "http",
+    pause: Sleep = anyio.sleep,
     **environ: str,
 ) -> AsyncIterator[Office]:
     """Open a server. `blocks` are the tokens file. All tenants spend from one simulated account."""
@@ -131,7 +133,7 @@ async def office(
             group = await stack.enter_async_context(anyio.create_task_group())
             clock = ShiftedClock()
             upstream = httpx.ASGITransport(simulator.app)
-            studios = Studios(settings, None, decoder, group, transport=upstream, clock=clock)
+            studios = Studios(settings, None, decoder, group, transport=upstream, clock=clock, pause=pause)
             authenticator = TeamAuthenticator(
                 Tokens(settings.tokens_file),
                 issuer,

@@ -29,7 +29,6 @@ from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import Entry, ResultImage
-from evolink_mcp.studio import runner as workshop
 from evolink_mcp.teams.object_store import Links, ObjectStore
 from evolink_mcp.teams.remote_images import RemoteImageStore
 
@@ -201,11 +200,13 @@ async def test_a_link_expires_and_a_changed_link_is_invalid() -> None:
         assert links.read(odd, 0.0) is None
 
 
-async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workshop, "AGAIN_AFTER_S", 0.01)
+async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
+    async def pause(_: float) -> None:
+        await anyio.sleep(0.01)
+
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
-    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+    async with office(tmp_path, ANNA, pause=pause) as town, town.client("a") as client:
         bought = await client.call_tool("generate_image", WISH)
         (tmp_path / "data" / "copies").unlink()
         again = facts(await client.call_tool("get_task", {"task_id": facts(bought)["task_id"]}))

@@ -29,7 +29,7 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.app import resume_tenants
 from evolink_mcp.teams.authenticator import TeamAuthenticator
-from evolink_mcp.teams.database import Database
+from evolink_mcp.teams.database import GRACE_S
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import Tenant, Tokens
@@ -88,13 +88,10 @@ def _replica(studios: Studios, tokens: Tokens, group: Any, orphan_interval_s: fl
     return guard_of(studios, authenticator, group, tenants)
 
 
-async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, tmp_path: Path) -> None:
     """A caller with a JWT has no studio at a replica before the first call there."""
-    monkeypatch.setitem(Database.__init__.__kwdefaults__, "grace_s", 0.0)
     person = Tenant("anna at https://login.example.org")
-    async with team(url, tmp_path, ANNA, orphan_interval_s=0.1) as office, AsyncExitStack() as stack:
+    async with team(url, tmp_path, ANNA, orphan_interval_s=0.1, grace_s=0.0) as office, AsyncExitStack() as stack:
         group = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(group.cancel_scope.cancel)
         settings = office.settings
@@ -120,7 +117,7 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(
 
 @asynccontextmanager
 async def team(
-    url: str, folder: Path, *blocks: str, orphan_interval_s: float = 5.0, **environ: str
+    url: str, folder: Path, *blocks: str, orphan_interval_s: float = 5.0, grace_s: float = GRACE_S, **environ: str
 ) -> AsyncIterator[Team]:
     """Two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
@@ -135,7 +132,7 @@ async def team(
                 "EVOLINK_MCP_SECRET": "s" * 32, **environ,
             })  # fmt: skip
             assert settings.tokens_file is not None
-            database = await stack.enter_async_context(open_team_database(settings.database_url))
+            database = await stack.enter_async_context(open_team_database(settings.database_url, grace_s=grace_s))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))

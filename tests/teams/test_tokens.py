@@ -436,7 +436,7 @@ async def test_tasks_of_tenants_with_one_account_are_polled_in_one_batch(tmp_pat
         jobs = [job for studio in town.studios for job in studio.jobs]
         assert len(jobs) == 3
         while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
-            for job in jobs:  # By themselves, the polls seldom meet at the same moment
+            for job in jobs:  # Without this call the polls rarely happen at the same moment
                 job.poll_now()
             await anyio.sleep(0.01)
         keys = {r.headers["authorization"] for r in town.simulator.requests}
