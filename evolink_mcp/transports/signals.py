@@ -1,4 +1,4 @@
-"""Signals that ask this process to end, on every system; anyio's receiver has no implementation on Windows."""
+"""Handle the signals that end this process, on every system. The signal receiver of anyio does not work on Windows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+TERMINATED = 143
 
 # Windows sends SIGBREAK for Ctrl-Break and when the console is closed or the user logs off.
 STOP_SIGNALS = [
@@ -17,7 +18,7 @@ STOP_SIGNALS = [
 
 
 def leave_on_stop_signal() -> None:
-    """End this process at once on every such signal: for a start, when there is nothing to lose."""
+    """End this process at once after a stop signal. Only for the start, which has no work to lose."""
 
     def leave(number: int, _: FrameType | None) -> None:
         os._exit(_exit_code(number))
@@ -28,19 +29,19 @@ def leave_on_stop_signal() -> None:
 
 @contextmanager
 def on_stop_signal(stop: Callable[[int], None]) -> Generator[None]:
-    """Call `stop(exit_code)` in the running event loop for every such signal. Only in the main thread."""
+    """Call `stop(exit_code)` in the running event loop for each stop signal. Only for the main thread."""
     import asyncio
 
     loop = asyncio.get_running_loop()
 
-    def hear(number: int, _: FrameType | None) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         loop.call_soon_threadsafe(stop, _exit_code(number))
 
-    before = {number: signal.signal(number, hear) for number in STOP_SIGNALS}
+    previous_handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 

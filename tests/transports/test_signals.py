@@ -1,4 +1,4 @@
-"""Signals reach the event loop on every system: also Windows, whose loops know no signals."""
+"""Signals reach the event loop on every system. Event loops on Windows have no signal support."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-async def test_a_signal_is_heard_with_its_exit_code_and_the_old_handler_comes_back(number: int) -> None:
+async def test_a_signal_arrives_with_its_exit_code_and_the_previous_handler_is_restored(number: int) -> None:
     before = signal.getsignal(number)
-    heard: list[int] = []
+    exit_codes: list[int] = []
     with anyio.fail_after(300):
-        with on_stop_signal(heard.append):
+        with on_stop_signal(exit_codes.append):
             signal.raise_signal(number)
-            while not heard:
+            while not exit_codes:
                 await anyio.sleep(0.01)
-    assert heard == [130 if number == signal.SIGINT else 143]
+    assert exit_codes == [130 if number == signal.SIGINT else 143]
     assert signal.getsignal(number) == before
