@@ -98,7 +98,7 @@ STRANGER = rsa.generate_private_key(65537, 2048)
 
 
 @pytest.mark.parametrize(
-    "more",
+    "changes",
     [
         pytest.param({"exp": 1}, id="expired"),
         pytest.param({"exp": None}, id="without an expiry"),
