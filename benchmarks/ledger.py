@@ -15,8 +15,7 @@ from benchmarks.figures import Figure, middle, share
 from benchmarks.processes import timed
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry, ResultImage, fingerprint, new_key
-from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
 
 TITLE = "Journal"
 TASKS = 10_000

@@ -62,7 +62,7 @@ def _alone(kind: str, repeats: int) -> tuple[float, int, float]:
 
 def _time_saves(journal: Any, seconds: list[float]) -> None:
     """Record how long the journal takes to record a saved image."""
-    keep = journal.keep
+    keep = journal.update_images
 
     async def timed_keep(*arguments: Any) -> bool:
         started = time.perf_counter()
@@ -71,7 +71,7 @@ def _time_saves(journal: Any, seconds: list[float]) -> None:
         finally:
             seconds.append(time.perf_counter() - started)
 
-    journal.keep = timed_keep
+    journal.update_images = timed_keep
 
 
 @dataclass

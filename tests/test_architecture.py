@@ -35,10 +35,10 @@ ORDER = [
     "api.http",
     "api.client",
     "journal.entry",
-    "journal.rows",
     "journal.backend",
+    "journal.rows",
+    "journal.journal",
     "journal.migrations",
-    "journal.file",
     "journal.sqlite",
     "images.folders",
     "images.unusable",
@@ -290,7 +290,7 @@ def test_one_guard_only_catches_everything() -> None:
     found = [
         name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
     ]
-    assert sorted(set(found) - {"journal.file", "journal.migrations"}) == ["studio.jobs"]
+    assert sorted(set(found) - {"journal.sqlite", "journal.migrations"}) == ["studio.jobs"]
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:

@@ -18,8 +18,8 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore, LocalImageStore
-from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import account_id_of
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.server.server import build_server
 from evolink_mcp.studio.jobs import Sleep

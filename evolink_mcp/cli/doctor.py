@@ -25,8 +25,7 @@ from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritab
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry, Stage
-from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 from evolink_mcp.teams.settings import TeamSettings
 
 OLDEST_PYTHON = (3, 11)

@@ -24,8 +24,7 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage
-from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.times import instant
 from evolink_mcp.teams.settings import TeamSettings

@@ -30,8 +30,8 @@ from evolink_mcp.images.folders import Folders, open_plain
 from evolink_mcp.images.sidecar import origin_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
-from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import ReferenceImage
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20

@@ -1,144 +1,93 @@
-"""An entry as a row of a table, the same in every database; and the text in which an entry is searched."""
+"""The conversion between an entry and a row of the table `entries`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from evolink_mcp.api.task import SETTLED, Task, TaskError
+from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import Problem
+from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry, Phase, ReferenceImage, ResultImage, Stage
 
 log = logging.getLogger(__name__)
 
-# Every column of an entry, and its value. `task`, `error` and `pictures` hold JSON; `task_id`, `status`, `closed` and
-# `spent` repeat parts of it, so that SQL can search them and add them up.
-COLUMNS: dict[str, Callable[[Entry], Any]] = {
-    "key": lambda entry: entry.key,
-    "account": lambda entry: entry.account,
-    "owner": lambda entry: entry.owner,
-    "caller": lambda entry: entry.caller,
-    "phase": lambda entry: entry.phase,
-    "created_at": lambda entry: entry.created_at,
-    "fingerprint": lambda entry: entry.fingerprint,
-    "task_id": lambda entry: entry.task_id,
-    "status": lambda entry: entry.status,
-    "closed": lambda entry: entry.stage is Stage.FINAL,
-    "delivered_at": lambda entry: entry.delivered_at,
-    "estimate": lambda entry: entry.estimate,
-    "spent": lambda entry: entry.spent,
-    "request": lambda entry: json.dumps(entry.request),
-    "save_as": lambda entry: entry.save_as,
-    "task": lambda entry: json.dumps(asdict(entry.task)) if entry.task else None,
-    "error": lambda entry: json.dumps(asdict(entry.error)) if entry.error else None,
-    "images": lambda entry: json.dumps([asdict(image) for image in entry.images]),
-    "rule": lambda entry: entry.rule,
-    "given": lambda entry: json.dumps([asdict(one) for one in entry.references]),
-}
-# What `Journal.update` writes; `Journal.keep` writes the pictures too.
-STATE = ("phase", "task_id", "status", "closed", "spent", "task", "error")
 
-
-def entry_of(row: Mapping[str, Any]) -> Entry:
-    """The entry of a row of COLUMNS.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError, RecursionError: the row makes no sense.
-    """
-    task, error = row["task"], row["error"]
-    return Entry(
-        key=row["key"],
-        owner=row["owner"],
-        phase=Phase(row["phase"]),
-        created_at=row["created_at"],
-        fingerprint=row["fingerprint"],
-        request=dict(json.loads(row["request"])),
-        estimate=row["estimate"],
-        save_as=row["save_as"],
-        account=row["account"],
-        caller=row["caller"],
-        delivered_at=row["delivered_at"],
-        task=task_of(json.loads(task)) if task else None,
-        error=Problem(**json.loads(error)) if error else None,
-        images=tuple(ResultImage(**picture) for picture in json.loads(row["images"])),
-        rule=row["rule"],
-        references=tuple(ReferenceImage(**one) for one in json.loads(row["given"])),
-    )
-
-
-def readable(rows: Iterable[Any]) -> list[Entry]:
-    """The entries of these rows; a row that makes no sense is named in the log and stays where it is."""
-    entries: list[Entry] = []
-    for row in rows:
-        try:
-            entries.append(entry_of(dict(row)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            log.error("the journal's entry %s is damaged and left out", row["key"])
-    return entries
-
-
-def visible(account: str, *, has_tenants: bool) -> str:
-    """Return the SQL condition of the entries that this account sees.
-
-    Without an account a server sees all entries, except if the journal is shared by tenants.
-    """
-    if account and not account.isalnum():
-        raise ValueError("an account's mark has only letters and digits")
-    return f"account = '{account}'" if account or has_tenants else "account = account"
-
-
-# The SQL condition of what is bought or being bought and not finished by EvoLink. `closed` makes it quick.
-UNDER_WAY = (
-    f"NOT closed AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"
-)
-
-
-def selection(
-    holds: str,
-    status: str | None,
-    since: float | None,
-    until: float | None,
-    words: tuple[str, ...],
-    after: tuple[float, str] | None,
-) -> tuple[str, list[Any]]:
-    """The SQL condition of what `Journal.recent` asks for, with `?` for each of the values.
-
-    `holds` is the condition that an entry has a folded word.
-    """
-    clauses = ["created_at >= ?", "created_at <= ?"]
-    values: list[Any] = [since or 0.0, until if until is not None else 1e12]
-    if status is not None:
-        clauses.append("status = ?")
-        values.append(status)
-    for word in words:
-        clauses.append(holds)
-        values.append(folded(word))
-    if after is not None:
-        clauses.append("(created_at < ? OR created_at = ? AND key > ?)")
-        values += [after[0], *after]
-    return " AND ".join(clauses), values
-
-
-def folded(text: str) -> str:
-    """The text as it is searched: without case, each letter in one spelling."""
+def fold(text: str) -> str:
+    """Return the text without case, in one Unicode spelling, as searches compare it."""
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def searched(request: Any, pictures: Any, save_as: str | None, task_id: str | None) -> list[str]:
-    """Where a word is searched, folded: the prompt, the names of the files and the task's id.
+def search_text(entry: Entry) -> str:
+    """Return the text that a search reads: prompt, file names and task ID, one per line."""
+    names = [Path(image.path).name for image in entry.images if image.path]
+    parts = [entry.request.get("prompt", ""), *names, entry.save_as or "", entry.task_id or ""]
+    return "\n".join(fold(str(part)) for part in parts)
 
-    `request` and `pictures` are what the columns of these names hold, as JSON values.
+
+# Columns that repeat a part of the entry, so that SQL can search and add.
+DERIVED: dict[str, Callable[[Entry], Any]] = {
+    "task_id": lambda entry: entry.task_id,
+    "status": lambda entry: entry.status,
+    "closed": lambda entry: entry.stage is Stage.FINAL,
+    "spent": lambda entry: entry.spent,
+    "words": search_text,
+}
+COLUMNS = (*(field.name for field in fields(Entry)), *DERIVED)
+# The columns that `Journal.update` writes. `Journal.update_images` writes the images too.
+STATE_COLUMNS = ("phase", "task", "error", *DERIVED)
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "phase": Phase,
+    "request": lambda text: dict(json.loads(text)),
+    "task": lambda text: task_from_dict(json.loads(text)) if text else None,
+    "error": lambda text: Problem(**json.loads(text)) if text else None,
+    "images": lambda text: tuple(ResultImage(**image) for image in json.loads(text)),
+    "references": lambda text: tuple(ReferenceImage(**image) for image in json.loads(text)),
+}
+
+
+def values_of(entry: Entry, columns: Iterable[str] = COLUMNS) -> list[Any]:
+    """Return the values of the columns. Objects become JSON."""
+    return [_encode(DERIVED[name](entry) if name in DERIVED else getattr(entry, name)) for name in columns]
+
+
+def entry_of(row: Row) -> Entry:
+    """Return the entry of a row.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: The row is damaged.
     """
-    names = [Path(picture["path"]).name for picture in pictures if picture.get("path")]
-    return [folded(str(text)) for text in (request.get("prompt", ""), *names, save_as or "", task_id or "")]
+    return Entry(**{
+        field.name: _DECODERS[field.name](row[field.name]) if field.name in _DECODERS else row[field.name]
+        for field in fields(Entry)
+    })  # fmt: skip
 
 
-def task_of(data: dict[str, Any]) -> Task:
-    """The task of its fields, as `dataclasses.asdict` gives them."""
-    error, results = data.pop("error"), data.pop("results")
+def readable_entries(rows: Iterable[Row]) -> list[Entry]:
+    """Return the entries of the rows. Log a damaged row and skip it."""
+    entries: list[Entry] = []
+    for row in rows:
+        try:
+            entries.append(entry_of(row))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            log.error("skipping the damaged journal entry %s", row["key"])
+    return entries
+
+
+def task_from_dict(data: dict[str, Any]) -> Task:
+    """Return the task of its fields, as `dataclasses.asdict` returns them."""
+    error = data.pop("error")
+    results = data.pop("results")
     return Task(**data, results=tuple(results), error=TaskError(**error) if error else None)
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return json.dumps(value, default=asdict)

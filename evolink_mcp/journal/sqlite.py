@@ -1,285 +1,439 @@
-"""The journal in one SQLite file (WAL, synchronous FULL), shared by any number of servers of one machine.
-
-One thread of its own does all its work, with one connection: the event loop never waits for the disk or for a lock.
-"""
+"""The journal in one SQLite file (WAL, synchronous FULL), which all servers of one computer share."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import shutil
+import sys
 import time
-from collections.abc import Callable, Generator
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
-from evolink_mcp.journal.backend import Hear, News
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.file import JournalFile, new_owner, snapshot
-from evolink_mcp.journal.migrations import transaction
-from evolink_mcp.journal.rows import COLUMNS, STATE, UNDER_WAY, folded, readable, selection, visible
+from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.migrations import check_origin, migrate, transaction
+from evolink_mcp.journal.rows import fold, readable_entries
 
 if TYPE_CHECKING:
     import sqlite3
 
+    from filelock import BaseFileLock
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-HOLDS = "holds(?, request, images, save_as, task_id)"  # the word, as `folded` makes it
-INSERT = f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+FILE_NAME = "journal.sqlite3"
+# The longest wait while another program locks the file.
+BUSY_TIMEOUT_S = 15.0
+COPIES_MAX = 5
 
 
-class SqliteJournal:
-    """The `Journal` contract on a file in `folder`, where each method is described; nothing is created before a call."""
+class JournalFile:
+    """One connection to the file in `folder`. The first `run` creates folder and file. All methods block.
 
-    reread_s = 1.0
-    adopt_every_s = None
+    `set_aside` is the new path of a damaged file, if there was one.
+    """
 
-    def __init__(
-        self, folder: Path, account: str = "", *, has_tenants: bool = False, clock: Callable[[], float] = time.time
-    ) -> None:
-        """`has_tenants`: without an account this journal sees no entry."""
-        self.owner = new_owner()
-        self.account = account
-        self._mine = visible(account, has_tenants=has_tenants)
-        self._file = JournalFile(folder, self.owner, clock=clock)
-        self._thread: ThreadPoolExecutor | None = None
+    def __init__(self, folder: Path, owner: str, *, clock: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self.set_aside: Path | None = None
+        self._owner = owner
+        self._clock = clock
+        self._db: sqlite3.Connection | None = None
+        self._inode = 0
+        self._dead_owners: set[str] = set()
+        self._lease: BaseFileLock | None = None
+        self._lease_inode = 0
 
     @property
     def path(self) -> Path:
-        """The file."""
-        return self._file.path
+        """The path of the file."""
+        return self.folder / FILE_NAME
+
+    def run(self, act: Callable[[sqlite3.Connection], T]) -> T:
+        """Call `act` with the connection. Rename a damaged file, never delete it, and create a new one.
+
+        Raises:
+            JournalUnwritable: SQLite or the file system raised an error.
+        """
+        import sqlite3
+
+        for attempt in (1, 2):
+            try:
+                return act(self._opened())
+            except sqlite3.OperationalError as error:
+                raise self.unwritable(str(error)) from error
+            except sqlite3.DatabaseError as error:
+                if attempt == 2 or isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+                    raise self.unwritable(str(error)) from error
+                self._set_aside()
+            except OSError as error:
+                raise self.unwritable(error.strerror or type(error).__name__) from error
+        raise AssertionError("unreachable")
 
     @property
-    def set_aside(self) -> Path | None:
-        """Where a damaged journal was moved to, if one was found."""
-        return self._file.set_aside
+    def is_open(self) -> bool:
+        """Whether the file was read or written."""
+        return self._lease is not None
 
-    def listen(self, hear: Hear) -> Callable[[], None]:
-        return lambda: None  # SQLite tells nobody of a change: `reread_s` is short
+    def close(self, *, keep_lease_file: bool = False) -> None:
+        """Close the file and release the lease. With `keep_lease_file`, other servers see a dead owner."""
+        self._shut()
+        if self._lease is not None:
+            with suppress(OSError):
+                self._lease.release()
+                if not keep_lease_file:
+                    self.lease_path(self._owner).unlink()
+            self._lease = None
 
-    async def tell(self, news: News) -> None:
-        pass
+    def is_dead(self, owner: str) -> bool:
+        """Return whether this server ended: its lease is free, or its lease file and its process do not exist."""
+        from filelock import FileLock, Timeout
 
-    def when_lost(self, stop: Callable[[], None]) -> None:
-        pass  # the lock that shows that this server lives ends with its process, and not before
-
-    # --- the contract ---
-
-    async def intend(
-        self, entry: Entry, *, since: float = 0.0, cap: float | None = None, running: int | None = None
-    ) -> float | None:
-        values = [value(entry) for value in COLUMNS.values()]
-
-        def write(db: sqlite3.Connection) -> float | None:
-            with _task_unique(entry):
-                if cap is None and running is None:
-                    db.execute(INSERT, values)
-                    return None
-                with transaction(db):
-                    if running is not None:
-                        where = f"{self._mine} AND {UNDER_WAY}"
-                        (under_way,) = db.execute(f"SELECT count(*) FROM entries WHERE {where}").fetchone()
-                        if under_way >= running:
-                            raise TooManyRunning.of(under_way, running)
-                    spent = self._spent(db, since) if cap is not None else 0.0
-                    if cap is not None and spent + entry.estimate > cap:
-                        return spent
-                    db.execute(INSERT, values)
-                return None
-
-        return await self._run(write)
-
-    async def update(self, entry: Entry) -> bool:
-        return await self._write(entry, STATE)
-
-    async def keep(self, entry: Entry) -> bool:
-        return await self._write(entry, (*STATE, "images"))
-
-    async def acquire(self, key: str) -> bool:
-        def take(db: sqlite3.Connection) -> bool:
-            with transaction(db):
-                row = db.execute(f"SELECT owner FROM entries WHERE key = ? AND {self._mine}", (key,)).fetchone()
-                if row is None or not (row[0] in ("", self.owner) or self._file.is_dead(row[0])):
-                    return False
-                db.execute("UPDATE entries SET owner = ? WHERE key = ?", (self.owner, key))
+        if owner in self._dead_owners:
             return True
+        path = self.lease_path(owner)
+        if not path.exists():
+            return not _is_running(owner)
+        lock = FileLock(path, mode=0o600)
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, OSError):
+            return False
+        with suppress(OSError):
+            lock.release()
+            path.unlink()
+        # A later process may get the number of the dead one, so the answer is kept.
+        self._dead_owners.add(owner)
+        return True
 
-        return await self._run(take)
+    def lease_path(self, owner: str) -> Path:
+        """Return the path of the lease: a file that a server locks until it ends."""
+        return self.folder / "owners" / f"{owner}.lock"
 
-    async def release(self, key: str) -> None:
-        await self._execute("UPDATE entries SET owner = '' WHERE key = ? AND owner = ?", key, self.owner)
+    def unwritable(self, reason: str) -> JournalUnwritable:
+        """Return the error with the path and the setting."""
+        return JournalUnwritable(
+            f"the journal {self.path} cannot be used ({reason}); EVOLINK_MCP_DATA_DIR names its folder"
+        )
 
-    async def deliver(self, key: str, at: float) -> None:
-        await self._execute("UPDATE entries SET delivered_at = ? WHERE key = ?", at, key)
+    def _opened(self) -> sqlite3.Connection:
+        if self._db is not None and self._current_inode() != self._inode:
+            self._recover(self._db)
+        self._take_lease()
+        if self._db is None:
+            if not self.path.exists():
+                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = self._connect()
+            self._inode = self._current_inode()
+        return self._db
 
-    async def leave(self, key: str) -> None:
-        await self._execute("UPDATE entries SET caller = '' WHERE key = ? AND caller = ?", key, self.owner)
+    def _connect(self) -> sqlite3.Connection:
+        db = _connected(self.path)
+        try:
+            check_origin(db, self.path)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            migrate(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
 
-    async def claim(self, key: str) -> bool:
-        statement = "UPDATE entries SET caller = ? WHERE key = ? AND caller = '' AND delivered_at IS NULL"
-        return await self._execute(statement, self.owner, key) == 1
+    def _current_inode(self) -> int:
+        return _inode(self.path)
 
-    async def by_key(self, key: str) -> Entry | None:
-        return await self._one("key = ?", key)
+    def _recover(self, db: sqlite3.Connection) -> None:
+        """Restore a file that was deleted while it was open, or open the file that replaced it.
 
-    async def by_task(self, task_id: str) -> Entry | None:
-        return await self._one("task_id = ?", task_id)
+        Otherwise this server would write purchases into a file that no other server and no later start can see.
+        """
+        import sqlite3
 
-    async def recent(
-        self,
-        limit: int,
-        status: str | None = None,
-        since: float | None = None,
-        until: float | None = None,
-        words: tuple[str, ...] = (),
-        after: tuple[float, str] | None = None,
-    ) -> list[Entry]:
-        where, values = selection(HOLDS, status, since, until, words, after)
-        return await self._many(f"{where} ORDER BY created_at DESC, key LIMIT ?", *values, limit)
+        if self.path.exists():
+            log.warning("the journal %s was replaced; running purchases are written into the new file", self.path)
+            self._shut()
+            return
+        log.warning("the journal %s was deleted while it was open; it is restored", self.path)
+        part = self.path.with_name(f".{FILE_NAME}-{self._owner}")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(part, os.O_CREAT | os.O_RDWR, 0o600))
+        copy = sqlite3.connect(part)
+        try:
+            db.backup(copy)
+        finally:
+            copy.close()
+        self._shut()
+        for tail in ("-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self.path}{tail}")
+        if not self.path.exists():
+            os.replace(part, self.path)
+        else:
+            part.unlink()
 
-    async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
-        marks = ", ".join("?" * len(fingerprints))
-        where = f"fingerprint IN ({marks}) AND delivered_at IS NULL AND caller = '' AND created_at >= ?"
-        return await self._many(f"{where} ORDER BY created_at", *fingerprints, since)
+    def _shut(self) -> bool:
+        """Close the connection. Return False if there was none."""
+        import sqlite3
 
-    async def is_awaited(self, fingerprints: tuple[str, ...], since: float) -> bool:
-        return False  # each client has a server of its own
+        db = self._db
+        self._db = None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.close()
+        return db is not None
 
-    async def adopt(self) -> list[Entry]:
-        rows = await self._run(self._take_over)
-        return [replace(entry, owner=self.owner) for entry in readable(rows)]
+    def _take_lease(self) -> None:
+        """Lock this server's lease file, which the system unlocks when the process ends. Restore a deleted file."""
+        from filelock import FileLock
 
-    async def known_tasks(self, task_ids: list[str]) -> set[str]:
-        marks = ", ".join("?" * len(task_ids))
-        where = f"task_id IN ({marks}) AND {self._mine}"
-        return {row[0] for row in await self._rows(f"SELECT task_id FROM entries WHERE {where}", *task_ids)}
+        path = self.lease_path(self._owner)
+        if self._lease is not None and _inode(path) == self._lease_inode:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        lease = FileLock(path, mode=0o600, thread_local=False)
+        lease.acquire(blocking=False)
+        self._lease = lease
+        self._lease_inode = _inode(path)
 
-    async def spent_since(self, since: float) -> float:
-        return await self._run(lambda db: self._spent(db, since))
+    def _set_aside(self) -> None:
+        if self._shut():
+            with suppress(OSError):
+                if self.path.stat().st_ino != self._inode:
+                    return  # another server renamed the damaged file and created this one
+        aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self._owner[-6:]}")
+        try:
+            os.replace(self.path, aside)
+            for tail in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    os.replace(f"{self.path}{tail}", f"{aside}{tail}")
+        except OSError as error:
+            raise self.unwritable(error.strerror or "damaged") from error
+        self.set_aside = aside
+        log.error("the journal was damaged: it was set aside as %s, and a new one was created", aside)
 
-    async def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
-        statement = "INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?)"
-        await self._execute(statement, self.account, sha256, url, expires_at)
 
-    async def find_upload(self, sha256: str, after: float) -> str | None:
-        where = "account = ? AND sha256 = ? AND expires_at > ?"
-        rows = await self._rows(f"SELECT url FROM uploads WHERE {where}", self.account, sha256, after)
-        return rows[0][0] if rows else None
+@contextmanager
+def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
+    """Open a copy of the journal in `folder`. The journal and its folder do not change.
 
-    async def learn(self, name: str, value: str) -> None:
-        await self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", self.account, name, value)
+    Raises:
+        JournalUnwritable: It is damaged, cannot be read, or a newer version or an unpublished build wrote it.
+    """
+    import sqlite3
 
-    async def learned(self, name: str) -> str | None:
-        if not self._file.in_use and not self._file.path.exists():
-            return None
-        rows = await self._rows(f"SELECT DISTINCT value FROM facts WHERE name = ? AND {self._mine}", name)
-        return rows[0][0] if len(rows) == 1 else None
+    file = JournalFile(folder, "reader")
+    with TemporaryDirectory(prefix="evolink-mcp-") as name:
+        copy = Path(name) / FILE_NAME
+        try:
+            _copy(file.path, copy)
+            db = _connected(copy)
+            try:
+                check_origin(db, file.path)
+                migrate(db)
+                yield db
+            finally:
+                db.close()
+        except sqlite3.DatabaseError as error:
+            raise file.unwritable(str(error)) from error
+        except OSError as error:
+            raise file.unwritable(error.strerror or type(error).__name__) from error
 
-    async def close(self) -> None:
-        await self._call(self._close)
+
+def _inode(path: Path) -> int:
+    """Return the inode of the file, or 0 if there is none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
+
+
+def new_owner() -> str:
+    """Return a new server ID: the process ID and a random word."""
+    return f"{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def _is_running(owner: str) -> bool:
+    """Return whether the owner's process exists. Windows cannot delete a lock file in use, so it needs no check."""
+    number = owner.partition("-")[0]
+    if sys.platform == "win32" or "-" not in owner or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _copy(path: Path, copy: Path) -> None:
+    """Copy the file and its write-ahead log. Repeat if a server wrote in between."""
+    for _ in range(COPIES_MAX):
+        before = _versions(path)
+        for tail in ("", "-wal"):
+            if Path(f"{path}{tail}").exists() or not tail:
+                shutil.copyfile(f"{path}{tail}", f"{copy}{tail}")
+            else:
+                Path(f"{copy}{tail}").unlink(missing_ok=True)
+        if _versions(path) == before:
+            return
+
+
+def _versions(path: Path) -> list[tuple[int, int]]:
+    files = [Path(f"{path}{tail}") for tail in ("", "-wal")]
+    return [(one.stat().st_mtime_ns, one.stat().st_size) if one.exists() else (0, 0) for one in files]
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    import sqlite3
+
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    db.text_factory = _text
+    return db
+
+
+def _text(data: bytes) -> str:
+    """Decode text. A damaged character must not make the entry unreadable."""
+    return data.decode("utf-8", "replace")
+
+
+class SqliteConnection:
+    """See Connection. Its methods block and never suspend, so that one thread can run a complete action."""
+
+    def __init__(self, db: sqlite3.Connection, file: JournalFile) -> None:
+        self._db = db
+        self._file = file
+
+    async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """See Connection."""
+        import sqlite3
+
+        try:
+            return self._db.execute(sql, [clean_text(value) for value in values]).rowcount
+        except sqlite3.IntegrityError as error:
+            raise UniqueViolation from error
+
+    async def fetch(self, sql: str, values: Sequence[Any] = (), *, lock_rows: bool = False) -> Sequence[Row]:
+        """See Connection. A transaction locks the whole file, so `lock_rows` has no effect."""
+        return self._db.execute(sql, [clean_text(value) for value in values]).fetchall()
+
+    @asynccontextmanager
+    async def transaction(self, lock: str = "") -> AsyncGenerator[None]:
+        """See Connection. A transaction locks the whole file, so `lock` has no effect."""
+        with transaction(self._db):
+            yield
+
+    async def is_dead(self, owner: str) -> bool:
+        """See Connection."""
+        return self._file.is_dead(owner)
+
+    async def is_silent(self, owner: str) -> bool:
+        """See Connection."""
+        return self._file.is_dead(owner)
+
+
+class SqliteBackend:
+    """See Backend. One thread does all work: the event loop never waits for the disk or for a lock."""
+
+    can_publish = False
+    reread_s = 1.0
+    adopt_every_s = None
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.owner = new_owner()
+        self.file = JournalFile(folder, self.owner, clock=clock)
+        self._thread: ThreadPoolExecutor | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """See Backend."""
+        return self.file.is_open
+
+    @property
+    def has_data(self) -> bool:
+        """See Backend."""
+        return self.file.path.exists()
+
+    async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str = "") -> T:
+        """See Backend. One thread runs all actions in the order of their calls."""
+        return await self._call(lambda: self.file.run(lambda db: _run_now(act(SqliteConnection(db, self.file)))))
+
+    def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """See Backend. SQLite has no notifications; `reread_s` is short instead."""
+        return lambda: None
+
+    async def publish(self, account: str, payload: dict[str, Any]) -> None:
+        """See Backend. SQLite has no notifications."""
+
+    def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
+        """See Backend. A lease ends only with its process, so this never happens."""
+        return lambda: None
+
+    async def close(self, *, is_released: bool) -> None:
+        """See Backend."""
+        await self._call(lambda: self.file.close(keep_lease_file=not is_released))
         if self._thread is not None:
             self._thread.shutdown(wait=False)
             self._thread = None
 
-    # --- the thread ---
-
     async def _call(self, call: Callable[[], T]) -> T:
-        """Run `call` in the journal's thread, after everything that was asked before it."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         return await asyncio.wrap_future(self._thread.submit(call))
 
-    async def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
-        return await self._call(lambda: self._file.run(act))
 
-    async def _execute(self, statement: str, *values: Any) -> int:
-        """How many rows it changed."""
-        return await self._run(lambda db: db.execute(statement, values).rowcount)
+class SqliteJournal(Journal):
+    """The journal in the file of `folder`. Nothing is created before the first call."""
 
-    async def _rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:
-        return await self._run(lambda db: db.execute(statement, values).fetchall())
+    def __init__(
+        self, folder: Path, account: str = "", *, has_tenants: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        """See Journal."""
+        backend = SqliteBackend(folder, clock=clock)
+        super().__init__(backend, account, has_tenants=has_tenants)
+        self.file = backend.file
 
-    async def _many(self, where: str, *values: Any) -> list[Entry]:
-        return readable(await self._rows(f"SELECT * FROM entries WHERE {self._mine} AND {where}", *values))
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+        return self.file.path
 
-    async def _one(self, where: str, *values: Any) -> Entry | None:
-        entries = await self._many(where, *values)
-        return entries[0] if entries else None
-
-    async def _write(self, entry: Entry, names: tuple[str, ...]) -> bool:
-        """Write these columns; the whole entry if the file has lost it, because somebody has replaced the file."""
-        changes = ", ".join(f"{name} = ?" for name in names)
-        changed = [*(COLUMNS[name](entry) for name in names), entry.key, self.owner]
-
-        def write(db: sqlite3.Connection) -> bool:
-            with _task_unique(entry):
-                if db.execute(f"UPDATE entries SET {changes} WHERE key = ? AND owner = ?", changed).rowcount == 1:
-                    return True
-                if db.execute("SELECT 1 FROM entries WHERE key = ?", (entry.key,)).fetchone():
-                    return False
-                db.execute(INSERT, [value(replace(entry, owner=self.owner)) for value in COLUMNS.values()])
-                return True
-
-        return await self._run(write)
-
-    def _spent(self, db: sqlite3.Connection, since: float) -> float:
-        where = f"{self._mine} AND created_at >= ?"
-        (total,) = db.execute(f"SELECT total(spent) FROM entries WHERE {where}", (since,)).fetchone()
-        return float(total)
-
-    def _take_over(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
-        """Free what dead servers' calls waited for, and own what is open and has no living owner."""
-        working = "SELECT DISTINCT owner FROM entries WHERE owner != ''"
-        waiting = "SELECT DISTINCT caller FROM entries WHERE caller != '' AND delivered_at IS NULL"
-        owners = {row[0] for row in db.execute(f"{working} UNION {waiting}")} - {self.owner}
-        dead = [owner for owner in owners if self._file.is_dead(owner)]
-        marks = ", ".join("?" * len(dead))
-        left = f"closed = 0 AND owner = '' AND {self._mine}"
-        if not dead and not db.execute(f"SELECT 1 FROM entries WHERE {left} LIMIT 1").fetchone():
-            return []
-        with transaction(db):
-            db.execute(f"UPDATE entries SET caller = '' WHERE caller IN ({marks})", dead)
-            db.execute(f"UPDATE entries SET owner = '' WHERE owner IN ({marks})", dead)
-            rows = db.execute(f"SELECT * FROM entries WHERE {left} ORDER BY created_at").fetchall()
-            db.execute(f"UPDATE entries SET owner = ? WHERE {left}", (self.owner,))
-        return rows
-
-    def _close(self) -> None:
-        """Nobody works on what this server leaves; if that cannot be written, it is left as a dead server's."""
-        written = False
-        if self._file.in_use:
-            with suppress(JournalUnwritable):
-                self._file.run(self._leave_all)
-                written = True
-        self._file.close(leave_sign=not written)
-
-    def _leave_all(self, db: sqlite3.Connection) -> None:
-        with transaction(db):
-            db.execute("UPDATE entries SET owner = '' WHERE owner = ?", (self.owner,))
-            db.execute("UPDATE entries SET caller = '' WHERE caller = ?", (self.owner,))
+    @property
+    def set_aside(self) -> Path | None:
+        """The new path of a damaged file, if there was one."""
+        return self.file.set_aside
 
 
 def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> list[Entry]:
-    """The newest entries of the journal in `folder`, newest first; blocks, and changes nothing.
+    """Return the newest entries of all accounts, newest first. Block, and change nothing.
 
-    `words` are those of `Journal.recent`; `since` is in epoch seconds.
+    `words` are those of `Journal.recent`, `since` is in epoch seconds.
 
     Raises:
-        JournalUnwritable: it is damaged or cannot be read.
+        JournalUnwritable: The journal is damaged or cannot be read.
     """
-    holds = f" AND {HOLDS}" * len(words)
-    statement = f"SELECT * FROM entries WHERE created_at >= ?{holds} ORDER BY created_at DESC, key LIMIT ?"
+    filters = " AND instr(words, ?) > 0" * len(words)
+    sql = f"SELECT * FROM entries WHERE created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
-        return readable(db.execute(statement, (since, *map(folded, words), limit)).fetchall())
+        return readable_entries(db.execute(sql, (since, *map(fold, words), limit)).fetchall())
 
 
-@contextmanager
-def _task_unique(entry: Entry) -> Generator[None]:
-    import sqlite3
-
+def _run_now(action: Awaitable[T]) -> T:
+    """Return the result of an action that never suspends."""
     try:
-        yield
-    except sqlite3.IntegrityError as error:
-        raise TaskKnown(f"the journal has {entry.task_id} already") from error
+        cast(Coroutine[Any, Any, T], action).send(None)
+    except StopIteration as finished:
+        return finished.value
+    raise RuntimeError("an action of the journal waited for the event loop")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import anyio
 
-from evolink_mcp.journal.backend import Journal
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import ImageRequest, Job, Sleep
 from evolink_mcp.studio.runner import JobRunner

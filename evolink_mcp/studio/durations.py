@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from evolink_mcp.api.models import duration_group
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.studio.schedule import Expected, Taken, expected
 
 log = logging.getLogger(__name__)
@@ -53,13 +53,13 @@ class DurationHistory:
         if self._unwritten:
             self._unwritten = 0
             try:
-                await self._journal.learn(FACT, json.dumps(list(self._taken)))
+                await self._journal.save_fact(FACT, json.dumps(list(self._taken)))
             except JournalUnwritable as error:
                 log.info("%s", error.message)
 
     async def _read(self) -> None:
         try:
-            found: object = json.loads(await self._journal.learned(FACT) or "[]")
+            found: object = json.loads(await self._journal.fact(FACT) or "[]")
         except (JournalUnwritable, ValueError, RecursionError):
             return
         for row in cast("list[Any]", found) if isinstance(found, list) else []:

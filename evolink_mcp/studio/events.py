@@ -11,8 +11,8 @@ import anyio
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
-from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, Phase, ResultImage, new_key
+from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.jobs import Job, Sleep
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class JournalWriter:
         if settles or (before is not None and before.results != task.results):
             await self._write(job, entry, self._journal.update)
         elif before != task:
-            await self.softly(self._journal.tell(News(entry.key, task.id, task)))
+            await self.softly(self._journal.publish(Notification(entry.key, task.id, task)))
 
     def seen_elsewhere(self, job: Job, entry: Entry) -> None:
         """Another server has changed the entry that this job watches; nothing is written."""
@@ -132,7 +132,7 @@ class JournalWriter:
         """A picture was saved, or could not be."""
         if pictures != job.entry.images:
             self._changed(job, replace(job.entry, images=pictures))
-            await self._write(job, job.entry, self._journal.keep)
+            await self._write(job, job.entry, self._journal.update_images)
 
     async def confirmed(self, job: Job) -> None:
         """Somebody has looked at a guess by its id, so it counts as this purchase's task from now on."""
@@ -169,7 +169,7 @@ class JournalWriter:
             if self._unwritten.get(key) is not job:
                 continue  # written meanwhile
             try:
-                await self._write(job, job.entry, self._journal.keep)
+                await self._write(job, job.entry, self._journal.update_images)
             except TaskKnown as error:
                 log.warning("%s was not written down: %s", job.entry.phase, error.message)
             if key not in self._unwritten and job.finished:

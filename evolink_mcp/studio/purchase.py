@@ -22,8 +22,8 @@ from evolink_mcp.errors import (
     TaskKnown,
     Unreachable,
 )
-from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import Entry, Phase
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 from evolink_mcp.studio.limits import Budget

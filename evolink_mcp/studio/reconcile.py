@@ -16,8 +16,8 @@ from evolink_mcp.api.models import DEFAULT_MODEL
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
-from evolink_mcp.journal.backend import Journal
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep
 

@@ -14,8 +14,8 @@ import anyio.abc
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
-from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, Phase, Stage
+from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Sleep, guarded
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
@@ -207,10 +207,10 @@ class JobRunner:
         if job.entry.has_work(self._clock()) or job.copy_as is not None:
             await self._go_on(job)
 
-    def _heard(self, news: News) -> None:
+    def _heard(self, news: Notification) -> None:
         """Another server of this account has done something."""
         job = self.running(news.key)
-        if news.ended and news.task_id is not None:
+        if news.is_callback and news.task_id is not None:
             self._group.start_soon(guarded, self.called_back, news.key, news.task_id)
         elif job is None:
             if news.task_id is not None:

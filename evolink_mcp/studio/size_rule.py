@@ -12,8 +12,8 @@ from evolink_mcp.api.sizes import Rule
 from evolink_mcp.errors import JournalUnwritable
 
 if TYPE_CHECKING:
-    from evolink_mcp.journal.backend import Journal
     from evolink_mcp.journal.entry import Entry
+    from evolink_mcp.journal.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class SizeRule:
         if self._learned is None and time.monotonic() - self._read_at >= fresh_for_s:
             self._read_at = time.monotonic()
             try:
-                found = await self._journal.learned(FACT)
+                found = await self._journal.fact(FACT)
             except JournalUnwritable as error:
                 log.info("%s", error.message)
             else:
@@ -76,7 +76,7 @@ class SizeRule:
             return None
         self._learned = shown
         try:
-            await self._journal.learn(FACT, shown)
+            await self._journal.save_fact(FACT, shown)
         except JournalUnwritable as error:
             log.warning("%s", error.message)
         return shown

@@ -15,8 +15,8 @@ from evolink_mcp.api.task import Balance, Task
 from evolink_mcp.errors import EvolinkError, KeyMissing, Refused, TaskUnknown
 from evolink_mcp.images.references import CheckedRequest, References
 from evolink_mcp.images.store import ImageStore
-from evolink_mcp.journal.backend import Journal, News
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, new_key, with_defaults
+from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.deduplication import Joining
 from evolink_mcp.studio.durations import DurationHistory
 from evolink_mcp.studio.events import JournalWriter
@@ -301,7 +301,7 @@ class Studio:
     async def called_back(self, key: str, task_id: str) -> None:
         """EvoLink says that the order with this key has ended as this task; other servers of the account are told too."""
         await self._runner.called_back(key, task_id)
-        await self._recorder.softly(self.journal.tell(News(key, task_id, ended=True)))
+        await self._recorder.softly(self.journal.publish(Notification(key, task_id, is_callback=True)))
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Call `subscriber` with the id of every task whose state changes; what it raises is logged and ends nothing."""

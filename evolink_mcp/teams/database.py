@@ -1,8 +1,8 @@
-"""One server's way to PostgreSQL: a pool for what the journal does, and a session that shows that the server lives.
+"""One server's connections to PostgreSQL: a pool for the journal, and a session that proves that the server is alive.
 
-The session holds a lock, which PostgreSQL drops when the session ends: by that other servers know that this one is gone.
-They wait `GRACE_S` more before they take over what it worked on. A server that has not heard from its session for
-`STOP_AFTER_S` stops working on it by itself, which is sooner: no two of them ever work on one entry.
+The session holds the lease, an advisory lock. PostgreSQL releases it when the session ends. Other servers adopt the
+entries GRACE_S later. A server stops its work STOP_AFTER_S after the last answer of its session. GRACE_S is longer, so
+two servers never work on one entry.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from evolink_mcp.tracing import span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Connection = psycopg.AsyncConnection[DictRow]
+DatabaseConnection = psycopg.AsyncConnection[DictRow]
 
-# The first half of every advisory lock; the second is the server's number, and 0 belongs to the migrations.
+# The class of all advisory locks. The second half of a lock is the number of a server, or 0 for a migration.
 LOCKS = 0x65766F6C
 GRACE_S = 4.0
 STOP_AFTER_S = 3.0
-AGAIN_AFTER_S, CLOSE_WITHIN_S = 0.5, 2.0
+RECONNECT_AFTER_S = 0.5
+CLOSE_WITHIN_S = 2.0
 ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
 FORGET = "DELETE FROM evolink_servers WHERE seen_at < clock_timestamp() - interval '1 day'"
-TOLD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
-POOL_SIZE, POOL_TRIES = 10, 10  # each of a second
+PAYLOAD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
+POOL_SIZE = 10
+POOL_TRIES = 10  # each of a second
 
 
 class Database:
-    """PostgreSQL at `url`, for all journals of one server. Use `open_database`.
-
-    `owner` is this server's mark. `grace_s` and `stop_after_s` are for tests.
-    """
+    """The PostgreSQL at `url`, for all journals of one server. Use `open_database`."""
 
     def __init__(self, url: str, *, grace_s: float = GRACE_S, stop_after_s: float = STOP_AFTER_S) -> None:
         self._address = Address.of(url)
-        self.grace_s, self._stop_after_s, self._beat_s = grace_s, stop_after_s, stop_after_s / 3
+        self.grace_s = grace_s
+        self._stop_after_s = stop_after_s
+        self._heartbeat_s = stop_after_s / 3
         self.alive = False
         self._number = 0
-        self._backend: tuple[int, datetime | None] = (0, None)  # the session's process there, and when it began
-        self._session: Connection | None = None
+        self._backend: tuple[int, datetime | None] = (0, None)  # process ID and start of the session in PostgreSQL
+        self._session: DatabaseConnection | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+        self._pool: AsyncConnectionPool[DatabaseConnection] = AsyncConnectionPool(
             self._address.conninfo, connection_class=psycopg.AsyncConnection[DictRow],
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
             open=False, check=_check,
@@ -62,41 +63,40 @@ class Database:
         self._stops: list[Callable[[], None]] = []
         self._last: dict[str, asyncio.Task[Any]] = {}
         self._running: set[asyncio.Task[Any]] = set()
-        self._life: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
 
     @property
     def owner(self) -> str:
-        """This server's mark on what it works on."""
+        """The ID of this server."""
         return f"server-{self._number}"
 
-    def listen(self, account: str, hear: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-        """Call `hear` with whatever other servers tell the servers of this account. Returns what ends it."""
-        self._listeners.append(listener := (account, hear))
+    def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `receive` with each payload for the account from another server. Return the function that stops it."""
+        self._listeners.append(listener := (account, receive))
         return lambda: self._listeners.remove(listener)
 
-    async def tell(self, account: str, told: dict[str, Any]) -> None:
-        """Tell the other servers of this account; what is too long for PostgreSQL is left out.
+    async def publish(self, account: str, payload: dict[str, Any]) -> None:
+        """Send a payload to the other servers of the account. Skip one that is too long for PostgreSQL.
 
         Raises:
-            JournalUnwritable: the database is gone.
+            JournalUnwritable: The database does not answer.
         """
-        said = f"{account} {json.dumps({'by': self.owner, **told})}"
-        if len(said) <= TOLD_MAX_BYTES:
-            await self.run(lambda db: db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, said)))
+        message = f"{account} {json.dumps({'by': self.owner, **payload})}"
+        if len(message) <= PAYLOAD_MAX_BYTES:
+            await self.run(lambda db: db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, message)))
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
-        """Call `stop` when this server must not work on what it owned any longer. Returns what ends it."""
+        """Call `stop` when other servers may adopt the entries of this one. Return the function that cancels that."""
         self._stops.append(stop)
         return lambda: self._stops.remove(stop)
 
-    async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str | None = None) -> T:
-        """Call `act` with a connection in autocommit mode. A caller that is cancelled does not end it.
+    async def run(self, act: Callable[[DatabaseConnection], Awaitable[T]], *, key: str | None = None) -> T:
+        """Call `act` with a connection in autocommit mode. It continues after the cancellation of its caller.
 
-        With `key`, it runs after everything that was asked for this key before. While the database is gone, it fails at
-        once.
+        Actions with the same `key` run one after the other. Without a session they fail at once.
 
         Raises:
-            JournalUnwritable: for everything that psycopg and the network raise.
+            JournalUnwritable: psycopg or the network raised an error.
         """
         before = self._last.get(key) if key is not None else None
         task = asyncio.create_task(self._work(act, before))
@@ -106,8 +106,8 @@ class Database:
         task.add_done_callback(lambda done: self._done(done, key))
         return await asyncio.shield(task)
 
-    async def is_dead(self, db: Connection, owner: str) -> bool:
-        """Whether this server has been gone for `grace_s`; asked in a transaction, until whose end it stays so."""
+    async def is_dead(self, db: DatabaseConnection, owner: str) -> bool:
+        """Return whether this server ended `grace_s` ago. In a transaction, it stays dead until its end."""
         number = _number(owner)
         if not await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
             return False
@@ -116,8 +116,8 @@ class Database:
         gone = "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
         return await _value(db, gone, self.grace_s, number) is not False
 
-    async def is_away(self, db: Connection, owner: str) -> bool:
-        """Whether this server has ended or is not heard from: no call there waits for anything. In a transaction."""
+    async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
+        """Return whether this server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
         number = _number(owner)
         if await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
             return True
@@ -125,20 +125,20 @@ class Database:
         return not await _value(db, seen, self._stop_after_s, number)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
-        """The error that names the place and the setting, and never a password."""
+        """Return the error with the database's name and setting, and without a password."""
         return self._address.unwritable(self._address.reason(error))
 
     async def open(self) -> None:
-        """Connect, make or migrate the tables, and begin to live.
+        """Connect, make or migrate the tables, and start the heartbeat.
 
         Raises:
-            JournalUnwritable: it cannot be used.
+            JournalUnwritable: The database cannot be used.
         """
         try:
             self._session = await self._connect()
             await migrate(self._session, LOCKS)
             self._number = await _value(self._session, "INSERT INTO evolink_servers DEFAULT VALUES RETURNING number")
-            await self._take(self._session)
+            await self._take_lease(self._session)
             await self._session.execute(FORGET.encode())
             await self._pool.open()
         except (psycopg.Error, OSError, TimeoutError) as error:
@@ -147,99 +147,99 @@ class Database:
         except JournalUnwritable as error:
             await self._shut()
             raise self._address.unwritable(error.message) from error
-        self._life = asyncio.create_task(self._live())
+        self._heartbeat = asyncio.create_task(self._run_session())
 
     async def close(self) -> None:
-        """End the session: what is not released is taken over by others after `grace_s`."""
+        """End the session. Other servers adopt unreleased entries after `grace_s`."""
         if self._running:
             await asyncio.wait(self._running, timeout=CLOSE_WITHIN_S)
-        if self._life is not None:
-            self._life.cancel()
-            await asyncio.wait([self._life])
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            await asyncio.wait([self._heartbeat])
         await self._shut()
 
     # --- the session ---
 
-    async def _live(self) -> None:
+    async def _run_session(self) -> None:
         while True:
             try:
                 if self._session is None:
                     async with AsyncExitStack() as stack:
                         session = await stack.enter_async_context(await self._connect())
-                        await self._take(session)
+                        await self._take_lease(session)
                         stack.pop_all()
                     self._session = session
-                    log.info("the session with the database is there again")
-                await self._beat(self._session)
+                    log.info("reconnected to the database")
+                await self._send_heartbeat(self._session)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 if self._session is not None:
-                    log.warning("the session with the database was lost: %s", self._address.reason(error))
+                    log.warning("lost the session with the database: %s", self._address.reason(error))
                     with suppress(psycopg.Error, OSError):
                         await self._session.close()
                     self._session = None
-                await asyncio.sleep(AGAIN_AFTER_S)
+                await asyncio.sleep(RECONNECT_AFTER_S)
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> DatabaseConnection:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             return await psycopg.AsyncConnection[DictRow].connect(
                 self._address.conninfo, autocommit=True, row_factory=dict_row
             )
 
-    async def _take(self, session: Connection) -> None:
-        """Hold this server's lock. The session that held it before may still be there for a while, heard by nobody."""
+    async def _take_lease(self, session: DatabaseConnection) -> None:
+        """Take this server's lease. End a former session of this server that still holds it."""
         if not await _value(session, "SELECT pg_try_advisory_lock(%s, %s)", LOCKS, self._number):
             await session.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s",
                 self._backend,
             )
-            raise psycopg.OperationalError("the former session still holds the lock, or another server is testing it")
+            raise psycopg.OperationalError("the former session holds the lease, or another server is testing it")
         await session.execute(
             "INSERT INTO evolink_servers (number) OVERRIDING SYSTEM VALUE VALUES (%s) "
             "ON CONFLICT (number) DO UPDATE SET gone_since = NULL, seen_at = clock_timestamp()",
             (self._number,),
         )
         await session.execute(f"LISTEN {CHANNEL}".encode())
-        row = await row_of(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+        row = await _row(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
         self._backend = (row["pid"], row["backend_start"]) if row else (0, None)
-        self._lives()
+        self._renew()
 
-    async def _beat(self, session: Connection) -> None:
-        """Wait for changes, and ask now and then whether the session still stands."""
-        async for notify in session.notifies(timeout=self._beat_s):
-            self._heard(notify)
-        async with asyncio.timeout(2 * self._beat_s):
+    async def _send_heartbeat(self, session: DatabaseConnection) -> None:
+        """Wait for notifications and send a heartbeat."""
+        async for notify in session.notifies(timeout=self._heartbeat_s):
+            self._receive(notify)
+        async with asyncio.timeout(2 * self._heartbeat_s):
             await session.execute(ALIVE.encode(), (self._number,))
-        self._lives()
+        self._renew()
 
-    def _lives(self) -> None:
+    def _renew(self) -> None:
         self.alive = True
-        self._wait_for_life()
+        self._restart_deadline()
 
     def _lost(self) -> None:
         if self.alive:
-            log.error("the database has not answered for %.0f s: this server stops its work", self._stop_after_s)
+            log.error("the database has not answered for %.0f s, this server stops its work", self._stop_after_s)
         self.alive = False
-        self._wait_for_life()  # again: for what begins later
+        self._restart_deadline()  # jobs may start before the session is back
         for stop in self._stops:
             stop()
 
-    def _wait_for_life(self) -> None:
+    def _restart_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)
 
-    def _heard(self, notify: psycopg.Notify) -> None:
-        account, _, said = notify.payload.partition(" ")
+    def _receive(self, notify: psycopg.Notify) -> None:
+        account, _, message = notify.payload.partition(" ")
         try:
-            told: dict[str, Any] = json.loads(said)
-            if told.pop("by", "") == self.owner:
+            payload: dict[str, Any] = json.loads(message)
+            if payload.pop("by", "") == self.owner:
                 return
         except (ValueError, AttributeError):
-            log.warning("something was told on the channel %s that is none of ours", CHANNEL)
+            log.warning("ignoring unknown notification on channel %s", CHANNEL)
             return
-        for of, hear in list(self._listeners):
-            if account == of:
-                hear(told)
+        for listener_account, receive in list(self._listeners):
+            if account == listener_account:
+                receive(payload)
 
     async def _shut(self) -> None:
         self.alive = False
@@ -250,9 +250,9 @@ class Database:
                 await self._session.close()
             await self._pool.close(timeout=CLOSE_WITHIN_S)
 
-    # --- what the journal does ---
+    # --- actions ---
 
-    async def _work(self, act: Callable[[Connection], Awaitable[T]], before: asyncio.Task[Any] | None) -> T:
+    async def _work(self, act: Callable[[DatabaseConnection], Awaitable[T]], before: asyncio.Task[Any] | None) -> T:
         if before is not None:
             await asyncio.wait([before])
         if not self.alive:
@@ -264,13 +264,13 @@ class Database:
         except (psycopg.Error, OSError, TimeoutError) as error:
             raise self.unwritable(error) from error
 
-    async def _connection(self, stack: AsyncExitStack) -> Connection:
-        """A free connection; whoever waits for one waits no longer than the database counts as there."""
-        for left in reversed(range(POOL_TRIES)):
+    async def _connection(self, stack: AsyncExitStack) -> DatabaseConnection:
+        """Return a free connection. Stop waiting for one when the session is lost."""
+        for remaining in reversed(range(POOL_TRIES)):
             try:
                 return await stack.enter_async_context(self._pool.connection(1.0))
             except PoolTimeout:
-                if not self.alive or not left:
+                if not self.alive or not remaining:
                     raise
         raise AssertionError("unreachable")
 
@@ -279,17 +279,17 @@ class Database:
         if key is not None and self._last.get(key) is task:
             del self._last[key]
         if not task.cancelled():
-            task.exception()  # whoever asked may have been cancelled
+            task.exception()  # a cancelled caller does not read it
 
 
 @asynccontextmanager
-async def open_database(url: str, **more: Any) -> AsyncGenerator[Database]:
-    """PostgreSQL at `url`, open; `more` is passed to `Database`.
+async def open_database(url: str, **options: Any) -> AsyncGenerator[Database]:
+    """Open the PostgreSQL at `url`. `options` go to `Database`.
 
     Raises:
-        JournalUnwritable: it cannot be used.
+        JournalUnwritable: The database cannot be used.
     """
-    database = Database(url, **more)
+    database = Database(url, **options)
     await database.open()
     try:
         yield database
@@ -298,22 +298,22 @@ async def open_database(url: str, **more: Any) -> AsyncGenerator[Database]:
 
 
 def _number(owner: str) -> int:
-    """The number of a server's mark; of any other mark, 0, which is no server's."""
+    """Return the number in a server ID, or 0, which no server has."""
     number = owner.removeprefix("server-")
     return int(number) if number.isdigit() and len(number) < 10 else 0
 
 
-async def _check(db: Connection) -> None:
-    """A connection that broke in the pool is not given out."""
+async def _check(db: DatabaseConnection) -> None:
+    """Raise an error if the connection is broken, so that the pool replaces it."""
     await db.execute("")
 
 
-async def _value(db: Connection, statement: str, *values: Any) -> Any:
-    """The one value of the first row; None if there is no row."""
-    row = await row_of(db, statement, *values)
+async def _value(db: DatabaseConnection, statement: str, *values: Any) -> Any:
+    """Return the first value of the first row, or None."""
+    row = await _row(db, statement, *values)
     return next(iter(row.values())) if row is not None else None
 
 
-async def row_of(db: Connection, statement: str, *values: Any) -> DictRow | None:
-    """The first row; None if there is none."""
+async def _row(db: DatabaseConnection, statement: str, *values: Any) -> DictRow | None:
+    """Return the first row, or None."""
     return await (await db.execute(statement.encode(), values)).fetchone()

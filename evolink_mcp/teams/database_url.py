@@ -1,4 +1,4 @@
-"""PostgreSQL's address: how it is reached, and what may be said of it."""
+"""The URL of the team's PostgreSQL."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from evolink_mcp.errors import JournalUnwritable
 
 CONNECT_TIMEOUT_S = 5
-# What a server holds that is cut off from the network is free after 7 s; and what the database's owner has set does not
-# loosen what the journal promises.
+# PostgreSQL ends the session of an unreachable server after 7 s. These options overrule the settings of the database.
 OPTIONS = (
     "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=30s "
     "-c idle_in_transaction_session_timeout=30s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
@@ -35,33 +34,33 @@ class Address:
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """The address of a URL of EVOLINK_MCP_DATABASE_URL.
+        """Read a value of EVOLINK_MCP_DATABASE_URL.
 
         Raises:
-            JournalUnwritable: it is none.
+            JournalUnwritable: It is no PostgreSQL URL.
         """
         try:
-            said = conninfo_to_dict(url)
-            more: dict[str, Any] = {
+            values = conninfo_to_dict(url)
+            options: dict[str, Any] = {
                 "application_name": "evolink-mcp",
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 **KEEPALIVES,
             }
-            conninfo = make_conninfo(url, **more, options=f"{said.get('options') or ''} {OPTIONS}".strip())
+            conninfo = make_conninfo(url, **options, options=f"{values.get('options') or ''} {OPTIONS}".strip())
         except psycopg.ProgrammingError:
             place = "the database"
             raise cls("", place).unwritable("its address is not one that PostgreSQL understands") from None
-        host = said.get("host") or said.get("hostaddr") or "this machine"
-        shown = {host, said.get("dbname"), said.get("user")}
-        passwords = [str(said[name]) for name in ("password", "sslpassword") if said.get(name)]
+        host = values.get("host") or values.get("hostaddr") or "this machine"
+        shown = {host, values.get("dbname"), values.get("user")}
+        passwords = [str(values[name]) for name in ("password", "sslpassword") if values.get(name)]
         return cls(
             conninfo,
-            f"the database {said.get('dbname') or said.get('user') or ''} on {host}",
+            f"the database {values.get('dbname') or values.get('user') or ''} on {host}",
             tuple(password for password in passwords if password not in shown),
         )
 
     def unwritable(self, reason: str) -> JournalUnwritable:
-        """The error that names the place and the setting, and never a password."""
+        """Return the error with the database's name and setting, and without a password."""
         return JournalUnwritable(
             f"the journal in {self.place} cannot be used ({reason}); EVOLINK_MCP_DATABASE_URL names it",
             advice=ADVICE,

@@ -1,8 +1,7 @@
-"""PostgreSQL's tables: a list of changes, each made once, by one server at a time; and their entries, read without one."""
+"""The versions of the PostgreSQL schema."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
@@ -10,16 +9,17 @@ from psycopg.rows import dict_row
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.rows import COLUMNS, folded, readable, searched
+from evolink_mcp.journal.rows import fold, readable_entries
 from evolink_mcp.teams.database_url import Address
 
-# Whatever a caller could see of an entry is told on this channel: "account {JSON}", where `by` is the server that did it.
+# A trigger publishes each visible change of an entry on this channel: "account {JSON}". `by` is the server.
 CHANNEL = "evolink_mcp"
 # The tables of unpublished builds, and the statements that move them away.
 OLD_TABLES = ("evolink_schema", "evolink_servers", "evolink_entries", "evolink_uploads", "evolink_facts")
 MOVE_OLD_TABLES = "; ".join(
     ["CREATE SCHEMA evolink_old", *(f"ALTER TABLE {name} SET SCHEMA evolink_old" for name in OLD_TABLES)]
 )
+# VERSIONS[0] makes version 1. A later release appends a script and never changes an earlier one.
 VERSIONS = (
     f"""
     CREATE TABLE evolink_servers (
@@ -31,14 +31,14 @@ VERSIONS = (
         created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION, estimate DOUBLE PRECISION NOT NULL,
         spent DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT,
-        images TEXT NOT NULL, rule TEXT NOT NULL, given TEXT NOT NULL, words TEXT NOT NULL,
+        images TEXT NOT NULL, rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL,
         CONSTRAINT evolink_task_once UNIQUE (task_id, account)
     );
     CREATE INDEX evolink_entries_by_age ON evolink_entries (account, created_at DESC, key);
     CREATE INDEX evolink_entries_spending ON evolink_entries (account, created_at) INCLUDE (spent);
     CREATE INDEX evolink_entries_open ON evolink_entries (account, owner) WHERE NOT closed;
-    CREATE INDEX evolink_entries_owned ON evolink_entries (owner) WHERE owner <> '';
-    CREATE INDEX evolink_entries_awaited ON evolink_entries (caller) WHERE caller <> '' AND delivered_at IS NULL;
+    CREATE INDEX evolink_entries_owned ON evolink_entries (owner, account) WHERE owner <> '';
+    CREATE INDEX evolink_entries_awaited ON evolink_entries (caller, account) WHERE caller <> '' AND delivered_at IS NULL;
     CREATE INDEX evolink_entries_undelivered ON evolink_entries (account, fingerprint) WHERE delivered_at IS NULL;
     CREATE TABLE evolink_uploads (
         account TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
@@ -64,37 +64,12 @@ VERSIONS = (
 FIND_OLD_TABLES = "SELECT to_regclass('evolink_schema') AS name"
 UNPUBLISHED = f"an unpublished build made its tables; move them away: {MOVE_OLD_TABLES}"
 
-Value = Callable[[Entry], Any]
-SEPARATOR = "\n"
-
-
-def plain(value: Any) -> Any:
-    """Text without NUL and lone surrogates, which PostgreSQL refuses; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-
-
-def words_of(entry: Entry) -> str:
-    """The text that `recent` searches."""
-    pictures = [{"path": picture.path} for picture in entry.images]
-    return SEPARATOR.join(searched(entry.request, pictures, entry.save_as, entry.task_id))
-
-
-ROW: dict[str, Value] = {**COLUMNS, "words": words_of}
-INSERT = f"INSERT INTO evolink_entries ({', '.join(ROW)}) VALUES ({', '.join(['%s'] * len(ROW))})"
-
-
-def values_of(entry: Entry, columns: Mapping[str, Value] = ROW) -> list[Any]:
-    """The entry's values in these columns, as PostgreSQL takes them."""
-    return [plain(value(entry)) for value in columns.values()]
-
 
 async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
-    """Make the changes that this database has not seen yet, in one transaction; `locks` is the lock's first half.
+    """Run the scripts that the database has not seen, in one transaction. `locks` is the class of the advisory lock.
 
     Raises:
-        JournalUnwritable: a newer version of evolink-mcp made it.
+        JournalUnwritable: A newer version or an unpublished build of evolink-mcp made the tables.
     """
     async with db.transaction():
         await db.execute("SET LOCAL statement_timeout = '10min'")
@@ -118,23 +93,23 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
 
 
 def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> tuple[str, list[Entry]]:
-    """Where the journal lies, and the newest entries of all accounts, newest first; blocks, and changes nothing.
+    """Return the database's name and the newest entries of all accounts, newest first. Block, and change nothing.
 
-    `words` are those of `Journal.recent`; `since` is in epoch seconds.
+    `words` are those of `Journal.recent`, `since` is in epoch seconds.
 
     Raises:
-        JournalUnwritable: it cannot be read.
+        JournalUnwritable: The journal cannot be read.
     """
     address = Address.of(url)
-    holds = " AND strpos(words, %s) > 0" * len(words)
-    statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{holds} ORDER BY created_at DESC, key LIMIT %s"
+    filters = " AND strpos(words, %s) > 0" * len(words)
+    statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{filters} ORDER BY created_at DESC, key LIMIT %s"
     try:
         with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as rows:
             row = rows.execute(FIND_OLD_TABLES).fetchone()
             if row is not None and row["name"] is not None:
                 raise address.unwritable(UNPUBLISHED)
-            rows.execute(statement.encode(), (since, *map(folded, words), limit))
-            return address.place, readable(rows.fetchall())
+            rows.execute(statement.encode(), (since, *map(fold, words), limit))
+            return address.place, readable_entries(rows.fetchall())
     except psycopg.errors.UndefinedTable:
         return address.place, []
     except psycopg.Error as error:

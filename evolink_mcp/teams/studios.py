@@ -201,7 +201,7 @@ class Studios:
                     from evolink_mcp.teams.orphans import TENANT
 
                     with suppress(JournalUnwritable):
-                        await studio.journal.learn(TENANT, tenant.name)
+                        await studio.journal.save_fact(TENANT, tenant.name)
                 self._studios.append(studio)
                 yield studio, settings
         finally:
@@ -241,7 +241,7 @@ class Studios:
         if studio is not None:
             await studio.called_back(key, task_id)
         elif self.database is not None:
-            await self.database.tell(account_id, {"key": key, "task_id": task_id, "ended": True})
+            await self.database.publish(account_id, {"key": key, "task_id": task_id, "is_callback": True})
 
     def _poller_of(self, settings: TeamSettings) -> Poller | None:
         """Return the poller of this EvoLink key. It batches the polls of all tenants; a 429 slows down only this key."""

@@ -16,7 +16,7 @@ import uvicorn
 from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
-from evolink_mcp.journal.backend import Journal
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, descriptor_limit
 from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import LOOPBACK_NAMES

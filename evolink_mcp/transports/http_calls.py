@@ -17,7 +17,7 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.backend import Journal, News
+from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.tools.delivery import SCOPE_KEY, Delivery
 
 SESSION_HEADER = b"mcp-session-id"
@@ -99,9 +99,9 @@ class Calls:
             waiting[0].cancelled.set()
         elif not waiting and name[0].startswith(SESSION):  # behind a proxy, all others have one address
             with suppress(JournalUnwritable):
-                await self._journal.tell(News(call=name))
+                await self._journal.publish(Notification(call=name))
 
-    def _heard(self, news: News) -> None:
+    def _heard(self, news: Notification) -> None:
         waiting = self._under_way.get(news.call, []) if news.call else []
         if len(waiting) == 1:
             waiting[0].cancelled.set()

@@ -29,8 +29,7 @@ from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry, new_key
-from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 from evolink_mcp.simulator.app import Simulator
 
 KEY = "sk-canary-0123456789abcdef"

@@ -20,7 +20,7 @@ class BlockingJournal:
 
     def __init__(self, folder: Path, account: str = "", **more: Any) -> None:
         self._journal = SqliteJournal(folder, account, **more)
-        self.file = self._journal._file
+        self.file = self._journal.file
         self.folder = folder
 
     def __getattr__(self, name: str) -> Any:

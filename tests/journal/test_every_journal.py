@@ -64,7 +64,7 @@ def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
         error=Problem("a", "b", True, "c"),
     )  # fmt: skip
     journal.intend(whole)
-    journal.keep(replace(whole, images=(picture,)))
+    journal.update_images(replace(whole, images=(picture,)))
     journal.deliver(whole.key, NOW)
     assert opened().by_key(whole.key) == replace(whole, images=(picture,), delivered_at=NOW)
     assert opened().by_task("task-unified-1") == opened().recent(5)[0]
@@ -74,7 +74,7 @@ def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open)
     one, other = opened(), opened()
     early = entry(one, task=task(status="completed"), phase="submitted")
     one.intend(early)
-    assert other.keep(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
+    assert other.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
     assert other.update(replace(early, phase="unknown")) is False
     other.deliver(early.key, NOW)
     assert one.by_key(early.key) == replace(early, delivered_at=NOW)
@@ -247,7 +247,7 @@ def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -
         journal.intend(one)
     saved = replace(entries[1], phase="submitted", task=task(status="completed"),
                     images=(ResultImage(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
-    journal.keep(saved)
+    journal.update_images(saved)
     newest = [entries[2], saved, entries[0]]
     assert journal.recent(9) == newest
     assert journal.recent(2) == newest[:2]
@@ -278,12 +278,12 @@ def test_uploads_and_facts_belong_to_an_account(opened: Open) -> None:
     anna.remember_upload("ab", "https://x.example/2", NOW + 9)
     assert (anna.find_upload("ab", NOW + 8), anna.find_upload("ab", NOW + 9)) == ("https://x.example/2", None)
     assert (ben.find_upload("ab", NOW), anna.find_upload("cd", NOW)) == (None, None)
-    assert anna.learned("rule") is None
-    anna.learn("rule", "one")
-    anna.learn("rule", "two")
-    assert (anna.learned("rule"), ben.learned("rule"), nobody.learned("rule")) == ("two", None, "two")
-    ben.learn("rule", "three")
-    assert nobody.learned("rule") is None
+    assert anna.fact("rule") is None
+    anna.save_fact("rule", "one")
+    anna.save_fact("rule", "two")
+    assert (anna.fact("rule"), ben.fact("rule"), nobody.fact("rule")) == ("two", None, "two")
+    ben.save_fact("rule", "three")
+    assert nobody.fact("rule") is None
 
 
 def test_letters_that_no_database_likes_are_kept(opened: Open) -> None:

@@ -23,9 +23,8 @@ from conftest import KEY, Open
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, fingerprint, new_key
-from evolink_mcp.journal.file import FILE_NAME
 from evolink_mcp.journal.migrations import MIGRATIONS, migrate, move_command
-from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
 NOW = 1_790_000_000.0
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
@@ -166,8 +165,8 @@ def test_status_charge_and_stage_follow_from_phase_task_and_images(
 def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
     journal = opened()
     journal.intend(entry(journal))
-    assert tuple(journal.file._opened().execute("PRAGMA synchronous").fetchone()) == (2,)
-    assert tuple(journal.file._opened().execute("PRAGMA journal_mode").fetchone()) == ("wal",)
+    assert journal.file.run(lambda db: tuple(db.execute("PRAGMA synchronous").fetchone())) == (2,)
+    assert journal.file.run(lambda db: tuple(db.execute("PRAGMA journal_mode").fetchone())) == ("wal",)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in journal.folder.rglob("*") if path.is_file()}
     assert any(name.endswith(".lock") for name in modes)
     assert set(modes.values()) == {0o600}
@@ -284,7 +283,7 @@ def test_a_replaced_journal_is_opened_and_gets_what_is_under_way(opened: Opened,
     """A back-up is restored over the file while a server runs: its entries count, and the running one is added."""
     one = opened()
     one.intend(saved := entry(one, estimate=3.0, created_at=NOW - 1))
-    one.file._opened().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    one.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
     shutil.copy(one.path, tmp_path / "back-up")
     one.intend(running := entry(one, estimate=1.0))
     for name in ("-wal", "-shm"):
@@ -325,14 +324,31 @@ def test_a_damaged_journal_is_set_aside_loudly_and_a_new_one_works(
     assert "set aside" in caplog.text
 
 
+def damage_found_once(before: Callable[[], object] = lambda: None) -> Callable[[sqlite3.Connection], None]:
+    """Return an action that finds damage in the file at its first attempt."""
+    attempts: list[int] = []
+
+    def act(_: sqlite3.Connection) -> None:
+        attempts.append(1)
+        if len(attempts) == 1:
+            before()
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+    return act
+
+
 def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Opened) -> None:
     """It still holds the damaged file: it must not set aside what the first one has begun."""
     first, second = opened(), opened()
     first.intend(entry(first))
     assert len(second.recent(5)) == 1
-    first.file._put_aside()
-    first.intend(new := entry(first))
-    second.file._put_aside()
+    new = entry(first)
+
+    def first_server_was_faster() -> None:
+        first.file.run(damage_found_once())
+        first.intend(new)
+
+    second.file.run(damage_found_once(first_server_was_faster))
     assert second.recent(5) == [new]
     assert len(list(first.folder.glob(f"{FILE_NAME}.damaged-*[0-9a-f]"))) == 1
 

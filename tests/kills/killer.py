@@ -143,7 +143,7 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
 
         raise_database_timeouts()
         database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
-        postgres.PostgresJournal.adopt_every_s = 0.1
+        postgres.PostgresBackend.adopt_every_s = 0.1
     from evolink_mcp.cli.main import main
 
     main(order["argv"])

@@ -28,8 +28,7 @@ from town import (  # noqa: F401
     town_with_a_nursery,
 )  # fmt: skip
 
-from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
 pytestmark = [
     pytest.mark.anyio,

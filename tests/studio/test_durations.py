@@ -45,9 +45,9 @@ async def test_what_was_learned_is_known_to_the_next_server(world: World) -> Non
 
 async def test_less_is_written_when_the_server_ends(world: World) -> None:
     ours = await learned(world, 60.0, WRITTEN_EVERY - 1)
-    assert await world.studio.journal.learned(FACT) is None
+    assert await world.studio.journal.fact(FACT) is None
     await ours.write()
-    assert json.loads(await world.studio.journal.learned(FACT) or "") == [["high", 100.0, 60.0]] * (WRITTEN_EVERY - 1)
+    assert json.loads(await world.studio.journal.fact(FACT) or "") == [["high", 100.0, 60.0]] * (WRITTEN_EVERY - 1)
 
 
 async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
@@ -60,7 +60,7 @@ async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
     ["", "{", "7", "{}", '[["high"]]', '[["high", null, "x"]]', '[["high", 1e999, 5]]', '[["high", 1, 1e999]]', "[[]]"],
 )
 async def test_an_odd_note_is_left_out(world: World, text: str) -> None:
-    await world.studio.journal.learn(FACT, text)
+    await world.studio.journal.save_fact(FACT, text)
     assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 

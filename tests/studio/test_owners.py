@@ -207,7 +207,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
     ):
         handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
         writes: list[str] = []
-        for name in ("update", "keep"):
+        for name in ("update", "update_images"):
             plain = getattr(other.studio.journal, name)
 
             async def write(entry: Entry, name: str = name, plain: Any = plain) -> bool:
@@ -388,7 +388,7 @@ async def test_an_id_that_found_no_room_is_written_when_there_is_some(
     simulator = PlainSimulator(clock=clock)
     async with open_world(simulator=simulator, clock=clock, pause=no_pause) as world:
         journal, full = world.studio.journal, True
-        for name in ("update", "keep"):
+        for name in ("update", "update_images"):
             plain = getattr(journal, name)
 
             async def write(entry: Entry, plain: Any = plain) -> bool:
@@ -419,7 +419,7 @@ async def test_an_id_that_another_server_has_written_down_meanwhile_ends_no_serv
         open_world(simulator=simulator, clock=clock, pause=no_pause) as other,
     ):
         journal, full = one.studio.journal, True
-        for name in ("update", "keep"):
+        for name in ("update", "update_images"):
             plain = getattr(journal, name)
 
             async def write(entry: Entry, plain: Any = plain) -> bool:
@@ -455,7 +455,7 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
             written.append((entry.key, entry.status))
             return True
 
-        async def keep(self, entry: Entry) -> bool:
+        async def update_images(self, entry: Entry) -> bool:
             if entry.key == "first":
                 await self.held.wait()
             return await self.update(entry)

@@ -159,13 +159,13 @@ async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
     one, other, keyless = (
         SqliteJournal(tmp_path, mark) for mark in (account_id_of("a", "u"), account_id_of("b", "u"), "")
     )
-    assert await keyless.learned("size_rule") is None
+    assert await keyless.fact("size_rule") is None
     assert not list(tmp_path.iterdir())
-    await one.learn("size_rule", "pixel-budget")
-    assert (await one.learned("size_rule"), await other.learned("size_rule")) == ("pixel-budget", None)
-    assert await keyless.learned("size_rule") == "pixel-budget"
-    await other.learn("size_rule", "anchor-edge")
-    assert await keyless.learned("size_rule") is None
+    await one.save_fact("size_rule", "pixel-budget")
+    assert (await one.fact("size_rule"), await other.fact("size_rule")) == ("pixel-budget", None)
+    assert await keyless.fact("size_rule") == "pixel-budget"
+    await other.save_fact("size_rule", "anchor-edge")
+    assert await keyless.fact("size_rule") is None
     with pytest.raises(ValueError, match="not one of"):
         SizeRule(one, "golden-ratio")
     for journal in (one, other, keyless):

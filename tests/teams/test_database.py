@@ -21,8 +21,8 @@ from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 from evolink_mcp.api.task import Task
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.backend import News
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, new_key
+from evolink_mcp.journal.journal import Notification
 from evolink_mcp.teams.settings import TeamSettings
 
 psycopg = pytest.importorskip("psycopg")
@@ -99,7 +99,7 @@ async def test_what_a_dead_server_worked_on_is_taken_over_after_a_while_and_not_
     dead, heir = await opened(), await opened()
     await dead.intend(left := entry(dead, caller=dead.owner))
     assert await heir.adopt() == []
-    await dead._database.close()  # its session ends; nothing was released
+    await dead.database.close()  # its session ends; nothing was released
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
         assert await heir.adopt() == []
@@ -118,22 +118,22 @@ async def test_a_closed_journal_hears_nothing_and_is_told_nothing(opened: Any) -
     journal.when_lost(lambda: None)
     ender()
     await journal.close()
-    assert (journal._database._listeners, journal._database._stops) == ([], [])
+    assert (journal.database._listeners, journal.database._stops) == ([], [])
 
 
 async def test_tenants_whose_server_has_died_are_found_by_others(opened: Any, cluster: Any, url: str) -> None:
     """Nobody may ever call for them again, and their pictures are paid."""
     dead, heir = await opened(), await opened()
-    await dead.learn(TENANT, "anna at https://login.example.org")
+    await dead.save_fact(TENANT, "anna at https://login.example.org")
     await dead.intend(entry(dead))
-    assert await tenants_left(heir._database, []) == {}  # somebody works on it
-    await dead._database.close()
+    assert await tenants_left(heir.database, []) == {}  # somebody works on it
+    await dead.database.close()
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
-        assert await tenants_left(heir._database, []) == {}
+        assert await tenants_left(heir.database, []) == {}
         db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
-    assert await tenants_left(heir._database, ["another"]) == {"a1": "anna at https://login.example.org"}
-    assert await tenants_left(heir._database, ["a1"]) == {}
+    assert await tenants_left(heir.database, ["another"]) == {"a1": "anna at https://login.example.org"}
+    assert await tenants_left(heir.database, ["a1"]) == {}
 
 
 async def test_a_call_of_a_server_that_is_not_heard_from_waits_for_nothing(opened: Any, cluster: Any, url: str) -> None:
@@ -147,7 +147,7 @@ async def test_a_call_of_a_server_that_is_not_heard_from_waits_for_nothing(opene
         assert await other.undelivered(("f",), 0) == [mine]
         db.execute("UPDATE evolink_servers SET seen_at = clock_timestamp() + interval '1 minute'")
         assert await other.undelivered(("f",), 0) == []
-        await one._database.close()
+        await one.database.close()
         with db.transaction():  # somebody else asks at the same moment
             ended(db, one)
             assert await other.undelivered(("f",), 0) == [mine]
@@ -165,9 +165,9 @@ async def test_a_session_that_is_cut_comes_back_and_nobody_has_taken_anything(
     await one.intend(mine := entry(one))
     before = one.owner
     cut(cluster, url)
-    await until(lambda: one._database._session is None)
-    await until(lambda: one._database._session is not None and other._database._session is not None)
-    assert (one._database.alive, one.owner, stopped) == (True, before, [])
+    await until(lambda: one.database._session is None)
+    await until(lambda: one.database._session is not None and other.database._session is not None)
+    assert (one.database.alive, one.owner, stopped) == (True, before, [])
     assert await other.adopt() == []
     assert await one.update(replace(mine, phase="sending")) is True
     with cluster.admin(name_of(url)) as db:
@@ -185,56 +185,56 @@ async def test_a_server_without_its_database_stops_buys_nothing_and_goes_on_when
     stopped.clear()
     try:
         await until(lambda: stopped)
-        assert one._database.alive is False
+        assert one.database.alive is False
         with pytest.raises(JournalUnwritable, match=r"the session with it was lost.*EVOLINK_MCP_DATABASE_URL"):
             await one.intend(entry(one))
     finally:
         await anyio.to_thread.run_sync(cluster.start)
-    await until(lambda: one._database.alive)
+    await until(lambda: one.database.alive)
     assert await one.by_key(mine.key) == mine
     assert await one.acquire(mine.key) is True
     assert {record.message for record in caplog.records if record.levelno == logging.ERROR} == {
-        "the database has not answered for 1 s: this server stops its work"
+        "the database has not answered for 1 s, this server stops its work"
     }
 
 
 async def test_a_hanging_former_session_is_ended_and_the_lock_is_held_again(opened: Any) -> None:
     one = await opened()
-    hanging = one._database._session  # it stands there, and nobody hears it any more
-    one._database._session = None
-    one._database._life.cancel()
-    one._database._life = asyncio.create_task(one._database._live())
-    await until(lambda: one._database._session is not None)
+    hanging = one.database._session  # it stands there, and nobody hears it any more
+    one.database._session = None
+    one.database._heartbeat.cancel()
+    one.database._heartbeat = asyncio.create_task(one.database._run_session())
+    await until(lambda: one.database._session is not None)
     with pytest.raises(psycopg.OperationalError):
         await hanging.execute("SELECT 1")
     await hanging.close()
-    assert one._database.alive
+    assert one.database.alive
 
 
 async def test_changes_are_told_to_the_other_servers_of_the_account(opened: Any, url: str) -> None:
     one, other = await opened(), await opened()
     async with open_database(url) as third:
-        told: list[tuple[str, News]] = []
+        told: list[tuple[str, Notification]] = []
         for name, journal in (("one", one), ("other", other), ("b2", PostgresJournal(third, "b2"))):
             journal.listen(lambda news, name=name: told.append((name, news)))
         await one.intend(mine := entry(one))
         task = Task("task-unified-1", "pending")
         await one.update(replace(mine, phase="submitted", task=task))
         await one.release(mine.key)
-        progress = News(mine.key, task.id, replace(task, progress=40.0))
-        await one.tell(progress)
-        await one.tell(News(mine.key, task.id, replace(task, results=("https://x.example/" + "x" * 9000,))))
-        await one._database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 nonsense')"))
-        await one._database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 {\"task\": {\"x\": 1}}')"))
-        await other.tell(News(call=("session x", 7)))
-        await PostgresJournal(other._database, "b2").tell(News("for b2 only"))
+        progress = Notification(mine.key, task.id, replace(task, progress=40.0))
+        await one.publish(progress)
+        await one.publish(Notification(mine.key, task.id, replace(task, results=("https://x.example/" + "x" * 9000,))))
+        await one.database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 nonsense')"))
+        await one.database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 {\"task\": {\"x\": 1}}')"))
+        await other.publish(Notification(call=("session x", 7)))
+        await PostgresJournal(other.database, "b2").publish(Notification("for b2 only"))
         await until(lambda: len(told) == 6)
-    changed = News(mine.key, task.id)
+    changed = Notification(mine.key, task.id)
     assert [news for name, news in told if name == "other"] == [
-        News(mine.key), changed, changed, progress
+        Notification(mine.key), changed, changed, progress
     ]  # fmt: skip
-    assert [news for name, news in told if name == "b2"] == [News("for b2 only")]
-    assert [news for name, news in told if name == "one"] == [News(call=("session x", 7))]
+    assert [news for name, news in told if name == "b2"] == [Notification("for b2 only")]
+    assert [news for name, news in told if name == "one"] == [Notification(call=("session x", 7))]
 
 
 async def test_a_studio_that_is_closed_hears_nothing_more(opened: Any, url: str, tmp_path: Path) -> None:
@@ -246,14 +246,14 @@ async def test_a_studio_that_is_closed_hears_nothing_more(opened: Any, url: str,
     other = await opened()
     async with open_database(url) as database:
         async with open_studio(settings, team_parts(settings, database)) as studio:
-            neighbour = PostgresJournal(other._database, studio.journal.account)
-        heard: list[News] = []
+            neighbour = PostgresJournal(other.database, studio.journal.account)
+        heard: list[Notification] = []
         PostgresJournal(database, studio.journal.account).listen(heard.append)
-        await neighbour.tell(News("evomcp-1", "task-unified-1"))
-        await neighbour.tell(News("evomcp-1", "task-unified-1", ended=True))
+        await neighbour.publish(Notification("evomcp-1", "task-unified-1"))
+        await neighbour.publish(Notification("evomcp-1", "task-unified-1", is_callback=True))
         await until(lambda: len(heard) == 2)
-        assert database._life is not None
-        assert not database._life.done()
+        assert database._heartbeat is not None
+        assert not database._heartbeat.done()
 
 
 # --- what is true ---
@@ -292,7 +292,7 @@ async def test_what_another_server_knows_for_certain_is_not_overwritten(opened: 
 
 async def test_what_is_asked_for_one_entry_happens_in_that_order(opened: Any) -> None:
     """A caller that is cancelled leaves a write behind: what is written after it must not come before it."""
-    database = (await opened())._database
+    database = (await opened()).database
     done: list[str] = []
 
     async def slow(_: Any) -> None:
@@ -530,10 +530,10 @@ async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_serv
     async with in_postgres(simulator=simulator, clock=clock, pause=never) as world, world.client() as client:
         facts = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         (job,) = world.studio.jobs
-        world.studio.journal._database._lost()
+        world.studio.journal.database._lost()
         await until(lambda: job.elsewhere)
         await anyio.to_thread.run_sync(cluster.start)
-        await until(lambda: world.studio.journal._database.alive)
+        await until(lambda: world.studio.journal.database.alive)
         job.wake()
         await until(lambda: job.following or job.finished)
         assert (job.entry.phase, job.entry.task_id, job.entry.is_unconfirmed) == ("submitted", facts["task_id"], False)
@@ -592,11 +592,11 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
             return False
 
         monkeypatch.setattr(journal, "acquire", taken)
-        journal._database._lost()
+        journal.database._lost()
         await until(lambda: job.elsewhere)
         assert (job.following, job.finished) == (None, False)
         monkeypatch.undo()
-        await until(lambda: journal._database.alive)
+        await until(lambda: journal.database.alive)
         job.wake()
         await until(lambda: job.following)
         assert not job.elsewhere

@@ -23,8 +23,7 @@ from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
 
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.file import FILE_NAME
-from evolink_mcp.journal.sqlite import read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
 pytestmark = [
     pytest.mark.anyio,
