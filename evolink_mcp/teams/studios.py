@@ -17,7 +17,7 @@ from evolink_mcp.app.wiring import MakeImageStore, MakeJournal, StudioParts, ope
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.store import ImageStore
-from evolink_mcp.journal.backend import Journal
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
