@@ -131,8 +131,8 @@ async def _counts(at: Standin) -> tuple[int, int]:
 
 async def _all_accepted(jobs: list[Job]) -> None:
     while any(job.entry.task is None for job in jobs):
-        if any(job.finished for job in jobs):
-            problem = next(job.problem for job in jobs if job.finished)
+        if any(job.is_finished for job in jobs):
+            problem = next(job.problem for job in jobs if job.is_finished)
             raise RuntimeError(f"a job ended before all were accepted: {problem}")
         await anyio.sleep(0.2)
 

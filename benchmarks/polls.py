@@ -14,8 +14,7 @@ from statistics import mean
 
 from benchmarks.figures import Figure, share
 from evolink_mcp.api.models import TYPICAL_S
-from evolink_mcp.studio.durations import KEPT
-from evolink_mcp.studio.schedule import Schedule, Taken, expected
+from evolink_mcp.studio.schedule import DURATIONS_MAX, Duration, Schedule, expected
 
 TITLE = "Looks"
 FIXED_S = 3.5
@@ -77,13 +76,13 @@ class _Seen:
         lags: list[float] = []
         looks: list[int] = []
         durations: list[float] = []
-        taken: list[Taken] = []
+        taken: list[Duration] = []
         for number in range(times):
             quality = dice.choice(["low", "medium", "medium", "high"])
             lasts = TYPICAL_S[quality] * trial.times(number) * dice.lognormvariate(0.0, trial.spread)
             estimate = trial.estimate(lasts, dice)
             if fixed_s is None:
-                rhythm: Next = Schedule(expected(quality, estimate, taken[-KEPT:]), jitter.random).next_s
+                rhythm: Next = Schedule(expected(quality, estimate, taken[-DURATIONS_MAX:]), jitter.random).next_s
             else:
                 rhythm = _fixed(fixed_s, jitter)
             lag, seen = _watched(lasts, rhythm, trial.progress)

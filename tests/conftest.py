@@ -9,7 +9,7 @@ import tomllib
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from mcp.client import Client
 from PIL import Image
 
 from evolink_mcp.app.settings import decoder_environment
-from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.app.wiring import StudioParts, open_studio
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
 from evolink_mcp.studio.jobs import Sleep
+from evolink_mcp.studio.purchase import CallbackAddresses
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.settings import TeamSettings
-from evolink_mcp.teams.studios import open_team_studio
+from evolink_mcp.teams.studios import open_team_database, team_parts
 
 # A failed assert in these modules shows its values, as in tests.
 pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
@@ -173,6 +174,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         transport: httpx.AsyncBaseTransport | None = None,
         pause: Sleep = anyio.sleep,
         decoder_command: list[str] | None = None,
+        callbacks: CallbackAddresses | None = None,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -189,9 +191,11 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         transport = transport or httpx.ASGITransport(simulator.app)
         with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
             options: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
-            opening = open_studio if settings.database_url is None else open_team_studio
-            async with opening(settings, decoder=decoder, **options) as studio:
-                yield World(studio, simulator, clock, tmp_path, settings)
+            async with open_team_database(settings.database_url) as team_database:
+                parts = StudioParts() if team_database is None else team_parts(settings, team_database, clock=clock)
+                parts = replace(parts, callbacks=callbacks)
+                async with open_studio(settings, parts, decoder=decoder, **options) as studio:
+                    yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened
 

@@ -57,18 +57,15 @@ ORDER = [
     "images.references",
     "studio.times",
     "studio.schedule",
-    "studio.durations",
     "studio.jobs",
     "studio.events",
     "studio.size_rule",
     "studio.limits",
-    "studio.reconcile",
     "studio.poller",
+    "studio.reconcile",
     "studio.purchase",
-    "studio.watch",
     "studio.save",
     "studio.runner",
-    "studio.deduplication",
     "studio.studio",
     "tools.hosts",
     "tools.names",
@@ -138,17 +135,6 @@ ORDER = [
 ]
 
 TEAM_MODULES = {f"evolink_mcp.{name}" for name in ORDER if name.startswith("teams.")}
-# The studio still takes these parts of a team. It must get them through its own interfaces.
-TEAM_IMPORTS_TO_REMOVE = {
-    "studio.poller": {"teams.metrics"},
-    "studio.purchase": {"teams.callbacks", "teams.metrics"},
-    "studio.watch": {"teams.callbacks", "teams.metrics"},
-    "studio.save": {"teams.metrics"},
-    "studio.runner": {"teams.metrics"},
-    "studio.studio": {"teams.callbacks", "teams.metrics"},
-    "app.wiring": {"teams.callbacks", "teams.metrics"},
-}
-
 # Which outside library may be imported where: a package, or a single module of one.
 ONLY_IN = {
     "mcp": ("tools", "server", "transports", "app.wiring", "teams", "cli"),
@@ -205,8 +191,7 @@ def test_the_modules_stand_in_the_order_of_their_packages() -> None:
 def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
     ours = {name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")}
     before = set(ORDER[: ORDER.index(module)])
-    allowed = TEAM_IMPORTS_TO_REMOVE.get(module, set())
-    assert {name for name in ours if name in ORDER} - allowed <= before
+    assert {name for name in ours if name in ORDER} <= before
 
 
 def test_only_the_command_line_imports_the_team_package() -> None:
@@ -216,7 +201,7 @@ def test_only_the_command_line_imports_the_team_package() -> None:
         for name, path in others.items()
         if (team_names := {one.removeprefix("evolink_mcp.") for one in imports(path) if one in TEAM_MODULES})
     }
-    assert team_imports == {name: names for name, names in TEAM_IMPORTS_TO_REMOVE.items() if name in team_imports}
+    assert team_imports == {}
 
 
 @EACH_MODULE

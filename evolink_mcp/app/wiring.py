@@ -22,11 +22,11 @@ from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.server.server import build_server
-from evolink_mcp.studio.jobs import Sleep
+from evolink_mcp.studio.events import Subscriber
+from evolink_mcp.studio.jobs import Sleep, Timing
 from evolink_mcp.studio.poller import Poller
-from evolink_mcp.studio.studio import Studio
-from evolink_mcp.teams.callbacks import Callbacks
-from evolink_mcp.teams.metrics import Audit, Metrics
+from evolink_mcp.studio.purchase import CallbackAddresses
+from evolink_mcp.studio.studio import Studio, StudioOptions, run_studio
 from evolink_mcp.tools.names import TOOL_NAMES
 
 MakeJournal = Callable[[str], Journal]
@@ -48,9 +48,8 @@ class StudioParts:
     make_journal: MakeJournal | None = None
     make_image_store: MakeImageStore | None = None
     poller: Poller | None = None
-    callbacks: Callbacks | None = None
-    metrics: Metrics | None = None
-    audit: Audit | None = None
+    callbacks: CallbackAddresses | None = None
+    subscribers: tuple[Subscriber, ...] = ()
 
 
 @asynccontextmanager
@@ -92,27 +91,21 @@ async def open_studio(
             image_store: ImageStore = LocalImageStore(folders, decoder, sidecars=settings.has_sidecars)
         else:
             image_store = parts.make_image_store(client, account_id, decoder)
-        studio = Studio(
-            client,
-            journal,
-            image_store,
-            References(client, journal, folders, image_store, local=is_local, clock=clock),
-            settings.budget,
-            rule=settings.size_rule,
+        options = StudioOptions(
+            budget=settings.budget,
+            size_rule=settings.size_rule,
             preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts,
-            shared=parts.has_other_tenants,
-            callbacks=parts.callbacks,
+            is_shared=parts.has_other_tenants,
             key_problem=settings.key_problem,
+            callbacks=parts.callbacks,
             poller=parts.poller,
-            metrics=parts.metrics,
-            audit=parts.audit,
-            clock=clock,
-            sleep=sleep,
-            pause=pause,
+            subscribers=parts.subscribers,
+            timing=Timing(clock, sleep, pause),
         )
+        references = References(client, journal, folders, image_store, local=is_local, clock=clock)
         await stack.enter_async_context(client)
-        yield await stack.enter_async_context(studio)
+        yield await stack.enter_async_context(run_studio(client, journal, image_store, references, options))
 
 
 def server_for(studio: Studio, settings: Settings, *, secret: str | None = None) -> MCPServer[Any]:

@@ -1,6 +1,6 @@
-"""The Tasks extension (SEP-2663): a client that declares it gets a task handle from generate_image, and polls.
+"""The Tasks extension (SEP-2663): generate_image returns a task handle to a client that declares the extension.
 
-The handle is EvoLink's own task id, so it outlives this server. Every other client is answered as without it.
+The handle is EvoLink's task ID, so it stays valid after a restart. Other clients get the normal answer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Request = ServerRequestContext[Any, Any]
 
 
 class TaskParams(RequestParams):
-    """What all three methods take; `inputResponses` is ignored, because a task never asks for input."""
+    """The parameters of all three methods. `inputResponses` is ignored: a task never asks for input."""
 
     task_id: str
 
 
 class Tasks(Extension):
-    """Tasks over one studio; a finished task has the answer of the tool `get_task`."""
+    """The tasks of one studio. A finished task has the answer of the tool `get_task`."""
 
     identifier = "io.modelcontextprotocol/tasks"
 
@@ -45,7 +45,7 @@ class Tasks(Extension):
         self._get_task = get_task
 
     def methods(self) -> Sequence[MethodBinding]:
-        """The three methods of the extension, for clients of its protocol version."""
+        """Return the three methods of the extension, for clients of its protocol version."""
         return [
             MethodBinding("tasks/get", TaskParams, self.get, MODERN),
             MethodBinding("tasks/cancel", TaskParams, self.cancel, MODERN),
@@ -55,46 +55,46 @@ class Tasks(Extension):
     async def intercept_tool_call(
         self, params: CallToolRequestParams, ctx: Request, call_next: CallNext
     ) -> HandlerResult:
-        """Let generate_image order without waiting, if the client can come back for the rest."""
+        """Let generate_image return at once if the client declares the extension."""
         if params.name != "generate_image" or ctx.protocol_version not in MODERN or not self._declared(ctx):
             return await call_next(ctx)
         params.arguments = {**(params.arguments or {}), "wait_seconds": 0}
         result = await call_next(ctx)
-        facts = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
-        entry = await self._entry(facts["task_id"]) if facts else None
+        answer = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
+        entry = await self._entry(answer["task_id"]) if answer else None
         if entry is None or entry.stage is not Stage.OPEN:
             return result
-        # The client has the handle, so an identical call is a purchase of its own, as it is beside a waiting call.
+        # The client has the handle, so the next identical call must buy, as it does beside a waiting call.
         with suppress(JournalUnwritable):
             await self._studio.journal.claim(entry.key)
-        return {"resultType": "task", **self._told(entry)}
+        return {"resultType": "task", **self._task_out(entry)}
 
     async def get(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
-        """The task now; with the answer of get_task when nothing is left to do."""
-        await self._known(ctx, params)
+        """Return the task's state, with the answer of get_task when it is finished."""
+        await self._require_entry(ctx, params)
         job = await self._studio.resume(params.task_id)
-        if not job.finished:
-            return self._told(job.entry)
+        if not job.is_finished:
+            return self._task_out(job.entry)
         arguments = {"task_id": params.task_id, "wait_seconds": 0}
         result = await self._get_task.run(arguments, Context(request_context=ctx))
         answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return {**self._told(job.entry), "status": "completed", "result": answer}
+        return {**self._task_out(job.entry), "status": "completed", "result": answer}
 
     async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
-        """EvoLink cannot cancel: the client stops waiting, and the next identical call gets the picture."""
-        await self._studio.leave(await self._known(ctx, params))
+        """EvoLink cannot cancel. The client stops waiting, and the next identical call gets the image."""
+        await self._studio.leave(await self._require_entry(ctx, params))
         return {}
 
     async def update(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
-        """Acknowledged, as the extension requires."""
-        await self._known(ctx, params)
+        """Acknowledge, as the extension requires."""
+        await self._require_entry(ctx, params)
         return {}
 
     def _declared(self, ctx: Request) -> bool:
         capabilities = ctx.session.client_capabilities
         return bool(capabilities and self.identifier in (capabilities.extensions or {}))
 
-    async def _known(self, ctx: Request, params: TaskParams) -> Entry:
+    async def _require_entry(self, ctx: Request, params: TaskParams) -> Entry:
         require_client_extension(ctx, self.identifier)
         entry = await self._entry(params.task_id)
         if entry is None:
@@ -106,7 +106,7 @@ class Tasks(Extension):
             return await self._studio.entry(task_id) if is_task_id(task_id) else None
         return None
 
-    def _told(self, entry: Entry) -> dict[str, Any]:
+    def _task_out(self, entry: Entry) -> dict[str, Any]:
         progress = entry.task.progress if entry.task else None
         return {
             "taskId": entry.task_id,

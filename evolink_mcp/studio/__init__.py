@@ -1,1 +1,1 @@
-"""The steps of one order, from the request to the saved picture. Nothing here knows about MCP."""
+"""Order, buy, poll and save images. This package does not know MCP."""

@@ -1,11 +1,12 @@
-"""What happens to a job is written into the journal and told to whoever waits: one observer for every step."""
+"""Record each step of a job in the journal, then pass an event to the subscribers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import anyio
 
@@ -13,185 +14,261 @@ from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, ResultImage, new_key
 from evolink_mcp.journal.journal import Journal, Notification
-from evolink_mcp.studio.jobs import Job, Sleep
+from evolink_mcp.studio.jobs import Job, JobState, Sleep, guarded_call
 
 log = logging.getLogger(__name__)
 
 WRITE_AGAIN_AFTER_S = 2.0
-TAKEN = "another server works on this order"
+OWNED_BY_OTHER = "another server works on this order"
+
+
+@dataclass(frozen=True, slots=True)
+class Purchased:
+    """The POST of an entry has an outcome: the entry's phase."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    """One HTTP request read one task or a batch of tasks."""
+
+    mode: Literal["single", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The entry of a task has a new state, here or on another server."""
+
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A poll showed the end of a task. The task ended at most `detection_lag_s` seconds before."""
+
+    entry: Entry
+    detection_lag_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An image of a task was saved."""
+
+    entry: Entry
+    image: ResultImage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An image of a task could not be downloaded or saved."""
+
+    entry: Entry
+    image: ResultImage
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A caller has the result of an entry."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """This server's work on a purchase ended at `at` (epoch seconds). `client` is the MCP host that bought."""
+
+    entry: Entry
+    client: str | None
+    at: float
+
+
+Event = Purchased | Polled | Changed | Settled | Saved | Failed | Delivered | Finished
+Subscriber = Callable[[Event], None]
+
+
+class Events:
+    """Pass each event to all subscribers. The error of one subscriber is logged and stops nothing."""
+
+    def __init__(self, subscribers: Iterable[Subscriber] = ()) -> None:
+        self._subscribers = list(subscribers)
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Call `subscriber` with every event from now on."""
+        self._subscribers.append(subscriber)
+
+    def publish(self, event: Event) -> None:
+        """Pass an event to all subscribers."""
+        for subscriber in self._subscribers:
+            guarded_call(subscriber, event)
 
 
 class JournalWriter:
-    """Hears of everything that happens to a job. `announce` is called with the task of every new state.
+    """Record each step of a job in the journal, change the job and publish the event.
 
-    Only `sending` refuses when the journal cannot be written. Afterwards the purchase is on disk already and the
-    pictures are in their folder, so the caller gets the result, and what could not be written is written as soon as
-    that is possible.
+    Only `record_sending` refuses if the journal cannot be written. After it the purchase is on disk, so the caller gets
+    the result, and `flush_loop` writes the rest when the journal works again.
 
-    While a write is awaited the job may change: every method therefore changes the fields that it is about, and no
-    other.
+    A job can change while a write is in progress. Therefore each method changes only the fields of its step.
     """
 
-    def __init__(self, journal: Journal, announce: Callable[[str], None]) -> None:
-        self._journal = journal
-        self._announce = announce
+    def __init__(self, journal: Journal, events: Events) -> None:
+        self.journal = journal
+        self.events = events
         self._unwritten: dict[str, Job] = {}
-        self._something_unwritten = anyio.Event()
+        self._has_unwritten = anyio.Event()
 
-    async def known(self, task_id: str) -> Entry | None:
-        """The task's entry as it is known now; None if the journal has none or cannot be read."""
+    async def entry_by_task(self, task_id: str) -> Entry | None:
+        """Return the newest state of the task's entry. None: there is none, or the journal cannot be read."""
         for job in self._unwritten.values():
             if job.entry.task_id == task_id:
                 return job.entry
         with suppress(JournalUnwritable):
-            return await self._journal.by_task(task_id)
+            return await self.journal.by_task(task_id)
         return None
 
-    async def known_by_key(self, key: str) -> Entry | None:
-        """The entry as it is known now; None if the journal has none or cannot be read.
-
-        What could not be written down yet is newer than what the journal has.
-        """
+    async def entry_by_key(self, key: str) -> Entry | None:
+        """Return the newest state of an entry. None: there is none, or the journal cannot be read."""
         if key in self._unwritten:
             return self._unwritten[key].entry
         with suppress(JournalUnwritable):
-            return await self._journal.by_key(key)
+            return await self.journal.by_key(key)
         return None
 
     def is_unwritten(self, key: str) -> bool:
-        """Whether the journal still has an older state of this entry."""
+        """Return whether the journal holds an older state of this entry."""
         return key in self._unwritten
 
     @property
     def has_unwritten(self) -> bool:
-        """Whether anything could not be written down yet."""
+        """Whether the journal holds an older state of any entry."""
         return bool(self._unwritten)
 
-    async def sending(self, job: Job) -> None:
-        """The request is about to be sent.
+    async def record_sending(self, job: Job) -> None:
+        """The POST is about to start.
 
         Raises:
-            JournalUnwritable: it could not be written down, so the request must not be sent.
+            JournalUnwritable: the journal did not record it, so the POST must not start.
         """
-        if not await self._journal.update(replace(job.entry, phase=Phase.SENDING)):
-            raise JournalUnwritable(TAKEN, advice="Call again: you will get what that server buys.")
-        self._changed(job, replace(job.entry, phase=Phase.SENDING))
+        if not await self.journal.update(replace(job.entry, phase=Phase.SENDING)):
+            raise JournalUnwritable(OWNED_BY_OTHER, advice="Call again to get the purchase of that server.")
+        job.move_to(JobState.SENDING)
+        self._change(job, replace(job.entry, phase=Phase.SENDING))
 
-    async def phase_changed(
+    async def record_phase(
         self, job: Job, phase: Phase, *, task: Task | None = None, error: Problem | None = None
     ) -> None:
-        """EvoLink's answer to the request, or its absence, has put the entry into `phase`.
-
-        It is written even if the caller is cancelled meanwhile.
+        """The POST has a new outcome. A cancellation does not stop this write.
 
         Raises:
-            TaskKnown: another entry has this task; nothing is changed.
+            TaskKnown: another entry has this task. Nothing is changed.
         """
         with anyio.CancelScope(shield=True):
             entry = replace(job.entry, phase=phase, task=task, error=error)
-            await self._write(job, entry, self._journal.update)
-        self._changed(job, replace(job.entry, phase=phase, task=task, error=error))
+            await self._write(job, entry, self.journal.update)
+        if phase == Phase.SUBMITTED:
+            job.move_to(JobState.RUNNING)
+        elif phase == Phase.INTENT:
+            job.move_to(JobState.PREPARED)
+        self._change(job, replace(job.entry, phase=phase, task=task, error=error))
 
-    async def task_seen(self, job: Job, task: Task) -> None:
-        """EvoLink has told the task's state. Only a settled status or new links are written.
+    async def record_poll(self, job: Job, task: Task) -> None:
+        """EvoLink described the task. The journal records a settled status and new links; progress is only published.
 
         Raises:
-            TaskKnown: another server has just written down the same task, which was bought elsewhere.
+            TaskKnown: another server recorded the same external task at the same time.
         """
         before = job.entry.task
         entry = replace(job.entry, task=task)
         if not entry.is_written:
-            created = task.created or entry.created_at
-            journal = self._journal
-            entry = replace(entry, key=new_key(), owner=journal.owner, account=journal.account, created_at=created)
-            await self.softly(self._journal.intend(entry))
-            self._changed(job, entry)
+            journal = self.journal
+            created_at = task.created or entry.created_at
+            entry = replace(entry, key=new_key(), owner=journal.owner, account=journal.account, created_at=created_at)
+            await self.ignore_unwritable(self.journal.intend(entry))
+            self._change(job, entry)
             return
         if entry != job.entry:
-            self._changed(job, entry)
-        settles = before is None or (before.status != task.status and task.settled)
-        if settles or (before is not None and before.results != task.results):
-            await self._write(job, entry, self._journal.update)
+            self._change(job, entry)
+        is_settled = before is None or (before.status != task.status and task.settled)
+        if is_settled or (before is not None and before.results != task.results):
+            await self._write(job, entry, self.journal.update)
         elif before != task:
-            await self.softly(self._journal.publish(Notification(entry.key, task.id, task)))
+            await self.ignore_unwritable(self.journal.publish(Notification(entry.key, task.id, task)))
 
-    def seen_elsewhere(self, job: Job, entry: Entry) -> None:
-        """Another server has changed the entry that this job watches; nothing is written."""
-        self._changed(job, entry)
+    def show_remote_entry(self, job: Job, entry: Entry) -> None:
+        """Another server changed the entry that this job watches."""
+        self._change(job, entry)
 
-    def told_elsewhere(self, task_id: str) -> None:
-        """Another server has changed the entry of this task, which no job here is about."""
-        self._announce(task_id)
+    def show_images(self, job: Job, images: tuple[ResultImage, ...]) -> None:
+        """The download of these images starts. They follow from the task, so the journal records nothing."""
+        if images != job.entry.images:
+            self._change(job, replace(job.entry, images=images))
 
-    def pictures_expected(self, job: Job, pictures: tuple[ResultImage, ...]) -> None:
-        """These pictures are about to be fetched. They follow from the task, so nothing is written."""
-        if pictures != job.entry.images:
-            self._changed(job, replace(job.entry, images=pictures))
+    async def record_images(self, job: Job, images: tuple[ResultImage, ...]) -> None:
+        """An image was saved or failed."""
+        if images != job.entry.images:
+            self._change(job, replace(job.entry, images=images))
+            await self._write(job, job.entry, self.journal.update_images)
 
-    async def pictures_changed(self, job: Job, pictures: tuple[ResultImage, ...]) -> None:
-        """A picture was saved, or could not be."""
-        if pictures != job.entry.images:
-            self._changed(job, replace(job.entry, images=pictures))
-            await self._write(job, job.entry, self._journal.update_images)
+    async def record_confirmation(self, job: Job) -> None:
+        """A caller or a callback confirmed the unconfirmed match."""
+        self._change(job, replace(job.entry, error=None))
+        await self._write(job, job.entry, self.journal.update)
 
-    async def confirmed(self, job: Job) -> None:
-        """Somebody has looked at a guess by its id, so it counts as this purchase's task from now on."""
-        self._changed(job, replace(job.entry, error=None))
-        await self._write(job, job.entry, self._journal.update)
-
-    async def delivered(self, job: Job, at: float) -> None:
-        """A caller has the result, since `at` (epoch seconds)."""
+    async def record_delivery(self, job: Job, at: float) -> None:
+        """A caller has the result since `at` (epoch seconds)."""
         job.change_to(replace(job.entry, delivered_at=at))
-        await self.softly(self._journal.deliver(job.entry.key, at))
+        await self.ignore_unwritable(self.journal.deliver(job.entry.key, at))
+        self.events.publish(Delivered(job.entry))
 
-    async def ended(self, job: Job) -> None:
-        """This server has nothing left to do for the entry now. What is not written down yet stays its own."""
+    async def release(self, job: Job) -> None:
+        """This server stops its work on the entry. It stays the owner while the journal holds an older state."""
         if job.entry.is_written and not self.is_unwritten(job.entry.key):
-            await self.softly(self._journal.release(job.entry.key))
+            await self.ignore_unwritable(self.journal.release(job.entry.key))
 
-    async def softly(self, write: Awaitable[object]) -> None:
-        """Await `write`; that the journal cannot be used is worth a line in the log only."""
+    async def ignore_unwritable(self, write: Awaitable[object]) -> None:
+        """Await a write that is not necessary. Log it if the journal cannot be used."""
         try:
             await write
         except JournalUnwritable as error:
             log.warning("%s", error.message)
 
-    async def write_what_was_not(self, sleep: Sleep) -> None:
-        """For ever: write what could not be written, as soon as it can be."""
+    async def flush_loop(self, sleep: Sleep) -> None:
+        """Repeat failed writes until the coroutine is cancelled."""
         while True:
-            await self._something_unwritten.wait()
+            await self._has_unwritten.wait()
             await sleep(WRITE_AGAIN_AFTER_S)
             await self.flush()
 
     async def flush(self) -> None:
-        """Try once to write the newest state of everything that could not be written."""
+        """Try once to write the newest state of each unwritten entry."""
         for key, job in list(self._unwritten.items()):
             if self._unwritten.get(key) is not job:
-                continue  # written meanwhile
+                continue  # its own job wrote it during this loop
             try:
-                await self._write(job, job.entry, self._journal.update_images)
+                await self._write(job, job.entry, self.journal.update_images)
             except TaskKnown as error:
-                log.warning("%s was not written down: %s", job.entry.phase, error.message)
-            if key not in self._unwritten and job.finished:
-                await self.softly(self._journal.release(key))
+                log.warning("%s was not recorded: %s", job.entry.phase, error.message)
+            if key not in self._unwritten and job.is_finished:
+                await self.ignore_unwritable(self.journal.release(key))
         if not self._unwritten:
-            self._something_unwritten = anyio.Event()
+            self._has_unwritten = anyio.Event()
 
     async def _write(self, job: Job, entry: Entry, write: Callable[[Entry], Awaitable[bool]]) -> None:
         try:
             if not await write(entry):
-                log.warning("%s was not written down: %s", entry.phase, TAKEN)
+                log.warning("%s was not recorded: %s", entry.phase, OWNED_BY_OTHER)
         except JournalUnwritable as error:
-            log.error("%s of %s could not be written down: %s", entry.phase, entry.task_id or entry.key, error.message)
+            log.error("%s of %s was not recorded: %s", entry.phase, entry.task_id or entry.key, error.message)
             self._unwritten[entry.key] = job
-            self._something_unwritten.set()
+            self._has_unwritten.set()
         except TaskKnown:
             self._unwritten.pop(entry.key, None)
             raise
         else:
             self._unwritten.pop(entry.key, None)
 
-    def _changed(self, job: Job, entry: Entry) -> None:
+    def _change(self, job: Job, entry: Entry) -> None:
         job.change_to(entry)
         if entry.task_id is not None:
-            self._announce(entry.task_id)
+            self.events.publish(Changed(entry.task_id))

@@ -1,136 +1,268 @@
-"""An order, and the job that carries it out."""
+"""A request for images, and the job of this server on one journal entry."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import anyio
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.errors import EvolinkError, Problem
+from evolink_mcp.images.references import CheckedRequest
 from evolink_mcp.journal.entry import Entry, Phase
 
 log = logging.getLogger(__name__)
 
 INTERNAL_FAULT = Problem(
-    "internal_error", "the server had an internal fault", True, "Call list_tasks: what was bought is listed there."
+    "internal_error", "the server had an internal fault", True, "Call list_tasks: it lists every purchase."
 )
 Sleep = Callable[[float], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """What a caller wants, validated. Credits: `at_most` it costs, `max_credits` is the caller's own cap.
+class Timing:
+    """The clock (epoch seconds) and the two waits of a studio. Tests replace them.
 
-    `client` is the name of the program that the caller uses, as it says itself.
+    `sleep` waits within a job. `idle` waits before a job is repeated and between two reads of another server's entry.
+    """
+
+    clock: Callable[[], float] = time.time
+    sleep: Sleep = anyio.sleep
+    idle: Sleep = anyio.sleep
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """A caller's validated request.
+
+    `price_ceiling` is the highest possible charge and `max_credits` the caller's own limit, both in credits. `client`
+    is the name of the MCP host.
     """
 
     request: GenerationRequest
-    at_most: float
+    price_ceiling: float
     save_as: str | None = None
     max_credits: float | None = None
     force_new: bool = False
     client: str | None = None
 
 
-class Job:
-    """The work on one entry. The studio runs it to its end; calls may wait for it and may leave.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that passed every check that needs no purchase. Identical requests have the same `request_hash`."""
 
-    `joined`: an identical order took this job over instead of buying. `problem`: what stopped it, if anything did.
-    `heard_from`: EvoLink has answered since this job started. `seen_running`: EvoLink has answered before the task
-    was settled. `callers`: how many calls wait for it. `copy_as`: the name under which a caller who has joined wants
-    the pictures. `learned`: its pictures have shown this size rule. `before_sending` is the scope of all that happens
-    before the request is sent; `following` is that of the work on a task that it has.
-    `elsewhere`: another server works on it. `called_back`: EvoLink tells its end at an address of ours,
-    and has `told` it. `is_draining`: the server is about to end, so callers leave now. `audited`: its end is told to the
-    audit, with the name of the `client` that bought it.
+    request: ImageRequest
+    references: CheckedRequest
+    request_hash: str
+    size_rule: str
+
+
+class JobState(Enum):
+    """The progress of a job on this server."""
+
+    PREPARED = "prepared"  #: The entry is in the journal, no byte was sent
+    SENDING = "sending"  #: The POST is in progress, or its answer was lost
+    RUNNING = "running"  #: The entry has a task, and this server polls it
+    SAVING = "saving"  #: The task is completed, its images are downloaded
+    WATCHING = "watching"  #: Another server owns the entry
+    DONE = "done"  #: This server has nothing left to do
+
+
+_NEXT_STATES = {
+    JobState.PREPARED: {JobState.SENDING, JobState.WATCHING, JobState.DONE},
+    JobState.SENDING: {JobState.PREPARED, JobState.RUNNING, JobState.WATCHING, JobState.DONE},
+    JobState.RUNNING: {JobState.SAVING, JobState.WATCHING, JobState.DONE},
+    JobState.SAVING: {JobState.WATCHING, JobState.DONE},
+    JobState.WATCHING: {JobState.PREPARED, JobState.SENDING, JobState.RUNNING, JobState.DONE},
+    JobState.DONE: set[JobState](),
+}
+
+
+class IllegalTransition(RuntimeError):
+    """A job cannot move from its state to the requested one."""
+
+
+class Answer(Enum):
+    """The knowledge of a task that a job has from EvoLink."""
+
+    NONE = "none"  #: EvoLink has not described the task
+    ANY = "any"  #: EvoLink described the task
+    RUNNING = "running"  #: EvoLink described the task as running, so this job detects its end
+
+
+class Callback(Enum):
+    """EvoLink's callback for the task of a job."""
+
+    NONE = "none"  #: The request named no address of this server
+    EXPECTED = "expected"  #: The callback has not arrived
+    RECEIVED = "received"  #: The callback named the task of this job
+
+
+class Job:
+    """The work of this server on one entry. Calls wait for a job and may leave; the job continues.
+
+    `problem`: the error that stopped or delays the job. `callers`: the number of waiting calls. `is_deduplicated`: an
+    identical request uses this job. `copy_name`: the file name that this request wants. `learned_rule`: the size rule
+    that the images showed. `is_draining`: the server ends soon, so waiting calls answer now. `sending_scope` covers all
+    work before the POST, `following_scope` the work on the task.
     """
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.joined = False
+        self.state = _state_of(entry)
         self.problem: Problem | None = None
-        self.finished = False
-        self.heard_from = False
-        self.seen_running = False
         self.callers = 0
-        self.copy_as: str | None = None
-        self.learned: str | None = None
-        self.before_sending = anyio.CancelScope()
-        self.following: anyio.CancelScope | None = None
-        self.elsewhere = False
-        self.called_back = self.told = False
+        self.copy_name: str | None = None
+        self.learned_rule: str | None = None
+        self.callback = Callback.NONE
+        self.is_deduplicated = False
         self.is_draining = False
-        self.audited = False
-        self.client: str | None = None
+        self.sending_scope = anyio.CancelScope()
+        self.following_scope: anyio.CancelScope | None = None
+        self._answer = Answer.NONE
         self._changed = anyio.Event()
-        self._poll_wanted = False
-        self._woken = False
-        self._resting: anyio.CancelScope | None = None
+        self._wake_reason: str | None = None
+        self._rest_scope: anyio.CancelScope | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this server has nothing left to do."""
+        return self.state is JobState.DONE
+
+    @property
+    def has_remote_owner(self) -> bool:
+        """Whether another server owns the entry."""
+        return self.state is JobState.WATCHING
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether EvoLink described the task since this job started."""
+        return self._answer is not Answer.NONE
+
+    @property
+    def has_seen_running(self) -> bool:
+        """Whether this job saw the task before its end, so that it knows the time of the end."""
+        return self._answer is Answer.RUNNING
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the last caller cancelled before the POST."""
+        return self.sending_scope.cancel_called
+
+    def move_to(self, state: JobState) -> None:
+        """Change the state. To stay in the same state is always legal.
+
+        | from     | to                               | when                                                     |
+        |----------|----------------------------------|----------------------------------------------------------|
+        | PREPARED | SENDING                          | the POST starts                                          |
+        | SENDING  | PREPARED                         | the POST certainly bought nothing and is repeated        |
+        | SENDING  | RUNNING                          | the entry has a task                                     |
+        | RUNNING  | SAVING                           | the task is completed                                    |
+        | WATCHING | PREPARED, SENDING, RUNNING       | this server becomes the owner                            |
+        | PREPARED, SENDING, RUNNING, SAVING | WATCHING | another server is the owner                        |
+        | any      | DONE                             | the purchase, the task or its images are settled, or the job failed |
+
+        Raises:
+            IllegalTransition: the table has no such row.
+        """
+        if state is self.state:
+            return
+        if state not in _NEXT_STATES[self.state]:
+            raise IllegalTransition(f"a job cannot move from {self.state.value} to {state.value}")
+        self.state = state
 
     def change_to(self, entry: Entry) -> None:
-        """Set the new state of the entry and wake every iterator of `states`."""
+        """Set the new content of the entry and wake every iterator of `states`."""
         self.entry = entry
         self._changed.set()
         self._changed = anyio.Event()
 
+    def become_owner(self) -> None:
+        """This server is the owner now: continue in the state that the entry describes."""
+        self.move_to(_state_of(self.entry))
+
     def finish(self) -> None:
-        """Nothing more will be done: end every iterator of `states`."""
-        self.finished = True
+        """End the job and every iterator of `states`."""
+        self.move_to(JobState.DONE)
         self.change_to(self.entry)
 
-    def let_go(self) -> None:
-        """Callers are to leave now: the server is about to end, and another one goes on with the job."""
+    def record_answer(self, *, is_running: bool) -> None:
+        """EvoLink described the task. `is_running`: this job follows the task, and the task is not settled."""
+        if is_running:
+            self._answer = Answer.RUNNING
+        elif self._answer is Answer.NONE:
+            self._answer = Answer.ANY
+
+    def drain(self) -> None:
+        """The server ends soon: let waiting calls answer now. Another server continues the job."""
         self.is_draining = True
         self.change_to(self.entry)
 
     def abandon(self) -> None:
-        """Nobody wants it any more: it is not bought, unless the request is on its way already."""
+        """The last caller cancelled: do not buy, unless the POST has started."""
         if self.entry.phase == Phase.INTENT:
-            self.before_sending.cancel()
+            self.sending_scope.cancel()
 
     def poll_now(self) -> None:
-        """End the present or the next rest at once: a caller is about to leave and wants the newest state."""
-        self._poll_wanted = True
-        self.wake()
+        """End the current or the next rest for a poll: a caller wants the newest state."""
+        self._wake("poll")
 
     def wake(self) -> None:
-        """End the present or the next rest at once: there is something new."""
-        self._woken = True
-        if self._resting is not None:
-            self._resting.cancel()
+        """End the current or the next rest: the entry has changed."""
+        self._wake(self._wake_reason or "news")
+
+    def _wake(self, reason: str) -> None:
+        self._wake_reason = reason
+        if self._rest_scope is not None:
+            self._rest_scope.cancel()
 
     async def rest(self, seconds: float, sleep: Sleep) -> bool:
-        """Sleep for `seconds`, or until `wake` or `poll_now` is called; not at all if one was since the last rest.
+        """Sleep for `seconds` or until `wake` or `poll_now`. An earlier call of one of them since the last rest counts too.
 
-        Returns whether `poll_now` was called.
+        Return True after `poll_now`.
         """
-        with anyio.CancelScope() as self._resting:
-            if not self._woken:
+        with anyio.CancelScope() as self._rest_scope:
+            if self._wake_reason is None:
                 await sleep(seconds)
-        self._woken = False
-        wanted, self._poll_wanted = self._poll_wanted, False
-        return wanted
+        reason = self._wake_reason
+        self._wake_reason = None
+        return reason == "poll"
 
     async def states(self, heartbeat_s: float = 4.0) -> AsyncGenerator[Entry, None]:
-        """Yield the entry now, at every change and at least every `heartbeat_s` seconds, until the job is finished."""
+        """Yield the entry now, at each change and at least every `heartbeat_s` seconds, until the job is finished."""
         yield self.entry
-        while not self.finished:
+        while not self.is_finished:
             changed = self._changed
             with anyio.move_on_after(heartbeat_s):
                 await changed.wait()
             yield self.entry
 
 
+def _state_of(entry: Entry) -> JobState:
+    if entry.task is not None:
+        return JobState.RUNNING
+    return JobState.SENDING if entry.phase in (Phase.SENDING, Phase.UNKNOWN) else JobState.PREPARED
+
+
 async def guarded(act: Callable[..., Awaitable[None]], *args: object) -> Problem | None:
-    """Await `act` to its end and return what went wrong, if anything; nothing that it raises ends the server."""
+    """Await `act` and return its error, if any. No error ends the server."""
     try:
         await act(*args)
     except EvolinkError as error:
         return error.problem
     except Exception:
-        log.exception("something failed unexpectedly")
+        log.exception("unexpected error")
         return INTERNAL_FAULT
     return None
+
+
+def guarded_call(act: Callable[..., None], *args: object) -> None:
+    """Call `act` and log its error, if any."""
+    try:
+        act(*args)
+    except Exception:
+        log.exception("unexpected error")

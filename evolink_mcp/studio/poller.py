@@ -1,11 +1,11 @@
-"""Reads of unfinished tasks: reads that are due at the same time go out as one batch request."""
+"""Poll tasks until they are settled. Polls that are due at the same time share one batch request."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.abc
@@ -14,23 +14,39 @@ from evolink_mcp.api.client import BATCH_MAX, EvolinkClient
 from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
-from evolink_mcp.studio.jobs import guarded
-from evolink_mcp.teams.metrics import Metrics
+from evolink_mcp.journal.entry import Phase
+from evolink_mcp.studio.events import Events, JournalWriter, Polled, Settled
+from evolink_mcp.studio.jobs import Callback, Job, Timing, guarded
+from evolink_mcp.studio.schedule import (
+    SLOW_REPEATS_MAX,
+    DurationHistory,
+    RetryBudget,
+    Schedule,
+    backoff_s,
+    slower_s,
+)
 
 log = logging.getLogger(__name__)
 
-# Among many watchers a batch that waits a little longer is full.
-GATHER_S, MANY, GATHER_MANY_S = 0.05, 100, 0.2
+# A batch collects polls for GATHER_S. With MANY jobs a longer time fills it.
+GATHER_S = 0.05
+MANY = 100
+GATHER_MANY_S = 0.2
 READS_PER_S = 100
-# EvoLink's answers that say: there are no batch reads here.
+# EvoLink's answers that mean "no batch reads".
 NO_BATCH_STATUS = (400, 404, 405, 501)
 UNREADABLE_BATCHES_MAX = 3
 RATE_LIMIT_WAIT_S = 5.0
+# The interval of polls while a callback is expected. They replace a callback that does not arrive.
+BACKSTOP_S = 60.0
+MISSED_CALLBACKS_MAX = 3
+NOT_FOUND_READS = 4  # about 10 s in all
+FIRST_REFUSAL_WAIT_S = 2.0
 
 
 @dataclass(slots=True)
 class _Read:
-    """One watcher's read of one task; `done` is set when it has a task or an error."""
+    """One due poll of one task. `done` is set when it has a task or an error."""
 
     task_id: str
     done: anyio.Event = field(default_factory=anyio.Event)
@@ -39,25 +55,25 @@ class _Read:
 
 
 class RateLimit:
-    """EvoLink has asked an account to slow down (429): until when, by the loop's clock, everything of it waits."""
+    """The time until which EvoLink asked an account to wait (HTTP 429), by the event loop's clock."""
 
     def __init__(self) -> None:
         self.until = 0.0
 
-    def ask(self, seconds: float | None) -> None:
-        """EvoLink asks to wait for so long; None leaves it to us."""
+    def extend(self, seconds: float | None) -> None:
+        """EvoLink asked for a wait of `seconds`. None: it named no time."""
         self.until = max(self.until, anyio.current_time() + (RATE_LIMIT_WAIT_S if seconds is None else seconds))
 
     @property
-    def left_s(self) -> float:
-        """Seconds from now until it is over; 0 where there is none."""
+    def remaining_s(self) -> float:
+        """Seconds until the end of the wait, 0 if there is none."""
         return max(self.until - anyio.current_time(), 0.0)
 
 
 class Poller:
-    """Reads tasks of one account for any number of watchers, of several studios too.
+    """Read the tasks of one account for all its jobs, also for several studios.
 
-    Its requests run in `group`: a watcher that ends disturbs no other.
+    Its HTTP requests run in `group`, so a cancelled job disturbs no other one.
     """
 
     def __init__(
@@ -65,38 +81,37 @@ class Poller:
         client: EvolinkClient,
         group: anyio.abc.TaskGroup,
         *,
+        events: Events | None = None,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         monotonic: Callable[[], float] = anyio.current_time,
-        pause: RateLimit | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
-        self._metrics = metrics or Metrics()
+        self.rate_limit = RateLimit()
+        self.jobs = 0
         self._client = client
         self._group = group
+        self._events = events or Events()
         self._sleep = sleep
         self._monotonic = monotonic
         self._due: dict[str, deque[_Read]] = {}
-        self._gathering = False
-        self.pause = pause or RateLimit()
-        self._batch_works = True
+        self._is_gathering = False
+        self._has_batch_reads = True
         self._unreadable_batches = 0
         self._next_read_at = 0.0
-        # The deadline of a read includes its wait for a connection, so reads queue here instead, before it starts.
+        # The deadline of a read includes its wait for a connection. Therefore reads queue here before it starts.
         self._connections = anyio.CapacityLimiter(POOL_SIZE)
-        self.watchers = 0
 
-    async def read(self, task_id: str, who: str = "") -> Task:
-        """The task's state now; where many reads are due, everybody (`who`) has a turn.
+    async def read(self, task_id: str, tenant: str = "") -> Task:
+        """Return the task's state now. If many reads are due, the tenants take turns.
 
         Raises:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
-        if self.watchers <= 1:
+        if self.jobs <= 1:
             return await self._read_one(task_id)
         read = _Read(task_id)
-        self._due.setdefault(who, deque()).append(read)
-        if not self._gathering:
-            self._gathering = True
+        self._due.setdefault(tenant, deque()).append(read)
+        if not self._is_gathering:
+            self._is_gathering = True
             self._group.start_soon(guarded, self._gather)
         await read.done.wait()
         if read.error is not None:
@@ -104,36 +119,44 @@ class Poller:
         assert read.task is not None
         return read.task
 
+    async def read_unpaced(self, task_id: str) -> Task:
+        """Return the task's state now, outside the pace and the rate limit.
+
+        Raises:
+            EvolinkError: the poll failed.
+        """
+        return await self._client.task(task_id)
+
     async def _gather(self) -> None:
-        """Send what is due, until nothing is: what comes within GATHER_S goes together."""
+        """Send due reads until there are none. Reads that become due within GATHER_S share a batch."""
         try:
             while self._due:
-                await self._sleep(GATHER_S if self.watchers < MANY else GATHER_MANY_S)
-                while self._batch_works and (reads := self._in_turns(BATCH_MAX)):
+                await self._sleep(GATHER_S if self.jobs < MANY else GATHER_MANY_S)
+                while self._has_batch_reads and (reads := self._next_batch()):
                     self._group.start_soon(guarded, self._answer, reads)
-                for read in self._in_turns(BATCH_MAX):
+                for read in self._next_batch():
                     await self._keep_pace()
                     self._group.start_soon(guarded, self._answer_alone, read, True)
         finally:
-            self._gathering = False
+            self._is_gathering = False
 
-    def _in_turns(self, most: int) -> list[_Read]:
-        """Take reads out of what is due: one of everybody, then another one of everybody who has more."""
-        taken: list[_Read] = []
-        while self._due and len(taken) < most:
-            who = next(iter(self._due))
-            waiting = self._due.pop(who)
-            taken.append(waiting.popleft())
+    def _next_batch(self) -> list[_Read]:
+        """Remove up to BATCH_MAX due reads: one read of each tenant, then a second one, and so on."""
+        batch: list[_Read] = []
+        while self._due and len(batch) < BATCH_MAX:
+            tenant = next(iter(self._due))
+            waiting = self._due.pop(tenant)
+            batch.append(waiting.popleft())
             if waiting:
-                self._due[who] = waiting  # behind all others
-        return taken
+                self._due[tenant] = waiting  # behind all other tenants
+        return batch
 
     async def _answer(self, reads: list[_Read]) -> None:
-        """Answer these reads by one batch request; what the batch does not tell in full is read alone."""
-        found: dict[str, Task] = {}
-        error: EvolinkError | None = Unreadable("the look at the task was interrupted")
+        """Answer these reads with one batch request. Read a task alone if the batch answer lacks facts."""
+        tasks: dict[str, Task] = {}
+        error: EvolinkError | None = Unreadable("the poll was interrupted")
         try:
-            found = await self._read_batch([read.task_id for read in reads]) if len(reads) > 1 else {}
+            tasks = await self._read_batch([read.task_id for read in reads]) if len(reads) > 1 else {}
             error = None
         except EvolinkError as caught:
             error = caught
@@ -145,70 +168,189 @@ class Poller:
         if error is not None:
             return
         for read in reads:
-            task = found.get(read.task_id)
-            if task is None or not _told_in_full(task):
+            task = tasks.get(read.task_id)
+            if task is None or not _is_complete(task):
                 self._group.start_soon(guarded, self._answer_alone, read)
             else:
                 read.task = task
                 read.done.set()
 
-    async def _answer_alone(self, read: _Read, paced: bool = False) -> None:
+    async def _answer_alone(self, read: _Read, is_paced: bool = False) -> None:
         try:
-            read.task = await self._read_one(read.task_id, paced=paced)
+            read.task = await self._read_one(read.task_id, is_paced=is_paced)
         except EvolinkError as error:
             read.error = error
         finally:
             if read.task is None and read.error is None:
-                read.error = Unreadable("the look at the task was interrupted")
+                read.error = Unreadable("the poll was interrupted")
             read.done.set()
 
     async def _read_batch(self, task_ids: list[str]) -> dict[str, Task]:
-        """What one batch request tells of these tasks; nothing where EvoLink does not answer batch reads."""
-        if not self._batch_works:
+        """Return the tasks of one batch answer, or none if EvoLink has no batch reads."""
+        if not self._has_batch_reads:
             return {}
         try:
             await self._keep_pace()
             async with self._connections:
-                self._metrics.looks["batch"] += 1
-                found = await self._client.tasks(task_ids)
+                self._events.publish(Polled("batch"))
+                tasks = await self._client.tasks(task_ids)
         except RateLimited as error:
-            self.pause.ask(error.retry_after_s)
+            self.rate_limit.extend(error.retry_after_s)
             raise
         except (Rejected, Unreadable) as error:
-            # A broken connection says nothing about batch reads: only a definite no does, or repeated nonsense.
+            # Only a clear refusal or repeated nonsense proves that there are no batch reads. A broken connection
+            # proves nothing.
             if error.http_status is None and isinstance(error.__cause__, TRANSPORT_ERRORS):
                 raise
             if error.http_status not in (None, *NO_BATCH_STATUS):
                 raise
             self._unreadable_batches += 1
             if error.http_status is not None or self._unreadable_batches >= UNREADABLE_BATCHES_MAX:
-                self._batch_works = False
-                log.info("EvoLink does not answer batch reads; tasks are read one by one")
+                self._has_batch_reads = False
+                log.info("EvoLink does not answer batch reads, polling tasks one by one")
             return {}
         self._unreadable_batches = 0
-        return found
+        return tasks
 
-    async def _read_one(self, task_id: str, *, paced: bool = False) -> Task:
-        if not paced:
+    async def _read_one(self, task_id: str, *, is_paced: bool = False) -> Task:
+        if not is_paced:
             await self._keep_pace()
         async with self._connections:
-            self._metrics.looks["single"] += 1
+            self._events.publish(Polled("single"))
             try:
                 return await self._client.task(task_id)
             except RateLimited as error:
-                self.pause.ask(error.retry_after_s)
+                self.rate_limit.extend(error.retry_after_s)
                 raise
 
     async def _keep_pace(self) -> None:
-        """Keep all reads of this account below READS_PER_S, and none while EvoLink has asked to wait."""
+        """Keep all reads of this account below READS_PER_S and outside EvoLink's rate limit."""
         now = self._monotonic()
-        self._next_read_at = max(self._next_read_at + 1 / READS_PER_S, now, self.pause.until)
+        self._next_read_at = max(self._next_read_at + 1 / READS_PER_S, now, self.rate_limit.until)
         if self._next_read_at > now:
             await self._sleep(self._next_read_at - now)
 
 
-def _told_in_full(task: Task) -> bool:
-    """Whether a batch tells all that a single read would: links and price of a completed task, reason of a failed one."""
+def _is_complete(task: Task) -> bool:
+    """Return whether a batch answer has all facts of a single read: links, credits, the reason of a failure."""
     if task.status == COMPLETED:
         return bool(task.results) and task.credits_used is not None
     return task.status != FAILED or task.error is not None
+
+
+class TaskFollower:
+    """Poll the tasks of jobs until they are settled. A failed poll never fails a task."""
+
+    def __init__(self, poller: Poller, writer: JournalWriter, durations: DurationHistory, timing: Timing) -> None:
+        self._poller = poller
+        self._writer = writer
+        self._durations = durations
+        self._timing = timing
+        self._retry_budget = RetryBudget()
+        self._missed_callbacks = 0
+
+    async def follow(self, job: Job) -> None:
+        """Return when the job's task is settled.
+
+        Raises:
+            Rejected: EvoLink does not accept the key (401), does not know the task (404), or refused every poll for
+                two days. The journal keeps the task ID.
+        """
+        self._poller.jobs += 1
+        try:
+            await self._poll_until_settled(job)
+        finally:
+            self._poller.jobs -= 1
+
+    async def read_once(self, task: Task) -> Task:
+        """Poll a task that another server follows.
+
+        Raises:
+            EvolinkError: the poll failed.
+        """
+        return merge(task, await self._poller.read_unpaced(task.id))
+
+    async def _poll_until_settled(self, job: Job) -> None:
+        task = job.entry.task
+        assert task is not None
+        # Only a new purchase rests before its first poll. Any other task may be settled already.
+        is_new = job.is_acknowledged
+        age_s = 0.0 if is_new else max(0.0, self._timing.clock() - job.entry.created_at)
+        accepted_at = anyio.current_time() - age_s
+        polled_at = anyio.current_time()
+        schedule = Schedule(await self._durations.expected(job.entry))
+        rests_first = is_new
+        failures = 0
+        not_found = 0
+        refusals = 0
+        while not task.settled:
+            if rests_first:
+                rest_s = schedule.next_s(anyio.current_time() - accepted_at, task.progress)
+                if job.callback is not Callback.NONE and self._missed_callbacks < MISSED_CALLBACKS_MAX:
+                    rest_s = max(rest_s, BACKSTOP_S)
+                await job.rest(rest_s, self._timing.sleep)
+            rests_first = True
+            try:
+                newer = await self._poller.read(task.id, job.entry.account)
+            except RateLimited as error:
+                rests_first = error.retry_after_s == 0  # otherwise the poller waits
+            except Rejected as error:
+                # An external task may belong to another account.
+                if job.entry.phase == Phase.EXTERNAL or error.http_status == 401:
+                    raise
+                if error.http_status == 404:
+                    # EvoLink may answer 404 for a new task. Only repeated 404 answers count.
+                    not_found += 1
+                    if not_found == NOT_FOUND_READS:
+                        raise
+                    continue
+                # Other refusals may be temporary, and the image is paid. Poll again, more and more slowly.
+                if refusals == SLOW_REPEATS_MAX:
+                    raise
+                job.problem = error.problem
+                log.info("EvoLink refuses polls of %s: %s", task.id, error.code)
+                await job.rest(slower_s(FIRST_REFUSAL_WAIT_S, refusals), self._timing.sleep)
+                refusals += 1
+                rests_first = False
+            except Unreadable as error:
+                failures += 1
+                log.info("poll of %s failed: %s", task.id, error.code)
+                if self._retry_budget.spend(is_lost=error.http_status is None):
+                    await self._timing.sleep(backoff_s(min(failures, 3)))
+                    rests_first = False
+            else:
+                failures = 0
+                not_found = 0
+                refusals = 0
+                job.problem = None
+                self._retry_budget.earn()
+                task = merge(task, newer)
+                last_polled_at = polled_at
+                polled_at = anyio.current_time()
+                job.record_answer(is_running=not task.settled)
+                await self._writer.record_poll(job, task)
+                if task.settled:
+                    self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at))
+        if job.callback is not Callback.NONE:
+            self._count_callback(job)
+        if task.status == COMPLETED and is_new:
+            await self._durations.add(job.entry, anyio.current_time() - accepted_at)
+
+    def _count_callback(self, job: Job) -> None:
+        """Stop the long rests if EvoLink's callbacks do not arrive."""
+        self._missed_callbacks = 0 if job.callback is Callback.RECEIVED else self._missed_callbacks + 1
+        if self._missed_callbacks == MISSED_CALLBACKS_MAX:
+            log.warning(
+                "EvoLink has not called back for %d tasks: can it reach EVOLINK_MCP_PUBLIC_URL?", self._missed_callbacks
+            )
+
+
+def merge(before: Task, newer: Task) -> Task:
+    """Return the newer state with the facts of `before` that the newer answer omits."""
+    return replace(
+        newer,
+        estimated_time_s=newer.estimated_time_s if newer.estimated_time_s is not None else before.estimated_time_s,
+        credits_reserved=newer.credits_reserved if newer.credits_reserved is not None else before.credits_reserved,
+        created=newer.created or before.created,
+        results=newer.results or before.results,
+    )

@@ -1,9 +1,8 @@
-"""The jobs that are under way: this server works on the entries that it owns, and watches those of other servers."""
+"""Find or buy, then run the jobs: work on the entries of this server and watch those of other servers."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -11,263 +10,317 @@ from dataclasses import replace
 import anyio
 import anyio.abc
 
-from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
-from evolink_mcp.journal.journal import Journal, Notification
-from evolink_mcp.studio.events import JournalWriter
-from evolink_mcp.studio.jobs import Job, Sleep, guarded
+from evolink_mcp.journal.journal import Notification
+from evolink_mcp.studio.events import Changed, Finished, JournalWriter
+from evolink_mcp.studio.jobs import Callback, Job, JobState, Prepared, Timing, guarded
+from evolink_mcp.studio.limits import Limits
+from evolink_mcp.studio.poller import TaskFollower
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
 from evolink_mcp.studio.size_rule import SizeRule
-from evolink_mcp.studio.watch import TaskFollower, merged
-from evolink_mcp.teams.metrics import Audit
 
 log = logging.getLogger(__name__)
 
-AGAIN_AFTER_S = 5.0
-# Problems that no repeat can mend: another key is needed, or EvoLink does not know the task.
-FINAL = ("unauthorized", "not_found", "key_missing")
+DEDUPLICATE_WITHIN_S = 24 * 3600
+LATE_CANCELLATION_S = 1.0
+REPEAT_AFTER_S = 5.0
+# No repeat can solve these problems: the key must change, or EvoLink does not know the task.
+FINAL_PROBLEMS = ("unauthorized", "not_found", "key_missing")
 
 
 class JobRunner:
-    """Carries out jobs in `group`. An entry has at most one job here, and at most one owner among all servers.
-
-    `pause` waits between two tries of what could not be finished, and between two looks at another server's work.
-    """
+    """Run jobs in `group`. An entry has at most one job on this server and at most one owner among all servers."""
 
     def __init__(
         self,
-        client: EvolinkClient,
-        journal: Journal,
-        recorder: JournalWriter,
-        purchases: Purchaser,
-        watcher: TaskFollower,
-        collector: ImageSaver,
-        size_rule: SizeRule,
         group: anyio.abc.TaskGroup,
-        *,
-        audit: Audit | None = None,
-        clock: Callable[[], float] = time.time,
-        pause: Sleep = anyio.sleep,
+        writer: JournalWriter,
+        limits: Limits,
+        purchaser: Purchaser,
+        follower: TaskFollower,
+        saver: ImageSaver,
+        size_rule: SizeRule,
+        timing: Timing,
     ) -> None:
-        self._audit = audit
         self.jobs: list[Job] = []
-        self._client, self._journal, self._recorder = client, journal, recorder
-        self._purchases, self._watcher, self._collector = purchases, watcher, collector
-        self._size_rule = size_rule
         self._group = group
-        self._clock, self._pause = clock, pause
-        self._taken: set[str] = set()  # keys of the entries that were taken over
-        self._later: set[str] = set()  # and of those that are to be tried again
-        self._tries: dict[str, int] = {}
-        self.stop_listening = journal.listen(self._heard)
-        journal.when_lost(self._stop)
+        self._journal = writer.journal
+        self._writer = writer
+        self._limits = limits
+        self._purchaser = purchaser
+        self._follower = follower
+        self._saver = saver
+        self._size_rule = size_rule
+        self._timing = timing
+        self._adopted_keys: set[str] = set()
+        self._repeat_keys: set[str] = set()
+        self._repeats: dict[str, int] = {}
+        self._stop_listening = self._journal.listen(self._receive)
+        self._journal.when_lost(self._stop_following)
 
-    async def take_over(self) -> None:
-        """Go on with what is open and has no living owner.
+    async def stop(self) -> None:
+        """Wait until no POST is in progress, then stop listening to other servers."""
+        try:
+            for job in list(self.jobs):
+                async with aclosing(job.states()) as states:
+                    async for entry in states:
+                        if entry.phase != Phase.SENDING:
+                            break
+        finally:
+            self._stop_listening()
+
+    async def find_or_buy(self, prepared: Prepared) -> Job:
+        """Return the job of an earlier undelivered identical purchase, or buy. The caller is registered with the job.
+
+        Claim and registration are one step, and so are record and job. A cancellation between them cannot lose one.
 
         Raises:
-            JournalUnwritable: it cannot be known.
+            TooManyRunning, OverBudget: a limit forbids the purchase.
+            JournalUnwritable: earlier purchases are unknown or the new one was not recorded. Nothing was sent.
+        """
+        if not prepared.request.force_new:
+            job = await self._find(prepared)
+            if job is not None:
+                return job
+        with self._limits.place(self.jobs):
+            entry = await self._purchaser.entry_for(prepared)
+            with anyio.CancelScope(shield=True):
+                await self._limits.admit(entry)
+                job = self._begin(entry, self._buy, client=prepared.request.client, is_audited=True)
+                job.callers += 1
+                return job
+        raise AssertionError("unreachable")
+
+    async def _find(self, prepared: Prepared) -> Job | None:
+        await self.adopt()
+        hashes = (prepared.request_hash,)
+        since = self._timing.clock() - DEDUPLICATE_WITHIN_S
+        job = await self._claim(prepared)
+        if job is None and (self._has_waiting(prepared.request_hash) or await self._journal.is_awaited(hashes, since)):
+            # Over HTTP the cancellation of a call may arrive after the same call, sent later.
+            await self._timing.sleep(LATE_CANCELLATION_S)
+            job = await self._claim(prepared)
+        return job
+
+    async def _claim(self, prepared: Prepared) -> Job | None:
+        now = self._timing.clock()
+        for entry in await self._journal.undelivered((prepared.request_hash,), now - DEDUPLICATE_WITHIN_S):
+            job = self.job_of(entry.key)
+            is_abandoned = job is not None and job.is_abandoned
+            if is_abandoned or self._writer.is_unwritten(entry.key) or not entry.is_reusable(now):
+                continue
+            with anyio.CancelScope(shield=True):
+                if await self._journal.claim(entry.key):
+                    save_as = prepared.request.save_as
+                    copy_name = save_as if save_as != entry.save_as else None
+                    job = self.job_of(entry.key) or await self.resume(entry, copy_name=copy_name)
+                    job.callers += 1
+                    job.is_deduplicated = True
+                    job.copy_name = copy_name
+                    return job
+        return None
+
+    def _has_waiting(self, request_hash: str) -> bool:
+        """Return whether a call on this server waits for an identical request."""
+        return any(job.callers and job.entry.fingerprint == request_hash for job in self.jobs)
+
+    async def adopt(self) -> None:
+        """Adopt the open entries of dead servers.
+
+        Raises:
+            JournalUnwritable: the open entries are unknown.
         """
         for entry in await self._journal.adopt():
-            if self.running(entry.key) or self._recorder.is_unwritten(entry.key):
+            if self.job_of(entry.key) or self._writer.is_unwritten(entry.key):
                 continue
             if entry.phase == Phase.INTENT:
-                await self._give_up(left := Job(entry))
-                await self._recorder.ended(left)
-                left.finish()
-            elif entry.key in self._taken:  # this server has tried before
-                await self._recorder.ended(Job(entry))
+                job = Job(entry)
+                await self._writer.record_phase(job, Phase.UNSENT, error=INTERRUPTED)
+                await self._writer.release(job)
+                job.finish()
+            elif entry.key in self._adopted_keys:  # this server tried before
+                await self._writer.release(Job(entry))
             else:
-                log.info("taking up %s", entry.task_id or entry.key)
-                self._taken.add(entry.key)
-                self._begin(entry, self._go_on).audited = True
+                log.info("adopting %s", entry.task_id or entry.key)
+                self._adopted_keys.add(entry.key)
+                self._begin(entry, self._continue, is_audited=True)
 
-    def running(self, key: str) -> Job | None:
-        """The job of the entry with this key, if it is under way here."""
+    def job_of(self, key: str) -> Job | None:
+        """Return the unfinished job of the entry on this server, if any."""
         return next((job for job in self.jobs if job.entry.key == key), None)
 
-    async def go_on(self, entry: Entry, *, copy_as: str | None = None) -> Job:
-        """The job of an entry that may have an owner: this server works on it, or watches the one that does."""
-        if not entry.has_work(self._clock()) and copy_as is None:
+    async def resume(self, entry: Entry, *, copy_name: str | None = None) -> Job:
+        """Return a job for an entry that may have an owner: work on it, or watch its owner."""
+        if not entry.has_work(self._timing.clock()) and copy_name is None:
             job = Job(entry)
             job.finish()
             return job
-        # Where the journal cannot be used, a task can still be followed: nothing is bought by that.
-        if entry.is_written and not await self.acquire(entry.key, if_unknown=entry.task is not None):
-            return self._begin(entry, self._accompany)
-        return self._begin(entry, self._go_on)
+        # Without the journal a known task can still be followed, because that buys nothing.
+        if entry.is_written and not await self._acquire(entry.key, if_unknown=entry.task is not None):
+            return self._begin(entry, self._watch_remote)
+        return self._begin(entry, self._continue)
 
-    async def requests_answered(self) -> None:
-        """Wait until no paid request is on its way any more."""
-        for job in list(self.jobs):
-            async with aclosing(job.states()) as states:
-                async for entry in states:
-                    if entry.phase != Phase.SENDING:
-                        break
+    async def confirm(self, job: Job) -> None:
+        """Confirm an unconfirmed match, unless another server works on the entry."""
+        if await self._acquire(job.entry.key):
+            await self._writer.record_confirmation(job)
+            await self._writer.release(job)
 
-    def waits_for(self, marks: tuple[str, ...]) -> bool:
-        """Whether a call waits for the result of an identical order right now."""
-        return any(job.callers and job.entry.fingerprint in marks for job in self.jobs)
+    async def receive_callback(self, key: str, task_id: str) -> None:
+        """EvoLink called the address of this entry: the task has ended. Poll it.
 
-    async def acquire(self, key: str, *, if_unknown: bool = False) -> bool:
-        """Become the entry's owner; `if_unknown` where the journal cannot be used."""
+        If the answer to the POST was lost, the callback names the entry's task.
+        """
+        job = self.job_of(key)
+        entry = job.entry if job is not None else await self._writer.entry_by_key(key)
+        if entry is None or entry.phase in (Phase.REFUSED, Phase.UNSENT, Phase.EXTERNAL):
+            return
+        if entry.task is None or entry.is_unconfirmed:
+            self._purchaser.reconciler.add_callback(key, task_id)
+        if job is not None:
+            is_own_task = entry.task_id == task_id
+            if job.callback is not Callback.NONE:
+                job.callback = Callback.RECEIVED if is_own_task else Callback.EXPECTED
+            if is_own_task and not job.has_remote_owner:
+                job.poll_now()
+        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN) and await self._acquire(key):
+            self._begin(entry, self._continue)
+        elif entry.is_unconfirmed and entry.task_id == task_id:
+            await self.confirm(Job(entry))
+
+    async def _acquire(self, key: str, *, if_unknown: bool = False) -> bool:
+        """Become the owner of an entry. Return `if_unknown` if the journal cannot be used."""
         try:
             return await self._journal.acquire(key)
         except JournalUnwritable as error:
             log.warning("%s", error.message)
             return if_unknown
 
-    def buy(self, entry: Entry, client: str | None = None) -> Job:
-        """The job of a new order, which this server has written down. `client` bought it, for the audit."""
-        job = self._begin(entry, self._buy)
-        job.audited, job.client = True, client
-        return job
-
-    def _begin(self, entry: Entry, act: Callable[[Job], Awaitable[None]]) -> Job:
+    def _begin(
+        self,
+        entry: Entry,
+        act: Callable[[Job], Awaitable[None]],
+        *,
+        client: str | None = None,
+        is_audited: bool = False,
+    ) -> Job:
         job = Job(entry)
         self.jobs.append(job)
-        self._group.start_soon(self._carry_out, job, act)
+        self._group.start_soon(self._run, job, act, client, is_audited)
         return job
 
-    async def _carry_out(self, job: Job, act: Callable[[Job], Awaitable[None]]) -> None:
+    async def _run(self, job: Job, act: Callable[[Job], Awaitable[None]], client: str | None, is_audited: bool) -> None:
         try:
             job.problem = await guarded(act, job) or job.problem
         finally:
-            if self._audit is not None and job.audited:
-                self._audit.tell(job.entry, job.client, self._clock())
-        await self._recorder.ended(job)
+            if is_audited:
+                self._writer.events.publish(Finished(job.entry, client, self._timing.clock()))
+        await self._writer.release(job)
         self.jobs.remove(job)
         job.finish()
-        self._try_again_later(job)
+        self._repeat_later(job)
 
     async def _buy(self, job: Job) -> None:
-        await self._purchases.buy(job)
-        job.heard_from = job.seen_running = job.entry.task is not None
+        await self._purchaser.buy(job)
+        if job.entry.task is not None:
+            job.record_answer(is_running=True)
         await self._follow(job)
 
-    async def _go_on(self, job: Job) -> None:
-        """Do what is left to do for an entry that this server has come to own. It buys nothing."""
+    async def _continue(self, job: Job) -> None:
+        """Continue an entry that this server owns. It buys nothing."""
         if job.entry.phase == Phase.INTENT:
-            await self._give_up(job)
+            await self._writer.record_phase(job, Phase.UNSENT, error=INTERRUPTED)
         elif job.entry.phase in (Phase.SENDING, Phase.UNKNOWN):
-            await self._purchases.lost.reconcile(job)
+            await self._purchaser.reconciler.reconcile(job)
         await self._follow(job)
 
     async def _follow(self, job: Job) -> None:
-        """Watch the task, if there is one, until it is settled, and save its pictures."""
+        """Follow the task, if there is one, until it is settled, and save its images."""
         if job.entry.task is None:
             return
-        ours = False
-        with anyio.CancelScope() as job.following:
-            ours = await self._work_on(job)
-        job.following = None
-        if not ours:
-            await self._accompany(job)
+        is_owner = False
+        with anyio.CancelScope() as job.following_scope:
+            is_owner = await self._follow_and_save(job)
+        job.following_scope = None
+        if not is_owner:
+            await self._watch_remote(job)
 
-    async def _work_on(self, job: Job) -> bool:
-        """False: another server works on this task."""
+    async def _follow_and_save(self, job: Job) -> bool:
+        """Return False if another server owns the task."""
         assert job.entry.task is not None
         try:
-            await self._watcher.watch(job)
-        except TaskKnown:  # another server has written the same task down, which was bought elsewhere
-            job.change_to(await self._recorder.known(job.entry.task.id) or job.entry)
+            await self._follower.follow(job)
+        except TaskKnown:  # another server recorded the same external task
+            job.change_to(await self._writer.entry_by_task(job.entry.task.id) or job.entry)
             return False
         if job.entry.task.results or job.entry.task.status == COMPLETED:
-            await self._collector.collect(job)
-            job.learned = await self._size_rule.learn(job.entry)
-        if job.copy_as is not None:
-            await self._collector.copy(job)
+            job.move_to(JobState.SAVING)
+            await self._saver.save(job)
+            job.learned_rule = await self._size_rule.learn(job.entry)
+        if job.copy_name is not None:
+            await self._saver.save_copies(job)
         return True
 
-    async def _give_up(self, job: Job) -> None:
-        """What another server had not sent when it ended is over."""
-        await self._recorder.phase_changed(job, Phase.UNSENT, error=INTERRUPTED)
-
-    async def _accompany(self, job: Job) -> None:
-        """Watch an entry that another server works on, and go on with it when that one has ended."""
-        look = job.elsewhere = True
+    async def _watch_remote(self, job: Job) -> None:
+        """Watch an entry of another server. Continue it when its owner is dead."""
+        job.move_to(JobState.WATCHING)
+        polls = True
         while True:
-            entry = await self._recorder.known_by_key(job.entry.key) or job.entry
+            entry = await self._writer.entry_by_key(job.entry.key) or job.entry
             task = entry.task
-            if look and task is not None and not task.settled:
-                with suppress(EvolinkError):  # only shown: what is written is the owner's business
-                    entry = replace(entry, task=merged(task, await self._client.task(task.id)))
-                    job.heard_from = True
+            if polls and task is not None and not task.settled:
+                with suppress(EvolinkError):  # the answer is only shown, its owner records it
+                    entry = replace(entry, task=await self._follower.read_once(task))
+                    job.record_answer(is_running=False)
             if entry != job.entry:
-                self._recorder.seen_elsewhere(job, entry)
-            if await self.acquire(entry.key):
+                self._writer.show_remote_entry(job, entry)
+            if await self._acquire(entry.key):
                 break
-            look = await job.rest(self._journal.reread_s, self._pause)
-        job.elsewhere = False
-        job.change_to(await self._recorder.known_by_key(job.entry.key) or job.entry)
-        if job.entry.has_work(self._clock()) or job.copy_as is not None:
-            await self._go_on(job)
+            polls = await job.rest(self._journal.reread_s, self._timing.idle)
+        job.change_to(await self._writer.entry_by_key(job.entry.key) or job.entry)
+        job.become_owner()
+        if job.entry.has_work(self._timing.clock()) or job.copy_name is not None:
+            await self._continue(job)
 
-    def _heard(self, news: Notification) -> None:
-        """Another server of this account has done something."""
-        job = self.running(news.key)
-        if news.is_callback and news.task_id is not None:
-            self._group.start_soon(guarded, self.called_back, news.key, news.task_id)
+    def _receive(self, notification: Notification) -> None:
+        """Another server of this account published something."""
+        job = self.job_of(notification.key)
+        if notification.is_callback and notification.task_id is not None:
+            self._group.start_soon(guarded, self.receive_callback, notification.key, notification.task_id)
         elif job is None:
-            if news.task_id is not None:
-                self._recorder.told_elsewhere(news.task_id)
-        elif job.elsewhere and news.task is not None:
-            self._recorder.seen_elsewhere(job, replace(job.entry, task=news.task))
-        elif job.elsewhere:
+            if notification.task_id is not None:
+                self._writer.events.publish(Changed(notification.task_id))
+        elif job.has_remote_owner and notification.task is not None:
+            self._writer.show_remote_entry(job, replace(job.entry, task=notification.task))
+        elif job.has_remote_owner:
             job.wake()
 
-    async def called_back(self, key: str, task_id: str) -> None:
-        """EvoLink says, at the address that was made for this order, that this task has ended: look at it.
-
-        Where the answer to the order was lost, the task is the order's.
-        """
-        job = self.running(key)
-        entry = job.entry if job is not None else await self._recorder.known_by_key(key)
-        if entry is None or entry.phase in (Phase.REFUSED, Phase.UNSENT, Phase.EXTERNAL):
-            return
-        if entry.task is None or entry.is_unconfirmed:
-            self._purchases.lost.told(key, task_id)
-        if job is not None:
-            job.told = entry.task_id == task_id
-            if job.told and not job.elsewhere:
-                job.poll_now()
-        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN) and await self.acquire(key):
-            self._begin(entry, self._go_on)
-        elif entry.is_unconfirmed and entry.task_id == task_id:
-            await self.confirm(Job(entry))
-
-    async def confirm(self, job: Job) -> None:
-        """A guess has proved to be this order's task, unless another server works on it."""
-        if await self.acquire(job.entry.key):
-            await self._recorder.confirmed(job)
-            await self._recorder.ended(job)
-
-    def _stop(self) -> None:
-        """Other servers may take over what this one works on: from now on it watches. A purchase goes to its end."""
+    def _stop_following(self) -> None:
+        """Other servers may adopt this server's entries: watch them from now on. A purchase continues to its end."""
         for job in self.jobs:
-            if job.following is not None:
-                job.following.cancel()
+            if job.following_scope is not None:
+                job.following_scope.cancel()
 
-    def _try_again_later(self, job: Job) -> None:
-        """What could not be finished is tried again, ever more slowly, until the pictures' links have died."""
+    def _repeat_later(self, job: Job) -> None:
+        """Repeat an unfinished job, more and more slowly, until the links of its images have expired."""
         entry = job.entry
         problem = job.problem
-        unfinished = entry.is_written and entry.task is not None and entry.stage is not Stage.FINAL
-        if not unfinished or problem is None or problem.code in FINAL or entry.key in self._later:
+        is_unfinished = entry.is_written and entry.task is not None and entry.stage is not Stage.FINAL
+        if not is_unfinished or problem is None or problem.code in FINAL_PROBLEMS or entry.key in self._repeat_keys:
             return
-        tries = self._tries.get(entry.key, 0)
-        self._tries[entry.key] = tries + 1
-        if tries < SLOW_REPEATS_MAX:
-            self._later.add(entry.key)
-            self._group.start_soon(self._go_on_later, entry.key, slower_s(AGAIN_AFTER_S, tries))
+        repeats = self._repeats.get(entry.key, 0)
+        self._repeats[entry.key] = repeats + 1
+        if repeats < SLOW_REPEATS_MAX:
+            self._repeat_keys.add(entry.key)
+            self._group.start_soon(self._repeat, entry.key, slower_s(REPEAT_AFTER_S, repeats))
 
-    async def _go_on_later(self, key: str, delay_s: float) -> None:
-        await self._pause(delay_s)
-        self._later.discard(key)
-        entry = await self._recorder.known_by_key(key)
-        if entry is not None and entry.stage is not Stage.FINAL and not self.running(key):
-            await self.go_on(entry)
+    async def _repeat(self, key: str, delay_s: float) -> None:
+        await self._timing.idle(delay_s)
+        self._repeat_keys.discard(key)
+        entry = await self._writer.entry_by_key(key)
+        if entry is not None and entry.stage is not Stage.FINAL and not self.job_of(key):
+            await self.resume(entry)

@@ -1,9 +1,7 @@
-"""Every picture of a completed task is fetched and saved, once."""
+"""Download and save each image of a completed task, once."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,11 +22,10 @@ from evolink_mcp.images.download import download
 from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import ResultImage
-from evolink_mcp.studio.events import JournalWriter
-from evolink_mcp.studio.jobs import Job, Sleep
+from evolink_mcp.studio.events import Failed, JournalWriter, Saved
+from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.poller import merge
 from evolink_mcp.studio.schedule import backoff_s
-from evolink_mcp.studio.watch import merged
-from evolink_mcp.teams.metrics import Metrics
 
 LINK_LIVES_S = 24 * 3600
 REREADS_MAX = 3
@@ -39,121 +36,118 @@ DOWNLOADS_AT_ONCE = 4
 
 
 class ImageSaver:
-    """Lets `image_store` keep every picture, and tells `recorder` of each one.
+    """Save images in the image store and record each one.
 
-    `preview_edge` is the longest edge of the previews that a waiting caller will be shown, as in `Waiting`.
+    `preview_edge` is the longest edge of a waiting caller's previews in pixels. None chooses it by the number of images.
     """
 
     def __init__(
         self,
         client: EvolinkClient,
         image_store: ImageStore,
-        recorder: JournalWriter,
+        writer: JournalWriter,
+        timing: Timing,
         *,
         preview_edge: int | None = None,
-        clock: Callable[[], float] = time.time,
-        sleep: Sleep = anyio.sleep,
-        metrics: Metrics | None = None,
     ) -> None:
-        self._metrics = metrics or Metrics()
         self._client = client
         self._image_store = image_store
-        self._recorder = recorder
+        self._writer = writer
+        self._timing = timing
         self._preview_edge = preview_edge
-        self._clock = clock
-        self._sleep = sleep
         self._slots = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
 
-    async def collect(self, job: Job) -> None:
-        """Save every picture that is not saved yet. The job's server owns the entry, so no other one saves them too.
+    async def save(self, job: Job) -> None:
+        """Save each image that is not saved yet. This server owns the entry, so no other server saves it too.
 
-        A picture that cannot be fetched keeps its URL and says why. The first such reason becomes the job's problem.
+        An image that cannot be downloaded keeps its URL and an error. The first error becomes the job's problem.
         """
-        await self._reread(job)
+        await self._reread_links(job)
         task = job.entry.task
         assert task is not None
-        pictures = self._pictures(job, task)
-        self._recorder.pictures_expected(job, _ordered(pictures))
+        images = self._images(job, task)
+        self._writer.show_images(job, _in_order(images))
         async with anyio.create_task_group() as group:
-            for picture in list(pictures.values()):
-                if not picture.is_saved and not picture.is_rejected:
-                    group.start_soon(self._fetch, job, pictures, picture)
+            for image in list(images.values()):
+                if not image.is_saved and not image.is_rejected:
+                    group.start_soon(self._save_image, job, images, image)
 
-    def _pictures(self, job: Job, task: Task) -> dict[int, ResultImage]:
-        """The task's pictures by index, with what was saved of them before."""
-        # A link is valid for 24 h after the task's end. Only a job that saw the task run knows that moment: it is now.
-        # For any other job the task's start is the safe assumption.
-        ended = self._clock() if job.seen_running else task.created or job.entry.created_at
-        expires = ended + LINK_LIVES_S
-        pictures = {index: ResultImage(index, url, expires) for index, url in enumerate(task.results)}
-        for picture in job.entry.images:
-            if picture.is_saved and not picture.is_present and picture.url_expires_at > self._clock():
-                picture = ResultImage(picture.index, picture.url, picture.url_expires_at)
-            if picture.is_rejected:
-                pictures[picture.index] = picture
-            elif picture.is_saved or not pictures.get(picture.index, picture).is_saved:
-                pictures[picture.index] = replace(picture, error=None, is_lost=False, is_unusable=False)
-        return pictures
+    async def save_copies(self, job: Job) -> None:
+        """Save the images again under the name that the deduplicated request wants."""
+        images = {image.index: image for image in job.entry.images}
+        for image in job.entry.images:
+            images[image.index] = await self._image_store.copy(job.entry, image, job.copy_name)
+        await self._writer.record_images(job, _in_order(images))
 
-    async def _fetch(self, job: Job, pictures: dict[int, ResultImage], picture: ResultImage) -> None:
+    def _images(self, job: Job, task: Task) -> dict[int, ResultImage]:
+        """Return the task's images by index, with the facts of those that were saved before."""
+        # A link lives 24 h from the task's end. A job that saw the task running knows the end: now. Any other job uses
+        # the start of the task, which is earlier.
+        now = self._timing.clock()
+        ended_at = now if job.has_seen_running else task.created or job.entry.created_at
+        images = {index: ResultImage(index, url, ended_at + LINK_LIVES_S) for index, url in enumerate(task.results)}
+        for image in job.entry.images:
+            if image.is_saved and not image.is_present and image.url_expires_at > now:
+                image = ResultImage(image.index, image.url, image.url_expires_at)
+            if image.is_rejected:
+                images[image.index] = image
+            elif image.is_saved or not images.get(image.index, image).is_saved:
+                images[image.index] = replace(image, error=None, is_lost=False, is_unusable=False)
+        return images
+
+    async def _save_image(self, job: Job, images: dict[int, ResultImage], image: ResultImage) -> None:
         async with self._slots:
             try:
-                pictures[picture.index] = await self._download(job, picture)
+                images[image.index] = await self._download(job, image)
             except EvolinkError as error:
-                unusable = isinstance(error, PictureUnusable)
-                lost = unusable or (isinstance(error, DownloadFailed) and not error.retryable)
-                pictures[picture.index] = replace(
-                    picture,
+                is_unusable = isinstance(error, PictureUnusable)
+                is_lost = is_unusable or (isinstance(error, DownloadFailed) and not error.retryable)
+                images[image.index] = replace(
+                    image,
                     error=error.message,
-                    is_lost=lost,
-                    is_unusable=unusable,
+                    is_lost=is_lost,
+                    is_unusable=is_unusable,
                     is_rejected=isinstance(error, PictureRejected),
                 )
                 job.problem = job.problem or error.problem
-                self._metrics.downloads["failed"] += 1
+                event = Failed(job.entry, images[image.index])
             else:
-                self._metrics.downloads["saved"] += 1
-        await self._recorder.pictures_changed(job, _ordered(pictures))
+                event = Saved(job.entry, images[image.index])
+        await self._writer.record_images(job, _in_order(images))
+        self._writer.events.publish(event)
 
-    async def copy(self, job: Job) -> None:
-        """Keep the pictures once more under the name that a caller who has joined wants."""
-        pictures = {picture.index: picture for picture in job.entry.images}
-        for picture in job.entry.images:
-            pictures[picture.index] = await self._image_store.copy(job.entry, picture, job.copy_as)
-        await self._recorder.pictures_changed(job, _ordered(pictures))
-
-    async def _download(self, job: Job, picture: ResultImage) -> ResultImage:
+    async def _download(self, job: Job, image: ResultImage) -> ResultImage:
         edge = edge_of(len(job.entry.images), self._preview_edge) if job.callers else 0
         for repeat in range(REPEATS_MAX + 1):
             try:
-                fetch = partial(download, self._client, picture.url)
-                return await self._image_store.save(job.entry, picture, fetch, edge)
-            except StoreUnusable:  # the store has been asked several times
+                fetch = partial(download, self._client, image.url)
+                return await self._image_store.save(job.entry, image, fetch, edge)
+            except StoreUnusable:  # the store has repeated the request itself
                 raise
             except DownloadFailed as error:
-                if isinstance(error, LinkExpired) and picture.url_expires_at > self._clock():
-                    # Refused before its time: the link may not be known to every server of the host yet.
+                if isinstance(error, LinkExpired) and image.url_expires_at > self._timing.clock():
+                    # The link is too young to expire. Some servers of the image host may not know it yet.
                     error = DownloadFailed("EvoLink's link to the picture is refused")
                 last = UNUSABLE_REPEATS_MAX if isinstance(error, PictureUnusable) else REPEATS_MAX
                 if not error.retryable or repeat >= last:
                     raise error
-                await self._sleep(backoff_s(repeat))
+                await self._timing.sleep(backoff_s(repeat))
         raise AssertionError("unreachable")
 
-    async def _reread(self, job: Job) -> None:
-        """Read a completed task that lacks its links again, a few times. It is never bought again."""
+    async def _reread_links(self, job: Job) -> None:
+        """Read a completed task again if it lacks links. It is never bought again."""
         task = job.entry.task
         assert task is not None
-        asked = job.entry.request.get("n", 1)
+        requested = job.entry.request.get("n", 1)
         for attempt in range(REREADS_MAX):
-            # Fewer pictures than asked are common and final: one more read is enough for them.
-            if len(task.results) >= asked or (task.results and attempt > 0):
+            # EvoLink often makes fewer images than requested. Then one more read is enough.
+            if len(task.results) >= requested or (task.results and attempt > 0):
                 return
-            await self._sleep(REREAD_AFTER_S * (attempt + 1))
+            await self._timing.sleep(REREAD_AFTER_S * (attempt + 1))
             with suppress(EvolinkError):
-                task = merged(task, await self._client.task(task.id))
-                await self._recorder.task_seen(job, task)
+                task = merge(task, await self._client.task(task.id))
+                await self._writer.record_poll(job, task)
 
 
-def _ordered(pictures: dict[int, ResultImage]) -> tuple[ResultImage, ...]:
-    return tuple(pictures[index] for index in sorted(pictures))
+def _in_order(images: dict[int, ResultImage]) -> tuple[ResultImage, ...]:
+    return tuple(images[index] for index in sorted(images))

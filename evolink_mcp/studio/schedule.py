@@ -1,53 +1,82 @@
-"""When to read a task next: pure functions. A read too many costs EvoLink a query, one too late costs the user time."""
+"""When to poll a task next. An early poll costs EvoLink a query, a late one costs the user time.
+
+Everything except `DurationHistory` is a pure function.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
+from typing import Any, cast
 
-from evolink_mcp.api.models import DEFAULT_MODEL, TYPICAL_S
+from evolink_mcp.api.models import DEFAULT_MODEL, TYPICAL_S, duration_group
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.journal import Journal
+
+log = logging.getLogger(__name__)
 
 # The duration of an unknown group.
 DEFAULT_TYPICAL_S = TYPICAL_S[DEFAULT_MODEL.default_quality]
-# By how much durations differ from their median: the standard deviation of their logarithm.
+# The standard deviation of the logarithm of the durations.
 USUAL_SPREAD = 0.4
-# One task in ten is of another kind, about which only this much is known.
-STRANGE_SHARE, STRANGE_SPREAD = 0.1, 1.0
-# A read is worth as much as this many seconds in which nobody knows that the picture is there.
+# One task in ten follows another distribution with a much larger spread.
+STRANGE_SHARE = 0.1
+STRANGE_SPREAD = 1.0
+# One poll costs as much as this detection lag.
 READ_COSTS_S = 0.075
 READ_MIN_S = 0.7
-# The longest rest, as a part of the usual duration; the shortest, as a part of the age, and the longest after that time.
-REST_MAX_SHARE, REST_MIN_OF_AGE, REST_OLD_MAX_S = 0.4, 0.025, 5.0
-ENOUGH, RECENT = 5, 12  # so many tasks of one quality tell something; older ones tell nothing any more
-# An estimate this many times shorter than usual is believed at once: something has changed.
+# The longest rest as a share of the usual duration, the shortest as a share of the age, and the longest after the
+# usual duration.
+REST_MAX_SHARE = 0.4
+REST_MIN_OF_AGE = 0.025
+REST_OLD_MAX_S = 5.0
+# The smallest number of tasks of one quality that proves something, and the number of recent tasks that count.
+ENOUGH_TASKS = 5
+RECENT = 12
+# An estimate that is this many times shorter than usual is used at once: EvoLink has changed.
 MUCH_SHORTER = 4.0
-# By how much EvoLink's estimates must be nearer to the truth than the medians are, before they are believed.
+# EvoLink's estimates are used if their error is below this share of the error of the medians.
 NEARER = 0.7
-# Near the end, from this percentage on, this many reads follow each other faster.
-SPRINT_FROM, SPRINT_READS, SPRINT_S = 90.0, 5, 1.5
-# Progress below this percentage says nothing about the end.
+# From this percentage on, this many polls follow each other faster.
+SPRINT_FROM = 90.0
+SPRINT_READS = 5
+SPRINT_S = 1.5
+# Progress below this percentage does not predict the end.
 TRUSTED_FROM = 5.0
 STILL_READS = 2
-BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 8.0
-# The last of so many repeats comes about two days after the first.
-SLOWEST_S, SLOW_REPEATS_MAX = 3600.0, 58
+BACKOFF_MIN_S = 0.5
+BACKOFF_MAX_S = 8.0
+# SLOW_REPEATS_MAX repeats take about two days.
+SLOWEST_S = 3600.0
+SLOW_REPEATS_MAX = 58
+# The stored durations of an account.
+DURATIONS_FACT = "durations"
+DURATIONS_MAX = 60
+WRITTEN_EVERY = 5  # tasks
+COUNTED_FROM_S = 1.0
+
+Duration = tuple[str, float | None, float]  # quality, EvoLink's estimate and the true duration, both in seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """How long a task will take: half of such tasks take less than `median_s` seconds; `spread` is that of the logarithm."""
+    """The expected duration of a task: the median in seconds, and the standard deviation of the logarithm."""
 
     median_s: float = DEFAULT_TYPICAL_S
     spread: float = USUAL_SPREAD
 
     def rest_s(self, elapsed_s: float) -> float:
-        """The best time from now to the next read, `elapsed_s` seconds after the start.
+        """Return the best rest before the next poll, `elapsed_s` seconds after the start.
 
-        Theory of inspection: the best interval is √(2·cost ÷ hazard), where the hazard is the chance a second that the
-        task ends now, if it has not ended before.
+        Inspection theory: the best interval is √(2·cost ÷ hazard). The hazard is the chance per second that the task
+        ends now, if it did not end before.
         """
         rest = READ_MIN_S
         longest = max(REST_MAX_SHARE * self.median_s, READ_MIN_S)
@@ -59,7 +88,8 @@ class Expected:
         return max(min(rest, longest), old)
 
     def _hazard(self, at_s: float) -> float:
-        ends = lasts = 0.0
+        ends = 0.0
+        lasts = 0.0
         for share, spread in ((1 - STRANGE_SHARE, self.spread), (STRANGE_SHARE, STRANGE_SPREAD)):
             z = math.log(at_s / self.median_s) / spread
             ends += share * math.exp(-z * z / 2) / (at_s * spread * math.sqrt(2 * math.pi))
@@ -67,38 +97,103 @@ class Expected:
         return ends / lasts if lasts > 0 else 0.0
 
 
-Taken = tuple[str, float | None, float]  # a task's quality, EvoLink's estimate and what it took, in seconds
+def expected(quality: str, estimate_s: float | None, durations: Sequence[Duration]) -> Expected:
+    """Return the expected duration of a task. `durations` are the account's last ones, the newest last.
 
-
-def expected(quality: str, estimate_s: float | None, taken: Sequence[Taken]) -> Expected:
-    """What to expect of a task, from what the account's last ones took, the newest last.
-
-    The estimate where it has shown to mean something, else the median of the recent ones, else the usual one.
+    Use EvoLink's estimate if its past errors are small, else the median of recent tasks, else the published median.
     """
-    told = [one for one in taken if one[1]][-2 * RECENT :]
-    if estimate_s and len(told) >= 2 * ENOUGH:
-        errors = [math.log(took / (said or took)) for _, said, took in told]
-        without = [math.log(took / _median(name, taken)) for name, _, took in told]
-        if stdev(errors) < NEARER * stdev(without):
+    estimated = [duration for duration in durations if duration[1]][-2 * RECENT :]
+    if estimate_s and len(estimated) >= 2 * ENOUGH_TASKS:
+        errors = [math.log(took_s / (estimate or took_s)) for _, estimate, took_s in estimated]
+        errors_of_medians = [math.log(took_s / _median(name, durations)) for name, _, took_s in estimated]
+        if stdev(errors) < NEARER * stdev(errors_of_medians):
             return Expected(estimate_s * math.exp(fmean(errors)), max(stdev(errors), USUAL_SPREAD / 2))
-    usual = _median(quality, taken)
-    if estimate_s is not None and len(_own(quality, taken)) < ENOUGH and estimate_s < usual / MUCH_SHORTER:
+    usual = _median(quality, durations)
+    if (
+        estimate_s is not None
+        and len(_of_quality(quality, durations)) < ENOUGH_TASKS
+        and estimate_s < usual / MUCH_SHORTER
+    ):
         usual = max(estimate_s, READ_MIN_S / 4)
     return Expected(usual)
 
 
-def _own(quality: str, taken: Sequence[Taken]) -> list[float]:
-    return [took for name, _, took in taken if name == quality][-RECENT:]
+def _of_quality(quality: str, durations: Sequence[Duration]) -> list[float]:
+    return [took_s for name, _, took_s in durations if name == quality][-RECENT:]
 
 
-def _median(quality: str, taken: Sequence[Taken]) -> float:
-    own = _own(quality, taken)
-    return median(own) if len(own) >= ENOUGH else TYPICAL_S.get(quality, DEFAULT_TYPICAL_S)
+def _median(quality: str, durations: Sequence[Duration]) -> float:
+    recent = _of_quality(quality, durations)
+    return median(recent) if len(recent) >= ENOUGH_TASKS else TYPICAL_S.get(quality, DEFAULT_TYPICAL_S)
+
+
+class DurationHistory:
+    """The durations of the account's tasks that this server followed from start to end. All servers share them.
+
+    `counted_from_s`: shorter durations are ignored.
+    """
+
+    def __init__(self, journal: Journal, *, counted_from_s: float = COUNTED_FROM_S) -> None:
+        self._journal = journal
+        self._counted_from_s = counted_from_s
+        self._durations: deque[Duration] = deque(maxlen=DURATIONS_MAX)
+        self._unwritten = 0
+        self._is_read = False
+
+    async def expected(self, entry: Entry) -> Expected:
+        """Return the expected duration of the entry's task."""
+        if not self._is_read:
+            self._is_read = True
+            await self._read()
+        estimate_s = entry.task.estimated_time_s if entry.task else None
+        return expected(_quality(entry), estimate_s, self._durations)
+
+    async def add(self, entry: Entry, took_s: float) -> None:
+        """Add the duration of a completed task."""
+        if took_s < self._counted_from_s:
+            return
+        self._durations.append((_quality(entry), entry.task.estimated_time_s if entry.task else None, took_s))
+        self._unwritten += 1
+        if self._unwritten >= WRITTEN_EVERY:
+            await self.write()
+
+    async def write(self) -> None:
+        """Store the new durations. If the journal cannot be written, only this server knows them."""
+        if self._unwritten:
+            self._unwritten = 0
+            try:
+                await self._journal.save_fact(DURATIONS_FACT, json.dumps(list(self._durations)))
+            except JournalUnwritable as error:
+                log.info("%s", error.message)
+
+    async def _read(self) -> None:
+        try:
+            rows: object = json.loads(await self._journal.fact(DURATIONS_FACT) or "[]")
+        except (JournalUnwritable, ValueError, RecursionError):
+            return
+        for row in cast("list[Any]", rows) if isinstance(rows, list) else []:
+            if (duration := self._duration_of(row)) is not None:
+                self._durations.append(duration)
+
+    def _duration_of(self, row: Any) -> Duration | None:
+        """Return one stored row, or None if it is invalid."""
+        try:
+            quality, estimate_s, took_s = row
+            estimate_s = None if estimate_s is None else float(estimate_s)
+            took_s = float(took_s)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        is_valid = math.isfinite(took_s) and took_s >= self._counted_from_s and math.isfinite(estimate_s or 0.0)
+        return (str(quality), estimate_s, took_s) if is_valid else None
+
+
+def _quality(entry: Entry) -> str:
+    return duration_group(entry.request.get("model"), entry.request.get("quality"))
 
 
 @dataclass(slots=True)
 class Schedule:
-    """When to read one task next. `draw` gives random numbers in [0, 1)."""
+    """The polls of one task. `draw` returns random numbers in [0, 1)."""
 
     expected: Expected = field(default_factory=Expected)
     draw: Callable[[], float] = random.random
@@ -108,12 +203,15 @@ class Schedule:
     _trusted: bool = True
 
     def next_s(self, elapsed_s: float, progress: float | None = None) -> float:
-        """Seconds from now until the next read; `elapsed_s` seconds after the task was accepted, at `progress` percent."""
+        """Return the seconds until the next poll, `elapsed_s` seconds after EvoLink accepted the task.
+
+        `progress` is in percent, None if EvoLink did not report it.
+        """
         base = self.expected.rest_s(elapsed_s)
         return self._stretch(base, elapsed_s, progress) * (0.9 + 0.2 * self.draw())
 
     def _stretch(self, base: float, elapsed_s: float, progress: float | None) -> float:
-        """Progress that rises is trusted: far from the end read less often, near it more often, for a few reads."""
+        """Adapt the rest to rising progress: fewer polls far from the end, a few quick ones near it."""
         if progress is None or progress < self._progress:
             self._trusted = self._trusted and progress is None
             return base
@@ -124,26 +222,26 @@ class Schedule:
         if progress >= SPRINT_FROM:
             self._sprints += 1
             return min(SPRINT_S, base) if self._sprints <= SPRINT_READS else base
-        if self._still >= STILL_READS:  # progress that stands still says nothing about the end
+        if self._still >= STILL_READS:  # constant progress does not predict the end
             return base
         remaining = elapsed_s * (100 - progress) / progress
         return min(max(remaining / 2, base), 2 * base)
 
 
 def backoff_s(attempt: int, draw: Callable[[], float] = random.random) -> float:
-    """Full jitter: between 0.5 s and a bound that doubles from 1 s to 8 s (attempt counts from 0)."""
+    """Return a random wait between 0.5 s and a bound that doubles from 1 s to 8 s. `attempt` counts from 0."""
     bound = min(2.0 ** min(attempt, 10), BACKOFF_MAX_S)
     return BACKOFF_MIN_S + (bound - BACKOFF_MIN_S) * draw()
 
 
 def slower_s(first_s: float, repeat: int) -> float:
-    """What is tried for days is tried ever more slowly: after `first_s`, twice that … an hour (repeat counts from 0)."""
+    """Return a wait that doubles from `first_s` to one hour. `repeat` counts from 0."""
     return min(first_s * 2.0**repeat, SLOWEST_S)
 
 
 @dataclass(slots=True)
 class RetryBudget:
-    """Tokens for quick repeats of failed reads, shared by all tasks, so that repeats do not make an outage worse.
+    """Tokens for quick repeats of failed polls. All tasks share them, so that repeats do not make an outage worse.
 
     As in botocore's standard mode: 500 tokens, 14 for a lost answer, 5 for any other failure, 1 back per success.
     """
@@ -151,14 +249,14 @@ class RetryBudget:
     capacity: int = 500
     tokens: int = field(default=500)
 
-    def spend(self, *, lost: bool) -> bool:
-        """Take the price of one repeat; False when the budget does not allow it."""
-        price = 14 if lost else 5
+    def spend(self, *, is_lost: bool) -> bool:
+        """Pay for one repeat. Return False if there are too few tokens."""
+        price = 14 if is_lost else 5
         if self.tokens < price:
             return False
         self.tokens -= price
         return True
 
     def earn(self) -> None:
-        """Give one token back after a success."""
+        """Return one token after a success."""
         self.tokens = min(self.capacity, self.tokens + 1)

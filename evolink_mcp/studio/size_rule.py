@@ -1,4 +1,4 @@
-"""Which of EvoLink's two tables its pictures follow: pinned by a setting, or learned from the pixels of a picture."""
+"""Choose between EvoLink's two size tables: a setting decides, or the pixels of a saved image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 SETTINGS = (AUTO, *sizes.RULES)
 FACT = "size_rule"
-THE_PAGES: Rule = "anchor-edge"
+PUBLISHED_RULE: Rule = "anchor-edge"
 
 
 class SizeRule:
-    """The rule by `setting`: one of SETTINGS. What is learned is in the journal, for every server of this account."""
+    """The size rule of an account. `setting` is one of SETTINGS. All servers share the learned rule in the journal."""
 
     def __init__(self, journal: Journal, setting: str = AUTO) -> None:
         if setting not in SETTINGS:
@@ -36,37 +36,37 @@ class SizeRule:
 
     @property
     def current(self) -> Rule:
-        """The rule that sizes are told by: the page's until a picture has shown another one."""
-        return self._pinned or self._learned or THE_PAGES
+        """The rule for computed sizes: EvoLink's published one until an image shows another one."""
+        return self._pinned or self._learned or PUBLISHED_RULE
 
     @property
-    def known(self) -> bool:
-        """Whether a delivered picture has shown `current`."""
+    def is_known(self) -> bool:
+        """Whether a saved image showed `current`."""
         return self._learned == self.current
 
     @property
     def possible(self) -> tuple[Rule, ...]:
-        """The rules that a picture may follow: prices are judged by the dearest of them."""
+        """The rules that an image may follow. The price ceiling uses the most expensive one."""
         return (self.current,) if self._pinned or self._learned else sizes.RULES
 
     async def refresh(self, fresh_for_s: float = 0.0) -> None:
-        """Read what another server may have learned; if the journal cannot be read, what is known stays.
+        """Read the rule that another server learned, unless the last read is younger than `fresh_for_s` seconds.
 
-        What was read less than `fresh_for_s` seconds ago is not read again.
+        If the journal cannot be read, nothing changes.
         """
         if self._learned is None and time.monotonic() - self._read_at >= fresh_for_s:
             self._read_at = time.monotonic()
             try:
-                found = await self._journal.fact(FACT)
+                value = await self._journal.fact(FACT)
             except JournalUnwritable as error:
                 log.info("%s", error.message)
             else:
-                self._learned = next((rule for rule in sizes.RULES if rule == found), None)
+                self._learned = next((rule for rule in sizes.RULES if rule == value), None)
 
     async def learn(self, entry: Entry) -> Rule | None:
-        """Learn from the saved pictures of an entry; the rule, if it was not known before.
+        """Learn from the saved images of an entry. Return the rule if it is new.
 
-        Only a cell where the two tables differ teaches anything, and only if the picture is one of the two.
+        An image proves a rule only if the two tables differ for its request and one of them has its pixels.
         """
         shown = shown_by(entry)
         if shown is None or shown == self._learned:
@@ -83,23 +83,23 @@ class SizeRule:
 
 
 def shown_by(entry: Entry) -> Rule | None:
-    """The rule that an entry's pictures follow, if they tell."""
+    """Return the rule that an entry's images prove, if any."""
     try:
         cells: dict[Rule, sizes.Size | None] = {rule: size_of(entry, rule) for rule in sizes.RULES}
     except ValueError:
         return None
     if len(set(cells.values())) < len(cells):
         return None
-    pixels = {(picture.width, picture.height) for picture in entry.images if picture.is_saved}
+    pixels = {(image.width, image.height) for image in entry.images if image.is_saved}
     shown: list[Rule] = [rule for rule, size in cells.items() if size and (size.width, size.height) in pixels]
     return shown[0] if len(shown) == 1 else None
 
 
 def size_of(entry: Entry, rule: str) -> sizes.Size | None:
-    """The pixels that an entry's request means by `rule`; None for auto and where the request is not known.
+    """Return the pixels of an entry's request under `rule`. None: size=auto, or the request is unknown.
 
     Raises:
-        ValueError: the request makes no sense.
+        ValueError: the request is invalid.
     """
     if not entry.request:
         return None

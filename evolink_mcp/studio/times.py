@@ -1,4 +1,4 @@
-"""Times as people say them: today, yesterday, 7d, or ISO 8601; days are the user's own."""
+"""Parse times of callers: today, yesterday, 7d, or ISO 8601, in local time."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ JUST_BEFORE_A_SECOND = 0.999999
 
 
 def start_of_day(now: float) -> float:
-    """Local midnight before `now`, in epoch seconds."""
+    """Return the local midnight before `now` in epoch seconds."""
     return datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
 
 
 def instant(text: str, now: float, *, end: bool = False) -> float:
-    """A time in words as epoch seconds: ISO 8601, today, yesterday, or 7d (so many days before now).
+    """Return a time as epoch seconds. `text` is ISO 8601, today, yesterday, or 7d (seven days before now).
 
-    Local time where no zone is given, as for the caps, which count the user's days. With `end` the last moment of what
-    is named: of a day, or of a second.
+    Without a zone it is local time, like the daily spending limit. With `end` return the last moment of the named day
+    or second.
 
     Raises:
-        Refused: it is no such time.
+        Refused: the text is not such a time.
     """
-    said = text.strip().lower()
-    if said in ("today", "yesterday"):
-        midnight = start_of_day(now - (DAY_S if said == "yesterday" else 0))
+    words = text.strip().lower()
+    if words in ("today", "yesterday"):
+        midnight = start_of_day(now - (DAY_S if words == "yesterday" else 0))
         return _end_of_day(midnight) if end else midnight
-    if days := re.fullmatch(r"([0-9]{1,4}) ?d(?:ays?)?", said):
+    if days := re.fullmatch(r"([0-9]{1,4}) ?d(?:ays?)?", words):
         return now - int(days[1]) * DAY_S
     try:
         moment = datetime.fromisoformat(text.strip()).timestamp()
     except (ValueError, OverflowError, OSError) as error:
         raise Refused(
-            f"“{harmless(text, 40)}” is no time that can be read here",
+            f"the time “{harmless(text, 40)}” is not understood",
             code="invalid_arguments",
-            advice="Give something like 2026-11-22, 2026-11-22T10:00:00Z, today, yesterday or 7d.",
+            advice="Use a form like 2026-11-22, 2026-11-22T10:00:00Z, today, yesterday or 7d.",
         ) from error
     if not end:
         return moment
-    if re.fullmatch(r"[0-9]{4}-?[0-9]{2}-?[0-9]{2}", said):
+    if re.fullmatch(r"[0-9]{4}-?[0-9]{2}-?[0-9]{2}", words):
         return _end_of_day(moment)
-    return moment if "." in said else moment + JUST_BEFORE_A_SECOND
+    return moment if "." in words else moment + JUST_BEFORE_A_SECOND
 
 
 def _end_of_day(midnight: float) -> float:
-    # Not simply 24 hours later: a day may have 23 or 25.
+    # A day may have 23 or 25 hours.
     return start_of_day(midnight + 1.5 * DAY_S) - 1 + JUST_BEFORE_A_SECOND

@@ -1,6 +1,6 @@
-"""The address at which EvoLink tells that a task has ended: signed, so that nobody else can tell, and made for one order.
+"""The addresses for EvoLink's callbacks. Each one belongs to one entry and is signed, so only this team can make it.
 
-What comes there is a hint: the task is read back from EvoLink before anything is believed.
+A callback is a hint: the server polls the task before it believes anything.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 from evolink_mcp.teams.signing import Signer
 
 PATH = "/callbacks/"
-# The looks at a task that will be told; they are for a callback that does not come.
-BACKSTOP_S = 60.0
 _SIGNED = re.compile(r"([0-9a-z]{0,64})\.([A-Za-z0-9_-]{1,96})\.([0-9a-f]{64})")
 
 
@@ -24,18 +22,16 @@ class Callbacks:
         self._public_url = public_url.rstrip("/")
         self._signer = Signer(secret, "callbacks")
 
-    def addressed(self, body: Mapping[str, Any], account: str, key: str) -> dict[str, Any]:
-        """The order's body as it is sent: with an address of ours, unless the caller gave one."""
+    def add_address(self, body: Mapping[str, Any], account: str, key: str) -> dict[str, Any]:
+        """Return the request body with this entry's address, unless the caller gave one."""
         if "callback_url" in body:
             return dict(body)
-        return {
-            **body,
-            "callback_url": f"{self._public_url}{PATH}{account}.{key}.{self._signer.sign(f'{account}.{key}')}",
-        }
+        signature = self._signer.sign(f"{account}.{key}")
+        return {**body, "callback_url": f"{self._public_url}{PATH}{account}.{key}.{signature}"}
 
     def read(self, path: str) -> tuple[str, str] | None:
-        """Account and key of the order that this path was made for; None if it was not made here."""
-        found = _SIGNED.fullmatch(path.removeprefix(PATH))
-        if found is None or not self._signer.verify(f"{found[1]}.{found[2]}", found[3]):
+        """Return account and key of the entry that this path belongs to. None: this team did not make the path."""
+        match = _SIGNED.fullmatch(path.removeprefix(PATH))
+        if match is None or not self._signer.verify(f"{match[1]}.{match[2]}", match[3]):
             return None
-        return found[1], found[2]
+        return match[1], match[2]

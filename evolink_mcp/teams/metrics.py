@@ -1,4 +1,4 @@
-"""What the studios of this process do, counted: for whoever watches the server. Nothing is decided by it."""
+"""Metrics and the audit log: subscribers of the studio's events. Nothing depends on them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
-from evolink_mcp.journal.entry import Entry, iso
+from evolink_mcp.journal.entry import iso
+from evolink_mcp.studio.events import Event, Failed, Finished, Polled, Purchased, Saved, Settled
 
 AUDIT = logging.getLogger("evolink_mcp.audit")
-# Seconds within which the end of a task was known: the bounds of a histogram.
+# The upper bounds of the histogram of detection lags, in seconds.
 LAG_BOUNDS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -18,43 +19,66 @@ LAG_BOUNDS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 class Metrics:
     """Counts since the start of the process.
 
-    `purchases` by their outcome, `credits` that EvoLink charged, `looks` (requests to read tasks) by their kind,
-    `downloads` by their outcome. `lags` counts, below each of LAG_BOUNDS_S and above them all, for how long at most a
-    task had ended before it was known: since the look before.
+    `purchases` by outcome, `credits` charged by EvoLink, `polls` (HTTP requests that read tasks) by kind, `downloads`
+    by outcome. `lags` counts detection lags by the first of LAG_BOUNDS_S that is not exceeded, `lag_s` is their sum.
     """
 
     purchases: Counter[str] = field(default_factory=Counter[str])
     credits: float = 0.0
-    looks: Counter[str] = field(default_factory=Counter[str])
+    polls: Counter[str] = field(default_factory=Counter[str])
     downloads: Counter[str] = field(default_factory=Counter[str])
     lags: Counter[float] = field(default_factory=Counter[float])
     lag_s: float = 0.0
 
-    def settled(self, credits: float | None, lag_s: float) -> None:
-        """A task was seen to have ended, `lag_s` after it was seen for the last time before."""
+    def receive(self, event: Event) -> None:
+        """Count one event."""
+        match event:
+            case Purchased(entry):
+                self.purchases[entry.phase] += 1
+            case Polled(mode):
+                self.polls[mode] += 1
+            case Settled(entry, detection_lag_s):
+                task = entry.task
+                credits = task.credits_used if task is not None and task.charged == "yes" else None
+                self.count_settled(credits, detection_lag_s)
+            case Saved():
+                self.downloads["saved"] += 1
+            case Failed():
+                self.downloads["failed"] += 1
+            case _:
+                pass
+
+    def count_settled(self, credits: float | None, detection_lag_s: float) -> None:
+        """Count a settled task."""
         self.credits += credits or 0.0
-        self.lag_s += lag_s
-        self.lags[next((bound for bound in LAG_BOUNDS_S if lag_s <= bound), float("inf"))] += 1
+        self.lag_s += detection_lag_s
+        self.lags[next((bound for bound in LAG_BOUNDS_S if detection_lag_s <= bound), float("inf"))] += 1
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One JSON line for each purchase, when its work ends here; it holds no prompt and no key."""
+    """Write one JSON line for each purchase of a tenant. It contains no prompt and no key."""
 
     tenant: str
 
-    def tell(self, entry: Entry, client: str | None, now: float) -> None:
-        """The purchase has ended here, at `now` in epoch seconds: completed, failed, or goes on at another server."""
+    def receive(self, event: Event) -> None:
+        """Write the line when this server's work on a purchase ends: completed, failed, or left to another server."""
+        if not isinstance(event, Finished):
+            return
+        entry = event.entry
         task = entry.task
+        credits = 0.0 if entry.charged == "no" else None
+        if task is not None and task.settled:
+            credits = task.credits_used
         AUDIT.info(
             json.dumps(
                 {
-                    "when": iso(now),
+                    "when": iso(event.at),
                     "tenant": self.tenant or None,
-                    "client": client,
+                    "client": event.client,
                     "task": entry.task_id,
                     "order": entry.key,
-                    "credits": task.credits_used if task and task.settled else 0.0 if entry.charged == "no" else None,
+                    "credits": credits,
                     "estimate": entry.estimate,
                     "charged": entry.charged,
                     "outcome": entry.status if task else entry.phase,

@@ -80,7 +80,7 @@ class MetricsCollector(Collector):
         yield tasks
         yield _counter("evolink_purchases", "Purchases by outcome.", "outcome", metrics.purchases)
         yield CounterMetricFamily("evolink_credits", "Credits that EvoLink charged.", value=metrics.credits)
-        yield _counter("evolink_looks", "Polls of tasks by kind.", "kind", metrics.looks)
+        yield _counter("evolink_looks", "Polls of tasks by kind.", "kind", metrics.polls)
         yield _counter("evolink_downloads", "Image downloads by outcome.", "outcome", metrics.downloads)
         yield _detection_lags(metrics)
         yield CounterMetricFamily(

@@ -18,6 +18,7 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.journal import Journal
+from evolink_mcp.studio.events import Events
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
@@ -97,7 +98,7 @@ def team_parts(
         make_journal=None if database is None else _postgres_journal(database, has_tenants=bool(tenant)),
         make_image_store=_remote_image_store(settings, object_store, clock) if tenant or settings.store else None,
         callbacks=callbacks_of(settings) if has_remote_callers else None,
-        audit=Audit(tenant) if settings.has_audit_log else None,
+        subscribers=(Audit(tenant).receive,) if settings.has_audit_log else (),
     )
 
 
@@ -185,7 +186,7 @@ class Studios:
             parts,
             has_other_tenants=tenant is not None and tenant.shares_account,
             poller=None if tenant is None else self._poller_of(settings),
-            metrics=self.metrics,
+            subscribers=(*parts.subscribers, self.metrics.receive),
         )
         options: Any = {
             "decoder": self._decoder,
@@ -239,7 +240,7 @@ class Studios:
             (candidate for candidate in reversed(self._studios) if candidate.journal.account == account_id), None
         )
         if studio is not None:
-            await studio.called_back(key, task_id)
+            await studio.receive_callback(key, task_id)
         elif self.database is not None:
             await self.database.publish(account_id, {"key": key, "task_id": task_id, "is_callback": True})
 
@@ -250,7 +251,7 @@ class Studios:
         account = (settings.key_text, settings.base_url)
         if account not in self._pollers:
             client = EvolinkClient(settings.key, base_url=settings.base_url, transport=self._transport)
-            self._pollers[account] = Poller(client, self._group, metrics=self.metrics)
+            self._pollers[account] = Poller(client, self._group, events=Events([self.metrics.receive]))
             self._group.start_soon(_hold_open, client)
         return self._pollers[account]
 

@@ -113,7 +113,7 @@ def compute_size_tool(studio: Studio) -> Tool:
         the width and height that you need (such as 1200 and 628): returns the nearest legal size that covers them,
         the closest ratio and tier, and the crop."""
         await studio.size_rule.refresh(fresh_for_s=RULE_FRESH_FOR_S)
-        out = compute(req, studio.size_rule.current, studio.size_rule.possible, is_known=studio.size_rule.known)
+        out = compute(req, studio.size_rule.current, studio.size_rule.possible, is_known=studio.size_rule.is_known)
         return result(size_text(out), out, is_error=out.error is not None)
 
     return flat_tool(

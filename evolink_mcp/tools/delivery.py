@@ -1,4 +1,4 @@
-"""Whether an answer reached its caller: known only when it was written to a connection that was still there."""
+"""The delivery of an answer: complete when the transport has written it to an open connection."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ from typing import Any
 
 from mcp.server.mcpserver import Context
 
-SCOPE_KEY = "evolink_mcp.delivery"  # where the HTTP transport keeps it in the ASGI scope
+SCOPE_KEY = "evolink_mcp.delivery"  # the key in the ASGI scope of an HTTP request
 
 Act = Callable[[bool], Awaitable[None]]
 
 
 class Delivery:
-    """The way of one call's answer to its client. The transport settles it; a tool says what is to be done then."""
+    """The delivery of one call's answer. A tool adds actions, the transport settles the delivery."""
 
     def __init__(self) -> None:
         self._acts: list[Act] = []
 
     @property
     def awaited(self) -> bool:
-        """Whether anybody wants to know."""
+        """Whether an action waits for the delivery."""
         return bool(self._acts)
 
     def when_settled(self, act: Act) -> None:
-        """Await `act(arrived)` once it is known whether the answer was written."""
+        """Await `act(is_written)` when the delivery is settled."""
         self._acts.append(act)
 
-    async def settle(self, arrived: bool) -> None:
-        """The answer was written, or its client is gone."""
-        acts, self._acts = self._acts, []
+    async def settle(self, is_written: bool) -> None:
+        """The answer was written, or the connection is closed: run the actions."""
+        acts = self._acts
+        self._acts = []
         for act in acts:
-            await act(arrived)
+            await act(is_written)
 
 
 def delivery_of(ctx: Context[Any, Any]) -> Delivery | None:
-    """The delivery of this call's answer; None where the transport cannot tell."""
+    """Return the delivery of this call's answer. None: the transport does not report it."""
     request = ctx.request_context.request
     if isinstance(request, Delivery):
         return request
     scope: dict[str, Any] = getattr(request, "scope", None) or {}
-    found = scope.get(SCOPE_KEY)
-    return found if isinstance(found, Delivery) else None
+    delivery = scope.get(SCOPE_KEY)
+    return delivery if isinstance(delivery, Delivery) else None

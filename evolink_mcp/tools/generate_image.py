@@ -63,12 +63,14 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
     ) -> Confirm | Elicit[Confirm]:
         limit = studio.budget.confirm_above
-        is_expensive = limit is not None and order.at_most > limit
+        is_expensive = limit is not None and order.price_ceiling > limit
         disclosures = _disclosures(req) - approved
         if _can_ask(ctx) and (is_expensive or disclosures):
-            price = f"This will cost at most {costs.priced(order.at_most)}. " if is_expensive else ""
+            price = f"This will cost at most {costs.priced(order.price_ceiling)}. " if is_expensive else ""
             return Elicit(f"{price}{_disclosure_text(disclosures)}Go ahead?", Confirm)
-        return Confirm(go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= order.at_most))
+        return Confirm(
+            go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= order.price_ceiling)
+        )
 
     async def generate_image(
         req: GenerateImageArguments,
@@ -83,10 +85,12 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         exact pixels give size as WxH. compute_size returns pixels and price, free of charge.
         Show the user the file path and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise _unconfirmed(order.at_most, studio.budget.confirm_above, was_asked=_can_ask(ctx))
+            raise _unconfirmed(order.price_ceiling, studio.budget.confirm_above, was_asked=_can_ask(ctx))
         approved.update(_disclosures(req))
-        job = await studio.order(replace(order, client=client_of(ctx)))
-        return await waiting.answer(job, req.wait_seconds, ctx, _notes(req, studio), joined=job.joined)
+        async with studio.ordered(replace(order, client=client_of(ctx))) as job:
+            return await waiting.answer(
+                job, req.wait_seconds, ctx, _notes(req, studio), is_deduplicated=job.is_deduplicated
+            )
 
     return flat_tool(
         generate_image,

@@ -40,7 +40,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
         charge."""
         host = mcp_host_of(ctx)
         job = await waiting.studio.resume(req.task_id)
-        await follow(job, waiting.wait(host), ctx.report_progress)
+        await follow(job, waiting.wait_for(host), ctx.report_progress)
         picture = next((p for p in job.entry.images if p.index == req.index), None)
         entry = await waiting.studio.image_store.entry_for_caller(job.entry)
         if picture is None or not picture.is_saved:

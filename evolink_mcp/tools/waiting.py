@@ -1,4 +1,4 @@
-"""A call waits for a job: progress that rises, a heartbeat, and an answer before its host gives up."""
+"""Wait for a job: report rising progress and a heartbeat, and answer before the MCP host's limit."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ WaitSeconds = Annotated[
     Field(
         ge=0,
         le=WAIT_MAX_S,
-        description="How long this call waits; the task goes on after it. Default: what this host bears.",
+        description="Longest wait of this call. The task continues after it. Default: depends on the MCP host.",
     ),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """How calls wait for jobs of one studio and answer.
+    """Wait for the jobs of one studio and build the answers.
 
-    `wait_s` None lets the host decide how long a call waits. `preview_edge` is the longest edge of previews in pixels:
-    None chooses it by the number of pictures, 0 sends none. `resource_links` adds a link for each saved picture.
+    `wait_s`: the owner's default wait in seconds, None uses the MCP host's. `preview_edge`: the longest edge of previews
+    in pixels, None chooses it by the number of images, 0 sends none. `resource_links`: add a link for each saved image.
     """
 
     studio: Studio
@@ -56,132 +56,143 @@ class Waiting:
     resource_links: bool = False
 
     async def answer(
-        self, job: Job, asked_s: float | None, ctx: Context[Any, Any], notes: list[str], *, joined: bool = False
+        self,
+        job: Job,
+        wait_seconds: float | None,
+        ctx: Context[Any, Any],
+        notes: list[str],
+        *,
+        is_deduplicated: bool = False,
     ) -> CallToolResult:
-        """Wait for the job as long as this call may, then say how it stands; the job goes on, however the wait ends."""
+        """Wait for the job and return its state as the answer. The job continues after the wait."""
         host = mcp_host_of(ctx)
         async with self.studio.attending(job):
-            await follow(job, self.wait(host, asked_s), ctx.report_progress)
+            await follow(job, self.wait_for(host, wait_seconds), ctx.report_progress)
             out = task_out(
                 await self.studio.image_store.entry_for_caller(job.entry),
-                problem=job.problem if job.finished else None,
-                joined=joined,
-                running=not job.finished,
+                problem=job.problem if job.is_finished else None,
+                joined=is_deduplicated,
+                running=not job.is_finished,
             )
             out.notes[:0] = notes
-            if job.learned is not None:
-                out.notes.append(f"This account's pictures follow EvoLink's {job.learned} table: seen in this picture's "
-                                 "pixels, and computed by it from now on.")  # fmt: skip
-            if job.problem is not None and not job.finished:
-                out.notes.append(f"EvoLink is asked again, ever more slowly, because {job.problem.message}.")
+            if job.learned_rule is not None:
+                out.notes.append(
+                    f"This picture's pixels follow EvoLink's {job.learned_rule} table. Sizes and prices of this account "
+                    "are computed by it from now on."
+                )
+            if job.problem is not None and not job.is_finished:
+                out.notes.append(
+                    f"The status could not be read: {job.problem.message}. The server repeats the poll, more and more slowly."
+                )
             files = await self._files(job.entry)
             decoder = self.studio.image_store.decoder
-            pictures = await previews(out, files, self.preview_edge, host.answer_max, decoder)
-            more = links(out) if self.resource_links else []
-            if job.finished and job.problem is None and job.entry.has_result:
+            images = await previews(out, files, self.preview_edge, host.answer_max, decoder)
+            image_links = links(out) if self.resource_links else []
+            if job.is_finished and job.problem is None and job.entry.has_result:
                 await self._hand_over(job, ctx)
-        return result(task_text(out), out, *pictures, *more, is_error=is_error(out))
+        return result(task_text(out), out, *images, *image_links, is_error=is_error(out))
 
     async def _files(self, entry: Entry) -> list[Path]:
-        """The files of this machine that hold the saved pictures; those that cannot be had soon are left out."""
+        """Return local files of the saved images. Omit files that need more than FILES_WITHIN_S seconds."""
         if self.preview_edge == 0 or entry.task_id is None:
             return []
         files: list[Path] = []
         with anyio.move_on_after(FILES_WITHIN_S):
-            for picture in entry.images:
-                if picture.is_saved:
+            for image in entry.images:
+                if image.is_saved:
                     with suppress(OSError, EvolinkError):
-                        files.append(await self.studio.image_store.local_file(entry.task_id, picture))
+                        files.append(await self.studio.image_store.local_file(entry.task_id, image))
         return files
 
     async def _hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
-        """The job's result is about to be sent. Only an answer that was written counts as delivered."""
+        """Record the delivery when the transport has written the answer."""
         delivery = delivery_of(ctx)
         if delivery is None:
             await self.studio.deliver(job)
             return
-        self.studio.attend(job)  # until the answer has left
+        self.studio.attend(job)  # until the answer is written
 
-        async def settled(arrived: bool) -> None:
-            if arrived:
+        async def settle(is_written: bool) -> None:
+            if is_written:
                 await self.studio.deliver(job)
             await self.studio.depart(job)
 
-        delivery.when_settled(settled)
+        delivery.when_settled(settle)
 
-    def wait(self, host: Host, asked_s: float | None = None) -> float:
-        """Seconds: what the caller asks, but never beyond the host's limit; else the owner's setting; else the host's."""
-        if asked_s is None:
+    def wait_for(self, host: Host, wait_seconds: float | None = None) -> float:
+        """Return the wait in seconds: the caller's up to the host's limit, else the owner's, else the host's default."""
+        if wait_seconds is None:
             return host.wait_s if self.wait_s is None else self.wait_s
-        return min(asked_s, host.longest_wait_s)
+        return min(wait_seconds, host.longest_wait_s)
 
 
 def client_of(ctx: Context[Any, Any]) -> str | None:
-    """The name that the client of this call gave."""
+    """Return the name that the MCP host of this call gave."""
     params = ctx.session.client_params
     return params.client_info.name if params else None
 
 
 def mcp_host_of(ctx: Context[Any, Any]) -> Host:
-    """The host that this call comes from, by the name that its client gave."""
+    """Return the MCP host of this call."""
     return host_named(client_of(ctx))
 
 
 def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
-    """The answer of generate_image and get_task to an error before there is a task."""
+    """Return the answer of generate_image and get_task to an error without a task."""
     out = refusal(error)
     return result(task_text(out), out, is_error=True)
 
 
-async def follow(job: Job, wait_s: float, report: Report) -> None:
-    """Watch `job` for `wait_s` seconds, or until it is finished; `report(progress, total, message)` is called meanwhile.
+async def follow(job: Job, wait_s: float, report: Report, *, heartbeat_s: float = HEARTBEAT_S) -> None:
+    """Return after `wait_s` seconds or when the job is finished. Call `report(progress, total, message)` meanwhile.
 
-    Shortly before the end the task is read once more. A job of which EvoLink has said nothing yet gets up to ID_GRACE_S
-    more: with an answer that names the task id nothing can be lost.
+    The task is polled once more shortly before the end. If EvoLink has not answered the POST, wait up to ID_GRACE_S
+    longer, so that the answer can name the task ID.
     """
-    progress = _Progress(report)
+    progress = _Progress(report, heartbeat_s)
     deadline = anyio.current_time() + wait_s
     await _until(job, progress, deadline - min(LAST_READ_S, wait_s / 4))
-    if job.finished:
+    if job.is_finished:
         return
     job.poll_now()
     await _until(job, progress, deadline)
-    if not (job.finished or job.heard_from):
-        await _until(job, progress, anyio.current_time() + ID_GRACE_S, heard_from=True)
+    if not (job.is_finished or job.is_acknowledged):
+        await _until(job, progress, anyio.current_time() + ID_GRACE_S, needs_task_id=True)
 
 
-async def _until(job: Job, progress: _Progress, deadline: float, *, heard_from: bool = False) -> None:
-    """Report the job's states until `deadline`, or until EvoLink has been heard from."""
-    async with aclosing(job.states(HEARTBEAT_S)) as states:
+async def _until(job: Job, progress: _Progress, deadline: float, *, needs_task_id: bool = False) -> None:
+    """Report the job's states until `deadline`. Return earlier if the server drains, or with `needs_task_id` met."""
+    async with aclosing(job.states(progress.heartbeat_s)) as states:
         with anyio.CancelScope(deadline=deadline):
             async for entry in states:
-                await progress.tell(entry)
-                if job.heard_from if heard_from else job.is_draining:
+                await progress.report(entry)
+                if job.is_acknowledged if needs_task_id else job.is_draining:
                     return
 
 
 class _Progress:
-    """Progress as the protocol wants it: every number is above the last, and 100 comes only at the end."""
+    """Progress for MCP: each value is above the one before, and only the end is 100."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, heartbeat_s: float) -> None:
+        self.heartbeat_s = heartbeat_s
         self._report = report
         self._last = 0.0
-        self._speak_from = anyio.current_time() + HEARTBEAT_S - 0.1
+        self._first_at = anyio.current_time() + heartbeat_s - 0.1
 
-    async def tell(self, entry: Entry) -> None:
-        """Report the entry's state; before the task has an id, only if that takes longer than a heartbeat."""
-        if self._last >= 100 or (entry.task is None and anyio.current_time() < self._speak_from):
+    async def report(self, entry: Entry) -> None:
+        """Report the state of an entry. An entry without a task is reported only after the first heartbeat."""
+        if self._last >= 100 or (entry.task is None and anyio.current_time() < self._first_at):
             return
-        known = (entry.task.progress if entry.task else None) or 0.0
-        value = 100.0 if entry.stage is not Stage.OPEN else min(known, 99.0)
+        percent = (entry.task.progress if entry.task else None) or 0.0
+        value = 100.0 if entry.stage is not Stage.OPEN else min(percent, 99.0)
         self._last = value if value > self._last else self._last + (99.9 - self._last) / 100
-        await self._report(round(self._last, 4), 100.0, _progress_words(entry))
+        await self._report(round(self._last, 4), 100.0, _progress_text(entry))
 
 
-def _progress_words(entry: Entry) -> str:
+def _progress_text(entry: Entry) -> str:
     if entry.task is None:
-        return "waiting for EvoLink to take the request"
-    saved = sum(picture.is_saved for picture in entry.images)
+        return "waiting for EvoLink to accept the request"
+    saved = sum(image.is_saved for image in entry.images)
     if entry.status == COMPLETED:
         return f"{entry.task.id} completed, {saved} of {len(entry.task.results)} saved"
     progress = f" {entry.task.progress:.0f} %" if entry.task.progress is not None else ""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import anyio
 import pytest
-from conftest import Open, World
+from conftest import KEY, World
 
 from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.studio import durations as rooms
-from evolink_mcp.studio.durations import FACT, WRITTEN_EVERY, DurationHistory
-from evolink_mcp.studio.schedule import ENOUGH
+from evolink_mcp.studio.events import Events, JournalWriter
+from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.poller import Poller, TaskFollower
+from evolink_mcp.studio.schedule import DURATIONS_FACT, ENOUGH_TASKS, WRITTEN_EVERY, DurationHistory
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -35,7 +37,7 @@ async def learned(world: World, took_s: float, times: int) -> DurationHistory:
 
 
 async def test_what_was_learned_is_known_to_the_next_server(world: World) -> None:
-    assert WRITTEN_EVERY >= ENOUGH
+    assert WRITTEN_EVERY >= ENOUGH_TASKS
     ours = await learned(world, 60.0, WRITTEN_EVERY)
     theirs = DurationHistory(world.studio.journal)
     assert (await ours.expected(ENTRY)).median_s == (await theirs.expected(ENTRY)).median_s == 60.0
@@ -45,9 +47,11 @@ async def test_what_was_learned_is_known_to_the_next_server(world: World) -> Non
 
 async def test_less_is_written_when_the_server_ends(world: World) -> None:
     ours = await learned(world, 60.0, WRITTEN_EVERY - 1)
-    assert await world.studio.journal.fact(FACT) is None
+    assert await world.studio.journal.fact(DURATIONS_FACT) is None
     await ours.write()
-    assert json.loads(await world.studio.journal.fact(FACT) or "") == [["high", 100.0, 60.0]] * (WRITTEN_EVERY - 1)
+    assert json.loads(await world.studio.journal.fact(DURATIONS_FACT) or "") == [["high", 100.0, 60.0]] * (
+        WRITTEN_EVERY - 1
+    )
 
 
 async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
@@ -60,17 +64,28 @@ async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
     ["", "{", "7", "{}", '[["high"]]', '[["high", null, "x"]]', '[["high", 1e999, 5]]', '[["high", 1, 1e999]]', "[[]]"],
 )
 async def test_an_odd_note_is_left_out(world: World, text: str) -> None:
-    await world.studio.journal.save_fact(FACT, text)
+    await world.studio.journal.save_fact(DURATIONS_FACT, text)
     assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 
-async def test_a_bought_task_teaches_and_one_taken_up_later_does_not(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rooms, "TAKES_AT_LEAST_S", 0.0)
-    async with open_world() as world, world.client() as client:
-        answer = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "quality": "high"})
-        assert [one[0] for one in world.studio._durations._taken] == ["high"]
-        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
-        assert again.structured_content["status"] == "completed"
-        assert len(world.studio._durations._taken) == 1
+async def test_only_a_task_that_was_followed_from_its_start_counts(world: World) -> None:
+    journal = world.studio.journal
+    world.simulator.create({"model": "gpt-image-2", "prompt": "sim:done a fox"}, key=KEY)
+    (task_id,) = world.simulator.tasks
+    entry = replace(ENTRY, owner=journal.owner, account=journal.account, task=Task(task_id))
+    await journal.intend(entry)
+    durations = DurationHistory(journal, counted_from_s=0.0)
+    stored: list[int] = []
+    async with anyio.create_task_group() as group:
+        timing = Timing(world.clock, world.clock.sleep)
+        writer = JournalWriter(journal, Events())
+        follower = TaskFollower(Poller(world.studio.client, group), writer, durations, timing)
+        for is_purchase in (False, True):
+            job = Job(entry)
+            if is_purchase:
+                job.record_answer(is_running=True)
+            await follower.follow(job)
+            assert job.entry.status == "completed"
+            await durations.write()
+            stored.append(len(json.loads(await journal.fact(DURATIONS_FACT) or "[]")))
+    assert stored == [0, 1]

@@ -63,7 +63,7 @@ async def test_while_evolink_refuses_the_caller_is_told_that_it_goes_on(open_wor
     async with open_world(simulator=simulator, clock=clock, transport=refuses) as world, world.client() as client:
         answer = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
         again = {"task_id": answer.structured_content["task_id"], "wait_seconds": 0}
-        while not any("asked again" in note for note in answer.structured_content["notes"]):
+        while not any("repeats the poll" in note for note in answer.structured_content["notes"]):
             answer = await client.call_tool("get_task", again)
     facts = answer.structured_content
     assert (answer.is_error, facts["error"], facts["charged"]) == (False, None, "unknown")

@@ -68,7 +68,7 @@ async def test_the_same_call_after_an_unknown_outcome_looks_again_and_only_force
             first = await client.call_tool("generate_image", wish)
             again = await client.call_tool("generate_image", wish)
             assert (first.structured_content["charged"], again.structured_content["charged"]) == ("unknown", "unknown")
-            assert "nothing was sent again" in again.content[0].text
+            assert "Nothing was sent again" in again.content[0].text
             assert world.posts == 1
             await client.call_tool("generate_image", {**wish, "force_new": True})
             assert world.posts == 2

@@ -432,7 +432,7 @@ async def test_an_id_that_another_server_has_written_down_meanwhile_ends_no_serv
         found = await asked(other, "get_task", task_id=answer["task_id"], wait_seconds=0)
         assert found["task_id"] == answer["task_id"]
         full = False
-        while one.studio._recorder._unwritten:
+        while one.studio.has_unwritten:
             await anyio.sleep(0.001)
         assert len(await listed(one)) == 2
     assert bought(simulator) == 1
@@ -441,7 +441,7 @@ async def test_an_id_that_another_server_has_written_down_meanwhile_ends_no_serv
 async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> None:
     """While one entry is written at last, the job of another one goes on and writes for itself."""
     from evolink_mcp.api.task import Task
-    from evolink_mcp.studio.events import JournalWriter
+    from evolink_mcp.studio.events import Events, JournalWriter
     from evolink_mcp.studio.jobs import Job
 
     written: list[tuple[str, str]] = []
@@ -464,16 +464,16 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
             written.append((key, "released"))
 
     book = Book()
-    recorder = JournalWriter(book, lambda entry: None)  # pyright: ignore[reportArgumentType]
+    writer = JournalWriter(book, Events())  # pyright: ignore[reportArgumentType]
     jobs = [Job(Entry(key, "o", "submitted", 1.0, account="a")) for key in ("first", "second")]
     for number, job in enumerate(jobs):
-        await recorder.task_seen(job, Task(f"task-unified-{number}", "processing"))
+        await writer.record_poll(job, Task(f"task-unified-{number}", "processing"))
     jobs[0].finish()
     book.full = False
     async with anyio.create_task_group() as group:
-        group.start_soon(recorder.flush)
+        group.start_soon(writer.flush)
         await anyio.lowlevel.checkpoint()
-        await recorder.task_seen(jobs[1], Task("task-unified-1", "completed"))
+        await writer.record_poll(jobs[1], Task("task-unified-1", "completed"))
         book.held.set()
     assert written == [("second", "completed"), ("first", "processing"), ("first", "released")]
 

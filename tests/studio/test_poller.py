@@ -63,7 +63,7 @@ async def read_together(account: Account, times: int = 1) -> list[dict[str, Task
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
-            poller.watchers = len(IDS)
+            poller.jobs = len(IDS)
             for _ in range(times):
                 heard: dict[str, Task | EvolinkError] = {}
 
@@ -164,7 +164,7 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
     async def both_watch() -> None:
         async with anyio.create_task_group() as group:
             poller = Poller(Account(batch=list, single=fault), group)  # pyright: ignore[reportArgumentType]
-            poller.watchers = 2
+            poller.jobs = 2
 
             async def watch(task_id: str) -> None:
                 with anyio.CancelScope(shield=True):
@@ -194,7 +194,7 @@ async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
-            poller.watchers = 202
+            poller.jobs = 202
             poller._batch_works = False
 
             async def read(task_id: str, who: str) -> None:
@@ -236,7 +236,7 @@ async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
 async def test_an_order_waits_while_evolink_asks_its_account_to_wait(open_world: Open) -> None:
     async with open_world() as world, world.client() as client:
         began = world.clock.now
-        world.studio._purchases.pause.ask(12.0)
+        world.studio.rate_limit.extend(12.0)
         await client.call_tool("generate_image", {"prompt": "sim:done a fox", "size": "1024x640"})
         (bought,) = (r for r in world.simulator.requests if r.path == "/v1/images/generations")
     assert 11 < bought.at - began < 14

@@ -172,8 +172,12 @@ async def test_an_outage_of_a_minute_is_outlived_and_not_amplified(open_world: O
 
 def test_the_budget_of_repeats_is_botocores() -> None:
     budget = RetryBudget()
-    assert [sum(budget.spend(lost=True) for _ in range(100)), budget.tokens] == [35, 10]
-    assert [budget.spend(lost=False), budget.spend(lost=False), budget.spend(lost=False)] == [True, True, False]
+    assert [sum(budget.spend(is_lost=True) for _ in range(100)), budget.tokens] == [35, 10]
+    assert [budget.spend(is_lost=False), budget.spend(is_lost=False), budget.spend(is_lost=False)] == [
+        True,
+        True,
+        False,
+    ]
     for _ in range(1000):
         budget.earn()
     assert budget.tokens == 500

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -196,19 +196,29 @@ async def test_a_handle_that_get_task_has_completed_counts_as_received(open_worl
     assert world.posts == 2
 
 
-async def test_the_same_call_that_overtakes_the_cancelling_of_the_first_gets_what_that_bought(open_world: Open) -> None:
-    """Over HTTP both are requests of their own, and the later one may come first."""
-    async with open_world() as world:
-        order = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), at_most=9.0)
-        first = await world.studio.order(order)
-        world.studio.attend(first)
+class CancellingClock(Clock):
+    """A clock whose next sleep runs `cancel` first."""
 
-        async def give_up(seconds: float) -> None:
-            await world.studio.depart(first)
+    cancel: Callable[[], Awaitable[None]] | None = None
 
-        world.studio._joining._sleep = give_up  # the cancelling arrives while the second call waits
-        second = await world.studio.order(order)
-        assert (second is first, second.joined) == (True, True)
+    async def sleep(self, seconds: float) -> None:
+        if self.cancel is not None:
+            await self.cancel()
+            self.cancel = None
+        await super().sleep(seconds)
+
+
+async def test_a_call_that_overtakes_the_cancellation_of_the_same_call_gets_its_purchase(open_world: Open) -> None:
+    """Over HTTP the cancellation is a request of its own and may arrive after the second call."""
+    clock = CancellingClock()
+    async with open_world(clock=clock) as world:
+        request = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), price_ceiling=9.0)
+        first = await world.studio.order(request)
+        while first.entry.task is None:
+            await anyio.sleep(0)
+        clock.cancel = lambda: world.studio.depart(first)
+        second = await world.studio.order(request)
+        assert (second is first, second.is_deduplicated) == (True, True)
     assert world.posts == 1
 
 

@@ -10,16 +10,16 @@ from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.studio.schedule import (
     BACKOFF_MAX_S,
     BACKOFF_MIN_S,
-    ENOUGH,
+    ENOUGH_TASKS,
     READ_MIN_S,
     RECENT,
     REST_OLD_MAX_S,
     SPRINT_READS,
     SPRINT_S,
+    Duration,
     Expected,
     RetryBudget,
     Schedule,
-    Taken,
     backoff_s,
     expected,
 )
@@ -60,19 +60,19 @@ def test_an_estimate_that_is_much_shorter_is_believed_at_once() -> None:
 
 
 def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
-    old: list[Taken] = [("high", 100.0, 900.0)] * 20
-    own: list[Taken] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT)]
+    old: list[Duration] = [("high", 100.0, 900.0)] * 20
+    own: list[Duration] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT)]
     assert expected("high", 100.0, [*old, *own]).median_s == pytest.approx(65.5)
-    assert expected("high", 100.0, own[: ENOUGH - 1]).median_s == TYPICAL_S["high"]
+    assert expected("high", 100.0, own[: ENOUGH_TASKS - 1]).median_s == TYPICAL_S["high"]
     assert expected("low", 100.0, own).median_s == TYPICAL_S["low"]
 
 
 def test_an_estimate_is_believed_when_it_was_nearer_to_the_truth() -> None:
     dice = random.Random(1)
     lasting = [dice.lognormvariate(4.0, 0.6) for _ in range(30)]
-    good: list[Taken] = [("medium", lasts / 1.2, lasts) for lasts in lasting]
+    good: list[Duration] = [("medium", lasts / 1.2, lasts) for lasts in lasting]
     assert expected("medium", 30.0, good).median_s == pytest.approx(36.0)
-    constant: list[Taken] = [("medium", 100.0, lasts) for lasts in lasting]
+    constant: list[Duration] = [("medium", 100.0, lasts) for lasts in lasting]
     assert expected("medium", 30.0, constant) == expected("medium", None, constant)
 
 
@@ -230,11 +230,11 @@ def test_backoff_is_full_jitter_between_half_a_second_and_eight(attempt: int) ->
 def test_an_outage_is_not_amplified() -> None:
     """500 tokens: 35 quick repeats after lost answers, then none until reads succeed again."""
     budget = RetryBudget()
-    assert [budget.spend(lost=True) for _ in range(36)] == [True] * 35 + [False]
-    assert [budget.spend(lost=False) for _ in range(3)] == [True, True, False]
+    assert [budget.spend(is_lost=True) for _ in range(36)] == [True] * 35 + [False]
+    assert [budget.spend(is_lost=False) for _ in range(3)] == [True, True, False]
     for _ in range(5):
         budget.earn()
-    assert budget.spend(lost=False)
+    assert budget.spend(is_lost=False)
 
 
 def test_the_budget_never_grows_beyond_its_capacity() -> None:

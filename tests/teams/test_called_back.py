@@ -149,8 +149,8 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
 ) -> None:
     """A wrong public URL delays three tasks by a minute, and no further ones."""
     waits: list[float] = []
-    async with open_world() as world, world.client() as client:
-        world.studio._purchases._callbacks = Callbacks("https://nowhere.example.org", "s" * 32)
+    callbacks = Callbacks("https://nowhere.example.org", "s" * 32)
+    async with open_world(callbacks=callbacks) as world, world.client() as client:
         world.simulator.duration_s = 20
         for number in range(5):
             began = world.clock.now
@@ -165,13 +165,13 @@ async def test_a_callback_address_belongs_to_one_team_and_one_purchase() -> None
         Callbacks("https://x.example.org", "s" * 32),
         Callbacks("https://x.example.org", "t" * 32),
     )
-    address = callbacks.addressed({"prompt": "x"}, "a1", "evomcp-1")["callback_url"]
+    address = callbacks.add_address({"prompt": "x"}, "a1", "evomcp-1")["callback_url"]
     path = address.removeprefix("https://x.example.org")
     assert callbacks.read(path) == ("a1", "evomcp-1")
     assert other_callbacks.read(path) is None
     assert callbacks.read(path.replace("evomcp-1", "evomcp-2")) is None
     assert callbacks.read(path.replace("a1.", "b2.")) is None
     assert callbacks.read(path + "0") is None
-    assert callbacks.addressed({"callback_url": "https://y.example.org"}, "a1", "k") == {
+    assert callbacks.add_address({"callback_url": "https://y.example.org"}, "a1", "k") == {
         "callback_url": "https://y.example.org"
     }

@@ -531,13 +531,13 @@ async def test_an_id_that_is_not_written_down_yet_is_not_forgotten_when_the_serv
         facts = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         (job,) = world.studio.jobs
         world.studio.journal.database._lost()
-        await until(lambda: job.elsewhere)
+        await until(lambda: job.has_remote_owner)
         await anyio.to_thread.run_sync(cluster.start)
         await until(lambda: world.studio.journal.database.alive)
         job.wake()
-        await until(lambda: job.following or job.finished)
+        await until(lambda: job.following_scope or job.is_finished)
         assert (job.entry.phase, job.entry.task_id, job.entry.is_unconfirmed) == ("submitted", facts["task_id"], False)
-        await world.studio._recorder.flush()
+        await world.studio.flush()
         found = await _entry_of(world.studio, facts["task_id"])
     assert found is not None
     assert (found.phase, found.is_unconfirmed, world.posts) == ("submitted", False, 1)
@@ -586,20 +586,20 @@ async def test_a_server_that_may_be_taken_for_dead_stops_what_it_works_on(
         journal = world.studio.journal
         await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})
         (job,) = world.studio.jobs
-        await until(lambda: job.following)
+        await until(lambda: job.following_scope)
 
         async def taken(_: str) -> bool:
             return False
 
         monkeypatch.setattr(journal, "acquire", taken)
         journal.database._lost()
-        await until(lambda: job.elsewhere)
-        assert (job.following, job.finished) == (None, False)
+        await until(lambda: job.has_remote_owner)
+        assert (job.following_scope, job.is_finished) == (None, False)
         monkeypatch.undo()
         await until(lambda: journal.database.alive)
         job.wake()
-        await until(lambda: job.following)
-        assert not job.elsewhere
+        await until(lambda: job.following_scope)
+        assert not job.has_remote_owner
 
 
 async def test_progress_and_changes_reach_who_watches_at_another_server(

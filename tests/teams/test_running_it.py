@@ -80,8 +80,8 @@ async def test_metrics_with_a_token_refuse_every_other_token(tmp_path: Path, tok
 
 async def test_metrics_are_served_on_a_separate_port() -> None:
     metrics = Metrics()
-    metrics.settled(2.5, 0.4)
-    metrics.settled(None, 90.0)
+    metrics.count_settled(2.5, 0.4)
+    metrics.count_settled(None, 90.0)
     collector = MetricsCollector(metrics, lambda: ["processing"], lambda: 0, lambda: False)
     port = silent_port()
     close = collector.serve("127.0.0.1", port)
@@ -213,7 +213,7 @@ async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses
 
         async with anyio.create_task_group() as calls:
             calls.start_soon(order)
-            while not any(job.heard_from for studio in town.studios for job in studio.jobs):
+            while not any(job.is_acknowledged for studio in town.studios for job in studio.jobs):
                 await anyio.sleep(0.01)
             assert not town.studios.drain()
             while not town.studios.drain():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import anyio
@@ -59,13 +60,12 @@ async def test_progress_rises_with_odd_answers_of_evolink(world: World, order: s
     assert log.is_rising
 
 
-async def test_an_unchanged_job_is_reported_at_each_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evolink_mcp.tools.waiting.HEARTBEAT_S", 0.001)
+async def test_an_unchanged_job_is_reported_at_each_heartbeat() -> None:
     log, waiting = ProgressLog(), job(progress=40)
-    waiting.heard_from = True
+    waiting.record_answer(is_running=True)
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(follow, waiting, 60.0, log)
+            group.start_soon(partial(follow, waiting, 60.0, log, heartbeat_s=0.001))
             while len(log.reports) < 5:
                 await anyio.sleep(0)
             waiting.finish()
@@ -75,7 +75,7 @@ async def test_an_unchanged_job_is_reported_at_each_heartbeat(monkeypatch: pytes
 
 async def test_the_end_of_a_wait_requests_one_last_poll() -> None:
     waiting = job()
-    waiting.heard_from = True
+    waiting.record_answer(is_running=True)
     polled = anyio.Event()
     waiting.poll_now = polled.set  # pyright: ignore[reportAttributeAccessIssue]
     with anyio.fail_after(300):
@@ -90,6 +90,6 @@ async def test_a_call_without_a_task_id_waits_for_it_beyond_its_wait() -> None:
             group.start_soon(follow, waiting, 0.0, ProgressLog())
             for _ in range(5):
                 await anyio.sleep(0)
-            waiting.heard_from = True
+            waiting.record_answer(is_running=True)
             waiting.change_to(replace(waiting.entry, phase="submitted", task=Task(TASK)))
     assert waiting.entry.task_id == TASK
