@@ -310,7 +310,7 @@ def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(
     assert (talk.process.wait(20), talk.end()[2]) == (0, b"")
 
 
-def test_a_poor_environment_starts_and_a_missing_key_is_told(start: Callable[..., Talk]) -> None:
+def test_a_minimal_environment_starts_and_a_missing_key_is_reported(start: Callable[..., Talk]) -> None:
     talk = start(EVOLINK_API_KEY="${user_config.api_key}", EVOLINK_MCP_OUTPUT_DIR="${HOME}/Pictures/EvoLink")
     talk.greet()
     arguments = {"name": "generate_image", "arguments": {"prompt": "a fox"}}
