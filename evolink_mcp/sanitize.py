@@ -1,4 +1,4 @@
-"""Foreign text made harmless: what EvoLink, a file name or an argument says is quoted as data, never obeyed."""
+"""Make foreign text harmless, so that a reader treats it as data: texts of EvoLink, file names, arguments."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def harmless(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
-    """`text` on one line, at most `limit` characters, without control, bidi, zero-width or tag characters."""
+    """Return `text` on one line, at most `limit` characters, without control, bidi, zero-width or tag characters."""
     raw = str(text)[: limit * 4]
-    kept = (
+    visible = (
         raw
         if raw.isprintable()
         else "".join(" " if c in "\r\n\t" else c for c in raw if c in "\r\n\t" or not _invisible(c))
     )
-    line = " ".join(kept.split())
+    line = " ".join(visible.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def quoted(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
-    """`text` made harmless, between “ and ”, which it cannot close itself."""
+    """Return harmless text between “ and ”. The text cannot close the quotation."""
     return f"“{harmless(text, limit).translate(_INNER_QUOTES)}”"
 
 
 def word(text: object, limit: int) -> str:
-    """`text` as one word, at most `limit` characters: a status or a code cannot be a sentence."""
+    """Return `text` as one word, at most `limit` characters: a status or a code cannot be a sentence."""
     return re.sub(r"[^\w.-]+", "_", harmless(text, limit)).strip("_")
 
 
 def without(secret: str, value: Any) -> Any:
-    """Parsed JSON without `secret` in any string, also where it is spelled with invisible or encoded characters."""
+    """Return parsed JSON without `secret`, also if it contains invisible or percent-encoded characters."""
     if isinstance(value, str):
         return _without(secret, value)
     if isinstance(value, dict):
@@ -50,13 +50,13 @@ def without(secret: str, value: Any) -> Any:
 def _without(secret: str, text: str) -> str:
     text = text.replace(secret, THE_KEY)
     if "%" not in text and not set(secret) <= set(text):
-        return text  # a letter of the key is missing: long prompts in every poll are not looked at letter by letter
+        return text  # fast path: a character of the secret is missing
     bare = "".join(char for char in text if not char.isspace() and not _invisible(char))
     return THE_KEY if secret in bare or secret in unquote(bare) else text
 
 
 def scrub(value: Any) -> Any:
-    """`value` with lone surrogates replaced in every string: one of them would end a JSON transport."""
+    """Replace lone surrogates in every string. One of them would end a JSON transport."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode() if _has_surrogate(value) else value
     if isinstance(value, dict):

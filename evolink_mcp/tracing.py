@@ -1,4 +1,4 @@
-"""Spans of OpenTelemetry around EvoLink and the database, for whoever installs an exporter; without one they are free."""
+"""OpenTelemetry spans around EvoLink and the database. Without an exporter they cost nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from evolink_mcp import __version__
 
 @contextmanager
 def span(name: str, **attributes: str | int) -> Generator[trace.Span]:
-    """A client's span for one request; `__` in an attribute's name stands for a dot. No key and no prompt belongs here."""
+    """Open a client span for one request. `__` in an attribute name means a dot. Never pass a key or a prompt."""
     named = {key.replace("__", "."): value for key, value in attributes.items()}
-    # Never the current one of a context: a generator that holds it may be closed in another context.
+    # Not the current span of the context: a generator may be closed in another context.
     current = trace.get_tracer("evolink_mcp", __version__).start_span(
         name, kind=trace.SpanKind.CLIENT, attributes=named
     )

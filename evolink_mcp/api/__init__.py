@@ -1,1 +1,1 @@
-"""EvoLink's image API: what its page says (pure, no I/O), then how it is called over HTTP."""
+"""EvoLink's image API: the published page without I/O, then the HTTP client."""

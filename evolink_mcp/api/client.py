@@ -1,6 +1,6 @@
-"""EvoLink over HTTP: one way for reads, which may be repeated, and one for purchases, which is one POST.
+"""Call EvoLink over HTTP. A read may be repeated. A purchase is one POST.
 
-The key goes to the two configured EvoLink origins and nowhere else; redirects are never followed.
+The key goes only to the two configured EvoLink origins. Redirects are never followed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ log = logging.getLogger(__name__)
 USER_AGENT = f"evolink-mcp/{__version__}"
 
 SUBMIT_DEADLINE_S = 75.0
-READ_DEADLINE_S, PROBE_DEADLINE_S = 20.0, 10.0
+READ_DEADLINE_S = 20.0
+PROBE_DEADLINE_S = 10.0
 UPLOAD_DEADLINE_S = 180.0
 BATCH_MAX = 50
 
@@ -60,8 +61,8 @@ BATCH_MAX = 50
 class EvolinkClient:
     """EvoLink's API for one key. Use as an async context manager.
 
-    Every method raises only `EvolinkError`s. Reads may be repeated by the caller; `submit` never repeats itself.
-    `clock_skew_s` is how far EvoLink's clock is ahead of ours in seconds, by the newest answer; None until one came.
+    Every method raises only `EvolinkError`. A caller may repeat a read. `submit` never repeats its POST.
+    `clock_skew_s` is the lead of EvoLink's clock over ours in seconds, from the newest answer. None: no answer yet.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class EvolinkClient:
         for client in self._opened:
             await client.aclose()
 
-    # The HTTP clients are opened at their first use: to read the system's certificates takes longer than to start.
+    # The HTTP clients open at their first use, because reading the system's certificates takes longer than the start.
 
     @cached_property
     def _trust(self) -> ssl.SSLContext:
@@ -102,12 +103,12 @@ class EvolinkClient:
 
     @cached_property
     def _pays(self) -> httpx.AsyncClient:
-        # A purchase always opens a new connection: if an idle one breaks, nobody knows whether EvoLink got the request.
+        # A purchase opens a new connection. If an idle one breaks, it is unknown whether EvoLink received the POST.
         return self._open(httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0))
 
     @cached_property
     def pictures(self) -> httpx.AsyncClient:
-        """The client for pictures: it has no key, and connects to public addresses only."""
+        """The HTTP client for images. It has no key and connects only to public addresses."""
         if self._transport is None and not self._loopback:
             return self._open(POOL, CheckedAddress(self._connecting(), self._connecting))
         return self._open(POOL)
@@ -124,7 +125,7 @@ class EvolinkClient:
                 timeout=httpx.Timeout(SUBMIT_DEADLINE_S, connect=CONNECT_TIMEOUT_S),
                 headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
                 follow_redirects=False,
-                # To an EvoLink on this machine the key goes in clear: never through a proxy.
+                # A simulated EvoLink has no TLS, so a proxy would see the key.
                 trust_env=not self._loopback,
             )
         self._opened.append(client)
@@ -132,11 +133,11 @@ class EvolinkClient:
 
     @property
     def has_key(self) -> bool:
-        """Whether there is a key, so that EvoLink can be asked at all."""
+        """Whether there is a key. EvoLink answers only with a key."""
         return self._key is not None
 
     def simulates(self, url: str) -> bool:
-        """Whether `url` belongs to a simulated EvoLink on this machine, which gives out pictures from there too."""
+        """Return whether `url` belongs to a simulated EvoLink on this machine. It serves its images from there too."""
         return self._loopback and url.startswith(self._origins["api"] + "/")
 
     # --- the purchase ---
@@ -144,25 +145,26 @@ class EvolinkClient:
     async def submit(
         self, body: dict[str, Any], *, idempotency_key: str, on_sending: Callable[[], Awaitable[object]]
     ) -> Task:
-        """`POST /v1/images/generations`, once. `on_sending` runs just before the first byte; if it raises,
-        nothing is sent.
+        """Send `POST /v1/images/generations` once. `on_sending` runs before the first byte.
+
+        If `on_sending` raises an error, nothing is sent.
 
         Raises:
-            Unreachable: provably not one byte was sent.
-            Rejected, RateLimited: EvoLink said no; not charged.
-            OutcomeUnknown: it was sent, and the answer was lost or makes no sense.
+            Unreachable: no byte was sent.
+            Rejected, RateLimited: EvoLink refused the request. Nothing is charged.
+            OutcomeUnknown: the POST was sent, but its answer was lost or cannot be read.
         """
         sent = False
         traced = self._transport is None
 
         async def trace(event: str, info: dict[str, Any]) -> None:
             nonlocal sent
-            # The CONNECT to a proxy is traced too, but it carries nothing of the purchase.
+            # The CONNECT to a proxy is traced too, but it is not the purchase.
             if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
                 await on_sending()
                 sent = True
 
-        if not traced:  # a transport that was passed in traces nothing
+        if not traced:  # a transport from outside reports no events
             await on_sending()
 
         try:
@@ -174,7 +176,7 @@ class EvolinkClient:
                 headers={"Idempotency-Key": idempotency_key},
                 extensions={"trace": trace},
             )
-            async with self._purchases:  # the deadline must not include the wait for a free connection
+            async with self._purchases:  # the wait for a free connection does not count towards the deadline
                 reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
         except (Unreadable, *TRANSPORT_ERRORS) as error:
             if not sent and (traced or isinstance(error, NEVER_CONNECTED)):
@@ -192,7 +194,7 @@ class EvolinkClient:
                 http_status=404,
                 advice="Nothing was bought. Check EVOLINK_BASE_URL.",
             )
-        # 409: EvoLink has seen this new key before, so something between us and EvoLink has sent the request twice.
+        # 409: EvoLink knows this new idempotency key, so something on the way has sent the POST twice.
         if reply.status in BY_STATUS and reply.status != 409:
             raise rejection(reply)
         raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
@@ -200,12 +202,12 @@ class EvolinkClient:
     # --- reads ---
 
     async def task(self, task_id: str) -> Task:
-        """`GET /v1/tasks/{task_id}`; an id of another form is asked for in a body, because it must not become a path."""
+        """Read one task: `GET /v1/tasks/{task_id}`. An ID of another form goes into a body, never into a path."""
         if not is_task_id(task_id):
-            if (found := (await self.tasks([task_id])).get(task_id)) is not None:
-                return found
+            if (task := (await self.tasks([task_id])).get(task_id)) is not None:
+                return task
             raise Rejected(
-                "EvoLink does not tell of a task with this odd id",
+                "EvoLink has no task with this unusual id",
                 code="not_found",
                 http_status=404,
                 advice="Call list_tasks with sync=true to see what the account has.",
@@ -216,18 +218,18 @@ class EvolinkClient:
         return task
 
     async def tasks(self, task_ids: Iterable[str]) -> dict[str, Task]:
-        """`POST /v1/tasks/batch` (undocumented): up to 50 tasks by id; unknown ones are absent."""
+        """Read up to 50 tasks by ID: `POST /v1/tasks/batch` (undocumented). Unknown tasks are absent."""
         ids = list(task_ids)[:BATCH_MAX]
         reply = await self._ask("POST", "/v1/tasks/batch", content=dump({"task_ids": ids}))
         return {task.id: task for task in read_tasks(reply.json())}
 
     async def recent_tasks(self, page_size: int = 50) -> list[Task]:
-        """`GET /v1/tasks` (undocumented): the account's newest tasks, newest first, without result links."""
+        """Read the newest tasks, newest first, without links: `GET /v1/tasks` (undocumented)."""
         reply = await self._ask("GET", f"/v1/tasks?page=1&page_size={page_size}")
         return list(read_tasks(reply.json()))
 
     async def date(self) -> str | None:
-        """The `Date` header of whatever the API's host answers; no key is sent and nothing is asked.
+        """Return the `Date` header of the API's host. No key is sent.
 
         Raises:
             EvolinkError: there is no answer.
@@ -239,20 +241,19 @@ class EvolinkClient:
             raise Unreadable(why(error)) from error
 
     async def balance(self) -> Balance:
-        """`GET /v1/credits`."""
+        """Read the credits: `GET /v1/credits`."""
         return read_balance((await self._ask("GET", "/v1/credits")).json())
 
     async def upload(self, name: str, mime_type: str, content: bytes | BinaryIO) -> str:
-        """`POST /api/v1/files/upload/stream`: free of charge, kept by EvoLink for 72 h; returns its URL."""
+        """Upload a file: `POST /api/v1/files/upload/stream`. Return its URL. It is free; EvoLink keeps the file 72 h."""
         files = {"file": (name, content, mime_type)}
         path = "/api/v1/files/upload/stream"
         reply = await self._ask("POST", path, origin="files", deadline_s=UPLOAD_DEADLINE_S, files=files)
-        told = reply.json()
-        answer = as_dict(told)
+        answer = as_dict(reply.json())
         if answer.get("success") is False or not isinstance(answer.get("data"), dict):
-            said = answer.get("msg") or answer.get("message") or "no reason"
+            reason = answer.get("msg") or answer.get("message") or "no reason"
             raise Rejected(
-                f"EvoLink's file API did not take the picture: {quoted(said)}",
+                f"EvoLink's file API did not take the picture: {quoted(reason)}",
                 code="upload_refused",
                 advice="Use another picture or give a public URL instead.",
             )
@@ -270,20 +271,21 @@ class EvolinkClient:
     # --- how requests are sent ---
 
     def _request(self, client: httpx.AsyncClient, method: str, path: str, *, origin: str = "api", **more: Any):
-        """A request with the key; it is checked that it goes to an origin that may see the key."""
+        """Build a request with the key. Check that it goes to an origin that may see the key."""
         if self._key is None:
             raise KeyMissing("no EvoLink API key is set")
         headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **more.pop("headers", {})}
         if "content" in more:
             headers["Content-Type"] = "application/json"
         request = client.build_request(method, self._origins[origin] + path, headers=headers, **more)
-        to, wanted = request.url, httpx.URL(self._origins[origin])
-        if (to.scheme, to.host, to.port) != (wanted.scheme, wanted.host, wanted.port):
+        target = request.url
+        allowed = httpx.URL(self._origins[origin])
+        if (target.scheme, target.host, target.port) != (allowed.scheme, allowed.host, allowed.port):
             raise Rejected("the request would have left EvoLink's origin", code="wrong_origin")
         return request
 
     async def _ask(self, method: str, path: str, *, deadline_s: float = READ_DEADLINE_S, **more: Any) -> Reply:
-        """A call that costs nothing, and its whole answer; the caller may repeat it."""
+        """Send a request that costs nothing, and return the whole answer. The caller may repeat it."""
         request = self._request(self._reads, method, path, **more)
         try:
             reply = await self._exchange(self._reads, request, deadline_s)
@@ -303,7 +305,7 @@ class EvolinkClient:
                     try:
                         body = await whole_body(response)
                     except (Unreadable, *TRANSPORT_ERRORS):
-                        # For a definite no the status line is enough: nothing was charged.
+                        # A refusal is complete with its status: nothing was charged.
                         if response.status_code not in BY_STATUS:
                             raise
                         body = b""
@@ -313,6 +315,6 @@ class EvolinkClient:
             raise Unreadable(f"no complete answer within {deadline_s:.0f} s") from error
 
     def _compare_clocks(self, response: httpx.Response) -> None:
-        said = moment_of(response.headers.get("date", ""))
-        if said is not None:
-            self.clock_skew_s = said - self._clock()
+        sent_at = moment_of(response.headers.get("date", ""))
+        if sent_at is not None:
+            self.clock_skew_s = sent_at - self._clock()

@@ -1,4 +1,4 @@
-"""What HTTP carries: one whole answer, a definite no in any of EvoLink's shapes, and where a connection may go."""
+"""HTTP details: whole answers with limits, EvoLink's error bodies, and connections to public addresses only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RETRY_AFTER_MAX_S = 120.0
 JSON_MAX_BYTES = 1 << 20
 POOL_SIZE = 16
 
-# Everything httpx raises for a request that went wrong on the way; a test holds this against its whole tree.
+# All errors of httpx for a request that failed on the way. A test compares this with its exception tree.
 TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, httpx.CookieConflict, ssl.SSLError, OSError)
 NEVER_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 DNS64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -39,7 +39,7 @@ POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SI
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One HTTP answer, read whole and within the cap. `key` is the one that it was asked with: it may quote it."""
+    """One complete HTTP answer. It may quote `key`, the key of its request."""
 
     status: int
     headers: httpx.Headers
@@ -47,10 +47,10 @@ class Reply:
     key: SecretStr | None = None
 
     def json(self) -> Any:
-        """The body as JSON, without the key; BOMs are skipped, NaN and Infinity become None.
+        """Return the body as JSON, without the key. A BOM is skipped; NaN and Infinity become None.
 
         Raises:
-            Unreadable: it is not JSON.
+            Unreadable: the body is not JSON.
         """
         try:
             data = json.loads(self.body.decode("utf-8-sig"), parse_constant=lambda _: None)
@@ -60,10 +60,10 @@ class Reply:
 
 
 class CheckedAddress(httpx.AsyncBaseTransport):
-    """Connects to the very address that was checked to be public, so that DNS cannot answer differently later.
+    """Connect to exactly the address that was checked to be public, so that a second DNS answer has no effect.
 
-    What the environment's proxy variables send through a proxy goes there: the proxy looks the name up. That is decided
-    for each URL, as the variables and NO_PROXY say; `proxied` makes the transport for one proxy's address.
+    A URL that the proxy variables of the environment (and NO_PROXY) send through a proxy goes there, and the proxy
+    resolves the name. `proxied` makes the transport for the address of a proxy.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         self._proxies: dict[str, httpx.AsyncBaseTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send the request to the address that was checked, under the name that was asked for.
+        """Send the request to a checked address of its host.
 
         Raises:
-            httpx.ConnectError: one of the host's addresses is not public, or it has none.
+            httpx.ConnectError: the host has no address, or one that is not public.
         """
         if (proxy := _proxy_for(request.url)) is not None and self._proxied is not None:
             if proxy not in self._proxies:
@@ -87,9 +87,9 @@ class CheckedAddress(httpx.AsyncBaseTransport):
                     self._proxies[proxy] = self._proxied(proxy)
             return await self._proxies[proxy].handle_async_request(request)
         host = request.url.host
-        found = [str(entry[4][0]) for entry in await anyio.getaddrinfo(host, request.url.port or 443)]
-        public = [ip for ip in found if urls.is_public_ip(_behind_dns64(ip))]
-        if not public or len(public) != len(found):
+        addresses = [str(entry[4][0]) for entry in await anyio.getaddrinfo(host, request.url.port or 443)]
+        public = [ip for ip in addresses if urls.is_public_ip(_behind_dns64(ip))]
+        if not public or len(public) != len(addresses):
             raise httpx.ConnectError(f"{harmless(host, 80)} is not a public address")
         chosen = next((ip for ip in public if ipaddress.ip_address(ip).version == 4), public[0])
         request.extensions = {**request.extensions, "sni_hostname": host}
@@ -97,20 +97,20 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
     async def aclose(self) -> None:
-        """Close the transports that connect."""
+        """Close all transports."""
         for transport in (self._inner, *self._proxies.values()):
             await transport.aclose()
 
 
 def _proxy_for(url: httpx.URL) -> str | None:
-    """The proxy that this URL goes through by the environment; None if it is reached directly."""
+    """Return the proxy that the environment names for this URL. None: no proxy."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
     return None if proxy is None or urllib.request.proxy_bypass(url.host) else proxy
 
 
 def _behind_dns64(address: str) -> str:
-    """The IPv4 address that a DNS64 resolver has written into 64:ff9b::/96; any other address as it is."""
+    """Return the IPv4 address inside a DNS64 address (64:ff9b::/96), and any other address unchanged."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -122,8 +122,8 @@ def _behind_dns64(address: str) -> str:
 
 @asynccontextmanager
 async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncGenerator[httpx.Response]:
-    """An answer as it arrives. Its connection is given back even if the reader is cancelled."""
-    with span(_named(request), http__request__method=request.method, server__address=request.url.host) as current:
+    """Yield the answer before its body. The connection is released even if the reader is cancelled."""
+    with span(_span_name(request), http__request__method=request.method, server__address=request.url.host) as current:
         response = await client.send(request, stream=True)
         current.set_attribute("http.response.status_code", response.status_code)
         try:
@@ -133,8 +133,8 @@ async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncGene
                 await response.aclose()
 
 
-def _named(request: httpx.Request) -> str:
-    """What a span calls the request: no id, and nothing of a picture's address, which may be signed."""
+def _span_name(request: httpx.Request) -> str:
+    """Return the name of the span: without a task ID, and without the URL of an image, which may be signed."""
     path = request.url.path if "authorization" in request.headers else "/picture"
     if path.startswith("/v1/tasks/") and not path.endswith("/batch"):
         path = "/v1/tasks/{id}"
@@ -142,10 +142,10 @@ def _named(request: httpx.Request) -> str:
 
 
 async def whole_body(response: httpx.Response) -> bytes:
-    """The body as it came; it is never decompressed, because a small body can become a very large one.
+    """Return the body. It is never decompressed: a small body could become a very large one.
 
     Raises:
-        Unreadable: it is compressed, or larger than JSON_MAX_BYTES.
+        Unreadable: the body is compressed, or larger than JSON_MAX_BYTES.
     """
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise Unreadable("EvoLink's answer is compressed although it was asked not to be")
@@ -158,7 +158,7 @@ async def whole_body(response: httpx.Response) -> bytes:
 
 
 def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:
-    """`Retry-After` in seconds, from seconds or an HTTP date, clamped to [0, 120]; None when absent or garbage."""
+    """Return `Retry-After` in seconds, clamped to [0, 120]; it may be a number or an HTTP date. None: no valid value."""
     text = headers.get("retry-after", "").strip()
     if not text or len(text) > 64:
         return None
@@ -170,7 +170,7 @@ def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | N
 
 
 def moment_of(text: str) -> float | None:
-    """An HTTP date in epoch seconds; None for anything else."""
+    """Return an HTTP date in epoch seconds. None: it is not a date."""
     try:
         return email.utils.parsedate_to_datetime(text[:64]).timestamp()
     except (ValueError, TypeError, OverflowError, OSError):
@@ -179,10 +179,10 @@ def moment_of(text: str) -> float | None:
 
 @contextmanager
 def preparing() -> Generator[None]:
-    """Around everything that builds an HTTP client: a proxy address or certificate file that cannot be used.
+    """Translate the errors of building an HTTP client: a proxy or certificate file cannot be used.
 
     Raises:
-        Unreachable: names the environment's variables, not their values.
+        Unreachable: its text names the variables, not their values.
     """
     try:
         yield
@@ -198,13 +198,13 @@ def preparing() -> Generator[None]:
 
 
 def rejection(reply: Reply) -> EvolinkError:
-    """The error for an answer whose status is in BY_STATUS, in any of the shapes that EvoLink is known to use."""
+    """Return the error for an answer with a status of BY_STATUS."""
     code, advice = BY_STATUS[reply.status]
-    said, upstream_code = _words(reply)
+    message, upstream_code = _message_and_code(reply)
     what = f"{advice.meaning} (HTTP {reply.status}"
     what += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
-    if said:
-        what += f"; EvoLink's message: {quoted(said)}"
+    if message:
+        what += f"; EvoLink's message: {quoted(message)}"
     kind = RateLimited if reply.status == 429 else Rejected
     return kind(
         what,
@@ -216,15 +216,15 @@ def rejection(reply: Reply) -> EvolinkError:
     )
 
 
-def _words(reply: Reply) -> tuple[str, str]:
-    """(message, code) of an error body: {"error": {...}}, {"error": "x"}, {"code", "msg"}, or neither."""
+def _message_and_code(reply: Reply) -> tuple[str, str]:
+    """Return message and code of an error body: {"error": {...}}, {"error": "x"}, {"code", "msg"}, or neither."""
     try:
         data = reply.json()
     except Unreadable:
         return "", ""
-    told = as_dict(data)
-    inner = told.get("error")
-    source = as_dict(inner) or told
+    body = as_dict(data)
+    inner = body.get("error")
+    source = as_dict(inner) or body
     message = source.get("message") or source.get("msg") or source.get("error_description")
     if message is None and isinstance(inner, str):
         message = inner
@@ -233,12 +233,12 @@ def _words(reply: Reply) -> tuple[str, str]:
 
 
 def dump(body: dict[str, Any]) -> bytes:
-    """The body of a request as JSON in UTF-8."""
+    """Return a request body as JSON in UTF-8."""
     return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
 
 
 def why(error: BaseException) -> str:
-    """The kind of a transport failure in words of ours; the text of a foreign exception may hold a secret."""
+    """Return the kind of a transport failure. The text of a foreign exception may contain a secret, so it is not used."""
     if isinstance(error, EvolinkError):
         return lower_first(error.message)
     return {
@@ -251,5 +251,5 @@ def why(error: BaseException) -> str:
 
 
 def lower_first(text: str) -> str:
-    """A sentence as the part of a longer one: its first letter small, unless it is EvoLink's."""
+    """Return the text for the middle of a sentence: with a lower-case first letter, except in "EvoLink"."""
     return text if text.startswith("EvoLink") else text[:1].lower() + text[1:]

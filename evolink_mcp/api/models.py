@@ -131,7 +131,7 @@ OUTPUT_FORMATS = tuple(dict.fromkeys(name for model in MODELS.values() for name 
 
 
 def duration_group(model: object, quality: object) -> str:
-    """Return the group of tasks whose durations are comparable: the quality, for another model with its name."""
+    """Return the group of tasks with comparable durations: the quality, and the name of a model that is not the default."""
     record = model_named(model)
     name = str(quality or record.default_quality)
     return name if record is DEFAULT_MODEL else f"{record.name} {name}"

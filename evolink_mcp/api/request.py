@@ -46,7 +46,7 @@ def _not_blank(text: str) -> str:
 
 
 def ignore_case(*words: str) -> BeforeValidator:
-    """Accept one of `words` in any case and with blanks around it. Every other value is left to the type."""
+    """Accept one of `words` in any case and with blanks around it. The type checks every other value."""
     known = {word.lower(): word for word in words}
 
     def normalize(value: Any) -> Any:
@@ -257,7 +257,7 @@ class GenerationRequest(Arguments):
 
     @model_validator(mode="after")
     def _fits_the_model(self) -> Self:
-        """Check what the schema cannot: it allows the values of all models."""
+        """Check the limits of the chosen model. The schema allows the values of all models."""
         model = self.image_model
         choices = {
             "quality": (self.quality, tuple(model.qualities)),
@@ -280,7 +280,7 @@ class GenerationRequest(Arguments):
         return self
 
     def body(self) -> dict[str, Any]:
-        """Return the caller's arguments unchanged, and `model`. `resolution` is left out where it has no effect."""
+        """Return the caller's arguments unchanged, and `model`. `resolution` is absent if it has no effect."""
         body = {name: getattr(self, name) for name in GenerationRequest.model_fields if name in self.model_fields_set}
         if not sizes.takes_resolution(self.size, self.image_model.limits):
             body.pop("resolution", None)

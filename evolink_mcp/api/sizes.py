@@ -1,6 +1,6 @@
 """Compute the pixels of a size: the fields `size` and `resolution` of EvoLink's page, and the nearest legal sizes.
 
-Every function takes the limits of a model; the default model's are used if none are given.
+Every function takes the limits of a model. The default are the limits of the default model.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def cover(width: int, height: int, rule: str = "anchor-edge", limits: SizeLimits
     short = min(width, height)
     edges = _smallest_cover(long, short, limits) or _largest_in_shape(long, short, limits)
     size = Size(*edges) if width >= height else Size(*reversed(edges))
-    # The few pixels beyond a multiple of 16 are cut without scaling. A target below the smallest legal size is scaled
+    # Without scaling, only the few pixels beyond a multiple of 16 are cut. A target below the smallest legal size is scaled
     # down, so that it shows the whole image and not only the middle.
     scale_min = Fraction(0) if width * height < limits.pixels_min else Fraction(1)
     scale = max(scale_min, Fraction(width, size.width), Fraction(height, size.height))

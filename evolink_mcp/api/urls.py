@@ -1,6 +1,6 @@
-"""What counts as a public address: URLs and IP addresses that lead to the open internet, in every spelling.
+"""Decide whether a URL or an IP address leads to the public internet, in every spelling.
 
-Purely syntactic: nothing is resolved here; who connects asks `is_public_ip` about each resolved address.
+Nothing is resolved here. The HTTP client checks each resolved address with `is_public_ip`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 BASE_URL = "https://api.evolink.ai"
 FILES_BASE_URL = "https://files-api.evolink.ai"
-KEY = re.compile(r"[\x21-\x7e]{8,512}")  # what may be a key at all: visible ASCII characters, no blanks
+KEY = re.compile(r"[\x21-\x7e]{8,512}")  # the form of a key: visible ASCII characters, no blanks
 
 # Fixed lists from the IANA special-purpose registries: `is_global` changes with Python and lets NAT64, 6to4,
 # v4-compatible and multicast addresses through.
@@ -22,7 +22,7 @@ _NOT_PUBLIC_V4 = tuple(
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15"),
         *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        "168.63.129.16/32",  # Azure's platform service: public by number, inside by meaning
+        "168.63.129.16/32",  # Azure's platform service has a public number
     )
 )
 _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
@@ -30,7 +30,7 @@ _NOT_PUBLIC_V6 = tuple(
     ipaddress.IPv6Network(block) for block in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 )
 
-# RFC 6761 and its registry, RFC 6762 appendix G, RFC 8375, RFC 9476: never delegated, so only ever inside.
+# RFC 6761 and its registry, RFC 6762 appendix G, RFC 8375, RFC 9476: these names are never delegated.
 _SPECIAL_SUFFIXES = frozenset(
     {
         *("alt", "arpa", "corp", "example", "home", "internal", "intranet", "invalid"),
@@ -40,7 +40,7 @@ _SPECIAL_SUFFIXES = frozenset(
 
 # The ideographic, full-width, half-width and one-dot-leader stops: resolvers may read each as a dot.
 _DOT_LOOKALIKES = "\u3002\uff0e\uff61\u2024"
-# Marks that IDNA drops without a trace, so that "127.0.0.1" may hide behind one.
+# IDNA drops these marks, so that one of them can hide "127.0.0.1".
 _VANISHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)(.*)", re.DOTALL)
 _AUTHORITY = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
@@ -52,9 +52,10 @@ _MAX_HOST = 253
 
 
 def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_length: int = 2048) -> str:
-    """`text` unchanged if it is a URL of one of `schemes` to a public host; else ValueError in one sentence.
+    """Return `text` unchanged if it is a URL of one of `schemes` to a public host.
 
-    The sentence never repeats the URL, which may carry a secret.
+    Raises:
+        ValueError: it is not. The message is one sentence without the URL, which may contain a secret.
     """
     if len(text) > max_length:
         raise ValueError(f"The URL is longer than {max_length} characters.")
@@ -65,7 +66,8 @@ def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_le
     url = _URL.fullmatch(text)
     if url is None or url[1].lower() not in schemes:
         raise ValueError(f"The URL does not start with {' or '.join(f'{scheme}://' for scheme in schemes)}.")
-    authority, rest = url[2], url[3]
+    authority = url[2]
+    rest = url[3]
     if "@" in authority or (rest.startswith("?") and "@" in rest):
         raise ValueError("The URL has a user name or an @ before its path, which can hide the real host.")
     parts = _AUTHORITY.fullmatch(authority)
@@ -86,7 +88,7 @@ def host_of(url: str) -> str:
 
 
 def is_public_ip(address: str | ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is on the open internet; False for special ranges and for any other text."""
+    """Return whether an address is on the public internet. False for special ranges and for any other text."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -99,7 +101,7 @@ def is_public_ip(address: str | ipaddress.IPv4Address | ipaddress.IPv6Address) -
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an IP address, is this machine alone."""
+    """Return whether `host`, a name or an IP address, is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,1 +1,1 @@
-"""Pictures on this machine: which folders, what the bytes hold, how they are fetched, saved and shown small."""
+"""Images on this machine: folders, checks, downloads, files and previews."""

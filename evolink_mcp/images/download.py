@@ -1,4 +1,4 @@
-"""A finished picture is fetched: without the key, from a public address, with limits of size, time and slowness."""
+"""Download a result image: without the key, from a public address, with limits for size, time and speed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ REDIRECTS = (301, 302, 303, 307, 308)
 
 
 async def download(client: EvolinkClient, url: str, into: BinaryIO) -> int:
-    """Write the picture at `url` to `into`, without the key; returns the bytes written.
+    """Write the image at `url` to `into`, without the key. Return its size in bytes.
 
-    A redirect is followed if its target passes the same checks, at most REDIRECTS_MAX times.
+    At most REDIRECTS_MAX redirects are followed. Each target must pass the same checks.
 
     Raises:
-        FolderRefused: there is no room for it on this machine.
-        LinkExpired: the host says 403, 404 or 410.
-        DownloadFailed: anything else; `into` may hold a part.
+        FolderRefused: the disk is full or cannot be written.
+        LinkExpired: the host answered 403, 404 or 410.
+        DownloadFailed: any other failure. `into` may contain a part of the image.
     """
     try:
         with anyio.fail_after(DOWNLOAD_DEADLINE_S):
@@ -67,8 +67,8 @@ async def _write_all(response: httpx.Response, into: BinaryIO) -> int:
         if written > PICTURE_MAX_BYTES:
             raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
         _write(into, chunk)
-        took = time.monotonic() - started
-        if took > SLOW_START_S and written < took * SLOWEST_BYTES_PER_S:
+        elapsed_s = time.monotonic() - started
+        if elapsed_s > SLOW_START_S and written < elapsed_s * SLOWEST_BYTES_PER_S:
             raise DownloadFailed("the picture's host sends less than 10 kB/s")
     declared = response.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:

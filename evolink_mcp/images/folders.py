@@ -1,4 +1,4 @@
-"""Which folders may be read and written: a path is judged after every link in it has been followed."""
+"""Decide which files the server may read and write. All links of a path are followed before the check."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from evolink_mcp.sanitize import harmless
 NAME_MAX_BYTES = 200
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES_LOOKED_AT = 2_000
-# The name of a file that is still being written, in the folder that it will stay in.
-PART_PREFIX, PART_SUFFIX = ".evolink-", ".part"
+# The name of an unfinished file, in its final folder.
+PART_PREFIX = ".evolink-"
+PART_SUFFIX = ".part"
 
-# Refused everywhere, so that a folder can be taken to Windows.
-# Where chat hosts keep uploaded files for a model: in a container of theirs.
+# Folders inside the containers of chat hosts, where they keep uploaded files.
 SANDBOXES = ("/mnt/data/", "/mnt/user-data/", "/home/claude/", "/home/oai/")
+# Refused on every system, so that a folder can be copied to Windows.
 RESERVED_NAMES = frozenset(
     ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"]
     + [f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789¹²³"]
@@ -37,27 +38,27 @@ SCANNER_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
-# If a pipe or a device has taken a file's place, opening it must not block, and must not make it our terminal.
+# Opening a pipe or a device in the place of a file must not block, and must not make it our terminal.
 _READ = os.O_RDONLY | _FOLLOW_NOTHING | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
 _STEP = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """`output` takes the pictures; files may be read from and saved into `allowed` (output among them)."""
+    """`output` is the folder for new images. Files may be read from and saved into `allowed`, which includes `output`."""
 
     output: Path
     allowed: tuple[Path, ...]
 
     def confines(self, path: Path) -> bool:
-        """Whether `path`, all links followed, lies inside an allowed folder."""
+        """Return whether `path` is inside an allowed folder, after all links were followed."""
         if path.drive.lower() not in {folder.drive.lower() for folder in self.allowed}:
-            return False  # to follow a Windows network path would already send credentials there
+            return False  # following a Windows network path would send credentials
         real = path.resolve()
         return any(real.is_relative_to(root) for root in self._roots())
 
     def target(self, save_as: str) -> Path:
-        """Where `save_as` points: a name or path below the output folder, or an absolute path in an allowed one.
+        """Return the path for `save_as`: a name or path below the output folder, or an absolute path in an allowed one.
 
         Raises:
             FolderRefused: outside every allowed folder, in a place that cannot be written, or not a usable name.
@@ -100,7 +101,7 @@ class Folders:
         return path
 
     def readable(self, source: str) -> Path:
-        """The existing file that `source` names; a relative path is tried in each allowed folder. Open it by `opened`.
+        """Return the existing file of `source`. A relative path is tried in each allowed folder. Open it with `opened`.
 
         Raises:
             ReferenceRefused: missing (with a suggestion), not a plain file, or outside every allowed folder.
@@ -132,15 +133,15 @@ class Folders:
             raise ReferenceRefused(f"“{shown}” cannot be read", advice="Check the path and its rights.") from error
 
     def opened(self, path: Path) -> BinaryIO:
-        """The file that `readable` found, opened; a link that has replaced a part of its path since is not followed.
+        """Open a path from `readable`. A link that has replaced a part of the path since then is not followed.
 
         Raises:
-            OSError: it is gone, or not the plain file any more that it was.
+            OSError: it is gone, or it is no longer a plain file.
         """
         root = next((root for root in self._roots() if path.is_relative_to(root)), None)
         if root is None:
             raise PermissionError(errno.EACCES, "it is outside the allowed folders")
-        if os.open not in os.supports_dir_fd:  # Windows: the best there is
+        if os.open not in os.supports_dir_fd:  # Windows has no safer way
             if path.resolve() != path:
                 raise PermissionError(errno.EACCES, "a link took its place")
             return open_plain(path)
@@ -165,7 +166,7 @@ class Folders:
         )
 
     def _did_you_mean(self, paths: Sequence[Path]) -> str:
-        """Advice: pictures in the same folder with a similar name, if there are any."""
+        """Return advice with similar names of images in the same folder, if there are any."""
         import difflib
 
         for path in paths:
@@ -180,7 +181,7 @@ class Folders:
 
 
 def _same_letters(path: Path) -> Path | None:
-    """A file whose name reads the same: macOS writes letters in parts, and U+202F into the names of screenshots."""
+    """Return a file with an equivalent name. macOS decomposes letters, and writes U+202F into names of screenshots."""
     wanted = _folded(path.name)
     if path.exists() or not path.parent.is_dir():
         return None
@@ -193,10 +194,10 @@ def _folded(name: str) -> str:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """The plain file at `path`, opened; a link is refused, and a pipe or device never makes it wait.
+    """Open the plain file at `path`. A link is refused, and a pipe or device does not block.
 
     Raises:
-        OSError: there is none, or it is something else.
+        OSError: there is no plain file.
     """
     return _plain(os.open(path, _READ))
 
@@ -209,7 +210,7 @@ def _plain(handle: int) -> BinaryIO:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and every missing one above it for this user only; `Path.mkdir` would restrict only the last."""
+    """Create `folder` and its missing parents for this user only. `Path.mkdir` would restrict only the last one."""
     for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
 
@@ -247,10 +248,9 @@ def part_file(folder: Path, content: bytes) -> Generator[Path]:
 
 
 def move_to_free_name(part: Path, path: Path) -> bool:
-    """Move `part` to `path`, unless something is there: then nothing happens and the result is False.
+    """Move `part` to `path` and return True. If something is there, do nothing and return False.
 
-    Uses a hard link; where the file system has none, it first makes an empty file at `path`. Windows renames a file
-    only to a free name.
+    It uses a hard link, or else first creates an empty file at `path`. Windows renames a file only to a free name.
     """
     try:
         if sys.platform == "win32":
@@ -273,10 +273,10 @@ def move_to_free_name(part: Path, path: Path) -> bool:
 
 
 def patiently(move: Callable[[Path, Path], None], source: Path, target: Path) -> None:
-    """Move a file; on Windows again a few times, because a virus scanner may have it open just after it was written.
+    """Move a file. On Windows try several times: a virus scanner may have opened the new file.
 
     Raises:
-        OSError: it cannot be moved.
+        OSError: the file cannot be moved.
     """
     for wait_s in SCANNER_WAITS_S if sys.platform == "win32" else ():
         try:
@@ -289,10 +289,10 @@ def patiently(move: Callable[[Path, Path], None], source: Path, target: Path) ->
 
 
 def stem_of(path: Path) -> str:
-    """The file's name without the suffix of a picture; what follows another dot belongs to the name."""
+    """Return the file name without the suffix of an image. The text after any other dot is part of the name."""
     return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
 
 
 def is_reserved(name: str) -> bool:
-    """Whether Windows cannot have a file of this name: NUL, com1.png, a trailing dot or blank."""
+    """Return whether Windows reserves this name: NUL, com1.png, a trailing dot or blank."""
     return name.endswith((".", " ")) or name.split(".")[0].rstrip(" ").upper() in RESERVED_NAMES

@@ -55,7 +55,7 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True)
 class OpenImage:
-    """An image whose head was read: Pillow's object, its facts, its EXIF orientation and the file without metadata."""
+    """An open image: Pillow's object, its facts, its EXIF orientation and the file without metadata."""
 
     image: Image
     facts: ImageFacts

@@ -51,7 +51,7 @@ class CheckedImage:
 
     `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
     can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
-    image that is not on this machine. `has_transparency` is known for a local mask. `task_id` and `index` name the
+    image that is not on this machine. `has_transparency` is set for a local mask. `task_id` and `index` name the
     earlier result that the image is, if known.
     """
 
@@ -258,7 +258,7 @@ class References:
 
 
 def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:
-    """Check that the mask fits the first reference image, as far as both are known."""
+    """Check that the mask fits the first reference image. Unknown properties pass."""
     if mask.mime_type not in (None, "image/png"):
         kind = {"image/jpeg": "a JPEG", "image/webp": "a WebP"}[mask.mime_type]
         raise ReferenceRefused(f"a mask must be a PNG, and this is {kind}", advice=MASK_ADVICE)

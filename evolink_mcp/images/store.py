@@ -1,6 +1,6 @@
 """Save result images: check the downloaded file, give it a free name, never overwrite another file.
 
-`ImageStore` is what the studio needs. `LocalImageStore` saves into the user's folders.
+`ImageStore` is the interface for the studio. `LocalImageStore` saves into the user's folders.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class LocalImageStore:
 
 
 def default_stem(entry: Entry, index: int) -> str:
-    """Return the file name without suffix for an image whose caller gave no name."""
+    """Return the default file name of an image, without suffix."""
     has_several = max(entry.request.get("n", 1), len(entry.images)) > 1
     name = file_name(str(entry.request.get("prompt", "")), entry.task_id or "")
     return f"{name}-{index}" if has_several else name

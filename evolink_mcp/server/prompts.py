@@ -1,4 +1,4 @@
-"""Prompts that a person picks from a menu, and the values that a host offers while they are filled in."""
+"""Publish the prompts, and complete their arguments and those of the resource templates."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.studio import Studio
 
-OFFERED_MAX = 100  # the protocol's own limit for one answer
-RECENT = 200
-USUAL_SETS = ("1:1, 4:5, 9:16, 16:9", "1200x628, 1080x1080, 1080x1920", "2:1, 3:1, 16:9")
+COMPLETIONS_MAX = 100  # limit of the protocol for one answer
+RECENT_TASKS = 200
+COMMON_SETS = ("1:1, 4:5, 9:16, 16:9", "1200x628, 1080x1080, 1080x1920", "2:1, 3:1, 16:9")
 
 Size = Annotated[
     str,
-    Field(description="A ratio such as 16:9, pixels such as 1536x1024, or auto. Blank: what suits the subject."),
+    Field(description="A ratio such as 16:9, pixels such as 1536x1024, or auto. Blank: chosen for the subject."),
 ]
 Quality = Annotated[str, Field(description="low, medium or high. Blank: medium.")]
 PictureWord = Annotated[
@@ -36,24 +36,26 @@ PictureWord = Annotated[
 
 ONCE = (
     "Call generate_image exactly once{each}; it is paid. If it answers before the picture is ready, call get_task with "
-    "the task_id it names until it is, and do not buy again. Then show me the picture and where it is saved."
+    "its task_id until the picture is ready, and do not buy again. Then show me the picture and the path of its file."
 )
 
 
 def add_prompts(server: MCPServer[Any]) -> None:
-    """Publish the prompts. All of them ask for generate_image."""
+    """Publish the prompts. Each one needs generate_image."""
 
     @server.prompt(title="New picture", description="Describe it, choose a shape, and get it in one paid call.")
     def new_picture(
-        subject: Annotated[str, Field(description="What the picture shows; mood, light and style too, if you like.")],
+        subject: Annotated[str, Field(description="Subject of the picture. Mood, light and style are welcome too.")],
         size: Size = "",
         quality: Quality = "",
-        use: Annotated[str, Field(description="What it is for, such as a blog header. Blank: nothing special.")] = "",
+        use: Annotated[
+            str, Field(description="Use of the picture, such as a blog header. Blank: no special use.")
+        ] = "",
     ) -> str:
         shape = (
-            f"Size: {size}. Call compute_size first and tell me the pixels and the price."
+            f"Size: {size}. Call compute_size first, and show me the pixels and the price."
             if size.strip()
-            else "Choose the shape that suits it, and call compute_size first to tell me the pixels and the price."
+            else "Choose a shape for this subject. Call compute_size first, and show me the pixels and the price."
         )
         return _brief(
             f"Make one new picture with EvoLink: {subject}",
@@ -67,8 +69,8 @@ def add_prompts(server: MCPServer[Any]) -> None:
     @server.prompt(title="Edit this picture", description="Change one thing in a picture and keep the rest.")
     def edit_picture(
         picture: PictureWord,
-        change: Annotated[str, Field(description="What is to be different.")],
-        keep: Annotated[str, Field(description="What must stay exactly as it is. Blank: everything else.")] = "",
+        change: Annotated[str, Field(description="The change that you want.")],
+        keep: Annotated[str, Field(description="Parts that must not change. Blank: everything else.")] = "",
         quality: Quality = "",
     ) -> str:
         return _brief(
@@ -85,7 +87,9 @@ def add_prompts(server: MCPServer[Any]) -> None:
     def variations(
         of: Annotated[str, Field(description="A picture (evolink://images/…, file or web address) or an idea.")],
         count: Annotated[str, Field(description="How many, 1 to 10. Each is billed. Blank: 3.")] = "",
-        differ: Annotated[str, Field(description="In what they differ, such as colour or angle. Blank: freely.")] = "",
+        differ: Annotated[
+            str, Field(description="Difference between them, such as colour or angle. Blank: free choice.")
+        ] = "",
         quality: Quality = "",
     ) -> str:
         number = count.strip() or "3"
@@ -93,7 +97,7 @@ def add_prompts(server: MCPServer[Any]) -> None:
             f"Make {number} variations with EvoLink of: {of}",
             f"They differ in: {differ}." if differ else "They differ freely in composition, light and colour.",
             quality and f"Quality: {quality}.",
-            f"Call compute_size first with n={number} and tell me the price.",
+            f"Call compute_size first with n={number} and show me the price.",
             "If it is a picture, give it in image_urls. If one prompt with n suits them all, that is the one call; if "
             "each needs words of its own, make one call for each of them, one after the other.",
             ONCE.format(each=" for each prompt"),
@@ -103,7 +107,7 @@ def add_prompts(server: MCPServer[Any]) -> None:
         title="One motif in several sizes", description="The same motif for a banner, a post, a story: a matching set."
     )
     def size_set(
-        motif: Annotated[str, Field(description="What all of them show.")],
+        motif: Annotated[str, Field(description="Motif of all pictures.")],
         sizes: Annotated[str, Field(description="Which sizes, with commas: 1:1, 9:16, 1200x628")],
         quality: Quality = "",
     ) -> str:
@@ -129,15 +133,15 @@ def add_completions(server: MCPServer[Any], studio: Studio) -> None:
         argument: CompletionArgument,
         context: CompletionContext | None,
     ) -> Completion | None:
-        said = (context.arguments if context else None) or {}
+        arguments = (context.arguments if context else None) or {}
         if isinstance(ref, ResourceTemplateReference):
-            values = await _resource_values(ref.uri, argument.name, said.get("task_id"), studio)
+            values = await _resource_values(ref.uri, argument.name, arguments.get("task_id"), studio)
         else:
             values = await _prompt_values(argument.name, studio)
         word = argument.value.strip().lower()
         fitting = list(dict.fromkeys(value for value in values if word in value.lower()))
         fitting.sort(key=lambda value: not value.lower().startswith(word))
-        return Completion(values=fitting[:OFFERED_MAX], total=len(fitting), has_more=len(fitting) > OFFERED_MAX)
+        return Completion(values=fitting[:COMPLETIONS_MAX], total=len(fitting), has_more=len(fitting) > COMPLETIONS_MAX)
 
 
 def _brief(*parts: str) -> str:
@@ -149,7 +153,7 @@ async def _prompt_values(name: str, studio: Studio) -> Iterable[str]:
         return await _pictures(studio)
     choices: dict[str, Iterable[str]] = {
         "size": ("auto", *DEFAULT_MODEL.limits.ratios),
-        "sizes": USUAL_SETS,
+        "sizes": COMMON_SETS,
         "quality": QUALITIES,
         "count": map(str, range(1, DEFAULT_MODEL.images_max + 1)),
     }
@@ -178,8 +182,8 @@ async def _pictures(studio: Studio) -> Iterable[str]:
 
 
 async def _recent(studio: Studio) -> list[Entry]:
-    """What was bought last; nothing if the journal cannot be read, because a completion is not worth an error."""
+    """Return the newest entries. If the journal cannot be read, return none: a completion is not worth an error."""
     try:
-        return await studio.journal.recent(RECENT)
+        return await studio.journal.recent(RECENT_TASKS)
     except JournalUnwritable:
         return []

@@ -1,1 +1,1 @@
-"""EvoLink simulated, for tests, the demo and anybody who builds on this server."""
+"""A simulated EvoLink for tests, the demo and development."""

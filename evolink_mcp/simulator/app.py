@@ -42,7 +42,7 @@ Act = Callable[[Request, str], Awaitable[Answer | Response]]  # what one endpoin
 
 
 class Simulator(Simulation):
-    """EvoLink in one process; `app` answers for the API host and the files host alike."""
+    """EvoLink in one process. `app` serves the API host and the files host."""
 
     def __init__(self, **simulation: Any) -> None:
         super().__init__(**simulation)
@@ -68,7 +68,7 @@ class Simulator(Simulation):
     # --- the API over HTTP ---
 
     def _endpoint(self, act: Act) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint that notes the request, asks for the key where one is needed, and answers."""
+        """Return an endpoint that records the request, checks the key if one is needed, and answers."""
 
         async def endpoint(request: Request) -> Response:
             path, headers, body = request.url.path, dict(request.headers), await request.body()
@@ -84,7 +84,7 @@ class Simulator(Simulation):
                 answer = error("unauthorized")
             if isinstance(answer, tuple):
                 status, extra, data = answer
-                # ASCII only, so that a lone surrogate goes out as a JSON escape
+                # ASCII only, so that a lone surrogate becomes a JSON escape
                 content = data["html"] if "content-type" in extra else json.dumps(data)
                 answer = Response(content, status, extra, media_type="application/json")
             answer.headers["x-request-id"] = f"req-{len(self.requests)}"
@@ -166,7 +166,7 @@ class Simulator(Simulation):
         return self.keep(data, told.get("file_name"), told.get("upload_path"), _origin(request))
 
     async def _fetched(self, url: str) -> bytes:
-        """The picture at a URL: there is no network here, so it is drawn from the URL's words."""
+        """Return the image of a URL, drawn from its words: the simulator has no network."""
         from evolink_mcp.simulator.paintings import paint
 
         return await anyio.to_thread.run_sync(paint, url, 1, (512, 512))

@@ -1,4 +1,4 @@
-"""Pictures drawn from a prompt: flat poster landscapes of exactly the size asked, same words same picture.
+"""Draw pictures from a prompt: flat poster landscapes of the exact size. The same words give the same picture.
 
 Words of the prompt choose the light, the land and the figure in it; a hash of it chooses the rest. Import
 this only where a picture is drawn: Pillow comes with it. Points are complex numbers: x + y·i, y downwards.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from PIL import Image, ImageDraw
 
 Colour = tuple[int, ...]
-WORKING_PIXELS = 5_500_000  # the most that is drawn, then resampled: smooth below, fast above
+WORKING_PIXELS = 5_500_000  # larger pictures are drawn at this size and enlarged
 SNOW = (255, 252, 246)
 
 # Words that ask for it: the sky from top to horizon / sun or moon, far land, near land.

@@ -74,7 +74,7 @@ DEFAULT_URL = "http://127.0.0.1"
 
 
 def pixels(size: str, resolution: str, rule: str) -> tuple[int, int]:
-    """Width and height that the page promises for a legal size; auto comes as a square."""
+    """Return the width and height of a legal size by the page. auto gives a square."""
 
     def near16(edge: float) -> int:
         return 16 * round(edge / 16)
@@ -100,7 +100,7 @@ def pixels(size: str, resolution: str, rule: str) -> tuple[int, int]:
 
 
 def price(body: dict[str, Any], size: tuple[int, int], pictures: int) -> float:
-    """Credits: output, text and image tokens, each rounded up to 0.0001 credit, every picture by itself."""
+    """Return the credits for output, text and image tokens. Each is rounded up to 0.0001 credit, per image."""
     base = {"low": 16, "medium": 48, "high": 96}[body.get("quality", "medium")]
     long, short = max(size), min(size)
     tiles = (2 * base * short + long) // (2 * long)
@@ -126,20 +126,20 @@ def _drawable(size: Any) -> bool:
 
 
 def is_link(value: Any) -> bool:
-    """Whether `value` is an http(s) URL."""
+    """Return whether `value` is an http(s) URL."""
     return isinstance(value, str) and re.fullmatch(r"https?://[^/\s?#]+\S*", value) is not None
 
 
 def _callback(value: Any) -> bool:
     if not is_link(value) or len(value) > 2048:
         return False
-    found = re.fullmatch(r"https://(\[[^]]*\]|[^/:?#@\s\[]+)(:\d+)?([/?#]\S*)?", value)
-    if found is None:
+    match = re.fullmatch(r"https://(\[[^]]*\]|[^/:?#@\s\[]+)(:\d+)?([/?#]\S*)?", value)
+    if match is None:
         return False
     try:
-        return ipaddress.ip_address(found[1].strip("[]")).is_global
+        return ipaddress.ip_address(match[1].strip("[]")).is_global
     except ValueError:
-        return re.fullmatch(r"[^.\[]+(\.[^.\[]+)*\.[A-Za-z][^.\[]*\.?", found[1]) is not None
+        return re.fullmatch(r"[^.\[]+(\.[^.\[]+)*\.[A-Za-z][^.\[]*\.?", match[1]) is not None
 
 
 def _one_of(*words: str) -> Callable[[Any], bool]:
@@ -171,12 +171,12 @@ PAGE: dict[str, tuple[Callable[[Any], bool], str]] = {  # every field of the pag
 
 
 def faults_of(prompt: str) -> dict[str, str]:
-    """The faults that a prompt orders, by name; the value is empty if none was given."""
+    """Return the faults in a prompt, by name. The value is empty if the prompt gives none."""
     return dict(re.findall(r"(?<![A-Za-z0-9])sim:([a-z0-9]+(?:-[a-z0-9]+)*)(?:=(\w+(?:\.\d+)?))?", prompt))
 
 
 def objection(body: Any) -> str:
-    """Why the page forbids this request, in words; empty if it does not."""
+    """Return the reason why the page forbids this request. Empty: the request is legal."""
     if not isinstance(body, dict):
         return "The body must be a JSON object"
     asked = cast("dict[str, Any]", body)

@@ -1,4 +1,4 @@
-"""What EvoLink would do, as plain calls. A task's state follows from its age, so nothing runs and nothing sleeps."""
+"""Simulate EvoLink without HTTP. The state of a task follows from its age, so no code runs in the background."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from evolink_mcp.simulator.rules import (
     price,
 )
 
-LIST_TIMES = ("number", "iso", "none")  # how rows of the account's list tell when a task was made
+LIST_TIMES = ("number", "iso", "none")  # formats of the creation time in the account's list
 
 Answer = tuple[int, dict[str, str], dict[str, Any]]  # status, headers, JSON
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One request as it came, refused ones too; header names in lower case."""
+    """One received request, refused or not. Header names are in lower case."""
 
     method: str
     path: str
@@ -42,7 +42,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Upload:
-    """One uploaded picture; it lives 72 h."""
+    """One uploaded image. It expires after 72 h."""
 
     id: str
     path: str
@@ -53,7 +53,7 @@ class Upload:
 
 @dataclass
 class SimulatedTask:
-    """One paid task. Only the number of reads changes after it is created; times in seconds, `reserved` in credits."""
+    """One paid task. Only the number of reads changes later. Times are in seconds, `reserved` is in credits."""
 
     id: str
     created: float
@@ -67,7 +67,7 @@ class SimulatedTask:
 
     @property
     def pictures(self) -> int:
-        """How many pictures it has in the end."""
+        """The number of result images."""
         return 1 if "fewer" in self.faults else self.body.get("n", 1)
 
     @property
@@ -77,31 +77,31 @@ class SimulatedTask:
 
     @property
     def end(self) -> str:
-        """The status that it ends with."""
+        """The final status."""
         if self.faults.keys() & {"fail", "surrogate"}:
             return "failed"
         return "cancelled" if "cancelled" in self.faults else "completed"
 
 
 def ok(data: dict[str, Any]) -> Answer:
-    """A successful answer."""
+    """Return a successful answer."""
     return 200, {}, data
 
 
 def error(code: str, message: str = "", **more: Any) -> Answer:
-    """A refusal by its code in REFUSALS."""
+    """Return a refusal by its code in REFUSALS."""
     status, kind, text = REFUSALS[code]
     headers = {"retry-after": "1"} if status == 429 else {}
     return status, headers, {"error": {"code": code, "message": message or text, "type": kind, **more}}
 
 
 def file_error(code: int, message: str, status: int = 400) -> Answer:
-    """A refusal of the file API, which has a shape of its own."""
+    """Return a refusal in the format of the file API."""
     return status, {}, {"success": False, "code": code, "msg": message}
 
 
 def parsed(data: bytes) -> Any:
-    """A body as JSON; None if it is not."""
+    """Return a body as JSON. None: it is not JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ class Simulation:
     # --- states, as functions of age ---
 
     def state(self, task: SimulatedTask) -> tuple[str, int]:
-        """Status and progress now."""
+        """Return the current status and progress."""
         age = self.clock() - task.created
         share = age / task.duration if task.duration > 0 else 1.0
         if share >= 1:
@@ -153,7 +153,7 @@ class Simulation:
         return "queued_for_gpu" if strange else "processing", progress
 
     def credits(self, key: str) -> tuple[float, float]:
-        """Credits left and used: reserved while a task runs, settled when it completes, back when it fails."""
+        """Return the remaining and used credits. A running task reserves credits; a failed one returns them."""
         held = used = 0.0
         for task in self.tasks.values():
             if task.key == key:
@@ -164,7 +164,7 @@ class Simulation:
         return round(bought - used - held, 4), round(used, 4)
 
     def view(self, task: SimulatedTask, base_url: str, *, fresh: bool = False, links: bool = True) -> dict[str, Any]:
-        """The task as JSON; a fresh one is pending, and a list gives no links."""
+        """Return the task as JSON. A new task is pending. A list has no links."""
         status, progress = ("pending", 0) if fresh and "done" not in task.faults else self.state(task)
         seen: dict[str, Any] = {"created": int(task.created), "id": task.id, "model": "gpt-image-2", "type": "image"}
         seen |= {"object": "image.generation.task", "progress": progress, "status": status}
@@ -190,7 +190,7 @@ class Simulation:
         return seen | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
 
     def row(self, task: SimulatedTask) -> dict[str, Any]:
-        """The task as a row of the account's list: without links, and its time under another name."""
+        """Return the task as a row of the account's list: without links, and with another name for the time."""
         seen = self.view(task, "", links=False)
         made = seen.pop("created")
         if self.list_times == "iso":
@@ -202,7 +202,7 @@ class Simulation:
     def create(
         self, body: Any, *, key: str = "", idempotency_key: str | None = None, base_url: str = DEFAULT_URL
     ) -> Answer:
-        """The paid POST. A page of HTML comes as {"html": ...} under content-type text/html."""
+        """Answer the paid POST. An HTML page is {"html": ...} with content-type text/html."""
         if self.keys is not None and key not in self.keys:
             return error("unauthorized")
         if wrong := objection(body):
@@ -243,7 +243,7 @@ class Simulation:
         return error("service_unavailable") if "503-created" in faults else ok(seen)
 
     def task(self, task_id: str, *, key: str = "", base_url: str = DEFAULT_URL) -> Answer:
-        """One read of a task; without a key, of anybody's."""
+        """Answer a read of a task. Without a key, every account's task is readable."""
         if not task_id.startswith("task-unified-"):
             return error("invalid_task_id", param="task_id")
         task = self.tasks.get(task_id)
@@ -258,7 +258,7 @@ class Simulation:
         return ok({"data": seen} if "envelope" in task.faults else seen)
 
     def keep(self, data: bytes, name: str | None, folder: str | None, base_url: str = DEFAULT_URL) -> Answer:
-        """One upload; the same name in the same folder overwrites."""
+        """Store an upload. The same name in the same folder overwrites."""
         kinds = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
         kind = next((kind for magic, kind in kinds.items() if data.startswith(magic)), None)
         if len(data) > MOST_UPLOAD_BYTES:

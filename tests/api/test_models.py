@@ -209,7 +209,9 @@ def test_a_new_tool_is_its_own_module_and_two_lists(tmp_path: Path) -> None:
     (tmp_path / "evolink_mcp" / "tools" / "hello.py").write_text(HELLO_MODULE)
 
     def edit_server(text: str) -> str:
-        text = text.replace("        get_balance_tool(studio),\n", "        get_balance_tool(studio),\n        hello_tool(),\n")
+        text = text.replace(
+            "        get_balance_tool(studio),\n", "        get_balance_tool(studio),\n        hello_tool(),\n"
+        )
         line = "from evolink_mcp.tools.list_tasks import"
         return text.replace(line, f"from evolink_mcp.tools.hello import hello_tool\n{line}")
 
