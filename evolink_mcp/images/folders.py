@@ -34,7 +34,8 @@ RESERVED_NAMES = frozenset(
     ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"]
     + [f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789¹²³"]
 )
-SCANNER_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
+# Windows: a virus scanner may have a new file open for a moment.
+SCANNER_PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
 
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
@@ -254,7 +255,7 @@ def move_to_free_name(part: Path, path: Path) -> bool:
     """
     try:
         if sys.platform == "win32":
-            patiently(os.rename, part, path)
+            move_patiently(os.rename, part, path)
         else:
             os.link(part, path)
     except FileExistsError:
@@ -265,26 +266,33 @@ def move_to_free_name(part: Path, path: Path) -> bool:
         except FileExistsError:
             return False
         try:
-            patiently(os.replace, part, path)
+            move_patiently(os.replace, part, path)
         except OSError:
             path.unlink()
             raise
     return True
 
 
-def patiently(move: Callable[[Path, Path], None], source: Path, target: Path) -> None:
-    """Move a file. On Windows try several times: a virus scanner may have opened the new file.
+def move_patiently(
+    move: Callable[[Path, Path], None],
+    source: Path,
+    target: Path,
+    *,
+    pauses_s: Sequence[float] = SCANNER_PAUSES_S,
+    sleep: Callable[[float], object] = time.sleep,
+) -> None:
+    """Move a file. After a PermissionError, pause and try again.
 
     Raises:
         OSError: the file cannot be moved.
     """
-    for wait_s in SCANNER_WAITS_S if sys.platform == "win32" else ():
+    for pause_s in pauses_s:
         try:
             return move(source, target)
         except FileExistsError:
             raise
         except PermissionError:
-            time.sleep(wait_s)
+            sleep(pause_s)
     return move(source, target)
 
 

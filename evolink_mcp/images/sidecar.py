@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from evolink_mcp import __version__
 from evolink_mcp.api.task import as_dict, is_task_id
-from evolink_mcp.images.folders import move_to_free_name, open_plain, part_file, patiently
+from evolink_mcp.images.folders import move_patiently, move_to_free_name, open_plain, part_file
 from evolink_mcp.journal.entry import Entry, ResultImage, iso
 from evolink_mcp.sanitize import scrub
 
@@ -82,7 +82,7 @@ def _write(path: Path, facts: dict[str, Any]) -> bool:
             return True
         old = _own_sidecar(path)
         if old is not None and old.get("sha256") != facts["sha256"]:  # the old image is gone
-            patiently(os.replace, part, path)
+            move_patiently(os.replace, part, path)
         return old is not None
 
 

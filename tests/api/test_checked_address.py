@@ -33,7 +33,7 @@ class Wire(httpx.AsyncBaseTransport):
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """What the resolver says, by host name."""
+    """The answers of the resolver, by host name."""
     known: dict[str, list[str]] = {}
 
     async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
@@ -99,7 +99,7 @@ async def test_a_name_that_leads_inside_is_not_connected_to(names: dict[str, lis
         pytest.param(["64:ff9b:1::5db8:d822"], False, id="a local-use prefix"),
     ],
 )
-async def test_an_address_behind_dns64_is_judged_by_what_it_stands_for(
+async def test_an_address_behind_dns64_is_checked_by_its_ipv4_address(
     names: dict[str, list[str]], addresses: list[str], public: bool
 ) -> None:
     names["files.example.net"] = addresses
@@ -136,7 +136,7 @@ async def test_the_check_is_decided_for_each_url(
     names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, no_proxies: None, variables: dict[str, str],
     through: str | None,
 ) -> None:  # fmt: skip
-    """An address inside the network is not connected to unless a proxy is what connects."""
+    """The client never connects to an internal address. Only a proxy may."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     names["files.example.net"] = [INSIDE]

@@ -1,4 +1,4 @@
-"""Sizes by EvoLink's page: every cell of both tables, every limit, and an answer for every wish."""
+"""Sizes by EvoLink's page: every cell of both tables, every limit, and an answer for every target."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_tier_does_not_apply_to_auto_or_pixels(text: str, size: Size | None,
         pytest.param(" 1024 x 1024 ", "1024x1024", id="blanks around the x"),
     ],
 )
-def test_a_legal_size_is_folded_to_what_is_sent(text: str, canonical: str) -> None:
+def test_a_legal_size_is_normalized(text: str, canonical: str) -> None:
     assert canonical == sizes.normalize(text)
     assert canonical == sizes.normalize(canonical)
 
@@ -172,7 +172,7 @@ def test_anything_else_is_refused_in_few_words(text: str) -> None:
         pytest.param("1024*1024", ["not understood", "Nearest legal sizes: 1024x1024"], id="what was meant"),
     ],
 )
-def test_a_refusal_says_which_limit_and_what_is_legal(text: str, words: list[str]) -> None:
+def test_a_refusal_names_the_limit_and_the_nearest_legal_sizes(text: str, words: list[str]) -> None:
     with pytest.raises(IllegalSize) as refusal:
         sizes.normalize(text)
     assert [word for word in words if word not in str(refusal.value)] == []
@@ -235,7 +235,7 @@ def test_a_legal_size_is_its_own_nearest() -> None:
         pytest.param((3840, 3840), "2880x2880", 4 / 3, (0, 0), "1:1 4K 2880x2880 False", id="above the maximum"),
     ],
 )
-def test_a_wish_in_pixels_is_covered(
+def test_a_target_in_pixels_is_covered(
     wish: tuple[int, int], size: str, scale: float, offset: tuple[int, int], cell: str
 ) -> None:
     cover = sizes.cover(*wish)
@@ -249,14 +249,14 @@ def test_a_cover_follows_the_rule() -> None:
 
 
 @pytest.mark.parametrize("rule", sizes.RULES)
-def test_every_wish_gets_a_legal_picture_that_holds_the_crop(rule: str) -> None:
+def test_every_target_gets_a_legal_size_that_contains_the_crop(rule: str) -> None:
     lost: list[tuple[int, int]] = []
     for width in (1, 15, 16, 17, 333, 809, 1000, 1403, 2881, 3839, 3841, 9999, 100_000):
         for height in (1, 16, 300, 481, 810, 1281, 2160, 2881, 3840, 5000, 100_000):
             cover = sizes.cover(width, height, rule)
             right, bottom = cover.left + width, cover.top + height
             held = right <= cover.size.width * cover.scale + 1e-6 and bottom <= cover.size.height * cover.scale + 1e-6
-            # Only a wish that is smaller than every legal picture is made smaller, and then just enough.
+            # Only a target smaller than every legal size is scaled down, and only as far as necessary.
             small = width * height < models.DEFAULT_MODEL.limits.pixels_min
             tight = cover.scale >= 1 or (small and width / cover.size.width <= cover.scale + 1e-9)
             if not (_legal(cover.size) and held and cover.left >= 0 <= cover.top and tight):
@@ -272,7 +272,7 @@ def test_every_wish_gets_a_legal_picture_that_holds_the_crop(rule: str) -> None:
         pytest.param(9, -1, id="minus"),
     ],
 )
-def test_a_wish_outside_1_to_100000_is_refused(width: int, height: int) -> None:
+def test_a_target_outside_1_to_100000_is_refused(width: int, height: int) -> None:
     with pytest.raises(IllegalSize, match="1 to 100,000"):
         sizes.cover(width, height)
 

@@ -1,4 +1,4 @@
-"""What EvoLink says of a task is read in every shape that was seen, and nothing odd in it is an error."""
+"""EvoLink's answers are read in every known shape, and an invalid field is not an error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_numbers_beyond_reason_end_nothing(field: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1e999", "1" + "0" * 400, "NaN", "true", '"7"', "null"])
-def test_a_balance_beyond_reason_is_not_told(value: str) -> None:
+def test_an_absurd_balance_is_unknown(value: str) -> None:
     told = json.loads(f'{{"data": {{"user": {{"remaining_credits": {value}, "used_credits": 2}}}}}}')
     balance = read_balance(told)
     assert (balance.account_remaining, balance.account_used) == (None, 2.0)
@@ -65,7 +65,7 @@ def test_a_balance_beyond_reason_is_not_told(value: str) -> None:
         pytest.param(lambda rows: rows, id="the list itself"),
     ],
 )
-def test_a_list_is_read_in_every_shape_and_odd_rows_are_left_out(wrap: Any) -> None:
+def test_a_list_is_read_in_every_shape_and_invalid_rows_are_skipped(wrap: Any) -> None:
     rows = [{"id": ID, "created_at": 1_757_000_000}, 7, None, {"id": [9]}, {"id": "two words"}, {}, [ID]]
     assert [task.id for task in read_tasks(wrap(rows))] == [ID]
     assert list(read_tasks(wrap([]))) == []

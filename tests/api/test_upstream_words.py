@@ -1,4 +1,4 @@
-"""What EvoLink says is quoted as its words: it never holds the key, ends our quotation, or speaks as a status."""
+"""EvoLink's texts are quoted: it never holds the key, ends our quotation, or speaks as a status."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def client_that_hears(status: int, body: str) -> EvolinkClient:
 
 
 @EACH_SPELLING
-async def test_an_error_that_quotes_the_key_is_told_without_it(spelling: str) -> None:
+async def test_an_error_that_quotes_the_key_is_shown_without_it(spelling: str) -> None:
     body = f'{{"error": {{"message": "Bad key {spelling}!", "code": "bad_{spelling}"}}}}'
     async with client_that_hears(401, body) as client:
         with pytest.raises(EvolinkError) as refusal:

@@ -226,7 +226,7 @@ async def test_a_decoder_that_ends_costs_only_its_image(body: str, reason: Reaso
 
 
 class Exploit:
-    """An object whose unpickling creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker

@@ -15,7 +15,7 @@ from conftest import Open, World
 from drawings import drawing
 
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
-from evolink_mcp.images.folders import Folders, open_plain, write_new_file
+from evolink_mcp.images.folders import Folders, move_patiently, open_plain, write_new_file
 
 WISH = {"prompt": "sim:fast a fox"}
 
@@ -171,7 +171,7 @@ def cat(folders: Folders, tmp_path: Path) -> Path:
     return path
 
 
-def test_what_may_be_read_is_read(folders: Folders, cat: Path) -> None:
+def test_an_allowed_file_is_read(folders: Folders, cat: Path) -> None:
     with folders.opened(folders.readable("in/cat.png")) as file:
         assert file.read() == b"a cat"
 
@@ -204,7 +204,7 @@ def _pipe_in_place(cat: Path, secret: Path) -> None:
 @pytest.mark.parametrize(
     "way", [pytest.param(True, id="step by step"), pytest.param(False, id="where there are no steps")]
 )
-def test_what_takes_a_files_place_after_the_check_is_not_opened(
+def test_a_replacement_of_a_checked_file_is_not_opened(
     folders: Folders,
     cat: Path,
     tmp_path: Path,
@@ -212,7 +212,7 @@ def test_what_takes_a_files_place_after_the_check_is_not_opened(
     way: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither a secret is read, nor does the server wait for a pipe that nobody writes to."""
+    """The server reads no secret, and does not wait for a pipe without a writer."""
     secret = tmp_path / "elsewhere" / "cat.png"
     secret.write_bytes(b"secret")
     if not way:
@@ -249,7 +249,7 @@ def test_a_folder_with_many_files_is_not_searched_to_its_end(folders: Folders, t
     assert len(refusal.value.advice) < 700
 
 
-def test_names_in_the_folder_above_an_allowed_one_are_not_told(folders: Folders, tmp_path: Path) -> None:
+def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "projects.png").touch()
     gone = Folders(tmp_path / "gone", (tmp_path / "project.png",))
     with pytest.raises(ReferenceRefused) as refusal:
@@ -285,14 +285,13 @@ def test_names_that_windows_reserves_are_refused_everywhere(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["console.png", "nully.png", "com10.png", "a.con", "..hero.png", "com.png"])
-def test_names_that_only_look_reserved_are_taken(tmp_path: Path, name: str) -> None:
+def test_names_that_only_look_reserved_are_accepted(tmp_path: Path, name: str) -> None:
     assert Folders(tmp_path, (tmp_path,)).target(name).name == name
 
 
-def test_a_file_that_a_scanner_holds_is_moved_a_moment_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evolink_mcp.images import folders
-
+def test_a_file_that_a_scanner_has_open_is_moved_a_moment_later(tmp_path: Path) -> None:
     tries: list[int] = []
+    pauses: list[float] = []
 
     def move(source: Path, target: Path) -> None:
         tries.append(1)
@@ -300,11 +299,10 @@ def test_a_file_that_a_scanner_holds_is_moved_a_moment_later(tmp_path: Path, mon
             raise PermissionError(13, "a virus scanner has it open")
         source.rename(target)
 
-    monkeypatch.setattr(folders.sys, "platform", "win32")
-    monkeypatch.setattr(folders.time, "sleep", lambda seconds: None)
     (tmp_path / "a").write_bytes(b"x")
-    folders.patiently(move, tmp_path / "a", tmp_path / "b")
+    move_patiently(move, tmp_path / "a", tmp_path / "b", pauses_s=(1, 2, 3, 4, 5), sleep=pauses.append)
     assert (len(tries), (tmp_path / "b").read_bytes()) == (4, b"x")
+    assert pauses == [1, 2, 3]
 
 
 # --- a new file ---

@@ -1,4 +1,4 @@
-"""What is uploaded is upright and says nothing but its pixels; a picture that is both already stays as it is."""
+"""An uploaded image is upright and has no metadata; a picture that is both already stays as it is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
 
 
 @KINDS
-def test_what_follows_the_picture_is_left_out(kind: str) -> None:
+def test_bytes_after_the_image_are_removed(kind: str) -> None:
     picture = noise((64, 48), kind)
     assert normalize(picture + b"a second picture, or a program") == picture
 

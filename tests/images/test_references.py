@@ -48,7 +48,7 @@ def desk(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_desk(open_world: Open, desk: Path) -> Open:
-    """A world whose files may come from the desk."""
+    """Open a world that may read files from the desk."""
 
     def opened(environ: dict[str, str] | None = None, **more: Any):
         return open_world({"EVOLINK_MCP_ALLOWED_DIRS": str(desk), **(environ or {})}, **more)
@@ -76,7 +76,7 @@ def data_uri(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-# --- what goes out ---
+# --- uploads ---
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ async def test_an_identical_request_is_known_again_by_content_not_by_name(open_d
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-async def test_type_is_told_by_content_whatever_the_name(open_desk: Open, desk: Path, kind: str) -> None:
+async def test_the_type_follows_from_the_content_and_not_from_the_name(open_desk: Open, desk: Path, kind: str) -> None:
     (desk / "odd.png").write_bytes(drawing(kind=kind))
     async with open_desk() as world:
         await edit(world, str(desk / "odd.png"))
@@ -215,7 +215,7 @@ async def test_an_earlier_result_goes_out_by_its_own_link_while_that_lives(world
         pytest.param("evolink://sizes", id="no picture"),
     ],
 )
-async def test_what_is_no_earlier_picture_is_refused(world: World, uri: str) -> None:
+async def test_an_unknown_earlier_picture_is_refused(world: World, uri: str) -> None:
     answer = await edit(world, uri)
     assert answer.is_error is True
     assert world.simulator.requests == []
@@ -299,7 +299,7 @@ REFUSED: list[Any] = [
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED)
-async def test_what_may_not_be_sent_is_refused_with_no_request_made(
+async def test_a_forbidden_reference_is_refused_without_a_request(
     open_desk: Open, desk: Path, make: Callable[[Path], str], words: str
 ) -> None:
     source = make(desk)
@@ -344,7 +344,7 @@ async def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(open_desk
     assert "cta.txt" not in answer.content[0].text
 
 
-async def test_no_name_is_told_of_what_lies_outside(open_desk: Open, desk: Path) -> None:
+async def test_no_name_outside_the_allowed_folders_is_shown(open_desk: Open, desk: Path) -> None:
     _secret(desk)
     async with open_desk() as world:
         missing = await edit(world, f"{desk.parent}/secreet.png")

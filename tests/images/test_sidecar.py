@@ -1,4 +1,4 @@
-"""The JSON beside a picture: the same facts as every answer, written whole, in nobody's place, and only if wanted."""
+"""The JSON beside a picture: the same facts as every answer, written completely, never over another file, and optional."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _file(path: Path, content: str) -> None:
         pytest.param("[" * 100_000, id="brackets without end"),
     ],
 )
-async def test_somebody_elses_file_is_left_alone(world: World, foreign: str) -> None:
+async def test_a_file_of_another_program_stays(world: World, foreign: str) -> None:
     path = world.folder / "pictures" / "hero.png.json"
     _file(path, foreign)
     answer = await buy(world, save_as="hero.png")
@@ -138,7 +138,7 @@ async def test_a_pipe_in_its_place_does_not_hold_up_the_picture(world: World) ->
     assert answer.is_error is False
 
 
-async def test_what_is_left_of_a_deleted_picture_is_replaced_by_the_next_of_its_name(world: World) -> None:
+async def test_the_sidecar_of_a_deleted_picture_is_replaced_by_the_next_one_of_its_name(world: World) -> None:
     first = (await buy(world, save_as="hero.png")).structured_content
     Path(first["images"][0]["path"]).unlink()
     second = (await buy(world, "sim:fast a cat", save_as="hero.png")).structured_content
@@ -178,7 +178,7 @@ async def test_a_picture_whose_sidecar_cannot_be_written_is_kept_all_the_same(
     assert "cannot be written (No space left on device)" in caplog.text
 
 
-async def test_a_task_bought_elsewhere_gets_one_with_what_is_known(open_world: Open, world: World) -> None:
+async def test_a_task_of_another_client_gets_a_sidecar_with_the_known_facts(open_world: Open, world: World) -> None:
     """Another client of the same key bought it: the words of the request are not known here."""
     await buy(world, wait_seconds=0)
     (task_id,) = world.simulator.tasks

@@ -1,4 +1,4 @@
-"""A picture comes to disk whole or not at all, is what its bytes say, and takes no other file's place."""
+"""A picture is saved completely or not at all, gets the suffix of its type, and replaces no other file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def served(content: bytes):
         pytest.param({"output_format": "jpeg", "save_as": "hero.png"}, ".jpg", "image/jpeg", id="named otherwise"),
     ],
 )
-async def test_a_picture_is_named_by_what_it_is(world: World, wish: dict, suffix: str, mime_type: str) -> None:
+async def test_the_suffix_of_a_picture_follows_its_content(
+    world: World, wish: dict, suffix: str, mime_type: str
+) -> None:
     answer = await buy(world, "sim:fast a fox", **wish)
     (image,) = answer.structured_content["images"]
     (file,) = world.files
@@ -78,7 +80,7 @@ async def test_a_picture_is_named_by_what_it_is(world: World, wish: dict, suffix
 
 
 @pytest.mark.parametrize("fault", ["sim:not-a-picture", "sim:truncated-picture"])
-async def test_what_is_no_whole_picture_is_not_kept_and_its_link_is(world: World, fault: str) -> None:
+async def test_an_incomplete_picture_is_not_saved_but_its_link_is_shown(world: World, fault: str) -> None:
     answer = await buy(world, f"sim:fast {fault} a fox")
     (image,) = answer.structured_content["images"]
     assert answer.is_error is True
@@ -91,7 +93,7 @@ async def test_what_is_no_whole_picture_is_not_kept_and_its_link_is(world: World
     assert world.posts == 1
 
 
-async def test_real_pixels_are_compared_with_what_was_computed(world: World) -> None:
+async def test_real_pixels_are_compared_with_the_computed_size(world: World) -> None:
     answer = await buy(world, "sim:fast sim:other-size a fox", size="16:9", resolution="2K")
     facts = answer.structured_content
     (image,) = facts["images"]
@@ -102,7 +104,7 @@ async def test_real_pixels_are_compared_with_what_was_computed(world: World) -> 
     assert "EvoLink delivered 1024×576" in answer.content[0].text
 
 
-async def test_fewer_pictures_than_asked_are_told_with_what_was_charged(world: World) -> None:
+async def test_fewer_pictures_than_ordered_are_reported_with_the_charge(world: World) -> None:
     answer = await buy(world, "sim:fast sim:fewer a fox", n=4)
     facts = answer.structured_content
     used = world.simulator.credits(f"{world.settings.key.get_secret_value()}")[1]
@@ -114,7 +116,7 @@ async def test_fewer_pictures_than_asked_are_told_with_what_was_charged(world: W
 
 
 @pytest.mark.parametrize("name", ["mask_url", "background", "output_format"])
-async def test_what_the_page_does_not_name_goes_out_only_when_given(world: World, name: str) -> None:
+async def test_an_optional_field_is_sent_only_if_the_caller_gives_it(world: World, name: str) -> None:
     await buy(world, "sim:fast a fox")
     (post,) = [r for r in world.simulator.requests if r.path == "/v1/images/generations"]
     assert name.encode() not in post.body
@@ -152,7 +154,7 @@ async def test_a_name_that_is_taken_is_never_overwritten(world: World) -> None:
 
 
 async def test_a_place_that_becomes_a_link_outside_is_not_followed_when_the_picture_comes(world: World) -> None:
-    """Between order and download minutes may pass; the place is judged again, and the picture is kept all the same."""
+    """Minutes may pass before the download. The server checks the path again and uses the output folder."""
     with anyio.fail_after(300):
         async with world.client() as client:
             wish = {"prompt": "a fox", "save_as": "blog/hero.png", "wait_seconds": 0}
@@ -233,7 +235,7 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
         pytest.param(vast(60_000, 60_000), id="decompression bomb"),
     ],
 )
-async def test_nothing_is_left_of_what_is_no_picture(decoder: Decoder, tmp_path: Path, content: bytes) -> None:
+async def test_no_file_remains_of_an_invalid_picture(decoder: Decoder, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DownloadFailed):
         await save_image(served(content), tmp_path / "new" / "a", decoder)
     assert everything(tmp_path) == []
@@ -256,7 +258,7 @@ async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(decoder
     assert everything(tmp_path) == []
 
 
-async def test_what_a_killed_server_left_is_cleared_away_and_what_another_writes_is_not(
+async def test_unfinished_files_of_a_killed_server_are_removed_and_those_of_a_running_one_stay(
     decoder: Decoder, tmp_path: Path
 ) -> None:
     for name, age_s in ((".evolink-old.part", 7_200), (".evolink-new.part", 60), ("my.part", 7_200)):
@@ -294,7 +296,7 @@ async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_pa
     assert refusal.value.charged == "yes"
 
 
-async def test_what_is_told_of_a_kept_picture_is_true(decoder: Decoder, tmp_path: Path) -> None:
+async def test_the_facts_of_a_saved_picture_are_true(decoder: Decoder, tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
     kept = await save_image(served(picture), tmp_path / "link" / ".." / "a", decoder)
     assert picture == Path(kept.path).read_bytes()
@@ -302,7 +304,7 @@ async def test_what_is_told_of_a_kept_picture_is_true(decoder: Decoder, tmp_path
     assert hashlib.sha256(picture).hexdigest() == kept.sha256
 
 
-# --- what bytes say ---
+# --- types ---
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG of the largest size whose last scan, of some twenty bytes, is repeated."""
+    """Return a progressive JPEG of the largest size. Its last scan, of about twenty bytes, is repeated."""
     plain = drawing((2880, 2880), kind="JPEG", progressive=True, quality=50)
     start = plain.rindex(b"\xff\xda")
     return plain[:-2] + plain[start:-2] * count + b"\xff\xd9"
@@ -499,8 +501,8 @@ async def test_a_deleted_image_is_downloaded_again_but_not_the_hostile_one_besid
     assert "fill bytes" in hostile["error"]
 
 
-async def test_what_was_refused_is_not_fetched_again_by_itself(open_world: Open) -> None:
-    """Not by the next server; but somebody who asks for it by its id may try once more."""
+async def test_a_refused_picture_is_downloaded_again_only_on_request(open_world: Open) -> None:
+    """Not by the next server; but get_task with its ID tries once more."""
     async with open_world() as world:
         answer = await buy(world, "sim:fast sim:not-a-picture a fox")
         simulator, clock = world.simulator, world.clock

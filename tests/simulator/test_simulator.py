@@ -1,4 +1,4 @@
-"""The simulator behaves as EvoLink's page says, and every fault can be ordered through its front door."""
+"""The simulator follows EvoLink's page, and a prompt can order every fault."""
 
 import base64
 import io
@@ -302,7 +302,7 @@ async def test_faults_of_the_post_say_whether_a_task_was_paid(desk, word, status
     assert (200 if word == "sim:429" else status) == again.status_code
 
 
-async def test_tasks_end_badly_when_told_to(desk):
+async def test_a_task_fails_if_its_prompt_orders_it(desk):
     ends = {"sim:fail": "content_policy_violation", "sim:fail=generation_timeout": "generation_timeout"}
     for word, code in ends.items():
         task = (await desk.ordered(word))[1].json()
