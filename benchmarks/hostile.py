@@ -1,4 +1,4 @@
-"""Hostile images and silent connections: their cost, and the delay that an honest caller notices (R36, R37)."""
+"""Measure hostile images and silent connections: their cost, and the delay for an honest caller."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _webp_chunks() -> bytes:
     return b"RIFF" + struct.pack("<I", 10 * MIB + 4) + b"WEBP" + b"XXXX\0\0\0\0" * (10 * MIB // 8)
 
 
-# A block with one entry whose value fills it: Pillow would copy the value.
+# A block with one large entry. Pillow would copy its value.
 _EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x10E, 2, 60_000, 26) + bytes(60_010)
 _PHOTOSHOP = b"Photoshop 3.0\0" + (b"8BIM" + bytes(8)) * 5_000
 _TABLES = (b"\0" + bytes(64)) * 1_000
@@ -131,7 +131,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a PNG with 12 MB of EXIF": lambda: _png(_chunk(b"eXIf", _EXIF[6:] * 200)),
     "a PNG with 10 MiB of empty chunks": lambda: _png(_chunk(b"teXt", b"") * (10 * MIB // 12)),
     "a PNG of the largest size, all zero": lambda: _png(b""),
-    "a PNG whose profile unpacks to 200 MiB": lambda: _png(_chunk(b"iCCP", _PROFILE)),
+    "a PNG with a profile of 200 MiB unpacked": lambda: _png(_chunk(b"iCCP", _PROFILE)),
     "a lossless WebP of noise": _webp,
     "a WebP of 10 MiB of empty chunks": _webp_chunks,
 }
@@ -158,7 +158,7 @@ async def _costs() -> dict[str, tuple[float, float]]:
 
 @asynccontextmanager
 async def _peak_memory() -> AsyncIterator[list[float]]:
-    """Collect the peak memory of the child processes in MiB. Only Linux tells it."""
+    """Collect the peak memory of the child processes in MiB. Only Linux reports it."""
     samples = [0.0]
 
     async def sample() -> None:

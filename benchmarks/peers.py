@@ -15,7 +15,7 @@ from benchmarks.processes import SERVERS, Pipe, environment, memory_mb
 
 TITLE = "Peers"
 PACKAGES = {"@evolinkai/evolink-media": "evolink-media", "mcp-image": "mcp-image"}  # the package, and its command
-# They start with any key; nothing is asked of anybody.
+# They start with any key. No request is sent.
 KEYS = {"EVOLINK_API_KEY": "sk-benchmark-0123456789", "GEMINI_API_KEY": "benchmark-0123456789"}
 
 

@@ -1,7 +1,7 @@
 """The rhythm of looks by simulation: how late the end is noticed, and at the price of how many looks.
 
 No real time passes. Qualities low, medium and high come 1:2:1; their tasks last as EvoLink has published it (half of
-them less than 10, 48 and 126 s), log-normal. What was learned from one task helps with the next, as in a server.
+them less than 10, 48 and 126 s), log-normal. The duration of one task improves the schedule of the next, as in a server.
 Counted are looks at the unfinished task, which EvoLink pays for; the one that finds the end is needed in any case.
 """
 
@@ -94,13 +94,13 @@ class _Seen:
 
 
 def _fixed(every_s: float, dice: random.Random) -> Next:
-    """A fixed rhythm meets the end at any phase: only its first look is drawn."""
+    """Return a fixed interval. Only the first poll is random, because the end can have any phase."""
     first = [every_s * dice.random()]
     return lambda elapsed, progress: first.pop() if first else every_s
 
 
 def _watched(lasts_s: float, next_s: Next, progress: Progress | None) -> tuple[float, int]:
-    """Seconds between the end and the look that finds it, and the looks before."""
+    """Return the detection lag in seconds, and the number of polls before the end."""
     elapsed, told, looks = 0.0, None, 0
     while True:
         elapsed += next_s(elapsed, told)

@@ -1,7 +1,7 @@
-"""The simulator on a port of its own, with pictures made beforehand, a book of what came when, and batch reads or not.
+"""Serve the simulator on its own port, with prepared images, a record of all requests, and optional batch reads.
 
-`python -m benchmarks.standin dot|1K|4K|noise [--no-batch]` prints its port. Drawing takes seconds and is nobody's
-share, so every task gets the same few pictures.
+`python -m benchmarks.standin dot|1K|4K|noise [--no-batch]` prints its port. Drawing takes seconds and would
+distort the figures, so every task gets the same few images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPTS = ("a fox in a misty forest", "a lighthouse over the sea at dusk")
 
 
 def drawn(kind: str) -> list[bytes]:
-    """A few pictures as PNG; `noise` is harder to make small than any photograph."""
+    """Return a few images as PNG. `noise` is harder to compress than any photograph."""
     if kind == "noise":
         from PIL import Image
 
@@ -38,8 +38,8 @@ def drawn(kind: str) -> list[bytes]:
     return [paint(prompt, number, PIXELS[kind]) for number, prompt in enumerate(PROMPTS)]
 
 
-class Door:
-    """In front of the simulator: serves the pictures and notes when things happened (in epoch seconds)."""
+class RecordingProxy:
+    """Serve the images in front of the simulator, and record the times of all events in epoch seconds."""
 
     def __init__(self, simulator: Simulator, pictures: list[bytes], *, batch: bool) -> None:
         self._simulator = simulator
@@ -88,11 +88,11 @@ class Door:
         return None
 
     def _end_all(self, within_s: float) -> None:
-        """Let all that is under way end within this time, one after the other."""
+        """Let all running tasks end within this time, one after the other."""
         now = time.time()
-        under_way = [task for task in self._simulator.tasks.values() if not self._over(task)]
-        for number, task in enumerate(under_way):
-            task.duration = now - task.created + within_s * number / len(under_way)
+        running = [task for task in self._simulator.tasks.values() if not self._over(task)]
+        for number, task in enumerate(running):
+            task.duration = now - task.created + within_s * number / len(running)
 
     def _over(self, task: Any) -> bool:
         return self._simulator.state(task)[0] == "completed"
@@ -105,8 +105,8 @@ async def _answer(send: Any, status: int, body: bytes, kind: bytes = b"applicati
 
 
 async def serve(kind: str, *, batch: bool) -> None:
-    door = Door(Simulator(keys={KEY: 1e9}), drawn(kind), batch=batch)
-    web = uvicorn.Server(uvicorn.Config(door, port=0, log_level="error", lifespan="off"))  # pyright: ignore[reportArgumentType]
+    proxy = RecordingProxy(Simulator(keys={KEY: 1e9}), drawn(kind), batch=batch)
+    web = uvicorn.Server(uvicorn.Config(proxy, port=0, log_level="error", lifespan="off"))  # pyright: ignore[reportArgumentType]
     async with anyio.create_task_group() as group:
         group.start_soon(web.serve)
         while not web.started:

@@ -1,7 +1,7 @@
 """EvoLink's HTTP API as a Starlette app over a simulation: no key, no network, no jobs.
 
-It reads EvoLink's page on its own and shares no rule with the client: one mistake cannot hide in both. Words in
-a prompt order faults, like test card numbers (`FAULTS`).
+It has its own reading of EvoLink's page, so that one mistake cannot hide in both. Words in a prompt order faults,
+like test card numbers (`FAULTS`).
 """
 
 import base64
@@ -38,7 +38,7 @@ from evolink_mcp.simulator.simulation import (
 
 __all__ = ["FAULTS", "Recorded", "SimulatedTask", "Simulator", "Upload"]
 
-Act = Callable[[Request, str], Awaitable[Answer | Response]]  # what one endpoint does for one API key
+Act = Callable[[Request, str], Awaitable[Answer | Response]]  # the work of one endpoint for one API key
 
 
 class Simulator(Simulation):

@@ -1,6 +1,6 @@
-"""The simulator's own reading of EvoLink's page: what is legal, what it costs, how big it gets, and faults on order.
+"""Check requests by EvoLink's page: limits, prices, sizes, and the faults that a prompt can order.
 
-It shares nothing with the rooms that send: one mistake must not hide in both.
+It shares no code with the client, so that one mistake cannot hide in both.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FAULTS: dict[str, str] = {
     "sim:500": "500 and no task",
     "sim:slow": "takes ten times as long",
     "sim:slow=SECONDS": "takes this long",
-    "sim:fast": "completed at the first look",
+    "sim:fast": "completed at the first poll",
     "sim:done": "completed in the POST's own answer",
-    "sim:poll-500": "every second look, from the first, answers 500",
-    "sim:poll-429": "every second look, from the first, answers 429 with Retry-After: 1",
-    "sim:envelope": 'a look answers {"data": {the task}}',
+    "sim:poll-500": "every second poll, from the first, answers 500",
+    "sim:poll-429": "every second poll, from the first, answers 429 with Retry-After: 1",
+    "sim:envelope": 'a poll answers {"data": {the task}}',
     "sim:backwards": "progress falls back now and then",
     "sim:unknown-status": "status queued_for_gpu in the middle third",
-    "sim:fewer": "one picture, however many were asked for",
+    "sim:fewer": "one picture, independent of n",
     "sim:duplicate": "the first link is given twice",
     "sim:no-results": "completed without any link",
     "sim:expired": "the links answer 403 as if a day had passed",
@@ -45,7 +45,7 @@ FAULTS: dict[str, str] = {
     "sim:hostile-picture": "the first link answers a JPEG with 100,000 fill bytes",
     "sim:other-size": "the picture is half as wide and high as asked for",
 }
-REFUSALS = {  # what EvoLink calls it: HTTP status, error.type, message
+REFUSALS = {  # code: HTTP status, error.type, message
     "invalid_request": (400, "invalid_request_error", "Invalid request parameters"),
     "invalid_task_id": (400, "invalid_request_error", "Task id must start with task-unified-"),
     "unauthorized": (401, "authentication_error", "Invalid or expired token"),
@@ -147,7 +147,7 @@ def _one_of(*words: str) -> Callable[[Any], bool]:
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-PAGE: dict[str, tuple[Callable[[Any], bool], str]] = {  # every field of the page: is it legal, and what would be
+PAGE: dict[str, tuple[Callable[[Any], bool], str]] = {  # field of the page: its check, and the text of a refusal
     "model": (_one_of("gpt-image-2"), "must be gpt-image-2"),
     "prompt": (
         lambda v: isinstance(v, str) and 1 <= len(v) <= 32_000 and not SURROGATE.search(v),
