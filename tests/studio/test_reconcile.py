@@ -56,7 +56,7 @@ async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_tim
     async with open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world:
         facts, text = await bought(world)
     assert (facts["guess"], facts["charged"], facts["status"], facts["credits"]) == (True, "unknown", "completed", None)
-    assert text.splitlines()[0].startswith("Unconfirmed match: ")
+    assert text.splitlines()[0].startswith("Unconfirmed match, a guess: ")
     assert [facts["task_id"]] == list(simulator.tasks)
     assert world.posts == 1
 

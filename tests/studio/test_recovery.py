@@ -265,7 +265,7 @@ async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_
         answer = await client.call_tool("generate_image", WISH)
         facts = answer.structured_content
         assert (facts["charged"], facts["status"], facts["credits"]) == ("unknown", "completed", None)
-        assert answer.content[0].text.startswith("Unconfirmed match: ")
+        assert answer.content[0].text.startswith("Unconfirmed match, a guess: ")
         assert (await client.call_tool("list_tasks", {})).structured_content["spent"]["today"]["credits"] == 0
         confirmed = await client.call_tool("get_task", {"task_id": facts["task_id"]})
         facts = confirmed.structured_content
