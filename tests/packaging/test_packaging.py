@@ -46,7 +46,7 @@ README, CONFIGURATION = text("README.md"), text("docs/configuration.md")
 def test_all_files_have_the_same_version() -> None:
     (package,) = SERVER["packages"]
     assert {MANIFEST["version"], SERVER["version"], package["version"]} == {__version__}
-    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", __version__)
 
 
 @pytest.mark.anyio
