@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
-    for library in ("httpx2", "httpcore2", "mcp", "psycopg"):
+    for library in ("httpx2", "httpcore2", "mcp", "opentelemetry", "psycopg"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = COMMANDS[options.command](options)
