@@ -7,6 +7,8 @@ from typing import Any
 
 from mcp.server.mcpserver import Context
 
+from evolink_mcp.studio.jobs import guarded
+
 SCOPE_KEY = "evolink_mcp.delivery"  # where the HTTP transport keeps it in the ASGI scope
 
 Act = Callable[[bool], Awaitable[None]]
@@ -28,10 +30,11 @@ class Delivery:
         self._acts.append(act)
 
     async def settle(self, arrived: bool) -> None:
-        """The answer was written, or its client is gone."""
-        acts, self._acts = self._acts, []
+        """Await every act: the answer was written, or its client is gone. An act that fails ends nothing else."""
+        acts = self._acts
+        self._acts = []
         for act in acts:
-            await act(arrived)
+            await guarded(act, arrived)
 
 
 def delivery_of(ctx: Context[Any, Any]) -> Delivery | None:
