@@ -19,7 +19,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, descriptor_limit
 from evolink_mcp.transports.http_calls import Calls
-from evolink_mcp.transports.http_guard import LOOPBACK_NAMES
+from evolink_mcp.transports.http_guard import accepted_hostnames
 from evolink_mcp.transports.messages import CheckedPosts
 from evolink_mcp.transports.signals import on_stop_signal
 
@@ -42,8 +42,7 @@ def mcp_app(
     `transport` is "http" (streamable HTTP at /mcp) or "sse" (SSE at /sse). `journal` reports cancellations to the other
     servers of a team. The server will bind to `host`, behind an HTTP guard with the same `hostnames`.
     """
-    names = [name.lower() for name in hostnames]
-    security = _security_of([*LOOPBACK_NAMES, *names])
+    security = _security_of(accepted_hostnames(hostnames))
     # One byte more than the HTTP guard accepts, because its error text gives advice.
     limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":

@@ -37,6 +37,7 @@ from evolink_mcp.server.server import build_server
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import BadTokens, Tokens
 from evolink_mcp.transports.authentication import AuthFailure
+from evolink_mcp.transports.authority import authority_in, origin_in
 from evolink_mcp.transports.json_rpc import request_id_in, request_id_in_part
 from evolink_mcp.transports.messages import InvalidMessage, read_message
 
@@ -130,6 +131,8 @@ def test_bytes_of_a_client_are_parsed_or_refused(data: bytes) -> None:
         read_message(data, keep_surrogates=True)
     request_id_in(data)
     request_id_in_part(data)
+    authority_in(data)
+    origin_in(data)
 
 
 @FUZZ
