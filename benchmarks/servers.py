@@ -23,14 +23,14 @@ def main(transport: str) -> None:
 
     from evolink_mcp.server.startup_answers import StartupAnswers
     from evolink_mcp.transports.stdio import serve_stdio
-    from evolink_mcp.transports.stdio_lines import Wires
+    from evolink_mcp.transports.stdio_lines import StdioLines
 
     async def serve(read: object, write: object) -> None:
         lowlevel = server._lowlevel_server
         await lowlevel.run(read, write, lowlevel.create_initialization_options())  # pyright: ignore[reportArgumentType]
 
     opening = StartupAnswers(None)
-    anyio.run(serve_stdio, Wires(opening.answer), opening, serve)
+    anyio.run(serve_stdio, StdioLines(opening.answer), opening, serve)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 DATABASE_TIMEOUT_S = 120
+# A test fails if a server needs longer for an answer. A busy machine can stop for seconds.
+ANSWER_TIMEOUT_S = 120
 # -P keeps the working directory off the import path. There, a file of a project could replace a module.
 SERVER_COMMAND = [sys.executable, "-P", "-m", "evolink_mcp"]
 
@@ -16,6 +18,13 @@ def minimal_environment(home: Path, **settings: str) -> dict[str, str]:
     """Return the environment that an MCP host gives to a server: home, path, `settings`. Keep variables of coverage."""
     inherited = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
     return {"HOME": str(home), **inherited, **settings}
+
+
+def cache_folders(home: Path) -> list[Path]:
+    """Return the cache folder of a server process on Linux, macOS and Windows."""
+    from evolink_mcp.app.settings import cache_folder
+
+    return [home / ".cache" / "evolink-mcp", home / "Library" / "Caches" / "evolink-mcp", cache_folder()]
 
 
 def without_coverage(environ: Mapping[str, str]) -> dict[str, str]:

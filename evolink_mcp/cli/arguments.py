@@ -48,7 +48,12 @@ def parse_arguments(argv: list[str]) -> Namespace:
         serve.add_argument("--host", default="127.0.0.1", help="address to serve at (default: this machine only)")
         serve.add_argument("--port", type=_port, default=8000, help="port (default: 8000)")
         serve.add_argument(
-            "--allowed-host", action="append", default=[], metavar="NAME", help="additional hostname of this server"
+            "--allowed-host",
+            type=_hostname,
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="additional hostname of this server",
         )
         serve.add_argument("--insecure", action="store_true", help="serve other machines without authentication")
     token = commands.add_parser("token", help="create a token for the file of EVOLINK_MCP_TOKENS_FILE")
@@ -95,3 +100,12 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 <= int(text[:6]) <= 65_535:
         raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
     return int(text)
+
+
+def _hostname(text: str) -> str:
+    from evolink_mcp.transports.authority import canonical
+
+    hostname = canonical(text)
+    if hostname is None:
+        raise argparse.ArgumentTypeError("a hostname has no scheme, port or path, for example images.example.com")
+    return hostname

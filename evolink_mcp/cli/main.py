@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
-    for library in ("httpx2", "httpcore2", "mcp", "psycopg"):
+    for library in ("httpx2", "httpcore2", "mcp", "opentelemetry", "psycopg"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = COMMANDS[options.command](options)
@@ -89,7 +89,7 @@ def _stdio(_: Namespace) -> int:
     from evolink_mcp.app.settings import cache_folder
     from evolink_mcp.server.startup_answers import StartupAnswers, load, recording_key
     from evolink_mcp.transports.signals import leave_on_stop_signal
-    from evolink_mcp.transports.stdio_lines import Wires
+    from evolink_mcp.transports.stdio_lines import StdioLines
 
     leave_on_stop_signal()
     cache = cache_folder()
@@ -99,7 +99,7 @@ def _stdio(_: Namespace) -> int:
     default_interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        wires = Wires(startup_answers.answer)
+        stdio_lines = StdioLines(startup_answers.answer)
     except OSError as error:
         _print_error(f"no standard input and output ({error.strerror}): the server cannot serve MCP over stdio")
         return 1
@@ -125,7 +125,7 @@ def _stdio(_: Namespace) -> int:
             await serve_streams(server, read, write)
             group.cancel_scope.cancel()
 
-    return anyio.run(serve_stdio, wires, startup_answers, serve, exit_within_deadline)
+    return anyio.run(serve_stdio, stdio_lines, startup_answers, serve, exit_within_deadline)
 
 
 async def _record_startup(folder: Path, key: bytes, serve: Callable[[Any, Any], Coroutine[Any, Any, None]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from mcp.server.caching import CacheHint
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.request_state import RequestStateSecurity
 from mcp.server.subscriptions import InMemorySubscriptionBus
@@ -40,6 +42,7 @@ WITHOUT_BUYING = (
 )
 DAY_MS = 86_400_000
 INVALID_PARAMS = -32602
+TRACE_CONTEXT = ("traceparent", "tracestate", "baggage")
 
 
 class Server(ResourceServer):
@@ -108,11 +111,22 @@ def build_server(
             "resources/templates/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
         },
     )
+    server.middleware.insert(0, drop_malformed_trace_context)
     add_resources(server, studio)
     add_completions(server, studio)
     if can_buy:
         add_prompts(server)
     return server
+
+
+async def drop_malformed_trace_context(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+    """Remove trace headers from `_meta` that are not text: the SDK's tracing would end the request with a traceback."""
+    meta = cast("dict[str, Any]", ctx.meta or {})
+    malformed = [name for name in TRACE_CONTEXT if not isinstance(meta.get(name, ""), str)]
+    if malformed:
+        kept: Any = {name: value for name, value in meta.items() if name not in malformed}
+        ctx = replace(ctx, meta=kept)
+    return await call_next(ctx)
 
 
 async def serve_streams(server: MCPServer[Any], read: Any, write: Any) -> None:

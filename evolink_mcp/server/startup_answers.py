@@ -23,6 +23,7 @@ PACKAGES = ("mcp", "mcp_types", "pydantic")  # the outside packages that determi
 LINE_MAX_BYTES = 1 << 16
 FILE_MAX_BYTES = 1 << 20
 FILES_MAX = 8  # recordings of other versions and settings in the cache folder
+BRACKETS_MAX = 100  # the transport reads 200 levels
 INTEGER_MAX = 1 << 53
 
 INITIALIZE = "initialize"
@@ -308,10 +309,11 @@ def _is_request_id(value: object) -> bool:
 
 def _message(line: bytes) -> Object | None:
     """Return the request or notification in a line. Return None for a line that the SDK could read differently."""
-    if len(line) > LINE_MAX_BYTES or b"\\u" in line:
+    if len(line) > LINE_MAX_BYTES or b"\\u" in line or line.count(b"{") + line.count(b"[") > BRACKETS_MAX:
         return None
     try:
-        value: object = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_object_of)
+        # From bytes, `json.loads` also decodes UTF-16 and the bytes of lone surrogates.
+        value: object = json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_of)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict):

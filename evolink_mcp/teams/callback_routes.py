@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
+from pydantic_core import from_json
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.callbacks import Callbacks
-from evolink_mcp.transports.http_calls import message_in
 
 ReceiveCallback = Callable[[str, str, str], Awaitable[None]]  # of the account ID, the entry's key and the task ID
 
@@ -24,7 +25,7 @@ class CallbackEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
         purchase = self._callbacks.read(scope["path"])
-        task_id = message_in((await receive()).get("body", b"")).get("id")  # The rest of the body is not trusted
+        task_id = _task_id_in((await receive()).get("body", b""))
         if purchase is None:
             response = JSONResponse({"error": "there is no such address"}, 404)
         elif not isinstance(task_id, str):
@@ -39,3 +40,12 @@ class CallbackEndpoint:
         except JournalUnwritable:
             return JSONResponse({"error": "the database does not answer; try again"}, 503)  # EvoLink tries again
         return JSONResponse({"status": "ok"})
+
+
+def _task_id_in(body: bytes) -> object:
+    """Return the task ID in a callback. The rest of the body is not trusted."""
+    try:
+        value: object = from_json(body)
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", value).get("id") if isinstance(value, dict) else None

@@ -7,6 +7,8 @@ from typing import Any
 
 from mcp.server.mcpserver import Context
 
+from evolink_mcp.studio.jobs import guarded
+
 SCOPE_KEY = "evolink_mcp.delivery"  # the key in the ASGI scope of an HTTP request
 
 Act = Callable[[bool], Awaitable[None]]
@@ -28,11 +30,11 @@ class Delivery:
         self._acts.append(act)
 
     async def settle(self, is_written: bool) -> None:
-        """The answer was written, or the connection is closed: run the actions."""
+        """Run the actions: the answer was written, or the connection is closed. A failing action ends nothing else."""
         acts = self._acts
         self._acts = []
         for act in acts:
-            await act(is_written)
+            await guarded(act, is_written)
 
 
 def delivery_of(ctx: Context[Any, Any]) -> Delivery | None:

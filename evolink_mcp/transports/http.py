@@ -19,11 +19,13 @@ from mcp.server.transport_security import TransportSecuritySettings
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, descriptor_limit
 from evolink_mcp.transports.http_calls import Calls
-from evolink_mcp.transports.http_guard import LOOPBACK_NAMES
+from evolink_mcp.transports.http_guard import accepted_hostnames
+from evolink_mcp.transports.messages import CheckedPosts
 from evolink_mcp.transports.signals import on_stop_signal
 
 log = logging.getLogger(__name__)
 
+SSE_MESSAGES_PATH = "/messages/"
 REQUEST_MAX_BYTES = 512 << 10
 LEAVE_TIMEOUT_S = 0.3
 DRAIN_TIMEOUT_S = 7.0
@@ -40,12 +42,13 @@ def mcp_app(
     `transport` is "http" (streamable HTTP at /mcp) or "sse" (SSE at /sse). `journal` reports cancellations to the other
     servers of a team. The server will bind to `host`, behind an HTTP guard with the same `hostnames`.
     """
-    names = [name.lower() for name in hostnames]
-    security = _security_of([*LOOPBACK_NAMES, *names])
+    security = _security_of(accepted_hostnames(hostnames))
     # One byte more than the HTTP guard accepts, because its error text gives advice.
     limit = REQUEST_MAX_BYTES + 1
     if transport == "sse":
-        return server.sse_app(max_request_body_size=limit, transport_security=security, host=host)
+        sse = server.sse_app(max_request_body_size=limit, transport_security=security, host=host)
+        # The SDK would log the traceback and the content of each invalid message.
+        return CheckedPosts(sse, SSE_MESSAGES_PATH)
     # Any replica answers any request, so no session may live in a process. The answer is a stream, for progress.
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=security, host=host

@@ -8,23 +8,27 @@ not under way here may be at another server of the team, which is told.
 
 from __future__ import annotations
 
-import json
 import uuid
 from contextlib import suppress
-from typing import Any, cast
+from typing import cast
 
 import anyio
+from mcp.shared.dispatcher import as_request_id, coerce_request_id
+from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
+from mcp_types import JSONRPCNotification, JSONRPCRequest, RequestId
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.tools.delivery import SCOPE_KEY, Delivery
+from evolink_mcp.transports.messages import read_post
 
+PATH = "/mcp"
 SESSION_HEADER = b"mcp-session-id"
 SESSION = "session "
 METHOD_NOT_ALLOWED = 405
 
-Name = tuple[str, str | int]  # who calls, and the id of the request
+Name = tuple[str, RequestId]  # the client, and the id of its request
 
 
 class Call:
@@ -54,41 +58,44 @@ class Calls:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["method"] == "GET" and scope["path"] == "/mcp":
+        elif scope["method"] == "GET" and scope["path"] == PATH:
             # A stream without a request has nothing to say here, and would hold a connection for each client.
             headers = [(b"allow", b"POST"), (b"content-length", b"0")]
             await send({"type": "http.response.start", "status": METHOD_NOT_ALLOWED, "headers": headers})
             await send({"type": "http.response.body"})
-        elif scope["method"] == "POST":
+        elif scope["method"] == "POST" and scope["path"] == PATH:
             await self._post(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        first = await receive()
-        said = message_in(first.get("body", b""))
-        method, params = said.get("method"), said.get("params")
+        post = await read_post(scope, receive, send)
+        if post is None:
+            return
+        message, receive = post
         client = _client(scope)
-        if method == "notifications/cancelled" and isinstance(params, dict):
-            await self._cancel((client, cast("dict[str, Any]", params).get("requestId", "")))
-        if method == "initialize":
+        if isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
+            request_id = cancelled_request_id_from_params(message.params)
+            if request_id is not None:
+                await self._cancel(_name(client, request_id))
+        if not isinstance(message, JSONRPCRequest):
+            await self._app(scope, receive, send)
+            return
+        if message.method == "initialize":
             send = _introducing(send)
         call = Call()
-        name = said.get("id")
-        if not isinstance(method, str) or not isinstance(name, str | int):
-            await self._app(scope, _after(first, receive, call), send)
-            return
-        waiting = self._under_way.setdefault((client, name), [])
+        name = _name(client, message.id)
+        waiting = self._under_way.setdefault(name, [])
         waiting.append(call)
         try:
             scope = {**scope, SCOPE_KEY: call.delivery}
-            await self._app(scope, _after(first, receive, call), _noting(send, call))
+            await self._app(scope, _until_cancelled(receive, call), _noting(send, call))
             if call.cancelled.is_set() and call.begun and not call.answered:
                 await send({"type": "http.response.body"})  # the client still holds the stream: end it properly
         finally:
             waiting.remove(call)
             if not waiting:
-                self._under_way.pop((client, name), None)
+                self._under_way.pop(name, None)
             with anyio.CancelScope(shield=True):
                 await call.delivery.settle(call.answered and not call.gone)
 
@@ -102,18 +109,17 @@ class Calls:
                 await self._journal.publish(Notification(call=name))
 
     def _heard(self, news: Notification) -> None:
-        waiting = self._under_way.get(news.call, []) if news.call else []
+        if news.call is None or as_request_id(news.call[1]) is None:
+            return
+        waiting = self._under_way.get(_name(*news.call), [])
         if len(waiting) == 1:
             waiting[0].cancelled.set()
 
 
-def _after(first: Message, receive: Receive, call: Call) -> Receive:
-    """What the app receives: the message that was read already, then the others; the end when the call is cancelled."""
-    left = [first]
+def _until_cancelled(receive: Receive, call: Call) -> Receive:
+    """Return a `receive` that also reports a disconnect when the call is cancelled."""
 
     async def received() -> Message:
-        if left:
-            return left.pop()
         found: list[Message] = []
         async with anyio.create_task_group() as group:
 
@@ -163,10 +169,6 @@ def _client(scope: Scope) -> str:
     return f"{host} {headers.get(b'user-agent', b'').decode('latin-1')}"
 
 
-def message_in(body: bytes) -> dict[str, Any]:
-    """The body as one JSON object; empty for anything else."""
-    try:
-        said: object = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return cast("dict[str, Any]", said) if isinstance(said, dict) else {}
+def _name(client: str, request_id: RequestId) -> Name:
+    """Return the key of a call. "7" and 7 are one ID, as for the SDK."""
+    return client, coerce_request_id(request_id)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, cast
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evolink_mcp import __version__
 from evolink_mcp.transports.authentication import CALLER_KEY, Authenticator, AuthFailure
+from evolink_mcp.transports.authority import authority_in, canonical, origin_in
+from evolink_mcp.transports.json_rpc import INVALID_REQUEST, error_body, request_id_in_part
+from evolink_mcp.transports.messages import replay
 
 # Health checks need no token: a load balancer has none.
 HEALTH_PATH = "/healthz"
@@ -24,8 +25,12 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 BODY_TIMEOUT_S = 30.0
 # The guard reads the rest of a body that is too large: a client reads the answer only after it has sent everything.
 DISCARDED_MAX_BYTES = 64 << 20
-INVALID_REQUEST = -32600
-_ID = re.compile(rb'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?\d{1,18})')
+WRONG_HOST = AuthFailure(
+    HTTPStatus.MISDIRECTED_REQUEST, "This server does not answer to that host name; see --allowed-host."
+)
+WRONG_ORIGIN = AuthFailure(HTTPStatus.FORBIDDEN, "Web pages of other sites may not call this server.")
+
+Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class HttpGuard:
         body_timeout_s: float = BODY_TIMEOUT_S,
     ) -> None:
         self._app = app
-        self._names = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *hostnames))
+        self._hostnames = frozenset(accepted_hostnames(hostnames))
         self._body_max_bytes = body_max_bytes
         self._authenticator = authenticator
         self._not_ready = not_ready
@@ -108,20 +113,15 @@ class HttpGuard:
             self.open_requests -= 1
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(cast("list[tuple[bytes, bytes]]", scope["headers"]))
-        origin = headers.get(b"origin")
-        if _name_of(headers.get(b"host", b"")) not in self._names:
-            await _send_text(
-                send,
-                HTTPStatus.MISDIRECTED_REQUEST,
-                "This server does not answer to that host name; see --allowed-host.",
-            )
-        elif origin is not None and not self._may_call(origin):
-            await _send_text(send, HTTPStatus.FORBIDDEN, "Web pages of other sites may not call this server.")
-        elif scope["path"] in (HEALTH_PATH, READINESS_PATH) and scope["method"] in ("GET", "HEAD"):
+        headers = self._checked(scope["headers"])
+        if isinstance(headers, AuthFailure):
+            await _send_text(send, headers.status, headers.text)
+            return
+        scope = {**scope, "headers": headers}
+        if scope["path"] in (HEALTH_PATH, READINESS_PATH) and scope["method"] in ("GET", "HEAD"):
             await self._send_health(send, await self._readiness_problem() if scope["path"] == READINESS_PATH else None)
         else:
-            await self._dispatch(scope, receive, send, headers)
+            await self._dispatch(scope, receive, send, dict(headers))
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
         endpoint = next(
@@ -148,9 +148,19 @@ class HttpGuard:
         health = {"status": "ok"} if problem is None else {"status": "not ready", "why": problem}
         await _send(send, status, json.dumps(health | SERVER_INFO).encode(), b"application/json")
 
-    def _may_call(self, origin: bytes) -> bool:
-        scheme, found, rest = origin.partition(b"://")
-        return bool(found) and scheme in (b"http", b"https") and _name_of(rest) in self._names
+    def _checked(self, headers: Headers) -> Headers | AuthFailure:
+        """Return the headers, with Host and Origin in the form that the SDK's own check expects."""
+        authority = authority_in(_only_value(headers, b"host"))
+        if authority is None or authority.hostname not in self._hostnames:
+            return WRONG_HOST
+        checked = [(name, value) for name, value in headers if name not in (b"host", b"origin")]
+        checked.append((b"host", str(authority).encode()))
+        if any(name == b"origin" for name, _ in headers):
+            origin = origin_in(_only_value(headers, b"origin"))
+            if origin is None or origin.authority.hostname not in self._hostnames:
+                return WRONG_ORIGIN
+            checked.append((b"origin", str(origin).encode()))
+        return checked
 
     async def _post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the whole body, then pass it to `app` as one message."""
@@ -161,9 +171,9 @@ class HttpGuard:
             text = f"The request did not arrive within {self._body_timeout_s:g} s."
             await _send_text(send, HTTPStatus.REQUEST_TIMEOUT, text)
         elif body.size > self._body_max_bytes:
-            await _send_json_rpc_error(send, _id_in(body.ends), self._too_large())
+            await _send_json_rpc_error(send, request_id_in_part(body.ends), self._too_large())
         else:
-            await app(scope, _first(body.message, receive), send)
+            await app(scope, replay(body.message, receive), send)
 
     async def _body(self, receive: Receive) -> _Body:
         """Read the whole body. Discard the bytes above the limit."""
@@ -195,36 +205,20 @@ class HttpGuard:
         )
 
 
-def _name_of(host: bytes) -> str:
-    """Return the hostname without its port, in lower case. IPv6 addresses keep their brackets."""
-    text = host.decode("latin-1").strip().lower()
-    if text.startswith("["):
-        return text.partition("]")[0] + "]"
-    return text.partition(":")[0]
+def accepted_hostnames(hostnames: Sequence[str]) -> list[str]:
+    """Return the hostnames of this machine and `hostnames`, in the form that a checked Host header has."""
+    return [canonical_name for name in (*LOOPBACK_NAMES, *hostnames) if (canonical_name := canonical(name)) is not None]
 
 
-def _id_in(body: bytes) -> Any:
-    """Return the ID of an incomplete JSON-RPC message, if it is visible."""
-    match = _ID.search(body)
-    try:
-        return json.loads(match[1]) if match else None
-    except ValueError:
-        return None
+def _only_value(headers: Headers, name: bytes) -> bytes:
+    """Return the value of a header that occurs once. A header that is missing or repeated has an empty value."""
+    values = [value for known_name, value in headers if known_name == name]
+    return values[0] if len(values) == 1 else b""
 
 
-def _first(message: Message, receive: Receive) -> Receive:
-    """Return a `receive` that gives `message` first."""
-    messages = [message]
-
-    async def receive_next() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return receive_next
-
-
-async def _send_json_rpc_error(send: Send, request_id: Any, text: str) -> None:
-    error = {"jsonrpc": "2.0", "id": request_id, "error": {"code": INVALID_REQUEST, "message": text}}
-    await _send(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, json.dumps(error).encode(), b"application/json")
+async def _send_json_rpc_error(send: Send, request_id: object, text: str) -> None:
+    body = error_body(request_id, INVALID_REQUEST, text)
+    await _send(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, body, b"application/json")
 
 
 async def _send_text(send: Send, status: int, text: str) -> None:

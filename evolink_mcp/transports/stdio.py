@@ -1,150 +1,195 @@
-"""MCP over stdin and stdout: it ends soon after EOF, SIGTERM and Ctrl-C, and writes only protocol to stdout.
+"""Serve MCP over stdin and stdout. End soon after EOF, SIGTERM and Ctrl-C, and write only protocol to stdout.
 
-The SDK's own transport stays blocked in its reader thread after a signal, drops what it cannot parse without an
-answer, and does not tell when an answer was written. This one uses the `wires`, which have a thread for each direction.
+The SDK's transport has three faults: after a signal its reader thread blocks the process, it drops malformed lines without
+an answer, and it does not report the delivery of an answer. This transport uses `StdioLines`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sys
+import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import anyio
+from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
-from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse, jsonrpc_message_adapter
-from pydantic import ValidationError
+from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCRequest, JSONRPCResponse, RequestId
 
-from evolink_mcp.sanitize import scrub
+from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.server.startup_answers import StartupAnswers
 from evolink_mcp.tools.delivery import Delivery
+from evolink_mcp.transports.json_rpc import INTERNAL_ERROR, INVALID_REQUEST, error_line
+from evolink_mcp.transports.messages import InvalidMessage, read_message
 from evolink_mcp.transports.signals import on_stop_signal
-from evolink_mcp.transports.stdio_lines import INVALID_REQUEST, Wires, error_line
+from evolink_mcp.transports.stdio_lines import StdioLines
+
+log = logging.getLogger(__name__)
 
 LEAVE_WITHIN_S = 1.5
-PARSE_ERROR = -32700
+MESSAGES_MAX = 100_000
+ID_SHOWN = 60
 
 Serve = Callable[[Any, Any], Awaitable[None]]
 
 
-async def serve_stdio(
-    wires: Wires, opening: StartupAnswers, serve: Serve, leaving: Callable[[int], None] = lambda code: None
-) -> int:
-    """Run `serve(read_stream, write_stream)` over the wires. What `opening` has answered is not answered again.
+class _Requests:
+    """The client's requests without an answer, each with the delivery of its answer.
 
-    `leaving(code)` is called when the end has begun. Returns the exit code: 0 after EOF, 130 after SIGINT, 143 after
-    SIGTERM. Threads may still block on stdin then.
+    The SDK also answers each request of `startup_answers.answered`. This class gives such a request a private ID and drops
+    the SDK's answer. So the client may use its ID again at once.
+    """
+
+    def __init__(self, startup_answers: StartupAnswers) -> None:
+        self._startup_answers = startup_answers
+        self._deliveries: dict[RequestId, Delivery] = {}
+        self._dropped: set[RequestId] = set()
+
+    def has(self, request_id: RequestId) -> bool:
+        """Return whether a request with this ID has no answer yet. "7" and 7 are one ID, as for the SDK."""
+        return request_id not in self._startup_answers.answered and coerce_request_id(request_id) in self._deliveries
+
+    def add(self, request: JSONRPCRequest) -> SessionMessage:
+        """Add a request. Return the message for the SDK."""
+        if request.id in self._startup_answers.answered:
+            self._startup_answers.answered.discard(request.id)
+            request = request.model_copy(update={"id": f"answered {uuid.uuid4()}"})
+            self._dropped.add(request.id)
+            return SessionMessage(request)
+        delivery = Delivery()
+        self._deliveries[coerce_request_id(request.id)] = delivery
+        unanswered = partial(self._settle_unanswered, request.id)
+        return SessionMessage(
+            request, ServerMessageMetadata(request_context=delivery, on_request_unanswered=unanswered)
+        )
+
+    def is_dropped(self, request_id: RequestId) -> bool:
+        """Return whether the transport must drop the answer with this ID."""
+        if request_id not in self._dropped:
+            return False
+        self._dropped.discard(request_id)
+        return True
+
+    def remove(self, request_id: RequestId) -> Delivery | None:
+        """Remove a request that has its answer. Return the delivery of the answer."""
+        return self._deliveries.pop(coerce_request_id(request_id), None)
+
+    async def _settle_unanswered(self, request_id: RequestId) -> None:
+        """Settle a request that the client cancelled."""
+        delivery = self.remove(request_id)
+        if delivery is not None:
+            await delivery.settle(False)
+
+
+async def serve_stdio(
+    lines: StdioLines,
+    startup_answers: StartupAnswers,
+    serve: Serve,
+    leaving: Callable[[int], None] = lambda code: None,
+    *,
+    messages_max: int = MESSAGES_MAX,
+) -> int:
+    """Run `serve(read_stream, write_stream)` over `lines`. Drop the second answers to requests of `startup_answers`.
+
+    It calls `leaving(code)` when the end begins. `messages_max` limits the messages that `serve` has not read. Return the
+    exit code: 0 after EOF, 130 after SIGINT, 143 after SIGTERM. A thread may still block on stdin then.
     """
     if sys.platform == "win32":
         from mcp.os.win32.utilities import rebind_std_handle_to_fd
 
         for fd in (0, 1):
             rebind_std_handle_to_fd(fd)
-    deliveries: dict[str | int, Delivery] = {}
-    to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](100_000)
-    to_client, from_server = anyio.create_memory_object_stream[SessionMessage](0)
+    requests = _Requests(startup_answers)
+    to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](messages_max)
+    # Without a limit the SDK never waits with an answer, so a cancellation cannot lose one that has begun.
+    to_client, from_server = anyio.create_memory_object_stream[SessionMessage](math.inf)
     token = anyio.lowlevel.current_token()
     code = 0
 
-    def deliver(message: SessionMessage | None) -> None:
-        if message is None:
-            leaving(code)
-            to_server.close()
-            return
-        said = message.message
-        if isinstance(said, JSONRPCRequest):
-            delivery = deliveries[said.id] = Delivery()
-            message.metadata = ServerMessageMetadata(request_context=delivery)
-        elif isinstance(said, JSONRPCNotification) and said.method == "notifications/cancelled":
-            name = (said.params or {}).get("requestId", "")
-            deliveries.pop(name, None)
-            if name in opening.answered:
-                return  # it came too late: the SDK would keep silent, or say that the request was cancelled
-        to_server.send_nowait(message)
+    def deliver(message: JSONRPCMessage) -> None:
+        if not isinstance(message, JSONRPCRequest):
+            to_server.send_nowait(SessionMessage(message))
+        elif requests.has(message.id):
+            # With the ID, the error would look like the answer to the first request.
+            text = f"Invalid request: the request {harmless(message.id, ID_SHOWN)} has no answer yet, use another id"
+            lines.write(error_line(None, INVALID_REQUEST, text))
+        else:
+            session_message = requests.add(message)
+            try:
+                to_server.send_nowait(session_message)
+            except anyio.WouldBlock:
+                requests.remove(message.id)
+                raise
 
-    def take(line: bytes | None) -> None:
-        message = None if line is None else _parsed(line, wires)
-        if line is None or message is not None:
-            with suppress(RuntimeError, anyio.ClosedResourceError, anyio.BrokenResourceError):  # we are closing
-                anyio.from_thread.run_sync(deliver, message, token=token)
+    def finish(exit_code: int) -> None:
+        try:
+            leaving(exit_code)
+        finally:
+            to_server.close()
+
+    def handle(line: bytes | None) -> None:
+        try:
+            act = partial(finish, 0) if line is None else partial(deliver, read_message(line, keep_surrogates=True))
+        except InvalidMessage as error:
+            lines.write(error.body + b"\n")
+            return
+        with suppress(RuntimeError, anyio.ClosedResourceError, anyio.BrokenResourceError):  # the server is closing
+            anyio.from_thread.run_sync(act, token=token)
 
     def settle(delivery: Delivery) -> None:
         with suppress(RuntimeError):  # the loop has ended
             anyio.from_thread.run_sync(lambda: group.start_soon(delivery.settle, True), token=token)
 
     async def send_all() -> None:
-        async for message in from_server:
-            said = message.message
-            delivery = None
-            if isinstance(said, JSONRPCResponse | JSONRPCError) and said.id is not None:
-                delivery = deliveries.pop(said.id, None)
-                if said.id in opening.answered:
-                    opening.answered.discard(said.id)
-                    continue
-            told = partial(settle, delivery) if delivery is not None and delivery.awaited else None
-            wires.write(_dump(message), told)
+        with from_server:
+            async for message in from_server:
+                send(message.message)
+
+    def send(message: JSONRPCMessage) -> None:
+        delivery = None
+        if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
+            if requests.is_dropped(message.id):
+                return
+            delivery = requests.remove(message.id)
+        written = partial(settle, delivery) if delivery is not None and delivery.awaited else None
+        lines.write(_line(message), written)
 
     def stop(exit_code: int) -> None:
         nonlocal code
         code = exit_code
-        deliver(None)  # as if the client had closed stdin: a request that is being paid for may finish
+        finish(exit_code)  # as after EOF: a purchase in progress may finish
         group.start_soon(leave_late)
 
     async def leave_late() -> None:
         await anyio.sleep(LEAVE_WITHIN_S)
         group.cancel_scope.cancel()
 
-    async with anyio.create_task_group() as group:
+    async with to_server, anyio.create_task_group() as group:
         with on_stop_signal(stop):
             group.start_soon(send_all)
-            group.start_soon(anyio.to_thread.run_sync, wires.take_lines, take)
+            group.start_soon(anyio.to_thread.run_sync, lines.handle_lines, handle)
             async with from_client, to_client:
                 await serve(from_client, to_client)
             await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
-    wires.flush()
+    lines.flush()
     return code
 
 
-def _parsed(line: bytes, wires: Wires) -> SessionMessage | None:
-    """The line as a message; None if it is none, which its sender is told."""
+def _line(message: JSONRPCMessage) -> bytes:
+    """Return the message as a line. If JSON cannot carry a result, the line is an error."""
     try:
-        message = jsonrpc_message_adapter.validate_json(line, by_name=False)
-    except ValidationError:
-        # Python takes lone surrogates as JSON, pydantic does not: let the tool refuse them in words.
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
-            wires.write(error_line(None, PARSE_ERROR, "Parse error"))
-            return None
-        try:
-            message = jsonrpc_message_adapter.validate_python(data, by_name=False)
-        except ValidationError:
-            wires.write(error_line(_id_in(line), INVALID_REQUEST, "Invalid request"))
-            return None
-    if isinstance(message, JSONRPCNotification) and (name := _id_in(line)) is not None:
-        # An id that is neither text nor an integer makes it look like a notification, which nobody answers.
-        wires.write(error_line(name, INVALID_REQUEST, "Invalid request: an id is a string or an integer"))
-        return None
-    return SessionMessage(message)
-
-
-def _id_in(line: bytes) -> str | float | None:
-    """The id in a message as it came; None if there is none that can be sent back."""
+        return message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n"
+    except ValueError:
+        log.debug("an answer has text that is not Unicode")
     try:
-        data = json.loads(line, parse_constant=lambda _: None) if b'"id"' in line else None
-    except (ValueError, RecursionError):
-        return None
-    name = cast("dict[str, Any]", data).get("id") if isinstance(data, dict) else None
-    return name if isinstance(name, str | int | float) else None
-
-
-def _dump(message: SessionMessage) -> bytes:
-    try:
-        return message.message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n"
-    except (ValueError, UnicodeEncodeError):
-        data = scrub(message.message.model_dump(mode="python", by_alias=True, exclude_unset=True))
-        return json.dumps(data).encode() + b"\n"
+        data = scrub(message.model_dump(mode="python", by_alias=True, exclude_unset=True))
+        return json.dumps(data, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError):
+        log.error("an answer cannot be written as JSON")
+        return error_line(getattr(message, "id", None), INTERNAL_ERROR, "Internal error: the answer is not JSON")

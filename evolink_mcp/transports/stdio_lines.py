@@ -1,6 +1,6 @@
-"""This process's stdin and stdout as lines of bytes, read and written by a thread each, before anything is imported.
+"""Read and write stdin and stdout as lines, with one thread for each direction. This module imports no SDK.
 
-Until the server is there, `early` may answer a line; every line is kept for the server, in order.
+Before the server exists, `early` may answer a line. The server receives every line, in order.
 """
 
 from __future__ import annotations
@@ -11,33 +11,52 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import cast
+
+from evolink_mcp.transports.json_rpc import INVALID_REQUEST, error_line, request_id_in
 
 log = logging.getLogger(__name__)
 
 LINE_MAX_BYTES = 96 << 20
-INVALID_REQUEST = -32600
+CHUNK_BYTES = 1 << 18
 FLUSH_S = 0.3
 STDERR = 2
+FAILED = 1  # exit code
 
-Take = Callable[[bytes | None], None]  # a line, or None at the end of stdin
+HandleLine = Callable[[bytes | None], None]  # a line, or None at the end of stdin
 Early = Callable[[bytes], bytes | None]
 
 
-class Wires:
-    """The two ends of the protocol. `early(line)` answers what can be answered before the server is there."""
+class StdioLines:
+    """Both ends of the protocol, with one thread each.
 
-    def __init__(self, early: Early) -> None:
-        """Take stdin and stdout and begin to read.
+    An unexpected error costs only its line: the client gets a JSON-RPC error, and the thread continues. However a thread
+    ends, the server handles the end of stdin.
+    """
+
+    def __init__(
+        self,
+        early: Early,
+        ends: tuple[int, int] | None = None,
+        *,
+        line_max_bytes: int = LINE_MAX_BYTES,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        """Begin to read. `early(line)` answers a line before the server exists.
+
+        `ends` are the descriptors to read from and to write to. Without them, take stdin and stdout. `leave(code)` ends
+        the process.
 
         Raises:
-            OSError: one of them is closed.
+            OSError: stdin or stdout is closed.
         """
-        self._in, self._out = _claimed()
-        self._early = early
-        self._take: Take | None = None
+        self._in, self._out = ends or _reserve_standard_streams()
+        self._early: Early = early
+        self._line_max_bytes = line_max_bytes
+        self._leave = leave
+        self._handle: HandleLine | None = None
         self._waiting: list[bytes | None] = []
         self._unanswered = False
         self._lock = threading.Lock()
@@ -46,103 +65,132 @@ class Wires:
         self._writer.start()
         threading.Thread(target=self._read, daemon=True, name="stdin").start()
 
-    def take_lines(self, take: Take) -> None:
-        """Give every line to `take`, the earlier ones first, in this thread. Nothing is answered early from now on."""
+    def handle_lines(self, handle: HandleLine) -> None:
+        """Pass every line to `handle`, the earlier lines in this thread. From now on `early` answers nothing."""
         while True:
             with self._lock:
-                waiting, self._waiting = self._waiting, []
+                waiting = self._waiting
+                self._waiting = []
                 if not waiting:
-                    self._take = take
+                    self._handle = handle
                     return
             for line in waiting:
-                take(line)
+                self._pass(handle, line)
 
     def write(self, data: bytes, written: Callable[[], object] | None = None) -> None:
-        """Write a line, after those before it. `written()` is called in the writer's thread when it was."""
+        """Write a line after the earlier ones. Then the writer's thread calls `written()`."""
         self._outbox.put((data, written))
 
     def flush(self) -> None:
-        """Wait until everything is written, but not long: nobody may be reading."""
+        """Wait until everything is written, at most FLUSH_S: the client may have stopped reading."""
         if threading.current_thread() is self._writer:
-            return  # it ends because nobody reads any more
+            return  # the client has closed stdout
         self._outbox.put(None)
         self._writer.join(FLUSH_S)
 
     def _read(self) -> None:
+        _succeeds(self._read_lines, "reading stdin failed, the server ends")
+        self._arrive(None)
+
+    def _read_lines(self) -> None:
+        for line in self._lines():
+            self._arrive(line)
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield every line that is not blank, the last one also without a line feed. Refuse lines that are too long."""
         rest = bytearray()
-        too_long = False
-        try:
-            while chunk := os.read(self._in, 1 << 18):
-                rest += chunk
-                if b"\n" not in chunk:
-                    if len(rest) > LINE_MAX_BYTES:
-                        rest.clear()
-                        too_long = True
-                    continue
-                *lines, tail = bytes(rest).split(b"\n")
-                rest = bytearray(tail)
-                if too_long:
-                    too_long = False
-                    del lines[0]
-                    self.write(error_line(None, INVALID_REQUEST, f"A line has more than {LINE_MAX_BYTES >> 20} MiB"))
-                for line in lines:
-                    if line.strip():
-                        self._arrive(line)
-            self._arrive(None)
-        except OSError:
-            log.debug("stdin was closed")
-            self._arrive(None)
+        is_too_long = False
+        while chunk := os.read(self._in, CHUNK_BYTES):
+            rest += chunk
+            if b"\n" not in chunk:
+                if len(rest) > self._line_max_bytes:
+                    rest.clear()
+                    is_too_long = True
+                continue
+            *lines, tail = bytes(rest).split(b"\n")
+            rest = bytearray(tail)
+            if is_too_long:
+                is_too_long = False
+                del lines[0]
+                self._refuse_long_line()
+            yield from filter(bytes.strip, lines)
+        if is_too_long:
+            self._refuse_long_line()
+        elif rest.strip():
+            yield bytes(rest)
+
+    def _refuse_long_line(self) -> None:
+        self.write(error_line(None, INVALID_REQUEST, f"A line has more than {self._line_max_bytes >> 20} MiB"))
 
     def _arrive(self, line: bytes | None) -> None:
         with self._lock:
-            take = self._take
-            if take is None:
+            handle = self._handle
+            if handle is None:
                 self._keep(line)
                 return
-        take(line)
+        self._pass(handle, line)
+
+    def _pass(self, handle: HandleLine, line: bytes | None) -> None:
+        if line is None:
+            if not _succeeds(lambda: handle(None), "the end of stdin could not be handled, the process ends now"):
+                self._leave(FAILED)
+        elif not _succeeds(lambda: handle(line), "a line of stdin could not be handled"):
+            text = "Invalid request: the server could not handle this message"
+            self.write(error_line(request_id_in(line), INVALID_REQUEST, text))
 
     def _keep(self, line: bytes | None) -> None:
-        """Answer or note a line before the server is there. Nothing is left to do at an end before any question."""
+        """Answer or keep a line before the server exists. If the client never asked anything, the end of stdin is the end."""
         if line is None and not self._unanswered:
             self.flush()
-            os._exit(0)
+            self._leave(0)
         self._waiting.append(line)
-        if line is None:
-            return
+        if line is not None and not _succeeds(lambda: self._answer(line), "the early answers failed, the SDK answers"):
+            self._early = lambda _: None
+            self._unanswered = True
+
+    def _answer(self, line: bytes) -> None:
         answer = self._early(line)
         if answer is not None:
             self.write(answer)
-        elif b'"id"' in line or b'"method"' not in line:  # a notification needs no answer
+        elif b'"id"' in line or b'"method"' not in line or b"\\" in line:  # a notification needs no answer
             self._unanswered = True
 
     def _write(self) -> None:
-        try:
-            while (item := self._outbox.get()) is not None:
-                data, written = item
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(self._out, view) :]
-                if written is not None:
-                    written()
-        except OSError:
-            log.debug("stdout was closed by the client")
-            self._arrive(None)  # nobody can be answered any more: end as at the end of stdin
+        is_flushed = _succeeds(self._write_lines, "writing stdout failed, the server ends")
+        if not is_flushed:
+            self._arrive(None)  # the client can get no answer any more
+
+    def _write_lines(self) -> None:
+        """Write until `flush` ends it."""
+        while (item := self._outbox.get()) is not None:
+            data, written = item
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._out, view) :]
+            if written is not None:
+                _succeeds(written, "a written answer could not be recorded")
 
 
-def error_line(name: str | float | None, code: int, text: str) -> bytes:
-    """A JSON-RPC error as a line; `name` is the id of what it answers."""
-    import json
+def _succeeds(act: Callable[[], object], failure: str) -> bool:
+    """Call `act`. If it fails, log `failure` and return False: this is the outer edge of both threads."""
+    try:
+        act()
+    except OSError as error:
+        log.debug("%s (%s)", failure, error.strerror)  # the client has closed its end
+    except Exception as error:  # noqa: BLE001 - no message may end the thread that reads or writes all of them
+        log.error("%s (%s)", failure, type(error).__name__)
+    else:
+        return True
+    return False
 
-    return json.dumps({"jsonrpc": "2.0", "id": name, "error": {"code": code, "message": text}}).encode() + b"\n"
 
-
-def _claimed() -> tuple[int, int]:
-    """Keep stdin and stdout for the protocol: other code that reads stdin finds its end, and its prints go to stderr."""
-    # Python's types do not say so: it has no stream where the descriptor was closed.
+def _reserve_standard_streams() -> tuple[int, int]:
+    """Reserve stdin and stdout for the protocol. Other code finds the end of stdin, and its prints go to stderr."""
+    # A stream is None if its descriptor is closed. The types of Python do not contain that.
     if None in cast("list[object]", [sys.stdin, sys.stdout]):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     wire_in, wire_out = _above_standard(0), _above_standard(1)
-    with suppress(OSError):  # if they cannot be diverted, only other code's prints could disturb
+    with suppress(OSError):  # only the prints of other code need this
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
@@ -156,7 +204,7 @@ def _claimed() -> tuple[int, int]:
 
 
 def _above_standard(fd: int) -> int:
-    """A copy of `fd` that is no standard descriptor, even if one of those is closed."""
+    """Return a copy of `fd` that is not a standard descriptor, even if one of these is closed."""
     copy = os.dup(fd)
     if copy > STDERR:
         return copy

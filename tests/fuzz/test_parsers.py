@@ -37,8 +37,9 @@ from evolink_mcp.server.server import build_server
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import BadTokens, Tokens
 from evolink_mcp.transports.authentication import AuthFailure
-from evolink_mcp.transports.http_calls import message_in
-from evolink_mcp.transports.http_guard import _id_in, _name_of
+from evolink_mcp.transports.authority import authority_in, origin_in
+from evolink_mcp.transports.json_rpc import request_id_in, request_id_in_part
+from evolink_mcp.transports.messages import InvalidMessage, read_message
 
 FUZZ = settings(
     max_examples=150, deadline=None, database=None, derandomize=True,
@@ -123,10 +124,15 @@ def test_a_url_is_public_or_refused(url: str) -> None:
 
 @FUZZ
 @given(some.binary(max_size=300))
-def test_the_head_of_an_http_message_is_read(data: bytes) -> None:
-    message_in(data)
-    _id_in(data)
-    _name_of(data)
+def test_bytes_of_a_client_are_parsed_or_refused(data: bytes) -> None:
+    with suppress(InvalidMessage):
+        read_message(data)
+    with suppress(InvalidMessage):
+        read_message(data, keep_surrogates=True)
+    request_id_in(data)
+    request_id_in_part(data)
+    authority_in(data)
+    origin_in(data)
 
 
 @FUZZ

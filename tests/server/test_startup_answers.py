@@ -14,8 +14,11 @@ from typing import Any
 import anyio
 import pytest
 from conftest import World
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as some
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCRequest, jsonrpc_message_adapter
+from odd_messages import CASES, HELLO, LINES
 from pydantic import ValidationError
 
 from evolink_mcp.app.wiring import server_for
@@ -32,6 +35,7 @@ from evolink_mcp.server.startup_answers import (
     recording_key,
     save,
 )
+from evolink_mcp.transports.messages import read_message
 
 pytestmark = pytest.mark.anyio
 
@@ -299,3 +303,40 @@ async def test_notifications_and_other_calls_do_not_end_it(results: Results) -> 
         INITIALIZED, hello(), cancel, say(1, "resources/list"), say(2, "tools/call", {"name": 1}), say(3, "ping")
     )
     assert set(early(said, results)) == {0, 3}
+
+
+FUZZ = settings(
+    max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+DEEP: Any = {}
+for _ in range(250):
+    DEEP = {"a": DEEP}
+
+
+def check_early_answers(said: Session, results: Results) -> None:
+    """Each early answer must belong to a line that the transport reads as a request with the same ID."""
+    startup_answers = StartupAnswers(results)
+    for line in said:
+        answer = startup_answers.answer(line)
+        if answer is not None:
+            message = read_message(line, keep_surrogates=True)
+            assert isinstance(message, JSONRPCRequest)
+            assert json.loads(answer)["id"] == message.id
+
+
+@pytest.mark.parametrize("era", HELLO)
+async def test_no_odd_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
+    for case in CASES.values():
+        check_early_answers([case.line], results)
+        check_early_answers([*lines(HELLO[era]), case.line], results)
+
+
+@pytest.mark.parametrize("era", HELLO)
+async def test_no_generated_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
+    @FUZZ
+    @example(said=lines(hello(capabilities={"experimental": {"a": DEEP}})))
+    @given(some.lists(LINES, max_size=5) | some.lists(LINES, max_size=5).map(lambda said: [*lines(HELLO[era]), *said]))
+    def check(said: Session) -> None:
+        check_early_answers(said, results)
+
+    check()

@@ -13,11 +13,10 @@ from typing import Any
 
 import anyio
 import pytest
-from child_processes import SERVER_COMMAND, minimal_environment
+from child_processes import SERVER_COMMAND, cache_folders, minimal_environment
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
-from evolink_mcp.app.settings import cache_folder
 from evolink_mcp.tools.names import TOOL_NAMES
 
 pytestmark = pytest.mark.anyio
@@ -139,29 +138,6 @@ def test_an_id_that_is_no_id_gets_an_answer(talk: Talk, name: str) -> None:
     assert talk.hear()["id"] == 6
 
 
-LONG_LINES = """
-import sys, threading
-from evolink_mcp.transports import stdio_lines
-stdio_lines.LINE_MAX_BYTES = 1 << 20
-ended = threading.Event()
-def take(line):
-    print(line, file=sys.stderr) if line is not None else ended.set()
-ours = stdio_lines.Wires(lambda line: None)
-ours.take_lines(take)
-ended.wait()
-ours.flush()
-"""
-
-
-def test_a_line_that_is_too_long_gets_an_answer_and_the_next_ones_too() -> None:
-    ping = b'{"jsonrpc":"2.0","id":9,"method":"ping"}'
-    said = ping + b"\n" + b"x" * (5 << 20) + b"\n" + ping + b"\n"
-    done = subprocess.run([sys.executable, "-P", "-c", LONG_LINES], input=said, capture_output=True, timeout=300)
-    refusal = json.loads(done.stdout)
-    assert (refusal["id"], refusal["error"]["code"], "1 MiB" in refusal["error"]["message"]) == (None, -32600, True)
-    assert done.stderr.decode().split() == [str(ping), str(ping)]
-
-
 @pytest.fixture(scope="module", params=[None, "get_task,compute_size"], ids=["all tools", "two tools"])
 def recorded(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
     """The environment of a second start: the first one has recorded its answers."""
@@ -173,11 +149,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
         time.sleep(0.05)
     assert talk.end() == (0, b"", b"")
     return {**tools, "HOME": str(home), "PYTHONPATH": str(HERE / "without_sdk"), "WITHOUT_SDK": "1"}
-
-
-def cache_folders(home: Path) -> list[Path]:
-    """The cache folder of the server on Linux, macOS or Windows."""
-    return [home / ".cache" / "evolink-mcp", home / "Library" / "Caches" / "evolink-mcp", cache_folder()]
 
 
 def test_the_second_start_answers_before_it_imports_the_sdk(

@@ -1,0 +1,228 @@
+"""Odd lines on stdin, before and after the SDK is loaded: each request is answered once, and nothing stops the server."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from child_processes import ANSWER_TIMEOUT_S, SERVER_COMMAND, cache_folders, minimal_environment
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as some
+from odd_messages import CASES, HELLO, LINES, proofs
+
+ERAS = pytest.mark.parametrize("era", ["legacy", "modern"])
+FUZZ = settings(
+    max_examples=150, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+def strict(line: bytes) -> dict[str, Any]:
+    """The message in a line of stdout, which holds nothing but messages."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    message = json.loads(line.decode(), parse_constant=refuse)
+    assert message["jsonrpc"] == "2.0"
+    return message
+
+
+def key(request_id: Any) -> str:
+    """True and 1 are two IDs."""
+    return json.dumps(request_id)
+
+
+class Server:
+    """A server process. It has no API key, so it can buy nothing."""
+
+    def __init__(self, home: Path, err: Path) -> None:
+        self._err = err
+        with self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                SERVER_COMMAND, env=minimal_environment(home), cwd=home,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
+            )  # fmt: skip
+        self._output: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._number = 0
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._hear, self._write)]
+        for thread in self._threads:
+            thread.start()
+
+    def _hear(self) -> None:
+        assert self._process.stdout
+        with self._process.stdout as stdout:
+            for line in stdout:
+                self._output.put(line)
+        self._output.put(b"")
+
+    def _write(self) -> None:
+        """Write in a thread: a server that does not read must not stop the test."""
+        assert self._process.stdin
+        with suppress(OSError), self._process.stdin as stdin:
+            while (data := self._outbox.get()) is not None:
+                stdin.write(data)
+                stdin.flush()
+
+    def say(self, *lines: bytes) -> None:
+        self._outbox.put(b"".join(line + b"\n" for line in lines))
+
+    def hear(self) -> dict[str, Any]:
+        try:
+            line = self._output.get(timeout=ANSWER_TIMEOUT_S)
+        except queue.Empty:
+            self._process.kill()
+            raise
+        if not line:
+            self._output.put(b"")
+        assert line, f"the server has ended: {self._err.read_text()}"
+        return strict(line)
+
+    def answers(self, ids: list[Any]) -> dict[str, dict[str, Any]]:
+        """Wait until every one of `ids` has its answer. Returns the answers, by the keys of their IDs."""
+        missing = Counter(map(key, ids))
+        answers: dict[str, dict[str, Any]] = {}
+        while missing.total():
+            answer = self.hear()
+            name = key(answer["id"])
+            answers[name] = answer
+            assert missing[name] > 0, f"nothing has asked for {answer}"
+            missing[name] -= 1
+        return answers
+
+    def works(self, era: str) -> None:
+        """Send good requests and wait for their results. Ignore other messages."""
+        self._number += 1
+        requests = proofs(era, self._number)
+        self.say(*(json.dumps(request).encode() for request in requests.values()))
+        waiting = set(requests)
+        while waiting:
+            answer = self.hear()
+            if answer.get("id") in waiting:
+                waiting.remove(answer["id"])
+                assert "result" in answer, answer
+
+    def ends(self) -> None:
+        """Check that EOF ends the server with exit code 0 and an empty stderr."""
+        self._outbox.put(None)
+        assert (self._process.wait(ANSWER_TIMEOUT_S), self._err.read_text()) == (0, "")
+
+    def rest(self) -> list[dict[str, Any]]:
+        """Return the rest of stdout, to its end."""
+        return [strict(line) for line in iter(lambda: self._output.get(timeout=ANSWER_TIMEOUT_S), b"")]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._outbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+Start = Callable[[], Server]
+
+
+@contextmanager
+def servers(home: Path, folder: Path) -> Iterator[Start]:
+    started: list[Server] = []
+
+    def start() -> Server:
+        started.append(Server(home, folder / f"{len(started)}.err"))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for one in started:
+            one.kill()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of servers that answer early: an earlier server has recorded these answers."""
+    folder = tmp_path_factory.mktemp("home")
+    with servers(folder, folder) as start:
+        server = start()
+        server.say(hello("legacy"))
+        while not [file for cache in cache_folders(folder) for file in cache.glob("startup-*.tsv")]:
+            server.works("legacy")
+        server.ends()
+    return folder
+
+
+@pytest.fixture
+def start(home: Path, tmp_path: Path) -> Iterator[Start]:
+    with servers(home, tmp_path) as starting:
+        yield starting
+
+
+def hello(era: str) -> bytes:
+    return json.dumps(HELLO[era]).encode()
+
+
+@ERAS
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["before the SDK is loaded", "after"])
+def test_every_odd_request_is_answered_once_and_the_server_works_on(start: Start, era: str, is_loaded: bool) -> None:
+    server = start()
+    server.say(hello(era))
+    if is_loaded:
+        server.answers(["hello"])
+        server.works(era)
+    cases = list(CASES.values())
+    server.say(*(case.line for case in cases))
+    expected = [case.request_id for case in cases if not case.is_silent]
+    answers = server.answers(expected if is_loaded else ["hello", *expected])
+    for case in cases:
+        if case.is_error and not case.is_silent:
+            assert answers[key(case.request_id)]["error"]["code"] in (-32600, -32700), case.line[:200]
+    server.works(era)
+    server.ends()
+    assert server.rest() == []
+
+
+@ERAS
+def test_no_generated_line_stops_a_server_that_is_loaded(start: Start, era: str) -> None:
+    server = start()
+    server.say(hello(era))
+    server.works(era)
+
+    @FUZZ
+    @given(some.lists(LINES, min_size=1, max_size=6))
+    def say(lines: list[bytes]) -> None:
+        server.say(*lines)
+        server.works(era)
+
+    say()
+    server.ends()
+
+
+@ERAS
+def test_no_generated_line_stops_a_server_that_is_starting(start: Start, era: str) -> None:
+    @settings(FUZZ, max_examples=5)
+    @given(some.lists(LINES, min_size=20, max_size=60))
+    def say(lines: list[bytes]) -> None:
+        server = start()
+        server.say(hello(era), *lines)
+        server.works(era)
+        server.ends()
+        server.rest()
+
+    say()
+
+
+def test_odd_lines_before_the_handshake_do_not_prevent_it(start: Start) -> None:
+    """None of them is a request, so none decides the protocol era."""
+    server = start()
+    lines = [case.line for case in CASES.values() if case.is_error or case.is_silent]
+    server.say(*lines, hello("legacy"))
+    server.works("legacy")
+    server.ends()
