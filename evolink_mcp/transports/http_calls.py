@@ -1,15 +1,16 @@
-"""The calls that are under way over streamable HTTP: cancelled by another POST, and delivered or not.
+"""Track the running calls of streamable HTTP: connect cancellations with their calls, and record the delivery of answers.
 
-Each POST is served on its own, so the SDK cannot connect a `notifications/cancelled` with its call. Clients of the
-protocol up to 2025-11-25 send one when they give up, and leave the answer's stream open. So every client that
-initializes gets a session id, which only names it: no state is kept for it, and any process may serve it. A call that is
-not under way here may be at another server of the team, which is told.
+The SDK serves each POST separately, so it cannot connect `notifications/cancelled` with a call. A client of a protocol up
+to 2025-11-25 sends one when it gives up, and keeps the answer's stream open. So this module gives each client a session ID
+at `initialize`. The ID has no state: any process may serve it. If the call does not run here, another server of the team
+may have it, so the cancellation goes to all of them.
 """
 
 from __future__ import annotations
 
 import uuid
 from contextlib import suppress
+from http import HTTPStatus
 from typing import cast
 
 import anyio
@@ -26,42 +27,41 @@ from evolink_mcp.transports.messages import read_post
 PATH = "/mcp"
 SESSION_HEADER = b"mcp-session-id"
 SESSION = "session "
-METHOD_NOT_ALLOWED = 405
 
-Name = tuple[str, RequestId]  # the client, and the id of its request
+CallKey = tuple[str, RequestId]  # the client and the ID of its request
 
 
 class Call:
-    """One request that is being answered."""
+    """One running call."""
 
     def __init__(self) -> None:
         self.delivery = Delivery()
         self.cancelled = anyio.Event()
-        self.gone = False
-        self.begun = False
-        self.answered = False
+        self.is_disconnected = False
+        self.is_answer_started = False
+        self.is_answered = False
 
 
 class Calls:
-    """An ASGI app around `app`. It stands behind the door, which gives it each body in one message.
+    """An ASGI app in front of `app`. It needs the HTTP guard, which passes each body as one message.
 
-    `journal` tells the other servers of its account what was cancelled.
+    `journal` publishes cancellations to the other servers of the account.
     """
 
     def __init__(self, app: ASGIApp, journal: Journal) -> None:
         self._app = app
         self._journal = journal
-        self._under_way: dict[Name, list[Call]] = {}
-        journal.listen(self._heard)
+        self._running: dict[CallKey, list[Call]] = {}
+        journal.listen(self._receive_news)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one HTTP request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] == "GET" and scope["path"] == PATH:
-            # A stream without a request has nothing to say here, and would hold a connection for each client.
+            # This server sends nothing without a request, so the stream would only hold a connection per client.
             headers = [(b"allow", b"POST"), (b"content-length", b"0")]
-            await send({"type": "http.response.start", "status": METHOD_NOT_ALLOWED, "headers": headers})
+            await send({"type": "http.response.start", "status": HTTPStatus.METHOD_NOT_ALLOWED, "headers": headers})
             await send({"type": "http.response.body"})
         elif scope["method"] == "POST" and scope["path"] == PATH:
             await self._post(scope, receive, send)
@@ -77,91 +77,95 @@ class Calls:
         if isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
             request_id = cancelled_request_id_from_params(message.params)
             if request_id is not None:
-                await self._cancel(_name(client, request_id))
+                await self._cancel(_key(client, request_id))
         if not isinstance(message, JSONRPCRequest):
             await self._app(scope, receive, send)
             return
         if message.method == "initialize":
-            send = _introducing(send)
+            send = _with_session_id(send)
         call = Call()
-        name = _name(client, message.id)
-        waiting = self._under_way.setdefault(name, [])
-        waiting.append(call)
+        key = _key(client, message.id)
+        calls = self._running.setdefault(key, [])
+        calls.append(call)
         try:
             scope = {**scope, SCOPE_KEY: call.delivery}
-            await self._app(scope, _until_cancelled(receive, call), _noting(send, call))
-            if call.cancelled.is_set() and call.begun and not call.answered:
-                await send({"type": "http.response.body"})  # the client still holds the stream: end it properly
+            await self._app(scope, _until_cancelled(receive, call), _recording(send, call))
+            if call.cancelled.is_set() and call.is_answer_started and not call.is_answered:
+                await send({"type": "http.response.body"})  # the client keeps the stream open, so end it
         finally:
-            waiting.remove(call)
-            if not waiting:
-                self._under_way.pop(name, None)
+            calls.remove(call)
+            if not calls:
+                self._running.pop(key, None)
             with anyio.CancelScope(shield=True):
-                await call.delivery.settle(call.answered and not call.gone)
+                await call.delivery.settle(call.is_answered and not call.is_disconnected)
 
-    async def _cancel(self, name: Name) -> None:
-        """Let the call's client vanish. Two calls of one name cannot be told apart, so neither is touched."""
-        waiting = self._under_way.get(name, [])
-        if len(waiting) == 1:
-            waiting[0].cancelled.set()
-        elif not waiting and name[0].startswith(SESSION):  # behind a proxy, all others have one address
+    async def _cancel(self, key: CallKey) -> None:
+        """End the call as if its client disconnected. If two calls have the same key, cancel neither."""
+        calls = self._running.get(key, [])
+        if len(calls) == 1:
+            calls[0].cancelled.set()
+        elif not calls and key[0].startswith(SESSION):  # behind a proxy, clients without a session share one address
             with suppress(JournalUnwritable):
-                await self._journal.publish(Notification(call=name))
+                await self._journal.publish(Notification(call=key))
 
-    def _heard(self, news: Notification) -> None:
+    def _receive_news(self, news: Notification) -> None:
         if news.call is None or as_request_id(news.call[1]) is None:
             return
-        waiting = self._under_way.get(_name(*news.call), [])
-        if len(waiting) == 1:
-            waiting[0].cancelled.set()
+        calls = self._running.get(_key(*news.call), [])
+        if len(calls) == 1:
+            calls[0].cancelled.set()
 
 
 def _until_cancelled(receive: Receive, call: Call) -> Receive:
     """Return a `receive` that also reports a disconnect when the call is cancelled."""
 
-    async def received() -> Message:
-        found: list[Message] = []
+    async def receive_next() -> Message:
+        messages: list[Message] = []
         async with anyio.create_task_group() as group:
 
-            async def ask() -> None:
-                found.append(await receive())
+            async def wait_for_message() -> None:
+                messages.append(await receive())
                 group.cancel_scope.cancel()
 
-            async def end() -> None:
+            async def wait_for_cancellation() -> None:
                 await call.cancelled.wait()
                 group.cancel_scope.cancel()
 
-            group.start_soon(ask)
-            group.start_soon(end)
-        message = found[0] if found else {"type": "http.disconnect"}
-        call.gone = call.gone or message["type"] == "http.disconnect"
+            group.start_soon(wait_for_message)
+            group.start_soon(wait_for_cancellation)
+        message = messages[0] if messages else {"type": "http.disconnect"}
+        call.is_disconnected = call.is_disconnected or message["type"] == "http.disconnect"
         return message
 
-    return received
+    return receive_next
 
 
-def _noting(send: Send, call: Call) -> Send:
-    async def noted(message: Message) -> None:
-        call.begun = True
+def _recording(send: Send, call: Call) -> Send:
+    """Return a `send` that records the progress of the answer."""
+
+    async def send_and_record(message: Message) -> None:
+        call.is_answer_started = True
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            call.answered = not call.gone
+            call.is_answered = not call.is_disconnected
         await send(message)
 
-    return noted
+    return send_and_record
 
 
-def _introducing(send: Send) -> Send:
-    async def introduced(message: Message) -> None:
+def _with_session_id(send: Send) -> Send:
+    """Return a `send` that adds a new session ID to a successful response."""
+
+    async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 200:
             headers = [pair for pair in message.get("headers", []) if pair[0].lower() != SESSION_HEADER]
             message = {**message, "headers": [*headers, (SESSION_HEADER, uuid.uuid4().hex.encode())]}
         await send(message)
 
-    return introduced
+    return send_with_id
 
 
 def _client(scope: Scope) -> str:
-    """Who sends the request, as far as that can be told: by its session, else by its address and the name it gives."""
+    """Return the identity of a client: its session ID, or else its address and user agent."""
     headers = dict(cast("list[tuple[bytes, bytes]]", scope["headers"]))
     if session := headers.get(SESSION_HEADER):
         return SESSION + session.decode("latin-1")
@@ -169,6 +173,6 @@ def _client(scope: Scope) -> str:
     return f"{host} {headers.get(b'user-agent', b'').decode('latin-1')}"
 
 
-def _name(client: str, request_id: RequestId) -> Name:
+def _key(client: str, request_id: RequestId) -> CallKey:
     """Return the key of a call. "7" and 7 are one ID, as for the SDK."""
     return client, coerce_request_id(request_id)
