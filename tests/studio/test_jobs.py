@@ -1,0 +1,98 @@
+"""A job moves only along its table, and a cancelled call loses neither a claim nor an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from itertools import product
+from typing import Any
+
+import anyio
+import pytest
+from conftest import World
+
+from evolink_mcp.api.request import GenerationRequest
+from evolink_mcp.journal.entry import Entry, Phase
+from evolink_mcp.studio.jobs import IllegalTransition, ImageRequest, Job, JobState
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+REQUEST = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), price_ceiling=9.0)
+PREPARED, SENDING, RUNNING, SAVING, WATCHING, DONE = JobState
+LEGAL = {
+    (PREPARED, SENDING), (PREPARED, WATCHING), (PREPARED, DONE),
+    (SENDING, PREPARED), (SENDING, RUNNING), (SENDING, WATCHING), (SENDING, DONE),
+    (RUNNING, SAVING), (RUNNING, WATCHING), (RUNNING, DONE),
+    (SAVING, WATCHING), (SAVING, DONE),
+    (WATCHING, PREPARED), (WATCHING, SENDING), (WATCHING, RUNNING), (WATCHING, DONE),
+}  # fmt: skip
+PATHS = {
+    PREPARED: (),
+    SENDING: (SENDING,),
+    RUNNING: (SENDING, RUNNING),
+    SAVING: (SENDING, RUNNING, SAVING),
+    WATCHING: (WATCHING,),
+    DONE: (DONE,),
+}
+
+
+@pytest.mark.parametrize(("start", "target"), [pair for pair in product(JobState, repeat=2) if pair[0] != pair[1]])
+async def test_a_job_moves_only_along_its_table(start: JobState, target: JobState) -> None:
+    job = Job(Entry("key", "owner", Phase.INTENT, 0.0))
+    for state in PATHS[start]:
+        job.move_to(state)
+    if (start, target) in LEGAL:
+        job.move_to(target)
+        assert job.state is target
+    else:
+        with pytest.raises(IllegalTransition):
+            job.move_to(target)
+        assert job.state is start
+
+
+async def cancel_during(world: World, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Cancel an order after the journal did its work and before this method returns."""
+    plain: Callable[..., Awaitable[Any]] = getattr(world.studio.journal, method)
+    entered = anyio.Event()
+    release = anyio.Event()
+
+    async def held(*args: Any, **options: Any) -> Any:
+        value = await plain(*args, **options)
+        entered.set()
+        await release.wait()
+        return value
+
+    async def order() -> None:
+        async with world.studio.ordered(REQUEST):
+            await anyio.sleep_forever()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.studio.journal, method, held)
+        async with anyio.create_task_group() as group:
+            group.start_soon(order)
+            await entered.wait()
+            group.cancel_scope.cancel()
+            release.set()
+
+
+async def test_a_call_that_is_cancelled_during_its_claim_leaves_the_purchase_to_the_next_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await world.studio.order(REQUEST)
+    while first.entry.task is None:
+        await anyio.sleep(0)
+    await world.studio.depart(first)
+    await cancel_during(world, monkeypatch, "claim")
+    assert first.callers == 0
+    assert await world.studio.order(REQUEST) is first
+    assert world.posts == 1
+
+
+async def test_a_call_that_is_cancelled_while_its_entry_is_recorded_buys_nothing_and_reserves_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cancel_during(world, monkeypatch, "intend")
+    while not world.studio.is_idle:
+        await anyio.sleep(0)
+    assert [entry.phase for entry in await world.studio.journal.recent(9)] == [Phase.UNSENT]
+    assert await world.studio.journal.spent_since(0) == 0
+    assert world.posts == 0
