@@ -250,13 +250,13 @@ def proofs(era: str, number: int) -> dict[str, dict[str, Any]]:
         "tools/list": {},
         "tools/call": {"name": "compute_size", "arguments": {"size": "3:2"}},
     }
-    more = {} if era == "legacy" else {"_meta": ENVELOPE}
+    envelope = {} if era == "legacy" else {"_meta": ENVELOPE}
     return {
         f"proof {number} {method}": {
             "jsonrpc": "2.0",
             "id": f"proof {number} {method}",
             "method": method,
-            "params": {**params, **more},
+            "params": {**params, **envelope},
         }
         for method, params in methods.items()
     }

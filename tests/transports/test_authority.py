@@ -137,7 +137,7 @@ GUARD = HttpGuard(ok, ["Images.Example.COM", "2001:db8:0::5"], 1000)
 
 
 async def passed(*headers: tuple[bytes, bytes], path: str = "/mcp") -> tuple[int, dict[bytes, bytes]]:
-    """The status of a request with these headers, and the headers that its app has seen."""
+    """The status of a request with these headers, and the headers that its app has expected."""
     started: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -158,8 +158,8 @@ async def test_a_name_of_this_server_passes_in_one_form(host: bytes, canonical_h
     assert await passed((b"host", host)) == (200, {b"host": canonical_host})
     for scheme in (b"http", b"https", b"HTTP"):
         origin = (b"origin", scheme + b"://" + host)
-        seen = {b"host": b"localhost", b"origin": scheme.lower() + b"://" + canonical_host}
-        assert await passed((b"host", b"localhost"), origin) == (200, seen)
+        expected = {b"host": b"localhost", b"origin": scheme.lower() + b"://" + canonical_host}
+        assert await passed((b"host", b"localhost"), origin) == (200, expected)
 
 
 @pytest.mark.parametrize("host", BAD_HOSTS)

@@ -107,7 +107,7 @@ class Face:
     @asynccontextmanager
     async def stream(self) -> AsyncGenerator[Stream]:
         """A session of SSE."""
-        chunks, received = anyio.create_memory_object_stream[bytes](10_000)
+        chunk_sink, chunks = anyio.create_memory_object_stream[bytes](10_000)
         closing = anyio.Event()
 
         async def receive() -> Any:
@@ -116,23 +116,23 @@ class Face:
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.body":
-                await chunks.send(message["body"])
+                await chunk_sink.send(message["body"])
 
-        async with chunks, received, anyio.create_task_group() as group:
+        async with chunk_sink, chunks, anyio.create_task_group() as group:
             group.start_soon(self._app, self._scope("GET", "/sse", {}), receive, send)
             with anyio.fail_after(ANSWER_TIMEOUT_S):
-                target = (await _event(received)).decode()
-            yield Stream(self, target, received)
+                target = (await _event(chunks)).decode()
+            yield Stream(self, target, chunks)
             closing.set()
 
 
 class Stream:
     """A session of SSE: messages go by POST, answers come in the stream."""
 
-    def __init__(self, face: Face, target: str, received: Any) -> None:
+    def __init__(self, face: Face, target: str, chunks: Any) -> None:
         self._face = face
         self._target = target
-        self._received = received
+        self._chunks = chunks
         self._number = 0
 
     async def post(self, body: bytes) -> Reply:
@@ -140,7 +140,7 @@ class Stream:
 
     async def hear(self) -> dict[str, Any]:
         with anyio.fail_after(ANSWER_TIMEOUT_S):
-            return json.loads(await _event(self._received))
+            return json.loads(await _event(self._chunks))
 
     async def works(self, era: str) -> None:
         self._number += 1
@@ -155,10 +155,10 @@ class Stream:
                 assert "result" in answer, answer
 
 
-async def _event(received: Any) -> bytes:
+async def _event(chunks: Any) -> bytes:
     """The data of the next event."""
     while True:
-        chunk = await received.receive()
+        chunk = await chunks.receive()
         for line in chunk.splitlines():
             if line.startswith(b"data: "):
                 return line.removeprefix(b"data: ")
