@@ -137,7 +137,7 @@ GUARD = HttpGuard(ok, ["Images.Example.COM", "2001:db8:0::5"], 1000)
 
 
 async def passed(*headers: tuple[bytes, bytes], path: str = "/mcp") -> tuple[int, dict[bytes, bytes]]:
-    """The status of a request with these headers, and the headers that its app has expected."""
+    """The status of a request with these headers, and the headers that its app has received."""
     started: list[Any] = []
 
     async def send(message: Any) -> None:
