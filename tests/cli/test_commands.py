@@ -66,7 +66,7 @@ def test_the_demo_saves_an_image_and_prints_its_path(tmp_path: Path) -> None:
         (["simulate", "--port", "-1"], "a port is a number from 0 to 65535"),
         (["http", "--prot", "1"], "unrecognized arguments: --prot"),
         (["token"], "the following arguments are required: name"),
-        (["sheet", "--since", "soon"], "“soon” is no time"),
+        (["sheet", "--since", "soon"], "the time “soon” is not understood"),
         (["open", "a", "fox"], "no saved image has “a fox”"),
         (["open"], "no image is saved yet"),
     ],

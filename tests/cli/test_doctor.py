@@ -22,6 +22,7 @@ import uvicorn
 from blocking import BlockingJournal
 from child_processes import SERVER_COMMAND, minimal_environment
 
+from evolink_mcp import __version__
 from evolink_mcp.app.settings import EXAMPLE_KEY
 from evolink_mcp.cli import doctor
 from evolink_mcp.cli.doctor import Finding, Probe, Report
@@ -355,7 +356,7 @@ def test_the_installed_command_starts_this_version() -> None:
     command, arguments = installed_command()
     assert Path(command).is_absolute()
     result = subprocess.run([command, *arguments, "--version"], capture_output=True, text=True, check=True, timeout=300)
-    assert re.fullmatch(r"evolink-mcp [\d.]+\n", result.stdout)
+    assert result.stdout == f"evolink-mcp {__version__}\n"
 
 
 def test_without_an_installed_script_python_ignores_the_working_directory(tmp_path: Path) -> None:
