@@ -46,7 +46,7 @@ def main() -> int:
         print("\n".join(f"# {name}: {value}" for name, value in _machine().items()))
         for name, figures in results.items():
             print("\n".join(["", PARTS[name].TITLE, *(figure.line() for figure in figures)]))
-    missed = [figure.name for figures in results.values() for figure in figures if figure.met is False]
+    missed = [figure.name for figures in results.values() for figure in figures if figure.is_met is False]
     if missed:
         print(f"{len(missed)} not met: {'; '.join(missed)}", file=sys.stderr)
     return 1 if missed and options.strict else 0

@@ -68,10 +68,10 @@ def run(quick: bool) -> list[Figure]:
 
 def _wait(at: Standin, *numbers: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.crowd", str(at.port), *map(str, numbers)]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise RuntimeError(f"the waiting process failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if run.returncode:
+        raise RuntimeError(f"the waiting process failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout)
 
 
 async def _work(at: Standin, jobs: int, settle: float, window: float, end: float) -> None:
@@ -124,8 +124,8 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
 
 async def _counts(at: Standin) -> tuple[int, int]:
     """Return the number of HTTP requests that polled tasks so far, and of the polls in them."""
-    counts = (await anyio.to_thread.run_sync(at.seen))["counts"]
-    single, batch, batched_polls = (counts.get(word, 0) for word in ("single", "batch", "looks in batches"))
+    counts = (await anyio.to_thread.run_sync(at.record))["counts"]
+    single, batch, batched_polls = (counts.get(word, 0) for word in ("single", "batch", "batched polls"))
     return single + batch, single + batched_polls
 
 

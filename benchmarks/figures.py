@@ -1,4 +1,4 @@
-"""One measured figure with its promise, and the table they are printed in."""
+"""A measured figure with its target, and its line in a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMN = 62
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """`limit` is the most that is promised; without one the figure only explains another."""
+    """`limit` is the target, a maximum. A figure without a target explains another figure."""
 
     name: str
     value: float
@@ -21,7 +21,7 @@ class Figure:
     note: str = ""
 
     @property
-    def met(self) -> bool | None:
+    def is_met(self) -> bool | None:
         return None if self.limit is None else self.value <= self.limit
 
     def data(self) -> dict[str, Any]:
@@ -30,23 +30,23 @@ class Figure:
             "value": round(self.value, 5),
             "unit": self.unit,
             "at_most": self.limit,
-            "met": self.met,
+            "met": self.is_met,
             "note": self.note,
         }
 
     def line(self) -> str:
-        word = {True: "met", False: "NOT MET", None: ""}[self.met]
-        most = "" if self.limit is None else f"≤ {shown(self.limit)}"
-        return f"  {self.name:{COLUMN}} {shown(self.value):>9} {self.unit:9} {most:>9}  {word:8} {self.note}".rstrip()
+        word = {True: "met", False: "NOT MET", None: ""}[self.is_met]
+        most = "" if self.limit is None else f"≤ {format_value(self.limit)}"
+        return f"  {self.name:{COLUMN}} {format_value(self.value):>9} {self.unit:9} {most:>9}  {word:8} {self.note}".rstrip()
 
     def row(self) -> str:
-        word = {True: "met", False: "**not met**", None: ""}[self.met]
-        most = "" if self.limit is None else f"≤ {shown(self.limit)}"
-        return f"| {self.name} | {shown(self.value)} {self.unit} | {most} | {word} | {self.note} |"
+        word = {True: "met", False: "**not met**", None: ""}[self.is_met]
+        most = "" if self.limit is None else f"≤ {format_value(self.limit)}"
+        return f"| {self.name} | {format_value(self.value)} {self.unit} | {most} | {word} | {self.note} |"
 
 
-def shown(value: float) -> str:
-    """Three digits that matter, thousands in groups."""
+def format_value(value: float) -> str:
+    """Return three significant digits, with thousands in groups."""
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -57,5 +57,5 @@ def middle(values: Sequence[float]) -> float:
 
 
 def share(values: Sequence[float], part: float) -> float:
-    """The value that `part` of all values do not exceed."""
+    """Return the value that this part of all values does not exceed."""
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]

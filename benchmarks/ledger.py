@@ -1,4 +1,4 @@
-"""The journal with ten thousand tasks in it beside an empty one, and a durable write beside a bare one."""
+"""Compare a journal of ten thousand tasks with an empty one, and a durable write with a plain write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TITLE = "Journal"
 TASKS = 10_000
 TEMPLATES = 20
 NOW = 1_790_000_000.0
-APART_S = 8.0  # ten thousand in less than a day
+APART_S = 8.0  # ten thousand tasks in less than a day
 
 
 def run(quick: bool) -> list[Figure]:
@@ -34,7 +34,7 @@ def run(quick: bool) -> list[Figure]:
         starts = [(timed(lambda: _opened(full).close()), timed(lambda: _opened(empty).close())) for _ in range(15)]
         journal = _opened(full)
         ids = [f"task-unified-{number:010d}-benchmark" for number in range(0, TASKS, TASKS // times)]
-        gets = [timed(lambda one=one: journal("by_task", one)) for one in ids]
+        gets = [timed(lambda task_id=task_id: journal("by_task", task_id)) for task_id in ids]
         if journal("by_task", ids[1]) is None or len(journal("recent", 20)) != 20:
             raise RuntimeError("the journal was not filled as intended")
         lists = [timed(lambda: journal("recent", 20)) for _ in range(times)]
@@ -45,22 +45,22 @@ def run(quick: bool) -> list[Figure]:
         writes, bare = _writes(journal, Path(name), times)
         size = (full / FILE_NAME).stat().st_size / 1e6
         journal.close()
-    extra = middle([one for one, _ in starts]) - middle([one for _, one in starts])
+    extra = middle([full_s for full_s, _ in starts]) - middle([empty_s for _, empty_s in starts])
     return [
         Figure(f"extra start with {TASKS:,} tasks", extra * 1000, "ms", 20, f"the file has {size:.0f} MB"),
-        Figure("a task by its id", middle(gets) * 1000, "ms", 0.1),
-        Figure("a list of 20", middle(lists) * 1000, "ms", 1),
-        Figure("what an order reads before it buys", middle(orders) * 1000, "ms", None, "dead owners, identical orders"),
-        Figure("the day's credits", middle(sums) * 1000, "ms", None, f"of {TASKS:,} entries in that day"),
+        Figure("an entry by its task ID", middle(gets) * 1000, "ms", 0.1),
+        Figure("a list of 20 entries", middle(lists) * 1000, "ms", 1),
+        Figure("reads before a purchase", middle(orders) * 1000, "ms", None, "dead owners, identical orders"),
+        Figure("credits of the day", middle(sums) * 1000, "ms", None, f"of {TASKS:,} entries in that day"),
         Figure("a durable write", middle(writes) * 1000, "ms", 0.23,
-               f"with the hop to the journal's thread; a matter of the disk; 95 % within {share(writes, 0.95) * 1000:.2f} ms"),
+               f"with the switch to the journal's thread; depends on the disk; 95 % within {share(writes, 0.95) * 1000:.2f} ms"),
         Figure("a durable write ÷ 4 KiB written and synced to a plain file", middle(writes) / middle(bare), "×", None,
                f"plain: {middle(bare) * 1000:.2f} ms"),
     ]  # fmt: skip
 
 
 class Blocking:
-    """The journal, each call awaited to its end on a loop that waits for nothing else."""
+    """Call a journal from synchronous code, on a separate event loop."""
 
     def __init__(self, folder: Path) -> None:
         self.journal = SqliteJournal(folder)
@@ -75,7 +75,7 @@ class Blocking:
 
 
 def _opened(folder: Path) -> Blocking:
-    """As a server starts: open, and look for what dead servers left."""
+    """Open the journal and adopt the entries of dead servers, as a server does at its start."""
     journal = Blocking(folder)
     journal("adopt")
     return journal
@@ -95,7 +95,7 @@ def _entry(number: int) -> Entry:
 
 
 def fill(folder: Path, count: int) -> None:
-    """A few entries through the journal, the rest as copies of their rows with ids and times of their own."""
+    """Write a few entries with the journal. Copy their rows with other IDs and times."""
     journal = Blocking(folder)
     for number in range(TEMPLATES):
         journal("intend", _entry(number))
@@ -106,8 +106,8 @@ def fill(folder: Path, count: int) -> None:
     db.execute("BEGIN")
     for number in range(TEMPLATES, count):
         row, like = rows[number % TEMPLATES], f"task-unified-{number % TEMPLATES:010d}-benchmark"
-        own = f"task-unified-{number:010d}-benchmark"
-        row = {k: v.replace(like, own) if isinstance(v, str) else v for k, v in row.items()}
+        task_id = f"task-unified-{number:010d}-benchmark"
+        row = {k: v.replace(like, task_id) if isinstance(v, str) else v for k, v in row.items()}
         row |= {"key": new_key(), "created_at": NOW - (TASKS - number) * APART_S, "fingerprint": f"{number:064x}"}
         db.execute(f"INSERT INTO entries VALUES ({', '.join('?' * len(columns))})", [row[name] for name in columns])
     db.execute("COMMIT")
@@ -115,7 +115,7 @@ def fill(folder: Path, count: int) -> None:
 
 
 def _writes(journal: Blocking, folder: Path, times: int) -> tuple[list[float], list[float]]:
-    """Durable updates of one entry, and as many bare writes of one page, in turns."""
+    """Return the times of durable updates of one entry and of plain writes of one page, alternating."""
     entry = replace(_entry(TASKS + 1), owner=journal.journal.owner, created_at=time.time())
     journal("intend", entry)
     handle = os.open(folder / "plain", os.O_CREAT | os.O_WRONLY, 0o600)

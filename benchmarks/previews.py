@@ -13,7 +13,7 @@ from mcp.client import Client
 
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import environment, standin, timed
-from benchmarks.standin import drawn
+from benchmarks.standin import draw
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.images.previews import check_and_preview, preview
 from evolink_mcp.server.server import build_server
@@ -22,26 +22,27 @@ from evolink_mcp.tools.hosts import UNKNOWN
 
 TITLE = "Previews"
 TICK_S = 0.005
-KINDS = (("4K", "4K pictures"), ("noise", "4K pictures of noise"))
+KINDS = (("4K", "4K images"), ("noise", "4K images of noise"))
 ORDER = {"size": "16:9", "resolution": "4K", "n": 10, "wait_seconds": 120}
 
 
 def run(quick: bool) -> list[Figure]:
     repeats, rounds = (3, 1) if quick else (7, 5)
     figures: list[Figure] = []
-    for kind, what in KINDS[:1] if quick else KINDS:
-        took, size, both = _alone(kind, repeats)
+    for kind, label in KINDS[:1] if quick else KINDS:
+        preview_s, size, ratio = _alone(kind, repeats)
         with standin(kind) as at:
             answers = [anyio.run(_ask, at.port) for _ in range(rounds)]
-        seen = answers[0]
+        measured = answers[0]
         figures += [
-            Figure(f"longest stall of the loop, ten {what}", 1000 * middle([max(one.stalls) for one in answers]), "ms", 50,
-                   f"median of {rounds}; idle before it {1000 * middle([max(one.idle) for one in answers]):.0f} ms, "
-                   f"longest note to disk in it {1000 * middle([max(one.notes) for one in answers]):.0f} ms"),
-            Figure(f"characters of the answer, ten {what}", seen.characters, "", 900_000,
-                   f"{seen.previews} previews, {middle([one.took for one in answers]):.1f} s with download"),
-            Figure(f"one preview of {what}", 1000 * took, "ms", None, f"{size:,} bytes of WebP"),
-            Figure(f"check and preview of {what} from one decoding ÷ from two", both, "×", 0.8,
+            Figure(f"longest stall of the event loop, ten {label}",
+                   1000 * middle([max(answer.stalls) for answer in answers]), "ms", 50,
+                   f"median of {rounds}; idle before {1000 * middle([max(answer.idle) for answer in answers]):.0f} ms, "
+                   f"longest write to disk in it {1000 * middle([max(answer.notes) for answer in answers]):.0f} ms"),
+            Figure(f"characters of the answer, ten {label}", measured.characters, "", 900_000,
+                   f"{measured.previews} previews, {middle([answer.duration_s for answer in answers]):.1f} s with download"),
+            Figure(f"one preview of {label}", 1000 * preview_s, "ms", None, f"{size:,} bytes of WebP"),
+            Figure(f"check and preview of {label} from one decoding ÷ from two", ratio, "×", 0.8,
                    f"median of {repeats} pairs"),
         ]  # fmt: skip
     return figures
@@ -49,7 +50,7 @@ def run(quick: bool) -> list[Figure]:
 
 def _alone(kind: str, repeats: int) -> tuple[float, int, float]:
     """Return the seconds for one preview, its bytes, and the time of check and preview together ÷ one after the other."""
-    content = drawn(kind)[0]
+    content = draw(kind)[0]
     budget = UNKNOWN.answer_max * 3 // 4
     small = preview(content, 1024, budget)
     seconds = [timed(lambda: preview(content, 1024, budget)) for _ in range(repeats)]
@@ -75,7 +76,7 @@ def _time_saves(journal: Any, seconds: list[float]) -> None:
 
 
 @dataclass
-class _Seen:
+class _Measured:
     """Measurements of one answer. Stalls are in seconds beyond the tick."""
 
     idle: list[float] = field(default_factory=lambda: [0.0])
@@ -83,11 +84,11 @@ class _Seen:
     notes: list[float] = field(default_factory=lambda: [0.0])
     characters: int = 0
     previews: int = 0
-    took: float = 0.0
+    duration_s: float = 0.0
 
 
-async def _ask(port: int) -> _Seen:
-    seen = _Seen()
+async def _ask(port: int) -> _Measured:
+    measured = _Measured()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         settings = TeamSettings.from_environment(environment(Path(name), port))
         async with (
@@ -97,7 +98,7 @@ async def _ask(port: int) -> _Seen:
         ):
             # The first image also imports modules and reads the system's certificates.
             await client.call_tool("generate_image", {"prompt": "sim:slow=0.5 a first one", "wait_seconds": 60})
-            ticks: list[float] = seen.idle
+            ticks: list[float] = measured.idle
 
             async def tick() -> None:
                 while True:
@@ -107,15 +108,15 @@ async def _ask(port: int) -> _Seen:
 
             group.start_soon(tick)
             await anyio.sleep(1)
-            ticks = seen.stalls
-            _time_saves(studio.journal, seen.notes)
+            ticks = measured.stalls
+            _time_saves(studio.journal, measured.notes)
             started = time.perf_counter()
             answer: Any = await client.call_tool("generate_image", {"prompt": "sim:slow=2 ten of them", **ORDER})
-            seen.took = time.perf_counter() - started - 2
+            measured.duration_s = time.perf_counter() - started - 2
             group.cancel_scope.cancel()
     saved = [image for image in answer.structured_content["images"] if image["path"]]
     if answer.is_error or len(saved) != 10:
         raise RuntimeError(f"the tool failed: {answer.content[0].text[:300]}")
-    seen.characters = len(answer.model_dump_json(by_alias=True, exclude_unset=True))
-    seen.previews = sum(block.type == "image" for block in answer.content)
-    return seen
+    measured.characters = len(answer.model_dump_json(by_alias=True, exclude_unset=True))
+    measured.previews = sum(block.type == "image" for block in answer.content)
+    return measured

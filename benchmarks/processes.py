@@ -122,7 +122,7 @@ class Standin:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    def seen(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return the counts of requests and the times of polls, purchases and downloads."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/benchmark", timeout=30) as answer:
             return json.load(answer)

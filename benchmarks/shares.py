@@ -48,6 +48,6 @@ def _job(pipe: Pipe, at: Standin, size: dict[str, str], number: int) -> tuple[fl
     if answer.get("isError") or not all(image["path"] for image in facts["images"]):
         raise RuntimeError(f"the tool failed: {answer['content'][0]['text'][:300]}")
     task_id = facts["task_id"]
-    record = at.seen()
+    record = at.record()
     download_s = sum(end - begin for begin, end in record["fetched"][task_id])
-    return record["bought"][task_id] - called_at, answered_at - record["told"][task_id] - download_s
+    return record["bought"][task_id] - called_at, answered_at - record["end_reported_at"][task_id] - download_s

@@ -78,7 +78,7 @@ async def _watch(
         await _call(port, "compute_size", {"size": "16:9"})
     before_mb = memory_mb(pid)
     calls = [asyncio.create_task(_picture(port, f"sim:slow=100000 picture {number}")) for number in range(callers)]
-    while (await asyncio.to_thread(at.seen))["counts"].get("bought", 0) < callers + len(warm):
+    while (await asyncio.to_thread(at.record))["counts"].get("bought", 0) < callers + len(warm):
         await asyncio.sleep(0.2)
     await asyncio.sleep(SETTLE_S)
     extra_mb = memory_mb(pid) - before_mb
@@ -94,7 +94,7 @@ async def _watch(
     busy_cpu = cpu_s(pid) or 0.0
     await asyncio.to_thread(at.end_all, end_within_s)
     answers = await asyncio.gather(*calls, return_exceptions=True)
-    ends = (await asyncio.to_thread(at.seen))["ends"]
+    ends = (await asyncio.to_thread(at.record))["ends"]
     good = [answer for answer in answers if not isinstance(answer, BaseException) and answer[1]]
     lags = [answered_at - ends[task_id] for answered_at, task_id in good] or [math.inf]
     return {

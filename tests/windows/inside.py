@@ -68,10 +68,10 @@ class Stage:
         return Client(StdioServerParameters(command=SERVER[0], args=SERVER[1:], env={**self.env, **env}))
 
     def run(self, *arguments: str, **env: str) -> str:
-        done = subprocess.run([*SERVER, *arguments], env={**self.env, **env}, capture_output=True, timeout=300)
-        if done.returncode:
-            raise AssertionError(f"exit code {done.returncode}: {done.stderr!r}")
-        return done.stdout.decode(env.get("PYTHONIOENCODING", "utf-8"), "replace")
+        process = subprocess.run([*SERVER, *arguments], env={**self.env, **env}, capture_output=True, timeout=300)
+        if process.returncode:
+            raise AssertionError(f"exit code {process.returncode}: {process.stderr!r}")
+        return process.stdout.decode(env.get("PYTHONIOENCODING", "utf-8"), "replace")
 
     def process(self, **env: str) -> subprocess.Popen[bytes]:
         """Start a stdio server and return it after its answer to `initialize`."""
@@ -281,9 +281,9 @@ async def a_server_adopts_the_task_of_a_killed_server(stage: Stage) -> None:
         assert watched["status"] != "completed"
         dying.kill()
         dying.wait()
-        done = await call_tool_ok(living, "get_task", task_id=task_id)
-        assert done["status"] == "completed", done
-        assert_image(done["images"][0]["path"])
+        answer = await call_tool_ok(living, "get_task", task_id=task_id)
+        assert answer["status"] == "completed", answer
+        assert_image(answer["images"][0]["path"])
         entries = (await call_tool_ok(living, "list_tasks", limit=50, detail=True))["tasks"]
         assert [entry["task_id"] for entry in entries].count(task_id) == 1
 
@@ -309,9 +309,9 @@ async def a_used_port_ends_the_start_without_a_traceback(stage: Stage) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = str(listener.getsockname()[1])
-        done = subprocess.run([*SERVER, "http", "--port", port], env=stage.env, capture_output=True, timeout=300)
-    assert done.returncode == 1
-    assert b"Traceback" not in done.stderr, done.stderr
+        process = subprocess.run([*SERVER, "http", "--port", port], env=stage.env, capture_output=True, timeout=300)
+    assert process.returncode == 1
+    assert b"Traceback" not in process.stderr, process.stderr
 
 
 def main(folder: str) -> int:
