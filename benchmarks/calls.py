@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.figures import Figure, middle, share
 from benchmarks.ledger import fill
 from benchmarks.processes import SERVERS, Pipe, environment, timed
+from evolink_mcp.journal.entry import account_id_of
 
 TITLE = "Calls"
 AT_ONCE = 50
@@ -22,7 +23,8 @@ def run(quick: bool) -> list[Figure]:
     many: dict[str, list[float]] = {name: [] for name in SERVERS}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, ExitStack() as stack:
         env = environment(Path(folder))
-        fill(Path(env["EVOLINK_MCP_DATA_DIR"]), 2 * LISTED)
+        account = account_id_of(env["EVOLINK_API_KEY"], env["EVOLINK_BASE_URL"])
+        fill(Path(env["EVOLINK_MCP_DATA_DIR"]), 2 * LISTED, account)
         pipes = {name: stack.enter_context(Pipe(SERVERS[name], env)) for name in SERVERS}
         targets = {name: ("compute_size", SIZE) if name == "ours" else ("nothing", {"word": "x"}) for name in SERVERS}
         for name, pipe in pipes.items():
@@ -36,12 +38,14 @@ def run(quick: bool) -> list[Figure]:
                 many[name].append(timed(lambda pipe=pipe, name=name: pipe.flood(*targets[name], AT_ONCE)) / AT_ONCE)
         pipe = pipes["ours"]
         listed = pipe.call("list_tasks", {"limit": LISTED})["structuredContent"]["tasks"]
+        if len(listed) != LISTED:
+            raise RuntimeError(f"list_tasks returned {len(listed)} of {LISTED} tasks")
         lists = [timed(lambda: pipe.call("list_tasks", {"limit": LISTED})) * 1000 for _ in range(calls)]
     rate = {name: 1 / middle(times) for name, times in many.items()}
     return [
         _compare("compute_size ÷ a bare MCPServer's no-op", single["ours"], single["bare"], 1.1),
         _compare("a no-op on this stdio ÷ a bare MCPServer's no-op", single["empty"], single["bare"], 1.1),
-        Figure(f"list_tasks of {len(listed)}", middle(lists), "ms", 10, f"95 % within {share(lists, 0.95):.1f} ms"),
+        Figure(f"list_tasks of {LISTED}", middle(lists), "ms", 10, f"95 % within {share(lists, 0.95):.1f} ms"),
         Figure(f"calls per second on this stdio ÷ the SDK's, {AT_ONCE} at once", rate["empty"] / rate["bare"], "×", None,
                f"{rate['empty']:,.0f} and {rate['bare']:,.0f} calls/s; compute_size {rate['ours']:,.0f}"),
     ]  # fmt: skip

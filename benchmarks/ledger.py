@@ -94,11 +94,11 @@ def _entry(number: int) -> Entry:
     )  # fmt: skip
 
 
-def fill(folder: Path, count: int) -> None:
+def fill(folder: Path, count: int, account: str = "") -> None:
     """Write a few entries with the journal. Copy their rows with other IDs and times."""
     journal = Blocking(folder)
     for number in range(TEMPLATES):
-        journal("intend", _entry(number))
+        journal("intend", replace(_entry(number), account=account))
     journal.close()
     db = sqlite3.connect(folder / FILE_NAME, isolation_level=None)
     columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]

@@ -59,8 +59,12 @@ class Recorder:
         if path == "/benchmark":
             ends = {task.id: task.created + task.duration for task in self._simulator.tasks.values()}
             record = {
-                "counts": self.counts, "bought": self.bought, "end_reported_at": self.end_reported_at, "fetched": self.fetched, "ends": ends,
-            }  # fmt: skip
+                "counts": self.counts,
+                "bought": self.bought,
+                "end_reported_at": self.end_reported_at,
+                "fetched": self.fetched,
+                "ends": ends,
+            }
             return await _answer(send, 200, json.dumps(record).encode())
         if path.startswith("/pictures/"):
             task_id, name = path.split("/")[2:4]
