@@ -11,7 +11,7 @@ install: .venv/installed ## create .venv with the package and all tools
 	.venv/bin/pip install -q -e ".[test]" "ruff>=0.17,<0.18" "pyright>=1.1.414,<2" "deptry>=0.25,<1"
 	touch $@
 
-check: install ## style and types
+check: install ## style, types and declared dependencies
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m deptry .
