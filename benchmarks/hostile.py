@@ -1,4 +1,4 @@
-"""Measure hostile images and silent connections: their cost, and the delay for an honest caller."""
+"""Measure the cost of hostile images and silent connections, and the delay of normal callers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.structure import SCANS_MAX
 from evolink_mcp.images.unusable import UnusableImage
 
-TITLE = "A hostile world"
+TITLE = "Hostile input"
 MIB = 1 << 20
 LARGEST = (2880, 2880)
 DESCRIPTORS = 256
@@ -44,19 +44,19 @@ def run(quick: bool) -> list[Figure]:
     delay_s, alone_s = anyio.run(_delay)
     silent, callers = (300, 100) if quick else (1_100, 300)
     with standin() as at, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        seen = _besieged(Path(name), at.port, silent, callers)
+        figures = _under_load(Path(name), at.port, silent, callers)
     return [
         Figure("the most expensive hostile image", costs[slowest][0], "s", 3, f"{slowest}; of {len(costs)} kinds"),
         Figure("most memory for one", costs[largest][1], "MiB", 300, largest),
-        Figure(f"delay of an order beside {HOSTILE_AT_ONCE} hostile images", delay_s, "s", 2,
+        Figure(f"delay of a normal image beside {HOSTILE_AT_ONCE} hostile images", delay_s, "s", 2,
                f"check of a largest image; {alone_s:.2f} s alone"),
-        Figure(f"server's memory for {silent:,} silent connections", seen["silent_mb"], "MB", 30,
-               f"at a limit of {DESCRIPTORS} descriptors; {seen['stderr']:,} bytes on stderr"),
-        Figure("until an honest request is answered beside them", seen["beside_s"], "s", 15,
-               "silent connections are closed after 10 s"),
-        Figure(f"of {callers} callers at once at that limit, answered", seen["served"] + seen["refused"], "", None,
-               f"{seen['served']} served, {seen['refused']} got a 503; {seen['lost']} closed before their request came"),
-        Figure("end after SIGTERM beside them", seen["end_s"], "s", 2),
+        Figure(f"server's memory for {silent:,} silent connections", figures["silent_mb"], "MB", 30,
+               f"at a limit of {DESCRIPTORS} descriptors; {figures['stderr']:,} bytes on stderr"),
+        Figure("time until a normal request is answered meanwhile", figures["beside_s"], "s", 15,
+               "the server closes silent connections after 10 s"),
+        Figure(f"of {callers} callers at once at that limit, answered", figures["served"] + figures["refused"], "", None,
+               f"{figures['served']} served, {figures['refused']} got a 503; {figures['lost']} closed before their request"),
+        Figure("end after SIGTERM meanwhile", figures["end_s"], "s", 2),
     ]  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def _scans(count: int) -> bytes:
     after = last + 2 + struct.unpack(">H", data[last + 2 : last + 4])[0]
     end = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]").search(data, after)
     assert end is not None
-    own = data.count(b"\xff\xda")
-    return data[: end.start()] + data[last : end.start()] * (count - own) + b"\xff\xd9"
+    scans = data.count(b"\xff\xda")
+    return data[: end.start()] + data[last : end.start()] * (count - scans) + b"\xff\xd9"
 
 
 def _before_segments(data: bytes) -> bytes:
@@ -213,38 +213,38 @@ async def _delay() -> tuple[float, float]:
 # --- connections ---
 
 
-def _besieged(folder: Path, evolink: int, silent: int, callers: int) -> dict[str, float]:
+def _under_load(folder: Path, evolink: int, silent: int, callers: int) -> dict[str, float]:
     port = free_port()
     stderr_file = folder / "stderr"
-    few = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS}))"
-    start = f"{few}; from evolink_mcp.cli.main import main; main()"
+    low_limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS}, {DESCRIPTORS}))"
+    start = f"{low_limit}; from evolink_mcp.cli.main import main; main()"
     command = [sys.executable, "-P", "-c", start, "http", "--port", str(port)]
     with stderr_file.open("wb") as stderr:
         server = subprocess.Popen(command, cwd=ROOT, env=environment(folder, evolink), stderr=stderr)
     try:
-        seen = anyio.run(_siege, server.pid, port, silent, callers)
+        figures = anyio.run(_flood, server.pid, port, silent, callers)
         started = time.perf_counter()
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-        return {**seen, "end_s": time.perf_counter() - started, "stderr": stderr_file.stat().st_size}
+        return {**figures, "end_s": time.perf_counter() - started, "stderr": stderr_file.stat().st_size}
     finally:
         server.kill()
 
 
-async def _siege(pid: int, port: int, silent: int, callers: int) -> dict[str, float]:
+async def _flood(pid: int, port: int, silent: int, callers: int) -> dict[str, float]:
     url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient() as client:
-        await _answered(client, f"{url}/healthz")
+        await _wait_for_answer(client, f"{url}/healthz")
     before = memory_mb(pid)
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(silent)]
     started = time.perf_counter()
     await anyio.sleep(0.5)
     during = memory_mb(pid)
     async with httpx.AsyncClient() as client:
-        await _answered(client, f"{url}/healthz")
+        await _wait_for_answer(client, f"{url}/healthz")
     beside_s = time.perf_counter() - started
-    for one in sockets:
-        one.close()
+    for connection in sockets:
+        connection.close()
     outcomes: list[str] = []
 
     async def call(number: int) -> None:
@@ -255,7 +255,7 @@ async def _siege(pid: int, port: int, silent: int, callers: int) -> dict[str, fl
         with suppress(httpx.HTTPError):
             async with httpx.AsyncClient(timeout=30) as client:
                 answer = await client.post(f"{url}/mcp", json=body, headers=HEADERS)
-                outcomes.append({200: "served", 503: "refused"}.get(answer.status_code, "odd"))
+                outcomes.append({200: "served", 503: "refused"}.get(answer.status_code, "other"))
 
     async with anyio.create_task_group() as group:
         for number in range(callers):
@@ -269,7 +269,7 @@ async def _siege(pid: int, port: int, silent: int, callers: int) -> dict[str, fl
     }
 
 
-async def _answered(client: httpx.AsyncClient, url: str) -> None:
+async def _wait_for_answer(client: httpx.AsyncClient, url: str) -> None:
     with anyio.fail_after(60):
         while True:
             with suppress(httpx.HTTPError):

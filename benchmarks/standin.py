@@ -1,7 +1,7 @@
-"""Serve the simulator on its own port, with prepared images, a record of all requests, and optional batch reads.
+"""Serve the simulator with a few images, a record of all times, and with or without batch polls.
 
-`python -m benchmarks.standin dot|1K|4K|noise [--no-batch]` prints its port. Drawing takes seconds and would
-distort the figures, so every task gets the same few images.
+`python -m benchmarks.standin dot|1K|4K|noise [--no-batch]` prints its port. All tasks get the same few images, because
+drawing takes seconds and is not part of any figure.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PIXELS = {"dot": (16, 16), "1K": (1024, 1024), "4K": (3840, 2160)}
 PROMPTS = ("a fox in a misty forest", "a lighthouse over the sea at dusk")
 
 
-def drawn(kind: str) -> list[bytes]:
-    """Return a few images as PNG. `noise` is harder to compress than any photograph."""
+def draw(kind: str) -> list[bytes]:
+    """Return a few images as PNG. `noise` compresses worse than any photograph."""
     if kind == "noise":
         from PIL import Image
 
@@ -38,8 +38,8 @@ def drawn(kind: str) -> list[bytes]:
     return [paint(prompt, number, PIXELS[kind]) for number, prompt in enumerate(PROMPTS)]
 
 
-class RecordingProxy:
-    """Serve the images in front of the simulator, and record the times of all events in epoch seconds."""
+class Recorder:
+    """Serve the images, pass other requests to the simulator, and record their times in epoch seconds."""
 
     def __init__(self, simulator: Simulator, pictures: list[bytes], *, batch: bool) -> None:
         self._simulator = simulator
@@ -47,54 +47,60 @@ class RecordingProxy:
         self._batch = batch
         self.counts: Counter[str] = Counter()
         self.bought: dict[str, float] = {}
-        self.told: dict[str, float] = {}
+        self.end_reported_at: dict[str, float] = {}
         self.fetched: dict[str, list[tuple[float, float]]] = {}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         path = scope["path"]
-        came = time.time()
+        arrived_at = time.time()
         if path == "/benchmark/end":
             self._end_all(float(scope["query_string"]))
             return await _answer(send, 200, b"{}")
         if path == "/benchmark":
             ends = {task.id: task.created + task.duration for task in self._simulator.tasks.values()}
-            seen = {
-                "counts": self.counts, "bought": self.bought, "told": self.told, "fetched": self.fetched, "ends": ends,
-            }  # fmt: skip
-            return await _answer(send, 200, json.dumps(seen).encode())
+            record = {
+                "counts": self.counts,
+                "bought": self.bought,
+                "end_reported_at": self.end_reported_at,
+                "fetched": self.fetched,
+                "ends": ends,
+            }
+            return await _answer(send, 200, json.dumps(record).encode())
         if path.startswith("/pictures/"):
             task_id, name = path.split("/")[2:4]
             number = int(name.partition(".")[0])
             self.counts["picture"] += 1
             await _answer(send, 200, self._pictures[number % len(self._pictures)], b"image/png")
-            self.fetched.setdefault(task_id, []).append((came, time.time()))
+            self.fetched.setdefault(task_id, []).append((arrived_at, time.time()))
             return None
         if path == "/v1/tasks/batch":
             self.counts["batch"] += 1
             if not self._batch:
-                return await _answer(send, 404, b'{"error": {"code": "not_found", "message": "no such path"}}')
+                return await _answer(send, 404, b'{"error": {"code": "not_found", "message": "unknown path"}}')
         elif path.startswith("/v1/tasks/"):
             self.counts["single"] += 1
         before = len(self._simulator.tasks)
-        done = {task.id for task in self._simulator.tasks.values() if self._over(task)} if before < 20 else set()
+        completed_ids = (
+            {task.id for task in self._simulator.tasks.values() if self._is_completed(task)} if before < 20 else set()
+        )
         await self._simulator.app(scope, receive, send)
         if path == "/v1/tasks/batch":
-            self.counts["looks in batches"] += len(json.loads(self._simulator.requests[-1].body)["task_ids"])
+            self.counts["batched polls"] += len(json.loads(self._simulator.requests[-1].body)["task_ids"])
         if len(self._simulator.tasks) > before:
             self.counts["bought"] += 1
-            self.bought[next(reversed(self._simulator.tasks))] = came
-        if path.startswith("/v1/tasks/") and path.removeprefix("/v1/tasks/") in done:
-            self.told.setdefault(path.removeprefix("/v1/tasks/"), time.time())
+            self.bought[next(reversed(self._simulator.tasks))] = arrived_at
+        if path.startswith("/v1/tasks/") and path.removeprefix("/v1/tasks/") in completed_ids:
+            self.end_reported_at.setdefault(path.removeprefix("/v1/tasks/"), time.time())
         return None
 
     def _end_all(self, within_s: float) -> None:
-        """Let all running tasks end within this time, one after the other."""
+        """Complete all running tasks within this time, one after another."""
         now = time.time()
-        running = [task for task in self._simulator.tasks.values() if not self._over(task)]
+        running = [task for task in self._simulator.tasks.values() if not self._is_completed(task)]
         for number, task in enumerate(running):
             task.duration = now - task.created + within_s * number / len(running)
 
-    def _over(self, task: Any) -> bool:
+    def _is_completed(self, task: Any) -> bool:
         return self._simulator.state(task)[0] == "completed"
 
 
@@ -105,8 +111,8 @@ async def _answer(send: Any, status: int, body: bytes, kind: bytes = b"applicati
 
 
 async def serve(kind: str, *, batch: bool) -> None:
-    proxy = RecordingProxy(Simulator(keys={KEY: 1e9}), drawn(kind), batch=batch)
-    web = uvicorn.Server(uvicorn.Config(proxy, port=0, log_level="error", lifespan="off"))  # pyright: ignore[reportArgumentType]
+    app = Recorder(Simulator(keys={KEY: 1e9}), draw(kind), batch=batch)
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))  # pyright: ignore[reportArgumentType]
     async with anyio.create_task_group() as group:
         group.start_soon(web.serve)
         while not web.started:

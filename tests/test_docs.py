@@ -7,6 +7,7 @@ import re
 import runpy
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import World
@@ -17,6 +18,9 @@ from evolink_mcp.api.costs import output_tokens
 from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.api.sizes import Size
 from evolink_mcp.app.settings import Setting, Settings
+from evolink_mcp.journal.entry import Phase
+from evolink_mcp.studio.events import Event
+from evolink_mcp.studio.jobs import JobState
 from evolink_mcp.teams.settings import TeamSettings
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +76,27 @@ def test_the_architecture_table_lists_every_package_in_order() -> None:
         r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", README.split("## Architecture")[1], re.MULTILINE))
     )
     assert listed == [*(name for name in ORDER[:-1] if "." not in name), *PACKAGES]
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def first_cells(heading: str) -> list[str]:
+    """Return the first column of the table under a heading of docs/architecture.md."""
+    section = ARCHITECTURE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+
+def test_every_module_of_the_architecture_page_exists() -> None:
+    names = set(re.findall(rf"`((?:{'|'.join(PACKAGES)})/\w+)`", ARCHITECTURE))
+    assert len(names) > 20
+    assert [name for name in names if not (ROOT / "evolink_mcp" / f"{name}.py").is_file()] == []
+
+
+def test_the_architecture_page_lists_all_phases_states_and_events() -> None:
+    assert first_cells("States of an entry") == [phase.value for phase in Phase]
+    assert first_cells("States of a job") == [state.value for state in JobState]
+    assert first_cells("Events") == [event.__name__ for event in get_args(Event)]
 
 
 def test_every_link_to_a_file_of_the_repository_works() -> None:
