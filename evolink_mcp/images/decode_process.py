@@ -47,7 +47,7 @@ START_DEADLINE_S = 60.0
 END_DEADLINE_S = 2.0
 CPU_PER_IMAGE_S = 15.0
 # An image of the largest size takes 0.2 to 0.4 s. After this time another image gets the place.
-SLOW_AFTER_S = 0.75
+SLOW_AFTER_S = 0.5
 SLOW_MAX = 2
 NICENESS_OF_SLOW = 10
 IMAGES_PER_PROCESS = 100
