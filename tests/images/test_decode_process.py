@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from child_processes import without_coverage
 from conftest import Open
 from drawings import drawing, noise
 from fake_decoders import ENDLESS_OR_REFUSE, answering, program, stuck
@@ -160,7 +161,10 @@ async def test_code_inside_the_sandbox_reaches_nothing(tmp_path: Path, attempt: 
         "os._exit(0)\n"
     )
     root = str(Path(__file__).parent.parent.parent)
-    done = await anyio.run_process([sys.executable, "-I", "-c", script, root], stderr=None)
+    # Coverage would write its data inside the sandbox and damage the file.
+    done = await anyio.run_process(
+        [sys.executable, "-I", "-c", script, root], stderr=None, env=without_coverage(os.environ)
+    )
     assert done.stdout == b"denied\n"
     assert canary.read_text() == "alive"
 
