@@ -26,8 +26,10 @@ from evolink_mcp.errors import DecoderUnavailable
 from evolink_mcp.images.decode_protocol import (
     ANSWER_BYTES,
     CONTENT_MAX_BYTES,
+    CPU_PER_IMAGE_S,
     GREETING,
     GREETING_MAGIC,
+    IMAGES_PER_PROCESS,
     PAYLOAD_MAX_BYTES,
     DecodeAnswer,
     DecodeRequest,
@@ -45,12 +47,10 @@ log = logging.getLogger(__name__)
 DEADLINE_S = 20.0
 START_DEADLINE_S = 60.0
 END_DEADLINE_S = 2.0
-CPU_PER_IMAGE_S = 15.0
 # An image of the largest size takes 0.2 to 0.4 s. After this time another image gets the place.
 SLOW_AFTER_S = 0.5
 SLOW_MAX = 2
 NICENESS_OF_SLOW = 10
-IMAGES_PER_PROCESS = 100
 BLOCK_BYTES = 1 << 20
 HEAD_BYTES = 16  # of a file, for its type
 Lane = Literal["check", "preview", "reference"]

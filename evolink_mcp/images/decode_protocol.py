@@ -15,6 +15,8 @@ from evolink_mcp.images.inspect import SUFFIX_OF, ImageFacts
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
 CONTENT_MAX_BYTES = 100 << 20
+IMAGES_PER_PROCESS = 100
+CPU_PER_IMAGE_S = 15.0
 # A rotated reference image is encoded again, which can make it larger.
 PAYLOAD_MAX_BYTES = 128 << 20
 SIDE_MAX = 1 << 20

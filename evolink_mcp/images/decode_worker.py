@@ -13,8 +13,10 @@ from itertools import product
 from typing import BinaryIO
 
 from evolink_mcp.images.decode_protocol import (
+    CPU_PER_IMAGE_S,
     GREETING,
     GREETING_MAGIC,
+    IMAGES_PER_PROCESS,
     REQUEST_BYTES,
     DecodeAnswer,
     DecodeRequest,
@@ -27,9 +29,6 @@ from evolink_mcp.images.previews import check_and_preview, preview
 from evolink_mcp.images.sandbox import enter_sandbox
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
-IMAGES_MAX = 100  # per process
-CPU_PER_IMAGE_S = 15.0
-
 
 def main() -> None:
     """Start the decoder. The arguments of the process: CPU seconds per image, bytes of memory."""
@@ -39,7 +38,7 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     _self_test()  # imports all modules that decoding needs: afterwards no file can be opened
-    protections = enter_sandbox(int(cpu_s * IMAGES_MAX), memory_bytes)
+    protections = enter_sandbox(int(cpu_s * IMAGES_PER_PROCESS), memory_bytes)
     _self_test()
     answers.write(GREETING.pack(GREETING_MAGIC, protections))
     answers.flush()
