@@ -24,6 +24,8 @@ from PIL import Image
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.app.wiring import StudioParts, open_studio
 from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
@@ -159,6 +161,8 @@ Open = Callable[..., AbstractAsyncContextManager[World]]
 def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
     """Return a function that opens a world. `environ` adds settings. An earlier `simulator` or `clock` can continue.
 
+    `wrap_journal` returns the journal that the studio uses in place of the real one.
+
     With EVOLINK_TEST_DATABASE=postgres the journals of all worlds are in PostgreSQL.
     """
     team: dict[str, str] = {}
@@ -175,6 +179,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         pause: Sleep = anyio.sleep,
         decoder_command: list[str] | None = None,
         callbacks: CallbackAddresses | None = None,
+        wrap_journal: Callable[[Journal], Any] = lambda journal: journal,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -193,7 +198,12 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
             options: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
             async with open_team_database(settings.database_url) as team_database:
                 parts = StudioParts() if team_database is None else team_parts(settings, team_database, clock=clock)
-                parts = replace(parts, callbacks=callbacks)
+                make_journal: Callable[..., Journal] = parts.make_journal or (
+                    lambda *account: SqliteJournal(settings.data_dir, *account, clock=clock)
+                )
+                parts = replace(
+                    parts, callbacks=callbacks, make_journal=lambda *account: wrap_journal(make_journal(*account))
+                )
                 async with open_studio(settings, parts, decoder=decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)
 

@@ -39,10 +39,8 @@ FIND_KEY = "SELECT 1 FROM entries WHERE key = ?"
 FIND_OWNER = "SELECT owner FROM entries WHERE key = ? AND {mine}"
 # Become the owner, unless the owner changed since it was read.
 CHANGE_OWNER = "UPDATE entries SET owner = ? WHERE key = ? AND owner = ?"
-# Read the server whose call waits for an undelivered entry.
-FIND_CALLER = "SELECT caller FROM entries WHERE key = ? AND delivered_at IS NULL"
-# Let a call of this server wait, unless another call was faster.
-CHANGE_CALLER = "UPDATE entries SET caller = ? WHERE key = ? AND caller = ? AND delivered_at IS NULL"
+# Let a call of this server wait for an undelivered entry, unless another call was faster.
+SET_CALLER = "UPDATE entries SET caller = ? WHERE key = ? AND caller IN ('', ?) AND delivered_at IS NULL"
 # End the wait of this server's call.
 REMOVE_CALLER = "UPDATE entries SET caller = '' WHERE key = ? AND caller = ?"
 # Record the time when a caller got the result.
@@ -249,22 +247,14 @@ class Journal:
         """Stop the work of this server on an entry."""
         await self._execute(CHANGE_OWNER, "", key, self.owner, key=key)
 
-    async def claim(self, key: str) -> bool:
-        """Let a call of this server wait for an undelivered entry. Return False if another call waits for it."""
+    async def claim(self, key: str, caller: str = "") -> bool:
+        """Let a call of this server wait for an undelivered entry. Return False if another call waits for it.
 
-        async def act(db: Connection) -> bool:
-            async with db.transaction():
-                rows = await db.fetch(FIND_CALLER, (key,))
-                if not rows:
-                    return False
-                caller = rows[0]["caller"]
-                if caller and not await db.is_silent(caller):
-                    return False
-                return await db.execute(CHANGE_CALLER, (self.owner, key, caller)) == 1
+        `caller` is the server in the entry that `undelivered` returned: none, or one whose call does not wait any more.
+        """
+        return await self._execute(SET_CALLER, self.owner, key, caller, key=key) == 1
 
-        return await self._backend.run(act, key=key)
-
-    async def leave(self, key: str) -> None:
+    async def remove_caller(self, key: str) -> None:
         """Record that no call of this server waits for the entry."""
         await self._execute(REMOVE_CALLER, key, self.owner, key=key)
 
@@ -313,14 +303,14 @@ class Journal:
         return readable_entries(await self._fetch(sql, *values, limit))
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
-        """Return undelivered entries of identical requests that no call waits for, oldest first."""
+        """Return undelivered entries of identical requests that no call of another server waits for, oldest first."""
         sql = self._sql(UNDELIVERED, marks=_marks(fingerprints))
 
         async def act(db: Connection) -> list[Row]:
             rows = await db.fetch(sql, (*fingerprints, since))
             callers = {row["caller"] for row in rows} - {"", self.owner}
             silent = {caller for caller in callers if await db.is_silent(caller)}
-            return [row for row in rows if row["caller"] in {"", *silent}]
+            return [row for row in rows if row["caller"] in {"", self.owner, *silent}]
 
         return readable_entries(await self._backend.run(act))
 

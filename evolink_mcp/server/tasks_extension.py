@@ -65,8 +65,7 @@ class Tasks(Extension):
         if entry is None or entry.stage is not Stage.OPEN:
             return result
         # The client has the handle, so the next identical call must buy, as it does beside a waiting call.
-        with suppress(JournalUnwritable):
-            await self._studio.journal.claim(entry.key)
+        await self._studio.claim(entry)
         return {"resultType": "task", **self._task_out(entry)}
 
     async def get(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
@@ -82,7 +81,7 @@ class Tasks(Extension):
 
     async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:
         """EvoLink cannot cancel. The client stops waiting, and the next identical call gets the image."""
-        await self._studio.leave(await self._require_entry(ctx, params))
+        await self._studio.remove_caller(await self._require_entry(ctx, params))
         return {}
 
     async def update(self, ctx: Request, params: TaskParams) -> dict[str, Any]:

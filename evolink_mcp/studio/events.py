@@ -116,6 +116,8 @@ class JournalWriter:
         self.journal = journal
         self.events = events
         self._unwritten: dict[str, Job] = {}
+        self._departed: set[str] = set()  # keys of entries whose last call ended, until the journal records it
+        self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
         self._has_unwritten = anyio.Event()
 
     async def entry_by_task(self, task_id: str) -> Entry | None:
@@ -142,7 +144,43 @@ class JournalWriter:
     @property
     def has_unwritten(self) -> bool:
         """Whether the journal holds an older state of any entry."""
-        return bool(self._unwritten)
+        return bool(self._unwritten or self._departed or self._deliveries)
+
+    async def undelivered(self, request_hash: str, since: float) -> list[Entry]:
+        """Return the newest state of identical purchases that no call waits for and no caller got, oldest first.
+
+        Raises:
+            JournalUnwritable: earlier purchases are unknown.
+        """
+        rows = await self.journal.undelivered((request_hash,), since)
+        # A call may end while the rows are read, so its end is looked up after that.
+        entries = [entry for entry in rows if entry.caller != self.journal.owner or entry.key in self._departed]
+        newest = [
+            replace(self._unwritten[entry.key].entry, caller=entry.caller) if entry.key in self._unwritten else entry
+            for entry in entries
+        ]
+        return [entry for entry in newest if entry.key not in self._deliveries and entry.delivered_at is None]
+
+    async def claim(self, entry: Entry) -> bool:
+        """Let a call of this server wait for an undelivered entry. Return False if another call waits for it.
+
+        Raises:
+            JournalUnwritable: it was not recorded.
+        """
+        is_departed = entry.key in self._departed
+        # Otherwise a repeated write of the departure could follow the claim and undo it.
+        self._departed.discard(entry.key)
+        try:
+            return await self.journal.claim(entry.key, entry.caller)
+        except JournalUnwritable:
+            if is_departed:
+                self._departed.add(entry.key)
+            raise
+
+    async def remove_caller(self, key: str) -> None:
+        """No call of this server waits for the entry any more. An identical call can claim it from now on."""
+        self._departed.add(key)
+        await self._remove_caller(key)
 
     async def record_sending(self, job: Job) -> None:
         """The POST is about to start.
@@ -218,7 +256,7 @@ class JournalWriter:
     async def record_delivery(self, job: Job, at: float) -> None:
         """A caller has the result since `at` (epoch seconds)."""
         job.change_to(replace(job.entry, delivered_at=at))
-        await self.ignore_unwritable(self.journal.deliver(job.entry.key, at))
+        await self._deliver(job.entry.key, at)
         self.events.publish(Delivered(job.entry))
 
     async def release(self, job: Job) -> None:
@@ -251,8 +289,32 @@ class JournalWriter:
                 log.warning("%s was not recorded: %s", job.entry.phase, error.message)
             if key not in self._unwritten and job.is_finished:
                 await self.ignore_unwritable(self.journal.release(key))
-        if not self._unwritten:
+        for key, at in list(self._deliveries.items()):
+            await self._deliver(key, at)
+        for key in list(self._departed):
+            if key in self._departed:  # no call claimed it during this loop
+                await self._remove_caller(key)
+        if not self.has_unwritten:
             self._has_unwritten = anyio.Event()
+
+    async def _deliver(self, key: str, at: float) -> None:
+        try:
+            await self.journal.deliver(key, at)
+        except JournalUnwritable as error:
+            log.warning("the delivery of %s was not recorded: %s", key, error.message)
+            self._deliveries[key] = at
+            self._has_unwritten.set()
+        else:
+            self._deliveries.pop(key, None)
+
+    async def _remove_caller(self, key: str) -> None:
+        try:
+            await self.journal.remove_caller(key)
+        except JournalUnwritable as error:
+            log.warning("the end of the call for %s was not recorded: %s", key, error.message)
+            self._has_unwritten.set()
+        else:
+            self._departed.discard(key)
 
     async def _write(self, job: Job, entry: Entry, write: Callable[[Entry], Awaitable[bool]]) -> None:
         try:

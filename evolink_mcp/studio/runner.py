@@ -56,6 +56,7 @@ class JobRunner:
         self._saver = saver
         self._size_rule = size_rule
         self._timing = timing
+        self._attended_jobs: set[Job] = set()
         self._adopted_keys: set[str] = set()
         self._repeat_keys: set[str] = set()
         self._repeats: dict[str, int] = {}
@@ -91,9 +92,23 @@ class JobRunner:
             with anyio.CancelScope(shield=True):
                 await self._limits.admit(entry)
                 job = self._begin(entry, self._buy, client=prepared.request.client, is_audited=True)
-                job.callers += 1
+                self.attend(job)
                 return job
         raise AssertionError("unreachable")
+
+    def attend(self, job: Job) -> None:
+        """Register one more waiting call with a job, until `depart`."""
+        job.callers += 1
+        self._attended_jobs.add(job)
+
+    async def depart(self, job: Job) -> None:
+        """Remove one waiting call from a job. If it was the last one, an identical call can claim the purchase."""
+        job.callers -= 1
+        if job.callers:
+            return
+        self._attended_jobs.discard(job)
+        if job.entry.is_written and job.entry.delivered_at is None:
+            await self._writer.remove_caller(job.entry.key)
 
     async def _find(self, prepared: Prepared) -> Job | None:
         await self.adopt()
@@ -108,17 +123,17 @@ class JobRunner:
 
     async def _claim(self, prepared: Prepared) -> Job | None:
         now = self._timing.clock()
-        for entry in await self._journal.undelivered((prepared.request_hash,), now - DEDUPLICATE_WITHIN_S):
+        for entry in await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S):
             job = self.job_of(entry.key)
             is_abandoned = job is not None and job.is_abandoned
-            if is_abandoned or self._writer.is_unwritten(entry.key) or not entry.is_reusable(now):
+            if is_abandoned or not entry.is_reusable(now):
                 continue
             with anyio.CancelScope(shield=True):
-                if await self._journal.claim(entry.key):
+                if await self._writer.claim(entry):
                     save_as = prepared.request.save_as
                     copy_name = save_as if save_as != entry.save_as else None
                     job = self.job_of(entry.key) or await self.resume(entry, copy_name=copy_name)
-                    job.callers += 1
+                    self.attend(job)
                     job.is_deduplicated = True
                     job.copy_name = copy_name
                     return job
@@ -126,7 +141,7 @@ class JobRunner:
 
     def _has_waiting(self, request_hash: str) -> bool:
         """Return whether a call on this server waits for an identical request."""
-        return any(job.callers and job.entry.fingerprint == request_hash for job in self.jobs)
+        return any(job.entry.fingerprint == request_hash for job in self._attended_jobs)
 
     async def adopt(self) -> None:
         """Adopt the open entries of dead servers.

@@ -240,18 +240,20 @@ class Studio:
 
     def attend(self, job: Job) -> None:
         """Register one more waiting call with a job, until `depart`."""
-        job.callers += 1
+        self._runner.attend(job)
 
     async def depart(self, job: Job) -> None:
         """Remove one waiting call from a job."""
-        job.callers -= 1
-        if not job.callers:
-            await self.leave(job.entry)
+        await self._runner.depart(job)
 
-    async def leave(self, entry: Entry) -> None:
-        """No call waits for this entry any more."""
+    async def claim(self, entry: Entry) -> None:
+        """A client has the handle of this entry and will ask for it, so an identical call must buy."""
+        await self._writer.ignore_unwritable(self._writer.claim(entry))
+
+    async def remove_caller(self, entry: Entry) -> None:
+        """No client waits for this entry any more."""
         if entry.is_written and entry.delivered_at is None:
-            await self._writer.ignore_unwritable(self.journal.leave(entry.key))
+            await self._writer.remove_caller(entry.key)
 
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
         """Read the account's task list and reconcile lost answers again.

@@ -225,14 +225,14 @@ def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
     one, other = opened(), opened()
     one.intend(mine := entry(one, fingerprint="f", caller=one.owner))
     assert (other.undelivered(("f",), 0), other.claim(mine.key)) == ([], False)
-    other.leave(mine.key)
+    other.remove_caller(mine.key)
     assert other.undelivered(("f",), 0) == []
-    one.leave(mine.key)
+    one.remove_caller(mine.key)
     assert [found.key for found in other.undelivered(("e", "f"), NOW)] == [mine.key]
     assert other.undelivered(("f",), NOW + 1) == []
     assert (other.claim(mine.key), one.claim(mine.key)) == (True, False)
     one.deliver(mine.key, NOW + 1)
-    other.leave(mine.key)
+    other.remove_caller(mine.key)
     assert (one.claim(mine.key), one.by_key(mine.key).delivered_at) == (False, NOW + 1)
 
 

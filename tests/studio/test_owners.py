@@ -146,7 +146,7 @@ async def joined_while_held(
         group.start_soon(lambda: client.call_tool("generate_image", wish))
         await clock.has_sleeper.wait()
         (entry,) = await one.studio.journal.recent(1)
-        await one.studio.leave(entry)
+        await one.studio.remove_caller(entry)
 
         async def join() -> None:
             answers.append(await asked(other, "generate_image", **wish))

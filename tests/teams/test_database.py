@@ -151,9 +151,10 @@ async def test_a_call_of_a_server_that_is_not_heard_from_waits_for_nothing(opene
         with db.transaction():  # somebody else asks at the same moment
             ended(db, one)
             assert await other.undelivered(("f",), 0) == [mine]
-            assert await other.claim(mine.key) is True
+            assert await other.claim(mine.key, one.owner) is True
         assert await other.acquire(mine.key) is False
-    assert await other.undelivered(("f",), 0) == []
+    third = await opened()
+    assert await third.undelivered(("f",), 0) == []
 
 
 async def test_a_session_that_is_cut_comes_back_and_nobody_has_taken_anything(

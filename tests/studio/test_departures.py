@@ -1,0 +1,167 @@
+"""An identical order gets the purchase of a call that ended, whatever the journal could record of that end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from conftest import Clock, Open, World
+from faulty_journal import FaultyJournal
+
+from evolink_mcp.api.request import GenerationRequest
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.journal import Journal
+from evolink_mcp.studio.jobs import ImageRequest, Job
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+SLOW = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), price_ceiling=9.0)
+QUICK = ImageRequest(GenerationRequest(prompt="a fox"), price_ceiling=9.0)
+FAILS = ImageRequest(GenerationRequest(prompt="sim:fail a fox"), price_ceiling=9.0)
+
+
+@asynccontextmanager
+async def faulty_world(open_world: Open, clock: Clock | None = None) -> AsyncIterator[tuple[World, FaultyJournal]]:
+    journals: list[FaultyJournal] = []
+
+    def wrap(journal: Journal) -> FaultyJournal:
+        journals.append(FaultyJournal(journal))
+        return journals[-1]
+
+    async with open_world(wrap_journal=wrap, clock=clock) as world:
+        yield world, journals[0]
+
+
+async def submitted(world: World, request: ImageRequest = SLOW) -> Job:
+    job = await world.studio.order(request)
+    while job.entry.task is None:
+        await anyio.sleep(0)
+    return job
+
+
+async def finished(job: Job) -> Job:
+    while not job.is_finished:
+        await anyio.sleep(0)
+    return job
+
+
+async def test_a_call_gets_the_purchase_of_a_call_that_ends_while_earlier_purchases_are_read(open_world: Open) -> None:
+    """The rows still name the first call when the second one reads them."""
+    async with faulty_world(open_world) as (world, journal), anyio.create_task_group() as group:
+        first = await submitted(world)
+        is_claimed = anyio.Event()
+
+        async def end_first_call() -> None:
+            journal.after["remove_caller"] = is_claimed.wait
+            group.start_soon(world.studio.depart, first)
+            while first.callers:
+                await anyio.sleep(0)
+
+        journal.after["undelivered"] = end_first_call
+        second = await world.studio.order(SLOW)
+        is_claimed.set()
+        assert (second is first, world.posts) == (True, 1)
+
+
+async def test_a_call_gets_the_purchase_of_a_call_whose_end_could_not_be_recorded(open_world: Open) -> None:
+    async with faulty_world(open_world) as (world, journal):
+        first = await submitted(world)
+        journal.unwritable = {"remove_caller"}
+        await world.studio.depart(first)
+        second = await world.studio.order(SLOW)
+        assert (second is first, second.callers) == (True, 1)
+    assert world.posts == 1
+
+
+async def test_the_end_of_a_call_is_recorded_later_so_another_server_can_hand_the_purchase_over(
+    open_world: Open,
+) -> None:
+    clock = Clock()
+    async with faulty_world(open_world, clock) as (world, journal):
+        first = await submitted(world)
+        journal.unwritable = {"remove_caller"}
+        await world.studio.depart(first)
+        assert world.studio.has_unwritten
+        journal.unwritable = set()
+        await world.studio.flush()
+        assert not world.studio.has_unwritten
+        async with open_world(simulator=world.simulator, clock=clock) as other:
+            second = await other.studio.order(SLOW)
+            assert second.entry.task_id == first.entry.task_id
+    assert world.posts == 1
+
+
+async def test_a_repeated_record_of_the_end_does_not_undo_a_later_claim(open_world: Open) -> None:
+    async with faulty_world(open_world) as (world, journal):
+        first = await submitted(world)
+        journal.unwritable = {"remove_caller"}
+        await world.studio.depart(first)
+        await world.studio.order(SLOW)
+        journal.unwritable = set()
+        await world.studio.flush()
+        assert await submitted(world) is not first
+    assert world.posts == 2
+
+
+async def test_a_claim_that_cannot_be_recorded_buys_nothing_and_keeps_the_purchase(open_world: Open) -> None:
+    async with faulty_world(open_world) as (world, journal):
+        first = await submitted(world)
+        journal.unwritable = {"remove_caller", "claim"}
+        await world.studio.depart(first)
+        with pytest.raises(JournalUnwritable):
+            await world.studio.order(SLOW)
+        journal.unwritable = set()
+        assert await world.studio.order(SLOW) is first
+    assert world.posts == 1
+
+
+async def test_an_order_gets_a_purchase_that_the_journal_could_not_record(open_world: Open) -> None:
+    async with faulty_world(open_world) as (world, journal):
+        journal.after["update"] = make_unwritable(journal)
+        first = await submitted(world)
+        assert world.studio.has_unwritten
+        await world.studio.depart(first)
+        second = await world.studio.order(SLOW)
+        assert second.entry.task_id == first.entry.task_id
+    assert world.posts == 1
+
+
+async def test_an_order_buys_if_the_unrecorded_state_of_the_earlier_one_is_a_failure(open_world: Open) -> None:
+    """The journal still says that the task runs."""
+    async with faulty_world(open_world) as (world, journal):
+        first = await submitted(world, FAILS)
+        journal.unwritable = {"update", "update_images"}
+        await finished(first)
+        assert (first.entry.status, world.studio.has_unwritten) == ("failed", True)
+        await world.studio.depart(first)
+        journal.unwritable = {"update_images"}
+        second = await submitted(world, FAILS)
+        assert second.entry.key != first.entry.key
+    assert world.posts == 2
+
+
+async def test_a_delivered_image_is_not_handed_over_again_although_the_delivery_is_not_recorded(
+    open_world: Open,
+) -> None:
+    async with faulty_world(open_world) as (world, journal):
+        first = await finished(await submitted(world, QUICK))
+        journal.unwritable = {"deliver"}
+        await world.studio.deliver(first)
+        await world.studio.depart(first)
+        second = await submitted(world, QUICK)
+        assert second.entry.key != first.entry.key
+        journal.unwritable = set()
+        await world.studio.flush()
+        stored = await world.studio.journal.by_key(first.entry.key)
+        assert stored is not None
+        assert stored.delivered_at == first.entry.delivered_at
+    assert world.posts == 2
+
+
+def make_unwritable(journal: FaultyJournal) -> Callable[[], Awaitable[None]]:
+    async def fail_from_now_on() -> None:
+        journal.unwritable = {"update", "update_images", "release"}
+
+    return fail_from_now_on
