@@ -148,8 +148,8 @@ async def test_a_delivered_image_is_not_handed_over_again_although_the_delivery_
     async with faulty_world(open_world) as (world, journal):
         first = await finished(await submitted(world, QUICK))
         journal.unwritable = {"deliver"}
-        await world.studio.deliver(first)
         await world.studio.depart(first)
+        await world.studio.deliver(first)
         second = await submitted(world, QUICK)
         assert second.entry.key != first.entry.key
         journal.unwritable = set()
@@ -165,3 +165,23 @@ def make_unwritable(journal: FaultyJournal) -> Callable[[], Awaitable[None]]:
         journal.unwritable = {"update", "update_images", "release"}
 
     return fail_from_now_on
+
+
+async def test_an_order_buys_if_a_call_of_another_server_claims_the_purchase_first(open_world: Open) -> None:
+    clock = Clock()
+    async with (
+        faulty_world(open_world, clock) as (world, journal),
+        open_world(simulator=world.simulator, clock=clock) as other,
+    ):
+        first = await submitted(world)
+        await world.studio.depart(first)
+        claimed: list[Job] = []
+
+        async def claim_elsewhere() -> None:
+            claimed.append(await other.studio.order(SLOW))
+
+        journal.before["claim"] = claim_elsewhere
+        second = await submitted(world)
+        assert claimed[0].entry.task_id == first.entry.task_id
+        assert second.entry.task_id != first.entry.task_id
+    assert world.posts == 2
