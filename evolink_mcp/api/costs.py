@@ -109,7 +109,7 @@ def usd(credits: float) -> float:
     return round(credits / CREDITS_PER_USD, 4)
 
 
-def priced(credits: float) -> str:
+def format_credits(credits: float) -> str:
     """Return a text with credits and dollars."""
     return f"{credits:g} credits (${usd(credits):g})"
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, KEY, is_loopback
 from evolink_mcp.images.folders import Folders
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.studio.limits import Budget
+from evolink_mcp.studio.limits import SpendingLimits
 from evolink_mcp.tools.hosts import WAIT_MAX_S
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class Settings:
         "EVOLINK_SIZE_RULE",
         _size_rule,
         "auto",
-        "Size table: auto (detected from delivered images), anchor-edge or pixel-budget.",
+        "Size table: auto (detected from delivered images), anchor-edge or pixel-spending_limits.",
     )
     data_dir: Path = setting(
         "EVOLINK_MCP_DATA_DIR", path, _data_dir, "Journal folder.", default_text="the user's data folder"
@@ -437,9 +437,9 @@ class Settings:
         return Folders(self.output_dir, tuple(dict.fromkeys((self.output_dir, *allowed))))
 
     @property
-    def budget(self) -> Budget:
+    def spending_limits(self) -> SpendingLimits:
         """The spending limits in credits, and the limit of running tasks."""
-        return Budget(self.max_credits_per_call, self.max_credits_per_day, self.confirm_above, self.max_running)
+        return SpendingLimits(self.max_credits_per_call, self.max_credits_per_day, self.confirm_above, self.max_running)
 
     @property
     def foreign_hosts(self) -> list[str]:

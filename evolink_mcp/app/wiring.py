@@ -92,7 +92,7 @@ async def open_studio(
         else:
             image_store = parts.make_image_store(client, account_id, decoder)
         options = StudioOptions(
-            budget=settings.budget,
+            spending_limits=settings.spending_limits,
             size_rule=settings.size_rule,
             preview_edge=settings.preview_edge,
             callback_hosts=settings.callback_hosts,

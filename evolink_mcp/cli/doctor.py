@@ -17,7 +17,7 @@ from typing import Any
 
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.api.costs import priced
+from evolink_mcp.api.costs import format_credits
 from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting, decoder_environment
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.team_checks import Finding, check_team
@@ -238,7 +238,7 @@ async def _check_credits(client: EvolinkClient) -> Finding:
         return Finding("credits", "ok", "EvoLink accepts the key and reports no balance")
     if min(amounts) <= 0:
         return Finding("credits", "warning", "EvoLink accepts the key, but it has no credits", "Top up the account.")
-    return Finding("credits", "ok", f"EvoLink accepts the key; it has {priced(min(amounts))}")
+    return Finding("credits", "ok", f"EvoLink accepts the key; it has {format_credits(min(amounts))}")
 
 
 def check_clock(date: str | None, now: float) -> Finding:

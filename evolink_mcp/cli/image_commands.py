@@ -17,7 +17,7 @@ from pathlib import Path
 
 import anyio
 
-from evolink_mcp.api.costs import priced
+from evolink_mcp.api.costs import format_credits
 from evolink_mcp.app.settings import decoder_environment, has_display
 from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder
@@ -161,7 +161,7 @@ async def _build_page(entries: list[Entry], title: str, complain: Print, decoder
     page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n<header><h1>{html.escape(title)}</h1>"
-        f"<p>{_count(len(cards))}, {html.escape(priced(round(spent, 4)))}</p></header>\n<main>\n"
+        f"<p>{_count(len(cards))}, {html.escape(format_credits(round(spent, 4)))}</p></header>\n<main>\n"
         + "\n".join(cards)
         + "\n</main></html>\n"
     )

@@ -198,7 +198,7 @@ def _simulate(options: Namespace) -> int:
 def _tasks(options: Namespace) -> int:
     import json
 
-    from evolink_mcp.api.costs import priced
+    from evolink_mcp.api.costs import format_credits
     from evolink_mcp.cli.image_commands import find_entries
     from evolink_mcp.tools.task_answer import brief, task_out
 
@@ -215,7 +215,7 @@ def _tasks(options: Namespace) -> int:
         print(json.dumps([brief(out).model_dump(mode="json") for out in outs], indent=2))
         return 0
     for out in outs:
-        cost = priced(out.credits) if out.credits is not None else ""
+        cost = format_credits(out.credits) if out.credits is not None else ""
         prompt = harmless((out.request or {}).get("prompt", ""), 60)
         print(
             f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {prompt}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the settings import this module before the first answer
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class SpendingLimits:
     """The spending limits in credits and the largest number of running tasks. None: no limit."""
 
     per_call: float | None = None
@@ -30,17 +30,17 @@ class Budget:
 
 
 class Limits:
-    """Check requests against a budget. `callback_hosts` are the hostnames that callbacks may use, None allows all."""
+    """Check requests against the spending limits. `callback_hosts` are the hostnames that callbacks may use, None allows all."""
 
     def __init__(
         self,
         journal: Journal,
-        budget: Budget,
+        limits: SpendingLimits,
         callback_hosts: frozenset[str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
-        self._budget = budget
+        self._limits = limits
         self._callback_hosts = callback_hosts
         self._clock = clock
         self._ordering = 0
@@ -65,22 +65,22 @@ class Limits:
             OverBudget: names the price and the limit.
             JournalUnwritable: today's spending cannot be read.
         """
-        price = f"the computed price is at most {costs.priced(price_ceiling)}"
+        price = f"the computed price is at most {costs.format_credits(price_ceiling)}"
         if max_credits is not None and price_ceiling > max_credits:
             raise OverBudget(
                 f"{price}, above max_credits={max_credits:g}",
                 advice=f"Ask the user; then call again with max_credits={price_ceiling:g}, or a smaller size or quality.",
             )
-        limit = self._budget.per_call
+        limit = self._limits.per_call
         if limit is not None and price_ceiling > limit:
             raise OverBudget(
-                f"{price}, above the limit of {costs.priced(limit)} per call",
+                f"{price}, above the limit of {costs.format_credits(limit)} per call",
                 advice="Choose a smaller size, quality or n. EVOLINK_MCP_MAX_CREDITS_PER_CALL sets the limit.",
             )
-        if self._budget.per_day is not None:
+        if self._limits.per_day is not None:
             spent = await self._journal.spent_since(start_of_day(self._clock()))
-            if spent + price_ceiling > self._budget.per_day:
-                raise _over_daily_limit(price_ceiling, spent, self._budget.per_day)
+            if spent + price_ceiling > self._limits.per_day:
+                raise _over_daily_limit(price_ceiling, spent, self._limits.per_day)
 
     async def admit(self, entry: Entry) -> None:
         """Record a new entry unless a limit forbids it. Check and record are one transaction.
@@ -90,9 +90,9 @@ class Limits:
             OverBudget: the limit of credits per day is reached.
             JournalUnwritable: the entry was not recorded, so nothing may be bought.
         """
-        limit = self._budget.per_day
+        limit = self._limits.per_day
         spent = await self._journal.intend(
-            entry, since=start_of_day(entry.created_at), cap=limit, running=self._budget.running
+            entry, since=start_of_day(entry.created_at), cap=limit, running=self._limits.running
         )
         if spent is not None and limit is not None:
             raise _over_daily_limit(entry.estimate, spent, limit)
@@ -105,7 +105,7 @@ class Limits:
             TooManyRunning: the limit of running tasks is reached.
         """
         running = self._ordering + sum(job.entry.is_running for job in jobs)
-        limit = self._budget.running
+        limit = self._limits.running
         if limit is not None and running >= limit:
             raise TooManyRunning.of(running, limit)
         self._ordering += 1
@@ -117,7 +117,7 @@ class Limits:
 
 def _over_daily_limit(price_ceiling: float, spent: float, limit: float) -> OverBudget:
     return OverBudget(
-        f"the computed price is at most {costs.priced(price_ceiling)}, and {costs.priced(spent)} of today's "
-        f"{costs.priced(limit)} are spent",
+        f"the computed price is at most {costs.format_credits(price_ceiling)}, and {costs.format_credits(spent)} of today's "
+        f"{costs.format_credits(limit)} are spent",
         advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
     )

@@ -19,7 +19,7 @@ from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_def
 from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Subscriber
 from evolink_mcp.studio.jobs import ImageRequest, Job, Prepared, Timing, guarded
-from evolink_mcp.studio.limits import Budget, Limits
+from evolink_mcp.studio.limits import Limits, SpendingLimits
 from evolink_mcp.studio.poller import Poller, TaskFollower
 from evolink_mcp.studio.purchase import CallbackAddresses, Purchaser
 from evolink_mcp.studio.reconcile import Reconciler
@@ -46,7 +46,7 @@ class StudioOptions:
     a poller that several studios of the account share. `subscribers` receive the events of all jobs.
     """
 
-    budget: Budget = field(default_factory=Budget)
+    spending_limits: SpendingLimits = field(default_factory=SpendingLimits)
     size_rule: str = AUTO
     preview_edge: int | None = None
     callback_hosts: frozenset[str] | None = None
@@ -103,7 +103,7 @@ class Studio:
         self.journal = journal
         self.image_store = image_store
         self.references = references
-        self.budget = options.budget
+        self.spending_limits = options.spending_limits
         self.size_rule = SizeRule(journal, options.size_rule)
         self.rate_limit = poller.rate_limit
         self.now = timing.clock  # epoch seconds
@@ -112,7 +112,7 @@ class Studio:
         self._group = group
         self._events = events
         self._writer = writer
-        self._limits = Limits(journal, options.budget, options.callback_hosts, timing.clock)
+        self._limits = Limits(journal, options.spending_limits, options.callback_hosts, timing.clock)
         self._purchaser = Purchaser(
             client,
             writer,

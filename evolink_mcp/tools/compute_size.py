@@ -12,7 +12,7 @@ from mcp_types import CallToolResult
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from evolink_mcp.api import size_grammar, sizes
-from evolink_mcp.api.costs import at_most, price, priced, usd
+from evolink_mcp.api.costs import at_most, format_credits, price, usd
 from evolink_mcp.api.models import DEFAULT_MODEL, TIERS
 from evolink_mcp.api.request import REFERENCES_MAX, WHOLE, Arguments, Count, OrNull, Quality, Resolution
 from evolink_mcp.api.sizes import TARGET_EDGE_MAX
@@ -276,8 +276,8 @@ def size_text(out: SizeOut) -> str:
         smaller = " The picture is smaller than the tier's name suggests." if out.downscaled else ""
         lines.append(f"The pixels follow EvoLink's {out.rule} table. {evidence}.{smaller}")
     lines.append(
-        f"Estimated price: {priced(out.estimated_credits or 0)} for {out.estimated_tokens:,} output tokens, without the "
-        f"prompt and reference images. Highest possible charge: {priced(out.credits_at_most or 0)}. The server compares "
+        f"Estimated price: {format_credits(out.estimated_credits or 0)} for {out.estimated_tokens:,} output tokens, without the "
+        f"prompt and reference images. Highest possible charge: {format_credits(out.credits_at_most or 0)}. The server compares "
         "spending limits and max_credits with it."
     )
     if out.crop and out.scale is not None:

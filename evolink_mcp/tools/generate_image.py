@@ -62,11 +62,11 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     def confirm(
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
     ) -> Confirm | Elicit[Confirm]:
-        limit = studio.budget.confirm_above
+        limit = studio.spending_limits.confirm_above
         is_expensive = limit is not None and order.price_ceiling > limit
         disclosures = _disclosures(req) - approved
         if _can_ask(ctx) and (is_expensive or disclosures):
-            price = f"This will cost at most {costs.priced(order.price_ceiling)}. " if is_expensive else ""
+            price = f"This will cost at most {costs.format_credits(order.price_ceiling)}. " if is_expensive else ""
             return Elicit(f"{price}{_disclosure_text(disclosures)}Go ahead?", Confirm)
         return Confirm(
             go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= order.price_ceiling)
@@ -85,7 +85,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         exact pixels give size as WxH. compute_size returns pixels and price, free of charge.
         Show the user the file path and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise _unconfirmed(order.price_ceiling, studio.budget.confirm_above, was_asked=_can_ask(ctx))
+            raise _unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=_can_ask(ctx))
         approved.update(_disclosures(req))
         async with studio.ordered(replace(order, client=client_of(ctx))) as job:
             return await waiting.answer(
@@ -132,12 +132,12 @@ def _disclosure_text(disclosures: set[tuple[str, str]]) -> str:
 def _unconfirmed(at_most: float, limit: float | None, *, was_asked: bool) -> OverBudget:
     if was_asked:
         return OverBudget(
-            f"the user did not approve this call, which may cost {costs.priced(at_most)}",
+            f"the user did not approve this call, which may cost {costs.format_credits(at_most)}",
             code="not_confirmed",
             advice="Do not call again unless the user asks for it.",
         )
     return OverBudget(
-        f"the highest possible charge is {costs.priced(at_most)}, above {limit:g}: the user must approve it first",
+        f"the highest possible charge is {costs.format_credits(at_most)}, above {limit:g}: the user must approve it first",
         code="confirmation_needed",
         advice=f"Ask the user, then call again with max_credits={at_most:g}.",
     )

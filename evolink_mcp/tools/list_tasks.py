@@ -12,7 +12,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel, Field, Strict
 
-from evolink_mcp.api.costs import priced, usd
+from evolink_mcp.api.costs import format_credits, usd
 from evolink_mcp.api.request import WHOLE, Arguments, OrNull, ignore_case
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
@@ -137,7 +137,7 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str]) -> str:
     count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
     condition = f" with {', '.join(filters)}" if filters else ""
     spent = ", ".join(
-        f"{name} {priced(out.spent[key]['credits'])}"
+        f"{name} {format_credits(out.spent[key]['credits'])}"
         for key, name in (("today", "today"), ("7d", "7 days"), ("30d", "30 days"))
     )
     head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. Spent: {spent}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from evolink_mcp.api.costs import priced
+from evolink_mcp.api.costs import format_credits
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, shortened
@@ -29,7 +29,7 @@ def task_text(out: TaskOut) -> str:
 
 def row_text(row: dict[str, Any]) -> str:
     """Return one task of a list as a few lines."""
-    paid = {"yes": priced(row["credits"]) if "credits" in row else "charged", "no": "not charged"}.get(
+    paid = {"yes": format_credits(row["credits"]) if "credits" in row else "charged", "no": "not charged"}.get(
         row["charged"], "charged: unknown"
     )
     when = str(row["created_at"])[:16].replace("T", " ")
@@ -79,7 +79,7 @@ def _outcome(out: TaskOut) -> str:
 
 def _money(out: TaskOut) -> str:
     if out.charged == "yes":
-        return f"Charged: yes{f', {priced(out.credits)}' if out.credits is not None else ''}."
+        return f"Charged: yes{f', {format_credits(out.credits)}' if out.credits is not None else ''}."
     if out.charged == "no":
         return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
     if out.guess:

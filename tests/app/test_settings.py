@@ -195,7 +195,7 @@ def test_a_wait_of_0_s_differs_from_an_unset_wait(home: Path) -> None:
 def test_the_spending_limits_become_the_budget(home: Path) -> None:
     budget = settings(
         EVOLINK_MCP_MAX_CREDITS_PER_CALL="1", EVOLINK_MCP_MAX_CREDITS_PER_DAY="2.5", EVOLINK_MCP_CONFIRM_ABOVE="0"
-    ).budget
+    ).spending_limits
     assert (budget.per_call, budget.per_day, budget.confirm_above, budget.running) == (1, 2.5, 0, None)
 
 

@@ -96,7 +96,7 @@ def test_empty_fields_are_unset_and_home_is_replaced(tmp_path: Path, monkeypatch
     assert (empty, empty.key, empty.key_problem) == (Settings.from_environment({}), None, None)
     filled = {"api_key": "sk-0123456789", "output_dir": "${HOME}/Pictures/EvoLink", "max_credits_per_day": 12.5}
     values = Settings.from_environment(substituted(filled))
-    assert (values.folders.output, values.budget.per_day) == (tmp_path / "Pictures" / "EvoLink", 12.5)
+    assert (values.folders.output, values.spending_limits.per_day) == (tmp_path / "Pictures" / "EvoLink", 12.5)
 
 
 def test_the_bundle_starts_from_any_folder_in_both_ways_of_hosts(tmp_path: Path) -> None:
