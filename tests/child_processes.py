@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evolink_mcp.teams.database_url import DatabaseTimes
 
 DATABASE_TIMEOUT_S = 120
 # A test fails if a server needs longer for an answer. A busy machine can stop for seconds.
@@ -32,10 +36,9 @@ def without_coverage(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("COVERAGE_")}
 
 
-def raise_database_timeouts() -> None:
-    """Let the servers of this process wait DATABASE_TIMEOUT_S for the database. A busy machine can stop for seconds."""
-    from evolink_mcp.teams import database, database_url
+def patient_times(**times: float) -> DatabaseTimes:
+    """Return the times of a server that waits DATABASE_TIMEOUT_S for the database. A busy machine can stop for seconds."""
+    from evolink_mcp.teams.database_url import DatabaseTimes
 
-    database.Database.__init__.__kwdefaults__["stop_after_s"] = float(DATABASE_TIMEOUT_S)
-    database_url.CONNECT_TIMEOUT_S = DATABASE_TIMEOUT_S
-    database.CONNECT_TIMEOUT_S = DATABASE_TIMEOUT_S
+    long_times: dict[str, Any] = {"connect_timeout_s": DATABASE_TIMEOUT_S, "stop_after_s": float(DATABASE_TIMEOUT_S)}
+    return DatabaseTimes(**{**long_times, **times})

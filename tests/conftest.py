@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from child_processes import raise_database_timeouts
+from child_processes import patient_times
 from mcp.client import Client
 from PIL import Image
 
@@ -180,6 +180,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         decoder_command: list[str] | None = None,
         callbacks: CallbackAddresses | None = None,
         wrap_journal: Callable[[Journal], Any] = lambda journal: journal,
+        database_times: Any = None,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -194,9 +195,11 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
             }
         )
         transport = transport or httpx.ASGITransport(simulator.app)
+        if database_times is None and settings.database_url is not None:
+            database_times = patient_times()
         with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
             options: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
-            async with open_team_database(settings.database_url) as team_database:
+            async with open_team_database(settings.database_url, database_times) as team_database:
                 parts = StudioParts() if team_database is None else team_parts(settings, team_database, clock=clock)
                 make_journal: Callable[..., Journal] = parts.make_journal or (
                     lambda *account: SqliteJournal(settings.data_dir, *account, clock=clock)
@@ -232,6 +235,5 @@ def cluster() -> Iterator[Any]:
 
     if programs() is None:
         pytest.skip("needs PostgreSQL, for example Debian's package postgresql")
-    raise_database_timeouts()
     with running() as server:
         yield server

@@ -94,10 +94,10 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
             ):  # fmt: skip
                 outputs.append(json.dumps(await server.call(tool, **arguments)))
             server.kill()
-            await server.gone()
+            await server.wait_for_exit()
             outputs.append(server.err.read_text())
         async with servers.server(env, "-v", "tasks", "--json", greet=False) as command:
-            await command.gone()
+            await command.wait_for_exit()
             outputs.append(command.err.read_text())
     assert len(gateway.simulator.tasks) > 3
     assert [traces_in(text) for text in outputs] == [[]] * len(outputs)

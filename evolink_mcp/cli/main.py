@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from evolink_mcp import __version__
 from evolink_mcp.cli.arguments import Namespace, parse_arguments
@@ -23,6 +23,9 @@ from evolink_mcp.cli.process import (
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.sanitize import harmless
 
+if TYPE_CHECKING:
+    from evolink_mcp.teams.database_url import DatabaseTimes
+
 log = logging.getLogger(__name__)
 
 # Some MCP hosts start a server and stop it at once, so the recording of the first answers waits.
@@ -31,12 +34,13 @@ RECORD_AFTER_S = 1.0
 SWITCH_INTERVAL_S = 0.0005
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run a command and end the process with its exit code."""
+def main(argv: list[str] | None = None, database_times: DatabaseTimes | None = None) -> None:
+    """Run a command and end the process with its exit code. `database_times` is for tests."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console may lack characters: cp1252 has no arrow
             stream.reconfigure(errors="replace")
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    options.database_times = database_times
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
     for library in ("httpx2", "httpcore2", "mcp", "opentelemetry", "psycopg"):
@@ -77,7 +81,7 @@ def _read_settings():
     return settings
 
 
-def _stdio(_: Namespace) -> int:
+def _stdio(options: Namespace) -> int:
     gc.disable()  # garbage collection takes a tenth of the start; `start_garbage_collection` enables it again
     raise_descriptor_limit()
     settings = _read_settings()
@@ -116,7 +120,7 @@ def _stdio(_: Namespace) -> int:
         if settings.database_url is not None or settings.store is not None or settings.has_audit_log:
             from evolink_mcp.teams.studios import open_team_studio
 
-            studio_context = open_team_studio(settings)
+            studio_context = open_team_studio(settings, options.database_times)
         async with studio_context as studio, anyio.create_task_group() as group:
             server = server_for(studio, settings, secret=settings.secret)
             start_garbage_collection()

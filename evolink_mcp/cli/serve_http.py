@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +34,17 @@ from evolink_mcp.transports.http import mcp_app, serve_app
 Log = Callable[[str], None]
 
 
-def serve_http(options: Namespace, settings: TeamSettings, log: Log) -> int:
+def serve_http(
+    options: Namespace,
+    settings: TeamSettings,
+    log: Log,
+    *,
+    serve: Callable[..., Awaitable[int]] = serve_app,
+    make_studios: Callable[..., Studios] = Studios,
+) -> int:
     """Serve until a signal. Return the exit code. `log` prints a line for the person who started the server.
+
+    `serve` and `make_studios` are for tests.
 
     Raises:
         BadSetting: two settings contradict each other, or the tokens file is not usable.
@@ -50,7 +59,7 @@ def serve_http(options: Namespace, settings: TeamSettings, log: Log) -> int:
     if authenticator is not None and authenticator.exposure is not None:
         log(f"evolink-mcp: {authenticator.exposure}")
     with closing(Decoder(decoder_environment())) as decoder:
-        server = _HttpServer(options, settings, authenticator, decoder, log)
+        server = _HttpServer(options, settings, authenticator, decoder, log, serve, make_studios)
         return anyio.run(server.run)
 
 
@@ -90,6 +99,8 @@ class _HttpServer:
     authenticator: TeamAuthenticator | None
     decoder: Decoder
     log: Log
+    serve: Callable[..., Awaitable[int]]
+    make_studios: Callable[..., Studios]
 
     async def run(self) -> int:
         """Serve until a signal. Return the exit code."""
@@ -99,7 +110,7 @@ class _HttpServer:
         async with AsyncExitStack() as stack:
             database = await stack.enter_async_context(open_team_database(self.settings.database_url))
             group = await stack.enter_async_context(anyio.create_task_group())
-            studios = Studios(self.settings, database, self.decoder, group)
+            studios = self.make_studios(self.settings, database, self.decoder, group)
             if self.authenticator is None:
                 studio, settings = await stack.enter_async_context(studios.open())
                 app: Any = studio_app(studio, settings, studios, make_mcp_app)
@@ -135,7 +146,7 @@ class _HttpServer:
             return studios.drain()
 
         ready = partial(self._report_address, hostnames)
-        return await serve_app(guard, options.host, options.port, exit_within_deadline, ready, is_drained)
+        return await self.serve(guard, options.host, options.port, exit_within_deadline, ready, is_drained)
 
     def _report_address(self, hostnames: list[str]) -> None:
         """Print the address of the open port, and the callers that may spend credits."""

@@ -1,8 +1,7 @@
 """One server's connections to PostgreSQL: a pool for the journal, and a session that proves that the server is alive.
 
 The session holds the lease, an advisory lock. PostgreSQL releases it when the session ends. Other servers adopt the
-entries GRACE_S later. A server stops its work STOP_AFTER_S after the last answer of its session. GRACE_S is longer, so
-two servers never work on one entry.
+entries `grace_s` later. A server stops its work `stop_after_s` after the last answer of its session.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.teams.database_url import CONNECT_TIMEOUT_S, Address
+from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
 from evolink_mcp.teams.schema import CHANNEL, migrate
 from evolink_mcp.tracing import span
 
@@ -30,8 +29,6 @@ DatabaseConnection = psycopg.AsyncConnection[DictRow]
 
 # The class of all advisory locks. The second half of a lock is the number of a server, or 0 for a migration.
 LOCKS = 0x65766F6C
-GRACE_S = 4.0
-STOP_AFTER_S = 3.0
 RECONNECT_AFTER_S = 0.5
 CLOSE_WITHIN_S = 2.0
 ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
@@ -44,11 +41,10 @@ POOL_TRIES = 10  # each of a second
 class Database:
     """The PostgreSQL at `url`, for all journals of one server. Use `open_database`."""
 
-    def __init__(self, url: str, *, grace_s: float = GRACE_S, stop_after_s: float = STOP_AFTER_S) -> None:
-        self._address = Address.of(url)
-        self.grace_s = grace_s
-        self._stop_after_s = stop_after_s
-        self._heartbeat_s = stop_after_s / 3
+    def __init__(self, url: str, times: DatabaseTimes = DEFAULT_TIMES) -> None:
+        self._address = Address.of(url, times.connect_timeout_s)
+        self.times = times
+        self._heartbeat_s = times.stop_after_s / 3
         self.alive = False
         self._number = 0
         self._backend: tuple[int, datetime | None] = (0, None)  # process ID and start of the session in PostgreSQL
@@ -69,6 +65,16 @@ class Database:
     def owner(self) -> str:
         """The ID of this server."""
         return f"server-{self._number}"
+
+    @property
+    def has_session(self) -> bool:
+        """Whether the session is open. `alive` stays true for `stop_after_s` without a session."""
+        return self._session is not None
+
+    @property
+    def callback_count(self) -> int:
+        """The number of functions that `listen` and `when_lost` registered."""
+        return len(self._listeners) + len(self._stops)
 
     def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """Call `receive` with each payload for the account from another server. Return the function that stops it."""
@@ -114,7 +120,7 @@ class Database:
         gone = "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL"
         await db.execute(gone.encode(), (number,))
         gone = "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
-        return await _value(db, gone, self.grace_s, number) is not False
+        return await _value(db, gone, self.times.grace_s, number) is not False
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
         """Return whether this server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
@@ -122,7 +128,7 @@ class Database:
         if await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
             return True
         seen = "SELECT extract(epoch FROM clock_timestamp() - seen_at) < %s FROM evolink_servers WHERE number = %s"
-        return not await _value(db, seen, self._stop_after_s, number)
+        return not await _value(db, seen, self.times.stop_after_s, number)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
         """Return the error with the database's name and setting, and without a password."""
@@ -180,7 +186,7 @@ class Database:
                 await asyncio.sleep(RECONNECT_AFTER_S)
 
     async def _connect(self) -> DatabaseConnection:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(self.times.connect_timeout_s):
             return await psycopg.AsyncConnection[DictRow].connect(
                 self._address.conninfo, autocommit=True, row_factory=dict_row
             )
@@ -217,7 +223,7 @@ class Database:
 
     def _lost(self) -> None:
         if self.alive:
-            log.error("the database has not answered for %.0f s, this server stops its work", self._stop_after_s)
+            log.error("the database has not answered for %.0f s, this server stops its work", self.times.stop_after_s)
         self.alive = False
         self._restart_deadline()  # jobs may start before the session is back
         for stop in self._stops:
@@ -226,7 +232,7 @@ class Database:
     def _restart_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = asyncio.get_running_loop().call_later(self._stop_after_s, self._lost)
+        self._deadline = asyncio.get_running_loop().call_later(self.times.stop_after_s, self._lost)
 
     def _receive(self, notify: psycopg.Notify) -> None:
         account, _, message = notify.payload.partition(" ")
@@ -283,13 +289,13 @@ class Database:
 
 
 @asynccontextmanager
-async def open_database(url: str, **options: Any) -> AsyncGenerator[Database]:
-    """Open the PostgreSQL at `url`. `options` go to `Database`.
+async def open_database(url: str, times: DatabaseTimes = DEFAULT_TIMES) -> AsyncGenerator[Database]:
+    """Open the PostgreSQL at `url`.
 
     Raises:
         JournalUnwritable: The database cannot be used.
     """
-    database = Database(url, **options)
+    database = Database(url, times)
     await database.open()
     try:
         yield database

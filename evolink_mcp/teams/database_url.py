@@ -10,7 +10,6 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from evolink_mcp.errors import JournalUnwritable
 
-CONNECT_TIMEOUT_S = 5
 # PostgreSQL ends the session of an unreachable server after 7 s. These options overrule the settings of the database.
 OPTIONS = (
     "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=30s "
@@ -24,6 +23,25 @@ ADVICE = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseTimes:
+    """Times of a server's session, in seconds.
+
+    `stop_after_s`: a server stops its work this long after the last answer of its session. `grace_s`: other servers
+    adopt the entries of a dead server this long after the end of its session. `adopt_every_s`: pause between searches
+    for such entries.
+    """
+
+    connect_timeout_s: int = 5
+    stop_after_s: float = 3.0
+    # Longer than `stop_after_s`, so that two servers never work on one entry.
+    grace_s: float = 4.0
+    adopt_every_s: float = 3.0
+
+
+DEFAULT_TIMES = DatabaseTimes()
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """The connection string of libpq, the `place` for messages, and the `passwords` that must not appear in them."""
@@ -33,7 +51,7 @@ class Address:
     passwords: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, url: str) -> Address:
+    def of(cls, url: str, connect_timeout_s: int = DEFAULT_TIMES.connect_timeout_s) -> Address:
         """Read a value of EVOLINK_MCP_DATABASE_URL.
 
         Raises:
@@ -43,7 +61,7 @@ class Address:
             values = conninfo_to_dict(url)
             options: dict[str, Any] = {
                 "application_name": "evolink-mcp",
-                "connect_timeout": CONNECT_TIMEOUT_S,
+                "connect_timeout": connect_timeout_s,
                 **KEEPALIVES,
             }
             conninfo = make_conninfo(url, **options, options=f"{values.get('options') or ''} {OPTIONS}".strip())

@@ -68,10 +68,14 @@ class PostgresBackend:
     has_data = True
     # PostgreSQL publishes each change. A server rereads entries only for a change that its lost session missed.
     reread_s = 10.0
-    adopt_every_s = 3.0
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    @property
+    def adopt_every_s(self) -> float:
+        """See Backend."""
+        return self._database.times.adopt_every_s
 
     @property
     def owner(self) -> str:

@@ -31,6 +31,7 @@ from evolink_mcp.teams.tokens import Tenant
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
+    from evolink_mcp.teams.database_url import DatabaseTimes
 
 
 def tenant_settings(tenant: Tenant, settings: TeamSettings) -> TeamSettings:
@@ -67,8 +68,8 @@ def object_store_of(settings: TeamSettings, clock: Callable[[], float] = time.ti
 
 
 @asynccontextmanager
-async def open_team_database(url: str | None, **options: Any) -> AsyncGenerator[Database | None]:
-    """Open the PostgreSQL database of EVOLINK_MCP_DATABASE_URL, if it is set. `options` are those of `Database`.
+async def open_team_database(url: str | None, times: DatabaseTimes | None = None) -> AsyncGenerator[Database | None]:
+    """Open the PostgreSQL database of EVOLINK_MCP_DATABASE_URL, if it is set.
 
     Raises:
         JournalUnwritable: the database is not usable.
@@ -77,8 +78,9 @@ async def open_team_database(url: str | None, **options: Any) -> AsyncGenerator[
         yield None
         return
     from evolink_mcp.teams.database import open_database  # psycopg is in the extra `teams`
+    from evolink_mcp.teams.database_url import DEFAULT_TIMES
 
-    async with open_database(url, **options) as database:
+    async with open_database(url, times or DEFAULT_TIMES) as database:
         yield database
 
 
@@ -122,13 +124,15 @@ def _remote_image_store(
 
 
 @asynccontextmanager
-async def open_team_studio(settings: TeamSettings, **options: Any) -> AsyncGenerator[Studio]:
+async def open_team_studio(
+    settings: TeamSettings, times: DatabaseTimes | None = None, **options: Any
+) -> AsyncGenerator[Studio]:
     """Open a studio for one person on this machine with the team's database and object store.
 
     `options` are those of `open_studio`.
     """
     async with AsyncExitStack() as stack:
-        database = await stack.enter_async_context(open_team_database(settings.database_url))
+        database = await stack.enter_async_context(open_team_database(settings.database_url, times))
         parts = team_parts(settings, database, clock=options.get("clock", time.time))
         yield await stack.enter_async_context(open_studio(settings, parts, **options))
 

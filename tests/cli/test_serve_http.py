@@ -9,17 +9,22 @@ from typing import Any
 import pytest
 
 from evolink_mcp.app.settings import BadSetting
-from evolink_mcp.cli import serve_http
 from evolink_mcp.cli.arguments import Namespace
+from evolink_mcp.cli.serve_http import serve_http
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios
 from evolink_mcp.teams.tokens import new_token
 
 
+class BusyStudios(Studios):
+    """Studios with a call that still waits for its result."""
+
+    def drain(self) -> bool:
+        return False
+
+
 @pytest.mark.parametrize("is_team", [False, True], ids=["personal server", "team"])
-def test_only_the_server_of_a_team_waits_for_running_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_team: bool
-) -> None:
+def test_only_the_server_of_a_team_waits_for_running_calls(tmp_path: Path, is_team: bool) -> None:
     """A personal server ends within two seconds of a signal, even during a POST."""
     results: list[bool] = []
 
@@ -29,8 +34,6 @@ def test_only_the_server_of_a_team_waits_for_running_calls(
         results.append(drained())
         return 143
 
-    monkeypatch.setattr(serve_http, "serve_app", receive_signal)
-    monkeypatch.setattr(Studios, "drain", lambda studios: False)
     tokens_file = tmp_path / "tokens.toml"
     tokens_file.write_text(new_token("anna")[1])
     settings = TeamSettings.from_environment(
@@ -41,7 +44,8 @@ def test_only_the_server_of_a_team_waits_for_running_calls(
         }
     )
     options = Namespace(command="http", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
-    assert serve_http.serve_http(options, settings, lambda line: None) == 143
+    exit_code = serve_http(options, settings, lambda line: None, serve=receive_signal, make_studios=BusyStudios)
+    assert exit_code == 143
     assert results == [not is_team]
 
 
@@ -53,4 +57,4 @@ def test_sse_refuses_the_database_of_a_team() -> None:
     )
     options = Namespace(command="sse", host="127.0.0.1", port=0, allowed_host=[], insecure=False)
     with pytest.raises(BadSetting, match=r"sse serves one process.*teams use evolink-mcp http"):
-        serve_http.serve_http(options, settings, lambda line: None)
+        serve_http(options, settings, lambda line: None)

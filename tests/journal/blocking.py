@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 from anyio.from_thread import start_blocking_portal
+from child_processes import patient_times
 
 from evolink_mcp.journal.sqlite import SqliteJournal
 
@@ -30,11 +31,11 @@ class BlockingJournal:
 class BlockingPostgres:
     """A `PostgresJournal` of a server of its own, whose methods block. `close` ends the server."""
 
-    def __init__(self, url: str, portal: Any, account: str = "", *, has_tenants: bool = False, **more: Any) -> None:
+    def __init__(self, url: str, portal: Any, account: str = "", *, has_tenants: bool = False) -> None:
         from evolink_mcp.teams.database import Database
         from evolink_mcp.teams.postgres import PostgresJournal
 
-        self.database = Database(url, **more)
+        self.database = Database(url, patient_times(grace_s=0.0))
         self._portal = portal
         portal.call(self.database.open)
         self._journal = PostgresJournal(self.database, account, has_tenants=has_tenants)

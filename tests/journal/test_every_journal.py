@@ -46,7 +46,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     with a_loop() as portal:
 
         def journal(*account: str, has_tenants: bool = False) -> Any:
-            all_of_them.append(BlockingPostgres(url, portal, *account, has_tenants=has_tenants, grace_s=0.0))
+            all_of_them.append(BlockingPostgres(url, portal, *account, has_tenants=has_tenants))
             return all_of_them[-1]
 
         yield journal

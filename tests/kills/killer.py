@@ -1,8 +1,8 @@
-"""Real server processes over real stdio that end, or fail, at their k-th operation.
+"""Server processes over stdio that end or fail at operation k.
 
-As a script it is a nursery: it imports the product once, and forks a server whenever it is asked to. A server that
-was told so counts its operations on journal, sockets, files and stdout, and at the k-th of them is killed by
-SIGKILL ("kill"), has it fail undone ("fail"), or has it done and then fail ("late").
+As a script this file is a nursery: it imports the product once and forks a server for each request. With KILLER_AT and
+KILLER_HOW the server counts its operations on journal, sockets, files and stdout. At operation k, "kill" sends SIGKILL,
+"fail" raises an error instead of the operation, and "late" raises an error after the operation.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 import anyio
 import pytest
-from child_processes import raise_database_timeouts, without_coverage
+from child_processes import patient_times, without_coverage
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
 
 
@@ -33,27 +33,29 @@ AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
 
 
 class Countdown:
-    """Counts operations and strikes at the k-th."""
+    """Counts operations. Kills the process or raises an error at operation `at`."""
 
     def __init__(self, at: int, how: str, log: str) -> None:
-        self._at, self._how, self._log = at, how, os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY) if log else None
+        self._at = at
+        self._how = how
+        self._log = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY) if log else None
         self._count = 0
         self._lock = threading.Lock()
         self._write = os.write
 
     def around(self, name: str, act: Callable[..., Any], error: Callable[[], Exception]) -> Callable[..., Any]:
-        def counted(*args: Any, **more: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
             with self._lock:
                 self._count += 1
-                struck = self._count == self._at
+                is_target = self._count == self._at
                 if self._log is not None:
                     self._write(self._log, f"{name}\n".encode())
-            if struck and self._how == "kill":
+            if is_target and self._how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if struck and self._how == "fail":
+            if is_target and self._how == "fail":
                 raise error()
-            result = act(*args, **more)
-            if struck:
+            result = act(*args, **options)
+            if is_target:
                 raise error()
             return result
 
@@ -61,7 +63,7 @@ class Countdown:
 
 
 def arm(countdown: Countdown) -> None:
-    """Every way out of the process goes through the countdown."""
+    """Count every operation that leaves the process."""
     import errno
     import fcntl
     import sqlite3
@@ -74,15 +76,15 @@ def arm(countdown: Countdown) -> None:
         return ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
     class Connection(sqlite3.Connection):
-        def execute(self, sql: str, *more: Any) -> Any:
+        def execute(self, sql: str, *values: Any) -> Any:
             name = f"journal: {' '.join(sql.split())[:40]}"
             run = countdown.around(name, super().execute, lambda: sqlite3.OperationalError("disk I/O error"))
-            return run(sql, *more)
+            return run(sql, *values)
 
     if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
         _arm_postgres(countdown)
     connect = sqlite3.connect
-    sqlite3.connect = lambda *args, **more: connect(*args, factory=Connection, **more)  # pyright: ignore
+    sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)  # pyright: ignore
     for name in ("connect", "send", "recv"):
         plain = getattr(socket.socket, name)
         counted = countdown.around(f"socket: {name}", plain, reset)
@@ -98,27 +100,27 @@ def arm(countdown: Countdown) -> None:
 
 
 def _arm_postgres(countdown: Countdown) -> None:
-    """Every statement and every end of a transaction goes through the countdown, but for what only asks for a sign of life."""
+    """Count every statement and every end of a transaction, except heartbeats."""
     import psycopg
 
     def lost() -> Exception:
         return psycopg.OperationalError("the connection is lost")
 
     def counted(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        async def run(*args: Any, **more: Any) -> Any:
-            told = name
-            if not told:
-                said = args[1].decode() if isinstance(args[1], bytes) else str(args[1])
-                if not said or said.startswith("UPDATE evolink_servers SET seen_at"):
-                    return await plain(*args, **more)
-                told = f"journal: {' '.join(said.split())[:40]}"
-            strike = countdown.around(told, lambda: None, lost)
-            if os.environ[HOW] == "late":  # it is done, and then fails
-                result = await plain(*args, **more)
-                strike()
+        async def run(*args: Any, **options: Any) -> Any:
+            operation = name
+            if not operation:
+                statement = args[1].decode() if isinstance(args[1], bytes) else str(args[1])
+                if not statement or statement.startswith("UPDATE evolink_servers SET seen_at"):
+                    return await plain(*args, **options)
+                operation = f"journal: {' '.join(statement.split())[:40]}"
+            count = countdown.around(operation, lambda: None, lost)
+            if os.environ[HOW] == "late":
+                result = await plain(*args, **options)
+                count()
                 return result
-            strike()
-            return await plain(*args, **more)
+            count()
+            return await plain(*args, **options)
 
         return run
 
@@ -135,22 +137,19 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     os.environ.update(without_coverage(order["env"]))
     os.chdir(order["cwd"])
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    faulthandler.enable(2)  # a crash of the interpreter says on stderr where it was
+    faulthandler.enable(2)  # print the stack to stderr if the interpreter crashes
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
-    if os.environ.get("EVOLINK_MCP_DATABASE_URL"):
-        from evolink_mcp.teams import database, postgres
-
-        raise_database_timeouts()
-        database.Database.__init__.__kwdefaults__["grace_s"] = 0.3  # no test waits for seconds
-        postgres.PostgresBackend.adopt_every_s = 0.1
+    # Short times, so that a test does not wait for seconds until another server adopts entries.
+    has_database = "EVOLINK_MCP_DATABASE_URL" in os.environ
+    times = patient_times(grace_s=0.3, adopt_every_s=0.1) if has_database else None
     from evolink_mcp.cli.main import main
 
-    main(order["argv"])
+    main(order["argv"], times)
 
 
 def _nursery(path: str) -> None:
-    """Fork a server for every connection; tell its process id at once and its wait status at its end."""
+    """Fork a server for each connection. Send its process ID, and at its end its exit code."""
     import evolink_mcp.app.wiring
     import evolink_mcp.cli.main
     import evolink_mcp.journal.sqlite
@@ -160,21 +159,21 @@ def _nursery(path: str) -> None:
         import evolink_mcp.teams.postgres  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(path)
-        door.listen(100)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(100)
         os.write(1, b"ready\n")
         while True:
-            line, _ = door.accept()
+            line, _ = listener.accept()
             if os.fork():
                 line.close()
                 continue
-            door.close()
+            listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            told, fds, _, _ = socket.recv_fds(line, 1 << 16, 3)
+            message, fds, _, _ = socket.recv_fds(line, 1 << 16, 3)
             if (child := os.fork()) == 0:
                 line.close()
-                _serve(json.loads(told), fds)
+                _serve(json.loads(message), fds)
             for fd in fds:
                 os.close(fd)
             line.sendall(array.array("i", [child]).tobytes())
@@ -188,10 +187,13 @@ def _nursery(path: str) -> None:
 
 
 class Server:
-    """A forked server and its client's end of the wire: one request at a time, notifications are read over."""
+    """A forked server and the client of its stdio. One request at a time; notifications are ignored."""
 
     def __init__(self, line: socket.socket, into: int, out: int, err: Path) -> None:
-        self._line, self._into, self._out, self.err = line, into, out, err
+        self._line = line
+        self._into = into
+        self._out = out
+        self.err = err
         self._rest = b""
         self._number = 0
         self.pid = array.array("i", line.recv(4))[0]
@@ -203,7 +205,7 @@ class Server:
             self.send({"method": "notifications/initialized"})
 
     async def call(self, tool: str, **arguments: Any) -> dict[str, Any] | None:
-        """The tool's result, or None when the server has gone or is going."""
+        """Return the tool's result. None: the server ended or is about to end."""
         return await self.ask("tools/call", name=tool, arguments=arguments)
 
     async def ask(self, method: str, **params: Any) -> dict[str, Any] | None:
@@ -211,11 +213,11 @@ class Server:
         number = self._number
         try:
             self.send({"id": number, "method": method, "params": params})
-            while (told := await self._read()).get("id") != number:
+            while (message := await self._read()).get("id") != number:
                 pass
         except (EOFError, BrokenPipeError):
             return None
-        return told.get("result")
+        return message.get("result")
 
     def send(self, message: dict[str, Any]) -> None:
         os.write(self._into, json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
@@ -230,6 +232,11 @@ class Server:
         line, _, self._rest = self._rest.partition(b"\n")
         return json.loads(line)
 
+    def stop_reading(self) -> None:
+        """Close the pipe of its stdout."""
+        os.close(self._out)
+        self._out = os.open(os.devnull, os.O_RDONLY)
+
     def hang_up(self) -> None:
         """Close its stdin."""
         if self._into >= 0:
@@ -239,8 +246,8 @@ class Server:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    async def gone(self) -> int:
-        """The exit code; negative for a signal that killed it."""
+    async def wait_for_exit(self) -> int:
+        """Wait for the end of the process. Return the exit code, negative after a signal."""
         await anyio.wait_readable(self._line)
         return array.array("i", self._line.recv(4))[0]
 
@@ -251,15 +258,16 @@ class Server:
 
 
 class Nursery:
-    """Makes servers. `folder` takes their stderr."""
+    """Starts servers. Their stderr goes to files in `folder`."""
 
     def __init__(self, path: str, folder: Path) -> None:
-        self._path, self._folder = path, folder
+        self._path = path
+        self._folder = folder
         self._count = 0
 
     @asynccontextmanager
     async def server(self, env: dict[str, str], *argv: str, greet: bool = True) -> AsyncIterator[Server]:
-        """A server; it is gone when the block ends, by a closed stdin unless it was killed before."""
+        """Start a server. The end of the block closes its stdin, so that it ends."""
         self._count += 1
         err = self._folder / f"{self._count}.err"
         (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
@@ -284,10 +292,10 @@ class Nursery:
 @contextmanager
 def nursery(folder: Path) -> Iterator[Nursery]:
     path = str(folder / "nursery")
-    # What measures coverage has crashed at the end of such servers.
+    # coverage crashed at the end of forked servers.
     env = {
         **without_coverage(os.environ),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None
@@ -300,9 +308,9 @@ def nursery(folder: Path) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session", name="servers")
 def nursery_of_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """One nursery for all tests of a module: to import the product takes longer than any of them."""
-    with nursery(tmp_path_factory.mktemp("nursery")) as made:
-        yield made
+    """One nursery for all tests, because importing the product takes longer than a test."""
+    with nursery(tmp_path_factory.mktemp("nursery")) as servers:
+        yield servers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A simulated EvoLink behind a gateway, and the servers of any number of households there."""
+"""A simulated EvoLink behind a gateway, and servers with separate keys and folders."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
 @dataclass
 class Town:
-    """One simulated EvoLink behind a gateway; every household has its own key and folders there."""
+    """One simulated EvoLink behind a gateway. Each name has its own key and folders."""
 
     gateway: Gateway
     nursery: Nursery
     folder: Path
 
-    def env(self, name: str, **more: str) -> dict[str, str]:
+    def env(self, name: str, **settings: str) -> dict[str, str]:
         home = self.folder / name
         home.mkdir(exist_ok=True)
         return minimal_environment(
             home, EVOLINK_API_KEY=self.key(name),
             EVOLINK_BASE_URL=self.gateway.url, EVOLINK_MCP_DATA_DIR=str(home / "data"),
-            EVOLINK_MCP_OUTPUT_DIR=str(home / "pictures"), EVOLINK_MCP_PREVIEW="off", **more,
+            EVOLINK_MCP_OUTPUT_DIR=str(home / "pictures"), EVOLINK_MCP_PREVIEW="off", **settings,
         )  # fmt: skip
 
     @staticmethod
@@ -58,18 +58,18 @@ async def tasks(server: Server) -> list[dict[str, Any]]:
     return answer["structuredContent"]["tasks"]
 
 
-async def settled(server: Server, wanted: list[str]) -> list[dict[str, Any]]:
-    """The journal's tasks as soon as every wanted one has its picture on disk."""
+async def wait_for_images(server: Server, task_ids: list[str]) -> list[dict[str, Any]]:
+    """Wait until the images of these tasks are on disk. Return all tasks of the journal."""
     while True:
         listed = await tasks(server)
         saved = {t["task_id"] for t in listed if t["images"] and all(i["path"] for i in t["images"])}
-        if set(wanted) <= saved:
+        if set(task_ids) <= saved:
             return listed
         await anyio.sleep(0.02)
 
 
 async def good_run(town: Town, env: dict[str, str]) -> list[str]:
-    """What a server does that nothing strikes, operation by operation, from its start to its end."""
+    """Run a server without a failure. Return its operations from start to end."""
     log = town.folder / "operations"
     with anyio.fail_after(300):
         async with town.nursery.server({**env, AT: "0", HOW: "count", LOG: str(log)}) as server:
@@ -78,19 +78,19 @@ async def good_run(town: Town, env: dict[str, str]) -> list[str]:
             assert answer["structuredContent"]["status"] == "completed"
             operations = log.read_text().splitlines()
             server.hang_up()
-            assert await server.gone() == 0
+            assert await server.wait_for_exit() == 0
     return operations
 
 
-async def struck_life(
+async def run_failing_server(
     town: Town, env: dict[str, str], name: str, how: str, codes: tuple[int, ...]
 ) -> tuple[list[str], dict[str, Any] | None]:
-    """The life of a server that is struck, as `env` says: what was billed, and what the caller was told, if anything."""
+    """Run a server that fails as `env` defines. Return the IDs of the billed tasks, and the answer, if there is one."""
     async with town.nursery.server(env, greet=False) as server:
         await server.hello()
         answer = await server.call("generate_image", **WISH)
         server.hang_up()
-        assert await server.gone() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
+        assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
     await town.gateway.dealt_with()
     billed = town.billed(name)
     assert len(billed) <= 1
@@ -101,51 +101,53 @@ async def struck_life(
     return billed, answer
 
 
-async def put_right(server: Server, billed: list[str]) -> None:
-    """Another server has what the struck one bought. A task whose id was lost is called a guess."""
-    listed = await settled(server, billed)
+async def check_recovery(server: Server, billed: list[str]) -> None:
+    """Check that this server has the tasks of the failed one. A task without a recorded ID is a guess."""
+    listed = await wait_for_images(server, billed)
     assert [task["task_id"] for task in listed if task["task_id"]] == billed
     assert all(task["charged"] == ("unknown" if task["guess"] else "yes") for task in listed if task["task_id"])
 
 
-async def each(operations: list[str], ats: Iterable[int], life: Callable[[int], Awaitable[None]], at_once: int) -> None:
-    """Run one life for every k-th operation; all that fail are shown together."""
-    limiter = anyio.CapacityLimiter(at_once)
-    failed: dict[str, BaseException] = {}
+async def run_each(
+    operations: list[str], positions: Iterable[int], run: Callable[[int], Awaitable[None]], parallel: int
+) -> None:
+    """Call `run` with each position. Report all failures together."""
+    limiter = anyio.CapacityLimiter(parallel)
+    failures: dict[str, BaseException] = {}
 
-    async def strike(at: int) -> None:
+    async def run_one(at: int) -> None:
         where = operations[at - 1] if at <= len(operations) else "later"
         async with limiter:
             try:
                 with anyio.fail_after(300):
-                    await life(at)
+                    await run(at)
             except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
-                failed[f"{at} ({where})"] = error
+                failures[f"{at} ({where})"] = error
 
     async with anyio.create_task_group() as group:
-        for at in ats:
-            group.start_soon(strike, at)
-    if failed:
+        for at in positions:
+            group.start_soon(run_one, at)
+    if failures:
         pytest.fail(
-            "\n".join(f"{where}: {''.join(traceback.format_exception(error))}" for where, error in failed.items())
+            "\n".join(f"{where}: {''.join(traceback.format_exception(error))}" for where, error in failures.items())
         )
 
 
 async def stopped_and_continued(town: Town, env: dict[str, str]) -> None:
-    """SIGSTOP for however long: a server is not dead, so another one watches its task and goes on with nothing."""
+    """A server after SIGSTOP is not dead, so another server only watches its task."""
     town.gateway.simulator.duration_s = 3600
     with anyio.fail_after(300):
-        async with town.nursery.server(env) as one, town.nursery.server(env) as other:
-            first = await one.call("generate_image", **WISH, wait_seconds=0)
+        async with town.nursery.server(env) as stopped_server, town.nursery.server(env) as watcher:
+            first = await stopped_server.call("generate_image", **WISH, wait_seconds=0)
             assert first is not None
             task_id = first["structuredContent"]["task_id"]
-            one.kill(signal.SIGSTOP)
+            stopped_server.kill(signal.SIGSTOP)
             for task in town.gateway.simulator.tasks.values():
                 task.duration = 0
-            watched = await other.call("get_task", task_id=task_id, wait_seconds=1)
+            watched = await watcher.call("get_task", task_id=task_id, wait_seconds=1)
             assert watched is not None
             assert watched["structuredContent"]["status"] == "completed"
             assert town.pictures("pair") == []
-            one.kill(signal.SIGCONT)
-            await settled(other, town.billed("pair"))
+            stopped_server.kill(signal.SIGCONT)
+            await wait_for_images(watcher, town.billed("pair"))
     assert (town.gateway.posts, len(town.pictures("pair"))) == (1, 1)

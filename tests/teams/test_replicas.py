@@ -20,6 +20,7 @@ from mcp_types import ElicitResult
 
 pytest.importorskip("psycopg")
 
+from child_processes import patient_times
 from drawings import drawing
 from office import HEADERS, block, guard_of, tenants_of
 
@@ -29,7 +30,6 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.app import resume_tenants
 from evolink_mcp.teams.authenticator import TeamAuthenticator
-from evolink_mcp.teams.database import GRACE_S
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import Tenant, Tokens
@@ -96,7 +96,7 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
         stack.callback(group.cancel_scope.cancel)
         settings = office.settings
         transport = httpx.ASGITransport(office.simulator.app)
-        async with open_team_database(settings.database_url) as doomed:
+        async with open_team_database(settings.database_url, patient_times()) as doomed:
             assert doomed is not None
             office.simulator.duration_s = 3600
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
@@ -117,7 +117,7 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
 
 @asynccontextmanager
 async def team(
-    url: str, folder: Path, *blocks: str, orphan_interval_s: float = 5.0, grace_s: float = GRACE_S, **environ: str
+    url: str, folder: Path, *blocks: str, orphan_interval_s: float = 5.0, grace_s: float = 4.0, **environ: str
 ) -> AsyncIterator[Team]:
     """Two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
@@ -132,7 +132,8 @@ async def team(
                 "EVOLINK_MCP_SECRET": "s" * 32, **environ,
             })  # fmt: skip
             assert settings.tokens_file is not None
-            database = await stack.enter_async_context(open_team_database(settings.database_url, grace_s=grace_s))
+            times = patient_times(grace_s=grace_s)
+            database = await stack.enter_async_context(open_team_database(settings.database_url, times))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))

@@ -10,17 +10,17 @@ import pytest
 from killer import AT, HOW, nursery_of_servers  # noqa: F401
 from town import (  # noqa: F401
     Town,
-    each,
+    check_recovery,
     good_run,
-    put_right,
+    run_each,
+    run_failing_server,
     stopped_and_continued,
-    struck_life,
     tasks,
     town_with_a_nursery,
 )  # fmt: skip
 
 pytestmark = pytest.mark.anyio
-AT_ONCE = 4
+PARALLEL = 4
 SPARE = 4
 SLOW = [
     pytest.mark.slow,
@@ -32,14 +32,14 @@ def team(town: Town, name: str, url: str, **environ: str) -> dict[str, str]:
     return {**town.env(name, **environ), "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": "s" * 32}
 
 
-async def one_life(town: Town, name: str, url: str, how: str, at: int) -> None:
+async def fail_and_recover(town: Town, name: str, url: str, how: str, at: int) -> None:
     """One replica fails at its k-th operation. A second replica must then finish all work."""
     async with town.nursery.server(team(town, name, url)) as heir:
         await tasks(heir)
         env = team(town, name, url, **{AT: str(at), HOW: how})
         # A database that fails at the start ends the start.
-        billed, _ = await struck_life(town, env, name, how, codes=(0, 1))
-        await put_right(heir, billed)
+        billed, _ = await run_failing_server(town, env, name, how, codes=(0, 1))
+        await check_recovery(heir, billed)
     assert town.billed(name) == billed
     assert len(town.pictures(name)) == len(billed)
 
@@ -54,12 +54,12 @@ async def test_a_replica_stopped_at_any_operation_leaves_one_task_to_the_other(
     kinds = Counter(operation.partition(":")[0] for operation in operations)
     assert kinds["journal"] >= 15
     # Other tests cover failures of files and of EvoLink; this one covers the database.
-    struck = ("journal", "socket") if how == "kill" else ("journal",)
-    ats = [
+    prefixes = ("journal", "socket") if how == "kill" else ("journal",)
+    positions = [
         at for at in range(1, len(operations) + SPARE)
-        if at > len(operations) or operations[at - 1].startswith(struck)
+        if at > len(operations) or operations[at - 1].startswith(prefixes)
     ]  # fmt: skip
-    await each(operations, ats, lambda at: one_life(town, f"{how}-{at}", url, how, at), AT_ONCE)
+    await run_each(operations, positions, lambda at: fail_and_recover(town, f"{how}-{at}", url, how, at), PARALLEL)
 
 
 async def test_a_replica_that_was_only_suspended_keeps_its_work(town: Town, cluster: Any) -> None:
