@@ -41,7 +41,7 @@ def run(quick: bool) -> list[Figure]:
         orders = [
             timed(lambda: (journal("adopt"), journal("undelivered", ("f" * 64,), NOW - 86_400))) for _ in range(times)
         ]
-        sums = [timed(lambda: journal("spent_since", NOW - 86_400)) for _ in range(times)]
+        sums = [timed(lambda: journal("sums_since", NOW - 86_400)) for _ in range(times)]
         writes, bare = _writes(journal, Path(name), times)
         size = (full / FILE_NAME).stat().st_size / 1e6
         journal.close()

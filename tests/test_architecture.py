@@ -70,6 +70,7 @@ ORDER = [
     "tools.hosts",
     "tools.names",
     "tools.schemas",
+    "tools.sums",
     "tools.task_answer",
     "tools.task_text",
     "tools.adapter",

@@ -24,7 +24,8 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage
-from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
+from evolink_mcp.journal.journal import Sums
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries, read_sums
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.times import instant
 from evolink_mcp.teams.settings import TeamSettings
@@ -66,6 +67,20 @@ def find_entries(
         return schema.read_entries(settings.database_url, limit, words, since)
     path = settings.data_dir / FILE_NAME
     return str(path), read_entries(settings.data_dir, limit, words, since) if path.exists() else []
+
+
+def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
+    """Return the sums of the entries since each of these times (epoch seconds), as `find_entries` finds them. Blocks.
+
+    Raises:
+        JournalUnwritable: the journal is damaged or unreadable.
+    """
+    if settings.database_url is not None:
+        from evolink_mcp.teams import schema
+
+        return schema.read_sums(settings.database_url, since, words)
+    has_journal = (settings.data_dir / FILE_NAME).exists()
+    return read_sums(settings.data_dir, since, words) if has_journal else [Sums() for _ in since]
 
 
 def open_image(settings: TeamSettings, words: list[str], report: Print, complain: Print, *, only_print: bool) -> int:
@@ -116,13 +131,14 @@ def write_sheet(
     try:
         start = 0.0 if since == "all" else instant(since, now)
         _, entries = find_entries(settings, tuple(words), SHEET_MAX, start)
+        (sums,) = find_sums(settings, [start], tuple(words))
     except (JournalUnwritable, Refused) as error:
         complain(f"{error.message}. {error.advice}")
         return 1
     suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
     title = f"All images{suffix}" if since == "all" else f"Images since {harmless(since, 40)}{suffix}"
     with closing(Decoder(decoder_environment())) as decoder:
-        page, count = anyio.run(_build_page, entries, title, complain, decoder)
+        page, count = anyio.run(_build_page, entries, title, sums, complain, decoder)
     if not count:
         complain("no saved image matches; try --since 7d or --since all")
         return 1
@@ -140,13 +156,13 @@ def write_sheet(
     return 0
 
 
-async def _build_page(entries: list[Entry], title: str, complain: Print, decoder: Decoder) -> tuple[str, int]:
+async def _build_page(
+    entries: list[Entry], title: str, sums: Sums, complain: Print, decoder: Decoder
+) -> tuple[str, int]:
     """Return an HTML page with a preview of each image, and the number of images. The page loads no other file."""
     cards: list[str] = []
-    spent = 0.0
+    spent = f"spent {format_credits(sums.spent)}, reserved {format_credits(sums.reserved)}"
     for entry in entries:
-        if entry.task is not None:
-            spent += entry.task.credits_used or 0.0
         for image in entry.images:
             if image.path is None or not image.is_present or len(cards) >= SHEET_MAX:
                 continue
@@ -161,7 +177,7 @@ async def _build_page(entries: list[Entry], title: str, complain: Print, decoder
     page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n<header><h1>{html.escape(title)}</h1>"
-        f"<p>{_count(len(cards))}, {html.escape(format_credits(round(spent, 4)))}</p></header>\n<main>\n"
+        f"<p>{_count(len(cards))}, {html.escape(spent)}</p></header>\n<main>\n"
         + "\n".join(cards)
         + "\n</main></html>\n"
     )

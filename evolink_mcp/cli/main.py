@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -203,11 +204,15 @@ def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import format_credits
-    from evolink_mcp.cli.image_commands import find_entries
+    from evolink_mcp.cli.image_commands import find_entries, find_sums
+    from evolink_mcp.tools.sums import periods, sums_text
     from evolink_mcp.tools.task_answer import brief, task_out
 
+    settings = _read_settings()
+    starts = periods(time.time())
     try:
-        place, entries = find_entries(_read_settings(), (), options.limit)
+        place, entries = find_entries(settings, (), options.limit)
+        sums = find_sums(settings, list(starts.values()))
     except JournalUnwritable as error:
         _print_error(error.message)
         return 1
@@ -229,6 +234,7 @@ def _tasks(options: Namespace) -> int:
         if out.error:
             print(f"    {out.error.message}. {out.error.advice}")
     print(f"{len(outs)} entries in {place}")
+    print(sums_text(dict(zip(starts, sums, strict=True))))
     return 0
 
 

@@ -100,7 +100,7 @@ class ReferenceImage:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One purchase. Times are epoch seconds, `estimate` is the computed price in credits.
+    """One purchase. Times are epoch seconds, `estimate` is the price ceiling in credits.
 
     `key` is the `Idempotency-Key`. An external task has none until it is written. `account` identifies the EvoLink key
     and base URL of the purchase. `owner` is the server that works on the entry. `caller` is the server with a call that
@@ -162,15 +162,29 @@ class Entry:
         return "unknown" if self.phase in (Phase.SENDING, Phase.UNKNOWN) else "no"
 
     @property
-    def spent(self) -> float:
-        """Return the credits that count for the spending limits: the charge, or else the estimate.
-
-        An unconfirmed match does not count, because the purchase may not exist.
-        """
-        if self.phase == Phase.EXTERNAL or self.is_unconfirmed or (self.charged == "no" and self.stage is Stage.FINAL):
+    def charge(self) -> float | None:
+        """Return EvoLink's confirmed charge in credits. None: EvoLink has not decided it, or the match is unconfirmed."""
+        if self.is_unconfirmed:
+            return None
+        if self.charged == "no" and self.stage is Stage.FINAL:
             return 0.0
-        used = self.task.credits_used if self.task is not None and self.task.settled else None
-        return self.estimate if used is None else used
+        return self.task.credits_used if self.task is not None and self.task.settled else None
+
+    @property
+    def spent(self) -> float:
+        """Return the confirmed charge of a purchase of this server. Limits and sums count it."""
+        return 0.0 if self.phase == Phase.EXTERNAL else self.charge or 0.0
+
+    @property
+    def reserved(self) -> float:
+        """Return the credits that EvoLink may still charge: the price ceiling, or EvoLink's own higher reservation.
+
+        Running purchases, unknown outcomes and unconfirmed matches reserve it until the charge is decided.
+        """
+        if self.phase == Phase.EXTERNAL or self.charge is not None:
+            return 0.0
+        reservation = self.task.credits_reserved if self.task is not None and not self.is_unconfirmed else None
+        return max(self.estimate, reservation or 0.0)
 
     @property
     def stage(self) -> Stage:

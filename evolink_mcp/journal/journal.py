@@ -27,8 +27,9 @@ INSERT_ENTRY = f"""INSERT INTO entries ({", ".join(f'"{name}"' for name in COLUM
 # Count the running tasks of the account. The condition is the one of `Entry.is_running`; NOT closed uses an index.
 COUNT_RUNNING = f"""SELECT count(*) AS running FROM entries WHERE {{mine}} AND NOT closed
     AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"""
-# Add the credits that count for the daily spending limit.
-SUM_SPENT = "SELECT coalesce(sum(spent), 0.0) AS spent FROM entries WHERE {mine} AND created_at >= ?"
+# Add the confirmed charges, and the price ceilings of undecided charges. Limits, lists and the CLI use this query.
+SUMS = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
+    FROM entries WHERE {mine} AND created_at >= ?"""
 # Write the state of an entry that this server owns.
 UPDATE_OWNED = "UPDATE entries SET {changes} WHERE key = ? AND owner = ?"
 # Write a task that EvoLink returned over another server's unconfirmed match, or over no task.
@@ -79,6 +80,24 @@ FIND_UPLOAD = "SELECT url FROM uploads WHERE account = ? AND sha256 = ? AND expi
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
 # Read a fact about the account.
 FIND_FACT = "SELECT DISTINCT value FROM facts WHERE name = ? AND {mine}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Credits of several entries, to 0.0001 credit: `spent` is confirmed, `reserved` may still be charged."""
+
+    spent: float = 0.0
+    reserved: float = 0.0
+
+    @classmethod
+    def of(cls, row: Row) -> Sums:
+        """Return the sums of a row of SUMS. The order of the additions does not show in the last digit."""
+        return cls(round(float(row["spent"]), 4), round(float(row["reserved"]), 4))
+
+    @property
+    def total(self) -> float:
+        """The credits that count for spending limits."""
+        return round(self.spent + self.reserved, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +219,7 @@ class Journal:
                     (row,) = await db.fetch(self._sql(COUNT_RUNNING))
                     if row["running"] >= running:
                         raise TooManyRunning.of(row["running"], running)
-                spent = await self._spent(db, since) if cap is not None else 0.0
+                spent = (await self._sums(db, since)).total if cap is not None else 0.0
                 if cap is not None and spent + entry.estimate > cap:
                     return spent
                 await _insert(db, entry)
@@ -220,9 +239,9 @@ class Journal:
         """Write the entry's images, and what `update` writes."""
         return await self._write(entry, (*STATE_COLUMNS, "images"))
 
-    async def spent_since(self, since: float) -> float:
-        """Return the credits of the entries since then: the charge, or else the estimate."""
-        return await self._backend.run(lambda db: self._spent(db, since))
+    async def sums_since(self, since: float) -> Sums:
+        """Return the confirmed charges and the reserved credits of the entries since then."""
+        return await self._backend.run(lambda db: self._sums(db, since))
 
     # --- owners and callers ---
 
@@ -394,9 +413,9 @@ class Journal:
 
         return await self._backend.run(act, key=entry.key)
 
-    async def _spent(self, db: Connection, since: float) -> float:
-        (row,) = await db.fetch(self._sql(SUM_SPENT), (since,))
-        return float(row["spent"])
+    async def _sums(self, db: Connection, since: float) -> Sums:
+        (row,) = await db.fetch(self._sql(SUMS), (since,))
+        return Sums.of(row)
 
     async def _adopt(self, db: Connection) -> Sequence[Row]:
         servers = {row["server"] for row in await db.fetch(self._sql(FIND_SERVERS))} - {self.owner}

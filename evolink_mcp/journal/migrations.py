@@ -23,11 +23,11 @@ MIGRATIONS = (
         key TEXT PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
         created_at REAL NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed INTEGER NOT NULL, delivered_at REAL, estimate REAL NOT NULL, spent REAL NOT NULL,
-        request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, images TEXT NOT NULL, rule TEXT NOT NULL,
-        "references" TEXT NOT NULL, words TEXT NOT NULL, UNIQUE (task_id, account)
+        reserved REAL NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, images TEXT NOT NULL,
+        rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL, UNIQUE (task_id, account)
     );
-    CREATE INDEX entries_by_age ON entries (created_at, account, spent);
-    CREATE INDEX entries_spending ON entries (account, created_at, spent);
+    CREATE INDEX entries_by_age ON entries (created_at, account, spent, reserved);
+    CREATE INDEX entries_spending ON entries (account, created_at, spent, reserved);
     CREATE INDEX entries_open ON entries (owner) WHERE NOT closed;
     CREATE INDEX entries_owned ON entries (owner, account) WHERE owner <> '';
     CREATE INDEX entries_awaited ON entries (caller, account) WHERE caller <> '' AND delivered_at IS NULL;

@@ -36,6 +36,7 @@ DERIVED: dict[str, Callable[[Entry], Any]] = {
     "status": lambda entry: entry.status,
     "closed": lambda entry: entry.stage is Stage.FINAL,
     "spent": lambda entry: entry.spent,
+    "reserved": lambda entry: entry.reserved,
     "words": search_text,
 }
 COLUMNS = (*(field.name for field in fields(Entry)), *DERIVED)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.journal import SUMS, Journal, Sums
 from evolink_mcp.journal.migrations import check_origin, migrate, transaction
 from evolink_mcp.journal.rows import fold, readable_entries
 
@@ -428,6 +428,19 @@ def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: f
     sql = f"SELECT * FROM entries WHERE created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
         return readable_entries(db.execute(sql, (since, *map(fold, words), limit)).fetchall())
+
+
+def read_sums(folder: Path, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
+    """Return the sums of all accounts since each of these times, in epoch seconds. Block, and change nothing.
+
+    `words` are those of `Journal.recent`.
+
+    Raises:
+        JournalUnwritable: The journal is damaged or cannot be read.
+    """
+    sql = SUMS.format(mine="account = account") + " AND instr(words, ?) > 0" * len(words)
+    with snapshot(folder) as db:
+        return [Sums.of(db.execute(sql, (start, *map(fold, words))).fetchone()) for start in since]
 
 
 def _run_now(action: Awaitable[T]) -> T:

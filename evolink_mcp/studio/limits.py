@@ -78,7 +78,7 @@ class Limits:
                 advice="Choose a smaller size, quality or n. EVOLINK_MCP_MAX_CREDITS_PER_CALL sets the limit.",
             )
         if self._limits.per_day is not None:
-            spent = await self._journal.spent_since(start_of_day(self._clock()))
+            spent = (await self._journal.sums_since(start_of_day(self._clock()))).total
             if spent + price_ceiling > self._limits.per_day:
                 raise _over_daily_limit(price_ceiling, spent, self._limits.per_day)
 

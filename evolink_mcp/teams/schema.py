@@ -8,7 +8,9 @@ import psycopg
 from psycopg.rows import dict_row
 
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.journal import SUMS, Sums
 from evolink_mcp.journal.rows import fold, readable_entries
 from evolink_mcp.teams.database_url import Address
 
@@ -30,12 +32,12 @@ VERSIONS = (
         key TEXT COLLATE "C" PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
         created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION, estimate DOUBLE PRECISION NOT NULL,
-        spent DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT,
-        images TEXT NOT NULL, rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL,
+        spent DOUBLE PRECISION NOT NULL, reserved DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT,
+        task TEXT, error TEXT, images TEXT NOT NULL, rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL,
         CONSTRAINT evolink_task_once UNIQUE (task_id, account)
     );
     CREATE INDEX evolink_entries_by_age ON evolink_entries (account, created_at DESC, key);
-    CREATE INDEX evolink_entries_spending ON evolink_entries (account, created_at) INCLUDE (spent);
+    CREATE INDEX evolink_entries_spending ON evolink_entries (account, created_at) INCLUDE (spent, reserved);
     CREATE INDEX evolink_entries_open ON evolink_entries (account, owner) WHERE NOT closed;
     CREATE INDEX evolink_entries_owned ON evolink_entries (owner, account) WHERE owner <> '';
     CREATE INDEX evolink_entries_awaited ON evolink_entries (caller, account) WHERE caller <> '' AND delivered_at IS NULL;
@@ -100,16 +102,37 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    address = Address.of(url)
     filters = " AND strpos(words, %s) > 0" * len(words)
     statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{filters} ORDER BY created_at DESC, key LIMIT %s"
+    place, rows = _read(url, statement, [(since, *map(fold, words), limit)])
+    return place, readable_entries(rows)
+
+
+def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
+    """Return the sums of all accounts since each of these times, in epoch seconds. Block, and change nothing.
+
+    `words` are those of `Journal.recent`.
+
+    Raises:
+        JournalUnwritable: The journal cannot be read.
+    """
+    sums = SUMS.format(mine="account = account").replace("FROM entries", "FROM evolink_entries").replace("?", "%s")
+    statement = sums + " AND strpos(words, %s) > 0" * len(words)
+    _, rows = _read(url, statement, [(start, *map(fold, words)) for start in since])
+    return [Sums.of(row) for row in rows] or [Sums() for _ in since]
+
+
+def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[str, list[Row]]:
+    """Return the database's name and the rows of the statement with each tuple of parameters."""
+    address = Address.of(url)
     try:
-        with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as rows:
-            row = rows.execute(FIND_OLD_TABLES).fetchone()
+        with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as cursor:
+            row = cursor.execute(FIND_OLD_TABLES).fetchone()
             if row is not None and row["name"] is not None:
                 raise address.unwritable(UNPUBLISHED)
-            rows.execute(statement.encode(), (since, *map(fold, words), limit))
-            return address.place, readable_entries(rows.fetchall())
+            return address.place, [
+                row for values in parameters for row in cursor.execute(statement.encode(), values).fetchall()
+            ]
     except psycopg.errors.UndefinedTable:
         return address.place, []
     except psycopg.Error as error:

@@ -12,16 +12,17 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import BaseModel, Field, Strict
 
-from evolink_mcp.api.costs import format_credits, usd
 from evolink_mcp.api.request import WHOLE, Arguments, OrNull, ignore_case
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.journal import Sums
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
-from evolink_mcp.studio.times import DAY_S, instant, start_of_day
+from evolink_mcp.studio.times import instant
 from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
+from evolink_mcp.tools.sums import amount, periods, sums_text
 from evolink_mcp.tools.task_answer import brief, row, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
 
@@ -54,13 +55,14 @@ class ListTasksArguments(Arguments):
 class TaskList(BaseModel):
     """The answer of list_tasks.
 
-    `spent` counts from local midnight ("today"), and over the last 7 and 30 days. `synced` is null without `sync`,
-    and false if EvoLink's list could not be read.
+    `spent` has the confirmed charges since local midnight ("today"), and of the last 7 and 30 days. `reserved` has the
+    price ceilings of undecided charges. `synced` is null without `sync`, and false if EvoLink's list could not be read.
     """
 
     tasks: list[dict[str, Any]] = Field([], description="newest first")
     next_cursor: str | None = None
     spent: dict[str, dict[str, float]] = Field({}, description="today, 7d, 30d")
+    reserved: dict[str, dict[str, float]] = Field({}, description="same periods")
     synced: bool | None = None
     error: ErrorOut | None = None
     notes: list[str] = []
@@ -112,7 +114,7 @@ async def task_list(
     )
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
-    spent = {name: await _spent(studio, since) for name, since in _spans(now).items()}
+    sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
     notes = [f"EvoLink's list of the account's tasks could not be read: {problem}."] if problem else []
     if external_tasks:
         notes.append(
@@ -121,14 +123,15 @@ async def task_list(
     out = TaskList(
         tasks=tasks,
         next_cursor=_cursor(last) if has_more and last is not None else None,
-        spent=spent,
+        spent={name: amount(each.spent) for name, each in sums.items()},
+        reserved={name: amount(each.reserved) for name, each in sums.items()},
         synced=None if not req.sync else problem is None,
         notes=notes,
     )
-    return out, _text(req, out, texts)
+    return out, _text(req, out, texts, sums)
 
 
-def _text(req: ListTasksArguments, out: TaskList, texts: list[str]) -> str:
+def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[str, Sums]) -> str:
     filters = [
         f"{name} “{harmless(value, 80)}”"
         for name in ("status", "query", "since", "until")
@@ -136,22 +139,9 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str]) -> str:
     ]
     count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
     condition = f" with {', '.join(filters)}" if filters else ""
-    spent = ", ".join(
-        f"{name} {format_credits(out.spent[key]['credits'])}"
-        for key, name in (("today", "today"), ("7d", "7 days"), ("30d", "30 days"))
-    )
-    head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. Spent: {spent}."
+    head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. {sums_text(sums)}"
     older = [f"For older tasks call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
     return "\n\n".join([head, *texts, *older, *(f"Note: {note}" for note in out.notes)])
-
-
-async def _spent(studio: Studio, since: float) -> dict[str, float]:
-    credits = round(await studio.journal.spent_since(since), 4)
-    return {"credits": credits, "usd": usd(credits)}
-
-
-def _spans(now: float) -> dict[str, float]:
-    return {"today": start_of_day(now), "7d": now - 7 * DAY_S, "30d": now - 30 * DAY_S}
 
 
 def _within_limit(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dict[str, Any]]]:

@@ -180,6 +180,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "charged": entry.charged,
         "credits": credits,
         "usd": None if credits is None else costs.usd(credits),
+        "reserved": entry.reserved or None,
         "guess": entry.is_unconfirmed or None,
         "error": failure.message if failure else None,
     }
@@ -235,8 +236,7 @@ def _expected(entry: Entry) -> Pixels | None:
 def _credits(entry: Entry, charged: Charged) -> float | None:
     if charged == "no":
         return 0.0
-    task = entry.task
-    return task.credits_used if task and task.status == COMPLETED and not entry.is_unconfirmed else None
+    return entry.charge
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:

@@ -32,6 +32,8 @@ def row_text(row: dict[str, Any]) -> str:
     paid = {"yes": format_credits(row["credits"]) if "credits" in row else "charged", "no": "not charged"}.get(
         row["charged"], "charged: unknown"
     )
+    if "reserved" in row:
+        paid += f", {row['reserved']:g} credits reserved"
     when = str(row["created_at"])[:16].replace("T", " ")
     head = ", ".join([f"{when} UTC", row["status"] + " (unconfirmed match)" * row.get("guess", False), paid])
     lines = [f"{row.get('task_id', 'No task id')}: {head}"]

@@ -124,7 +124,7 @@ def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
 ) -> None:
     journal = opened()
     journal.intend(entry(journal, estimate=2.0, **more))
-    assert journal.spent_since(NOW - 3600) == counts
+    assert journal.sums_since(NOW - 3600).total == counts
 
 
 def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened: Open) -> None:
@@ -182,7 +182,7 @@ def test_an_account_sees_only_its_own_entries(opened: Open) -> None:
     assert ben.known_tasks(["task-unified-1"]) == set()
     assert ben.undelivered(("f", "g"), 0) == []
     assert anna.undelivered(("f", "g"), 0) == [hers]
-    assert (ben.spent_since(0), anna.spent_since(0)) == (0.0, 2.0)
+    assert (ben.sums_since(0).total, anna.sums_since(0).total) == (0.0, 2.0)
     assert ben.acquire(hers.key) is False
     assert ben.find_upload("ab", 0) is None
 

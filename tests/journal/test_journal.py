@@ -201,7 +201,7 @@ def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
     writers = [subprocess.Popen(run, cwd=root, stderr=subprocess.PIPE) for _ in range(4)]
     assert [(writer.communicate(timeout=300)[1], writer.returncode) for writer in writers] == [(b"", 0)] * 4
     journal = BlockingJournal(tmp_path)
-    assert journal.spent_since(0) == 160
+    assert journal.sums_since(0).total == 160
     journal.close()
 
 
@@ -230,7 +230,7 @@ def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None
         writer.stdin.flush()
     assert [writer.communicate(timeout=300)[1] for writer in writers] == [None] * 4
     journal = BlockingJournal(tmp_path)
-    assert journal.spent_since(0) == 100
+    assert journal.sums_since(0).total == 100
     journal.close()
 
 

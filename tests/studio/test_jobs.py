@@ -94,5 +94,5 @@ async def test_a_call_that_is_cancelled_while_its_entry_is_recorded_buys_nothing
     while not world.studio.is_idle:
         await anyio.sleep(0)
     assert [entry.phase for entry in await world.studio.journal.recent(9)] == [Phase.UNSENT]
-    assert await world.studio.journal.spent_since(0) == 0
+    assert (await world.studio.journal.sums_since(0)).total == 0
     assert world.posts == 0

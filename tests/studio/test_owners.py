@@ -299,7 +299,7 @@ async def test_what_could_not_be_written_before_sending_is_over(
         broken = False
         while (await world.studio.journal.recent(1))[0].phase != "unsent":
             await anyio.sleep(0.001)
-        assert await journal.spent_since(0) == 0
+        assert (await journal.sums_since(0)).total == 0
         bought_now = await asked(world, "generate_image", **WISH)
     assert (bought_now["status"], world.posts) == ("completed", 1)
 
