@@ -117,6 +117,8 @@ class _HttpServer:
             else:
                 tenants = tenants_app(studios, self.authenticator, group, make_mcp_app)
                 group.start_soon(resume_tenants, studios, tenants, self.authenticator)
+                if self.authenticator.issuer is not None:
+                    group.start_soon(self.authenticator.issuer.refresh_loop)
                 app = tenants
             exit_code = await self._serve(app, studios, group, hostnames)
             group.cancel_scope.cancel()

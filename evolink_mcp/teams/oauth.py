@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -32,7 +32,9 @@ KEYS_REFRESH_S = 3600.0
 KEYS_MAX_AGE_S = 24 * 3600.0
 # A token with an unknown key ID triggers a refresh. Without this limit every forged token would.
 REFRESH_INTERVAL_MIN_S = 30.0
-READ_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 10.0  # for metadata and keys together
+# Callers whose keys are unknown wait for one read of the issuer. Further ones get 503.
+WAITING_MAX = 64
 RESPONSE_MAX_BYTES = 1 << 20
 CLOCK_SKEW_S = 30.0
 SUBJECT_MAX = 255  # characters, as in OpenID Connect
@@ -60,8 +62,9 @@ class _PublicKey:
 class Issuer:
     """The OAuth issuer at the URL `issuer`.
 
-    A JWT needs the `audience` and all `scopes`. `resource` is the public URL of the MCP endpoint. `transport` and `clock`
-    (seconds) are for tests.
+    A JWT needs the `audience` and all `scopes`. `resource` is the public URL of the MCP endpoint. A caller with a known key
+    never waits for the issuer; `refresh_loop` keeps the keys up to date. At most `waiting_max` callers wait for an unknown
+    key. `transport` and `clock` (seconds) are for tests.
     """
 
     def __init__(
@@ -71,10 +74,12 @@ class Issuer:
         scopes: Sequence[str],
         resource: str,
         *,
+        waiting_max: int = WAITING_MAX,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._issuer = issuer
+        self._waiting_max = waiting_max
         self._audience = audience
         self._scopes = tuple(scopes)
         # AuthSettings keeps a URL without a path as it is. AnyHttpUrl adds a slash, and then the issuer does not match.
@@ -88,6 +93,7 @@ class Issuer:
         self._read_at = -KEYS_MAX_AGE_S
         self._tried_at = -KEYS_MAX_AGE_S
         self._lock = anyio.Lock()
+        self._waiting = 0
 
     @property
     def metadata_app(self) -> ASGIApp:
@@ -151,35 +157,72 @@ class Issuer:
             raise jwt.InvalidTokenError("its sub is empty or too long")
         return claims
 
+    async def refresh(self) -> None:
+        """Read the keys again if they are older than KEYS_REFRESH_S. An unusable issuer is logged."""
+        async with self._lock:
+            if self._clock() - self._read_at > KEYS_REFRESH_S:
+                await self._read_keys()
+
+    async def refresh_loop(self, sleep: Callable[[float], Awaitable[object]] = anyio.sleep) -> None:
+        """Refresh the keys forever. The first read prepares the server for its first caller."""
+        while True:
+            await self.refresh()
+            await sleep(REFRESH_INTERVAL_MIN_S)
+
     async def _key(self, key_id: str | None) -> _PublicKey:
         """Return the key with this ID. A token without a key ID needs an issuer with a single key."""
-        async with self._lock:
-            now = self._clock()
+        key = self._known_key(key_id)
+        if key is None or self._is_outdated:
+            await self._read_for_caller(key_id)
             key = self._known_key(key_id)
-            if now - self._read_at > KEYS_REFRESH_S or key is None:
-                await self._refresh(now)
-                key = self._known_key(key_id)
+        if self._is_outdated:
+            raise _IssuerUnusable
         if key is None:
             raise jwt.InvalidKeyError("it is signed by a key that the issuer does not publish")
         return key
+
+    @property
+    def _is_outdated(self) -> bool:
+        """Whether the server has no keys, or only keys that it must not trust any more."""
+        return not self._keys or self._clock() - self._read_at > KEYS_MAX_AGE_S
+
+    async def _read_for_caller(self, key_id: str | None) -> None:
+        """Read the keys, because the caller's key is unknown. Callers that wait at the same time share one read."""
+        if self._waiting >= self._waiting_max:
+            raise _IssuerUnusable
+        self._waiting += 1
+        try:
+            async with self._lock:
+                if self._known_key(key_id) is None or self._is_outdated:
+                    await self._read_keys()
+        finally:
+            self._waiting -= 1
 
     def _known_key(self, key_id: str | None) -> _PublicKey | None:
         matches = [key for key in self._keys if key_id is None or key.key_id == key_id]
         return matches[0] if len(matches) == 1 else None
 
-    async def _refresh(self, now: float) -> None:
-        if now - self._tried_at >= REFRESH_INTERVAL_MIN_S:
-            self._tried_at = now
-            try:
-                self._issuer_name, self._keys = await self._published()
-                self._read_at = now
-            except _IssuerUnusable as error:
-                log.error("the OAuth issuer %s cannot be used: %s", harmless(self._issuer, 200), error)
-        if now - self._read_at > KEYS_MAX_AGE_S or not self._keys:
-            raise _IssuerUnusable
+    async def _read_keys(self) -> None:
+        """Read the keys, at most once per REFRESH_INTERVAL_MIN_S. Log an unusable issuer."""
+        now = self._clock()
+        if now - self._tried_at < REFRESH_INTERVAL_MIN_S:
+            return
+        self._tried_at = now
+        try:
+            self._issuer_name, self._keys = await self._published()
+            self._read_at = now
+        except _IssuerUnusable as error:
+            log.error("the OAuth issuer %s cannot be used: %s", harmless(self._issuer, 200), error)
 
     async def _published(self) -> tuple[str, list[_PublicKey]]:
         """Read the issuer's name and its current keys."""
+        try:
+            with anyio.fail_after(READ_TIMEOUT_S):
+                return await self._read_metadata_and_keys()
+        except TimeoutError as error:
+            raise _IssuerUnusable(f"no answer within {READ_TIMEOUT_S:.0f} s") from error
+
+    async def _read_metadata_and_keys(self) -> tuple[str, list[_PublicKey]]:
         metadata = await self._metadata()
         name = metadata.get("issuer")
         keys_url = metadata.get("jwks_uri")
@@ -210,19 +253,16 @@ class Issuer:
 
     async def _read(self, url: str, *, is_optional: bool = False) -> dict[str, Any]:
         try:
-            with anyio.fail_after(READ_TIMEOUT_S):
-                # A redirect could lead to an address inside the server's network.
-                async with (
-                    httpx.AsyncClient(transport=self._transport, follow_redirects=False) as client,
-                    client.stream("GET", url, headers={"accept": "application/json"}) as response,
-                ):
-                    body = bytearray()
-                    async for part in response.aiter_bytes():
-                        body += part
-                        if len(body) > RESPONSE_MAX_BYTES:
-                            raise _IssuerUnusable("it answers with more than a megabyte")
-        except TimeoutError as error:
-            raise _IssuerUnusable(f"no answer within {READ_TIMEOUT_S:.0f} s") from error
+            # A redirect could lead to an address inside the server's network.
+            async with (
+                httpx.AsyncClient(transport=self._transport, follow_redirects=False) as client,
+                client.stream("GET", url, headers={"accept": "application/json"}) as response,
+            ):
+                body = bytearray()
+                async for part in response.aiter_bytes():
+                    body += part
+                    if len(body) > RESPONSE_MAX_BYTES:
+                        raise _IssuerUnusable("it answers with more than a megabyte")
         except TRANSPORT_ERRORS as error:
             reason = str(error)
             raise _IssuerUnusable(harmless(reason, 160) if "certificate" in reason.lower() else why(error)) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +10,16 @@ import httpx2 as httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from login import ISSUER, RESOURCE, Login
 from mcp.client.auth.utils import extract_resource_metadata_from_www_auth, extract_scope_from_www_auth
 from mcp.shared.auth import ProtectedResourceMetadata
 from office import ANNA, INITIALIZE, WISH, office
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from evolink_mcp.teams.oauth import METADATA_PATH, Issuer
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import AuthFailure
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
-ISSUER, RESOURCE = "https://login.example.org/realms/team", "https://pictures.example.org/mcp"
-CONFIGURATION = "/realms/team/.well-known/openid-configuration"
-
-
-class Login:
-    """A simulated issuer. `reads` lists the documents that the server read."""
-
-    def __init__(self, **metadata: Any) -> None:
-        self.keys = {"one": rsa.generate_private_key(65537, 2048)}
-        self.metadata = {"issuer": ISSUER, "jwks_uri": f"{ISSUER}/keys", **metadata}
-        self.algorithms: dict[str, str] = {}  # those that keys name
-        self.reads: list[str] = []
-        self.down = False
-        self.now = 1_000_000.0
-        routes = [Route(CONFIGURATION, self._serve_metadata), Route("/realms/team/keys", self._serve_keys)]
-        self._app = Starlette(routes=routes)
-
-    def issuer(self, scopes: tuple[str, ...] = ()) -> Issuer:
-        transport = httpx.ASGITransport(self._app)
-        return Issuer(ISSUER, RESOURCE, scopes, RESOURCE, transport=transport, clock=lambda: self.now)
-
-    def token(self, kid: str | None = "one", algorithm: str = "RS256", key: Any = None, **changes: Any) -> bytes:
-        now = int(time.time())
-        claims = {"iss": ISSUER, "aud": RESOURCE, "sub": "anna", "iat": now, "exp": now + 600, **changes}
-        claims = {name: value for name, value in claims.items() if value is not None}
-        headers = {} if kid is None else {"kid": kid}
-        return jwt.encode(claims, key or self.keys[kid or "one"], algorithm, headers).encode()
-
-    async def _serve_metadata(self, request: Request) -> Response:
-        self.reads.append("metadata")
-        return Response(status_code=503) if self.down else JSONResponse(self.metadata)
-
-    async def _serve_keys(self, request: Request) -> Response:
-        self.reads.append("keys")
-        keys: list[Any] = [{"kty": "unheard-of", "kid": "x"}, "nonsense"]
-        for name, key in self.keys.items():
-            algorithm: Any = (
-                jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
-            )
-            keys.append({**json.loads(algorithm.to_jwk(key.public_key())), "kid": name, "use": "sig"})
-            if name in self.algorithms:
-                keys[-1]["alg"] = self.algorithms[name]
-        return Response(status_code=503) if self.down else JSONResponse({"keys": keys})
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +123,11 @@ async def test_a_new_key_is_read_at_once_and_unknown_keys_cause_few_reads() -> N
         assert isinstance(refused, AuthFailure)
         assert refused.status == 401
     assert login.reads == ["metadata", "keys"] * 2
-    del login.keys["one"]
+    former_key = login.keys.pop("one")
     login.now += 3601
+    await issuer.refresh()
     assert isinstance(await issuer.tenant_of(login.token("two", "ES256")), Tenant)
-    assert isinstance(await issuer.tenant_of(login.token("one", key=STRANGER)), AuthFailure)
+    assert isinstance(await issuer.tenant_of(login.token("one", key=former_key)), AuthFailure)
 
 
 async def test_the_keys_of_an_unreachable_issuer_stay_valid_for_a_day(caplog: pytest.LogCaptureFixture) -> None:
@@ -183,6 +137,7 @@ async def test_the_keys_of_an_unreachable_issuer_stay_valid_for_a_day(caplog: py
     assert isinstance(await issuer.tenant_of(token), Tenant)
     login.down = True
     login.now += 5 * 3600
+    await issuer.refresh()
     assert isinstance(await issuer.tenant_of(token), Tenant)
     assert ["cannot be used: it answers HTTP 503" in text for text in caplog.messages] == [True]
     login.now += 20 * 3600
