@@ -188,6 +188,11 @@ class OutcomeUnknown(EvolinkError):
         "force_new=true buys, perhaps a second time."
     )
 
+    def __init__(self, message: str, *, task_ids: tuple[str, ...] = (), advice: str | None = None) -> None:
+        """`task_ids` are the task IDs in EvoLink's answer, if any."""
+        super().__init__(message, advice=advice)
+        self.task_ids = task_ids
+
 
 class Unreadable(EvolinkError):
     """A read failed, never a purchase, so it may be repeated."""

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from evolink_mcp import __version__
 from evolink_mcp.api import urls
+from evolink_mcp.api.deadline import Deadline, awake_deadline
 from evolink_mcp.api.http import (
     CONNECT_TIMEOUT_S,
     NEVER_CONNECTED,
@@ -36,6 +37,7 @@ from evolink_mcp.api.http import (
     whole_body,
     why,
 )
+from evolink_mcp.api.purchase_answer import PurchaseAnswer
 from evolink_mcp.api.task import Balance, Task, as_dict, is_task_id, read_balance, read_task, read_tasks
 from evolink_mcp.errors import (
     BY_STATUS,
@@ -73,12 +75,14 @@ class EvolinkClient:
         files_base_url: str = urls.FILES_BASE_URL,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.time,
+        deadline: Deadline = awake_deadline,
     ) -> None:
         self._key = key
         self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
         self._loopback = urlsplit(base_url).scheme == "http"
         self._transport = transport
         self._clock = clock
+        self._deadline = deadline
         self._opened: list[httpx.AsyncClient] = []
         self.clock_skew_s: float | None = None
         self._purchases = anyio.CapacityLimiter(POOL_SIZE)
@@ -104,7 +108,9 @@ class EvolinkClient:
     @cached_property
     def _pays(self) -> httpx.AsyncClient:
         # A purchase opens a new connection. If an idle one breaks, it is unknown whether EvoLink received the POST.
-        return self._open(httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0))
+        # Its only deadline after the connection is the one of `submit`, because that one ignores suspensions.
+        limits = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0)
+        return self._open(limits, silence_max_s=None)
 
     @cached_property
     def pictures(self) -> httpx.AsyncClient:
@@ -116,13 +122,18 @@ class EvolinkClient:
     def _connecting(self, proxy: str | None = None) -> httpx.AsyncBaseTransport:
         return httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL, proxy=proxy)
 
-    def _open(self, limits: httpx.Limits, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+    def _open(
+        self,
+        limits: httpx.Limits,
+        transport: httpx.AsyncBaseTransport | None = None,
+        silence_max_s: float | None = SUBMIT_DEADLINE_S,
+    ) -> httpx.AsyncClient:
         with preparing():
             client = httpx.AsyncClient(
                 transport=transport or self._transport,
                 limits=limits,
                 verify=self._trust,
-                timeout=httpx.Timeout(SUBMIT_DEADLINE_S, connect=CONNECT_TIMEOUT_S),
+                timeout=httpx.Timeout(silence_max_s, connect=CONNECT_TIMEOUT_S),
                 headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
                 follow_redirects=False,
                 # A simulated EvoLink has no TLS, so a proxy would see the key.
@@ -167,6 +178,9 @@ class EvolinkClient:
         if not traced:  # a transport from outside reports no events
             await on_sending()
 
+        answer = PurchaseAnswer(self._key)
+        deadline: anyio.CancelScope | None = None
+        failure: Exception | None = None
         try:
             request = self._request(
                 self._pays,
@@ -177,27 +191,32 @@ class EvolinkClient:
                 extensions={"trace": trace},
             )
             async with self._purchases:  # the wait for a free connection does not count towards the deadline
-                reply = await self._exchange(self._pays, request, SUBMIT_DEADLINE_S)
-        except (Unreadable, *TRANSPORT_ERRORS) as error:
-            if not sent and (traced or isinstance(error, NEVER_CONNECTED)):
-                raise Unreachable(f"EvoLink could not be reached ({why(error)})") from error
-            raise OutcomeUnknown(f"the request was sent and its answer was lost ({why(error)})") from error
-        if 200 <= reply.status < 300:
-            try:
-                return read_task(reply.json())
-            except Unreadable as error:
-                raise OutcomeUnknown(f"the request was sent, but {lower_first(error.message)}") from error
-        if reply.status == 404:
-            raise Rejected(
-                "EvoLink's address for pictures was not found (HTTP 404)",
-                code="wrong_address",
-                http_status=404,
-                advice="Nothing was bought. Check EVOLINK_BASE_URL.",
-            )
-        # 409: EvoLink knows this new idempotency key, so something on the way has sent the POST twice.
-        if reply.status in BY_STATUS and reply.status != 409:
-            raise rejection(reply)
-        raise OutcomeUnknown(f"the request was sent and EvoLink answered HTTP {reply.status}")
+                with self._deadline(SUBMIT_DEADLINE_S) as deadline:
+                    async with stream(self._pays, request) as response:
+                        self._compare_clocks(response)
+                        await answer.receive(response)
+        except TRANSPORT_ERRORS as error:
+            failure = error
+        if deadline is not None and deadline.cancelled_caught:
+            failure = Unreadable(f"no complete answer within {SUBMIT_DEADLINE_S:.0f} s")
+        # EvoLink has made the task, so its ID counts also in an error or an incomplete answer.
+        if (task := answer.task) is not None:
+            return task
+        if answer.status is None and not sent and (traced or isinstance(failure, NEVER_CONNECTED)):
+            assert failure is not None
+            raise Unreachable(f"EvoLink could not be reached ({why(failure)})") from failure
+        # A refusal is complete with its status. 409: EvoLink knows this new idempotency key, so something on the way has
+        # sent the POST twice.
+        if answer.status in BY_STATUS and answer.status != 409:
+            if answer.status == 404:
+                raise Rejected(
+                    "EvoLink's address for pictures was not found (HTTP 404)",
+                    code="wrong_address",
+                    http_status=404,
+                    advice="Nothing was bought. Check EVOLINK_BASE_URL.",
+                )
+            raise rejection(answer.reply)
+        raise OutcomeUnknown(f"the request was sent{_flaw_of(answer, failure)}", task_ids=answer.task_ids) from failure
 
     # --- reads ---
 
@@ -299,22 +318,34 @@ class EvolinkClient:
 
     async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
         """Send a request and read the whole answer, within a total deadline and JSON_MAX_BYTES."""
-        try:
-            with anyio.fail_after(deadline_s):
-                async with stream(client, request) as response:
-                    try:
-                        body = await whole_body(response)
-                    except (Unreadable, *TRANSPORT_ERRORS):
-                        # A refusal is complete with its status: nothing was charged.
-                        if response.status_code not in BY_STATUS:
-                            raise
-                        body = b""
-                    self._compare_clocks(response)
-                    return Reply(response.status_code, response.headers, body, self._key)
-        except TimeoutError as error:
-            raise Unreadable(f"no complete answer within {deadline_s:.0f} s") from error
+        with self._deadline(deadline_s):
+            async with stream(client, request) as response:
+                try:
+                    body = await whole_body(response)
+                except (Unreadable, *TRANSPORT_ERRORS):
+                    # A refusal is complete with its status.
+                    if response.status_code not in BY_STATUS:
+                        raise
+                    body = b""
+                self._compare_clocks(response)
+                return Reply(response.status_code, response.headers, body, self._key)
+        raise Unreadable(f"no complete answer within {deadline_s:.0f} s")
 
     def _compare_clocks(self, response: httpx.Response) -> None:
         sent_at = moment_of(response.headers.get("date", ""))
         if sent_at is not None:
             self.clock_skew_s = sent_at - self._clock()
+
+
+def _flaw_of(answer: PurchaseAnswer, failure: Exception | None) -> str:
+    """Return the reason why the answer to a POST does not show the task, as the end of a sentence."""
+    if failure is not None:
+        return f" and its answer was lost ({why(failure)})"
+    assert answer.status is not None
+    if not 200 <= answer.status < 300:
+        return f" and EvoLink answered HTTP {answer.status}"
+    try:
+        read_task(answer.reply.json())
+    except Unreadable as error:
+        return f", but {lower_first(error.message)}"
+    return ", but EvoLink's answer names no task"

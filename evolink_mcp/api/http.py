@@ -10,8 +10,9 @@ import re
 import ssl
 import time
 import urllib.request
+import zlib
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ CONNECT_TIMEOUT_S = 10.0
 RETRY_AFTER_MAX_S = 120.0
 JSON_MAX_BYTES = 1 << 20
 POOL_SIZE = 16
+COMPRESSIONS = ("gzip", "x-gzip", "deflate")
 
 # All errors of httpx for a request that failed on the way. A test compares this with its exception tree.
 TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, httpx.CookieConflict, ssl.SSLError, OSError)
@@ -142,19 +144,43 @@ def _span_name(request: httpx.Request) -> str:
 
 
 async def whole_body(response: httpx.Response) -> bytes:
-    """Return the body. It is never decompressed: a small body could become a very large one.
+    """Return the body, decompressed if the headers say so.
 
     Raises:
-        Unreadable: the body is compressed, or larger than JSON_MAX_BYTES.
+        Unreadable: the body cannot be decompressed, or is larger than JSON_MAX_BYTES.
     """
-    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise Unreadable("EvoLink's answer is compressed although it was asked not to be")
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > JSON_MAX_BYTES:
             raise Unreadable("EvoLink's answer is larger than 1 MiB")
-    return bytes(body)
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return bytes(body)
+    text, is_complete = decompressed(bytes(body))
+    if encoding not in COMPRESSIONS or not is_complete:
+        raise Unreadable("EvoLink's answer has an unknown or damaged compression")
+    return text
+
+
+def decompressed(data: bytes) -> tuple[bytes, bool]:
+    """Return gzip or deflate data decompressed, and whether all of it is intact and at most JSON_MAX_BYTES.
+
+    Otherwise return the part before the damage or the limit: a small body could become a very large one.
+    """
+    longest = b""
+    for format_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # gzip or zlib by its header, then deflate without one
+        decompressor = zlib.decompressobj(format_bits)
+        text = bytearray()
+        with suppress(zlib.error):
+            for start in range(0, len(data), 256):  # short pieces: an error discards the output of its piece
+                text += decompressor.decompress(data[start : start + 256], JSON_MAX_BYTES + 1 - len(text))
+                if len(text) > JSON_MAX_BYTES:
+                    break
+        if decompressor.eof and len(text) <= JSON_MAX_BYTES:
+            return bytes(text), True
+        longest = max(longest, bytes(text[:JSON_MAX_BYTES]), key=len)
+    return longest, False
 
 
 def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:

@@ -13,6 +13,7 @@ import httpx2 as httpx
 from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.deadline import Deadline, awake_deadline
 from evolink_mcp.app.settings import Settings, decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
@@ -62,11 +63,12 @@ async def open_studio(
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
     pause: Sleep = anyio.sleep,
+    deadline: Deadline = awake_deadline,
 ) -> AsyncGenerator[Studio]:
     """Open a studio for the account and the folders of the settings.
 
     Without `parts` it serves one person on this machine. Without a `decoder` it starts its own.
-    `transport`, `clock` (epoch seconds), `sleep` and `pause` are for tests.
+    `transport`, `clock` (epoch seconds), `sleep`, `pause` and `deadline` are for tests.
     """
     client = EvolinkClient(
         settings.key,
@@ -74,6 +76,7 @@ async def open_studio(
         files_base_url=settings.files_base_url,
         transport=transport,
         clock=clock,
+        deadline=deadline,
     )
     key = settings.key.get_secret_value() if settings.key else parts.tenant
     account_id = account_id_of(key, settings.base_url, parts.tenant) if key else ""

@@ -10,14 +10,11 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import httpx2 as httpx
-import pytest
 
-from evolink_mcp.api import client
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import SimulatedTask, Simulator
 from evolink_mcp.studio.studio import Studio
@@ -25,28 +22,28 @@ from evolink_mcp.studio.studio import Studio
 PAY = ("POST", "/v1/images/generations")
 REASONS = {200: "OK", 429: "Too Many Requests"}
 NEVER_S = 60.0
+# Turns of the event loop in which the client, in the same loop, reads everything that was sent.
+TURNS_TO_READ = 50
 WAITING: list[anyio.CancelScope] = []
 
 
-def deadlines_pass_on_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The HTTP client's deadlines pass when a gateway falls silent, and not by the clock: a machine may be slow."""
-
-    @contextmanager
-    def fail_after(delay: float) -> Iterator[None]:
-        with anyio.fail_after(delay) as scope:
-            WAITING.append(scope)
-            try:
-                yield
-            finally:
-                WAITING.remove(scope)
-
-    monkeypatch.setattr(client, "anyio", SimpleNamespace(**{**vars(anyio), "fail_after": fail_after}))
+@contextmanager
+def deadline_at_silence(_: float) -> Iterator[anyio.CancelScope]:
+    """A deadline of the HTTP client that passes when a gateway falls silent, not by a clock: a machine may be slow."""
+    with anyio.CancelScope() as scope:
+        WAITING.append(scope)
+        try:
+            yield scope
+        finally:
+            WAITING.remove(scope)
 
 
 async def silence() -> None:
-    """Nothing more is said; whoever waits for it has waited for its whole deadline."""
+    """Send nothing more: the deadline of every request in progress passes, after its client has read all data."""
+    for _ in range(TURNS_TO_READ):
+        await asyncio.sleep(0)
     for scope in WAITING:
-        scope.deadline = anyio.current_time()
+        scope.cancel()
     await asyncio.sleep(NEVER_S)
 
 
@@ -189,6 +186,11 @@ async def accept_and_drip(ask: Ask) -> None:
 async def accept_and_truncate(ask: Ask) -> None:
     reply = await ask.accepted()
     ask.answer(200, reply.content[: len(reply.content) // 2], length=len(reply.content))
+
+
+async def accept_and_truncate_before_the_id(ask: Ask) -> None:
+    reply = await ask.accepted()
+    ask.answer(200, reply.content[:12], length=len(reply.content))
 
 
 async def accept_and_break_chunks(ask: Ask) -> None:

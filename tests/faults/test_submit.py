@@ -35,9 +35,8 @@ WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deadline passes as soon as the gateway falls silent, and the machine's certificates are read once."""
-    gw.deadlines_pass_on_silence(monkeypatch)
+def shared_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the machine's certificates once for all tests."""
     monkeypatch.setattr(client.httpx, "create_ssl_context", _trust)
 
 
@@ -61,7 +60,7 @@ async def studio_at(
         "EVOLINK_API_KEY": KEY, "EVOLINK_BASE_URL": url, "EVOLINK_MCP_DATA_DIR": str(folder / "data"),
         "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"), **more,
     })  # fmt: skip
-    async with open_studio(settings, sleep=sleep) as studio:
+    async with open_studio(settings, sleep=sleep, deadline=gw.deadline_at_silence) as studio:
         yield studio
 
 
@@ -98,9 +97,10 @@ TABLE = {
     "hang before": Row(gw.hang, False),
     "hang after": Row(gw.accept_and_hang, True),
     "drip": Row(gw.accept_and_drip, True),
-    "truncated": Row(gw.accept_and_truncate, True),
+    "truncated": Row(gw.accept_and_truncate, True, TAKEN),
+    "truncated before the id": Row(gw.accept_and_truncate_before_the_id, True),
     "truncated head": Row(gw.after(lambda ask: ask.say(b"HTTP/1.1 200 OK\r\nConte")), True),
-    "broken chunks": Row(gw.accept_and_break_chunks, True),
+    "broken chunks": Row(gw.accept_and_break_chunks, True, TAKEN),
     "garbage": Row(gw.after(lambda ask: ask.say(b"\x00\xff\x16\x03 no HTTP at all\r\n\r\n")), True),
     "corrupt encoding": Row(gw.accept_and_compress, True),
     **{f"200 {kind}": Row(gw.strangely(kind), True) for kind in (

@@ -401,11 +401,8 @@ SOCKETS: dict[str, gw.Fault] = {
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=name) for name, fault in SOCKETS.items()])
-async def test_misbehaving_connections_only_cost_a_look(
-    fault: gw.Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_misbehaving_connections_only_cost_a_look(fault: gw.Fault, tmp_path: Path) -> None:
     """Deadlines are total: a byte now and then does not keep a look alive."""
-    gw.deadlines_pass_on_silence(monkeypatch)
     gateway = Gateway(QuickSimulator(duration_s=0), reads=gw.looks_go_wrong([fault, fault]))
     settings = {
         "EVOLINK_API_KEY": KEY,
@@ -419,7 +416,7 @@ async def test_misbehaving_connections_only_cost_a_look(
     with anyio.fail_after(300):
         async with gateway.open():
             opened = TeamSettings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
-            async with open_studio(opened, sleep=sleep) as studio:
+            async with open_studio(opened, sleep=sleep, deadline=gw.deadline_at_silence) as studio:
                 request = GenerationRequest.model_validate(WISH)
                 job = await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
                 async for _ in job.states():
