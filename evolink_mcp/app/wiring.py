@@ -91,7 +91,13 @@ async def open_studio(
         else:
             journal = parts.make_journal(account_id)
         if parts.make_image_store is None:
-            image_store: ImageStore = LocalImageStore(folders, decoder, sidecars=settings.has_sidecars)
+            image_store: ImageStore = LocalImageStore(
+                folders,
+                decoder,
+                journal=journal,
+                fallback=settings.data_dir / "pictures",
+                sidecars=settings.has_sidecars,
+            )
         else:
             image_store = parts.make_image_store(client, account_id, decoder)
         options = StudioOptions(

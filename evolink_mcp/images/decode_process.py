@@ -37,7 +37,7 @@ from evolink_mcp.images.decode_protocol import (
     unpack_answer,
 )
 from evolink_mcp.images.inspect import ImageFacts, sniff
-from evolink_mcp.images.previews import CACHE_MAX_BYTES
+from evolink_mcp.images.previews import CACHE_MAX_BYTES, PreviewCache
 from evolink_mcp.images.sandbox import MEMORY_MAX_BYTES, Protection
 from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.isolated import isolated_command
@@ -67,7 +67,7 @@ def decoder_command(cpu_per_image_s: float = CPU_PER_IMAGE_S, memory_max_bytes: 
 
 
 class Decoder:
-    """A pool of decoder processes for the whole server. `close()` ends them.
+    """A pool of decoder processes for the whole server. `close()` ends them. `previews` caches previews of saved images.
 
     An order never waits long for the images of other orders. Each lane serves the order with the fewest running images
     first. A slow image leaves its lane and continues at low priority. If SLOW_MAX images are slow already, it starts
@@ -90,6 +90,7 @@ class Decoder:
         directory (default: the root folder). `deadline_s` limits the time for one image. After `slow_after_s` an image
         gives way to others; `sleep` waits for it.
         """
+        self.previews = PreviewCache()
         self._environ = dict(environment)
         self._command = command
         self._folder = folder or os.path.abspath(os.sep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -20,7 +21,8 @@ from typing import BinaryIO
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
 from evolink_mcp.sanitize import harmless
 
-NAME_MAX_BYTES = 200
+# Bytes of UTF-8 in a file name. Encrypted file systems (eCryptfs) accept no longer names.
+NAME_MAX_BYTES = 143
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES_LOOKED_AT = 2_000
 # The name of an unfinished file, in its final folder.
@@ -58,6 +60,11 @@ class Folders:
         real = path.resolve()
         return any(real.is_relative_to(root) for root in self._roots())
 
+    def root_of(self, path: Path) -> Path:
+        """Return the innermost allowed folder that contains `path`. Without one: the folder of `path`."""
+        roots = [folder for folder in self.allowed if path.is_relative_to(folder)]
+        return max(roots, key=lambda root: len(root.parts), default=path.parent)
+
     def target(self, save_as: str) -> Path:
         """Return the path for `save_as`: a name or path below the output folder, or an absolute path in an allowed one.
 
@@ -86,7 +93,7 @@ class Folders:
                 raise FolderRefused(f"save_as “{shown}” is outside the allowed folders", advice=self._how_to_allow())
             path = path.parent.resolve() / path.name
             folder = save_as.endswith(("/", os.sep)) or path.is_dir()
-            ground = next(place for place in path.parents if place.exists())
+            ground = _existing_parent(path.parent)
             writable = ground.is_dir() and os.access(ground, os.W_OK | os.X_OK)
         except (ValueError, RuntimeError, OSError) as error:
             raise FolderRefused(
@@ -216,6 +223,34 @@ def make_folder(folder: Path) -> None:
         missing.mkdir(mode=0o700, exist_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Create and remove a file in `folder`. If the folder is missing: in the nearest parent, where it can be created.
+
+    Raises:
+        OSError: this server cannot create files there.
+    """
+    parent = _existing_parent(folder)
+    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=parent)
+    try:
+        os.write(handle, b"evolink-mcp checks that it can write here")
+    finally:
+        os.close(handle)
+        os.unlink(name)
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def free_bytes_of(folder: Path) -> int:
+    """Return the free space in bytes of the disk that holds `folder`, which may be missing.
+
+    Raises:
+        OSError: the system cannot read the folder.
+    """
+    return shutil.disk_usage(_existing_parent(folder)).free
+
+
 def write_new_file(path: Path, content: bytes) -> bool:
     """Write a file that only this user can read, complete or not at all. Return False if the name is taken.
 
@@ -299,6 +334,16 @@ def move_patiently(
 def stem_of(path: Path) -> str:
     """Return the file name without the suffix of an image. The text after any other dot is part of the name."""
     return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+
+
+def cut_to_bytes(text: str, size: int) -> str:
+    """Return the beginning of `text` that has at most `size` bytes of UTF-8. No character is split."""
+    return text.encode()[: max(size, 0)].decode(errors="ignore")
+
+
+def build_name(stem: str, ending: str) -> str:
+    """Return a file name of at most NAME_MAX_BYTES bytes. If it is too long, the end of `stem` is left out."""
+    return cut_to_bytes(stem, NAME_MAX_BYTES - len(ending.encode())) + ending
 
 
 def is_reserved(name: str) -> bool:

@@ -18,7 +18,6 @@ LADDER = ((1.0, 80), (0.75, 60), (0.5, 50), (0.25, 40))
 # Pillow first halves the image by averaging while it stays 1.5 times the target: half the time, no visible loss.
 REDUCING_GAP = 1.5
 CACHE_MAX_BYTES = 8 << 20
-_CACHE: OrderedDict[tuple[str, int, int, int], bytes] = OrderedDict()
 
 
 def edge_of(pictures: int, longest_edge: int | None) -> int:
@@ -52,20 +51,30 @@ def check_and_preview(content: bytes, edge: int, budget: int = CACHE_MAX_BYTES) 
         return facts, _reduce(opened, edge, budget) if edge else None
 
 
-def remember(path: Path, edge: int, content: bytes) -> None:
-    """Cache a preview that was made while its image was checked. The oldest ones are dropped beyond CACHE_MAX_BYTES."""
-    _CACHE[_cache_key(path, edge)] = content
-    while sum(map(len, _CACHE.values())) > CACHE_MAX_BYTES:
-        _CACHE.popitem(last=False)
+class PreviewCache:
+    """Previews that were made while their images were checked. Beyond `max_bytes` the oldest ones are dropped."""
 
+    def __init__(self, max_bytes: int = CACHE_MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._previews: OrderedDict[tuple[str, int, int, int], bytes] = OrderedDict()
 
-def remembered(path: Path, edge: int) -> bytes | None:
-    """Return the cached preview if the file has not changed since.
+    def add(self, path: Path, edge: int, content: bytes) -> None:
+        """Add the preview of the image at `path` with this longest edge in pixels.
 
-    Raises:
-        OSError: the file is gone.
-    """
-    return _CACHE.get(_cache_key(path, edge))
+        Raises:
+            OSError: the image is gone.
+        """
+        self._previews[_cache_key(path, edge)] = content
+        while sum(map(len, self._previews.values())) > self._max_bytes:
+            self._previews.popitem(last=False)
+
+    def find(self, path: Path, edge: int) -> bytes | None:
+        """Return the preview if the file has not changed since.
+
+        Raises:
+            OSError: the file is gone.
+        """
+        return self._previews.get(_cache_key(path, edge))
 
 
 def _cache_key(path: Path, edge: int) -> tuple[str, int, int, int]:

@@ -26,7 +26,16 @@ SIDECAR_MAX_BYTES = 1 << 20
 PRIVATE_ARGUMENTS = frozenset(["callback_url"])
 # Fields of an image that describe the work of this server and not the file.
 INTERNAL_FIELDS = frozenset(
-    ["error", "is_lost", "is_unusable", "is_rejected", "object_name", "transparent_share", "is_one_colour"]
+    [
+        "error",
+        "is_lost",
+        "is_unusable",
+        "is_rejected",
+        "object_name",
+        "transparent_share",
+        "is_one_colour",
+        "fallback_reason",
+    ]
 )
 
 

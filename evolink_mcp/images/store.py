@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -24,26 +25,33 @@ import anyio.to_thread
 from evolink_mcp.errors import (
     DecoderUnavailable,
     DownloadFailed,
+    EvolinkError,
     FolderRefused,
+    JournalUnwritable,
     PictureRejected,
     PictureUnusable,
     Refused,
 )
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import (
+    NAME_MAX_BYTES,
     PART_PREFIX,
     PART_SUFFIX,
     Folders,
+    build_name,
+    check_writable,
+    cut_to_bytes,
+    free_bytes_of,
     make_folder,
     move_to_free_name,
     open_plain,
     stem_of,
 )
 from evolink_mcp.images.inspect import ImageFacts
-from evolink_mcp.images.previews import remember
-from evolink_mcp.images.sidecar import write_sidecar
+from evolink_mcp.images.sidecar import SUFFIX, write_sidecar
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.sanitize import harmless
 
 try:
@@ -53,8 +61,11 @@ except ImportError:
 
 NAME_MAX = 48  # characters of the prompt in a file name
 ID_PART_MAX = 8  # characters of the task ID in a file name
+# Bytes of a name that follow the prompt or `save_as`: the index of the image, the number of a taken name, the suffix.
+ENDING_MAX_BYTES = len("-9" + "-9999" + ".webp")
+# Bytes of the prompt in a file name. The rest is for the task ID, the ending and the suffix of the sidecar.
+PROMPT_MAX_BYTES = NAME_MAX_BYTES - len("-12345678") - ENDING_MAX_BYTES - len(SUFFIX)
 UNFINISHED_MAX_AGE_S = 3600
-_SWEPT: set[Path] = set()
 
 Fetch = Callable[[BinaryIO], Awaitable[int]]
 
@@ -73,6 +84,14 @@ class ImageStore(Protocol):
 
         Raises:
             FolderRefused: this store cannot use the name.
+        """
+        ...
+
+    async def check_space(self, save_as: str | None, size: int) -> None:
+        """Check before the purchase that images with `size` bytes together can be saved.
+
+        Raises:
+            FolderRefused: the folder is missing, cannot be written or has no space. Nothing was charged.
         """
         ...
 
@@ -120,24 +139,57 @@ class SavedImage:
 
 
 class LocalImageStore:
-    """Save images into the user's folders, each with a sidecar unless `sidecars` is False."""
+    """Save images into the user's folders, each with a sidecar unless `sidecars` is False.
+
+    If a paid image cannot be saved there, it is saved into `fallback`. `journal` remembers the folders that were used.
+    `free_bytes` returns the free space of a folder's disk.
+    """
 
     is_permanent = True
 
-    def __init__(self, folders: Folders, decoder: Decoder, *, sidecars: bool = True) -> None:
+    def __init__(
+        self,
+        folders: Folders,
+        decoder: Decoder,
+        *,
+        journal: Journal,
+        fallback: Path,
+        sidecars: bool = True,
+        free_bytes: Callable[[Path], int] = free_bytes_of,
+    ) -> None:
         self._folders = folders
         self.decoder = decoder
+        self._journal = journal
+        self._fallback = fallback
         self._has_sidecars = sidecars
+        self._free_bytes = free_bytes
+        self._sweeper = UnfinishedFiles()
+        self._used_roots: set[Path] = set()
 
     def check_name(self, save_as: str) -> None:
         """See ImageStore."""
         self._folders.target(save_as)
 
+    async def check_space(self, save_as: str | None, size: int) -> None:
+        """See ImageStore."""
+        folder = self._folders.output if save_as is None else self._folders.target(save_as).parent
+        try:
+            await self._find_root(folder)
+            free = await anyio.to_thread.run_sync(_probe, folder, self._free_bytes)
+        except OSError as error:
+            raise FolderRefused(
+                f"the folder {folder} cannot be written ({error.strerror or type(error).__name__})",
+                advice="Nothing was sent. Make it writable or set EVOLINK_MCP_OUTPUT_DIR, then call again.",
+            ) from error
+        if free < size:
+            raise FolderRefused(
+                f"the disk of {folder} has {free / 1e6:.1f} MB of free space, and the pictures may need {size / 1e6:.1f} MB",
+                advice="Nothing was sent. Free some space or set EVOLINK_MCP_OUTPUT_DIR, then call again.",
+            )
+
     async def save(self, entry: Entry, image: ResultImage, fetch: Fetch, preview_edge: int = 0) -> ResultImage:
         """See ImageStore."""
-        target = self._target(entry, image.index, entry.save_as)
-        saved_image = await save_image(fetch, target, self.decoder, preview_edge=preview_edge, order=entry.key)
-        image = replace(image, **asdict(saved_image))
+        image = await self._save(entry, image, entry.save_as, fetch, preview_edge)
         if self._has_sidecars:
             await write_sidecar(entry, image)
         return image
@@ -146,9 +198,7 @@ class LocalImageStore:
         """See ImageStore. The first file stays."""
         if image.path is None or not image.is_present:
             return image
-        target = self._target(entry, image.index, save_as)
-        saved_image = await save_image(partial(_copy_file, Path(image.path)), target, self.decoder, order=entry.key)
-        return replace(image, **asdict(saved_image))
+        return await self._save(entry, image, save_as, partial(_copy_file, Path(image.path)))
 
     async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """See ImageStore."""
@@ -160,14 +210,86 @@ class LocalImageStore:
         """See ImageStore."""
         return entry
 
+    async def _save(
+        self, entry: Entry, image: ResultImage, save_as: str | None, fetch: Fetch, preview_edge: int = 0
+    ) -> ResultImage:
+        """Save an image in its folder, or else in the fallback folder."""
+        target = self._target(entry, image.index, save_as)
+
+        async def save_as_file(path: Path) -> SavedImage:
+            return await save_image(
+                fetch, path, self.decoder, preview_edge=preview_edge, order=entry.key, sweeper=self._sweeper
+            )
+
+        reason = None
+        try:
+            try:
+                root = await self._find_root(target.parent)
+            except OSError as error:
+                raise _unwritable(target.parent, error) from error
+            saved_image = await save_as_file(target)
+        except FolderRefused as error:
+            try:
+                saved_image = await save_as_file(self._fallback / _name_of(entry, image.index, save_as))
+            except EvolinkError:
+                raise error from None
+            reason = error.message
+        else:
+            await self._remember(root)
+        return replace(image, **asdict(saved_image), fallback_reason=reason)
+
+    async def _find_root(self, folder: Path) -> Path:
+        """Return the allowed folder that contains `folder`.
+
+        Raises:
+            FileNotFoundError: the allowed folder was used before and does not exist now. The server does not create it
+                again: its drive or its share may be disconnected.
+        """
+        root = self._folders.root_of(folder)
+        if not root.exists() and await self._was_used(root):
+            reason = "it does not exist, and earlier pictures are in it: connect its drive, or create it again"
+            raise FileNotFoundError(errno.ENOENT, reason)
+        return root
+
+    async def _was_used(self, root: Path) -> bool:
+        if root in self._used_roots:
+            return True
+        with suppress(JournalUnwritable):
+            return await self._journal.fact(_fact_of(root)) is not None
+        return True
+
+    async def _remember(self, root: Path) -> None:
+        if root not in self._used_roots:
+            with suppress(JournalUnwritable):
+                await self._journal.save_fact(_fact_of(root), "used")
+                self._used_roots.add(root)
+
     def _target(self, entry: Entry, index: int, save_as: str | None) -> Path:
         if save_as is not None:
             with suppress(Refused):
-                target = self._folders.target(save_as)
-                # The number is the index of the image. It does not depend on the order of the downloads.
-                stem = target.stem if index == 0 else f"{target.stem}-{index}"
-                return target.with_name(stem + target.suffix)
+                return self._folders.target(save_as).with_name(_name_of(entry, index, save_as))
         return self._folders.output / default_stem(entry, index)
+
+
+def _name_of(entry: Entry, index: int, save_as: str | None) -> str:
+    """Return the file name of an image. Its suffix may change with the type of the image."""
+    if save_as is None:
+        return default_stem(entry, index)
+    name = Path(save_as)
+    if index == 0:
+        return name.name
+    # The number is the index of the image. It does not depend on the order of the downloads.
+    return f"{cut_to_bytes(name.stem, NAME_MAX_BYTES - ENDING_MAX_BYTES)}-{index}{name.suffix}"
+
+
+def _fact_of(root: Path) -> str:
+    return f"folder {root}"
+
+
+def _probe(folder: Path, free_bytes: Callable[[Path], int]) -> int:
+    """Check that a file can be created in `folder`. Return the free space in bytes."""
+    check_writable(folder)
+    return free_bytes(folder)
 
 
 # --- names ---
@@ -188,10 +310,11 @@ def file_name(prompt: str, task_id: str) -> str:
         del words[0]
     name = ""
     for word in words:
-        if len(name) + len(word) + bool(name) > NAME_MAX:
-            name = name or word[:NAME_MAX]
+        longer = f"{name}-{word}" if name else word
+        if len(longer) > NAME_MAX or len(longer.encode()) > PROMPT_MAX_BYTES:
+            name = name or cut_to_bytes(word[:NAME_MAX], PROMPT_MAX_BYTES)
             break
-        name += "-" * bool(name) + word
+        name = longer
     end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_PART_MAX:]
     return "-".join(filter(None, (name, end))) or "picture"
 
@@ -200,11 +323,18 @@ def file_name(prompt: str, task_id: str) -> str:
 
 
 async def save_image(
-    fetch: Fetch, target: Path, decoder: Decoder, *, preview_edge: int = 0, order: str = ""
+    fetch: Fetch,
+    target: Path,
+    decoder: Decoder,
+    *,
+    preview_edge: int = 0,
+    order: str = "",
+    sweeper: UnfinishedFiles | None = None,
 ) -> SavedImage:
     """Download an image into the folder of `target`, under its stem and the suffix of its type. Never overwrite a file.
 
     With a `preview_edge` (pixels) the same decoding makes a preview for the cache. `order` names the purchase.
+    `sweeper` removes the unfinished files of killed servers from the folder.
 
     Raises:
         FolderRefused: the folder cannot be made or written.
@@ -224,10 +354,12 @@ async def save_image(
             await fetch(file)
             file.flush()
             facts, preview = await decoder.check(file, edge=preview_edge, order=order)
+        if sweeper is not None:
+            await anyio.to_thread.run_sync(sweeper.remove_from, target.parent, abandon_on_cancel=True)
         saved_image = await anyio.to_thread.run_sync(_finish, part, target, facts, abandon_on_cancel=True)
         if preview is not None:
             with suppress(OSError):
-                remember(Path(saved_image.path), preview_edge, preview)
+                decoder.previews.add(Path(saved_image.path), preview_edge, preview)
         return saved_image
     except UnusableImage as error:
         refusal = PictureRejected if error.is_hostile else PictureUnusable
@@ -243,14 +375,14 @@ async def save_image(
 
 def _finish(part: Path, target: Path, facts: ImageFacts) -> SavedImage:
     """Sync the checked file to the disk and give it the first free name."""
-    _remove_unfinished(part.parent)
     with part.open("r+b") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     size = part.stat().st_size
     number = 0
     while True:
-        path = target.with_name(f"{stem_of(target)}{f'-{number}' if number else ''}{facts.suffix}")
+        ending = f"-{number}{facts.suffix}" if number else facts.suffix
+        path = target.with_name(build_name(stem_of(target), ending))
         if move_to_free_name(part, path) or _has_content(path, size, sha256):
             break
         number += 1
@@ -267,18 +399,25 @@ def _finish(part: Path, target: Path, facts: ImageFacts) -> SavedImage:
     )
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Once per folder, remove the unfinished files of killed servers: old files without a lock."""
-    if folder in _SWEPT:
-        return
-    _SWEPT.add(folder)
-    with suppress(OSError):
-        for old in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
-            with suppress(OSError):
-                if time.time() - old.lstat().st_mtime > UNFINISHED_MAX_AGE_S:
-                    with old.open("rb") as file:
-                        _lock(file.fileno())
-                    old.unlink()
+class UnfinishedFiles:
+    """Remove the unfinished files of killed servers: old files without a lock. Each folder is searched once."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._searched: set[Path] = set()
+
+    def remove_from(self, folder: Path) -> None:
+        """Search `folder`, unless this object did so before."""
+        if folder in self._searched:
+            return
+        self._searched.add(folder)
+        with suppress(OSError):
+            for old in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
+                with suppress(OSError):
+                    if self._clock() - old.lstat().st_mtime > UNFINISHED_MAX_AGE_S:
+                        with old.open("rb") as file:
+                            _lock(file.fileno())
+                        old.unlink()
 
 
 def _lock(handle: int) -> None:

@@ -52,7 +52,8 @@ class ResultImage:
     `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the size of the file.
     `error` is the reason of a failed download. `is_lost`: the download is not repeated. `is_unusable`: the downloaded
     data was no image. `is_rejected`: decoding it would cost too much work. `transparent_share` is the share of pixels
-    that are not opaque, None without an alpha channel.
+    that are not opaque, None without an alpha channel. `fallback_reason` is the reason why the image was saved into the
+    data folder and not into its own folder.
     """
 
     index: int
@@ -71,6 +72,7 @@ class ResultImage:
     transparent_share: float | None = None
     is_one_colour: bool = False
     object_name: str | None = None
+    fallback_reason: str | None = None
 
     @property
     def is_saved(self) -> bool:

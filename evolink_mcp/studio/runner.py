@@ -80,6 +80,7 @@ class JobRunner:
         Claim and registration are one step, and so are record and job. A cancellation between them cannot lose one.
 
         Raises:
+            FolderRefused, DownloadFailed: the images could not be saved.
             TooManyRunning, OverBudget: a limit forbids the purchase.
             JournalUnwritable: earlier purchases are unknown or the new one was not recorded. Nothing was sent.
         """
@@ -87,6 +88,7 @@ class JobRunner:
             job = await self._find(prepared)
             if job is not None:
                 return job
+        await self._saver.check_space(prepared.request, prepared.size_rule)
         with self._limits.place(self.jobs):
             entry = await self._purchaser.entry_for(prepared)
             with anyio.CancelScope(shield=True):
@@ -235,6 +237,10 @@ class JobRunner:
             if is_audited:
                 self._writer.events.publish(Finished(job.entry, client, self._timing.clock()))
         await self._writer.release(job)
+        # An identical request may have joined the job after its images were saved.
+        while job.copy_name is not None and await self._acquire(job.entry.key):
+            job.problem = await guarded(self._saver.save_copies, job) or job.problem
+            await self._writer.release(job)
         self.jobs.remove(job)
         job.finish()
         self._repeat_later(job)

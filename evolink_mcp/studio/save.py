@@ -8,7 +8,9 @@ from functools import partial
 
 import anyio
 
+from evolink_mcp.api import sizes
 from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import (
     DownloadFailed,
@@ -23,7 +25,7 @@ from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import ResultImage
 from evolink_mcp.studio.events import Failed, JournalWriter, Saved
-from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.jobs import ImageRequest, Job, Timing
 from evolink_mcp.studio.poller import merge
 from evolink_mcp.studio.schedule import backoff_s
 
@@ -33,6 +35,7 @@ REREAD_AFTER_S = 0.5
 REPEATS_MAX = 4
 UNUSABLE_REPEATS_MAX = 1
 DOWNLOADS_AT_ONCE = 4
+BYTES_PER_PIXEL = 4
 
 
 class ImageSaver:
@@ -57,6 +60,14 @@ class ImageSaver:
         self._preview_edge = preview_edge
         self._slots = anyio.CapacityLimiter(DOWNLOADS_AT_ONCE)
 
+    async def check_space(self, request: ImageRequest, size_rule: str) -> None:
+        """Check before the POST that the images of a request can be saved.
+
+        Raises:
+            FolderRefused, DownloadFailed: the image store cannot save them. Nothing was charged.
+        """
+        await self._image_store.check_space(request.save_as, space_of(request.request, size_rule))
+
     async def save(self, job: Job) -> None:
         """Save each image that is not saved yet. This server owns the entry, so no other server saves it too.
 
@@ -75,8 +86,10 @@ class ImageSaver:
     async def save_copies(self, job: Job) -> None:
         """Save the images again under the name that the deduplicated request wants."""
         images = {image.index: image for image in job.entry.images}
+        copy_name = job.copy_name
+        job.copy_name = None
         for image in job.entry.images:
-            images[image.index] = await self._image_store.copy(job.entry, image, job.copy_name)
+            images[image.index] = await self._image_store.copy(job.entry, image, copy_name)
         await self._writer.record_images(job, _in_order(images))
 
     def _images(self, job: Job, task: Task) -> dict[int, ResultImage]:
@@ -147,6 +160,14 @@ class ImageSaver:
             with suppress(EvolinkError):
                 task = merge(task, await self._client.task(task.id))
                 await self._writer.record_poll(job, task)
+
+
+def space_of(request: GenerationRequest, size_rule: str) -> int:
+    """Return the bytes that the images of a request need at most: those of images without compression."""
+    model = request.image_model
+    size = sizes.resolve(request.size, request.resolution, size_rule, model.limits).size
+    pixels = model.limits.pixels_max if size is None else size.width * size.height
+    return request.n * pixels * BYTES_PER_PIXEL
 
 
 def _in_order(images: dict[int, ResultImage]) -> tuple[ResultImage, ...]:

@@ -18,8 +18,16 @@ from evolink_mcp.api.task import is_task_id
 from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired, StoreUnusable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.download import download
-from evolink_mcp.images.folders import NAME_MAX_BYTES, PICTURE_SUFFIXES, is_reserved, stem_of
-from evolink_mcp.images.store import Fetch, default_stem, save_image
+from evolink_mcp.images.folders import (
+    NAME_MAX_BYTES,
+    PICTURE_SUFFIXES,
+    check_writable,
+    cut_to_bytes,
+    free_bytes_of,
+    is_reserved,
+    stem_of,
+)
+from evolink_mcp.images.store import ENDING_MAX_BYTES, Fetch, UnfinishedFiles, default_stem, save_image
 from evolink_mcp.journal.entry import Entry, ResultImage
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.object_store import ObjectStore
@@ -54,6 +62,7 @@ class RemoteImageStore:
         self.decoder = decoder
         self._clock = clock
         self._swept_at = 0.0
+        self._sweeper = UnfinishedFiles()
         self.is_permanent = object_store is not None
 
     def check_name(self, save_as: str) -> None:
@@ -65,13 +74,30 @@ class RemoteImageStore:
                 advice="Give a name such as hero.png, or leave it out.",
             )
 
+    async def check_space(self, save_as: str | None, size: int) -> None:
+        """See ImageStore. Each image needs a local copy first."""
+        try:
+            await anyio.to_thread.run_sync(check_writable, self._copies)
+            free = await anyio.to_thread.run_sync(free_bytes_of, self._copies)
+        except OSError:
+            free = 0
+        if free < size:
+            raise DownloadFailed(
+                "this server's disk cannot take the picture now",
+                code="server_disk",
+                charged="no",
+                advice="Nothing was sent. The owner of this server must free some space. Then call again.",
+            )
+
     async def save(self, entry: Entry, image: ResultImage, fetch: Fetch, preview_edge: int = 0) -> ResultImage:
         """See ImageStore."""
         assert entry.task_id is not None
         copy = self._copy_path(entry.task_id, image.index)
         await self._sweep()
         with _without_paths():
-            file = await save_image(fetch, copy, self.decoder, preview_edge=preview_edge, order=entry.key)
+            file = await save_image(
+                fetch, copy, self.decoder, preview_edge=preview_edge, order=entry.key, sweeper=self._sweeper
+            )
         facts = asdict(file) | {"path": None}
         if self._object_store is not None:
             name = _object_name(entry, image.index, Path(file.path).suffix)
@@ -162,5 +188,5 @@ def _object_name(entry: Entry, index: int, suffix: str) -> str:
     """Return the file name of a stored image: the stem of `save_as`, with the suffix of the image's type."""
     if entry.save_as is None:
         return default_stem(entry, index) + suffix
-    stem = stem_of(Path(entry.save_as))
+    stem = cut_to_bytes(stem_of(Path(entry.save_as)), NAME_MAX_BYTES - ENDING_MAX_BYTES)
     return (stem if index == 0 else f"{stem}-{index}") + suffix

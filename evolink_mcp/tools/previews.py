@@ -15,7 +15,7 @@ from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import DecoderUnavailable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain
-from evolink_mcp.images.previews import edge_of, remembered
+from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.tools.task_answer import ImageOut, TaskOut
 
@@ -52,7 +52,7 @@ async def picture_block(path: Path, edge: int, chars_max: int, decoder: Decoder)
     """Return a small copy of the image at `path` with at most `chars_max` characters of base64; None if that fails."""
     budget = chars_max * 3 // 4
     with suppress(OSError, UnusableImage, DecoderUnavailable):
-        data = remembered(path, edge)
+        data = decoder.previews.find(path, edge)
         if data is None or len(data) > budget:
             with open_plain(path) as file:
                 data = await decoder.preview(file, edge=edge, budget=budget, order=path.name)

@@ -285,6 +285,11 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
         for picture in entry.images
         if picture.path and not Path(picture.path).is_file()
     ]
+    notes += [
+        f"Picture {picture.index} was saved into the data folder, because {picture.fallback_reason}."
+        for picture in entry.images
+        if picture.path and picture.fallback_reason
+    ]
     if is_being_sent:
         notes.append("EvoLink has not answered the request yet. It continues in the background and may be charged.")
     if entry.is_unconfirmed:

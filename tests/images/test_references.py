@@ -396,7 +396,9 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
         transport=httpx.ASGITransport(simulator.app),
     )  # fmt: skip
     folders = Folders(desk, (desk,))
-    references = References(client, journal, folders, LocalImageStore(folders, decoder))
+    references = References(
+        client, journal, folders, LocalImageStore(folders, decoder, journal=journal, fallback=tmp_path)
+    )
     request = GenerationRequest(prompt="blue", image_urls=[str(desk / name)])
     async with client:
         with anyio.fail_after(300):
