@@ -342,7 +342,7 @@ def cut_to_bytes(text: str, size: int) -> str:
 
 
 def build_name(stem: str, ending: str) -> str:
-    """Return a file name of at most NAME_MAX_BYTES bytes. If it is too long, the end of `stem` is left out."""
+    """Return a file name of at most NAME_MAX_BYTES bytes. It leaves out the end of a `stem` that is too long."""
     return cut_to_bytes(stem, NAME_MAX_BYTES - len(ending.encode())) + ending
 
 
