@@ -73,7 +73,7 @@ def test_every_field_of_an_answer_is_in_the_table() -> None:
 @pytest.mark.anyio
 async def test_every_field_of_a_reference_is_in_the_table(world: World) -> None:
     async with world.client() as client:
-        arguments = {"prompt": "sim:fast a fox", "image_urls": ["https://example.com/a.png"]}
+        arguments = {"prompt": "sim:fast a fox", "image_urls": ["https://cdn.pixabay.com/a.png"]}
         answer = (await client.call_tool("generate_image", arguments)).structured_content
     row = next(line for line in PAGE.splitlines() if line.startswith("| `references[]`"))
     assert [name for name in answer["references"][0] if f"`{name}`" not in row] == []

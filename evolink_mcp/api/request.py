@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
@@ -39,9 +41,21 @@ else:
     OutputFormatName = Literal[OUTPUT_FORMATS]
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must say something: only white space was given")
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Me", "Mn", "Zl", "Zp", "Zs"})
+_INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
+# Some clients wrap the arguments of a call in an object with one of these names.
+_WRAPPER_NAMES = ("arguments", "input")
+
+
+def _is_invisible(char: str) -> bool:
+    return unicodedata.category(char) in _INVISIBLE_CATEGORIES or char in _INVISIBLE_LETTERS
+
+
+def _prompt(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("contains a NUL character, which EvoLink cannot store")
+    if all(map(_is_invisible, text)):
+        raise ValueError("must say something: only white space or invisible characters were given")
     return text
 
 
@@ -86,7 +100,17 @@ def _image_source(text: str) -> str:
         return text
     if scheme[1].lower() not in ("http", "https"):
         raise ValueError(f"cannot be a {harmless(scheme[1], 20)}: address; use https://, a path or file://")
-    return urls.check_public_url(text, schemes=("http", "https"), max_length=URL_MAX)
+    return _real_url(text, schemes=("http", "https"), max_length=URL_MAX)
+
+
+def _real_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_length: int) -> str:
+    """Return `text` unchanged if it is a public URL and no placeholder."""
+    try:
+        urls.check_public_url(text, schemes=schemes, max_length=max_length)
+        urls.check_no_placeholder(text)
+    except ValueError as error:
+        raise ValueError(f"{error} Leave the argument out if you have no real public URL.") from error
+    return text
 
 
 def is_remote(source: str) -> bool:
@@ -133,14 +157,13 @@ def _quality_description(model: ImageModel) -> str:
 Prompt = Annotated[
     str,
     Field(min_length=1, max_length=PROMPT_MAX, description="What to draw, or how to edit the reference images."),
-    AfterValidator(_not_blank),
+    AfterValidator(_prompt),
 ]
 PictureSource = Annotated[str, Strict(), AfterValidator(_image_source)]
 ImageUrls = Annotated[
     list[PictureSource],
     BeforeValidator(_list_of),
     Field(
-        min_length=1,
         max_length=REFERENCES_MAX,
         description="Reference images to edit or combine: public URLs, absolute paths, file: or data: URIs, or "
         "evolink://images/{task_id}/{index} of an earlier result. .jpeg .jpg .png .webp, 50 MB each.",
@@ -152,7 +175,7 @@ SizeText = Annotated[
     Field(
         description=_size_description(DEFAULT_MODEL),
         json_schema_extra={
-            "pattern": "^(" + "|".join(("auto", *DEFAULT_MODEL.limits.ratios)) + r"|[1-9]\d{1,3}[xX×][1-9]\d{1,3})$",
+            "pattern": "^(" + "|".join(("auto", *DEFAULT_MODEL.limits.ratios)) + r"|[1-9]\d{1,3}[xX×][1-9]\d{1,3})?$",
             "examples": ["16:9", "2048x1152"],
         },
     ),
@@ -173,11 +196,11 @@ Count = Annotated[
 ]
 CallbackUrl = Annotated[
     str,
-    AfterValidator(lambda url: urls.check_public_url(url, max_length=CALLBACK_URL_MAX)),
+    AfterValidator(lambda url: _real_url(url, max_length=CALLBACK_URL_MAX)),
     Field(
         max_length=CALLBACK_URL_MAX,
         description="Public https address that EvoLink posts the finished task to.",
-        json_schema_extra={"pattern": "^https://"},
+        json_schema_extra={"pattern": "^(https://.*)?$"},
     ),
 ]
 Model = Annotated[ModelName, ignore_case(*MODELS), Field(description="The image model.")]
@@ -190,7 +213,7 @@ MaskUrl = Annotated[
 Background = Annotated[
     BackgroundName,
     ignore_case(*BACKGROUNDS),
-    Field(description="transparent needs output_format png or webp."),
+    Field(description=f"{DEFAULT_MODEL.defaults['background']} is the default; transparent needs png or webp."),
 ]
 OutputFormat = Annotated[
     OutputFormatName,
@@ -202,29 +225,36 @@ TaskId = Annotated[
     BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value),
     Field(pattern=TASK_ID_PATTERN, description="Task id, as returned by generate_image."),
 ]
-# Null is accepted and means the default; the published schema does not mention it.
+# The value of an absent argument; the published schema does not mention it.
 OrNull = SkipJsonSchema[None]
 
 
 class Arguments(BaseModel):
-    """The arguments of a caller. Unknown names are refused, and null means the default."""
+    """The arguments of a caller. Unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        arguments: dict[str, Any] = {}
-        for name, value in cast("dict[str, Any]", data).items():
-            field = cls.model_fields.get(name)
-            if value is None and field is not None and not field.is_required():
-                if field.default is not None:
-                    arguments[name] = field.default
-                continue
-            arguments[name] = value
-        return arguments
+
+def unwrapped(model: type[Arguments], arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments without a wrapper: `{"arguments": {...}}` or `{"input": {...}}` with nothing beside it."""
+    if len(arguments) == 1:
+        ((name, value),) = arguments.items()
+        if name in _WRAPPER_NAMES and name not in model.model_fields and isinstance(value, dict):
+            return cast("dict[str, Any]", value)
+    return arguments
+
+
+def empty_names(model: type[Arguments], arguments: Mapping[str, Any]) -> list[str]:
+    """Return the optional arguments with an empty value: "", [], {} or null. 0 and false are values.
+
+    Strict function calling makes every argument required, so models fill in empty values.
+    """
+    optional = [name for name, field in model.model_fields.items() if not field.is_required()]
+    return [name for name in optional if name in arguments and _is_empty(arguments[name])]
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 class GenerationRequest(Arguments):

@@ -34,8 +34,15 @@ _NOT_PUBLIC_V6 = tuple(
 _SPECIAL_SUFFIXES = frozenset(
     {
         *("alt", "arpa", "corp", "example", "home", "internal", "intranet", "invalid"),
-        *("lan", "local", "localdomain", "localhost", "onion", "private", "test"),
+        *("lan", "local", "localdomain", "localhost", "onion", "private", "svc", "test"),
     }
+)
+# RFC 2606 reserves these names for examples. _SPECIAL_SUFFIXES contains the reserved top levels.
+_EXAMPLE_DOMAINS = frozenset({("example", suffix) for suffix in ("com", "net", "org")})
+_TEMPLATE = re.compile(
+    r"[<>{}]|//(?:[^/?]*\.)?your[-_]|(?<![a-z0-9])your[-_.]?(?:api|app|bucket|callback|cdn|company|domain|endpoint|file|"
+    r"host|image|mask|photo|picture|project|server|site|subdomain|tunnel|url|webhook|website)(?![a-z])",
+    re.IGNORECASE,
 )
 
 # The ideographic, full-width, half-width and one-dot-leader stops: resolvers may read each as a dot.
@@ -80,6 +87,18 @@ def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_le
     else:
         _check_host(parts[1])
     return text
+
+
+def check_no_placeholder(url: str) -> None:
+    """Check a URL that `check_public_url` accepts: it names no reserved example host and contains no template.
+
+    Raises:
+        ValueError: it does. The message is one sentence without the URL.
+    """
+    if tuple(host_of(url).split(".")[-2:]) in _EXAMPLE_DOMAINS:
+        raise ValueError("The URL's host is reserved for examples.")
+    if _TEMPLATE.search(url):
+        raise ValueError("The URL is a template such as your-domain, not a real address.")
 
 
 def host_of(url: str) -> str:

@@ -18,7 +18,7 @@ from mcp_types import CallToolResult, ContentBlock, TextContent, ToolAnnotations
 from pydantic import BaseModel, ValidationError, WithJsonSchema
 
 from evolink_mcp.api.http import lower_first
-from evolink_mcp.api.request import Arguments
+from evolink_mcp.api.request import Arguments, empty_names, unwrapped
 from evolink_mcp.api.sizes import IllegalSize
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless, scrub
@@ -81,7 +81,19 @@ class FlatTool(Tool):
     format_error: ErrorFormatter
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        """Run the tool. The only place that turns our errors and invalid arguments into answers."""
+        """Run the tool. An empty optional argument counts as absent, and the answer says so."""
+        model = self.fn_metadata.arg_model
+        assert issubclass(model, Arguments)
+        given = unwrapped(model, arguments)
+        empty = empty_names(model, given)
+        present = {name: value for name, value in given.items() if name not in empty}
+        answer = await self._answer(present, context, convert_result)
+        if empty and isinstance(answer, CallToolResult):
+            return _with_note(answer, f"Empty arguments count as absent: {', '.join(empty)}.")
+        return answer
+
+    async def _answer(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool) -> Any:
+        """Call the tool. The only place that turns our errors and invalid arguments into answers."""
         try:
             return await super().run(arguments, context, convert_result)
         except ToolError as error:
@@ -132,6 +144,17 @@ def result(text: str, data: BaseModel | None, *blocks: ContentBlock, is_error: b
     )
 
 
+def _with_note(answer: CallToolResult, note: str) -> CallToolResult:
+    """Return the answer with one more note, at the end of its first text and in its `notes` if it has them."""
+    content = list(answer.content)
+    number, text = next((number, block) for number, block in enumerate(content) if isinstance(block, TextContent))
+    content[number] = text.model_copy(update={"text": f"{text.text}\nNote: {note}"})
+    facts = answer.structured_content
+    if facts is not None and "notes" in facts:
+        facts = {**facts, "notes": [*facts["notes"], note]}
+    return answer.model_copy(update={"content": content, "structured_content": facts})
+
+
 def _json_object(data: BaseModel) -> dict[str, Any]:
     facts = data.model_dump(mode="json")
     try:
@@ -154,36 +177,30 @@ def format_error_as(output: Callable[..., BaseModel]) -> ErrorFormatter:
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArguments, tuple[str, ...]]:
     """Return the error with one line per wrong argument, and the nearest legal sizes if a size is illegal."""
     lines: dict[str, None] = {}
-    empty: list[str] = []
     nearest: tuple[str, ...] = ()
     faults = [fault for fault in error.errors(include_url=False) if fault["type"] != "none_required"]
     for fault in faults[:FAULTS_MAX]:
-        if _is_empty_optional(fault, model):
-            empty.append(str(fault["loc"][0]))
-            continue
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, IllegalSize):
             nearest = tuple(str(size) for size in cause.nearest)
-        lines[_line(fault, cause, list(model.model_fields))] = None
-    if empty:
-        lines[f"{', '.join(dict.fromkeys(empty))}: empty; leave out arguments that you do not set"] = None
+        lines[_line(fault, cause, model) + _advice_on_zero(fault, model)] = None
     return BadArguments("invalid arguments:\n" + "\n".join(f"- {line}" for line in lines)), nearest
 
 
-def _is_empty_optional(fault: Any, model: type[BaseModel]) -> bool:
-    # Some MCP hosts fill in every optional argument with "", 0 or [].
+def _advice_on_zero(fault: Any, model: type[BaseModel]) -> str:
+    """Return the advice to leave an optional argument out if its value is a 0 that the schema does not allow."""
     field = model.model_fields.get(str(fault["loc"][0])) if fault["loc"] else None
     value = fault.get("input")
-    is_empty = value in ("", []) or (not isinstance(value, bool) and value == 0)
-    return field is not None and not field.is_required() and is_empty and not isinstance(fault["loc"][-1], int)
+    is_zero = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+    return "; leave it out for the default" if is_zero and field is not None and not field.is_required() else ""
 
 
-def _line(fault: Any, cause: object, names: list[str]) -> str:
+def _line(fault: Any, cause: object, model: type[BaseModel]) -> str:
     # pydantic's path also names the member of a union. The caller needs only the argument and the index in its list.
     path = ".".join(str(part) for number, part in enumerate(fault["loc"]) if number == 0 or isinstance(part, int))
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][0])
-        return f"{harmless(name, VALUE_MAX_CHARS)}: unknown argument; {_correction(name, names)}"
+        return f"{harmless(name, VALUE_MAX_CHARS)}: unknown argument; {_correction(name, list(model.model_fields))}"
     if fault["type"] == "missing":
         return f"{path}: required"
     if fault["type"] == "string_unicode":

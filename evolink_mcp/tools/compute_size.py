@@ -136,11 +136,11 @@ def compute(
     Raises:
         Refused: the call needs either `size`, or `width` and `height`.
     """
-    target = (req.width, req.height)
+    has_target = None not in (req.width, req.height)
     possible = possible or (rule,)
-    if req.size is None and None not in target:
+    if has_target and req.size in (None, "auto"):
         return _covering(req, rule)
-    if req.size is None or any(target):
+    if req.size is None:
         raise Refused(
             "give either size, or both width and height",
             code="invalid_arguments",
@@ -170,6 +170,8 @@ def compute(
         out.notes.append(
             f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_grammar.advice(req.size)}."
         )
+    if req.width or req.height:
+        out.notes.append("width and height have no effect with size.")
     if resolved.size is None:
         out.notes.append(
             "With auto the model chooses the size. The estimate assumes 2048x2048, as EvoLink's own estimate does. "

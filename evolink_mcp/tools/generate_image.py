@@ -34,7 +34,7 @@ class GenerateImageArguments(GenerationRequest):
 
     wait_seconds: WaitSeconds | OrNull = None
     save_as: Annotated[
-        str | OrNull, Field(min_length=1, description="File name, or path inside an allowed folder. Never overwrites.")
+        str | OrNull, Field(description="File name, or path inside an allowed folder. Never overwrites.")
     ] = None
     max_credits: Credits | OrNull = None
     force_new: Annotated[

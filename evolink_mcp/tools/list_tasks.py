@@ -29,9 +29,10 @@ from evolink_mcp.tools.task_text import row_text, task_text
 ANSWER_MAX_CHARS = 850_000
 LIST_MAX = 50
 
+ANY_STATUS = "any"
 Status = Annotated[
-    Literal["pending", "processing", "completed", "failed", "cancelled", "unknown"],
-    ignore_case("pending", "processing", "completed", "failed", "cancelled", "unknown"),
+    Literal["any", "pending", "processing", "completed", "failed", "cancelled", "unknown"],
+    ignore_case("any", "pending", "processing", "completed", "failed", "cancelled", "unknown"),
 ]
 
 
@@ -39,7 +40,7 @@ class ListTasksArguments(Arguments):
     """The arguments of list_tasks."""
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="Number of tasks."), WHOLE] = 10
-    status: Annotated[Status | OrNull, Field(description="Only tasks of this status.")] = None
+    status: Annotated[Status, Field(description="Only tasks of this status.")] = ANY_STATUS
     query: Annotated[str | OrNull, Field(description="Words of the prompt, file name or id.")] = None
     since: Annotated[str | OrNull, Field(description="ISO 8601, today, yesterday or 7d.")] = None
     until: Annotated[str | OrNull, Field(description="Same formats as since.")] = None
@@ -99,14 +100,15 @@ async def task_list(
     until = instant(req.until, now, end=True) if req.until else None
     words = tuple((req.query or "").split())
     after = _position(req.cursor) if req.cursor else None
-    entries = await studio.journal.recent(req.limit + 1, req.status, since, until, words, after)
+    status = None if req.status == ANY_STATUS else req.status
+    entries = await studio.journal.recent(req.limit + 1, status, since, until, words, after)
     listed = entries[: req.limit]
     if after is None and not words:
         external = [Entry.external(task, task.created or 0.0) for task in external_tasks]
         listed += [
             entry
             for entry in external
-            if req.status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
+            if status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
         listed.sort(key=lambda entry: entry.created_at, reverse=True)
     texts, tasks = _within_limit(
@@ -135,7 +137,7 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[s
     filters = [
         f"{name} “{harmless(value, 80)}”"
         for name in ("status", "query", "since", "until")
-        if (value := getattr(req, name))
+        if (value := getattr(req, name)) and (name, value) != ("status", ANY_STATUS)
     ]
     count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
     condition = f" with {', '.join(filters)}" if filters else ""

@@ -42,10 +42,11 @@ def input_schema(model: type[BaseModel]) -> Schema:
     """Return the schema of a tool's arguments: flat, without `$ref`, titles and null.
 
     Gemini refuses all tools if one schema uses a keyword that it does not know, such as const, exclusiveMaximum or
-    examples.
+    examples. google-genai fails on `additionalProperties`: the server refuses unknown arguments without it.
     """
     schema = _flatten(model.model_json_schema(), {})
     schema.pop("description", None)  # the tool has a description already
+    schema.pop("additionalProperties", None)
     for field in schema["properties"].values():
         if field.get("default", ...) is None:
             del field["default"]

@@ -177,7 +177,7 @@ async def test_the_type_follows_from_the_content_and_not_from_the_name(open_desk
 
 
 async def test_public_urls_go_out_as_they_came_and_nothing_is_uploaded(open_desk: Open, desk: Path) -> None:
-    remote = "https://images.example.org/cat.png?v=1"
+    remote = "https://images.pixabay.com/cat.png?v=1"
     async with open_desk() as world:
         await edit(world, remote, str(desk / "cat.png"))
         assert uploads(world) == 1

@@ -60,7 +60,7 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
 
 
 async def test_it_says_how_the_picture_was_made(world: World) -> None:
-    answer = await buy(world, size="16:9", quality="low", callback_url="https://hooks.example.org/x?token=hush")
+    answer = await buy(world, size="16:9", quality="low", callback_url="https://hooks.evolink-team.dev/x?token=hush")
     facts = answer.structured_content
     told = json.loads(beside(facts["images"][0]).read_text("utf-8"))
     assert told["made_by"].startswith("evolink-mcp ")
@@ -71,7 +71,7 @@ async def test_it_says_how_the_picture_was_made(world: World) -> None:
 
 
 async def test_neither_the_key_nor_a_callback_address_is_in_it(world: World) -> None:
-    answer = await buy(world, callback_url="https://hooks.example.org/x?token=hush")
+    answer = await buy(world, callback_url="https://hooks.evolink-team.dev/x?token=hush")
     written = beside(answer.structured_content["images"][0]).read_text("utf-8")
     assert KEY not in written
     assert "hush" not in written

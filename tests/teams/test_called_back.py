@@ -53,7 +53,7 @@ async def test_each_purchase_has_a_separate_callback_address_that_callers_never_
         first = await client.call_tool("generate_image", SLOW)
         again = await client.call_tool("generate_image", {**SLOW, "prompt": "a hen"})
         with_caller_url = await client.call_tool(
-            "generate_image", {**SLOW, "prompt": "x", "callback_url": "https://hooks.example.com/x"}
+            "generate_image", {**SLOW, "prompt": "x", "callback_url": "https://hooks.evolink-team.dev/x"}
         )
         listed = await client.call_tool("list_tasks", {"detail": True})
         first_address, second_address, caller_address = addresses(office)
@@ -61,7 +61,7 @@ async def test_each_purchase_has_a_separate_callback_address_that_callers_never_
         True,
         False,
     )
-    assert caller_address == "https://hooks.example.com/x"
+    assert caller_address == "https://hooks.evolink-team.dev/x"
     assert not with_caller_url.is_error
     text = "".join(answer.model_dump_json() for answer in (first, again, listed))
     assert "/callbacks/" not in text

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 PNG = drawing()
 # With a separate callback URL the server does not wait for a callback at its public URL.
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.example.com/x"}
+WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.evolink-team.dev/x"}
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
 
 

@@ -287,7 +287,7 @@ async def test_uploads_and_links_of_one_replica_are_valid_at_the_other(url: str,
     async with team(url, tmp_path, ANNA, **shared) as office, office.http("a") as wire:
         uri = (await wire.put("/uploads", content=drawing())).json()["uri"]
         at = office.proxy.turns[-1]
-        wish = {**WISH, "image_urls": [uri], "callback_url": "https://hooks.example.com/x"}
+        wish = {**WISH, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
         async with office.client("a") as client:
             for prompt in ("sim:fast a fox", "sim:fast a hen"):
                 task = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content

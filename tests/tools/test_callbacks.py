@@ -15,7 +15,7 @@ from evolink_mcp.app.wiring import server_for
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-HOOK = "https://hooks.example.com/here"
+HOOK = "https://hooks.evolink-hooks.dev/here"
 ARGUMENTS = {"prompt": "sim:fast a fox", "callback_url": HOOK}
 
 
@@ -53,11 +53,11 @@ def requests_to_evolink(world: World) -> list[str]:
 @pytest.mark.parametrize(
     ("allowed", "url"),
     [
-        pytest.param("other.example.com", HOOK, id="another host"),
-        pytest.param("example.com", HOOK, id="the parent domain"),
+        pytest.param("other.evolink-hooks.dev", HOOK, id="another host"),
+        pytest.param("evolink-hooks.dev", HOOK, id="the parent domain"),
         pytest.param("none", HOOK, id="no host allowed"),
-        pytest.param("hooks.example.com", "https://hooks.example.com.evil.dev/x", id="a longer name"),
-        pytest.param("hooks.example.com", "https://evil.dev/hooks.example.com", id="the host in the path"),
+        pytest.param("hooks.evolink-hooks.dev", "https://hooks.evolink-hooks.dev.evil.dev/x", id="a longer name"),
+        pytest.param("hooks.evolink-hooks.dev", "https://evil.dev/hooks.evolink-hooks.dev", id="the host in the path"),
     ],
 )
 async def test_a_callback_to_another_host_is_refused_without_a_request(
@@ -73,9 +73,9 @@ async def test_a_callback_to_another_host_is_refused_without_a_request(
     assert requests_to_evolink(world) == []
 
 
-@pytest.mark.parametrize("url", [HOOK, "https://HOOKS.example.com:8443/x", "https://hooks.example.com./x"])
+@pytest.mark.parametrize("url", [HOOK, "https://HOOKS.evolink-hooks.dev:8443/x", "https://hooks.evolink-hooks.dev./x"])
 async def test_a_callback_to_an_allowed_host_is_sent_unchanged(open_world: Open, url: str) -> None:
-    allowed = {"EVOLINK_MCP_CALLBACK_HOSTS": "one.example, Hooks.Example.com."}
+    allowed = {"EVOLINK_MCP_CALLBACK_HOSTS": "one.evolink.dev, Hooks.Evolink-hooks.dev."}
     async with open_world(allowed) as world, client_of(world, "auto", None) as client:
         answer = await client.call_tool("generate_image", {**ARGUMENTS, "callback_url": url})
         (task,) = world.simulator.tasks.values()
@@ -94,7 +94,7 @@ async def test_a_local_file_with_a_callback_needs_approval(open_world: Open, pas
     assert answer.structured_content["error"]["code"] == "not_confirmed"
     (question,) = user.questions
     assert passport in question
-    assert "hooks.example.com" in question
+    assert "hooks.evolink-hooks.dev" in question
     assert requests_to_evolink(world) == []
 
 
@@ -106,7 +106,7 @@ async def test_the_approval_holds_for_the_session_and_one_host(open_world: Open,
             arguments = {**ARGUMENTS, "prompt": prompt, "image_urls": [passport]}
             assert not (await client.call_tool("generate_image", arguments)).is_error
         assert len(user.questions) == 1
-        other_host = {**ARGUMENTS, "callback_url": "https://other.example.com/", "image_urls": [passport]}
+        other_host = {**ARGUMENTS, "callback_url": "https://other.evolink-hooks.dev/", "image_urls": [passport]}
         await client.call_tool("generate_image", other_host)
     assert len(user.questions) == 2
 

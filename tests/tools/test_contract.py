@@ -58,7 +58,7 @@ async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -
         text = json.dumps(schema)
         assert not {"anyOf", "oneOf", "allOf", "$ref", "$defs"} & set(schema), name
         assert not any(word in text for word in ('"$ref"', '"anyOf"', '"null"', '"format"', '"title"')), name
-        assert schema["additionalProperties"] is False, name
+        assert '"additionalProperties"' not in text, name
         assert all(field.get("description") for field in schema["properties"].values()), name
         jsonschema.Draft202012Validator.check_schema(schema)
         if "outputSchema" in tool:
@@ -73,7 +73,7 @@ async def test_every_limit_of_the_api_is_in_the_schema(world: World) -> None:
     assert limits["n"] == {"type": "integer", "minimum": 1, "maximum": 10, "default": 1}
     assert limits["quality"] == {"type": "string", "enum": ["low", "medium", "high"], "default": "medium"}
     assert limits["resolution"] == {"type": "string", "enum": ["1K", "2K", "4K"], "default": "1K"}
-    assert limits["image_urls"] == {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 16}
+    assert limits["image_urls"] == {"type": "array", "items": {"type": "string"}, "maxItems": 16}
     assert limits["callback_url"] == {"type": "string", "maxLength": 2048}
     assert limits["wait_seconds"] == {"type": "number", "minimum": 0, "maximum": 900}
     assert all(limit in fields["size"]["description"] for limit in ("16", "3840", "655360", "8294400", "3:1"))

@@ -164,7 +164,7 @@ async def test_an_edit_names_its_original_after_all_links_have_expired(open_worl
 
 
 async def test_urls_of_references_are_listed_unchanged(world: World) -> None:
-    urls = ["https://example.com/cat.png", "https://example.com/dog.png"]
+    urls = ["https://cdn.pixabay.com/cat.png", "https://cdn.pixabay.com/dog.png"]
     (edited,) = await buy(world, "cat and dog", image_urls=urls)
     assert [reference["given"] for reference in edited["references"]] == urls
     assert [reference["url"] for reference in edited["references"]] == urls
