@@ -316,7 +316,7 @@ class Settings:
         "EVOLINK_SIZE_RULE",
         _size_rule,
         "auto",
-        "Size table: auto (detected from delivered images), anchor-edge or pixel-spending_limits.",
+        "Size table: auto (detected from delivered images), anchor-edge or pixel-budget.",
     )
     data_dir: Path = setting(
         "EVOLINK_MCP_DATA_DIR", path, _data_dir, "Journal folder.", default_text="the user's data folder"

@@ -26,6 +26,7 @@ from evolink_mcp.teams.app import (
     tenants_app,
 )
 from evolink_mcp.teams.authenticator import TeamAuthenticator
+from evolink_mcp.teams.roles import BadRoles, Roles
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import BadTokens, Tokens
@@ -47,7 +48,7 @@ def serve_http(
     `serve` and `make_studios` are for tests.
 
     Raises:
-        BadSetting: two settings contradict each other, or the tokens file is not usable.
+        BadSetting: two settings contradict each other, or the tokens or the roles are not usable.
         JournalUnwritable: the team's database is not usable.
     """
     if options.command == "sse" and settings.database_url is not None:
@@ -67,7 +68,7 @@ def authenticator_of(settings: TeamSettings, options: Namespace) -> TeamAuthenti
     """Return the authenticator of the callers. None: the server accepts every caller.
 
     Raises:
-        BadSetting: other machines can reach a server without authentication, or the tokens file is not usable.
+        BadSetting: other machines can reach a server without authentication, or the tokens or the roles are not usable.
     """
     oauth = settings.oauth
     if settings.tokens_file is None and oauth is None:
@@ -88,7 +89,12 @@ def authenticator_of(settings: TeamSettings, options: Namespace) -> TeamAuthenti
     if oauth is not None:
         from evolink_mcp.teams.oauth import Issuer  # PyJWT is in the extra `teams`
 
-        issuer = Issuer(oauth.issuer, oauth.audience, oauth.scopes, f"{settings.public_url}{_path(options)}")
+        try:
+            roles = None if settings.oauth_roles is None else Roles(settings.oauth_roles)
+        except BadRoles as error:
+            raise BadSetting(f"EVOLINK_MCP_OAUTH_ROLES: {error}") from error
+        resource = f"{settings.public_url}{_path(options)}"
+        issuer = Issuer(oauth.issuer, oauth.audience, oauth.scopes, resource, roles=roles)
     return TeamAuthenticator(tokens, issuer, accepts_caller_keys=settings.has_caller_keys, server_key=settings.key)
 
 

@@ -47,7 +47,13 @@ async def _check_issuer(settings: TeamSettings) -> list[Finding]:
     if oauth is None:
         return []
     from evolink_mcp.teams.oauth import Issuer
+    from evolink_mcp.teams.roles import BadRoles, Roles
 
+    if settings.oauth_roles is not None:
+        try:
+            Roles(settings.oauth_roles)
+        except BadRoles as error:
+            return [Finding("issuer", "broken", str(error), "Correct the file. No server starts with it.")]
     problem = await Issuer(oauth.issuer, oauth.audience, oauth.scopes, oauth.audience).problem()
     name = harmless(oauth.issuer, 200)
     if problem is not None:

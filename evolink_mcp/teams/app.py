@@ -26,9 +26,10 @@ from evolink_mcp.teams.callbacks import PATH as CALLBACKS
 from evolink_mcp.teams.object_store import PATH as PICTURES
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, callbacks_of
-from evolink_mcp.teams.tenants import Tenants, lifespan
+from evolink_mcp.teams.tenants import TenantLimitReached, Tenants, lifespan, temporary_max_for
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.teams.uploads import StoredPictures, UploadApp
+from evolink_mcp.transports.connections import descriptor_limit
 from evolink_mcp.transports.http import REQUEST_MAX_BYTES
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
 
@@ -123,7 +124,12 @@ def tenants_app(
                 yield app
 
     # Tenants of the tokens file stay open, because they adopt orphans of their accounts.
-    return Tenants(group, open_app, lambda tenant: tenant in authenticator.tenants)
+    return Tenants(
+        group,
+        open_app,
+        lambda tenant: tenant in authenticator.tenants,
+        temporary_max=temporary_max_for(descriptor_limit()),
+    )
 
 
 def guarded_app(
@@ -191,7 +197,7 @@ async def resume_tenants(
     settings = studios.settings
     while True:
         await anyio.sleep(interval_s)
-        with suppress(JournalUnwritable):
+        with suppress(JournalUnwritable, TenantLimitReached):
             for account_id, name in (await tenants_left(studios.database, studios.account_ids)).items():
                 # The name reopens only a tenant with the server's key. Other keys are unknown here.
                 if settings.key_text and account_id_of(settings.key_text, settings.base_url, name) == account_id:

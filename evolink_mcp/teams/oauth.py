@@ -21,6 +21,8 @@ from starlette.types import ASGIApp
 from evolink_mcp.api.http import TRANSPORT_ERRORS, why
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.teams.request_rates import RequestRates
+from evolink_mcp.teams.roles import AccessDenied, Roles
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import AuthFailure
 
@@ -64,7 +66,7 @@ class Issuer:
 
     A JWT needs the `audience` and all `scopes`. `resource` is the public URL of the MCP endpoint. A caller with a known key
     never waits for the issuer; `refresh_loop` keeps the keys up to date. At most `waiting_max` callers wait for an unknown
-    key. `transport` and `clock` (seconds) are for tests.
+    key. `roles` limit the people. `transport` and `clock` (seconds) are for tests.
     """
 
     def __init__(
@@ -74,11 +76,14 @@ class Issuer:
         scopes: Sequence[str],
         resource: str,
         *,
+        roles: Roles | None = None,
         waiting_max: int = WAITING_MAX,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._issuer = issuer
+        self._roles = roles
+        self._rates = RequestRates(clock=clock)
         self._waiting_max = waiting_max
         self._audience = audience
         self._scopes = tuple(scopes)
@@ -130,7 +135,13 @@ class Issuer:
         if missing:
             text = f"This token lacks the scope {' '.join(missing)}."
             return AuthFailure(HTTPStatus.FORBIDDEN, text, (self.challenge(', error="insufficient_scope"'),))
-        return Tenant(f"{claims['sub']} at {self._issuer_name}")
+        tenant = Tenant(f"{claims['sub']} at {self._issuer_name}")
+        if self._roles is not None:
+            try:
+                tenant = self._roles.with_limits(tenant, claims)
+            except AccessDenied as error:
+                return AuthFailure(HTTPStatus.FORBIDDEN, str(error))
+        return self._rates.failure(tenant.name, tenant.requests_per_minute) or tenant
 
     async def problem(self) -> str | None:
         """Return the reason why the issuer is not usable now, if there is one."""

@@ -171,6 +171,13 @@ class TeamSettings(Settings):
         default_text="none",
         requires=("EVOLINK_MCP_OAUTH_ISSUER", "only JWTs have scopes"),
     )
+    oauth_roles: Path | None = setting(
+        "EVOLINK_MCP_OAUTH_ROLES",
+        path,
+        None,
+        "TOML file with the limits, tools and denied subjects of people with a JWT.",
+        requires=("EVOLINK_MCP_OAUTH_ISSUER", "only people with a JWT have roles"),
+    )
     has_caller_keys: bool = setting(
         "EVOLINK_MCP_CALLER_KEYS",
         switch,

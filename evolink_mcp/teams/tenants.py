@@ -11,6 +11,7 @@ from typing import Protocol
 import anyio
 import anyio.abc
 import uvicorn
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.lifespan.on import LifespanOn
 
@@ -22,6 +23,18 @@ log = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT_S = 0.5
 IDLE_TIMEOUT_S = 3600.0
 IDLE_CHECK_INTERVAL_S = 60.0
+# An open app of a person with a JWT holds 0.3 MB, and descriptors while it works.
+TEMPORARY_MAX = 256
+DESCRIPTORS_PER_TEMPORARY = 8
+
+
+def temporary_max_for(descriptors: int) -> int:
+    """Return how many apps of people with a JWT may be open in a process with this number of descriptors."""
+    return max(1, min(TEMPORARY_MAX, descriptors // DESCRIPTORS_PER_TEMPORARY))
+
+
+class TenantLimitReached(Exception):
+    """All open apps have running work, so no app of another tenant can be opened."""
 
 
 class TenantApp(Protocol):
@@ -45,7 +58,8 @@ class Tenants:
 
     `open_app` opens the app of a tenant at its first request; it runs in `group`. If the tokens file changes a tenant, the
     tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed,
-    unless the tenant `is_permanent`. `sleep` and `clock` (seconds) are for tests.
+    unless the tenant `is_permanent`. At most `temporary_max` other apps are open: for a further one, the idle app whose last
+    request is the oldest is closed. If there is no idle app, the answer is 503. `sleep` and `clock` (seconds) are for tests.
     """
 
     def __init__(
@@ -54,17 +68,20 @@ class Tenants:
         open_app: OpenApp,
         is_permanent: Callable[[Tenant], bool] = lambda tenant: True,
         *,
+        temporary_max: int = TEMPORARY_MAX,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self._group = group
         self._open_app = open_app
         self._is_permanent = is_permanent
+        self._temporary_max = temporary_max
         self._sleep = sleep
         self._clock = clock
         self._apps: dict[Tenant, TenantApp] = {}
         self._open_requests: Counter[Tenant] = Counter()
         self._last_request_at: dict[Tenant, float] = {}
+        self._closing: dict[Tenant, anyio.Event] = {}
         self._lock = anyio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,28 +94,63 @@ class Tenants:
         try:
             app = await self.app(tenant)
             await app(scope, receive, send)
+        except TenantLimitReached:
+            text = "This server has too many people with running work. Try again in a minute."
+            await PlainTextResponse(text, 503, {"retry-after": "60"})(scope, receive, send)
         finally:
             self._open_requests[tenant] -= 1
-            self._last_request_at[tenant] = self._clock()
+            if tenant in self._apps:
+                self._last_request_at[tenant] = self._clock()
+            elif not self._open_requests[tenant]:
+                del self._open_requests[tenant]
 
     async def app(self, tenant: Tenant) -> TenantApp:
-        """Return the app of the tenant. Open it first if necessary."""
+        """Return the app of the tenant. Open it first if necessary.
+
+        Raises:
+            TenantLimitReached: all open apps have running work.
+        """
         if tenant not in self._apps:
             async with self._lock:
                 if tenant not in self._apps:
+                    if not self._is_permanent(tenant):
+                        self._make_room()
                     self._apps[tenant] = await self._group.start(self._run, tenant)
         return self._apps[tenant]
 
+    def _make_room(self) -> None:
+        """Close an idle app if the limit of apps is reached."""
+        temporary = [tenant for tenant in self._apps if not self._is_permanent(tenant)]
+        if len(temporary) < self._temporary_max:
+            return
+        idle = [tenant for tenant in temporary if not self._open_requests[tenant] and self._apps[tenant].is_idle]
+        if not idle:
+            raise TenantLimitReached
+        self._close(min(idle, key=lambda tenant: self._last_request_at[tenant]))
+
     async def _run(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[TenantApp]) -> None:
-        async with self._open_app(tenant) as app:
+        closing = anyio.Event()
+        async with self._open_app(tenant) as app, anyio.create_task_group() as group:
             log.info("opened the server of tenant %s", tenant.name)
             self._last_request_at[tenant] = self._clock()
+            self._closing[tenant] = closing
             task_status.started(app)
-            while self._is_permanent(tenant) or not self._can_close(tenant, app):
-                await self._sleep(IDLE_CHECK_INTERVAL_S)
-            # There is no await between the check and this line, so no request can arrive in between.
-            del self._apps[tenant], self._last_request_at[tenant], self._open_requests[tenant]
+            group.start_soon(self._close_when_idle, tenant, app, closing)
+            await closing.wait()
+            group.cancel_scope.cancel()
         log.info("closed the idle server of tenant %s", tenant.name)
+
+    async def _close_when_idle(self, tenant: Tenant, app: TenantApp, closing: anyio.Event) -> None:
+        while not closing.is_set():
+            if not self._is_permanent(tenant) and self._can_close(tenant, app):
+                self._close(tenant)
+            else:
+                await self._sleep(IDLE_CHECK_INTERVAL_S)
+
+    def _close(self, tenant: Tenant) -> None:
+        """Close an idle app. No request can arrive between the check and this call, because there is no await."""
+        del self._apps[tenant], self._last_request_at[tenant], self._open_requests[tenant]
+        self._closing.pop(tenant).set()
 
     def _can_close(self, tenant: Tenant, app: TenantApp) -> bool:
         silence_s = self._clock() - self._last_request_at[tenant]

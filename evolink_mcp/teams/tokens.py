@@ -12,7 +12,6 @@ import shlex
 import stat
 import time
 import tomllib
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from http import HTTPStatus
@@ -24,14 +23,14 @@ from pydantic import SecretStr
 from evolink_mcp.api.urls import KEY
 from evolink_mcp.images.folders import is_reserved
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.teams.reloaded_file import ReloadedFile
+from evolink_mcp.teams.request_rates import RequestRates
 from evolink_mcp.tools.names import TOOL_NAMES, tools_named
 from evolink_mcp.transports.authentication import AuthFailure
 
 log = logging.getLogger(__name__)
 
 TOKEN_PREFIX = "evt_"
-FILE_CHECK_INTERVAL_S = 1.0
-MINUTE_S = 60.0
 NUMBER_MAX = 1e9
 _NAME = re.compile(r"[0-9A-Za-z]([0-9A-Za-z._@-]{0,62}[0-9A-Za-z])?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -41,6 +40,7 @@ _NUMBER_TYPES = {
     "max_running": (int,),
     "requests_per_minute": (int,),
 }
+LIMIT_NAMES = frozenset({*_NUMBER_TYPES, "tools"})
 
 
 class BadTokens(ValueError):
@@ -65,10 +65,7 @@ class Tenant:
 
 
 class Tokens:
-    """The tokens file at `path`. A changed file is read again. An invalid one changes nothing.
-
-    `exposure` is a warning if other users of this machine can read an EvoLink key in it.
-    """
+    """The tokens file at `path`. A changed file is read again. An invalid one changes nothing."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file. `clock` (seconds) is for tests.
@@ -76,74 +73,42 @@ class Tokens:
         Raises:
             BadTokens: the file is not readable or not valid.
         """
-        self._path = path
-        self._clock = clock
-        self._version = self._file_version()
-        self._tenants, self.exposure = _read(path)
-        self._checked_at = clock()
-        self._request_times: dict[str, deque[float]] = {}
+        self._file = ReloadedFile(path, _read, "tokens", clock=clock)
+        self._rates = RequestRates(clock=clock)
 
     @property
     def tenants(self) -> Collection[Tenant]:
         """The tenants of all tokens."""
-        return frozenset(self._tenants.values())
+        tenants, _ = self._file.content
+        return frozenset(tenants.values())
+
+    @property
+    def exposure(self) -> str | None:
+        """A warning if other users of this machine can read an EvoLink key in the file."""
+        _, exposure = self._file.content
+        return exposure
 
     def authenticate(self, authorization: bytes | None) -> Tenant | AuthFailure:
         """Return the tenant of the token in an Authorization header, or the answer that refuses the request."""
-        self._reload()
+        if self._file.reload():
+            tenants, exposure = self._file.content
+            log.warning("reloaded the tokens file: %d tokens", len(tenants))
+            if exposure is not None:
+                log.warning("%s", exposure)
         scheme, _, token = (authorization or b"").strip().partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             return _unauthorized(b"", "This server needs a token: send Authorization: Bearer evt_…")
         tenant = self._tenant_of(token.strip())
         if tenant is None:
             return _unauthorized(b', error="invalid_token"', "This server does not know the token.")
-        return self._rate_limit_failure(tenant) or tenant
+        return self._rates.failure(tenant.name, tenant.requests_per_minute) or tenant
 
     def _tenant_of(self, token: bytes) -> Tenant | None:
         # Compare all digests, each in constant time, so that the duration shows nothing about the tokens.
         digest = hashlib.sha256(token).hexdigest()
-        matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, digest)]
+        tenants, _ = self._file.content
+        matches = [tenant for known, tenant in tenants.items() if hmac.compare_digest(known, digest)]
         return matches[0] if matches else None
-
-    def _rate_limit_failure(self, tenant: Tenant) -> AuthFailure | None:
-        limit = tenant.requests_per_minute
-        if limit is None:
-            return None
-        now = self._clock()
-        times = self._request_times.setdefault(tenant.name, deque())
-        while times and times[0] <= now - MINUTE_S:
-            times.popleft()
-        if len(times) < limit:
-            times.append(now)
-            return None
-        wait_s = int(times[0] + MINUTE_S - now) + 1 if times else int(MINUTE_S)
-        text = f"The limit of {limit} requests per minute is reached. Try again in {wait_s} s."
-        return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text, ((b"retry-after", str(wait_s).encode()),))
-
-    def _reload(self) -> None:
-        now = self._clock()
-        if now - self._checked_at < FILE_CHECK_INTERVAL_S:
-            return
-        self._checked_at = now
-        version = self._file_version()
-        if version == self._version:
-            return
-        self._version = version
-        try:
-            self._tenants, self.exposure = _read(self._path)
-        except BadTokens as error:
-            log.error("the changed tokens file is invalid, so the last valid tokens stay in use: %s", error)
-        else:
-            log.warning("reloaded the tokens file: %d tokens", len(self._tenants))
-            if self.exposure is not None:
-                log.warning("%s", self.exposure)
-
-    def _file_version(self) -> tuple[int, int, int] | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def new_token(name: str) -> tuple[str, str]:
@@ -223,18 +188,22 @@ def _parse_block(block: Any, location: str) -> tuple[str, Tenant]:
     if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         raise BadTokens(f"{location}: evolink_key is no EvoLink key")
     secret = None if key is None else SecretStr(key)
-    numbers = _parse_numbers(values, location)
-    return digest.lower(), Tenant(name, secret, **numbers, tools=_parse_tools(values.get("tools"), location))
+    return digest.lower(), Tenant(name, secret, **parse_limits(values, location))
 
 
-def _parse_numbers(values: Mapping[str, Any], location: str) -> dict[str, Any]:
+def parse_limits(values: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """Return the limits and tools in a block of a TOML file, as fields of `Tenant`. `location` names the block.
+
+    Raises:
+        BadTokens: a value is not valid.
+    """
     numbers = {name: values[name] for name in _NUMBER_TYPES if name in values}
     for name, number in numbers.items():
         # isinstance would accept `true`, because bool is a subclass of int.
         if type(number) not in _NUMBER_TYPES[name] or not 0 <= number <= NUMBER_MAX:
             kind = "number" if float in _NUMBER_TYPES[name] else "whole number"
             raise BadTokens(f"{location}: {name} must be a {kind}, 0 or more")
-    return numbers
+    return {**numbers, "tools": _parse_tools(values.get("tools"), location)}
 
 
 def _parse_tools(value: Any, location: str) -> frozenset[str] | None:

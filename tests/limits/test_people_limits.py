@@ -1,0 +1,227 @@
+"""Limits for people with a JWT: their number, their requests, and their roles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from login import ISSUER, Login
+from office import ANNA, INITIALIZE, office
+
+from evolink_mcp.teams.request_rates import RequestRates
+from evolink_mcp.teams.roles import BadRoles, Roles
+from evolink_mcp.teams.tenants import Tenants, temporary_max_for
+from evolink_mcp.teams.tokens import Tenant
+from evolink_mcp.transports.authentication import CALLER_KEY, AuthFailure
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
+
+
+# --- the number of people ---
+
+
+class App:
+    """The app of a tenant. `statuses` lists the statuses of its answers."""
+
+    def __init__(self) -> None:
+        self.is_idle = True
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+
+class People:
+    """Tenants with at most two people. The tenant anna is in the tokens file."""
+
+    def __init__(self, group: Any) -> None:
+        self.apps: dict[str, App] = {}
+        self.closed: list[str] = []
+        self.now_s = 0.0
+        self._tenants = Tenants(
+            group, self._open, lambda tenant: tenant.name == "anna", temporary_max=2, clock=lambda: self.now_s
+        )
+
+    @asynccontextmanager
+    async def _open(self, tenant: Tenant) -> AsyncIterator[App]:
+        app = App()
+        self.apps[tenant.name] = app
+        yield app
+        del self.apps[tenant.name]
+        self.closed.append(tenant.name)
+
+    async def status(self, name: str) -> int:
+        messages: list[Any] = []
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        self.now_s += 1
+        await self._tenants({"type": "http", CALLER_KEY: Tenant(name)}, None, send)  # pyright: ignore[reportArgumentType]
+        return messages[0]["status"]
+
+
+async def test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldest_request() -> None:
+    async with anyio.create_task_group() as group:
+        people = People(group)
+        for name in ("anna", "bert", "carl", "bert", "dora"):
+            assert await people.status(name) == 200
+        while not people.closed:
+            await anyio.sleep(0)
+        assert people.closed == ["carl"]
+        assert sorted(people.apps) == ["anna", "bert", "dora"]
+        people.apps["bert"].is_idle = False
+        people.apps["dora"].is_idle = False
+        assert await people.status("emil") == 503
+        assert await people.status("bert") == 200
+        people.apps["dora"].is_idle = True
+        assert await people.status("emil") == 200
+        group.cancel_scope.cancel()
+
+
+async def test_a_process_with_few_descriptors_serves_fewer_people() -> None:
+    assert [temporary_max_for(descriptors) for descriptors in (4, 512, 1_000_000)] == [1, 64, 256]
+
+
+# --- the requests of a person ---
+
+
+async def test_the_memory_for_the_request_rates_is_limited() -> None:
+    rates = RequestRates(tenants_max=3, clock=lambda: 0.0)
+    assert rates.failure("anna", 1) is None
+    for number in range(10):
+        assert rates.failure("anna", 1) is not None
+        assert rates.failure(f"person {number}", 1) is None
+    assert len(rates) == 3
+
+
+# --- roles ---
+
+ROLES = """
+denied_subjects = ["mallory"]
+
+[[role]]
+claim = "groups"
+value = "design"
+max_credits_per_call = 20
+requests_per_minute = 2
+tools = ["generate_image", "get_task"]
+
+[[role]]
+claim = "realm_access.roles"
+value = "reader"
+tools = ["compute_size"]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "roles.toml"
+    path.write_text(ROLES)
+    return path
+
+
+async def _status(login: Login, issuer: Any, **claims: Any) -> int:
+    auth_result = await issuer.tenant_of(login.token(**claims))
+    return auth_result.status if isinstance(auth_result, AuthFailure) else 200
+
+
+@pytest.mark.parametrize(
+    ("claims", "tools"),
+    [
+        pytest.param({"groups": ["x", "design"]}, {"generate_image", "get_task"}, id="in a list"),
+        pytest.param({"groups": "design"}, {"generate_image", "get_task"}, id="as text"),
+        pytest.param({"realm_access": {"roles": ["reader"]}}, {"compute_size"}, id="inside another claim"),
+        pytest.param({"realm_access.roles": "reader"}, {"compute_size"}, id="with a dot in its name"),
+        pytest.param({"groups": "designers"}, None, id="another value"),
+        pytest.param({"groups": {"design": 1}}, None, id="as the name of a member"),
+        pytest.param({}, None, id="no claim"),
+        pytest.param({"groups": "design", "sub": "mallory"}, None, id="a denied subject"),
+    ],
+)
+async def test_the_first_matching_role_sets_tools_and_limits_and_nobody_else_may_call(
+    file: Path, claims: dict[str, Any], tools: set[str] | None
+) -> None:
+    login = Login()
+    auth_result = await login.issuer(roles=Roles(file)).tenant_of(login.token(**claims))
+    if tools is None:
+        assert isinstance(auth_result, AuthFailure)
+        assert auth_result.status == 403
+    else:
+        assert isinstance(auth_result, Tenant)
+        assert auth_result.tools == tools
+        assert auth_result.max_credits_per_call == (20 if "generate_image" in tools else None)
+
+
+async def test_a_role_limits_the_requests_of_each_person_separately(file: Path) -> None:
+    login = Login()
+    issuer = login.issuer(roles=Roles(file))
+    statuses = [await _status(login, issuer, groups="design", sub=name) for name in ("a", "a", "a", "b")]
+    assert statuses == [200, 200, 429, 200]
+
+
+async def test_a_changed_file_denies_a_person_at_the_next_request(file: Path) -> None:
+    login = Login()
+    issuer = login.issuer(roles=Roles(file, clock=lambda: login.now))
+    assert await _status(login, issuer, groups="design") == 200
+    file.write_text(ROLES.replace("mallory", "anna"))
+    os.utime(file, (1, 1))  # a file system may have coarse times
+    login.now += 2
+    assert await _status(login, issuer, groups="design") == 403
+    file.write_text("role = 3")
+    login.now += 2
+    assert await _status(login, issuer, groups="design") == 403  # the last valid file stays in use
+
+
+async def test_without_roles_the_file_only_denies_subjects(file: Path) -> None:
+    file.write_text('denied_subjects = ["mallory"]')
+    login = Login()
+    issuer = login.issuer(roles=Roles(file))
+    assert await _status(login, issuer) == 200
+    assert await _status(login, issuer, sub="mallory") == 403
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 1",
+        "role = 1",
+        "role = [1]",
+        "denied_subjects = 'mallory'",
+        "denied_subjects = [1]",
+        "[[role]]\nclaim = 'groups'",
+        "[[role]]\nvalue = 'design'",
+        "[[role]]\nclaim = ''\nvalue = 'x'",
+        "[[role]]\nevolink_key = 'sk-secret-key'",
+        "[[role]]\nmax_running = true",
+        "[[role]]\ntools = ['buy']",
+        "=",
+    ],
+)
+async def test_an_invalid_file_is_refused(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(BadRoles, match=r"roles\.toml"):
+        Roles(file)
+
+
+async def test_a_person_gets_only_the_tools_of_the_role(tmp_path: Path, file: Path) -> None:
+    login = Login()
+    issuer = login.issuer(roles=Roles(file))
+    token = login.token(realm_access={"roles": ["reader"]}).decode()
+    async with office(tmp_path, ANNA, issuer=issuer, EVOLINK_MCP_OAUTH_ISSUER=ISSUER, **PUBLIC) as team:
+        async with team.client(token) as client:
+            assert [tool.name for tool in (await client.list_tools()).tools] == ["compute_size"]
+        async with team.http(login.token(sub="mallory").decode()) as http:
+            assert (await http.post("/mcp", json=INITIALIZE)).status_code == 403
+
+
+TRIALS = {
+    "Open apps of people with a JWT": test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldest_request,
+    "Tenants with counted requests per minute": test_the_memory_for_the_request_rates_is_limited,
+}
