@@ -84,6 +84,16 @@ class ResultImage:
         """Return whether the image is saved and its file, if it has one, still exists. Reads the disk."""
         return self.is_saved and (self.path is None or Path(self.path).is_file())
 
+    @property
+    def is_away(self) -> bool:
+        """Return whether the folder of the saved image does not exist, because its drive is disconnected. Reads the disk."""
+        return self.path is not None and not Path(self.path).parent.is_dir()
+
+    @property
+    def needs_download(self) -> bool:
+        """Return whether the image was not saved, or its file was deleted. Reads the disk."""
+        return not (self.is_rejected or self.is_present or self.is_away)
+
 
 @dataclass(frozen=True, slots=True)
 class ReferenceImage:
@@ -209,7 +219,7 @@ class Entry:
     @property
     def has_result(self) -> bool:
         """Return whether the caller needs no further call: an image is saved, or nothing was charged."""
-        if any(image.is_saved for image in self.images):
+        if any(image.is_present for image in self.images):
             return True
         is_settled = self.phase != Phase.INTENT if self.task is None else self.task.settled
         return is_settled and self.charged == "no"
@@ -219,10 +229,11 @@ class Entry:
         return self.stage is Stage.OPEN or self.phase == Phase.UNKNOWN or self.can_download(now)
 
     def can_download(self, now: float) -> bool:
-        """Return whether an image is not on this computer, and its URL is still valid at `now`."""
-        return any(
-            image.url_expires_at > now and not image.is_present and not image.is_rejected for image in self.images
-        )
+        """Return whether an image is not on this computer, and its URL is still valid at `now`.
+
+        For a deleted image EvoLink may send a new URL.
+        """
+        return any(image.needs_download and (image.is_saved or image.url_expires_at > now) for image in self.images)
 
     def is_reusable(self, now: float) -> bool:
         """Return whether an identical request can get this purchase: it is running, unknown, or has images."""
@@ -230,7 +241,8 @@ class Entry:
             return self.phase in (Phase.INTENT, Phase.SENDING, Phase.UNKNOWN)
         if not self.task.settled:
             return True
-        has_images = not self.images or any(image.is_present for image in self.images) or self.can_download(now)
+        has_images = not self.images or any(image.is_present or image.is_away for image in self.images)
+        has_images = has_images or self.can_download(now)
         return self.task.status == COMPLETED and has_images
 
 

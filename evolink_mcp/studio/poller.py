@@ -346,11 +346,33 @@ class TaskFollower:
 
 
 def merge(before: Task, newer: Task) -> Task:
-    """Return the newer state with the facts of `before` that the newer answer omits."""
+    """Return the newer state with the facts of `before` that the newer answer omits.
+
+    A settled status never goes back. Only `completed` replaces another settled status.
+    """
+    is_kept = before.settled and newer.status != COMPLETED
+    latest = before if is_kept else newer
+    other = newer if is_kept else before
+    is_same_status = before.status == newer.status
     return replace(
-        newer,
-        estimated_time_s=newer.estimated_time_s if newer.estimated_time_s is not None else before.estimated_time_s,
-        credits_reserved=newer.credits_reserved if newer.credits_reserved is not None else before.credits_reserved,
-        created=newer.created or before.created,
-        results=newer.results or before.results,
+        latest,
+        estimated_time_s=_first(latest.estimated_time_s, other.estimated_time_s),
+        credits_reserved=_first(latest.credits_reserved, other.credits_reserved),
+        # Before the end of a task EvoLink sends a placeholder for the charge.
+        credits_used=_first(latest.credits_used, other.credits_used if is_same_status else None),
+        billing=latest.billing or (other.billing if is_same_status else None),
+        created=latest.created or other.created,
+        results=_merge_links(before.results, newer.results),
+        links_left_out=max(before.links_left_out, newer.links_left_out),
     )
+
+
+def _first(value: float | None, other: float | None) -> float | None:
+    return other if value is None else value
+
+
+def _merge_links(before: tuple[str, ...], newer: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the newer links, then the earlier links of the other images. The position of a link is the image's index."""
+    if set(newer) <= set(before):
+        return before
+    return newer + tuple(link for link in before[len(newer) :] if link not in newer)

@@ -10,14 +10,14 @@ from dataclasses import replace
 import anyio
 import anyio.abc
 
-from evolink_mcp.api.task import COMPLETED
+from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.journal.journal import Notification
 from evolink_mcp.studio.events import Changed, Finished, JournalWriter
 from evolink_mcp.studio.jobs import Callback, Job, JobState, Prepared, Timing, guarded
 from evolink_mcp.studio.limits import Limits
-from evolink_mcp.studio.poller import TaskFollower
+from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
@@ -292,6 +292,8 @@ class JobRunner:
         polls = True
         while True:
             entry = await self._writer.entry_by_key(job.entry.key) or job.entry
+            if entry.task is not None:
+                entry = replace(entry, task=_newer_task(job.entry, entry.task))
             task = entry.task
             if polls and task is not None and not task.settled:
                 with suppress(EvolinkError):  # the answer is only shown, its owner records it
@@ -316,7 +318,7 @@ class JobRunner:
             if notification.task_id is not None:
                 self._writer.events.publish(Changed(notification.task_id))
         elif job.has_remote_owner and notification.task is not None:
-            self._writer.show_remote_entry(job, replace(job.entry, task=notification.task))
+            self._writer.show_remote_entry(job, replace(job.entry, task=_newer_task(job.entry, notification.task)))
         elif job.has_remote_owner:
             job.wake()
 
@@ -329,9 +331,10 @@ class JobRunner:
     def _repeat_later(self, job: Job) -> None:
         """Repeat an unfinished job, more and more slowly, until the links of its images have expired."""
         entry = job.entry
-        problem = job.problem
         is_unfinished = entry.is_written and entry.task is not None and entry.stage is not Stage.FINAL
-        if not is_unfinished or problem is None or problem.code in FINAL_PROBLEMS or entry.key in self._repeat_keys:
+        # Without a problem, EvoLink reports the task as completed and sends no links yet.
+        is_repeatable = entry.stage is Stage.OPEN if job.problem is None else job.problem.code not in FINAL_PROBLEMS
+        if not is_unfinished or not is_repeatable or entry.key in self._repeat_keys:
             return
         repeats = self._repeats.get(entry.key, 0)
         self._repeats[entry.key] = repeats + 1
@@ -345,3 +348,8 @@ class JobRunner:
         entry = await self._writer.entry_by_key(key)
         if entry is not None and entry.stage is not Stage.FINAL and not self.job_of(key):
             await self.resume(entry)
+
+
+def _newer_task(entry: Entry, task: Task) -> Task:
+    """Return the state of the entry's task after another server described it."""
+    return merge(entry.task, task) if entry.task is not None and entry.task.id == task.id else task

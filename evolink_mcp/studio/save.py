@@ -78,10 +78,11 @@ class ImageSaver:
         assert task is not None
         images = self._images(job, task)
         self._writer.show_images(job, _in_order(images))
+        links = _FreshLinks(job, self._client, self._writer, self._timing)
         async with anyio.create_task_group() as group:
             for image in list(images.values()):
-                if not image.is_saved and not image.is_rejected:
-                    group.start_soon(self._save_image, job, images, image)
+                if image.needs_download:
+                    group.start_soon(self._save_image, job, images, image, links)
 
     async def save_copies(self, job: Job) -> None:
         """Save the images again under the name that the deduplicated request wants."""
@@ -100,23 +101,23 @@ class ImageSaver:
         ended_at = now if job.has_seen_running else task.created or job.entry.created_at
         images = {index: ResultImage(index, url, ended_at + LINK_LIVES_S) for index, url in enumerate(task.results)}
         for image in job.entry.images:
-            if image.is_saved and not image.is_present and image.url_expires_at > now:
-                image = ResultImage(image.index, image.url, image.url_expires_at)
-            if image.is_rejected:
-                images[image.index] = image
-            elif image.is_saved or not images.get(image.index, image).is_saved:
-                images[image.index] = replace(image, error=None, is_lost=False, is_unusable=False)
+            # A deleted image keeps its path and its facts until it is saved again.
+            if not image.is_rejected:
+                image = replace(image, error=None, is_lost=False, is_unusable=False)
+            images[image.index] = image
         return images
 
-    async def _save_image(self, job: Job, images: dict[int, ResultImage], image: ResultImage) -> None:
+    async def _save_image(
+        self, job: Job, images: dict[int, ResultImage], image: ResultImage, links: _FreshLinks
+    ) -> None:
         async with self._slots:
             try:
-                images[image.index] = await self._download(job, image)
+                images[image.index] = await self._download(job, images, image.index, links)
             except EvolinkError as error:
                 is_unusable = isinstance(error, PictureUnusable)
                 is_lost = is_unusable or (isinstance(error, DownloadFailed) and not error.retryable)
                 images[image.index] = replace(
-                    image,
+                    images[image.index],
                     error=error.message,
                     is_lost=is_lost,
                     is_unusable=is_unusable,
@@ -129,23 +130,29 @@ class ImageSaver:
         await self._writer.record_images(job, _in_order(images))
         self._writer.events.publish(event)
 
-    async def _download(self, job: Job, image: ResultImage) -> ResultImage:
+    async def _download(self, job: Job, images: dict[int, ResultImage], index: int, links: _FreshLinks) -> ResultImage:
+        """Return the saved image. A new link replaces a refused one in `images`."""
         edge = edge_of(len(job.entry.images), self._preview_edge) if job.callers else 0
-        for repeat in range(REPEATS_MAX + 1):
+        repeats = 0
+        while True:
+            image = images[index]
             try:
                 fetch = partial(download, self._client, image.url)
                 return await self._image_store.save(job.entry, image, fetch, edge)
             except StoreUnusable:  # the store has repeated the request itself
                 raise
             except DownloadFailed as error:
+                if isinstance(error, LinkExpired) and (fresh := await links.replace(image)) is not None:
+                    images[index] = fresh
+                    continue
                 if isinstance(error, LinkExpired) and image.url_expires_at > self._timing.clock():
                     # The link is too young to expire. Some servers of the image host may not know it yet.
                     error = DownloadFailed("EvoLink's link to the picture is refused")
                 last = UNUSABLE_REPEATS_MAX if isinstance(error, PictureUnusable) else REPEATS_MAX
-                if not error.retryable or repeat >= last:
+                if not error.retryable or repeats >= last:
                     raise error
-                await self._timing.sleep(backoff_s(repeat))
-        raise AssertionError("unreachable")
+                await self._timing.sleep(backoff_s(repeats))
+                repeats += 1
 
     async def _reread_links(self, job: Job) -> None:
         """Read a completed task again if it lacks links. It is never bought again."""
@@ -160,6 +167,32 @@ class ImageSaver:
             with suppress(EvolinkError):
                 task = merge(task, await self._client.task(task.id))
                 await self._writer.record_poll(job, task)
+
+
+class _FreshLinks:
+    """New links to the images of one task. EvoLink is asked once, when a link was refused."""
+
+    def __init__(self, job: Job, client: EvolinkClient, writer: JournalWriter, timing: Timing) -> None:
+        self._job = job
+        self._client = client
+        self._writer = writer
+        self._timing = timing
+        self._lock = anyio.Lock()
+        self._has_asked = False
+
+    async def replace(self, image: ResultImage) -> ResultImage | None:
+        """Return the image with its new link, or None if EvoLink sends no other one."""
+        async with self._lock:
+            task = self._job.entry.task
+            if not self._has_asked and task is not None:
+                self._has_asked = True
+                with suppress(EvolinkError):
+                    await self._writer.record_poll(self._job, merge(task, await self._client.task(task.id)))
+        task = self._job.entry.task
+        links = task.results if task is not None else ()
+        if image.index >= len(links) or links[image.index] == image.url:
+            return None
+        return replace(image, url=links[image.index], url_expires_at=self._timing.clock() + LINK_LIVES_S)
 
 
 def space_of(request: GenerationRequest, size_rule: str) -> int:

@@ -184,10 +184,9 @@ class Studio:
     async def resume(self, task_id: str) -> Job:
         """Return the job of this task: finished, running, or external.
 
-        To ask for a finished unconfirmed match by its ID confirms it.
+        To ask for a finished unconfirmed match by its ID confirms it. Without a key the job has the state of the journal.
 
         Raises:
-            KeyMissing: the task needs EvoLink, and there is no key.
             TaskUnknown: other callers use the account too, and the journal does not have this task.
         """
         await self.wake()
@@ -196,13 +195,21 @@ class Studio:
             entry = await self._writer.entry_by_task(task_id)
             if entry is None and self._options.is_shared:
                 raise TaskUnknown(f"there is no task {task_id} here")
+            if not self.client.has_key:
+                return self._recorded_job(entry or Entry.external(Task(task_id, status="unknown"), self.now()))
             if entry is None or entry.account != self.journal.account:
                 entry = Entry.external(Task(task_id, status="unknown"), self._timing.clock())
-            if entry.has_work(self._timing.clock()):
-                self._need_key()
             job = await self._runner.resume(entry)
         if job.entry.is_unconfirmed and job.entry.stage is not Stage.OPEN:
             await self._runner.confirm(job)
+        return job
+
+    def _recorded_job(self, entry: Entry) -> Job:
+        """Return a finished job with the state that the journal has. Only a key could change it."""
+        job = Job(entry)
+        if entry.has_work(self.now()):
+            job.problem = self._key_missing().problem
+        job.finish()
         return job
 
     async def entry(self, task_id: str) -> Entry | None:
@@ -337,7 +344,10 @@ class Studio:
 
     def _need_key(self) -> None:
         if not self.client.has_key:
-            raise KeyMissing(self._options.key_problem or "no EvoLink API key is set")
+            raise self._key_missing()
+
+    def _key_missing(self) -> KeyMissing:
+        return KeyMissing(self._options.key_problem or "no EvoLink API key is set")
 
     async def _adopt_loop(self) -> None:
         with anyio.move_on_after(ADOPT_AFTER_S):

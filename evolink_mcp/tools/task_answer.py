@@ -13,6 +13,7 @@ from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
 from evolink_mcp.errors import (
     Charged,
     EvolinkError,
+    KeyMissing,
     LinkExpired,
     PictureRejected,
     PictureUnusable,
@@ -43,7 +44,7 @@ class ImageOut(BaseModel):
 
     `url` is its link, valid until `url_expires_at` (ISO 8601, UTC). `path`, `mime_type`, `width` and `height`
     (pixels), `bytes` (file size), `sha256` (hex), `resource_uri` and `markdown` are null until it is saved. `path`
-    stays null for a caller on another machine. `error` is the reason why it is not saved.
+    stays null for a caller on another machine. `error` is the reason why it is not saved or why its file is missing.
     """
 
     index: int
@@ -102,7 +103,7 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
     the job continues, so a request that is not sent yet may still be charged.
     """
     task = entry.task
-    failure = _failure(entry) or problem
+    failure = _failure(entry) or problem or _missing_files(entry)
     waiting = entry.stage is Stage.OPEN and failure is None
     is_being_sent = running and entry.phase in (Phase.INTENT, Phase.SENDING)
     charged = "unknown" if is_being_sent else entry.charged
@@ -129,14 +130,37 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
 
 
 def image_out(task_id: str, picture: ResultImage, prompt: str = "") -> ImageOut:
-    """Return one image of a task, with its resource and a line of Markdown if it is saved."""
+    """Return one image of a task, with its resource and a line of Markdown if its file is present."""
     facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
-    if picture.is_saved:
+    if picture.is_present:
         facts |= {
             "resource_uri": f"evolink://images/{task_id}/{picture.index}",
             "markdown": _markdown(picture.path or picture.url, prompt),
+            "error": None,
         }
+    elif picture.is_saved:
+        facts["error"] = "; ".join(filter(None, (_missing_file(picture), picture.error)))
     return ImageOut.model_validate(facts)
+
+
+def _missing_file(picture: ResultImage) -> str:
+    """Return the reason why a saved image is not present."""
+    if picture.is_away:
+        return f"the folder of {picture.path} does not exist now; its drive or share may be disconnected"
+    return f"the file {picture.path} was moved or deleted"
+
+
+def _missing_files(entry: Entry) -> Problem | None:
+    """Return the problem of a completed task whose saved images are all missing."""
+    saved = [picture for picture in entry.images if picture.is_saved]
+    if entry.status != COMPLETED or not saved or any(picture.is_present for picture in saved):
+        return None
+    message = "; ".join(_missing_file(picture) for picture in saved)
+    advice = (
+        "Connect the drive or put the file back, then call get_task. It downloads a deleted picture again while EvoLink "
+        "keeps it."
+    )
+    return Problem("file_missing", message, True, advice)
 
 
 def refusal(error: EvolinkError) -> TaskOut:
@@ -240,6 +264,8 @@ def _credits(entry: Entry, charged: Charged) -> float | None:
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
+    if failure is not None and failure.code == KeyMissing.code:
+        return None
     is_final = failure is not None and (
         entry.status in (FAILED, "cancelled")
         or failure.code in (LinkExpired.code, PictureRejected.code, TaskUnknown.code)
@@ -281,14 +307,14 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
         )
     notes += _deviations(entry)
     notes += [
-        f"The file of picture {picture.index} was moved or deleted."
+        f"Picture {picture.index} is missing: {_missing_file(picture)}."
         for picture in entry.images
-        if picture.path and not Path(picture.path).is_file()
+        if picture.is_saved and not picture.is_present
     ]
     notes += [
         f"Picture {picture.index} was saved into the data folder, because {picture.fallback_reason}."
         for picture in entry.images
-        if picture.path and picture.fallback_reason
+        if picture.is_present and picture.fallback_reason
     ]
     if is_being_sent:
         notes.append("EvoLink has not answered the request yet. It continues in the background and may be charged.")

@@ -58,7 +58,9 @@ def _headline(out: TaskOut) -> str:
     if out.status == COMPLETED and saved:
         count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
         verb = "saved" if any(image.path for image in saved) else "ready"
-        failed = f", {len(out.images) - len(saved)} could not be saved" if len(saved) < len(out.images) else ""
+        missing = sum(image.resource_uri is None and image.path is not None for image in out.images)
+        unsaved = len(out.images) - len(saved) - missing
+        failed = f", {unsaved} could not be saved" * bool(unsaved) + f", {missing} missing" * bool(missing)
         return f"{name} is completed: {count} {verb}{failed}."
     if out.error is not None:
         return f"{name} {_outcome(out)}: {sentence(out.error.message)}"
@@ -98,7 +100,7 @@ def _image_lines(image: ImageOut) -> list[str]:
             f"{image.width}×{image.height} pixels, {image.mime_type}, {image.bytes or 0:,} bytes, sha256 {image.sha256}"
         )
     if image.error:
-        lines.append(f"Not saved: {sentence(image.error)}")
+        lines.append(f"{'Missing' if image.path else 'Not saved'}: {sentence(image.error)}")
     if image.url:
         lines += [image.url] if image.path or not image.resource_uri else []  # otherwise the Markdown line has it
         lines.append(f"(link expires {image.url_expires_at})")
