@@ -7,10 +7,11 @@ adds the settings of teams to it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PREFIX = "EVOLINK_"
 EXAMPLE_KEY = "sk-..."
+KEY_IN_STORE = "keyring"  # instead of a key: the key is in the key store of the system
 EVOLINK_DOMAIN = "evolink.ai"
 CREDITS_MAX = 1e9
 
@@ -34,6 +36,8 @@ _HOSTNAME = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class BadSetting(ValueError):
@@ -300,7 +304,7 @@ class Settings:
         "EVOLINK_API_KEY",
         plain,
         None,
-        "EvoLink API key. Without it, only the free offline tools work.",
+        "EvoLink API key, or keyring for the system's key store. Without it, only the free offline tools work.",
         is_secret=True,
         keeps_quotes=True,  # `key_problem` explains the quotes
     )
@@ -407,12 +411,30 @@ class Settings:
         unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in variables)
         return {name: _most_similar(name, variables) for name in unknown}
 
+    def with_stored_key(self) -> Self:
+        """Read the key from the system's key store if EVOLINK_API_KEY is "keyring". This can take 0.5 s.
+
+        If the key store has no usable key, `key_problem` reports it.
+        """
+        if self.key_text is None or self.key_text.lower() != KEY_IN_STORE:
+            return self
+        from evolink_mcp.app.key_store import KeyStore, KeyStoreUnusable
+
+        try:
+            key = KeyStore().load()
+        except KeyStoreUnusable as error:
+            log.warning("%s", error)
+            return self
+        return replace(self, key_text=key) if key else self
+
     @property
     def key_problem(self) -> str | None:
         """Why the API key is unusable; None for a valid or missing key."""
         key = self.key_text
         if key is None:
             return None
+        if key.lower() == KEY_IN_STORE:
+            return "the system's key store has no usable EvoLink key. Unlock it, or run “evolink-mcp install” again"
         if key == EXAMPLE_KEY:
             return f"EVOLINK_API_KEY is still the example {EXAMPLE_KEY}"
         if _PLACEHOLDER.search(key):
@@ -461,7 +483,13 @@ def _most_similar(name: str, variables: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, variables, n=1)), None)
 
 
-# --- the environment of child processes ---
+# --- the environment of this process ---
+
+
+def folder_variables() -> dict[str, str]:
+    """Return the variables that move the configuration of MCP hosts, and PATH."""
+    names = ("APPDATA", "LOCALAPPDATA", "XDG_CONFIG_HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "COPILOT_HOME", "PATH")
+    return {name: value for name in names if (value := os.environ.get(name))}
 
 
 def has_display() -> bool:

@@ -78,6 +78,15 @@ def parse_arguments(argv: list[str]) -> Namespace:
     sheet.add_argument("--out", help="new file to write (default: a name with the time, in the output folder)")
     doctor = commands.add_parser("doctor", help="check this installation and print the configuration of each MCP host")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    install = commands.add_parser("install", help="add this server to the configuration of MCP hosts")
+    install.add_argument(
+        "hosts", nargs="*", metavar="HOST", help="host, for example codex (default: all that it finds)"
+    )
+    install.add_argument("--undo", action="store_true", help="remove this server from the configuration again")
+    install.add_argument("--yes", action="store_true", help="change the files without a question")
+    install.add_argument(
+        "--key-in-file", action="store_true", help="write the key into the configuration, not into the key store"
+    )
     word = next((argument for argument in argv if not argument.startswith("-")), None)
     if word == "help":
         parser.print_help()

@@ -92,7 +92,7 @@ async def examine(environment: Mapping[str, str] | None = None) -> Report:
     findings = [check_python(sys.version_info[:3]), check_packages()]
     findings += check_variables(TeamSettings.unknown_variables(environment))
     try:
-        settings = TeamSettings.from_environment(environment)
+        settings = TeamSettings.from_environment(environment).with_stored_key()
     except BadSetting as error:
         findings.append(Finding("settings", "broken", str(error), "Correct or remove this variable."))
     else:

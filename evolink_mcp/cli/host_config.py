@@ -1,4 +1,4 @@
-"""The configuration that makes an MCP host start this server: text to paste, and links that install it."""
+"""The configuration that makes an MCP host start this server: values, text to paste, and links that install it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from evolink_mcp.cli.config_text import toml_tables
 
 SERVER_NAME = "evolink"
 KEY_VARIABLE = "EVOLINK_API_KEY"
@@ -37,6 +40,8 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
     """Return the configuration of each MCP host for a command and an environment. Put only an example key into `env`."""
     entry = _entry(command, args, env)
     servers = _json({"mcpServers": {SERVER_NAME: entry}})
+    server = partial(server_value, command=command, args=args, env=env)
+    opencode = _json({"$schema": "https://opencode.ai/config.json", "mcp": {SERVER_NAME: server("opencode")}})
     line = [command, *args]
     pairs = [f"{name}={value}" for name, value in env.items()]
     claude = ["claude", "mcp", "add", SERVER_NAME, "-s", "user", *_each("-e", pairs), "--", *line]
@@ -48,16 +53,41 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
         Block("Cursor", "~/.cursor/mcp.json", "json", servers),
         Block("VS Code", ".vscode/mcp.json", "json", _vscode(entry)),
         Block("Codex", TERMINAL, "sh", _command_line(codex)),
-        Block("Codex", "~/.codex/config.toml", "toml", _codex(command, args, env)),
+        Block("Codex", "~/.codex/config.toml", "toml", toml_tables(["mcp_servers", SERVER_NAME], server("codex"))),
         Block("Gemini CLI", TERMINAL, "sh", _command_line(gemini)),
         Block("Gemini CLI", "~/.gemini/settings.json", "json", servers),
         Block("Windsurf", "~/.codeium/windsurf/mcp_config.json", "json", servers),
-        Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: {"args": [], **entry}}})),
-        Block("opencode", "~/.config/opencode/opencode.json", "json", _opencode(line, env)),
-        Block("Copilot CLI", "~/.copilot/mcp-config.json", "json", _copilot(entry)),
-        Block("Cline", "cline_mcp_settings.json", "json", _cline(entry)),
+        Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: server("zed")}})),
+        Block("opencode", "~/.config/opencode/opencode.json", "json", opencode),
+        Block(
+            "Copilot CLI", "~/.copilot/mcp-config.json", "json", _json({"mcpServers": {SERVER_NAME: server("copilot")}})
+        ),
+        Block("Cline", "cline_mcp_settings.json", "json", _json({"mcpServers": {SERVER_NAME: server("cline")}})),
         Block("JetBrains", "Settings, AI Assistant, MCP, as JSON", "json", servers),
     )
+
+
+def server_value(host: str, command: str, args: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the value that describes this server in the configuration of a host, for example "codex"."""
+    entry = _entry(command, args, env)
+    match host:
+        case "claude-code" | "vscode":
+            return {"type": "stdio", **entry}
+        case "codex":
+            environment = entry.pop("env")
+            limits = {"startup_timeout_sec": CODEX_STARTUP_S, "tool_timeout_sec": CODEX_CALL_S}
+            return {**entry, **limits, "env": environment}
+        case "zed":
+            return {"args": [], **entry}
+        case "opencode":
+            line = [command, *args]
+            return {"type": "local", "command": line, "environment": dict(env), "timeout": CALL_S * 1000}
+        case "copilot":
+            return {"type": "local", "args": [], **entry, "tools": ["*"]}
+        case "cline":
+            return {**entry, "timeout": CALL_S}
+        case _:
+            return entry
 
 
 def installed_command(python: Path = Path(sys.executable)) -> tuple[str, list[str]]:
@@ -100,29 +130,6 @@ def _key_input() -> dict[str, Any]:
 def _with_key_input(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the entry with a reference to the input field instead of the key."""
     return {**entry, "env": {**entry["env"], KEY_VARIABLE: f"${{input:{KEY_INPUT}}}"}}
-
-
-def _codex(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    # Strings and lists of strings have the same form in JSON and TOML.
-    lines = [f"[mcp_servers.{SERVER_NAME}]", f"command = {_compact(command)}"]
-    if args:
-        lines.append(f"args = {_compact(list(args))}")
-    lines += [f"startup_timeout_sec = {CODEX_STARTUP_S}", f"tool_timeout_sec = {CODEX_CALL_S}", ""]
-    lines += [f"[mcp_servers.{SERVER_NAME}.env]", *(f"{name} = {_compact(value)}" for name, value in env.items())]
-    return "\n".join(lines)
-
-
-def _opencode(line: Sequence[str], env: Mapping[str, str]) -> str:
-    server = {"type": "local", "command": list(line), "environment": dict(env), "timeout": CALL_S * 1000}
-    return _json({"$schema": "https://opencode.ai/config.json", "mcp": {SERVER_NAME: server}})
-
-
-def _copilot(entry: dict[str, Any]) -> str:
-    return _json({"mcpServers": {SERVER_NAME: {"type": "local", "args": [], **entry, "tools": ["*"]}}})
-
-
-def _cline(entry: dict[str, Any]) -> str:
-    return _json({"mcpServers": {SERVER_NAME: {**entry, "timeout": CALL_S}}})
 
 
 def _each(flag: str, values: Sequence[str]) -> list[str]:

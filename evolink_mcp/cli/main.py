@@ -115,6 +115,7 @@ def _stdio(options: Namespace) -> int:
     from evolink_mcp.transports.stdio import serve_stdio
 
     sys.setswitchinterval(default_interval)
+    settings = settings.with_stored_key()  # after the first answers, because a key store is slow
 
     async def serve(read: Any, write: Any) -> None:
         studio_context = open_studio(settings)
@@ -150,7 +151,7 @@ async def _record_startup(folder: Path, key: bytes, serve: Callable[[Any, Any], 
 
 def _http(options: Namespace) -> int:
     raise_descriptor_limit()
-    settings = _read_settings()
+    settings = _read_settings().with_stored_key()
     from evolink_mcp.app.settings import BadSetting
     from evolink_mcp.cli.serve_http import serve_http
 
@@ -286,6 +287,29 @@ def _doctor(options: Namespace) -> int:
     return report.exit_code
 
 
+def _install(options: Namespace) -> int:
+    import getpass
+    from functools import partial
+
+    from evolink_mcp.app.key_store import KeyStore
+    from evolink_mcp.app.settings import folder_variables
+    from evolink_mcp.cli.host_config import installed_command
+    from evolink_mcp.cli.host_files import Machine
+    from evolink_mcp.cli.install import Console, Installer, run_install
+
+    settings = _read_settings()
+    is_terminal = bool(sys.stdin and sys.stdin.isatty())
+    console = Console(
+        print,
+        _print_error,
+        ask=input if is_terminal else None,
+        ask_secret=partial(getpass.getpass, stream=sys.stderr) if is_terminal else None,
+    )
+    machine = Machine(Path.home(), sys.platform, folder_variables())
+    installer = Installer(machine, settings.data_dir, *installed_command())
+    return run_install(options, settings, installer, KeyStore(), console)
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "stdio": _stdio,
     "http": _http,
@@ -297,4 +321,5 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "open": _open,
     "sheet": _sheet,
     "doctor": _doctor,
+    "install": _install,
 }

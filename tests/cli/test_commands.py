@@ -13,7 +13,7 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from evolink_mcp import __version__
 from evolink_mcp.teams.settings import TeamSettings
 
-COMMANDS = ("http", "sse", "token", "demo", "simulate", "tasks", "open", "sheet", "doctor")
+COMMANDS = ("http", "sse", "token", "demo", "simulate", "tasks", "open", "sheet", "doctor", "install")
 
 
 def run(home: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:

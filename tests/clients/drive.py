@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hosts
+import installed
 from stage import PATH, TRANSPORTS, Score, Stage, npm_install
 
 FOLDER = Path(__file__).resolve().parent
@@ -178,7 +179,7 @@ class Drive:
         self._tell("mcporter", "", "http", f"no {lacking} in {run[-600:]!r}" if lacking else "")
 
     def _hosts(self) -> None:
-        names = [name for name in ("claude code", "gemini cli", "codex") if self._asked_for(name)]
+        names = [name for name in ("claude code", "gemini cli", "codex", "install") if self._asked_for(name)]
         if not names:
             return
         folder = self.stage.work / "hosts"
@@ -191,6 +192,9 @@ class Drive:
             if name in names:
                 for transport, problem in list_servers(self.stage, modules):
                     self._tell(name, hosts.version_of(modules, package), transport, problem, "mcp list: connected")
+        if "install" in names:
+            for name, version, problem in installed.installed(self.stage, modules):
+                self._tell(f"install {name}", version, "stdio", problem, "mcp list after install, then undo")
         if "codex" in names:
             with hosts.codex(self.stage, modules) as call:
                 for transport in ("stdio", "http"):
