@@ -23,6 +23,8 @@ from evolink_mcp.sanitize import harmless
 
 # Bytes of UTF-8 in a file name. Encrypted file systems (eCryptfs) accept no longer names.
 NAME_MAX_BYTES = 143
+# Linux allows no longer path. The checks below need a time that grows with the square of the length: 58 s for 500 KB.
+PATH_MAX_CHARS = 4_096
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NAMES_LOOKED_AT = 2_000
 # The name of an unfinished file, in its final folder.
@@ -72,6 +74,11 @@ class Folders:
             FolderRefused: outside every allowed folder, in a place that cannot be written, or not a usable name.
         """
         shown = harmless(save_as, 80)
+        if len(save_as) > PATH_MAX_CHARS:
+            raise FolderRefused(
+                f"save_as has {len(save_as):,} characters, and a path has at most {PATH_MAX_CHARS:,}",
+                advice="Give a short name such as hero.png.",
+            )
         try:
             given = Path(save_as).expanduser()
             parts = given.parts[1:] if given.anchor else given.parts

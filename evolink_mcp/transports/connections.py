@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -35,7 +36,9 @@ class ConnectionLimits:
     """Limits for the connections of one server.
 
     It serves at most `served_max` connections. `refused_max` further ones wait for their request and get a 503.
-    `accepted_at_once` connections are accepted in one turn of the event loop.
+    `accepted_at_once` connections are accepted in one turn of the event loop. The system keeps up to `waiting_max`
+    further ones until then. An answer that its client does not read ends after `unread_timeout_s`. All such answers
+    together have at most `unread_max_bytes`; above that, the one that waits longest ends.
     """
 
     served_max: int
@@ -43,6 +46,9 @@ class ConnectionLimits:
     accepted_at_once: int
     request_head_timeout_s: float = 10.0
     refusal_timeout_s: float = 1.0
+    waiting_max: int = 4_096
+    unread_timeout_s: float = 30.0
+    unread_max_bytes: int = 32 << 20
 
     @classmethod
     def for_descriptors(cls, descriptors: int) -> Self:
@@ -53,12 +59,53 @@ class ConnectionLimits:
         return cls(max(served_max, 1), refused_max, accepted_at_once)
 
 
+class UnreadAnswers:
+    """The connections of one server whose clients do not read, slowest first.
+
+    A connection is here while asyncio's buffer is above its high-water mark of 64 KiB.
+    """
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._timers: dict[asyncio.Transport, asyncio.TimerHandle] = {}
+
+    def add(self, transport: asyncio.Transport) -> None:
+        """The client of this connection stopped reading."""
+        self._start_timer(transport)
+        while sum(one.get_write_buffer_size() for one in self._timers) > self._limits.unread_max_bytes:
+            self._abort(next(iter(self._timers)))
+
+    def remove(self, transport: asyncio.Transport) -> None:
+        """The client reads again, or the connection is closed."""
+        timer = self._timers.pop(transport, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _start_timer(self, transport: asyncio.Transport) -> None:
+        loop = asyncio.get_running_loop()
+        size = transport.get_write_buffer_size()
+        self._timers[transport] = loop.call_later(self._limits.unread_timeout_s, self._check, transport, size)
+
+    def _check(self, transport: asyncio.Transport, earlier_size: int) -> None:
+        """End the connection unless its client read something since the timer began."""
+        if transport.get_write_buffer_size() < earlier_size:
+            self._start_timer(transport)
+        else:
+            self._abort(transport)
+
+    def _abort(self, transport: asyncio.Transport) -> None:
+        self.remove(transport)
+        # Not close(), which would wait until the client has read everything.
+        transport.abort()
+
+
 class LimitedH11Protocol(H11Protocol):
     """One connection. It closes without a complete request head, and answers 503 above the limit of connections."""
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **options: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, unread: UnreadAnswers, **options: Any) -> None:
         super().__init__(*args, **options)
         self._limits = limits
+        self._unread = unread
         self._is_refused = False
 
     def connection_made(self, transport: Any) -> None:
@@ -79,9 +126,20 @@ class LimitedH11Protocol(H11Protocol):
         else:
             super().data_received(data)
 
+    def pause_writing(self) -> None:
+        """The client does not read its answer."""
+        super().pause_writing()
+        self._unread.add(self.transport)
+
+    def resume_writing(self) -> None:
+        """The client has read enough of its answer."""
+        self._unread.remove(self.transport)
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer of a closed connection."""
+        """Stop the timers of a closed connection."""
         self._timer.cancel()
+        self._unread.remove(self.transport)
         super().connection_lost(exc)
 
     def _refuse(self) -> None:

@@ -17,11 +17,11 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
 from evolink_mcp.journal.journal import Journal
-from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, descriptor_limit
+from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, UnreadAnswers, descriptor_limit
 from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import accepted_hostnames
-from evolink_mcp.transports.messages import CheckedPosts
 from evolink_mcp.transports.signals import on_stop_signal
+from evolink_mcp.transports.sse_streams import SseStreams
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def mcp_app(
     if transport == "sse":
         sse = server.sse_app(max_request_body_size=limit, transport_security=security, host=host)
         # The SDK would log the traceback and the content of each invalid message.
-        return CheckedPosts(sse, SSE_MESSAGES_PATH)
+        return SseStreams(sse, SSE_MESSAGES_PATH)
     # Any replica answers any request, so no session may live in a process. The answer is a stream, for progress.
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=security, host=host
@@ -76,12 +76,12 @@ async def serve_app(
         host=host,
         port=port,
         log_level="warning",
-        http=cast("Any", partial(LimitedH11Protocol, limits=limits)),
+        http=cast("Any", partial(LimitedH11Protocol, limits=limits, unread=UnreadAnswers(limits))),
         ws="none",
         timeout_graceful_shutdown=cast("Any", LEAVE_TIMEOUT_S),  # typed as int, but uvicorn compares floats
         backlog=limits.accepted_at_once,
     )
-    server = _Server(config, ready)
+    server = _Server(config, ready, limits.waiting_max)
     exit_code = 0
     draining: asyncio.Task[None] | None = None
 
@@ -159,13 +159,19 @@ def _security_of(names: Sequence[str]) -> TransportSecuritySettings:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], waiting_max: int) -> None:
         super().__init__(config)
         self._ready = ready
+        self._waiting_max = waiting_max
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            # asyncio uses its `backlog` for the system's queue and for the connections of one turn. A short queue
+            # leaves callers without any answer: the system drops their SYN, and they repeat it after 1, 3, 7 … s.
+            for listener in (one for server in self.servers for one in server.sockets):
+                with listener.dup() as copy:
+                    copy.listen(self._waiting_max)
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             self._ready()
 

@@ -8,8 +8,10 @@ may have it, so the cancellation goes to all of them.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import cast
 
@@ -42,6 +44,37 @@ class Call:
         self.is_answered = False
 
 
+class Turns:
+    """Let at most `at_once` calls begin at the same time, in the order of their arrival.
+
+    Without turns, 1,000 simultaneous calls share the processor and all end at the very end. A call that waits for EvoLink
+    gives its turn back after `longest_s`.
+    """
+
+    def __init__(self, at_once: int = 32, longest_s: float = 0.1) -> None:
+        self._semaphore = anyio.Semaphore(at_once)
+        self._longest_s = longest_s
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncGenerator[None]:
+        """Wait for a turn and hold it inside the context."""
+        await self._semaphore.acquire()
+        is_held = True
+
+        def release() -> None:
+            nonlocal is_held
+            if is_held:
+                is_held = False
+                self._semaphore.release()
+
+        timer = asyncio.get_running_loop().call_later(self._longest_s, release)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            release()
+
+
 class Calls:
     """An ASGI app in front of `app`. It needs the HTTP guard, which passes each body as one message.
 
@@ -52,6 +85,7 @@ class Calls:
         self._app = app
         self._journal = journal
         self._running: dict[CallKey, list[Call]] = {}
+        self._turns = Turns()
         journal.listen(self._receive_news)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +123,8 @@ class Calls:
         calls.append(call)
         try:
             scope = {**scope, SCOPE_KEY: call.delivery}
-            await self._app(scope, _until_cancelled(receive, call), _recording(send, call))
+            async with self._turns.turn():
+                await self._app(scope, _until_cancelled(receive, call), _recording(send, call))
             if call.cancelled.is_set() and call.is_answer_started and not call.is_answered:
                 await send({"type": "http.response.body"})  # the client keeps the stream open, so end it
         finally:

@@ -9,12 +9,16 @@ from mcp_types import JSONRPCError, JSONRPCMessage, JSONRPCNotification, jsonrpc
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from evolink_mcp.sanitize import scrub
 from evolink_mcp.transports.json_rpc import INVALID_REQUEST, PARSE_ERROR, error_body, is_sendable, request_id_in
 
 BAD_REQUEST = 400
+# A call of this server has fewer than 50 members on five levels. pydantic needs more time than this check.
+DEPTH_MAX = 200
+MEMBERS_MAX = 10_000
+NAME_MAX_CHARS = 1_000
 
 
 class InvalidMessage(Exception):
@@ -31,7 +35,7 @@ def read_message(data: bytes, *, keep_surrogates: bool = False) -> JSONRPCMessag
     `keep_surrogates` accepts lone surrogates, which JSON can spell and UTF-8 cannot. A tool then refuses them in words.
 
     Raises:
-        InvalidMessage: `data` is not JSON, is a batch, or is no message of JSON-RPC 2.0.
+        InvalidMessage: `data` is not JSON, is a batch, is no message of JSON-RPC 2.0, or is too deep or too large.
     """
     try:
         value = _decoded(data, keep_surrogates)
@@ -42,6 +46,8 @@ def read_message(data: bytes, *, keep_surrogates: bool = False) -> JSONRPCMessag
     members = cast("dict[str, Any]", value)
     # An ID without a method is an ID of the server's own requests, so an error must not carry it.
     request_id = members.get("id") if "method" in members or not members.keys() & {"result", "error"} else None
+    if (excess := _excess(members)) is not None:
+        raise InvalidMessage(INVALID_REQUEST, f"Invalid request: {excess}", request_id)
     try:
         message = jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ValidationError:
@@ -64,23 +70,6 @@ async def read_post(scope: Scope, receive: Receive, send: Send) -> tuple[JSONRPC
         return None
 
 
-class CheckedPosts:
-    """An ASGI app in front of `app`. A POST below `path` reaches `app` only with a valid message."""
-
-    def __init__(self, app: ASGIApp, path: str) -> None:
-        self._app = app
-        self._path = path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith(self._path):
-            post = await read_post(scope, receive, send)
-            if post is None:
-                return
-            receive = post[1]
-        await self._app(scope, receive, send)
-
-
 def replay(first: Message, receive: Receive) -> Receive:
     """Return a `receive` that gives `first`, then everything that `receive` gives."""
     messages = [first]
@@ -89,6 +78,29 @@ def replay(first: Message, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replayed
+
+
+def _excess(message: dict[str, Any]) -> str | None:
+    """Return the limit that a JSON value exceeds, or None."""
+    level: list[Any] = [message]
+    members = 0
+    for _ in range(DEPTH_MAX):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                names = cast("dict[str, Any]", value)
+                if max(map(len, names), default=0) > NAME_MAX_CHARS:
+                    return f"a name has more than {NAME_MAX_CHARS:,} characters"
+                below += names.values()
+            elif isinstance(value, list):
+                below += cast("list[Any]", value)
+        members += len(below)
+        if members > MEMBERS_MAX:
+            return f"it has more than {MEMBERS_MAX:,} members"
+        if not below:
+            return None
+        level = below
+    return f"it has more than {DEPTH_MAX} levels"
 
 
 def _has_malformed_id(message: JSONRPCMessage, members: dict[str, Any]) -> bool:
