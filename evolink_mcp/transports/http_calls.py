@@ -29,6 +29,7 @@ from evolink_mcp.transports.messages import read_post
 PATH = "/mcp"
 SESSION_HEADER = b"mcp-session-id"
 SESSION = "session "
+CALLS_AT_ONCE = 32
 
 CallKey = tuple[str, RequestId]  # the client and the ID of its request
 
@@ -51,7 +52,7 @@ class Turns:
     gives its turn back after `longest_s`.
     """
 
-    def __init__(self, at_once: int = 32, longest_s: float = 0.1) -> None:
+    def __init__(self, at_once: int = CALLS_AT_ONCE, longest_s: float = 0.1) -> None:
         self._semaphore = anyio.Semaphore(at_once)
         self._longest_s = longest_s
 

@@ -7,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from login import Login
 
-from evolink_mcp.teams.oauth import Issuer
+from evolink_mcp.teams.oauth import READ_TIMEOUT_S, WAITING_MAX, Issuer
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import AuthFailure
 
@@ -75,3 +75,4 @@ TRIALS = {
         test_callers_with_unknown_keys_share_one_read_of_the_issuer_and_their_number_is_limited
     ),
 }
+LIMIT_TEXTS = {"Callers that wait for the keys of the issuer": f"{WAITING_MAX} callers, {READ_TIMEOUT_S:g} s"}
