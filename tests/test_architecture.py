@@ -98,6 +98,7 @@ ORDER = [
     "transports.stdio",
     "transports.authentication",
     "transports.http_calls",
+    "transports.sse_streams",
     "transports.authority",
     "transports.http_guard",
     "transports.connections",
