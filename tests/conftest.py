@@ -121,7 +121,7 @@ def flat_image(seed: int, size: tuple[int, int], kind: str, is_transparent: bool
 class PlainSimulator(Simulator):
     """A simulated EvoLink with flat images. Each image is different and has the requested size, type and alpha."""
 
-    def _draw(self, task: SimulatedTask, index: int) -> bytes:
+    def draw(self, task: SimulatedTask, index: int) -> bytes:
         size = (task.size[0] // 2, task.size[1] // 2) if "other-size" in task.faults else task.size
         seed = zlib.crc32(f"{index} {task.body['prompt']}".encode("utf-8", "surrogatepass"))
         return flat_image(seed, size, task.kind, task.body.get("background") == "transparent")

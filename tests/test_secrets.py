@@ -14,7 +14,7 @@ import faulty_gateway as gw
 import httpx2 as httpx
 import pytest
 from child_processes import minimal_environment
-from faulty_gateway import Ask, Gateway, QuickSimulator
+from faulty_gateway import Exchange, Gateway, QuickSimulator
 from killer import Nursery, nursery_of_servers  # noqa: F401
 from pydantic import SecretStr
 
@@ -42,23 +42,23 @@ async def gateway() -> AsyncIterator[Gateway]:
         yield opened
 
 
-async def quote_the_key(ask: Ask) -> None:
+async def quote_the_key(exchange: Exchange) -> None:
     """Repeat the key in the error, as some APIs do."""
-    message = f"Incorrect API key provided: {ask.headers['authorization']}"
-    ask.answer(401, json.dumps({"error": {"code": message, "message": message}}).encode(), x_request_id=message)
+    message = f"Incorrect API key provided: {exchange.headers['authorization']}"
+    exchange.answer(401, json.dumps({"error": {"code": message, "message": message}}).encode(), x_request_id=message)
 
 
-async def echo(ask: Ask) -> None:
-    ask.answer(200, ask.raw)
+async def echo(exchange: Exchange) -> None:
+    exchange.answer(200, exchange.raw)
 
 
 FAULTS: dict[str, gw.Fault] = {
     "none": gw.behave, "the key quoted": quote_the_key, "the request echoed": echo,
-    "the request echoed as HTTP": gw.before(lambda ask: ask.say(ask.raw)), "closed": gw.after(gw.closes),
-    "reset": gw.after(lambda ask: ask.reset()), "garbage": gw.after(lambda ask: ask.say(b"\x00 no HTTP\r\n\r\n")),
-    "elsewhere": gw.after(gw.says(307, location="http://127.0.0.1:9/")), "500": gw.after(gw.error(500, "internal_error")),
-    "429": gw.before(gw.says(429, retry_after="100")), "402": gw.before(gw.error(402, "insufficient_quota")),
-    "odd": gw.strangely("an odd id"),
+    "the request echoed as HTTP": gw.before(gw.echoes), "closed": gw.after(gw.closes),
+    "reset": gw.after(gw.resets), "garbage": gw.after(gw.sends(b"\x00 no HTTP\r\n\r\n")),
+    "elsewhere": gw.after(gw.answers(307, location="http://127.0.0.1:9/")), "500": gw.after(gw.error(500, "internal_error")),
+    "429": gw.before(gw.answers(429, retry_after="100")), "402": gw.before(gw.error(402, "insufficient_quota")),
+    "odd": gw.answer_without_task("an odd id"),
 }  # fmt: skip
 
 
@@ -72,8 +72,8 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
     )  # fmt: skip
     outputs: list[str] = []
 
-    def reads(ask: Ask) -> gw.Fault | None:
-        return quote_the_key if ask.path == "/v1/credits" else None
+    def reads(exchange: Exchange) -> gw.Fault | None:
+        return quote_the_key if exchange.path == "/v1/credits" else None
 
     gateway.reads = reads
     with anyio.fail_after(300):
@@ -115,7 +115,7 @@ async def test_no_error_and_no_traceback_contains_the_key(gateway: Gateway) -> N
     gateway.purchases = [fault for name, fault in FAULTS.items() if name not in ("none", "odd")]
     texts: list[str] = []
 
-    def quote_always(ask: Ask) -> gw.Fault | None:
+    def quote_always(exchange: Exchange) -> gw.Fault | None:
         return quote_the_key
 
     gateway.reads = quote_always
@@ -183,15 +183,15 @@ def test_the_message_about_an_invalid_key_does_not_contain_the_key(value: str) -
 async def test_a_request_never_goes_to_another_origin(path: str) -> None:
     async with EvolinkClient(SecretStr(CANARY), base_url="http://127.0.0.1:9") as client:
         with suppress(EvolinkError, httpx.InvalidURL):
-            request = client._request(client._reads, "GET", path)
+            request = client.build_request("GET", path)
             assert (request.url.scheme, request.url.host, request.url.port) == ("http", "127.0.0.1", 9)
 
 
 async def test_the_client_does_not_send_the_key_to_a_redirect(gateway: Gateway) -> None:
-    requests: list[Ask] = []
-    target = Gateway(QuickSimulator(), reads=lambda ask: requests.append(ask) or None)
+    requests: list[Exchange] = []
+    target = Gateway(QuickSimulator(), reads=lambda exchange: requests.append(exchange) or None)
     async with target.open():
-        gateway.reads = lambda ask: gw.before(gw.says(302, location=f"{target.url}/v1/credits"))
+        gateway.reads = lambda exchange: gw.before(gw.answers(302, location=f"{target.url}/v1/credits"))
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             with pytest.raises(EvolinkError):
                 await client.balance()

@@ -21,12 +21,13 @@ from evolink_mcp import __version__
 from evolink_mcp.api import urls
 from evolink_mcp.api.deadline import Deadline, awake_deadline
 from evolink_mcp.api.http import (
-    CONNECT_TIMEOUT_S,
+    DEFAULT_HTTP_OPTIONS,
     NEVER_CONNECTED,
     POOL,
     POOL_SIZE,
     TRANSPORT_ERRORS,
     CheckedAddress,
+    HttpOptions,
     Reply,
     dump,
     lower_first,
@@ -76,6 +77,7 @@ class EvolinkClient:
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Callable[[], float] = time.time,
         deadline: Deadline = awake_deadline,
+        options: HttpOptions = DEFAULT_HTTP_OPTIONS,
     ) -> None:
         self._key = key
         self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
@@ -83,6 +85,7 @@ class EvolinkClient:
         self._transport = transport
         self._clock = clock
         self._deadline = deadline
+        self._options = options
         self._opened: list[httpx.AsyncClient] = []
         self.clock_skew_s: float | None = None
         self._purchases = anyio.CapacityLimiter(POOL_SIZE)
@@ -99,7 +102,7 @@ class EvolinkClient:
     @cached_property
     def _trust(self) -> ssl.SSLContext:
         with preparing():
-            return httpx.create_ssl_context()
+            return self._options.make_ssl_context()
 
     @cached_property
     def _reads(self) -> httpx.AsyncClient:
@@ -133,7 +136,7 @@ class EvolinkClient:
                 transport=transport or self._transport,
                 limits=limits,
                 verify=self._trust,
-                timeout=httpx.Timeout(silence_max_s, connect=CONNECT_TIMEOUT_S),
+                timeout=httpx.Timeout(silence_max_s, connect=self._options.connect_timeout_s),
                 headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
                 follow_redirects=False,
                 # A simulated EvoLink has no TLS, so a proxy would see the key.
@@ -182,8 +185,7 @@ class EvolinkClient:
         deadline: anyio.CancelScope | None = None
         failure: Exception | None = None
         try:
-            request = self._request(
-                self._pays,
+            request = self.build_request(
                 "POST",
                 "/v1/images/generations",
                 content=dump(body),
@@ -289,23 +291,28 @@ class EvolinkClient:
 
     # --- how requests are sent ---
 
-    def _request(self, client: httpx.AsyncClient, method: str, path: str, *, origin: str = "api", **more: Any):
-        """Build a request with the key. Check that it goes to an origin that may see the key."""
+    def build_request(self, method: str, path: str, *, origin: str = "api", **fields: Any) -> httpx.Request:
+        """Build a request with the key. `fields` are those of httpx.
+
+        Raises:
+            KeyMissing: there is no key.
+            Rejected: the request would go to an origin that must not see the key.
+        """
         if self._key is None:
             raise KeyMissing("no EvoLink API key is set")
-        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **more.pop("headers", {})}
-        if "content" in more:
+        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **fields.pop("headers", {})}
+        if "content" in fields:
             headers["Content-Type"] = "application/json"
-        request = client.build_request(method, self._origins[origin] + path, headers=headers, **more)
+        request = self._reads.build_request(method, self._origins[origin] + path, headers=headers, **fields)
         target = request.url
         allowed = httpx.URL(self._origins[origin])
         if (target.scheme, target.host, target.port) != (allowed.scheme, allowed.host, allowed.port):
             raise Rejected("the request would have left EvoLink's origin", code="wrong_origin")
         return request
 
-    async def _ask(self, method: str, path: str, *, deadline_s: float = READ_DEADLINE_S, **more: Any) -> Reply:
+    async def _ask(self, method: str, path: str, *, deadline_s: float = READ_DEADLINE_S, **fields: Any) -> Reply:
         """Send a request that costs nothing, and return the whole answer. The caller may repeat it."""
-        request = self._request(self._reads, method, path, **more)
+        request = self.build_request(method, path, **fields)
         try:
             reply = await self._exchange(self._reads, request, deadline_s)
         except TRANSPORT_ERRORS as error:

@@ -39,6 +39,17 @@ DNS64 = ipaddress.IPv6Network("64:ff9b::/96")
 POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE, keepalive_expiry=30)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpOptions:
+    """How a client opens its connections."""
+
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    make_ssl_context: Callable[[], ssl.SSLContext] = httpx.create_ssl_context
+
+
+DEFAULT_HTTP_OPTIONS = HttpOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One complete HTTP answer. It may quote `key`, the key of its request."""

@@ -14,6 +14,7 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.deadline import Deadline, awake_deadline
+from evolink_mcp.api.http import DEFAULT_HTTP_OPTIONS, HttpOptions
 from evolink_mcp.app.settings import Settings, decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import Folders
@@ -60,6 +61,7 @@ async def open_studio(
     *,
     decoder: Decoder | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
+    http_options: HttpOptions = DEFAULT_HTTP_OPTIONS,
     clock: Callable[[], float] = time.time,
     sleep: Sleep = anyio.sleep,
     pause: Sleep = anyio.sleep,
@@ -68,7 +70,7 @@ async def open_studio(
     """Open a studio for the account and the folders of the settings.
 
     Without `parts` it serves one person on this machine. Without a `decoder` it starts its own.
-    `transport`, `clock` (epoch seconds), `sleep`, `pause` and `deadline` are for tests.
+    `transport`, `http_options`, `clock` (epoch seconds), `sleep`, `pause` and `deadline` are for tests.
     """
     client = EvolinkClient(
         settings.key,
@@ -77,6 +79,7 @@ async def open_studio(
         transport=transport,
         clock=clock,
         deadline=deadline,
+        options=http_options,
     )
     key = settings.key.get_secret_value() if settings.key else parts.tenant
     account_id = account_id_of(key, settings.base_url, parts.tenant) if key else ""

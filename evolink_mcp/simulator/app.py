@@ -190,12 +190,13 @@ class Simulator(Simulation):
             return Response(HTML, media_type="text/html")
         if "hostile-picture" in task.faults and int(name[1]) == 1:
             return Response(b"\xff\xd8" + b"\xff" * 100_000 + b"\xd9", media_type="image/jpeg")
-        data = await anyio.to_thread.run_sync(self._draw, task, int(name[1]))
+        data = await anyio.to_thread.run_sync(self.draw, task, int(name[1]))
         return Response(
             data[: len(data) // 2] if "truncated-picture" in task.faults else data, media_type=f"image/{task.kind}"
         )
 
-    def _draw(self, task: SimulatedTask, index: int) -> bytes:
+    def draw(self, task: SimulatedTask, index: int) -> bytes:
+        """Return image `index` of a task as a file."""
         from evolink_mcp.simulator.paintings import paint
 
         if (task.id, index) not in self._drawn:

@@ -16,7 +16,7 @@ import anyio
 import faulty_gateway as gw
 import httpx2 as httpx
 import pytest
-from faulty_gateway import Ask, Fault, Gateway, QuickSimulator
+from faulty_gateway import Exchange, Fault, Gateway, QuickSimulator
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
@@ -41,8 +41,10 @@ async def no_sleep(_: float) -> None:
 async def buy(folder: Path, fault: Fault) -> tuple[Entry, QuickSimulator, Gateway]:
     """Buy one image at a gateway with this fault. EvoLink's list of tasks is empty, so it cannot help."""
     simulator = QuickSimulator(duration_s=0)
-    empty = gw.before(gw.says(200, b'{"data": []}'))
-    gateway = Gateway(simulator, [fault], reads=lambda ask: empty if ask.path.startswith("/v1/tasks?") else None)
+    empty = gw.before(gw.answers(200, b'{"data": []}'))
+    gateway = Gateway(
+        simulator, [fault], reads=lambda exchange: empty if exchange.path.startswith("/v1/tasks?") else None
+    )
     async with gateway.open():
         settings = Settings.from_environment(
             {
@@ -61,37 +63,37 @@ async def buy(folder: Path, fault: Fault) -> tuple[Entry, QuickSimulator, Gatewa
 
 
 def answers(write: Any) -> Fault:
-    """Bill the task, then call `write(ask, body)` with EvoLink's JSON."""
+    """Bill the task, then call `write(exchange, body)` with EvoLink's JSON."""
 
-    async def fault(ask: Ask) -> None:
-        write(ask, (await ask.accepted()).content)
+    async def fault(exchange: Exchange) -> None:
+        write(exchange, (await exchange.accepted()).content)
 
     return fault
 
 
-async def answer_and_fall_silent(ask: Ask) -> None:
-    body = (await ask.accepted()).content
-    ask.say(OK + b"content-length: 9999\r\n\r\n" + body)
-    await ask.writer.drain()
+async def answer_and_fall_silent(exchange: Exchange) -> None:
+    body = (await exchange.accepted()).content
+    exchange.send(OK + b"content-length: 9999\r\n\r\n" + body)
+    await exchange.writer.drain()
     await gw.silence()
 
 
-async def answer_in_pieces_and_fall_silent(ask: Ask) -> None:
-    body = (await ask.accepted()).content
-    ask.say(OK + b"transfer-encoding: chunked\r\n\r\n")
+async def answer_in_pieces_and_fall_silent(exchange: Exchange) -> None:
+    body = (await exchange.accepted()).content
+    exchange.send(OK + b"transfer-encoding: chunked\r\n\r\n")
     for start in range(0, len(body), 7):
         piece = body[start : start + 7]
-        ask.say(b"%x\r\n%s\r\n" % (len(piece), piece))
-        await ask.writer.drain()
+        exchange.send(b"%x\r\n%s\r\n" % (len(piece), piece))
+        await exchange.writer.drain()
     await gw.silence()
 
 
-async def answer_and_reset(ask: Ask) -> None:
-    body = (await ask.accepted()).content
-    ask.say(OK + b"content-length: 9999\r\n\r\n" + body)
-    await ask.writer.drain()
+async def answer_and_reset(exchange: Exchange) -> None:
+    body = (await exchange.accepted()).content
+    exchange.send(OK + b"content-length: 9999\r\n\r\n" + body)
+    await exchange.writer.drain()
     await anyio.sleep(0.05)  # a reset discards data that the client has not read
-    ask.reset()
+    exchange.reset()
 
 
 def chunked(body: bytes) -> bytes:
@@ -114,37 +116,53 @@ def wrapped(body: bytes) -> bytes:
 
 
 FAULTS: dict[str, Fault] = {
-    "a content-length that is too large": answers(lambda ask, body: ask.answer(200, body, length=len(body) + 99)),
-    "a content-length that is too small": answers(lambda ask, body: ask.answer(200, body, length=len(body) - 9)),
-    "chunks without an end": answers(lambda ask, body: ask.say(chunked(body))),
-    "chunks that end in garbage": answers(lambda ask, body: ask.say(chunked(body) + b"zz\r\n")),
+    "a content-length that is too large": answers(
+        lambda exchange, body: exchange.answer(200, body, length=len(body) + 99)
+    ),
+    "a content-length that is too small": answers(
+        lambda exchange, body: exchange.answer(200, body, length=len(body) - 9)
+    ),
+    "chunks without an end": answers(lambda exchange, body: exchange.send(chunked(body))),
+    "chunks that end in garbage": answers(lambda exchange, body: exchange.send(chunked(body) + b"zz\r\n")),
     "a reset after the body": answer_and_reset,
     "silence after the body": answer_and_fall_silent,
     "small chunks and silence": answer_in_pieces_and_fall_silent,
-    "half of the JSON": answers(lambda ask, body: ask.answer(200, body[: len(body) // 2], length=len(body))),
-    "garbage behind the JSON": answers(lambda ask, body: ask.answer(200, body + b"<html>oops")),
-    "a wrong byte in the JSON": answers(lambda ask, body: ask.answer(200, body[:-1] + b', "x": "\xff"}')),
-    "very deep JSON": answers(lambda ask, body: ask.answer(200, body[:-1] + b', "x": ' + b"[" * 100_000)),
-    "a very long answer": answers(lambda ask, body: ask.answer(200, body[:-1] + b" " * (2 << 20) + b"}")),
-    "gzip": answers(lambda ask, body: ask.answer(200, gzip.compress(body), content_encoding="gzip")),
-    "gzip without its end": answers(lambda ask, body: ask.answer(200, broken_gzip(body), content_encoding="gzip")),
-    "gzip without a header that says so": answers(lambda ask, body: ask.answer(200, gzip.compress(body))),
-    "zlib": answers(lambda ask, body: ask.answer(200, zlib.compress(body), content_encoding="deflate")),
-    "raw deflate": answers(lambda ask, body: ask.answer(200, raw_deflate(body), content_encoding="deflate")),
-    "plain text that claims to be gzip": answers(lambda ask, body: ask.answer(200, body, content_encoding="gzip")),
-    "plain text that claims to be br": answers(lambda ask, body: ask.answer(200, body, content_encoding="br")),
+    "half of the JSON": answers(lambda exchange, body: exchange.answer(200, body[: len(body) // 2], length=len(body))),
+    "garbage behind the JSON": answers(lambda exchange, body: exchange.answer(200, body + b"<html>oops")),
+    "a wrong byte in the JSON": answers(lambda exchange, body: exchange.answer(200, body[:-1] + b', "x": "\xff"}')),
+    "very deep JSON": answers(lambda exchange, body: exchange.answer(200, body[:-1] + b', "x": ' + b"[" * 100_000)),
+    "a very long answer": answers(lambda exchange, body: exchange.answer(200, body[:-1] + b" " * (2 << 20) + b"}")),
+    "gzip": answers(lambda exchange, body: exchange.answer(200, gzip.compress(body), content_encoding="gzip")),
+    "gzip without its end": answers(
+        lambda exchange, body: exchange.answer(200, broken_gzip(body), content_encoding="gzip")
+    ),
+    "gzip without a header that says so": answers(lambda exchange, body: exchange.answer(200, gzip.compress(body))),
+    "zlib": answers(lambda exchange, body: exchange.answer(200, zlib.compress(body), content_encoding="deflate")),
+    "raw deflate": answers(lambda exchange, body: exchange.answer(200, raw_deflate(body), content_encoding="deflate")),
+    "plain text that claims to be gzip": answers(
+        lambda exchange, body: exchange.answer(200, body, content_encoding="gzip")
+    ),
+    "plain text that claims to be br": answers(
+        lambda exchange, body: exchange.answer(200, body, content_encoding="br")
+    ),
     **{
-        f"HTTP {status}": answers(lambda ask, body, status=status: ask.answer(status, body))
+        f"HTTP {status}": answers(lambda exchange, body, status=status: exchange.answer(status, body))
         for status in (202, 302, 400, 402, 404, 408, 409, 429, 500, 502, 503, 504, 520)
     },
-    "gzip with HTTP 500": answers(lambda ask, body: ask.answer(500, gzip.compress(body), content_encoding="gzip")),
+    "gzip with HTTP 500": answers(
+        lambda exchange, body: exchange.answer(500, gzip.compress(body), content_encoding="gzip")
+    ),
     "task_id instead of id": answers(
-        lambda ask, body: ask.answer(200, json.dumps({"data": [{"task_id": json.loads(body)["id"]}]}).encode())
+        lambda exchange, body: exchange.answer(
+            200, json.dumps({"data": [{"task_id": json.loads(body)["id"]}]}).encode()
+        )
     ),
     "another id beside task_id": answers(
-        lambda ask, body: ask.answer(200, json.dumps({"id": "req-7", "task_id": json.loads(body)["id"]}).encode())
+        lambda exchange, body: exchange.answer(
+            200, json.dumps({"id": "req-7", "task_id": json.loads(body)["id"]}).encode()
+        )
     ),
-    "an error that quotes the JSON": answers(lambda ask, body: ask.answer(502, wrapped(body))),
+    "an error that quotes the JSON": answers(lambda exchange, body: exchange.answer(502, wrapped(body))),
 }
 
 
@@ -158,9 +176,9 @@ async def test_an_id_that_arrived_is_the_task_of_the_purchase(fault: Fault, tmp_
 
 
 async def test_complete_json_with_an_id_ends_the_read_although_the_connection_stays_open(tmp_path: Path) -> None:
-    async def answer_and_stay_open(ask: Ask) -> None:
-        body = (await ask.accepted()).content
-        ask.say(OK + b"content-length: 9999\r\n\r\n" + body)
+    async def answer_and_stay_open(exchange: Exchange) -> None:
+        body = (await exchange.accepted()).content
+        exchange.send(OK + b"content-length: 9999\r\n\r\n" + body)
         await anyio.sleep_forever()
 
     with anyio.fail_after(60):
@@ -186,9 +204,9 @@ async def test_only_the_deadline_limits_the_wait_for_the_answer_to_a_purchase() 
 
 NO_ID: dict[str, Fault] = {
     "an id that is cut": answers(lambda ask, body: ask.answer(200, body[: body.index(b"task-unified") + 20], length=999)),
-    "a refusal with the id of a request": answers(lambda ask, _: ask.answer(502, b'{"id": "req-7", "error": {}}')),
+    "a refusal with the id of a request": answers(lambda exchange, _: exchange.answer(502, b'{"id": "req-7", "error": {}}')),
     "a bomb": answers(
-        lambda ask, _: ask.answer(200, gzip.compress(b" " * (64 << 20)), content_encoding="gzip")
+        lambda exchange, _: exchange.answer(200, gzip.compress(b" " * (64 << 20)), content_encoding="gzip")
     ),
 }  # fmt: skip
 

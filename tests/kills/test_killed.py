@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
-from faulty_gateway import Ask, behave
+from faulty_gateway import Exchange, behave
 from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
 from town import (  # noqa: F401
     WISH,
@@ -96,7 +96,7 @@ async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
             await server.call("generate_image", **WISH)
             server.hang_up()
             assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
-        await town.gateway.dealt_with()
+        await town.gateway.wait_until_idle()
         billed = town.billed(name)
         assert len(billed) <= 1
         assert await tasks(neighbour) == []
@@ -127,8 +127,8 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
     reached = anyio.Event()
     never = anyio.Event()
 
-    async def accept_and_wait(ask: Ask) -> None:
-        await ask.accepted()
+    async def accept_and_wait(exchange: Exchange) -> None:
+        await exchange.accepted()
         reached.set()
         await never.wait()
 
@@ -136,12 +136,12 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
         while not condition():
             await anyio.sleep(0.01)
 
-    def hold_pictures(ask: Ask) -> Any:
-        async def hold(_: Ask) -> None:
+    def hold_pictures(exchange: Exchange) -> Any:
+        async def hold(_: Exchange) -> None:
             reached.set()
             await never.wait()
 
-        return hold if ask.path.startswith("/pictures/") else None
+        return hold if exchange.path.startswith("/pictures/") else None
 
     async def kill_at(prompt: str, moment: Any) -> None:
         async with town.nursery.server(env) as server, anyio.create_task_group() as group:
@@ -158,7 +158,7 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
         town.gateway.reads = hold_pictures
         # This server may also fetch the first image, so wait for the ID of the second task too.
         await kill_at("being fetched", lambda: until(lambda: reached.is_set() and ids_written(env) == 2))
-        town.gateway.reads = lambda ask: None
+        town.gateway.reads = lambda exchange: None
         async with town.nursery.server(env) as server:
             await server.call("generate_image", **{**WISH, "prompt": "here"})
             server.kill()
@@ -224,4 +224,4 @@ async def test_a_server_without_a_tool_call_leaves_no_trace(town: Town) -> None:
             server.hang_up()
             assert await server.wait_for_exit() == 0
     assert list((town.folder / "probe").iterdir()) == []
-    assert town.gateway.seen == []
+    assert town.gateway.requests == []

@@ -91,7 +91,7 @@ async def run_failing_server(
         answer = await server.call("generate_image", **WISH)
         server.hang_up()
         assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
-    await town.gateway.dealt_with()
+    await town.gateway.wait_until_idle()
     billed = town.billed(name)
     assert len(billed) <= 1
     if answer is not None:

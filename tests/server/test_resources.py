@@ -232,9 +232,9 @@ class HeldSimulator(PlainSimulator):
         super().__init__(clock=clock)
         self.go = threading.Event()
 
-    def _draw(self, task: SimulatedTask, index: int) -> bytes:
+    def draw(self, task: SimulatedTask, index: int) -> bytes:
         self.go.wait(30)
-        return super()._draw(task, index)
+        return super().draw(task, index)
 
 
 async def test_older_clients_are_notified_until_they_unsubscribe(open_world: Open) -> None:

@@ -18,7 +18,7 @@ import faulty_gateway as gw
 import httpx2 as httpx
 import pytest
 from conftest import KEY, Clock, Open, World
-from faulty_gateway import DOOR, ONE_SERVER, Gateway, QuickSimulator
+from faulty_gateway import CURRENT, ONE_SERVER, Gateway, QuickSimulator
 from mcp.client import Client
 
 from evolink_mcp.api import http, task
@@ -86,7 +86,7 @@ async def looked_at(open_world: Open, *answers: Answer, **more: Any) -> AsyncIte
     transport = Looks(simulator, *answers, **more)
     with anyio.fail_after(300):
         async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
-            DOOR.studio = world.studio
+            CURRENT.studio = world.studio
             async with Client(ONE_SERVER) as asking:
                 yield world, asking, transport
 
@@ -373,37 +373,37 @@ async def test_the_pictures_host_never_sees_the_key(open_world: Open) -> None:
 # --- over real sockets -----------------------------------------------------------------------------------------
 
 
-async def drip(ask: gw.Ask) -> None:
-    reply = await ask.accepted()
-    ask.say(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(reply.content))
+async def drip(exchange: gw.Exchange) -> None:
+    reply = await exchange.accepted()
+    exchange.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(reply.content))
     for byte in reply.content[:3]:
-        ask.say(bytes((byte,)))
-        await ask.writer.drain()
+        exchange.send(bytes((byte,)))
+        await exchange.writer.drain()
     await gw.silence()
 
 
-async def bomb(ask: gw.Ask) -> None:
-    ask.answer(200, gzip.compress(b" " * (64 << 20)), content_encoding="gzip")
+async def bomb(exchange: gw.Exchange) -> None:
+    exchange.answer(200, gzip.compress(b" " * (64 << 20)), content_encoding="gzip")
 
 
-async def flood(ask: gw.Ask) -> None:
-    ask.say(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+async def flood(exchange: gw.Exchange) -> None:
+    exchange.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
     for _ in range(64):
-        ask.say(b"40000\r\n" + b" " * 0x40000 + b"\r\n")
-        await ask.writer.drain()
+        exchange.send(b"40000\r\n" + b" " * 0x40000 + b"\r\n")
+        await exchange.writer.drain()
 
 
 SOCKETS: dict[str, gw.Fault] = {
-    "closed": gw.before(gw.closes), "reset": gw.before(lambda ask: ask.reset()), "a drip": drip, "a bomb": bomb,
+    "closed": gw.before(gw.closes), "reset": gw.before(gw.resets), "a drip": drip, "a bomb": bomb,
     "a flood": flood, "truncated": gw.accept_and_truncate, "broken chunks": gw.accept_and_break_chunks,
-    "garbage": gw.before(lambda ask: ask.say(b"\x00\xff no HTTP\r\n\r\n")), "silence": gw.hang,
+    "garbage": gw.before(gw.sends(b"\x00\xff no HTTP\r\n\r\n")), "silence": gw.hang,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=name) for name, fault in SOCKETS.items()])
-async def test_misbehaving_connections_only_cost_a_look(fault: gw.Fault, tmp_path: Path) -> None:
-    """Deadlines are total: a byte now and then does not keep a look alive."""
-    gateway = Gateway(QuickSimulator(duration_s=0), reads=gw.looks_go_wrong([fault, fault]))
+async def test_a_faulty_connection_costs_one_poll(fault: gw.Fault, tmp_path: Path) -> None:
+    """Deadlines are total: a slow stream of single bytes does not extend a poll."""
+    gateway = Gateway(QuickSimulator(duration_s=0), reads=gw.first_polls_fail([fault, fault]))
     settings = {
         "EVOLINK_API_KEY": KEY,
         "EVOLINK_MCP_DATA_DIR": str(tmp_path / "d"),
@@ -416,7 +416,8 @@ async def test_misbehaving_connections_only_cost_a_look(fault: gw.Fault, tmp_pat
     with anyio.fail_after(300):
         async with gateway.open():
             opened = TeamSettings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
-            async with open_studio(opened, sleep=sleep, deadline=gw.deadline_at_silence) as studio:
+            options: Any = {"http_options": gw.CERTIFICATES_READ_ONCE, "deadline": gw.deadline_at_silence}
+            async with open_studio(opened, sleep=sleep, **options) as studio:
                 request = GenerationRequest.model_validate(WISH)
                 job = await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
                 async for _ in job.states():

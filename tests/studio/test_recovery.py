@@ -10,7 +10,7 @@ import anyio
 import httpx2 as httpx
 import pytest
 from conftest import Clock, Open, World
-from faulty_gateway import DOOR, ONE_SERVER, QuickSimulator
+from faulty_gateway import CURRENT, ONE_SERVER, QuickSimulator
 from mcp.client import Client
 
 from evolink_mcp.api.request import GenerationRequest
@@ -47,7 +47,7 @@ async def flaky_world(open_world: Open, **lives: Any) -> AsyncIterator[tuple[Wor
     simulator = lives.get("simulator") or QuickSimulator(clock=clock)
     transport = Flaky(simulator)
     async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
-        DOOR.studio = world.studio
+        CURRENT.studio = world.studio
         async with Client(ONE_SERVER) as client:
             yield world, client, transport
 

@@ -231,7 +231,7 @@ async def test_what_was_delivered_otherwise_is_said_and_is_no_error(
     clock = Clock()
 
     class Wilful(PlainSimulator):
-        def _draw(self, task: Any, index: int) -> bytes:
+        def draw(self, task: Any, index: int) -> bytes:
             from conftest import flat_image
 
             if wish.get("prompt") == "flat":

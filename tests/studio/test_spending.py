@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Clock, Open, World
-from faulty_gateway import DOOR, ONE_SERVER, QuickSimulator
+from faulty_gateway import CURRENT, ONE_SERVER, QuickSimulator
 from mcp.client import Client
 from mcp_types import ElicitResult
 
@@ -35,7 +35,7 @@ def shop(open_world: Open) -> Callable[..., Any]:
 
 
 async def buy(world: World, **more: Any) -> Any:
-    DOOR.studio = world.studio
+    CURRENT.studio = world.studio
     async with Client(ONE_SERVER) as client:
         return await client.call_tool("generate_image", {**WISH, **more})
 
@@ -148,7 +148,7 @@ class User:
 
 
 async def ask(world: World, mode: str, user: User | None, **more: Any) -> Any:
-    DOOR.studio = world.studio
+    CURRENT.studio = world.studio
     async with Client(ONE_SERVER, mode=mode, elicitation_callback=user) as client:
         return await client.call_tool("generate_image", {**WISH, **more})
 

@@ -14,7 +14,7 @@ import anyio
 import httpx2 as httpx
 import pytest
 from child_processes import SERVER_COMMAND
-from faulty_gateway import Ask, Gateway, QuickSimulator, behave
+from faulty_gateway import Exchange, Gateway, QuickSimulator, behave
 from mcp.client import Client
 
 pytestmark = pytest.mark.anyio
@@ -138,11 +138,13 @@ async def test_progress_rises_until_the_task_is_completed(town: Town, mode: Any)
         progress_values.append(progress)
         is_reported.set()
 
-    async def hold(ask: Ask) -> None:
+    async def hold(exchange: Exchange) -> None:
         await is_reported.wait()
-        await behave(ask)
+        await behave(exchange)
 
-    gateway = Gateway(QuickSimulator(duration_s=0), reads=lambda ask: hold if "/v1/tasks" in ask.path else None)
+    gateway = Gateway(
+        QuickSimulator(duration_s=0), reads=lambda exchange: hold if "/v1/tasks" in exchange.path else None
+    )
     with anyio.fail_after(2 * WITHIN_S):
         async with gateway.open(), Client(await town.beside(gateway.url), mode=mode) as client:
             wish = {"prompt": f"a lighthouse, {mode}"}

@@ -15,7 +15,7 @@ import anyio
 import httpx2 as httpx
 import pytest
 from child_processes import minimal_environment
-from faulty_gateway import Ask, Gateway, QuickSimulator, behave
+from faulty_gateway import Exchange, Gateway, QuickSimulator, behave
 from killer import Nursery, Server, nursery_of_servers  # noqa: F401
 from mcp.client import Client
 from mcp.client.sse import sse_client
@@ -59,12 +59,12 @@ class House:
             EVOLINK_MCP_OUTPUT_DIR=str(self.folder / "pictures"), EVOLINK_MCP_PREVIEW="off",
         )  # fmt: skip
 
-    async def hold(self, ask: Ask) -> None:
+    async def hold(self, exchange: Exchange) -> None:
         """Accept a purchase, and answer it when the test sets `go`."""
-        reply = await ask.accepted()
+        reply = await exchange.accepted()
         self.arrived.set()
         await self.go.wait()
-        ask.relay(reply)
+        exchange.relay(reply)
 
     def journal(self) -> list[Entry]:
         return read_entries(self.folder / "data", 10)
@@ -101,7 +101,7 @@ async def test_a_server_ends_during_a_waiting_call_and_its_task_is_in_the_journa
     with anyio.fail_after(300):
         async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
             calls.start_soon(lambda: server.call("generate_image", **WISH))
-            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.seen))
+            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.requests))
             assert await exit_code_of(server, end) == code, server.err.read_text()
     assert [entry.task_id for entry in house.journal()] == list(house.gateway.simulator.tasks)
     assert "Traceback" not in server.err.read_text()
@@ -211,7 +211,7 @@ async def test_a_disconnect_over_http_does_not_end_the_purchase(house: House) ->
                 await house.arrived.wait()
                 calls.cancel_scope.cancel()
             house.go.set()
-            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.seen))
+            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.requests))
             assert [entry.phase for entry in house.journal()] == ["submitted"]
             assert await exit_code_of(server, signal.SIGTERM) == 143
     assert house.gateway.posts == 1
