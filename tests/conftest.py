@@ -202,10 +202,10 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
             async with open_team_database(settings.database_url, database_times) as team_database:
                 parts = StudioParts() if team_database is None else team_parts(settings, team_database, clock=clock)
                 make_journal: Callable[..., Journal] = parts.make_journal or (
-                    lambda *account: SqliteJournal(settings.data_dir, *account, clock=clock)
+                    lambda identity, profile: SqliteJournal(settings.data_dir, identity, profile=profile, clock=clock)
                 )
                 parts = replace(
-                    parts, callbacks=callbacks, make_journal=lambda *account: wrap_journal(make_journal(*account))
+                    parts, callbacks=callbacks, make_journal=lambda *names: wrap_journal(make_journal(*names))
                 )
                 async with open_studio(settings, parts, decoder=decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, KEY, is_loopback
 from evolink_mcp.images.folders import Folders
+from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.limits import SpendingLimits
 from evolink_mcp.tools.hosts import WAIT_MAX_S
@@ -30,6 +31,7 @@ EXAMPLE_KEY = "sk-..."
 KEY_IN_STORE = "keyring"  # instead of a key: the key is in the key store of the system
 EVOLINK_DOMAIN = "evolink.ai"
 CREDITS_MAX = 1e9
+PROFILE_MAX_CHARS = 100
 
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
 _HOSTNAME = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
@@ -215,6 +217,12 @@ def words(text: str) -> list[str]:
     return [word for word in map(str.strip, text.split(",")) if word]
 
 
+def _profile(text: str) -> str:
+    if len(text) > PROFILE_MAX_CHARS or not text.isprintable():
+        raise ValueError(f"must be a name of at most {PROFILE_MAX_CHARS} printable characters")
+    return text
+
+
 def _size_rule(text: str) -> str:
     from evolink_mcp.studio.size_rule import SETTINGS
 
@@ -321,6 +329,12 @@ class Settings:
         _size_rule,
         "auto",
         "Size table: auto (detected from delivered images), anchor-edge or pixel-budget.",
+    )
+    profile: str = setting(
+        "EVOLINK_MCP_PROFILE",
+        _profile,
+        DEFAULT_PROFILE,
+        "Profile: the owner of purchases, images and limits. It stays the same when the API key changes.",
     )
     data_dir: Path = setting(
         "EVOLINK_MCP_DATA_DIR", path, _data_dir, "Journal folder.", default_text="the user's data folder"

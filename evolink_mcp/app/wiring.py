@@ -31,8 +31,8 @@ from evolink_mcp.studio.purchase import CallbackAddresses
 from evolink_mcp.studio.studio import Studio, StudioOptions, run_studio
 from evolink_mcp.tools.names import TOOL_NAMES
 
-MakeJournal = Callable[[str], Journal]
-MakeImageStore = Callable[[EvolinkClient, str, Decoder], ImageStore]
+MakeJournal = Callable[[str, str], Journal]
+MakeImageStore = Callable[[EvolinkClient, Journal, Decoder], ImageStore]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,8 @@ class StudioParts:
     """The parts of a studio that a team or an HTTP server replaces.
 
     `tenant`: the only caller; the studio shows no other tenant's entries. `has_other_tenants`: other tenants spend from
-    the same account. `make_journal` takes the account ID. `make_image_store` takes the client, the account ID and the
-    decoder.
+    the same account. `make_journal` takes the identity of the key and the profile. `make_image_store` takes the client,
+    the journal and the decoder.
     """
 
     tenant: str = ""
@@ -67,7 +67,7 @@ async def open_studio(
     pause: Sleep = anyio.sleep,
     deadline: Deadline = awake_deadline,
 ) -> AsyncGenerator[Studio]:
-    """Open a studio for the account and the folders of the settings.
+    """Open a studio for the profile, the key and the folders of the settings. A tenant is a profile too.
 
     Without `parts` it serves one person on this machine. Without a `decoder` it starts its own.
     `transport`, `http_options`, `clock` (epoch seconds), `sleep`, `pause` and `deadline` are for tests.
@@ -81,8 +81,8 @@ async def open_studio(
         deadline=deadline,
         options=http_options,
     )
-    key = settings.key.get_secret_value() if settings.key else parts.tenant
-    account_id = account_id_of(key, settings.base_url, parts.tenant) if key else ""
+    identity = account_id_of(settings.key.get_secret_value(), settings.base_url) if settings.key else ""
+    profile = parts.tenant or settings.profile
     is_local = not parts.has_remote_callers or (bool(settings.allowed_dirs) and not parts.tenant)
     # Remote callers may use only the output folder, unless the owner of the server allowed folders explicitly.
     folders = settings.folders if is_local else Folders(settings.folders.output, (settings.folders.output,))
@@ -90,9 +90,9 @@ async def open_studio(
         if decoder is None:
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
         if parts.make_journal is None:
-            journal: Journal = SqliteJournal(settings.data_dir, account_id, has_tenants=bool(parts.tenant), clock=clock)
+            journal: Journal = SqliteJournal(settings.data_dir, identity, profile=profile, clock=clock)
         else:
-            journal = parts.make_journal(account_id)
+            journal = parts.make_journal(identity, profile)
         if parts.make_image_store is None:
             image_store: ImageStore = LocalImageStore(
                 folders,
@@ -102,7 +102,7 @@ async def open_studio(
                 sidecars=settings.has_sidecars,
             )
         else:
-            image_store = parts.make_image_store(client, account_id, decoder)
+            image_store = parts.make_image_store(client, journal, decoder)
         options = StudioOptions(
             spending_limits=settings.spending_limits,
             size_rule=settings.size_rule,

@@ -11,20 +11,20 @@ Row = Mapping[str, Any]
 
 
 class UniqueViolation(Exception):
-    """Another entry of the account has the task."""
+    """Another entry of the profile has the task."""
 
 
 class Connection(Protocol):
     """A connection during one action of the journal.
 
-    SQL uses `?` for a value, `instr` for a text search, and the tables `entries`, `uploads` and `facts`.
+    SQL uses `?` for a value, `instr` for a text search, and the tables `entries`, `links`, `uploads` and `facts`.
     """
 
     async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Return the number of changed rows.
 
         Raises:
-            UniqueViolation: Another entry of the account has the task.
+            UniqueViolation: Another entry of the profile has the task.
         """
         ...
 
@@ -82,12 +82,12 @@ class Backend(Protocol):
         """Run an action. Actions with the same key run in the order of their calls, also after a cancellation."""
         ...
 
-    def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-        """Call `receive` with each payload for the account from another server. Return the function that stops it."""
+    def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `receive` with each payload on the channel from another server. Return the function that stops it."""
         ...
 
-    async def publish(self, account: str, payload: dict[str, Any]) -> None:
-        """Send a payload to the other servers of the account."""
+    async def publish(self, channel: str, payload: dict[str, Any]) -> None:
+        """Send a payload to the other servers that listen on the channel."""
         ...
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:

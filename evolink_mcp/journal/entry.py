@@ -114,8 +114,8 @@ class ReferenceImage:
 class Entry:
     """One purchase. Times are epoch seconds, `estimate` is the price ceiling in credits.
 
-    `key` is the `Idempotency-Key`. An external task has none until it is written. `account` identifies the EvoLink key
-    and base URL of the purchase. `owner` is the server that works on the entry. `caller` is the server with a call that
+    `key` is the `Idempotency-Key`. An external task has none until it is written. `account` identifies the EvoLink
+    account of the purchase. `owner` is the server that works on the entry. `caller` is the server with a call that
     waits for the result. Both are empty if there is none. `delivered_at` is the time when a caller got the result.
     Identical requests have the same `fingerprint`. `rule` is the size rule of the pixels and the price.
     """
@@ -265,10 +265,12 @@ def new_key() -> str:
     return f"evomcp-{uuid.uuid4().hex}"
 
 
-def account_id_of(key: str, base_url: str, tenant: str = "") -> str:
-    """Return the identity of an account, or of one tenant of it. It does not reveal the key, URL or tenant."""
-    suffix = f" of {tenant}" if tenant else ""
-    return hmac.new(key.encode(), f"account at {base_url.lower()}{suffix}".encode(), "sha256").hexdigest()[:32]
+def account_id_of(key: str, base_url: str) -> str:
+    """Return the identity of a key. It is also the account ID, unless the key belongs to an account of an earlier key.
+
+    It does not reveal key or URL.
+    """
+    return hmac.new(key.encode(), f"account at {base_url.lower()}".encode(), "sha256").hexdigest()[:32]
 
 
 def with_defaults(body: dict[str, Any]) -> dict[str, Any]:

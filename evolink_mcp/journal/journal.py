@@ -5,26 +5,30 @@ This module has all rules and all SQL. A `Backend` runs the SQL in SQLite or in 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import quote, unquote
 
 from evolink_mcp.api.task import SETTLED, Task
 from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
+from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
 from evolink_mcp.journal.rows import COLUMNS, STATE_COLUMNS, fold, readable_entries, task_from_dict, values_of
 
 log = logging.getLogger(__name__)
 
-# In each query, {mine} is the condition for the entries that the account sees, {marks} is a list of `?`.
+# In each query, {mine} is the condition for the entries of the profile, {linked} the condition for those of them that this
+# key's accounts bought, {accounts} is a list of account IDs, {marks} is a list of `?`.
 
 # Write a new entry.
-INSERT_ENTRY = f"""INSERT INTO entries ({", ".join(f'"{name}"' for name in COLUMNS)})
-    VALUES ({", ".join("?" * len(COLUMNS))})"""
-# Count the running tasks of the account. The condition is the one of `Entry.is_running`; NOT closed uses an index.
+INSERT_ENTRY = f"""INSERT INTO entries (profile, {", ".join(f'"{name}"' for name in COLUMNS)})
+    VALUES (?, {", ".join("?" * len(COLUMNS))})"""
+# Count the running tasks of the profile. The condition is the one of `Entry.is_running`; NOT closed uses an index.
 COUNT_RUNNING = f"""SELECT count(*) AS running FROM entries WHERE {{mine}} AND NOT closed
     AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"""
 # Add the confirmed charges, and the price ceilings of undecided charges. Limits, lists and the CLI use this query.
@@ -37,7 +41,7 @@ UPDATE_CERTAIN = """UPDATE entries SET {changes}, owner = ? WHERE key = ? AND (t
 # Check whether the database lost an entry, because an older backup was restored.
 FIND_KEY = "SELECT 1 FROM entries WHERE key = ?"
 # Read the owner of an entry.
-FIND_OWNER = "SELECT owner FROM entries WHERE key = ? AND {mine}"
+FIND_OWNER = "SELECT owner FROM entries WHERE key = ? AND {linked}"
 # Become the owner, unless the owner changed since it was read.
 CHANGE_OWNER = "UPDATE entries SET owner = ? WHERE key = ? AND owner = ?"
 # Let a call of this server wait for an undelivered entry, unless another call was faster.
@@ -53,33 +57,42 @@ BY_TASK = "SELECT * FROM entries WHERE {mine} AND task_id = ? LIMIT 1"
 # Read the newest entries. {filters} are optional conditions.
 RECENT = "SELECT * FROM entries WHERE {mine} AND {filters} ORDER BY created_at DESC, key LIMIT ?"
 # Read undelivered entries of identical requests.
-UNDELIVERED = """SELECT * FROM entries WHERE {mine} AND fingerprint IN ({marks}) AND delivered_at IS NULL
+UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND created_at >= ? ORDER BY created_at"""
 # Check whether a call of another server waits for an identical request.
-AWAITED = """SELECT 1 FROM entries WHERE {mine} AND fingerprint IN ({marks}) AND delivered_at IS NULL
+AWAITED = """SELECT 1 FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND created_at >= ? AND caller <> '' AND caller <> ? LIMIT 1"""
 # List the servers that own entries or whose calls wait.
-FIND_SERVERS = """SELECT owner AS server FROM entries WHERE owner <> '' AND {mine}
-    UNION SELECT caller FROM entries WHERE caller <> '' AND delivered_at IS NULL AND {mine}"""
+FIND_SERVERS = """SELECT owner AS server FROM entries WHERE owner <> '' AND {linked}
+    UNION SELECT caller FROM entries WHERE caller <> '' AND delivered_at IS NULL AND {linked}"""
 # Check whether an unfinished entry has no owner.
-HAS_ORPHAN = "SELECT 1 FROM entries WHERE NOT closed AND owner = '' AND {mine} LIMIT 1"
+HAS_ORPHAN = "SELECT 1 FROM entries WHERE NOT closed AND owner = '' AND {linked} LIMIT 1"
 # Read the unfinished entries without an owner.
-FIND_ORPHANS = "SELECT * FROM entries WHERE NOT closed AND owner = '' AND {mine} ORDER BY created_at"
+FIND_ORPHANS = "SELECT * FROM entries WHERE NOT closed AND owner = '' AND {linked} ORDER BY created_at"
 # Release all entries of servers.
-RELEASE_OWNERS = "UPDATE entries SET owner = '' WHERE owner IN ({marks}) AND {mine}"
+RELEASE_OWNERS = "UPDATE entries SET owner = '' WHERE owner IN ({marks}) AND {linked}"
 # End the wait of all calls of servers.
-RELEASE_CALLERS = "UPDATE entries SET caller = '' WHERE caller IN ({marks}) AND {mine}"
-# Find the tasks that have an entry.
-KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks}) AND {mine}"
+RELEASE_CALLERS = "UPDATE entries SET caller = '' WHERE caller IN ({marks}) AND {linked}"
+# Find the tasks that have an entry, in any profile: an account may serve several profiles.
+KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks})"
 # Record the address of an uploaded reference image.
 SAVE_UPLOAD = """INSERT INTO uploads VALUES (?, ?, ?, ?)
-    ON CONFLICT (account, sha256) DO UPDATE SET url = excluded.url, expires_at = excluded.expires_at"""
+    ON CONFLICT (profile, sha256) DO UPDATE SET url = excluded.url, expires_at = excluded.expires_at"""
 # Find the address of an uploaded reference image.
-FIND_UPLOAD = "SELECT url FROM uploads WHERE account = ? AND sha256 = ? AND expires_at > ?"
+FIND_UPLOAD = "SELECT url FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
 # Record a fact about the account.
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
-# Read a fact about the account.
-FIND_FACT = "SELECT DISTINCT value FROM facts WHERE name = ? AND {mine}"
+# Read a fact about the key's accounts.
+FIND_FACT = "SELECT account, value FROM facts WHERE name = ? AND account IN ({accounts})"
+# The accounts of the profile, for a server without a key.
+PROFILE_ACCOUNTS = "SELECT account FROM links WHERE {mine}"
+# Read which keys of the profile can read which accounts.
+FIND_LINKS = "SELECT identity, account FROM links WHERE {mine}"
+# Record that a key can read the tasks of an account.
+SAVE_LINK = "INSERT INTO links VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+# Read the newest task of an account.
+NEWEST_TASK = """SELECT task_id FROM entries WHERE {mine} AND account = ? AND created_at <= ? AND task_id IS NOT NULL
+    ORDER BY created_at DESC LIMIT 1"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +115,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A message of one server to the others of the account.
+    """A message of one server to the others of the profile.
 
     `key` and `task_id` name an entry that changed. `task` has its progress, which is not written. `is_callback`: EvoLink
     called back. `call` names an HTTP call that its client cancelled: the session and the request ID.
@@ -132,24 +145,51 @@ class Notification:
         )
 
 
-class Journal:
-    """The entries that one account sees. Without an account: the entries of all accounts.
+def profile_id(name: str) -> str:
+    """Return the profile's name as the tables have it: only characters that need no quotes in SQL."""
+    return quote(name, safe="", errors="surrogatepass")
 
-    A write is on disk when its method returns. Entries are never deleted. Only the owner writes the state of an entry.
-    Times are epoch seconds, sums are credits. A write continues after the cancellation of its caller.
+
+def profile_name(profile: str) -> str:
+    """Return the name of which `profile_id` made this value."""
+    return unquote(profile, errors="surrogatepass")
+
+
+class Journal:
+    """The entries of one profile. Each entry belongs to the account that bought it.
+
+    Every entry of the profile can be read. Only entries of the accounts of this server's key can be owned, adopted and
+    used for deduplication. A write is on disk when its method returns. Entries are never deleted. Only the owner writes
+    the state of an entry. Times are epoch seconds, sums are credits. A write continues after the cancellation of its
+    caller.
 
     Raises (every method):
         JournalUnwritable: The database cannot be read or written. The message names it and its setting.
     """
 
-    def __init__(self, backend: Backend, account: str = "", *, has_tenants: bool = False) -> None:
-        """With `has_tenants`, a journal without an account sees no entry."""
-        if account and not account.isalnum():
-            raise ValueError("an account ID has only letters and digits")
-        self.account = account
+    def __init__(self, backend: Backend, identity: str = "", *, profile: str = DEFAULT_PROFILE) -> None:
+        """`identity` is the account ID of the key, empty without a key. `profile` is any text."""
+        self.profile = profile_id(profile)
+        self.identity = identity
         self._backend = backend
-        self._mine = f"account = '{account}'" if account or has_tenants else "account = account"
+        self._mine = f"profile = '{self.profile}'"
+        self._linked: set[str] = set()  # the accounts that the key can read, as recorded in the journal
+        self._accounts = (_checked_account(identity),)
         self._stop_functions: list[Callable[[], None]] = []
+
+    @property
+    def channel(self) -> str:
+        """The name under which servers of the profile exchange notifications. It does not reveal the profile."""
+        return hashlib.sha256(self.profile.encode()).hexdigest()[:32]
+
+    @property
+    def account(self) -> str:
+        """The account of new entries: the one of the key, or an earlier account that the key can read."""
+        return self._accounts[0]
+
+    def is_linked(self, account: str) -> bool:
+        """Return whether the key of this server may act for this account. Without a key no account is linked."""
+        return self.identity != "" and account in self._accounts
 
     @property
     def owner(self) -> str:
@@ -182,14 +222,14 @@ class Journal:
             else:
                 receive(notification)
 
-        stop = self._backend.listen(self.account, read)
+        stop = self._backend.listen(self.channel, read)
         self._stop_functions.append(stop)
         return stop
 
     async def publish(self, notification: Notification) -> None:
-        """Send a notification to the other servers of the account. The database itself publishes a changed entry."""
+        """Send a notification to the other servers of the profile. The database itself publishes a changed entry."""
         payload = {name: value for name, value in asdict(notification).items() if value}
-        await self._backend.publish(self.account, payload)
+        await self._backend.publish(self.channel, payload)
 
     def when_lost(self, stop: Callable[[], None]) -> None:
         """Call `stop` when other servers may adopt the entries of this one."""
@@ -207,14 +247,14 @@ class Journal:
 
         Raises:
             TooManyRunning: The maximum is reached. Nothing is written.
-            TaskKnown: Another entry of the account has this task.
+            TaskKnown: Another entry of the profile has this task.
         """
 
         async def act(db: Connection) -> float | None:
-            if cap is None and running is None:
-                await _insert(db, entry)
+            if cap is None and running is None and self._is_link_recorded:
+                await self._insert(db, entry)
                 return None
-            async with db.transaction(lock=self.account):
+            async with db.transaction(lock=self.profile):
                 if running is not None:
                     (row,) = await db.fetch(self._sql(COUNT_RUNNING))
                     if row["running"] >= running:
@@ -222,16 +262,20 @@ class Journal:
                 spent = (await self._sums(db, since)).total if cap is not None else 0.0
                 if cap is not None and spent + entry.estimate > cap:
                     return spent
-                await _insert(db, entry)
+                await self._record_link(db)
+                await self._insert(db, entry)
             return None
 
-        return await self._backend.run(act, key=entry.key)
+        spent = await self._backend.run(act, key=entry.key)
+        if spent is None:
+            self._confirm_link()
+        return spent
 
     async def update(self, entry: Entry) -> bool:
         """Write the entry's phase, task and error. Return False if another server owns the entry.
 
         Raises:
-            TaskKnown: Another entry of the account has this task.
+            TaskKnown: Another entry of the profile has this task.
         """
         return await self._write(entry, STATE_COLUMNS)
 
@@ -341,31 +385,69 @@ class Journal:
         return bool(await self._fetch(sql, *fingerprints, since, self.owner))
 
     async def known_tasks(self, task_ids: list[str]) -> set[str]:
-        """Return which of these tasks have an entry."""
+        """Return which of these tasks have an entry, in any profile."""
         rows = await self._fetch(self._sql(KNOWN_TASKS, marks=_marks(task_ids)), *task_ids)
         return {row["task_id"] for row in rows}
+
+    # --- accounts ---
+
+    async def read_links(self) -> list[str]:
+        """Read the accounts that this key can act for. Return the profile's other accounts.
+
+        Creates no file.
+        """
+        if not self._has_data:
+            return []
+        rows = await self._fetch(self._sql(FIND_LINKS))
+        for row in rows:
+            if row["identity"] == self.identity:
+                self._add_account(row["account"])
+        return sorted({row["account"] for row in rows} - set(self._accounts))
+
+    async def newest_task(self, account: str, before: float) -> str | None:
+        """Return the newest task that the profile bought with an account before a time, or None."""
+        rows = await self._fetch(self._sql(NEWEST_TASK), account, before)
+        return rows[0]["task_id"] if rows else None
+
+    async def link(self, account: str) -> None:
+        """Record that this key can read the tasks of an account. From now on this server acts for the account too."""
+        await self._execute(SAVE_LINK, self.profile, self.identity, account)
+        self._add_account(account)
 
     # --- uploads and facts ---
 
     async def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
-        """Record that EvoLink has a reference image of this account under this URL until `expires_at`."""
-        await self._execute(SAVE_UPLOAD, self.account, sha256, url, expires_at)
+        """Record that EvoLink has a reference image of this profile under this URL until `expires_at`."""
+        await self._execute(SAVE_UPLOAD, self.profile, sha256, url, expires_at)
 
     async def find_upload(self, sha256: str, after: float) -> str | None:
         """Return the URL of an uploaded image that does not expire before `after`, or None."""
-        rows = await self._fetch(FIND_UPLOAD, self.account, sha256, after)
+        rows = await self._fetch(self._sql(FIND_UPLOAD), sha256, after)
         return rows[0]["url"] if rows else None
 
     async def save_fact(self, name: str, value: str) -> None:
         """Record a fact about the account."""
-        await self._execute(SAVE_FACT, self.account, name, value)
+
+        async def act(db: Connection) -> None:
+            async with db.transaction():
+                await self._record_link(db)
+                await db.execute(SAVE_FACT, (self.account, name, value))
+
+        await self._backend.run(act)
+        self._confirm_link()
 
     async def fact(self, name: str) -> str | None:
-        """Return a recorded fact, or None. Without an account: the value that all accounts share. Create no file."""
-        if not self._backend.is_open and not self._backend.has_data:
+        """Return a recorded fact about the accounts of the key, or None. Create no file.
+
+        Without a key: the value that all accounts of the profile share.
+        """
+        if not self._has_data:
             return None
-        rows = await self._fetch(self._sql(FIND_FACT), name)
-        return rows[0]["value"] if len(rows) == 1 else None
+        accounts = self._account_list if self.identity else self._sql(PROFILE_ACCOUNTS)
+        rows = await self._fetch(self._sql(FIND_FACT, accounts=accounts), name)
+        values = {row["account"]: row["value"] for row in rows}
+        shared = set(values.values())
+        return values.get(self.account) or (shared.pop() if len(shared) == 1 else None)
 
     async def close(self) -> None:
         """Release all entries of this server, so that another server can adopt them at once."""
@@ -379,8 +461,41 @@ class Journal:
                 is_released = True
         await self._backend.close(is_released=is_released)
 
+    @property
+    def _has_data(self) -> bool:
+        return self._backend.is_open or self._backend.has_data
+
+    @property
+    def _account_list(self) -> str:
+        return ", ".join(f"'{account}'" for account in self._accounts)
+
+    @property
+    def _is_link_recorded(self) -> bool:
+        return self.account in self._linked or not self.identity
+
+    def _add_account(self, account: str) -> None:
+        """Let this key act for one more account. New entries belong to the key's own account if that has entries."""
+        self._linked.add(_checked_account(account))
+        first = self.identity if self.identity in self._linked else min(self._linked)
+        self._accounts = (first, *({self.identity, *self._linked} - {first}))
+
     def _sql(self, query: str, **parts: str) -> str:
-        return query.format(mine=self._mine, **parts)
+        linked = f"{self._mine} AND account IN ({self._account_list})"
+        return query.format(mine=self._mine, linked=linked, **parts)
+
+    async def _insert(self, db: Connection, entry: Entry) -> None:
+        with _duplicate_task(entry):
+            await db.execute(INSERT_ENTRY, (self.profile, *values_of(entry)))
+
+    async def _record_link(self, db: Connection) -> None:
+        """Record that this key can read the tasks of its account, before the first entry or fact of the account."""
+        if not self._is_link_recorded:
+            await db.execute(SAVE_LINK, (self.profile, self.identity, self.account))
+
+    def _confirm_link(self) -> None:
+        """The transaction of `_record_link` is complete."""
+        if self.identity:
+            self._add_account(self.account)
 
     async def _execute(self, sql: str, *values: Any, key: str = "") -> int:
         return await self._backend.run(lambda db: db.execute(sql, values), key=key)
@@ -408,7 +523,7 @@ class Journal:
                         return True
             if await db.fetch(FIND_KEY, (entry.key,)):
                 return False
-            await _insert(db, replace(entry, owner=self.owner))
+            await self._insert(db, replace(entry, owner=self.owner))
             return True
 
         return await self._backend.run(act, key=entry.key)
@@ -443,16 +558,17 @@ class Journal:
 
 @contextmanager
 def _duplicate_task(entry: Entry) -> Generator[None]:
-    """Translate a violation of the rule "one entry per task and account" into TaskKnown."""
+    """Translate a violation of the rule "one entry per task and profile" into TaskKnown."""
     try:
         yield
     except UniqueViolation as error:
         raise TaskKnown(f"the journal already has the task {entry.task_id}") from error
 
 
-async def _insert(db: Connection, entry: Entry) -> None:
-    with _duplicate_task(entry):
-        await db.execute(INSERT_ENTRY, values_of(entry))
+def _checked_account(account: str) -> str:
+    if account and not account.isalnum():
+        raise ValueError("an account ID has only letters and digits")
+    return account
 
 
 def _marks(values: Sequence[str]) -> str:

@@ -13,28 +13,32 @@ if TYPE_CHECKING:
     import sqlite3
 
 # SQLite stores this number in the header of the file. It tells our journal from the journal of an unpublished build.
-APPLICATION_ID = 0x65766F31
+APPLICATION_ID = 0x65766F32
 
 # MIGRATIONS[0] makes version 1. A later release appends a script and never changes an earlier one.
 MIGRATIONS = (
     f"""
     PRAGMA application_id = {APPLICATION_ID};
     CREATE TABLE entries (
-        key TEXT PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
-        created_at REAL NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
+        key TEXT PRIMARY KEY, profile TEXT NOT NULL, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL,
+        phase TEXT NOT NULL, created_at REAL NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed INTEGER NOT NULL, delivered_at REAL, estimate REAL NOT NULL, spent REAL NOT NULL,
         reserved REAL NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, images TEXT NOT NULL,
-        rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL, UNIQUE (task_id, account)
+        rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL, UNIQUE (task_id, profile)
     );
-    CREATE INDEX entries_by_age ON entries (created_at, account, spent, reserved);
-    CREATE INDEX entries_spending ON entries (account, created_at, spent, reserved);
+    CREATE INDEX entries_by_age ON entries (created_at, profile, spent, reserved);
+    CREATE INDEX entries_spending ON entries (profile, created_at, spent, reserved);
     CREATE INDEX entries_open ON entries (owner) WHERE NOT closed;
-    CREATE INDEX entries_owned ON entries (owner, account) WHERE owner <> '';
-    CREATE INDEX entries_awaited ON entries (caller, account) WHERE caller <> '' AND delivered_at IS NULL;
+    CREATE INDEX entries_owned ON entries (owner, profile, account) WHERE owner <> '';
+    CREATE INDEX entries_awaited ON entries (caller, profile, account) WHERE caller <> '' AND delivered_at IS NULL;
     CREATE INDEX entries_undelivered ON entries (fingerprint) WHERE delivered_at IS NULL;
+    CREATE TABLE links (
+        profile TEXT NOT NULL, identity TEXT NOT NULL, account TEXT NOT NULL,
+        PRIMARY KEY (profile, identity, account)
+    ) WITHOUT ROWID;
     CREATE TABLE uploads (
-        account TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at REAL NOT NULL,
-        PRIMARY KEY (account, sha256)
+        profile TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at REAL NOT NULL,
+        PRIMARY KEY (profile, sha256)
     ) WITHOUT ROWID;
     CREATE TABLE facts (
         account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import SUMS, Journal, Sums
@@ -370,11 +371,11 @@ class SqliteBackend:
         """See Backend. One thread runs all actions in the order of their calls."""
         return await self._call(lambda: self.file.run(lambda db: _run_now(act(SqliteConnection(db, self.file)))))
 
-    def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+    def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """See Backend. SQLite has no notifications; `reread_s` is short instead."""
         return lambda: None
 
-    async def publish(self, account: str, payload: dict[str, Any]) -> None:
+    async def publish(self, channel: str, payload: dict[str, Any]) -> None:
         """See Backend. SQLite has no notifications."""
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
@@ -398,11 +399,16 @@ class SqliteJournal(Journal):
     """The journal in the file of `folder`. Nothing is created before the first call."""
 
     def __init__(
-        self, folder: Path, account: str = "", *, has_tenants: bool = False, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        identity: str = "",
+        *,
+        profile: str = DEFAULT_PROFILE,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """See Journal."""
         backend = SqliteBackend(folder, clock=clock)
-        super().__init__(backend, account, has_tenants=has_tenants)
+        super().__init__(backend, identity, profile=profile)
         self.file = backend.file
 
     @property
@@ -438,7 +444,7 @@ def read_sums(folder: Path, since: list[float], words: tuple[str, ...] = ()) -> 
     Raises:
         JournalUnwritable: The journal is damaged or cannot be read.
     """
-    sql = SUMS.format(mine="account = account") + " AND instr(words, ?) > 0" * len(words)
+    sql = SUMS.format(mine="profile = profile") + " AND instr(words, ?) > 0" * len(words)
     with snapshot(folder) as db:
         return [Sums.of(db.execute(sql, (start, *map(fold, words))).fetchone()) for start in since]
 

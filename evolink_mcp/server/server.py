@@ -101,8 +101,8 @@ def build_server(
         extensions=[gallery(), Tasks(studio, get_task)],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
-        # The audience names the account, so that the state of one tenant is invalid for another.
-        request_state_security=RequestStateSecurity(keys=[secret], audience=f"{NAME} {studio.journal.account}")
+        # The audience identifies the profile, so that the state of one tenant is invalid for another.
+        request_state_security=RequestStateSecurity(keys=[secret], audience=f"{NAME} {studio.journal.channel}")
         if secret
         else None,
         cache_hints={

@@ -38,7 +38,7 @@ ANSWERED_WITH_EARLIER_TASK = Problem(
 class CallbackAddresses(Protocol):
     """The addresses of this server at which EvoLink reports the end of a task."""
 
-    def add_address(self, body: Mapping[str, Any], account: str, key: str) -> dict[str, Any]:
+    def add_address(self, body: Mapping[str, Any], channel: str, key: str) -> dict[str, Any]:
         """Return the request body with this entry's address, unless the caller gave one."""
         ...
 
@@ -159,7 +159,7 @@ class Purchaser:
             return entry.request
         if "callback_url" not in entry.request:
             job.callback = Callback.EXPECTED
-        return self._callbacks.add_address(entry.request, entry.account, entry.key)
+        return self._callbacks.add_address(entry.request, self._writer.journal.channel, entry.key)
 
 
 def price_of(request: GenerationRequest, rules: Iterable[str]) -> float:

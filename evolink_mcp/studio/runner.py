@@ -196,6 +196,8 @@ class JobRunner:
         entry = job.entry if job is not None else await self._writer.entry_by_key(key)
         if entry is None or entry.phase in (Phase.REFUSED, Phase.UNSENT, Phase.EXTERNAL):
             return
+        if not self._journal.is_linked(entry.account):  # a studio with another key of the profile serves it
+            return
         if entry.task is None or entry.is_unconfirmed:
             self._purchaser.reconciler.add_callback(key, task_id)
         if job is not None:
@@ -310,7 +312,7 @@ class JobRunner:
             await self._continue(job)
 
     def _receive(self, notification: Notification) -> None:
-        """Another server of this account published something."""
+        """Another server of the profile published something."""
         job = self.job_of(notification.key)
         if notification.is_callback and notification.task_id is not None:
             self._group.start_soon(guarded, self.receive_callback, notification.key, notification.task_id)

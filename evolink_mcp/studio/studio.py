@@ -12,11 +12,12 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
-from evolink_mcp.errors import EvolinkError, KeyMissing, Refused, TaskUnknown
+from evolink_mcp.errors import EvolinkError, KeyMissing, Problem, Refused, TaskUnknown
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_defaults
 from evolink_mcp.journal.journal import Journal, Notification
+from evolink_mcp.studio.accounts import AccountLinker
 from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Subscriber
 from evolink_mcp.studio.jobs import ImageRequest, Job, Prepared, Timing, guarded
 from evolink_mcp.studio.limits import Limits, SpendingLimits
@@ -32,8 +33,15 @@ log = logging.getLogger(__name__)
 
 ADOPT_AFTER_S = 1.0
 SUBMIT_GRACE_S = 1.0
+OTHER_KEY = Problem(
+    "other_key",
+    "it was bought with another API key, and this server does not poll it. The answer shows the last known state",
+    False,
+    "Set EVOLINK_API_KEY to the key that bought it, or look at the task on EvoLink's page.",
+)
 CLOSE_GRACE_S = 0.3
 SYNC_WAITS_S = 15.0
+LINK_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +141,7 @@ class Studio:
             self.size_rule,
             timing,
         )
+        self._linker = AccountLinker(client, journal, timing)
         self._is_draining = False
         self._has_caller = anyio.Event()
         group.start_soon(writer.flush_loop, timing.idle)
@@ -168,7 +177,9 @@ class Studio:
         if self._is_draining:
             raise Refused("this server is about to end", code="draining", retryable=True, advice="Call again.")
         self._has_caller.set()
-        return await self._runner.find_or_buy(await self.prepare(request))
+        prepared = await self.prepare(request)
+        await self._linker.link()
+        return await self._runner.find_or_buy(prepared)
 
     @asynccontextmanager
     async def ordered(self, request: ImageRequest) -> AsyncGenerator[Job]:
@@ -184,7 +195,8 @@ class Studio:
     async def resume(self, task_id: str) -> Job:
         """Return the job of this task: finished, running, or external.
 
-        To ask for a finished unconfirmed match by its ID confirms it. Without a key the job has the state of the journal.
+        To ask for a finished unconfirmed match by its ID confirms it. Without a key, and for a task of another account, the
+        job has the state of the journal.
 
         Raises:
             TaskUnknown: other callers use the account too, and the journal does not have this task.
@@ -197,20 +209,26 @@ class Studio:
                 raise TaskUnknown(f"there is no task {task_id} here")
             if not self.client.has_key:
                 return self._recorded_job(entry or Entry.external(Task(task_id, status="unknown"), self.now()))
-            if entry is None or entry.account != self.journal.account:
-                entry = Entry.external(Task(task_id, status="unknown"), self._timing.clock())
+            if entry is None:
+                entry = Entry.external(Task(task_id, status="unknown"), self.now())
+            elif not self.journal.is_linked(entry.account):
+                return self._recorded_job(entry)
             job = await self._runner.resume(entry)
         if job.entry.is_unconfirmed and job.entry.stage is not Stage.OPEN:
             await self._runner.confirm(job)
         return job
 
     def _recorded_job(self, entry: Entry) -> Job:
-        """Return a finished job with the state that the journal has. Only a key could change it."""
+        """Return a finished job with the state that the journal has. Only another key could change it."""
         job = Job(entry)
         if entry.has_work(self.now()):
-            job.problem = self._key_missing().problem
+            job.problem = OTHER_KEY if self.client.has_key else self._key_missing().problem
         job.finish()
         return job
+
+    def has_other_key(self, entry: Entry) -> bool:
+        """Return whether the key of this server cannot act for the account of the entry."""
+        return self.client.has_key and entry.is_written and not self.journal.is_linked(entry.account)
 
     async def entry(self, task_id: str) -> Entry | None:
         """Return the newest entry of a task, from its job or from the journal. None: there is none.
@@ -271,6 +289,7 @@ class Studio:
         if self._options.is_shared:
             return [], "other callers use this account too, so its task list is not shown"
         entries = await self.journal.recent(limit, status="unknown")
+        entries = [entry for entry in entries if self.journal.is_linked(entry.account)]
         lost = [entry for entry in entries if entry.phase == Phase.UNKNOWN and not self._runner.job_of(entry.key)]
         for job in [await self._runner.resume(entry) for entry in lost]:
             with anyio.move_on_after(SYNC_WAITS_S):
@@ -321,6 +340,8 @@ class Studio:
         """A caller is here: adopt the entries of dead servers now."""
         self._has_caller.set()
         if self.client.has_key:
+            with anyio.move_on_after(LINK_WITHIN_S):
+                await self._linker.try_to_link()
             await self._writer.ignore_unwritable(self._runner.adopt())
 
     async def balance(self) -> Balance:
@@ -353,6 +374,7 @@ class Studio:
         with anyio.move_on_after(ADOPT_AFTER_S):
             await self._has_caller.wait()
         while self.client.has_key:
+            await self._linker.try_to_link()
             await self._writer.ignore_unwritable(self._runner.adopt())
             if self.journal.adopt_every_s is None:
                 return

@@ -18,7 +18,7 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_id_of
-from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.journal import Journal, profile_id
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.callback_routes import CallbackEndpoint
@@ -190,15 +190,17 @@ async def resume_tenants(
     """
     for tenant in authenticator.tenants:
         await tenants.app(tenant)
-    if studios.database is None:
+    settings = studios.settings
+    if studios.database is None or settings.key is None:
         return
     from evolink_mcp.teams.orphans import tenants_left
 
-    settings = studios.settings
+    identity = account_id_of(settings.key.get_secret_value(), settings.base_url)
     while True:
         await anyio.sleep(interval_s)
         with suppress(JournalUnwritable, TenantLimitReached):
-            for account_id, name in (await tenants_left(studios.database, studios.account_ids)).items():
-                # The name reopens only a tenant with the server's key. Other keys are unknown here.
-                if settings.key_text and account_id_of(settings.key_text, settings.base_url, name) == account_id:
-                    await tenants.app(Tenant(name))
+            # The studios of the tokens file's tenants stay open. Another tenant is opened with the server's key, which is
+            # the only known one.
+            known = studios.profiles(identity) | {profile_id(tenant.name) for tenant in authenticator.tenants}
+            for name in await tenants_left(studios.database, known):
+                await tenants.app(Tenant(name))

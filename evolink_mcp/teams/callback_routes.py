@@ -12,7 +12,9 @@ from starlette.types import Receive, Scope, Send
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.callbacks import Callbacks
 
-ReceiveCallback = Callable[[str, str, str], Awaitable[None]]  # of the account ID, the entry's key and the task ID
+ReceiveCallback = Callable[
+    [str, str, str], Awaitable[None]
+]  # of the profile's channel, the entry's key and the task ID
 
 
 class CallbackEndpoint:
@@ -34,9 +36,9 @@ class CallbackEndpoint:
             response = await self._pass_on(*purchase, task_id)
         await response(scope, receive, send)
 
-    async def _pass_on(self, account_id: str, key: str, task_id: str) -> JSONResponse:
+    async def _pass_on(self, channel: str, key: str, task_id: str) -> JSONResponse:
         try:
-            await self._receive_callback(account_id, key, task_id)
+            await self._receive_callback(channel, key, task_id)
         except JournalUnwritable:
             return JSONResponse({"error": "the database does not answer; try again"}, 503)  # EvoLink tries again
         return JSONResponse({"status": "ok"})

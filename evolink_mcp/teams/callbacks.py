@@ -22,15 +22,15 @@ class Callbacks:
         self._public_url = public_url.rstrip("/")
         self._signer = Signer(secret, "callbacks")
 
-    def add_address(self, body: Mapping[str, Any], account: str, key: str) -> dict[str, Any]:
+    def add_address(self, body: Mapping[str, Any], channel: str, key: str) -> dict[str, Any]:
         """Return the request body with this entry's address, unless the caller gave one."""
         if "callback_url" in body:
             return dict(body)
-        signature = self._signer.sign(f"{account}.{key}")
-        return {**body, "callback_url": f"{self._public_url}{PATH}{account}.{key}.{signature}"}
+        signature = self._signer.sign(f"{channel}.{key}")
+        return {**body, "callback_url": f"{self._public_url}{PATH}{channel}.{key}.{signature}"}
 
     def read(self, path: str) -> tuple[str, str] | None:
-        """Return account and key of the entry that this path belongs to. None: this team did not make the path."""
+        """Return channel and key of the entry that this path belongs to. None: this team did not make the path."""
         match = _SIGNED.fullmatch(path.removeprefix(PATH))
         if match is None or not self._signer.verify(f"{match[1]}.{match[2]}", match[3]):
             return None

@@ -76,18 +76,18 @@ class Database:
         """The number of functions that `listen` and `when_lost` registered."""
         return len(self._listeners) + len(self._stops)
 
-    def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-        """Call `receive` with each payload for the account from another server. Return the function that stops it."""
-        self._listeners.append(listener := (account, receive))
+    def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `receive` with each payload on the channel from another server. Return the function that stops it."""
+        self._listeners.append(listener := (channel, receive))
         return lambda: self._listeners.remove(listener)
 
-    async def publish(self, account: str, payload: dict[str, Any]) -> None:
-        """Send a payload to the other servers of the account. Skip one that is too long for PostgreSQL.
+    async def publish(self, channel: str, payload: dict[str, Any]) -> None:
+        """Send a payload to the other servers that listen on the channel. Skip one that is too long for PostgreSQL.
 
         Raises:
             JournalUnwritable: The database does not answer.
         """
-        message = f"{account} {json.dumps({'by': self.owner, **payload})}"
+        message = f"{channel} {json.dumps({'by': self.owner, **payload})}"
         if len(message) <= PAYLOAD_MAX_BYTES:
             await self.run(lambda db: db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, message)))
 
@@ -235,7 +235,7 @@ class Database:
         self._deadline = asyncio.get_running_loop().call_later(self.times.stop_after_s, self._lost)
 
     def _receive(self, notify: psycopg.Notify) -> None:
-        account, _, message = notify.payload.partition(" ")
+        channel, _, message = notify.payload.partition(" ")
         try:
             payload: dict[str, Any] = json.loads(message)
             if payload.pop("by", "") == self.owner:
@@ -243,8 +243,8 @@ class Database:
         except (ValueError, AttributeError):
             log.warning("ignoring unknown notification on channel %s", CHANNEL)
             return
-        for listener_account, receive in list(self._listeners):
-            if account == listener_account:
+        for listener_channel, receive in list(self._listeners):
+            if channel == listener_channel:
                 receive(payload)
 
     async def _shut(self) -> None:

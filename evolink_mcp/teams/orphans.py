@@ -6,14 +6,12 @@ from collections.abc import Collection
 
 from psycopg.rows import DictRow
 
+from evolink_mcp.journal.journal import profile_name
 from evolink_mcp.teams.database import Database, DatabaseConnection
 
-# The fact with the name of an account's tenant.
-TENANT = "tenant"
 
-
-async def tenants_left(database: Database, known: Collection[str]) -> dict[str, str]:
-    """Return the names of tenants with open entries and no living owner, by account ID. Skip the `known` accounts.
+async def tenants_left(database: Database, known: Collection[str]) -> set[str]:
+    """Return the names of tenants with open entries and no living owner. Skip the profiles in `known`.
 
     Raises:
         JournalUnwritable: The database cannot be read.
@@ -22,12 +20,11 @@ async def tenants_left(database: Database, known: Collection[str]) -> dict[str, 
     async def read(db: DatabaseConnection) -> list[DictRow]:
         async with db.transaction():
             cursor = await db.execute(
-                "SELECT DISTINCT account, owner, value FROM evolink_entries JOIN evolink_facts USING (account) "
-                "WHERE NOT closed AND name = %s AND NOT account = ANY(%s)",
-                (TENANT, list(known)),
+                "SELECT DISTINCT profile, owner FROM evolink_entries WHERE NOT closed AND NOT profile = ANY(%s)",
+                (list(known),),
             )
             rows = await cursor.fetchall()
             dead = {owner for owner in {row["owner"] for row in rows} if not owner or await database.is_dead(db, owner)}
             return [row for row in rows if row["owner"] in dead]
 
-    return {row["account"]: row["value"] for row in await database.run(read)}
+    return {profile_name(row["profile"]) for row in await database.run(read)}

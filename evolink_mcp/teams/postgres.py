@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 from psycopg import errors
 
+from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.teams.database import Database, DatabaseConnection
 
 T = TypeVar("T")
 
-TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|uploads|facts)\b")
+TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts)\b")
 UNIQUE_TASK = "evolink_task_once"
 LOCK_NAME = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
 
@@ -86,13 +87,13 @@ class PostgresBackend:
         """See Backend."""
         return await self._database.run(lambda db: act(PostgresConnection(db, self._database)), key=key or None)
 
-    def listen(self, account: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+    def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """See Backend."""
-        return self._database.listen(account, receive)
+        return self._database.listen(channel, receive)
 
-    async def publish(self, account: str, payload: dict[str, Any]) -> None:
+    async def publish(self, channel: str, payload: dict[str, Any]) -> None:
         """See Backend."""
-        await self._database.publish(account, payload)
+        await self._database.publish(channel, payload)
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
         """See Backend."""
@@ -105,9 +106,9 @@ class PostgresBackend:
 class PostgresJournal(Journal):
     """The journal in `database`."""
 
-    def __init__(self, database: Database, account: str = "", *, has_tenants: bool = False) -> None:
+    def __init__(self, database: Database, identity: str = "", *, profile: str = DEFAULT_PROFILE) -> None:
         """See Journal."""
-        super().__init__(PostgresBackend(database), account, has_tenants=has_tenants)
+        super().__init__(PostgresBackend(database), identity, profile=profile)
         self.database = database
 
 

@@ -48,7 +48,7 @@ class RemoteImageStore:
     def __init__(
         self,
         client: EvolinkClient,
-        account_id: str,
+        profile: str,
         object_store: ObjectStore | None,
         copies: Path,
         decoder: Decoder,
@@ -56,7 +56,7 @@ class RemoteImageStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
-        self._account_id = account_id
+        self._profile = profile
         self._object_store = object_store
         self._copies = copies
         self.decoder = decoder
@@ -101,7 +101,7 @@ class RemoteImageStore:
         facts = asdict(file) | {"path": None}
         if self._object_store is not None:
             name = _object_name(entry, image.index, Path(file.path).suffix)
-            facts["object_name"] = f"{self._account_id}/{_folder_of(entry.task_id)}/{name}"
+            facts["object_name"] = f"{self._profile}/{_folder_of(entry.task_id)}/{name}"
             await self._object_store.put(facts["object_name"], Path(file.path), file.mime_type)
         return replace(image, **facts)
 
@@ -149,8 +149,8 @@ class RemoteImageStore:
         return await download(self._client, image.url, into)
 
     def _copy_path(self, task_id: str, index: int) -> Path:
-        # The name of a copy must show neither the account nor the task to other users of this machine.
-        name = hashlib.sha256(f"{self._account_id} {task_id} {index}".encode()).hexdigest()[:40]
+        # The name of a copy must show neither the profile nor the task to other users of this machine.
+        name = hashlib.sha256(f"{self._profile} {task_id} {index}".encode()).hexdigest()[:40]
         return self._copies / name
 
     async def _sweep(self) -> None:

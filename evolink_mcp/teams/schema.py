@@ -14,7 +14,8 @@ from evolink_mcp.journal.journal import SUMS, Sums
 from evolink_mcp.journal.rows import fold, readable_entries
 from evolink_mcp.teams.database_url import Address
 
-# A trigger publishes each visible change of an entry on this channel: "account {JSON}". `by` is the server.
+# A trigger publishes each visible change of an entry: "{Journal.channel of the profile} {JSON}". `by` is the server.
+# PostgreSQL knows one channel for all profiles.
 CHANNEL = "evolink_mcp"
 # The tables of unpublished builds, and the statements that move them away.
 OLD_TABLES = ("evolink_schema", "evolink_servers", "evolink_entries", "evolink_uploads", "evolink_facts")
@@ -29,30 +30,35 @@ VERSIONS = (
         seen_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(), gone_since TIMESTAMPTZ
     );
     CREATE TABLE evolink_entries (
-        key TEXT COLLATE "C" PRIMARY KEY, account TEXT NOT NULL, owner TEXT NOT NULL, caller TEXT NOT NULL, phase TEXT NOT NULL,
-        created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
-        closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION, estimate DOUBLE PRECISION NOT NULL,
-        spent DOUBLE PRECISION NOT NULL, reserved DOUBLE PRECISION NOT NULL, request TEXT NOT NULL, save_as TEXT,
-        task TEXT, error TEXT, images TEXT NOT NULL, rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL,
-        CONSTRAINT evolink_task_once UNIQUE (task_id, account)
+        key TEXT COLLATE "C" PRIMARY KEY, profile TEXT NOT NULL, account TEXT NOT NULL, owner TEXT NOT NULL,
+        caller TEXT NOT NULL, phase TEXT NOT NULL, created_at DOUBLE PRECISION NOT NULL, fingerprint TEXT NOT NULL,
+        task_id TEXT, status TEXT NOT NULL, closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION,
+        estimate DOUBLE PRECISION NOT NULL, spent DOUBLE PRECISION NOT NULL, reserved DOUBLE PRECISION NOT NULL,
+        request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, images TEXT NOT NULL, rule TEXT NOT NULL,
+        "references" TEXT NOT NULL, words TEXT NOT NULL,
+        CONSTRAINT evolink_task_once UNIQUE (task_id, profile)
     );
-    CREATE INDEX evolink_entries_by_age ON evolink_entries (account, created_at DESC, key);
-    CREATE INDEX evolink_entries_spending ON evolink_entries (account, created_at) INCLUDE (spent, reserved);
-    CREATE INDEX evolink_entries_open ON evolink_entries (account, owner) WHERE NOT closed;
-    CREATE INDEX evolink_entries_owned ON evolink_entries (owner, account) WHERE owner <> '';
-    CREATE INDEX evolink_entries_awaited ON evolink_entries (caller, account) WHERE caller <> '' AND delivered_at IS NULL;
-    CREATE INDEX evolink_entries_undelivered ON evolink_entries (account, fingerprint) WHERE delivered_at IS NULL;
+    CREATE INDEX evolink_entries_by_age ON evolink_entries (profile, created_at DESC, key);
+    CREATE INDEX evolink_entries_spending ON evolink_entries (profile, created_at) INCLUDE (spent, reserved);
+    CREATE INDEX evolink_entries_open ON evolink_entries (profile, owner) WHERE NOT closed;
+    CREATE INDEX evolink_entries_owned ON evolink_entries (owner, profile) WHERE owner <> '';
+    CREATE INDEX evolink_entries_awaited ON evolink_entries (caller, profile) WHERE caller <> '' AND delivered_at IS NULL;
+    CREATE INDEX evolink_entries_undelivered ON evolink_entries (profile, fingerprint) WHERE delivered_at IS NULL;
+    CREATE TABLE evolink_links (
+        profile TEXT NOT NULL, identity TEXT NOT NULL, account TEXT NOT NULL,
+        PRIMARY KEY (profile, identity, account)
+    );
     CREATE TABLE evolink_uploads (
-        account TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
-        PRIMARY KEY (account, sha256)
+        profile TEXT NOT NULL, sha256 TEXT NOT NULL, url TEXT NOT NULL, expires_at DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (profile, sha256)
     );
     CREATE TABLE evolink_facts (
         account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)
     );
     CREATE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
-            PERFORM pg_notify('{CHANNEL}', NEW.account || ' ' || json_build_object(
-                'by', CASE WHEN NEW.owner = '' AND TG_OP = 'UPDATE' THEN OLD.owner ELSE NEW.owner END,
+            PERFORM pg_notify('{CHANNEL}', left(encode(sha256(convert_to(NEW.profile, 'UTF8')), 'hex'), 32) || ' ' ||
+                json_build_object('by', CASE WHEN NEW.owner = '' AND TG_OP = 'UPDATE' THEN OLD.owner ELSE NEW.owner END,
                 'key', NEW.key, 'task_id', NEW.task_id));
             RETURN NULL;
         END
@@ -116,7 +122,7 @@ def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    sums = SUMS.format(mine="account = account").replace("FROM entries", "FROM evolink_entries").replace("?", "%s")
+    sums = SUMS.format(mine="profile = profile").replace("FROM entries", "FROM evolink_entries").replace("?", "%s")
     statement = sums + " AND strpos(words, %s) > 0" * len(words)
     _, rows = _read(url, statement, [(start, *map(fold, words)) for start in since])
     return [Sums.of(row) for row in rows] or [Sums() for _ in since]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import httpx2 as httpx
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import MakeImageStore, MakeJournal, StudioParts, open_studio
-from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.journal import Journal
@@ -97,18 +96,18 @@ def team_parts(
     return StudioParts(
         tenant=tenant,
         has_remote_callers=has_remote_callers,
-        make_journal=None if database is None else _postgres_journal(database, has_tenants=bool(tenant)),
+        make_journal=None if database is None else _postgres_journal(database),
         make_image_store=_remote_image_store(settings, object_store, clock) if tenant or settings.store else None,
         callbacks=callbacks_of(settings) if has_remote_callers else None,
         subscribers=(Audit(tenant).receive,) if settings.has_audit_log else (),
     )
 
 
-def _postgres_journal(database: Database, *, has_tenants: bool) -> MakeJournal:
+def _postgres_journal(database: Database) -> MakeJournal:
     from evolink_mcp.teams.postgres import PostgresJournal
 
-    def make(account_id: str) -> Journal:
-        return PostgresJournal(database, account_id, has_tenants=has_tenants)
+    def make(identity: str, profile: str) -> Journal:
+        return PostgresJournal(database, identity, profile=profile)
 
     return make
 
@@ -116,9 +115,9 @@ def _postgres_journal(database: Database, *, has_tenants: bool) -> MakeJournal:
 def _remote_image_store(
     settings: TeamSettings, object_store: ObjectStore | None, clock: Callable[[], float]
 ) -> MakeImageStore:
-    def make(client: EvolinkClient, account_id: str, decoder: Decoder) -> ImageStore:
+    def make(client: EvolinkClient, journal: Journal, decoder: Decoder) -> ImageStore:
         store = object_store or object_store_of(settings, clock)
-        return RemoteImageStore(client, account_id, store, settings.data_dir / "copies", decoder, clock=clock)
+        return RemoteImageStore(client, journal.channel, store, settings.data_dir / "copies", decoder, clock=clock)
 
     return make
 
@@ -201,12 +200,6 @@ class Studios:
         studio: Studio | None = None
         try:
             async with open_studio(settings, parts, **options) as studio:
-                # A replica that adopts the tenant's entries needs its name. The account ID is only a hash.
-                if self.database is not None and tenant is not None and tenant.evolink_key is None:
-                    from evolink_mcp.teams.orphans import TENANT
-
-                    with suppress(JournalUnwritable):
-                        await studio.journal.save_fact(TENANT, tenant.name)
                 self._studios.append(studio)
                 yield studio, settings
         finally:
@@ -215,15 +208,14 @@ class Studios:
                 self._studios.remove(studio)
 
     def can_close(self, studio: Studio) -> bool:
-        """Return whether the studio is idle and the only one of its account: studios of one account share entries."""
-        account_id = studio.journal.account
+        """Return whether the studio is idle and the only one of its profile: studios of one profile share entries."""
+        profile = studio.journal.profile
         siblings = (sibling for sibling in self._studios if sibling is not studio)
-        return studio.is_idle and all(sibling.journal.account != account_id for sibling in siblings)
+        return studio.is_idle and all(sibling.journal.profile != profile for sibling in siblings)
 
-    @property
-    def account_ids(self) -> list[str]:
-        """The account IDs of the open studios."""
-        return list({studio.journal.account for studio in self._studios})
+    def profiles(self, identity: str) -> set[str]:
+        """Return the profiles of the open studios whose key has this identity."""
+        return {studio.journal.profile for studio in self._studios if studio.journal.identity == identity}
 
     def statuses(self) -> list[str]:
         """Return the status of each task that this process works on."""
@@ -234,19 +226,17 @@ class Studios:
         drained = [studio.drain() for studio in self._studios]
         return all(drained)
 
-    async def receive_callback(self, account_id: str, key: str, task_id: str) -> None:
-        """Pass a callback to the account's newest studio, or to the other servers of the team.
+    async def receive_callback(self, channel: str, key: str, task_id: str) -> None:
+        """Pass a callback to the studios of the profile, or to the other servers of the team.
 
         Raises:
             JournalUnwritable: the database is not usable.
         """
-        studio = next(
-            (candidate for candidate in reversed(self._studios) if candidate.journal.account == account_id), None
-        )
-        if studio is not None:
+        studios = [studio for studio in self._studios if studio.journal.channel == channel]
+        for studio in studios:
             await studio.receive_callback(key, task_id)
-        elif self.database is not None:
-            await self.database.publish(account_id, {"key": key, "task_id": task_id, "is_callback": True})
+        if not studios and self.database is not None:
+            await self.database.publish(channel, {"key": key, "task_id": task_id, "is_callback": True})
 
     def _poller_of(self, settings: TeamSettings) -> Poller | None:
         """Return the poller of this EvoLink key. It batches the polls of all tenants; a 429 slows down only this key."""

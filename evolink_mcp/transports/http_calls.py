@@ -79,7 +79,7 @@ class Turns:
 class Calls:
     """An ASGI app in front of `app`. It needs the HTTP guard, which passes each body as one message.
 
-    `journal` publishes cancellations to the other servers of the account.
+    `journal` publishes cancellations to the other servers of the profile.
     """
 
     def __init__(self, app: ASGIApp, journal: Journal) -> None:

@@ -19,8 +19,8 @@ from evolink_mcp.journal.sqlite import SqliteJournal
 class BlockingJournal:
     """A `SqliteJournal` whose methods block; `file` is its file."""
 
-    def __init__(self, folder: Path, account: str = "", **more: Any) -> None:
-        self._journal = SqliteJournal(folder, account, **more)
+    def __init__(self, folder: Path, identity: str = "", **more: Any) -> None:
+        self._journal = SqliteJournal(folder, identity, **more)
         self.file = self._journal.file
         self.folder = folder
 
@@ -31,14 +31,14 @@ class BlockingJournal:
 class BlockingPostgres:
     """A `PostgresJournal` of a server of its own, whose methods block. `close` ends the server."""
 
-    def __init__(self, url: str, portal: Any, account: str = "", *, has_tenants: bool = False) -> None:
+    def __init__(self, url: str, portal: Any, identity: str = "", *, profile: str = "default") -> None:
         from evolink_mcp.teams.database import Database
         from evolink_mcp.teams.postgres import PostgresJournal
 
         self.database = Database(url, patient_times(grace_s=0.0))
         self._portal = portal
         portal.call(self.database.open)
-        self._journal = PostgresJournal(self.database, account, has_tenants=has_tenants)
+        self._journal = PostgresJournal(self.database, identity, profile=profile)
 
     def __getattr__(self, name: str) -> Any:
         return _blocking(self._journal, name, self._portal.call)

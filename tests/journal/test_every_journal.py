@@ -34,8 +34,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     all_of_them: list[Any] = []
     if request.param == "sqlite":
 
-        def journal(*account: str, has_tenants: bool = False) -> Any:
-            all_of_them.append(BlockingJournal(tmp_path / "data", *account, has_tenants=has_tenants, clock=lambda: NOW))
+        def journal(*identity: str, profile: str = "default") -> Any:
+            all_of_them.append(BlockingJournal(tmp_path / "data", *identity, profile=profile, clock=lambda: NOW))
             return all_of_them[-1]
 
         yield journal
@@ -45,8 +45,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     url = request.getfixturevalue("cluster").database()
     with a_loop() as portal:
 
-        def journal(*account: str, has_tenants: bool = False) -> Any:
-            all_of_them.append(BlockingPostgres(url, portal, *account, has_tenants=has_tenants))
+        def journal(*identity: str, profile: str = "default") -> Any:
+            all_of_them.append(BlockingPostgres(url, portal, *identity, profile=profile))
             return all_of_them[-1]
 
         yield journal
@@ -169,36 +169,89 @@ def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
     assert bool(heir.adopt()) == adopted
 
 
-def test_an_account_sees_only_its_own_entries(opened: Open) -> None:
-    anna = opened("a1")
-    ben = opened("b2")
+def test_a_profile_sees_only_its_own_entries_although_another_one_uses_the_same_key(opened: Open) -> None:
+    anna = opened("a1", profile="anna")
+    ben = opened("a1", profile="ben's “50%” ?{}")
     anna.intend(hers := entry(anna, fingerprint="f", task=task("1"), phase="submitted", estimate=2.0))
     anna.remember_upload("ab", "https://x.example/1", NOW)
     assert anna.recent(9) == [hers]
     assert ben.recent(9) == []
     assert ben.by_key(hers.key) is None
     assert ben.by_task("task-unified-1") is None
-    assert anna.known_tasks(["task-unified-1", "x"]) == {"task-unified-1"}
-    assert ben.known_tasks(["task-unified-1"]) == set()
     assert ben.undelivered(("f", "g"), 0) == []
     assert anna.undelivered(("f", "g"), 0) == [hers]
     assert (ben.sums_since(0).total, anna.sums_since(0).total) == (0.0, 2.0)
     assert ben.acquire(hers.key) is False
     assert ben.find_upload("ab", 0) is None
+    ben.intend(his := entry(ben, task=task("1")))
+    assert ben.recent(9) == [his]
 
 
-def test_a_server_without_a_key_sees_all_entries_unless_tenants_share_the_journal(opened: Open) -> None:
+def test_a_lost_answer_is_not_matched_with_a_task_of_another_profile(opened: Open) -> None:
+    """Both profiles may use one key, so both see the task in EvoLink's list."""
+    anna, ben = opened("a1", profile="anna"), opened("a1", profile="ben")
+    anna.intend(entry(anna, task=task("1"), phase="submitted"))
+    assert ben.known_tasks(["task-unified-1", "x"]) == {"task-unified-1"}
+
+
+def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(opened: Open) -> None:
+    dead, one, other = opened("a1"), opened("a1"), opened("b2")
+    done = entry(dead, fingerprint="f", phase="submitted", task=task("1"), estimate=2.0)
+    dead.intend(done)
+    assert other.recent(9) == [done]
+    assert other.by_key(done.key) == other.by_task("task-unified-1") == done
+    assert other.sums_since(0).total == 2.0
+    dead.close()
+    assert other.undelivered(("f",), 0) == []
+    assert other.adopt() == []
+    assert other.acquire(done.key) is False
+    assert one.adopt() == [replace(done, owner=one.owner)]
+
+
+def test_a_linked_key_works_on_the_entries_of_the_earlier_key(opened: Open) -> None:
+    dead = opened("a1")
+    dead.intend(done := entry(dead, fingerprint="f", phase="submitted", task=task("1")))
+    dead.save_fact("rule", "one")
+    dead.close()
+    new, same = opened("b2"), opened("b2")
+    assert new.read_links() == same.read_links() == ["a1"]
+    assert new.newest_task("a1", NOW) == "task-unified-1"
+    assert new.newest_task("a1", NOW - 1) is None
+    assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("b2", False, None)
+    new.link("a1")
+    assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("a1", True, "one")
+    assert new.undelivered(("f",), 0) == [replace(done, owner="")]
+    assert new.adopt() == [replace(done, owner=new.owner)]
+    assert same.read_links() == []
+    assert same.account == "a1"
+    assert opened("b2", profile="another").read_links() == []
+
+
+def test_a_key_with_entries_keeps_its_account_when_it_is_linked_to_another_one(opened: Open) -> None:
+    one, other = opened("a1"), opened("b2")
+    other.intend(early := entry(other, created_at=NOW - 1, fingerprint="f"))
+    one.intend(late := entry(one, fingerprint="f"))
+    assert other.read_links() == ["a1"]
+    other.link("a1")
+    assert other.account == "b2"
+    assert other.undelivered(("f",), 0) == [early, late]
+    again = opened("b2")
+    again.read_links()
+    assert (again.account, again.is_linked("a1")) == ("b2", True)
+
+
+def test_without_a_key_all_entries_of_the_profile_are_read(opened: Open) -> None:
     anna = opened("a1")
     ben = opened("b2")
     anna.intend(hers := entry(anna))
     ben.intend(his := entry(ben, created_at=NOW - 1))
     assert opened().recent(9) == [hers, his]
-    assert opened("", has_tenants=True).recent(9) == []
-    assert opened("", has_tenants=True).by_key(hers.key) is None
+    assert opened(profile="another").recent(9) == []
+    assert opened(profile="another").by_key(hers.key) is None
 
 
-def test_a_task_has_one_entry_an_account(opened: Open) -> None:
-    anna, ben = opened("a1"), opened("b2")
+def test_a_task_has_one_entry_a_profile(opened: Open) -> None:
+    anna, ben = opened("a1"), opened("b2", profile="ben")
     anna.intend(entry(anna, task=task()))
     anna.intend(second := entry(anna))
     with pytest.raises(TaskKnown, match="task-unified-1"):
@@ -272,16 +325,19 @@ def test_entries_of_one_moment_come_in_the_order_of_their_keys(opened: Open) -> 
     assert [one.key for one in journal.recent(9, after=(NOW, "evomcp-B"))] == ["evomcp-_", "evomcp-a"]
 
 
-def test_uploads_and_facts_belong_to_an_account(opened: Open) -> None:
+def test_uploads_belong_to_a_profile_and_facts_to_an_account(opened: Open) -> None:
     anna, ben, nobody = opened("a1"), opened("b2"), opened()
+    stranger = opened("a1", profile="another")
     anna.remember_upload("ab", "https://x.example/1", NOW + 5)
     anna.remember_upload("ab", "https://x.example/2", NOW + 9)
     assert (anna.find_upload("ab", NOW + 8), anna.find_upload("ab", NOW + 9)) == ("https://x.example/2", None)
-    assert (ben.find_upload("ab", NOW), anna.find_upload("cd", NOW)) == (None, None)
+    assert ben.find_upload("ab", NOW) == "https://x.example/2"
+    assert (stranger.find_upload("ab", NOW), anna.find_upload("cd", NOW)) == (None, None)
     assert anna.fact("rule") is None
     anna.save_fact("rule", "one")
     anna.save_fact("rule", "two")
     assert (anna.fact("rule"), ben.fact("rule"), nobody.fact("rule")) == ("two", None, "two")
+    assert (stranger.fact("rule"), opened(profile="another").fact("rule")) == ("two", None)
     ben.save_fact("rule", "three")
     assert nobody.fact("rule") is None
 
@@ -318,8 +374,8 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
         ({"phase": "unsent"}, False),
     ],
 )
-def test_only_so_many_tasks_of_an_account_are_under_way(opened: Open, more: dict[str, Any], counts: bool) -> None:
-    one, other, ben = opened("a1"), opened("a1"), opened("b2")
+def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, more: dict[str, Any], counts: bool) -> None:
+    one, other, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
     one.intend(entry(one, **more))
     assert ben.intend(entry(ben), running=1) is None
     if not counts:

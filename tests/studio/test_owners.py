@@ -18,7 +18,6 @@ from conftest import Clock, HeldClock, Open, PlainSimulator, World
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.folders import PART_PREFIX, PART_SUFFIX
 from evolink_mcp.journal.entry import Entry, account_id_of
-from evolink_mcp.journal.sqlite import SqliteJournal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -54,59 +53,6 @@ async def test_an_accounts_mark_shows_neither_key_nor_address() -> None:
     assert mark != account_id_of("sk-0123456789", "https://other.example")
     assert mark != account_id_of("sk-0123456780", "https://api.example")
     assert mark.isalnum()
-
-
-async def test_another_keys_picture_is_neither_handed_over_nor_listed_nor_counted(open_world: Open) -> None:
-    clock = Clock()
-    simulator = PlainSimulator(clock=clock)
-    async with open_world(simulator=simulator, clock=clock) as one:
-        mine = await asked(one, "generate_image", **HANDLE)
-    async with open_world({**OTHER_KEY}, simulator=simulator, clock=clock) as other:
-        theirs = await asked(other, "generate_image", **HANDLE)
-        assert theirs["task_id"] != mine["task_id"]
-        answer = await asked(other, "list_tasks")
-        assert [task["task_id"] for task in answer["tasks"]] == [theirs["task_id"]]
-        assert answer["spent"]["today"]["credits"] == (await other.studio.journal.recent(1))[0].estimate
-        foreign = await asked(other, "get_task", task_id=mine["task_id"], wait_seconds=0)
-        assert (foreign["error"]["code"], foreign["request"]) == ("forbidden", None)
-    assert bought(simulator) == 2
-
-
-async def test_another_keys_day_cap_is_its_own(open_world: Open) -> None:
-    clock = Clock()
-    simulator = PlainSimulator(clock=clock)
-    cap = {"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3"}
-    async with open_world(cap, simulator=simulator, clock=clock) as one:
-        assert (await asked(one, "generate_image", **WISH))["status"] == "completed"
-        assert (await asked(one, "generate_image", **WISH))["error"]["code"] == "over_budget"
-    async with open_world({**cap, **OTHER_KEY}, simulator=simulator, clock=clock) as other:
-        assert (await asked(other, "generate_image", **WISH))["status"] == "completed"
-
-
-async def test_a_dead_servers_task_is_left_to_its_own_key(open_world: Open) -> None:
-    clock = Clock()
-    simulator = PlainSimulator(clock=clock, duration_s=500)
-    async with open_world(simulator=simulator, clock=clock) as one:
-        mine = await asked(one, "generate_image", **{**WISH, "wait_seconds": 0})
-    clock.now += 1000
-    async with (
-        open_world({**OTHER_KEY}, simulator=simulator, clock=clock) as other,
-        open_world(simulator=simulator, clock=clock, pause=no_pause) as again,
-    ):
-        assert await listed(other) == []
-        assert other.studio.jobs == []
-        done = await asked(again, "get_task", task_id=mine["task_id"])
-        assert done["status"] == "completed"
-        assert done["images"][0]["path"] is not None
-
-
-async def test_an_upload_of_another_key_is_not_used(tmp_path: Path) -> None:
-    one, other = (SqliteJournal(tmp_path, account_id_of(key, "u")) for key in ("k1", "k2"))
-    await one.remember_upload("ab", "https://x.example/1", 9e9)
-    assert await one.find_upload("ab", 0) == "https://x.example/1"
-    assert await other.find_upload("ab", 0) is None
-    for journal in (one, other):
-        await journal.close()
 
 
 # --- owners --------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
 
 async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
     one, other, keyless = (
-        SqliteJournal(tmp_path, mark) for mark in (account_id_of("a", "u"), account_id_of("b", "u"), "")
+        SqliteJournal(tmp_path, identity) for identity in (account_id_of("a", "u"), account_id_of("b", "u"), "")
     )
     assert await keyless.fact("size_rule") is None
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ from psycopg.conninfo import conninfo_to_dict  # noqa: E402
 
 from evolink_mcp.teams.database import LOCKS, Database, open_database  # noqa: E402
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address  # noqa: E402
-from evolink_mcp.teams.orphans import TENANT, tenants_left  # noqa: E402
+from evolink_mcp.teams.orphans import tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
 from evolink_mcp.teams.schema import MOVE_OLD_TABLES, OLD_TABLES, read_entries  # noqa: E402
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
@@ -122,17 +122,17 @@ async def test_a_closed_journal_leaves_no_callback_behind(opened: Any) -> None:
 
 async def test_other_servers_find_the_tenants_of_a_dead_server(opened: Any, cluster: Any, url: str) -> None:
     """Their images are paid, and the tenants may never call again."""
-    dead, heir = await opened(), await opened()
-    await dead.save_fact(TENANT, "anna at https://login.example.org")
+    server, heir = await opened(), await opened()
+    dead = PostgresJournal(server.database, "a1", profile="anna at https://login.example.org")
     await dead.intend(entry(dead))
-    assert await tenants_left(heir.database, []) == {}  # a live server owns it
+    assert await tenants_left(heir.database, []) == set()  # a live server owns it
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
-        assert await tenants_left(heir.database, []) == {}
+        assert await tenants_left(heir.database, []) == set()
         db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
-    assert await tenants_left(heir.database, ["another"]) == {"a1": "anna at https://login.example.org"}
-    assert await tenants_left(heir.database, ["a1"]) == {}
+    assert await tenants_left(heir.database, ["another"]) == {"anna at https://login.example.org"}
+    assert await tenants_left(heir.database, [dead.profile]) == set()
 
 
 async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
@@ -270,11 +270,11 @@ async def test_a_server_ends_its_former_session_and_takes_its_lease_again(url: s
         assert database.owner == owner
 
 
-async def test_the_other_servers_of_the_account_receive_changes(opened: Any, url: str) -> None:
+async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url: str) -> None:
     first, second = await opened(), await opened()
     async with open_database(url, PATIENT) as third:
         deliveries: list[tuple[str, Notification]] = []
-        for name, journal in (("first", first), ("second", second), ("b2", PostgresJournal(third, "b2"))):
+        for name, journal in (("first", first), ("second", second), ("ben", PostgresJournal(third, "a1", profile="ben"))):
             journal.listen(lambda notification, name=name: deliveries.append((name, notification)))
         await first.intend(own_entry := entry(first))
         task = Task("task-unified-1", "pending")
@@ -285,16 +285,18 @@ async def test_the_other_servers_of_the_account_receive_changes(opened: Any, url
         await first.publish(
             Notification(own_entry.key, task.id, replace(task, results=("https://x.example/" + "x" * 9000,)))
         )
-        await first.database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 nonsense')"))
-        await first.database.run(lambda db: db.execute("SELECT pg_notify('evolink_mcp', 'a1 {\"task\": {\"x\": 1}}')"))
+        for message in ("nonsense", '{"task": {"x": 1}}'):
+            payload = f"{first.channel} {message}"
+            await first.database.run(lambda db, payload=payload: db.execute("SELECT pg_notify('evolink_mcp', %s)", (payload,)))
         await second.publish(Notification(call=("session x", 7)))
-        await PostgresJournal(second.database, "b2").publish(Notification("for b2 only"))
+        ben = PostgresJournal(second.database, "a1", profile="ben")
+        await ben.publish(Notification("for ben only"))
         await until(lambda: len(deliveries) == 6)
     changed = Notification(own_entry.key, task.id)
     assert [notification for name, notification in deliveries if name == "second"] == [
         Notification(own_entry.key), changed, changed, progress
     ]  # fmt: skip
-    assert [notification for name, notification in deliveries if name == "b2"] == [Notification("for b2 only")]
+    assert [notification for name, notification in deliveries if name == "ben"] == [Notification("for ben only")]
     assert [notification for name, notification in deliveries if name == "first"] == [
         Notification(call=("session x", 7))
     ]

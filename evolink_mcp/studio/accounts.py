@@ -1,0 +1,85 @@
+"""Link a new API key to the earlier accounts of the profile, so that their tasks are followed with the new key."""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+
+from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.task import is_task_id
+from evolink_mcp.errors import EvolinkError, RateLimited, Refused, Rejected
+from evolink_mcp.journal.journal import Journal
+from evolink_mcp.studio.jobs import Timing
+
+log = logging.getLogger(__name__)
+
+# EvoLink may not know a newer task yet, so it proves nothing.
+TASK_AGE_MIN_S = 10.0
+TRY_AGAIN_AFTER_S = 15.0
+# EvoLink refused to show the task. Other refusals, such as 401, show nothing about the account.
+REFUSALS = (400, 403, 404, 410)
+
+
+class AccountLinker:
+    """Test once per account of the profile whether EvoLink lets this key read one of the account's recent tasks.
+
+    A test is free. The journal records a link. The next server repeats a test that failed.
+    """
+
+    def __init__(self, client: EvolinkClient, journal: Journal, timing: Timing) -> None:
+        self._client = client
+        self._journal = journal
+        self._timing = timing
+        self._lock = anyio.Lock()
+        self._next_try_at = 0.0
+        self._is_complete = not client.has_key
+
+    async def link(self) -> None:
+        """Link the key to every account that it can read. Return at once if all accounts are tested.
+
+        Raises:
+            Refused: EvoLink did not answer. The same call may be repeated.
+            JournalUnwritable: the accounts are unknown.
+        """
+        if self._is_complete:
+            return
+        async with self._lock:
+            if self._is_complete:
+                return
+            for account in await self._journal.read_links():
+                await self._test(account)
+            self._is_complete = True
+
+    async def try_to_link(self) -> None:
+        """Do the same as `link`, but log an error. After an error do nothing for TRY_AGAIN_AFTER_S seconds."""
+        if self._timing.clock() < self._next_try_at:
+            return
+        try:
+            await self.link()
+        except EvolinkError as error:
+            log.warning("%s", error.message)
+            self._next_try_at = self._timing.clock() + TRY_AGAIN_AFTER_S
+
+    async def _test(self, account: str) -> None:
+        task_id = await self._journal.newest_task(account, self._timing.clock() - TASK_AGE_MIN_S)
+        if task_id is None or not is_task_id(task_id):
+            return
+        if await self._can_read(task_id):
+            await self._journal.link(account)
+            log.info("the API key can read the tasks of an earlier key: they are followed with it")
+
+    async def _can_read(self, task_id: str) -> bool:
+        try:
+            await self._client.task(task_id)
+        except EvolinkError as error:
+            is_refused = isinstance(error, Rejected) and not isinstance(error, RateLimited)
+            if is_refused and error.http_status in REFUSALS:
+                return False
+            raise Refused(
+                f"the API key is new here, and EvoLink did not say whether it belongs to the earlier purchases: {error.message}",
+                code=error.code,
+                retryable=True,
+                advice=error.advice,
+            ) from error
+        return True
