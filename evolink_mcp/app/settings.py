@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, KEY, is_loopback
 from evolink_mcp.images.folders import Folders
-from evolink_mcp.journal import DEFAULT_PROFILE
+from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.limits import SpendingLimits
 from evolink_mcp.tools.hosts import WAIT_MAX_S

@@ -11,13 +11,12 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from urllib.parse import quote, unquote
 
 from evolink_mcp.api.task import SETTLED, Task
 from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
-from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
+from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import COLUMNS, STATE_COLUMNS, fold, readable_entries, task_from_dict, values_of
 
 log = logging.getLogger(__name__)
@@ -143,16 +142,6 @@ class Notification:
             is_callback=bool(payload.get("is_callback")),
             call=(call[0], call[1]) if call else None,
         )
-
-
-def profile_id(name: str) -> str:
-    """Return the profile's name as the tables have it: only characters that need no quotes in SQL."""
-    return quote(name, safe="", errors="surrogatepass")
-
-
-def profile_name(profile: str) -> str:
-    """Return the name of which `profile_id` made this value."""
-    return unquote(profile, errors="surrogatepass")
 
 
 class Journal:

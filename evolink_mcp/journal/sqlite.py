@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import SUMS, Journal, Sums
 from evolink_mcp.journal.migrations import check_origin, migrate, transaction
+from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.journal.rows import fold, readable_entries
 
 if TYPE_CHECKING:

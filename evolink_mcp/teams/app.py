@@ -18,7 +18,8 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_id_of
-from evolink_mcp.journal.journal import Journal, profile_id
+from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.profile import profile_id
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.callback_routes import CallbackEndpoint

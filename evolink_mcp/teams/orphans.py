@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from psycopg.rows import DictRow
 
-from evolink_mcp.journal.journal import profile_name
+from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.teams.database import Database, DatabaseConnection
 
 

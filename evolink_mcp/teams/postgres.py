@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from psycopg import errors
 
-from evolink_mcp.journal import DEFAULT_PROFILE
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.teams.database import Database, DatabaseConnection
 
 T = TypeVar("T")

@@ -274,7 +274,11 @@ async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url
     first, second = await opened(), await opened()
     async with open_database(url, PATIENT) as third:
         deliveries: list[tuple[str, Notification]] = []
-        for name, journal in (("first", first), ("second", second), ("ben", PostgresJournal(third, "a1", profile="ben"))):
+        for name, journal in (
+            ("first", first),
+            ("second", second),
+            ("ben", PostgresJournal(third, "a1", profile="ben")),
+        ):
             journal.listen(lambda notification, name=name: deliveries.append((name, notification)))
         await first.intend(own_entry := entry(first))
         task = Task("task-unified-1", "pending")
@@ -287,7 +291,9 @@ async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url
         )
         for message in ("nonsense", '{"task": {"x": 1}}'):
             payload = f"{first.channel} {message}"
-            await first.database.run(lambda db, payload=payload: db.execute("SELECT pg_notify('evolink_mcp', %s)", (payload,)))
+            await first.database.run(
+                lambda db, payload=payload: db.execute("SELECT pg_notify('evolink_mcp', %s)", (payload,))
+            )
         await second.publish(Notification(call=("session x", 7)))
         ben = PostgresJournal(second.database, "a1", profile="ben")
         await ben.publish(Notification("for ben only"))
