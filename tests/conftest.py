@@ -19,6 +19,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import patient_times
 from mcp.client import Client
+from mcp_types import Implementation
 from PIL import Image
 
 from evolink_mcp.app.settings import decoder_environment
@@ -39,6 +40,8 @@ from evolink_mcp.teams.studios import open_team_database, team_parts
 pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
 
 KEY = "sk-canary-0123456789abcdef"
+# Without a name of its own a client gets no previews.
+TEST_CLIENT = Implementation(name="evolink-tests", version="1")
 TEAM = os.environ.get("EVOLINK_TEST_DATABASE") == "postgres"
 
 
@@ -150,7 +153,7 @@ class World:
     @asynccontextmanager
     async def client(self, mode: Any = "auto", **server: Any) -> AsyncIterator[Client]:
         """Connect a real MCP client in this process."""
-        async with Client(build_server(self.studio, **server), mode=mode) as client:
+        async with Client(build_server(self.studio, **server), client_info=TEST_CLIENT, mode=mode) as client:
             yield client
 
 

@@ -231,14 +231,25 @@ def _size_rule(text: str) -> str:
     return text.lower()
 
 
-def _preview_edge(text: str) -> int | None:
-    if text.lower() in ("auto", "off"):
-        return None if text.lower() == "auto" else 0
+@dataclass(frozen=True, slots=True)
+class PreviewSetting:
+    """The longest edge of previews in pixels: None chooses it, 0 sends none. `is_for_all`: send them to every client."""
+
+    edge: int | None = None
+    is_for_all: bool = False
+
+
+PREVIEW_WORDS = {"auto": PreviewSetting(), "on": PreviewSetting(is_for_all=True), "off": PreviewSetting(edge=0)}
+
+
+def _preview(text: str) -> PreviewSetting:
+    if (setting := PREVIEW_WORDS.get(text.lower())) is not None:
+        return setting
     from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 
     if not text.isascii() or not text.isdigit() or not PREVIEW_EDGE_MIN <= int(text[:6]) <= PREVIEW_EDGE_MAX:
-        raise ValueError(f"must be auto, off, or pixels from {PREVIEW_EDGE_MIN} to {PREVIEW_EDGE_MAX}")
-    return int(text)
+        raise ValueError(f"must be auto, on, off, or pixels from {PREVIEW_EDGE_MIN} to {PREVIEW_EDGE_MAX}")
+    return PreviewSetting(int(text), is_for_all=True)
 
 
 def _tools(text: str) -> frozenset[str]:
@@ -304,7 +315,7 @@ def _working_folder() -> tuple[Path, ...]:
 class Settings:
     """The settings of every server. `setting()` gives each field its variable, parser, default and description.
 
-    `wait_s`: in seconds; None lets the MCP host decide. `preview_edge`: in pixels; None chooses it, 0 sends no preview.
+    `wait_s`: in seconds; None lets the MCP host decide.
     `tools`, `callback_hosts`: None allows all. `max_running`: the limit of running tasks; it comes from a tokens file.
     """
 
@@ -360,11 +371,11 @@ class Settings:
         f"Default wait of a call, from 0 to {WAIT_MAX_S}.",
         default_text="depends on the MCP host",
     )
-    preview_edge: int | None = setting(
+    preview: PreviewSetting = setting(
         "EVOLINK_MCP_PREVIEW",
-        _preview_edge,
-        None,
-        "Inline preview: auto, off, or its longest edge in pixels.",
+        _preview,
+        PreviewSetting(),
+        "Inline preview: auto (not for default names of SDKs), on, off, or its longest edge in pixels.",
         default_text="auto",
     )
     has_sidecars: bool = setting(

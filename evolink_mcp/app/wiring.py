@@ -106,7 +106,7 @@ async def open_studio(
         options = StudioOptions(
             spending_limits=settings.spending_limits,
             size_rule=settings.size_rule,
-            preview_edge=settings.preview_edge,
+            preview_edge=settings.preview.edge,
             callback_hosts=settings.callback_hosts,
             is_shared=parts.has_other_tenants,
             key_problem=settings.key_problem,
@@ -125,7 +125,8 @@ def server_for(studio: Studio, settings: Settings, *, secret: str | None = None)
     return build_server(
         studio,
         wait_s=settings.wait_s,
-        preview_edge=settings.preview_edge,
+        preview_edge=settings.preview.edge,
+        previews_for_all=settings.preview.is_for_all,
         resource_links=settings.has_resource_links,
         published=TOOL_NAMES if settings.tools is None else settings.tools,
         secret=secret,

@@ -71,17 +71,18 @@ def build_server(
     *,
     wait_s: float | None = None,
     preview_edge: int | None = None,
+    previews_for_all: bool = False,
     resource_links: bool = False,
     published: Collection[str] = TOOL_NAMES,
     secret: str | None = None,
 ) -> MCPServer[Any]:
     """Return the server of `studio`. The caller opens and closes the studio.
 
-    `wait_s`, `preview_edge` and `resource_links` are those of `Waiting`. `published` names the published tools;
-    without generate_image a client cannot buy. `secret` encrypts the state that a client carries between requests.
-    Servers with the same secret accept each other's state. Without a secret only this process accepts it.
+    `wait_s`, `preview_edge`, `previews_for_all` and `resource_links` are those of `Waiting`. `published` names the
+    published tools; without generate_image a client cannot buy. `secret` encrypts the state that a client carries between
+    requests. Servers with the same secret accept each other's state. Without a secret only this process accepts it.
     """
-    waiting = Waiting(studio, wait_s, preview_edge, resource_links)
+    waiting = Waiting(studio, wait_s, preview_edge, previews_for_all, resource_links)
     get_task = get_task_tool(waiting)
     tools = [
         generate_image_tool(waiting),

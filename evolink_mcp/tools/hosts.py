@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WAIT_MAX_S = 900
 # The server needs this time to build and send an answer before the host gives up.
@@ -16,7 +16,7 @@ class Host:
 
     `wait_s` is the default wait of a call. `limit_s` is the host's timeout, None if it is unknown. The wait and the
     extra time for a late task id end before it. `limit_is_final` is False if the host continues the call in another
-    way after its timeout.
+    way after its timeout. `has_previews` is False if answers have no preview unless a setting requires it.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Host:
     answer_max: int = 700_000
     limit_s: float | None = None
     limit_is_final: bool = True
+    has_previews: bool = True
 
     @property
     def longest_wait_s(self) -> float:
@@ -34,6 +35,9 @@ class Host:
 
 
 UNKNOWN = Host("any other host")
+# Default client names of SDKs. Several frameworks keep these names and pass a preview to the model as base64 text.
+SDK_NAMES = frozenset({"", "mcp", "mcp-client", "example-client"})
+UNNAMED = replace(UNKNOWN, has_previews=False)
 # (prefix of the client's name in lower case, host). The first match counts.
 KNOWN: tuple[tuple[str, Host], ...] = (
     # At its timeout Claude Code moves the call to the background.
@@ -61,4 +65,6 @@ KNOWN: tuple[tuple[str, Host], ...] = (
 def host_named(client_name: str | None) -> Host:
     """Return the host with this client name. An unknown host gets limits below the shortest common timeout."""
     name = (client_name or "").strip().lower()
+    if name in SDK_NAMES:
+        return UNNAMED
     return next((host for start, host in KNOWN if name.startswith(start)), UNKNOWN)

@@ -47,12 +47,14 @@ class Waiting:
     """Wait for the jobs of one studio and build the answers.
 
     `wait_s`: the owner's default wait in seconds, None uses the MCP host's. `preview_edge`: the longest edge of previews
-    in pixels, None chooses it by the number of images, 0 sends none. `resource_links`: add a link for each saved image.
+    in pixels, None chooses it by the number of images, 0 sends none. `previews_for_all`: send previews also to clients
+    with the default name of an SDK. `resource_links`: add a link for each saved image.
     """
 
     studio: Studio
     wait_s: float | None = None
     preview_edge: int | None = None
+    previews_for_all: bool = False
     resource_links: bool = False
 
     async def answer(
@@ -84,9 +86,10 @@ class Waiting:
                 out.notes.append(
                     f"The status could not be read: {job.problem.message}. The server repeats the poll, more and more slowly."
                 )
-            files = await self._files(job.entry)
+            edge = self.preview_edge if self.previews_for_all or host.has_previews else 0
+            files = await self._files(job.entry) if edge != 0 else []
             decoder = self.studio.image_store.decoder
-            images = await previews(out, files, self.preview_edge, host.answer_max, decoder)
+            images = await previews(out, files, edge, host.answer_max, decoder)
             image_links = links(out) if self.resource_links else []
             if job.is_finished and job.problem is None and job.entry.has_result:
                 await self._hand_over(job, ctx)
@@ -94,7 +97,7 @@ class Waiting:
 
     async def _files(self, entry: Entry) -> list[Path]:
         """Return local files of the saved images. Omit files that need more than FILES_WITHIN_S seconds."""
-        if self.preview_edge == 0 or entry.task_id is None:
+        if entry.task_id is None:
             return []
         files: list[Path] = []
         with anyio.move_on_after(FILES_WITHIN_S):

@@ -107,7 +107,7 @@ def test_folders_separated_by_commas_are_refused_unless_the_folder_exists(home: 
         pytest.param("EVOLINK_MCP_WAIT_SECONDS", "nan", "0 to 900", id="not a number"),
         pytest.param("EVOLINK_MCP_MAX_CREDITS_PER_DAY", "ten", "number", id="word"),
         pytest.param("EVOLINK_MCP_MAX_CREDITS_PER_CALL", "inf", "number", id="infinite"),
-        pytest.param("EVOLINK_MCP_PREVIEW", "big", "auto, off", id="unknown preview"),
+        pytest.param("EVOLINK_MCP_PREVIEW", "big", "auto, on, off", id="unknown preview"),
         pytest.param("EVOLINK_MCP_PREVIEW", "63", "64 to 2048", id="preview too small"),
         pytest.param("EVOLINK_MCP_PREVIEW", "9" * 5000, "64 to 2048", id="preview too large"),
         pytest.param("EVOLINK_MCP_RESOURCE_LINKS", "maybe", "0 or 1", id="no switch"),

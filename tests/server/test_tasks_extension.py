@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import anyio
 import pytest
-from conftest import Open, World
+from conftest import TEST_CLIENT, Open, World
 from mcp.client import Client
 from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 from mcp.shared.exceptions import MCPError
@@ -70,7 +70,7 @@ async def ask(client: Any, method: str, task_id: str) -> dict[str, Any]:
 
 def client_of(world: World, mode: Any = "auto") -> tuple[Client, TaskClient]:
     extension = TaskClient()
-    return Client(build_server(world.studio), mode=mode, extensions=[extension]), extension
+    return Client(build_server(world.studio), client_info=TEST_CLIENT, mode=mode, extensions=[extension]), extension
 
 
 async def handle_of(client: Client, arguments: dict[str, Any]) -> dict[str, Any]:

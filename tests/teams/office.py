@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 import httpx2 as httpx
-from conftest import PlainSimulator
+from conftest import TEST_CLIENT, PlainSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
@@ -90,7 +90,9 @@ class Office:
     async def client(self, token: str, mode: Any = "auto", **extra: str) -> AsyncIterator[Client]:
         async with (
             self.http(token, **extra) as http,
-            Client(streamable_http_client("http://localhost/mcp", http_client=http), mode=mode) as client,
+            Client(
+                streamable_http_client("http://localhost/mcp", http_client=http), client_info=TEST_CLIENT, mode=mode
+            ) as client,
         ):
             yield client
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Open, World
+from conftest import TEST_CLIENT, Open, World
 from drawings import SECRET, drawing, noise, talkative
 from mcp.client import Client
 from PIL import Image
@@ -287,7 +287,7 @@ async def test_an_unreadable_image_file_is_no_error_of_the_task(world: World, ch
 async def test_the_setting_decides_the_size_of_previews(open_world: Open, setting: str, edge: int | None) -> None:
     async with open_world({"EVOLINK_MCP_PREVIEW": setting}) as world:
         with anyio.fail_after(300):
-            async with Client(server_for(world.studio, world.settings)) as client:
+            async with Client(server_for(world.studio, world.settings), client_info=TEST_CLIENT) as client:
                 arguments = {"prompt": "sim:fast a fox", "size": "2048x1152"}
                 answer = await client.call_tool("generate_image", arguments)
     assert answer.is_error is False
