@@ -188,6 +188,7 @@ class EvolinkClient:
             request = self.build_request(
                 "POST",
                 "/v1/images/generations",
+                is_purchase=True,
                 content=dump(body),
                 headers={"Idempotency-Key": idempotency_key},
                 extensions={"trace": trace},
@@ -291,7 +292,9 @@ class EvolinkClient:
 
     # --- how requests are sent ---
 
-    def build_request(self, method: str, path: str, *, origin: str = "api", **fields: Any) -> httpx.Request:
+    def build_request(
+        self, method: str, path: str, *, origin: str = "api", is_purchase: bool = False, **fields: Any
+    ) -> httpx.Request:
         """Build a request with the key. `fields` are those of httpx.
 
         Raises:
@@ -303,7 +306,9 @@ class EvolinkClient:
         headers = {"Authorization": f"Bearer {self._key.get_secret_value()}", **fields.pop("headers", {})}
         if "content" in fields:
             headers["Content-Type"] = "application/json"
-        request = self._reads.build_request(method, self._origins[origin] + path, headers=headers, **fields)
+        # A request takes its timeouts from the client that builds it.
+        client = self._pays if is_purchase else self._reads
+        request = client.build_request(method, self._origins[origin] + path, headers=headers, **fields)
         target = request.url
         allowed = httpx.URL(self._origins[origin])
         if (target.scheme, target.host, target.port) != (allowed.scheme, allowed.host, allowed.port):
