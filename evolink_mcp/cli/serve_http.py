@@ -31,6 +31,8 @@ from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import BadTokens, Tokens
 from evolink_mcp.transports.http import mcp_app, serve_app
+from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
+from evolink_mcp.transports.server_card import ServerCard, card_paths
 
 Log = Callable[[str], None]
 
@@ -135,6 +137,7 @@ class _HttpServer:
         options = self.options
         readiness = Readiness(self.settings, self.authenticator, studios.database)
         guard = guarded_app(app, studios, self.authenticator, hostnames, readiness)
+        self._publish_card(guard)
         metrics = metrics_for(studios, guard, readiness)
         if metrics is not None:
             group.start_soon(metrics.measure_loop_delay)
@@ -155,6 +158,13 @@ class _HttpServer:
 
         ready = partial(self._report_address, hostnames)
         return await self.serve(guard, options.host, options.port, exit_within_deadline, ready, is_drained)
+
+    def _publish_card(self, guard: HttpGuard) -> None:
+        path = _path(self.options)
+        transport = "sse" if self.options.command == "sse" else "streamable-http"
+        card = ServerCard(path, transport, self.settings.public_url, needs_token=self.authenticator is not None)
+        for card_path in card_paths(path):
+            guard.add_endpoint(Endpoint(("GET",), card_path, card))
 
     def _report_address(self, hostnames: list[str]) -> None:
         """Print the address of the open port, and the callers that may spend credits."""

@@ -15,9 +15,11 @@ from mcp.shared.exceptions import MCPError
 
 from evolink_mcp import __version__
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.server.catalogue import NAME, TITLE
 from evolink_mcp.server.gallery import gallery
 from evolink_mcp.server.prompts import add_completions, add_prompts
 from evolink_mcp.server.resources import ResourceServer, add_resources
+from evolink_mcp.server.skills_extension import Skills
 from evolink_mcp.server.tasks_extension import Tasks
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.compute_size import compute_size_tool
@@ -29,7 +31,6 @@ from evolink_mcp.tools.names import TOOL_NAMES
 from evolink_mcp.tools.view_image import view_image_tool
 from evolink_mcp.tools.waiting import Waiting
 
-NAME = "evolink-mcp"
 INSTRUCTIONS = (
     "Makes and edits pictures with EvoLink's gpt-image-2. generate_image is paid and does everything in one call. If it "
     "answers before the picture is ready, call get_task with the task_id of the answer. Never call generate_image again "
@@ -95,11 +96,11 @@ def build_server(
     can_buy = "generate_image" in published
     server = Server(
         NAME,
-        title="EvoLink Images",
+        title=TITLE,
         version=__version__,
         instructions=INSTRUCTIONS if can_buy else WITHOUT_BUYING,
         tools=[tool for tool in tools if tool.name in published],
-        extensions=[gallery(), Tasks(studio, get_task)],
+        extensions=[gallery(), Tasks(studio, get_task), *([Skills()] if can_buy else [])],
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
         # The audience identifies the profile, so that the state of one tenant is invalid for another.
