@@ -7,6 +7,7 @@ import ipaddress
 import json
 import math
 import re
+import socket
 import ssl
 import time
 import urllib.request
@@ -30,6 +31,7 @@ CONNECT_TIMEOUT_S = 10.0
 RETRY_AFTER_MAX_S = 120.0
 JSON_MAX_BYTES = 1 << 20
 POOL_SIZE = 16
+DNS_ANSWERS_MAX = 64
 COMPRESSIONS = ("gzip", "x-gzip", "deflate")
 
 # All errors of httpx for a request that failed on the way. A test compares this with its exception tree.
@@ -92,7 +94,7 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         """Send the request to a checked address of its host.
 
         Raises:
-            httpx.ConnectError: the host has no address, or one that is not public.
+            httpx.ConnectError: the host has no address, more than DNS_ANSWERS_MAX, or one that is not public.
         """
         if (proxy := _proxy_for(request.url)) is not None and self._proxied is not None:
             if proxy not in self._proxies:
@@ -100,7 +102,11 @@ class CheckedAddress(httpx.AsyncBaseTransport):
                     self._proxies[proxy] = self._proxied(proxy)
             return await self._proxies[proxy].handle_async_request(request)
         host = request.url.host
-        addresses = [str(entry[4][0]) for entry in await anyio.getaddrinfo(host, request.url.port or 443)]
+        port = request.url.port or 443
+        entries = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
+        if len(addresses) > DNS_ANSWERS_MAX:
+            raise httpx.ConnectError(f"{harmless(host, 80)} has more than {DNS_ANSWERS_MAX} addresses")
         public = [ip for ip in addresses if urls.is_public_ip(_behind_dns64(ip))]
         if not public or len(public) != len(addresses):
             raise httpx.ConnectError(f"{harmless(host, 80)} is not a public address")

@@ -112,15 +112,15 @@ def read_task(data: Any) -> Task:
         used = _number(usage.get("credits_used"))
     if used is None:
         used = _number(as_dict(usage.get("cost")).get("credits"))
-    links = _results(payload)
+    links, links_left_out = _results(payload)
     return Task(
         id=name,
         status=_SPELLINGS.get(status_word, status_word),
         progress=_number(payload.get("progress"), 0, 100),
         created=_moment(payload.get("created")) or _moment(payload.get("created_at")) or _moment_in(name),
         model=None if model is None else harmless(model, 80),
-        results=links[:LINKS_MAX],
-        links_left_out=len(links[LINKS_MAX:]),
+        results=links,
+        links_left_out=links_left_out,
         error=_error(payload.get("error"), status_word),
         estimated_time_s=_number(info.get("estimated_time"), 0, 86_400),
         credits_reserved=_number(usage.get("credits_reserved"), 0),
@@ -172,17 +172,27 @@ def is_task_id(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(TASK_ID_PATTERN, value) is not None
 
 
-def _results(data: dict[str, Any]) -> tuple[str, ...]:
-    """Return the result URLs in order without duplicates, from `results` or, if that is empty, from `result_data`.
+def _results(data: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Return at most LINKS_MAX result URLs, and the number of further ones, in order without duplicates.
 
-    Text that is not one URL of visible characters is dropped, because users see the links.
+    They are in `results` or, if that is empty, in `result_data`. Text that is not one URL of visible characters is
+    dropped, because users see the links. The further ones are counted without that check.
     """
     urls = [item for item in as_list(data.get("results")) if isinstance(item, str)]
     if not urls:
         for item in as_list(data.get("result_data")) or [data.get("result_data")]:
             values = [as_dict(item).get(name) for name in ("url", "image_url")]
             urls += [url for url in values if isinstance(url, str)][:1]
-    return tuple(dict.fromkeys(url for url in urls if len(url) <= URL_MAX and _LINK.fullmatch(url)))
+    distinct = list(dict.fromkeys(urls))
+    links: list[str] = []
+    checked = 0
+    for url in distinct:
+        if len(links) == LINKS_MAX:
+            break
+        checked += 1
+        if len(url) <= URL_MAX and _LINK.fullmatch(url):
+            links.append(url)
+    return tuple(links), len(distinct) - checked
 
 
 def _error(error: Any, status: str) -> TaskError | None:

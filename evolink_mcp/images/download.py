@@ -16,16 +16,39 @@ from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired
 
 DOWNLOAD_DEADLINE_S = 120.0
 PICTURE_MAX_BYTES = 100 << 20
+# Ten images of the largest size need 0.4 GB. The rest is for repeated downloads.
+TASK_MAX_BYTES = 2 << 30
 SLOWEST_BYTES_PER_S = 10_000
 SLOW_START_S = 15.0
 REDIRECTS_MAX = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
-async def download(client: EvolinkClient, url: str, into: BinaryIO) -> int:
+class ByteBudget:
+    """The bytes that the images of one task may transfer, with all repeated downloads."""
+
+    def __init__(self, max_bytes: int = TASK_MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._spent_bytes = 0
+
+    def spend(self, count: int) -> None:
+        """Count received bytes.
+
+        Raises:
+            DownloadFailed: the budget is spent.
+        """
+        self._spent_bytes += count
+        if self._spent_bytes > self._max_bytes:
+            raise DownloadFailed(
+                f"the pictures of this task have more than {self._max_bytes >> 20:,} MiB with all repeats",
+                retryable=False,
+            )
+
+
+async def download(client: EvolinkClient, url: str, into: BinaryIO, budget: ByteBudget | None = None) -> int:
     """Write the image at `url` to `into`, without the key. Return its size in bytes.
 
-    At most REDIRECTS_MAX redirects are followed. Each target must pass the same checks.
+    At most REDIRECTS_MAX redirects are followed. Each target must pass the same checks. `budget` is that of the task.
 
     Raises:
         FolderRefused: the disk is full or cannot be written.
@@ -38,7 +61,7 @@ async def download(client: EvolinkClient, url: str, into: BinaryIO) -> int:
                 _check(client, url)
                 async with stream(client.pictures, client.pictures.build_request("GET", url)) as response:
                     if response.status_code not in REDIRECTS:
-                        return await _write_all(response, into)
+                        return await _write_all(response, into, budget or ByteBudget())
                     url = urljoin(url, response.headers.get("location", ""))
             raise DownloadFailed(f"the picture's host sends us on more than {REDIRECTS_MAX} times")
     except TimeoutError as error:
@@ -55,7 +78,7 @@ def _check(client: EvolinkClient, url: str) -> None:
             raise DownloadFailed(f"EvoLink's link to the picture is not usable: {error}", retryable=False) from error
 
 
-async def _write_all(response: httpx.Response, into: BinaryIO) -> int:
+async def _write_all(response: httpx.Response, into: BinaryIO, budget: ByteBudget) -> int:
     if response.status_code in (403, 404, 410):
         raise LinkExpired("EvoLink's link to the picture has expired")
     if response.status_code != 200:
@@ -66,6 +89,7 @@ async def _write_all(response: httpx.Response, into: BinaryIO) -> int:
         written += len(chunk)
         if written > PICTURE_MAX_BYTES:
             raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
+        budget.spend(len(chunk))
         _write(into, chunk)
         elapsed_s = time.monotonic() - started
         if elapsed_s > SLOW_START_S and written < elapsed_s * SLOWEST_BYTES_PER_S:

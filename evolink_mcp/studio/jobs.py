@@ -12,6 +12,7 @@ import anyio
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.errors import EvolinkError, Problem
+from evolink_mcp.images.download import ByteBudget
 from evolink_mcp.images.references import CheckedRequest
 from evolink_mcp.journal.entry import Entry, Phase
 
@@ -117,6 +118,7 @@ class Job:
         self.problem: Problem | None = None
         self.callers = 0
         self.copy_name: str | None = None
+        self.download_budget = ByteBudget()
         self.learned_rule: str | None = None
         self.callback = Callback.NONE
         self.is_deduplicated = False

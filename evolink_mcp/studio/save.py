@@ -137,7 +137,7 @@ class ImageSaver:
         while True:
             image = images[index]
             try:
-                fetch = partial(download, self._client, image.url)
+                fetch = partial(download, self._client, image.url, budget=job.download_budget)
                 return await self._image_store.save(job.entry, image, fetch, edge)
             except StoreUnusable:  # the store has repeated the request itself
                 raise

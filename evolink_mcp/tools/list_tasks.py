@@ -25,8 +25,10 @@ from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.sums import amount, periods, sums_text
 from evolink_mcp.tools.task_answer import brief, row, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
+from evolink_mcp.tools.waiting import mcp_host_of
 
-ANSWER_MAX_CHARS = 850_000
+# The summary, the notes and the frame of an answer, in characters.
+SUMMARY_MAX_CHARS = 10_000
 LIST_MAX = 50
 
 ANY_STATUS = "any"
@@ -77,7 +79,7 @@ def list_tasks_tool(studio: Studio) -> Tool:
         prompt, or a lost task id. Free of charge."""
         await studio.wake()
         external_tasks, problem = await studio.sync(req.limit) if req.sync else ([], None)
-        out, text = await task_list(studio, req, external_tasks, problem)
+        out, text = await task_list(studio, req, external_tasks, problem, mcp_host_of(ctx).answer_max)
         return result(text, out)
 
     return flat_tool(
@@ -86,11 +88,11 @@ def list_tasks_tool(studio: Studio) -> Tool:
 
 
 async def task_list(
-    studio: Studio, req: ListTasksArguments, external_tasks: list[Task], problem: str | None
+    studio: Studio, req: ListTasksArguments, external_tasks: list[Task], problem: str | None, answer_max: int
 ) -> tuple[TaskList, str]:
     """Return the journal's entries and the account's other tasks, newest first, as data and as text.
 
-    `problem` is the reason why the account's list could not be read.
+    `problem` is the reason why the account's list could not be read. The answer has at most `answer_max` characters.
 
     Raises:
         Refused: a time or the cursor is invalid.
@@ -112,7 +114,9 @@ async def task_list(
         ]
         listed.sort(key=lambda entry: entry.created_at, reverse=True)
     texts, tasks = _within_limit(
-        [await studio.image_store.entry_for_caller(entry) for entry in listed], detail=req.detail
+        [await studio.image_store.entry_for_caller(entry) for entry in listed],
+        answer_max - SUMMARY_MAX_CHARS,
+        detail=req.detail,
     )
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
@@ -146,9 +150,10 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[s
     return "\n\n".join([head, *texts, *older, *(f"Note: {note}" for note in out.notes)])
 
 
-def _within_limit(entries: list[Entry], *, detail: bool) -> tuple[list[str], list[dict[str, Any]]]:
+def _within_limit(
+    entries: list[Entry], remaining_chars: int, *, detail: bool
+) -> tuple[list[str], list[dict[str, Any]]]:
     """Return as many entries as fit into an answer, as text and as data."""
-    remaining_chars = ANSWER_MAX_CHARS
     texts: list[str] = []
     tasks: list[dict[str, Any]] = []
     for entry in entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -184,6 +185,15 @@ def brief(out: TaskOut) -> TaskOut:
     if out.request is None:
         return out
     return out.model_copy(update={"request": {name: shortened(value) for name, value in out.request.items()}})
+
+
+def fitted(out: TaskOut, chars_max: int) -> TaskOut:
+    """Return the answer with shortened texts in its request if text and structured content exceed `chars_max`."""
+    # The text repeats the facts of the structured content.
+    if 2 * len(json.dumps(out.model_dump(mode="json"), ensure_ascii=False)) <= chars_max:
+        return out
+    note = "Long texts of the request are shortened, because the MCP host limits the size of an answer."
+    return brief(out).model_copy(update={"notes": [*out.notes, note]})
 
 
 def row(entry: Entry) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from evolink_mcp.tools.adapter import result
 from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
 from evolink_mcp.tools.previews import links, previews
-from evolink_mcp.tools.task_answer import is_error, refusal, task_out
+from evolink_mcp.tools.task_answer import fitted, is_error, refusal, task_out
 from evolink_mcp.tools.task_text import task_text
 
 LAST_READ_S = 1.0
@@ -88,6 +88,7 @@ class Waiting:
                 )
             edge = self.preview_edge if self.previews_for_all or host.has_previews else 0
             files = await self._files(job.entry) if edge != 0 else []
+            out = fitted(out, host.answer_max)
             decoder = self.studio.image_store.decoder
             images = await previews(out, files, edge, host.answer_max, decoder)
             image_links = links(out) if self.resource_links else []

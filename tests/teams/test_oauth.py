@@ -179,7 +179,7 @@ async def test_an_expired_certificate_is_logged_in_one_line(caplog: pytest.LogCa
 # --- over HTTP ---
 
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
-WITH_CALLBACK = {**WISH, "callback_url": "https://hooks.example.com/x"}
+WITH_CALLBACK = {**WISH, "callback_url": "https://hooks.shop.dev/x"}
 
 
 async def test_jwts_and_tokens_work_together_and_their_tenants_are_isolated(tmp_path: Path, login: Login) -> None:
