@@ -28,7 +28,6 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.journal.entry import Stage
 from evolink_mcp.studio.jobs import ImageRequest, Job
-from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.tools.waiting import follow
 
@@ -83,7 +82,7 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
 
             async def order(prompt: str) -> Job:
                 request = GenerationRequest(prompt=prompt, size="1:1", quality="low")
-                return await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
+                return await studio.order(ImageRequest(request, studio.prices.current.ceiling(request)))
 
             # Exclude the memory of one-time imports and connections.
             with anyio.fail_after(30):

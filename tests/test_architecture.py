@@ -64,6 +64,7 @@ ORDER = [
     "studio.accounts",
     "studio.events",
     "studio.size_rule",
+    "studio.prices",
     "studio.limits",
     "studio.poller",
     "studio.reconcile",

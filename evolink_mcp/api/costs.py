@@ -83,9 +83,10 @@ def at_most(
     *,
     references: int = 0,
     prompt_bytes: int = 0,
+    factor: float = 1.0,
     model: ImageModel = DEFAULT_MODEL,
 ) -> float:
-    """Return the highest possible price in credits, rounded up to a hundredth: pass it on as `max_credits`.
+    """Return the highest possible price times `factor` in credits, rounded up to a hundredth.
 
     `sizes` are the possible sizes of the images; the most expensive one counts. None (auto) means the model's most
     expensive size. A token has at least one byte of the prompt (UTF-8).
@@ -101,7 +102,7 @@ def at_most(
         ).credits
         for size in sizes
     )
-    return math.ceil(round(credits * 100, 6)) / 100
+    return math.ceil(round(credits * factor * 100, 6)) / 100
 
 
 def usd(credits: float) -> float:

@@ -404,6 +404,12 @@ class Settings:
     max_credits_per_day: float | None = setting(
         "EVOLINK_MCP_MAX_CREDITS_PER_DAY", number(CREDITS_MAX), None, "Spending limit per day, in credits."
     )
+    total_credits_per_day: float | None = setting(
+        "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY",
+        number(CREDITS_MAX),
+        None,
+        "Spending limit per day of all profiles of the server or team together, in credits.",
+    )
     confirm_above: float | None = setting(
         "EVOLINK_MCP_CONFIRM_ABOVE", number(CREDITS_MAX), None, "Price in credits above which the user must confirm."
     )
@@ -486,7 +492,13 @@ class Settings:
     @property
     def spending_limits(self) -> SpendingLimits:
         """The spending limits in credits, and the limit of running tasks."""
-        return SpendingLimits(self.max_credits_per_call, self.max_credits_per_day, self.confirm_above, self.max_running)
+        return SpendingLimits(
+            per_call=self.max_credits_per_call,
+            per_day=self.max_credits_per_day,
+            confirm_above=self.confirm_above,
+            running=self.max_running,
+            total_per_day=self.total_credits_per_day,
+        )
 
     @property
     def foreign_hosts(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
@@ -104,7 +104,7 @@ async def open_studio(
         else:
             image_store = parts.make_image_store(client, journal, decoder)
         options = StudioOptions(
-            spending_limits=settings.spending_limits,
+            spending_limits=replace(settings.spending_limits, tenant=parts.tenant),
             size_rule=settings.size_rule,
             preview_edge=settings.preview.edge,
             callback_hosts=settings.callback_hosts,

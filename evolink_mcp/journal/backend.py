@@ -32,8 +32,8 @@ class Connection(Protocol):
         """Return all rows. With `lock_rows`, other transactions wait for this one before they change them."""
         ...
 
-    def transaction(self, lock: str = "") -> AbstractAsyncContextManager[None]:
-        """Run a transaction. With `lock`, transactions with the same lock run one after the other."""
+    def transaction(self, *locks: str) -> AbstractAsyncContextManager[None]:
+        """Run a transaction. Transactions with a common lock run one after the other. Give locks in the same order."""
         ...
 
     async def is_dead(self, owner: str) -> bool:

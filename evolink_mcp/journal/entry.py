@@ -118,6 +118,7 @@ class Entry:
     account of the purchase. `owner` is the server that works on the entry. `caller` is the server with a call that
     waits for the result. Both are empty if there is none. `delivered_at` is the time when a caller got the result.
     Identical requests have the same `fingerprint`. `rule` is the size rule of the pixels and the price.
+    `price_factor` is the factor on EvoLink's published prices that the ceiling has.
     """
 
     key: str
@@ -136,6 +137,7 @@ class Entry:
     images: tuple[ResultImage, ...] = ()
     rule: str = "anchor-edge"
     references: tuple[ReferenceImage, ...] = ()
+    price_factor: float = 1.0
 
     @classmethod
     def external(cls, task: Task, created_at: float) -> Entry:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,6 +30,11 @@ INSERT_ENTRY = f"""INSERT INTO entries (profile, {", ".join(f'"{name}"' for name
 # Count the running tasks of the profile. The condition is the one of `Entry.is_running`; NOT closed uses an index.
 COUNT_RUNNING = f"""SELECT count(*) AS running FROM entries WHERE {{mine}} AND NOT closed
     AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"""
+# {mine} for the entries of all profiles.
+EVERYONE = "profile = profile"
+# Transactions that check the limit of all profiles run one after the other.
+TOTAL_LOCK = "total"
+
 # Add the confirmed charges, and the price ceilings of undecided charges. Limits, lists and the CLI use this query.
 SUMS = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
     FROM entries WHERE {mine} AND created_at >= ?"""
@@ -81,8 +86,10 @@ SAVE_UPLOAD = """INSERT INTO uploads VALUES (?, ?, ?, ?)
 FIND_UPLOAD = "SELECT url FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
 # Record a fact about the account.
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
-# Read a fact about the key's accounts.
-FIND_FACT = "SELECT account, value FROM facts WHERE name = ? AND account IN ({accounts})"
+# Empty a fact about an account.
+EMPTY_FACT = "UPDATE facts SET value = '' WHERE account = ? AND name = ?"
+# Read all facts about the key's accounts.
+FIND_FACTS = "SELECT name, account, value FROM facts WHERE account IN ({accounts})"
 # The accounts of the profile, for a server without a key.
 PROFILE_ACCOUNTS = "SELECT account FROM links WHERE {mine}"
 # Read which keys of the profile can read which accounts.
@@ -110,6 +117,23 @@ class Sums:
     def total(self) -> float:
         """The credits that count for spending limits."""
         return round(self.spent + self.reserved, 4)
+
+
+class DailyLimitReached(Exception):
+    """The sums of the day and the price ceiling of `entry` are above a daily limit. Nothing is written.
+
+    `is_total`: the limit of all profiles.
+    """
+
+    def __init__(self, entry: Entry, sums: Sums, *, is_total: bool) -> None:
+        super().__init__()
+        self.entry = entry
+        self.sums = sums
+        self.is_total = is_total
+
+
+# Return the facts that an entry changes. The second argument has the facts of the account.
+Learn = Callable[[Entry, Mapping[str, str]], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,54 +251,70 @@ class Journal:
     # --- purchases ---
 
     async def intend(
-        self, entry: Entry, *, since: float = 0.0, cap: float | None = None, running: int | None = None
-    ) -> float | None:
-        """Write a new entry.
+        self,
+        entry: Entry,
+        *,
+        since: float = 0.0,
+        cap: float | None = None,
+        total_cap: float | None = None,
+        running: int | None = None,
+        reprice: Callable[[Mapping[str, str]], Entry] | None = None,
+    ) -> Entry:
+        """Write a new entry and return it. All checks and the write are one transaction.
 
-        With `cap`, the credits spent since `since` and the estimate together must not exceed it. If they do, write
-        nothing and return the credits already spent. `running` is the maximum of running tasks, this one included.
+        `reprice` returns the entry with the price ceiling by the account's current facts. With `cap`, the sums of the
+        profile since `since` and this ceiling together must not exceed it, with `total_cap` those of all profiles.
+        `running` is the maximum of running tasks, this one included.
 
         Raises:
             TooManyRunning: The maximum is reached. Nothing is written.
+            DailyLimitReached: A sum would exceed its limit. Nothing is written.
             TaskKnown: Another entry of the profile has this task.
         """
 
-        async def act(db: Connection) -> float | None:
-            if cap is None and running is None and self._is_link_recorded:
-                await self._insert(db, entry)
-                return None
-            async with db.transaction(lock=self.profile):
+        async def act(db: Connection) -> Entry:
+            has_limit = cap is not None or running is not None
+            locks = (*([TOTAL_LOCK] if total_cap is not None else []), *([self.profile] if has_limit else []))
+            async with db.transaction(*locks):
                 if running is not None:
                     (row,) = await db.fetch(self._sql(COUNT_RUNNING))
                     if row["running"] >= running:
                         raise TooManyRunning.of(row["running"], running)
-                spent = (await self._sums(db, since)).total if cap is not None else 0.0
-                if cap is not None and spent + entry.estimate > cap:
-                    return spent
+                priced = entry if reprice is None else reprice(await self._facts(db))
+                for limit, mine in ((cap, self._mine), (total_cap, EVERYONE)):
+                    if limit is not None:
+                        sums = await _sums(db, mine, since)
+                        if sums.total + priced.estimate > limit:
+                            raise DailyLimitReached(priced, sums, is_total=mine == EVERYONE)
                 await self._record_link(db)
-                await self._insert(db, entry)
-            return None
+                await self._insert(db, priced)
+            return priced
 
-        spent = await self._backend.run(act, key=entry.key)
-        if spent is None:
-            self._confirm_link()
-        return spent
+        written = await self._backend.run(act, key=entry.key)
+        self._confirm_link()
+        return written
 
-    async def update(self, entry: Entry) -> bool:
+    async def update(self, entry: Entry, learn: Learn | None = None) -> bool:
         """Write the entry's phase, task and error. Return False if another server owns the entry.
+
+        `learn` returns the facts that the entry changes. They are written in the same transaction.
 
         Raises:
             TaskKnown: Another entry of the profile has this task.
         """
-        return await self._write(entry, STATE_COLUMNS)
+        return await self._write(entry, STATE_COLUMNS, learn)
 
-    async def update_images(self, entry: Entry) -> bool:
+    async def update_images(self, entry: Entry, learn: Learn | None = None) -> bool:
         """Write the entry's images, and what `update` writes."""
-        return await self._write(entry, (*STATE_COLUMNS, "images"))
+        return await self._write(entry, (*STATE_COLUMNS, "images"), learn)
 
     async def sums_since(self, since: float) -> Sums:
         """Return the confirmed charges and the reserved credits of the entries since then."""
-        return await self._backend.run(lambda db: self._sums(db, since))
+        return await self._backend.run(lambda db: _sums(db, self._mine, since))
+
+    async def total_since(self, since: float) -> Sums:
+        """Return what `sums_since` returns, for all profiles."""
+        return await self._backend.run(lambda db: _sums(db, EVERYONE, since))
 
     # --- owners and callers ---
 
@@ -430,13 +470,25 @@ class Journal:
 
         Without a key: the value that all accounts of the profile share.
         """
-        if not self._has_data:
-            return None
-        accounts = self._account_list if self.identity else self._sql(PROFILE_ACCOUNTS)
-        rows = await self._fetch(self._sql(FIND_FACT, accounts=accounts), name)
-        values = {row["account"]: row["value"] for row in rows}
-        shared = set(values.values())
-        return values.get(self.account) or (shared.pop() if len(shared) == 1 else None)
+        return (await self.facts()).get(name)
+
+    async def facts(self) -> dict[str, str]:
+        """Return all facts by their names, each as `fact` returns it."""
+        return await self._backend.run(self._facts) if self._has_data else {}
+
+    async def take_fact(self, name: str) -> str | None:
+        """Return a fact about the account and empty it. Of several servers only one gets it. None: it is empty."""
+
+        async def act(db: Connection) -> str | None:
+            async with db.transaction(self.account):
+                value = (await self._facts(db)).get(name)
+                if value:
+                    for account in self._accounts:
+                        await db.execute(EMPTY_FACT, (account, name))
+                return value or None
+
+        # Most answers find an empty fact, so they need no lock.
+        return await self._backend.run(act) if self.identity and await self.fact(name) else None
 
     async def close(self) -> None:
         """Release all entries of this server, so that another server can adopt them at once."""
@@ -496,12 +548,26 @@ class Journal:
         entries = readable_entries(await self._fetch(self._sql(query), value))
         return entries[0] if entries else None
 
-    async def _write(self, entry: Entry, columns: tuple[str, ...]) -> bool:
+    async def _facts(self, db: Connection) -> dict[str, str]:
+        accounts = self._account_list if self.identity else self._sql(PROFILE_ACCOUNTS)
+        values: dict[str, dict[str, str]] = {}
+        for row in await db.fetch(self._sql(FIND_FACTS, accounts=accounts)):
+            values.setdefault(row["name"], {})[row["account"]] = row["value"]
+        facts: dict[str, str] = {}
+        for name, by_account in values.items():
+            shared = set(by_account.values())
+            value = by_account.get(self.account) or (shared.pop() if len(shared) == 1 else None)
+            if value is not None:
+                facts[name] = value
+        return facts
+
+    async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
+        """Write the columns of an entry, and the facts that it changes."""
         changes = ", ".join(f"{name} = ?" for name in columns)
         values = values_of(entry, columns)
         is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
 
-        async def act(db: Connection) -> bool:
+        async def write(db: Connection) -> bool:
             with _duplicate_task(entry):
                 if await db.execute(UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)) == 1:
                     return True
@@ -515,11 +581,17 @@ class Journal:
             await self._insert(db, replace(entry, owner=self.owner))
             return True
 
-        return await self._backend.run(act, key=entry.key)
+        async def act(db: Connection) -> bool:
+            if learn is None or not learn(entry, await self._facts(db)):
+                return await write(db)
+            async with db.transaction(self.account):
+                is_written = await write(db)
+                if is_written:
+                    for name, value in learn(entry, await self._facts(db)).items():
+                        await db.execute(SAVE_FACT, (self.account, name, value))
+            return is_written
 
-    async def _sums(self, db: Connection, since: float) -> Sums:
-        (row,) = await db.fetch(self._sql(SUMS), (since,))
-        return Sums.of(row)
+        return await self._backend.run(act, key=entry.key)
 
     async def _adopt(self, db: Connection) -> Sequence[Row]:
         servers = {row["server"] for row in await db.fetch(self._sql(FIND_SERVERS))} - {self.owner}
@@ -558,6 +630,11 @@ def _checked_account(account: str) -> str:
     if account and not account.isalnum():
         raise ValueError("an account ID has only letters and digits")
     return account
+
+
+async def _sums(db: Connection, mine: str, since: float) -> Sums:
+    (row,) = await db.fetch(SUMS.format(mine=mine), (since,))
+    return Sums.of(row)
 
 
 def _marks(values: Sequence[str]) -> str:

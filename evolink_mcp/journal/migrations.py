@@ -24,7 +24,8 @@ MIGRATIONS = (
         phase TEXT NOT NULL, created_at REAL NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT, status TEXT NOT NULL,
         closed INTEGER NOT NULL, delivered_at REAL, estimate REAL NOT NULL, spent REAL NOT NULL,
         reserved REAL NOT NULL, request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, images TEXT NOT NULL,
-        rule TEXT NOT NULL, "references" TEXT NOT NULL, words TEXT NOT NULL, UNIQUE (task_id, profile)
+        rule TEXT NOT NULL, "references" TEXT NOT NULL, price_factor REAL NOT NULL, words TEXT NOT NULL,
+        UNIQUE (task_id, profile)
     );
     CREATE INDEX entries_by_age ON entries (created_at, profile, spent, reserved);
     CREATE INDEX entries_spending ON entries (profile, created_at, spent, reserved);

@@ -331,8 +331,8 @@ class SqliteConnection:
         return self._db.execute(sql, [clean_text(value) for value in values]).fetchall()
 
     @asynccontextmanager
-    async def transaction(self, lock: str = "") -> AsyncGenerator[None]:
-        """See Connection. A transaction locks the whole file, so `lock` has no effect."""
+    async def transaction(self, *locks: str) -> AsyncGenerator[None]:
+        """See Connection. A transaction locks the whole file, so `locks` have no effect."""
         with transaction(self._db):
             yield
 

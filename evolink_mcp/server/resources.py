@@ -48,7 +48,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
     )
     def size_tables() -> str:
         parts = [
-            f"## {rule}{' (in use)' if rule == studio.size_rule.current else ''}\n\n{sizes.table(rule)}"
+            f"## {rule}{' (in use)' if rule == studio.prices.current.rule else ''}\n\n{sizes.table(rule)}"
             for rule in sizes.RULES
         ]
         return "# Sizes of gpt-image-2\n\n" + "\n\n".join(parts) + "\n"

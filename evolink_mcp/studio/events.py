@@ -13,7 +13,7 @@ import anyio
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, ResultImage, new_key
-from evolink_mcp.journal.journal import Journal, Notification
+from evolink_mcp.journal.journal import Journal, Learn, Notification
 from evolink_mcp.studio.jobs import Job, JobState, Sleep, guarded_call
 
 log = logging.getLogger(__name__)
@@ -112,9 +112,11 @@ class JournalWriter:
     A job can change while a write is in progress. Therefore each method changes only the fields of its step.
     """
 
-    def __init__(self, journal: Journal, events: Events) -> None:
+    def __init__(self, journal: Journal, events: Events, learn: Learn | None = None) -> None:
+        """`learn` returns the facts about the account that a new state of an entry changes."""
         self.journal = journal
         self.events = events
+        self._learn = learn
         self._unwritten: dict[str, Job] = {}
         self._departed: set[str] = set()  # keys of entries whose last call ended, until the journal records it
         self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
@@ -316,9 +318,9 @@ class JournalWriter:
         else:
             self._departed.discard(key)
 
-    async def _write(self, job: Job, entry: Entry, write: Callable[[Entry], Awaitable[bool]]) -> None:
+    async def _write(self, job: Job, entry: Entry, write: Callable[[Entry, Learn | None], Awaitable[bool]]) -> None:
         try:
-            if not await write(entry):
+            if not await write(entry, self._learn):
                 log.warning("%s was not recorded: %s", entry.phase, OWNED_BY_OTHER)
         except JournalUnwritable as error:
             log.error("%s of %s was not recorded: %s", entry.phase, entry.task_id or entry.key, error.message)

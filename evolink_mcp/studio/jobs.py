@@ -107,9 +107,9 @@ class Job:
     """The work of this server on one entry. Calls wait for a job and may leave; the job continues.
 
     `problem`: the error that stopped or delays the job. `callers`: the number of waiting calls. `is_deduplicated`: an
-    identical request uses this job. `copy_name`: the file name that this request wants. `learned_rule`: the size rule
-    that the images showed. `is_draining`: the server ends soon, so waiting calls answer now. `sending_scope` covers all
-    work before the POST, `following_scope` the work on the task.
+    identical request uses this job. `copy_name`: the file name that this request wants. `is_draining`: the server ends
+    soon, so waiting calls answer now. `sending_scope` covers all work before the POST, `following_scope` the work on the
+    task.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -119,7 +119,6 @@ class Job:
         self.callers = 0
         self.copy_name: str | None = None
         self.download_budget = ByteBudget()
-        self.learned_rule: str | None = None
         self.callback = Callback.NONE
         self.is_deduplicated = False
         self.is_draining = False

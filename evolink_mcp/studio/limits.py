@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from evolink_mcp.api import costs
+from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.urls import host_of
 from evolink_mcp.errors import CallbackRefused, OverBudget, TooManyRunning
 from evolink_mcp.studio.times import start_of_day
 
 if TYPE_CHECKING:  # the settings import this module before the first answer
+    from evolink_mcp.api.request import GenerationRequest
     from evolink_mcp.journal.entry import Entry
-    from evolink_mcp.journal.journal import Journal
-    from evolink_mcp.studio.jobs import Job
+    from evolink_mcp.journal.journal import Journal, Sums
+    from evolink_mcp.studio.jobs import ImageRequest, Job
+    from evolink_mcp.studio.prices import AccountPrices, Prices
 
 
 @dataclass(frozen=True, slots=True)
 class SpendingLimits:
-    """The spending limits in credits and the largest number of running tasks. None: no limit."""
+    """The spending limits in credits and the largest number of running tasks. None: no limit.
+
+    `total_per_day` counts all profiles of the server. `tenant` is the HTTP caller to whom the other limits belong.
+    """
 
     per_call: float | None = None
     per_day: float | None = None
     confirm_above: float | None = None
     running: int | None = None
+    total_per_day: float | None = None
+    tenant: str = ""
+
+    def advice(self, variable: str, field: str) -> str:
+        """Return the sentence that names a limit's place: a variable, or a field of the tenant's token."""
+        if self.tenant:
+            return f"The operator of this server sets {field} of the tenant {self.tenant}."
+        return f"The user can raise {variable}."
 
 
 class Limits:
-    """Check requests against the spending limits. `callback_hosts` are the hostnames that callbacks may use, None allows all."""
+    """Check requests against the spending limits. `callback_hosts` are those that callbacks may use, None allows all."""
 
     def __init__(
         self,
         journal: Journal,
         limits: SpendingLimits,
+        prices: AccountPrices,
         callback_hosts: frozenset[str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
         self._limits = limits
+        self._prices = prices
         self._callback_hosts = callback_hosts
         self._clock = clock
         self._ordering = 0
@@ -58,44 +73,115 @@ class Limits:
             allowed = ", ".join(sorted(self._callback_hosts)) or "no host at all"
             raise CallbackRefused(f"the callback_url names {host}, and this server allows {allowed}")
 
-    async def check_price(self, price_ceiling: float, max_credits: float | None) -> None:
-        """Check the spending limits before anything is sent or uploaded. `admit` checks the limit per day again.
+    async def check_price(self, request: ImageRequest) -> None:
+        """Check the spending limits before anything is sent or uploaded. `admit` checks them again.
 
         Raises:
-            OverBudget: names the price and the limit.
-            JournalUnwritable: today's spending cannot be read.
+            OverBudget: names the price, the limit and the largest size and quality that fit.
+            JournalUnwritable: today's sums cannot be read.
         """
-        price = f"the computed price is at most {costs.format_credits(price_ceiling)}"
-        if max_credits is not None and price_ceiling > max_credits:
-            raise OverBudget(
-                f"{price}, above max_credits={max_credits:g}",
-                advice=f"Ask the user; then call again with max_credits={price_ceiling:g}, or a smaller size or quality.",
-            )
-        limit = self._limits.per_call
-        if limit is not None and price_ceiling > limit:
-            raise OverBudget(
-                f"{price}, above the limit of {costs.format_credits(limit)} per call",
-                advice="Choose a smaller size, quality or n. EVOLINK_MCP_MAX_CREDITS_PER_CALL sets the limit.",
-            )
-        if self._limits.per_day is not None:
-            spent = (await self._journal.sums_since(start_of_day(self._clock()))).total
-            if spent + price_ceiling > self._limits.per_day:
-                raise _over_daily_limit(price_ceiling, spent, self._limits.per_day)
+        prices = self._prices.current
+        self._check_call(request, request.price_ceiling, prices)
+        midnight = start_of_day(self._clock())
+        for limit, read in (
+            (self._limits.per_day, self._journal.sums_since),
+            (self._limits.total_per_day, self._journal.total_since),
+        ):
+            if limit is not None:
+                sums = await read(midnight)
+                if sums.total + request.price_ceiling > limit:
+                    is_total = read == self._journal.total_since
+                    raise self._over_daily_limit(request, request.price_ceiling, sums, prices, is_total=is_total)
 
-    async def admit(self, entry: Entry) -> None:
-        """Record a new entry unless a limit forbids it. Check and record are one transaction.
+    async def admit(self, request: ImageRequest, entry: Entry) -> Entry:
+        """Record a new entry unless a limit forbids it, and return it.
+
+        One transaction reads the account's prices, computes the price ceiling again, checks the limits and records the
+        entry. So no server buys by an old price.
 
         Raises:
             TooManyRunning: the account's limit of running tasks is reached, here or on other servers.
-            OverBudget: the limit of credits per day is reached.
+            OverBudget: a limit is reached, or the ceiling rose above what the caller or the user approved.
             JournalUnwritable: the entry was not recorded, so nothing may be bought.
         """
-        limit = self._limits.per_day
-        spent = await self._journal.intend(
-            entry, since=start_of_day(entry.created_at), cap=limit, running=self._limits.running
-        )
-        if spent is not None and limit is not None:
-            raise _over_daily_limit(entry.estimate, spent, limit)
+        from evolink_mcp.journal.journal import DailyLimitReached  # the journal is not needed for the first answer
+
+        prices = self._prices.current
+
+        def reprice(facts: Mapping[str, str]) -> Entry:
+            nonlocal prices
+            prices = self._prices.of(facts)
+            ceiling = prices.ceiling(request.request)
+            if ceiling > request.price_ceiling:
+                self._check_call(request, ceiling, prices)
+                self._check_approval(ceiling)
+            return replace(entry, estimate=ceiling, rule=prices.rule, price_factor=prices.factor)
+
+        try:
+            return await self._journal.intend(
+                entry,
+                since=start_of_day(entry.created_at),
+                cap=self._limits.per_day,
+                total_cap=self._limits.total_per_day,
+                running=self._limits.running,
+                reprice=reprice,
+            )
+        except DailyLimitReached as reached:
+            ceiling = reached.entry.estimate
+            raise self._over_daily_limit(request, ceiling, reached.sums, prices, is_total=reached.is_total) from None
+
+    def _check_call(self, request: ImageRequest, ceiling: float, prices: Prices) -> None:
+        """Check the limits of one call.
+
+        Raises:
+            OverBudget: the price ceiling is above one of them.
+        """
+        price = f"the computed price is at most {costs.format_credits(ceiling)}"
+        limit = request.max_credits
+        if limit is not None and ceiling > limit:
+            raise OverBudget(
+                f"{price}, above max_credits={limit:g}",
+                advice=f"Ask the user; then call again with max_credits={ceiling:g}, or a smaller size or quality. "
+                f"{_largest_text(request, prices, limit)}",
+            )
+        limit = self._limits.per_call
+        if limit is not None and ceiling > limit:
+            place = self._limits.advice("EVOLINK_MCP_MAX_CREDITS_PER_CALL", "max_credits_per_call")
+            raise OverBudget(
+                f"{price}, above the limit of {costs.format_credits(limit)} per call",
+                advice=f"{_largest_text(request, prices, limit)} {place}",
+            )
+
+    def _check_approval(self, ceiling: float) -> None:
+        """Check a price ceiling that rose after the user saw it.
+
+        Raises:
+            OverBudget: the user must approve it.
+        """
+        limit = self._limits.confirm_above
+        if limit is not None and ceiling > limit:
+            raise OverBudget(
+                f"EvoLink's prices changed: the highest possible charge is now {costs.format_credits(ceiling)}",
+                code="confirmation_needed",
+                advice="Call again, so that the user can approve the new price.",
+            )
+
+    def _over_daily_limit(
+        self, request: ImageRequest, ceiling: float, sums: Sums, prices: Prices, *, is_total: bool
+    ) -> OverBudget:
+        limit = (self._limits.total_per_day if is_total else self._limits.per_day) or 0.0
+        price = f"the computed price is at most {costs.format_credits(ceiling)}"
+        reserved = f" and {costs.format_credits(sums.reserved)} reserved" if sums.reserved else ""
+        used = f"{costs.format_credits(sums.spent)} of today's {costs.format_credits(limit)} are spent{reserved}"
+        place = self._limits.advice("EVOLINK_MCP_MAX_CREDITS_PER_DAY", "max_credits_per_day")
+        if is_total:
+            place = "" if self._limits.tenant else "The user can raise EVOLINK_MCP_TOTAL_CREDITS_PER_DAY."
+            # The sums of all profiles would show a tenant the spending of the others.
+            used = f"the server's limit of {costs.format_credits(limit)} per day for all users leaves less"
+        largest = _largest_text(request, prices, limit - sums.total)
+        # A call that alone is above the limit does not fit tomorrow either.
+        wait = f"The limit starts again at midnight. {largest}" if ceiling <= limit else largest
+        return OverBudget(f"{price}, and {used}", advice=f"{wait} {place}".strip())
 
     @contextmanager
     def place(self, jobs: Iterable[Job]) -> Generator[None]:
@@ -115,9 +201,52 @@ class Limits:
             self._ordering -= 1
 
 
-def _over_daily_limit(price_ceiling: float, spent: float, limit: float) -> OverBudget:
-    return OverBudget(
-        f"the computed price is at most {costs.format_credits(price_ceiling)}, and {costs.format_credits(spent)} of today's "
-        f"{costs.format_credits(limit)} are spent",
-        advice="Wait until tomorrow, or let the user raise EVOLINK_MCP_MAX_CREDITS_PER_DAY.",
-    )
+def _largest_text(request: ImageRequest, prices: Prices, credits: float) -> str:
+    """Return the sentence that names the largest size and quality for these credits."""
+    best = largest_that_fits(request.request, prices, credits)
+    if best is None:
+        return "No size and quality fits."
+    arguments = {"size": f'"{best.size}"', "quality": f'"{best.quality}"'}
+    if sizes.takes_resolution(best.size):
+        arguments["resolution"] = f'"{best.resolution}"'
+    if best.n != request.request.n:
+        arguments["n"] = str(best.n)
+    words = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    return f"The largest that fits is {words}: at most {costs.format_credits(prices.ceiling(best))}."
+
+
+def largest_that_fits(request: GenerationRequest, prices: Prices, credits: float) -> GenerationRequest | None:
+    """Return the most expensive variant of a request for these credits. None: no variant fits.
+
+    Keep the number of images and the quality if possible. The shape stays; for auto it is 1:1.
+    """
+    model = request.image_model
+    highest = model.qualities[request.quality].tile_base
+    qualities = [name for name, quality in model.qualities.items() if quality.tile_base <= highest]
+    qualities.sort(key=lambda name: model.qualities[name].tile_base, reverse=True)
+    for n in dict.fromkeys((request.n, 1)):
+        for quality in qualities:
+            variants = [
+                request.model_copy(update={"size": size, "resolution": tier, "quality": quality, "n": n})
+                for size, tier in _smaller_sizes(request, prices.rule)
+            ]
+            fitting = [variant for variant in variants if prices.ceiling(variant) <= credits]
+            if fitting:
+                return max(fitting, key=prices.ceiling)
+    return None
+
+
+def _smaller_sizes(request: GenerationRequest, rule: str) -> list[tuple[str, str]]:
+    """Return the request's own size and the smaller tiers of its shape, as size and resolution."""
+    limits = request.image_model.limits
+    tiers = list(limits.tiers)
+    own = (request.size, request.resolution)
+    if sizes.takes_resolution(request.size, limits):
+        tier = next((tier for tier in tiers if tier.upper() == request.resolution.upper()), tiers[-1])
+        return [(request.size, each) for each in tiers[: tiers.index(tier) + 1]]
+    size = sizes.resolve(request.size, request.resolution, rule, limits).size
+    if size is None:
+        return [own, *(("1:1", tier) for tier in tiers)]
+    ratio = sizes.nearest_ratios(size.width, size.height, limits)[0]
+    cells = [(tier, sizes.resolve(ratio, tier, rule, limits).size) for tier in tiers]
+    return [own, *((ratio, tier) for tier, cell in cells if cell is not None and cell.pixels <= size.pixels)]

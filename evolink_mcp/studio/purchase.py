@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import anyio
 
-from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, RateLimited, Rejected, TaskKnown, Unreachable
 from evolink_mcp.images.references import References
 from evolink_mcp.journal.entry import Entry, Phase, new_key
@@ -77,7 +75,7 @@ class Purchaser:
             EvolinkError: an upload failed.
         """
         request = prepared.request
-        await self._limits.check_price(request.price_ceiling, request.max_credits)
+        await self._limits.check_price(request)
         body = await self._references.upload_all(prepared.references)
         journal = self._writer.journal
         return Entry(
@@ -91,7 +89,6 @@ class Purchaser:
             save_as=request.save_as,
             account=journal.account,
             caller=journal.owner,
-            rule=prepared.size_rule,
             references=prepared.references.references(body),
         )
 
@@ -160,16 +157,3 @@ class Purchaser:
         if "callback_url" not in entry.request:
             job.callback = Callback.EXPECTED
         return self._callbacks.add_address(entry.request, self._writer.journal.channel, entry.key)
-
-
-def price_of(request: GenerationRequest, rules: Iterable[str]) -> float:
-    """Return the price ceiling of a request in credits: the highest price under any of these size rules."""
-    model = request.image_model
-    return costs.at_most(
-        [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in rules],
-        request.quality,
-        request.n,
-        references=len(request.image_urls or ()) + (1 if request.mask_url else 0),
-        prompt_bytes=len(request.prompt.encode("utf-8", "surrogatepass")),
-        model=model,
-    )

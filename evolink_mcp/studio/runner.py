@@ -21,7 +21,6 @@ from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
-from evolink_mcp.studio.size_rule import SizeRule
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ class JobRunner:
         purchaser: Purchaser,
         follower: TaskFollower,
         saver: ImageSaver,
-        size_rule: SizeRule,
         timing: Timing,
     ) -> None:
         self.jobs: list[Job] = []
@@ -54,7 +52,6 @@ class JobRunner:
         self._purchaser = purchaser
         self._follower = follower
         self._saver = saver
-        self._size_rule = size_rule
         self._timing = timing
         self._attended_jobs: set[Job] = set()
         self._adopted_keys: set[str] = set()
@@ -92,7 +89,7 @@ class JobRunner:
         with self._limits.place(self.jobs):
             entry = await self._purchaser.entry_for(prepared)
             with anyio.CancelScope(shield=True):
-                await self._limits.admit(entry)
+                entry = await self._limits.admit(prepared.request, entry)
                 job = self._begin(entry, self._buy, client=prepared.request.client, is_audited=True)
                 self.attend(job)
                 return job
@@ -283,7 +280,6 @@ class JobRunner:
         if job.entry.task.results or job.entry.task.status == COMPLETED:
             job.move_to(JobState.SAVING)
             await self._saver.save(job)
-            job.learned_rule = await self._size_rule.learn(job.entry)
         if job.copy_name is not None:
             await self._saver.save_copies(job)
         return True

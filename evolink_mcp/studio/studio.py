@@ -12,7 +12,7 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
-from evolink_mcp.errors import EvolinkError, KeyMissing, Problem, Refused, TaskUnknown
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem, Refused, TaskUnknown
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_defaults
@@ -22,12 +22,13 @@ from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Sub
 from evolink_mcp.studio.jobs import ImageRequest, Job, Prepared, Timing, guarded
 from evolink_mcp.studio.limits import Limits, SpendingLimits
 from evolink_mcp.studio.poller import Poller, TaskFollower
+from evolink_mcp.studio.prices import CHANGES_FACT, AccountPrices, Change, read_changes
 from evolink_mcp.studio.purchase import CallbackAddresses, Purchaser
 from evolink_mcp.studio.reconcile import Reconciler
 from evolink_mcp.studio.runner import JobRunner
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import DurationHistory
-from evolink_mcp.studio.size_rule import AUTO, SizeRule
+from evolink_mcp.studio.size_rule import AUTO
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +106,15 @@ class Studio:
     ) -> None:
         timing = options.timing
         events = Events(options.subscribers)
-        writer = JournalWriter(journal, events)
+        prices = AccountPrices(journal, options.size_rule)
+        writer = JournalWriter(journal, events, prices.learn)
         poller = options.poller or Poller(client, group, events=events, sleep=timing.sleep)
         self.client = client
         self.journal = journal
         self.image_store = image_store
         self.references = references
         self.spending_limits = options.spending_limits
-        self.size_rule = SizeRule(journal, options.size_rule)
+        self.prices = prices
         self.rate_limit = poller.rate_limit
         self.now = timing.clock  # epoch seconds
         self._options = options
@@ -120,7 +122,7 @@ class Studio:
         self._group = group
         self._events = events
         self._writer = writer
-        self._limits = Limits(journal, options.spending_limits, options.callback_hosts, timing.clock)
+        self._limits = Limits(journal, options.spending_limits, prices, options.callback_hosts, timing.clock)
         self._purchaser = Purchaser(
             client,
             writer,
@@ -138,7 +140,6 @@ class Studio:
             self._purchaser,
             TaskFollower(poller, writer, durations, timing),
             ImageSaver(client, image_store, writer, timing, preview_edge=options.preview_edge),
-            self.size_rule,
             timing,
         )
         self._linker = AccountLinker(client, journal, timing)
@@ -163,7 +164,7 @@ class Studio:
         self._limits.check_callback(request.request.callback_url)
         references = await self.references.check(request.request)
         request_hash = fingerprint(with_defaults(references.identity))
-        return Prepared(request, references, request_hash, self.size_rule.current)
+        return Prepared(request, references, request_hash, self.prices.current.rule)
 
     async def order(self, request: ImageRequest) -> Job:
         """Buy images, or return an earlier identical purchase that was not delivered.
@@ -343,6 +344,14 @@ class Studio:
             with anyio.move_on_after(LINK_WITHIN_S):
                 await self._linker.try_to_link()
             await self._writer.ignore_unwritable(self._runner.adopt())
+
+    async def take_price_changes(self) -> dict[str, Change]:
+        """Return the price changes that no answer has reported, by their kind. Of several servers one gets each change."""
+        try:
+            return read_changes(await self.journal.take_fact(CHANGES_FACT))
+        except JournalUnwritable as error:
+            log.info("%s", error.message)
+            return {}
 
     async def balance(self) -> Balance:
         """Return the remaining credits of the account and the key."""

@@ -45,10 +45,10 @@ class PostgresConnection:
         return await (await self._db.execute(statement, [clean_text(value) for value in values])).fetchall()
 
     @asynccontextmanager
-    async def transaction(self, lock: str = "") -> AsyncGenerator[None]:
+    async def transaction(self, *locks: str) -> AsyncGenerator[None]:
         """See Connection."""
         async with self._db.transaction():
-            if lock:
+            for lock in filter(None, locks):
                 await self._db.execute(LOCK_NAME, (lock,))
             yield
 

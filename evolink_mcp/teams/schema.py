@@ -35,7 +35,7 @@ VERSIONS = (
         task_id TEXT, status TEXT NOT NULL, closed BOOLEAN NOT NULL, delivered_at DOUBLE PRECISION,
         estimate DOUBLE PRECISION NOT NULL, spent DOUBLE PRECISION NOT NULL, reserved DOUBLE PRECISION NOT NULL,
         request TEXT NOT NULL, save_as TEXT, task TEXT, error TEXT, images TEXT NOT NULL, rule TEXT NOT NULL,
-        "references" TEXT NOT NULL, words TEXT NOT NULL,
+        "references" TEXT NOT NULL, price_factor DOUBLE PRECISION NOT NULL, words TEXT NOT NULL,
         CONSTRAINT evolink_task_once UNIQUE (task_id, profile)
     );
     CREATE INDEX evolink_entries_by_age ON evolink_entries (profile, created_at DESC, key);

@@ -12,12 +12,13 @@ from mcp_types import CallToolResult
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from evolink_mcp.api import size_grammar, sizes
-from evolink_mcp.api.costs import at_most, format_credits, price, usd
+from evolink_mcp.api.costs import format_credits, price, usd
 from evolink_mcp.api.models import DEFAULT_MODEL, TIERS
 from evolink_mcp.api.request import REFERENCES_MAX, WHOLE, Arguments, Count, OrNull, Quality, Resolution
 from evolink_mcp.api.sizes import TARGET_EDGE_MAX
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.studio.prices import Prices
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import OFFLINE, flat_tool, result
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
@@ -112,8 +113,7 @@ def compute_size_tool(studio: Studio) -> Tool:
         """Compute pixels and price of a size, or of a ratio and tier, before you buy. Offline, free of charge. Or give
         the width and height that you need (such as 1200 and 628): returns the nearest legal size that covers them,
         the closest ratio and tier, and the crop."""
-        await studio.size_rule.refresh(fresh_for_s=RULE_FRESH_FOR_S)
-        out = compute(req, studio.size_rule.current, studio.size_rule.possible, is_known=studio.size_rule.is_known)
+        out = compute(req, await studio.prices.refresh(fresh_for_s=RULE_FRESH_FOR_S))
         return result(size_text(out), out, is_error=out.error is not None)
 
     return flat_tool(
@@ -126,20 +126,15 @@ def _format_error(error: EvolinkError, nearest: tuple[str, ...]) -> CallToolResu
     return result(size_text(out), out, is_error=True)
 
 
-def compute(
-    req: ComputeSizeArguments, rule: str = "anchor-edge", possible: Sequence[str] = (), *, is_known: bool = False
-) -> SizeOut:
-    """Return pixels and price of a size, or the size that covers a target.
-
-    `possible` are the size rules that the account's pictures may follow.
+def compute(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
+    """Return pixels and price of a size, or the size that covers a target, by the account's prices.
 
     Raises:
         Refused: the call needs either `size`, or `width` and `height`.
     """
     has_target = None not in (req.width, req.height)
-    possible = possible or (rule,)
     if has_target and req.size in (None, "auto"):
-        return _covering(req, rule)
+        return _with_factor(_covering(req, prices), prices)
     if req.size is None:
         raise Refused(
             "give either size, or both width and height",
@@ -148,6 +143,7 @@ def compute(
         )
     corrected = size_grammar.legal_value(req.size)
     size = corrected or req.size
+    rule = prices.rule
     try:
         resolved = sizes.resolve(size, req.resolution, rule)
     except sizes.IllegalSize as error:
@@ -159,13 +155,13 @@ def compute(
             advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
         )
         return SizeOut(alternatives=nearest, error=problem)
-    candidates = [sizes.resolve(size, req.resolution, each).size for each in possible]
-    out = _sized(resolved.size, req, candidates)
+    candidates = [sizes.resolve(size, req.resolution, each).size for each in prices.possible_rules]
+    out = _sized(resolved.size, req, prices, candidates)
     out.downscaled = resolved.downscaled
     out.resolution_applies = resolved.resolution_applies
     out.rule = resolved.rule
-    out.rule_known = is_known if resolved.resolution_applies else None
-    out.prices = _other_prices(size, req, rule, possible)
+    out.rule_known = prices.is_rule_known if resolved.resolution_applies else None
+    out.prices = _other_prices(size, req, prices)
     if corrected is not None:
         out.notes.append(
             f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_grammar.advice(req.size)}."
@@ -184,45 +180,57 @@ def compute(
         other_size = sizes.resolve(size, req.resolution, other_rule).size
         if other_size != resolved.size:
             out.alternatives.append(str(other_size))
-            unknown_rule = " The rule of this account's pictures is not known yet." if len(possible) > 1 else ""
+            unknown_rule = (
+                " The rule of this account's pictures is not known yet." if len(prices.possible_rules) > 1 else ""
+            )
             out.notes.append(
                 f"EvoLink's {other_rule} rule computes {other_size}. Pass explicit_size as size for exact pixels.{unknown_rule}"
             )
+    return _with_factor(out, prices)
+
+
+def _with_factor(out: SizeOut, prices: Prices) -> SizeOut:
+    """Add a note about the factor that the prices include."""
+    if prices.factor != 1:
+        out.notes.append(
+            f"By its bills, EvoLink's prices for this account are {prices.factor:g} times the published ones. The prices "
+            "here include this."
+        )
     return out
 
 
-def _other_prices(size: str, req: ComputeSizeArguments, rule: str, possible: Sequence[str]) -> list[PriceOut]:
+def _other_prices(size: str, req: ComputeSizeArguments, prices: Prices) -> list[PriceOut]:
     """Return the prices of the same shape in the other qualities and tiers."""
-    prices: list[PriceOut] = []
+    others: list[PriceOut] = []
     tiers = tuple(DEFAULT_MODEL.limits.tiers) if sizes.takes_resolution(sizes.normalize(size)) else (None,)
     for quality, tier in itertools.product(DEFAULT_MODEL.qualities, tiers):
         if quality == req.quality and tier in (None, req.resolution.upper()):
             continue
-        candidates = [sizes.resolve(size, tier or "1K", each).size for each in possible]
-        pixels = sizes.resolve(size, tier or "1K", rule).size
-        credits = price(pixels, quality, req.n).credits
-        prices.append(
+        candidates = [sizes.resolve(size, tier or "1K", each).size for each in prices.possible_rules]
+        pixels = sizes.resolve(size, tier or "1K", prices.rule).size
+        credits = prices.estimate(pixels, quality, req.n)
+        others.append(
             PriceOut(
                 quality=quality,
                 resolution=tier,
                 size=str(pixels) if pixels else None,
                 credits=credits,
                 usd=usd(credits),
-                credits_at_most=_at_most(candidates, quality, req),
+                credits_at_most=_at_most(candidates, quality, req, prices),
             )
         )
-    return prices
+    return others
 
 
-def _at_most(candidates: Sequence[sizes.Size | None], quality: str, req: ComputeSizeArguments) -> float:
-    return at_most(candidates, quality, req.n, references=req.references, prompt_bytes=PROMPT_BYTES)
+def _at_most(candidates: Sequence[sizes.Size | None], quality: str, req: ComputeSizeArguments, prices: Prices) -> float:
+    return prices.at_most(candidates, quality, req.n, references=req.references, prompt_bytes=PROMPT_BYTES)
 
 
-def _covering(req: ComputeSizeArguments, rule: str) -> SizeOut:
+def _covering(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
     assert req.width is not None
     assert req.height is not None
-    cover = sizes.cover(req.width, req.height, rule)
-    out = _sized(cover.size, req, [cover.size])
+    cover = sizes.cover(req.width, req.height, prices.rule)
+    out = _sized(cover.size, req, prices, [cover.size])
     out.rule = "explicit"
     out.downscaled = False
     out.resolution_applies = False
@@ -231,7 +239,7 @@ def _covering(req: ComputeSizeArguments, rule: str) -> SizeOut:
     out.closest_ratio = cover.ratio
     out.closest_resolution = cover.tier
     out.alternatives = [str(cover.tier_size)]
-    out.prices = _other_prices(str(cover.size), req, rule, (rule,))
+    out.prices = _other_prices(str(cover.size), req, prices)
     scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
     if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or scaled:
         out.notes.append(f"For {req.width}×{req.height}: {scaled}crop to {cover.crop} at ({cover.left}, {cover.top}).")
@@ -240,13 +248,15 @@ def _covering(req: ComputeSizeArguments, rule: str) -> SizeOut:
     return out
 
 
-def _sized(size: sizes.Size | None, req: ComputeSizeArguments, candidates: Sequence[sizes.Size | None]) -> SizeOut:
-    cost = price(size, req.quality, req.n)
-    price_ceiling = _at_most(candidates, req.quality, req)
+def _sized(
+    size: sizes.Size | None, req: ComputeSizeArguments, prices: Prices, candidates: Sequence[sizes.Size | None]
+) -> SizeOut:
+    estimate = prices.estimate(size, req.quality, req.n)
+    price_ceiling = _at_most(candidates, req.quality, req, prices)
     out = SizeOut(
-        estimated_tokens=cost.tokens,
-        estimated_credits=cost.credits,
-        estimated_usd=usd(cost.credits),
+        estimated_tokens=price(size, req.quality, req.n).tokens,
+        estimated_credits=estimate,
+        estimated_usd=usd(estimate),
         credits_at_most=price_ceiling,
         usd_at_most=usd(price_ceiling),
     )

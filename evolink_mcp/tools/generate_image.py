@@ -17,7 +17,6 @@ from evolink_mcp.api.urls import host_of
 from evolink_mcp.errors import OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest
-from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.previews import GALLERY_META
@@ -56,8 +55,8 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     approved: set[tuple[str, str]] = set()  # (local file, callback host) that the user has approved
 
     async def priced_order(req: GenerateImageArguments) -> ImageRequest:
-        await studio.size_rule.refresh()
-        return ImageRequest(req, price_of(req, studio.size_rule.possible), req.save_as, req.max_credits, req.force_new)
+        prices = await studio.prices.refresh()
+        return ImageRequest(req, prices.ceiling(req), req.save_as, req.max_credits, req.force_new)
 
     def confirm(
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]

@@ -23,7 +23,7 @@ from evolink_mcp.studio.times import instant
 from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.sums import amount, periods, sums_text
-from evolink_mcp.tools.task_answer import brief, row, task_out
+from evolink_mcp.tools.task_answer import brief, price_change_texts, row, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
 from evolink_mcp.tools.waiting import mcp_host_of
 
@@ -121,7 +121,9 @@ async def task_list(
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
     sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
-    notes = [f"EvoLink's list of the account's tasks could not be read: {problem}."] if problem else []
+    notes = price_change_texts(await studio.take_price_changes())
+    if problem:
+        notes.append(f"EvoLink's list of the account's tasks could not be read: {problem}.")
     if external_tasks:
         notes.append(
             f"{len(external_tasks)} of the account's tasks were not bought with this server. get_task fetches their pictures."

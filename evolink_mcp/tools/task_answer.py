@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from evolink_mcp.api import costs, sizes
+from evolink_mcp.api.models import DEFAULT_MODEL
 from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
 from evolink_mcp.errors import (
     Charged,
@@ -24,6 +26,7 @@ from evolink_mcp.errors import (
 )
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, iso
 from evolink_mcp.sanitize import harmless, quoted
+from evolink_mcp.studio.prices import BILL_RULE, FACTOR, QUALITY, SIZE_RULE, Change, difference_of
 from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
@@ -91,6 +94,7 @@ class TaskOut(BaseModel):
     charged: Charged = "unknown"
     credits: float | None = Field(default=None, description="charged by EvoLink")
     usd: float | None = None
+    bill_difference: str | None = Field(default=None, description="charge that differs from the computed price")
     guess: bool = Field(default=False, description="unconfirmed match for a lost answer, by time and price")
     error: ErrorOut | None = None
     next_action: NextAction | None = None
@@ -123,6 +127,7 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         charged=charged,
         credits=credits,
         usd=None if credits is None else costs.usd(credits),
+        bill_difference=_bill_difference(entry),
         guess=entry.is_unconfirmed,
         error=error_out(failure) if failure else None,
         next_action=_next_action(entry, failure, charged) if waiting or failure else None,
@@ -271,6 +276,61 @@ def _credits(entry: Entry, charged: Charged) -> float | None:
     if charged == "no":
         return 0.0
     return entry.charge
+
+
+def _bill_difference(entry: Entry) -> str | None:
+    difference = difference_of(entry)
+    if difference is None:
+        return None
+    credits = costs.format_credits(difference.credits)
+    verb = "charged" if difference.is_final else "reserved"
+    text = f"EvoLink {verb} {credits}"
+    if difference.is_above:
+        text += f", more than the price ceiling of {costs.format_credits(difference.ceiling)} for this request"
+    if difference.quality is not None:
+        own = entry.request.get("quality", DEFAULT_MODEL.default_quality)
+        hint = "" if difference.is_above else ": the quality may be lower than requested"
+        text += f". This is the price of quality {difference.quality}, the request was for {own}{hint}"
+    return f"{text}."
+
+
+def add_price_changes(out: TaskOut, changes: Mapping[str, Change]) -> None:
+    """Add changes of prices to the first line of an answer, and a new size rule to its notes."""
+    bills = {kind: change for kind, change in changes.items() if kind != SIZE_RULE}
+    texts = [*([out.bill_difference] if out.bill_difference else []), *price_change_texts(bills)]
+    out.bill_difference = " ".join(texts) or None
+    out.notes += price_change_texts({kind: change for kind, change in changes.items() if kind == SIZE_RULE})
+
+
+def price_change_texts(changes: Mapping[str, Change]) -> list[str]:
+    """Return one sentence for each change of an account's prices."""
+    texts: list[str] = []
+    for kind, change in changes.items():
+        if kind == SIZE_RULE:
+            texts.append(
+                f"The pixels of the account's pictures follow EvoLink's {change.after} table. Sizes and prices of this "
+                "account are computed by it from now on."
+            )
+            continue
+        bill = "" if change.credits is None else f"EvoLink charged {costs.format_credits(change.credits)}: "
+        if kind == FACTOR:
+            text = f"its prices for this account are {change.after:g} times the published ones"
+            if change.after == 1:
+                text = "its prices for this account are the published ones again"
+            elif change.before != 1:
+                text += f" (before: {change.before:g} times)"
+        elif kind == BILL_RULE:
+            text = (
+                f"it charges by its {change.after} table" if change.after else "it charges by the pictures' table again"
+            )
+        else:
+            quality = kind.removeprefix(QUALITY)
+            text = f"it charges {quality} at the price of {change.after}"
+            if change.after == quality:
+                text = f"it charges {quality} at its own price again"
+        sentence = f"{bill}{text}. Prices are computed accordingly from now on."
+        texts.append(sentence[:1].upper() + sentence[1:])
+    return texts
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:

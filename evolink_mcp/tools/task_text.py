@@ -13,7 +13,8 @@ from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, sho
 
 def task_text(out: TaskOut) -> str:
     """Return event, charge and next step, then one line for each fact of `out`."""
-    lines = ["Unconfirmed match, a guess: " * out.guess + _headline(out), _money(out)]
+    bill = f"{out.bill_difference} " if out.bill_difference else ""
+    lines = [bill + "Unconfirmed match, a guess: " * out.guess + _headline(out), _money(out)]
     if out.error is not None and out.error.advice:
         lines.append(out.error.advice)
     if out.next_action is not None:

@@ -22,7 +22,7 @@ from evolink_mcp.tools.adapter import result
 from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
 from evolink_mcp.tools.previews import links, previews
-from evolink_mcp.tools.task_answer import fitted, is_error, refusal, task_out
+from evolink_mcp.tools.task_answer import add_price_changes, fitted, is_error, refusal, task_out
 from evolink_mcp.tools.task_text import task_text
 
 LAST_READ_S = 1.0
@@ -77,11 +77,7 @@ class Waiting:
                 running=not job.is_finished,
             )
             out.notes[:0] = notes
-            if job.learned_rule is not None:
-                out.notes.append(
-                    f"This picture's pixels follow EvoLink's {job.learned_rule} table. Sizes and prices of this account "
-                    "are computed by it from now on."
-                )
+            add_price_changes(out, await self.studio.take_price_changes())
             if job.problem is not None and not job.is_finished:
                 out.notes.append(
                     f"The status could not be read: {job.problem.message}. The server repeats the poll, more and more slowly."

@@ -34,7 +34,7 @@ from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.server.gallery import page_text
 from evolink_mcp.server.server import build_server
-from evolink_mcp.studio.purchase import price_of
+from evolink_mcp.studio.prices import price_of
 from mcp_types import PromptReference
 
 async def connect(check):

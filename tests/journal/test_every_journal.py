@@ -14,6 +14,7 @@ from blocking import BlockingJournal, BlockingPostgres, a_loop
 from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import Problem, TaskKnown, TooManyRunning
 from evolink_mcp.journal.entry import Entry, ResultImage, new_key
+from evolink_mcp.journal.journal import DailyLimitReached, Sums
 
 NOW = 1_790_000_000.0
 Open = Callable[..., Any]
@@ -98,9 +99,11 @@ def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> N
 
 def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) -> None:
     one, other = opened(), opened()
-    assert one.intend(entry(one, estimate=3.0), cap=5.0) is None
-    assert other.intend(entry(other, estimate=3.0), cap=5.0) == 3.0
-    assert other.intend(entry(other, estimate=2.0), cap=5.0) is None
+    one.intend(entry(one, estimate=3.0), cap=5.0)
+    with pytest.raises(DailyLimitReached) as reached:
+        other.intend(entry(other, estimate=3.0), cap=5.0)
+    assert reached.value.sums == Sums(reserved=3.0)
+    other.intend(entry(other, estimate=2.0), cap=5.0)
     assert len(one.recent(9)) == 2
 
 
@@ -377,11 +380,11 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
 def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, more: dict[str, Any], counts: bool) -> None:
     one, other, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
     one.intend(entry(one, **more))
-    assert ben.intend(entry(ben), running=1) is None
+    ben.intend(entry(ben), running=1)
     if not counts:
-        assert other.intend(entry(other), running=1) is None
+        other.intend(entry(other), running=1)
         return
     with pytest.raises(TooManyRunning, match="the limit of 1 running tasks is reached"):
         other.intend(entry(other), running=1, cap=100.0)
-    assert other.intend(entry(other), running=2) is None
+    other.intend(entry(other), running=2)
     assert len(one.recent(9)) == 2

@@ -23,6 +23,7 @@ from conftest import KEY, Open
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, fingerprint, new_key
+from evolink_mcp.journal.journal import DailyLimitReached, Sums
 from evolink_mcp.journal.migrations import MIGRATIONS, migrate, move_command
 from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
@@ -192,7 +193,7 @@ def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
         "async def writes():\n"
         "    for i in range(40):\n"
         "        e = Entry(new_key(), j.owner, 'intent', 1.0, estimate=1.0)\n"
-        "        assert await j.intend(e, cap=1e9) is None; await j.update(e); await j.claim(e.key)\n"
+        "        await j.intend(e, cap=1e9); await j.update(e); await j.claim(e.key)\n"
         "    await j.close()\n"
         "import anyio; anyio.run(writes)\n"
     )
@@ -210,11 +211,14 @@ def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
         "from evolink_mcp.journal.sqlite import SqliteJournal\n"
+        "from evolink_mcp.journal.journal import DailyLimitReached\n"
+        "from contextlib import suppress\n"
         "j = SqliteJournal(Path(sys.argv[1]))\n"
         "async def writes():\n"
         "    await j.recent(1); print('ready', flush=True); sys.stdin.readline()\n"
         "    for i in range(60):\n"
-        "        await j.intend(Entry(new_key(), j.owner, 'intent', 1.0, estimate=1.0), cap=100.0)\n"
+        "        with suppress(DailyLimitReached):\n"
+        "            await j.intend(Entry(new_key(), j.owner, 'intent', 1.0, estimate=1.0), cap=100.0)\n"
         "    await j.close()\n"
         "import anyio; anyio.run(writes)\n"
     )
@@ -273,10 +277,14 @@ def test_a_deleted_journal_is_written_again_before_the_next_purchase(opened: Ope
     one.intend(early := entry(one, estimate=3.0))
     for name in ("", "-wal", "-shm"):
         (one.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
-    assert one.intend(entry(one, estimate=3.0), cap=5.0) == 3.0
+    with pytest.raises(DailyLimitReached) as reached:
+        one.intend(entry(one, estimate=3.0), cap=5.0)
+    assert reached.value.sums == Sums(reserved=3.0)
     other = opened()
     assert other.recent(5) == [early]
-    assert other.intend(entry(other, estimate=3.0), cap=5.0) == 3.0
+    with pytest.raises(DailyLimitReached) as reached:
+        other.intend(entry(other, estimate=3.0), cap=5.0)
+    assert reached.value.sums == Sums(reserved=3.0)
 
 
 def test_a_replaced_journal_is_opened_and_gets_what_is_under_way(opened: Opened, tmp_path: Path) -> None:
@@ -292,7 +300,9 @@ def test_a_replaced_journal_is_opened_and_gets_what_is_under_way(opened: Opened,
     assert one.update(replace(running, phase="sending")) is True
     other = opened()
     assert other.recent(5) == [replace(running, phase="sending"), saved]
-    assert other.intend(entry(other, estimate=3.0), cap=5.0) == 4.0
+    with pytest.raises(DailyLimitReached) as reached:
+        other.intend(entry(other, estimate=3.0), cap=5.0)
+    assert reached.value.sums == Sums(reserved=4.0)
 
 
 # --- damage --------------------------------------------------------------------------------------------------

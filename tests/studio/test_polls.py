@@ -26,7 +26,6 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.sanitize import UPSTREAM_WORDS_MAX
 from evolink_mcp.studio.jobs import ImageRequest
-from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.schedule import RetryBudget
 from evolink_mcp.teams.settings import TeamSettings
 
@@ -419,7 +418,7 @@ async def test_a_faulty_connection_costs_one_poll(fault: gw.Fault, tmp_path: Pat
             options: Any = {"http_options": gw.CERTIFICATES_READ_ONCE, "deadline": gw.deadline_at_silence}
             async with open_studio(opened, sleep=sleep, **options) as studio:
                 request = GenerationRequest.model_validate(WISH)
-                job = await studio.order(ImageRequest(request, price_of(request, studio.size_rule.possible)))
+                job = await studio.order(ImageRequest(request, studio.prices.current.ceiling(request)))
                 async for _ in job.states():
                     pass
                 assert job.problem is None

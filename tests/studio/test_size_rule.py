@@ -16,8 +16,7 @@ from evolink_mcp.api.size_grammar import legal_value
 from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.simulator import rules
-from evolink_mcp.studio.purchase import price_of
-from evolink_mcp.studio.size_rule import SizeRule
+from evolink_mcp.studio.prices import AccountPrices, price_of
 from evolink_mcp.tools import compute_size
 
 RATIOS = models.DEFAULT_MODEL.limits.ratios
@@ -167,7 +166,7 @@ async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
     await other.save_fact("size_rule", "anchor-edge")
     assert await keyless.fact("size_rule") is None
     with pytest.raises(ValueError, match="not one of"):
-        SizeRule(one, "golden-ratio")
+        AccountPrices(one, "golden-ratio")
     for journal in (one, other, keyless):
         await journal.close()
 
