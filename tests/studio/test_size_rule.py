@@ -135,7 +135,7 @@ async def test_what_is_told_as_the_bound_is_accepted_as_max_credits(size: str, o
 @pytest.mark.parametrize("prompt", ["x", "a fox " * 300, "ein Füchslein " * 40, "狐" * 500, "🦊" * 200])
 async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
     """By the simulator's own reading of the formula, whichever table EvoLink follows."""
-    links = [f"https://cdn.example.com/{number}.png" for number in range(16)]
+    links = [f"https://cdn.evolink.ai/{number}.png" for number in range(16)]
     for size, tier, quality, n, references in itertools.product(
         (*RATIOS, "auto", "1024x640", "2880x2880"),
         models.TIERS,
