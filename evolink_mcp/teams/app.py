@@ -31,7 +31,7 @@ from evolink_mcp.teams.tenants import TenantLimitReached, Tenants, lifespan, tem
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.teams.uploads import StoredPictures, UploadApp
 from evolink_mcp.transports.connections import descriptor_limit
-from evolink_mcp.transports.http import REQUEST_MAX_BYTES
+from evolink_mcp.transports.http import LARGE_BODIES, REQUEST_MAX_BYTES
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def guarded_app(
         authenticator=authenticator,
         not_ready=readiness.check,
         endpoints=endpoints,
+        large_bodies=LARGE_BODIES,
     )
 
 

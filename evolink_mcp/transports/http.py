@@ -19,7 +19,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, UnreadAnswers, descriptor_limit
 from evolink_mcp.transports.http_calls import Calls
-from evolink_mcp.transports.http_guard import accepted_hostnames
+from evolink_mcp.transports.http_guard import LargeBodies, accepted_hostnames
 from evolink_mcp.transports.signals import on_stop_signal
 from evolink_mcp.transports.sse_streams import SseStreams
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 SSE_MESSAGES_PATH = "/messages/"
 REQUEST_MAX_BYTES = 512 << 10
+# An authenticated caller may send an image of 8 MiB as a data: URI: base64 adds a third.
+LARGE_BODIES = LargeBodies((8 << 20) * 4 // 3 + REQUEST_MAX_BYTES, at_once=4, timeout_s=60.0)
 LEAVE_TIMEOUT_S = 0.3
 DRAIN_TIMEOUT_S = 7.0
 DRAIN_CHECK_INTERVAL_S = 0.05
@@ -44,7 +46,7 @@ def mcp_app(
     """
     security = _security_of(accepted_hostnames(hostnames))
     # One byte more than the HTTP guard accepts, because its error text gives advice.
-    limit = REQUEST_MAX_BYTES + 1
+    limit = LARGE_BODIES.body_max_bytes + 1
     if transport == "sse":
         sse = server.sse_app(max_request_body_size=limit, transport_security=security, host=host)
         # The SDK would log the traceback and the content of each invalid message.

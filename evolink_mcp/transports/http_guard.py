@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -37,12 +38,27 @@ Headers = list[tuple[bytes, bytes]]
 class _Body:
     """The body of a request as one ASGI message, or the message of a client that disconnected.
 
-    `ends` are the first and the last bytes, with the request ID. `size` is in bytes.
+    `ends` are the first and the last bytes, with the request ID. `size` is in bytes. `is_refused`: the process had no
+    place for a large body, so the content is incomplete.
     """
 
     message: Message
     ends: bytes
     size: int
+    is_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LargeBodies:
+    """Limits of requests with an image as a data: URI, which only authenticated callers may send.
+
+    A body may have `body_max_bytes` and must arrive within `timeout_s`. The process serves `at_once` of them at the same
+    time, until their calls end: a call keeps its arguments.
+    """
+
+    body_max_bytes: int
+    at_once: int
+    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,8 @@ class HttpGuard:
     It accepts only the hostnames of this machine and `hostnames`. That stops DNS rebinding: a browser sends the hostname
     from which it loaded the page. With an `authenticator` every request needs authentication before the guard reads its
     body; health checks and public endpoints need none. `not_ready` returns the reason why the server can do no paid work
-    now. A body may have `body_max_bytes`, and must arrive within `body_timeout_s`.
+    now. A body may have `body_max_bytes`, and must arrive within `body_timeout_s`. `large_bodies` are the limits of
+    authenticated callers; without them `body_max_bytes` is the limit of every caller.
     """
 
     def __init__(
@@ -82,6 +99,7 @@ class HttpGuard:
         not_ready: Callable[[], Awaitable[str | None]] | None = None,
         endpoints: Sequence[Endpoint] = (),
         body_timeout_s: float = BODY_TIMEOUT_S,
+        large_bodies: LargeBodies | None = None,
     ) -> None:
         self._app = app
         self._hostnames = frozenset(accepted_hostnames(hostnames))
@@ -90,6 +108,8 @@ class HttpGuard:
         self._not_ready = not_ready
         self._endpoints = list(endpoints)
         self._body_timeout_s = body_timeout_s
+        self._large_bodies = large_bodies
+        self._large_bodies_now = 0
         self._is_closing = False
         self.open_requests = 0
 
@@ -164,20 +184,40 @@ class HttpGuard:
 
     async def _post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the whole body, then pass it to `app` as one message."""
+        large = self._large_bodies if scope[CALLER_KEY] is not None else None
         body: _Body | None = None
-        with anyio.move_on_after(self._body_timeout_s):
-            body = await self._body(receive)
-        if body is None:
-            text = f"The request did not arrive within {self._body_timeout_s:g} s."
-            await _send_text(send, HTTPStatus.REQUEST_TIMEOUT, text)
-        elif body.size > self._body_max_bytes:
-            await _send_json_rpc_error(send, request_id_in_part(body.ends), self._too_large())
-        else:
-            await app(scope, replay(body.message, receive), send)
+        with ExitStack() as stack:
+            with anyio.move_on_after(self._body_timeout_s) as deadline:
+                body = await self._body(receive, large, deadline, stack)
+            limit = self._body_max_bytes if large is None else large.body_max_bytes
+            if body is None:
+                await _send_text(send, HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
+            elif body.size > limit:
+                await _send_json_rpc_error(send, request_id_in_part(body.ends), self._too_large(large))
+            elif large is not None and body.is_refused:
+                text = f"The server handles {large.at_once} requests with an image. Try again."
+                await _send(send, HTTPStatus.SERVICE_UNAVAILABLE, text.encode(), TEXT_PLAIN, ((b"retry-after", b"5"),))
+            else:
+                await app(scope, replay(body.message, receive), send)
 
-    async def _body(self, receive: Receive) -> _Body:
-        """Read the whole body. Discard the bytes above the limit."""
+    @contextmanager
+    def _large_body(self) -> Generator[None]:
+        self._large_bodies_now += 1
+        try:
+            yield
+        finally:
+            self._large_bodies_now -= 1
+
+    async def _body(
+        self, receive: Receive, large: LargeBodies | None, deadline: anyio.CancelScope, stack: ExitStack
+    ) -> _Body:
+        """Read the whole body. Discard the bytes above the limit.
+
+        A body above the general limit takes one place of `large` until `stack` closes, and gets its time.
+        """
         content = bytearray()
+        kept_max_bytes = self._body_max_bytes
+        is_refused = False
         size = 0
         head = b""
         tail = b""
@@ -187,17 +227,23 @@ class HttpGuard:
                 return _Body(message, b"", 0)
             part: bytes = message.get("body", b"")
             size += len(part)
+            if large is not None and kept_max_bytes < size and not is_refused and kept_max_bytes < large.body_max_bytes:
+                is_refused = self._large_bodies_now >= large.at_once
+                if not is_refused:
+                    stack.enter_context(self._large_body())
+                    kept_max_bytes = large.body_max_bytes
+                deadline.deadline = max(deadline.deadline, anyio.current_time() + large.timeout_s)
             head = (head + part)[:2048]
             tail = (tail + part)[-512:]
-            if size <= self._body_max_bytes:
+            if size <= kept_max_bytes:
                 content += part
             if not message.get("more_body"):
                 break
         whole = {"type": "http.request", "body": bytes(content), "more_body": False}
-        return _Body(whole, head.partition(b'"params"')[0] + tail, size)
+        return _Body(whole, head.partition(b'"params"')[0] + tail, size, is_refused)
 
-    def _too_large(self) -> str:
-        limit = self._body_max_bytes >> 10
+    def _too_large(self, large: LargeBodies | None) -> str:
+        limit = (self._body_max_bytes if large is None else large.body_max_bytes) >> 10
         return (
             f"The request has more than {limit} KiB. A picture in a data: URI may have about {limit * 700 // 1000} kB, "
             "because base64 adds a third. Give a public URL, or PUT the file to /uploads of this server and give the uri "
