@@ -87,6 +87,11 @@ def parse_arguments(argv: list[str]) -> Namespace:
     install.add_argument(
         "--key-in-file", action="store_true", help="write the key into the configuration, not into the key store"
     )
+    install.add_argument(
+        "--store-key",
+        action="store_true",
+        help="only store the key in the key store, for plugins (with --undo: delete it)",
+    )
     word = next((argument for argument in argv if not argument.startswith("-")), None)
     if word == "help":
         parser.print_help()

@@ -326,6 +326,8 @@ def run_install(
     options: Namespace, settings: Settings, installer: Installer, key_store: KeyStore, console: Console
 ) -> int:
     """Plan, show, ask and write. Return the exit code: 0, 1 if one host failed, 2 for a wrong call."""
+    if options.store_key:
+        return _delete_key(key_store, console) if options.undo else _only_store_key(settings, key_store, console)
     try:
         hosts = installer.hosts(options.hosts)
         with installer.lock():
@@ -350,15 +352,8 @@ def _install(
     key_store: KeyStore,
     console: Console,
 ) -> int:
-    key = settings.key_text
-    is_in_store = key is not None and key.lower() == KEY_IN_STORE
-    problem = settings.with_stored_key().key_problem
-    if key is None and console.ask_secret is not None:
-        answer = console.ask_secret(
-            "EvoLink API key, from https://evolink.ai/dashboard/keys (input is hidden): "
-        ).strip()
-        key = answer or None
-        problem = replace(settings, key_text=key).key_problem
+    is_in_store = settings.key_text is not None and settings.key_text.lower() == KEY_IN_STORE
+    key, problem = _key_of(settings, console)
     if problem:
         console.print_error(problem)
         return 2
@@ -389,6 +384,34 @@ def _install(
     return int(failures > 0)
 
 
+def _key_of(settings: Settings, console: Console) -> tuple[str | None, str | None]:
+    """Return the key of the environment or of the person at the terminal, and the reason why it is unusable."""
+    problem = settings.with_stored_key().key_problem
+    if settings.key_text is not None or console.ask_secret is None:
+        return settings.key_text, problem
+    question = "EvoLink API key, from https://evolink.ai/dashboard/keys (input is hidden): "
+    key = console.ask_secret(question).strip() or None
+    return key, replace(settings, key_text=key).key_problem
+
+
+def _only_store_key(settings: Settings, key_store: KeyStore, console: Console) -> int:
+    key, problem = _key_of(settings, console)
+    if key is None or problem or key.lower() == KEY_IN_STORE:
+        console.print_error(problem or "set EVOLINK_API_KEY to the key, or type it at a terminal")
+        return 2
+    return _store_key(key, key_store, console)
+
+
+def _delete_key(key_store: KeyStore, console: Console) -> int:
+    try:
+        key_store.delete()
+    except KeyStoreUnusable as error:
+        console.print_error(f"the key stays in the key store of the system: {error}")
+        return 1
+    console.print("The key store of the system has no EvoLink key any more.")
+    return 0
+
+
 def _store_key(key: str, key_store: KeyStore, console: Console) -> int:
     try:
         key_store.save(key)
@@ -409,12 +432,7 @@ def _undo(options: Namespace, installer: Installer, key_store: KeyStore, console
             return 2
         failures += _apply(changes, installer, console)
     if had_stored_key and not installer.has_stored_key():
-        try:
-            key_store.delete()
-            console.print("The key was deleted from the key store of the system.")
-        except KeyStoreUnusable as error:
-            console.print_error(f"the key stays in the key store of the system: {error}")
-            failures += 1
+        failures += _delete_key(key_store, console)
     return int(failures > 0)
 
 

@@ -95,7 +95,7 @@ class User:
             ask=None if answer is None else lambda _: answer,
             ask_secret=None if typed_key is None else lambda _: typed_key,
         )
-        options = Namespace(hosts=list(hosts), undo=undo, yes=yes, key_in_file=True)
+        options = Namespace(hosts=list(hosts), undo=undo, yes=yes, key_in_file=True, store_key=False)
         installer = Installer(machine, self.home / "data", self.command, ["-x"])
         return run_install(options, settings, installer, KeyStore(), console)
 
@@ -469,7 +469,7 @@ def test_a_file_that_changed_during_the_question_stays(user: User) -> None:
         file.write_text("{}")
         return "y"
 
-    options = Namespace(hosts=["cursor"], undo=False, yes=False, key_in_file=True)
+    options = Namespace(hosts=["cursor"], undo=False, yes=False, key_in_file=True, store_key=False)
     code = run_install(options, settings, installer, KeyStore(), Console(str, errors.append, ask=answer))
     assert (code, file.read_text()) == (1, "{}")
     assert "another program changed the file" in errors[0]

@@ -88,6 +88,18 @@ def test_the_key_goes_into_the_file_on_request(home: Home) -> None:
     assert (home.store.exists(), home.server_environment()) == (False, {"EVOLINK_API_KEY": KEY})
 
 
+def test_the_key_of_plugins_is_stored_alone_and_deleted(home: Home) -> None:
+    assert home.run("install", "--store-key", key=KEY).returncode == 0
+    assert (home.stored_keys(), home.config.exists()) == ([KEY], False)
+    assert home.run("install", "--store-key", "--undo").returncode == 0
+    assert home.stored_keys() == []
+    missing = home.run("install", "--store-key")
+    assert (missing.returncode, missing.stderr.startswith("evolink-mcp: set EVOLINK_API_KEY to the key")) == (2, True)
+    home.backend = "keyring.backends.fail.Keyring"
+    unusable = home.run("install", "--store-key", key=KEY)
+    assert (unusable.returncode, "this system has no key store" in unusable.stderr) == (1, True)
+
+
 def test_without_a_key_store_the_key_goes_into_the_file(home: Home) -> None:
     home.backend = "keyring.backends.fail.Keyring"
     assert home.run("install", "--yes", key=KEY).returncode == 0

@@ -22,6 +22,8 @@ import hosts
 import installed
 from stage import PATH, TRANSPORTS, Score, Stage, npm_install
 
+import plugins
+
 FOLDER = Path(__file__).resolve().parent
 CONCURRENCY = 3
 INSTALL_WITHIN_S, CALLS_WITHIN_S = 300, 300
@@ -179,7 +181,7 @@ class Drive:
         self._tell("mcporter", "", "http", f"no {lacking} in {run[-600:]!r}" if lacking else "")
 
     def _hosts(self) -> None:
-        names = [name for name in ("claude code", "gemini cli", "codex", "install") if self._asked_for(name)]
+        names = [name for name in ("claude code", "gemini cli", "codex", "install", "plugins") if self._asked_for(name)]
         if not names:
             return
         folder = self.stage.work / "hosts"
@@ -195,6 +197,9 @@ class Drive:
         if "install" in names:
             for name, version, problem in installed.installed(self.stage, modules):
                 self._tell(f"install {name}", version, "stdio", problem, "mcp list after install, then undo")
+        if "plugins" in names:
+            for name, version, problem in plugins.plugins(self.stage, modules):
+                self._tell(f"plugins: {name}", version, "stdio", problem)
         if "codex" in names:
             with hosts.codex(self.stage, modules) as call:
                 for transport in ("stdio", "http"):
