@@ -189,7 +189,12 @@ class OutcomeUnknown(EvolinkError):
     )
 
     def __init__(self, message: str, *, task_ids: tuple[str, ...] = (), advice: str | None = None) -> None:
-        """`task_ids` are the task IDs in EvoLink's answer, if any."""
+        """`task_ids` are the task IDs in EvoLink's answer, if any. The default advice names them."""
+        if advice is None and task_ids:
+            advice = (
+                f"EvoLink's answer names {', '.join(task_ids[:5])}. Look at it with get_task before buying again. "
+                "The same call again only searches for the task."
+            )
         super().__init__(message, advice=advice)
         self.task_ids = task_ids
 

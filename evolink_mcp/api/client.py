@@ -59,6 +59,8 @@ READ_DEADLINE_S = 20.0
 PROBE_DEADLINE_S = 10.0
 UPLOAD_DEADLINE_S = 180.0
 BATCH_MAX = 50
+PAGE_SIZE = 50
+PAGES_MAX = 20
 
 
 class EvolinkClient:
@@ -245,10 +247,24 @@ class EvolinkClient:
         reply = await self._ask("POST", "/v1/tasks/batch", content=dump({"task_ids": ids}))
         return {task.id: task for task in read_tasks(reply.json())}
 
-    async def recent_tasks(self, page_size: int = 50) -> list[Task]:
-        """Read the newest tasks, newest first, without links: `GET /v1/tasks` (undocumented)."""
-        reply = await self._ask("GET", f"/v1/tasks?page=1&page_size={page_size}")
+    async def recent_tasks(self, page: int = 1) -> list[Task]:
+        """Read a page of the newest tasks, newest first, without links: `GET /v1/tasks` (undocumented)."""
+        reply = await self._ask("GET", f"/v1/tasks?page={page}&page_size={PAGE_SIZE}")
         return list(read_tasks(reply.json()))
+
+    async def tasks_since(self, since: float) -> tuple[list[Task], bool]:
+        """Read the tasks that were created at `since` (epoch seconds by EvoLink's clock) or later, and perhaps older ones.
+
+        Return also whether the list is complete. It is not if it needs more than PAGES_MAX pages.
+        """
+        tasks: dict[str, Task] = {}
+        for page in range(1, PAGES_MAX + 1):
+            rows = await self.recent_tasks(page)
+            tasks |= {task.id: task for task in rows}
+            oldest = min((task.created for task in rows if task.created is not None), default=since)
+            if len(rows) < PAGE_SIZE or oldest < since:
+                return list(tasks.values()), True
+        return list(tasks.values()), False
 
     async def date(self) -> str | None:
         """Return the `Date` header of the API's host. No key is sent.

@@ -65,6 +65,11 @@ class Task:
         return self.status in SETTLED
 
     @property
+    def has_credits(self) -> bool:
+        """Whether EvoLink named the charge or the reservation."""
+        return self.credits_used is not None or self.credits_reserved is not None
+
+    @property
     def charged(self) -> Charged:
         """Whether the account paid. EvoLink charges completed tasks and returns the reservation of failed ones."""
         if self.billing in ("charged", "released"):

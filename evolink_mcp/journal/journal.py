@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evolink_mcp.api.task import SETTLED, Task
-from evolink_mcp.errors import JournalUnwritable, TaskKnown, TooManyRunning
+from evolink_mcp.errors import JournalUnwritable, OutcomeUnknown, Problem, TaskKnown, TooManyRunning
 from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
@@ -79,6 +79,12 @@ RELEASE_OWNERS = "UPDATE entries SET owner = '' WHERE owner IN ({marks}) AND {li
 RELEASE_CALLERS = "UPDATE entries SET caller = '' WHERE caller IN ({marks}) AND {linked}"
 # Find the tasks that have an entry, in any profile: an account may serve several profiles.
 KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks})"
+# Check whether a task belongs to another entry, of any account. An unconfirmed match proves nothing.
+OTHER_ENTRY = "SELECT 1 FROM entries WHERE task_id = ? AND key <> ? AND (error IS NULL OR error NOT LIKE ?) LIMIT 1"
+# Read the entry of a task whose match is unconfirmed.
+UNCONFIRMED_BY_TASK = "SELECT * FROM entries WHERE account = ? AND task_id = ? AND key <> ? AND error LIKE ?"
+# Write the state of an entry, whoever owns it.
+UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
 # Record the address of an uploaded reference image.
 SAVE_UPLOAD = """INSERT INTO uploads VALUES (?, ?, ?, ?)
     ON CONFLICT (profile, sha256) DO UPDATE SET url = excluded.url, expires_at = excluded.expires_at"""
@@ -99,6 +105,14 @@ SAVE_LINK = "INSERT INTO links VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 # Read the newest task of an account.
 NEWEST_TASK = """SELECT task_id FROM entries WHERE {mine} AND account = ? AND created_at <= ? AND task_id IS NOT NULL
     ORDER BY created_at DESC LIMIT 1"""
+
+UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
+MATCH_WITHDRAWN = Problem(
+    "outcome_unknown",
+    "the answer to the request was lost, and the task that was a candidate belongs to another order",
+    False,
+    OutcomeUnknown.advice,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +432,10 @@ class Journal:
         rows = await self._fetch(self._sql(KNOWN_TASKS, marks=_marks(task_ids)), *task_ids)
         return {row["task_id"] for row in rows}
 
+    async def belongs_to_other(self, task_id: str, key: str) -> bool:
+        """Return whether another entry than `key` certainly has this task, in any account."""
+        return bool(await self._fetch(OTHER_ENTRY, task_id, key, UNCONFIRMED_PATTERN))
+
     # --- accounts ---
 
     async def read_links(self) -> list[str]:
@@ -568,13 +586,14 @@ class Journal:
         is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
 
         async def write(db: Connection) -> bool:
+            if is_certain:
+                await _withdraw_matches(db, entry)
             with _duplicate_task(entry):
                 if await db.execute(UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)) == 1:
                     return True
                 if is_certain:
                     sql = UPDATE_CERTAIN.format(changes=changes)
-                    unconfirmed = f'%"code": "{UNCONFIRMED.code}"%'
-                    if await db.execute(sql, (*values, self.owner, entry.key, unconfirmed)) == 1:
+                    if await db.execute(sql, (*values, self.owner, entry.key, UNCONFIRMED_PATTERN)) == 1:
                         return True
             if await db.fetch(FIND_KEY, (entry.key,)):
                 return False
@@ -635,6 +654,17 @@ def _checked_account(account: str) -> str:
 async def _sums(db: Connection, mine: str, since: float) -> Sums:
     (row,) = await db.fetch(SUMS.format(mine=mine), (since,))
     return Sums.of(row)
+
+
+async def _withdraw_matches(db: Connection, entry: Entry) -> None:
+    """Make the outcome of another entry unknown again if its unconfirmed match is the certain task of this entry."""
+    columns = (*STATE_COLUMNS, "images")
+    changes = ", ".join(f"{name} = ?" for name in columns)
+    values = (entry.account, entry.task_id, entry.key, UNCONFIRMED_PATTERN)
+    for other in readable_entries(await db.fetch(UNCONFIRMED_BY_TASK, values)):
+        log.warning("the task %s belongs to another order, the match of %s was wrong", entry.task_id, other.key)
+        unknown = replace(other, phase=Phase.UNKNOWN, task=None, images=(), error=MATCH_WITHDRAWN)
+        await db.execute(UPDATE_ANY.format(changes=changes), (*values_of(unknown, columns), other.key))
 
 
 def _marks(values: Sequence[str]) -> str:

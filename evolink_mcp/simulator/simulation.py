@@ -190,8 +190,9 @@ class Simulation:
         return seen | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
 
     def row(self, task: SimulatedTask) -> dict[str, Any]:
-        """Return the task as a row of the account's list: without links, and with another name for the time."""
+        """Return the task as a row of the account's list: without links or credits, and with another name for the time."""
         seen = self.view(task, "", links=False)
+        seen.pop("usage", None)
         made = seen.pop("created")
         if self.list_times == "iso":
             return seen | {"created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(made))}

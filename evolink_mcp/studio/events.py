@@ -250,6 +250,11 @@ class JournalWriter:
             self._change(job, replace(job.entry, images=images))
             await self._write(job, job.entry, self.journal.update_images)
 
+    async def withdraw_match(self, job: Job, problem: Problem) -> None:
+        """The unconfirmed match was wrong: the outcome is unknown again, and the images do not belong to the entry."""
+        self._change(job, replace(job.entry, phase=Phase.UNKNOWN, task=None, images=(), error=problem))
+        await self._write(job, job.entry, self.journal.update_images)
+
     async def record_confirmation(self, job: Job) -> None:
         """A caller or a callback confirmed the unconfirmed match."""
         self._change(job, replace(job.entry, error=None))

@@ -144,7 +144,7 @@ class Purchaser:
                 return await writer.record_phase(job, Phase.REFUSED, error=error.problem)
             except OutcomeUnknown as error:
                 await writer.record_phase(job, Phase.UNKNOWN, error=error.problem)
-                return await self.reconciler.reconcile(job)
+                return await self.reconciler.reconcile(job, error.task_ids)
             else:
                 # The write survives a cancellation, so the task ID cannot be lost.
                 return await writer.record_phase(job, Phase.SUBMITTED, task=task)

@@ -264,25 +264,41 @@ class JobRunner:
             return
         is_owner = False
         with anyio.CancelScope() as job.following_scope:
-            is_owner = await self._follow_and_save(job)
+            try:
+                await self._follow_and_save(job)
+                is_owner = True
+            except TaskKnown:
+                await self._find_owner_of_task(job)
         job.following_scope = None
         if not is_owner:
             await self._watch_remote(job)
 
-    async def _follow_and_save(self, job: Job) -> bool:
-        """Return False if another server owns the task."""
+    async def _follow_and_save(self, job: Job) -> None:
+        """Follow the task and save its images.
+
+        Raises:
+            TaskKnown: another entry has the task.
+        """
         assert job.entry.task is not None
-        try:
-            await self._follower.follow(job)
-        except TaskKnown:  # another server recorded the same external task
-            job.change_to(await self._writer.entry_by_task(job.entry.task.id) or job.entry)
-            return False
+        await self._follower.follow(job)
+        if await self._purchaser.reconciler.refute(job):
+            return
         if job.entry.task.results or job.entry.task.status == COMPLETED:
             job.move_to(JobState.SAVING)
             await self._saver.save(job)
+            if await self._purchaser.reconciler.refute(job):
+                return
         if job.copy_name is not None:
             await self._saver.save_copies(job)
-        return True
+
+    async def _find_owner_of_task(self, job: Job) -> None:
+        """Another entry has the job's task: it is the same external task, or its own answer disproved a match."""
+        entry = job.entry
+        if entry.phase == Phase.EXTERNAL and entry.task is not None:
+            newest = await self._writer.entry_by_task(entry.task.id)
+        else:
+            newest = await self._writer.entry_by_key(entry.key)
+        job.change_to(newest or entry)
 
     async def _watch_remote(self, job: Job) -> None:
         """Watch an entry of another server. Continue it when its owner is dead."""

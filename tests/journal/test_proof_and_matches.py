@@ -1,0 +1,44 @@
+"""An entry with a certain task takes it from an entry with an unconfirmed match, in every database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conftest import Open
+
+from evolink_mcp.api.task import Task
+from evolink_mcp.errors import TaskKnown
+from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, new_key
+
+pytestmark = pytest.mark.anyio
+TASK = Task("task-unified-1790000000-abcd1234", "completed", credits_used=0.2)
+
+
+async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_other_entry(open_world: Open) -> None:
+    async with open_world() as world:
+        journal = world.studio.journal
+        now = world.clock()
+        matched, own, third = (
+            Entry(new_key(), journal.owner, Phase.SENDING, now, estimate=1.0, account=journal.account) for _ in range(3)
+        )
+        for entry in (matched, own, third):
+            await journal.intend(entry)
+        images = (ResultImage(0, "https://files.example/1.png", now, sha256="aa"),)
+        match = replace(matched, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED, images=images)
+        assert await journal.update_images(match)
+        assert not await journal.belongs_to_other(TASK.id, own.key)
+        with pytest.raises(TaskKnown):
+            await journal.update(replace(own, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
+        assert await journal.update(replace(own, phase=Phase.SUBMITTED, task=TASK))
+        assert await journal.belongs_to_other(TASK.id, matched.key)
+        with pytest.raises(TaskKnown):
+            await journal.update(replace(third, phase=Phase.SUBMITTED, task=TASK))
+        before = await journal.by_key(matched.key)
+        after = await journal.by_key(own.key)
+        sums = await journal.sums_since(0)
+    assert before is not None
+    assert (before.phase, before.task, before.images, before.charged) == (Phase.UNKNOWN, None, (), "unknown")
+    assert after is not None
+    assert (after.task_id, after.is_unconfirmed) == (TASK.id, False)
+    assert (sums.spent, sums.reserved) == (0.2, 2.0)
