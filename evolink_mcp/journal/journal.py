@@ -82,7 +82,7 @@ KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks})"
 # Check whether a task belongs to another entry, of any account. An unconfirmed match proves nothing.
 OTHER_ENTRY = "SELECT 1 FROM entries WHERE task_id = ? AND key <> ? AND (error IS NULL OR error NOT LIKE ?) LIMIT 1"
 # Read the entry of a task whose match is unconfirmed.
-UNCONFIRMED_BY_TASK = "SELECT * FROM entries WHERE account = ? AND task_id = ? AND key <> ? AND error LIKE ?"
+UNCONFIRMED_BY_TASK = "SELECT * FROM entries WHERE task_id = ? AND key <> ? AND error LIKE ?"
 # Write the state of an entry, whoever owns it.
 UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
 # Record the address of an uploaded reference image.
@@ -660,7 +660,7 @@ async def _withdraw_matches(db: Connection, entry: Entry) -> None:
     """Make the outcome of another entry unknown again if its unconfirmed match is the certain task of this entry."""
     columns = (*STATE_COLUMNS, "images")
     changes = ", ".join(f"{name} = ?" for name in columns)
-    values = (entry.account, entry.task_id, entry.key, UNCONFIRMED_PATTERN)
+    values = (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
     for other in readable_entries(await db.fetch(UNCONFIRMED_BY_TASK, values)):
         log.warning("the task %s belongs to another order, the match of %s was wrong", entry.task_id, other.key)
         unknown = replace(other, phase=Phase.UNKNOWN, task=None, images=(), error=MATCH_WITHDRAWN)

@@ -20,7 +20,16 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
         journal = world.studio.journal
         now = world.clock()
         matched, own, third = (
-            Entry(new_key(), journal.owner, Phase.SENDING, now, estimate=1.0, account=journal.account) for _ in range(3)
+            Entry(
+                new_key(),
+                journal.owner,
+                Phase.SENDING,
+                now,
+                estimate=1.0,
+                account=journal.account,
+                profile=journal.profile,
+            )
+            for _ in range(3)
         )
         for entry in (matched, own, third):
             await journal.intend(entry)

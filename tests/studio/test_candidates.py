@@ -15,7 +15,6 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry, Phase
 from evolink_mcp.studio.jobs import ImageRequest
-from evolink_mcp.studio.purchase import price_of
 from evolink_mcp.studio.reconcile import contradicts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -65,7 +64,7 @@ def buy_elsewhere(evolink: LossyEvoLink, **options: Any) -> str:
 async def order(world: World, **options: Any) -> Entry:
     """Order an image and return the entry when the job is finished."""
     request = GenerationRequest.model_validate({**ORDER, **options})
-    job = await world.studio.order(ImageRequest(request, price_of(request, world.studio.size_rule.possible)))
+    job = await world.studio.order(ImageRequest(request, world.studio.prices.current.ceiling(request)))
     async for _ in job.states():
         pass
     await world.studio.depart(job)
