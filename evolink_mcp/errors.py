@@ -3,6 +3,7 @@
 EvolinkError
 ├── Refused                 the server stopped the call: nothing was sent, nothing was charged
 │   ├── KeyMissing          no API key is set
+│   ├── OtherKey            another API key bought the task
 │   ├── OverBudget          the price ceiling is above a spending limit
 │   │   └── TooManyRunning  the limit of running tasks is reached
 │   ├── JournalUnwritable   the journal cannot be read or written
@@ -90,6 +91,13 @@ class KeyMissing(Refused):
         "Set EVOLINK_API_KEY in the configuration of this MCP server and restart it. "
         "Create a key at https://evolink.ai/dashboard/keys. compute_size and list_tasks work without a key."
     )
+
+
+class OtherKey(Refused):
+    """Another API key bought the task, and the key of this server cannot read it."""
+
+    code = "other_key"
+    advice = "Set EVOLINK_API_KEY to the key that bought it, or look at the task on EvoLink's page."
 
 
 class OverBudget(Refused):

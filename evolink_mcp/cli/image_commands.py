@@ -23,9 +23,9 @@ from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
-from evolink_mcp.journal.entry import Entry, ResultImage
+from evolink_mcp.journal.entry import Entry, ResultImage, account_id_of
 from evolink_mcp.journal.journal import Sums
-from evolink_mcp.journal.sqlite import FILE_NAME, read_entries, read_sums
+from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_entries, read_sums
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.times import instant
 from evolink_mcp.teams.settings import TeamSettings
@@ -66,7 +66,9 @@ def find_entries(
 
         return schema.read_entries(settings.database_url, limit, words, since)
     path = settings.data_dir / FILE_NAME
-    return str(path), read_entries(settings.data_dir, limit, words, since) if path.exists() else []
+    if not path.exists():
+        return str(path), []
+    return str(path), read_entries(settings.data_dir, limit, words, since, profile=_profile_of(settings))
 
 
 def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
@@ -80,7 +82,29 @@ def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...]
 
         return schema.read_sums(settings.database_url, since, words)
     has_journal = (settings.data_dir / FILE_NAME).exists()
-    return read_sums(settings.data_dir, since, words) if has_journal else [Sums() for _ in since]
+    if not has_journal:
+        return [Sums() for _ in since]
+    return read_sums(settings.data_dir, since, words, profile=_profile_of(settings))
+
+
+def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
+    """Return the keys of the entries that another API key of the profile bought. Blocks. Empty without an API key.
+
+    Raises:
+        JournalUnwritable: the journal is damaged or unreadable.
+    """
+    profile = _profile_of(settings)
+    if profile is None or settings.key is None or not entries:
+        return set()
+    identity = account_id_of(settings.key.get_secret_value(), settings.base_url)
+    accounts = read_accounts(settings.data_dir, profile, identity)
+    return {entry.key for entry in entries if entry.account not in accounts}
+
+
+def _profile_of(settings: TeamSettings) -> str | None:
+    """Return the profile that the commands show. None: they show the entries of all tenants."""
+    has_tenants = settings.database_url or settings.tokens_file or settings.oauth_issuer
+    return None if has_tenants else settings.profile
 
 
 def open_image(settings: TeamSettings, words: list[str], report: Print, complain: Print, *, only_print: bool) -> int:
@@ -132,13 +156,14 @@ def write_sheet(
         start = 0.0 if since == "all" else instant(since, now)
         _, entries = find_entries(settings, tuple(words), SHEET_MAX, start)
         (sums,) = find_sums(settings, [start], tuple(words))
+        other_keys = find_other_keys(settings, entries)
     except (JournalUnwritable, Refused) as error:
         complain(f"{error.message}. {error.advice}")
         return 1
     suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
     title = f"All images{suffix}" if since == "all" else f"Images since {harmless(since, 40)}{suffix}"
     with closing(Decoder(decoder_environment())) as decoder:
-        page, count = anyio.run(_build_page, entries, title, sums, complain, decoder)
+        page, count = anyio.run(_build_page, entries, other_keys, title, sums, complain, decoder)
     if not count:
         complain("no saved image matches; try --since 7d or --since all")
         return 1
@@ -157,9 +182,12 @@ def write_sheet(
 
 
 async def _build_page(
-    entries: list[Entry], title: str, sums: Sums, complain: Print, decoder: Decoder
+    entries: list[Entry], other_keys: set[str], title: str, sums: Sums, complain: Print, decoder: Decoder
 ) -> tuple[str, int]:
-    """Return an HTML page with a preview of each image, and the number of images. The page loads no other file."""
+    """Return an HTML page with a preview of each image, and the number of images. The page loads no other file.
+
+    `other_keys` are those of `find_other_keys`.
+    """
     cards: list[str] = []
     spent = f"spent {format_credits(sums.spent)}, reserved {format_credits(sums.reserved)}"
     for entry in entries:
@@ -173,7 +201,7 @@ async def _build_page(
                 complain(f"{image.path} is not on the page ({error})")
                 continue
             if preview is not None:
-                cards.append(_card(entry, image, preview))
+                cards.append(_card(entry, image, preview, has_other_key=entry.key in other_keys))
     page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n<header><h1>{html.escape(title)}</h1>"
@@ -188,7 +216,7 @@ def _count(images: int) -> str:
     return "1 image" if images == 1 else f"{images} images"
 
 
-def _card(entry: Entry, image: ResultImage, preview: bytes) -> str:
+def _card(entry: Entry, image: ResultImage, preview: bytes, *, has_other_key: bool) -> str:
     path = Path(image.path or "")
     prompt = harmless(entry.request.get("prompt") or "", 300)
     created_at = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
@@ -197,6 +225,7 @@ def _card(entry: Entry, image: ResultImage, preview: bytes) -> str:
     facts = [
         f"{created_at}, {image.width}×{image.height}",
         *(f"edited from {source}" for source in sources),
+        *(["bought with another key"] if has_other_key else []),
         path.name,
     ]
     return (

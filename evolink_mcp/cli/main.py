@@ -205,22 +205,23 @@ def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import format_credits
-    from evolink_mcp.cli.image_commands import find_entries, find_sums
+    from evolink_mcp.cli.image_commands import find_entries, find_other_keys, find_sums
     from evolink_mcp.tools.sums import periods, sums_text
-    from evolink_mcp.tools.task_answer import brief, task_out
+    from evolink_mcp.tools.task_answer import OTHER_KEY_NOTE, brief, task_out
 
     settings = _read_settings()
     starts = periods(time.time())
     try:
         place, entries = find_entries(settings, (), options.limit)
         sums = find_sums(settings, list(starts.values()))
+        other_keys = find_other_keys(settings, entries)
     except JournalUnwritable as error:
         _print_error(error.message)
         return 1
     if not entries and not options.json:
         print(f"No purchases yet: {place} has no entries.")
         return 0
-    outs = [task_out(entry) for entry in entries]
+    outs = [task_out(entry, has_other_key=entry.key in other_keys) for entry in entries]
     if options.json:
         print(json.dumps([brief(out).model_dump(mode="json") for out in outs], indent=2))
         return 0
@@ -234,6 +235,8 @@ def _tasks(options: Namespace) -> int:
             print(f"    {image.path or image.error or image.url}")
         if out.error:
             print(f"    {out.error.message}. {out.error.advice}")
+        if OTHER_KEY_NOTE in out.notes:
+            print(f"    {OTHER_KEY_NOTE}")
     print(f"{len(outs)} entries in {place}")
     print(sums_text(dict(zip(starts, sums, strict=True))))
     return 0

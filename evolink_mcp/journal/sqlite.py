@@ -21,7 +21,7 @@ from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import SUMS, Journal, Sums
 from evolink_mcp.journal.migrations import check_origin, migrate, transaction
-from evolink_mcp.journal.profile import DEFAULT_PROFILE
+from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import fold, readable_entries
 
 if TYPE_CHECKING:
@@ -422,8 +422,10 @@ class SqliteJournal(Journal):
         return self.file.set_aside
 
 
-def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> list[Entry]:
-    """Return the newest entries of all accounts, newest first. Block, and change nothing.
+def read_entries(
+    folder: Path, limit: int, words: tuple[str, ...] = (), since: float = 0.0, *, profile: str | None = None
+) -> list[Entry]:
+    """Return the newest entries of the profile, newest first. Without a profile: of all. Block, and change nothing.
 
     `words` are those of `Journal.recent`, `since` is in epoch seconds.
 
@@ -431,22 +433,41 @@ def read_entries(folder: Path, limit: int, words: tuple[str, ...] = (), since: f
         JournalUnwritable: The journal is damaged or cannot be read.
     """
     filters = " AND instr(words, ?) > 0" * len(words)
-    sql = f"SELECT * FROM entries WHERE created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
+    sql = f"SELECT * FROM entries WHERE {_mine(profile)} AND created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
         return readable_entries(db.execute(sql, (since, *map(fold, words), limit)).fetchall())
 
 
-def read_sums(folder: Path, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
-    """Return the sums of all accounts since each of these times, in epoch seconds. Block, and change nothing.
+def read_sums(
+    folder: Path, since: list[float], words: tuple[str, ...] = (), *, profile: str | None = None
+) -> list[Sums]:
+    """Return the sums of the profile since each of these times (epoch seconds). Block, and change nothing.
 
-    `words` are those of `Journal.recent`.
+    Without a profile: the sums of all. `words` are those of `Journal.recent`.
 
     Raises:
         JournalUnwritable: The journal is damaged or cannot be read.
     """
-    sql = SUMS.format(mine="profile = profile") + " AND instr(words, ?) > 0" * len(words)
+    sql = SUMS.format(mine=_mine(profile)) + " AND instr(words, ?) > 0" * len(words)
     with snapshot(folder) as db:
         return [Sums.of(db.execute(sql, (start, *map(fold, words))).fetchone()) for start in since]
+
+
+def read_accounts(folder: Path, profile: str, identity: str) -> set[str]:
+    """Return the accounts that this key of the profile can act for. Block, and change nothing.
+
+    Raises:
+        JournalUnwritable: The journal is damaged or cannot be read.
+    """
+    with snapshot(folder) as db:
+        rows = db.execute(
+            "SELECT account FROM links WHERE profile = ? AND identity = ?", (profile_id(profile), identity)
+        )
+        return {identity, *(row["account"] for row in rows)}
+
+
+def _mine(profile: str | None) -> str:
+    return "profile = profile" if profile is None else f"profile = '{profile_id(profile)}'"
 
 
 def _run_now(action: Awaitable[T]) -> T:

@@ -65,7 +65,8 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceNotFoundError(
                 f"there is no task {harmless(task_id, 60)} here. get_task may find it at EvoLink."
             )
-        answer = task_out(await studio.image_store.entry_for_caller(entry))
+        visible = await studio.image_store.entry_for_caller(entry)
+        answer = task_out(visible, has_other_key=studio.has_other_key(entry))
         return json.dumps(scrub(answer.model_dump(mode="json")), ensure_ascii=False)
 
     @server.resource(

@@ -77,7 +77,7 @@ class Simulator(Simulation):
             key = bearer[1] if bearer else ""
             welcome = bool(key) if self.keys is None else key in self.keys
             if welcome or not path.startswith(("/v1/", "/api/")):
-                answer = await act(request, key)
+                answer = await act(request, self.accounts.get(key, key))
             elif path.startswith("/api/"):
                 answer = file_error(401, "Invalid or expired token", 401)
             else:

@@ -121,7 +121,9 @@ class Simulation:
         honours_idempotency: bool = True,
         public_url: str | None = None,
         list_times: str = "number",
+        accounts: Mapping[str, str] | None = None,
     ) -> None:
+        """`keys` are the accepted keys with their credits. `accounts` maps a key to the first key of its account."""
         if list_times not in LIST_TIMES:
             raise ValueError(f"unknown shape of times {list_times!r}")
         if rule not in ("anchor-edge", "pixel-budget"):
@@ -129,6 +131,7 @@ class Simulation:
         self.clock, self.duration_s, self.rule, self.keys = clock, duration_s, rule, keys
         self.honours_idempotency, self.public_url = honours_idempotency, public_url
         self.list_times = list_times
+        self.accounts = dict(accounts or {})
         self.tasks: dict[str, SimulatedTask] = {}
         self.requests: list[Recorded] = []
         self.uploads: dict[str, Upload] = {}

@@ -12,7 +12,7 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
-from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Problem, Refused, TaskUnknown
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, OtherKey, Problem, Refused, TaskUnknown
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_defaults
@@ -34,13 +34,8 @@ log = logging.getLogger(__name__)
 
 ADOPT_AFTER_S = 1.0
 SUBMIT_GRACE_S = 1.0
-OTHER_KEY = Problem(
-    "other_key",
-    "it was bought with another API key, and this server does not poll it. The answer shows the last known state",
-    False,
-    "Set EVOLINK_API_KEY to the key that bought it, or look at the task on EvoLink's page.",
-)
 CLOSE_GRACE_S = 0.3
+OTHER_KEY = OtherKey("another API key bought it, so this server does not poll it").problem
 SYNC_WAITS_S = 15.0
 LINK_WITHIN_S = 5.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from mcp.server.mcpserver import Context
@@ -113,11 +114,8 @@ async def task_list(
             if status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
         listed.sort(key=lambda entry: entry.created_at, reverse=True)
-    texts, tasks = _within_limit(
-        [await studio.image_store.entry_for_caller(entry) for entry in listed],
-        answer_max - SUMMARY_MAX_CHARS,
-        detail=req.detail,
-    )
+    visible = [await studio.image_store.entry_for_caller(entry) for entry in listed]
+    texts, tasks = _within_limit(visible, studio.has_other_key, answer_max - SUMMARY_MAX_CHARS, detail=req.detail)
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
     sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
@@ -153,18 +151,18 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[s
 
 
 def _within_limit(
-    entries: list[Entry], remaining_chars: int, *, detail: bool
+    entries: list[Entry], has_other_key: Callable[[Entry], bool], remaining_chars: int, *, detail: bool
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return as many entries as fit into an answer, as text and as data."""
     texts: list[str] = []
     tasks: list[dict[str, Any]] = []
     for entry in entries:
         if detail:
-            task = brief(task_out(entry))
+            task = brief(task_out(entry, has_other_key=has_other_key(entry)))
             data = task.model_dump(mode="json")
             text = task_text(task)
         else:
-            data = row(entry)
+            data = row(entry, has_other_key=has_other_key(entry))
             text = row_text(data)
         remaining_chars -= len(json.dumps(data)) + len(json.dumps(text))
         if remaining_chars < 0:

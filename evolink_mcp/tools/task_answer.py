@@ -32,6 +32,9 @@ from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
 TEXT_MAX_CHARS = 200
 PROMPT_MAX_CHARS = 80
+OTHER_KEY_NOTE = (
+    "It was bought with another key. This server does not poll it, and an identical call buys a new picture."
+)
 
 
 class Pixels(BaseModel):
@@ -101,11 +104,19 @@ class TaskOut(BaseModel):
     notes: list[str] = []
 
 
-def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = False, running: bool = False) -> TaskOut:
+def task_out(
+    entry: Entry,
+    *,
+    problem: Problem | None = None,
+    joined: bool = False,
+    running: bool = False,
+    has_other_key: bool = False,
+) -> TaskOut:
     """Return the answer about an entry.
 
     `problem` is the error of this call. `joined`: the call got the purchase of an earlier identical call. `running`:
-    the job continues, so a request that is not sent yet may still be charged.
+    the job continues, so a request that is not sent yet may still be charged. `has_other_key`: the key of this server
+    cannot read the task.
     """
     task = entry.task
     failure = _failure(entry) or problem or _missing_files(entry)
@@ -130,8 +141,8 @@ def task_out(entry: Entry, *, problem: Problem | None = None, joined: bool = Fal
         bill_difference=_bill_difference(entry),
         guess=entry.is_unconfirmed,
         error=error_out(failure) if failure else None,
-        next_action=_next_action(entry, failure, charged) if waiting or failure else None,
-        notes=_notes(entry, joined, is_being_sent),
+        next_action=_next_action(entry, failure, charged) if (waiting or failure) and not has_other_key else None,
+        notes=[OTHER_KEY_NOTE] * has_other_key + _notes(entry, joined, is_being_sent),
     )
 
 
@@ -201,8 +212,8 @@ def fitted(out: TaskOut, chars_max: int) -> TaskOut:
     return brief(out).model_copy(update={"notes": [*out.notes, note]})
 
 
-def row(entry: Entry) -> dict[str, Any]:
-    """Return the facts of an entry for a list, without empty ones."""
+def row(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
+    """Return the facts of an entry for a list, without empty ones. `has_other_key` is the one of `task_out`."""
     failure = _failure(entry)
     credits = _credits(entry, entry.charged)
     prompt = harmless(entry.request.get("prompt") or "", PROMPT_MAX_CHARS)
@@ -221,6 +232,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "usd": None if credits is None else costs.usd(credits),
         "reserved": entry.reserved or None,
         "guess": entry.is_unconfirmed or None,
+        "other_key": has_other_key or None,
         "error": failure.message if failure else None,
     }
     return {name: value for name, value in facts.items() if value not in (None, [])}

@@ -37,7 +37,7 @@ def row_text(row: dict[str, Any]) -> str:
         paid += f", {row['reserved']:g} credits reserved"
     when = str(row["created_at"])[:16].replace("T", " ")
     head = ", ".join([f"{when} UTC", row["status"] + " (unconfirmed match)" * row.get("guess", False), paid])
-    lines = [f"{row.get('task_id', 'No task id')}: {head}"]
+    lines = [f"{row.get('task_id', 'No task id')}: {head}{', bought with another key' * row.get('other_key', False)}"]
     if "prompt" in row:
         lines.append(f"“{row['prompt']}”")
     lines += row.get("paths", [])

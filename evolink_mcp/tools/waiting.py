@@ -75,6 +75,7 @@ class Waiting:
                 problem=job.problem if job.is_finished else None,
                 joined=is_deduplicated,
                 running=not job.is_finished,
+                has_other_key=self.studio.has_other_key(job.entry),
             )
             out.notes[:0] = notes
             add_price_changes(out, await self.studio.take_price_changes())

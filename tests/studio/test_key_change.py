@@ -1,0 +1,247 @@
+"""A new API key keeps the history of the profile. If EvoLink lets it read the earlier tasks, it continues their work."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import httpx2 as httpx
+import pytest
+from conftest import KEY, Clock, Open, PlainSimulator, World
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+
+NEW = "sk-new-key-0123456789abcdef"
+NEW_KEY = {"EVOLINK_API_KEY": NEW}
+ORDER = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+SLOW = {**ORDER, "prompt": "sim:slow=1000000 a fox", "wait_seconds": 0}
+LIMIT = {"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3"}
+
+
+async def no_pause(_: float) -> None:
+    await anyio.sleep(0.001)
+
+
+async def call(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
+    async with world.client() as client:
+        return (await client.call_tool(tool, arguments)).structured_content
+
+
+def reads_of(world: World, task_id: str, key: str = NEW) -> int:
+    """Return how often a key read the task."""
+    reads = [r for r in world.simulator.requests if r.path == f"/v1/tasks/{task_id}"]
+    return sum(r.headers["authorization"] == f"Bearer {key}" for r in reads)
+
+
+@pytest.fixture
+def one_account() -> PlainSimulator:
+    """Return a simulated EvoLink where both keys belong to one account."""
+    return PlainSimulator(clock=Clock(), accounts={NEW: KEY})
+
+
+async def test_the_history_stays_after_a_key_change(open_world: Open, one_account: PlainSimulator) -> None:
+    clock: Any = one_account.clock
+    async with open_world(simulator=one_account, clock=clock) as before:
+        bought = await call(before, "generate_image", **ORDER)
+        sums = (await call(before, "list_tasks"))["spent"]
+    clock.now += 60
+    async with open_world(NEW_KEY, simulator=one_account, clock=clock) as after:
+        task_id = bought["task_id"]
+        listed = await call(after, "list_tasks")
+        edit = await call(after, "generate_image", **{**ORDER, "image_urls": [f"evolink://images/{task_id}/0"]})
+        async with after.client() as client:
+            view = await client.call_tool("view_image", {"task_id": task_id})
+            image = await client.read_resource(f"evolink://images/{task_id}/0")
+            resource = await client.read_resource(f"evolink://tasks/{task_id}")
+    (task,) = listed["tasks"]
+    assert (task["task_id"], task["paths"]) == (task_id, [bought["images"][0]["path"]])
+    assert "other_key" not in task
+    assert listed["spent"] == sums
+    assert view.content[0].type == "image"
+    assert len(image.contents) == 1
+    assert json.loads(resource.contents[0].text)["notes"] == []
+    assert edit["status"] == "completed"
+    assert edit["references"][0]["task_id"] == task_id
+
+
+async def test_the_daily_limit_counts_the_purchases_of_all_keys(open_world: Open, one_account: PlainSimulator) -> None:
+    clock: Any = one_account.clock
+    foreign = PlainSimulator(clock=clock)
+    for simulator, key in ((one_account, NEW), (foreign, "sk-third-key-0123456789abc")):
+        async with open_world(LIMIT, simulator=simulator, clock=clock) as before:
+            await call(before, "generate_image", **ORDER)
+        async with open_world({**LIMIT, "EVOLINK_API_KEY": key}, simulator=simulator, clock=clock) as after:
+            refused = await call(after, "generate_image", **ORDER)
+        assert refused["error"]["code"] == "over_budget"
+
+
+async def test_the_new_key_follows_a_running_task(open_world: Open, one_account: PlainSimulator) -> None:
+    clock: Any = one_account.clock
+    one_account.duration_s = 500
+    async with open_world(simulator=one_account, clock=clock) as before:
+        bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
+    clock.now += 1000
+    async with open_world(NEW_KEY, simulator=one_account, clock=clock, pause=no_pause) as after:
+        while not after.files:  # no call is necessary
+            await anyio.sleep(0.01)
+        done = await call(after, "get_task", task_id=bought["task_id"])
+    assert (done["status"], done["notes"]) == ("completed", [])
+    assert reads_of(after, bought["task_id"]) >= 1
+
+
+async def test_an_identical_call_with_the_new_key_gets_the_undelivered_purchase(
+    open_world: Open, one_account: PlainSimulator
+) -> None:
+    clock: Any = one_account.clock
+    one_account.duration_s = 500
+    async with open_world(simulator=one_account, clock=clock) as before:
+        bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
+    clock.now += 1000
+    async with open_world(NEW_KEY, simulator=one_account, clock=clock) as after:
+        again = await call(after, "generate_image", **ORDER)
+        assert (again["task_id"], again["status"], after.posts) == (bought["task_id"], "completed", 1)
+
+
+async def test_one_read_links_a_key_and_the_next_server_needs_none(
+    open_world: Open, one_account: PlainSimulator
+) -> None:
+    clock: Any = one_account.clock
+    async with open_world(simulator=one_account, clock=clock) as before:
+        bought = await call(before, "generate_image", **ORDER)
+    clock.now += 60
+    for reads in (1, 1):
+        async with open_world(NEW_KEY, simulator=one_account, clock=clock) as after:
+            await call(after, "list_tasks")
+            await call(after, "get_task", task_id=bought["task_id"])
+            assert reads_of(after, bought["task_id"]) == reads
+    async with open_world(simulator=one_account, clock=clock) as old:
+        assert await old.studio.journal.read_links() == []
+
+
+async def test_a_key_of_another_account_sees_the_history_and_touches_nothing(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with open_world(simulator=simulator, clock=clock) as before:
+        bought = await call(before, "generate_image", **SLOW)
+        saved = await call(before, "generate_image", **ORDER)
+    clock.now += 60
+    async with open_world(NEW_KEY, simulator=simulator, clock=clock, pause=no_pause) as after:
+        listed = await call(after, "list_tasks")
+        text = (await _answer(after, "list_tasks")).content[0].text
+        detail = await call(after, "list_tasks", detail=True)
+        running = await call(after, "get_task", task_id=bought["task_id"], wait_seconds=0)
+        finished = await call(after, "get_task", task_id=saved["task_id"])
+        async with after.client() as client:
+            view = await client.call_tool("view_image", {"task_id": saved["task_id"]})
+        again = await call(after, "generate_image", **SLOW)
+        assert reads_of(after, saved["task_id"]) == 1  # the test of the account
+        assert reads_of(after, bought["task_id"]) == 0
+        assert [job.entry.task_id for job in after.studio.jobs] == [again["task_id"]]
+        assert after.posts == 3
+    assert [task["other_key"] for task in listed["tasks"]] == [True, True]
+    assert text.count("bought with another key") == 2
+    assert all("bought with another key" in task["notes"][0] for task in detail["tasks"])
+    assert (running["status"], running["charged"], running["error"]["code"]) == ("pending", "unknown", "other_key")
+    assert running["next_action"] is None
+    assert (finished["status"], finished["error"]) == ("completed", None)
+    assert "bought with another key" in finished["notes"][0]
+    assert view.content[0].type == "image"
+    assert again["task_id"] != bought["task_id"]
+
+
+async def _answer(world: World, tool: str) -> Any:
+    async with world.client() as client:
+        return await client.call_tool(tool, {})
+
+
+async def test_the_first_key_continues_its_work_when_it_is_back(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=500)
+    async with open_world(simulator=simulator, clock=clock) as before:
+        bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
+    clock.now += 1000
+    async with (
+        open_world(NEW_KEY, simulator=simulator, clock=clock) as other,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as again,
+    ):
+        assert [task["status"] for task in (await call(other, "list_tasks"))["tasks"]] == ["pending"]
+        assert other.studio.jobs == []
+        done = await call(again, "get_task", task_id=bought["task_id"])
+        assert (done["status"], done["notes"]) == ("completed", [])
+        seen = await call(other, "get_task", task_id=bought["task_id"])
+    assert (seen["status"], len(seen["images"])) == ("completed", 1)
+
+
+async def test_nothing_is_bought_while_the_account_of_a_new_key_is_unknown(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, accounts={NEW: KEY})
+    async with open_world(simulator=simulator, clock=clock) as before:
+        bought = await call(before, "generate_image", **{**SLOW, "prompt": "sim:slow=1000 a fox"})
+    clock.now += 60
+    gateway = Gateway(simulator)
+    async with open_world(NEW_KEY, simulator=simulator, clock=clock, transport=gateway) as after:
+        refused = await call(after, "generate_image", **ORDER)
+        assert (refused["charged"], refused["error"]["retryable"]) == ("no", True)
+        assert "belongs to the earlier purchases" in refused["error"]["message"]
+        assert after.posts == 1
+        gateway.is_down = False
+        again = await call(after, "generate_image", **{**SLOW, "prompt": "sim:slow=1000 a fox"})
+        assert (again["task_id"], after.posts) == (bought["task_id"], 1)
+
+
+class Gateway(httpx.AsyncBaseTransport):
+    """EvoLink behind a gateway that answers 503 to every read of a task while it `is_down`."""
+
+    def __init__(self, simulator: PlainSimulator) -> None:
+        self.is_down = True
+        self._upstream = httpx.ASGITransport(simulator.app)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.is_down and request.url.path.startswith("/v1/tasks/"):
+            return httpx.Response(503, json={"error": {"message": "down"}})
+        return await self._upstream.handle_async_request(request)
+
+
+async def test_a_learned_size_rule_moves_with_the_link(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, rule="pixel-budget", accounts={NEW: KEY})
+    order = {**ORDER, "size": "16:9", "resolution": "2K"}
+    async with open_world(simulator=simulator, clock=clock) as before:
+        await call(before, "generate_image", **order)
+        learned = await call(before, "compute_size", size="16:9", resolution="2K")
+    clock.now += 60
+    async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
+        await call(after, "list_tasks")
+        known = await call(after, "compute_size", size="16:9", resolution="2K")
+    assert (learned["rule"], learned["rule_known"]) == ("pixel-budget", True)
+    assert (known["rule"], known["rule_known"]) == ("pixel-budget", True)
+
+
+async def test_servers_with_the_old_and_the_new_key_share_their_work(
+    open_world: Open, one_account: PlainSimulator
+) -> None:
+    clock: Any = one_account.clock
+    async with open_world(simulator=one_account, clock=clock) as old:
+        await call(old, "generate_image", **ORDER)
+        clock.now += 60
+        async with open_world(NEW_KEY, simulator=one_account, clock=clock) as new:
+            running = await call(new, "generate_image", **SLOW)
+            seen = await call(old, "get_task", task_id=running["task_id"], wait_seconds=0)
+        assert (seen["status"], seen["error"], seen["notes"]) == ("pending", None, [])
+        again = await call(old, "generate_image", **SLOW)
+        assert (again["task_id"], old.posts) == (running["task_id"], 2)
+
+
+async def test_another_profile_has_its_own_history_and_limit(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with open_world(LIMIT, simulator=simulator, clock=clock) as one:
+        bought = await call(one, "generate_image", **ORDER)
+    async with open_world({**LIMIT, "EVOLINK_MCP_PROFILE": "Büro “2”"}, simulator=simulator, clock=clock) as other:
+        assert (await call(other, "list_tasks"))["tasks"] == []
+        assert (await call(other, "list_tasks", sync=True))["tasks"] == []
+        own = await call(other, "generate_image", **ORDER)
+        assert own["status"] == "completed"
+        assert own["task_id"] != bought["task_id"]
+        assert (await call(other, "generate_image", **ORDER))["error"]["code"] == "over_budget"
