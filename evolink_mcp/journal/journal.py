@@ -102,8 +102,8 @@ PROFILE_ACCOUNTS = "SELECT account FROM links WHERE {mine}"
 FIND_LINKS = "SELECT identity, account FROM links WHERE {mine}"
 # Record that a key can read the tasks of an account.
 SAVE_LINK = "INSERT INTO links VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-# Read the newest task of an account.
-NEWEST_TASK = """SELECT task_id FROM entries WHERE {mine} AND account = ? AND created_at <= ? AND task_id IS NOT NULL
+# Read the newest entry of an account that has a task with an ID of the usual form.
+NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND task_id LIKE 'task-unified-%'
     ORDER BY created_at DESC LIMIT 1"""
 
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
@@ -451,10 +451,9 @@ class Journal:
                 self._add_account(row["account"])
         return sorted({row["account"] for row in rows} - set(self._accounts))
 
-    async def newest_task(self, account: str, before: float) -> str | None:
-        """Return the newest task that the profile bought with an account before a time, or None."""
-        rows = await self._fetch(self._sql(NEWEST_TASK), account, before)
-        return rows[0]["task_id"] if rows else None
+    async def newest_of(self, account: str) -> Entry | None:
+        """Return the newest entry of an account with a task of the profile, or None."""
+        return await self._one(NEWEST_TASK, account)
 
     async def link(self, account: str) -> None:
         """Record that this key can read the tasks of an account. From now on this server acts for the account too."""

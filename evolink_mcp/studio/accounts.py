@@ -7,18 +7,19 @@ import logging
 import anyio
 
 from evolink_mcp.api.client import EvolinkClient
-from evolink_mcp.api.task import is_task_id
-from evolink_mcp.errors import EvolinkError, RateLimited, Refused, Rejected
+from evolink_mcp.errors import EvolinkError, Refused
+from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.studio.jobs import Timing
 
 log = logging.getLogger(__name__)
 
-# EvoLink may not know a newer task yet, so it proves nothing.
+NOT_FOUND = 404
+# EvoLink may not know a younger task yet.
 TASK_AGE_MIN_S = 10.0
 TRY_AGAIN_AFTER_S = 15.0
 # EvoLink refused to show the task. Other refusals, such as 401, show nothing about the account.
-REFUSALS = (400, 403, 404, 410)
+REFUSALS = (400, 403, NOT_FOUND, 410)
 
 
 class AccountLinker:
@@ -62,19 +63,18 @@ class AccountLinker:
             self._next_try_at = self._timing.clock() + TRY_AGAIN_AFTER_S
 
     async def _test(self, account: str) -> None:
-        task_id = await self._journal.newest_task(account, self._timing.clock() - TASK_AGE_MIN_S)
-        if task_id is None or not is_task_id(task_id):
-            return
-        if await self._can_read(task_id):
+        entry = await self._journal.newest_of(account)
+        if entry is not None and await self._can_read(entry):
             await self._journal.link(account)
             log.info("the API key can read the tasks of an earlier key: they are followed with it")
 
-    async def _can_read(self, task_id: str) -> bool:
+    async def _can_read(self, entry: Entry) -> bool:
+        assert entry.task_id is not None
         try:
-            await self._client.task(task_id)
+            await self._client.task(entry.task_id)
         except EvolinkError as error:
-            is_refused = isinstance(error, Rejected) and not isinstance(error, RateLimited)
-            if is_refused and error.http_status in REFUSALS:
+            is_young = self._timing.clock() - entry.created_at < TASK_AGE_MIN_S
+            if error.http_status in REFUSALS and not (error.http_status == NOT_FOUND and is_young):
                 return False
             raise Refused(
                 f"the API key is new here, and EvoLink did not say whether it belongs to the earlier purchases: {error.message}",

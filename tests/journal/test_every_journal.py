@@ -218,8 +218,8 @@ def test_a_linked_key_works_on_the_entries_of_the_earlier_key(opened: Open) -> N
     dead.close()
     new, same = opened("b2"), opened("b2")
     assert new.read_links() == same.read_links() == ["a1"]
-    assert new.newest_task("a1", NOW) == "task-unified-1"
-    assert new.newest_task("a1", NOW - 1) is None
+    assert new.newest_of("a1") == replace(done, owner="")
+    assert new.newest_of("b2") is None
     assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("b2", False, None)
     new.link("a1")
     assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("a1", True, "one")

@@ -65,15 +65,16 @@ async def test_the_history_stays_after_a_key_change(open_world: Open, one_accoun
     assert edit["references"][0]["task_id"] == task_id
 
 
-async def test_the_daily_limit_counts_the_purchases_of_all_keys(open_world: Open, one_account: PlainSimulator) -> None:
+@pytest.mark.parametrize("key", [NEW, "sk-foreign-key-0123456789ab"], ids=["same account", "another account"])
+async def test_the_daily_limit_counts_the_purchases_of_all_keys(
+    open_world: Open, one_account: PlainSimulator, key: str
+) -> None:
     clock: Any = one_account.clock
-    foreign = PlainSimulator(clock=clock)
-    for simulator, key in ((one_account, NEW), (foreign, "sk-third-key-0123456789abc")):
-        async with open_world(LIMIT, simulator=simulator, clock=clock) as before:
-            await call(before, "generate_image", **ORDER)
-        async with open_world({**LIMIT, "EVOLINK_API_KEY": key}, simulator=simulator, clock=clock) as after:
-            refused = await call(after, "generate_image", **ORDER)
-        assert refused["error"]["code"] == "over_budget"
+    async with open_world(LIMIT, simulator=one_account, clock=clock) as before:
+        await call(before, "generate_image", **ORDER)
+    async with open_world({**LIMIT, "EVOLINK_API_KEY": key}, simulator=one_account, clock=clock) as after:
+        refused = await call(after, "generate_image", **ORDER)
+        assert (refused["error"]["code"], after.posts) == ("over_budget", 1)
 
 
 async def test_the_new_key_follows_a_running_task(open_world: Open, one_account: PlainSimulator) -> None:
@@ -245,3 +246,19 @@ async def test_another_profile_has_its_own_history_and_limit(open_world: Open) -
         assert own["status"] == "completed"
         assert own["task_id"] != bought["task_id"]
         assert (await call(other, "generate_image", **ORDER))["error"]["code"] == "over_budget"
+
+
+async def test_a_task_that_evolink_does_not_know_yet_proves_nothing(open_world: Open) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+    async with open_world(simulator=simulator, clock=clock) as before:
+        bought = await call(before, "generate_image", **SLOW)
+    hidden = simulator.tasks.pop(bought["task_id"])
+    simulator.accounts[NEW] = KEY
+    async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
+        clock.now = hidden.created + 1
+        refused = await call(after, "generate_image", **ORDER)
+        assert (refused["charged"], refused["error"]["retryable"]) == ("no", True)
+        simulator.tasks[hidden.id] = hidden
+        again = await call(after, "generate_image", **SLOW)
+        assert (again["task_id"], after.posts) == (bought["task_id"], 1)
