@@ -12,7 +12,7 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
-from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, OtherKey, Problem, Refused, TaskUnknown
+from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, OtherKey, Refused, TaskUnknown
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_defaults
