@@ -21,7 +21,7 @@ class KeyStore:
         try:
             import keyring
         except ImportError:
-            return "the Python package keyring is not installed"
+            return 'the extra “keyring” is not installed: run pip install ".[keyring]" in the repository of evolink-mcp'
         if keyring.get_keyring().priority <= 0:
             return "this system has no key store"
         return None

@@ -43,7 +43,7 @@ def _with_extra(parse: Callable[[str], T], *modules: str) -> Callable[[str], T]:
 
         value = parse(text)
         if not all(map(find_spec, modules)):
-            raise ValueError('needs the extra “teams”: pip install "evolink-mcp[teams]"')
+            raise ValueError('needs the extra “teams”: run pip install ".[teams]" in the repository of evolink-mcp')
         return value
 
     return parse_with_extra

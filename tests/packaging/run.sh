@@ -28,6 +28,16 @@ say "wheel and source distribution"
 "$WORK/tools/bin/python" -m build -q --no-isolation --outdir "$WORK/dist" "$root" >/dev/null
 "$WORK/tools/bin/twine" check --strict "$WORK"/dist/*
 
+wheel=$(unzip -l "$WORK"/dist/*.whl)
+case $wheel in *startup-*) echo "the wheel contains recorded startup answers"; exit 1 ;; esac
+case $wheel in *evolink_mcp/server/skills/evolink-images/SKILL.md*) ;; *) echo "the wheel lacks the skill"; exit 1 ;; esac
+
+say "the packages of the image, with hashes"
+"$python" -m venv "$WORK/image"
+"$WORK/image/bin/pip" install -q --require-hashes --only-binary :all: -r "$release/image[teams].txt"
+"$WORK/image/bin/pip" install -q --no-deps --no-build-isolation "$root[teams]"
+"$WORK/image/bin/pip" check
+
 say "the wheel in an empty environment"
 "$python" -m venv "$WORK/empty"
 "$WORK/empty/bin/pip" install -q "$WORK"/dist/*.whl
