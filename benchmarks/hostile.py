@@ -149,7 +149,7 @@ async def _costs() -> dict[str, tuple[float, float]]:
                     started = time.perf_counter()
                     with suppress(UnusableImage):
                         if role:
-                            await decoder.check_reference(content)
+                            await decoder.check_reference(io.BytesIO(content))
                         else:
                             await decoder.check(io.BytesIO(content), edge=1024)
                     costs[name + role] = (time.perf_counter() - started, max(samples))

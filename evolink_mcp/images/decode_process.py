@@ -5,7 +5,6 @@ Usage: `facts, small = await decoder.check(file, edge=1024, order=task_id)`. doc
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
@@ -127,27 +126,27 @@ class Decoder:
         request = DecodeRequest(Operation.PREVIEW, _size_of(file), edge, min(budget, CACHE_MAX_BYTES))
         return (await self._run("preview", request, file, order)).payload
 
-    async def check_reference(self, content: bytes, *, is_mask: bool = False, order: str = "") -> ImageFacts:
+    async def check_reference(self, file: BinaryIO, *, is_mask: bool = False, order: str = "") -> ImageFacts:
         """Return the facts of a reference image; for a mask also the share of its transparent pixels.
 
         Raises:
             UnusableImage, DecoderUnavailable: as `check`.
         """
-        request = DecodeRequest(Operation.CHECK_REFERENCE, len(content), is_mask=is_mask)
-        answer = await self._run("reference", request, io.BytesIO(content), order)
-        return _facts_of(answer, content[:HEAD_BYTES])
+        request = DecodeRequest(Operation.CHECK_REFERENCE, _size_of(file), is_mask=is_mask)
+        answer = await self._run("reference", request, file, order)
+        return _facts_of(answer, _head_of(file))
 
-    async def normalize(self, content: bytes, *, order: str = "") -> bytes:
-        """Return a reference image upright and without metadata, in the same file type.
+    async def normalize(self, file: BinaryIO, into: BinaryIO, *, order: str = "") -> None:
+        """Write a reference image upright and without metadata to the empty file `into`, in the same file type.
 
         Raises:
             UnusableImage, DecoderUnavailable: as `check`.
         """
-        request = DecodeRequest(Operation.NORMALIZE, len(content))
-        payload = (await self._run("reference", request, io.BytesIO(content), order)).payload
-        if payload is None or sniff(payload[:HEAD_BYTES]) != sniff(content[:HEAD_BYTES]):
+        request = DecodeRequest(Operation.NORMALIZE, _size_of(file))
+        await self._run("reference", request, file, order, into)
+        if sniff(_head_of(into)) != sniff(_head_of(file)):
             raise UnusableImage(Reason.DECODER_FAILED)
-        return payload
+        into.seek(0)
 
     async def protections(self) -> Protection:
         """Start a process if none is idle, and return the protections that are active in it.
@@ -165,19 +164,26 @@ class Decoder:
         while self._idle:
             self._idle.pop().end()
 
-    async def _run(self, lane: Lane, request: DecodeRequest, content: BinaryIO, order: str) -> DecodeAnswer:
+    async def _run(
+        self, lane: Lane, request: DecodeRequest, content: BinaryIO, order: str, into: BinaryIO | None = None
+    ) -> DecodeAnswer:
         if request.content_bytes > CONTENT_MAX_BYTES:
             raise UnusableImage(Reason.TOO_LARGE)
         async with self._lanes[lane].slot(order) as slot:
-            answer = await self._decode(request, content, slot)
+            answer = await self._decode(request, content, into, slot)
         if answer is None:
             async with self._slow:
-                answer = await self._decode(request, content, None)
+                answer = await self._decode(request, content, into, None)
         assert answer is not None
         return answer
 
-    async def _decode(self, request: DecodeRequest, content: BinaryIO, slot: _Slot | None) -> DecodeAnswer | None:
-        """Return the answer, or None if the image was slow and must start again. Without a slot it counts as slow."""
+    async def _decode(
+        self, request: DecodeRequest, content: BinaryIO, into: BinaryIO | None, slot: _Slot | None
+    ) -> DecodeAnswer | None:
+        """Return the answer, or None if the image was slow and must start again. Without a slot it counts as slow.
+
+        The payload goes to `into`, or into the answer.
+        """
         process = await self._process()
         if slot is None:
             process.lower_priority()
@@ -191,7 +197,7 @@ class Decoder:
                         group.start_soon(self._yield_if_slow, process, slot, group.cancel_scope)
                     results.append(
                         await anyio.to_thread.run_sync(
-                            process.exchange, request, content, abandon_on_cancel=True, limiter=_NO_LIMIT
+                            process.exchange, request, content, into, abandon_on_cancel=True, limiter=_NO_LIMIT
                         )
                     )
                     group.cancel_scope.cancel()
@@ -266,6 +272,11 @@ def _facts_of(answer: DecodeAnswer, head: bytes) -> ImageFacts:
     return answer.facts
 
 
+def _head_of(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(HEAD_BYTES)
+
+
 def _size_of(file: BinaryIO) -> int:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -325,12 +336,17 @@ class _Process:
         """Whether it may decode another image."""
         return self._is_valid and self.images < IMAGES_PER_PROCESS
 
-    def exchange(self, request: DecodeRequest, content: BinaryIO) -> DecodeAnswer | UnusableImage:
-        """Send one request and return the answer, or the reason why the image cannot be used."""
+    def exchange(
+        self, request: DecodeRequest, content: BinaryIO, into: BinaryIO | None = None
+    ) -> DecodeAnswer | UnusableImage:
+        """Send one request and return the answer, or the reason why the image cannot be used.
+
+        With `into` the payload is written there and not returned.
+        """
         with self._lock:
             try:
                 self._send(request, content)
-                return self._receive(request)
+                return self._receive(request, into)
             except UnusableImage as error:
                 # After a refusal the process waits for the next request. After anything else its state is unknown.
                 self._is_valid = self._is_valid and error.reason not in (Reason.DECODER_FAILED, Reason.CHANGED)
@@ -350,7 +366,7 @@ class _Process:
             remaining -= len(block)
         self._stdin.flush()
 
-    def _receive(self, request: DecodeRequest) -> DecodeAnswer:
+    def _receive(self, request: DecodeRequest, into: BinaryIO | None) -> DecodeAnswer:
         payload_max = {
             Operation.CHECK: request.budget,
             Operation.PREVIEW: request.budget,
@@ -361,10 +377,23 @@ class _Process:
         if len(record) != ANSWER_BYTES:
             raise ValueError("the answer is incomplete")
         head = unpack_answer(record, payload_max)
+        if into is not None:
+            self._copy_payload(head.payload_bytes, into)
+            return DecodeAnswer(head.facts)
         payload = self._stdout.read(head.payload_bytes)
         if len(payload) != head.payload_bytes:
             raise ValueError("the payload is incomplete")
         return DecodeAnswer(head.facts, payload if head.has_payload else None)
+
+    def _copy_payload(self, count: int, into: BinaryIO) -> None:
+        into.seek(0)
+        into.truncate()
+        while count:
+            block = self._stdout.read(min(count, BLOCK_BYTES))
+            if not block:
+                raise ValueError("the payload is incomplete")
+            into.write(block)
+            count -= len(block)
 
     def _reason_of_end(self) -> Reason:
         """Return why there is no valid answer."""

@@ -9,13 +9,14 @@ import base64
 import hashlib
 import io
 import re
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 from weakref import WeakValueDictionary
@@ -31,11 +32,14 @@ from evolink_mcp.images.sidecar import origin_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.journal.entry import ReferenceImage
-from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.journal import Journal, Upload
 from evolink_mcp.sanitize import harmless
 
 REFERENCE_MAX_BYTES = 50 << 20
-IN_MEMORY_MAX = 4
+# Each reference image at work needs up to two temporary files.
+IMAGES_AT_ONCE = 4
+BLOCK_BYTES = 1 << 20
+MEMORY_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
 UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
 SOURCE_MAX = 300  # characters of a source in the journal
@@ -52,7 +56,7 @@ class CheckedImage:
     `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
     can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
     image that is not on this machine. `has_transparency` is set for a local mask. `task_id` and `index` name the
-    earlier result that the image is, if known.
+    earlier result that the image is, if known. `expires_at` (epoch seconds) is the end of an upload.
     """
 
     content_id: str
@@ -63,6 +67,7 @@ class CheckedImage:
     open_file: Callable[[], BinaryIO] | None = None
     task_id: str | None = None
     index: int | None = None
+    expires_at: float | None = None
 
     @property
     def sha256(self) -> str | None:
@@ -121,7 +126,7 @@ class References:
         self._image_store = image_store
         self._is_local = local
         self._clock = clock
-        self._in_memory = anyio.CapacityLimiter(IN_MEMORY_MAX)
+        self._at_work = anyio.CapacityLimiter(IMAGES_AT_ONCE)
         self._upload_locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def check(self, request: GenerationRequest) -> CheckedRequest:
@@ -148,11 +153,13 @@ class References:
         Raises:
             EvolinkError: an upload failed. It was free, and may be repeated.
         """
-        urls = [image.url or await self._upload(image) for image in checked.images]
+        urls = [image.url or (await self._upload(image)).url for image in checked.images]
         return _with_references(checked.body, urls) if urls else checked.body
 
     async def upload(self, open_file: Callable[[], BinaryIO]) -> CheckedImage:
         """Upload an image of a remote caller. EvoLink keeps it for 72 h; its URI is `evolink://uploads/` + its SHA-256.
+
+        An image that this profile has uploaded before is not sent again while that upload is valid.
 
         Raises:
             ReferenceRefused: the image cannot be a reference.
@@ -160,10 +167,10 @@ class References:
             EvolinkError: EvoLink refused the upload.
         """
         image = await self._check_file(open_file, "the upload", is_mask=False)
-        until = self._clock() + UPLOAD_LIVES_S
-        url = await self._upload(image, is_forced=True)
-        await self._journal.remember_upload(image.sha256 or "", url, until)
-        return replace(image, url=url)
+        sha256 = image.sha256 or ""
+        upload = await self._upload(image)
+        await self._journal.remember_upload(sha256, upload.url, upload.expires_at)
+        return replace(image, url=upload.url, expires_at=upload.expires_at)
 
     async def _check_source(self, source: str, *, is_mask: bool = False) -> CheckedImage:
         if is_remote(source):
@@ -227,34 +234,40 @@ class References:
         return replace(image, task_id=task_id, index=index)
 
     async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
-        async with self._in_memory:
-            content, content_id = await _refuse_unusable(partial(_read, open_file), shown)
-            check = partial(self._image_store.decoder.check_reference, content, is_mask=is_mask, order=content_id)
+        async with self._at_work, _temporary_file() as file:
+            content_id = await _refuse_unusable(partial(_copy, open_file, file), shown)
+            check = partial(self._image_store.decoder.check_reference, file, is_mask=is_mask, order=content_id)
             facts = await _refuse_unusable(check, shown)
         has_transparency = bool(facts.transparent) if is_mask else None
         return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), has_transparency, open_file)
 
-    async def _upload(self, image: CheckedImage, *, is_forced: bool = False) -> str:
-        """Return EvoLink's URL for a local image. Two calls that need the same content at once upload it once.
+    async def _upload(self, image: CheckedImage) -> Upload:
+        """Return EvoLink's copy of a local image. Two calls that need the same content at once upload it once.
 
-        The uploaded copy is upright and has no metadata. `is_forced`: upload it even if an earlier upload is valid.
+        The uploaded copy is upright and has no metadata.
         """
         assert image.open_file is not None
         assert image.mime_type is not None
-        async with self._upload_locks.setdefault(image.content_id, anyio.Lock()), self._in_memory:
-            content, _ = await _refuse_unusable(partial(_read, image.open_file, image.content_id), "a reference")
-            normalize = partial(self._image_store.decoder.normalize, content, order=image.content_id)
-            content = await _refuse_unusable(normalize, "a reference")
-            sha256 = await anyio.to_thread.run_sync(_sha256, content)
+        async with (
+            self._upload_locks.setdefault(image.content_id, anyio.Lock()),
+            self._at_work,
+            _temporary_file() as file,
+            _temporary_file() as copy,
+        ):
+            await _refuse_unusable(partial(_copy, image.open_file, file, image.content_id), "a reference")
+            normalize = partial(self._image_store.decoder.normalize, file, copy, order=image.content_id)
+            await _refuse_unusable(normalize, "a reference")
+            sha256 = await anyio.to_thread.run_sync(_sha256, copy)
             now = self._clock()
             with suppress(JournalUnwritable):
-                if not is_forced and (url := await self._journal.find_upload(sha256, now + LINK_MARGIN_S)):
-                    return url
+                if (earlier := await self._journal.upload_of(sha256, now + LINK_MARGIN_S)) is not None:
+                    return earlier
             name = f"{sha256[:32]}.{image.mime_type.removeprefix('image/')}"
-            url = await self._client.upload(name, image.mime_type, io.BytesIO(content))
+            url = await self._client.upload(name, image.mime_type, copy)
+            upload = Upload(url, now + UPLOAD_LIVES_S)
             with suppress(JournalUnwritable):
-                await self._journal.remember_upload(sha256, url, now + UPLOAD_LIVES_S)
-            return url
+                await self._journal.remember_upload(sha256, upload.url, upload.expires_at)
+            return upload
 
 
 def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:
@@ -301,29 +314,49 @@ async def _refuse_unusable(read: Callable[[], Awaitable[T]], shown: str) -> T:
         raise ReferenceRefused(f"{shown} cannot be read ({error.strerror})", advice="Check its rights.") from error
 
 
-async def _read(open_file: Callable[[], BinaryIO], checked_id: str | None = None) -> tuple[bytes, str]:
-    """Return the bytes of an image and their content ID, which must be `checked_id` if that is set.
+@asynccontextmanager
+async def _temporary_file() -> AsyncGenerator[BinaryIO]:
+    """Yield an empty file. It stays in memory up to MEMORY_MAX_BYTES."""
+    with tempfile.SpooledTemporaryFile(MEMORY_MAX_BYTES) as file:
+        yield cast("BinaryIO", file)
+
+
+async def _copy(open_file: Callable[[], BinaryIO], into: BinaryIO, checked_id: str | None = None) -> str:
+    """Copy an image. Return its content ID, which must be `checked_id` if that is set.
+
+    The caller works with the copy, because another program may change the file.
 
     Raises:
         UnusableImage: more than REFERENCE_MAX_BYTES, or the file changed since it was checked.
         OSError: the file cannot be read.
     """
 
-    def read() -> tuple[bytes, str]:
+    def copy() -> str:
+        digest = hashlib.sha256()
+        size = 0
         with open_file() as file:
-            content = file.read(REFERENCE_MAX_BYTES + 1)
-        if len(content) > REFERENCE_MAX_BYTES:
-            raise UnusableImage(Reason.TOO_MANY_BYTES)
-        content_id = f"sha256:{_sha256(content)}"
+            while block := file.read(BLOCK_BYTES):
+                size += len(block)
+                if size > REFERENCE_MAX_BYTES:
+                    raise UnusableImage(Reason.TOO_MANY_BYTES)
+                digest.update(block)
+                into.write(block)
+        into.seek(0)
+        content_id = f"sha256:{digest.hexdigest()}"
         if checked_id not in (None, content_id):
             raise UnusableImage(Reason.CHANGED)
-        return content, content_id
+        return content_id
 
-    return await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+    return await anyio.to_thread.run_sync(copy, abandon_on_cancel=True)
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _sha256(file: BinaryIO) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+    file.seek(0)
+    return digest.hexdigest()
 
 
 def _open_data_uri(uri: str) -> BinaryIO:

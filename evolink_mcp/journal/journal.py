@@ -89,13 +89,15 @@ UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
 SAVE_UPLOAD = """INSERT INTO uploads VALUES (?, ?, ?, ?)
     ON CONFLICT (profile, sha256) DO UPDATE SET url = excluded.url, expires_at = excluded.expires_at"""
 # Find the address of an uploaded reference image.
-FIND_UPLOAD = "SELECT url FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
+FIND_UPLOAD = "SELECT url, expires_at FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
 # Record a fact about the account.
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
 # Empty a fact about an account.
 EMPTY_FACT = "UPDATE facts SET value = '' WHERE account = ? AND name = ?"
 # Read all facts about the key's accounts.
 FIND_FACTS = "SELECT name, account, value FROM facts WHERE account IN ({accounts})"
+# Read the sum of a quota.
+FIND_QUOTA = "SELECT value FROM facts WHERE account = ? AND name = ?"
 # The accounts of the profile, for a server without a key.
 PROFILE_ACCOUNTS = "SELECT account FROM links WHERE {mine}"
 # Read which keys of the profile can read which accounts.
@@ -180,6 +182,14 @@ class Notification:
             is_callback=bool(payload.get("is_callback")),
             call=(call[0], call[1]) if call else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """EvoLink's copy of a reference image: its URL, and the time (epoch seconds) after which the URL is not used."""
+
+    url: str
+    expires_at: float
 
 
 class Journal:
@@ -468,8 +478,33 @@ class Journal:
 
     async def find_upload(self, sha256: str, after: float) -> str | None:
         """Return the URL of an uploaded image that does not expire before `after`, or None."""
+        upload = await self.upload_of(sha256, after)
+        return None if upload is None else upload.url
+
+    async def upload_of(self, sha256: str, after: float) -> Upload | None:
+        """Return an uploaded image of this profile that does not expire before `after`, or None."""
         rows = await self._fetch(self._sql(FIND_UPLOAD), sha256, after)
-        return rows[0]["url"] if rows else None
+        return Upload(rows[0]["url"], rows[0]["expires_at"]) if rows else None
+
+    async def spend_quota(self, name: str, day: str, amount: int, maximum: int) -> bool:
+        """Add an amount to the profile's sum of a day, unless the sum would exceed `maximum`. Return whether it fits.
+
+        `name` is that of the quota. A new day begins with an empty sum.
+        """
+        # The account of a fact is a word without blanks, so the two kinds of rows never meet.
+        holder = f"quota of {self.profile}"
+
+        async def act(db: Connection) -> bool:
+            async with db.transaction(self.profile):
+                rows = await db.fetch(FIND_QUOTA, (holder, name))
+                last_day, _, text = rows[0]["value"].partition(" ") if rows else ("", "", "")
+                total = amount + (int(text) if last_day == day else 0)
+                if total > maximum:
+                    return False
+                await db.execute(SAVE_FACT, (holder, name, f"{day} {total}"))
+                return True
+
+        return await self._backend.run(act)
 
     async def save_fact(self, name: str, value: str) -> None:
         """Record a fact about the account."""

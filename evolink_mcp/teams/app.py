@@ -109,7 +109,13 @@ class Readiness:
 def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mcp_app: MakeMcpApp) -> UploadApp:
     """Return the ASGI app of one studio: MCP and `PUT /uploads`."""
     app = make_mcp_app(server_for(studio, settings, secret=settings.secret), studio.journal)
-    return UploadApp(app, studio.references, studio.now, lambda: studios.can_close(studio))
+    return UploadApp(
+        app,
+        studio,
+        lambda: studios.can_close(studio),
+        studios.upload_limit,
+        day_max_bytes=int(settings.upload_mb_per_day * 1_000_000),
+    )
 
 
 def tenants_app(

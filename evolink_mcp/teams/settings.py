@@ -14,6 +14,8 @@ from evolink_mcp.app.settings import BadSetting, Settings, number, path, plain, 
 SECRET_MIN = 32
 LINK_HOURS = 24.0
 LINK_HOURS_MAX = 168.0  # S3 signs links for at most a week
+UPLOAD_MB_PER_DAY = 1_000.0
+UPLOAD_MB_MAX = 1e9
 PORT_MAX = 65_535
 _SECRET = "EVOLINK_MCP_SECRET"
 _NEW_SECRET = 'create one with: python3 -c "import secrets; print(secrets.token_urlsafe(32))"'
@@ -195,6 +197,12 @@ class TeamSettings(Settings):
         lambda text: number(LINK_HOURS_MAX)(text) or LINK_HOURS,
         LINK_HOURS,
         "Lifetime of a link to a stored image, in hours.",
+    )
+    upload_mb_per_day: float = setting(
+        "EVOLINK_MCP_UPLOAD_MB_PER_DAY",
+        number(UPLOAD_MB_MAX),
+        UPLOAD_MB_PER_DAY,
+        "Limit of `PUT /uploads` for each tenant and day, in MB.",
     )
     has_audit_log: bool = setting("EVOLINK_MCP_AUDIT", switch, False, "1 writes one JSON line per paid call to stderr.")
     metrics_port: int | None = setting(

@@ -27,6 +27,7 @@ from evolink_mcp.teams.object_store import Links, ObjectStore
 from evolink_mcp.teams.remote_images import RemoteImageStore
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import Tenant
+from evolink_mcp.teams.uploads import PROCESS_MAX_BYTES, ByteLimit
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
@@ -158,6 +159,7 @@ class Studios:
         self.database = database
         self.metrics = Metrics()
         self.object_store = object_store_of(settings, clock)
+        self.upload_limit = ByteLimit(PROCESS_MAX_BYTES)
         self._decoder = decoder
         self._group = group
         self._transport = transport

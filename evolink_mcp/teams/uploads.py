@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import BinaryIO
 from urllib.parse import quote
@@ -16,32 +17,66 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, Refused
 from evolink_mcp.images.inspect import MAGIC
-from evolink_mcp.images.references import REFERENCE_MAX_BYTES, UPLOAD_LIVES_S, References
+from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import iso
+from evolink_mcp.studio.studio import Studio
+from evolink_mcp.studio.times import DAY_S, start_of_day
 from evolink_mcp.teams.object_store import ObjectStore
 
 UPLOADS_PATH = "/uploads"
+QUOTA = "uploads"  # its name in the journal
 UPLOAD_TIMEOUT_S = 120.0
-# Each upload holds up to 50 MB in a temporary file.
-UPLOADS_AT_ONCE = 4
+# The temporary files of uploads in progress.
+PROCESS_MAX_BYTES = 400 << 20
+TENANT_MAX_BYTES = 2 * REFERENCE_MAX_BYTES
 MIME_TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
+
+
+class ByteLimit:
+    """A limit for bytes that several uploads use at the same time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._used_bytes = 0
+
+    def has_room(self, size: int) -> bool:
+        """Return whether `size` more bytes fit."""
+        return self._used_bytes + size <= self._max_bytes
+
+    @contextmanager
+    def used(self, size: int) -> Generator[None]:
+        """Use `size` bytes inside this context."""
+        self._used_bytes += size
+        try:
+            yield
+        finally:
+            self._used_bytes -= size
 
 
 class UploadApp:
     """`PUT /uploads` in front of `app`. The body is an image; the answer has the URI for `image_urls`.
 
-    `references` belong to the caller's studio, so no other tenant can use the image. `is_idle` returns whether the
-    studio has no running work.
+    `studio` is the caller's studio, so no other tenant can use the image. `is_idle` returns whether the studio has no
+    running work. `process_limit` is shared by the apps of all tenants. `tenant_max_bytes` limits the uploads of this
+    tenant at once, `day_max_bytes` those of a day.
     """
 
     def __init__(
-        self, app: ASGIApp, references: References, clock: Callable[[], float], is_idle: Callable[[], bool]
+        self,
+        app: ASGIApp,
+        studio: Studio,
+        is_idle: Callable[[], bool],
+        process_limit: ByteLimit,
+        *,
+        day_max_bytes: int,
+        tenant_max_bytes: int = TENANT_MAX_BYTES,
     ) -> None:
         self._app = app
-        self._references = references
-        self._clock = clock
+        self._studio = studio
         self._is_idle = is_idle
-        self._slots = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
+        self._process_limit = process_limit
+        self._tenant_limit = ByteLimit(tenant_max_bytes)
+        self._day_max_bytes = day_max_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -54,20 +89,33 @@ class UploadApp:
             await self._app(scope, receive, send)
         elif scope["method"] != "PUT":
             await _error(405, "Upload an image with PUT.", allow="PUT")(scope, receive, send)
-        elif self._slots.available_tokens < 1:
-            text = f"The limit of {UPLOADS_AT_ONCE} uploads at once is reached. Try again."
-            await _error(503, text, **{"retry-after": "5"})(scope, receive, send)
         else:
-            async with self._slots:
-                response = await self._upload(Request(scope, receive))
-                await response(scope, receive, send)
+            response = await self._accept(Request(scope, receive))
+            await response(scope, receive, send)
+
+    async def _accept(self, request: Request) -> Response:
+        """Check the limits before the body is read. An upload without a declared size counts as the largest one."""
+        declared = request.headers.get("content-length", "")
+        size = int(declared[:15]) if declared.isascii() and declared.isdigit() else REFERENCE_MAX_BYTES
+        if size > REFERENCE_MAX_BYTES:
+            return _too_large()
+        for limit, owner in ((self._tenant_limit, "you"), (self._process_limit, "this server")):
+            if not limit.has_room(size):
+                text = f"The limit of bytes that {owner} may upload at once is reached. Try again."
+                return _error(503, text, connection="close", **{"retry-after": "5"})
+        with self._tenant_limit.used(size), self._process_limit.used(size):
+            try:
+                now = self._studio.now()
+                day = iso(start_of_day(now)) or ""
+                if not await self._studio.journal.spend_quota(QUOTA, day, size, self._day_max_bytes):
+                    wait_s = int(start_of_day(now) + DAY_S - now) + 1
+                    text = f"Your uploads of today reach {self._day_max_bytes // 1_000_000} MB. Try again tomorrow."
+                    return _error(429, text, connection="close", **{"retry-after": str(wait_s)})
+            except JournalUnwritable as error:
+                return _error(503, f"{error.message}. {error.advice}", connection="close")
+            return await self._upload(request)
 
     async def _upload(self, request: Request) -> Response:
-        # The client may still be sending. The closed connection stops it.
-        too_large = _error(413, f"An image may have at most {REFERENCE_MAX_BYTES >> 20} MB.", connection="close")
-        declared_size = request.headers.get("content-length", "")
-        if declared_size.isascii() and declared_size.isdigit() and int(declared_size[:15]) > REFERENCE_MAX_BYTES:
-            return too_large
         with tempfile.TemporaryFile() as file:
             size = None
             with anyio.move_on_after(UPLOAD_TIMEOUT_S):
@@ -76,14 +124,14 @@ class UploadApp:
                 text = f"The image did not arrive within {UPLOAD_TIMEOUT_S:.0f} s."
                 return _error(408, text, connection="close")
             if size > REFERENCE_MAX_BYTES:
-                return too_large
+                return _too_large()
             return await self._send_to_evolink(file, size)
 
     async def _send_to_evolink(self, file: BinaryIO, size: int) -> Response:
         file.seek(0)
         try:
             # The studio reads the file twice and closes it each time.
-            image = await self._references.upload(lambda: _reopen(file))
+            image = await self._studio.references.upload(lambda: _reopen(file))
         except (JournalUnwritable, KeyMissing) as error:
             return _error(503, f"{error.message}. {error.advice}")
         except Refused as error:
@@ -97,7 +145,7 @@ class UploadApp:
             "width": width,
             "height": height,
             "bytes": size,
-            "expires_at": iso(self._clock() + UPLOAD_LIVES_S),
+            "expires_at": iso(image.expires_at),
         }
         return JSONResponse(facts, 201)
 
@@ -132,6 +180,11 @@ class StoredPictures:
                 await response(scope, receive, send)
         except EvolinkError as error:
             await _error(503 if error.retryable else 404, error.message)(scope, receive, send)
+
+
+def _too_large() -> Response:
+    # The client may still be sending. The closed connection stops it.
+    return _error(413, f"An image may have at most {REFERENCE_MAX_BYTES >> 20} MB.", connection="close")
 
 
 def _error(status: int, text: str, **headers: str) -> Response:

@@ -83,8 +83,10 @@ async def test_all_four_operations_work_inside_the_sandbox() -> None:
         assert small is not None
         assert small[8:12] == b"WEBP"
         assert await decoder.preview(io.BytesIO(content), edge=64, budget=10_000)
-        assert (await decoder.check_reference(content)).width == 640
-        assert await decoder.normalize(content) == content
+        assert (await decoder.check_reference(io.BytesIO(content))).width == 640
+        copy = io.BytesIO()
+        await decoder.normalize(io.BytesIO(content), copy)
+        assert copy.getvalue() == content
 
 
 @in_time
@@ -298,8 +300,8 @@ async def test_an_invalid_answer_means_an_unusable_image_for_every_operation(ope
         calls = {
             Operation.CHECK: lambda: decoder.check(io.BytesIO(content)),
             Operation.PREVIEW: lambda: decoder.preview(io.BytesIO(content), edge=64, budget=10),
-            Operation.CHECK_REFERENCE: lambda: decoder.check_reference(content),
-            Operation.NORMALIZE: lambda: decoder.normalize(content),
+            Operation.CHECK_REFERENCE: lambda: decoder.check_reference(io.BytesIO(content)),
+            Operation.NORMALIZE: lambda: decoder.normalize(io.BytesIO(content), io.BytesIO()),
         }
         if operation == Operation.PREVIEW and data in NO_PAYLOAD:
             assert await calls[operation]() is None, "this is the valid answer for a preview that does not fit"
@@ -315,7 +317,7 @@ async def test_a_payload_longer_than_its_limit_is_not_read() -> None:
     huge = struct.pack("<4sBBBIIdQ", b"EVA1", 0, 0, 32, 0, 0, 0.0, 1 << 60)
     async with decoder_of(answering(huge)) as decoder:
         with pytest.raises(UnusableImage):
-            await decoder.normalize(drawing())
+            await decoder.normalize(io.BytesIO(drawing()), io.BytesIO())
 
 
 @in_time
