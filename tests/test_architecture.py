@@ -308,6 +308,79 @@ def test_no_test_mocks() -> None:
     assert users == []
 
 
+def package_names(module: ast.Module) -> set[str]:
+    """The names that this module imports from the package: modules, classes and functions."""
+    names: set[str] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "evolink_mcp":
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names if alias.name.startswith("evolink_mcp")}
+    return names
+
+
+def root_name(node: ast.AST) -> str:
+    """Return `a` for the expression `a.b().c`."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def private_uses(module: ast.Module) -> list[tuple[int, str]]:
+    """Line and text of each use of a private part, and of each change of a part of the package."""
+    names = package_names(module)
+    outside = imported_elsewhere(module)
+    uses: list[tuple[int, str]] = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute):
+            is_private = re.match("_[^_]", node.attr) and root_name(node.value) not in ("self", "cls")
+            is_default = node.attr in ("__defaults__", "__kwdefaults__")
+            is_set = isinstance(node.ctx, ast.Store) and root_name(node.value) in names
+            if (is_private or is_default or is_set) and ast.unparse(node) != "os._exit":
+                uses.append((node.lineno, ast.unparse(node)))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("setattr", "delattr"):
+            target = node.args[0]
+            place = str(target.value) if isinstance(target, ast.Constant) else root_name(target)
+            if place.startswith("evolink_mcp") or (not isinstance(target, ast.Constant) and place not in outside):
+                uses.append((node.lineno, ast.unparse(node)))
+    return uses
+
+
+def imported_elsewhere(module: ast.Module) -> set[str]:
+    """The names that this module imports from other packages than ours."""
+    nodes = [node for node in ast.walk(module) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}
+    return names - package_names(module)
+
+
+# Countdown replaces functions of the standard library by name, in a server process that ends at one of them.
+REPLACES_THE_STANDARD_LIBRARY = {"killer.py"}
+
+
+def test_no_test_uses_a_private_part_or_replaces_a_part_of_the_package() -> None:
+    """A test that needs one shows that the design lacks a parameter. A fake or a parameter takes its place."""
+    paths = [path for path in TESTS.rglob("*.py") if path.name not in REPLACES_THE_STANDARD_LIBRARY]
+    uses = [f"{path.relative_to(TESTS)}:{line} {text}" for path in paths for line, text in private_uses(tree(path))]
+    assert uses == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "world.studio._runner",
+        "Database.__init__.__kwdefaults__['x'] = 1",
+        "from evolink_mcp.api import client\nclient.LIMIT = 1",
+        "import evolink_mcp.api.client\nevolink_mcp.api.client.LIMIT = 1",
+        "from evolink_mcp.api import client\nmonkeypatch.setattr(client, 'LIMIT', 1)",
+        "monkeypatch.setattr('evolink_mcp.api.client.LIMIT', 1)",
+        "monkeypatch.setattr(world.studio, 'order', fail)",
+        "setattr(journal, 'update', fail)",
+    ],
+)
+def test_the_check_for_private_parts_finds_each_way_to_use_one(use: str) -> None:
+    assert len(private_uses(ast.parse(use))) == 1
+
+
 def test_child_processes_do_not_import_from_the_working_directory() -> None:
     """`python -m` and `python -c` put the working directory first on the import path, unless -P or -I comes before."""
     files = [path for folder in (TESTS, TESTS.parent / "benchmarks") for path in folder.rglob("*.py")]

@@ -22,10 +22,11 @@ from evolink_mcp.server.resources import ResourceServer, add_resources
 from evolink_mcp.server.skills_extension import Skills
 from evolink_mcp.server.tasks_extension import Tasks
 from evolink_mcp.studio.studio import Studio
-from evolink_mcp.tools.compute_size import compute_size_tool
+from evolink_mcp.tools.compute_size import RULE_FRESH_FOR_S, compute_size_tool
 from evolink_mcp.tools.generate_image import generate_image_tool
 from evolink_mcp.tools.get_balance import get_balance_tool
 from evolink_mcp.tools.get_task import get_task_tool
+from evolink_mcp.tools.hosts import HOSTS, Hosts
 from evolink_mcp.tools.list_tasks import list_tasks_tool
 from evolink_mcp.tools.names import TOOL_NAMES
 from evolink_mcp.tools.view_image import view_image_tool
@@ -76,19 +77,22 @@ def build_server(
     resource_links: bool = False,
     published: Collection[str] = TOOL_NAMES,
     secret: str | None = None,
+    hosts: Hosts = HOSTS,
+    rule_fresh_for_s: float = RULE_FRESH_FOR_S,
 ) -> MCPServer[Any]:
     """Return the server of `studio`. The caller opens and closes the studio.
 
-    `wait_s`, `preview_edge`, `previews_for_all` and `resource_links` are those of `Waiting`. `published` names the
+    `wait_s`, `preview_edge`, `previews_for_all`, `resource_links` and `hosts` are those of `Waiting`. `published` names the
     published tools; without generate_image a client cannot buy. `secret` encrypts the state that a client carries between
     requests. Servers with the same secret accept each other's state. Without a secret only this process accepts it.
+    `rule_fresh_for_s`: compute_size reads the size rule from the journal at most once in this time.
     """
-    waiting = Waiting(studio, wait_s, preview_edge, previews_for_all, resource_links)
+    waiting = Waiting(studio, wait_s, preview_edge, previews_for_all, resource_links, hosts)
     get_task = get_task_tool(waiting)
     tools = [
         generate_image_tool(waiting),
         get_task,
-        compute_size_tool(studio),
+        compute_size_tool(studio, rule_fresh_for_s),
         view_image_tool(waiting),
         list_tasks_tool(studio),
         get_balance_tool(studio),

@@ -106,14 +106,14 @@ class SizeOut(BaseModel):
     notes: list[str] = []
 
 
-def compute_size_tool(studio: Studio) -> Tool:
-    """Return the tool."""
+def compute_size_tool(studio: Studio, rule_fresh_for_s: float = RULE_FRESH_FOR_S) -> Tool:
+    """Return the tool. It reads the account's size rule and prices at most once in `rule_fresh_for_s` seconds."""
 
     async def compute_size(req: ComputeSizeArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Compute pixels and price of a size, or of a ratio and tier, before you buy. Offline, free of charge. Or give
         the width and height that you need (such as 1200 and 628): returns the nearest legal size that covers them,
         the closest ratio and tier, and the crop."""
-        out = compute(req, await studio.prices.refresh(fresh_for_s=RULE_FRESH_FOR_S))
+        out = compute(req, await studio.prices.refresh(fresh_for_s=rule_fresh_for_s))
         return result(size_text(out), out, is_error=out.error is not None)
 
     return flat_tool(

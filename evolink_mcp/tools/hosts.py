@@ -39,7 +39,9 @@ UNKNOWN = Host("any other host")
 SDK_NAMES = frozenset({"", "mcp", "mcp-client", "example-client"})
 UNNAMED = replace(UNKNOWN, has_previews=False)
 # (prefix of the client's name in lower case, host). The first match counts.
-KNOWN: tuple[tuple[str, Host], ...] = (
+Hosts = tuple[tuple[str, Host], ...]
+
+HOSTS: Hosts = (
     # At its timeout Claude Code moves the call to the background.
     ("claude-code", Host("Claude Code", wait_s=105, limit_s=120, limit_is_final=False)),
     ("claude-ai", Host("Claude Desktop", limit_s=60)),  # some surfaces of the app allow 240 s
@@ -62,9 +64,9 @@ KNOWN: tuple[tuple[str, Host], ...] = (
 )
 
 
-def host_named(client_name: str | None) -> Host:
+def host_named(client_name: str | None, hosts: Hosts = HOSTS) -> Host:
     """Return the host with this client name. An unknown host gets limits below the shortest common timeout."""
     name = (client_name or "").strip().lower()
     if name in SDK_NAMES:
         return UNNAMED
-    return next((host for start, host in KNOWN if name.startswith(start)), UNKNOWN)
+    return next((host for start, host in hosts if name.startswith(start)), UNKNOWN)

@@ -17,7 +17,7 @@ from evolink_mcp.tools.adapter import READS, flat_tool, result
 from evolink_mcp.tools.previews import picture_block
 from evolink_mcp.tools.task_answer import task_out
 from evolink_mcp.tools.task_text import sentence
-from evolink_mcp.tools.waiting import Waiting, follow, mcp_host_of
+from evolink_mcp.tools.waiting import Waiting, follow
 
 VIEW_EDGE = 1024
 
@@ -38,7 +38,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
     async def view_image(req: ViewImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Look at a saved picture: returns a small copy. Use it to check a result, or if you only got a path. Free of
         charge."""
-        host = mcp_host_of(ctx)
+        host = waiting.host_of(ctx)
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait_for(host), ctx.report_progress)
         picture = next((p for p in job.entry.images if p.index == req.index), None)

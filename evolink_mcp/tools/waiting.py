@@ -20,7 +20,7 @@ from evolink_mcp.studio.jobs import Job
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import result
 from evolink_mcp.tools.delivery import delivery_of
-from evolink_mcp.tools.hosts import WAIT_MAX_S, Host, host_named
+from evolink_mcp.tools.hosts import HOSTS, WAIT_MAX_S, Host, Hosts, host_named
 from evolink_mcp.tools.previews import links, previews
 from evolink_mcp.tools.task_answer import add_price_changes, fitted, is_error, refusal, task_out
 from evolink_mcp.tools.task_text import task_text
@@ -48,7 +48,7 @@ class Waiting:
 
     `wait_s`: the owner's default wait in seconds, None uses the MCP host's. `preview_edge`: the longest edge of previews
     in pixels, None chooses it by the number of images, 0 sends none. `previews_for_all`: send previews also to clients
-    with the default name of an SDK. `resource_links`: add a link for each saved image.
+    with the default name of an SDK. `resource_links`: add a link for each saved image. `hosts`: the limits of MCP hosts.
     """
 
     studio: Studio
@@ -56,6 +56,7 @@ class Waiting:
     preview_edge: int | None = None
     previews_for_all: bool = False
     resource_links: bool = False
+    hosts: Hosts = HOSTS
 
     async def answer(
         self,
@@ -67,7 +68,7 @@ class Waiting:
         is_deduplicated: bool = False,
     ) -> CallToolResult:
         """Wait for the job and return its state as the answer. The job continues after the wait."""
-        host = mcp_host_of(ctx)
+        host = self.host_of(ctx)
         async with self.studio.attending(job):
             await follow(job, self.wait_for(host, wait_seconds), ctx.report_progress)
             out = task_out(
@@ -120,6 +121,10 @@ class Waiting:
 
         delivery.when_settled(settle)
 
+    def host_of(self, ctx: Context[Any, Any]) -> Host:
+        """Return the MCP host of this call."""
+        return mcp_host_of(ctx, self.hosts)
+
     def wait_for(self, host: Host, wait_seconds: float | None = None) -> float:
         """Return the wait in seconds: the caller's up to the host's limit, else the owner's, else the host's default."""
         if wait_seconds is None:
@@ -133,9 +138,9 @@ def client_of(ctx: Context[Any, Any]) -> str | None:
     return params.client_info.name if params else None
 
 
-def mcp_host_of(ctx: Context[Any, Any]) -> Host:
+def mcp_host_of(ctx: Context[Any, Any], hosts: Hosts = HOSTS) -> Host:
     """Return the MCP host of this call."""
-    return host_named(client_of(ctx))
+    return host_named(client_of(ctx), hosts)
 
 
 def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:

@@ -105,11 +105,11 @@ class FakeTransport:
     """A transport whose buffer has these sizes, one at each look."""
 
     def __init__(self, *sizes: int) -> None:
-        self._sizes = list(sizes)
+        self.sizes = list(sizes)
         self.aborted = anyio.Event()
 
     def get_write_buffer_size(self) -> int:
-        return self._sizes.pop(0) if len(self._sizes) > 1 else self._sizes[0]
+        return self.sizes.pop(0) if len(self.sizes) > 1 else self.sizes[0]
 
     def abort(self) -> None:
         self.aborted.set()
@@ -121,7 +121,7 @@ async def test_a_slow_client_that_reads_keeps_its_answer() -> None:
     unread = UnreadAnswers(replace(LIMITS, unread_timeout_s=0))
     unread.add(slow)
     await slow.aborted.wait()
-    assert slow._sizes == [200]
+    assert slow.sizes == [200]
 
 
 class BlockedStreams:

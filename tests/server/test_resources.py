@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Clock, HeldClock, Open, PlainSimulator, World
+from faulty_journal import FaultyJournal
 from mcp.client import Client
 from mcp.shared.exceptions import MCPDeprecationWarning, MCPError
 from mcp_types import ResourceUpdatedNotification
@@ -199,21 +200,21 @@ async def test_a_listening_client_is_notified_of_its_task_only(world: World) -> 
                         break
 
 
-async def test_a_notified_client_reads_the_new_state(open_world: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
     """Also while the journal still writes the state, because no later notification follows."""
     clock = HeldClock()
     written = anyio.Event()
     clock.is_held = True
     with anyio.fail_after(300):
-        async with open_world(clock=clock) as world, world.client() as client:
-            write = world.studio.journal.update
+        async with open_world(clock=clock, wrap_journal=FaultyJournal) as world, world.client() as client:
+            journal: Any = world.studio.journal
 
-            async def update_slowly(entry: Entry) -> bool:
+            async def update_slowly(write: Any, entry: Entry) -> bool:
                 if entry.status == "completed":
                     await written.wait()
                 return await write(entry)
 
-            monkeypatch.setattr(world.studio.journal, "update", update_slowly)
+            journal.instead["update"] = update_slowly
             task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{task_id}"
             async with client.listen(resource_subscriptions=[uri]) as events:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from itertools import product
 from typing import Any
 
 import anyio
 import pytest
-from conftest import World
+from conftest import Open, World
+from faulty_journal import FaultyJournal
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.journal.entry import Entry, Phase
@@ -49,48 +50,49 @@ async def test_a_job_moves_only_along_its_table(start: JobState, target: JobStat
         assert job.state is start
 
 
-async def cancel_during(world: World, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+@pytest.fixture
+async def world(open_world: Open) -> AsyncIterator[World]:
+    async with open_world(wrap_journal=FaultyJournal) as opened:
+        yield opened
+
+
+async def cancel_during(world: World, method: str) -> None:
     """Cancel an order after the journal did its work and before this method returns."""
-    plain: Callable[..., Awaitable[Any]] = getattr(world.studio.journal, method)
+    journal: Any = world.studio.journal
     entered = anyio.Event()
     release = anyio.Event()
 
-    async def held(*args: Any, **options: Any) -> Any:
-        value = await plain(*args, **options)
+    async def hold() -> None:
         entered.set()
         await release.wait()
-        return value
 
     async def order() -> None:
         async with world.studio.ordered(REQUEST):
             await anyio.sleep_forever()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(world.studio.journal, method, held)
-        async with anyio.create_task_group() as group:
-            group.start_soon(order)
-            await entered.wait()
-            group.cancel_scope.cancel()
-            release.set()
+    journal.after[method] = hold
+    async with anyio.create_task_group() as group:
+        group.start_soon(order)
+        await entered.wait()
+        group.cancel_scope.cancel()
+        release.set()
 
 
-async def test_a_call_that_is_cancelled_during_its_claim_leaves_the_purchase_to_the_next_one(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_call_that_is_cancelled_during_its_claim_leaves_the_purchase_to_the_next_one(world: World) -> None:
     first = await world.studio.order(REQUEST)
     while first.entry.task is None:
         await anyio.sleep(0)
     await world.studio.depart(first)
-    await cancel_during(world, monkeypatch, "claim")
+    await cancel_during(world, "claim")
     assert first.callers == 0
     assert await world.studio.order(REQUEST) is first
     assert world.posts == 1
 
 
 async def test_a_call_that_is_cancelled_while_its_entry_is_recorded_buys_nothing_and_reserves_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World,
 ) -> None:
-    await cancel_during(world, monkeypatch, "intend")
+    await cancel_during(world, "intend")
     while not world.studio.is_idle:
         await anyio.sleep(0)
     assert [entry.phase for entry in await world.studio.journal.recent(9)] == [Phase.UNSENT]

@@ -1,55 +1,70 @@
-"""A fault of ours ends one job, and says so; the server and every other job go on."""
+"""An unexpected error ends one job with an error message. The server and all other jobs continue."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import anyio
+import httpx2 as httpx
 import pytest
-from conftest import World
+from conftest import Clock, Open, PlainSimulator, World
 
 pytestmark = pytest.mark.anyio
 
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
-async def test_a_fault_while_reading_ends_the_job_with_words_and_the_next_call_works(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def fault(_: str) -> Any:
-        raise ZeroDivisionError("a fault of ours")
+class FirstPollRaises(httpx.ASGITransport):
+    """A transport whose first poll raises an error that the package does not expect."""
 
+    polls = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.startswith("/v1/tasks/"):
+            self.polls += 1
+            if self.polls == 1:
+                raise ZeroDivisionError("an unexpected error")
+        return await super().handle_async_request(request)
+
+
+async def test_an_unexpected_error_of_a_poll_ends_the_job_and_the_next_call_works(
+    open_world: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
     with anyio.fail_after(300), caplog.at_level(logging.ERROR):
-        async with world.client() as client:
-            with monkeypatch.context() as patched:
-                patched.setattr(world.studio.client, "task", fault)
-                answer = await client.call_tool("generate_image", WISH)
-            told = answer.structured_content
-            again = await client.call_tool("get_task", {"task_id": told["task_id"]})
+        async with (
+            open_world(simulator=simulator, clock=clock, transport=FirstPollRaises(simulator.app)) as world,
+            world.client() as client,
+        ):
+            answer = await client.call_tool("generate_image", WISH)
+            facts = answer.structured_content
+            again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
     assert answer.is_error
-    assert (told["error"]["code"], told["charged"]) == ("internal_error", "unknown")
-    assert told["next_action"] == {"tool": "get_task", "arguments": {"task_id": told["task_id"]}}
-    assert "a fault of ours" not in str(answer)
+    assert (facts["error"]["code"], facts["charged"]) == ("internal_error", "unknown")
+    assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
+    assert "an unexpected error" not in str(answer)
     assert "ZeroDivisionError" in caplog.text
     assert again.structured_content["status"] == "completed"
     assert world.posts == 1
 
 
-async def test_a_subscriber_that_fails_disturbs_nobody(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[str] = []
+async def test_a_subscriber_that_fails_does_not_disturb_other_subscribers(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    task_ids: list[str] = []
 
-    async def fails(_: str) -> None:
+    async def fail(_: str) -> None:
         raise ZeroDivisionError
 
-    async def listens(task_id: str) -> None:
-        heard.append(task_id)
+    async def receive(task_id: str) -> None:
+        task_ids.append(task_id)
 
-    world.studio.subscribe(fails)
-    world.studio.subscribe(listens)
+    world.studio.subscribe(fail)
+    world.studio.subscribe(receive)
     with anyio.fail_after(300), caplog.at_level(logging.ERROR):
         async with world.client() as client:
             answer = await client.call_tool("generate_image", WISH)
     assert answer.structured_content["status"] == "completed"
-    assert set(heard) == {answer.structured_content["task_id"]}
+    assert set(task_ids) == {answer.structured_content["task_id"]}
     assert "ZeroDivisionError" in caplog.text

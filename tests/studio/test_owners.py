@@ -14,10 +14,13 @@ import anyio
 import httpx2 as httpx
 import pytest
 from conftest import Clock, HeldClock, Open, PlainSimulator, World
+from faulty_journal import FaultyJournal
 
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.folders import PART_PREFIX, PART_SUFFIX
 from evolink_mcp.journal.entry import Entry, account_id_of
+from evolink_mcp.studio.jobs import ImageRequest
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -38,6 +41,13 @@ async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
 
 async def listed(world: World) -> list[dict[str, Any]]:
     return (await asked(world, "list_tasks", detail=True))["tasks"]
+
+
+async def disk_full(write: Any, entry: Entry) -> bool:
+    """Fail as a full disk does, except for the phase `sending`."""
+    if entry.phase != "sending":
+        raise JournalUnwritable("the disk is full")
+    return await write(entry)
 
 
 def bought(simulator: PlainSimulator) -> int:
@@ -118,26 +128,25 @@ async def test_an_unsent_order_of_a_living_server_is_watched_and_sent_by_it_alon
     assert (len(simulator.tasks), len(one.files)) == (1, 1)
 
 
-async def test_who_watches_and_cannot_read_the_journal_calls_nothing_over(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The owner may be about to buy: "it was not sent, call again" would lead to a second purchase."""
-    clock, free = HeldClock(), Clock()
+async def test_a_watcher_that_cannot_read_the_journal_does_not_report_an_unsent_order(open_world: Open) -> None:
+    """The owner may be about to buy, so a new call would lead to a second purchase."""
+    clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
         open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=free, pause=no_pause) as other,
+        open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as other,
     ):
-        acquire, refused = other.studio.journal.acquire, 0
+        journal: Any = other.studio.journal
+        refused = 0
 
-        async def unreadable(key: str) -> bool:
+        async def acquire(real_acquire: Any, key: str) -> bool:
             nonlocal refused
             if refused == 5:
-                return await acquire(key)
+                return await real_acquire(key)
             refused += 1
             raise JournalUnwritable("another program holds the journal")
 
-        monkeypatch.setattr(other.studio.journal, "acquire", unreadable)
+        journal.instead["acquire"] = acquire
         answers = await joined_while_held(one, other, clock, lambda: refused == 5)
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
     assert len(simulator.tasks) == 1
@@ -148,19 +157,18 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
     simulator = PlainSimulator(clock=clock, duration_s=30)
     async with (
         open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=Clock(), pause=no_pause) as other,
+        open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as other,
         one.client() as client,
     ):
         handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
         writes: list[str] = []
-        for name in ("update", "update_images"):
-            plain = getattr(other.studio.journal, name)
+        journal: Any = other.studio.journal
 
-            async def write(entry: Entry, name: str = name, plain: Any = plain) -> bool:
-                writes.append(name)
-                return await plain(entry)
+        async def write(real_write: Any, entry: Entry) -> bool:
+            writes.append(entry.key)
+            return await real_write(entry)
 
-            setattr(other.studio.journal, name, write)
+        journal.instead = {"update": write, "update_images": write}
         done = await asked(other, "get_task", task_id=handle["task_id"])
     assert done["status"] == "completed"
     assert done["images"][0]["path"] == str(one.files[0])
@@ -225,24 +233,15 @@ async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: 
 # --- over means over -----------------------------------------------------------------------------------------
 
 
-async def test_what_could_not_be_written_before_sending_is_over(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with open_world(pause=no_pause) as world:
-        journal = world.studio.journal
-        plain, broken = journal.update, True
-
-        async def update(entry: Entry) -> bool:
-            if broken:
-                raise JournalUnwritable("the journal is locked")
-            return await plain(entry)
-
-        monkeypatch.setattr(journal, "update", update)
+async def test_an_order_that_cannot_be_written_before_its_post_is_final(open_world: Open) -> None:
+    async with open_world(pause=no_pause, wrap_journal=FaultyJournal) as world:
+        journal: Any = world.studio.journal
+        journal.unwritable = {"update"}
         refused = await asked(world, "generate_image", **WISH)
         assert (refused["error"]["code"], refused["charged"], world.posts) == ("journal_unwritable", "no", 0)
         again = await asked(world, "generate_image", **{**WISH, "max_credits": 0.01})
         assert (again["error"]["code"], world.posts) == ("over_budget", 0)
-        broken = False
+        journal.unwritable = set()
         while (await world.studio.journal.recent(1))[0].phase != "unsent":
             await anyio.sleep(0.001)
         assert (await journal.sums_since(0)).total == 0
@@ -327,26 +326,17 @@ async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open
         assert [task["status"] for task in await listed(world)] == ["unknown", "completed"]
 
 
-async def test_an_id_that_found_no_room_is_written_when_there_is_some(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_a_task_id_that_found_a_full_disk_is_written_later(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
-    async with open_world(simulator=simulator, clock=clock, pause=no_pause) as world:
-        journal, full = world.studio.journal, True
-        for name in ("update", "update_images"):
-            plain = getattr(journal, name)
-
-            async def write(entry: Entry, plain: Any = plain) -> bool:
-                if full and entry.phase != "sending":
-                    raise JournalUnwritable("the disk is full")
-                return await plain(entry)
-
-            monkeypatch.setattr(journal, name, write)
+    options: Any = {"simulator": simulator, "clock": clock, "pause": no_pause, "wrap_journal": FaultyJournal}
+    async with open_world(**options) as world:
+        journal: Any = world.studio.journal
+        journal.instead = {"update": disk_full, "update_images": disk_full}
         answer = await asked(world, "generate_image", **HANDLE)
         assert answer["task_id"] in simulator.tasks
         assert (await journal.recent(1))[0].task_id is None
-        full = False
+        journal.instead = {}
         while (await journal.recent(1))[0].task_id is None:
             await anyio.sleep(0.001)
         again = await asked(world, "generate_image", **HANDLE)
@@ -354,30 +344,20 @@ async def test_an_id_that_found_no_room_is_written_when_there_is_some(
     assert bought(simulator) == 1
 
 
-async def test_an_id_that_another_server_has_written_down_meanwhile_ends_no_server(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One server has no room for the id; somebody gives it to another one, which writes the task down as found."""
+async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open_world: Open) -> None:
+    """The disk of one server is full. A caller gives the ID to another server, which records an external task."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     async with (
-        open_world(simulator=simulator, clock=clock, pause=no_pause) as one,
+        open_world(simulator=simulator, clock=clock, pause=no_pause, wrap_journal=FaultyJournal) as one,
         open_world(simulator=simulator, clock=clock, pause=no_pause) as other,
     ):
-        journal, full = one.studio.journal, True
-        for name in ("update", "update_images"):
-            plain = getattr(journal, name)
-
-            async def write(entry: Entry, plain: Any = plain) -> bool:
-                if full and entry.phase != "sending":
-                    raise JournalUnwritable("the disk is full")
-                return await plain(entry)
-
-            monkeypatch.setattr(journal, name, write)
+        journal: Any = one.studio.journal
+        journal.instead = {"update": disk_full, "update_images": disk_full}
         answer = await asked(one, "generate_image", **HANDLE)
-        found = await asked(other, "get_task", task_id=answer["task_id"], wait_seconds=0)
-        assert found["task_id"] == answer["task_id"]
-        full = False
+        answer_of_other = await asked(other, "get_task", task_id=answer["task_id"], wait_seconds=0)
+        assert answer_of_other["task_id"] == answer["task_id"]
+        journal.instead = {}
         while one.studio.has_unwritten:
             await anyio.sleep(0.001)
         assert len(await listed(one)) == 2
@@ -458,17 +438,18 @@ async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
     assert (len(world.files), bought(simulator)) == (2, 1)
 
 
-@pytest.mark.journal_file
 async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_name(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world:
-        first = await asked(world, "generate_image", **WISH)
+        job = await world.studio.order(ImageRequest(GenerationRequest.model_validate(WISH), 9.0))
+        while not job.is_finished:
+            await anyio.sleep(0)
+        await world.studio.depart(job)
         (entry,) = await world.studio.journal.recent(1)
-        await world.studio.journal._execute("UPDATE entries SET delivered_at = NULL, caller = ''")  # type: ignore[attr-defined]
         joined = await asked(world, "generate_image", **{**WISH, "save_as": "hero.png"})
     assert (joined["task_id"], joined["images"][0]["path"]) == (
-        first["task_id"],
+        entry.task_id,
         str(world.folder / "pictures/hero.png"),
     )
     assert replace(entry.images[0], path=None).sha256 == joined["images"][0]["sha256"]

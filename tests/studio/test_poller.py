@@ -185,7 +185,9 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
 
 
 async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
-    account = Account(batch=list, single=lambda task_id: Task(task_id, "processing"))
+    account = Account(
+        batch=raises(Rejected("no batch reads", http_status=404)), single=lambda task_id: Task(task_id, "processing")
+    )
     turns: list[str] = []
 
     async def no_wait(_: float) -> None:
@@ -195,7 +197,6 @@ async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
         async with anyio.create_task_group() as group:
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
             poller.jobs = 202
-            poller._batch_works = False
 
             async def read(task_id: str, who: str) -> None:
                 await poller.read(task_id, who)

@@ -60,7 +60,7 @@ class Looks(httpx.ASGITransport):
 
     def __init__(self, simulator: QuickSimulator, *answers: Answer, rest: Answer = lambda reply: reply) -> None:
         super().__init__(simulator.app)
-        self._answers, self._rest = list(answers), rest
+        self.answers, self._rest = list(answers), rest
         self.looks = 0
         self.strangers: list[httpx.Request] = []
 
@@ -72,7 +72,7 @@ class Looks(httpx.ASGITransport):
             return reply
         self.looks += 1
         own = Said(reply.status_code, await reply.aread())
-        answer = (self._answers.pop(0) if self._answers else self._rest)(own)
+        answer = (self.answers.pop(0) if self.answers else self._rest)(own)
         if isinstance(answer, Exception):
             raise answer
         return answer.response()
@@ -192,7 +192,7 @@ async def test_a_definite_no_stops_the_looks_and_keeps_the_id(open_world: Open, 
         again = {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
         # An id that EvoLink does not know is never asked for in a circle.
         assert facts["next_action"] == ({"tool": "list_tasks", "arguments": {"sync": True}} if status == 404 else again)
-        transport._answers.clear()
+        transport.answers.clear()
         later = await asking.call_tool("get_task", {"task_id": facts["task_id"]})
     assert later.structured_content["status"] == "completed"
     assert world.posts == 1

@@ -29,11 +29,11 @@ class Loses(httpx.ASGITransport):
 
     def __init__(self, simulator: PlainSimulator, *, unbilled: bool = False, skew_s: float | None = None) -> None:
         super().__init__(simulator.app)
-        self._simulator, self._unbilled, self._skew_s = simulator, unbilled, skew_s
+        self._simulator, self.unbilled, self._skew_s = simulator, unbilled, skew_s
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/images/generations":
-            if not self._unbilled:
+            if not self.unbilled:
                 await super().handle_async_request(request)
             return httpx.Response(502, stream=httpx.ByteStream(b"<html>"))
         reply = await super().handle_async_request(request)
@@ -88,7 +88,7 @@ async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_wo
     lost = Loses(simulator, unbilled=True)
     async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
         await bought(world)
-        lost._unbilled = False
+        lost.unbilled = False
         facts, text = await bought(world, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")

@@ -11,6 +11,7 @@ import httpx2 as httpx
 import pytest
 from conftest import Clock, Open, World
 from faulty_gateway import CURRENT, ONE_SERVER, QuickSimulator
+from faulty_journal import FaultyJournal
 from mcp.client import Client
 
 from evolink_mcp.api.request import GenerationRequest
@@ -338,23 +339,22 @@ async def test_two_lost_purchases_of_one_moment_are_not_guessed_at(open_world: O
     assert all(task_id in task["error"]["advice"] for task in tasks for task_id in world.simulator.tasks)
 
 
-async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(
-    open_world: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The id must reach the caller; `sending` is on disk, and the next server finds the task by it."""
+async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(open_world: Open) -> None:
+    """The caller receives the task ID. `sending` is on disk, so the next server searches for the task."""
     from evolink_mcp.errors import JournalUnwritable
 
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=1e6)
-    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        plain = world.studio.journal.update
+    options: Any = {"simulator": simulator, "clock": clock, "wrap_journal": FaultyJournal}
+    async with open_world(**options) as world, world.client() as client:
+        journal: Any = world.studio.journal
 
-        async def update(entry: Entry) -> bool:
+        async def update(write: Any, entry: Entry) -> bool:
             if entry.phase != "sending":
                 raise JournalUnwritable("the disk is full")
-            return await plain(entry)
+            return await write(entry)
 
-        monkeypatch.setattr(world.studio.journal, "update", update)
+        journal.instead["update"] = update
         answer = await client.call_tool("generate_image", HANDLE)
         assert answer.structured_content["task_id"] in simulator.tasks
     simulator.duration_s = 0

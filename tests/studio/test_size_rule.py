@@ -17,7 +17,6 @@ from evolink_mcp.journal.entry import account_id_of
 from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.simulator import rules
 from evolink_mcp.studio.prices import AccountPrices, price_of
-from evolink_mcp.tools import compute_size
 
 RATIOS = models.DEFAULT_MODEL.limits.ratios
 pytestmark = pytest.mark.anyio
@@ -34,7 +33,7 @@ async def in_time() -> AsyncIterator[None]:
 
 
 async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
-    async with world.client() as client:
+    async with world.client(rule_fresh_for_s=0.0) as client:
         return (await client.call_tool(tool, arguments)).structured_content
 
 
@@ -49,9 +48,8 @@ def learned(facts: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("rule", sizes.RULES)
 async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_of_the_account(
-    open_world: Open, rule: str, monkeypatch: pytest.MonkeyPatch
+    open_world: Open, rule: str
 ) -> None:
-    monkeypatch.setattr(compute_size, "RULE_FRESH_FOR_S", 0.0)  # seconds, in which it would not look again
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule=rule)
     async with (

@@ -156,7 +156,7 @@ class Crowd:
 
     def __init__(self, url: str, callers: int, orders: int, tokens: list[str], callbacks: bool) -> None:
         self._url, self._tokens = url, tokens
-        self._callers, self._orders, self.callbacks = callers, orders, callbacks
+        self.caller_count, self.order_count, self.callbacks = callers, orders, callbacks
         self.got: dict[str, dict[str, Any]] = {}
         self.began: dict[str, float] = {}
         self.took: list[float] = []
@@ -165,11 +165,11 @@ class Crowd:
         self.most = 0  # the highest number of callers that waited at once
 
     async def run(self) -> None:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._callers)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.caller_count)
         patient = httpx.AsyncClient(headers=HEADERS, timeout=PATIENCE_S, limits=limits, trust_env=False)
         async with patient as wire, asyncio.TaskGroup() as group:
-            for caller in range(self._callers):
-                for order in range(self._orders):
+            for caller in range(self.caller_count):
+                for order in range(self.order_count):
                     group.create_task(self._wants(wire, caller, order))
 
     async def _wants(self, wire: httpx.AsyncClient, caller: int, order: int) -> None:
@@ -219,7 +219,7 @@ class Crowd:
 
 async def scene(crowd: Crowd, doomed: subprocess.Popen[bytes], cluster: Any, revive: Any) -> None:
     async def trouble() -> None:
-        total = crowd._callers * crowd._orders
+        total = crowd.caller_count * crowd.order_count
         while len(crowd.got) < total // 4:
             await asyncio.sleep(0.05)
         doomed.send_signal(signal.SIGKILL)

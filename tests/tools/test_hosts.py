@@ -15,12 +15,11 @@ from mcp.client import Client
 from mcp_types import Implementation
 
 from evolink_mcp.server.server import build_server
-from evolink_mcp.tools import hosts
-from evolink_mcp.tools.hosts import KNOWN, UNKNOWN, Host, host_named
+from evolink_mcp.tools.hosts import HOSTS, UNKNOWN, Host, host_named
 from evolink_mcp.tools.waiting import ID_GRACE_S
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
-EVERY = [*KNOWN, ("", UNKNOWN)]
+EVERY = [*HOSTS, ("", UNKNOWN)]
 ERAS = pytest.mark.parametrize("mode", [pytest.param("auto", id="2026-07-28"), pytest.param("legacy", id="2025-11-25")])
 
 
@@ -80,12 +79,12 @@ def test_a_host_is_identified_by_the_name_of_its_client(client_name: str | None,
 def test_no_prefix_is_hidden_by_an_earlier_one() -> None:
     hidden = [
         (start, earlier)
-        for index, (start, _) in enumerate(KNOWN)
-        for earlier, _ in KNOWN[:index]
+        for index, (start, _) in enumerate(HOSTS)
+        for earlier, _ in HOSTS[:index]
         if start.startswith(earlier)
     ]
     assert hidden == []
-    assert all(re.fullmatch(r"[a-z][a-z -]*", start) for start, _ in KNOWN)
+    assert all(re.fullmatch(r"[a-z][a-z -]*", start) for start, _ in HOSTS)
 
 
 def test_an_unknown_host_gets_45_seconds() -> None:
@@ -107,22 +106,19 @@ async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
     return answer.structured_content["status"]
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a client whose host allows no wait."""
-    monkeypatch.setattr(hosts, "KNOWN", (("hasty", Host("Hasty", wait_s=0)),))
-    return "hasty-client"
+# A table with a host that allows no wait.
+HASTY = (("hasty", Host("Hasty", wait_s=0)),)
 
 
 @ERAS
 @pytest.mark.anyio
-async def test_the_name_of_the_client_decides_the_wait(world: World, hasty: str, mode: Any) -> None:
-    assert await status_for(world, hasty, mode) in ("pending", "processing")
-    assert await status_for(world, "other-client", mode) == "failed"
+async def test_the_name_of_the_client_decides_the_wait(world: World, mode: Any) -> None:
+    assert await status_for(world, "hasty-client", mode, hosts=HASTY) in ("pending", "processing")
+    assert await status_for(world, "other-client", mode, hosts=HASTY) == "failed"
 
 
 @ERAS
 @pytest.mark.anyio
-async def test_the_setting_overrides_the_host(world: World, hasty: str, mode: Any) -> None:
-    assert await status_for(world, hasty, mode, wait_s=45) == "failed"
-    assert await status_for(world, "other-client", mode, wait_s=0) in ("pending", "processing")
+async def test_the_setting_overrides_the_host(world: World, mode: Any) -> None:
+    assert await status_for(world, "hasty-client", mode, hosts=HASTY, wait_s=45) == "failed"
+    assert await status_for(world, "other-client", mode, hosts=HASTY, wait_s=0) in ("pending", "processing")

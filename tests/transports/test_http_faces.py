@@ -32,9 +32,9 @@ class Town:
         self._processes = ExitStack()
 
     def open(self) -> None:
-        evolink = self._start("simulate", "--seconds", "1")
+        evolink = self.start("simulate", "--seconds", "1")
         self.evolink = f"http://127.0.0.1:{evolink}"
-        self.http, self.second, self.sse = (self._start(face) for face in ("http", "http", "sse"))
+        self.http, self.second, self.sse = (self.start(face) for face in ("http", "http", "sse"))
         anyio.run(self._up)
 
     def close(self) -> None:
@@ -53,13 +53,13 @@ class Town:
 
     async def beside(self, evolink: str) -> str:
         """Start another streamable HTTP server for a separate EvoLink. Return its URL."""
-        port = self._start("http", EVOLINK_BASE_URL=evolink)
+        port = self.start("http", EVOLINK_BASE_URL=evolink)
         with anyio.fail_after(WITHIN_S):
             async with httpx.AsyncClient() as client:
                 await _answers(client, f"http://127.0.0.1:{port}/healthz")
         return self.url(port)
 
-    def _start(self, face: str, *options: str, **settings: str) -> int:
+    def start(self, face: str, *options: str, **settings: str) -> int:
         port = _free_port()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("EVOLINK_")}
         own_variables = {
@@ -325,7 +325,7 @@ async def test_the_health_check_also_checks_the_host(town: Town, face: str) -> N
 
 async def test_an_insecure_server_accepts_only_allowed_hostnames(town: Town) -> None:
     """A web page under a rebound hostname must not buy, also with --insecure."""
-    port = town._start("http", "--host", "0.0.0.0", "--insecure", "--allowed-host", "Pictures.Example")
+    port = town.start("http", "--host", "0.0.0.0", "--insecure", "--allowed-host", "Pictures.Example")
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(headers=HEADERS) as wire:
             await _answers(wire, f"http://127.0.0.1:{port}/healthz")
