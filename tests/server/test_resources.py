@@ -209,10 +209,10 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
         async with open_world(clock=clock, wrap_journal=FaultyJournal) as world, world.client() as client:
             journal: Any = world.studio.journal
 
-            async def update_slowly(write: Any, entry: Entry) -> bool:
+            async def update_slowly(write: Any, entry: Entry, *facts: Any) -> bool:
                 if entry.status == "completed":
                     await written.wait()
-                return await write(entry)
+                return await write(entry, *facts)
 
             journal.instead["update"] = update_slowly
             task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]

@@ -14,7 +14,6 @@ from conftest import Clock, Open, PlainSimulator, World
 from evolink_mcp.api.sizes import RULES
 from evolink_mcp.simulator import rules
 from evolink_mcp.simulator.simulation import SimulatedTask
-from evolink_mcp.tools import compute_size
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -79,7 +78,7 @@ class Servers:
         self.orders = 0
 
     async def call(self, tool: str, server: int = 0, **arguments: Any) -> Any:
-        async with self.worlds[server].client() as client:
+        async with self.worlds[server].client(rule_fresh_for_s=0.0) as client:
             return await client.call_tool(tool, arguments)
 
     async def order(self, server: int = 0, **more: Any) -> Any:
@@ -95,9 +94,7 @@ class Servers:
 
 
 @pytest.fixture
-def open_servers(open_world: Open, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(compute_size, "RULE_FRESH_FOR_S", 0.0)
-
+def open_servers(open_world: Open) -> Any:
     @asynccontextmanager
     async def opened(
         bill: Bill = published,

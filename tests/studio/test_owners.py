@@ -43,11 +43,11 @@ async def listed(world: World) -> list[dict[str, Any]]:
     return (await asked(world, "list_tasks", detail=True))["tasks"]
 
 
-async def disk_full(write: Any, entry: Entry) -> bool:
+async def disk_full(write: Any, entry: Entry, *facts: Any) -> bool:
     """Fail as a full disk does, except for the phase `sending`."""
     if entry.phase != "sending":
         raise JournalUnwritable("the disk is full")
-    return await write(entry)
+    return await write(entry, *facts)
 
 
 def bought(simulator: PlainSimulator) -> int:
@@ -164,9 +164,9 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
         writes: list[str] = []
         journal: Any = other.studio.journal
 
-        async def write(real_write: Any, entry: Entry) -> bool:
+        async def write(real_write: Any, entry: Entry, *facts: Any) -> bool:
             writes.append(entry.key)
-            return await real_write(entry)
+            return await real_write(entry, *facts)
 
         journal.instead = {"update": write, "update_images": write}
         done = await asked(other, "get_task", task_id=handle["task_id"])
@@ -375,13 +375,13 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
     class Book:
         owner, account, full, held = "o", "a", True, anyio.Event()
 
-        async def update(self, entry: Entry) -> bool:
+        async def update(self, entry: Entry, *_: Any) -> bool:
             if self.full:
                 raise JournalUnwritable("the disk is full")
             written.append((entry.key, entry.status))
             return True
 
-        async def update_images(self, entry: Entry) -> bool:
+        async def update_images(self, entry: Entry, *_: Any) -> bool:
             if entry.key == "first":
                 await self.held.wait()
             return await self.update(entry)

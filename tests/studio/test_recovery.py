@@ -349,10 +349,10 @@ async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(open_w
     async with open_world(**options) as world, world.client() as client:
         journal: Any = world.studio.journal
 
-        async def update(write: Any, entry: Entry) -> bool:
+        async def update(write: Any, entry: Entry, *facts: Any) -> bool:
             if entry.phase != "sending":
                 raise JournalUnwritable("the disk is full")
-            return await write(entry)
+            return await write(entry, *facts)
 
         journal.instead["update"] = update
         answer = await client.call_tool("generate_image", HANDLE)
