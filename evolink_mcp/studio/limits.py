@@ -218,9 +218,10 @@ def _largest_text(request: ImageRequest, prices: Prices, credits: float) -> str:
 def largest_that_fits(request: GenerationRequest, prices: Prices, credits: float) -> GenerationRequest | None:
     """Return the most expensive variant of a request for these credits. None: no variant fits.
 
-    Keep the number of images and the quality if possible. The shape stays; for auto it is 1:1.
+    Keep the number of images and the quality if possible, then auto or the pixels. The shape stays; for auto it is 1:1.
     """
     model = request.image_model
+    own_size = request.size if not sizes.takes_resolution(request.size) else None
     highest = model.qualities[request.quality].tile_base
     qualities = [name for name, quality in model.qualities.items() if quality.tile_base <= highest]
     qualities.sort(key=lambda name: model.qualities[name].tile_base, reverse=True)
@@ -232,7 +233,7 @@ def largest_that_fits(request: GenerationRequest, prices: Prices, credits: float
             ]
             fitting = [variant for variant in variants if prices.ceiling(variant) <= credits]
             if fitting:
-                return max(fitting, key=prices.ceiling)
+                return fitting[0] if fitting[0].size == own_size else max(fitting, key=prices.ceiling)
     return None
 
 
