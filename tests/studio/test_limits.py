@@ -9,7 +9,10 @@ import pytest
 from conftest import Clock, Open, PlainSimulator, World
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.journal.journal import Sums
+from evolink_mcp.errors import OverBudget
+from evolink_mcp.journal.entry import Entry, Phase, new_key
+from evolink_mcp.journal.journal import DailyLimitReached, Sums
+from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.studio.limits import SpendingLimits, largest_that_fits
 from evolink_mcp.studio.prices import Prices
 
@@ -104,3 +107,39 @@ async def test_the_total_limit_counts_all_profiles(open_world: Open) -> None:
     assert "all users" in answer["error"]["message"]
     assert "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY" in answer["error"]["advice"]
     assert len(simulator.tasks) == 2
+
+
+@pytest.mark.parametrize("limit", ["CALL", "DAY"])
+async def test_a_price_that_rose_after_it_was_computed_is_refused_before_the_post(open_world: Open, limit: str) -> None:
+    """Another server learns the dear table between the price and the record of the entry."""
+    request = GenerationRequest(prompt="a fox", size="16:9", resolution="2K", quality="high")
+    async with open_world({f"EVOLINK_MCP_MAX_CREDITS_PER_{limit}": "11"}) as world:
+        await world.studio.journal.save_fact("size_rule", "anchor-edge")
+        prices = await world.studio.prices.refresh()
+        stale = ImageRequest(request, prices.ceiling(request))
+        assert stale.price_ceiling < 11
+        await world.studio.journal.save_fact("size_rule", "pixel-budget")
+        with pytest.raises(OverBudget, match="14.7"):
+            await world.studio.order(stale)
+        assert world.posts == 0
+        assert await world.studio.journal.recent(5) == []
+
+
+async def test_the_transaction_of_an_entry_checks_the_sum_of_all_profiles(open_world: Open) -> None:
+    clock = Clock()
+    async with (
+        open_world({"EVOLINK_MCP_PROFILE": "anna"}, clock=clock) as anna,
+        open_world({"EVOLINK_MCP_PROFILE": "bert"}, clock=clock) as bert,
+    ):
+
+        def entry(world: World) -> Entry:
+            journal = world.studio.journal
+            return Entry(
+                new_key(), journal.owner, Phase.INTENT, clock.now, estimate=3.0, account=journal.account, request={}
+            )
+
+        await anna.studio.journal.intend(entry(anna), cap=5.0, total_cap=5.0)
+        with pytest.raises(DailyLimitReached) as reached:
+            await bert.studio.journal.intend(entry(bert), cap=5.0, total_cap=5.0)
+        assert (reached.value.is_total, reached.value.sums) == (True, Sums(reserved=3.0))
+        await bert.studio.journal.intend(entry(bert), cap=5.0, total_cap=6.0)
