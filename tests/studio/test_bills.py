@@ -237,6 +237,19 @@ async def test_a_bill_by_the_other_size_table_raises_the_ceilings_of_that_table(
         assert is_change(await servers.order(**wide))
 
 
+async def test_the_pixels_correct_the_factor_that_the_reservation_showed(open_servers: Any) -> None:
+    """While the table is unknown, a reservation of the dear table looks like a higher factor."""
+    wide = {"size": "16:9", "resolution": "2K"}
+    async with open_servers(times(1.7), rule="pixel-budget") as servers:
+        first = await servers.order(**wide)
+        assert is_change(first)
+        assert any("pixel-budget table" in note for note in first["notes"])
+        await servers.ceiling()
+        factor = servers.worlds[0].studio.prices.current.factor
+        assert factor == pytest.approx(1.7, rel=0.01)
+        assert (await servers.order(**wide))["bill_difference"] is None
+
+
 async def test_four_servers_cross_a_limit_by_one_task_for_each_change(open_servers: Any) -> None:
     """Four servers order at the same time. Each change is reported once over all of them."""
     limit = 130.0

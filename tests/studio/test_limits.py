@@ -119,7 +119,7 @@ async def test_a_price_that_rose_after_it_was_computed_is_refused_before_the_pos
         stale = ImageRequest(request, prices.ceiling(request))
         assert stale.price_ceiling < 11
         await world.studio.journal.save_fact("size_rule", "pixel-budget")
-        with pytest.raises(OverBudget, match="14.7"):
+        with pytest.raises(OverBudget, match=r"14\.7"):
             await world.studio.order(stale)
         assert world.posts == 0
         assert await world.studio.journal.recent(5) == []
