@@ -240,4 +240,4 @@ def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
         costs.price(size, request.quality, most, references=references, prompt_tokens=tokens, model=model).credits
         for size in shapes
     )
-    return low * (1 - PRICE_ERROR), high * (1 + PRICE_ERROR)
+    return low * entry.price_factor * (1 - PRICE_ERROR), high * entry.price_factor * (1 + PRICE_ERROR)

@@ -250,6 +250,14 @@ async def test_the_pixels_correct_the_factor_that_the_reservation_showed(open_se
         assert (await servers.order(**wide))["bill_difference"] is None
 
 
+async def test_a_lost_answer_is_matched_by_the_price_factor_of_the_account(open_servers: Any) -> None:
+    async with open_servers(times(3.0)) as servers:
+        await servers.order()
+        lost = await servers.order(prompt="sim:lost-reply a fox")
+        assert lost["guess"]
+        assert lost["task_id"] in servers.simulator.tasks
+
+
 async def test_four_servers_cross_a_limit_by_one_task_for_each_change(open_servers: Any) -> None:
     """Four servers order at the same time. Each change is reported once over all of them."""
     limit = 130.0
