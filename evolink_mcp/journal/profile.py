@@ -1,4 +1,4 @@
-"""Profiles: the persons and tenants to whom entries belong."""
+"""Profiles: the owners of entries, one per person or tenant."""
 
 from __future__ import annotations
 
