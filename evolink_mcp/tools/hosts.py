@@ -35,8 +35,9 @@ class Host:
 
 
 UNKNOWN = Host("any other host")
-# Default client names of SDKs. Several frameworks keep these names and pass a preview to the model as base64 text.
-SDK_NAMES = frozenset({"", "mcp", "mcp-client", "example-client"})
+# Default client names of SDKs. Several frameworks keep these names and pass a preview to the model as base64 text. The
+# last two are the names of the Vercel AI SDK and of Google ADK, which do the same.
+SDK_NAMES = frozenset({"", "mcp", "mcp-client", "example-client", "ai-sdk-mcp-client", "google-adk"})
 UNNAMED = replace(UNKNOWN, has_previews=False)
 # (prefix of the client's name in lower case, host). The first match counts.
 Hosts = tuple[tuple[str, Host], ...]

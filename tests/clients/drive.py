@@ -8,6 +8,7 @@ The client scripts only call the tools and print a report (python/, typescript/,
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import hosts
 import installed
+from fake_model import BASE64_MIN_CHARS, CHARS_PER_TOKEN, FakeModel, fake_model, text_of_result
 from stage import PATH, TRANSPORTS, Score, Stage, npm_install
 
 import plugins
@@ -56,11 +58,54 @@ PYTHON_CLIENTS = (
     Client("smolagents", ("smolagents[mcp]==1.26.0", "mcp<2"), "smolagents_tools.py"),
     Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),), gives_up=True),
     Client("mcp 1.30", ("mcp==1.30.0",), "mcp1.py"),
+    Client("mcp 1.26", ("mcp==1.26.0",), "mcp1.py", transports=("stdio",)),
+    Client("mcp 1.20", ("mcp==1.20.0", "pydantic<2.12"), "mcp1.py", transports=("stdio",)),
+    Client("mcp 1.13", ("mcp==1.13.1", "pydantic<2.12"), "mcp1.py", transports=("stdio",)),
     Client("mcp 1.9", ("mcp==1.9.4", "pydantic<2.11"), "mcp1.py"),
+    Client("mcp 1.6", ("mcp==1.6.0", "pydantic<2.11", "starlette<0.47"), "mcp1.py", transports=("stdio",)),
+    Client("mcp 1.2", ("mcp==1.2.0", "pydantic<2.11", "starlette<0.47"), "mcp1.py", transports=("stdio",)),
 )
 NODE_CLIENTS = (
     Client("typescript sdk 1", (), "sdk1.mjs", gives_up=True),
     Client("typescript client 2", (), "client2.mjs", ("legacy", "auto"), not_there=(("auto", "sse"),), gives_up=True),
+)
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework for agents: its name, packages and script, and the model APIs that it can use.
+
+    Its agent calls generate_image because a simulated model orders it. The framework converts all schemas for the model.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    script: str
+    modes: tuple[str, ...] = ("chat",)
+
+
+PYTHON_FRAMEWORKS = (
+    Framework("google-genai", ("google-genai==3.6.1", "mcp<2"), "google_genai.py", ("gemini",)),
+    Framework("Google ADK", ("google-adk==2.13.0", "mcp"), "google_adk_agent.py", ("gemini",)),
+    Framework("openai-agents agent", ("openai-agents==0.24.0",), "openai_agents_run.py", ("chat", "responses")),
+    Framework("LangChain", ("langchain", "langchain-mcp-adapters==0.3.2", "langchain-openai"), "langchain_agent.py"),
+    Framework("LlamaIndex", ("llama-index-tools-mcp==0.6.0", "llama-index-llms-openai-like"), "llama_index_agent.py"),
+    Framework("pydantic-ai agent", ("pydantic-ai-slim[mcp,openai]==2.68.0",), "pydantic_ai_agent.py"),
+    Framework("Haystack", ("mcp-haystack==2.1.1",), "haystack_agent.py"),
+    Framework("Agno", ("agno==3.1.10", "fastmcp>=4,<5", "openai"), "agno_agent.py"),
+    Framework("AutoGen", ("autogen-ext[mcp,openai]==0.7.5", "autogen-agentchat==0.7.5", "mcp<2"), "autogen_agent.py"),
+    Framework("Strands", ("strands-agents[openai]==1.62.0",), "strands_agent.py"),
+    Framework(
+        "Agent Framework",
+        ("agent-framework-core==1.23.0", "agent-framework-openai", "mcp", "tenacity"),
+        "agent_framework_agent.py",
+    ),
+    Framework("Semantic Kernel", ("semantic-kernel[mcp]==1.45.0",), "semantic_kernel_agent.py"),
+    Framework("mcp-use agent", ("mcp-use==1.7.1", "mcp<2", "langchain-openai"), "mcp_use_agent.py"),
+)
+NODE_FRAMEWORKS = (
+    Framework("Vercel AI SDK", (), "vercel_ai.mjs", ("chat", "responses", "gemini")),
+    Framework("openai-agents js", (), "openai_agents.mjs"),
 )
 
 
@@ -76,7 +121,14 @@ class Drive:
 
     def everything(self) -> int:
         """Run each client, some at a time. Return the exit code."""
-        families = [self._hosts, self._bridges, self._typescript, *(self._python(client) for client in PYTHON_CLIENTS)]
+        families = [
+            self._hosts,
+            self._bridges,
+            self._typescript,
+            self._node_frameworks,
+            *(self._python(client) for client in PYTHON_CLIENTS),
+            *(self._framework(framework) for framework in PYTHON_FRAMEWORKS),
+        ]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             for finished in [pool.submit(self._guarded, family) for family in families]:
                 finished.result()
@@ -107,6 +159,52 @@ class Drive:
 
         family.__name__ = client.name
         return family
+
+    def _framework(self, framework: Framework):
+        def family() -> None:
+            if self._asked_for(framework.name):
+                folder = self.stage.work / framework.script.removesuffix(".py")
+                python = str(folder / "bin" / "python")
+                self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder)])
+                self._install([self.uv, "pip", "install", "-q", "--python", python, *framework.packages])
+                self._agents(framework, [python, str(FOLDER / "frameworks" / framework.script)])
+
+        family.__name__ = framework.name
+        return family
+
+    def _node_frameworks(self) -> None:
+        frameworks = [framework for framework in NODE_FRAMEWORKS if self._asked_for(framework.name)]
+        if frameworks:
+            folder = self.stage.work / "frameworks_node"
+            npm_install(self.npm, FOLDER / "frameworks_node", folder)
+            for framework in frameworks:
+                self._agents(
+                    framework, [str(folder / "node_modules" / ".bin" / "node"), str(folder / framework.script)]
+                )
+
+    def _agents(self, framework: Framework, command: list[str]) -> None:
+        """Let the framework's agent order one image with each API of the simulated model."""
+        for mode in framework.modes:
+            with fake_model(self._prompt(framework.name, mode)) as (model, url):
+                target = {**self.stage.target("stdio"), "mode": mode, "model_url": url}
+                report = self._reported(framework.name, command, target, mode)
+            if report is not None:
+                text = "\n".join(map(text_of_result, model.results))
+                remark = f"the model reads {len(text) // CHARS_PER_TOKEN} tokens"
+                self._tell(framework.name, report["version"], mode, "; ".join(self._agent_faults(model, text)), remark)
+
+    def _agent_faults(self, model: FakeModel, text: str) -> Iterable[str]:
+        """Yield each fault of a framework's run: of its converted tools, and of the text that the model reads."""
+        missing = [name for name in TOOLS if not any(offered.endswith(name) for offered in model.tools)]
+        if missing:
+            yield f"does not offer {missing} to the model"
+        if len(model.results) != 1:
+            yield f"the model got {len(model.results)} results"
+        path = re.search(re.escape(str(self.stage.pictures)) + r"/[\w.-]+\.png", text)
+        if path is None or not self._is_picture(Path(path[0])):
+            yield f"the text does not name the picture: {text[:300]!r}"
+        if re.search(rf"[A-Za-z0-9+/=]{{{BASE64_MIN_CHARS},}}", text):
+            yield f"the model reads a preview as {len(text) // CHARS_PER_TOKEN} tokens of text"
 
     def _typescript(self) -> None:
         clients = [client for client in NODE_CLIENTS if self._asked_for(client.name)]

@@ -11,7 +11,7 @@ from mcp_types import CallToolResult, Implementation
 from evolink_mcp.app.wiring import server_for
 
 pytestmark = pytest.mark.anyio
-SDK_NAMES = ["", "mcp", "mcp-client", "example-client", " MCP ", "Mcp-Client"]
+SDK_NAMES = ["", "mcp", "mcp-client", "example-client", "ai-sdk-mcp-client", "google-adk", " MCP "]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 
 

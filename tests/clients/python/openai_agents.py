@@ -21,7 +21,9 @@ def server():
 async def main() -> None:
     async with server() as mcp:
         strict = await MCPUtil.get_function_tools(mcp, True, RunContextWrapper(None), Agent("none"))
-        assert all(tool.strict_json_schema for tool in strict), "a schema cannot be made strict"
+        # 0.24.0 keeps an object without properties as it is.
+        loose = [tool.name for tool in strict if tool.params_json_schema["properties"] and not tool.strict_json_schema]
+        assert loose == [], "a schema cannot be made strict"
         size = result_of(await mcp.call_tool(*SIZE))
         image = result_of(await mcp.call_tool(*IMAGE))
         bad = result_of(await mcp.call_tool(*BAD))
