@@ -96,7 +96,7 @@ def _report_result(answer: CallToolResult, duration_s: float, report: Callable[.
     price = f"about {facts['credits']:g} credits (${facts['usd']:.3f})"
     report(f"\nDone in {duration_s:.1f} s. At EvoLink the same call costs {price} and takes 10 to 130 s.")
     report("The image is simulated. It is saved in a separate folder. Next step:")
-    report("  evolink-mcp doctor    checks this machine and prints the configuration of your MCP host")
+    report("  evolink-mcp install    adds the server to the configuration of your MCP hosts")
     return 0
 
 
