@@ -34,8 +34,8 @@ SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S
 RIVAL_PHASES = (Phase.SENDING, Phase.UNKNOWN, Phase.EXTERNAL)
 # The account's list is read at once and again later, because EvoLink may list a new task with a delay.
 LIST_DELAYS_S = (0.0, 3.0)
-# The charge may differ from the computed price by this share, because the prompt's tokens are estimated.
-PRICE_ERROR = 0.25
+# The charge may differ from the computed range by this share. The range covers every possible count of text tokens.
+PRICE_ERROR = 0.02
 # The entries that are compared with a candidate. With more of them no match is certain enough.
 NEAR_MAX = 200
 # More candidates are read in batches.
@@ -227,7 +227,7 @@ def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
     except ValidationError:
         return 0.0, float("inf")
     references = len(request.image_urls or ()) + (1 if request.mask_url else 0)
-    tokens = costs.prompt_tokens(request.prompt)
+    tokens = len(request.prompt.encode("utf-8", "surrogatepass"))  # a token has at least one byte
     model = request.image_model
     resolved = [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in sizes.RULES]
     shapes = [size for size in resolved if size is not None] or [sizes.Size(*size) for size in model.auto_sizes]

@@ -129,9 +129,15 @@ class JobRunner:
                 continue
             with anyio.CancelScope(shield=True):
                 if await self._writer.claim(entry):
+                    # The purchase may have changed since it was read. An old state must not be continued.
+                    entry = await self._writer.entry_by_key(entry.key) or entry
+                    job = self.job_of(entry.key)
+                    if (job is not None and job.is_abandoned) or not entry.is_reusable(now):
+                        await self._writer.remove_caller(entry.key)
+                        continue
                     save_as = prepared.request.save_as
                     copy_name = save_as if save_as != entry.save_as else None
-                    job = self.job_of(entry.key) or await self.resume(entry, copy_name=copy_name)
+                    job = job or await self.resume(entry, copy_name=copy_name)
                     self.attend(job)
                     job.is_deduplicated = True
                     job.copy_name = copy_name

@@ -27,7 +27,6 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
                 now,
                 estimate=1.0,
                 account=journal.account,
-                profile=journal.profile,
             )
             for _ in range(3)
         )
