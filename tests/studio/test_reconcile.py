@@ -140,7 +140,7 @@ async def test_a_request_that_leaves_the_size_to_evolink_fits_any_of_its_sizes()
     wish = entry(size="auto", quality="high", n=2)
     fits = [
         c
-        for c in (2.0, 5.0, 20.0, 50.0, 90.0, 150.0)
+        for c in (2.0, 5.0, 20.0, 50.0, 87.0, 90.0, 150.0)
         if not contradicts(wish, Task("t", created=NOW, credits_used=c), None)
     ]
-    assert fits == [20.0, 50.0, 90.0]
+    assert fits == [20.0, 50.0, 87.0]
