@@ -40,6 +40,7 @@ ORDER = [
     "journal.entry",
     "journal.backend",
     "journal.rows",
+    "journal.paid_record",
     "journal.journal",
     "journal.migrations",
     "journal.sqlite",

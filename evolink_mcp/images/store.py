@@ -66,6 +66,7 @@ ENDING_MAX_BYTES = len("-9" + "-9999" + ".webp")
 # Bytes of the prompt in a file name. The rest is for the task ID, the ending and the suffix of the sidecar.
 PROMPT_MAX_BYTES = NAME_MAX_BYTES - len("-12345678") - ENDING_MAX_BYTES - len(SUFFIX)
 UNFINISHED_MAX_AGE_S = 3600
+ENTRIES_SEARCHED = 1000
 
 Fetch = Callable[[BinaryIO], Awaitable[int]]
 
@@ -141,7 +142,7 @@ class SavedImage:
 class LocalImageStore:
     """Save images into the user's folders, each with a sidecar unless `sidecars` is False.
 
-    If a paid image cannot be saved there, it is saved into `fallback`. `journal` remembers the folders that were used.
+    If a paid image cannot be saved there, it is saved into `fallback`. `journal` has the folders of earlier images.
     `free_bytes` returns the free space of a folder's disk.
     """
 
@@ -164,7 +165,6 @@ class LocalImageStore:
         self._has_sidecars = sidecars
         self._free_bytes = free_bytes
         self._sweeper = UnfinishedFiles()
-        self._used_roots: set[Path] = set()
 
     def check_name(self, save_as: str) -> None:
         """See ImageStore."""
@@ -174,7 +174,7 @@ class LocalImageStore:
         """See ImageStore."""
         folder = self._folders.output if save_as is None else self._folders.target(save_as).parent
         try:
-            await self._find_root(folder)
+            await self._check_root(folder)
             free = await anyio.to_thread.run_sync(_probe, folder, self._free_bytes)
         except OSError as error:
             raise FolderRefused(
@@ -224,7 +224,7 @@ class LocalImageStore:
         reason = None
         try:
             try:
-                root = await self._find_root(target.parent)
+                await self._check_root(target.parent)
             except OSError as error:
                 raise _unwritable(target.parent, error) from error
             saved_image = await save_as_file(target)
@@ -234,12 +234,10 @@ class LocalImageStore:
             except EvolinkError:
                 raise error from None
             reason = error.message
-        else:
-            await self._remember(root)
         return replace(image, **asdict(saved_image), fallback_reason=reason)
 
-    async def _find_root(self, folder: Path) -> Path:
-        """Return the allowed folder that contains `folder`.
+    async def _check_root(self, folder: Path) -> None:
+        """Check that the allowed folder that contains `folder` exists or was not used yet.
 
         Raises:
             FileNotFoundError: the allowed folder was used before and does not exist now. The server does not create it
@@ -249,20 +247,15 @@ class LocalImageStore:
         if not root.exists() and await self._was_used(root):
             reason = "it does not exist, and earlier pictures are in it: connect its drive, or create it again"
             raise FileNotFoundError(errno.ENOENT, reason)
-        return root
 
     async def _was_used(self, root: Path) -> bool:
-        if root in self._used_roots:
+        """Return whether a recent image is in this folder. Without the journal: assume that."""
+        try:
+            entries = await self._journal.recent(ENTRIES_SEARCHED)
+        except JournalUnwritable:
             return True
-        with suppress(JournalUnwritable):
-            return await self._journal.fact(_fact_of(root)) is not None
-        return True
-
-    async def _remember(self, root: Path) -> None:
-        if root not in self._used_roots:
-            with suppress(JournalUnwritable):
-                await self._journal.save_fact(_fact_of(root), "used")
-                self._used_roots.add(root)
+        paths = [Path(image.path) for entry in entries for image in entry.images if image.path is not None]
+        return any(path.is_relative_to(root) for path in paths)
 
     def _target(self, entry: Entry, index: int, save_as: str | None) -> Path:
         if save_as is not None:
@@ -280,10 +273,6 @@ def _name_of(entry: Entry, index: int, save_as: str | None) -> str:
         return name.name
     # The number is the index of the image. It does not depend on the order of the downloads.
     return f"{cut_to_bytes(name.stem, NAME_MAX_BYTES - ENDING_MAX_BYTES)}-{index}{name.suffix}"
-
-
-def _fact_of(root: Path) -> str:
-    return f"folder {root}"
 
 
 def _probe(folder: Path, free_bytes: Callable[[Path], int]) -> int:

@@ -9,9 +9,10 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.journal import SUMS, Journal, Sums
+from evolink_mcp.journal.journal import INSERT_ENTRY, SUMS, Journal, Learn, Sums
 from evolink_mcp.journal.migrations import check_origin, migrate, transaction
+from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, is_paid, readable_tasks
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import fold, readable_entries
 
@@ -37,11 +39,20 @@ FILE_NAME = "journal.sqlite3"
 BUSY_TIMEOUT_S = 15.0
 COPIES_MAX = 5
 
+# Add entries of a copy. The state with a task, the finished state and the delivered state is the later one.
+MERGE_ENTRIES = """INSERT OR REPLACE INTO main.entries SELECT old.* FROM copy.entries AS old
+    LEFT JOIN main.entries AS new ON new.key = old.key WHERE new.key IS NULL
+    OR (old.task_id IS NOT NULL, old.closed, old.delivered_at IS NOT NULL)
+        > (new.task_id IS NOT NULL, new.closed, new.delivered_at IS NOT NULL)"""
+# Add an entry of the record, unless the journal has its key or its task.
+INSERT_LOST = INSERT_ENTRY.replace("INSERT INTO", "INSERT OR IGNORE INTO")
+
 
 class JournalFile:
     """One connection to the file in `folder`. The first `run` creates folder and file. All methods block.
 
-    `set_aside` is the new path of a damaged file, if there was one.
+    Before each action it compares the three files of the database with those that it opened, and the journal with the
+    record of paid tasks. `set_aside` is the new path of a damaged file, if there was one.
     """
 
     def __init__(self, folder: Path, owner: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -50,7 +61,12 @@ class JournalFile:
         self._owner = owner
         self._clock = clock
         self._db: sqlite3.Connection | None = None
-        self._inode = 0
+        self._files: FileStates = {}
+        self._record = PaidRecord(folder)
+        self._is_compared = False
+        self._unrecorded: dict[
+            str, PaidTask
+        ] = {}  # paid tasks that a living server has not written into the journal yet
         self._dead_owners: set[str] = set()
         self._lease: BaseFileLock | None = None
         self._lease_inode = 0
@@ -70,16 +86,27 @@ class JournalFile:
 
         for attempt in (1, 2):
             try:
-                return act(self._opened())
-            except sqlite3.OperationalError as error:
-                raise self.unwritable(str(error)) from error
+                db = self._opened()
+                self._compare_record(db)
+                return act(db)
             except sqlite3.DatabaseError as error:
+                # A short read is damage: a file is smaller than its index says.
+                is_short = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ
+                if isinstance(error, sqlite3.OperationalError) and not is_short:
+                    raise self.unwritable(str(error)) from error
                 if attempt == 2 or isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                     raise self.unwritable(str(error)) from error
                 self._set_aside()
             except OSError as error:
                 raise self.unwritable(error.strerror or type(error).__name__) from error
         raise AssertionError("unreachable")
+
+    def record_paid(self, task: PaidTask) -> None:
+        """Add a paid task to the record. An error is only logged, because the journal gets the entry too."""
+        try:
+            self._record.append([task])
+        except OSError as error:
+            log.error("%s was not added to %s: %s", task.entry.task_id, self._record.path, error.strerror)
 
     @property
     def is_open(self) -> bool:
@@ -128,14 +155,25 @@ class JournalFile:
         )
 
     def _opened(self) -> sqlite3.Connection:
-        if self._db is not None and self._current_inode() != self._inode:
-            self._recover(self._db)
+        if self._db is not None:
+            now = _states(self.path)
+            if _is_same(self._files, now):
+                self._files = now
+            else:
+                self._recover(self._db, self._files, now)
         self._take_lease()
         if self._db is None:
-            if not self.path.exists():
+            files = _states(self.path)
+            if files[""] == FileState.missing():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            elif files[""].size == 0 and files["-wal"].size > 0:
+                # SQLite would delete the log of an empty file, although only the log has the entries.
+                self._set_aside()
+                return self._opened()
             self._db = self._connect()
-            self._inode = self._current_inode()
+            self._files = _states(self.path)
+            self._is_compared = False
+            self._merge_copy(self._db)
         return self._db
 
     def _connect(self) -> sqlite3.Connection:
@@ -150,37 +188,116 @@ class JournalFile:
             raise
         return db
 
-    def _current_inode(self) -> int:
-        return _inode(self.path)
-
-    def _recover(self, db: sqlite3.Connection) -> None:
-        """Restore a file that was deleted while it was open, or open the file that replaced it.
+    def _recover(self, db: sqlite3.Connection, before: FileStates, now: FileStates) -> None:
+        """Close the files that were deleted, truncated or replaced. Copy the entries first, for the next `_connect`.
 
         Otherwise this server would write purchases into a file that no other server and no later start can see.
         """
         import sqlite3
 
-        if self.path.exists():
-            log.warning("the journal %s was replaced; running purchases are written into the new file", self.path)
+        self._copy_entries(db)
+        if now[""].inode not in (0, before[""].inode):
+            log.warning("the journal %s was replaced; the entries of this server are added to the new file", self.path)
             self._shut()
             return
-        log.warning("the journal %s was deleted while it was open; it is restored", self.path)
-        part = self.path.with_name(f".{FILE_NAME}-{self._owner}")
+        log.warning("a file of the journal %s was deleted or truncated while it was open; it is restored", self.path)
+        if now["-shm"].inode == before["-shm"].inode and now["-wal"].inode != before["-wal"].inode:
+            # The servers still share the index of the deleted log, so no other program could write a new log.
+            with suppress(sqlite3.DatabaseError):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._shut()
+        if now[""] == FileState.missing():
+            for tail in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{self.path}{tail}")
+
+    @property
+    def _copy_path(self) -> Path:
+        return self.path.with_name(f".{FILE_NAME}-{self._owner}")
+
+    def _copy_entries(self, db: sqlite3.Connection) -> None:
+        """Copy the content of the open files, unless it is damaged too."""
+        import sqlite3
+
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(part, os.O_CREAT | os.O_RDWR, 0o600))
-        copy = sqlite3.connect(part)
+        self._copy_path.unlink(missing_ok=True)
+        os.close(os.open(self._copy_path, os.O_CREAT | os.O_RDWR, 0o600))
+        copy = sqlite3.connect(self._copy_path)
         try:
             db.backup(copy)
+            is_intact = copy.execute("PRAGMA quick_check").fetchone()[0] == "ok"
+        except sqlite3.DatabaseError:
+            is_intact = False
         finally:
             copy.close()
-        self._shut()
-        for tail in ("-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self.path}{tail}")
-        if not self.path.exists():
-            os.replace(part, self.path)
-        else:
-            part.unlink()
+        if not is_intact:
+            self._copy_path.unlink()
+
+    def _merge_copy(self, db: sqlite3.Connection) -> None:
+        """Add the entries of the copy, if there is one. Of two states of an entry the later one stays.
+
+        Raises:
+            sqlite3.DatabaseError: the opened file is damaged.
+        """
+        import sqlite3
+
+        if not self._copy_path.exists():
+            return
+        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        db.execute("ATTACH ? AS copy", (str(self._copy_path),))
+        try:
+            with transaction(db):
+                db.execute(MERGE_ENTRIES)
+                tables = db.execute("SELECT name FROM copy.sqlite_master WHERE type = 'table' AND name <> 'entries'")
+                for (table,) in tables.fetchall():
+                    db.execute(f'INSERT OR REPLACE INTO main."{table}" SELECT * FROM copy."{table}"')
+        finally:
+            db.execute("DETACH copy")
+        self._copy_path.unlink()
+
+    def _compare_record(self, db: sqlite3.Connection) -> None:
+        """Restore paid tasks that are in the record and not in the journal.
+
+        Raises:
+            sqlite3.Error, OSError: the record was not compared.
+        """
+        if not self._record.exists():
+            rows = db.execute("SELECT * FROM entries WHERE phase = 'submitted' ORDER BY created_at").fetchall()
+            self._record.append(readable_tasks(rows))
+        if self._is_compared and not self._unrecorded and not self._record.has_news():
+            return
+        tasks = self._record.read_new() if self._is_compared else self._record.read_tail()
+        lost = self._lost_tasks(db, tasks)
+        if lost and not self._is_compared:
+            lost = self._lost_tasks(db, self._record.read_all())
+        if lost:
+            log.warning("the journal %s lacked %d paid tasks; they are restored", self.path, len(lost))
+            with transaction(db):
+                restore(db, lost)
+        self._is_compared = True
+
+    def _lost_tasks(self, db: sqlite3.Connection, tasks: list[PaidTask]) -> list[PaidTask]:
+        """Return the tasks whose entry the journal does not have, or has without its task and without a living owner."""
+        lost: list[PaidTask] = []
+        for task in (*self._unrecorded.values(), *tasks):
+            entry = task.entry
+            row = db.execute("SELECT owner, task_id FROM entries WHERE key = ?", (entry.key,)).fetchone()
+            is_written = row is not None and row["task_id"] is not None
+            has_living_owner = row is not None and row["owner"] != "" and not self._is_dead_owner(row["owner"])
+            if is_written or not has_living_owner:
+                self._unrecorded.pop(entry.key, None)
+                if not is_written:
+                    lost.append(task if self._has_lease(entry.owner) else _released(task))
+            else:
+                self._unrecorded[entry.key] = task
+        return lost
+
+    def _has_lease(self, owner: str) -> bool:
+        return owner == self._owner or (self.lease_path(owner).exists() and not self.is_dead(owner))
+
+    def _is_dead_owner(self, owner: str) -> bool:
+        return owner != self._owner and self.is_dead(owner)
 
     def _shut(self) -> bool:
         """Close the connection. Return False if there was none."""
@@ -210,7 +327,7 @@ class JournalFile:
     def _set_aside(self) -> None:
         if self._shut():
             with suppress(OSError):
-                if self.path.stat().st_ino != self._inode:
+                if self.path.stat().st_ino != self._files[""].inode:
                     return  # another server renamed the damaged file and created this one
         aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self._owner[-6:]}")
         try:
@@ -236,12 +353,15 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
     file = JournalFile(folder, "reader")
     with TemporaryDirectory(prefix="evolink-mcp-") as name:
         copy = Path(name) / FILE_NAME
+        record = PaidRecord(folder)
         try:
-            _copy(file.path, copy)
+            if file.path.exists() or not record.exists():
+                _copy(file.path, copy)
             db = _connected(copy)
             try:
                 check_origin(db, file.path)
                 migrate(db)
+                restore(db, record.read_all())
                 yield db
             finally:
                 db.close()
@@ -249,6 +369,52 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
             raise file.unwritable(str(error)) from error
         except OSError as error:
             raise file.unwritable(error.strerror or type(error).__name__) from error
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """The identity of a file and its size in bytes. Both are 0 if there is no file."""
+
+    inode: int
+    size: int
+
+    @classmethod
+    def missing(cls) -> FileState:
+        """Return the state of a missing file."""
+        return cls(0, 0)
+
+
+FileStates = dict[str, FileState]
+
+
+def _states(path: Path) -> FileStates:
+    """Return the states of the database, its log and the index of the log."""
+    states: FileStates = {}
+    for tail in ("", "-wal", "-shm"):
+        try:
+            status = os.stat(f"{path}{tail}")
+        except OSError:
+            states[tail] = FileState.missing()
+        else:
+            states[tail] = FileState(status.st_ino, status.st_size)
+    return states
+
+
+def _is_same(before: FileStates, now: FileStates) -> bool:
+    """Return whether all files have the same identity and none became smaller."""
+    return all(old.inode in (0, now[tail].inode) and now[tail].size >= old.size for tail, old in before.items())
+
+
+def restore(db: sqlite3.Connection, tasks: Iterable[PaidTask]) -> None:
+    """Write the entries of tasks that the journal does not have, or has without their task."""
+    for task in tasks:
+        db.execute("DELETE FROM entries WHERE key = ? AND task_id IS NULL", (task.entry.key,))
+        db.execute(INSERT_LOST, task.values)
+
+
+def _released(task: PaidTask) -> PaidTask:
+    """Return the task without its owner and its waiting call: both have ended."""
+    return replace(task, entry=replace(task.entry, owner="", caller=""))
 
 
 def _inode(path: Path) -> int:
@@ -371,6 +537,10 @@ class SqliteBackend:
         """See Backend. One thread runs all actions in the order of their calls."""
         return await self._call(lambda: self.file.run(lambda db: _run_now(act(SqliteConnection(db, self.file)))))
 
+    async def record_paid(self, task: PaidTask) -> None:
+        """Add a paid task to the record beside the journal."""
+        await self._call(lambda: self.file.record_paid(task))
+
     def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """See Backend. SQLite has no notifications; `reread_s` is short instead."""
         return lambda: None
@@ -410,6 +580,12 @@ class SqliteJournal(Journal):
         backend = SqliteBackend(folder, clock=clock)
         super().__init__(backend, identity, profile=profile)
         self.file = backend.file
+        self._sqlite = backend
+
+    async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
+        if is_paid(entry):
+            await self._sqlite.record_paid(PaidTask(self.profile, entry))
+        return await super()._write(entry, columns, learn)
 
     @property
     def path(self) -> Path:

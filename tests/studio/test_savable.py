@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 THAI = "ภาพถ่ายทิวทัศน์ยามเย็นของวัดอรุณริมแม่น้ำเจ้าพระยาที่มีเรือหางยาวแล่นผ่าน" * 2
 JAPANESE = "夕暮れの海辺に立つ古い灯台とその上を飛ぶ白い鳥の群れを描いた水彩画" * 3
+THAI_WORDS = "วัดอรุณ แม่น้ำ ยามเย็น เรือหางยาว แสงแดด ท้องฟ้า สีทอง นกบิน"
 RARE = "𠀀" * 60 + " ของวัดอรุณ"
+PROMPTS = {"Thai": THAI, "Japanese": JAPANESE, "rare": RARE, "words": THAI_WORDS, "Latin": "x" * 300}
 
 
 async def call(world: World, tool: str, arguments: dict[str, Any]) -> Any:
@@ -137,7 +139,9 @@ async def test_an_undelivered_purchase_is_returned_although_nothing_can_be_bough
 # --- names ---
 
 
-@pytest.mark.parametrize("prompt", [THAI, JAPANESE, RARE, "x" * 300], ids=["Thai", "Japanese", "rare", "Latin"])
+@pytest.mark.parametrize(
+    "prompt", [THAI, JAPANESE, RARE, THAI_WORDS, "x" * 300], ids=["Thai", "Japanese", "rare", "words", "Latin"]
+)
 @pytest.mark.parametrize("count", [1, 10])
 async def test_a_file_name_and_its_sidecar_have_at_most_143_bytes(prompt: str, count: int) -> None:
     entry = Entry("key", "", Phase.SUBMITTED, 0.0, request={"prompt": prompt, "n": count})

@@ -1,0 +1,335 @@
+"""The journal is three files. A deleted or truncated one is noticed before the next purchase, and no paid task is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blocking import BlockingJournal
+from conftest import Clock, Open, PlainSimulator
+
+from evolink_mcp.api.task import Task
+from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal import paid_record
+from evolink_mcp.journal.entry import Entry, Phase, new_key
+from evolink_mcp.journal.journal import DailyLimitReached
+from evolink_mcp.journal.paid_record import PaidTask
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
+
+NOW = 1_790_000_000.0
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+NOT_ON_WINDOWS = pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps open files")
+
+
+def remove(*tails: str) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        for tail in tails:
+            Path(f"{path}{tail}").unlink(missing_ok=True)
+
+    return act
+
+
+def truncate(tail: str, share: float = 0.0) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        file = Path(f"{path}{tail}")
+        os.truncate(file, int(file.stat().st_size * share))
+
+    return act
+
+
+DAMAGE = {
+    "log removed": remove("-wal"),
+    "log and index removed": remove("-wal", "-shm"),
+    "index removed": remove("-shm"),
+    "all removed": remove("", "-wal", "-shm"),
+    "database removed": remove(""),
+    "database empty": truncate(""),
+    "database cut": truncate("", 0.5),
+    "log empty": truncate("-wal"),
+    "log cut": truncate("-wal", 0.6),
+}
+damaged = pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
+    """Return a function that opens one more journal of the folder, as another server does."""
+    journals: list[BlockingJournal] = []
+
+    def journal() -> BlockingJournal:
+        journals.append(BlockingJournal(tmp_path / "data", clock=lambda: NOW))
+        return journals[-1]
+
+    yield journal
+    for one in journals:
+        with suppress(JournalUnwritable):
+            one.close()
+
+
+Opened = Callable[[], BlockingJournal]
+
+
+def buy(journal: BlockingJournal, number: int) -> Entry:
+    """Record a purchase of 1 credit up to its task ID."""
+    entry = Entry(
+        new_key(), journal.owner, Phase.INTENT, NOW + number, request={"prompt": f"fox {number}"}, estimate=1.0
+    )
+    journal.intend(entry)
+    entry = replace(entry, phase=Phase.SENDING)
+    assert journal.update(entry)
+    entry = replace(entry, phase=Phase.SUBMITTED, task=Task(f"task-unified-{number}-a"))
+    assert journal.update(entry)
+    return entry
+
+
+def completed(entry: Entry) -> Entry:
+    assert entry.task is not None
+    return replace(entry, task=replace(entry.task, status="completed", credits_used=1.0))
+
+
+def order(journal: BlockingJournal) -> bool:
+    """Try one more purchase of 1 credit with a daily limit of 3. Return whether the journal admits it."""
+    entry = Entry(new_key(), journal.owner, Phase.INTENT, NOW + 9, estimate=1.0)
+    try:
+        journal.intend(entry, since=NOW, cap=3.0)
+    except DailyLimitReached:
+        return False
+    return True
+
+
+def tasks_of(entries: list[Entry]) -> set[str | None]:
+    return {entry.task_id for entry in entries}
+
+
+TASKS = {f"task-unified-{number}-a" for number in (1, 2, 3)}
+
+# --- running servers ---
+
+
+@NOT_ON_WINDOWS
+@damaged
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["in the log", "in the database"])
+def test_a_running_server_notices_the_damage_before_its_next_purchase(
+    opened: Opened, damage: Callable[[Path], None], is_checkpointed: bool
+) -> None:
+    one = opened()
+    for number in (1, 2, 3):
+        buy(one, number)
+        if is_checkpointed and number == 2:
+            one.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(FULL)").fetchone())
+    damage(one.path)
+    assert not order(one)
+    assert tasks_of(one.recent(9)) == TASKS
+    other = opened()
+    assert tasks_of(other.recent(9)) == TASKS
+    assert not order(other)
+
+
+@NOT_ON_WINDOWS
+@damaged
+def test_a_purchase_after_the_damage_counts_for_the_limit_of_other_servers(
+    opened: Opened, damage: Callable[[Path], None]
+) -> None:
+    """The record does not have this purchase, because EvoLink has not answered yet."""
+    one = opened()
+    for number in (1, 2):
+        buy(one, number)
+    damage(one.path)
+    assert order(one)
+    other = opened()
+    assert not order(other)
+    assert len(other.recent(9)) == 3
+
+
+@NOT_ON_WINDOWS
+@damaged
+def test_a_new_server_buys_nothing_above_the_limit_before_the_running_one_notices(
+    opened: Opened, damage: Callable[[Path], None]
+) -> None:
+    one = opened()
+    for number in (1, 2, 3):
+        buy(one, number)
+    damage(one.path)
+    other = opened()
+    with suppress(JournalUnwritable):
+        assert not order(other)
+    assert not order(one)
+    assert not order(other)
+    for journal in (one, other):
+        assert tasks_of(journal.recent(9)) >= TASKS
+
+
+@NOT_ON_WINDOWS
+@damaged
+def test_three_servers_continue_on_one_journal_after_the_damage(opened: Opened, damage: Callable[[Path], None]) -> None:
+    servers = [opened(), opened(), opened()]
+    entries = [buy(server, number) for number, server in enumerate(servers, start=1)]
+    damage(servers[0].path)
+    for server, entry in zip(servers, entries, strict=True):
+        done = completed(entry)
+        with suppress(JournalUnwritable):
+            server.update(done)
+    for server in (*servers, *servers, opened()):
+        assert tasks_of(server.recent(9)) == TASKS
+        assert not order(server)
+
+
+# --- killed servers ---
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import test_three_files as tests
+from pathlib import Path
+journal = tests.BlockingJournal(Path({folder!r}))
+for number in (1, 2, 3):
+    tests.buy(journal, number)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@NOT_ON_WINDOWS
+@damaged
+def test_all_paid_tasks_of_a_killed_server_are_listed_after_the_damage(
+    opened: Opened, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    here = Path(__file__).parent
+    code = KILLED.format(path=[str(here), str(here.parent)], folder=str(tmp_path / "data"))
+    ended = subprocess.run([sys.executable, "-P", "-c", code], check=False)
+    assert ended.returncode == -9
+    damage(tmp_path / "data" / FILE_NAME)
+    assert tasks_of(read_entries(tmp_path / "data", 9)) >= TASKS or not (tmp_path / "data" / FILE_NAME).exists()
+    journal = opened()
+    assert tasks_of(journal.recent(9)) == TASKS
+    assert not order(journal)
+    adopted = journal.adopt()
+    assert tasks_of(adopted) == TASKS
+    assert {entry.request["prompt"] for entry in adopted} == {"fox 1", "fox 2", "fox 3"}
+
+
+@pytest.mark.anyio
+@pytest.mark.journal_file
+@pytest.mark.usefixtures("in_time")
+async def test_the_next_server_completes_a_task_that_only_the_record_has(open_world: Open, tmp_path: Path) -> None:
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=50)
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        bought = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
+    for file in (tmp_path / "data").glob(f"{FILE_NAME}*"):
+        file.unlink()
+    task_id = bought.structured_content["task_id"]
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        listed = await client.call_tool("list_tasks", {})
+        again = await client.call_tool("generate_image", REQUEST)
+    assert [task["task_id"] for task in listed.structured_content["tasks"]] == [task_id]
+    assert again.structured_content["task_id"] == task_id
+    assert Path(again.structured_content["images"][0]["path"]).is_file()
+    assert len(simulator.tasks) == 1
+
+
+# --- the record ---
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / paid_record.FILE_NAME).read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_record_has_one_line_for_each_paid_task_and_only_for_the_user(opened: Opened) -> None:
+    journal = opened()
+    for number in (1, 2, 3):
+        entry = buy(journal, number)
+        done = completed(entry)
+        assert journal.update(done)
+        assert journal.update_images(done)
+    journal.intend(Entry(new_key(), journal.owner, Phase.INTENT, NOW))
+    lines = lines_of(journal.folder)
+    assert [line["task_id"] for line in lines] == sorted(TASKS)
+    assert len({line["key"] for line in lines}) == 3
+    if sys.platform != "win32":
+        assert (journal.folder / paid_record.FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_line_that_a_crash_cut_off_costs_only_itself(opened: Opened) -> None:
+    journal = opened()
+    buy(journal, 1)
+    record = journal.folder / paid_record.FILE_NAME
+    with record.open("ab") as file:
+        file.write(b'{"key": "evomcp-cut')
+    buy(journal, 2)
+    with record.open("ab") as file:
+        file.write(b"\xff\xfe no JSON\n[]\n")
+    buy(journal, 3)
+    journal.close()
+    remove("", "-wal", "-shm")(journal.path)
+    assert tasks_of(opened().recent(9)) == TASKS
+
+
+def test_a_deleted_record_is_written_again_from_the_journal(opened: Opened) -> None:
+    journal = opened()
+    for number in (1, 2):
+        buy(journal, number)
+    (journal.folder / paid_record.FILE_NAME).unlink()
+    buy(journal, 3)
+    assert {line["task_id"] for line in lines_of(journal.folder)} == TASKS
+
+
+def test_a_record_that_cannot_be_read_stops_purchases(opened: Opened) -> None:
+    journal = opened()
+    buy(journal, 1)
+    (journal.folder / paid_record.FILE_NAME).unlink()
+    (journal.folder / paid_record.FILE_NAME).mkdir()
+    with pytest.raises(JournalUnwritable):
+        order(journal)
+
+
+def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(opened: Opened) -> None:
+    journal = opened()
+    entry = buy(journal, 1)
+    other = replace(entry, key=new_key(), task=Task("task-unified-2-a"))
+    shutil.rmtree(journal.folder / "owners")
+    (journal.folder / "owners").write_text("no folder")
+    with pytest.raises(JournalUnwritable):
+        journal.update(other)
+    assert [line["task_id"] for line in lines_of(journal.folder)] == ["task-unified-1-a", "task-unified-2-a"]
+    (journal.folder / "owners").unlink()
+    assert tasks_of(journal.recent(9)) == {"task-unified-1-a", "task-unified-2-a"}
+
+
+def test_a_task_that_its_living_owner_is_about_to_write_is_left_to_it(opened: Opened) -> None:
+    owner = opened()
+    other = opened()
+    entry = Entry(new_key(), owner.owner, Phase.INTENT, NOW, estimate=1.0)
+    owner.intend(entry)
+    submitted = replace(entry, phase=Phase.SUBMITTED, task=Task("task-unified-1-a"))
+    paid_record.PaidRecord(owner.folder).append([PaidTask("default", submitted)])
+    assert tasks_of(other.recent(9)) == {None}
+    owner.file.close(keep_lease_file=True)
+    assert tasks_of(other.recent(9)) == {"task-unified-1-a"}
+
+
+def test_only_the_end_of_a_long_record_is_read_if_the_journal_has_it(opened: Opened) -> None:
+    journal = opened()
+    buy(journal, 1)
+    record = journal.folder / paid_record.FILE_NAME
+    old = replace(
+        buy(journal, 2), key="old", task=Task("task-unified-0-old"), request={"prompt": "x" * paid_record.TAIL_BYTES}
+    )
+    content = record.read_bytes()
+    record.unlink()
+    paid_record.PaidRecord(journal.folder).append([PaidTask("default", old)])
+    with record.open("ab") as file:
+        file.write(content)
+    journal.close()
+    assert "task-unified-0-old" not in tasks_of(opened().recent(9))
+    remove("", "-wal", "-shm")(journal.path)
+    assert "task-unified-0-old" in tasks_of(opened().recent(9))
