@@ -31,6 +31,7 @@ EXAMPLE_KEY = "sk-..."
 KEY_IN_STORE = "keyring"  # instead of a key: the key is in the key store of the system
 EVOLINK_DOMAIN = "evolink.ai"
 CREDITS_MAX = 1e9
+DAYS_MAX = 36_500
 PROFILE_MAX_CHARS = 100
 
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
@@ -308,6 +309,13 @@ def _working_folder() -> tuple[Path, ...]:
     return () if folder == Path(folder.anchor) or home.is_relative_to(folder) else (folder,)
 
 
+def _days(text: str) -> float:
+    days = number(DAYS_MAX)(text)
+    if days < 1:
+        raise ValueError(f"must be a number of days from 1 to {DAYS_MAX}")
+    return days
+
+
 # --- the table ---
 
 
@@ -412,6 +420,13 @@ class Settings:
     )
     confirm_above: float | None = setting(
         "EVOLINK_MCP_CONFIRM_ABOVE", number(CREDITS_MAX), None, "Price in credits above which the user must confirm."
+    )
+    retention_days: float | None = setting(
+        "EVOLINK_MCP_RETENTION_DAYS",
+        _days,
+        None,
+        "Days after which the journal forgets the request of a finished purchase and expired uploads. Images stay.",
+        default_text="forever",
     )
     max_running: int | None = field(kw_only=True, default=None)
 

@@ -109,6 +109,7 @@ async def open_studio(
             preview_edge=settings.preview.edge,
             callback_hosts=settings.callback_hosts,
             is_shared=parts.has_other_tenants,
+            retention_days=settings.retention_days,
             key_problem=settings.key_problem,
             callbacks=parts.callbacks,
             poller=parts.poller,

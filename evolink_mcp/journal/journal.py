@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from evolink_mcp.api.task import SETTLED, Task
@@ -20,6 +21,8 @@ from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import COLUMNS, STATE_COLUMNS, fold, readable_entries, task_from_dict, values_of
 
 log = logging.getLogger(__name__)
+
+FORGET_AT_ONCE = 200  # entries in one transaction
 
 # In each query, {mine} is the condition for the entries of the profile, {linked} the condition for those of them that this
 # key's accounts bought, {accounts} is a list of account IDs, {marks} is a list of `?`.
@@ -88,6 +91,13 @@ UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
 # Record the address of an uploaded reference image.
 SAVE_UPLOAD = """INSERT INTO uploads VALUES (?, ?, ?, ?)
     ON CONFLICT (profile, sha256) DO UPDATE SET url = excluded.url, expires_at = excluded.expires_at"""
+# Read finished entries that still have their request, oldest first.
+FIND_OLD_REQUESTS = """SELECT * FROM entries WHERE {mine} AND closed AND created_at < ? AND created_at > ?
+    AND request <> '{{}}' ORDER BY created_at LIMIT ?"""
+# Remove the request of a finished entry.
+REMOVE_REQUEST = 'UPDATE entries SET request = ?, "references" = ?, words = ? WHERE key = ? AND closed'
+# Delete uploads that EvoLink does not have any more.
+DELETE_UPLOADS = "DELETE FROM uploads WHERE {mine} AND expires_at <= ?"
 # Find the address of an uploaded reference image.
 FIND_UPLOAD = "SELECT url, expires_at FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
 # Record a fact about the account.
@@ -472,6 +482,20 @@ class Journal:
 
     # --- uploads and facts ---
 
+    async def forget(self, before: float, now: float) -> int:
+        """Remove the requests of finished entries that are older than `before`, and expired uploads.
+
+        The entries stay, with task, charge and images. Return the number of changed entries.
+        """
+        await self._execute(self._sql(DELETE_UPLOADS), now)
+        changed = 0
+        newest = 0.0
+        while rows := await self._fetch(self._sql(FIND_OLD_REQUESTS), before, newest, FORGET_AT_ONCE):
+            newest = rows[-1]["created_at"]
+            entries = [replace(entry, request={}, references=()) for entry in readable_entries(rows)]
+            changed += await self._backend.run(partial(_remove_requests, entries))
+        return changed
+
     async def remember_upload(self, sha256: str, url: str, expires_at: float) -> None:
         """Record that EvoLink has a reference image of this profile under this URL until `expires_at`."""
         await self._execute(SAVE_UPLOAD, self.profile, sha256, url, expires_at)
@@ -668,6 +692,13 @@ class Journal:
         if servers:
             for query in (RELEASE_CALLERS, RELEASE_OWNERS):
                 await db.execute(self._sql(query, marks=_marks(servers)), servers)
+
+
+async def _remove_requests(entries: list[Entry], db: Connection) -> int:
+    async with db.transaction():
+        for entry in entries:
+            await db.execute(REMOVE_REQUEST, (*values_of(entry, ("request", "references", "words")), entry.key))
+    return len(entries)
 
 
 @contextmanager

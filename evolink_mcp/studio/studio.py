@@ -29,6 +29,7 @@ from evolink_mcp.studio.runner import JobRunner
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import DurationHistory
 from evolink_mcp.studio.size_rule import AUTO
+from evolink_mcp.studio.times import DAY_S
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class StudioOptions:
 
     `size_rule`: the setting of the size rule. `preview_edge`: the longest edge of previews in pixels. `callback_hosts`:
     the hostnames that callers' callbacks may use, None allows all. `is_shared`: other callers use the account too.
+    `retention_days`: the age at which finished entries lose their request; None keeps it.
     `key_problem`: the reason why there is no usable key. `callbacks`: the addresses for EvoLink's callbacks. `poller`:
     a poller that several studios of the account share. `subscribers` receive the events of all jobs.
     """
@@ -55,6 +57,7 @@ class StudioOptions:
     preview_edge: int | None = None
     callback_hosts: frozenset[str] | None = None
     is_shared: bool = False
+    retention_days: float | None = None
     key_problem: str | None = None
     callbacks: CallbackAddresses | None = None
     poller: Poller | None = None
@@ -142,6 +145,8 @@ class Studio:
         self._has_caller = anyio.Event()
         group.start_soon(writer.flush_loop, timing.idle)
         group.start_soon(self._adopt_loop)
+        if options.retention_days is not None:
+            group.start_soon(self._forget_loop, options.retention_days * DAY_S)
 
     async def stop(self) -> None:
         """Give POSTs in progress SUBMIT_GRACE_S seconds to end."""
@@ -373,6 +378,14 @@ class Studio:
 
     def _key_missing(self) -> KeyMissing:
         return KeyMissing(self._options.key_problem or "no EvoLink API key is set")
+
+    async def _forget_loop(self, max_age_s: float) -> None:
+        """Remove old requests from the journal: after the first call, because a start must not write, then every day."""
+        await self._has_caller.wait()
+        while True:
+            now = self._timing.clock()
+            await self._writer.ignore_unwritable(self.journal.forget(now - max_age_s, now))
+            await self._timing.idle(DAY_S)
 
     async def _adopt_loop(self) -> None:
         with anyio.move_on_after(ADOPT_AFTER_S):

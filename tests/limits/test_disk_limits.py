@@ -1,0 +1,99 @@
+"""Limits for the files of the server: journal, copies and previews."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from conftest import Clock, Open, World
+from office import ANNA, WISH, office
+
+from evolink_mcp.images.previews import PreviewCache
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
+DAY_S = 86_400.0
+# A file name has the first 48 characters of a prompt. The words after this text are only in the request.
+SEA = "a calm picture of the sea and of the islands on the horizon with"
+
+
+async def tasks_with(world: World, query: str) -> list[str]:
+    async with world.client() as client:
+        answer = await client.call_tool("list_tasks", {"query": query})
+    return [task["task_id"] for task in answer.structured_content["tasks"]]
+
+
+async def buy(world: World, **arguments: Any) -> dict[str, Any]:
+    async with world.client() as client:
+        answer = await client.call_tool("generate_image", {"size": "1024x640", **arguments})
+    return answer.structured_content
+
+
+async def test_the_journal_forgets_old_requests_and_keeps_tasks_charges_and_images(open_world: Open) -> None:
+    clock = Clock()
+    async with open_world(clock=clock) as world:
+        old = await buy(world, prompt=f"sim:fast {SEA} a secret fox", save_as="hero.png")
+        await world.studio.journal.remember_upload("ab", "https://x.example/1", world.studio.now() + 10)
+        clock.now += 3 * DAY_S
+        new = await buy(world, prompt=f"sim:fast {SEA} a secret hen")
+        running = await buy(world, prompt=f"sim:slow=60 {SEA} a secret cow", wait_seconds=0)
+        now = world.studio.now()
+        assert await world.studio.journal.forget(now + 1, now) == 2
+        clock.now += 1
+        assert await world.studio.journal.forget(now - 2 * DAY_S, now) == 0
+        assert await world.studio.journal.find_upload("ab", 0) is None
+        assert await tasks_with(world, "secret") == [running["task_id"]]
+        assert await tasks_with(world, "hero") == [old["task_id"]]
+        entry = await world.studio.journal.by_task(new["task_id"])
+        assert entry is not None
+        assert (entry.request, entry.references) == ({}, ())
+        async with world.client() as client:
+            answer = (await client.call_tool("get_task", {"task_id": old["task_id"]})).structured_content
+    assert (answer["status"], answer["credits"]) == ("completed", old["credits"])
+    assert Path(answer["images"][0]["path"]).is_file()
+
+
+async def test_a_server_forgets_after_the_days_of_the_setting(open_world: Open) -> None:
+    clock = Clock()
+    async with open_world(clock=clock) as world:
+        await buy(world, prompt=f"sim:fast {SEA} an old fox")
+        clock.now += 2 * DAY_S
+        await buy(world, prompt=f"sim:fast {SEA} a young hen")
+        clock.now += DAY_S / 2
+    async with open_world({"EVOLINK_MCP_RETENTION_DAYS": "1"}, clock=clock) as world:
+        while await tasks_with(world, "fox"):
+            await anyio.sleep(0.01)
+        assert len(await tasks_with(world, "hen")) == 1
+    async with open_world(clock=clock) as world:
+        assert len(await tasks_with(world, "hen")) == 1
+
+
+async def test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed(tmp_path: Path) -> None:
+    copies = tmp_path / "data" / "copies"
+    copies.mkdir(parents=True)
+    async with office(tmp_path, ANNA) as team:
+        for name, age_s in (("expired", 3_700), ("older", 120), ("newer", 60)):
+            with (copies / name).open("wb") as file:
+                file.truncate(100 if name == "expired" else 3 << 29)  # sparse
+            os.utime(copies / name, (team.clock() - age_s, team.clock() - age_s))
+        await team.call("a", "generate_image", **WISH)
+    names = {path.name for path in copies.iterdir()}
+    assert {"expired", "older", "newer"} & names == {"newer"}
+
+
+async def test_the_previews_in_memory_are_limited(tmp_path: Path) -> None:
+    cache = PreviewCache(max_bytes=100)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        path.write_bytes(b"x")
+        cache.add(path, 64, bytes(40))
+    assert [cache.find(path, 64) is not None for path in paths] == [False, True, True]
+
+
+TRIALS = {
+    "Requests in the journal": test_the_journal_forgets_old_requests_and_keeps_tasks_charges_and_images,
+    "Copies of images for previews": test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed,
+    "Previews in memory": test_the_previews_in_memory_are_limited,
+}
