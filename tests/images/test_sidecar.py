@@ -19,10 +19,10 @@ pytestmark = pytest.mark.anyio
 SHARED = ("index", "path", "url", "url_expires_at", "mime_type", "width", "height", "bytes", "sha256")
 
 
-async def buy(world: World, prompt: str = "sim:fast a fox", **more: Any) -> Any:
+async def buy(world: World, prompt: str = "sim:fast a fox", **fields: Any) -> Any:
     with anyio.fail_after(300):
         async with world.client() as client:
-            return await client.call_tool("generate_image", {"prompt": prompt, **more})
+            return await client.call_tool("generate_image", {"prompt": prompt, **fields})
 
 
 def beside(image: dict[str, Any]) -> Path:
@@ -48,8 +48,8 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
                     assert image["mime_type"] == picture.get_format_mimetype() == blob.mime_type
                 assert hashlib.sha256(content).hexdigest() == image["sha256"]
                 assert len(content) == image["bytes"]
-                told = json.loads(beside(image).read_text("utf-8"))
-                assert {name: image[name] for name in SHARED} == {name: told[name] for name in SHARED}
+                record = json.loads(beside(image).read_text("utf-8"))
+                assert {name: image[name] for name in SHARED} == {name: record[name] for name in SHARED}
                 for name in ("path", "url", "sha256", "resource_uri", "url_expires_at", "markdown"):
                     assert image[name] in text
                 assert (
@@ -62,12 +62,12 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
 async def test_it_says_how_the_picture_was_made(world: World) -> None:
     answer = await buy(world, size="16:9", quality="low", callback_url="https://hooks.evolink-team.dev/x?token=hush")
     facts = answer.structured_content
-    told = json.loads(beside(facts["images"][0]).read_text("utf-8"))
-    assert told["made_by"].startswith("evolink-mcp ")
-    assert told["prompt"] == "sim:fast a fox"
-    assert told["request"] == {"model": "gpt-image-2", "size": "16:9", "quality": "low"}
-    assert (told["task_id"], told["created_at"]) == (facts["task_id"], facts["created_at"])
-    assert set(told) == {"made_by", "prompt", "request", "references", "task_id", "created_at", *SHARED}
+    record = json.loads(beside(facts["images"][0]).read_text("utf-8"))
+    assert record["made_by"].startswith("evolink-mcp ")
+    assert record["prompt"] == "sim:fast a fox"
+    assert record["request"] == {"model": "gpt-image-2", "size": "16:9", "quality": "low"}
+    assert (record["task_id"], record["created_at"]) == (facts["task_id"], facts["created_at"])
+    assert set(record) == {"made_by", "prompt", "request", "references", "task_id", "created_at", *SHARED}
 
 
 async def test_neither_the_key_nor_a_callback_address_is_in_it(world: World) -> None:
@@ -143,9 +143,9 @@ async def test_the_sidecar_of_a_deleted_picture_is_replaced_by_the_next_one_of_i
     Path(first["images"][0]["path"]).unlink()
     second = (await buy(world, "sim:fast a cat", save_as="hero.png")).structured_content
     (image,) = second["images"]
-    told = json.loads(beside(image).read_text("utf-8"))
+    record = json.loads(beside(image).read_text("utf-8"))
     assert Path(image["path"]).name == "hero.png"
-    assert (told["task_id"], told["sha256"]) == (second["task_id"], image["sha256"])
+    assert (record["task_id"], record["sha256"]) == (second["task_id"], image["sha256"])
 
 
 async def test_it_comes_back_with_a_picture_that_was_deleted(world: World) -> None:
@@ -191,8 +191,8 @@ async def test_a_task_of_another_client_gets_a_sidecar_with_the_known_facts(open
         with anyio.fail_after(300):
             async with other.client() as client:
                 facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
-    told = json.loads(beside(facts["images"][0]).read_text("utf-8"))
-    assert (told["prompt"], told["request"], told["task_id"]) == (None, {}, task_id)
+    record = json.loads(beside(facts["images"][0]).read_text("utf-8"))
+    assert (record["prompt"], record["request"], record["task_id"]) == (None, {}, task_id)
 
 
 async def test_a_sidecar_is_no_reference_and_no_picture(open_world: Open, tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ pytestmark = pytest.mark.anyio
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 
-async def buy(world: World, prompt: str, **more: Any) -> Any:
+async def buy(world: World, prompt: str, **options: Any) -> Any:
     with anyio.fail_after(300):
         async with world.client() as client:
-            return await client.call_tool("generate_image", {"prompt": prompt, **more})
+            return await client.call_tool("generate_image", {"prompt": prompt, **options})
 
 
 def examine(content: bytes) -> ImageFacts:
@@ -210,11 +210,11 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
 
     monkeypatch.setattr(os, "link", no_links)
     (tmp_path / "a.png").write_bytes(b"mine")
-    kept = await save_image(served(drawing()), tmp_path / "a", decoder)
+    saved = await save_image(served(drawing()), tmp_path / "a", decoder)
     assert everything(tmp_path) == ["a-1.png", "a.png"]
-    assert drawing() == Path(kept.path).read_bytes()
+    assert drawing() == Path(saved.path).read_bytes()
     assert (tmp_path / "a.png").read_bytes() == b"mine"
-    assert stat.S_IMODE(Path(kept.path).stat().st_mode) == PRIVATE_FILE
+    assert stat.S_IMODE(Path(saved.path).stat().st_mode) == PRIVATE_FILE
 
 
 @pytest.mark.parametrize(
@@ -271,16 +271,16 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(
     steps: list[tuple[str, int]] = []
 
     def noting(name: str, act: Any, inode: Any) -> None:
-        def noted(*args: Any, **more: Any) -> Any:
+        def recorded(*args: Any, **options: Any) -> Any:
             steps.append((name, inode(args[0])))
-            return act(*args, **more)
+            return act(*args, **options)
 
-        monkeypatch.setattr(os, name, noted)
+        monkeypatch.setattr(os, name, recorded)
 
     noting("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
     noting("link", os.link, lambda path: os.stat(path).st_ino)
-    kept = await save_image(served(drawing()), tmp_path / "fox", decoder)
-    inode = Path(kept.path).stat().st_ino
+    saved = await save_image(served(drawing()), tmp_path / "fox", decoder)
+    inode = Path(saved.path).stat().st_ino
     assert steps[:2] == [("fsync", inode), ("link", inode)]
     assert [name for name, _ in steps[2:]] == ["fsync"]  # the folder
 
@@ -295,10 +295,10 @@ async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_pa
 
 async def test_the_facts_of_a_saved_picture_are_true(decoder: Decoder, tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
-    kept = await save_image(served(picture), tmp_path / "link" / ".." / "a", decoder)
-    assert picture == Path(kept.path).read_bytes()
-    assert (kept.mime_type, kept.width, kept.height, kept.bytes) == ("image/webp", 70, 30, len(picture))
-    assert hashlib.sha256(picture).hexdigest() == kept.sha256
+    saved = await save_image(served(picture), tmp_path / "link" / ".." / "a", decoder)
+    assert picture == Path(saved.path).read_bytes()
+    assert (saved.mime_type, saved.width, saved.height, saved.bytes) == ("image/webp", 70, 30, len(picture))
+    assert hashlib.sha256(picture).hexdigest() == saved.sha256
 
 
 # --- types ---
@@ -458,8 +458,8 @@ def test_metadata_below_the_limits_never_reach_the_decoder(content: Any, monkeyp
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 async def test_honest_pictures_pass(kind: str) -> None:
-    for more in ({}, {"progressive": True} if kind == "JPEG" else {}):
-        assert examine(drawing((640, 480), kind=kind, **more)).width == 640
+    for options in ({}, {"progressive": True} if kind == "JPEG" else {}):
+        assert examine(drawing((640, 480), kind=kind, **options)).width == 640
     if kind == "JPEG":
         assert examine(scans(20)).width == 2880
 

@@ -20,13 +20,13 @@ NOW = 1_790_000_000.0
 Open = Callable[..., Any]
 
 
-def entry(journal: Any, **more: Any) -> Entry:
+def entry(journal: Any, **fields: Any) -> Entry:
     return Entry(**{"key": new_key(), "owner": journal.owner, "phase": "intent", "created_at": NOW,
-                    "account": journal.account, **more})  # fmt: skip
+                    "account": journal.account, **fields})  # fmt: skip
 
 
-def task(name: str = "1", status: str = "pending", **more: Any) -> Task:
-    return Task(f"task-unified-{name}", status, **more)
+def task(name: str = "1", status: str = "pending", **fields: Any) -> Task:
+    return Task(f"task-unified-{name}", status, **fields)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -80,16 +80,16 @@ def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open)
     other.deliver(early.key, NOW)
     assert one.by_key(early.key) == replace(early, delivered_at=NOW)
     assert one.update(replace(early, phase="unknown")) is True
-    found = other.by_key(early.key)
-    assert found is not None
-    assert (found.phase, found.delivered_at) == ("unknown", NOW)
+    row = other.by_key(early.key)
+    assert row is not None
+    assert (row.phase, row.delivered_at) == ("unknown", NOW)
 
 
 def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> None:
     journals = [opened() for _ in range(4)]
-    journals[0].intend(left := entry(journals[0], fingerprint="f"))
+    journals[0].intend(orphan := entry(journals[0], fingerprint="f"))
     claims: list[bool] = []
-    racers = [threading.Thread(target=lambda j=j: claims.append(j.claim(left.key))) for j in journals]
+    racers = [threading.Thread(target=lambda j=j: claims.append(j.claim(orphan.key))) for j in journals]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -108,7 +108,7 @@ def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) 
 
 
 @pytest.mark.parametrize(
-    ("more", "counts"),
+    ("fields", "counts"),
     [
         pytest.param({"phase": "intent"}, 2.0, id="about to be sent: its estimate"),
         pytest.param({"phase": "unknown"}, 2.0, id="unknown outcome: its estimate"),
@@ -123,10 +123,10 @@ def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) 
     ],
 )
 def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
-    opened: Open, more: dict[str, Any], counts: float
+    opened: Open, fields: dict[str, Any], counts: float
 ) -> None:
     journal = opened()
-    journal.intend(entry(journal, estimate=2.0, **more))
+    journal.intend(entry(journal, estimate=2.0, **fields))
     assert journal.sums_since(NOW - 3600).total == counts
 
 
@@ -143,16 +143,16 @@ def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened:
 
 def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> None:
     dead, heir = opened(), opened()
-    done = replace(
+    finished_entry = replace(
         entry(dead, phase="submitted", fingerprint="f", caller=dead.owner),
         task=task(status="completed"),
         images=(ResultImage(0, "u", NOW, path="/x"),),
     )
-    dead.intend(done)
+    dead.intend(finished_entry)
     assert heir.undelivered(("f",), 0) == []
     dead.close()
     assert heir.adopt() == []
-    assert [one.key for one in heir.undelivered(("f",), 0)] == [done.key]
+    assert [one.key for one in heir.undelivered(("f",), 0)] == [finished_entry.key]
 
 
 @pytest.mark.parametrize(
@@ -268,28 +268,32 @@ def test_a_task_has_one_entry_a_profile(opened: Open) -> None:
 
 def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
     one, other = opened(), opened()
-    one.intend(mine := entry(one))
-    assert (one.acquire(mine.key), other.acquire(mine.key), other.acquire("no such key")) == (True, False, False)
-    one.release(mine.key)
+    one.intend(own_entry := entry(one))
+    assert (one.acquire(own_entry.key), other.acquire(own_entry.key), other.acquire("no such key")) == (
+        True,
+        False,
+        False,
+    )
+    one.release(own_entry.key)
     other.release("no such key")
-    assert (other.acquire(mine.key), one.acquire(mine.key)) == (True, False)
-    assert other.by_key(mine.key).owner == other.owner
-    assert one.update(replace(mine, phase="unknown")) is False
+    assert (other.acquire(own_entry.key), one.acquire(own_entry.key)) == (True, False)
+    assert other.by_key(own_entry.key).owner == other.owner
+    assert one.update(replace(own_entry, phase="unknown")) is False
 
 
 def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
     one, other = opened(), opened()
-    one.intend(mine := entry(one, fingerprint="f", caller=one.owner))
-    assert (other.undelivered(("f",), 0), other.claim(mine.key)) == ([], False)
-    other.remove_caller(mine.key)
+    one.intend(own_entry := entry(one, fingerprint="f", caller=one.owner))
+    assert (other.undelivered(("f",), 0), other.claim(own_entry.key)) == ([], False)
+    other.remove_caller(own_entry.key)
     assert other.undelivered(("f",), 0) == []
-    one.remove_caller(mine.key)
-    assert [found.key for found in other.undelivered(("e", "f"), NOW)] == [mine.key]
+    one.remove_caller(own_entry.key)
+    assert [row.key for row in other.undelivered(("e", "f"), NOW)] == [own_entry.key]
     assert other.undelivered(("f",), NOW + 1) == []
-    assert (other.claim(mine.key), one.claim(mine.key)) == (True, False)
-    one.deliver(mine.key, NOW + 1)
-    other.remove_caller(mine.key)
-    assert (one.claim(mine.key), one.by_key(mine.key).delivered_at) == (False, NOW + 1)
+    assert (other.claim(own_entry.key), one.claim(own_entry.key)) == (True, False)
+    one.deliver(own_entry.key, NOW + 1)
+    other.remove_caller(own_entry.key)
+    assert (one.claim(own_entry.key), one.by_key(own_entry.key).delivered_at) == (False, NOW + 1)
 
 
 def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -> None:
@@ -365,7 +369,7 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "counts"),
+    ("fields", "counts"),
     [
         ({}, True),
         ({"phase": "sending"}, True),
@@ -377,9 +381,9 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
         ({"phase": "unsent"}, False),
     ],
 )
-def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, more: dict[str, Any], counts: bool) -> None:
+def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, fields: dict[str, Any], counts: bool) -> None:
     one, other, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
-    one.intend(entry(one, **more))
+    one.intend(entry(one, **fields))
     ben.intend(entry(ben), running=1)
     if not counts:
         other.intend(entry(other), running=1)

@@ -31,12 +31,12 @@ NOW = 1_790_000_000.0
 WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
-def entry(journal: BlockingJournal, **more: Any) -> Entry:
-    return Entry(**{"key": new_key(), "owner": journal.owner, "phase": "intent", "created_at": NOW, **more})
+def entry(journal: BlockingJournal, **fields: Any) -> Entry:
+    return Entry(**{"key": new_key(), "owner": journal.owner, "phase": "intent", "created_at": NOW, **fields})
 
 
-def task(name: str = "1", status: str = "pending", **more: Any) -> Task:
-    return Task(f"task-unified-{name}", status, **more)
+def task(name: str = "1", status: str = "pending", **fields: Any) -> Task:
+    return Task(f"task-unified-{name}", status, **fields)
 
 
 PENDING = ResultImage(0, "u", NOW)
@@ -326,8 +326,8 @@ def test_a_damaged_journal_is_set_aside_loudly_and_a_new_one_works(
     first.close()
     damage(first.path, kind)
     journal = opened()
-    journal.intend(kept := entry(journal))
-    assert journal.recent(5) == [kept]
+    journal.intend(new_entry := entry(journal))
+    assert journal.recent(5) == [new_entry]
     aside = list(journal.folder.glob(f"{FILE_NAME}.damaged-*"))
     assert journal.set_aside in aside
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
@@ -405,9 +405,13 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A small file system of its own; skipped, saying why, where mounting is not allowed."""
     folder.mkdir(exist_ok=True)
     mount = shutil.which("mount")
-    made = mount and subprocess.run([mount, "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-    if not made or made.returncode:
-        pytest.skip(f"mounting a tmpfs is not possible here: {made.stderr.decode().strip() if made else 'no mount'}")
+    mount_run = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
+    )
+    if not mount_run or mount_run.returncode:
+        pytest.skip(
+            f"mounting a tmpfs is not possible here: {mount_run.stderr.decode().strip() if mount_run else 'no mount'}"
+        )
     try:
         yield folder
     finally:
@@ -487,11 +491,11 @@ async def test_a_data_folder_that_is_a_file_stops_purchases_with_words(open_worl
         async with open_world() as world, world.client() as client:
             refused = await client.call_tool("generate_image", WISH)
             listed = await client.call_tool("list_tasks", {})
-            found = await client.call_tool("get_task", {"task_id": "task-unified-1-abc"})
+            answer = await client.call_tool("get_task", {"task_id": "task-unified-1-abc"})
     assert (refused.structured_content["charged"], world.posts) == ("no", 0)
-    assert [answer.is_error for answer in (refused, listed, found)] == [True] * 3
+    assert [answer.is_error for answer in (refused, listed, answer)] == [True] * 3
     assert "EVOLINK_MCP_DATA_DIR" in listed.content[0].text
-    assert found.structured_content["error"]["code"] != "journal_unwritable"
+    assert answer.structured_content["error"]["code"] != "journal_unwritable"
 
 
 def test_the_journal_holds_no_key(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

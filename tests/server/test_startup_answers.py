@@ -1,4 +1,4 @@
-"""The recorded first answers equal those of the SDK, byte for byte, in every era. The SDK answers unusual requests."""
+"""The answer_count first answers equal those of the SDK, byte for byte, in every era. The SDK answers unusual requests."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ ENVELOPE = {VERSION: MODERN, CAPABILITIES_FIELD: CAPABILITIES, CLIENT_FIELD: CLI
 INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
 
 
-def say(name: Any, method: str, params: Any = None, **more: Any) -> dict[str, Any]:
-    return {"jsonrpc": "2.0", "id": name, "method": method, **({} if params is None else {"params": params}), **more}
+def say(name: Any, method: str, params: Any = None, **options: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": name, "method": method, **({} if params is None else {"params": params}), **options}
 
 
-def hello(version: Any = "2025-11-25", capabilities: Any = CAPABILITIES, client: Any = CLIENT, **more: Any) -> Any:
+def hello(version: Any = "2025-11-25", capabilities: Any = CAPABILITIES, client: Any = CLIENT, **options: Any) -> Any:
     return say(
-        0, "initialize", {"protocolVersion": version, "capabilities": capabilities, "clientInfo": client, **more}
+        0, "initialize", {"protocolVersion": version, "capabilities": capabilities, "clientInfo": client, **options}
     )
 
 
-def modern(name: Any, method: str, **more: Any) -> dict[str, Any]:
-    return say(name, method, {"_meta": {**ENVELOPE, **more}})
+def modern(name: Any, method: str, **options: Any) -> dict[str, Any]:
+    return say(name, method, {"_meta": {**ENVELOPE, **options}})
 
 
 def lists(first: int) -> list[dict[str, Any]]:
@@ -80,26 +80,26 @@ def lines(*messages: Any) -> Session:
 
 @pytest.fixture
 async def results(world: World) -> Results:
-    """The SDK's results, recorded in this test."""
+    """The SDK's results, answer_count in this test."""
     return await record(partial(serve_streams, build_server(world.studio)))
 
 
-def early(said: Session, results: Results) -> dict[Any, bytes]:
+def early(session: Session, results: Results) -> dict[Any, bytes]:
     """Return the answers from the recording by request ID."""
     startup_answers = StartupAnswers(results)
-    found = [answer for line in said if (answer := startup_answers.answer(line)) is not None]
-    by_id = {json.loads(answer)["id"]: answer for answer in found}
-    assert len(by_id) == len(found)
+    answers = [answer for line in session if (answer := startup_answers.answer(line)) is not None]
+    by_id = {json.loads(answer)["id"]: answer for answer in answers}
+    assert len(by_id) == len(answers)
     assert set(by_id) == startup_answers.answered
     return by_id
 
 
-async def asked(world: World, said: Session) -> dict[Any, bytes]:
+async def sdk_answers(world: World, session: Session) -> dict[Any, bytes]:
     """What the SDK answers, by id, each as a line."""
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](1000)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](1000)
     expected: set[Any] = set()
-    for line in said:
+    for line in session:
         with suppress(ValidationError):
             message = jsonrpc_message_adapter.validate_json(line, by_name=False)
             await to_server.send(SessionMessage(message))
@@ -109,9 +109,9 @@ async def asked(world: World, said: Session) -> dict[Any, bytes]:
     async with anyio.create_task_group() as group, from_server:
         group.start_soon(serve_streams, server_for(world.studio, world.settings), from_client, to_client)
         while expected - set(by_id):
-            found = (await from_server.receive()).message
-            line = found.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n"
-            by_id.setdefault(getattr(found, "id", None), line)
+            message = (await from_server.receive()).message
+            line = message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n"
+            by_id.setdefault(getattr(message, "id", None), line)
         to_server.close()
     return by_id
 
@@ -159,25 +159,25 @@ UNUSUAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("said", "count"), USUAL.values(), ids=USUAL)
+@pytest.mark.parametrize(("session", "count"), USUAL.values(), ids=USUAL)
 async def test_a_usual_session_is_answered_as_the_sdk_answers_it(
-    said: Session, count: int, world: World, results: Results
+    session: Session, count: int, world: World, results: Results
 ) -> None:
-    found = early(said, results)
-    assert len(found) == count
-    theirs = await asked(world, said)
-    assert {name: theirs[name] for name in found} == found
+    answers = early(session, results)
+    assert len(answers) == count
+    expected = await sdk_answers(world, session)
+    assert {name: expected[name] for name in answers} == answers
 
 
-@pytest.mark.parametrize("said", UNUSUAL.values(), ids=UNUSUAL)
+@pytest.mark.parametrize("session", UNUSUAL.values(), ids=UNUSUAL)
 async def test_what_is_unusual_is_left_to_the_sdk_or_answered_as_it_does(
-    said: Session, world: World, results: Results
+    session: Session, world: World, results: Results
 ) -> None:
-    found = early(said, results)
-    assert len(found) < len(said)
-    if found:
-        theirs = await asked(world, said)
-        assert {name: theirs[name] for name in found} == found
+    answers = early(session, results)
+    assert len(answers) < len(session)
+    if answers:
+        expected = await sdk_answers(world, session)
+        assert {name: expected[name] for name in answers} == answers
 
 
 ODD: list[Any] = [
@@ -216,7 +216,7 @@ async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
     seed: int, world: World, results: Results
 ) -> None:
     rng = random.Random(seed)
-    told = 0
+    answer_count = 0
     for _ in range(60):
         first, second = hello(rng.choice(HANDSHAKES)), say(1, rng.choice(LISTS), {"_meta": {"progressToken": "t"}})
         if rng.random() < 0.5:
@@ -225,13 +225,13 @@ async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
             first = {**first, "params": bent(rng, first["params"])}
         else:
             second = {**second, "params": bent(rng, second["params"])}
-        said = lines(first, second)
-        found = early(said, results)
-        told += len(found)
-        if found:
-            theirs = await asked(world, said)
-            assert {name: theirs[name] for name in found} == found, said
-    assert told > 10
+        session = lines(first, second)
+        answers = early(session, results)
+        answer_count += len(answers)
+        if answers:
+            expected = await sdk_answers(world, session)
+            assert {name: expected[name] for name in answers} == answers, session
+    assert answer_count > 10
 
 
 async def test_a_recording_covers_every_request_of_every_era(results: Results) -> None:
@@ -299,10 +299,10 @@ async def test_without_a_recording_the_sdk_answers() -> None:
 
 async def test_notifications_and_other_calls_do_not_end_it(results: Results) -> None:
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
-    said = lines(
+    session = lines(
         INITIALIZED, hello(), cancel, say(1, "resources/list"), say(2, "tools/call", {"name": 1}), say(3, "ping")
     )
-    assert set(early(said, results)) == {0, 3}
+    assert set(early(session, results)) == {0, 3}
 
 
 FUZZ = settings(
@@ -313,10 +313,10 @@ for _ in range(250):
     DEEP = {"a": DEEP}
 
 
-def check_early_answers(said: Session, results: Results) -> None:
+def check_early_answers(session: Session, results: Results) -> None:
     """Each early answer must belong to a line that the transport reads as a request with the same ID."""
     startup_answers = StartupAnswers(results)
-    for line in said:
+    for line in session:
         answer = startup_answers.answer(line)
         if answer is not None:
             message = read_message(line, keep_surrogates=True)
@@ -334,9 +334,12 @@ async def test_no_odd_line_makes_the_early_answers_fail(era: str, results: Resul
 @pytest.mark.parametrize("era", HELLO)
 async def test_no_generated_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
     @FUZZ
-    @example(said=lines(hello(capabilities={"experimental": {"a": DEEP}})))
-    @given(some.lists(LINES, max_size=5) | some.lists(LINES, max_size=5).map(lambda said: [*lines(HELLO[era]), *said]))
-    def check(said: Session) -> None:
-        check_early_answers(said, results)
+    @example(session=lines(hello(capabilities={"experimental": {"a": DEEP}})))
+    @given(
+        some.lists(LINES, max_size=5)
+        | some.lists(LINES, max_size=5).map(lambda session: [*lines(HELLO[era]), *session])
+    )
+    def check(session: Session) -> None:
+        check_early_answers(session, results)
 
     check()

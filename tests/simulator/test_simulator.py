@@ -65,19 +65,19 @@ def desk() -> Desk:
 
 
 async def test_a_task_grows_with_the_clock_and_ends_with_pictures_of_exactly_the_promised_size(desk):
-    made = (await desk.post(WIDE)).json()
-    assert (made["status"], made["progress"], made["task_info"]["estimated_time"]) == ("pending", 0, 8)
-    seen = []
+    created = (await desk.post(WIDE)).json()
+    assert (created["status"], created["progress"], created["task_info"]["estimated_time"]) == ("pending", 0, 8)
+    answer_view = []
     for _ in range(9):
         desk.clock.now += 1
-        seen.append((await desk.get(f"/v1/tasks/{made['id']}")).json())
-    progress = [task["progress"] for task in seen]
+        answer_view.append((await desk.get(f"/v1/tasks/{created['id']}")).json())
+    progress = [task["progress"] for task in answer_view]
     assert sorted(progress) == progress
     assert 100 == progress[-1] == progress[-2]
     assert max(progress[:7]) <= 95
-    assert [seen[0]["status"], seen[-1]["status"]] == ["processing", "completed"]
-    assert seen[-1]["results"] == [entry["url"] for entry in seen[-1]["result_data"]]
-    shots = [await desk.get(url, key=None) for url in seen[-1]["results"]]
+    assert [answer_view[0]["status"], answer_view[-1]["status"]] == ["processing", "completed"]
+    assert answer_view[-1]["results"] == [entry["url"] for entry in answer_view[-1]["result_data"]]
+    shots = [await desk.get(url, key=None) for url in answer_view[-1]["results"]]
     assert [shot.headers["content-type"] for shot in shots] == ["image/png"] * 2
     assert [Image.open(io.BytesIO(shot.content)).size for shot in shots] == [(2048, 1152)] * 2
     assert shots[0].content != shots[1].content
@@ -172,14 +172,14 @@ async def test_credits_are_reserved_settled_and_given_back():
     square = SUNSET | {"size": "1:1"}
     cost = price(square, (1024, 1024), 1)
 
-    async def left() -> float:
+    async def remaining() -> float:
         return (await desk.get("/v1/credits")).json()["data"]["user"]["remaining_credits"]
 
     await desk.post(square)
     await desk.post(square | {"prompt": "sim:fail"})
-    assert 10 - 2 * 3.2 > await left() > 10 - 2 * cost - 0.01
+    assert 10 - 2 * 3.2 > await remaining() > 10 - 2 * cost - 0.01
     desk.clock.now += 8
-    assert round(10 - cost, 4) == await left()
+    assert round(10 - cost, 4) == await remaining()
     broke = await desk.post(square, key="sk-poor")
     assert (broke.status_code, broke.json()["error"]["code"]) == (402, "insufficient_quota")
     assert (await desk.post(square, key="sk-stranger")).status_code == 401
@@ -216,13 +216,13 @@ async def test_the_list_is_newest_first_without_links_and_the_batch_leaves_stran
         [t["id"] for t in page["data"]],
         *(page[k] for k in ("total", "page", "page_size")),
     )
-    done = (await desk.get("/v1/tasks", status="completed", model="gpt-image-2", type="image")).json()
-    assert ids[::-1] == [task["id"] for task in done["data"]]
-    assert not any("results" in task or "result_data" in task for task in done["data"])
+    finished = (await desk.get("/v1/tasks", status="completed", model="gpt-image-2", type="image")).json()
+    assert ids[::-1] == [task["id"] for task in finished["data"]]
+    assert not any("results" in task or "result_data" in task for task in finished["data"])
     assert [last] == [t["id"] for t in (await desk.get("/v1/tasks", status="processing")).json()["data"]]
     async with desk.client() as client:
-        asked = [ids[0], strange, "task-unified-1-abcdefgh", last]
-        batch = (await client.post("/v1/tasks/batch", json={"task_ids": asked})).json()["data"]
+        request_body = [ids[0], strange, "task-unified-1-abcdefgh", last]
+        batch = (await client.post("/v1/tasks/batch", json={"task_ids": request_body})).json()["data"]
         assert [(ids[0], "completed"), (last, "processing")] == [(t["id"], t["status"]) for t in batch]
         assert (await client.post("/v1/tasks/batch", json={"task_ids": ids * 20})).status_code == 400
 
@@ -247,9 +247,9 @@ async def test_links_live_24_hours_and_uploads_72():
     link = look.json()["results"][0]
     async with desk.client() as client:
         shot = (await client.get(link)).content
-        kept = await client.post("/api/v1/files/upload/stream", files={"file": ("fox 1.png", shot)})
-        assert kept.json()["success"]
-        url = kept.json()["data"]["file_url"]
+        stored = await client.post("/api/v1/files/upload/stream", files={"file": ("fox 1.png", shot)})
+        assert stored.json()["success"]
+        url = stored.json()["data"]["file_url"]
         assert (url, len(desk.evolink.uploads)) == ("https://files.evolink.ai/files/images/fox_1.png", 1)
         desk.clock.now += 24 * 3600 - 9
         assert (await client.get(link)).status_code == 200
@@ -380,6 +380,6 @@ async def test_every_request_is_recorded_as_it_came_refused_or_not(desk):
 def test_every_fault_has_a_word_and_a_meaning():
     words = {word.partition("=")[0] for word in FAULTS}
     rooms = (simulation.__file__, app.__file__)
-    asked = "".join(Path(room).read_text(encoding="utf-8") for room in rooms)
-    assert all(f'"{word.removeprefix("sim:")}"' in asked or word[4:] in REFUSED_AT_ONCE for word in words)
+    request_body = "".join(Path(room).read_text(encoding="utf-8") for room in rooms)
+    assert all(f'"{word.removeprefix("sim:")}"' in request_body or word[4:] in REFUSED_AT_ONCE for word in words)
     assert all(FAULTS.values())

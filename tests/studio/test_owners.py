@@ -34,13 +34,13 @@ async def no_pause(_: float) -> None:
     await anyio.sleep(0.001)
 
 
-async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
+async def call(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
     async with world.client() as client:
         return (await client.call_tool(tool, arguments)).structured_content
 
 
 async def listed(world: World) -> list[dict[str, Any]]:
-    return (await asked(world, "list_tasks", detail=True))["tasks"]
+    return (await call(world, "list_tasks", detail=True))["tasks"]
 
 
 async def disk_full(write: Any, entry: Entry, *facts: Any) -> bool:
@@ -73,42 +73,42 @@ async def test_an_order_whose_caller_cancels_before_it_is_sent_is_not_bought_twi
     clock, free = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=free) as other,
+        open_world(simulator=simulator, clock=clock) as server_a,
+        open_world(simulator=simulator, clock=free) as server_b,
     ):
         clock.is_held = True
         wish = {**WISH, "prompt": "sim:429 a fox"}
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: asked(one, "generate_image", **wish))
+            group.start_soon(lambda: call(server_a, "generate_image", **wish))
             await clock.has_sleeper.wait()
             group.cancel_scope.cancel()
         clock.is_held = False
-        bought_by_other = await asked(other, "generate_image", **wish)
+        bought_by_other = await call(server_b, "generate_image", **wish)
         clock.release.set()
-        tasks = await listed(one)
+        tasks = await listed(server_a)
     assert bought_by_other["status"] == "completed"
     assert len(simulator.tasks) == 1
     assert sorted((task["status"], task["charged"]) for task in tasks) == [("completed", "yes"), ("failed", "no")]
 
 
 async def joined_while_held(
-    one: World, other: World, clock: HeldClock, seen: Callable[[], bool]
+    server_a: World, server_b: World, clock: HeldClock, is_ready: Callable[[], bool]
 ) -> list[dict[str, Any]]:
     """What `other` answers to the order that `one` has not sent yet, because its clock is held until `seen()`."""
     wish = {**WISH, "prompt": "sim:429 a fox"}
     answers: list[dict[str, Any]] = []
     clock.is_held = True
-    async with one.client() as client, anyio.create_task_group() as group:
+    async with server_a.client() as client, anyio.create_task_group() as group:
         group.start_soon(lambda: client.call_tool("generate_image", wish))
         await clock.has_sleeper.wait()
-        (entry,) = await one.studio.journal.recent(1)
-        await one.studio.remove_caller(entry)
+        (entry,) = await server_a.studio.journal.recent(1)
+        await server_a.studio.remove_caller(entry)
 
         async def join() -> None:
-            answers.append(await asked(other, "generate_image", **wish))
+            answers.append(await call(server_b, "generate_image", **wish))
 
         group.start_soon(join)
-        while not seen():
+        while not is_ready():
             await anyio.sleep(0.001)
         clock.is_held = False
         clock.release.set()
@@ -120,12 +120,12 @@ async def test_an_unsent_order_of_a_living_server_is_watched_and_sent_by_it_alon
     clock, free = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=free, pause=no_pause) as other,
+        open_world(simulator=simulator, clock=clock) as server_a,
+        open_world(simulator=simulator, clock=free, pause=no_pause) as server_b,
     ):
-        answers = await joined_while_held(one, other, clock, lambda: bool(other.studio.jobs))
+        answers = await joined_while_held(server_a, server_b, clock, lambda: bool(server_b.studio.jobs))
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
-    assert (len(simulator.tasks), len(one.files)) == (1, 1)
+    assert (len(simulator.tasks), len(server_a.files)) == (1, 1)
 
 
 async def test_a_watcher_that_cannot_read_the_journal_does_not_report_an_unsent_order(open_world: Open) -> None:
@@ -133,10 +133,10 @@ async def test_a_watcher_that_cannot_read_the_journal_does_not_report_an_unsent_
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as other,
+        open_world(simulator=simulator, clock=clock) as server_a,
+        open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as server_b,
     ):
-        journal: Any = other.studio.journal
+        journal: Any = server_b.studio.journal
         refused = 0
 
         async def acquire(real_acquire: Any, key: str) -> bool:
@@ -147,7 +147,7 @@ async def test_a_watcher_that_cannot_read_the_journal_does_not_report_an_unsent_
             raise JournalUnwritable("another program holds the journal")
 
         journal.instead["acquire"] = acquire
-        answers = await joined_while_held(one, other, clock, lambda: refused == 5)
+        answers = await joined_while_held(server_a, server_b, clock, lambda: refused == 5)
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
     assert len(simulator.tasks) == 1
 
@@ -156,23 +156,23 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=30)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as other,
-        one.client() as client,
+        open_world(simulator=simulator, clock=clock) as server_a,
+        open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as server_b,
+        server_a.client() as client,
     ):
         handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
         writes: list[str] = []
-        journal: Any = other.studio.journal
+        journal: Any = server_b.studio.journal
 
         async def write(real_write: Any, entry: Entry, *facts: Any) -> bool:
             writes.append(entry.key)
             return await real_write(entry, *facts)
 
         journal.instead = {"update": write, "update_images": write}
-        done = await asked(other, "get_task", task_id=handle["task_id"])
-    assert done["status"] == "completed"
-    assert done["images"][0]["path"] == str(one.files[0])
-    assert (writes, len(one.files)) == ([], 1)
+        finished = await call(server_b, "get_task", task_id=handle["task_id"])
+    assert finished["status"] == "completed"
+    assert finished["images"][0]["path"] == str(server_a.files[0])
+    assert (writes, len(server_a.files)) == ([], 1)
 
 
 @pytest.mark.journal_file
@@ -180,19 +180,19 @@ async def test_an_owner_whose_lock_file_was_deleted_is_not_dead(open_world: Open
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=clock) as other,
+        open_world(simulator=simulator, clock=clock) as server_a,
+        open_world(simulator=simulator, clock=clock) as server_b,
     ):
-        await asked(one, "generate_image", **HANDLE)
+        await call(server_a, "generate_image", **HANDLE)
         for lock in (tmp_path / "data" / "owners").iterdir():
             lock.unlink()
-        await listed(other)
-        assert other.studio.jobs == []
-        (entry,) = await other.studio.journal.recent(1)
-        assert entry.owner == one.studio.journal.owner
-        await listed(one)
+        await listed(server_b)
+        assert server_b.studio.jobs == []
+        (entry,) = await server_b.studio.journal.recent(1)
+        assert entry.owner == server_a.studio.journal.owner
+        await listed(server_a)
         locks = {path.stem for path in (tmp_path / "data" / "owners").iterdir()}
-        assert one.studio.journal.owner in locks
+        assert server_a.studio.journal.owner in locks
 
 
 async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(open_world: Open) -> None:
@@ -201,7 +201,7 @@ async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(op
     async with open_world(simulator=simulator, clock=clock) as idle, idle.client() as client:
         await idle.studio.wake()  # as it does a second after its start
         async with open_world(simulator=simulator, clock=clock) as dead:
-            await asked(dead, "generate_image", **{**WISH, "wait_seconds": 0})
+            await call(dead, "generate_image", **{**WISH, "wait_seconds": 0})
         clock.now += 1000
         await client.call_tool("list_tasks", {})
         assert len(idle.studio.jobs) == 1
@@ -211,23 +211,23 @@ async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: 
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
-        open_world(simulator=simulator, clock=clock, pause=no_pause) as one,
-        open_world(simulator=simulator, clock=clock, pause=no_pause) as other,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as server_a,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
-        assert one.settings.key is not None
-        simulator.create({"model": "gpt-image-2", **WISH}, key=one.settings.key.get_secret_value())
+        assert server_a.settings.key is not None
+        simulator.create({"model": "gpt-image-2", **WISH}, key=server_a.settings.key.get_secret_value())
         (task_id,) = simulator.tasks
         answers: list[dict[str, Any]] = []
 
         async def get(world: World) -> None:
-            answers.append(await asked(world, "get_task", task_id=task_id))
+            answers.append(await call(world, "get_task", task_id=task_id))
 
         async with anyio.create_task_group() as group:
-            group.start_soon(get, one)
-            group.start_soon(get, other)
-        assert len(await listed(one)) == 1
-    assert [answer["images"][0]["path"] for answer in answers] == [str(one.files[0])] * 2
-    assert len(one.files) == 1
+            group.start_soon(get, server_a)
+            group.start_soon(get, server_b)
+        assert len(await listed(server_a)) == 1
+    assert [answer["images"][0]["path"] for answer in answers] == [str(server_a.files[0])] * 2
+    assert len(server_a.files) == 1
 
 
 # --- over means over -----------------------------------------------------------------------------------------
@@ -237,15 +237,15 @@ async def test_an_order_that_cannot_be_written_before_its_post_is_final(open_wor
     async with open_world(pause=no_pause, wrap_journal=FaultyJournal) as world:
         journal: Any = world.studio.journal
         journal.unwritable = {"update"}
-        refused = await asked(world, "generate_image", **WISH)
+        refused = await call(world, "generate_image", **WISH)
         assert (refused["error"]["code"], refused["charged"], world.posts) == ("journal_unwritable", "no", 0)
-        again = await asked(world, "generate_image", **{**WISH, "max_credits": 0.01})
+        again = await call(world, "generate_image", **{**WISH, "max_credits": 0.01})
         assert (again["error"]["code"], world.posts) == ("over_budget", 0)
         journal.unwritable = set()
         while (await world.studio.journal.recent(1))[0].phase != "unsent":
             await anyio.sleep(0.001)
         assert (await journal.sums_since(0)).total == 0
-        bought_now = await asked(world, "generate_image", **WISH)
+        bought_now = await call(world, "generate_image", **WISH)
     assert (bought_now["status"], world.posts) == ("completed", 1)
 
 
@@ -274,11 +274,11 @@ async def test_a_client_that_cannot_be_built_buys_nothing_and_blocks_nothing(
     async with open_studio(settings) as studio:
         world = World(studio, PlainSimulator(), Clock(), tmp_path, settings)
         for _ in range(3):  # it neither uses up the day's cap nor is it joined
-            refused = await asked(world, "generate_image", **WISH)
+            refused = await call(world, "generate_image", **WISH)
             assert (refused["error"]["code"], refused["charged"]) == ("unusable_environment", "no")
             assert variable in refused["error"]["message"]
             assert value not in refused["error"]["message"]
-        balance = await asked(world, "get_balance")
+        balance = await call(world, "get_balance")
         assert variable in balance["error"]["message"]
 
 
@@ -318,8 +318,8 @@ async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock, transport=SameTaskAgain(simulator.app)) as world:
-        first = await asked(world, "generate_image", **WISH)
-        second = await asked(world, "generate_image", **{**WISH, "prompt": "a hen"})
+        first = await call(world, "generate_image", **WISH)
+        second = await call(world, "generate_image", **{**WISH, "prompt": "a hen"})
         assert (first["status"], second["error"]["code"]) == ("completed", "task_known")
         assert (second["charged"], second["task_id"]) == ("unknown", None)
         assert world.studio.jobs == []
@@ -333,13 +333,13 @@ async def test_a_task_id_that_found_a_full_disk_is_written_later(open_world: Ope
     async with open_world(**options) as world:
         journal: Any = world.studio.journal
         journal.instead = {"update": disk_full, "update_images": disk_full}
-        answer = await asked(world, "generate_image", **HANDLE)
+        answer = await call(world, "generate_image", **HANDLE)
         assert answer["task_id"] in simulator.tasks
         assert (await journal.recent(1))[0].task_id is None
         journal.instead = {}
         while (await journal.recent(1))[0].task_id is None:
             await anyio.sleep(0.001)
-        again = await asked(world, "generate_image", **HANDLE)
+        again = await call(world, "generate_image", **HANDLE)
     assert again["task_id"] == answer["task_id"]
     assert bought(simulator) == 1
 
@@ -349,18 +349,18 @@ async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     async with (
-        open_world(simulator=simulator, clock=clock, pause=no_pause, wrap_journal=FaultyJournal) as one,
-        open_world(simulator=simulator, clock=clock, pause=no_pause) as other,
+        open_world(simulator=simulator, clock=clock, pause=no_pause, wrap_journal=FaultyJournal) as server_a,
+        open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
-        journal: Any = one.studio.journal
+        journal: Any = server_a.studio.journal
         journal.instead = {"update": disk_full, "update_images": disk_full}
-        answer = await asked(one, "generate_image", **HANDLE)
-        answer_of_other = await asked(other, "get_task", task_id=answer["task_id"], wait_seconds=0)
+        answer = await call(server_a, "generate_image", **HANDLE)
+        answer_of_other = await call(server_b, "get_task", task_id=answer["task_id"], wait_seconds=0)
         assert answer_of_other["task_id"] == answer["task_id"]
         journal.instead = {}
-        while one.studio.has_unwritten:
+        while server_a.studio.has_unwritten:
             await anyio.sleep(0.001)
-        assert len(await listed(one)) == 2
+        assert len(await listed(server_a)) == 2
     assert bought(simulator) == 1
 
 
@@ -409,20 +409,20 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
 
 async def test_the_same_order_said_in_other_words_is_joined(open_world: Open) -> None:
     async with open_world() as world:
-        first = await asked(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0)
+        first = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0)
         spelled = {"size": "16:9", "resolution": "1k", "quality": "medium", "n": 1, "model": "gpt-image-2"}
-        same = await asked(world, "generate_image", prompt="sim:slow=1000000 a fox", wait_seconds=0, **spelled)
-        other = await asked(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0,
+        same = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", wait_seconds=0, **spelled)
+        server_b = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0,
                             resolution="2K")  # fmt: skip
     assert same["task_id"] == first["task_id"]
-    assert other["task_id"] != first["task_id"]
+    assert server_b["task_id"] != first["task_id"]
 
 
 async def test_what_is_older_than_a_day_is_not_joined(open_world: Open) -> None:
     async with open_world() as world:
-        first = await asked(world, "generate_image", **HANDLE)
+        first = await call(world, "generate_image", **HANDLE)
         world.clock.now += 24 * 3600 + 1
-        second = await asked(world, "generate_image", **HANDLE)
+        second = await call(world, "generate_image", **HANDLE)
     assert second["task_id"] != first["task_id"]
 
 
@@ -430,8 +430,8 @@ async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=30)
     async with open_world(simulator=simulator, clock=clock) as world:
-        handle = await asked(world, "generate_image", **{**WISH, "wait_seconds": 0})
-        joined = await asked(world, "generate_image", **{**WISH, "save_as": "hero.png"})
+        handle = await call(world, "generate_image", **{**WISH, "wait_seconds": 0})
+        joined = await call(world, "generate_image", **{**WISH, "save_as": "hero.png"})
         assert joined["task_id"] == handle["task_id"]
         assert joined["images"][0]["path"] == str(world.folder / "pictures" / "hero.png")
         assert len({path.read_bytes() for path in world.files}) == 1
@@ -447,7 +447,7 @@ async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_n
             await anyio.sleep(0)
         await world.studio.depart(job)
         (entry,) = await world.studio.journal.recent(1)
-        joined = await asked(world, "generate_image", **{**WISH, "save_as": "hero.png"})
+        joined = await call(world, "generate_image", **{**WISH, "save_as": "hero.png"})
     assert (joined["task_id"], joined["images"][0]["path"]) == (
         entry.task_id,
         str(world.folder / "pictures/hero.png"),
@@ -463,7 +463,7 @@ async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Op
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world:
-        handle = await asked(world, "generate_image", **{**WISH, "wait_seconds": 0})
+        handle = await call(world, "generate_image", **{**WISH, "wait_seconds": 0})
     clock.now += 600
     wrong = Clock()
     wrong.now = clock.now + 3 * 86_400
@@ -486,5 +486,5 @@ async def test_a_wrong_clock_does_not_remove_an_image_that_another_server_is_wri
             import fcntl
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        await asked(world, "generate_image", **WISH)
+        await call(world, "generate_image", **WISH)
     assert (old.exists(), running.exists()) == (False, True)
