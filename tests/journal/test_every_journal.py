@@ -211,6 +211,16 @@ def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(opened:
     assert one.adopt() == [replace(done, owner=one.owner)]
 
 
+def test_a_key_adopts_its_own_orphan_and_leaves_that_of_another_key(opened: Open) -> None:
+    dead, other_dead = opened("a1"), opened("b2")
+    dead.intend(entry(dead, phase="submitted", task=task("1")))
+    other_dead.intend(own := entry(other_dead, phase="submitted", task=task("2")))
+    dead.close()
+    other_dead.close()
+    other = opened("b2")
+    assert other.adopt() == [replace(own, owner=other.owner)]
+
+
 def test_a_linked_key_works_on_the_entries_of_the_earlier_key(opened: Open) -> None:
     dead = opened("a1")
     dead.intend(done := entry(dead, fingerprint="f", phase="submitted", task=task("1")))
