@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from evolink_mcp.tools.hosts import KNOWN, UNKNOWN
+from evolink_mcp.tools.hosts import HOSTS, UNKNOWN
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
 
@@ -13,7 +13,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding=
 def test_every_host_has_a_row_about_its_connection() -> None:
     table = DOCUMENT.split("<!-- connection:begin -->\n")[1].split("<!-- connection:end -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert [row[0] for row in rows] == [host.name for _, host in KNOWN] + [UNKNOWN.name]
+    assert [row[0] for row in rows] == [host.name for _, host in HOSTS] + [UNKNOWN.name]
     assert [row[0] for row in rows if len(row) != 2 or not row[1]] == []
 
 
