@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -12,8 +13,11 @@ import pytest
 from conftest import Clock, Open, PlainSimulator, World
 
 from evolink_mcp.api.sizes import RULES
+from evolink_mcp.api.task import Task
+from evolink_mcp.journal.entry import Entry, Phase, ResultImage
 from evolink_mcp.simulator import rules
 from evolink_mcp.simulator.simulation import SimulatedTask
+from evolink_mcp.studio.prices import Prices, learn, read_changes
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -248,6 +252,22 @@ async def test_the_pixels_correct_the_factor_that_the_reservation_showed(open_se
         factor = servers.worlds[0].studio.prices.current.factor
         assert factor == pytest.approx(1.7, rel=0.01)
         assert (await servers.order(**wide))["bill_difference"] is None
+
+
+async def test_the_pixels_replace_the_conclusion_from_the_reservation() -> None:
+    body = {"prompt": "a fox", "size": "16:9", "resolution": "2K", "quality": "medium"}
+    charge = round(rules.price(body, (2736, 1536), 1) * 1.7, 4)
+    task = Task("task-unified-1", created=1.0, credits_reserved=charge)
+    entry = Entry("k" * 32, "server", Phase.SUBMITTED, 1.0, request=body, estimate=3.7, account="a1", task=task)
+    facts = learn(entry, {})
+    assert Prices.from_facts(facts).factor > 2.4
+    settled = replace(task, status="completed", credits_used=charge, results=("https://cdn.evolink.ai/1.png",))
+    image = ResultImage(0, "https://cdn.evolink.ai/1.png", 9e9, path="/x.png", width=2736, height=1536)
+    facts |= learn(replace(entry, task=settled, images=(image,)), facts)
+    prices = Prices.from_facts(facts)
+    assert prices.factor == pytest.approx(1.7, rel=0.01)
+    assert (prices.rule, prices.bills.rule) == ("pixel-budget", None)
+    assert set(read_changes(facts["price_changes"])) == {"factor", "size_rule"}
 
 
 async def test_a_lost_answer_is_matched_by_the_price_factor_of_the_account(open_servers: Any) -> None:
