@@ -152,6 +152,34 @@ def test_a_purchase_after_the_damage_counts_for_the_limit_of_other_servers(
 
 @NOT_ON_WINDOWS
 @damaged
+def test_an_unpaid_purchase_survives_the_damage_while_two_servers_run(
+    opened: Opened, damage: Callable[[Path], None]
+) -> None:
+    """The second server keeps the files open, so SQLite does not write the log of the first one into the database."""
+    one, second = opened(), opened()
+    for number in (1, 2):
+        buy(one, number)
+    assert order(one)
+    assert len(second.recent(9)) == 3
+    damage(one.path)
+    assert not order(one)
+    other = opened()
+    assert len(other.recent(9)) == 3
+    assert not order(other)
+
+
+def test_the_log_of_an_empty_database_is_set_aside_and_not_deleted(opened: Opened) -> None:
+    journal = opened()
+    journal.folder.mkdir()
+    journal.path.touch()
+    Path(f"{journal.path}-wal").write_bytes(b"log")
+    assert journal.recent(9) == []
+    (log,) = journal.folder.glob(f"{FILE_NAME}.damaged-*-wal")
+    assert log.read_bytes() == b"log"
+
+
+@NOT_ON_WINDOWS
+@damaged
 def test_a_new_server_buys_nothing_above_the_limit_before_the_running_one_notices(
     opened: Opened, damage: Callable[[Path], None]
 ) -> None:
