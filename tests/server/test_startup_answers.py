@@ -1,4 +1,4 @@
-"""The answer_count first answers equal those of the SDK, byte for byte, in every era. The SDK answers unusual requests."""
+"""The recorded first answers equal those of the SDK, byte for byte, in every era. The SDK answers unusual requests."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def lines(*messages: Any) -> Session:
 
 @pytest.fixture
 async def results(world: World) -> Results:
-    """The SDK's results, answer_count in this test."""
+    """The SDK's results, recorded in this test."""
     return await record(partial(serve_streams, build_server(world.studio)))
 
 

@@ -67,17 +67,17 @@ def desk() -> Desk:
 async def test_a_task_grows_with_the_clock_and_ends_with_pictures_of_exactly_the_promised_size(desk):
     created = (await desk.post(WIDE)).json()
     assert (created["status"], created["progress"], created["task_info"]["estimated_time"]) == ("pending", 0, 8)
-    answer_view = []
+    tasks_read = []
     for _ in range(9):
         desk.clock.now += 1
-        answer_view.append((await desk.get(f"/v1/tasks/{created['id']}")).json())
-    progress = [task["progress"] for task in answer_view]
+        tasks_read.append((await desk.get(f"/v1/tasks/{created['id']}")).json())
+    progress = [task["progress"] for task in tasks_read]
     assert sorted(progress) == progress
     assert 100 == progress[-1] == progress[-2]
     assert max(progress[:7]) <= 95
-    assert [answer_view[0]["status"], answer_view[-1]["status"]] == ["processing", "completed"]
-    assert answer_view[-1]["results"] == [entry["url"] for entry in answer_view[-1]["result_data"]]
-    shots = [await desk.get(url, key=None) for url in answer_view[-1]["results"]]
+    assert [tasks_read[0]["status"], tasks_read[-1]["status"]] == ["processing", "completed"]
+    assert tasks_read[-1]["results"] == [entry["url"] for entry in tasks_read[-1]["result_data"]]
+    shots = [await desk.get(url, key=None) for url in tasks_read[-1]["results"]]
     assert [shot.headers["content-type"] for shot in shots] == ["image/png"] * 2
     assert [Image.open(io.BytesIO(shot.content)).size for shot in shots] == [(2048, 1152)] * 2
     assert shots[0].content != shots[1].content
