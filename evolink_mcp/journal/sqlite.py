@@ -283,7 +283,7 @@ class JournalFile:
         for task in (*self._unrecorded.values(), *tasks):
             entry = task.entry
             row = db.execute("SELECT owner, task_id FROM entries WHERE key = ?", (entry.key,)).fetchone()
-            is_written = row is not None and row["task_id"] is not None
+            is_written = (row is not None and row["task_id"] is not None) or _has_task(db, task)
             has_living_owner = row is not None and row["owner"] != "" and not self._is_dead_owner(row["owner"])
             if is_written or not has_living_owner:
                 self._unrecorded.pop(entry.key, None)
@@ -408,8 +408,16 @@ def _is_same(before: FileStates, now: FileStates) -> bool:
 def restore(db: sqlite3.Connection, tasks: Iterable[PaidTask]) -> None:
     """Write the entries of tasks that the journal does not have, or has without their task."""
     for task in tasks:
+        if _has_task(db, task):
+            continue
         db.execute("DELETE FROM entries WHERE key = ? AND task_id IS NULL", (task.entry.key,))
         db.execute(INSERT_LOST, task.values)
+
+
+def _has_task(db: sqlite3.Connection, task: PaidTask) -> bool:
+    """Return whether any entry of the profile has the task. EvoLink may answer two orders with the same task."""
+    sql = "SELECT 1 FROM entries WHERE profile = ? AND task_id = ?"
+    return db.execute(sql, (task.profile, task.entry.task_id)).fetchone() is not None
 
 
 def _released(task: PaidTask) -> PaidTask:
