@@ -52,8 +52,11 @@ class Town:
         return [task for task in tasks if (task["request"] or {}).get("prompt") == prompt or not task["request"]]
 
     async def beside(self, evolink: str) -> str:
-        """Start another streamable HTTP server for a separate EvoLink. Return its URL."""
-        port = self.start("http", EVOLINK_BASE_URL=evolink)
+        """Start another streamable HTTP server for a separate EvoLink and profile. Return its URL.
+
+        In the same profile it would first test whether its key can read the tasks of the other EvoLink.
+        """
+        port = self.start("http", EVOLINK_BASE_URL=evolink, EVOLINK_MCP_PROFILE=f"gateway-{evolink.rpartition(':')[2]}")
         with anyio.fail_after(WITHIN_S):
             async with httpx.AsyncClient() as client:
                 await _answers(client, f"http://127.0.0.1:{port}/healthz")
