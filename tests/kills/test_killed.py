@@ -63,7 +63,7 @@ async def fail_and_recover(town: Town, name: str, how: str, at: int) -> None:
         assert facts["error"] is not None or not answer["isError"]
     posts = town.gateway.posts
     async with town.nursery.server(town.env(name)) as server:
-        await check_recovery(server, billed)
+        await check_recovery(town, server, name, billed)
         server.hang_up()
         assert await server.wait_for_exit() == 0
     assert town.gateway.posts >= posts

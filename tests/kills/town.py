@@ -42,8 +42,15 @@ class Town:
     def billed(self, name: str) -> list[str]:
         return [task.id for task in self.gateway.simulator.tasks.values() if task.key == self.key(name)]
 
+    def reads(self, name: str, task_id: str) -> int:
+        """Return how often the key of `name` read this task."""
+        reads = [r for r in self.gateway.simulator.requests if r.path == f"/v1/tasks/{task_id}"]
+        return sum(r.headers["authorization"] == f"Bearer {self.key(name)}" for r in reads)
+
     def pictures(self, name: str) -> list[Path]:
-        return sorted((self.folder / name / "pictures").glob("*.png"))
+        """Return the images in the output folder and in the fallback folder."""
+        home = self.folder / name
+        return sorted([*(home / "pictures").glob("*.png"), *(home / "data" / "pictures").glob("*.png")])
 
 
 @pytest.fixture(name="town")
@@ -101,11 +108,14 @@ async def run_failing_server(
     return billed, answer
 
 
-async def check_recovery(server: Server, billed: list[str]) -> None:
-    """Check that this server has the tasks of the failed one. A task without a recorded ID is a guess."""
+async def check_recovery(town: Town, server: Server, name: str, billed: list[str]) -> None:
+    """Check that this server has the tasks and images of the failed one. A task without a recorded ID is a guess."""
     listed = await wait_for_images(server, billed)
     assert [task["task_id"] for task in listed if task["task_id"]] == billed
     assert all(task["charged"] == ("unknown" if task["guess"] else "yes") for task in listed if task["task_id"])
+    paths = [Path(image["path"]) for task in listed for image in task["images"]]
+    assert sorted(paths) == town.pictures(name)
+    assert len(paths) == len(billed)
 
 
 async def run_each(

@@ -39,7 +39,7 @@ async def fail_and_recover(town: Town, name: str, url: str, how: str, at: int) -
         env = team(town, name, url, **{AT: str(at), HOW: how})
         # A database that fails at the start ends the start.
         billed, _ = await run_failing_server(town, env, name, how, codes=(0, 1))
-        await check_recovery(heir, billed)
+        await check_recovery(town, heir, name, billed)
     assert town.billed(name) == billed
     assert len(town.pictures(name)) == len(billed)
 
