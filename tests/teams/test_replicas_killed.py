@@ -29,7 +29,9 @@ SLOW = [
 
 
 def team(town: Town, name: str, url: str, **environ: str) -> dict[str, str]:
-    return {**town.env(name, **environ), "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": "s" * 32}
+    """Return the environment of a replica. Each name has its own profile, because a profile shows the tasks of all keys."""
+    database = {"EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": "s" * 32}
+    return {**town.env(name, **environ), **database, "EVOLINK_MCP_PROFILE": name}
 
 
 async def fail_and_recover(town: Town, name: str, url: str, how: str, at: int) -> None:
