@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from town import (  # noqa: F401
     wait_for_images,
 )  # fmt: skip
 
+from evolink_mcp.journal.entry import Entry, Phase
 from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
 pytestmark = [
@@ -46,10 +48,13 @@ SLOW = [
 
 def ids_written(env: dict[str, str]) -> int:
     """Return the number of journal entries that have a task ID."""
+    return sum(entry.task is not None for entry in entries_of(env))
+
+
+def entries_of(env: dict[str, str]) -> list[Entry]:
+    """Return the entries of the journal."""
     folder = Path(env["EVOLINK_MCP_DATA_DIR"])
-    if not (folder / FILE_NAME).exists():
-        return 0
-    return sum(entry.task is not None for entry in read_entries(folder, 50))
+    return read_entries(folder, 50) if (folder / FILE_NAME).exists() else []
 
 
 async def fail_and_recover(town: Town, name: str, how: str, at: int) -> None:
@@ -88,7 +93,8 @@ async def test_a_failure_at_any_operation_leaves_at_most_one_task_and_its_image_
 async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
     """Kill a server at operation `at`. A server with another key uses the same journal."""
     env = town.env(name)
-    other_env = {**env, "EVOLINK_API_KEY": town.key(f"{name}-neighbour")}
+    neighbour_key = f"{name}-neighbour"
+    other_env = {**env, "EVOLINK_API_KEY": town.key(neighbour_key)}
     async with town.nursery.server(other_env) as neighbour:
         assert await tasks(neighbour) == []
         async with town.nursery.server({**env, AT: str(at), HOW: "kill"}, greet=False) as server:
@@ -99,17 +105,47 @@ async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
         await town.gateway.wait_until_idle()
         billed = town.billed(name)
         assert len(billed) <= 1
-        assert await tasks(neighbour) == []
+        entries_before = entries_of(env)
+        listed = await tasks(neighbour)
+        assert len(listed) == len(entries_before) <= 1
+        assert all(is_of_another_key(task) for task in listed)
         answer = await neighbour.call("generate_image", **WISH)
         assert answer is not None
-        assert answer["structuredContent"]["charged"] == "yes"
-        assert answer["structuredContent"]["task_id"] not in billed
+        assert answer["structuredContent"]["charged"] == "yes", answer
+        (own,) = town.billed(neighbour_key)
+        assert answer["structuredContent"]["task_id"] == own
+        entries_after = {entry.key: entry for entry in entries_of(env)}
+        assert len(entries_after) == len(entries_before) + 1
+        for entry in entries_before:
+            after = entries_after[entry.key]
+            expected = entry if after.task == entry.task else with_paid_task(entry, after, billed)
+            # A restored entry has no owner and no caller: both were the dead server.
+            assert after in (expected, replace(expected, owner="", caller=""))
         async with town.nursery.server(env) as heir:
             listed = await wait_for_images(heir, billed)
-            assert [task["task_id"] for task in listed if task["task_id"]] == billed
-        assert [task["task_id"] for task in await tasks(neighbour)] == town.billed(f"{name}-neighbour")
+            assert [task["task_id"] for task in listed if task["task_id"] and not is_of_another_key(task)] == billed
+            assert [task["task_id"] for task in listed if is_of_another_key(task)] == [own]
+        listed = await tasks(neighbour)
+        assert [task["task_id"] for task in listed if not is_of_another_key(task)] == [own]
+        assert [task["task_id"] for task in listed if task["task_id"] and is_of_another_key(task)] == billed
     assert town.billed(name) == billed
-    assert len(town.billed(f"{name}-neighbour")) == 1
+    assert town.billed(neighbour_key) == [own]
+    assert not any(town.reads(neighbour_key, task_id) for task_id in billed)
+    assert town.reads(name, own) <= 1  # the test of the account
+
+
+def with_paid_task(entry: Entry, restored: Entry, billed: list[str]) -> Entry:
+    """Return the entry with the task that its dead owner wrote only to the record of paid tasks.
+
+    Every server that opens the journal restores it.
+    """
+    assert entry.task is None
+    assert [restored.task_id] == billed
+    return replace(entry, phase=Phase.SUBMITTED, task=restored.task)
+
+
+def is_of_another_key(task: dict[str, Any]) -> bool:
+    return any("bought with another key" in note for note in task["notes"])
 
 
 async def test_a_server_with_another_key_never_touches_the_work_of_a_killed_one(town: Town) -> None:
