@@ -46,6 +46,7 @@ HOSTS = (
         ("copilot", "mcp", "list"), ("evolink (local)",),
     ),
 )  # fmt: skip
+LISTS_MAX = 5
 
 
 def installed(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
@@ -67,8 +68,14 @@ def installed(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
     unchanged: set[str] = set()
     for host in HOSTS:
         content = (home / host.file).read_bytes()
-        output = run([str(modules / ".bin" / host.command[0]), *host.command[1:]], env)
-        lacking = [word for word in host.words if word not in output]
+        # A host waits a few seconds for its server, which can be too short on a busy machine.
+        output = ""
+        lacking = list(host.words)
+        for _ in range(LISTS_MAX):
+            output = run([str(modules / ".bin" / host.command[0]), *host.command[1:]], env)
+            lacking = [word for word in host.words if word not in output]
+            if not lacking:
+                break
         faults[host.name] = f"no {lacking} in {output[-300:]!r}" if lacking else ""
         if (home / host.file).read_bytes() == content:
             unchanged.add(host.name)
