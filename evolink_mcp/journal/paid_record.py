@@ -86,7 +86,7 @@ class PaidRecord:
 
     def exists(self) -> bool:
         """Return whether there is a file."""
-        return self.path.exists()
+        return self.path.is_file()
 
     def read_all(self) -> list[PaidTask]:
         """Return the tasks of all lines, oldest first. Damaged lines are skipped."""

@@ -116,10 +116,7 @@ def test_a_journal_of_an_unpublished_build_is_refused_with_the_command_that_move
 
 def test_the_command_that_moves_a_journal_away_fits_the_platform() -> None:
     path = Path("/home/ann lee/data/journal.sqlite3")
-    assert (
-        move_command(path, "linux")
-        == "mv '/home/ann lee/data/journal.sqlite3' '/home/ann lee/data/journal.sqlite3.old'"
-    )
+    assert move_command(path, "linux") == f"mv '{path}' '{path}.old'"
     assert move_command(path, "darwin") == move_command(path, "linux")
     assert move_command(path, "win32") == f'ren "{path}" "journal.sqlite3.old"'
 

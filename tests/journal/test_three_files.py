@@ -320,6 +320,7 @@ def test_a_record_that_cannot_be_read_stops_purchases(opened: Opened) -> None:
         order(journal)
 
 
+@NOT_ON_WINDOWS
 def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(opened: Opened) -> None:
     journal = opened()
     entry = buy(journal, 1)
@@ -345,6 +346,7 @@ def test_a_task_that_its_living_owner_is_about_to_write_is_left_to_it(opened: Op
     assert tasks_of(other.recent(9)) == {"task-unified-1-a"}
 
 
+@NOT_ON_WINDOWS
 def test_only_the_end_of_a_long_record_is_read_if_the_journal_has_it(opened: Opened) -> None:
     journal = opened()
     buy(journal, 1)
