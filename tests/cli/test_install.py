@@ -186,7 +186,7 @@ def test_undo_keeps_edits_of_the_user(user: User, name: str) -> None:
     text = file.read_text("utf-8")
     user.run(name)
     comment = "\n# mine\n" if name == "codex" else "\n \n"
-    file.write_text(file.read_text("utf-8") + comment, "utf-8")
+    file.write_text(file.read_text("utf-8") + comment, "utf-8", newline="\n")
     assert user.run(undo=True) == 0
     assert file.read_text("utf-8") == text + comment
     assert user.run(undo=True) == 0
@@ -307,7 +307,7 @@ def test_a_new_key_and_a_new_command_replace_the_old_ones(user: User) -> None:
 def test_a_new_key_keeps_edits_and_undo_keeps_them_too(user: User) -> None:
     file = user.write("cursor")
     user.run("cursor")
-    file.write_text(file.read_text().replace('"files"', '"documents"'))
+    file.write_text(file.read_text().replace('"files"', '"documents"'), newline="\n")
     user.run("cursor", key=OTHER_KEY)
     assert user.server("cursor")["env"] == {"EVOLINK_API_KEY": OTHER_KEY}
     user.run(undo=True)
@@ -317,7 +317,7 @@ def test_a_new_key_keeps_edits_and_undo_keeps_them_too(user: User) -> None:
 def test_a_changed_block_stays_until_undo(user: User) -> None:
     file = user.write("cursor")
     user.run("cursor")
-    file.write_text(file.read_text().replace("/opt/evolink mcp/", "/mine/"))
+    file.write_text(file.read_text().replace("/opt/evolink mcp/", "/mine/"), newline="\n")
     edited = file.read_bytes()
     assert user.run("cursor", key=OTHER_KEY) == 0
     assert "that you changed" in user.output[0]
