@@ -14,7 +14,7 @@ from typing import Any
 
 from evolink_mcp import __version__
 from evolink_mcp.cli.host_config import KEY_VARIABLE, SERVER_NAME
-from evolink_mcp.server.catalogue import DESCRIPTION, NAME, REGISTRY_NAME, REPOSITORY, SKILL_NAME, TITLE, skill_text
+from evolink_mcp.server.catalogue import NAME, REPOSITORY, SKILL_NAME, TITLE, registry_facts, skill_text
 from evolink_mcp.tools.names import TOOL_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -201,12 +201,7 @@ def registry_entry() -> dict[str, Any]:
     }
     return {
         "$schema": "https://static.modelcontextprotocol.io/schemas/2025-12-11/server.schema.json",
-        "name": REGISTRY_NAME,
-        "title": TITLE,
-        "description": DESCRIPTION,
-        "version": __version__,
-        "websiteUrl": REPOSITORY,
-        "repository": {"url": REPOSITORY, "source": "github"},
+        **registry_facts(),
         "packages": [package],
     }
 

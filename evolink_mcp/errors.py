@@ -200,7 +200,7 @@ class OutcomeUnknown(EvolinkError):
         """`task_ids` are the task IDs in EvoLink's answer, if any. The default advice names them."""
         if advice is None and task_ids:
             advice = (
-                f"EvoLink's answer names {', '.join(task_ids[:5])}. Look at it with get_task before buying again. "
+                f"EvoLink's answer names {', '.join(task_ids[:5])}. Check it with get_task before another purchase. "
                 "The same call again only searches for the task."
             )
         super().__init__(message, advice=advice)

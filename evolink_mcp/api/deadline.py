@@ -11,7 +11,7 @@ from typing import Protocol
 
 import anyio
 
-# The context manager yields a cancel scope. Its `cancelled_caught` tells whether the deadline passed.
+# The context manager yields a cancel scope. Its `cancelled_caught` is true after the deadline.
 Deadline = Callable[[float], AbstractContextManager[anyio.CancelScope]]
 
 

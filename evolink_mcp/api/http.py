@@ -161,7 +161,7 @@ def _span_name(request: httpx.Request) -> str:
 
 
 async def whole_body(response: httpx.Response) -> bytes:
-    """Return the body, decompressed if the headers say so.
+    """Return the body. If the headers name a compression, decompress it.
 
     Raises:
         Unreadable: the body cannot be decompressed, or is larger than JSON_MAX_BYTES.

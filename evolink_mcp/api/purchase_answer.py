@@ -24,7 +24,7 @@ _ANY_ID = re.compile(rf"(?<![0-9A-Za-z_-]){_ID}(?![0-9A-Za-z_-])(?!\Z)")
 
 @dataclass(slots=True)
 class PurchaseAnswer:
-    """The part of the answer that arrived before the end or a failure. `status` is None before the HTTP headers."""
+    """The part of the answer that arrived before the end or a failure. Until the HTTP headers arrive, `status` is None."""
 
     key: SecretStr | None
     status: int | None = None
@@ -46,7 +46,7 @@ class PurchaseAnswer:
 
     @property
     def reply(self) -> Reply:
-        """The answer, decompressed if the headers say so."""
+        """The answer. If its headers name a compression, it is decompressed."""
         assert self.status is not None
         encoding = self.headers.get("content-encoding", "").strip().lower()
         return Reply(self.status, self.headers, self._texts[-1 if encoding in COMPRESSIONS else 0], self.key)
@@ -55,7 +55,7 @@ class PurchaseAnswer:
     def task(self) -> Task | None:
         """The task that the answer names, with as many facts as can be read.
 
-        Only a success may name an ID of another form than EvoLink's, because errors have IDs of their own.
+        In an error only an ID in EvoLink's form counts, because errors have their own IDs.
         """
         return next((task for task in map(self._task_in, self._texts) if task is not None), None)
 

@@ -55,7 +55,7 @@ def _prompt(text: str) -> str:
     if "\0" in text:
         raise ValueError("contains a NUL character, which EvoLink cannot store")
     if all(map(_is_invisible, text)):
-        raise ValueError("must say something: only white space or invisible characters were given")
+        raise ValueError("must say something: it has only white space or invisible characters")
     return text
 
 

@@ -27,7 +27,7 @@ class KeyStore:
         return None
 
     def load(self) -> str | None:
-        """Return the key, None if there is none. Raises KeyStoreUnusable."""
+        """Return the key, or None if no key is stored. Raises KeyStoreUnusable."""
         if problem := self.problem():
             raise KeyStoreUnusable(problem)
         import keyring

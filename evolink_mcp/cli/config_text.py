@@ -38,7 +38,7 @@ class Unparsable(ValueError):
 class Insertion:
     """The new text, and the facts that `remove` needs to undo it exactly.
 
-    `prefix` and `suffix` are the blanks that were inserted around the server. `is_new_table` says that the table of all
+    `prefix` and `suffix` are the blanks that were inserted around the server. With `is_new_table` the table of all
     servers was inserted too.
     """
 
@@ -65,7 +65,7 @@ class ConfigFormat(Protocol):
 
 
 def value_at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """Return the value at `path`, None if there is none."""
+    """Return the value at `path`, or None if the path does not exist."""
     value: Any = values
     for name in path:
         if not isinstance(value, dict):
@@ -90,7 +90,7 @@ def without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A value and its place in the text. `members` is None unless the value is an object."""
+    """A value and its place in the text. Only an object has `members`."""
 
     start: int
     end: int
@@ -419,7 +419,7 @@ class Toml:
 
 
 def _headers(text: str) -> Iterator[re.Match[str]]:
-    """Yield the header line of each table of a valid text. A bracket in a string or a list is none."""
+    """Yield the header line of each table of a valid text. A bracket in a string or a list starts no table."""
     depth = 0
     line = 0
     for token in _TOML_TOKEN.finditer(text):

@@ -72,9 +72,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The new content of a host's file. `content` is None if the file will be deleted.
+    """The new content of a host's file. Without `content` the file will be deleted.
 
-    `before` is the current content; None if the file does not exist. `record` is None after an undo.
+    `before` is the current content; None if the file does not exist. After an undo, `record` is None.
     """
 
     host: HostFile

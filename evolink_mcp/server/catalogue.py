@@ -21,6 +21,18 @@ SKILL_URI = f"skill://{SKILL_NAME}/SKILL.md"
 SKILL_FILE = Path(__file__).parent / "skills" / SKILL_NAME / "SKILL.md"
 
 
+def registry_facts() -> dict[str, Any]:
+    """Return the fields that the server card and the registry's server.json share."""
+    return {
+        "name": REGISTRY_NAME,
+        "title": TITLE,
+        "description": DESCRIPTION,
+        "version": __version__,
+        "websiteUrl": REPOSITORY,
+        "repository": {"url": REPOSITORY, "source": "github"},
+    }
+
+
 def server_card(url: str, transport: str, *, needs_token: bool) -> dict[str, Any]:
     """Return the server card (SEP-2127) of a server at `url`. `transport` is "streamable-http" or "sse"."""
     remote: dict[str, Any] = {"type": transport, "url": url}
@@ -29,16 +41,7 @@ def server_card(url: str, transport: str, *, needs_token: bool) -> dict[str, Any
     if needs_token:
         header = {"name": "Authorization", "description": "Bearer token", "isRequired": True, "isSecret": True}
         remote["headers"] = [header]
-    return {
-        "$schema": CARD_SCHEMA,
-        "name": REGISTRY_NAME,
-        "title": TITLE,
-        "description": DESCRIPTION,
-        "version": __version__,
-        "websiteUrl": REPOSITORY,
-        "repository": {"url": REPOSITORY, "source": "github"},
-        "remotes": [remote],
-    }
+    return {"$schema": CARD_SCHEMA, **registry_facts(), "remotes": [remote]}
 
 
 @cache

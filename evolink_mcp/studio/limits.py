@@ -83,14 +83,13 @@ class Limits:
         prices = self._prices.current
         self._check_call(request, request.price_ceiling, prices)
         midnight = start_of_day(self._clock())
-        for limit, read in (
-            (self._limits.per_day, self._journal.sums_since),
-            (self._limits.total_per_day, self._journal.total_since),
+        for limit, read, is_total in (
+            (self._limits.per_day, self._journal.sums_since, False),
+            (self._limits.total_per_day, self._journal.total_since, True),
         ):
             if limit is not None:
                 sums = await read(midnight)
                 if sums.total + request.price_ceiling > limit:
-                    is_total = read == self._journal.total_since
                     raise self._over_daily_limit(request, request.price_ceiling, sums, prices, is_total=is_total)
 
     async def admit(self, request: ImageRequest, entry: Entry) -> Entry:

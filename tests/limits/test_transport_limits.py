@@ -102,7 +102,7 @@ async def test_the_unread_answers_of_all_connections_have_a_limit_and_the_oldest
 
 
 class FakeTransport:
-    """A transport whose buffer has these sizes, one at each look."""
+    """A transport with a buffer. Each read of its size returns the next of `sizes`."""
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = list(sizes)
