@@ -25,10 +25,15 @@ def minimal_environment(home: Path, **settings: str) -> dict[str, str]:
 
 
 def cache_folders(home: Path) -> list[Path]:
-    """Return the cache folder of a server process on Linux, macOS and Windows."""
+    """Return the cache folders of a server process whose home is `home`.
+
+    Windows does not derive the folder from the home. Elsewhere the real cache of this user must not take part.
+    """
     from evolink_mcp.app.settings import cache_folder
 
-    return [home / ".cache" / "evolink-mcp", home / "Library" / "Caches" / "evolink-mcp", cache_folder()]
+    if sys.platform == "win32":
+        return [cache_folder()]
+    return [home / ".cache" / "evolink-mcp", home / "Library" / "Caches" / "evolink-mcp"]
 
 
 def without_coverage(environ: Mapping[str, str]) -> dict[str, str]:
