@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-from evolink_mcp.images.inspect import SUFFIX_OF, ImageFacts
+from evolink_mcp.images.inspect import SUFFIX_OF, Alpha, ImageFacts
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
 CONTENT_MAX_BYTES = 100 << 20
@@ -24,7 +24,7 @@ GREETING = struct.Struct("<4sB")
 GREETING_MAGIC = b"EVG1"
 _REQUEST = struct.Struct("<4sBBIIQ")
 _REQUEST_MAGIC = b"EVR1"
-_ANSWER = struct.Struct("<4sBBBIIdQ")
+_ANSWER = struct.Struct("<4sBBBIIdBBQ")
 _ANSWER_MAGIC = b"EVA1"
 REQUEST_BYTES = _REQUEST.size
 ANSWER_BYTES = _ANSWER.size
@@ -33,7 +33,7 @@ _IS_USABLE = 0
 _HAS_ALPHA = 1
 _IS_UPRIGHT = 2
 _IS_ONE_COLOUR = 4
-_HAS_TRANSPARENT = 8
+_HAS_MEASURED_ALPHA = 8
 _HAS_FACTS = 16
 _HAS_PAYLOAD = 32
 
@@ -91,12 +91,13 @@ class DecodeAnswer:
         if self.payload is not None:
             flags |= _HAS_PAYLOAD
         if facts is None:
-            return _ANSWER.pack(_ANSWER_MAGIC, _IS_USABLE, 0, flags, 0, 0, 0.0, len(self.payload or b""))
+            return _ANSWER.pack(_ANSWER_MAGIC, _IS_USABLE, 0, flags, 0, 0, 0.0, 0, 0, len(self.payload or b""))
         flags |= _HAS_FACTS
         flags |= _HAS_ALPHA if facts.has_alpha else 0
         flags |= _IS_UPRIGHT if facts.is_upright else 0
         flags |= _IS_ONE_COLOUR if facts.is_one_colour else 0
-        flags |= _HAS_TRANSPARENT if facts.transparent is not None else 0
+        flags |= _HAS_MEASURED_ALPHA if facts.alpha is not None else 0
+        alpha = facts.alpha or Alpha(0.0, 0, 0)
         return _ANSWER.pack(
             _ANSWER_MAGIC,
             _IS_USABLE,
@@ -104,7 +105,9 @@ class DecodeAnswer:
             flags,
             facts.width,
             facts.height,
-            facts.transparent or 0.0,
+            alpha.transparent_share,
+            alpha.lowest,
+            alpha.highest,
             len(self.payload or b""),
         )
 
@@ -112,7 +115,7 @@ class DecodeAnswer:
 def pack_refusal(error: UnusableImage) -> bytes:
     """Return the record of an answer to a file that cannot be used."""
     width, height = error.size or (0, 0)
-    return _ANSWER.pack(_ANSWER_MAGIC, error.reason, 0, 0, min(width, 2**32 - 1), min(height, 2**32 - 1), 0.0, 0)
+    return _ANSWER.pack(_ANSWER_MAGIC, error.reason, 0, 0, min(width, 2**32 - 1), min(height, 2**32 - 1), 0.0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def unpack_answer(record: bytes, payload_max_bytes: int) -> AnswerHead:
         UnusableImage: the decoder refused the file, or the record is invalid (DECODER_FAILED).
     """
     try:
-        magic, reason, mime_index, flags, width, height, transparent, payload_bytes = _ANSWER.unpack(record)
+        magic, reason, mime_index, flags, width, height, share, lowest, highest, payload_bytes = _ANSWER.unpack(record)
     except struct.error as error:
         raise UnusableImage(Reason.DECODER_FAILED) from error
     if magic != _ANSWER_MAGIC or payload_bytes > payload_max_bytes:
@@ -140,17 +143,18 @@ def unpack_answer(record: bytes, payload_max_bytes: int) -> AnswerHead:
         known = reason in Reason.__members__.values()
         size = (width, height) if width and height else None
         raise UnusableImage(Reason(reason) if known else Reason.DECODER_FAILED, size if known else None)
-    facts = _facts(mime_index, flags, width, height, transparent) if flags & _HAS_FACTS else None
+    facts = _facts(mime_index, flags, width, height, Alpha(share, lowest, highest)) if flags & _HAS_FACTS else None
     return AnswerHead(facts, bool(flags & _HAS_PAYLOAD), payload_bytes)
 
 
-def _facts(mime_index: int, flags: int, width: int, height: int, transparent: float) -> ImageFacts:
+def _facts(mime_index: int, flags: int, width: int, height: int, alpha: Alpha) -> ImageFacts:
     is_valid = (
         mime_index < len(_MIME_TYPES)
         and 0 < width <= SIDE_MAX
         and 0 < height <= SIDE_MAX
-        and math.isfinite(transparent)
-        and 0 <= transparent <= 1
+        and math.isfinite(alpha.transparent_share)
+        and 0 <= alpha.transparent_share <= 1
+        and alpha.lowest <= alpha.highest
     )
     if not is_valid:
         raise UnusableImage(Reason.DECODER_FAILED)
@@ -160,6 +164,6 @@ def _facts(mime_index: int, flags: int, width: int, height: int, transparent: fl
         height,
         has_alpha=bool(flags & _HAS_ALPHA),
         is_upright=bool(flags & _IS_UPRIGHT),
-        transparent=transparent if flags & _HAS_TRANSPARENT else None,
+        alpha=alpha if flags & _HAS_MEASURED_ALPHA else None,
         is_one_colour=bool(flags & _IS_ONE_COLOUR),
     )

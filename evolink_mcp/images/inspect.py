@@ -29,14 +29,31 @@ MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
 MAX_PIXELS = max(model.limits.pixels_max for model in MODELS.values())
 SUFFIX_OF = {mime_type: suffix for _, _, mime_type, suffix in MAGIC}
 FORMATS = ("PNG", "JPEG", "WEBP")
+# A pixel is transparent if at least half of the background shows through it. Values go from 0 (invisible) to 255 (opaque).
+TRANSPARENT_ALPHA_MAX = 127
+# An image that keeps its transparency in a palette or in one colour is converted in strips of this many pixels.
+STRIP_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Alpha:
+    """The measured transparency of an image.
+
+    `transparent_share` is the share of pixels with an alpha of at most TRANSPARENT_ALPHA_MAX. `lowest` and `highest` are
+    the extreme alpha values of all pixels, 0 to 255.
+    """
+
+    transparent_share: float
+    lowest: int
+    highest: int
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
     """The properties of an image: MIME type, width and height in pixels as displayed, whether it has alpha.
 
-    `is_upright`: no EXIF orientation rotates it. The others need all pixels: `transparent` is the share of pixels that
-    are not opaque, None without alpha; `is_one_colour`: all pixels are equal.
+    `is_upright`: no EXIF orientation rotates it. The others need all pixels: `alpha` is the measured transparency, None
+    without alpha; `is_one_colour`: all pixels are equal.
     """
 
     mime_type: str
@@ -44,7 +61,7 @@ class ImageFacts:
     height: int
     has_alpha: bool
     is_upright: bool = True
-    transparent: float | None = None
+    alpha: Alpha | None = None
     is_one_colour: bool = False
 
     @property
@@ -107,7 +124,7 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX
 def decode(image: Image, facts: ImageFacts) -> ImageFacts:
     """Decode all pixels and return the facts with the properties that need them."""
     image.load()
-    return replace(facts, transparent=_transparent(image), is_one_colour=_is_one_colour(image))
+    return replace(facts, alpha=measure_alpha(image), is_one_colour=_is_one_colour(image))
 
 
 def upright(image: Image, turn: int) -> Image:
@@ -126,11 +143,21 @@ def upright(image: Image, turn: int) -> Image:
     return image if turn == 1 else image.transpose(methods[turn])
 
 
-def _transparent(image: Image) -> float | None:
-    if "A" not in image.getbands():
+def measure_alpha(image: Image) -> Alpha | None:
+    """Return the transparency of an image: of its alpha channel, its palette or its transparent colour. None without any."""
+    if not image.has_transparency_data:
         return None
-    opaque = image.histogram()[-1]  # alpha is the last band
-    return round(1 - opaque / (image.width * image.height), 4)
+    if "A" in image.getbands():
+        histogram = image.histogram()[-256:]  # alpha is the last band
+    else:
+        histogram = [0] * 256
+        rows = max(1, STRIP_PIXELS // image.width)
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+            histogram = [sum(counts) for counts in zip(histogram, strip.histogram()[-256:], strict=True)]
+    used = [value for value, count in enumerate(histogram) if count]
+    share = sum(histogram[: TRANSPARENT_ALPHA_MAX + 1]) / (image.width * image.height)
+    return Alpha(share, used[0], used[-1])
 
 
 def _is_one_colour(image: Image) -> bool:

@@ -238,7 +238,7 @@ class References:
             content_id = await _refuse_unusable(partial(_copy, open_file, file), shown)
             check = partial(self._image_store.decoder.check_reference, file, is_mask=is_mask, order=content_id)
             facts = await _refuse_unusable(check, shown)
-        has_transparency = bool(facts.transparent) if is_mask else None
+        has_transparency = bool(facts.alpha and facts.alpha.transparent_share) if is_mask else None
         return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), has_transparency, open_file)
 
     async def _upload(self, image: CheckedImage) -> Upload:

@@ -33,6 +33,8 @@ INTERNAL_FIELDS = frozenset(
         "is_rejected",
         "object_name",
         "transparent_share",
+        "alpha_min",
+        "alpha_max",
         "is_one_colour",
         "fallback_reason",
     ]

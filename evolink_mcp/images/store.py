@@ -136,6 +136,8 @@ class SavedImage:
     bytes: int
     sha256: str
     transparent_share: float | None = None
+    alpha_min: int | None = None
+    alpha_max: int | None = None
     is_one_colour: bool = False
 
 
@@ -383,7 +385,9 @@ def _finish(part: Path, target: Path, facts: ImageFacts) -> SavedImage:
         facts.height,
         size,
         sha256,
-        facts.transparent,
+        None if facts.alpha is None else facts.alpha.transparent_share,
+        None if facts.alpha is None else facts.alpha.lowest,
+        None if facts.alpha is None else facts.alpha.highest,
         facts.is_one_colour,
     )
 

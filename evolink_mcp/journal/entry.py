@@ -52,8 +52,9 @@ class ResultImage:
     `url_expires_at` is in epoch seconds, `width` and `height` in pixels, `bytes` is the size of the file.
     `error` is the reason of a failed download. `is_lost`: the download is not repeated. `is_unusable`: the downloaded
     data was no image. `is_rejected`: decoding it would cost too much work. `transparent_share` is the share of pixels
-    that are not opaque, None without an alpha channel. `fallback_reason` is the reason why the image was saved into the
-    data folder and not into its own folder.
+    of which at least half of the background shows through, None without transparency. `alpha_min` and `alpha_max` are
+    the extreme alpha values of all pixels, 0 (invisible) to 255 (opaque). `fallback_reason` is the reason why the image
+    was saved into the data folder and not into its own folder.
     """
 
     index: int
@@ -70,6 +71,8 @@ class ResultImage:
     is_unusable: bool = False
     is_rejected: bool = False
     transparent_share: float | None = None
+    alpha_min: int | None = None
+    alpha_max: int | None = None
     is_one_colour: bool = False
     object_name: str | None = None
     fallback_reason: str | None = None

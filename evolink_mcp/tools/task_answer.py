@@ -430,14 +430,40 @@ def _deviations(entry: Entry) -> list[str]:
         for kind in types
         if requested_format not in (None, kind)
     ]
-    clear = [picture for picture in saved if picture.transparent_share is not None]
-    if body.get("background") == "transparent" and saved:
-        if not clear:
-            notes.append("The request was for a transparent background, but the picture has no alpha channel.")
-        elif any(picture.transparent_share == 0 for picture in clear):
-            notes.append("The request was for a transparent background, but no pixel of the picture is transparent.")
+    if body.get("background") == "transparent":
+        notes += [f"Picture {picture.index}: {_transparency_text(picture)}" for picture in saved]
     notes += [f"Picture {picture.index} has only one colour." for picture in saved if picture.is_one_colour]
     return notes
+
+
+def _transparency_text(image: ResultImage) -> str:
+    """Return the measured transparency of an image. Its request was for a transparent background."""
+    share = image.transparent_share
+    if share is None:
+        return "the request was for a transparent background, but the picture has no transparency at all."
+    if image.alpha_min is None or image.alpha_max is None:  # saved by a version that measured only the share
+        return f"{_percent(share)} of the pixels are transparent."
+    if image.alpha_max == 0:
+        return "it is completely invisible: every pixel is fully transparent."
+    if image.alpha_min == 255:
+        return "the request was for a transparent background, but no pixel of the picture is transparent."
+    if share == 0:
+        return (
+            "the request was for a transparent background, but every pixel is opaque or nearly opaque: the lowest alpha "
+            f"is {image.alpha_min} of 255."
+        )
+    if share == 1:
+        return f"every pixel is transparent: the highest alpha is {image.alpha_max} of 255."
+    return f"{_percent(share)} of the pixels are transparent."
+
+
+def _percent(share: float) -> str:
+    """Return a share as a whole percentage. A share that is not 0 or 1 is never shown as 0 % or 100 %."""
+    if 0 < share < 0.01:
+        return "less than 1 %"
+    if 0.99 < share < 1:
+        return "more than 99 %"
+    return f"{share:.0%}".replace("%", " %")
 
 
 def _markdown(path: str, prompt: str) -> str:

@@ -20,7 +20,7 @@ def request():
     return requests.read(int.from_bytes(head[14:22], "little"))
 answer(b"EVG1" + bytes([15]))
 """
-REFUSE = r'answer(b"EVA1\x01" + bytes(26))'
+REFUSE = r'answer(b"EVA1\x01" + bytes(28))'
 
 
 def program(body: str) -> list[str]:

@@ -33,7 +33,7 @@ from evolink_mcp.images.decode_protocol import (
     unpack_answer,
 )
 from evolink_mcp.images.decode_worker import perform, serve
-from evolink_mcp.images.inspect import ImageFacts
+from evolink_mcp.images.inspect import Alpha, ImageFacts
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
@@ -251,7 +251,7 @@ async def test_a_pickle_from_the_decoder_is_never_loaded(tmp_path: Path) -> None
     assert not marker.exists()
 
 
-VALID = DecodeAnswer(ImageFacts("image/png", 64, 48, has_alpha=True, transparent=0.5), b"abc").pack()
+VALID = DecodeAnswer(ImageFacts("image/png", 64, 48, has_alpha=True, alpha=Alpha(0.5, 0, 255)), b"abc").pack()
 WRONG_TYPE = DecodeAnswer(ImageFacts("image/jpeg", 64, 48, has_alpha=False)).pack()
 NO_PAYLOAD = (DecodeAnswer().pack(), WRONG_TYPE)
 
@@ -277,7 +277,9 @@ def test_one_changed_byte_of_an_answer_never_gives_impossible_facts(position: in
         facts = unpack_answer(bytes(record), 1000).facts
     except UnusableImage:
         return
-    assert facts is None or (facts.mime_type.startswith("image/") and 0 <= (facts.transparent or 0) <= 1)
+    assert facts is None or (
+        facts.mime_type.startswith("image/") and (facts.alpha is None or 0 <= facts.alpha.transparent_share <= 1)
+    )
 
 
 @in_time

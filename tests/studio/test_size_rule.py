@@ -216,8 +216,12 @@ async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> Non
     ("wish", "told"),
     [
         pytest.param({"output_format": "webp"}, None, id="as asked"),
-        pytest.param({"background": "transparent", "output_format": "png"}, None, id="transparent as asked"),
-        pytest.param({"background": "transparent", "prompt": "opaque"}, "no alpha channel", id="no alpha at all"),
+        pytest.param(
+            {"background": "transparent", "output_format": "png"},
+            "75 % of the pixels are transparent",
+            id="transparent as asked",
+        ),
+        pytest.param({"background": "transparent", "prompt": "opaque"}, "no transparency at all", id="no alpha at all"),
         pytest.param({"prompt": "flat"}, "only one colour", id="of one colour"),
         pytest.param({"output_format": "webp", "prompt": "png"}, "instead of webp", id="another file type"),
     ],
