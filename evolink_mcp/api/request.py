@@ -140,9 +140,8 @@ def _size(text: str) -> str:
 def _size_description(model: ImageModel) -> str:
     limits = model.limits
     return (
-        f"auto, a ratio ({' '.join(limits.ratios)}) or WxH in pixels: edges multiples of {limits.edge_step} from "
-        f"{limits.edge_min} to {limits.edge_max}, {limits.pixels_min} to {limits.pixels_max} pixels, at most "
-        f"{limits.aspect_max}:1."
+        f"auto, a ratio ({' '.join(limits.ratios)}) or WxH: edges multiples of {limits.edge_step}, {limits.edge_min} to "
+        f"{limits.edge_max}; {limits.pixels_min} to {limits.pixels_max} pixels; at most {limits.aspect_max}:1."
     )
 
 
@@ -151,12 +150,12 @@ def _quality_description(model: ImageModel) -> str:
     ratios = [
         f"{name} about {model.cost_ratio(name):.2g}x" for name in model.qualities if name != model.default_quality
     ]
-    return f"Drives cost: {', '.join(ratios)} of {model.default_quality}."
+    return f"Cost: {', '.join(ratios)} of {model.default_quality}."
 
 
 Prompt = Annotated[
     str,
-    Field(min_length=1, max_length=PROMPT_MAX, description="What to draw, or how to edit the reference images."),
+    Field(min_length=1, max_length=PROMPT_MAX, description="Picture to draw, or change to the reference images."),
     AfterValidator(_prompt),
 ]
 PictureSource = Annotated[str, Strict(), AfterValidator(_image_source)]
@@ -165,8 +164,8 @@ ImageUrls = Annotated[
     BeforeValidator(_list_of),
     Field(
         max_length=REFERENCES_MAX,
-        description="Reference images to edit or combine: public URLs, absolute paths, file: or data: URIs, or "
-        "evolink://images/{task_id}/{index} of an earlier result. .jpeg .jpg .png .webp, 50 MB each.",
+        description="Reference images: public URLs, absolute paths, file: or data: URIs, or "
+        "evolink://images/{task_id}/{index}. .jpeg .jpg .png .webp, 50 MB each.",
     ),
 ]
 SizeText = Annotated[
@@ -175,7 +174,7 @@ SizeText = Annotated[
     Field(
         description=_size_description(DEFAULT_MODEL),
         json_schema_extra={
-            "pattern": "^(" + "|".join(("auto", *DEFAULT_MODEL.limits.ratios)) + r"|[1-9]\d{1,3}[xX×][1-9]\d{1,3})?$",
+            "pattern": r"^(auto|\d{1,2}:\d{1,2}|[1-9]\d{1,3}[xX×][1-9]\d{1,3})?$",
             "examples": ["16:9", "2048x1152"],
         },
     ),
@@ -183,7 +182,7 @@ SizeText = Annotated[
 Resolution = Annotated[
     TierName,
     ignore_case(*TIERS),
-    Field(description="Tier for a ratio; ignored with auto or WxH."),
+    Field(description="Tier of a ratio. No effect otherwise."),
 ]
 Quality = Annotated[QualityName, ignore_case(*QUALITIES), Field(description=_quality_description(DEFAULT_MODEL))]
 # Must be the last annotation, so that the type before it publishes its own limits.
@@ -191,7 +190,7 @@ WHOLE = BeforeValidator(_whole)
 Count = Annotated[
     int,
     Strict(),
-    Field(ge=1, le=IMAGES_MAX, description="How many images; each is billed. More than 1 may bring fewer."),
+    Field(ge=1, le=IMAGES_MAX, description="Number of images, each billed."),
     WHOLE,
 ]
 CallbackUrl = Annotated[
@@ -199,31 +198,29 @@ CallbackUrl = Annotated[
     AfterValidator(lambda url: _real_url(url, max_length=CALLBACK_URL_MAX)),
     Field(
         max_length=CALLBACK_URL_MAX,
-        description="Public https address that EvoLink posts the finished task to.",
+        description="Public https URL that receives the finished task.",
         json_schema_extra={"pattern": "^(https://.*)?$"},
     ),
 ]
-Model = Annotated[ModelName, ignore_case(*MODELS), Field(description="The image model.")]
+Model = Annotated[ModelName, ignore_case(*MODELS), Field(description="Image model.")]
 MaskUrl = Annotated[
     PictureSource,
-    Field(
-        description="PNG with alpha, same pixel size as the first reference: transparent is redrawn. Needs image_urls."
-    ),
+    Field(description="PNG in the pixel size of the first reference. Transparent parts are redrawn."),
 ]
 Background = Annotated[
     BackgroundName,
     ignore_case(*BACKGROUNDS),
-    Field(description=f"{DEFAULT_MODEL.defaults['background']} is the default; transparent needs png or webp."),
+    Field(description=f"Default {DEFAULT_MODEL.defaults['background']}. transparent needs png or webp."),
 ]
 OutputFormat = Annotated[
     OutputFormatName,
     ignore_case(*OUTPUT_FORMATS),
-    Field(description=f"File type; EvoLink's default is {DEFAULT_MODEL.defaults['output_format']}."),
+    Field(description=f"File type. Default {DEFAULT_MODEL.defaults['output_format']}."),
 ]
 TaskId = Annotated[
     str,
     BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value),
-    Field(pattern=TASK_ID_PATTERN, description="Task id, as returned by generate_image."),
+    Field(pattern=TASK_ID_PATTERN, description="Task ID of generate_image."),
 ]
 # The value of an absent argument; the published schema does not mention it.
 OrNull = SkipJsonSchema[None]

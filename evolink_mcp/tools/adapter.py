@@ -115,8 +115,12 @@ def flat_tool(
     title: str,
     annotations: ToolAnnotations,
     meta: dict[str, Any] | None = None,
+    has_nested_fields: bool = False,
 ) -> Tool:
-    """Return `fn(req, ctx, ...)` as a tool. Its docstring is the description, the two models are its schemas."""
+    """Return `fn(req, ctx, ...)` as a tool. Its docstring is the description, the two models are its schemas.
+
+    `has_nested_fields`: the output schema contains the fields of nested objects.
+    """
     resolved = find_resolved_parameters(fn)
     return FlatTool(
         fn=fn,
@@ -124,7 +128,10 @@ def flat_tool(
         title=title,
         description=" ".join((fn.__doc__ or "").split()),
         parameters=input_schema(arguments),
-        fn_metadata=_OneModel(arg_model=arguments, output_schema=output_schema(output) if output else None),
+        fn_metadata=_OneModel(
+            arg_model=arguments,
+            output_schema=output_schema(output, has_nested_fields=has_nested_fields) if output else None,
+        ),
         is_async=True,
         context_kwarg="ctx",
         resolved_params=dict(resolved),

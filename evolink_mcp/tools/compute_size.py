@@ -33,18 +33,18 @@ Edge = Annotated[int, Strict(), Field(ge=1, le=TARGET_EDGE_MAX), WHOLE]
 class ComputeSizeArguments(Arguments):
     """The arguments of compute_size: a size, or a target width and height."""
 
-    size: Annotated[str | OrNull, Field(description="auto, a ratio such as 16:9, or WxH in pixels.")] = None
+    size: Annotated[str | OrNull, Field(description="auto, a ratio, WxH, or words such as A4 landscape.")] = None
     resolution: Resolution = TIERS[0]
     quality: Quality = DEFAULT_MODEL.default_quality
     n: Count = 1
     references: Annotated[
         int,
         Strict(),
-        Field(ge=0, le=REFERENCES_MAX, description="Number of reference images, for credits_at_most."),
+        Field(ge=0, le=REFERENCES_MAX, description="Number of reference images."),
         WHOLE,
     ] = 0
-    width: Annotated[Edge | OrNull, Field(description="Instead of size: the width that you need, in pixels.")] = None
-    height: Annotated[Edge | OrNull, Field(description="With width: the height that you need, in pixels.")] = None
+    width: Annotated[Edge | OrNull, Field(description="Instead of size: target width in pixels.")] = None
+    height: Annotated[Edge | OrNull, Field(description="Target height, with width.")] = None
 
 
 class Crop(BaseModel):
@@ -94,9 +94,9 @@ class SizeOut(BaseModel):
     estimated_tokens: int | None = None
     estimated_credits: float | None = None
     estimated_usd: float | None = None
-    credits_at_most: float | None = Field(default=None, description="highest possible charge; pass it as max_credits")
+    credits_at_most: float | None = Field(default=None, description="for max_credits")
     usd_at_most: float | None = None
-    prices: list[PriceOut] = Field(default=[], description="same shape in other qualities and tiers")
+    prices: list[PriceOut] = []
     alternatives: list[str] = []
     scale: float | None = None
     crop: Crop | None = None
@@ -110,9 +110,8 @@ def compute_size_tool(studio: Studio, rule_fresh_for_s: float = RULE_FRESH_FOR_S
     """Return the tool. It reads the account's size rule and prices at most once in `rule_fresh_for_s` seconds."""
 
     async def compute_size(req: ComputeSizeArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Compute pixels and price of a size, or of a ratio and tier, before you buy. Offline, free of charge. Or give
-        the width and height that you need (such as 1200 and 628): returns the nearest legal size that covers them,
-        the closest ratio and tier, and the crop."""
+        """Compute pixels and price of a size before you buy. Offline, free of charge. Or give the width and height that
+        you need, such as 1200 and 628: returns the legal size that covers them, scale and crop."""
         out = compute(req, await studio.prices.refresh(fresh_for_s=rule_fresh_for_s))
         return result(size_text(out), out, is_error=out.error is not None)
 

@@ -23,9 +23,7 @@ from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
 from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
 
-Credits = Annotated[
-    float, Strict(), Field(ge=0, description="Refuse before sending if the highest possible charge is above this.")
-]
+Credits = Annotated[float, Strict(), Field(ge=0, description="Highest allowed charge.")]
 
 
 class GenerateImageArguments(GenerationRequest):
@@ -33,13 +31,13 @@ class GenerateImageArguments(GenerationRequest):
 
     wait_seconds: WaitSeconds | OrNull = None
     save_as: Annotated[
-        str | OrNull, Field(description="File name, or path inside an allowed folder. Never overwrites.")
+        str | OrNull, Field(description="File name, or path in an allowed folder. Never overwrites.")
     ] = None
     max_credits: Credits | OrNull = None
     force_new: Annotated[
         bool,
         Strict(),
-        Field(description="Buy even if an identical earlier picture is paid but not delivered yet."),
+        Field(description="Buy again despite an identical undelivered purchase."),
     ] = False
 
 
@@ -77,12 +75,10 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         order: Annotated[ImageRequest, Resolve(priced_order)],
         confirmed: Annotated[ElicitationResult[Confirm], Resolve(confirm)],
     ) -> CallToolResult:
-        """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. One call does everything: it
-        submits, waits, downloads, saves the files and answers with paths, URLs (valid 24 h), sizes and a small preview.
-        If the wait ends first, the answer has task_id and next_action: call get_task with that id. Never call
-        generate_image again for the same picture. To edit, give image_urls. A ratio takes a resolution tier. For
-        exact pixels give size as WxH. compute_size returns pixels and price, free of charge.
-        Show the user the file path and the markdown line."""
+        """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. Waits, saves the files and returns
+        paths, URLs (valid 24 h), sizes and a preview. If the wait ends first, call get_task with the returned task_id.
+        Never call generate_image again for the same picture. To edit, give image_urls. compute_size returns pixels and
+        price, free of charge. Show the user the path and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise _unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=_can_ask(ctx))
         approved.update(_disclosures(req))
@@ -99,6 +95,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         title="Generate image",
         annotations=PAID,
         meta=GALLERY_META,
+        has_nested_fields=True,
     )
 
 

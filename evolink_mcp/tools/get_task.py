@@ -26,9 +26,8 @@ def get_task_tool(waiting: Waiting) -> Tool:
     """Return the tool."""
 
     async def get_task(req: GetTaskArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Wait for a task and get its pictures, by id. Works later, after a restart, and for tasks of other clients
-        with the same key. Free of charge. Saves each picture once. If the wait ends first, call it again with the
-        same id."""
+        """Wait for a task and get its pictures. Free of charge. Works after a restart, and for tasks of other clients
+        with the same key. If the wait ends first, call it again."""
         return await waiting.answer(await waiting.studio.resume(req.task_id), req.wait_seconds, ctx, [])
 
     return flat_tool(

@@ -43,17 +43,13 @@ class ListTasksArguments(Arguments):
     """The arguments of list_tasks."""
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="Number of tasks."), WHOLE] = 10
-    status: Annotated[Status, Field(description="Only tasks of this status.")] = ANY_STATUS
-    query: Annotated[str | OrNull, Field(description="Words of the prompt, file name or id.")] = None
+    status: Annotated[Status, Field(description="Status of the tasks.")] = ANY_STATUS
+    query: Annotated[str | OrNull, Field(description="Words of prompt, file name or ID.")] = None
     since: Annotated[str | OrNull, Field(description="ISO 8601, today, yesterday or 7d.")] = None
-    until: Annotated[str | OrNull, Field(description="Same formats as since.")] = None
-    cursor: Annotated[str | OrNull, Field(description="next_cursor of the previous answer.")] = None
-    detail: Annotated[bool, Strict(), Field(description="Complete tasks, as get_task returns them.")] = False
-    sync: Annotated[
-        bool,
-        Strict(),
-        Field(description="Also read EvoLink's list; resolves unknown outcomes."),
-    ] = False
+    until: Annotated[str | OrNull, Field(description="As since.")] = None
+    cursor: Annotated[str | OrNull, Field(description="next_cursor of an answer.")] = None
+    detail: Annotated[bool, Strict(), Field(description="Complete tasks.")] = False
+    sync: Annotated[bool, Strict(), Field(description="Resolve unknown outcomes with EvoLink's list.")] = False
 
 
 class TaskList(BaseModel):
@@ -63,10 +59,10 @@ class TaskList(BaseModel):
     price ceilings of undecided charges. `synced` is null without `sync`, and false if EvoLink's list could not be read.
     """
 
-    tasks: list[dict[str, Any]] = Field([], description="newest first")
+    tasks: list[dict[str, Any]] = []
     next_cursor: str | None = None
-    spent: dict[str, dict[str, float]] = Field({}, description="today, 7d, 30d")
-    reserved: dict[str, dict[str, float]] = Field({}, description="same periods")
+    spent: dict[str, dict[str, float]] = {}
+    reserved: dict[str, dict[str, float]] = {}
     synced: bool | None = None
     error: ErrorOut | None = None
     notes: list[str] = []
@@ -76,8 +72,8 @@ def list_tasks_tool(studio: Studio) -> Tool:
     """Return the tool."""
 
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """List purchases, newest first: prompts, files, costs, unknown outcomes. Finds a picture by words of its
-        prompt, or a lost task id. Free of charge."""
+        """List purchases, newest first: prompts, files, costs, unknown outcomes. Finds a picture or a lost task ID by
+        words. Free of charge."""
         await studio.wake()
         external_tasks, problem = await studio.sync(req.limit) if req.sync else ([], None)
         out, text = await task_list(studio, req, external_tasks, problem, mcp_host_of(ctx).answer_max)

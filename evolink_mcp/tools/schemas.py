@@ -59,14 +59,28 @@ def input_schema(model: type[BaseModel]) -> Schema:
 
 
 @cache
-def output_schema(model: type[BaseModel]) -> Schema:
+def output_schema(model: type[BaseModel], *, has_nested_fields: bool = False) -> Schema:
     """Return the schema of a tool's structured content: flat, an optional field has the type `[type, "null"]`.
 
-    The first paragraph of a nested model's docstring is published.
+    Every answer has every field, so the schema has no defaults and no required fields. The list of tools must stay
+    small, so a nested object has no fields in the schema, unless `has_nested_fields`.
     """
     schema = model.model_json_schema(mode="serialization")
     schema.pop("description", None)  # the tool has a description already
-    return _flatten(schema, schema.pop("$defs", {}))
+    definitions: dict[str, Schema] = schema.pop("$defs", {})
+    if not has_nested_fields:
+        definitions = {name: {"type": "object"} for name in definitions}
+    return _brief(_flatten(schema, definitions))
+
+
+def _brief(schema: Schema) -> Schema:
+    """Return an output schema without defaults, required fields and the types of a map's values."""
+    brief = {key: value for key, value in schema.items() if key not in ("default", "required", "additionalProperties")}
+    if "properties" in brief:
+        brief["properties"] = {name: _brief(field) for name, field in schema["properties"].items()}
+    if "items" in brief:
+        brief["items"] = _brief(schema["items"])
+    return brief
 
 
 def _flatten(node: Any, definitions: Schema) -> Any:

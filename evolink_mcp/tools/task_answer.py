@@ -54,6 +54,8 @@ class ImageOut(BaseModel):
     stays null for a caller on another machine. `error` is the reason why it is not saved or why its file is missing.
     """
 
+    model_config = ConfigDict(json_schema_extra=undescribed)
+
     index: int
     url: str | None = None
     url_expires_at: str | None = None
@@ -87,7 +89,7 @@ class TaskOut(BaseModel):
     """
 
     task_id: str | None = None
-    status: str = Field("unknown", description="pending, processing, completed, failed, cancelled or unknown")
+    status: str = "unknown"
     progress: float | None = None
     created_at: str | None = None
     request: dict[str, Any] | None = None
@@ -95,10 +97,10 @@ class TaskOut(BaseModel):
     images: list[ImageOut] = []
     expected_size: Pixels | None = None
     charged: Charged = "unknown"
-    credits: float | None = Field(default=None, description="charged by EvoLink")
+    credits: float | None = None
     usd: float | None = None
-    bill_difference: str | None = Field(default=None, description="charge that differs from the computed price")
-    guess: bool = Field(default=False, description="unconfirmed match for a lost answer, by time and price")
+    bill_difference: str | None = None
+    guess: bool = Field(default=False, description="unconfirmed match of a lost answer")
     error: ErrorOut | None = None
     next_action: NextAction | None = None
     notes: list[str] = []

@@ -26,7 +26,7 @@ class ViewImageArguments(Arguments):
     """The arguments of view_image."""
 
     task_id: TaskId
-    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Which picture, from 0."), WHOLE] = 0
+    index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Index of the picture, from 0."), WHOLE] = 0
     max_edge: Annotated[
         int, Strict(), Field(ge=PREVIEW_EDGE_MIN, le=PREVIEW_EDGE_MAX, description="Longest edge in pixels."), WHOLE
     ] = VIEW_EDGE
@@ -36,8 +36,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
     """Return the tool."""
 
     async def view_image(req: ViewImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Look at a saved picture: returns a small copy. Use it to check a result, or if you only got a path. Free of
-        charge."""
+        """Look at a saved picture: returns a small copy. Free of charge."""
         host = waiting.host_of(ctx)
         job = await waiting.studio.resume(req.task_id)
         await follow(job, waiting.wait_for(host), ctx.report_progress)

@@ -37,7 +37,7 @@ WaitSeconds = Annotated[
     Field(
         ge=0,
         le=WAIT_MAX_S,
-        description="Longest wait of this call. The task continues after it. Default: depends on the MCP host.",
+        description="Longest wait. The task continues after it.",
     ),
 ]
 

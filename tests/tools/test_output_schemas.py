@@ -1,0 +1,31 @@
+"""The output schemas are brief: each field has a type, and one tool describes the nested objects for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TOOLS: dict[str, Any] = json.loads((Path(__file__).parent / "contract" / "tools.json").read_text("utf-8"))
+OUTPUTS = {name: tool["outputSchema"]["properties"] for name, tool in TOOLS.items() if "outputSchema" in tool}
+
+
+def test_every_field_of_an_answer_has_a_type() -> None:
+    assert [
+        f"{tool}.{name}" for tool, fields in OUTPUTS.items() for name, field in fields.items() if not field["type"]
+    ] == []
+
+
+def test_generate_image_describes_the_images_the_error_and_the_next_action() -> None:
+    fields = OUTPUTS["generate_image"]
+    assert set(fields["error"]["properties"]) == {"code", "message", "retryable", "advice"}
+    assert set(fields["next_action"]["properties"]) == {"tool", "arguments"}
+    assert set(fields["expected_size"]["properties"]) == {"width", "height"}
+    assert set(fields["images"]["items"]["properties"]) == {
+        "index", "url", "url_expires_at", "path", "mime_type", "width", "height", "bytes", "sha256", "resource_uri",
+        "markdown", "error",
+    }  # fmt: skip
+
+
+def test_get_task_has_the_fields_of_generate_image() -> None:
+    assert set(OUTPUTS["get_task"]) == set(OUTPUTS["generate_image"])
