@@ -9,6 +9,7 @@ EvolinkError
 │   ├── JournalUnwritable   the journal cannot be read or written
 │   ├── ReferenceRefused    a local reference image is not allowed or not usable
 │   ├── TaskUnknown         the task does not exist here
+│   ├── ImageUnknown        a text names no earlier task or image
 │   ├── CallbackRefused     the settings do not allow this callback host
 │   └── FolderRefused       a folder is not allowed or not writable
 ├── TaskKnown               another journal entry already has the task
@@ -146,6 +147,16 @@ class TaskUnknown(Refused):
 
     code = "not_found"
     advice = "Call list_tasks: it lists all your tasks."
+
+
+class ImageUnknown(Refused):
+    """A text names no earlier task or image of this profile."""
+
+    code = "image_unknown"
+    advice = (
+        "Give a task ID, an evolink:// URI, the picture's URL or path, or last. list_tasks finds a picture by words of its "
+        "prompt."
+    )
 
 
 class CallbackRefused(Refused):

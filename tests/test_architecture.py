@@ -23,6 +23,7 @@ PACKAGES = ["api", "journal", "images", "studio", "tools", "server", "transports
 ORDER = [
     "errors",
     "sanitize",
+    "pasted",
     "isolated",
     "tracing",
     "api.models",
@@ -57,7 +58,9 @@ ORDER = [
     "images.decode_process",
     "images.download",
     "images.sidecar",
+    "images.moved_files",
     "images.store",
+    "images.known_images",
     "images.references",
     "studio.times",
     "studio.schedule",

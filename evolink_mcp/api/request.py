@@ -17,6 +17,7 @@ from pydantic.json_schema import SkipJsonSchema
 from evolink_mcp.api import models, sizes, urls
 from evolink_mcp.api.models import BACKGROUNDS, DEFAULT_MODEL, MODELS, OUTPUT_FORMATS, QUALITIES, TIERS, ImageModel
 from evolink_mcp.api.size_grammar import advice
+from evolink_mcp.pasted import undecorate
 from evolink_mcp.sanitize import harmless
 
 URL_MAX = 8_192
@@ -27,7 +28,9 @@ IMAGES_MAX = max(model.images_max for model in MODELS.values())
 TASK_ID_PATTERN = r"^task-unified-[0-9A-Za-z_-]{1,115}$"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
-_LOCAL_SCHEMES = ("file", "data", "evolink")
+_LOCAL_SCHEMES = ("file", "data", "evolink", "sandbox")
+# Words that models write for "no value".
+_NO_VALUES = frozenset(["null", "undefined", "none", "nil", "n/a", "nan"])
 _SECOND_URL = re.compile(r"[,;|\s]https?://", re.IGNORECASE)
 
 # The choices come from the records, so a type checker sees only strings.
@@ -93,10 +96,15 @@ def _image_source(text: str) -> str:
         raise ValueError("is empty: give a URL or the path of a picture")
     if "\0" in text:
         raise ValueError("contains a NUL character")
+    bare = undecorate(text)
+    if is_remote(bare):
+        text = bare
+    if bare.lower() in _NO_VALUES:
+        raise ValueError("names no picture: leave the argument out")
     if _SECOND_URL.search(text):
         raise ValueError("holds two addresses: give a list, with each of them as a string of its own")
     scheme = _SCHEME.match(text)
-    if scheme is None or scheme[1].lower() in _LOCAL_SCHEMES:
+    if scheme is None or len(scheme[1]) == 1 or scheme[1].lower() in _LOCAL_SCHEMES:
         return text
     if scheme[1].lower() not in ("http", "https"):
         raise ValueError(f"cannot be a {harmless(scheme[1], 20)}: address; use https://, a path or file://")
@@ -217,10 +225,14 @@ OutputFormat = Annotated[
     ignore_case(*OUTPUT_FORMATS),
     Field(description=f"File type. Default {DEFAULT_MODEL.defaults['output_format']}."),
 ]
-TaskId = Annotated[
+# A task ID, or any other text that names an earlier image. `KnownImages` reads it.
+KnownTask = Annotated[
     str,
-    BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value),
-    Field(pattern=TASK_ID_PATTERN, description="Task ID of generate_image."),
+    Strict(),
+    Field(
+        max_length=URL_MAX,
+        description="Task ID, or the picture's URI, URL, path or Markdown, or last.",
+    ),
 ]
 # The value of an absent argument; the published schema does not mention it.
 OrNull = SkipJsonSchema[None]

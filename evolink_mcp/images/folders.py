@@ -14,11 +14,13 @@ import unicodedata
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
+from evolink_mcp.pasted import PathSystem, is_windows_path, path_readings
 from evolink_mcp.sanitize import harmless
 
 # Bytes of UTF-8 in a file name. Encrypted file systems (eCryptfs) accept no longer names.
@@ -33,6 +35,12 @@ PART_SUFFIX = ".part"
 
 # Folders inside the containers of chat hosts, where they keep uploaded files.
 SANDBOXES = ("/mnt/data/", "/mnt/user-data/", "/home/claude/", "/home/oai/")
+# The search for an equivalent name reads the folders of so many readings of a path.
+FOLDERS_LOOKED_AT = 20
+# Marks of a file with its content only in the cloud: Windows (offline, recall on open, recall on data access) and macOS.
+CLOUD_ATTRIBUTES = 0x1000 | 0x40000 | 0x400000
+CLOUD_FLAG = 0x40000000
+THIS_SYSTEM = PathSystem(is_windows=os.name == "nt")
 # Refused on every system, so that a folder can be copied to Windows.
 RESERVED_NAMES = frozenset(
     ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"]
@@ -50,10 +58,14 @@ _STEP = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """`output` is the folder for new images. Files may be read from and saved into `allowed`, which includes `output`."""
+    """`output` is the folder for new images. Files may be read from and saved into `allowed`, which includes `output`.
+
+    `system` is the system of the paths.
+    """
 
     output: Path
     allowed: tuple[Path, ...]
+    system: PathSystem = THIS_SYSTEM
 
     def confines(self, path: Path) -> bool:
         """Return whether `path` is inside an allowed folder, after all links were followed."""
@@ -115,37 +127,98 @@ class Folders:
             )
         return path
 
+    def places(self, reading: str) -> list[Path]:
+        """Return the absolute paths that a path may mean. A relative one may be in each allowed folder."""
+        try:
+            given = Path(reading).expanduser()
+        except (RuntimeError, ValueError):
+            return []
+        if len(reading) > PATH_MAX_CHARS or (given.drive and not given.root):
+            return []
+        return [given] if given.is_absolute() else [folder / given for folder in self.allowed]
+
+    def find(self, source: str) -> Path | None:
+        """Return the existing plain file of a pasted path, inside an allowed folder, or None. Open it with `opened`.
+
+        A file with the literal name comes first. Then quotes, escapes, percent codes, `file:` and other decorations are
+        removed, and equivalent letters are accepted.
+        """
+        inside = self._inside(path_readings(source, self.system))
+        for path in inside:
+            if self._is_readable(path):
+                return path.resolve()
+        for path in filter(None, map(_same_letters, inside[:FOLDERS_LOOKED_AT])):
+            if self._is_readable(path):
+                return path.resolve()
+        return None
+
     def readable(self, source: str) -> Path:
-        """Return the existing file of `source`. A relative path is tried in each allowed folder. Open it with `opened`.
+        """Return the existing file of `source`, as `find` does.
 
         Raises:
             ReferenceRefused: missing (with a suggestion), not a plain file, or outside every allowed folder.
         """
-        shown = harmless(source, 120)
+        path = self.find(source)
+        if path is None:
+            raise self._refusal(source)
+        with suppress(OSError):
+            if is_in_cloud(path.stat()):
+                raise _not_downloaded(source)
+        return path
+
+    def _inside(self, readings: Sequence[str]) -> list[Path]:
+        """Return the paths of the readings that are inside an allowed folder, each once."""
+        inside: dict[Path, None] = {}
+        for path in (path for reading in readings for path in self.places(reading)):
+            with suppress(OSError, RuntimeError, ValueError):
+                if self.confines(path):
+                    inside[path] = None
+        return list(inside)
+
+    def _is_readable(self, path: Path) -> bool:
         try:
-            given = Path(source).expanduser()
-            if given.drive and not given.root:
-                raise ReferenceRefused(
-                    f"“{shown}” depends on the current folder of drive {given.drive}",
+            return path.is_file() and self.confines(path)
+        except (OSError, RuntimeError, ValueError):
+            return False
+
+    def _refusal(self, source: str) -> ReferenceRefused:
+        """Return the reason why a path names no readable file, with the next step."""
+        shown = harmless(source, 120)
+        readings = path_readings(source, self.system)
+        plain = readings[-1]
+        inside = self._inside(readings)
+        if any(reading.replace("\\", "/").startswith(SANDBOXES) for reading in readings) and not self._inside([plain]):
+            return ReferenceRefused(
+                f"“{shown}” is in the sandbox of the chat, which is not on this machine",
+                advice="Save the picture on this machine and give its path there, or give a public URL.",
+            )
+        try:
+            if any(path.with_name(f".{path.name}.icloud").exists() for path in inside if path.name):
+                return _not_downloaded(source)
+            if any(path.exists() for path in inside):
+                return ReferenceRefused(f"“{shown}” is not a plain file", advice="Give the path of a picture.")
+            if is_windows_path(plain) and not self.system.is_windows:
+                return ReferenceRefused(
+                    f"“{shown}” is a Windows path. This server runs on another system and cannot read it",
+                    advice="Copy the picture to this system and give its path there, or give a public URL.",
+                )
+            if plain[:5].lower() == "file:":
+                return ReferenceRefused(
+                    "a file: URI must name a file of this machine", advice="Use file:///absolute/path.png."
+                )
+            if self.system.is_windows and Path(plain).drive and not Path(plain).root:
+                return ReferenceRefused(
+                    f"“{shown}” depends on the current folder of drive {Path(plain).drive}",
                     advice="Give the whole path from the drive's root.",
                 )
-            candidates = [given] if given.is_absolute() else [folder / given for folder in self.allowed]
-            inside = [path for path in candidates if self.confines(path)]
-            if not inside and source.replace("\\", "/").startswith(SANDBOXES):
-                raise ReferenceRefused(
-                    f"“{shown}” lies in the chat's own sandbox, which is not on this machine",
-                    advice="Save the picture on this machine and give its path there, or give a public URL.",
-                )
-            if not inside:
-                raise ReferenceRefused(f"“{shown}” is outside the allowed folders", advice=self._how_to_allow())
-            for path in [*inside, *filter(None, map(_same_letters, inside))]:
-                if path.is_file() and self.confines(path):
-                    return path.resolve()
-            if any(path.exists() for path in inside):
-                raise ReferenceRefused(f"“{shown}” is not a plain file", advice="Give the path of a picture.")
-            raise ReferenceRefused(f"there is no file “{shown}”", advice=self._did_you_mean(inside))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ReferenceRefused(f"“{shown}” cannot be read", advice="Check the path and its rights.") from error
+            places = self.places(plain)
+            if not any(self.confines(path) for path in places):  # raises for an endless link
+                if not places:
+                    return ReferenceRefused(f"“{shown}” cannot be read", advice="Check the path and its rights.")
+                return ReferenceRefused(f"“{shown}” is outside the allowed folders", advice=self._how_to_allow())
+            return ReferenceRefused(f"there is no file “{shown}”", advice=self._did_you_mean(inside))
+        except (OSError, RuntimeError, ValueError):
+            return ReferenceRefused(f"“{shown}” cannot be read", advice="Check the path and its rights.")
 
     def opened(self, path: Path) -> BinaryIO:
         """Open a path from `readable`. A link that has replaced a part of the path since then is not followed.
@@ -195,20 +268,38 @@ class Folders:
         return "Give the absolute path of an existing picture."
 
 
+def is_in_cloud(facts: Any) -> bool:
+    """Return whether the content of a file is only in the cloud (OneDrive, iCloud). `facts` are those of `os.stat`."""
+    attributes = getattr(facts, "st_file_attributes", 0)
+    flags = getattr(facts, "st_flags", 0)
+    return bool(attributes & CLOUD_ATTRIBUTES or flags & CLOUD_FLAG)
+
+
+def _not_downloaded(source: str) -> ReferenceRefused:
+    return ReferenceRefused(
+        f"“{harmless(source, 120)}” is only in the cloud: this computer has not downloaded it",
+        advice="Open the file once, or choose “Download now” or “Always keep on this device” in the file manager. Then "
+        "call again with the same path.",
+    )
+
+
 def _same_letters(path: Path) -> Path | None:
     """Return a file with an equivalent name. macOS decomposes letters, and writes U+202F into names of screenshots."""
     wanted = _folded(path.name)
-    if path.exists() or not path.parent.is_dir():
+    try:
+        if path.exists() or not path.parent.is_dir():
+            return None
+        beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
+        return next((child for child in beside if _folded(child.name) == wanted), None)
+    except (OSError, ValueError):
         return None
-    beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
-    return next((child for child in beside if _folded(child.name) == wanted), None)
 
 
 def _folded(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """Open the plain file at `path`. A link is refused, and a pipe or device does not block.
 
     Raises:
@@ -217,7 +308,7 @@ def open_plain(path: Path) -> BinaryIO:
     return _plain(os.open(path, _READ))
 
 
-def _plain(handle: int) -> BinaryIO:
+def _plain(handle: int) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a plain file")

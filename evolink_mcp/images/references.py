@@ -17,8 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote, unquote_to_bytes
 from weakref import WeakValueDictionary
 
 import anyio
@@ -28,10 +27,11 @@ from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import DownloadFailed, JournalUnwritable, ReferenceRefused
 from evolink_mcp.images.folders import Folders, open_plain
+from evolink_mcp.images.known_images import KnownImages, names_file
 from evolink_mcp.images.sidecar import origin_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
-from evolink_mcp.journal.entry import ReferenceImage
+from evolink_mcp.journal.entry import Entry, ReferenceImage, ResultImage
 from evolink_mcp.journal.journal import Journal, Upload
 from evolink_mcp.sanitize import harmless
 
@@ -44,7 +44,6 @@ UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
 SOURCE_MAX = 300  # characters of a source in the journal
 UPLOAD_URI = re.compile(r"evolink://uploads/([0-9a-f]{64})")
-IMAGE_URI = re.compile(r"evolink://images/(task-unified-[0-9A-Za-z_-]{1,115})/([0-9]{1,2})")
 MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
 T = TypeVar("T")
 
@@ -56,7 +55,7 @@ class CheckedImage:
     `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
     can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
     image that is not on this machine. `has_transparency` is set for a local mask. `task_id` and `index` name the
-    earlier result that the image is, if known. `expires_at` (epoch seconds) is the end of an upload.
+    earlier result that the image is, if match. `expires_at` (epoch seconds) is the end of an upload.
     """
 
     content_id: str
@@ -124,8 +123,8 @@ class References:
         self._journal = journal
         self._folders = folders
         self._image_store = image_store
-        self._is_local = local
         self._clock = clock
+        self.known_images = KnownImages(journal, folders, is_local=local)
         self._at_work = anyio.CapacityLimiter(IMAGES_AT_ONCE)
         self._upload_locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
@@ -138,14 +137,13 @@ class References:
         body = request.body()
         image_sources = list(request.image_urls or [])
         sources = (*image_sources, *filter(None, [request.mask_url]))
-        if all(map(is_remote, sources)):
-            return CheckedRequest(body, sources=sources)
         images = [await self._check_source(source) for source in image_sources]
         if request.mask_url:
             mask = await self._check_source(request.mask_url, is_mask=True)
             _check_mask(mask, images[0])
             images.append(mask)
-        return CheckedRequest(body, tuple(images), sources)
+        is_unknown = all(image.content_id == source for image, source in zip(images, sources, strict=True))
+        return CheckedRequest(body, () if is_unknown else tuple(images), sources)
 
     async def upload_all(self, checked: CheckedRequest) -> dict[str, Any]:
         """Upload each local image once per content. Return the body with the URLs.
@@ -172,28 +170,45 @@ class References:
         await self._journal.remember_upload(sha256, upload.url, upload.expires_at)
         return replace(image, url=upload.url, expires_at=upload.expires_at)
 
-    async def _check_source(self, source: str, *, is_mask: bool = False) -> CheckedImage:
-        if is_remote(source):
-            return CheckedImage(source, url=source)
-        shown = harmless(source, 80)
-        if match := IMAGE_URI.fullmatch(source):
-            return await self._check_result(match[1], int(match[2]), is_mask)
-        if match := UPLOAD_URI.fullmatch(source):
-            return await self._find_upload(match[1])
-        scheme = source[:8].lower()
-        if scheme.startswith("evolink:"):
+    def readable_file(self, source: str) -> Path:
+        """Return the file of a pasted path, inside an allowed folder.
+
+        Raises:
+            ReferenceRefused: there is no such file, or the caller is on another machine.
+        """
+        if not self.known_images.is_local:
             raise ReferenceRefused(
-                f"“{shown}” is no earlier picture",
-                advice="Use evolink://images/{task_id}/{index}, or the uri of an upload.",
-            )
-        if scheme.startswith("data:"):
-            return await self._check_file(partial(_open_data_uri, source), "the data: URI", is_mask)
-        if not self._is_local:
-            raise ReferenceRefused(
-                f"“{shown}” is a local file, and this server does not read its files for remote callers",
+                f"“{harmless(source, 80)}” is a local file, and this server does not read its files for remote callers",
                 advice="Give a public URL or a data: URI, or PUT the file to /uploads of this server and give its uri.",
             )
-        path = self._folders.readable(_file_path(source) if scheme.startswith("file:") else source)
+        return self._folders.readable(source)
+
+    async def _check_source(self, source: str, *, is_mask: bool = False) -> CheckedImage:
+        shown = harmless(source, 80)
+        if source[:5].lower() == "data:":
+            return await self._check_file(partial(_open_data_uri, source), "the data: URI", is_mask)
+        if match := UPLOAD_URI.fullmatch(source):
+            return await self._find_upload(match[1])
+        if is_remote(source):
+            match = await self.known_images.find(source)
+            if match is None or match.entry is None or match.image is None:
+                return CheckedImage(source, url=source)
+            image = await self._check_result(match.entry, match.image, is_mask)
+            return image if image.url is None else replace(image, url=source)
+        if not names_file(source):
+            if (await self.known_images.find(source)) is None:
+                raise ReferenceRefused(
+                    f"“{shown}” is no earlier picture",
+                    advice="Use evolink://images/{task_id}/{index}, or the uri of an upload.",
+                )
+            return await self._check_result(*await self.known_images.find_image(source), is_mask)
+        try:
+            path = self.readable_file(source)
+        except ReferenceRefused:
+            # The file of a known image may have been moved, or only EvoLink has it.
+            if (await self.known_images.find(source)) is None:
+                raise
+            return await self._check_result(*await self.known_images.find_image(source), is_mask)
         image = await self._check_file(partial(self._folders.opened, path), f"“{shown}”", is_mask)
         task_id, index = await anyio.to_thread.run_sync(origin_of, path, image.sha256)
         return replace(image, task_id=task_id, index=index)
@@ -206,32 +221,30 @@ class References:
             )
         return CheckedImage(f"sha256:{sha256}", url)
 
-    async def _check_result(self, task_id: str, index: int, is_mask: bool) -> CheckedImage:
+    async def _check_result(self, entry: Entry, result: ResultImage, is_mask: bool) -> CheckedImage:
         """Return an earlier result: by its link while that is valid, else from its file. A mask needs the file."""
-        entry = await self._journal.by_task(task_id)
-        result = next((image for image in entry.images if image.index == index), None) if entry else None
-        if result is None:
-            raise ReferenceRefused(
-                f"there is no picture {index} of {task_id} here", advice="Call get_task with this id first."
-            )
+        task_id = entry.task_id or ""
+        shown = f"picture {result.index} of {task_id}"
         url = result.url if result.url_expires_at - LINK_MARGIN_S > self._clock() else None
         path: Path | None = None
-        if result.is_present and (is_mask or url is None):
+        if result.is_saved and (is_mask or url is None):
             with suppress(OSError, DownloadFailed):
                 path = await self._image_store.local_file(task_id, result)
         if path is not None:
-            image = await self._check_file(partial(open_plain, path), f"picture {index} of {task_id}", is_mask)
+            image = await self._check_file(partial(open_plain, path), shown, is_mask)
             if image.sha256 == result.sha256:
                 image = replace(image, url=url)
         elif url is not None:
             size = (result.width, result.height) if result.width and result.height else None
             image = CheckedImage(f"sha256:{result.sha256}" if result.sha256 else url, url, result.mime_type, size)
         else:
+            reason = "its file is not there any more"
+            if result.is_away:
+                reason = f"the folder of {result.path} does not exist now; its drive or share may be disconnected"
             raise ReferenceRefused(
-                f"picture {index} of {task_id} is gone: its link has expired and its file is not there any more",
-                advice="Give the path of a copy instead.",
+                f"{shown} is gone: its link has expired and {reason}", advice="Give the path of a copy instead."
             )
-        return replace(image, task_id=task_id, index=index)
+        return replace(image, task_id=task_id, index=result.index)
 
     async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
         async with self._at_work, _temporary_file() as file:
@@ -369,13 +382,3 @@ def _open_data_uri(uri: str) -> BinaryIO:
         return io.BytesIO(unquote_to_bytes(data))
     except ValueError as error:
         raise ReferenceRefused("the data: URI cannot be decoded", advice="Use data:image/png;base64,…") from error
-
-
-def _file_path(uri: str) -> str:
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise ReferenceRefused("the file: URI cannot be read", advice="Use file:///absolute/path.png.") from error
-    if parts.netloc.lower() not in ("", "localhost"):
-        raise ReferenceRefused("a file: URI must name a file of this machine", advice="Use file:///absolute/path.png.")
-    return url2pathname(parts.path)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import unicodedata
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,6 +48,7 @@ from evolink_mcp.images.folders import (
     stem_of,
 )
 from evolink_mcp.images.inspect import ImageFacts
+from evolink_mcp.images.moved_files import MovedFiles
 from evolink_mcp.images.sidecar import SUFFIX, write_sidecar
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage
@@ -120,8 +121,16 @@ class ImageStore(Protocol):
         """
         ...
 
+    async def locate(self, entry: Entry) -> Entry:
+        """Return the entry with the present paths of files that a user moved. The journal keeps the recorded paths."""
+        ...
+
     async def entry_for_caller(self, entry: Entry) -> Entry:
         """Return the entry with the paths and links that the caller can use."""
+        ...
+
+    async def entries_for_caller(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the entries with the paths and links that the caller can use, for a list. It reads no content."""
         ...
 
 
@@ -167,6 +176,7 @@ class LocalImageStore:
         self._has_sidecars = sidecars
         self._free_bytes = free_bytes
         self._sweeper = UnfinishedFiles()
+        self._moved_files = MovedFiles(folders.allowed)
 
     def check_name(self, save_as: str) -> None:
         """See ImageStore."""
@@ -203,14 +213,34 @@ class LocalImageStore:
         return await self._save(entry, image, save_as, partial(_copy_file, Path(image.path)))
 
     async def local_file(self, task_id: str, image: ResultImage) -> Path:
-        """See ImageStore."""
+        """See ImageStore. The file may have been moved or renamed."""
         if image.path is None:
             raise FileNotFoundError(f"picture {image.index} of {task_id} was not saved")
-        return Path(image.path)
+        (present,) = await self._locate((image,))
+        path = Path(present.path or image.path)
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "the file was moved or deleted", str(path))
+        return path
+
+    async def locate(self, entry: Entry) -> Entry:
+        """See ImageStore."""
+        return replace(entry, images=tuple(await self._locate(entry.images)))
 
     async def entry_for_caller(self, entry: Entry) -> Entry:
         """See ImageStore."""
-        return entry
+        return await self.locate(entry)
+
+    async def entries_for_caller(self, entries: Sequence[Entry]) -> list[Entry]:
+        """See ImageStore."""
+        images = [image for entry in entries for image in entry.images]
+        present_images = iter(await self._locate(images, compares_content=False))
+        return [replace(entry, images=tuple(next(present_images) for _ in entry.images)) for entry in entries]
+
+    async def _locate(self, images: Sequence[ResultImage], *, compares_content: bool = True) -> list[ResultImage]:
+        if not any(image.path for image in images):
+            return list(images)
+        locate = partial(self._moved_files.locate, images, compares_content=compares_content)
+        return await anyio.to_thread.run_sync(locate, abandon_on_cancel=True)
 
     async def _save(
         self, entry: Entry, image: ResultImage, save_as: str | None, fetch: Fetch, preview_edge: int = 0

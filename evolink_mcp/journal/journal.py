@@ -6,6 +6,7 @@ This module has all rules and all SQL. A `Backend` runs the SQL in SQLite or in 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from evolink_mcp.api.task import SETTLED, Task
 from evolink_mcp.errors import JournalUnwritable, OutcomeUnknown, Problem, TaskKnown, TooManyRunning
 from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
-from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
+from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id, profile_name
 from evolink_mcp.journal.rows import COLUMNS, STATE_COLUMNS, fold, readable_entries, task_from_dict, values_of
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ BY_KEY = "SELECT * FROM entries WHERE {mine} AND key = ? LIMIT 1"
 BY_TASK = "SELECT * FROM entries WHERE {mine} AND task_id = ? LIMIT 1"
 # Read the newest entries. {filters} are optional conditions.
 RECENT = "SELECT * FROM entries WHERE {mine} AND {filters} ORDER BY created_at DESC, key LIMIT ?"
+# Read the newest entries with a URL or a SHA-256 in an image or in the task.
+BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR instr(task, ?) > 0)
+    ORDER BY created_at DESC, key LIMIT ?"""
+# Find another profile that has a task.
+OTHER_PROFILE = "SELECT profile FROM entries WHERE task_id = ? AND NOT ({mine}) LIMIT 1"
 # Read undelivered entries of identical requests.
 UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND created_at >= ? ORDER BY created_at"""
@@ -402,6 +408,19 @@ class Journal:
     async def by_task(self, task_id: str) -> Entry | None:
         """Return the entry of this task, or None."""
         return await self._one(BY_TASK, task_id)
+
+    async def by_image(self, text: str, limit: int) -> list[Entry]:
+        """Return at most `limit` entries with this URL or SHA-256 in an image or in the task, newest first.
+
+        Reads all entries of the profile, because the columns have no index.
+        """
+        written = json.dumps(text)[1:-1]  # as the columns have it
+        return readable_entries(await self._fetch(self._sql(BY_IMAGE), written, written, limit))
+
+    async def other_profile_of(self, task_id: str) -> str | None:
+        """Return the name of another profile of this journal that has the task, or None."""
+        rows = await self._fetch(self._sql(OTHER_PROFILE), task_id)
+        return profile_name(rows[0]["profile"]) if rows else None
 
     async def recent(
         self,

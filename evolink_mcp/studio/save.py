@@ -78,10 +78,12 @@ class ImageSaver:
         assert task is not None
         images = self._images(job, task)
         self._writer.show_images(job, _in_order(images))
+        present_entry = await self._image_store.locate(job.entry)
+        indexes = {image.index for image in present_entry.images if image.needs_download}
         links = _FreshLinks(job, self._client, self._writer, self._timing)
         async with anyio.create_task_group() as group:
             for image in list(images.values()):
-                if image.needs_download:
+                if image.index in indexes:
                     group.start_soon(self._save_image, job, images, image, links)
 
     async def save_copies(self, job: Job) -> None:

@@ -111,6 +111,7 @@ class Studio:
         self.journal = journal
         self.image_store = image_store
         self.references = references
+        self.known_images = references.known_images
         self.spending_limits = options.spending_limits
         self.prices = prices
         self.rate_limit = poller.rate_limit
@@ -208,16 +209,22 @@ class Studio:
             entry = await self._writer.entry_by_task(task_id)
             if entry is None and self._options.is_shared:
                 raise TaskUnknown(f"there is no task {task_id} here")
-            if not self.client.has_key:
-                return self._recorded_job(entry or Entry.external(Task(task_id, status="unknown"), self.now()))
             if entry is None:
                 entry = Entry.external(Task(task_id, status="unknown"), self.now())
-            elif not self.journal.is_linked(entry.account):
-                return self._recorded_job(entry)
-            job = await self._runner.resume(entry)
+            present_entry = await self.image_store.locate(entry)
+            if not self.client.has_key or (entry.is_written and not self.journal.is_linked(entry.account)):
+                return self._recorded_job(present_entry)
+            # A moved file needs no download. The journal keeps its recorded path.
+            job = await self._runner.resume(entry if present_entry.has_work(self.now()) else present_entry)
         if job.entry.is_unconfirmed and job.entry.stage is not Stage.OPEN:
             await self._runner.confirm(job)
         return job
+
+    async def other_profile_of(self, task_id: str) -> str | None:
+        """Return the other profile of this journal that bought a task, or None. Only a caller on this machine gets it."""
+        if not self.known_images.is_local or self._options.is_shared or await self.journal.by_task(task_id) is not None:
+            return None
+        return await self.journal.other_profile_of(task_id)
 
     def _recorded_job(self, entry: Entry) -> Job:
         """Return a finished job with the state that the journal has. Only another key could change it."""

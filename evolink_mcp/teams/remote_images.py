@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -120,6 +120,14 @@ class RemoteImageStore:
         await self._sweep()
         with _without_paths():
             return Path((await save_image(partial(self._fetch, image), copy, self.decoder, order=task_id)).path)
+
+    async def locate(self, entry: Entry) -> Entry:
+        """See ImageStore. Callers cannot move objects."""
+        return entry
+
+    async def entries_for_caller(self, entries: Sequence[Entry]) -> list[Entry]:
+        """See ImageStore."""
+        return [await self.entry_for_caller(entry) for entry in entries]
 
     async def entry_for_caller(self, entry: Entry) -> Entry:
         """See ImageStore. Replace EvoLink's links by links to the object store, which live longer."""

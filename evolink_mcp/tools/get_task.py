@@ -8,7 +8,8 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 
-from evolink_mcp.api.request import Arguments, OrNull, TaskId
+from evolink_mcp.api.request import Arguments, KnownTask, OrNull
+from evolink_mcp.sanitize import quoted
 from evolink_mcp.tools.adapter import READS, flat_tool
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
@@ -18,7 +19,7 @@ from evolink_mcp.tools.waiting import Waiting, WaitSeconds, format_task_error
 class GetTaskArguments(Arguments):
     """The arguments of get_task."""
 
-    task_id: TaskId
+    task_id: KnownTask
     wait_seconds: WaitSeconds | OrNull = None
 
 
@@ -28,7 +29,10 @@ def get_task_tool(waiting: Waiting) -> Tool:
     async def get_task(req: GetTaskArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Wait for a task and get its pictures. Free of charge. Works after a restart, and for tasks of other clients
         with the same key. If the wait ends first, call it again."""
-        return await waiting.answer(await waiting.studio.resume(req.task_id), req.wait_seconds, ctx, [])
+        match = await waiting.studio.known_images.find_task(req.task_id)
+        profile = await waiting.studio.other_profile_of(match.task_id)
+        notes = [] if profile is None else [f"The profile {quoted(profile, 100)} of this journal bought this task."]
+        return await waiting.answer(await waiting.studio.resume(match.task_id), req.wait_seconds, ctx, notes)
 
     return flat_tool(
         get_task, GetTaskArguments, TaskOut, format_task_error, title="Get task", annotations=READS, meta=GALLERY_META

@@ -110,7 +110,7 @@ async def task_list(
             if status in (None, entry.status) and (since or 0) <= entry.created_at <= (until or math.inf)
         ]
         listed.sort(key=lambda entry: entry.created_at, reverse=True)
-    visible = [await studio.image_store.entry_for_caller(entry) for entry in listed]
+    visible = await studio.image_store.entries_for_caller(listed)
     texts, tasks = _within_limit(visible, studio.has_other_key, answer_max - SUMMARY_MAX_CHARS, detail=req.detail)
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
