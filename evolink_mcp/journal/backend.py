@@ -17,7 +17,7 @@ class UniqueViolation(Exception):
 class Connection(Protocol):
     """A connection during one action of the journal.
 
-    SQL uses `?` for a value, `instr` for a text search, and the tables `entries`, `links`, `uploads` and `facts`.
+    SQL uses `?` for a value, `instr` for a part of a text, and the tables `entries`, `links`, `uploads`, `facts` and `sums`.
     """
 
     async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -39,9 +40,28 @@ EVERYONE = "profile = profile"
 # Transactions that check the limit of all profiles run one after the other.
 TOTAL_LOCK = "total"
 
-# Add the confirmed charges, and the price ceilings of undecided charges. Limits, lists and the CLI use this query.
-SUMS = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
-    FROM entries WHERE {mine} AND created_at >= ?"""
+# The table `sums` has the sums per profile and slot of this length. The transaction that changes an entry changes them.
+# Every local day starts at a slot: all time zones differ from UTC by a multiple of 15 minutes.
+SLOT_S = 900
+# A difference of larger credits is not exact in a float, so such a slot is summed again.
+EXACT_BELOW = 1e6
+# EvoLink's credits have no limit, and PostgreSQL has no infinite sum. A larger number counts as this one.
+CREDITS_MAX = 1e15
+
+
+def _limited(column: str) -> str:
+    return f"CASE WHEN {column} < {CREDITS_MAX} THEN {column} ELSE {CREDITS_MAX} END"
+
+
+# Add the confirmed charges, and the price ceilings of undecided charges. Limits and lists use this query. The values are
+# the first complete slot, the start, and the start of the first complete slot.
+SUMS = f"""SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved FROM (
+    SELECT spent, reserved FROM sums WHERE {{mine}} AND slot >= ?
+    UNION ALL SELECT {_limited("spent")}, {_limited("reserved")}
+    FROM entries WHERE {{mine}} AND created_at >= ? AND created_at < ?) AS parts"""
+# Add the same of single entries. {filters} are conditions. The CLI uses this query for a search.
+SUMS_OF_ENTRIES = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
+    FROM entries WHERE {mine} AND created_at >= ? AND {filters}"""
 # Write the state of an entry that this server owns.
 UPDATE_OWNED = "UPDATE entries SET {changes} WHERE key = ? AND owner = ?"
 # Write a task that EvoLink returned over another server's unconfirmed match, or over no task.
@@ -69,6 +89,8 @@ BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR in
     ORDER BY created_at DESC, key LIMIT ?"""
 # Find another profile that has a task.
 OTHER_PROFILE = "SELECT profile FROM entries WHERE task_id = ? AND NOT ({mine}) LIMIT 1"
+# The condition for an entry with a folded word.
+HAS_WORD = "instr(words, ?) > 0"
 # Read undelivered entries of identical requests.
 UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND created_at >= ? ORDER BY created_at"""
@@ -83,9 +105,10 @@ HAS_ORPHAN = "SELECT 1 FROM entries WHERE NOT closed AND owner = '' AND {linked}
 # Read the unfinished entries without an owner.
 FIND_ORPHANS = "SELECT * FROM entries WHERE NOT closed AND owner = '' AND {linked} ORDER BY created_at"
 # Release all entries of servers.
-RELEASE_OWNERS = "UPDATE entries SET owner = '' WHERE owner IN ({marks}) AND {linked}"
-# End the wait of all calls of servers.
-RELEASE_CALLERS = "UPDATE entries SET caller = '' WHERE caller IN ({marks}) AND {linked}"
+RELEASE_OWNERS = "UPDATE entries SET owner = '' WHERE owner IN ({marks}) AND owner <> '' AND {linked}"
+# End the wait of all calls of servers. No call waits for a delivered entry.
+RELEASE_CALLERS = """UPDATE entries SET caller = '' WHERE caller IN ({marks}) AND caller <> '' AND delivered_at IS NULL
+    AND {linked}"""
 # Find the tasks that have an entry, in any profile: an account may serve several profiles.
 KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks})"
 # Check whether a task belongs to another entry, of any account. An unconfirmed match proves nothing.
@@ -124,6 +147,7 @@ SAVE_LINK = "INSERT INTO links VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND task_id LIKE 'task-unified-%'
     ORDER BY created_at DESC LIMIT 1"""
 
+LATEST = 1e12  # epoch seconds after every entry
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
 MATCH_WITHDRAWN = Problem(
     "outcome_unknown",
@@ -198,6 +222,21 @@ class Notification:
             is_callback=bool(payload.get("is_callback")),
             call=(call[0], call[1]) if call else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The conditions of `Journal.recent`.
+
+    `start` and `end` limit `created_at` and are included. `words` are folded. `filters` are SQL conditions with `values`
+    for all conditions except the words.
+    """
+
+    start: float
+    end: float
+    words: tuple[str, ...]
+    filters: tuple[str, ...]
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,16 +475,20 @@ class Journal:
         Each of the `words` is in the prompt, a file name or the task ID, in any case. `after` has `created_at` and key
         of the last entry of the page before.
         """
-        filters = ["created_at >= ?", "created_at <= ?", *["instr(words, ?) > 0" for _ in words]]
-        values: list[Any] = [since or 0.0, until if until is not None else 1e12, *map(fold, words)]
+        start = since or 0.0
+        end = until if until is not None else LATEST
+        if after is not None:
+            end = min(end, after[0])
+        filters = ["created_at >= ?", "created_at <= ?"]
+        values: list[Any] = [start, end]
         if status is not None:
             filters.append("status = ?")
             values.append(status)
         if after is not None:
             filters.append("(created_at < ? OR created_at = ? AND key > ?)")
             values += [after[0], *after]
-        sql = self._sql(RECENT, filters=" AND ".join(filters))
-        return readable_entries(await self._fetch(sql, *values, limit))
+        selection = Selection(start, end, tuple(map(fold, words)), tuple(filters), tuple(values))
+        return readable_entries(await self._backend.run(lambda db: self._select(db, selection, limit)))
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
         """Return undelivered entries of identical requests that no call of another server waits for, oldest first."""
@@ -639,6 +682,12 @@ class Journal:
     async def _fetch(self, sql: str, *values: Any) -> Sequence[Row]:
         return await self._backend.run(lambda db: db.fetch(sql, values))
 
+    async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
+        """Return the newest rows of a selection. A subclass may search words in an index."""
+        filters = (*selection.filters, *[HAS_WORD] * len(selection.words))
+        sql = self._sql(RECENT, filters=" AND ".join(filters))
+        return await db.fetch(sql, (*selection.values, *selection.words, limit))
+
     async def _one(self, query: str, value: str) -> Entry | None:
         entries = readable_entries(await self._fetch(self._sql(query), value))
         return entries[0] if entries else None
@@ -736,8 +785,14 @@ def _checked_account(account: str) -> str:
 
 
 async def _sums(db: Connection, mine: str, since: float) -> Sums:
-    (row,) = await db.fetch(SUMS.format(mine=mine), (since,))
+    (row,) = await db.fetch(SUMS.format(mine=mine), values_of_sums(since))
     return Sums.of(row)
+
+
+def values_of_sums(since: float) -> tuple[int, float, float]:
+    """Return the values of SUMS for the entries since then (epoch seconds)."""
+    slot = math.ceil(since / SLOT_S)
+    return slot, since, slot * SLOT_S
 
 
 async def _withdraw_matches(db: Connection, entry: Entry) -> None:

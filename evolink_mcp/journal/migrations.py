@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evolink_mcp.journal.journal import EXACT_BELOW, SLOT_S
+
 if TYPE_CHECKING:
     import sqlite3
 
@@ -44,6 +46,52 @@ MIGRATIONS = (
     CREATE TABLE facts (
         account TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (account, name)
     ) WITHOUT ROWID;
+    """,
+    # Each query finds its rows in an index and in the order of its answer. `sums` has the credits per profile and slot.
+    f"""
+    DROP INDEX entries_by_age;
+    DROP INDEX entries_spending;
+    DROP INDEX entries_open;
+    DROP INDEX entries_owned;
+    DROP INDEX entries_awaited;
+    DROP INDEX entries_undelivered;
+    CREATE INDEX entries_by_age ON entries (profile, created_at DESC, key);
+    CREATE INDEX entries_by_status ON entries (profile, status, created_at DESC, key);
+    CREATE INDEX entries_of_all ON entries (created_at DESC, key);
+    CREATE INDEX entries_of_account ON entries (profile, account, created_at) WHERE task_id IS NOT NULL;
+    CREATE INDEX entries_open ON entries (profile, owner, created_at) WHERE NOT closed;
+    CREATE INDEX entries_owned ON entries (profile, owner, account) WHERE owner <> '';
+    CREATE INDEX entries_awaited ON entries (profile, caller, account) WHERE caller <> '' AND delivered_at IS NULL;
+    CREATE INDEX entries_undelivered ON entries (fingerprint, profile, created_at) WHERE delivered_at IS NULL;
+    CREATE INDEX entries_with_request ON entries (profile, created_at) WHERE closed AND request <> '{{}}';
+    CREATE TABLE sums (
+        profile TEXT NOT NULL, slot INTEGER NOT NULL, spent REAL NOT NULL, reserved REAL NOT NULL,
+        PRIMARY KEY (profile, slot)
+    ) WITHOUT ROWID;
+    CREATE INDEX sums_of_all ON sums (slot);
+    INSERT INTO sums SELECT profile, CAST(created_at AS INTEGER) / {SLOT_S}, total(spent), total(reserved) FROM entries
+        GROUP BY 1, 2;
+    CREATE TRIGGER sums_inserted AFTER INSERT ON entries BEGIN
+        INSERT INTO sums SELECT new.profile, CAST(new.created_at AS INTEGER) / {SLOT_S}, 0, 0 WHERE NOT EXISTS (
+            SELECT 1 FROM sums WHERE profile = new.profile AND slot = CAST(new.created_at AS INTEGER) / {SLOT_S});
+        UPDATE sums SET spent = spent + new.spent, reserved = reserved + new.reserved
+            WHERE profile = new.profile AND slot = CAST(new.created_at AS INTEGER) / {SLOT_S};
+    END;
+    CREATE TRIGGER sums_updated AFTER UPDATE OF spent, reserved ON entries
+    WHEN new.spent <> old.spent OR new.reserved <> old.reserved BEGIN
+        UPDATE sums SET spent = spent + (new.spent - old.spent), reserved = reserved + (new.reserved - old.reserved)
+            WHERE profile = new.profile AND slot = CAST(new.created_at AS INTEGER) / {SLOT_S}
+            AND max(old.spent, new.spent, old.reserved, new.reserved) < {EXACT_BELOW};
+        UPDATE sums SET (spent, reserved) = (SELECT total(spent), total(reserved) FROM entries
+            WHERE profile = new.profile AND created_at >= slot * {SLOT_S} AND created_at < (slot + 1) * {SLOT_S})
+            WHERE profile = new.profile AND slot = CAST(new.created_at AS INTEGER) / {SLOT_S}
+            AND max(old.spent, new.spent, old.reserved, new.reserved) >= {EXACT_BELOW};
+    END;
+    CREATE TRIGGER sums_deleted AFTER DELETE ON entries BEGIN
+        UPDATE sums SET (spent, reserved) = (SELECT total(spent), total(reserved) FROM entries
+            WHERE profile = old.profile AND created_at >= slot * {SLOT_S} AND created_at < (slot + 1) * {SLOT_S})
+            WHERE profile = old.profile AND slot = CAST(old.created_at AS INTEGER) / {SLOT_S};
+    END;
     """,
 )
 
@@ -88,9 +136,23 @@ def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> N
     with transaction(db):
         (version,) = db.execute("PRAGMA user_version").fetchone()
         for number, script in enumerate(migrations[version:], start=version + 1):
-            for statement in filter(str.strip, script.split(";")):
+            for statement in statements_of(script):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {number}")
+
+
+def statements_of(script: str) -> list[str]:
+    """Return the statements of a script. A trigger has several semicolons."""
+    import sqlite3
+
+    statements: list[str] = []
+    statement = ""
+    for part in script.split(";"):
+        statement += f"{part};"
+        if sqlite3.complete_statement(statement):
+            statements.append(statement)
+            statement = ""
+    return [each for each in statements if each.strip(" \n;")]
 
 
 @contextmanager

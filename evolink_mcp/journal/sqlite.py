@@ -18,9 +18,20 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal import search
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.journal import INSERT_ENTRY, SUMS, Journal, Learn, Sums
+from evolink_mcp.journal.journal import (
+    HAS_WORD,
+    INSERT_ENTRY,
+    SUMS,
+    SUMS_OF_ENTRIES,
+    Journal,
+    Learn,
+    Selection,
+    Sums,
+    values_of_sums,
+)
 from evolink_mcp.journal.migrations import check_origin, migrate, transaction
 from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, is_paid, readable_tasks
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
@@ -44,6 +55,8 @@ MERGE_ENTRIES = """INSERT OR REPLACE INTO main.entries SELECT old.* FROM copy.en
     LEFT JOIN main.entries AS new ON new.key = old.key WHERE new.key IS NULL
     OR (old.task_id IS NOT NULL, old.closed, old.delivered_at IS NOT NULL)
         > (new.task_id IS NOT NULL, new.closed, new.delivered_at IS NOT NULL)"""
+# The tables that a copy has beside the entries. Triggers write the sums and the index of words.
+OTHER_TABLES = ("links", "uploads", "facts")
 # Add an entry of the record, unless the journal has its key or its task.
 INSERT_LOST = INSERT_ENTRY.replace("INSERT INTO", "INSERT OR IGNORE INTO")
 
@@ -55,11 +68,15 @@ class JournalFile:
     record of paid tasks. `set_aside` is the new path of a damaged file, if there was one.
     """
 
-    def __init__(self, folder: Path, owner: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Path, owner: str, *, clock: Callable[[], float] = time.time, has_full_text: bool = True
+    ) -> None:
+        """Without `has_full_text`, use no full-text search even if SQLite has it."""
         self.folder = folder
         self.set_aside: Path | None = None
         self._owner = owner
         self._clock = clock
+        self._has_full_text = has_full_text
         self._db: sqlite3.Connection | None = None
         self._files: FileStates = {}
         self._record = PaidRecord(folder)
@@ -183,10 +200,17 @@ class JournalFile:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             migrate(db)
+            self._prepare_search(db)
         except BaseException:
             db.close()
             raise
         return db
+
+    def _prepare_search(self, db: sqlite3.Connection) -> None:
+        is_usable = self._has_full_text and search.is_available(db)
+        if not is_usable:
+            log.warning("SQLite has no full-text search here, so a search of words reads every entry")
+        search.prepare(db, is_usable=is_usable)
 
     def _recover(self, db: sqlite3.Connection, before: FileStates, now: FileStates) -> None:
         """Close the files that were deleted, truncated or replaced. Copy the entries first, for the next `_connect`.
@@ -249,9 +273,8 @@ class JournalFile:
         try:
             with transaction(db):
                 db.execute(MERGE_ENTRIES)
-                tables = db.execute("SELECT name FROM copy.sqlite_master WHERE type = 'table' AND name <> 'entries'")
-                for (table,) in tables.fetchall():
-                    db.execute(f'INSERT OR REPLACE INTO main."{table}" SELECT * FROM copy."{table}"')
+                for table in OTHER_TABLES:
+                    db.execute(f"INSERT OR REPLACE INTO main.{table} SELECT * FROM copy.{table}")
         finally:
             db.execute("DETACH copy")
         self._copy_path.unlink()
@@ -361,6 +384,8 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
             try:
                 check_origin(db, file.path)
                 migrate(db)
+                if not search.is_available(db):
+                    search.prepare(db, is_usable=False)
                 restore(db, record.read_all())
                 yield db
             finally:
@@ -476,6 +501,8 @@ def _connected(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.text_factory = _text
+    # INSERT OR REPLACE must run the triggers for the row that it deletes.
+    db.execute("PRAGMA recursive_triggers = ON")
     return db
 
 
@@ -526,9 +553,9 @@ class SqliteBackend:
     reread_s = 1.0
     adopt_every_s = None
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time, has_full_text: bool = True) -> None:
         self.owner = new_owner()
-        self.file = JournalFile(folder, self.owner, clock=clock)
+        self.file = JournalFile(folder, self.owner, clock=clock, has_full_text=has_full_text)
         self._thread: ThreadPoolExecutor | None = None
 
     @property
@@ -583,9 +610,10 @@ class SqliteJournal(Journal):
         *,
         profile: str = DEFAULT_PROFILE,
         clock: Callable[[], float] = time.time,
+        has_full_text: bool = True,
     ) -> None:
-        """See Journal."""
-        backend = SqliteBackend(folder, clock=clock)
+        """See Journal and JournalFile."""
+        backend = SqliteBackend(folder, clock=clock, has_full_text=has_full_text)
         super().__init__(backend, identity, profile=profile)
         self.file = backend.file
         self._sqlite = backend
@@ -594,6 +622,22 @@ class SqliteJournal(Journal):
         if is_paid(entry):
             await self._sqlite.record_paid(PaidTask(self.profile, entry))
         return await super()._write(entry, columns, learn)
+
+    async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
+        terms = search.terms_of(selection.words)
+        if not terms or not await db.fetch(search.HAS_INDEX):
+            return await super()._select(db, selection, limit)
+        # The index ignores characters beyond a NUL, and short words have no term. So all words are compared again.
+        filters = (*selection.filters, *[HAS_WORD] * len(selection.words))
+        sql = self._sql(search.RECENT_BY_WORDS, filters=" AND ".join(filters))
+        values = (*selection.values, *selection.words)
+        rows = await db.fetch(sql, (terms, *search.positions(selection.start, selection.end), *values, limit))
+        if len(rows) == limit:
+            # The order within a millisecond is not the order of the list, so all of the last one are candidates.
+            last = search.positions_beside(rows[-1]["position"])
+            rows = [*rows, *await db.fetch(sql, (terms, *last, *values, -1))]
+        unique = {row["key"]: row for row in rows}
+        return sorted(unique.values(), key=lambda row: (-row["created_at"], row["key"]))[:limit]
 
     @property
     def path(self) -> Path:
@@ -616,7 +660,7 @@ def read_entries(
     Raises:
         JournalUnwritable: The journal is damaged or cannot be read.
     """
-    filters = " AND instr(words, ?) > 0" * len(words)
+    filters = f" AND {HAS_WORD}" * len(words)
     sql = f"SELECT * FROM entries WHERE {_mine(profile)} AND created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
     with snapshot(folder) as db:
         return readable_entries(db.execute(sql, (since, *map(fold, words), limit)).fetchall())
@@ -632,8 +676,11 @@ def read_sums(
     Raises:
         JournalUnwritable: The journal is damaged or cannot be read.
     """
-    sql = SUMS.format(mine=_mine(profile)) + " AND instr(words, ?) > 0" * len(words)
     with snapshot(folder) as db:
+        if not words:
+            sql = SUMS.format(mine=_mine(profile))
+            return [Sums.of(db.execute(sql, values_of_sums(start)).fetchone()) for start in since]
+        sql = SUMS_OF_ENTRIES.format(mine=_mine(profile), filters=" AND ".join([HAS_WORD] * len(words)))
         return [Sums.of(db.execute(sql, (start, *map(fold, words))).fetchone()) for start in since]
 
 

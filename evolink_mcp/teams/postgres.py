@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from psycopg import errors
 
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
-from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.journal import HAS_WORD, Journal, Selection
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.teams.database import Database, DatabaseConnection
+from evolink_mcp.teams.schema import LIKE_WORD, TABLES, like_pattern
 
 T = TypeVar("T")
 
-TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts)\b")
 UNIQUE_TASK = "evolink_task_once"
 LOCK_NAME = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
 
@@ -111,9 +111,12 @@ class PostgresJournal(Journal):
         super().__init__(PostgresBackend(database), identity, profile=profile)
         self.database = database
 
+    async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
+        return await super()._select(db, replace(selection, words=tuple(map(like_pattern, selection.words))), limit)
+
 
 @lru_cache(maxsize=1000)
 def translate(sql: str) -> bytes:
     """Return the SQL of the journal in PostgreSQL's dialect."""
-    sql = TABLES.sub(r"\1 evolink_\2", sql.replace("%", "%%").replace("?", "%s"))
-    return sql.replace("instr(", "strpos(").encode()
+    sql = sql.replace("%", "%%").replace(HAS_WORD, LIKE_WORD).replace("instr(", "strpos(").replace("?", "%s")
+    return TABLES.sub(r"\1 evolink_\2", sql).encode()

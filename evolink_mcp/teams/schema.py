@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import psycopg
@@ -10,10 +11,24 @@ from psycopg.rows import dict_row
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.journal import SUMS, Sums
+from evolink_mcp.journal.journal import (
+    CREDITS_MAX,
+    EVERYONE,
+    EXACT_BELOW,
+    LATEST,
+    SLOT_S,
+    SUMS,
+    SUMS_OF_ENTRIES,
+    Sums,
+    values_of_sums,
+)
 from evolink_mcp.journal.rows import fold, readable_entries
 from evolink_mcp.teams.database_url import Address
 
+# The tables in the journal's SQL. PostgreSQL has them with a prefix.
+TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts|sums)\b")
+# The condition for an entry with a word. An index with trigrams supports LIKE. The value is a `like_pattern`.
+LIKE_WORD = "words LIKE ?"
 # A trigger publishes each visible change of an entry: "{Journal.channel of the profile} {JSON}". `by` is the server.
 # PostgreSQL knows one channel for all profiles.
 CHANNEL = "evolink_mcp"
@@ -66,6 +81,66 @@ VERSIONS = (
     CREATE TRIGGER evolink_changed AFTER INSERT OR UPDATE OF phase, task, error, images, owner ON evolink_entries
         FOR EACH ROW EXECUTE FUNCTION evolink_publish();
     """,
+    # Each query finds its rows in an index. `evolink_sums` has the credits per profile and slot. A float8 has no infinite
+    # sum, so absurd credits of EvoLink count as CREDITS_MAX.
+    f"""
+    DROP INDEX evolink_entries_spending;
+    DROP INDEX evolink_entries_open;
+    DROP INDEX evolink_entries_owned;
+    DROP INDEX evolink_entries_undelivered;
+    CREATE INDEX evolink_entries_by_status ON evolink_entries (profile, status, created_at DESC, key);
+    CREATE INDEX evolink_entries_of_all ON evolink_entries (created_at DESC, key);
+    CREATE INDEX evolink_entries_of_account ON evolink_entries (profile, account, created_at) WHERE task_id IS NOT NULL;
+    CREATE INDEX evolink_entries_open ON evolink_entries (profile, owner, created_at) WHERE NOT closed;
+    CREATE INDEX evolink_entries_owned ON evolink_entries (profile, owner, account) WHERE owner <> '';
+    CREATE INDEX evolink_entries_undelivered ON evolink_entries (fingerprint, profile, created_at)
+        WHERE delivered_at IS NULL;
+    CREATE INDEX evolink_entries_with_request ON evolink_entries (profile, created_at)
+        WHERE closed AND request <> '{{}}';
+    CREATE TABLE evolink_sums (
+        profile TEXT NOT NULL, slot BIGINT NOT NULL, spent DOUBLE PRECISION NOT NULL, reserved DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (profile, slot)
+    ) WITH (fillfactor = 50);
+    CREATE INDEX evolink_sums_of_all ON evolink_sums (slot);
+    CREATE FUNCTION evolink_slot(created_at DOUBLE PRECISION) RETURNS BIGINT LANGUAGE sql IMMUTABLE AS $$
+        SELECT floor(least(greatest(created_at, 0), {LATEST}))::bigint / {SLOT_S}
+    $$;
+    CREATE FUNCTION evolink_sum() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF TG_OP = 'INSERT' THEN
+                INSERT INTO evolink_sums VALUES (NEW.profile, evolink_slot(NEW.created_at),
+                    least(NEW.spent, {CREDITS_MAX}), least(NEW.reserved, {CREDITS_MAX}))
+                ON CONFLICT (profile, slot) DO UPDATE SET
+                    spent = evolink_sums.spent + excluded.spent, reserved = evolink_sums.reserved + excluded.reserved;
+            ELSIF greatest(OLD.spent, NEW.spent, OLD.reserved, NEW.reserved) < {EXACT_BELOW} THEN
+                UPDATE evolink_sums SET
+                    spent = spent + (NEW.spent - OLD.spent), reserved = reserved + (NEW.reserved - OLD.reserved)
+                    WHERE profile = NEW.profile AND slot = evolink_slot(NEW.created_at);
+            ELSE
+                -- The next statement sees the changes of every transaction that had this lock.
+                PERFORM 1 FROM evolink_sums WHERE profile = NEW.profile AND slot = evolink_slot(NEW.created_at) FOR UPDATE;
+                UPDATE evolink_sums SET (spent, reserved) = (
+                    SELECT sum(least(spent, {CREDITS_MAX})), sum(least(reserved, {CREDITS_MAX})) FROM evolink_entries
+                    WHERE profile = NEW.profile AND created_at >= slot * {SLOT_S} AND created_at < (slot + 1) * {SLOT_S})
+                    WHERE profile = NEW.profile AND slot = evolink_slot(NEW.created_at);
+            END IF;
+            RETURN NULL;
+        END
+    $$;
+    CREATE TRIGGER evolink_inserted AFTER INSERT ON evolink_entries FOR EACH ROW EXECUTE FUNCTION evolink_sum();
+    CREATE TRIGGER evolink_charged AFTER UPDATE OF spent, reserved ON evolink_entries FOR EACH ROW
+        WHEN (NEW.spent <> OLD.spent OR NEW.reserved <> OLD.reserved) EXECUTE FUNCTION evolink_sum();
+    INSERT INTO evolink_sums SELECT profile, evolink_slot(created_at), sum(least(spent, {CREDITS_MAX})),
+        sum(least(reserved, {CREDITS_MAX})) FROM evolink_entries GROUP BY 1, 2;
+    DO $$
+        BEGIN
+            CREATE EXTENSION IF NOT EXISTS pg_trgm;
+            CREATE INDEX evolink_entries_words ON evolink_entries USING gin (words gin_trgm_ops);
+        EXCEPTION WHEN insufficient_privilege OR undefined_file OR feature_not_supported OR undefined_object THEN
+            RAISE NOTICE 'pg_trgm is missing, so a search of words reads every entry';
+        END
+    $$;
+    """,
 )
 
 
@@ -108,9 +183,9 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    filters = " AND strpos(words, %s) > 0" * len(words)
-    statement = f"SELECT * FROM evolink_entries WHERE created_at >= %s{filters} ORDER BY created_at DESC, key LIMIT %s"
-    place, rows = _read(url, statement, [(since, *map(fold, words), limit)])
+    filters = f" AND {LIKE_WORD}" * len(words)
+    sql = f"SELECT * FROM evolink_entries WHERE created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
+    place, rows = _read(url, sql.replace("?", "%s"), [(since, *map(like_pattern, map(fold, words)), limit)])
     return place, readable_entries(rows)
 
 
@@ -122,10 +197,21 @@ def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    sums = SUMS.format(mine="profile = profile").replace("FROM entries", "FROM evolink_entries").replace("?", "%s")
-    statement = sums + " AND strpos(words, %s) > 0" * len(words)
-    _, rows = _read(url, statement, [(start, *map(fold, words)) for start in since])
+    if words:
+        sql = SUMS_OF_ENTRIES.format(mine=EVERYONE, filters=" AND ".join([LIKE_WORD] * len(words)))
+        values: list[tuple[Any, ...]] = [(start, *map(like_pattern, map(fold, words))) for start in since]
+    else:
+        sql = SUMS.format(mine=EVERYONE)
+        values = [values_of_sums(start) for start in since]
+    statement = TABLES.sub(r"\1 evolink_\2", sql).replace("?", "%s")
+    _, rows = _read(url, statement, values)
     return [Sums.of(row) for row in rows] or [Sums() for _ in since]
+
+
+def like_pattern(word: str) -> str:
+    """Return the pattern of LIKE for texts that contain the word."""
+    escaped = word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+    return f"%{escaped}%"
 
 
 def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[str, list[Row]]:

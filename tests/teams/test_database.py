@@ -33,7 +33,7 @@ from evolink_mcp.teams.database import LOCKS, Database, open_database  # noqa: E
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address  # noqa: E402
 from evolink_mcp.teams.orphans import tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
-from evolink_mcp.teams.schema import MOVE_OLD_TABLES, OLD_TABLES, read_entries  # noqa: E402
+from evolink_mcp.teams.schema import MOVE_OLD_TABLES, OLD_TABLES, VERSIONS, read_entries  # noqa: E402
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -414,7 +414,7 @@ async def test_servers_that_start_together_make_the_tables_once(url: str, cluste
             group.start_soon(starts)
     assert len(numbers) == 6
     with cluster.admin(name_of(url)) as db:
-        assert db.execute("SELECT version FROM evolink_version").fetchall() == [(1,)]
+        assert db.execute("SELECT version FROM evolink_version").fetchall() == [(len(VERSIONS),)]
 
 
 async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) -> None:
@@ -422,7 +422,9 @@ async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) 
         pass
     with cluster.admin(name_of(url)) as db:
         db.execute("UPDATE evolink_version SET version = 99")
-        with pytest.raises(JournalUnwritable, match="of version 99 and this program knows 1: a newer version"):
+        with pytest.raises(
+            JournalUnwritable, match=f"of version 99 and this program knows {len(VERSIONS)}: a newer version"
+        ):
             await Database(url, PATIENT).open()
         assert db.execute("SELECT version FROM evolink_version").fetchall() == [(99,)]
 
