@@ -91,12 +91,12 @@ BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR in
 OTHER_PROFILE = "SELECT profile FROM entries WHERE task_id = ? AND NOT ({mine}) LIMIT 1"
 # The condition for an entry with a folded word.
 HAS_WORD = "instr(words, ?) > 0"
-# Read undelivered entries of identical requests.
+# Read undelivered entries of identical requests. The sign keeps SQLite from an index that has their order and all entries.
 UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
-    AND created_at >= ? ORDER BY created_at"""
+    AND +created_at >= ? ORDER BY +created_at"""
 # Check whether a call of another server waits for an identical request.
 AWAITED = """SELECT 1 FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
-    AND created_at >= ? AND caller <> '' AND caller <> ? LIMIT 1"""
+    AND +created_at >= ? AND caller <> '' AND caller <> ? LIMIT 1"""
 # List the servers that own entries or whose calls wait.
 FIND_SERVERS = """SELECT owner AS server FROM entries WHERE owner <> '' AND {linked}
     UNION SELECT caller FROM entries WHERE caller <> '' AND delivered_at IS NULL AND {linked}"""

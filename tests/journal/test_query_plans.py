@@ -32,6 +32,21 @@ SORTS = {
     "UNDELIVERED": "undelivered entries of one request",
     "FIND_SERVERS": "the servers of unfinished entries",
 }
+# The index of a query that another index would answer with more rows.
+INDEXES = {
+    "RECENT 0": "entries_by_age",
+    "RECENT 1": "entries_by_status",
+    "RECENT 2": "entries_by_age",
+    "NEWEST_TASK 0": "entries_of_account",
+    "UNDELIVERED 0": "entries_undelivered",
+    "COUNT_RUNNING 0": "entries_open",
+    "FIND_ORPHANS 0": "entries_open",
+    "HAS_ORPHAN 0": "entries_open",
+    "RELEASE_OWNERS 0": "entries_owned",
+    "RELEASE_CALLERS 0": "entries_awaited",
+    "FIND_OLD_REQUESTS 0": "entries_with_request",
+    "SUMS of all profiles": "sums_of_all",
+}
 SORTED_ROWS_MAX = 100  # as PostgreSQL estimates them
 SCANS = {
     "FIND_SERVERS": "the result of its two parts",
@@ -85,6 +100,7 @@ def test_sqlite_needs_no_scan_and_no_sort(query: str, file: sqlite3.Connection) 
     if name not in SCANS:
         assert scans == []
     assert sorts == []
+    assert INDEXES.get(query, "") in "\n".join(plan)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +138,8 @@ def test_postgresql_needs_no_scan_and_no_sort(query: str, database: Any) -> None
         assert not re.search(r"Seq Scan on evolink_entries", plan), plan
     sorts = re.findall(r"^ *(?:->)? *Sort .*rows=(\d+)", plan, re.MULTILINE)
     assert [rows for rows in sorts if int(rows) > SORTED_ROWS_MAX] == [], plan
+    if name != "NEWEST_TASK":  # every entry of this profile has the account
+        assert INDEXES.get(query, "") in plan
 
 
 def test_postgresql_finds_a_rare_word_in_an_index(database: Any) -> None:
