@@ -44,6 +44,7 @@ ORDER = [
     "journal.paid_record",
     "journal.journal",
     "journal.migrations",
+    "journal.search",
     "journal.sqlite",
     "images.folders",
     "images.unusable",
