@@ -50,16 +50,16 @@ def talkative(kind: str) -> bytes:
     """A picture with text and EXIF in it."""
     exif = Image.Exif()
     exif[0x010E] = SECRET
-    more: dict[str, Any] = {"exif": exif.tobytes()}
+    options: dict[str, Any] = {"exif": exif.tobytes()}
     if kind == "PNG":
-        more["pnginfo"] = PngImagePlugin.PngInfo()
-        more["pnginfo"].add_text("Comment", SECRET)
-        more["pnginfo"].add_itxt("XML:com.adobe.xmp", f"<x>{SECRET}</x>")
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("Comment", SECRET)
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", f"<x>{SECRET}</x>")
     elif kind == "WEBP":
-        more["xmp"] = f"<x>{SECRET}</x>".encode()
+        options["xmp"] = f"<x>{SECRET}</x>".encode()
     else:
-        more["comment"] = SECRET
-    return drawing((320, 200), kind, **more)
+        options["comment"] = SECRET
+    return drawing((320, 200), kind, **options)
 
 
 def vast(width: int, height: int) -> bytes:

@@ -215,17 +215,19 @@ def test_the_modules_stand_in_the_order_of_their_packages() -> None:
 
 @EACH_MODULE
 def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
-    ours = {name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")}
+    own_names = {
+        name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")
+    }
     before = set(ORDER[: ORDER.index(module)])
-    assert {name for name in ours if name in ORDER} <= before
+    assert {name for name in own_names if name in ORDER} <= before
 
 
 def test_only_the_command_line_imports_the_team_package() -> None:
-    others = {name: path for name, path in modules().items() if name.split(".")[0] not in ("teams", "cli")}
+    core_modules = {name: path for name, path in modules().items() if name.split(".")[0] not in ("teams", "cli")}
     team_imports = {
         name: team_names
-        for name, path in others.items()
-        if (team_names := {one.removeprefix("evolink_mcp.") for one in imports(path) if one in TEAM_MODULES})
+        for name, path in core_modules.items()
+        if (team_names := {item.removeprefix("evolink_mcp.") for item in imports(path) if item in TEAM_MODULES})
     }
     assert team_imports == {}
 
@@ -269,27 +271,27 @@ def test_only_the_command_line_prints() -> None:
 
 def private_names(module: ast.Module) -> set[str]:
     """The private attributes that this module's own classes define."""
-    inside = [node for one in ast.walk(module) if isinstance(one, ast.ClassDef) for node in ast.walk(one)]
+    inside = [node for item in ast.walk(module) if isinstance(item, ast.ClassDef) for node in ast.walk(item)]
     names = {node.name for node in inside if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     names |= {node.attr for node in inside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     return names | {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def strangers(module: ast.Module, ours: set[str]) -> list[tuple[int, str]]:
+def strangers(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
     """Line and name of every private attribute that is used here and defined by no class of ours."""
     used = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
     used = [node for node in used if ast.unparse(node) != "os._exit"]  # public, and documented
-    return [(node.lineno, node.attr) for node in used if node.attr not in ours]
+    return [(node.lineno, node.attr) for node in used if node.attr not in own_names]
 
 
 def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_version() -> None:
     """Wherever the SDK lacks a public name, the line above says why and for which version."""
     elsewhere: list[str] = []
     unexplained: list[str] = []
-    ours = set().union(*(private_names(tree(path)) for path in modules().values()))
+    own_names = set().union(*(private_names(tree(path)) for path in modules().values()))
     for name, path in modules().items():
         lines = path.read_text(encoding="utf-8").splitlines()
-        for number, attribute in strangers(tree(path), ours):
+        for number, attribute in strangers(tree(path), own_names):
             if name != "tools.adapter" and not name.startswith("server."):
                 elsewhere.append(f"{name}:{number} {attribute}")
             if not any("mcp 2." in line for line in lines[number - 2 : number]):
@@ -298,10 +300,10 @@ def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_versi
 
 
 def test_only_the_outer_edges_of_coroutines_and_threads_catch_everything() -> None:
-    found = [
+    match = [
         name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
     ]
-    assert sorted(set(found) - {"journal.sqlite", "journal.migrations"}) == ["studio.jobs", "transports.stdio_lines"]
+    assert sorted(set(match) - {"journal.sqlite", "journal.migrations"}) == ["studio.jobs", "transports.stdio_lines"]
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:
@@ -395,7 +397,7 @@ def test_child_processes_do_not_import_from_the_working_directory() -> None:
 
 def test_importing_the_package_does_nothing() -> None:
     script = "import sys, evolink_mcp; print(sorted(m for m in sys.modules if m.startswith(('mcp', 'PIL', 'sqlite3'))))"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", "-c", script],
         env=without_coverage(os.environ),
         capture_output=True,
@@ -403,7 +405,7 @@ def test_importing_the_package_does_nothing() -> None:
         check=True,
         timeout=300,
     )
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+    assert (process.stdout.strip(), process.stderr) == ("[]", "")
 
 
 def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
@@ -412,7 +414,7 @@ def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
         "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"
         "print([m for m in late if m in sys.modules])"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", "-c", script],
         env=without_coverage(os.environ),
         capture_output=True,
@@ -420,4 +422,4 @@ def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
         check=True,
         timeout=300,
     )
-    assert done.stdout.strip() == "[]"
+    assert process.stdout.strip() == "[]"

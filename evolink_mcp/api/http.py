@@ -231,12 +231,12 @@ def preparing() -> Generator[None]:
         yield
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         proxies = [f"{name.upper()}_PROXY" for name in urllib.request.getproxies()]
-        which = " or ".join(["SSL_CERT_FILE", "SSL_CERT_DIR"] if isinstance(error, OSError) else proxies)
+        variables = " or ".join(["SSL_CERT_FILE", "SSL_CERT_DIR"] if isinstance(error, OSError) else proxies)
         raise Unreachable(
-            f"no connection to EvoLink can be prepared ({type(error).__name__}): {which} cannot be used",
+            f"no connection to EvoLink can be prepared ({type(error).__name__}): {variables} cannot be used",
             code="unusable_environment",
             retryable=False,
-            advice=f"Nothing was sent. Correct {which} in the environment of this server and restart it.",
+            advice=f"Nothing was sent. Correct {variables} in the environment of this server and restart it.",
         ) from error
 
 
@@ -244,13 +244,13 @@ def rejection(reply: Reply) -> EvolinkError:
     """Return the error for an answer with a status of BY_STATUS."""
     code, advice = BY_STATUS[reply.status]
     message, upstream_code = _message_and_code(reply)
-    what = f"{advice.meaning} (HTTP {reply.status}"
-    what += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
+    message_text = f"{advice.meaning} (HTTP {reply.status}"
+    message_text += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
     if message:
-        what += f"; EvoLink's message: {quoted(message)}"
+        message_text += f"; EvoLink's message: {quoted(message)}"
     kind = RateLimited if reply.status == 429 else Rejected
     return kind(
-        what,
+        message_text,
         code=code,
         retryable=advice.retryable,
         advice=advice.next_step,

@@ -266,8 +266,8 @@ def expected_protections() -> Protection:
 
 def _facts_of(answer: DecodeAnswer, head: bytes) -> ImageFacts:
     """Return the facts of an answer. Their type must be that of the first bytes of the file."""
-    known = sniff(head)
-    if answer.facts is None or known is None or answer.facts.mime_type != known[0]:
+    image_type = sniff(head)
+    if answer.facts is None or image_type is None or answer.facts.mime_type != image_type[0]:
         raise UnusableImage(Reason.DECODER_FAILED)
     return answer.facts
 

@@ -140,9 +140,9 @@ def unpack_answer(record: bytes, payload_max_bytes: int) -> AnswerHead:
     if magic != _ANSWER_MAGIC or payload_bytes > payload_max_bytes:
         raise UnusableImage(Reason.DECODER_FAILED)
     if reason != _IS_USABLE:
-        known = reason in Reason.__members__.values()
+        is_known = reason in Reason.__members__.values()
         size = (width, height) if width and height else None
-        raise UnusableImage(Reason(reason) if known else Reason.DECODER_FAILED, size if known else None)
+        raise UnusableImage(Reason(reason) if is_known else Reason.DECODER_FAILED, size if is_known else None)
     facts = _facts(mime_index, flags, width, height, Alpha(share, lowest, highest)) if flags & _HAS_FACTS else None
     return AnswerHead(facts, bool(flags & _HAS_PAYLOAD), payload_bytes)
 

@@ -98,10 +98,10 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX
     """
     from PIL import Image as pil
 
-    known = sniff(content[:16])
-    if known is None:
+    image_type = sniff(content[:16])
+    if image_type is None:
         raise UnusableImage(Reason.NOT_AN_IMAGE)
-    mime_type = known[0]
+    mime_type = image_type[0]
     parts = parts_of(content, mime_type)
     turn = orientation(content, mime_type, parts)
     plain = without_metadata(content, mime_type, parts)

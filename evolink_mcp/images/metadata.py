@@ -47,8 +47,8 @@ def without_metadata(content: bytes, mime_type: str, parts: list[Part]) -> bytes
         return b"".join([content[:2], *_jpeg_kept(content, parts), b"\xff\xd9"])
     if mime_type == "image/png":
         return b"".join([content[:8], *_png_kept(content, parts)])
-    kept = b"".join(_webp_kept(content, parts))
-    return b"RIFF" + struct.pack("<I", len(kept) + 4) + b"WEBP" + kept
+    chunks = b"".join(_webp_kept(content, parts))
+    return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
 
 
 def _exif(content: bytes, mime_type: str, part: Part) -> bytes | None:

@@ -152,10 +152,10 @@ def _filter_syscalls(libc: Any) -> Protection:
     active = Protection(0)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         active |= Protection.NO_NEW_PRIVILEGES
-    known = _SYSCALLS.get(platform.machine()) if sys.maxsize > 2**32 else None
-    if known is None:
+    syscalls = _SYSCALLS.get(platform.machine()) if sys.maxsize > 2**32 else None
+    if syscalls is None:
         return active
-    architecture, allowed, mapping = known
+    architecture, allowed, mapping = syscalls
     code = syscall_filter(architecture, list(allowed.values()), list(mapping.values()))
     program = Program(len(code) // 8, code)
     if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0:

@@ -130,8 +130,8 @@ async def drop_malformed_trace_context(ctx: ServerRequestContext[Any, Any], call
     meta = cast("dict[str, Any]", ctx.meta or {})
     malformed = [name for name in TRACE_CONTEXT if not isinstance(meta.get(name, ""), str)]
     if malformed:
-        kept: Any = {name: value for name, value in meta.items() if name not in malformed}
-        ctx = replace(ctx, meta=kept)
+        wellformed: Any = {name: value for name, value in meta.items() if name not in malformed}
+        ctx = replace(ctx, meta=wellformed)
     return await call_next(ctx)
 
 

@@ -120,7 +120,7 @@ def save(folder: Path, key: bytes, results: Results) -> None:
     with tempfile.NamedTemporaryFile(dir=folder, prefix="part-", delete=False) as file:  # mode 0600
         file.write(b"\n".join([_checksum(content), key, content]))
     Path(file.name).replace(_path(folder, key))
-    recordings = sorted(folder.glob("startup-*.tsv"), key=lambda one: one.stat().st_mtime)
+    recordings = sorted(folder.glob("startup-*.tsv"), key=lambda path: path.stat().st_mtime)
     for old in recordings[:-FILES_MAX]:
         old.unlink(missing_ok=True)
 
@@ -275,20 +275,20 @@ def _has_known_capabilities(value: object) -> bool:
     """Return whether a value contains client capabilities in a form that each protocol version accepts."""
     checks: dict[str, Callable[[object], bool]] = {
         "roots": _is_roots,
-        "sampling": lambda one: _is_nested_object(one, 2, {"context", "tools"}),
-        "elicitation": lambda one: _is_nested_object(one, 2, {"form", "url"}),
-        "experimental": lambda one: _is_nested_object(one, 2),
-        "extensions": lambda one: _is_nested_object(one, 2),
+        "sampling": lambda member: _is_nested_object(member, 2, {"context", "tools"}),
+        "elicitation": lambda member: _is_nested_object(member, 2, {"form", "url"}),
+        "experimental": lambda member: _is_nested_object(member, 2),
+        "extensions": lambda member: _is_nested_object(member, 2),
     }
     if not isinstance(value, dict):
         return False
-    return all(name in checks and checks[name](one) for name, one in cast("Object", value).items())
+    return all(name in checks and checks[name](member) for name, member in cast("Object", value).items())
 
 
 def _is_roots(value: object) -> bool:
     if not isinstance(value, dict):
         return False
-    return all(name == "listChanged" and isinstance(one, bool) for name, one in cast("Object", value).items())
+    return all(name == "listChanged" and isinstance(member, bool) for name, member in cast("Object", value).items())
 
 
 def _is_nested_object(value: object, depth: int, names: set[str] | None = None) -> bool:
@@ -298,7 +298,7 @@ def _is_nested_object(value: object, depth: int, names: set[str] | None = None) 
     fields = cast("Object", value)
     if names is not None and fields.keys() - names:
         return False
-    return depth == 1 or all(_is_nested_object(one, depth - 1) for one in fields.values())
+    return depth == 1 or all(_is_nested_object(member, depth - 1) for member in fields.values())
 
 
 def _is_request_id(value: object) -> bool:

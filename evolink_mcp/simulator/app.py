@@ -103,31 +103,31 @@ class Simulator(Simulation):
         return self.task(request.path_params["id"], key=key, base_url=_origin(request))
 
     async def _list(self, request: Request, key: str) -> Answer:
-        asked, groups = request.query_params, {"pending": "processing", "queued_for_gpu": "processing"}
-        page, per_page = asked.get("page", "1"), asked.get("page_size", "20")
+        query, groups = request.query_params, {"pending": "processing", "queued_for_gpu": "processing"}
+        page, per_page = query.get("page", "1"), query.get("page_size", "20")
         if not (re.fullmatch(r"[1-9]\d{0,5}", page) and re.fullmatch(r"[1-9]\d?|100", per_page)):
             return error("invalid_request", "page starts at 1, page_size is 1 to 100")
         tasks = [task for task in reversed(self.tasks.values()) if task.key == key]
         views = [self.row(task) for task in tasks]
-        status, others = asked.get("status"), ("type", "model")
+        status, filters = query.get("status"), ("type", "model")
         views = [v for v in views if status in (None, v["status"], groups.get(v["status"]))]
-        found = [v for v in views if all(asked.get(name) in (None, v[name]) for name in others)]
+        matches = [v for v in views if all(query.get(name) in (None, v[name]) for name in filters)]
         start = (int(page) - 1) * int(per_page)
-        shown, number = found[start : start + int(per_page)], {"page": int(page), "page_size": int(per_page)}
-        return ok({"data": shown, "total": len(found)} | number)
+        page_views, number = matches[start : start + int(per_page)], {"page": int(page), "page_size": int(per_page)}
+        return ok({"data": page_views, "total": len(matches)} | number)
 
     async def _batch(self, request: Request, key: str) -> Answer:
         body = parsed(await request.body())
         ids = cast("dict[str, Any]", body).get("task_ids") if isinstance(body, dict) else None
         ids = cast("list[Any]", ids) if isinstance(ids, list) else []
-        if not (1 <= len(ids) <= 50 and all(isinstance(one, str) for one in ids)):
+        if not (1 <= len(ids) <= 50 and all(isinstance(task_id, str) for task_id in ids)):
             return error("invalid_request", "task_ids must be 1 to 50 strings", param="task_ids")
-        mine = [self.tasks[one] for one in ids if one in self.tasks and self.tasks[one].key == key]
-        return ok({"data": [self.view(task, _origin(request)) for task in mine]})
+        own_tasks = [self.tasks[task_id] for task_id in ids if task_id in self.tasks and self.tasks[task_id].key == key]
+        return ok({"data": [self.view(task, _origin(request)) for task in own_tasks]})
 
     async def _credits(self, request: Request, key: str) -> Answer:
-        left, used = self.credits(key)
-        user = {"remaining_credits": left, "used_credits": used}
+        remaining, used = self.credits(key)
+        user = {"remaining_credits": remaining, "used_credits": used}
         both = {"user": user, "token": user | {"unlimited_credits": False}}
         return ok({"success": True, "message": "", "data": both})
 
@@ -144,26 +144,26 @@ class Simulator(Simulation):
         how, data = request.path_params["how"], None
         if how == "stream":
             async with request.form() as form:
-                told: Any = {name: value for name, value in form.items() if isinstance(value, str)}
+                fields: Any = {name: value for name, value in form.items() if isinstance(value, str)}
                 file = form.get("file")
-                told = {"file_name": told.get("fileName"), "upload_path": told.get("uploadPath")} | told
+                fields = {"file_name": fields.get("fileName"), "upload_path": fields.get("uploadPath")} | fields
                 if isinstance(file, UploadFile):
-                    data, told["file_name"] = await file.read(), told["file_name"] or file.filename
+                    data, fields["file_name"] = await file.read(), fields["file_name"] or file.filename
         else:
-            told = parsed(await request.body())
-        told = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
-        if any(not isinstance(value, str) for value in told.values() if value is not None):
+            fields = parsed(await request.body())
+        fields = cast("dict[str, Any]", fields) if isinstance(fields, dict) else {}
+        if any(not isinstance(value, str) for value in fields.values() if value is not None):
             return file_error(400, "Every field is a string")
-        if how == "base64" and told.get("base64_data"):
+        if how == "base64" and fields.get("base64_data"):
             try:
-                data = base64.b64decode(told["base64_data"].rpartition(",")[2], validate=True)
+                data = base64.b64decode(fields["base64_data"].rpartition(",")[2], validate=True)
             except ValueError:
                 return file_error(400, "base64_data is not base64")
-        if how == "url" and is_link(told.get("file_url")):
-            data = await self._fetched(told["file_url"])
+        if how == "url" and is_link(fields.get("file_url")):
+            data = await self._fetched(fields["file_url"])
         if data is None:
             return file_error(400, f"Nothing to upload by {how}")
-        return self.keep(data, told.get("file_name"), told.get("upload_path"), _origin(request))
+        return self.keep(data, fields.get("file_name"), fields.get("upload_path"), _origin(request))
 
     async def _fetched(self, url: str) -> bytes:
         """Return the image of a URL, drawn from its words: the simulator has no network."""

@@ -83,9 +83,9 @@ def rgb(text: str) -> Colour:
     return tuple(bytes.fromhex(text))
 
 
-def mix(one: Colour, other: Colour, share: float) -> Colour:
-    """The colour at `share` of the way from one to the other."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
+def mix(start: Colour, end: Colour, share: float) -> Colour:
+    """The colour at `share` of the way from `start` to `end`."""
+    return tuple(round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
 
 
 def smooth(points: Sequence[complex], *, closed: bool = True) -> list[complex]:
@@ -98,13 +98,13 @@ def smooth(points: Sequence[complex], *, closed: bool = True) -> list[complex]:
     ]
 
 
-def asked(entries: Iterable[str], prompt: str) -> str:
+def chosen_by_prompt(entries: Iterable[str], prompt: str) -> str:
     """The entry that most words of the prompt ask for; empty if none."""
-    said = prompt.lower()
-    words = {form for word in re.findall(r"\w+", said) for form in (word, word.removesuffix("s"))}
+    lowered = prompt.lower()
+    words = {form for word in re.findall(r"\w+", lowered) for form in (word, word.removesuffix("s"))}
 
     def score(entry: str) -> int:
-        return sum(word in words or (not word.isascii() and word in said) for word in entry.split())
+        return sum(word in words or (not word.isascii() and word in lowered) for word in entry.split())
 
     return max(["", *entries], key=score)
 
@@ -116,13 +116,13 @@ class Scene:
         (self.width, self.height), self.unit, self.rng = size, min(size), rng
         self.image = Image.new("RGB", size)
         self.pen = ImageDraw.Draw(self.image, "RGBA")
-        light = asked(LIGHTS, prompt) or rng.choice(list(LIGHTS)[:3])
+        light = chosen_by_prompt(LIGHTS, prompt) or rng.choice(list(LIGHTS)[:3])
         sky, land = ([rgb(c) for c in part.split()] for part in LIGHTS[light].split("/"))
         self.sky, (self.sun, self.far, self.near), self.dark = sky, land, light.startswith("night")
         self.leaf = rgb({"autumn": "e0702f", "blossom": "f59cb5"}.get(light.split()[0], "4f8f5b"))
-        self.land = (asked(LANDS, prompt) or rng.choice(LANDS)).split()[0]
+        self.land = (chosen_by_prompt(LANDS, prompt) or rng.choice(LANDS)).split()[0]
         guest = "boat" if self.land == "sea" else rng.choice(["balloon", "cabin", "tree", "cat"])
-        figure = asked(FIGURES, prompt) or asked(FIGURES, guest)
+        figure = chosen_by_prompt(FIGURES, prompt) or chosen_by_prompt(FIGURES, guest)
         self.name, self.pieces = figure.split()[0], re.split(r"[|\n]", FIGURES[figure])
         self.horizon = self.height * rng.uniform(0.58, 0.64)
         self.sun_x = self.width * rng.choice([rng.uniform(0.26, 0.4), rng.uniform(0.6, 0.74)])
@@ -216,9 +216,9 @@ class Scene:
             roof, step = complex(x, top + 1), wide / 5
             self.plate([roof, roof + wide * rng.choice([0.5 - 0.5j, 0.5, 0.9 - 0.3j]), roof + wide], fill)
             for y in (top + row * step * 1.25 for row in range(1, round((base - top) / step / 1.25))):
-                for left in (x + step * (k + 0.68) for k in range(4) if rng.random() < lit):
+                for window_x in (x + step * (k + 0.68) for k in range(4) if rng.random() < lit):
                     lamp = rgb(rng.choice(["ffd97d", "ffebb4", "fab25c"]))
-                    self.pen.rectangle((left, y, left + step * 0.62, y + step * 0.72), fill=lamp)
+                    self.pen.rectangle((window_x, y, window_x + step * 0.62, y + step * 0.72), fill=lamp)
             x += wide * rng.uniform(0.95, 1.12)
 
     def water(self, top: float) -> None:

@@ -105,8 +105,8 @@ def price(body: dict[str, Any], size: tuple[int, int], pictures: int) -> float:
     long, short = max(size), min(size)
     tiles = (2 * base * short + long) // (2 * long)
     drawn = math.ceil(base * tiles * (2_000_000 + long * short) / 4_000_000)
-    read, seen = math.ceil(len(body["prompt"].encode()) / 4), 1536 * len(body.get("image_urls", ()))
-    rates = ((drawn, 18_360), (read, 3_060), (seen, 4_896))  # ten-millionths of a credit a token
+    text_tokens, image_tokens = math.ceil(len(body["prompt"].encode()) / 4), 1536 * len(body.get("image_urls", ()))
+    rates = ((drawn, 18_360), (text_tokens, 3_060), (image_tokens, 4_896))  # ten-millionths of a credit a token
     return pictures * sum(-(-tokens * rate // 1000) for tokens, rate in rates) / 10_000
 
 
@@ -179,16 +179,16 @@ def objection(body: Any) -> str:
     """Return the reason why the page forbids this request. Empty: the request is legal."""
     if not isinstance(body, dict):
         return "The body must be a JSON object"
-    asked = cast("dict[str, Any]", body)
-    for name in [*asked, "model", "prompt"]:
-        if name not in PAGE or name not in asked:
-            return f"Unknown field: {name}" if name in asked else f"{name} is required"
-        if not PAGE[name][0](asked[name]):
+    fields = cast("dict[str, Any]", body)
+    for name in [*fields, "model", "prompt"]:
+        if name not in PAGE or name not in fields:
+            return f"Unknown field: {name}" if name in fields else f"{name} is required"
+        if not PAGE[name][0](fields[name]):
             return f"{name} {PAGE[name][1]}"
-    if asked.get("background") == "transparent" and asked.get("output_format") == "jpeg":
+    if fields.get("background") == "transparent" and fields.get("output_format") == "jpeg":
         return "background transparent needs output_format png or webp"
-    known = {word.partition("=")[0] for word in FAULTS}
-    for name, value in faults_of(asked["prompt"]).items():
-        if f"sim:{name}" not in known or (name == "slow" and not re.fullmatch(r"(\d+(\.\d+)?)?", value)):
+    fault_names = {word.partition("=")[0] for word in FAULTS}
+    for name, value in faults_of(fields["prompt"]).items():
+        if f"sim:{name}" not in fault_names or (name == "slow" and not re.fullmatch(r"(\d+(\.\d+)?)?", value)):
             return f"Unknown magic word sim:{name}={value}"
     return ""

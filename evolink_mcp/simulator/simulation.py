@@ -88,11 +88,11 @@ def ok(data: dict[str, Any]) -> Answer:
     return 200, {}, data
 
 
-def error(code: str, message: str = "", **more: Any) -> Answer:
+def error(code: str, message: str = "", **details: Any) -> Answer:
     """Return a refusal by its code in REFUSALS."""
     status, kind, text = REFUSALS[code]
     headers = {"retry-after": "1"} if status == 429 else {}
-    return status, headers, {"error": {"code": code, "message": message or text, "type": kind, **more}}
+    return status, headers, {"error": {"code": code, "message": message or text, "type": kind, **details}}
 
 
 def file_error(code: int, message: str, status: int = 400) -> Answer:
@@ -169,16 +169,16 @@ class Simulation:
     def view(self, task: SimulatedTask, base_url: str, *, fresh: bool = False, links: bool = True) -> dict[str, Any]:
         """Return the task as JSON. A new task is pending. A list has no links."""
         status, progress = ("pending", 0) if fresh and "done" not in task.faults else self.state(task)
-        seen: dict[str, Any] = {"created": int(task.created), "id": task.id, "model": "gpt-image-2", "type": "image"}
-        seen |= {"object": "image.generation.task", "progress": progress, "status": status}
+        view: dict[str, Any] = {"created": int(task.created), "id": task.id, "model": "gpt-image-2", "type": "image"}
+        view |= {"object": "image.generation.task", "progress": progress, "status": status}
         if status == "failed":
             code = task.faults.get("fail", "service_error") or "content_policy_violation"
             text = "Half a letter: \ud800" if "surrogate" in task.faults else f"The prompt ordered {code}."
-            return seen | {"error": {"code": code, "message": f"{text}\nChange it.", "type": "task_error"}}
+            return view | {"error": {"code": code, "message": f"{text}\nChange it.", "type": "task_error"}}
         if status != "completed":
             info = {"can_cancel": status != "cancelled", "estimated_time": max(1, round(task.duration))}
             usage = {"billing_rule": "per_token", "credits_reserved": task.reserved, "user_group": "default"}
-            return seen | {"task_info": info, "usage": usage}
+            return view | {"task_info": info, "usage": usage}
         cost = price(task.body, task.size, task.pictures)
         base = f"{self.public_url or base_url}/pictures/{task.id}"
         urls = [f"{base}/{k + 1}.{task.kind}" for k in range(task.pictures)]
@@ -187,19 +187,19 @@ class Simulation:
         if "no-results" in task.faults:
             urls = []
         if links:
-            seen |= {"results": urls, "result_data": [{"url": url} for url in urls]}
+            view |= {"results": urls, "result_data": [{"url": url} for url in urls]}
         money = {"credits": cost, "usd": round(cost / 68, 4), "cny": round(cost / 10, 4)}
         usage = {"billing_rule": "per_token", "credits_used": cost, "user_group": "default", "cost": money}
-        return seen | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
+        return view | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
 
     def row(self, task: SimulatedTask) -> dict[str, Any]:
         """Return the task as a row of the account's list: without links or credits, and with another name for the time."""
-        seen = self.view(task, "", links=False)
-        seen.pop("usage", None)
-        made = seen.pop("created")
+        row = self.view(task, "", links=False)
+        row.pop("usage", None)
+        created = row.pop("created")
         if self.list_times == "iso":
-            return seen | {"created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(made))}
-        return seen | ({"created_at": made} if self.list_times == "number" else {})
+            return row | {"created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created))}
+        return row | ({"created_at": created} if self.list_times == "number" else {})
 
     # --- the API without HTTP ---
 
@@ -225,9 +225,9 @@ class Simulation:
         size = body.get("size", "auto")
         drawn = pixels(size, body.get("resolution", "1K"), self.rule)
         reserved = price(body, (2048, 2048) if size == "auto" else drawn, body.get("n", 1))
-        left, _ = self.credits(key)
-        if reserved > left:
-            return error("insufficient_quota", estimated_credits=reserved, account_balance_credits=left)
+        remaining, _ = self.credits(key)
+        if reserved > remaining:
+            return error("insufficient_quota", estimated_credits=reserved, account_balance_credits=remaining)
         now = self.clock()
         name = int.from_bytes(hashlib.sha256(f"{now} {len(self.tasks)}".encode()).digest()) % 36**8
         letters = "".join("0123456789abcdefghijklmnopqrstuvwxyz"[name // 36**k % 36] for k in range(8))
@@ -239,12 +239,12 @@ class Simulation:
         self.tasks[task.id] = task
         if idempotency_key:
             self._replays[key, idempotency_key] = text, task.id
-        seen = self.view(task, base_url, fresh=True)
+        view = self.view(task, base_url, fresh=True)
         if faults.keys() & {"lost-reply", "html"}:
             return 502 if "lost-reply" in faults else 200, {"content-type": "text/html"}, {"html": HTML}
         if "no-id" in faults:
-            del seen["id"]
-        return error("service_unavailable") if "503-created" in faults else ok(seen)
+            del view["id"]
+        return error("service_unavailable") if "503-created" in faults else ok(view)
 
     def task(self, task_id: str, *, key: str = "", base_url: str = DEFAULT_URL) -> Answer:
         """Answer a read of a task. Without a key, every account's task is readable."""
@@ -258,8 +258,8 @@ class Simulation:
             return error("internal_error")
         if task.looks % 2 and "poll-429" in task.faults:
             return error("rate_limit_exceeded")
-        seen = self.view(task, base_url)
-        return ok({"data": seen} if "envelope" in task.faults else seen)
+        view = self.view(task, base_url)
+        return ok({"data": view} if "envelope" in task.faults else view)
 
     def keep(self, data: bytes, name: str | None, folder: str | None, base_url: str = DEFAULT_URL) -> Answer:
         """Store an upload. The same name in the same folder overwrites."""
@@ -276,15 +276,15 @@ class Simulation:
         file_id = "file_" + hashlib.sha256(f"{now} {self._uploaded}".encode()).hexdigest()[:16]
         name = re.sub(r"[^\w.-]", "_", name or f"{file_id}.{kind}")
         folder = re.sub(r"[^\w/-]", "_", folder or "images").strip("/")
-        for known in [upload.id for upload in self.uploads.values() if upload.path == f"{folder}/{name}"]:
-            del self.uploads[known]
+        for upload_id in [upload.id for upload in self.uploads.values() if upload.path == f"{folder}/{name}"]:
+            del self.uploads[upload_id]
         self.uploads[file_id] = Upload(file_id, f"{folder}/{name}", f"image/{kind}", data, now)
         url = f"{self.public_url or base_url}/files/{folder}/{name}"
         born, dies = (time.strftime("%Y-%m-%dT%XZ", time.gmtime(at)) for at in (now, now + UPLOAD_LIFE_S))
-        what = {"file_id": file_id, "file_name": name, "original_name": name, "file_size": len(data)}
+        description = {"file_id": file_id, "file_name": name, "original_name": name, "file_size": len(data)}
         where = {"mime_type": f"image/{kind}", "upload_path": folder, "file_url": url, "download_url": url}
         when = {"upload_time": born, "expires_at": dies}
-        return ok({"success": True, "code": 200, "msg": "success", "data": what | where | when})
+        return ok({"success": True, "code": 200, "msg": "success", "data": description | where | when})
 
     def _living(self) -> list[Upload]:
         return [upload for upload in self.uploads.values() if self.clock() - upload.at < UPLOAD_LIFE_S]

@@ -240,13 +240,13 @@ def _smaller_sizes(request: GenerationRequest, rule: str) -> list[tuple[str, str
     """Return the request's own size and the smaller tiers of its shape, as size and resolution."""
     limits = request.image_model.limits
     tiers = list(limits.tiers)
-    own = (request.size, request.resolution)
+    requested = (request.size, request.resolution)
     if sizes.takes_resolution(request.size, limits):
         tier = next((tier for tier in tiers if tier.upper() == request.resolution.upper()), tiers[-1])
         return [(request.size, each) for each in tiers[: tiers.index(tier) + 1]]
     size = sizes.resolve(request.size, request.resolution, rule, limits).size
     if size is None:
-        return [own, *(("1:1", tier) for tier in tiers)]
+        return [requested, *(("1:1", tier) for tier in tiers)]
     ratio = sizes.nearest_ratios(size.width, size.height, limits)[0]
     cells = [(tier, sizes.resolve(ratio, tier, rule, limits).size) for tier in tiers]
-    return [own, *((ratio, tier) for tier, cell in cells if cell is not None and cell.pixels <= size.pixels)]
+    return [requested, *((ratio, tier) for tier, cell in cells if cell is not None and cell.pixels <= size.pixels)]

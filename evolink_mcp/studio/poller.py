@@ -46,10 +46,10 @@ FIRST_REFUSAL_WAIT_S = 2.0
 
 @dataclass(slots=True)
 class _Read:
-    """One due poll of one task. `done` is set when it has a task or an error."""
+    """One due poll of one task. `end_event` is set when it has a task or an error."""
 
     task_id: str
-    done: anyio.Event = field(default_factory=anyio.Event)
+    end_event: anyio.Event = field(default_factory=anyio.Event)
     task: Task | None = None
     error: EvolinkError | None = None
 
@@ -113,7 +113,7 @@ class Poller:
         if not self._is_gathering:
             self._is_gathering = True
             self._group.start_soon(guarded, self._gather)
-        await read.done.wait()
+        await read.end_event.wait()
         if read.error is not None:
             raise read.error
         assert read.task is not None
@@ -164,7 +164,7 @@ class Poller:
             if error is not None:
                 for read in reads:
                     read.error = error
-                    read.done.set()
+                    read.end_event.set()
         if error is not None:
             return
         for read in reads:
@@ -173,7 +173,7 @@ class Poller:
                 self._group.start_soon(guarded, self._answer_alone, read)
             else:
                 read.task = task
-                read.done.set()
+                read.end_event.set()
 
     async def _answer_alone(self, read: _Read, is_paced: bool = False) -> None:
         try:
@@ -183,7 +183,7 @@ class Poller:
         finally:
             if read.task is None and read.error is None:
                 read.error = Unreadable("the poll was interrupted")
-            read.done.set()
+            read.end_event.set()
 
     async def _read_batch(self, task_ids: list[str]) -> dict[str, Task]:
         """Return the tasks of one batch answer, or none if EvoLink has no batch reads."""
@@ -352,23 +352,23 @@ def merge(before: Task, newer: Task) -> Task:
     """
     is_kept = before.settled and newer.status != COMPLETED
     latest = before if is_kept else newer
-    other = newer if is_kept else before
+    second = newer if is_kept else before
     is_same_status = before.status == newer.status
     return replace(
         latest,
-        estimated_time_s=_first(latest.estimated_time_s, other.estimated_time_s),
-        credits_reserved=_first(latest.credits_reserved, other.credits_reserved),
+        estimated_time_s=_first(latest.estimated_time_s, second.estimated_time_s),
+        credits_reserved=_first(latest.credits_reserved, second.credits_reserved),
         # Before the end of a task EvoLink sends a placeholder for the charge.
-        credits_used=_first(latest.credits_used, other.credits_used if is_same_status else None),
-        billing=latest.billing or (other.billing if is_same_status else None),
-        created=latest.created or other.created,
+        credits_used=_first(latest.credits_used, second.credits_used if is_same_status else None),
+        billing=latest.billing or (second.billing if is_same_status else None),
+        created=latest.created or second.created,
         results=_merge_links(before.results, newer.results),
         links_left_out=max(before.links_left_out, newer.links_left_out),
     )
 
 
-def _first(value: float | None, other: float | None) -> float | None:
-    return other if value is None else value
+def _first(value: float | None, second: float | None) -> float | None:
+    return second if value is None else value
 
 
 def _merge_links(before: tuple[str, ...], newer: tuple[str, ...]) -> tuple[str, ...]:

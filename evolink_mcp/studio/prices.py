@@ -72,12 +72,12 @@ class Bills:
         """Return the content of the fact. A damaged fact counts as missing."""
         try:
             data: Any = json.loads(text or "{}")
-            known = cls(**{each.name: data[each.name] for each in fields(cls) if each.name in data})
-            is_valid = 0 < known.factor < math.inf and known.rule in (None, *sizes.RULES)
+            bills = cls(**{each.name: data[each.name] for each in fields(cls) if each.name in data})
+            is_valid = 0 < bills.factor < math.inf and bills.rule in (None, *sizes.RULES)
         except (ValueError, TypeError, RecursionError):
             is_valid = False
-            known = cls()
-        return known if is_valid else cls()
+            bills = cls()
+        return bills if is_valid else cls()
 
     def changed(self, entry: Entry, **values: Any) -> Bills:
         """Return the bills with some of the three values changed by an entry."""
@@ -127,8 +127,8 @@ class Prices:
     def from_facts(cls, facts: Mapping[str, str], setting: str = AUTO) -> Prices:
         """Return the prices of the account's facts in the journal. `setting` is one of SETTINGS."""
         pinned: Rule | None = next((rule for rule in sizes.RULES if rule == setting), None)
-        shown: Rule | None = next((rule for rule in sizes.RULES if rule == facts.get(RULE_FACT)), None)
-        return cls(pinned, shown, Bills.from_text(facts.get(BILLS_FACT)))
+        shown_rule: Rule | None = next((rule for rule in sizes.RULES if rule == facts.get(RULE_FACT)), None)
+        return cls(pinned, shown_rule, Bills.from_text(facts.get(BILLS_FACT)))
 
     @property
     def rule(self) -> Rule:
@@ -164,11 +164,11 @@ class Prices:
             model=model,
         )
 
-    def at_most(self, candidates: Iterable[Size | None], quality: str, n: int = 1, **more: Any) -> float:
-        """Return the highest possible charge of one of these sizes in credits. `more` are arguments of `costs.at_most`."""
+    def at_most(self, candidates: Iterable[Size | None], quality: str, n: int = 1, **options: Any) -> float:
+        """Return the highest possible charge of one of these sizes in credits. `options` are arguments of `costs.at_most`."""
         possible = list(candidates)
         qualities = {quality, self.bills.qualities.get(quality, quality)}
-        return max(costs.at_most(possible, each, n, factor=self.factor, **more) for each in qualities)
+        return max(costs.at_most(possible, each, n, factor=self.factor, **options) for each in qualities)
 
     def estimate(self, size: Size | None, quality: str, n: int = 1) -> float:
         """Return the expected charge in credits, without the prompt and reference images."""
@@ -279,11 +279,13 @@ def _differences(before: Prices, after: Prices) -> dict[str, tuple[Any, Any]]:
 
 
 def _with_rule(entry: Entry, prices: Prices) -> Prices:
-    shown = shown_by(entry)
-    if shown is None or shown == prices.shown_rule or entry.created_at < prices.bills.rule_changed_at:
+    delivered_rule = shown_by(entry)
+    if delivered_rule is None or delivered_rule == prices.shown_rule or entry.created_at < prices.bills.rule_changed_at:
         return prices
-    rule = None if prices.bills.rule == shown else prices.bills.rule
-    return replace(prices, shown_rule=shown, bills=replace(prices.bills, rule=rule, rule_changed_at=entry.created_at))
+    rule = None if prices.bills.rule == delivered_rule else prices.bills.rule
+    return replace(
+        prices, shown_rule=delivered_rule, bills=replace(prices.bills, rule=rule, rule_changed_at=entry.created_at)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +348,8 @@ class _Request:
         references = references_of(self.request)
         prompt_bytes = len(prompt.encode("utf-8", "surrogatepass"))
 
-        def price(n: int, **more: int) -> float:
-            return costs.price(size, quality, n, model=model, **more).credits
+        def price(n: int, **options: int) -> float:
+            return costs.price(size, quality, n, model=model, **options).credits
 
         return _Range(
             price(self.count),
@@ -394,17 +396,17 @@ def _explain(entry: Entry, request: _Request, prices: Prices, credits: float, *,
     if not is_final and credits <= max(each.high for each in expected) * bills.factor:
         return bills
     if is_price(sizes.RULES, billed_quality, bills.factor):
-        (other,) = set(sizes.RULES) - {prices.rule}
-        return bills.changed(entry, rule=other)
-    others = {asked: charged for asked, charged in bills.qualities.items() if asked != quality}
+        (other_rule,) = set(sizes.RULES) - {prices.rule}
+        return bills.changed(entry, rule=other_rule)
+    other_qualities = {requested: charged for requested, charged in bills.qualities.items() if requested != quality}
     names = (quality, *(each for each in request.request.image_model.qualities if each != quality))
     for factor in dict.fromkeys((bills.factor, 1.0)):
         for name in names:
             if is_price(prices.possible_rules, name, factor):
-                qualities = others if name == quality else {**others, quality: name}
+                qualities = other_qualities if name == quality else {**other_qualities, quality: name}
                 return bills.changed(entry, factor=factor, qualities=qualities)
     by_rule = request.ranges((prices.rule,), quality)
-    return bills.changed(entry, factor=by_rule[-1].factor_of(credits), qualities=others)
+    return bills.changed(entry, factor=by_rule[-1].factor_of(credits), qualities=other_qualities)
 
 
 def _with_reservation(request: _Request, prices: Prices, reservation: float | None, charge: float) -> Prices:
@@ -430,11 +432,13 @@ def difference_of(entry: Entry) -> Difference | None:
     if not credits or request is None:
         return None
     is_above = credits > entry.estimate + CREDIT_ERROR
-    own = request.request.quality
-    others = (each for each in request.request.image_model.qualities if each != own)
+    requested = request.request.quality
+    other_qualities = (each for each in request.request.image_model.qualities if each != requested)
     quality: str | None = None
-    if is_final and not _has_price(request, own, credits, entry.price_factor, lower_by=LOWER_BY_MAX):
-        quality = next((each for each in others if _has_price(request, each, credits, entry.price_factor)), None)
+    if is_final and not _has_price(request, requested, credits, entry.price_factor, lower_by=LOWER_BY_MAX):
+        quality = next(
+            (each for each in other_qualities if _has_price(request, each, credits, entry.price_factor)), None
+        )
     if not is_above and quality is None:
         return None
     return Difference(credits, entry.estimate, is_above, is_final, quality)

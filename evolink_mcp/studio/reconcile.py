@@ -179,8 +179,8 @@ class Reconciler:
         span = SPAN_S + CLOCK_SKEW_S
         near = await self._journal.recent(NEAR_MAX, since=entry.created_at - span, until=entry.created_at + span)
         skew_s = self._client.clock_skew_s
-        rivals = [other for other in near if other.key != entry.key and other.phase in RIVAL_PHASES]
-        return len(near) == NEAR_MAX or any(not contradicts(other, task, skew_s) for other in rivals)
+        rivals = [rival for rival in near if rival.key != entry.key and rival.phase in RIVAL_PHASES]
+        return len(near) == NEAR_MAX or any(not contradicts(rival, task, skew_s) for rival in rivals)
 
 
 def contradicts(entry: Entry, task: Task, skew_s: float | None) -> bool:
@@ -232,9 +232,9 @@ def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
     resolved = [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in sizes.RULES]
     shapes = [size for size in resolved if size is not None] or [sizes.Size(*size) for size in model.auto_sizes]
     # EvoLink may make fewer images than requested, and bills those.
-    made = min(_images_of(task), request.n)
-    fewest = made or (1 if task.settled else request.n)
-    most = made or request.n
+    delivered = min(_images_of(task), request.n)
+    fewest = delivered or (1 if task.settled else request.n)
+    most = delivered or request.n
     low = min(costs.price(size, request.quality, fewest, model=model).credits for size in shapes)
     high = max(
         costs.price(size, request.quality, most, references=references, prompt_tokens=tokens, model=model).credits

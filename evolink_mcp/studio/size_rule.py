@@ -24,8 +24,8 @@ def shown_by(entry: Entry) -> Rule | None:
     if len(set(cells.values())) < len(cells):
         return None
     pixels = {(image.width, image.height) for image in entry.images if image.is_saved}
-    shown: list[Rule] = [rule for rule, size in cells.items() if size and (size.width, size.height) in pixels]
-    return shown[0] if len(shown) == 1 else None
+    matching_rules: list[Rule] = [rule for rule, size in cells.items() if size and (size.width, size.height) in pixels]
+    return matching_rules[0] if len(matching_rules) == 1 else None
 
 
 def size_of(entry: Entry, rule: str) -> sizes.Size | None:

@@ -209,6 +209,6 @@ async def resume_tenants(
         with suppress(JournalUnwritable, TenantLimitReached):
             # The studios of the tokens file's tenants stay open. Another tenant is opened with the server's key, which is
             # the only known one.
-            known = studios.profiles(identity) | {profile_id(tenant.name) for tenant in authenticator.tenants}
-            for name in await tenants_left(studios.database, known):
+            own_tenants = studios.profiles(identity) | {profile_id(tenant.name) for tenant in authenticator.tenants}
+            for name in await tenants_left(studios.database, own_tenants):
                 await tenants.app(Tenant(name))

@@ -109,7 +109,7 @@ class Database:
         self._running.add(task)
         if key is not None:
             self._last[key] = task
-        task.add_done_callback(lambda done: self._done(done, key))
+        task.add_done_callback(lambda task: self._handle_result(task, key))
         return await asyncio.shield(task)
 
     async def is_dead(self, db: DatabaseConnection, owner: str) -> bool:
@@ -117,18 +117,20 @@ class Database:
         number = _number(owner)
         if not await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
             return False
-        gone = "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL"
-        await db.execute(gone.encode(), (number,))
-        gone = "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
-        return await _value(db, gone, self.times.grace_s, number) is not False
+        mark_gone = "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL"
+        await db.execute(mark_gone.encode(), (number,))
+        is_past_grace = (
+            "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
+        )
+        return await _value(db, is_past_grace, self.times.grace_s, number) is not False
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
         """Return whether this server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
         number = _number(owner)
         if await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
             return True
-        seen = "SELECT extract(epoch FROM clock_timestamp() - seen_at) < %s FROM evolink_servers WHERE number = %s"
-        return not await _value(db, seen, self.times.stop_after_s, number)
+        is_fresh = "SELECT extract(epoch FROM clock_timestamp() - seen_at) < %s FROM evolink_servers WHERE number = %s"
+        return not await _value(db, is_fresh, self.times.stop_after_s, number)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
         """Return the error with the database's name and setting, and without a password."""
@@ -280,7 +282,7 @@ class Database:
                     raise
         raise AssertionError("unreachable")
 
-    def _done(self, task: asyncio.Task[Any], key: str | None) -> None:
+    def _handle_result(self, task: asyncio.Task[Any], key: str | None) -> None:
         self._running.discard(task)
         if key is not None and self._last.get(key) is task:
             del self._last[key]

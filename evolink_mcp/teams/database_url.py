@@ -69,12 +69,12 @@ class Address:
             place = "the database"
             raise cls("", place).unwritable("its address is not one that PostgreSQL understands") from None
         host = values.get("host") or values.get("hostaddr") or "this machine"
-        shown = {host, values.get("dbname"), values.get("user")}
+        public_values = {host, values.get("dbname"), values.get("user")}
         passwords = [str(values[name]) for name in ("password", "sslpassword") if values.get(name)]
         return cls(
             conninfo,
             f"the database {values.get('dbname') or values.get('user') or ''} on {host}",
-            tuple(password for password in passwords if password not in shown),
+            tuple(password for password in passwords if password not in public_values),
         )
 
     def unwritable(self, reason: str) -> JournalUnwritable:

@@ -10,8 +10,8 @@ from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.teams.database import Database, DatabaseConnection
 
 
-async def tenants_left(database: Database, known: Collection[str]) -> set[str]:
-    """Return the names of tenants with open entries and no living owner. Skip the profiles in `known`.
+async def tenants_left(database: Database, profiles: Collection[str]) -> set[str]:
+    """Return the names of tenants with open entries and no living owner. Skip the profiles in `profiles`.
 
     Raises:
         JournalUnwritable: The database cannot be read.
@@ -21,7 +21,7 @@ async def tenants_left(database: Database, known: Collection[str]) -> set[str]:
         async with db.transaction():
             cursor = await db.execute(
                 "SELECT DISTINCT profile, owner FROM evolink_entries WHERE NOT closed AND NOT profile = ANY(%s)",
-                (list(known),),
+                (list(profiles),),
             )
             rows = await cursor.fetchall()
             dead = {owner for owner in {row["owner"] for row in rows} if not owner or await database.is_dead(db, owner)}

@@ -114,9 +114,9 @@ def _parse_role(block: Any, location: str) -> _Role:
     if not isinstance(block, dict):
         raise BadRoles(f"{location}: it must be a [[role]] block")
     values = cast("dict[str, Any]", block)
-    known = {"claim", "value"} | LIMIT_NAMES
-    if unknown := sorted(set(values) - known):
-        raise BadRoles(f"{location}: {harmless(unknown[0], 60)} is unknown; use {', '.join(sorted(known))}")
+    fields = {"claim", "value"} | LIMIT_NAMES
+    if unknown := sorted(set(values) - fields):
+        raise BadRoles(f"{location}: {harmless(unknown[0], 60)} is unknown; use {', '.join(sorted(fields))}")
     claim = values.get("claim")
     value = values.get("value")
     has_both = isinstance(claim, str) and bool(claim) and isinstance(value, str)

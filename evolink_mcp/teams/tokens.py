@@ -107,7 +107,7 @@ class Tokens:
         # Compare all digests, each in constant time, so that the duration shows nothing about the tokens.
         digest = hashlib.sha256(token).hexdigest()
         tenants, _ = self._file.content
-        matches = [tenant for known, tenant in tenants.items() if hmac.compare_digest(known, digest)]
+        matches = [tenant for token_hash, tenant in tenants.items() if hmac.compare_digest(token_hash, digest)]
         return matches[0] if matches else None
 
 
@@ -171,9 +171,9 @@ def _parse_block(block: Any, location: str) -> tuple[str, Tenant]:
     if not isinstance(block, dict):
         raise BadTokens(f"{location}: it must be a [[token]] block")
     values = cast("dict[str, Any]", block)
-    known = {field.name for field in fields(Tenant)} - {"shares_account"} | {"sha256"}
-    if unknown := sorted(set(values) - known):
-        raise BadTokens(f"{location}: {harmless(unknown[0], 60)} is unknown; use {', '.join(sorted(known))}")
+    names = {field.name for field in fields(Tenant)} - {"shares_account"} | {"sha256"}
+    if unknown := sorted(set(values) - names):
+        raise BadTokens(f"{location}: {harmless(unknown[0], 60)} is unknown; use {', '.join(sorted(names))}")
     name = values.get("name")
     if not isinstance(name, str):
         raise BadTokens(f"{location}: it needs a name")

@@ -84,9 +84,9 @@ class FlatTool(Tool):
         """Run the tool. An empty optional argument counts as absent, and the answer says so."""
         model = self.fn_metadata.arg_model
         assert issubclass(model, Arguments)
-        given = unwrapped(model, arguments)
-        empty = empty_names(model, given)
-        present = {name: value for name, value in given.items() if name not in empty}
+        unwrapped_arguments = unwrapped(model, arguments)
+        empty = empty_names(model, unwrapped_arguments)
+        present = {name: value for name, value in unwrapped_arguments.items() if name not in empty}
         answer = await self._answer(present, context, convert_result)
         if empty and isinstance(answer, CallToolResult):
             return _with_note(answer, f"Empty arguments count as absent: {', '.join(empty)}.")

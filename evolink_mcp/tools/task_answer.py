@@ -302,9 +302,9 @@ def _bill_difference(entry: Entry) -> str | None:
     if difference.is_above:
         text += f", more than the price ceiling of {costs.format_credits(difference.ceiling)} for this request"
     if difference.quality is not None:
-        own = entry.request.get("quality", DEFAULT_MODEL.default_quality)
+        requested_quality = entry.request.get("quality", DEFAULT_MODEL.default_quality)
         hint = "" if difference.is_above else ": the quality may be lower than requested"
-        text += f". This is the price of quality {difference.quality}, the request was for {own}{hint}"
+        text += f". This is the price of quality {difference.quality}, the request was for {requested_quality}{hint}"
     return f"{text}."
 
 

@@ -72,7 +72,7 @@ class UnreadAnswers:
     def add(self, transport: asyncio.Transport) -> None:
         """The client of this connection stopped reading."""
         self._start_timer(transport)
-        while sum(one.get_write_buffer_size() for one in self._timers) > self._limits.unread_max_bytes:
+        while sum(transport.get_write_buffer_size() for transport in self._timers) > self._limits.unread_max_bytes:
             self._abort(next(iter(self._timers)))
 
     def remove(self, transport: asyncio.Transport) -> None:

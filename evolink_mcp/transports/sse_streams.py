@@ -82,9 +82,10 @@ class SseStreams:
         if stream.waiting >= self._limits.stream_max:
             return False
         stream.waiting += 1
-        if sum(one.waiting for one in self._streams.values()) > self._limits.process_max:
+        if sum(stream.waiting for stream in self._streams.values()) > self._limits.process_max:
             slowest = min(
-                (one for one in self._streams.values() if one.waiting), key=lambda one: one.sending_since or 0.0
+                (stream for stream in self._streams.values() if stream.waiting),
+                key=lambda stream: stream.sending_since or 0.0,
             )
             log.warning("a stream ends, because its client does not read it and too many answers wait")
             slowest.waiting = 0

@@ -34,16 +34,16 @@ class Wire(httpx.AsyncBaseTransport):
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The answers of the resolver, by host name."""
-    known: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
 
     async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
         return [
             (socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port))
-            for ip in known[host]
+            for ip in values[host]
         ]
 
     monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
-    return known
+    return values
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ async def test_the_key_does_not_go_through_a_proxy_in_clear(monkeypatch: pytest.
     from evolink_mcp.api.client import EvolinkClient
     from evolink_mcp.errors import EvolinkError
 
-    heard: list[bytes] = []
+    messages: list[bytes] = []
 
     async def proxy(stream: anyio.abc.SocketStream) -> None:
         async with stream:
-            heard.append(await stream.receive())
+            messages.append(await stream.receive())
 
     with anyio.fail_after(300):
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
@@ -185,4 +185,4 @@ async def test_the_key_does_not_go_through_a_proxy_in_clear(monkeypatch: pytest.
                 with pytest.raises(EvolinkError):
                     await client.balance()
             group.cancel_scope.cancel()
-    assert heard == []
+    assert messages == []

@@ -164,7 +164,7 @@ def run_in_copy(folder: Path, edits: dict[str, Callable[[str], str]], check: str
         module.write_text(edit(text), encoding="utf-8")
     script = f"import sys; sys.path.insert(0, {str(folder)!r})\nimport evolink_mcp\n"
     script += f"assert evolink_mcp.__file__.startswith({str(folder)!r})\n{ADDITIONS}{check}"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", "-c", script],
         cwd=folder,
         env=without_coverage(os.environ),
@@ -173,7 +173,7 @@ def run_in_copy(folder: Path, edits: dict[str, Callable[[str], str]], check: str
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def replacing(old: str, new: str) -> Callable[[str], str]:

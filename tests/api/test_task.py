@@ -50,8 +50,8 @@ def test_numbers_beyond_reason_end_nothing(field: str, value: str) -> None:
 
 @pytest.mark.parametrize("value", ["1e999", "1" + "0" * 400, "NaN", "true", '"7"', "null"])
 def test_an_absurd_balance_is_unknown(value: str) -> None:
-    told = json.loads(f'{{"data": {{"user": {{"remaining_credits": {value}, "used_credits": 2}}}}}}')
-    balance = read_balance(told)
+    answer = json.loads(f'{{"data": {{"user": {{"remaining_credits": {value}, "used_credits": 2}}}}}}')
+    balance = read_balance(answer)
     assert (balance.account_remaining, balance.account_used) == (None, 2.0)
 
 

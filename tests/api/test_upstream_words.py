@@ -60,8 +60,8 @@ async def test_an_error_that_quotes_the_key_is_shown_without_it(spelling: str) -
 @EACH_SPELLING
 @pytest.mark.parametrize("field", ["status", "model", "url", "error", "name"])
 async def test_a_task_that_quotes_the_key_is_read_without_it(spelling: str, field: str) -> None:
-    told: dict[str, Any] = {"id": "task-unified-1757156493-imcg5zqt", "status": "failed", "error": {"message": "x"}}
-    text = json.dumps(told)
+    answer: dict[str, Any] = {"id": "task-unified-1757156493-imcg5zqt", "status": "failed", "error": {"message": "x"}}
+    text = json.dumps(answer)
     if field == "url":
         text = text[:-1] + f', "results": ["https://files.evolink.ai/{spelling}.png"]}}'
     elif field == "error":

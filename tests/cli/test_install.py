@@ -195,7 +195,7 @@ def test_undo_keeps_edits_of_the_user(user: User, name: str) -> None:
 
 @EACH_HOST
 def test_an_invalid_file_stays_and_one_line_names_file_and_place(user: User, name: str) -> None:
-    other = user.write("cursor" if name != "cursor" else "junie")
+    second = user.write("cursor" if name != "cursor" else "junie")
     content = "model = \n" if name == "codex" else '{\n  "a": 1,,\n}'
     file = user.write(name, content)
     assert user.run(name, "cursor" if name != "cursor" else "junie") == 1
@@ -204,7 +204,7 @@ def test_an_invalid_file_stays_and_one_line_names_file_and_place(user: User, nam
     place = "line 1, column 9" if name == "codex" else "line 2, column 10"
     assert line.startswith(f"{HOSTS[name].title}: {file}: {place}: ")
     assert line.endswith("The file is unchanged")
-    assert "evolink" in other.read_text("utf-8")
+    assert "evolink" in second.read_text("utf-8")
 
 
 # --- places ---

@@ -40,7 +40,7 @@ class Home:
     def run(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
         env = self.environment(key)
         command = [*SERVER_COMMAND, *arguments]
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             env=env,
             cwd=self.folder,
@@ -49,8 +49,8 @@ class Home:
             timeout=300,
             stdin=subprocess.DEVNULL,
         )
-        assert KEY not in done.stdout + done.stderr
-        return done
+        assert KEY not in process.stdout + process.stderr
+        return process
 
     def stored_keys(self) -> list[str]:
         return list(json.loads(self.store.read_text()).values())
@@ -108,9 +108,9 @@ def test_without_a_key_store_the_key_goes_into_the_file(home: Home) -> None:
 
 def test_a_locked_key_store_changes_no_file_and_is_reported(home: Home) -> None:
     home.store.write_text("locked")
-    done = home.run("install", "--yes", key=KEY)
-    assert (done.returncode, home.config.exists()) == (1, False)
-    assert done.stderr == (
+    result = home.run("install", "--yes", key=KEY)
+    assert (result.returncode, home.config.exists()) == (1, False)
+    assert result.stderr == (
         "evolink-mcp: the key store refuses the access (KeyringLocked); "
         "--key-in-file writes the key into the configuration\n"
     )

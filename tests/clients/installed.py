@@ -59,11 +59,11 @@ def installed(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
         file.write_text(host.content)
     key = {"EVOLINK_API_KEY": stage.server_env["EVOLINK_API_KEY"]}
     install = [*stage.command, "install", *(host.name for host in HOSTS), "--yes"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*install, "--key-in-file"], env=env | key, cwd=home, capture_output=True, text=True, timeout=300
     )
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
+    if process.returncode:
+        raise RuntimeError(process.stdout + process.stderr)
     faults: dict[str, str] = {}
     unchanged: set[str] = set()
     for host in HOSTS:

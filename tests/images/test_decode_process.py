@@ -164,10 +164,10 @@ async def test_code_inside_the_sandbox_reaches_nothing(tmp_path: Path, attempt: 
     )
     root = str(Path(__file__).parent.parent.parent)
     # Coverage would write its data inside the sandbox and damage the file.
-    done = await anyio.run_process(
+    process = await anyio.run_process(
         [sys.executable, "-I", "-c", script, root], stderr=None, env=without_coverage(os.environ)
     )
-    assert done.stdout == b"denied\n"
+    assert process.stdout == b"denied\n"
     assert canary.read_text() == "alive"
 
 
@@ -359,20 +359,20 @@ async def test_an_order_without_a_decoder_keeps_its_link_and_says_why(open_world
 @in_time
 @pytest.mark.anyio
 async def test_an_order_gets_its_turn_beside_endless_images_of_other_orders() -> None:
-    begun = 0
+    start_count = 0
 
     async def sleep(_: float) -> None:
         """Return at once for the endless images, and never for the good one."""
-        nonlocal begun
-        begun += 1
-        if begun > 6:
+        nonlocal start_count
+        start_count += 1
+        if start_count > 6:
             await anyio.sleep_forever()
 
     options = {"slow_after_s": 1.0, "deadline_s": NEVER, "sleep": sleep}
     async with decoder_of(ENDLESS_OR_REFUSE, **options) as decoder, anyio.create_task_group() as group:
         for number in range(6):
             group.start_soon(check_in_order, decoder, b"endless", f"other {number}")
-        while begun < 6:
+        while start_count < 6:
             await anyio.sleep(0.01)
         await check_in_order(decoder, b"a good image", "mine")
         group.cancel_scope.cancel()
@@ -382,22 +382,22 @@ async def test_an_order_gets_its_turn_beside_endless_images_of_other_orders() ->
 @pytest.mark.anyio
 async def test_an_order_of_many_images_leaves_a_place_for_another_order() -> None:
     """Without demotion: the lane itself is shared between orders."""
-    done: list[str] = []
+    result: list[str] = []
     options = {"slow_after_s": NEVER, "deadline_s": NEVER}
     async with decoder_of(ENDLESS_OR_REFUSE, **options) as decoder, anyio.create_task_group() as group:
 
         async def check(order: str) -> None:
             await check_in_order(decoder, b"a good image", order)
-            done.append(order)
+            result.append(order)
 
         group.start_soon(check_in_order, decoder, b"endless", "large")
         await anyio.wait_all_tasks_blocked()
         for _ in range(5):
             group.start_soon(check, "large")
         group.start_soon(check, "small")
-        while len(done) < 6:
+        while len(result) < 6:
             await anyio.sleep(0.01)
-        assert "small" in done[:2]
+        assert "small" in result[:2]
         group.cancel_scope.cancel()
 
 

@@ -251,9 +251,9 @@ def test_a_folder_with_many_files_is_not_searched_to_its_end(folders: Folders, t
 
 def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "projects.png").touch()
-    gone = Folders(tmp_path / "gone", (tmp_path / "project.png",))
+    missing = Folders(tmp_path / "gone", (tmp_path / "project.png",))
     with pytest.raises(ReferenceRefused) as refusal:
-        gone.readable(str(tmp_path / "project.png"))
+        missing.readable(str(tmp_path / "project.png"))
     assert "projects.png" not in refusal.value.advice
 
 
@@ -331,6 +331,6 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path: Path)
     folder = tmp_path / "sheets"
     folder.mkdir()
     command = [sys.executable, "-P", "-c", FULL, str(folder / "sheet.html")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout == "File too large\n"
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert process.stdout == "File too large\n"
     assert list(folder.iterdir()) == []

@@ -52,9 +52,9 @@ def test_colours_keep_their_profile(kind: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> None:
     """A picture that is red above and blue below, and lighter at the left, in all eight ways in which a camera stores it."""
-    seen = Image.new("RGB", (48, 64), (200, 0, 0))
-    seen.paste((0, 0, 200), (0, 32, 48, 64))
-    seen.paste((250, 120, 120), (0, 0, 24, 32))
+    observations = Image.new("RGB", (48, 64), (200, 0, 0))
+    observations.paste((0, 0, 200), (0, 32, 48, 64))
+    observations.paste((250, 120, 120), (0, 0, 24, 32))
     stored = {
         1: lambda image: image,
         2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -64,7 +64,7 @@ def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> 
         6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
         7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
         8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
-    }[orientation](seen)
+    }[orientation](observations)
     exif = Image.Exif()
     exif[0x0112] = orientation
     out = io.BytesIO()
@@ -74,8 +74,8 @@ def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> 
     with Image.open(io.BytesIO(normalize(out.getvalue()))) as sent:
         assert (sent.size, dict(sent.getexif())) == ((48, 64), {})
         for spot in ((10, 10), (40, 10), (10, 50)):
-            near = zip(sent.convert("RGB").getpixel(spot), seen.getpixel(spot), strict=True)
-            assert all(abs(one - other) < 30 for one, other in near)
+            near = zip(sent.convert("RGB").getpixel(spot), observations.getpixel(spot), strict=True)
+            assert all(abs(first - second) < 30 for first, second in near)
 
 
 def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:

@@ -50,8 +50,8 @@ def desk(tmp_path: Path) -> Path:
 def open_desk(open_world: Open, desk: Path) -> Open:
     """Open a world that may read files from the desk."""
 
-    def opened(environ: dict[str, str] | None = None, **more: Any):
-        return open_world({"EVOLINK_MCP_ALLOWED_DIRS": str(desk), **(environ or {})}, **more)
+    def opened(environ: dict[str, str] | None = None, **options: Any):
+        return open_world({"EVOLINK_MCP_ALLOWED_DIRS": str(desk), **(environ or {})}, **options)
 
     return opened
 
@@ -65,10 +65,10 @@ def sent(world: World) -> list[dict[str, Any]]:
     return [json.loads(r.body) for r in world.simulator.requests if r.path == "/v1/images/generations"]
 
 
-async def edit(world: World, *sources: str, **more: Any) -> Any:
+async def edit(world: World, *sources: str, **options: Any) -> Any:
     with anyio.fail_after(300):
         async with world.client() as client:
-            wish = {"prompt": "sim:fast make it blue", "image_urls": list(sources), **more}
+            wish = {"prompt": "sim:fast make it blue", "image_urls": list(sources), **options}
             return await client.call_tool("generate_image", wish)
 
 
@@ -143,8 +143,8 @@ async def test_calls_side_by_side_share_one_upload(open_desk: Open, desk: Path) 
 async def test_another_server_on_the_same_journal_does_not_upload_again(open_desk: Open, desk: Path) -> None:
     async with open_desk() as world:
         await edit(world, str(desk / "cat.png"))
-        async with open_desk(simulator=world.simulator, clock=world.clock) as other:
-            await edit(other, str(desk / "cat.png"))
+        async with open_desk(simulator=world.simulator, clock=world.clock) as second:
+            await edit(second, str(desk / "cat.png"))
         assert uploads(world) == 1
 
 
@@ -201,8 +201,8 @@ async def test_an_earlier_result_goes_out_by_its_own_link_while_that_lives(world
             assert Path(image["path"]).read_bytes() == upload.data
             world.clock.now += 72 * HOUR_S
             Path(image["path"]).unlink()
-            gone = await edit(world, image["resource_uri"])
-            assert "is gone" in gone.content[0].text
+            missing = await edit(world, image["resource_uri"])
+            assert "is gone" in missing.content[0].text
             assert world.posts == 3
 
 
@@ -348,9 +348,9 @@ async def test_no_name_outside_the_allowed_folders_is_shown(open_desk: Open, des
     _secret(desk)
     async with open_desk() as world:
         missing = await edit(world, f"{desk.parent}/secreet.png")
-        there = await edit(world, f"{desk.parent}/secret.png")
+        outside = await edit(world, f"{desk.parent}/secret.png")
     assert "Did you mean" not in missing.content[0].text
-    assert missing.content[0].text.replace("secreet", "secret") == there.content[0].text
+    assert missing.content[0].text.replace("secreet", "secret") == outside.content[0].text
 
 
 async def test_a_file_name_cannot_speak_to_the_model(open_desk: Open, desk: Path) -> None:

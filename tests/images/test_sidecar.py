@@ -187,9 +187,9 @@ async def test_a_task_of_another_client_gets_a_sidecar_with_the_known_facts(open
         "EVOLINK_MCP_DATA_DIR": str(world.folder / "data2"),
         "EVOLINK_MCP_OUTPUT_DIR": str(world.folder / "pictures2"),
     }
-    async with open_world(environ, simulator=world.simulator, clock=world.clock) as other:
+    async with open_world(environ, simulator=world.simulator, clock=world.clock) as second:
         with anyio.fail_after(300):
-            async with other.client() as client:
+            async with second.client() as client:
                 facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
     record = json.loads(beside(facts["images"][0]).read_text("utf-8"))
     assert (record["prompt"], record["request"], record["task_id"]) == (None, {}, task_id)

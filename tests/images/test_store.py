@@ -128,8 +128,8 @@ async def test_files_and_folders_are_for_their_owner_only(world: World) -> None:
         await buy(world, "sim:fast a fox", save_as="blog/2026/hero.png")
     finally:
         os.umask(before)
-    made = world.folder / "pictures"
-    modes = {str(p.relative_to(world.folder)): stat.S_IMODE(p.stat().st_mode) for p in (made, *made.rglob("*"))}
+    created = world.folder / "pictures"
+    modes = {str(p.relative_to(world.folder)): stat.S_IMODE(p.stat().st_mode) for p in (created, *created.rglob("*"))}
     assert modes == {
         "pictures": PRIVATE_FOLDER,
         "pictures/blog": PRIVATE_FOLDER,

@@ -19,8 +19,8 @@ from evolink_mcp.journal.sqlite import SqliteJournal
 class BlockingJournal:
     """A `SqliteJournal` whose methods block; `file` is its file."""
 
-    def __init__(self, folder: Path, identity: str = "", **more: Any) -> None:
-        self._journal = SqliteJournal(folder, identity, **more)
+    def __init__(self, folder: Path, identity: str = "", **options: Any) -> None:
+        self._journal = SqliteJournal(folder, identity, **options)
         self.file = self._journal.file
         self.folder = folder
 
@@ -60,7 +60,7 @@ def a_loop() -> Iterator[Any]:
 
 
 def _blocking(journal: Any, name: str, run: Callable[..., Any]) -> Any:
-    found: Callable[..., Any] = getattr(journal, name)
-    if not inspect.iscoroutinefunction(found):
-        return found
-    return lambda *values, **named: run(partial(found, *values, **named))
+    match: Callable[..., Any] = getattr(journal, name)
+    if not inspect.iscoroutinefunction(match):
+        return match
+    return lambda *values, **named: run(partial(match, *values, **named))

@@ -40,8 +40,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             return all_of_them[-1]
 
         yield journal
-        for one in all_of_them:
-            one.close()
+        for item in all_of_them:
+            item.close()
         return
     url = request.getfixturevalue("cluster").database()
     with a_loop() as portal:
@@ -51,8 +51,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             return all_of_them[-1]
 
         yield journal
-        for one in all_of_them:
-            one.close()
+        for item in all_of_them:
+            item.close()
 
 
 def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
@@ -72,15 +72,15 @@ def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
 
 
 def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open) -> None:
-    one, other = opened(), opened()
-    early = entry(one, task=task(status="completed"), phase="submitted")
-    one.intend(early)
-    assert other.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
-    assert other.update(replace(early, phase="unknown")) is False
-    other.deliver(early.key, NOW)
-    assert one.by_key(early.key) == replace(early, delivered_at=NOW)
-    assert one.update(replace(early, phase="unknown")) is True
-    row = other.by_key(early.key)
+    first, second = opened(), opened()
+    early = entry(first, task=task(status="completed"), phase="submitted")
+    first.intend(early)
+    assert second.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
+    assert second.update(replace(early, phase="unknown")) is False
+    second.deliver(early.key, NOW)
+    assert first.by_key(early.key) == replace(early, delivered_at=NOW)
+    assert first.update(replace(early, phase="unknown")) is True
+    row = second.by_key(early.key)
     assert row is not None
     assert (row.phase, row.delivered_at) == ("unknown", NOW)
 
@@ -98,13 +98,13 @@ def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> N
 
 
 def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) -> None:
-    one, other = opened(), opened()
-    one.intend(entry(one, estimate=3.0), cap=5.0)
+    first, second = opened(), opened()
+    first.intend(entry(first, estimate=3.0), cap=5.0)
     with pytest.raises(DailyLimitReached) as reached:
-        other.intend(entry(other, estimate=3.0), cap=5.0)
+        second.intend(entry(second, estimate=3.0), cap=5.0)
     assert reached.value.sums == Sums(reserved=3.0)
-    other.intend(entry(other, estimate=2.0), cap=5.0)
-    assert len(one.recent(9)) == 2
+    second.intend(entry(second, estimate=2.0), cap=5.0)
+    assert len(first.recent(9)) == 2
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened:
     assert heir.adopt() == []
     dead.close()
     adopted = heir.adopt()
-    assert [(one.task_id, one.owner, one.caller) for one in adopted] == [("task-unified-1", heir.owner, "")]
+    assert [(item.task_id, item.owner, item.caller) for item in adopted] == [("task-unified-1", heir.owner, "")]
     assert late.adopt() == []
 
 
@@ -152,7 +152,7 @@ def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> 
     assert heir.undelivered(("f",), 0) == []
     dead.close()
     assert heir.adopt() == []
-    assert [one.key for one in heir.undelivered(("f",), 0)] == [finished_entry.key]
+    assert [item.key for item in heir.undelivered(("f",), 0)] == [finished_entry.key]
 
 
 @pytest.mark.parametrize(
@@ -198,56 +198,56 @@ def test_a_lost_answer_is_not_matched_with_a_task_of_another_profile(opened: Ope
 
 
 def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(opened: Open) -> None:
-    dead, one, other = opened("a1"), opened("a1"), opened("b2")
-    done = entry(dead, fingerprint="f", phase="submitted", task=task("1"), estimate=2.0)
-    dead.intend(done)
-    assert other.recent(9) == [done]
-    assert other.by_key(done.key) == other.by_task("task-unified-1") == done
-    assert other.sums_since(0).total == 2.0
+    dead, first, second = opened("a1"), opened("a1"), opened("b2")
+    finished_entry = entry(dead, fingerprint="f", phase="submitted", task=task("1"), estimate=2.0)
+    dead.intend(finished_entry)
+    assert second.recent(9) == [finished_entry]
+    assert second.by_key(finished_entry.key) == second.by_task("task-unified-1") == finished_entry
+    assert second.sums_since(0).total == 2.0
     dead.close()
-    assert other.undelivered(("f",), 0) == []
-    assert other.adopt() == []
-    assert other.acquire(done.key) is False
-    assert one.adopt() == [replace(done, owner=one.owner)]
+    assert second.undelivered(("f",), 0) == []
+    assert second.adopt() == []
+    assert second.acquire(finished_entry.key) is False
+    assert first.adopt() == [replace(finished_entry, owner=first.owner)]
 
 
 def test_a_key_adopts_its_own_orphan_and_leaves_that_of_another_key(opened: Open) -> None:
     dead, other_dead = opened("a1"), opened("b2")
     dead.intend(entry(dead, phase="submitted", task=task("1")))
-    other_dead.intend(own := entry(other_dead, phase="submitted", task=task("2")))
+    other_dead.intend(own_entry := entry(other_dead, phase="submitted", task=task("2")))
     dead.close()
     other_dead.close()
-    other = opened("b2")
-    assert other.adopt() == [replace(own, owner=other.owner)]
+    second = opened("b2")
+    assert second.adopt() == [replace(own_entry, owner=second.owner)]
 
 
 def test_a_linked_key_works_on_the_entries_of_the_earlier_key(opened: Open) -> None:
     dead = opened("a1")
-    dead.intend(done := entry(dead, fingerprint="f", phase="submitted", task=task("1")))
+    dead.intend(finished_entry := entry(dead, fingerprint="f", phase="submitted", task=task("1")))
     dead.save_fact("rule", "one")
     dead.close()
     new, same = opened("b2"), opened("b2")
     assert new.read_links() == same.read_links() == ["a1"]
-    assert new.newest_of("a1") == replace(done, owner="")
+    assert new.newest_of("a1") == replace(finished_entry, owner="")
     assert new.newest_of("b2") is None
     assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("b2", False, None)
     new.link("a1")
     assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("a1", True, "one")
-    assert new.undelivered(("f",), 0) == [replace(done, owner="")]
-    assert new.adopt() == [replace(done, owner=new.owner)]
+    assert new.undelivered(("f",), 0) == [replace(finished_entry, owner="")]
+    assert new.adopt() == [replace(finished_entry, owner=new.owner)]
     assert same.read_links() == []
     assert same.account == "a1"
     assert opened("b2", profile="another").read_links() == []
 
 
 def test_a_key_with_entries_keeps_its_account_when_it_is_linked_to_another_one(opened: Open) -> None:
-    one, other = opened("a1"), opened("b2")
-    other.intend(early := entry(other, created_at=NOW - 1, fingerprint="f"))
-    one.intend(late := entry(one, fingerprint="f"))
-    assert other.read_links() == ["a1"]
-    other.link("a1")
-    assert other.account == "b2"
-    assert other.undelivered(("f",), 0) == [early, late]
+    first, second = opened("a1"), opened("b2")
+    second.intend(early := entry(second, created_at=NOW - 1, fingerprint="f"))
+    first.intend(late := entry(first, fingerprint="f"))
+    assert second.read_links() == ["a1"]
+    second.link("a1")
+    assert second.account == "b2"
+    assert second.undelivered(("f",), 0) == [early, late]
     again = opened("b2")
     again.read_links()
     assert (again.account, again.is_linked("a1")) == ("b2", True)
@@ -277,33 +277,33 @@ def test_a_task_has_one_entry_a_profile(opened: Open) -> None:
 
 
 def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
-    one, other = opened(), opened()
-    one.intend(own_entry := entry(one))
-    assert (one.acquire(own_entry.key), other.acquire(own_entry.key), other.acquire("no such key")) == (
+    first, second = opened(), opened()
+    first.intend(own_entry := entry(first))
+    assert (first.acquire(own_entry.key), second.acquire(own_entry.key), second.acquire("no such key")) == (
         True,
         False,
         False,
     )
-    one.release(own_entry.key)
-    other.release("no such key")
-    assert (other.acquire(own_entry.key), one.acquire(own_entry.key)) == (True, False)
-    assert other.by_key(own_entry.key).owner == other.owner
-    assert one.update(replace(own_entry, phase="unknown")) is False
+    first.release(own_entry.key)
+    second.release("no such key")
+    assert (second.acquire(own_entry.key), first.acquire(own_entry.key)) == (True, False)
+    assert second.by_key(own_entry.key).owner == second.owner
+    assert first.update(replace(own_entry, phase="unknown")) is False
 
 
 def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
-    one, other = opened(), opened()
-    one.intend(own_entry := entry(one, fingerprint="f", caller=one.owner))
-    assert (other.undelivered(("f",), 0), other.claim(own_entry.key)) == ([], False)
-    other.remove_caller(own_entry.key)
-    assert other.undelivered(("f",), 0) == []
-    one.remove_caller(own_entry.key)
-    assert [row.key for row in other.undelivered(("e", "f"), NOW)] == [own_entry.key]
-    assert other.undelivered(("f",), NOW + 1) == []
-    assert (other.claim(own_entry.key), one.claim(own_entry.key)) == (True, False)
-    one.deliver(own_entry.key, NOW + 1)
-    other.remove_caller(own_entry.key)
-    assert (one.claim(own_entry.key), one.by_key(own_entry.key).delivered_at) == (False, NOW + 1)
+    first, second = opened(), opened()
+    first.intend(own_entry := entry(first, fingerprint="f", caller=first.owner))
+    assert (second.undelivered(("f",), 0), second.claim(own_entry.key)) == ([], False)
+    second.remove_caller(own_entry.key)
+    assert second.undelivered(("f",), 0) == []
+    first.remove_caller(own_entry.key)
+    assert [row.key for row in second.undelivered(("e", "f"), NOW)] == [own_entry.key]
+    assert second.undelivered(("f",), NOW + 1) == []
+    assert (second.claim(own_entry.key), first.claim(own_entry.key)) == (True, False)
+    first.deliver(own_entry.key, NOW + 1)
+    second.remove_caller(own_entry.key)
+    assert (first.claim(own_entry.key), first.by_key(own_entry.key).delivered_at) == (False, NOW + 1)
 
 
 def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -> None:
@@ -313,8 +313,8 @@ def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -
         entry(journal, created_at=NOW + number, request={"prompt": prompt}, save_as=f"bild-{number}.png")
         for number, prompt in enumerate(prompts)
     ]
-    for one in entries:
-        journal.intend(one)
+    for item in entries:
+        journal.intend(item)
     saved = replace(entries[1], phase="submitted", task=task(status="completed"),
                     images=(ResultImage(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
     journal.update_images(saved)
@@ -338,8 +338,8 @@ def test_entries_of_one_moment_come_in_the_order_of_their_keys(opened: Open) -> 
     keys = ["evomcp-B", "evomcp-a", "evomcp-_", "evomcp-9"]
     for key in keys:
         journal.intend(entry(journal, key=key))
-    assert [one.key for one in journal.recent(9)] == sorted(keys)
-    assert [one.key for one in journal.recent(9, after=(NOW, "evomcp-B"))] == ["evomcp-_", "evomcp-a"]
+    assert [item.key for item in journal.recent(9)] == sorted(keys)
+    assert [item.key for item in journal.recent(9, after=(NOW, "evomcp-B"))] == ["evomcp-_", "evomcp-a"]
 
 
 def test_uploads_belong_to_a_profile_and_facts_to_an_account(opened: Open) -> None:
@@ -392,13 +392,13 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
     ],
 )
 def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, fields: dict[str, Any], counts: bool) -> None:
-    one, other, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
-    one.intend(entry(one, **fields))
+    first, second, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
+    first.intend(entry(first, **fields))
     ben.intend(entry(ben), running=1)
     if not counts:
-        other.intend(entry(other), running=1)
+        second.intend(entry(second), running=1)
         return
     with pytest.raises(TooManyRunning, match="the limit of 1 running tasks is reached"):
-        other.intend(entry(other), running=1, cap=100.0)
-    other.intend(entry(other), running=2)
-    assert len(one.recent(9)) == 2
+        second.intend(entry(second), running=1, cap=100.0)
+    second.intend(entry(second), running=2)
+    assert len(first.recent(9)) == 2

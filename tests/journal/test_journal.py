@@ -55,8 +55,8 @@ def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
         return all_of_them[-1]
 
     yield journal
-    for one in all_of_them:
-        one.close()
+    for item in all_of_them:
+        item.close()
 
 
 Opened = Callable[[], BlockingJournal]
@@ -153,8 +153,8 @@ def test_the_command_that_moves_a_journal_away_fits_the_platform() -> None:
 def test_status_charge_and_stage_follow_from_phase_task_and_images(
     facts: dict[str, Any], status: str, charged: str, stage: Stage
 ) -> None:
-    one = Entry(**{"key": "k", "owner": "o", "phase": Phase.SUBMITTED, "created_at": NOW, **facts})
-    assert (one.status, one.charged, one.stage) == (status, charged, stage)
+    first = Entry(**{"key": "k", "owner": "o", "phase": Phase.SUBMITTED, "created_at": NOW, **facts})
+    assert (first.status, first.charged, first.stage) == (status, charged, stage)
 
 
 # --- the file ------------------------------------------------------------------------------------------------
@@ -238,10 +238,10 @@ def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Another program holds the file's write lock."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with closing(sqlite3.connect(path, isolation_level=None)) as second:
+        second.execute("BEGIN IMMEDIATE")
         yield
-        other.execute("ROLLBACK")
+        second.execute("ROLLBACK")
 
 
 @pytest.mark.anyio
@@ -270,35 +270,35 @@ async def test_a_lock_held_elsewhere_delays_only_what_needs_the_journal(open_wor
 
 
 def test_a_deleted_journal_is_written_again_before_the_next_purchase(opened: Opened) -> None:
-    one = opened()
-    one.intend(early := entry(one, estimate=3.0))
+    first = opened()
+    first.intend(early := entry(first, estimate=3.0))
     for name in ("", "-wal", "-shm"):
-        (one.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
+        (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
     with pytest.raises(DailyLimitReached) as reached:
-        one.intend(entry(one, estimate=3.0), cap=5.0)
+        first.intend(entry(first, estimate=3.0), cap=5.0)
     assert reached.value.sums == Sums(reserved=3.0)
-    other = opened()
-    assert other.recent(5) == [early]
+    second = opened()
+    assert second.recent(5) == [early]
     with pytest.raises(DailyLimitReached) as reached:
-        other.intend(entry(other, estimate=3.0), cap=5.0)
+        second.intend(entry(second, estimate=3.0), cap=5.0)
     assert reached.value.sums == Sums(reserved=3.0)
 
 
 def test_a_replaced_journal_is_opened_and_gets_what_is_under_way(opened: Opened, tmp_path: Path) -> None:
     """A back-up is restored over the file while a server runs: its entries count, and the running one is added."""
-    one = opened()
-    one.intend(saved := entry(one, estimate=3.0, created_at=NOW - 1))
-    one.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
-    shutil.copy(one.path, tmp_path / "back-up")
-    one.intend(running := entry(one, estimate=1.0))
+    first = opened()
+    first.intend(saved := entry(first, estimate=3.0, created_at=NOW - 1))
+    first.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
+    shutil.copy(first.path, tmp_path / "back-up")
+    first.intend(running := entry(first, estimate=1.0))
     for name in ("-wal", "-shm"):
-        (one.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
-    os.replace(tmp_path / "back-up", one.path)
-    assert one.update(replace(running, phase="sending")) is True
-    other = opened()
-    assert other.recent(5) == [replace(running, phase="sending"), saved]
+        (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
+    os.replace(tmp_path / "back-up", first.path)
+    assert first.update(replace(running, phase="sending")) is True
+    second = opened()
+    assert second.recent(5) == [replace(running, phase="sending"), saved]
     with pytest.raises(DailyLimitReached) as reached:
-        other.intend(entry(other, estimate=3.0), cap=5.0)
+        second.intend(entry(second, estimate=3.0), cap=5.0)
     assert reached.value.sums == Sums(reserved=4.0)
 
 
@@ -379,7 +379,7 @@ def test_an_entry_that_makes_no_sense_is_named_and_the_others_are_served(
     assert opened().recent(5) == [good]
     assert bad.key in caplog.text
     journal.close()
-    assert [one.key for one in opened().adopt()] == [good.key]
+    assert [item.key for item in opened().adopt()] == [good.key]
 
 
 def test_a_journal_of_a_newer_version_is_left_alone(opened: Opened) -> None:

@@ -19,7 +19,7 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
     async with open_world() as world:
         journal = world.studio.journal
         now = world.clock()
-        matched, own, third = (
+        matched, own_entry, third = (
             Entry(
                 new_key(),
                 journal.owner,
@@ -30,20 +30,20 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
             )
             for _ in range(3)
         )
-        for entry in (matched, own, third):
+        for entry in (matched, own_entry, third):
             await journal.intend(entry)
         images = (ResultImage(0, "https://files.example/1.png", now, sha256="aa"),)
         match = replace(matched, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED, images=images)
         assert await journal.update_images(match)
-        assert not await journal.belongs_to_other(TASK.id, own.key)
+        assert not await journal.belongs_to_other(TASK.id, own_entry.key)
         with pytest.raises(TaskKnown):
-            await journal.update(replace(own, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
-        assert await journal.update(replace(own, phase=Phase.SUBMITTED, task=TASK))
+            await journal.update(replace(own_entry, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
+        assert await journal.update(replace(own_entry, phase=Phase.SUBMITTED, task=TASK))
         assert await journal.belongs_to_other(TASK.id, matched.key)
         with pytest.raises(TaskKnown):
             await journal.update(replace(third, phase=Phase.SUBMITTED, task=TASK))
         before = await journal.by_key(matched.key)
-        after = await journal.by_key(own.key)
+        after = await journal.by_key(own_entry.key)
         sums = await journal.sums_since(0)
     assert before is not None
     assert (before.phase, before.task, before.images, before.charged) == (Phase.UNKNOWN, None, (), "unknown")

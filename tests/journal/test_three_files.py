@@ -70,9 +70,9 @@ def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
         return journals[-1]
 
     yield journal
-    for one in journals:
+    for item in journals:
         with suppress(JournalUnwritable):
-            one.close()
+            item.close()
 
 
 Opened = Callable[[], BlockingJournal]
@@ -121,17 +121,17 @@ TASKS = {f"task-unified-{number}-a" for number in (1, 2, 3)}
 def test_a_running_server_notices_the_damage_before_its_next_purchase(
     opened: Opened, damage: Callable[[Path], None], is_checkpointed: bool
 ) -> None:
-    one = opened()
+    first = opened()
     for number in (1, 2, 3):
-        buy(one, number)
+        buy(first, number)
         if is_checkpointed and number == 2:
-            one.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(FULL)").fetchone())
-    damage(one.path)
-    assert not order(one)
-    assert tasks_of(one.recent(9)) == TASKS
-    other = opened()
-    assert tasks_of(other.recent(9)) == TASKS
-    assert not order(other)
+            first.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(FULL)").fetchone())
+    damage(first.path)
+    assert not order(first)
+    assert tasks_of(first.recent(9)) == TASKS
+    second = opened()
+    assert tasks_of(second.recent(9)) == TASKS
+    assert not order(second)
 
 
 @NOT_ON_WINDOWS
@@ -140,14 +140,14 @@ def test_a_purchase_after_the_damage_counts_for_the_limit_of_other_servers(
     opened: Opened, damage: Callable[[Path], None]
 ) -> None:
     """The record does not have this purchase, because EvoLink has not answered yet."""
-    one = opened()
+    first = opened()
     for number in (1, 2):
-        buy(one, number)
-    damage(one.path)
-    assert order(one)
-    other = opened()
-    assert not order(other)
-    assert len(other.recent(9)) == 3
+        buy(first, number)
+    damage(first.path)
+    assert order(first)
+    second = opened()
+    assert not order(second)
+    assert len(second.recent(9)) == 3
 
 
 @NOT_ON_WINDOWS
@@ -156,16 +156,16 @@ def test_an_unpaid_purchase_survives_the_damage_while_two_servers_run(
     opened: Opened, damage: Callable[[Path], None]
 ) -> None:
     """The second server keeps the files open, so SQLite does not write the log of the first one into the database."""
-    one, second = opened(), opened()
+    first, second = opened(), opened()
     for number in (1, 2):
-        buy(one, number)
-    assert order(one)
+        buy(first, number)
+    assert order(first)
     assert len(second.recent(9)) == 3
-    damage(one.path)
-    assert not order(one)
-    other = opened()
-    assert len(other.recent(9)) == 3
-    assert not order(other)
+    damage(first.path)
+    assert not order(first)
+    second_world = opened()
+    assert len(second_world.recent(9)) == 3
+    assert not order(second_world)
 
 
 def test_the_log_of_an_empty_database_is_set_aside_and_not_deleted(opened: Opened) -> None:
@@ -183,16 +183,16 @@ def test_the_log_of_an_empty_database_is_set_aside_and_not_deleted(opened: Opene
 def test_a_new_server_buys_nothing_above_the_limit_before_the_running_one_notices(
     opened: Opened, damage: Callable[[Path], None]
 ) -> None:
-    one = opened()
+    first = opened()
     for number in (1, 2, 3):
-        buy(one, number)
-    damage(one.path)
-    other = opened()
+        buy(first, number)
+    damage(first.path)
+    second = opened()
     with suppress(JournalUnwritable):
-        assert not order(other)
-    assert not order(one)
-    assert not order(other)
-    for journal in (one, other):
+        assert not order(second)
+    assert not order(first)
+    assert not order(second)
+    for journal in (first, second):
         assert tasks_of(journal.recent(9)) >= TASKS
 
 
@@ -203,9 +203,9 @@ def test_three_servers_continue_on_one_journal_after_the_damage(opened: Opened, 
     entries = [buy(server, number) for number, server in enumerate(servers, start=1)]
     damage(servers[0].path)
     for server, entry in zip(servers, entries, strict=True):
-        done = completed(entry)
+        finished_entry = completed(entry)
         with suppress(JournalUnwritable):
-            server.update(done)
+            server.update(finished_entry)
     for server in (*servers, *servers, opened()):
         assert tasks_of(server.recent(9)) == TASKS
         assert not order(server)
@@ -230,8 +230,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_all_paid_tasks_of_a_killed_server_are_listed_after_the_damage(
     opened: Opened, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    here = Path(__file__).parent
-    code = KILLED.format(path=[str(here), str(here.parent)], folder=str(tmp_path / "data"))
+    folder = Path(__file__).parent
+    code = KILLED.format(path=[str(folder), str(folder.parent)], folder=str(tmp_path / "data"))
     ended = subprocess.run([sys.executable, "-P", "-c", code], check=False)
     assert ended.returncode == -9
     damage(tmp_path / "data" / FILE_NAME)
@@ -276,9 +276,9 @@ def test_the_record_has_one_line_for_each_paid_task_and_only_for_the_user(opened
     journal = opened()
     for number in (1, 2, 3):
         entry = buy(journal, number)
-        done = completed(entry)
-        assert journal.update(done)
-        assert journal.update_images(done)
+        finished_entry = completed(entry)
+        assert journal.update(finished_entry)
+        assert journal.update_images(finished_entry)
     journal.intend(Entry(new_key(), journal.owner, Phase.INTENT, NOW))
     lines = lines_of(journal.folder)
     assert [line["task_id"] for line in lines] == sorted(TASKS)
@@ -324,11 +324,11 @@ def test_a_record_that_cannot_be_read_stops_purchases(opened: Opened) -> None:
 def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(opened: Opened) -> None:
     journal = opened()
     entry = buy(journal, 1)
-    other = replace(entry, key=new_key(), task=Task("task-unified-2-a"))
+    second = replace(entry, key=new_key(), task=Task("task-unified-2-a"))
     shutil.rmtree(journal.folder / "owners")
     (journal.folder / "owners").write_text("no folder")
     with pytest.raises(JournalUnwritable):
-        journal.update(other)
+        journal.update(second)
     assert [line["task_id"] for line in lines_of(journal.folder)] == ["task-unified-1-a", "task-unified-2-a"]
     (journal.folder / "owners").unlink()
     assert tasks_of(journal.recent(9)) == {"task-unified-1-a", "task-unified-2-a"}
@@ -336,14 +336,14 @@ def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(op
 
 def test_a_task_that_its_living_owner_is_about_to_write_is_left_to_it(opened: Opened) -> None:
     owner = opened()
-    other = opened()
+    second = opened()
     entry = Entry(new_key(), owner.owner, Phase.INTENT, NOW, estimate=1.0)
     owner.intend(entry)
     submitted = replace(entry, phase=Phase.SUBMITTED, task=Task("task-unified-1-a"))
     paid_record.PaidRecord(owner.folder).append([PaidTask("default", submitted)])
-    assert tasks_of(other.recent(9)) == {None}
+    assert tasks_of(second.recent(9)) == {None}
     owner.file.close(keep_lease_file=True)
-    assert tasks_of(other.recent(9)) == {"task-unified-1-a"}
+    assert tasks_of(second.recent(9)) == {"task-unified-1-a"}
 
 
 @NOT_ON_WINDOWS

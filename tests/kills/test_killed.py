@@ -112,8 +112,8 @@ async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
         answer = await neighbour.call("generate_image", **WISH)
         assert answer is not None
         assert answer["structuredContent"]["charged"] == "yes", answer
-        (own,) = town.billed(neighbour_key)
-        assert answer["structuredContent"]["task_id"] == own
+        (own_entry,) = town.billed(neighbour_key)
+        assert answer["structuredContent"]["task_id"] == own_entry
         entries_after = {entry.key: entry for entry in entries_of(env)}
         assert len(entries_after) == len(entries_before) + 1
         for entry in entries_before:
@@ -124,14 +124,14 @@ async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
         async with town.nursery.server(env) as heir:
             listed = await wait_for_images(heir, billed)
             assert [task["task_id"] for task in listed if task["task_id"] and not is_of_another_key(task)] == billed
-            assert [task["task_id"] for task in listed if is_of_another_key(task)] == [own]
+            assert [task["task_id"] for task in listed if is_of_another_key(task)] == [own_entry]
         listed = await tasks(neighbour)
-        assert [task["task_id"] for task in listed if not is_of_another_key(task)] == [own]
+        assert [task["task_id"] for task in listed if not is_of_another_key(task)] == [own_entry]
         assert [task["task_id"] for task in listed if task["task_id"] and is_of_another_key(task)] == billed
     assert town.billed(name) == billed
-    assert town.billed(neighbour_key) == [own]
+    assert town.billed(neighbour_key) == [own_entry]
     assert not any(town.reads(neighbour_key, task_id) for task_id in billed)
-    assert town.reads(name, own) <= 1  # the test of the account
+    assert town.reads(name, own_entry) <= 1  # the test of the account
 
 
 def with_paid_task(entry: Entry, restored: Entry, billed: list[str]) -> Entry:

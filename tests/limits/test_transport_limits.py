@@ -217,25 +217,25 @@ async def test_callers_that_the_server_has_not_accepted_yet_wait_in_the_queue_of
 
 async def test_calls_begin_in_the_order_of_their_arrival_and_few_at_once() -> None:
     turns = Turns(2, longest_s=1_000)
-    begun: list[int] = []
+    start_count: list[int] = []
     release = [anyio.Event() for _ in range(4)]
 
     async def call(number: int) -> None:
         async with turns.turn():
-            begun.append(number)
+            start_count.append(number)
             await release[number].wait()
 
     async with anyio.create_task_group() as group:
         for number in range(4):
             group.start_soon(call, number)
         await anyio.wait_all_tasks_blocked()
-        assert begun == [0, 1]
+        assert start_count == [0, 1]
         release[1].set()
         await anyio.wait_all_tasks_blocked()
-        assert begun == [0, 1, 2]
+        assert start_count == [0, 1, 2]
         for event in release:
             event.set()
-    assert begun == [0, 1, 2, 3]
+    assert start_count == [0, 1, 2, 3]
 
 
 async def test_a_call_that_waits_gives_its_turn_back() -> None:

@@ -75,7 +75,7 @@ def lists(first: int) -> list[dict[str, Any]]:
 
 
 def lines(*messages: Any) -> Session:
-    return [one if isinstance(one, bytes) else json.dumps(one, ensure_ascii=False).encode() for one in messages]
+    return [item if isinstance(item, bytes) else json.dumps(item, ensure_ascii=False).encode() for item in messages]
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def bent(rng: random.Random, value: Any, depth: int = 0) -> Any:
     key = rng.choice(list(value))
     kind = rng.random()
     if kind < 0.15:
-        return {name: one for name, one in value.items() if name != key}
+        return {name: item for name, item in value.items() if name != key}
     if kind < 0.3:
         return {**value, rng.choice(["more", "tasks", "roots", "_meta", "cursor", "title", "icons"]): rng.choice(ODD)}
     return {**value, key: bent(rng, value[key], depth + 1)}

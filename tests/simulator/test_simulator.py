@@ -230,10 +230,10 @@ async def test_the_list_is_newest_first_without_links_and_the_batch_leaves_stran
 async def test_the_same_idempotency_key_pays_once(desk):
     first = await desk.post(SUNSET, **{"idempotency-key": "run_1"})
     again = await desk.post(SUNSET, **{"idempotency-key": "run_1"})
-    other = await desk.post(WIDE, **{"idempotency-key": "run_1"})
+    second = await desk.post(WIDE, **{"idempotency-key": "run_1"})
     assert first.json()["id"] == again.json()["id"]
     assert again.headers["idempotency-replayed"] == "true"
-    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+    assert (second.status_code, second.json()["error"]["code"]) == (409, "idempotency_conflict")
     assert len(desk.evolink.tasks) == 1
     deaf = Desk(honours_idempotency=False)
     for _ in range(2):
@@ -351,8 +351,8 @@ async def test_pictures_can_be_spoilt(desk):
 
     assert (await shot("sim:expired")).status_code == 403
     assert (await shot("sim:not-a-picture")).headers["content-type"] == "text/html; charset=utf-8"
-    other = (await shot("sim:other-size")).content
-    assert struct.unpack(">II", other[16:24]) == (512, 320)
+    second = (await shot("sim:other-size")).content
+    assert struct.unpack(">II", second[16:24]) == (512, 320)
     with pytest.raises(OSError, match="truncated"):
         Image.open(io.BytesIO((await shot("sim:truncated-picture")).content)).load()
 

@@ -60,8 +60,8 @@ class BillingSimulator(PlainSimulator):
         self.reserve = reserve
         self.bills: dict[str, float] = {}
 
-    def view(self, task: SimulatedTask, *args: Any, **more: Any) -> dict[str, Any]:
-        answer = super().view(task, *args, **more)
+    def view(self, task: SimulatedTask, *args: Any, **options: Any) -> dict[str, Any]:
+        answer = super().view(task, *args, **options)
         if task.id not in self.bills:
             self.bills[task.id] = self.bill(task)
         usage = answer.get("usage", {})
@@ -85,14 +85,14 @@ class Servers:
         async with self.worlds[server].client(rule_fresh_for_s=0.0) as client:
             return await client.call_tool(tool, arguments)
 
-    async def order(self, server: int = 0, **more: Any) -> Any:
+    async def order(self, server: int = 0, **options: Any) -> Any:
         """Order a new image. Return the structured answer with its first line of text as `headline`."""
         self.orders += 1
-        answer = await self.call("generate_image", server, **{**MEDIUM, "prompt": f"fox {self.orders}", **more})
+        answer = await self.call("generate_image", server, **{**MEDIUM, "prompt": f"fox {self.orders}", **options})
         return {**answer.structured_content, "headline": answer.content[0].text.splitlines()[0]}
 
-    async def ceiling(self, server: int = 0, **more: Any) -> float:
-        arguments = {"size": "1:1", "quality": "medium", **more}
+    async def ceiling(self, server: int = 0, **options: Any) -> float:
+        arguments = {"size": "1:1", "quality": "medium", **options}
         answer = await self.call("compute_size", server, **arguments)
         return answer.structured_content["credits_at_most"]
 
@@ -225,16 +225,16 @@ async def test_a_bill_of_a_higher_quality_raises_the_ceiling_of_the_lower_one(op
 @pytest.mark.parametrize("rule", RULES)
 async def test_a_bill_by_the_other_size_table_raises_the_ceilings_of_that_table(open_servers: Any, rule: str) -> None:
     """The images follow one table, the bills the other one."""
-    (other,) = set(RULES) - {rule}
+    (second,) = set(RULES) - {rule}
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(rule=rule) as servers:
         learned = await servers.order(**wide)
         assert any("from now on" in note for note in learned["notes"])
         assert learned["bill_difference"] is None
-        servers.simulator.bill = by_table(other)
+        servers.simulator.bill = by_table(second)
         answers = [await servers.order(**wide) for _ in range(3)]
         assert [is_change(answer) for answer in answers] == [True, False, False]
-        assert f"charges by its {other} table" in answers[0]["headline"]
+        assert f"charges by its {second} table" in answers[0]["headline"]
         ceiling = await servers.ceiling(**wide)
         assert all(answer["credits"] <= ceiling for answer in answers)
         servers.simulator.bill = published

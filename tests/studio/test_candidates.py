@@ -242,9 +242,9 @@ async def test_five_hundred_lost_answers_among_purchases_by_other_programs(
                     f'{{"id": "{name}", "st' for name in evolink.simulator.tasks if name not in before
                 )
             entry = await order(world, prompt=f"sim:cancelled a fox {number}", **options())
-            made = [name for name in evolink.simulator.tasks if name not in before and name not in foreign]
-            if made:
-                owned[entry.key] = made[0]
+            created = [name for name in evolink.simulator.tasks if name not in before and name not in foreign]
+            if created:
+                owned[entry.key] = created[0]
                 if number % 3 == 1:
                     named.add(entry.key)
             outcomes.append(entry)

@@ -87,8 +87,8 @@ async def test_the_end_of_a_call_is_recorded_later_so_another_server_can_hand_th
         journal.unwritable = set()
         await world.studio.flush()
         assert not world.studio.has_unwritten
-        async with open_world(simulator=world.simulator, clock=clock) as other:
-            second = await other.studio.order(SLOW)
+        async with open_world(simulator=world.simulator, clock=clock) as second_world:
+            second = await second_world.studio.order(SLOW)
             assert second.entry.task_id == first.entry.task_id
     assert world.posts == 1
 
@@ -171,14 +171,14 @@ async def test_an_order_buys_if_a_call_of_another_server_claims_the_purchase_fir
     clock = Clock()
     async with (
         faulty_world(open_world, clock) as (world, journal),
-        open_world(simulator=world.simulator, clock=clock) as other,
+        open_world(simulator=world.simulator, clock=clock) as second_world,
     ):
         first = await submitted(world)
         await world.studio.depart(first)
         claimed: list[Job] = []
 
         async def claim_elsewhere() -> None:
-            claimed.append(await other.studio.order(SLOW))
+            claimed.append(await second_world.studio.order(SLOW))
 
         journal.before["claim"] = claim_elsewhere
         second = await submitted(world)

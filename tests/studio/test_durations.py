@@ -30,33 +30,33 @@ ENTRY = Entry(
 
 
 async def learned(world: World, took_s: float, times: int) -> DurationHistory:
-    ours = DurationHistory(world.studio.journal)
+    own_names = DurationHistory(world.studio.journal)
     for _ in range(times):
-        await ours.add(ENTRY, took_s)
-    return ours
+        await own_names.add(ENTRY, took_s)
+    return own_names
 
 
 async def test_what_was_learned_is_known_to_the_next_server(world: World) -> None:
     assert WRITTEN_EVERY >= ENOUGH_TASKS
-    ours = await learned(world, 60.0, WRITTEN_EVERY)
-    theirs = DurationHistory(world.studio.journal)
-    assert (await ours.expected(ENTRY)).median_s == (await theirs.expected(ENTRY)).median_s == 60.0
+    own_names = await learned(world, 60.0, WRITTEN_EVERY)
+    foreign = DurationHistory(world.studio.journal)
+    assert (await own_names.expected(ENTRY)).median_s == (await foreign.expected(ENTRY)).median_s == 60.0
     low = replace(ENTRY, request={"quality": "low"})
-    assert (await theirs.expected(low)).median_s == TYPICAL_S["low"]
+    assert (await foreign.expected(low)).median_s == TYPICAL_S["low"]
 
 
 async def test_less_is_written_when_the_server_ends(world: World) -> None:
-    ours = await learned(world, 60.0, WRITTEN_EVERY - 1)
+    own_names = await learned(world, 60.0, WRITTEN_EVERY - 1)
     assert await world.studio.journal.fact(DURATIONS_FACT) is None
-    await ours.write()
+    await own_names.write()
     assert json.loads(await world.studio.journal.fact(DURATIONS_FACT) or "") == [["high", 100.0, 60.0]] * (
         WRITTEN_EVERY - 1
     )
 
 
 async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
-    ours = await learned(world, 0.2, 3 * WRITTEN_EVERY)
-    assert (await ours.expected(ENTRY)).median_s == TYPICAL_S["high"]
+    own_names = await learned(world, 0.2, 3 * WRITTEN_EVERY)
+    assert (await own_names.expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 
 @pytest.mark.parametrize(

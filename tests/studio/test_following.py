@@ -135,18 +135,18 @@ async def test_an_id_of_another_form_is_kept_and_asked_for_in_a_body(open_world:
         """Gives the tasks another id; the batch read knows it."""
 
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            (own,) = list(simulator.tasks) or ["none"]
+            (own_entry,) = list(simulator.tasks) or ["none"]
             if request.url.path == "/v1/tasks/batch":
                 request = httpx.Request(
                     "POST", request.url, headers=request.headers,
-                    content=request.content.replace(name.encode(), own.encode()),
+                    content=request.content.replace(name.encode(), own_entry.encode()),
                 )  # fmt: skip
                 request.headers["content-length"] = str(len(request.content))
             reply = await super().handle_async_request(request)
-            (own,) = list(simulator.tasks) or ["none"]
+            (own_entry,) = list(simulator.tasks) or ["none"]
             if not request.url.path.startswith("/v1/"):
                 return reply
-            content = (await reply.aread()).replace(f'"{own}"'.encode(), f'"{name}"'.encode())
+            content = (await reply.aread()).replace(f'"{own_entry}"'.encode(), f'"{name}"'.encode())
             return httpx.Response(reply.status_code, stream=httpx.ByteStream(content))
 
     transport = Renames(simulator.app)
@@ -183,10 +183,10 @@ def moves(**hops: str) -> Callable[[httpx.Request], httpx.Response]:
 async def fetched(url: str, **hops: str) -> tuple[bytes, list[str]]:
     import io
 
-    seen: list[str] = []
+    observations: list[str] = []
 
     def host(request: httpx.Request) -> httpx.Response:
-        seen.append(str(request.url))
+        observations.append(str(request.url))
         return moves(**hops)(request)
 
     into = io.BytesIO()
@@ -194,16 +194,16 @@ async def fetched(url: str, **hops: str) -> tuple[bytes, list[str]]:
         try:
             await download(client, url, into)
         except DownloadFailed as error:
-            return error.message.encode(), seen
-    return into.getvalue(), seen
+            return error.message.encode(), observations
+    return into.getvalue(), observations
 
 
 async def test_a_redirected_picture_is_followed_three_times(open_world: Open) -> None:
     whole, _ = await fetched("https://a.example.com/1", **{"1": "/2", "2": "https://b.example.com/3", "3": "end"})
     assert whole == b"picture"
-    told, seen = await fetched("https://a.example.com/1", **{"1": "/2", "2": "/3", "3": "/4", "4": "/end"})
-    assert b"more than 3 times" in told
-    assert len(seen) == 4
+    answer, observations = await fetched("https://a.example.com/1", **{"1": "/2", "2": "/3", "3": "/4", "4": "/end"})
+    assert b"more than 3 times" in answer
+    assert len(observations) == 4
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,6 @@ async def test_a_redirected_picture_is_followed_three_times(open_world: Open) ->
     ],
 )
 async def test_a_redirect_to_where_no_picture_may_come_from_is_not_followed(target: str) -> None:
-    told, seen = await fetched("https://a.example.com/1", **{"1": target})
-    assert b"not usable" in told
-    assert seen == ["https://a.example.com/1"]
+    answer, observations = await fetched("https://a.example.com/1", **{"1": target})
+    assert b"not usable" in answer
+    assert observations == ["https://a.example.com/1"]

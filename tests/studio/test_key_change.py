@@ -86,8 +86,8 @@ async def test_the_new_key_follows_a_running_task(open_world: Open, one_account:
     async with open_world(NEW_KEY, simulator=one_account, clock=clock, pause=no_pause) as after:
         while not after.files:  # no call is necessary
             await anyio.sleep(0.01)
-        done = await call(after, "get_task", task_id=bought["task_id"])
-    assert (done["status"], done["notes"]) == ("completed", [])
+        result = await call(after, "get_task", task_id=bought["task_id"])
+    assert (result["status"], result["notes"]) == ("completed", [])
     assert reads_of(after, bought["task_id"]) >= 1
 
 
@@ -163,15 +163,15 @@ async def test_the_first_key_continues_its_work_when_it_is_back(open_world: Open
         bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
     clock.now += 1000
     async with (
-        open_world(NEW_KEY, simulator=simulator, clock=clock) as other,
+        open_world(NEW_KEY, simulator=simulator, clock=clock) as second,
         open_world(simulator=simulator, clock=clock, pause=no_pause) as again,
     ):
-        assert [task["status"] for task in (await call(other, "list_tasks"))["tasks"]] == ["pending"]
-        assert other.studio.jobs == []
-        done = await call(again, "get_task", task_id=bought["task_id"])
-        assert (done["status"], done["notes"]) == ("completed", [])
-        seen = await call(other, "get_task", task_id=bought["task_id"])
-    assert (seen["status"], len(seen["images"])) == ("completed", 1)
+        assert [task["status"] for task in (await call(second, "list_tasks"))["tasks"]] == ["pending"]
+        assert second.studio.jobs == []
+        result = await call(again, "get_task", task_id=bought["task_id"])
+        assert (result["status"], result["notes"]) == ("completed", [])
+        observations = await call(second, "get_task", task_id=bought["task_id"])
+    assert (observations["status"], len(observations["images"])) == ("completed", 1)
 
 
 async def test_nothing_is_bought_while_the_account_of_a_new_key_is_unknown(open_world: Open) -> None:
@@ -214,8 +214,8 @@ async def test_a_learned_size_rule_moves_with_the_link(open_world: Open) -> None
     clock.now += 60
     async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
         await call(after, "list_tasks")
-        known = await call(after, "compute_size", size="16:9", resolution="2K")
-    assert (known["rule"], known["rule_known"]) == ("pixel-budget", True)
+        values = await call(after, "compute_size", size="16:9", resolution="2K")
+    assert (values["rule"], values["rule_known"]) == ("pixel-budget", True)
 
 
 async def test_servers_with_the_old_and_the_new_key_share_their_work(
@@ -227,8 +227,8 @@ async def test_servers_with_the_old_and_the_new_key_share_their_work(
         clock.now += 60
         async with open_world(NEW_KEY, simulator=one_account, clock=clock) as new:
             running = await call(new, "generate_image", **SLOW)
-            seen = await call(old, "get_task", task_id=running["task_id"], wait_seconds=0)
-        assert (seen["status"], seen["error"], seen["notes"]) == ("pending", None, [])
+            observations = await call(old, "get_task", task_id=running["task_id"], wait_seconds=0)
+        assert (observations["status"], observations["error"], observations["notes"]) == ("pending", None, [])
         again = await call(old, "generate_image", **SLOW)
         assert (again["task_id"], old.posts) == (running["task_id"], 2)
 
@@ -236,15 +236,15 @@ async def test_servers_with_the_old_and_the_new_key_share_their_work(
 async def test_another_profile_has_its_own_history_and_limit(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
-    async with open_world(LIMIT, simulator=simulator, clock=clock) as one:
-        bought = await call(one, "generate_image", **ORDER)
-    async with open_world({**LIMIT, "EVOLINK_MCP_PROFILE": "Büro “2”"}, simulator=simulator, clock=clock) as other:
-        assert (await call(other, "list_tasks"))["tasks"] == []
-        assert (await call(other, "list_tasks", sync=True))["tasks"] == []
-        own = await call(other, "generate_image", **ORDER)
-        assert own["status"] == "completed"
-        assert own["task_id"] != bought["task_id"]
-        assert (await call(other, "generate_image", **ORDER))["error"]["code"] == "over_budget"
+    async with open_world(LIMIT, simulator=simulator, clock=clock) as first:
+        bought = await call(first, "generate_image", **ORDER)
+    async with open_world({**LIMIT, "EVOLINK_MCP_PROFILE": "Büro “2”"}, simulator=simulator, clock=clock) as second:
+        assert (await call(second, "list_tasks"))["tasks"] == []
+        assert (await call(second, "list_tasks", sync=True))["tasks"] == []
+        own_entry = await call(second, "generate_image", **ORDER)
+        assert own_entry["status"] == "completed"
+        assert own_entry["task_id"] != bought["task_id"]
+        assert (await call(second, "generate_image", **ORDER))["error"]["code"] == "over_budget"
 
 
 async def test_a_task_that_evolink_does_not_know_yet_proves_nothing(open_world: Open) -> None:

@@ -28,8 +28,8 @@ async def order(world: World, **arguments: Any) -> Any:
 def suggested(advice: str) -> dict[str, Any]:
     """Return the arguments that a refusal names as the largest that fit."""
     sentence = advice.partition("The largest that fits is ")[2].partition(": at most")[0]
-    found = dict(re.findall(r'(\w+)="?([\w:]+)"?', sentence))
-    return {name: int(value) if name == "n" else value for name, value in found.items()}
+    match = dict(re.findall(r'(\w+)="?([\w:]+)"?', sentence))
+    return {name: int(value) if name == "n" else value for name, value in match.items()}
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ async def test_the_total_limit_counts_all_profiles(open_world: Open) -> None:
             answer = await order(world, size="1:1")
             accepted += answer["error"] is None
             journal = world.studio.journal
-            own = await journal.sums_since(0)
+            own_entry = await journal.sums_since(0)
             total = await journal.total_since(0)
     assert accepted == 2
-    assert own == Sums()
+    assert own_entry == Sums()
     assert 6 < total.total < 8
     assert "all users" in answer["error"]["message"]
     assert "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY" in answer["error"]["advice"]

@@ -136,19 +136,19 @@ async def test_an_absent_folder_is_not_created_and_its_images_keep_path_size_and
         task_id = bought.structured_content["task_id"]
         folder.rename(tmp_path / "unplugged")
         world.clock.now += age_s
-        away = await call(world, "get_task", {"task_id": task_id})
+        missing = await call(world, "get_task", {"task_id": task_id})
         listed = await call(world, "list_tasks", {"detail": True})
         assert not folder.exists()
     async with open_world(simulator=world.simulator, clock=world.clock) as world:
         (tmp_path / "unplugged").rename(folder)
         back = await call(world, "get_task", {"task_id": task_id})
     facts = ("path", "sha256", "width", "height", "bytes")
-    for answer in (away.structured_content, listed.structured_content["tasks"][0], back.structured_content):
+    for answer in (missing.structured_content, listed.structured_content["tasks"][0], back.structured_content):
         for image, before in zip(answer["images"], bought.structured_content["images"], strict=True):
             assert [image[name] for name in facts] == [before[name] for name in facts]
-    assert away.is_error
-    assert away.structured_content["error"]["code"] == "file_missing"
-    assert "saved" not in away.content[0].text.splitlines()[0]
+    assert missing.is_error
+    assert missing.structured_content["error"]["code"] == "file_missing"
+    assert "saved" not in missing.content[0].text.splitlines()[0]
     assert not back.is_error
     assert "2 pictures saved" in back.content[0].text.splitlines()[0]
     assert len(world.files) == 2

@@ -65,18 +65,18 @@ async def read_together(account: Account, times: int = 1) -> list[dict[str, Task
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
             poller.jobs = len(IDS)
             for _ in range(times):
-                heard: dict[str, Task | EvolinkError] = {}
+                messages: dict[str, Task | EvolinkError] = {}
 
-                async def read(task_id: str, heard: dict[str, Task | EvolinkError] = heard) -> None:
+                async def read(task_id: str, messages: dict[str, Task | EvolinkError] = messages) -> None:
                     try:
-                        heard[task_id] = await poller.read(task_id)
+                        messages[task_id] = await poller.read(task_id)
                     except EvolinkError as error:
-                        heard[task_id] = error
+                        messages[task_id] = error
 
                 async with anyio.create_task_group() as watchers:
                     for task_id in IDS:
                         watchers.start_soon(read, task_id)
-                rounds.append(heard)
+                rounds.append(messages)
     return rounds
 
 
@@ -159,7 +159,7 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
     def fault(_: str) -> Task:
         raise ZeroDivisionError
 
-    heard: list[Exception] = []
+    messages: list[Exception] = []
 
     async def both_watch() -> None:
         async with anyio.create_task_group() as group:
@@ -171,14 +171,14 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
                     try:
                         await poller.read(task_id)
                     except EvolinkError as error:
-                        heard.append(error)
+                        messages.append(error)
 
             group.start_soon(watch, IDS[0])
             group.start_soon(watch, IDS[1])
 
     with anyio.fail_after(300):
         await both_watch()
-    assert [type(error) for error in heard] == [Unreadable, Unreadable]
+    assert [type(error) for error in messages] == [Unreadable, Unreadable]
 
 
 # --- several tenants of one account ---
@@ -198,24 +198,24 @@ async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
             poller.jobs = 202
 
-            async def read(task_id: str, who: str) -> None:
-                await poller.read(task_id, who)
-                turns.append(who)
+            async def read(task_id: str, tenant: str) -> None:
+                await poller.read(task_id, tenant)
+                turns.append(tenant)
 
             for number in range(200):
                 group.start_soon(read, f"task-unified-a{number}", "anna")
             for number in range(2):
                 group.start_soon(read, f"task-unified-b{number}", "bert")
     assert len(turns) == 202
-    assert {place < 10 for place, who in enumerate(turns) if who == "bert"} == {True}
+    assert {place < 10 for place, tenant in enumerate(turns) if tenant == "bert"} == {True}
 
 
 async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
-    asked = [RateLimited("slow down", retry_after_s=17.0)]
+    counts = [RateLimited("slow down", retry_after_s=17.0)]
 
     def single(task_id: str) -> Task:
-        if asked and task_id == IDS[0]:
-            raise asked.pop()
+        if counts and task_id == IDS[0]:
+            raise counts.pop()
         return Task(task_id, "processing")
 
     waits: list[float] = []
@@ -225,10 +225,10 @@ async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
 
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            first, other = (Poller(Account(single=single), group, sleep=note) for _ in range(2))  # pyright: ignore[reportArgumentType]
+            first, second = (Poller(Account(single=single), group, sleep=note) for _ in range(2))  # pyright: ignore[reportArgumentType]
             with pytest.raises(RateLimited):
                 await first.read(IDS[0], "anna")
-            await other.read(IDS[1], "carl")
+            await second.read(IDS[1], "carl")
             assert waits == []
             await first.read(IDS[1], "bert")
     assert [16 < wait <= 17 for wait in waits] == [True]

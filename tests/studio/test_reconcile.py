@@ -43,9 +43,9 @@ class Loses(httpx.ASGITransport):
         return reply
 
 
-async def bought(world: World, **more: Any) -> tuple[dict[str, Any], str]:
+async def bought(world: World, **options: Any) -> tuple[dict[str, Any], str]:
     async with world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, **more})
+        answer = await client.call_tool("generate_image", {**WISH, **options})
     return answer.structured_content, answer.content[0].text
 
 
@@ -98,9 +98,9 @@ async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_wo
 @pytest.mark.parametrize("ahead_s", [-3 * 86_400.0, 3600.0])
 async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: float) -> None:
     """EvoLink's `Date` tells how far the two clocks are apart."""
-    clock, theirs = Clock(), Clock()
-    theirs.now = clock.now + ahead_s
-    simulator = PlainSimulator(clock=theirs, duration_s=0)
+    clock, foreign = Clock(), Clock()
+    foreign.now = clock.now + ahead_s
+    simulator = PlainSimulator(clock=foreign, duration_s=0)
     lost = Loses(simulator, skew_s=0.0)
     async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
         async with world.client() as client:

@@ -152,15 +152,15 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=1e6)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
-        open_world(simulator=simulator, clock=clock) as other,
-        one.client() as first,
-        other.client() as second,
+        open_world(simulator=simulator, clock=clock) as first_world,
+        open_world(simulator=simulator, clock=clock) as second_world,
+        first_world.client() as first,
+        second_world.client() as second,
     ):
         await first.call_tool("generate_image", HANDLE)
         assert len(await listed(second)) == 1
-        assert other.studio.jobs == []
-        assert len(one.studio.jobs) == 1
+        assert second_world.studio.jobs == []
+        assert len(first_world.studio.jobs) == 1
 
 
 # --- joined, or bought anew ----------------------------------------------------------------------------------
@@ -170,9 +170,9 @@ async def test_an_identical_order_joins_what_timed_out(open_world: Open) -> None
     async with flaky_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "quality": "low"})
-        other = await client.call_tool("generate_image", {**HANDLE, "quality": "medium"})
+        other_order = await client.call_tool("generate_image", {**HANDLE, "quality": "medium"})
     assert second.structured_content["task_id"] == first.structured_content["task_id"]
-    assert other.structured_content["task_id"] != first.structured_content["task_id"]
+    assert other_order.structured_content["task_id"] != first.structured_content["task_id"]
     assert world.posts == 2
 
 

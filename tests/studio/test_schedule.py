@@ -34,9 +34,9 @@ def middle() -> float:
     return 0.5
 
 
-def plain(elapsed_s: float, what: Expected = MEDIUM) -> float:
+def plain(elapsed_s: float, expectation: Expected = MEDIUM) -> float:
     """The rhythm without progress."""
-    return what.rest_s(elapsed_s)
+    return expectation.rest_s(elapsed_s)
 
 
 # --- what is expected ---
@@ -61,10 +61,10 @@ def test_an_estimate_that_is_much_shorter_is_believed_at_once() -> None:
 
 def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
     old: list[Duration] = [("high", 100.0, 900.0)] * 20
-    own: list[Duration] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT)]
-    assert expected("high", 100.0, [*old, *own]).median_s == pytest.approx(65.5)
-    assert expected("high", 100.0, own[: ENOUGH_TASKS - 1]).median_s == TYPICAL_S["high"]
-    assert expected("low", 100.0, own).median_s == TYPICAL_S["low"]
+    own_entry: list[Duration] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT)]
+    assert expected("high", 100.0, [*old, *own_entry]).median_s == pytest.approx(65.5)
+    assert expected("high", 100.0, own_entry[: ENOUGH_TASKS - 1]).median_s == TYPICAL_S["high"]
+    assert expected("low", 100.0, own_entry).median_s == TYPICAL_S["low"]
 
 
 def test_an_estimate_is_believed_when_it_was_nearer_to_the_truth() -> None:
@@ -94,12 +94,12 @@ def test_jitter_stays_within_a_tenth(draw: float) -> None:
 def test_a_rest_is_never_nothing_whatever_is_told() -> None:
     dice = random.Random(1)
     for _ in range(300):
-        what = expected(dice.choice(["low", "high"]), dice.choice([None, 0.0, 0.5, 20.0, 90.0, 1e9]), [])
-        schedule = Schedule(what, dice.random)
+        expectation = expected(dice.choice(["low", "high"]), dice.choice([None, 0.0, 0.5, 20.0, 90.0, 1e9]), [])
+        schedule = Schedule(expectation, dice.random)
         elapsed_s = schedule.next_s(0.0)
         for _ in range(60):
             rest_s = schedule.next_s(elapsed_s, dice.choice([None, 0.0, 5.0, 100.0, dice.uniform(0, 100)]))
-            longest = max(0.4 * what.median_s, REST_OLD_MAX_S)
+            longest = max(0.4 * expectation.median_s, REST_OLD_MAX_S)
             assert READ_MIN_S * (1 - JITTER) <= rest_s <= 2 * longest * (1 + JITTER)
             elapsed_s += rest_s
 
@@ -111,10 +111,10 @@ def test_honest_progress_spares_looks_but_never_more_than_half_of_them() -> None
 
 
 def test_near_the_end_the_stretch_shrinks_to_what_is_left() -> None:
-    what = Expected(100.0)
+    expectation = Expected(100.0)
     left_s = 80.0 * (100 - 88) / 88
-    assert plain(80.0, what) < left_s / 2 < 2 * plain(80.0, what)
-    assert pytest.approx(Schedule(what, middle).next_s(80.0, progress=88.0)) == left_s / 2
+    assert plain(80.0, expectation) < left_s / 2 < 2 * plain(80.0, expectation)
+    assert pytest.approx(Schedule(expectation, middle).next_s(80.0, progress=88.0)) == left_s / 2
 
 
 def test_the_sprint_is_short() -> None:
@@ -153,7 +153,7 @@ def test_progress_that_stands_still_is_believed_for_one_look_only() -> None:
     assert pytest.approx(schedule.next_s(50.0, progress=60.0)) == 2 * plain(50.0)
 
 
-def looked_at(lasts_s: float, schedule: Schedule, told: object) -> tuple[float, int]:
+def looked_at(lasts_s: float, schedule: Schedule, answer: object) -> tuple[float, int]:
     """Seconds until the end is noticed, and looks before it; `told(elapsed, lasts)` is the progress."""
     elapsed_s, looks, progress = 0.0, 0, None
     while True:
@@ -161,7 +161,7 @@ def looked_at(lasts_s: float, schedule: Schedule, told: object) -> tuple[float, 
         if elapsed_s >= lasts_s:
             return elapsed_s - lasts_s, looks
         looks += 1
-        progress = told(elapsed_s, lasts_s) if callable(told) else None
+        progress = answer(elapsed_s, lasts_s) if callable(answer) else None
 
 
 def mean(values: list[float]) -> float:
@@ -182,13 +182,13 @@ TOLD = [
 def test_the_end_is_noticed_soon_and_at_the_price_of_few_looks(told: object) -> None:
     """Qualities 1:2:1, an estimate that is always the same: at most 15 looks, and later than a fixed rhythm by far."""
     dice = random.Random(7)
-    seen: list[tuple[float, int]] = []
+    observations: list[tuple[float, int]] = []
     lasting: list[float] = []
     for _ in range(800):
         quality = dice.choice(["low", "medium", "medium", "high"])
         lasting.append(TYPICAL_S[quality] * dice.lognormvariate(0.0, 0.35))
-        seen.append(looked_at(lasting[-1], Schedule(expected(quality, 100.0, []), dice.random), told))
-    lags, looks = sorted(lag for lag, _ in seen), mean([float(count) for _, count in seen])
+        observations.append(looked_at(lasting[-1], Schedule(expected(quality, 100.0, []), dice.random), told))
+    lags, looks = sorted(lag for lag, _ in observations), mean([float(count) for _, count in observations])
     assert looks <= 15
     assert mean(lags) <= (1.3 if told is None else 1.7)
     assert lags[int(0.95 * len(lags))] <= 5.0
@@ -200,14 +200,14 @@ def test_the_end_is_noticed_soon_and_at_the_price_of_few_looks(told: object) -> 
 def test_even_when_everything_is_otherwise_it_is_no_worse_than_a_fixed_rhythm(spread: float, times: float) -> None:
     """Nothing is learned here: the usual medians are wrong by that factor."""
     dice = random.Random(7)
-    seen: list[tuple[float, int]] = []
+    observations: list[tuple[float, int]] = []
     lasting: list[float] = []
     for _ in range(600):
         quality = dice.choice(["low", "medium", "medium", "high"])
         lasting.append(times * TYPICAL_S[quality] * dice.lognormvariate(0.0, spread))
-        seen.append(looked_at(lasting[-1], Schedule(expected(quality, 100.0, []), dice.random), None))
-    looks = mean([float(count) for _, count in seen])
-    assert mean([lag for lag, _ in seen]) <= mean(lasting) / looks / 2
+        observations.append(looked_at(lasting[-1], Schedule(expected(quality, 100.0, []), dice.random), None))
+    looks = mean([float(count) for _, count in observations])
+    assert mean([lag for lag, _ in observations]) <= mean(lasting) / looks / 2
 
 
 def test_a_slow_task_is_noticed_within_ten_seconds_and_a_bit() -> None:

@@ -53,22 +53,22 @@ async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule=rule)
     async with (
-        open_world(simulator=simulator, clock=clock) as one,
+        open_world(simulator=simulator, clock=clock) as first_world,
         open_world(simulator=simulator, clock=clock) as beside,
-        open_world(OTHER_KEY, simulator=simulator, clock=clock) as other,
+        open_world(OTHER_KEY, simulator=simulator, clock=clock) as second_world,
     ):
-        assert await sized(one) == await sized(beside) == (2048, 1152, "anchor-edge", False)
-        first = await asked(one, "generate_image", **WIDE)
+        assert await sized(first_world) == await sized(beside) == (2048, 1152, "anchor-edge", False)
+        first = await asked(first_world, "generate_image", **WIDE)
         assert first["expected_size"] == {"width": 2048, "height": 1152}
         assert (first["images"][0]["width"], first["images"][0]["height"]) == PIXELS[rule]
         assert learned(first)
         assert any("Computed 2048×1152" in note for note in first["notes"]) == (rule == "pixel-budget")
-        second = await asked(one, "generate_image", **{**WIDE, "prompt": "sim:fast a hen"})
+        second = await asked(first_world, "generate_image", **{**WIDE, "prompt": "sim:fast a hen"})
         assert second["expected_size"] == dict(zip(("width", "height"), PIXELS[rule], strict=True))
         assert second["notes"] == []
         assert await sized(beside) == (*PIXELS[rule], rule, True)
-        assert await sized(other) == (2048, 1152, "anchor-edge", False)
-        again = await asked(one, "get_task", task_id=first["task_id"])
+        assert await sized(second_world) == (2048, 1152, "anchor-edge", False)
+        again = await asked(first_world, "get_task", task_id=first["task_id"])
         assert again["expected_size"] == {"width": 2048, "height": 1152}  # an entry keeps its rule
     async with open_world(simulator=simulator, clock=clock) as later:
         assert await sized(later) == (*PIXELS[rule], rule, True)
@@ -123,11 +123,11 @@ async def test_while_the_rule_is_not_known_caps_judge_by_the_dearer_one(open_wor
 async def test_what_is_told_as_the_bound_is_accepted_as_max_credits(size: str, open_world: Open) -> None:
     async with open_world() as world:
         for quality, n in itertools.product(("low", "high"), (1, 3)):
-            told = await asked(world, "compute_size", size=size, quality=quality, n=n)
+            answer = await asked(world, "compute_size", size=size, quality=quality, n=n)
             facts = await asked(world, "generate_image", prompt="sim:fast " + "x" * 900, size=size, quality=quality,
-                                n=n, max_credits=told["credits_at_most"])  # fmt: skip
+                                n=n, max_credits=answer["credits_at_most"])  # fmt: skip
             assert facts["status"] == "completed", (size, quality, n)
-            assert facts["credits"] <= told["credits_at_most"]
+            assert facts["credits"] <= answer["credits_at_most"]
 
 
 @pytest.mark.parametrize("prompt", ["x", "a fox " * 300, "ein Füchslein " * 40, "狐" * 500, "🦊" * 200])
@@ -153,19 +153,19 @@ async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
 
 
 async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
-    one, other, keyless = (
+    first, second, keyless = (
         SqliteJournal(tmp_path, identity) for identity in (account_id_of("a", "u"), account_id_of("b", "u"), "")
     )
     assert await keyless.fact("size_rule") is None
     assert not list(tmp_path.iterdir())
-    await one.save_fact("size_rule", "pixel-budget")
-    assert (await one.fact("size_rule"), await other.fact("size_rule")) == ("pixel-budget", None)
+    await first.save_fact("size_rule", "pixel-budget")
+    assert (await first.fact("size_rule"), await second.fact("size_rule")) == ("pixel-budget", None)
     assert await keyless.fact("size_rule") == "pixel-budget"
-    await other.save_fact("size_rule", "anchor-edge")
+    await second.save_fact("size_rule", "anchor-edge")
     assert await keyless.fact("size_rule") is None
     with pytest.raises(ValueError, match="not one of"):
-        AccountPrices(one, "golden-ratio")
-    for journal in (one, other, keyless):
+        AccountPrices(first, "golden-ratio")
+    for journal in (first, second, keyless):
         await journal.close()
 
 
@@ -184,10 +184,10 @@ async def test_a_word_for_a_size_is_refused_with_its_value_and_answered_in_compu
 ) -> None:
     refused = await asked(world, "generate_image", prompt="a fox", size=word)
     assert (refused["charged"], f'size="{value}"' in refused["error"]["message"]) == ("no", True)
-    told = await asked(world, "compute_size", size=word)
-    assert told["error"] is None
-    assert str(sizes.resolve(value).size) == told["explicit_size"]
-    assert any(f'size="{value}"' in note for note in told["notes"])
+    answer = await asked(world, "compute_size", size=word)
+    assert answer["error"] is None
+    assert str(sizes.resolve(value).size) == answer["explicit_size"]
+    assert any(f'size="{value}"' in note for note in answer["notes"])
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ async def test_what_is_legal_or_not_understood_is_left_alone(text: str) -> None:
 
 
 async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> None:
-    told = await asked(world, "compute_size", size="16:9", resolution="2K", quality="medium", n=2)
-    assert len(told["prices"]) == 8
-    found = next(p for p in told["prices"] if (p["quality"], p["resolution"]) == ("high", "4K"))
-    assert found["size"] == "3840x2160"
-    assert found["credits"] == costs.price(sizes.Size(3840, 2160), "high", 2).credits
-    assert found["usd"] == round(found["credits"] / 68, 4)
-    assert found["credits_at_most"] >= found["credits"]
+    answer = await asked(world, "compute_size", size="16:9", resolution="2K", quality="medium", n=2)
+    assert len(answer["prices"]) == 8
+    match = next(p for p in answer["prices"] if (p["quality"], p["resolution"]) == ("high", "4K"))
+    assert match["size"] == "3840x2160"
+    assert match["credits"] == costs.price(sizes.Size(3840, 2160), "high", 2).credits
+    assert match["usd"] == round(match["credits"] / 68, 4)
+    assert match["credits_at_most"] >= match["credits"]
     plain = await asked(world, "compute_size", size="1024x640")
     assert [(p["quality"], p["resolution"]) for p in plain["prices"]] == [("low", None), ("high", None)]
 

@@ -34,10 +34,10 @@ def shop(open_world: Open) -> Callable[..., Any]:
     return opened
 
 
-async def buy(world: World, **more: Any) -> Any:
+async def buy(world: World, **options: Any) -> Any:
     CURRENT.studio = world.studio
     async with Client(ONE_SERVER) as client:
-        return await client.call_tool("generate_image", {**WISH, **more})
+        return await client.call_tool("generate_image", {**WISH, **options})
 
 
 def refused(answer: Any, code: str) -> str:
@@ -147,10 +147,10 @@ class User:
         return self._answer
 
 
-async def ask(world: World, mode: str, user: User | None, **more: Any) -> Any:
+async def ask(world: World, mode: str, user: User | None, **options: Any) -> Any:
     CURRENT.studio = world.studio
     async with Client(ONE_SERVER, mode=mode, elicitation_callback=user) as client:
-        return await client.call_tool("generate_image", {**WISH, **more})
+        return await client.call_tool("generate_image", {**WISH, **options})
 
 
 @ERAS

@@ -25,9 +25,9 @@ CEILING = 0.37
 CHARGE = 0.3612
 
 
-async def order(world: World, prompt: str, **more: Any) -> dict[str, Any]:
+async def order(world: World, prompt: str, **options: Any) -> dict[str, Any]:
     async with world.client() as client:
-        answer = await client.call_tool("generate_image", {**LOW, "prompt": prompt, **more})
+        answer = await client.call_tool("generate_image", {**LOW, "prompt": prompt, **options})
         return answer.structured_content
 
 

@@ -99,9 +99,9 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
     simulator = QuickSimulator(duration_s=seconds)
 
     async def report(_: Any) -> JSONResponse:
-        asked = Counter(f"{r.method} {r.path.partition('task-')[0]}" for r in simulator.requests)
+        counts = Counter(f"{r.method} {r.path.partition('task-')[0]}" for r in simulator.requests)
         bought = [[task.body["prompt"], task.key, task.id] for task in simulator.tasks.values()]
-        return JSONResponse({"asked": asked, "bought": bought})
+        return JSONResponse({"asked": counts, "bought": bought})
 
     async def call_back() -> None:
         """Send a callback for each finished task. The public hostname leads to the proxy."""
@@ -325,10 +325,10 @@ def main() -> None:
             ).fetchall()
         logs = "".join((folder / f"server{number}.log").read_text() for number in range(options.servers))
     if options.calm:
-        looks = sum(count for what, count in report["asked"].items() if "/v1/tasks" in what)
+        looks = sum(count for expectation, count in report["asked"].items() if "/v1/tasks" in expectation)
         print(json.dumps({
-            "orders_a_second": crowd_size / wall, "cpu_ms": 1000 * sum(one.cpu_s for one in used) / crowd_size,
-            "extra_mb": [one.peak_mb for one in used], "waiting": crowd.most, "looks": looks / crowd_size,
+            "orders_a_second": crowd_size / wall, "cpu_ms": 1000 * sum(item.cpu_s for item in used) / crowd_size,
+            "extra_mb": [item.peak_mb for item in used], "waiting": crowd.most, "looks": looks / crowd_size,
             "median_s": sorted(crowd.took)[len(crowd.took) // 2],
         }))  # fmt: skip
     judge(crowd, crowd_size, report, keys, logs, wall, rows)

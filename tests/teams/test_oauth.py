@@ -220,25 +220,25 @@ async def test_a_client_without_a_valid_token_gets_the_address_of_the_metadata(
 async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         async with town.client("a", x_evolink_key="sk-her-own-key") as client:
-            own = (await client.call_tool("generate_image", WISH)).structured_content
-        theirs = await town.call("a", "get_task", task_id=own["task_id"])
+            own_entry = (await client.call_tool("generate_image", WISH)).structured_content
+        foreign = await town.call("a", "get_task", task_id=own_entry["task_id"])
         listed = await town.call("a", "list_tasks")
         paid = [r.headers["authorization"] for r in town.simulator.requests if r.path == "/v1/images/generations"]
         async with town.http("a", x_evolink_key="no key") as http:
             odd = await http.post("/mcp", json=INITIALIZE)
     assert paid == ["Bearer sk-her-own-key"]
     # The history belongs to the tenant. The other key can read it and cannot poll it.
-    assert theirs.structured_content["task_id"] == own["task_id"]
-    assert [task["task_id"] for task in listed.structured_content["tasks"]] == [own["task_id"]]
+    assert foreign.structured_content["task_id"] == own_entry["task_id"]
+    assert [task["task_id"] for task in listed.structured_content["tasks"]] == [own_entry["task_id"]]
     assert odd.status_code == 400
-    assert "sk-her-own-key" not in json.dumps(own)
+    assert "sk-her-own-key" not in json.dumps(own_entry)
 
 
 async def test_a_caller_key_equal_to_the_servers_key_opens_no_second_studio(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         async with town.client("a", x_evolink_key="sk-test-key") as client:
-            own = (await client.call_tool("generate_image", WISH)).structured_content
-        same = await town.call("a", "get_task", task_id=own["task_id"])
+            own_entry = (await client.call_tool("generate_image", WISH)).structured_content
+        same = await town.call("a", "get_task", task_id=own_entry["task_id"])
         assert (same.structured_content["status"], len(list(town.studios))) == ("completed", 1)
 
 

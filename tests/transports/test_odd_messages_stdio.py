@@ -142,8 +142,8 @@ def servers(home: Path, folder: Path) -> Iterator[Start]:
     try:
         yield start
     finally:
-        for one in started:
-            one.kill()
+        for item in started:
+            item.kill()
 
 
 @pytest.fixture(scope="module")

@@ -67,9 +67,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Talk]]:
         return opened[-1]
 
     yield starting
-    for one in opened:
-        one.process.kill()
-        one.process.communicate()
+    for item in opened:
+        item.process.kill()
+        item.process.communicate()
 
 
 @pytest.fixture
@@ -116,10 +116,8 @@ def test_lines_that_are_not_json_are_answered_and_the_server_goes_on(talk: Talk)
 @pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e400", "-0.0", "1" * 5000])
 def test_json_that_breaks_parsers_gets_an_answer_with_its_id(talk: Talk, value: str) -> None:
     talk.greet()
-    name, other = ("prompt", "n") if value.startswith('"') else ("n", "prompt")
-    call = (
-        f'{{"name":"generate_image","arguments":{{"{name}":{value},"{other}":{"1" if other == "n" else chr(34) * 2}}}}}'
-    )
+    name, second = ("prompt", "n") if value.startswith('"') else ("n", "prompt")
+    call = f'{{"name":"generate_image","arguments":{{"{name}":{value},"{second}":{"1" if second == "n" else chr(34) * 2}}}}}'
     talk.say(f'{{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{call}}}'.encode())
     answer = talk.hear()
     assert answer.get("error", {}).get("code") == -32700 or answer["result"]["isError"] is True
@@ -170,7 +168,7 @@ def test_the_second_start_answers_before_it_imports_the_sdk(
 def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Talk) -> None:
     client = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
     call = {"name": "compute_size", "arguments": {"size": "3:2"}}
-    said = [
+    lines = [
         {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client},
         {"jsonrpc": "2.0", "method": "notifications/initialized"},
         {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call},
@@ -178,11 +176,11 @@ def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Tal
         {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 3}},
         {"jsonrpc": "2.0", "id": 4, "method": "ping"},
     ]
-    talk.say(b"\n".join(json.dumps(one).encode() for one in said))
-    heard = [talk.hear() for _ in range(4)]
-    assert [one["id"] for one in heard[:1]] == [1]
-    assert sorted(one["id"] for one in heard) == [1, 2, 3, 4]
-    assert all("result" in one for one in heard)
+    talk.say(b"\n".join(json.dumps(item).encode() for item in lines))
+    messages = [talk.hear() for _ in range(4)]
+    assert [item["id"] for item in messages[:1]] == [1]
+    assert sorted(item["id"] for item in messages) == [1, 2, 3, 4]
+    assert all("result" in item for item in messages)
     talk.say({"jsonrpc": "2.0", "id": 5, "method": "tools/list"})
     assert talk.hear()["id"] == 5
     assert talk.end() == (0, b"", b"")
@@ -232,12 +230,12 @@ def test_fewer_tools_are_asked_of_the_sdk(start: Callable[..., Talk]) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a descriptor by a POSIX shell")
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
 def test_a_missing_stdin_or_stdout_is_told(tmp_path: Path, closed: str) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -P -m evolink_mcp {closed}"],
         env=minimal_environment(tmp_path), capture_output=True, timeout=300,
     )  # fmt: skip
-    assert (done.returncode, b"no standard input and output" in done.stderr) == (1, True)
-    assert b"Traceback" not in done.stderr
+    assert (process.returncode, b"no standard input and output" in process.stderr) == (1, True)
+    assert b"Traceback" not in process.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="reads the server's own pipe as POSIX does")
@@ -273,8 +271,8 @@ def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(
     """The answer finds nobody while the server is still being imported."""
     import os
 
-    heard, out = os.pipe()
-    os.close(heard)
+    messages, out = os.pipe()
+    os.close(messages)
     talk = start(out, **recorded)
     os.close(out)
     talk.ask_to_begin()

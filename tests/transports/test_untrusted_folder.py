@@ -119,7 +119,7 @@ async def buy(server: Any) -> Any:
 def decoders_of(server: int) -> list[Path]:
     """The folders in /proc of the child processes of `server`."""
     lists = Path(f"/proc/{server}/task").glob("*/children")
-    return [Path("/proc", child) for one in lists for child in one.read_text().split()]
+    return [Path("/proc", child) for item in lists for child in item.read_text().split()]
 
 
 @PROGRAMS
