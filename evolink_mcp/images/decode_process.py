@@ -21,20 +21,25 @@ from typing import IO, BinaryIO, Literal, cast
 import anyio
 import anyio.to_thread
 
+from evolink_mcp.api.targets import ICO
 from evolink_mcp.errors import DecoderUnavailable
 from evolink_mcp.images.decode_protocol import (
     ANSWER_BYTES,
     CONTENT_MAX_BYTES,
     CPU_PER_IMAGE_S,
+    DERIVED_BYTES,
     GREETING,
     GREETING_MAGIC,
     IMAGES_PER_PROCESS,
+    OPTIONS_MAX_BYTES,
     PAYLOAD_MAX_BYTES,
     DecodeAnswer,
     DecodeRequest,
     Operation,
     unpack_answer,
+    unpack_derived,
 )
+from evolink_mcp.images.derive import DerivedImage, DerivePlan
 from evolink_mcp.images.inspect import ImageFacts, sniff
 from evolink_mcp.images.previews import CACHE_MAX_BYTES, PreviewCache
 from evolink_mcp.images.sandbox import MEMORY_MAX_BYTES, Protection
@@ -44,6 +49,7 @@ from evolink_mcp.isolated import isolated_command
 log = logging.getLogger(__name__)
 
 DEADLINE_S = 20.0
+DERIVE_DEADLINE_S = 50.0  # for up to 25 files
 START_DEADLINE_S = 60.0
 END_DEADLINE_S = 2.0
 # An image of the largest size takes 0.2 to 0.4 s. After this time another image gets the place.
@@ -52,9 +58,10 @@ SLOW_MAX = 2
 NICENESS_OF_SLOW = 10
 BLOCK_BYTES = 1 << 20
 HEAD_BYTES = 16  # of a file, for its type
-Lane = Literal["check", "preview", "reference"]
+ICO_MAGIC = b"\0\0\1\0"
+Lane = Literal["check", "preview", "reference", "derive"]
 # Images of one lane at once. Each may need MEMORY_MAX_BYTES.
-LANES: Mapping[Lane, int] = {"check": 2, "preview": 1, "reference": 2}
+LANES: Mapping[Lane, int] = {"check": 2, "preview": 1, "reference": 2, "derive": 1}
 _ENTRY_POINT = "evolink_mcp.images.decode_worker:main"
 _NO_WINDOW: int = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # Windows: an MCP host with windows has no console
 _NO_LIMIT = anyio.CapacityLimiter(math.inf)  # the lanes are the limit
@@ -80,20 +87,22 @@ class Decoder:
         command: Sequence[str] | None = None,
         folder: str | None = None,
         deadline_s: float = DEADLINE_S,
+        derive_deadline_s: float = DERIVE_DEADLINE_S,
         slow_after_s: float = SLOW_AFTER_S,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
     ) -> None:
         """Start no process yet.
 
         `environment` is the complete environment of the processes. `command` replaces the program, `folder` the working
-        directory (default: the root folder). `deadline_s` limits the time for one image. After `slow_after_s` an image
-        gives way to others; `sleep` waits for it.
+        directory (default: the root folder). `deadline_s` limits the time for one image, `derive_deadline_s`
+        the time for all files of one plan. After `slow_after_s` an image gives way to others; `sleep` waits for it.
         """
         self.previews = PreviewCache()
         self._environ = dict(environment)
         self._command = command
         self._folder = folder or os.path.abspath(os.sep)
         self._deadline_s = deadline_s
+        self._derive_deadline_s = derive_deadline_s
         self._slow_after_s = slow_after_s
         self._sleep = sleep
         self._lanes = {lane: _FairLimiter(capacity) for lane, capacity in LANES.items()}
@@ -148,6 +157,32 @@ class Decoder:
             raise UnusableImage(Reason.DECODER_FAILED)
         into.seek(0)
 
+    async def derive(
+        self, file: BinaryIO, plan: DerivePlan, into: BinaryIO, *, order: str = ""
+    ) -> tuple[ImageFacts, list[DerivedImage], list[int]]:
+        """Make the files of the plan from one image and write them to `into`, one after the other.
+
+        Return the facts of the source, the facts of each file, and its length in bytes (0: it could not be made).
+
+        Raises:
+            UnusableImage, DecoderUnavailable: as `check`.
+        """
+        options = plan.pack()
+        if len(options) > OPTIONS_MAX_BYTES:
+            raise ValueError("the plan is too long")
+        request = DecodeRequest(Operation.DERIVE, _size_of(file), options_bytes=len(options))
+        async with self._lanes["derive"].slot(order) as slot:
+            answer = await self._decode(request, file, into, slot, plan)
+        assert answer is not None
+        assert answer.facts is not None
+        position = 0
+        for image, count in answer.derived:
+            into.seek(position)
+            if count and not _is_type(into.read(HEAD_BYTES), image.mime_type):
+                raise UnusableImage(Reason.DECODER_FAILED)
+            position += count
+        return answer.facts, [image for image, _ in answer.derived], [count for _, count in answer.derived]
+
     async def protections(self) -> Protection:
         """Start a process if none is idle, and return the protections that are active in it.
 
@@ -178,11 +213,16 @@ class Decoder:
         return answer
 
     async def _decode(
-        self, request: DecodeRequest, content: BinaryIO, into: BinaryIO | None, slot: _Slot | None
+        self,
+        request: DecodeRequest,
+        content: BinaryIO,
+        into: BinaryIO | None,
+        slot: _Slot | None,
+        plan: DerivePlan | None = None,
     ) -> DecodeAnswer | None:
         """Return the answer, or None if the image was slow and must start again. Without a slot it counts as slow.
 
-        The payload goes to `into`, or into the answer.
+        The payload goes to `into`, or into the answer. The files of a `plan` take long and give way to no other image.
         """
         process = await self._process()
         if slot is None:
@@ -191,13 +231,13 @@ class Decoder:
         results: list[DecodeAnswer | UnusableImage] = []
         is_late = True
         try:
-            with anyio.move_on_after(self._deadline_s):
+            with anyio.move_on_after(self._deadline_s if plan is None else self._derive_deadline_s):
                 async with anyio.create_task_group() as group:
-                    if slot is not None:
+                    if slot is not None and plan is None:
                         group.start_soon(self._yield_if_slow, process, slot, group.cancel_scope)
                     results.append(
                         await anyio.to_thread.run_sync(
-                            process.exchange, request, content, into, abandon_on_cancel=True, limiter=_NO_LIMIT
+                            process.exchange, request, content, into, plan, abandon_on_cancel=True, limiter=_NO_LIMIT
                         )
                     )
                     group.cancel_scope.cancel()
@@ -272,6 +312,14 @@ def _facts_of(answer: DecodeAnswer, head: bytes) -> ImageFacts:
     return answer.facts
 
 
+def _is_type(head: bytes, mime_type: str) -> bool:
+    """Return whether a file with these first bytes has the type."""
+    if mime_type == ICO:
+        return head.startswith(ICO_MAGIC)
+    known = sniff(head)
+    return known is not None and known[0] == mime_type
+
+
 def _head_of(file: BinaryIO) -> bytes:
     file.seek(0)
     return file.read(HEAD_BYTES)
@@ -337,15 +385,21 @@ class _Process:
         return self._is_valid and self.images < IMAGES_PER_PROCESS
 
     def exchange(
-        self, request: DecodeRequest, content: BinaryIO, into: BinaryIO | None = None
+        self,
+        request: DecodeRequest,
+        content: BinaryIO,
+        into: BinaryIO | None = None,
+        plan: DerivePlan | None = None,
     ) -> DecodeAnswer | UnusableImage:
         """Send one request and return the answer, or the reason why the image cannot be used.
 
-        With `into` the payload is written there and not returned.
+        With `into` the payload is written there and not returned. `plan` has the options of DERIVE.
         """
         with self._lock:
             try:
-                self._send(request, content)
+                self._send(request, content, b"" if plan is None else plan.pack())
+                if plan is not None and into is not None:
+                    return self._receive_derived(plan, into, _head_of(content))
                 return self._receive(request, into)
             except UnusableImage as error:
                 # After a refusal the process waits for the next request. After anything else its state is unknown.
@@ -355,8 +409,9 @@ class _Process:
                 self._is_valid = False
                 return UnusableImage(self._reason_of_end())
 
-    def _send(self, request: DecodeRequest, content: BinaryIO) -> None:
+    def _send(self, request: DecodeRequest, content: BinaryIO, options: bytes) -> None:
         self._stdin.write(request.pack())
+        self._stdin.write(options)
         remaining = request.content_bytes
         while remaining:
             block = content.read(min(remaining, BLOCK_BYTES))
@@ -372,12 +427,15 @@ class _Process:
             Operation.PREVIEW: request.budget,
             Operation.CHECK_REFERENCE: 0,
             Operation.NORMALIZE: PAYLOAD_MAX_BYTES,
+            Operation.DERIVE: 0,
         }[request.operation]
         record = self._stdout.read(ANSWER_BYTES)
         if len(record) != ANSWER_BYTES:
             raise ValueError("the answer is incomplete")
         head = unpack_answer(record, payload_max)
         if into is not None:
+            into.seek(0)
+            into.truncate()
             self._copy_payload(head.payload_bytes, into)
             return DecodeAnswer(head.facts)
         payload = self._stdout.read(head.payload_bytes)
@@ -385,9 +443,19 @@ class _Process:
             raise ValueError("the payload is incomplete")
         return DecodeAnswer(head.facts, payload if head.has_payload else None)
 
-    def _copy_payload(self, count: int, into: BinaryIO) -> None:
+    def _receive_derived(self, plan: DerivePlan, into: BinaryIO, source_head: bytes) -> DecodeAnswer:
+        head = unpack_answer(self._stdout.read(ANSWER_BYTES), 0)
+        facts = _facts_of(DecodeAnswer(head.facts), source_head)
         into.seek(0)
         into.truncate()
+        derived: list[tuple[DerivedImage, int]] = []
+        for output in plan.outputs:
+            image, count = unpack_derived(self._stdout.read(DERIVED_BYTES), output, plan)
+            self._copy_payload(count, into)
+            derived.append((image, count))
+        return DecodeAnswer(facts, derived=tuple(derived))
+
+    def _copy_payload(self, count: int, into: BinaryIO) -> None:
         while count:
             block = self._stdout.read(min(count, BLOCK_BYTES))
             if not block:

@@ -1,7 +1,8 @@
 """The messages between the server and its decoder process: fixed binary records with length limits.
 
-Server to decoder: one request record and the file. Decoder to server: one answer record and the payload. The server
-checks every field of an answer, because a hostile image may control the decoder.
+Server to decoder: one request record, its options and the file. Decoder to server: one answer record and the payload.
+After the answer to DERIVE one record and one file follow for each output. The server checks every field of an answer,
+because a hostile image may control the decoder.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
+from evolink_mcp.api.targets import MIME_TYPES, TARGET_MAX_EDGE
+from evolink_mcp.images.derive import QUALITY_MAX, DerivedImage, DerivePlan, Output
 from evolink_mcp.images.inspect import SUFFIX_OF, Alpha, ImageFacts
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
@@ -20,15 +24,23 @@ CPU_PER_IMAGE_S = 15.0
 # A rotated reference image is encoded again, which can make it larger.
 PAYLOAD_MAX_BYTES = 128 << 20
 SIDE_MAX = 1 << 20
+OPTIONS_MAX_BYTES = 256 << 10
 GREETING = struct.Struct("<4sB")
 GREETING_MAGIC = b"EVG1"
-_REQUEST = struct.Struct("<4sBBIIQ")
+_REQUEST = struct.Struct("<4sBBIIIQ")
 _REQUEST_MAGIC = b"EVR1"
 _ANSWER = struct.Struct("<4sBBBIIdBBQ")
 _ANSWER_MAGIC = b"EVA1"
+_DERIVED = struct.Struct("<4sBBBBIIQQ")
+_DERIVED_MAGIC = b"EVD1"
 REQUEST_BYTES = _REQUEST.size
 ANSWER_BYTES = _ANSWER.size
+DERIVED_BYTES = _DERIVED.size
+_IS_ENLARGED = 1
+_HAS_LOST_ALPHA = 2
+_HAS_LOST_PROFILE = 4
 _MIME_TYPES = tuple(SUFFIX_OF)
+_DERIVED_TYPES = tuple(MIME_TYPES.values())
 _IS_USABLE = 0
 _HAS_ALPHA = 1
 _IS_UPRIGHT = 2
@@ -45,21 +57,31 @@ class Operation(IntEnum):
     PREVIEW = 2  #: Make a small copy of a saved image
     CHECK_REFERENCE = 3  #: Read the head of a reference image; decode it if it is a mask
     NORMALIZE = 4  #: Make the copy of a reference image that is uploaded
+    DERIVE = 5  #: Make files of exact size; the options are a DerivePlan
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """Work for the decoder. `edge` is in pixels, `budget` and `content_bytes` in bytes."""
+    """Work for the decoder. `edge` is in pixels; `budget`, `content_bytes` and `options_bytes` are in bytes."""
 
     operation: Operation
     content_bytes: int
     edge: int = 0
     budget: int = 0
     is_mask: bool = False
+    options_bytes: int = 0
 
     def pack(self) -> bytes:
-        """Return the record."""
-        return _REQUEST.pack(_REQUEST_MAGIC, self.operation, self.is_mask, self.edge, self.budget, self.content_bytes)
+        """Return the record; the options and the content follow it."""
+        return _REQUEST.pack(
+            _REQUEST_MAGIC,
+            self.operation,
+            self.is_mask,
+            self.edge,
+            self.budget,
+            self.options_bytes,
+            self.content_bytes,
+        )
 
     @classmethod
     def unpack(cls, record: bytes) -> DecodeRequest:
@@ -69,20 +91,24 @@ class DecodeRequest:
             ValueError: it is not a valid request.
         """
         try:
-            magic, operation, is_mask, edge, budget, content_bytes = _REQUEST.unpack(record)
+            magic, operation, is_mask, edge, budget, options_bytes, content_bytes = _REQUEST.unpack(record)
         except struct.error as error:
             raise ValueError("a request of the wrong length") from error
-        if magic != _REQUEST_MAGIC or content_bytes > CONTENT_MAX_BYTES:
+        if magic != _REQUEST_MAGIC or content_bytes > CONTENT_MAX_BYTES or options_bytes > OPTIONS_MAX_BYTES:
             raise ValueError("an invalid request")
-        return cls(Operation(operation), content_bytes, edge, budget, bool(is_mask))
+        return cls(Operation(operation), content_bytes, edge, budget, bool(is_mask), options_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeAnswer:
-    """The result of a request: facts, and the bytes of a preview or of a normalized image."""
+    """The result of a request: facts, and the bytes of a preview or of a normalized image.
+
+    `derived` has each file of DERIVE with its length in bytes.
+    """
 
     facts: ImageFacts | None = None
     payload: bytes | None = None
+    derived: tuple[tuple[DerivedImage, int], ...] = ()
 
     def pack(self) -> bytes:
         """Return the record; the payload follows it."""
@@ -167,3 +193,58 @@ def _facts(mime_index: int, flags: int, width: int, height: int, alpha: Alpha) -
         alpha=alpha if flags & _HAS_MEASURED_ALPHA else None,
         is_one_colour=bool(flags & _IS_ONE_COLOUR),
     )
+
+
+def pack_derived(image: DerivedImage, payload_bytes: int) -> bytes:
+    """Return the record of one output; its file follows."""
+    flags = _IS_ENLARGED if image.is_enlarged else 0
+    flags |= _HAS_LOST_ALPHA if image.has_lost_alpha else 0
+    flags |= _HAS_LOST_PROFILE if image.has_lost_profile else 0
+    return _DERIVED.pack(
+        _DERIVED_MAGIC,
+        image.reason or _IS_USABLE,
+        _DERIVED_TYPES.index(image.mime_type),
+        flags,
+        image.quality,
+        image.width,
+        image.height,
+        image.smallest_bytes,
+        payload_bytes,
+    )
+
+
+def unpack_derived(record: bytes, output: Output, plan: DerivePlan) -> tuple[DerivedImage, int]:
+    """Read and check the record of one output. Return its facts and the length of its file in bytes.
+
+    Raises:
+        UnusableImage: the record is invalid (DECODER_FAILED).
+    """
+    try:
+        fields: tuple[Any, ...] = _DERIVED.unpack(record)
+    except struct.error as error:
+        raise UnusableImage(Reason.DECODER_FAILED) from error
+    magic, reason, mime_index, flags, quality, width, height, smallest_bytes, count = fields
+    is_refused = reason in Reason.__members__.values()
+    # `contain` may be smaller than its target in one edge. Everything else is exact.
+    has_size = is_refused or _has_size((width, height), max(output.sizes), is_exact=plan.fit != "contain")
+    has_type = mime_index == _DERIVED_TYPES.index(output.mime_type)
+    has_length = is_refused == (count == 0) and count <= (plan.max_bytes or PAYLOAD_MAX_BYTES)
+    is_known = magic == _DERIVED_MAGIC and (is_refused or reason == _IS_USABLE) and quality <= QUALITY_MAX
+    if not (is_known and has_size and has_type and has_length and max(width, height) <= TARGET_MAX_EDGE):
+        raise UnusableImage(Reason.DECODER_FAILED)
+    image = DerivedImage(
+        output.mime_type,
+        width,
+        height,
+        quality,
+        is_enlarged=bool(flags & _IS_ENLARGED),
+        has_lost_alpha=bool(flags & _HAS_LOST_ALPHA),
+        has_lost_profile=bool(flags & _HAS_LOST_PROFILE),
+        smallest_bytes=smallest_bytes,
+        reason=Reason(reason) if is_refused else None,
+    )
+    return image, count
+
+
+def _has_size(size: tuple[int, int], target: tuple[int, int], *, is_exact: bool) -> bool:
+    return size == target if is_exact else 0 < size[0] <= target[0] and 0 < size[1] <= target[1]

@@ -12,6 +12,7 @@ import sys
 from itertools import product
 from typing import BinaryIO
 
+from evolink_mcp.api.targets import MIME_TYPES
 from evolink_mcp.images.decode_protocol import (
     CPU_PER_IMAGE_S,
     GREETING,
@@ -21,8 +22,11 @@ from evolink_mcp.images.decode_protocol import (
     DecodeAnswer,
     DecodeRequest,
     Operation,
+    pack_derived,
     pack_refusal,
 )
+from evolink_mcp.images.derive import DerivePlan, Output, derive
+from evolink_mcp.images.inspect import ImageFacts
 from evolink_mcp.images.metadata import ORIENTATION
 from evolink_mcp.images.prepare import check_reference, normalize
 from evolink_mcp.images.previews import check_and_preview, preview
@@ -53,20 +57,23 @@ def serve(requests: BinaryIO, answers: BinaryIO, cpu_s: float = CPU_PER_IMAGE_S)
     """
     while record := requests.read(REQUEST_BYTES):
         request = DecodeRequest.unpack(record)
+        options = requests.read(request.options_bytes)
         content = requests.read(request.content_bytes)
         if len(content) != request.content_bytes:
             return
         _limit_cpu(cpu_s)
         try:
-            answer = perform(request, content)
+            if request.operation is Operation.DERIVE:
+                _derive(content, DerivePlan.unpack(options), answers, cpu_s)
+            else:
+                answer = perform(request, content)
+                answers.write(answer.pack())
+                answers.write(answer.payload or b"")
+                del answer
         except UnusableImage as error:
             answers.write(pack_refusal(error))
         except MemoryError:
             answers.write(pack_refusal(UnusableImage(Reason.TOO_MUCH_MEMORY)))
-        else:
-            answers.write(answer.pack())
-            answers.write(answer.payload or b"")
-            del answer
         del content
         _limit_cpu(0)
         answers.flush()
@@ -88,6 +95,25 @@ def perform(request: DecodeRequest, content: bytes) -> DecodeAnswer:
             return DecodeAnswer(check_reference(content, request.is_mask))
         case Operation.NORMALIZE:
             return DecodeAnswer(payload=normalize(content))
+        case Operation.DERIVE:
+            raise ValueError("this operation has several answers")
+
+
+def _derive(content: bytes, plan: DerivePlan, answers: BinaryIO, cpu_s: float) -> None:
+    """Write the facts of the image, then each output when it is finished. Each one may use `cpu_s` seconds.
+
+    Raises:
+        UnusableImage, MemoryError: the image cannot be decoded. Nothing is written then.
+    """
+    for part in derive(content, plan):
+        if isinstance(part, ImageFacts):
+            answers.write(DecodeAnswer(part).pack())
+        else:
+            image, file = part
+            answers.write(pack_derived(image, len(file)))
+            answers.write(file)
+        answers.flush()
+        _limit_cpu(cpu_s)
 
 
 def _limit_cpu(seconds: float) -> None:
@@ -112,3 +138,5 @@ def _self_test() -> None:
         check_and_preview(out.getvalue(), 8)
         check_reference(out.getvalue(), is_mask=True)
         normalize(out.getvalue())
+        outputs = tuple(Output(((8, 8),), mime_type) for mime_type in MIME_TYPES.values())
+        list(derive(out.getvalue(), DerivePlan(outputs, "pad", trim=True)))

@@ -21,6 +21,7 @@ class Reason(IntEnum):
     MASK_TOO_LARGE = 11  #: The mask has more pixels than the decoder's memory holds
     TOO_MANY_BYTES = 12  #: The file is larger than EvoLink accepts
     CHANGED = 13  #: The content changed between two reads
+    ABOVE_MAX_BYTES = 14  #: No quality makes the derived file short enough
 
 
 _TEXTS = {
@@ -37,6 +38,7 @@ _TEXTS = {
     Reason.MASK_TOO_LARGE: "a mask may have at most 50 megapixels",
     Reason.TOO_MANY_BYTES: "it has more than 50 MB",
     Reason.CHANGED: "it changed while the server read it",
+    Reason.ABOVE_MAX_BYTES: "it has more bytes than max_bytes in every quality",
 }
 _HOSTILE = frozenset(
     [

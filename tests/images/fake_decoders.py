@@ -16,8 +16,9 @@ def answer(data):
     answers.write(data)
     answers.flush()
 def request():
-    head = requests.read(22)
-    return requests.read(int.from_bytes(head[14:22], "little"))
+    head = requests.read(26)
+    requests.read(int.from_bytes(head[14:18], "little"))
+    return requests.read(int.from_bytes(head[18:26], "little"))
 answer(b"EVG1" + bytes([15]))
 """
 REFUSE = r'answer(b"EVA1\x01" + bytes(28))'

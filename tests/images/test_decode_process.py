@@ -33,6 +33,7 @@ from evolink_mcp.images.decode_protocol import (
     unpack_answer,
 )
 from evolink_mcp.images.decode_worker import perform, serve
+from evolink_mcp.images.derive import DerivePlan, Output
 from evolink_mcp.images.inspect import Alpha, ImageFacts
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.images.unusable import Reason, UnusableImage
@@ -40,6 +41,7 @@ from evolink_mcp.images.unusable import Reason, UnusableImage
 in_time = pytest.mark.usefixtures("in_time")
 LARGE = (2880, 2880)
 NEVER = 1e9  # seconds
+PLAN = DerivePlan((Output(((8, 8),), "image/png"),))
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc and system call filters")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
 
@@ -75,7 +77,7 @@ async def reason_of(decoder: Decoder, content: bytes) -> Reason:
 
 @in_time
 @pytest.mark.anyio
-async def test_all_four_operations_work_inside_the_sandbox() -> None:
+async def test_every_operation_works_inside_the_sandbox() -> None:
     content = noise((640, 480), "JPEG")
     async with decoder_of() as decoder:
         facts, small = await decoder.check(io.BytesIO(content), edge=128)
@@ -87,6 +89,8 @@ async def test_all_four_operations_work_inside_the_sandbox() -> None:
         copy = io.BytesIO()
         await decoder.normalize(io.BytesIO(content), copy)
         assert copy.getvalue() == content
+        _, images, _ = await decoder.derive(io.BytesIO(content), PLAN, copy)
+        assert (images[0].width, images[0].height) == (8, 8)
 
 
 @in_time
@@ -304,6 +308,7 @@ async def test_an_invalid_answer_means_an_unusable_image_for_every_operation(ope
             Operation.PREVIEW: lambda: decoder.preview(io.BytesIO(content), edge=64, budget=10),
             Operation.CHECK_REFERENCE: lambda: decoder.check_reference(io.BytesIO(content)),
             Operation.NORMALIZE: lambda: decoder.normalize(io.BytesIO(content), io.BytesIO()),
+            Operation.DERIVE: lambda: decoder.derive(io.BytesIO(content), PLAN, io.BytesIO()),
         }
         if operation == Operation.PREVIEW and data in NO_PAYLOAD:
             assert await calls[operation]() is None, "this is the valid answer for a preview that does not fit"
@@ -429,7 +434,7 @@ def test_the_worker_answers_requests_until_its_input_ends() -> None:
         unpack_answer(answers.read(), 0)
 
 
-@pytest.mark.parametrize("record", [b"", b"x", b"EVR1" + bytes(18), b"XXXX" + bytes(18)])
+@pytest.mark.parametrize("record", [b"", b"x", b"EVR1" + bytes(22), b"XXXX" + bytes(22)])
 def test_an_invalid_request_ends_the_worker(record: bytes) -> None:
     with pytest.raises(ValueError, match=r"request|Operation"):
         DecodeRequest.unpack(record)

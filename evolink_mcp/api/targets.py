@@ -1,0 +1,138 @@
+"""The targets of derive_image: pixels such as 1200x628, or the name of a usual size such as og or a4-300dpi."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from math import sqrt
+
+from evolink_mcp.api.sizes import Size
+from evolink_mcp.sanitize import harmless
+
+TARGETS_MAX = 25
+# The decoder has 300 MiB. A target needs 4 bytes per pixel, beside the source and the encoder.
+TARGET_MAX_PIXELS = 36_000_000
+TARGET_MAX_EDGE = 16_000  # WebP has at most 16,383 pixels per edge
+ICO_MAX_EDGE = 256
+DPI_DEFAULT = 300
+DPI_MIN, DPI_MAX = 36, 1200
+MM_PER_INCH = 25.4
+TEXT_MAX = 60
+
+PNG, JPEG, WEBP, ICO = "image/png", "image/jpeg", "image/webp", "image/x-icon"
+MIME_TYPES = {"png": PNG, "jpeg": JPEG, "webp": WEBP, "ico": ICO}
+# Sizes on screens: name, the sizes in pixels, and the type of the file if it is not that of the source.
+SCREENS: dict[str, tuple[str, str | None]] = {
+    "og": ("1200x630", None),
+    "facebook": ("1200x630", None),
+    "facebook-cover": ("851x315", None),
+    "twitter": ("1200x675", None),
+    "twitter-header": ("1500x500", None),
+    "instagram-square": ("1080x1080", None),
+    "instagram-portrait": ("1080x1350", None),
+    "instagram-landscape": ("1080x566", None),
+    "instagram-story": ("1080x1920", None),
+    "tiktok": ("1080x1920", None),
+    "youtube-thumbnail": ("1280x720", None),
+    "youtube-banner": ("2560x1440", None),
+    "linkedin": ("1200x627", None),
+    "linkedin-banner": ("1584x396", None),
+    "pinterest": ("1000x1500", None),
+    "hd": ("1280x720", None),
+    "full-hd": ("1920x1080", None),
+    "4k": ("3840x2160", None),
+    "favicon": ("16x16 32x32 48x48", ICO),
+    "windows-icon": ("16x16 24x24 32x32 48x48 64x64 128x128 256x256", ICO),
+    "apple-touch-icon": ("180x180", PNG),
+    "app-icon": ("1024x1024", PNG),
+    "android-icon": ("512x512", PNG),
+}
+# Paper in millimetres, upright. `-landscape` and `-300dpi` may follow the name. The file is a JPEG.
+PAPERS: dict[str, tuple[float, float]] = {
+    "a2": (420, 594),
+    "a3": (297, 420),
+    "a4": (210, 297),
+    "a5": (148, 210),
+    "a6": (105, 148),
+    "a7": (74, 105),
+    "b5": (176, 250),
+    "letter": (215.9, 279.4),
+    "legal": (215.9, 355.6),
+    "tabloid": (279.4, 431.8),
+    "postcard": (101.6, 152.4),
+    "business-card": (85, 55),
+}
+_PIXELS = re.compile(r"([1-9][0-9]{0,5}) ?[x×*] ?([1-9][0-9]{0,5})(?: ?px)?")
+_PAPER = re.compile(rf"({'|'.join(PAPERS)})(?:-(portrait|landscape))?(?:-([1-9][0-9]{{0,4}})dpi)?")
+
+
+class UnknownTarget(ValueError):
+    """The text is no target. The message is one line with the reason and the nearest valid value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One file to make: its name, its sizes (several only for an icon) and its MIME type, None for the source's."""
+
+    name: str
+    sizes: tuple[Size, ...]
+    mime_type: str | None = None
+
+    @property
+    def size(self) -> Size:
+        """The largest size."""
+        return max(self.sizes, key=lambda size: size.pixels)
+
+
+def parse_target(text: str) -> Target:
+    """Return the target for pixels ("1200x628") or a name ("og", "a4-landscape-150dpi"). Case and blanks do not matter.
+
+    Raises:
+        UnknownTarget: neither of them, or too large.
+    """
+    plain = re.sub(r"\s+", " ", text.strip()[: TEXT_MAX + 1]).lower()
+    if pixels := _PIXELS.fullmatch(plain):
+        size = Size(int(pixels[1]), int(pixels[2]))
+        return Target(str(size), (_checked(size, text),))
+    name = re.sub(r"[ _]", "-", plain)
+    if name in SCREENS:
+        sizes, mime_type = SCREENS[name]
+        return Target(name, tuple(_size(size) for size in sizes.split()), mime_type)
+    if paper := _PAPER.fullmatch(name):
+        return Target(name, (_checked(_paper_size(paper[1], paper[2], paper[3], text), text),), JPEG)
+    raise UnknownTarget(f"“{harmless(text, TEXT_MAX)}” is no target: {_suggestion(name)}")
+
+
+def _size(text: str) -> Size:
+    width, _, height = text.partition("x")
+    return Size(int(width), int(height))
+
+
+def _paper_size(paper: str, orientation: str | None, dpi_text: str | None, text: str) -> Size:
+    dpi = DPI_DEFAULT if dpi_text is None else int(dpi_text)
+    if not DPI_MIN <= dpi <= DPI_MAX:
+        nearest = min(max(dpi, DPI_MIN), DPI_MAX)
+        raise UnknownTarget(f"“{harmless(text, TEXT_MAX)}” needs {DPI_MIN} to {DPI_MAX} dpi: use {paper}-{nearest}dpi")
+    edges = [round(mm / MM_PER_INCH * dpi) for mm in PAPERS[paper]]
+    if orientation is not None:
+        edges.sort(reverse=orientation == "landscape")
+    return Size(*edges)
+
+
+def _checked(size: Size, text: str) -> Size:
+    """Return the size if a file may have it."""
+    scale = min(1.0, sqrt(TARGET_MAX_PIXELS / size.pixels), TARGET_MAX_EDGE / max(size.width, size.height))
+    if scale == 1:
+        return size
+    nearest = Size(max(1, int(size.width * scale)), max(1, int(size.height * scale)))
+    raise UnknownTarget(
+        f"“{harmless(text, TEXT_MAX)}” has {size.megapixels:g} megapixels ({size}); the largest target of this shape is {nearest}"
+    )
+
+
+def _suggestion(name: str) -> str:
+    names = [*SCREENS, *PAPERS, "a4-300dpi"]
+    if close := difflib.get_close_matches(name, names, n=2, cutoff=0.6):
+        return f"did you mean {' or '.join(close)}?"
+    return "give pixels such as 1200x628, or a name such as og, instagram-story, favicon or a4-300dpi"
