@@ -31,21 +31,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from evolink_mcp.causes import Cause
+
 Charged = Literal["no", "yes", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error as data, for answers and for the journal."""
+    """An error as data, for answers and for the journal. `retry_at`: EvoLink refuses purchases before it (epoch seconds)."""
 
     code: str
     message: str
     retryable: bool
     advice: str
+    retry_at: float | None = None
 
 
 class EvolinkError(Exception):
-    """A call failed. `charged` states whether it cost money, `advice` states the next step."""
+    """A call failed. `charged` states whether it cost money, `advice` states the next step.
+
+    `retry_after_s` is the wait before the server repeats an HTTP request. `retry_at` (epoch seconds) is the end of a rate
+    limit. `cause` is the entry of the table of causes, without EvoLink's own words.
+    """
 
     code: str = "error"
     charged: Charged = "no"
@@ -62,6 +69,8 @@ class EvolinkError(Exception):
         advice: str | None = None,
         http_status: int | None = None,
         retry_after_s: float | None = None,
+        retry_at: float | None = None,
+        cause: Cause | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -71,11 +80,13 @@ class EvolinkError(Exception):
         self.advice = self.advice if advice is None else advice
         self.http_status = http_status
         self.retry_after_s = retry_after_s
+        self.retry_at = retry_at
+        self.cause = cause
 
     @property
     def problem(self) -> Problem:
         """The error as data."""
-        return Problem(self.code, self.message, self.retryable, self.advice)
+        return Problem(self.code, self.message, self.retryable, self.advice, self.retry_at)
 
 
 class Refused(EvolinkError):
@@ -274,87 +285,3 @@ class StoreUnusable(DownloadFailed):
         "The picture is paid, and EvoLink keeps it for 24 hours. Call get_task later. If the error stays, "
         "the owner of this server must check EVOLINK_MCP_STORE."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """The meaning of an error code and the next step. `retryable`: the same request may be repeated."""
-
-    meaning: str
-    next_step: str
-    retryable: bool = False
-
-
-_REWORD = "Change the prompt or the reference pictures, then call generate_image again."
-_LATER = "Wait a minute, then call generate_image again."
-
-# Answers to an HTTP request by status (docs.evolink.ai, error codes).
-BY_STATUS: dict[int, tuple[str, Advice]] = {
-    400: ("invalid_request", Advice("EvoLink refused the request", "Correct the argument that the message names.")),
-    401: (
-        "unauthorized",
-        Advice(
-            "EvoLink did not accept the API key",
-            "Check EVOLINK_API_KEY: it may be deleted, mistyped or of another account. Then restart the server.",
-        ),
-    ),
-    402: (
-        "insufficient_credits",
-        Advice(
-            "the account or key does not have enough credits",
-            "Top up at https://evolink.ai/dashboard or raise the key's limit. get_balance shows the remaining credits.",
-        ),
-    ),
-    403: (
-        "forbidden",
-        Advice(
-            "the API key has no permission for this",
-            "Use a key that has access to this model, or the key that bought the task.",
-        ),
-    ),
-    404: ("not_found", Advice("EvoLink does not know this task", "Check the id. EvoLink deletes old tasks.")),
-    409: (
-        "idempotency_conflict",
-        Advice("EvoLink has another request with the same idempotency key", "Call again.", True),
-    ),
-    413: ("too_large", Advice("the request is too large for EvoLink", "Send URLs or smaller pictures.")),
-    422: ("invalid_request", Advice("EvoLink refused the request", "Correct the argument that the message names.")),
-    429: ("rate_limited", Advice("EvoLink limits the request rate", "Wait a moment, then call again.", True)),
-}
-
-# Error codes of failed tasks (docs.evolink.ai, task error codes). EvoLink may add codes: those get UNKNOWN_FAILURE.
-BY_TASK_CODE: dict[str, Advice] = {
-    "content_policy_violation": Advice("the content policy does not allow this picture", _REWORD),
-    "invalid_parameters": Advice("EvoLink could not use an argument", "Correct the argument that the message names."),
-    "image_processing_error": Advice(
-        "EvoLink could not use a reference picture",
-        "Check that each reference opens without a login and is a real .png, .jpg or .webp file.",
-    ),
-    "image_dimension_mismatch": Advice(
-        "the mask and the picture differ in size", "Give a mask with the pixel size of the picture."
-    ),
-    "request_cancelled": Advice("the task was cancelled", "Call generate_image again if you still want the picture."),
-    "generation_failed_no_content": Advice("the model made no picture from this prompt", _REWORD),
-    "service_error": Advice("EvoLink had an internal error", _LATER, True),
-    "service_unavailable": Advice("EvoLink's provider is unavailable", _LATER, True),
-    "generation_timeout": Advice("the picture took too long at EvoLink", _LATER, True),
-    "resource_exhausted": Advice(
-        "EvoLink is at full capacity", "Wait some minutes, then call generate_image again.", True
-    ),
-    "quota_exceeded": Advice(
-        "a rate or credit limit was reached",
-        "Check get_balance, wait a few seconds, then call generate_image again.",
-        True,
-    ),
-    "resource_not_found": Advice("EvoLink did not find a file that the task needs", "Check the reference URLs.", True),
-    "expired": Advice("the task expired at EvoLink", _LATER, True),
-    "unknown_error": Advice(
-        "EvoLink gives no reason", "Try again once. If it fails again, ask support@evolink.ai.", True
-    ),
-}
-UNKNOWN_FAILURE = Advice("EvoLink reports a failure", "Read the message. Change the request or try again once.")
-
-
-def advice_for(code: str) -> Advice:
-    """Return the advice for a task's error code; an unknown code gets a cautious one."""
-    return BY_TASK_CODE.get(code, UNKNOWN_FAILURE)

@@ -21,6 +21,7 @@ PACKAGES = ["api", "journal", "images", "studio", "tools", "server", "transports
 
 # The order of the modules. A module imports only from modules before it.
 ORDER = [
+    "causes",
     "errors",
     "sanitize",
     "pasted",
@@ -35,7 +36,10 @@ ORDER = [
     "api.request",
     "api.task",
     "api.deadline",
+    "api.proxies",
     "api.http",
+    "api.certificates",
+    "api.failures",
     "api.purchase_answer",
     "api.client",
     "journal.profile",

@@ -19,7 +19,17 @@ from pydantic import SecretStr
 
 from evolink_mcp import __version__
 from evolink_mcp.api import urls
+from evolink_mcp.api.certificates import issuer_at
 from evolink_mcp.api.deadline import Deadline, awake_deadline
+from evolink_mcp.api.failures import (
+    Target,
+    cause_of_failure,
+    certificate_error,
+    failure_text,
+    foreign_answer,
+    is_unconnected,
+    rejection,
+)
 from evolink_mcp.api.http import (
     DEFAULT_HTTP_OPTIONS,
     NEVER_CONNECTED,
@@ -33,15 +43,15 @@ from evolink_mcp.api.http import (
     lower_first,
     moment_of,
     preparing,
-    rejection,
     stream,
     whole_body,
-    why,
 )
+from evolink_mcp.api.proxies import proxy_for
 from evolink_mcp.api.purchase_answer import PurchaseAnswer
 from evolink_mcp.api.task import Balance, Task, as_dict, is_task_id, read_balance, read_task, read_tasks
+from evolink_mcp.causes import BY_STATUS, Cause
 from evolink_mcp.errors import (
-    BY_STATUS,
+    EvolinkError,
     KeyMissing,
     OutcomeUnknown,
     Rejected,
@@ -89,6 +99,7 @@ class EvolinkClient:
         self._deadline = deadline
         self._options = options
         self._opened: list[httpx.AsyncClient] = []
+        self._logged_failure: str | None = None
         self.clock_skew_s: float | None = None
         self._purchases = anyio.CapacityLimiter(POOL_SIZE)
 
@@ -184,6 +195,7 @@ class EvolinkClient:
             await on_sending()
 
         answer = PurchaseAnswer(self._key)
+        request: httpx.Request | None = None
         deadline: anyio.CancelScope | None = None
         failure: Exception | None = None
         try:
@@ -206,22 +218,18 @@ class EvolinkClient:
             failure = Unreadable(f"no complete answer within {SUBMIT_DEADLINE_S:.0f} s")
         # EvoLink has made the task, so its ID counts also in an error or an incomplete answer.
         if (task := answer.task) is not None:
+            self._logged_failure = None
             return task
+        assert request is not None
         if answer.status is None and not sent and (traced or isinstance(failure, NEVER_CONNECTED)):
             assert failure is not None
-            raise Unreachable(f"EvoLink could not be reached ({why(failure)})") from failure
+            raise self._logged(await self._unreachable(Unreachable, failure, request.url)) from failure
         # A refusal is complete with its status. 409: EvoLink knows this new idempotency key, so something on the way has
         # sent the POST twice.
         if answer.status in BY_STATUS and answer.status != 409:
-            if answer.status == 404:
-                raise Rejected(
-                    "EvoLink's address for pictures was not found (HTTP 404)",
-                    code="wrong_address",
-                    http_status=404,
-                    advice="Nothing was bought. Check EVOLINK_BASE_URL.",
-                )
-            raise rejection(answer.reply)
-        raise OutcomeUnknown(f"the request was sent{_flaw_of(answer, failure)}", task_ids=answer.task_ids) from failure
+            raise self._logged(rejection(answer.reply, self._target_of(request.url), request.url, self._clock()))
+        flaw = self._flaw_of(answer, failure, request.url)
+        raise OutcomeUnknown(f"the request was sent{flaw}", task_ids=answer.task_ids) from failure
 
     # --- reads ---
 
@@ -276,7 +284,7 @@ class EvolinkClient:
         try:
             return (await self._exchange(self._reads, request, PROBE_DEADLINE_S)).headers.get("date")
         except TRANSPORT_ERRORS as error:
-            raise Unreadable(why(error)) from error
+            raise await self._unreadable(error, request.url) from error
 
     async def balance(self) -> Balance:
         """Read the credits: `GET /v1/credits`."""
@@ -337,12 +345,87 @@ class EvolinkClient:
         try:
             reply = await self._exchange(self._reads, request, deadline_s)
         except TRANSPORT_ERRORS as error:
-            raise Unreadable(f"EvoLink could not be read ({why(error)})") from error
+            raise self._logged(await self._unreadable(error, request.url)) from error
+        target = self._target_of(request.url)
+        if (foreign := foreign_answer(reply, target, request.url)) is not None:
+            # The answer of a firewall says nothing about the task or the key, so the read is repeated.
+            raise self._logged(
+                Unreadable(
+                    foreign.meaning,
+                    code=foreign.code,
+                    advice=foreign.next_step,
+                    http_status=reply.status,
+                    cause=foreign,
+                )
+            )
         if 200 <= reply.status < 300:
+            self._logged_failure = None
             return reply
         if reply.status in BY_STATUS:
-            raise rejection(reply)
+            raise self._logged(rejection(reply, target, request.url, self._clock()))
         raise Unreadable(f"EvoLink answered HTTP {reply.status}", http_status=reply.status)
+
+    # --- causes of failures ---
+
+    def _target_of(self, url: httpx.URL) -> Target:
+        uses_proxy = self._transport is None and not self._loopback
+        is_image = not any(str(url).startswith(f"{origin}/") for origin in self._origins.values())
+        return Target.of(url, proxy_for(url.scheme, url.host) if uses_proxy else None, is_image=is_image)
+
+    async def cause_of(self, error: Exception, url: httpx.URL) -> Cause | None:
+        """Return the cause of a failed request to `url`. None: there was a connection.
+
+        If the certificate of the server is not trusted, read its issuer with a request without the key.
+        """
+        if not is_unconnected(error):
+            return None
+        is_certificate = certificate_error(error) is not None and self._transport is None
+        issuer = await issuer_at(str(url.copy_with(path="/", query=None))) if is_certificate else None
+        return cause_of_failure(error, self._target_of(url), issuer)
+
+    async def _unreachable(
+        self, kind: type[Unreachable] | type[Unreadable], error: Exception, url: httpx.URL
+    ) -> EvolinkError:
+        """Return the error for a request that found no connection. A failure of another kind counts as no connection."""
+        if isinstance(error, EvolinkError):  # the deadline
+            return kind(f"EvoLink could not be reached ({failure_text(error, self._target_of(url).proxy)})")
+        cause = await self.cause_of(error, url) or cause_of_failure(error, self._target_of(url))
+        return kind(
+            f"EvoLink could not be reached: {cause.meaning}",
+            retryable=cause.retryable,
+            advice=cause.next_step,
+            cause=cause,
+        )
+
+    async def _unreadable(self, error: Exception, url: httpx.URL) -> EvolinkError:
+        """Return the error of a failed read."""
+        if is_unconnected(error):
+            return await self._unreachable(Unreadable, error, url)
+        return Unreadable(f"EvoLink could not be read ({failure_text(error, self._target_of(url).proxy)})")
+
+    def _logged(self, error: EvolinkError) -> EvolinkError:
+        """Log the cause of an error, without EvoLink's own words. The same cause is logged once until a request succeeds."""
+        text = error.message if error.cause is None else f"{error.cause.meaning}. {error.cause.next_step}"
+        if text != self._logged_failure:
+            self._logged_failure = text
+            log.warning("%s", text)
+        return error
+
+    def _flaw_of(self, answer: PurchaseAnswer, failure: Exception | None, url: httpx.URL) -> str:
+        """Return the reason why the answer to a POST does not show the task, as the end of a sentence."""
+        target = self._target_of(url)
+        if failure is not None:
+            return f" and its answer was lost ({failure_text(failure, target.proxy)})"
+        assert answer.status is not None
+        if (foreign := foreign_answer(answer.reply, target, url)) is not None:
+            return f", but {foreign.meaning}"
+        if not 200 <= answer.status < 300:
+            return f" and EvoLink answered HTTP {answer.status}"
+        try:
+            read_task(answer.reply.json())
+        except Unreadable as error:
+            return f", but {lower_first(error.message)}"
+        return ", but EvoLink's answer names no task"
 
     async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
         """Send a request and read the whole answer, within a total deadline and JSON_MAX_BYTES."""
@@ -363,17 +446,3 @@ class EvolinkClient:
         sent_at = moment_of(response.headers.get("date", ""))
         if sent_at is not None:
             self.clock_skew_s = sent_at - self._clock()
-
-
-def _flaw_of(answer: PurchaseAnswer, failure: Exception | None) -> str:
-    """Return the reason why the answer to a POST does not show the task, as the end of a sentence."""
-    if failure is not None:
-        return f" and its answer was lost ({why(failure)})"
-    assert answer.status is not None
-    if not 200 <= answer.status < 300:
-        return f" and EvoLink answered HTTP {answer.status}"
-    try:
-        read_task(answer.reply.json())
-    except Unreadable as error:
-        return f", but {lower_first(error.message)}"
-    return ", but EvoLink's answer names no task"

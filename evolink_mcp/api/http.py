@@ -1,16 +1,16 @@
-"""HTTP details: whole answers with limits, EvoLink's error bodies, and connections to public addresses only."""
+"""HTTP details: whole answers with limits, waits, and connections to public addresses only."""
 
 from __future__ import annotations
 
 import email.utils
 import ipaddress
 import json
+import logging
 import math
 import re
 import socket
 import ssl
 import time
-import urllib.request
 import zlib
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -22,13 +22,17 @@ import httpx2 as httpx
 from pydantic import SecretStr
 
 from evolink_mcp.api import urls
-from evolink_mcp.api.task import as_dict
-from evolink_mcp.errors import BY_STATUS, EvolinkError, RateLimited, Rejected, Unreachable, Unreadable
-from evolink_mcp.sanitize import harmless, quoted, without, word
+from evolink_mcp.api.proxies import proxy_for, proxy_variables
+from evolink_mcp.causes import ENVIRONMENT_UNUSABLE
+from evolink_mcp.errors import EvolinkError, Unreachable, Unreadable
+from evolink_mcp.sanitize import harmless, without
 from evolink_mcp.tracing import span
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 RETRY_AFTER_MAX_S = 120.0
+RETRY_AT_MAX_S = 31 * 86_400.0
 JSON_MAX_BYTES = 1 << 20
 POOL_SIZE = 16
 DNS_ANSWERS_MAX = 64
@@ -96,11 +100,12 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         Raises:
             httpx.ConnectError: the host has no address, more than DNS_ANSWERS_MAX, or one that is not public.
         """
-        if (proxy := _proxy_for(request.url)) is not None and self._proxied is not None:
-            if proxy not in self._proxies:
+        proxy = proxy_for(request.url.scheme, request.url.host)
+        if proxy is not None and self._proxied is not None:
+            if proxy.url not in self._proxies:
                 with preparing():
-                    self._proxies[proxy] = self._proxied(proxy)
-            return await self._proxies[proxy].handle_async_request(request)
+                    self._proxies[proxy.url] = self._proxied(proxy.url)
+            return await self._proxies[proxy.url].handle_async_request(request)
         host = request.url.host
         port = request.url.port or 443
         entries = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -119,13 +124,6 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         """Close all transports."""
         for transport in (self._inner, *self._proxies.values()):
             await transport.aclose()
-
-
-def _proxy_for(url: httpx.URL) -> str | None:
-    """Return the proxy that the environment names for this URL. None: no proxy."""
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    return None if proxy is None or urllib.request.proxy_bypass(url.host) else proxy
 
 
 def _behind_dns64(address: str) -> str:
@@ -202,14 +200,30 @@ def decompressed(data: bytes) -> tuple[bytes, bool]:
 
 def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:
     """Return `Retry-After` in seconds, clamped to [0, 120]; it may be a number or an HTTP date. None: no valid value."""
+    wait_s = _wait_s(headers, time.time() if now is None else now)
+    return None if wait_s is None else min(max(wait_s, 0.0), RETRY_AFTER_MAX_S)
+
+
+def retry_at(headers: httpx.Headers, now: float) -> float | None:
+    """Return the time that `Retry-After` names, in epoch seconds. None: no valid value, or it is in the past.
+
+    A wait above RETRY_AT_MAX_S is an error of the sender. It counts as RETRY_AFTER_MAX_S.
+    """
+    wait_s = _wait_s(headers, now)
+    if wait_s is None or wait_s <= 0:
+        return None
+    return now + (wait_s if wait_s <= RETRY_AT_MAX_S else RETRY_AFTER_MAX_S)
+
+
+def _wait_s(headers: httpx.Headers, now: float) -> float | None:
     text = headers.get("retry-after", "").strip()
     if not text or len(text) > 64:
         return None
     if re.fullmatch(r"[+-]?(\d+(\.\d*)?|inf|nan)", text, re.IGNORECASE) or re.fullmatch(r"\d+e\d+", text):
-        wait = float(text)
-        return None if math.isnan(wait) else min(max(wait, 0.0), RETRY_AFTER_MAX_S)
+        wait_s = float(text)
+        return None if math.isnan(wait_s) else wait_s
     when = moment_of(text)
-    return None if when is None else min(max(when - (time.time() if now is None else now), 0.0), RETRY_AFTER_MAX_S)
+    return None if when is None else when - now
 
 
 def moment_of(text: str) -> float | None:
@@ -230,49 +244,12 @@ def preparing() -> Generator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
-        proxies = [f"{name.upper()}_PROXY" for name in urllib.request.getproxies()]
-        variables = " or ".join(["SSL_CERT_FILE", "SSL_CERT_DIR"] if isinstance(error, OSError) else proxies)
+        variable = " or ".join(["SSL_CERT_FILE", "SSL_CERT_DIR"] if isinstance(error, OSError) else proxy_variables())
+        cause = ENVIRONMENT_UNUSABLE.about(variable=variable, reason=type(error).__name__)
+        log.warning("%s. %s", cause.meaning, cause.next_step)
         raise Unreachable(
-            f"no connection to EvoLink can be prepared ({type(error).__name__}): {variables} cannot be used",
-            code="unusable_environment",
-            retryable=False,
-            advice=f"Nothing was sent. Correct {variables} in the environment of this server and restart it.",
+            cause.meaning, code=cause.code, retryable=cause.retryable, advice=cause.next_step, cause=cause
         ) from error
-
-
-def rejection(reply: Reply) -> EvolinkError:
-    """Return the error for an answer with a status of BY_STATUS."""
-    code, advice = BY_STATUS[reply.status]
-    message, upstream_code = _message_and_code(reply)
-    message_text = f"{advice.meaning} (HTTP {reply.status}"
-    message_text += f", {upstream_code})" if upstream_code and upstream_code != str(reply.status) else ")"
-    if message:
-        message_text += f"; EvoLink's message: {quoted(message)}"
-    kind = RateLimited if reply.status == 429 else Rejected
-    return kind(
-        message_text,
-        code=code,
-        retryable=advice.retryable,
-        advice=advice.next_step,
-        http_status=reply.status,
-        retry_after_s=retry_after_s(reply.headers),
-    )
-
-
-def _message_and_code(reply: Reply) -> tuple[str, str]:
-    """Return message and code of an error body: {"error": {...}}, {"error": "x"}, {"code", "msg"}, or neither."""
-    try:
-        data = reply.json()
-    except Unreadable:
-        return "", ""
-    body = as_dict(data)
-    inner = body.get("error")
-    source = as_dict(inner) or body
-    message = source.get("message") or source.get("msg") or source.get("error_description")
-    if message is None and isinstance(inner, str):
-        message = inner
-    code = source.get("code")
-    return harmless(message) if message else "", word(code, 60) if isinstance(code, str | int) else ""
 
 
 def dump(body: dict[str, Any]) -> bytes:

@@ -35,6 +35,7 @@ DAYS_MAX = 36_500
 PROFILE_MAX_CHARS = 100
 
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
+_API_PATH = re.compile(r"/v1(/(images|tasks|credits|models)(/.*)?)?$")
 _HOSTNAME = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -174,6 +175,15 @@ def url(text: str) -> str:
     if not hostname or not is_safe or "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError("must be an https URL (http only on loopback) without user name and query")
     return text.rstrip("/")
+
+
+def _api_url(text: str) -> str:
+    """Parse the base URL of the API. Remove /v1 and the path of an endpoint: they are not part of it."""
+    base = url(text)
+    shortened = _API_PATH.sub("", base)
+    if shortened != base:
+        log.warning("EVOLINK_BASE_URL must end before /v1: the server uses %s", harmless(shortened, 200))
+    return shortened
 
 
 def path(text: str) -> Path:
@@ -335,7 +345,7 @@ class Settings:
         is_secret=True,
         keeps_quotes=True,  # `key_problem` explains the quotes
     )
-    base_url: str = setting("EVOLINK_BASE_URL", url, BASE_URL, "Base URL of the API: https, or http on loopback.")
+    base_url: str = setting("EVOLINK_BASE_URL", _api_url, BASE_URL, "Base URL of the API: https, or http on loopback.")
     files_base_url: str = setting(
         "EVOLINK_FILES_BASE_URL",
         url,

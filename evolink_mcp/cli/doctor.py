@@ -21,7 +21,7 @@ from evolink_mcp.api.costs import format_credits
 from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting, decoder_environment
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.team_checks import Finding, check_team
-from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritable
+from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritable, Problem
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry, Stage
@@ -65,8 +65,14 @@ class Report:
     blocks: tuple[Block, ...]
 
     @property
+    def summary(self) -> str:
+        """The last line of the report: the subjects that are broken."""
+        broken = dict.fromkeys(finding.subject for finding in self.findings if finding.verdict == "broken")
+        return f"Broken: {', '.join(broken)}. See above." if broken else "No check failed."
+
+    @property
     def exit_code(self) -> int:
-        """1 if a finding is "broken", else 0."""
+        """1 if a finding is "broken", else 0. A missing key and a missing network are "broken"."""
         return int(any(finding.verdict == "broken" for finding in self.findings))
 
     def data(self) -> dict[str, Any]:
@@ -81,10 +87,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The answer of the API to a request without a key: its `Date` header, or the reason why no answer came."""
+    """The answer of the API to a request without a key: its `Date` header, or the error that came instead."""
 
     date: str | None = None
-    problem: str | None = None
+    problem: Problem | None = None
 
 
 async def examine(environment: Mapping[str, str] | None = None) -> Report:
@@ -187,7 +193,7 @@ def check_key(settings: TeamSettings) -> Finding:
     if settings.key is None:
         return Finding(
             "key",
-            "warning",
+            "broken",
             f"{KEY_VARIABLE} is not set: only the free offline tools work",
             "Create a key at https://evolink.ai/dashboard/keys and put it into the configuration of your MCP host.",
         )
@@ -198,31 +204,30 @@ def check_key(settings: TeamSettings) -> Finding:
     return Finding("key", "ok", "a key is set (doctor does not show it)")
 
 
-async def check_account(settings: TeamSettings) -> list[Finding]:
-    """Check the network, the API key, the credits and the clock with two requests to EvoLink."""
+async def check_account(settings: TeamSettings, clock: Callable[[], float] = time.time) -> list[Finding]:
+    """Check the network, the API key, the credits and the clock (epoch seconds) with two requests to EvoLink."""
     async with EvolinkClient(
-        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url
+        settings.key, base_url=settings.base_url, files_base_url=settings.files_base_url, clock=clock
     ) as client:
         try:
             probe = Probe(date=await client.date())
         except EvolinkError as error:
-            probe = Probe(problem=error.message)
-        findings = [check_network(settings.base_url, probe, is_needed=settings.key is not None)]
+            probe = Probe(problem=error.problem)
+        findings = [check_network(settings.base_url, probe)]
         if settings.key is not None:
             findings.append(await _check_credits(client))
-    return [*findings, check_clock(probe.date, time.time())]
+    return [*findings, check_clock(probe.date, clock())]
 
 
-def check_network(base_url: str, probe: Probe, *, is_needed: bool) -> Finding:
-    """Report whether the API answered. Without a key (`is_needed` is false) the server sends it no requests."""
+def check_network(base_url: str, probe: Probe) -> Finding:
+    """Report whether the API answered. The texts are those of the tools."""
     if probe.problem is None:
         return Finding("network", "ok", f"{base_url} answers")
     return Finding(
         "network",
-        "broken" if is_needed else "warning",
-        f"{base_url} does not answer: {probe.problem}",
-        "Check the network, the proxy and EVOLINK_BASE_URL. MCP hosts pass few variables to a server: "
-        "set HTTPS_PROXY in the configuration of the server.",
+        "broken",
+        probe.problem.message,
+        f"{probe.problem.advice} MCP hosts pass few variables to a server: set variables in its configuration there.",
     )
 
 

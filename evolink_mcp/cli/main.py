@@ -273,6 +273,8 @@ def _doctor(options: Namespace) -> int:
 
     from evolink_mcp.cli.doctor import examine
 
+    if not options.verbose:  # the report contains the failures that the client logs
+        logging.getLogger("evolink_mcp.api").setLevel(logging.ERROR)
     report = anyio.run(examine)
     if options.json:
         print(json.dumps(report.data(), indent=2))
@@ -286,7 +288,7 @@ def _doctor(options: Namespace) -> int:
     for text in dict.fromkeys(block.text for block in report.blocks):
         places = ", ".join(f"{block.host} ({block.where})" for block in report.blocks if block.text == text)
         print(f"\n--- {places}\n{text}")
-    print("\nA check failed: see “broken” above." if report.exit_code else "\nNo check failed.")
+    print(f"\n{report.summary}")
     return report.exit_code
 
 

@@ -67,7 +67,12 @@ async def download(client: EvolinkClient, url: str, into: BinaryIO, budget: Byte
     except TimeoutError as error:
         raise DownloadFailed(f"the picture took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from error
     except TRANSPORT_ERRORS as error:
-        raise DownloadFailed(f"the picture could not be fetched ({why(error)})") from error
+        if (cause := await client.cause_of(error, httpx.URL(url))) is None:
+            raise DownloadFailed(f"the picture could not be fetched ({why(error)})") from error
+        raise DownloadFailed(
+            f"the picture could not be fetched: {cause.meaning}",
+            advice=f"The picture is paid, and EvoLink keeps it for 24 hours. {cause.next_step} Then call get_task.",
+        ) from error
 
 
 def _check(client: EvolinkClient, url: str) -> None:

@@ -91,4 +91,11 @@ def task_from_dict(data: dict[str, Any]) -> Task:
 def _encode(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
-    return json.dumps(value, default=asdict)
+    return json.dumps(value, default=_fields_of)
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    data = asdict(value)
+    if isinstance(value, Problem) and value.retry_at is None:
+        del data["retry_at"]  # a server of an earlier version does not know it
+    return data

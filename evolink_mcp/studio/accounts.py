@@ -7,6 +7,7 @@ import logging
 import anyio
 
 from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.causes import WEB_PAGE
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import Journal
@@ -74,7 +75,8 @@ class AccountLinker:
             await self._client.task(entry.task_id)
         except EvolinkError as error:
             is_young = self._timing.clock() - entry.created_at < TASK_AGE_MIN_S
-            if error.http_status in REFUSALS and not (error.http_status == NOT_FOUND and is_young):
+            is_foreign = error.code == WEB_PAGE.code  # a firewall answered, not EvoLink
+            if error.http_status in REFUSALS and not is_foreign and not (error.http_status == NOT_FOUND and is_young):
                 return False
             raise Refused(
                 f"the API key is new here, and EvoLink did not say whether it belongs to the earlier purchases: {error.message}",

@@ -55,10 +55,14 @@ class _Read:
 
 
 class RateLimit:
-    """The time until which EvoLink asked an account to wait (HTTP 429), by the event loop's clock."""
+    """The time until which EvoLink asked an account to wait (HTTP 429), by the event loop's clock.
+
+    `purchases_at` is the time in epoch seconds before which EvoLink accepts no purchase. It may be days away.
+    """
 
     def __init__(self) -> None:
         self.until = 0.0
+        self.purchases_at = 0.0
 
     def extend(self, seconds: float | None) -> None:
         """EvoLink asked for a wait of `seconds`. None: it named no time."""

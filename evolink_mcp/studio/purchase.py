@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import anyio
 
+from evolink_mcp import causes
 from evolink_mcp.api.client import EvolinkClient
+from evolink_mcp.api.failures import rejected
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, RateLimited, Rejected, TaskKnown, Unreachable
 from evolink_mcp.images.references import References
 from evolink_mcp.journal.entry import Entry, Phase, new_key
@@ -71,10 +73,12 @@ class Purchaser:
         """Check the spending limits, upload the reference images and return the entry. The journal does not have it yet.
 
         Raises:
+            RateLimited: EvoLink accepts no purchase before a later time.
             OverBudget: the price ceiling is above a limit.
             EvolinkError: an upload failed.
         """
         request = prepared.request
+        self._check_rate_limit()
         await self._limits.check_price(request)
         body = await self._references.upload_all(prepared.references)
         journal = self._writer.journal
@@ -91,6 +95,12 @@ class Purchaser:
             caller=journal.owner,
             references=prepared.references.references(body),
         )
+
+    def _check_rate_limit(self) -> None:
+        now = self._timing.clock()
+        may_buy_at = self._rate_limit.purchases_at
+        if may_buy_at - now > REPEAT_WITHIN_S:  # a shorter wait is a part of the purchase
+            raise rejected(causes.rate_limit(may_buy_at, now), retry_at=may_buy_at)
 
     async def buy(self, job: Job) -> None:
         """Send the POST of an `intent` entry. The entry ends `submitted`, `refused`, `unsent` or `unknown`.
@@ -132,6 +142,7 @@ class Purchaser:
             except (RateLimited, Unreachable) as error:
                 if isinstance(error, RateLimited):
                     self._rate_limit.extend(error.retry_after_s)
+                    self._rate_limit.purchases_at = max(self._rate_limit.purchases_at, error.retry_at or 0.0)
                 wait_s = max(error.retry_after_s or 0.0, backoff_s(repeat))
                 used_s += anyio.current_time() - began + wait_s
                 if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:

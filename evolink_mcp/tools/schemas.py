@@ -12,6 +12,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict
 
 from evolink_mcp.errors import Problem
+from evolink_mcp.journal.entry import iso
 
 Schema = dict[str, Any]
 
@@ -22,7 +23,10 @@ def undescribed(schema: Schema) -> None:
 
 
 class ErrorOut(BaseModel):
-    """An error in an answer: a code for programs, a sentence, whether a later repeat can help, and the next step."""
+    """An error in an answer: a code for programs, a sentence, whether a later repeat can help, and the next step.
+
+    `retry_at` (ISO 8601, UTC): until this time EvoLink refuses purchases.
+    """
 
     model_config = ConfigDict(json_schema_extra=undescribed)
 
@@ -30,11 +34,18 @@ class ErrorOut(BaseModel):
     message: str
     retryable: bool
     advice: str
+    retry_at: str | None = None
 
 
 def error_out(problem: Problem) -> ErrorOut:
     """Return a problem as structured content."""
-    return ErrorOut(code=problem.code, message=problem.message, retryable=problem.retryable, advice=problem.advice)
+    return ErrorOut(
+        code=problem.code,
+        message=problem.message,
+        retryable=problem.retryable,
+        advice=problem.advice,
+        retry_at=None if problem.retry_at is None else iso(problem.retry_at),
+    )
 
 
 @cache

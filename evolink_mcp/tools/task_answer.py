@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.models import DEFAULT_MODEL
 from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
+from evolink_mcp.causes import cause_of_task_code
 from evolink_mcp.errors import (
     Charged,
     EvolinkError,
@@ -22,7 +23,6 @@ from evolink_mcp.errors import (
     PictureUnusable,
     Problem,
     TaskUnknown,
-    advice_for,
 )
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, iso
 from evolink_mcp.sanitize import harmless, quoted
@@ -273,9 +273,9 @@ def _failure(entry: Entry) -> Problem | None:
             )
         return None
     code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
-    advice = advice_for(code)
+    cause = cause_of_task_code(code)
     upstream = f"; EvoLink's message: {quoted(task.error.message)}" if task.error else ""
-    return Problem(code, f"{advice.meaning}{upstream}", advice.retryable, advice.next_step)
+    return Problem(cause.code, f"{cause.meaning}{upstream}", cause.retryable, cause.next_step)
 
 
 def _expected(entry: Entry) -> Pixels | None:

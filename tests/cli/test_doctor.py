@@ -24,7 +24,7 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from evolink_mcp import __version__
 from evolink_mcp.app.settings import EXAMPLE_KEY
 from evolink_mcp.cli import doctor
-from evolink_mcp.cli.doctor import Finding, Probe, Report
+from evolink_mcp.cli.doctor import Finding, Report
 from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed_command
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
@@ -87,10 +87,10 @@ async def test_an_intact_installation_has_no_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_missing_key_is_a_warning_that_states_where_to_create_one(tmp_path: Path) -> None:
+async def test_a_missing_key_is_broken_and_the_report_states_where_to_create_one(tmp_path: Path) -> None:
     report = await examine(tmp_path)
     (finding,) = findings_about("key", report.findings)
-    assert (finding.verdict, report.exit_code) == ("warning", 0)
+    assert (finding.verdict, report.exit_code) == ("broken", 1)
     assert "https://evolink.ai/dashboard/keys" in finding.todo
     assert findings_about("credits", report.findings) == []
 
@@ -126,9 +126,10 @@ def test_text_and_json_contain_the_same_findings_and_configurations(tmp_path: Pa
     command = [*SERVER_COMMAND, "doctor"]
     plain = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     data = subprocess.run([*command, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (plain.returncode, plain.stderr, data.returncode, data.stderr) == (0, "", 0, "")
+    assert (plain.returncode, plain.stderr, data.returncode, data.stderr) == (1, "", 1, "")
+    assert plain.stdout.endswith("Broken: key, network. See above.\n")
     report = json.loads(data.stdout)
-    assert (report["well"], len(report["hosts"])) == (True, len(BLOCKS))
+    assert (report["well"], len(report["hosts"])) == (False, len(BLOCKS))
     for finding in report["findings"]:
         assert finding["words"] in plain.stdout
     for block in report["hosts"]:
@@ -187,7 +188,7 @@ async def test_an_image_decoder_that_does_not_start_is_broken(tmp_path: Path, ca
     [
         pytest.param(EXAMPLE_KEY, "broken", id="example"),
         pytest.param("no-such-beginning-1234", "warning", id="other prefix"),
-        pytest.param("${user_config.api_key}", "warning", id="empty field of a bundle"),
+        pytest.param("${user_config.api_key}", "broken", id="empty field of a bundle"),
     ],
 )
 async def test_an_unusual_key_is_reported(tmp_path: Path, key: str, verdict: str) -> None:
@@ -212,10 +213,14 @@ def test_the_clock_is_compared_with_the_api(date: str | None, verdict: str, text
     assert (finding.verdict, text in finding.words) == (verdict, True)
 
 
-def test_an_unreachable_api_is_only_a_warning_without_a_key() -> None:
-    probe = Probe(problem="Connection refused")
-    assert doctor.check_network("https://x", probe, is_needed=True).verdict == "broken"
-    assert doctor.check_network("https://x", probe, is_needed=False).verdict == "warning"
+@pytest.mark.anyio
+async def test_a_missing_network_is_broken_with_and_without_a_key(tmp_path: Path) -> None:
+    for settings in ({}, {"EVOLINK_API_KEY": KEY}):
+        report = await examine(tmp_path, **settings)
+        (finding,) = findings_about("network", report.findings)
+        assert (finding.verdict, report.exit_code) == ("broken", 1)
+        assert "127.0.0.1:9 refuses the connection" in finding.words
+        assert "network" in report.summary
 
 
 def test_an_unwritable_folder_is_broken_and_its_variable_is_named(tmp_path: Path) -> None:
