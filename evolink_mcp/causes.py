@@ -204,7 +204,7 @@ def cause_of_code(code: str) -> Cause | None:
 
 
 def is_moderation(message: str) -> bool:
-    """Return whether the text of an error says that moderation refused the request."""
+    """Return whether the text of an error names moderation as its reason."""
     return _MODERATION.search(message) is not None
 
 

@@ -348,7 +348,7 @@ class EvolinkClient:
             raise self._logged(await self._unreadable(error, request.url)) from error
         target = self._target_of(request.url)
         if (foreign := foreign_answer(reply, target, request.url)) is not None:
-            # The answer of a firewall says nothing about the task or the key, so the read is repeated.
+            # A firewall does not know the task or the key, so the read is repeated.
             raise self._logged(
                 Unreadable(
                     foreign.meaning,

@@ -415,7 +415,8 @@ async def test_after_a_long_rate_limit_no_purchase_is_sent_before_its_end(tmp_pa
         (1, "in 1 seconds"),
         (89, "in 89 seconds"),
         (90, "in 2 minutes"),
-        (7140, "in 119 minutes"), (7199, "in 2 hours"),
+        (7140, "in 119 minutes"),
+        (7199, "in 2 hours"),
         (86_400, "in 24 hours"),
     ],
 )
