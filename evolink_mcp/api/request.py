@@ -131,6 +131,11 @@ def is_file(source: str) -> bool:
     return bool(source) and not is_remote(source) and not source[:8].lower().startswith(("data:", "evolink:"))
 
 
+def size_argument(value: Any) -> Any:
+    """Convert an object such as {"width": 1024, "height": 768} to text, so that the refusal can name the size."""
+    return json.dumps(value)[: sizes.TEXT_MAX + 1] if isinstance(value, dict) else value
+
+
 def _size(text: str) -> str:
     """Return the size to send. A description in words is refused with the value to use."""
     if (hint := advice(text)) is not None:
@@ -178,6 +183,7 @@ ImageUrls = Annotated[
 ]
 SizeText = Annotated[
     str,
+    BeforeValidator(size_argument),
     AfterValidator(_size),
     Field(
         description=_size_description(DEFAULT_MODEL),

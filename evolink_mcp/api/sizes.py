@@ -24,9 +24,10 @@ TEXT_MAX = 64
 BLANKS = " \t\r\n"
 _ECHO_MAX = 40
 _SHAPE_WEIGHT = 8  # a change of the shape is more visible than the same change of the area
-_EXPLICIT = re.compile(r"(0|[1-9][0-9]{0,19})[ \t]*[xX×][ \t]*(0|[1-9][0-9]{0,19})")
-_RATIO = re.compile(r"([1-9][0-9]{0,19}):([1-9][0-9]{0,19})")
+PIXELS = re.compile(r"(0|[1-9][0-9]{0,19})[ \t]*[xX×][ \t]*(0|[1-9][0-9]{0,19})")
 _NUMBER = re.compile(r"[0-9]{1,20}")
+_WORD = re.compile(r"[^\W\d_xX]")
+RATIO = re.compile(r"([1-9][0-9]{0,19}):([1-9][0-9]{0,19})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +120,18 @@ def normalize(text: str, limits: SizeLimits = DEFAULT_LIMITS) -> str:
     lower_case = trimmed.lower()
     if lower_case in ("auto", *limits.ratios):
         return lower_case
-    if ratio := _RATIO.fullmatch(trimmed):
+    if ratio := RATIO.fullmatch(trimmed):
         raise _unknown_ratio(trimmed, int(ratio[1]), int(ratio[2]), limits)
-    pixels = _EXPLICIT.fullmatch(trimmed)
+    pixels = PIXELS.fullmatch(trimmed)
     if pixels is None:
         raise _not_a_size(trimmed, limits)
     width, height = int(pixels[1]), int(pixels[2])
     if breaches := _breaches(width, height, limits):
-        reason = f"Size {_quoted(trimmed)} is not legal: {'; '.join(breaches)}."
-        raise IllegalSize(reason, nearest_legal(width, height, limits=limits))
+        nearest = nearest_sizes(width, height, limits=limits)
+        too_large = (
+            "" if nearest[0].covers(width, height) else f" No legal size covers it. {nearest[0]} is the nearest."
+        )
+        raise IllegalSize(f"Size {_quoted(trimmed)} is not legal: {'; '.join(breaches)}.{too_large}", nearest)
     return f"{width}x{height}"
 
 
@@ -155,6 +159,14 @@ def resolve(text: str, tier: str = "1K", rule: str = "anchor-edge", limits: Size
 def takes_resolution(size: str, limits: SizeLimits = DEFAULT_LIMITS) -> bool:
     """Return whether `resolution` has an effect on a normalized size: only on a ratio."""
     return size in limits.ratios
+
+
+def nearest_sizes(width: int, height: int, count: int = 3, limits: SizeLimits = DEFAULT_LIMITS) -> tuple[Size, ...]:
+    """Return up to `count` legal sizes for a target in pixels. The first is that of `cover`."""
+    shaped = nearest_legal(width, height, count, limits)
+    if not (1 <= width <= TARGET_EDGE_MAX and 1 <= height <= TARGET_EDGE_MAX):
+        return shaped
+    return tuple(dict.fromkeys((cover(width, height, limits=limits).size, *shaped)))[:count]
 
 
 def nearest_legal(width: int, height: int, count: int = 3, limits: SizeLimits = DEFAULT_LIMITS) -> tuple[Size, ...]:
@@ -220,6 +232,16 @@ def cover(width: int, height: int, rule: str = "anchor-edge", limits: SizeLimits
         tier_size=tier_size,
         tier_covers=tier_size.covers(width, height),
     )
+
+
+def cover_text(width: int, height: int, limits: SizeLimits = DEFAULT_LIMITS) -> str:
+    """Return the words after the size of `cover`: whether it covers the target. Empty if the target is legal."""
+    size = cover(width, height, limits=limits).size
+    if (size.width, size.height) == (width, height):
+        return ""
+    if size.covers(width, height):
+        return f" (the smallest legal size that covers {width}x{height})"
+    return f" (the nearest legal size; none covers {width}x{height})"
 
 
 def nearest_ratios(width: int, height: int, limits: SizeLimits = DEFAULT_LIMITS) -> tuple[str, ...]:
@@ -327,10 +349,11 @@ def _unknown_ratio(text: str, across: int, down: int, limits: SizeLimits) -> Ill
 
 
 def _not_a_size(text: str, limits: SizeLimits) -> IllegalSize:
-    numbers = [int(number) for number in _NUMBER.findall(text)]
-    are_edges = len(numbers) == 2 and all(limits.edge_min <= number <= TARGET_EDGE_MAX for number in numbers)
     forms = f"auto, a ratio ({' '.join(limits.ratios)}) or WxH such as 1024x640"
-    nearest = nearest_legal(numbers[0], numbers[1], limits=limits) if are_edges else ()
+    numbers = [int(number) for number in _NUMBER.findall(text)]
+    # A word may turn the shape, so numbers have a meaning only without words.
+    are_edges = len(numbers) == 2 and all(limits.edge_min <= number <= TARGET_EDGE_MAX for number in numbers)
+    nearest = nearest_sizes(numbers[0], numbers[1], limits=limits) if are_edges and not _WORD.search(text) else ()
     return IllegalSize(f"Size {_quoted(text)} is not understood: give {forms}.", nearest)
 
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from evolink_mcp.api import size_grammar, sizes
 from evolink_mcp.api.costs import format_credits, price, usd
 from evolink_mcp.api.models import DEFAULT_MODEL, TIERS
-from evolink_mcp.api.request import REFERENCES_MAX, WHOLE, Arguments, Count, OrNull, Quality, Resolution
+from evolink_mcp.api.request import REFERENCES_MAX, WHOLE, Arguments, Count, OrNull, Quality, Resolution, size_argument
 from evolink_mcp.api.sizes import TARGET_EDGE_MAX
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless
@@ -33,7 +33,11 @@ Edge = Annotated[int, Strict(), Field(ge=1, le=TARGET_EDGE_MAX), WHOLE]
 class ComputeSizeArguments(Arguments):
     """The arguments of compute_size: a size, or a target width and height."""
 
-    size: Annotated[str | OrNull, Field(description="auto, a ratio, WxH, or words such as A4 landscape.")] = None
+    size: Annotated[
+        str | OrNull,
+        BeforeValidator(size_argument),
+        Field(description="auto, a ratio, WxH, or words such as A4 300dpi."),
+    ] = None
     resolution: Resolution = TIERS[0]
     quality: Quality = DEFAULT_MODEL.default_quality
     n: Count = 1
@@ -131,29 +135,49 @@ def compute(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
     Raises:
         Refused: the call needs either `size`, or `width` and `height`.
     """
-    has_target = None not in (req.width, req.height)
-    if has_target and req.size in (None, "auto"):
-        return _with_factor(_covering(req, prices), prices)
+    if req.width is not None and req.height is not None and req.size in (None, "auto"):
+        return _with_factor(_covering(req, (req.width, req.height), prices), prices)
     if req.size is None:
         raise Refused(
             "give either size, or both width and height",
             code="invalid_arguments",
             advice="Correct them and call again.",
         )
-    corrected = size_grammar.legal_value(req.size)
-    size = corrected or req.size
-    rule = prices.rule
     try:
-        resolved = sizes.resolve(size, req.resolution, rule)
+        suggestion = size_grammar.suggest(req.size)
+        if suggestion is None:
+            out = _resolved(req, req.size, prices)
+        elif suggestion.target is not None:
+            out = _covering(req, suggestion.target, prices)
+        else:
+            tier = suggestion.resolution or req.resolution
+            out = _resolved(req.model_copy(update={"resolution": tier}), suggestion.size, prices)
     except sizes.IllegalSize as error:
-        nearest = [str(size) for size in error.nearest]
+        readings = error.readings if isinstance(error, size_grammar.Contradiction) else ()
+        alternatives = [*readings, *map(str, error.nearest)]
         problem = ErrorOut(
             code="illegal_size",
             message=error.reason,
             retryable=False,
-            advice="Use one of the alternatives." if nearest else "Use auto, one of the 15 ratios, or WxH.",
+            advice="Use one of the alternatives." if alternatives else "Use auto, one of the 15 ratios, or WxH.",
         )
-        return SizeOut(alternatives=nearest, error=problem)
+        return SizeOut(alternatives=alternatives, error=problem)
+    if suggestion is not None:
+        corrected = size_grammar.advice_for(suggestion)
+        out.notes.insert(0, f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {corrected}.")
+    if req.width or req.height:
+        out.notes.append("width and height have no effect with size.")
+    return _with_factor(out, prices)
+
+
+def _resolved(req: ComputeSizeArguments, size: str, prices: Prices) -> SizeOut:
+    """Return pixels and price of a legal size.
+
+    Raises:
+        IllegalSize: EvoLink would refuse it.
+    """
+    rule = prices.rule
+    resolved = sizes.resolve(size, req.resolution, rule)
     candidates = [sizes.resolve(size, req.resolution, each).size for each in prices.possible_rules]
     out = _sized(resolved.size, req, prices, candidates)
     out.downscaled = resolved.downscaled
@@ -161,12 +185,6 @@ def compute(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
     out.rule = resolved.rule
     out.rule_known = prices.is_rule_known if resolved.resolution_applies else None
     out.prices = _other_prices(size, req, prices)
-    if corrected is not None:
-        out.notes.append(
-            f"EvoLink does not take “{harmless(req.size, 40)}” as a size: {size_grammar.advice(req.size)}."
-        )
-    if req.width or req.height:
-        out.notes.append("width and height have no effect with size.")
     if resolved.size is None:
         out.notes.append(
             "With auto the model chooses the size. The estimate assumes 2048x2048, as EvoLink's own estimate does. "
@@ -185,7 +203,7 @@ def compute(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
             out.notes.append(
                 f"EvoLink's {other_rule} rule computes {other_size}. Pass explicit_size as size for exact pixels.{unknown_rule}"
             )
-    return _with_factor(out, prices)
+    return out
 
 
 def _with_factor(out: SizeOut, prices: Prices) -> SizeOut:
@@ -225,10 +243,9 @@ def _at_most(candidates: Sequence[sizes.Size | None], quality: str, req: Compute
     return prices.at_most(candidates, quality, req.n, references=req.references, prompt_bytes=PROMPT_BYTES)
 
 
-def _covering(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
-    assert req.width is not None
-    assert req.height is not None
-    cover = sizes.cover(req.width, req.height, prices.rule)
+def _covering(req: ComputeSizeArguments, target: tuple[int, int], prices: Prices) -> SizeOut:
+    width, height = target
+    cover = sizes.cover(width, height, prices.rule)
     out = _sized(cover.size, req, prices, [cover.size])
     out.rule = "explicit"
     out.downscaled = False
@@ -241,7 +258,11 @@ def _covering(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
     out.prices = _other_prices(str(cover.size), req, prices)
     scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
     if (cover.crop.width, cover.crop.height) != (cover.size.width, cover.size.height) or scaled:
-        out.notes.append(f"For {req.width}×{req.height}: {scaled}crop to {cover.crop} at ({cover.left}, {cover.top}).")
+        out.notes.append(f"For {width}×{height}: {scaled}crop to {cover.crop} at ({cover.left}, {cover.top}).")
+    if not cover.size.covers(width, height):
+        out.notes.append(
+            f"No legal size covers {width}×{height}. {cover.size} is the nearest, so the picture must be enlarged."
+        )
     covers = "covers the target" if cover.tier_covers else "is smaller than the target"
     out.notes.append(f"Closest ratio and tier: {cover.ratio} at {cover.tier}. It has {cover.tier_size} and {covers}.")
     return out
@@ -272,7 +293,9 @@ def _sized(
 def size_text(out: SizeOut) -> str:
     """Return the answer as text."""
     if out.error is not None:
-        nearest = f" Nearest legal sizes: {', '.join(out.alternatives)}." if out.alternatives else ""
+        are_pixels = all("x" in size for size in out.alternatives)
+        label = "Nearest legal sizes" if are_pixels else "Alternatives"
+        nearest = f" {label}: {', '.join(out.alternatives)}." if out.alternatives else ""
         return f"{sentence(out.error.message)}{nearest} Nothing was sent or charged. {out.error.advice}"
     lines = ["The model chooses the pixels (auto)."]
     if out.width:
