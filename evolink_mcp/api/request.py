@@ -54,7 +54,8 @@ def _is_invisible(char: str) -> bool:
     return unicodedata.category(char) in _INVISIBLE_CATEGORIES or char in _INVISIBLE_LETTERS
 
 
-def _prompt(text: str) -> str:
+def checked_prompt(text: str) -> str:
+    """Return the prompt unchanged. It must have a visible character and no NUL."""
     if "\0" in text:
         raise ValueError("contains a NUL character, which EvoLink cannot store")
     if all(map(_is_invisible, text)):
@@ -77,7 +78,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _list_of(value: Any) -> Any:
+def list_of(value: Any) -> Any:
     """Convert a JSON list in a string (some MCP hosts send that) to a list, and a single string to a list of one."""
     if not isinstance(value, str):
         return value
@@ -136,7 +137,7 @@ def size_argument(value: Any) -> Any:
     return json.dumps(value)[: sizes.TEXT_MAX + 1] if isinstance(value, dict) else value
 
 
-def _size(text: str) -> str:
+def checked_size(text: str) -> str:
     """Return the size to send. A description in words is refused with the value to use."""
     if (hint := advice(text)) is not None:
         raise sizes.IllegalSize(f"EvoLink does not take this as a size: {hint}")
@@ -169,12 +170,12 @@ def _quality_description(model: ImageModel) -> str:
 Prompt = Annotated[
     str,
     Field(min_length=1, max_length=PROMPT_MAX, description="Picture to draw, or change to the reference images."),
-    AfterValidator(_prompt),
+    AfterValidator(checked_prompt),
 ]
 PictureSource = Annotated[str, Strict(), AfterValidator(_image_source)]
 ImageUrls = Annotated[
     list[PictureSource],
-    BeforeValidator(_list_of),
+    BeforeValidator(list_of),
     Field(
         max_length=REFERENCES_MAX,
         description="Reference images: public URLs, absolute paths, file: or data: URIs, or "
@@ -184,7 +185,7 @@ ImageUrls = Annotated[
 SizeText = Annotated[
     str,
     BeforeValidator(size_argument),
-    AfterValidator(_size),
+    AfterValidator(checked_size),
     Field(
         description=_size_description(DEFAULT_MODEL),
         json_schema_extra={

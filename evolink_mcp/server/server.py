@@ -24,6 +24,7 @@ from evolink_mcp.server.tasks_extension import Tasks
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.compute_size import RULE_FRESH_FOR_S, compute_size_tool
 from evolink_mcp.tools.generate_image import generate_image_tool
+from evolink_mcp.tools.generate_images import generate_images_tool
 from evolink_mcp.tools.get_balance import get_balance_tool
 from evolink_mcp.tools.get_task import get_task_tool
 from evolink_mcp.tools.hosts import HOSTS, Hosts
@@ -91,6 +92,7 @@ def build_server(
     get_task = get_task_tool(waiting)
     tools = [
         generate_image_tool(waiting),
+        generate_images_tool(waiting),
         get_task,
         compute_size_tool(studio, rule_fresh_for_s),
         view_image_tool(waiting),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -80,8 +80,33 @@ class Limits:
             OverBudget: names the price, the limit and the largest size and quality that fit.
             JournalUnwritable: today's sums cannot be read.
         """
+        await self._check_together([request])
+
+    async def check_series(self, requests: Sequence[ImageRequest], jobs: Iterable[Job]) -> None:
+        """Check the limits for all purchases of a series before the first one. `jobs` are the jobs of this server.
+
+        The limit per call applies to each purchase, the limits per day to the sum of the price ceilings.
+
+        Raises:
+            TooManyRunning: the series has more purchases than may run beside `jobs`.
+            OverBudget, JournalUnwritable: as `check_price`.
+        """
+        limit = self._limits.running
+        running = self._running(jobs)
+        if limit is not None and running + len(requests) > limit:
+            raise TooManyRunning(
+                f"the limit of {limit} running tasks allows {max(limit - running, 0)} more, and the series needs "
+                f"{len(requests)}",
+                advice="Give fewer prompts, or wait for running tasks with get_task.",
+            )
+        if requests:
+            await self._check_together(requests)
+
+    async def _check_together(self, requests: Sequence[ImageRequest]) -> None:
         prices = self._prices.current
-        self._check_call(request, request.price_ceiling, prices)
+        for request in requests:
+            self._check_call(request, request.price_ceiling, prices)
+        ceiling = sum(request.price_ceiling for request in requests)
         midnight = start_of_day(self._clock())
         for limit, read, is_total in (
             (self._limits.per_day, self._journal.sums_since, False),
@@ -89,8 +114,10 @@ class Limits:
         ):
             if limit is not None:
                 sums = await read(midnight)
-                if sums.total + request.price_ceiling > limit:
-                    raise self._over_daily_limit(request, request.price_ceiling, sums, prices, is_total=is_total)
+                if sums.total + ceiling > limit:
+                    raise self._over_daily_limit(
+                        requests[0], ceiling, sums, prices, is_total=is_total, purchases=len(requests)
+                    )
 
     async def admit(self, request: ImageRequest, entry: Entry) -> Entry:
         """Record a new entry unless a limit forbids it, and return it.
@@ -166,10 +193,11 @@ class Limits:
             )
 
     def _over_daily_limit(
-        self, request: ImageRequest, ceiling: float, sums: Sums, prices: Prices, *, is_total: bool
+        self, request: ImageRequest, ceiling: float, sums: Sums, prices: Prices, *, is_total: bool, purchases: int = 1
     ) -> OverBudget:
         limit = (self._limits.total_per_day if is_total else self._limits.per_day) or 0.0
-        price = f"the computed price is at most {costs.format_credits(ceiling)}"
+        series = f" of {purchases} pictures" if purchases > 1 else ""
+        price = f"the computed price{series} is at most {costs.format_credits(ceiling)}"
         reserved = f" and {costs.format_credits(sums.reserved)} reserved" if sums.reserved else ""
         used = f"{costs.format_credits(sums.spent)} of today's {costs.format_credits(limit)} are spent{reserved}"
         place = self._limits.advice("EVOLINK_MCP_MAX_CREDITS_PER_DAY", "max_credits_per_day")
@@ -177,10 +205,14 @@ class Limits:
             place = "" if self._limits.tenant else "The user can raise EVOLINK_MCP_TOTAL_CREDITS_PER_DAY."
             # The sums of all profiles would show a tenant the spending of the others.
             used = f"the server's limit of {costs.format_credits(limit)} per day for all users leaves less"
-        largest = _largest_text(request, prices, limit - sums.total)
+        largest = _largest_text(request, prices, (limit - sums.total) / purchases, is_series=purchases > 1)
         # A call that alone is above the limit does not fit tomorrow either.
         wait = f"The limit starts again at midnight. {largest}" if ceiling <= limit else largest
         return OverBudget(f"{price}, and {used}", advice=f"{wait} {place}".strip())
+
+    def _running(self, jobs: Iterable[Job]) -> int:
+        """Return the number of running tasks, with the purchases that are about to become jobs."""
+        return self._ordering + sum(job.entry.is_running for job in jobs)
 
     @contextmanager
     def place(self, jobs: Iterable[Job]) -> Generator[None]:
@@ -189,7 +221,7 @@ class Limits:
         Raises:
             TooManyRunning: the limit of running tasks is reached.
         """
-        running = self._ordering + sum(job.entry.is_running for job in jobs)
+        running = self._running(jobs)
         limit = self._limits.running
         if limit is not None and running >= limit:
             raise TooManyRunning.of(running, limit)
@@ -200,18 +232,23 @@ class Limits:
             self._ordering -= 1
 
 
-def _largest_text(request: ImageRequest, prices: Prices, credits: float) -> str:
-    """Return the sentence that names the largest size and quality for these credits."""
+def _largest_text(request: ImageRequest, prices: Prices, credits: float, *, is_series: bool = False) -> str:
+    """Return the sentence that names the largest size and quality for these credits. `is_series`: of each picture."""
     best = largest_that_fits(request.request, prices, credits)
     if best is None:
-        return "No size and quality fits."
+        return (
+            "No size and quality fits for all of them: give fewer prompts."
+            if is_series
+            else "No size and quality fits."
+        )
     arguments = {"size": f'"{best.size}"', "quality": f'"{best.quality}"'}
     if sizes.takes_resolution(best.size):
         arguments["resolution"] = f'"{best.resolution}"'
     if best.n != request.request.n:
         arguments["n"] = str(best.n)
     words = ", ".join(f"{name}={value}" for name, value in arguments.items())
-    return f"The largest that fits is {words}: at most {costs.format_credits(prices.ceiling(best))}."
+    each = " for each picture" if is_series else ""
+    return f"The largest that fits{each} is {words}: at most {costs.format_credits(prices.ceiling(best))}{each}."
 
 
 def largest_that_fits(request: GenerationRequest, prices: Prices, credits: float) -> GenerationRequest | None:

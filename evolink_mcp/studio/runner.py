@@ -95,6 +95,16 @@ class JobRunner:
                 return job
         raise AssertionError("unreachable")
 
+    async def has_earlier(self, prepared: Prepared) -> bool:
+        """Return whether `find_or_buy` would find an earlier purchase now. Call `adopt` first.
+
+        Raises:
+            JournalUnwritable: earlier purchases are unknown.
+        """
+        now = self._timing.clock()
+        earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
+        return not prepared.request.force_new and any(entry.is_reusable(now) for entry in earlier)
+
     def attend(self, job: Job) -> None:
         """Register one more waiting call with a job, until `depart`."""
         job.callers += 1

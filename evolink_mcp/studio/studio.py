@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.abc
@@ -13,7 +13,7 @@ import anyio.abc
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, OtherKey, Refused, TaskUnknown
-from evolink_mcp.images.references import References
+from evolink_mcp.images.references import CheckedRequest, References
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_defaults
 from evolink_mcp.journal.journal import Journal, Notification
@@ -163,14 +163,38 @@ class Studio:
         if request.save_as is not None:
             self.image_store.check_name(request.save_as)
         self._limits.check_callback(request.request.callback_url)
-        references = await self.references.check(request.request)
+        return self._prepared(request, await self.references.check(request.request))
+
+    def _prepared(self, request: ImageRequest, references: CheckedRequest) -> Prepared:
         request_hash = fingerprint(with_defaults(references.identity))
         return Prepared(request, references, request_hash, self.prices.current.rule)
 
-    async def order(self, request: ImageRequest) -> Job:
+    async def prepare_series(self, requests: Sequence[ImageRequest]) -> list[Prepared]:
+        """Run every check of a series before its first purchase. The requests differ only in prompt and file name.
+
+        The reference images are checked once. The spending limits count all requests without an earlier purchase.
+
+        Raises:
+            EvolinkError: a check failed. Nothing was sent.
+        """
+        self._need_key()
+        first = await self.prepare(requests[0])
+        series = [first]
+        for request in requests[1:]:
+            if request.save_as is not None:
+                self.image_store.check_name(request.save_as)
+            series.append(self._prepared(request, replace(first.references, body=request.request.body())))
+        await self._linker.link()
+        await self._runner.adopt()
+        new = [prepared.request for prepared in series if not await self._runner.has_earlier(prepared)]
+        await self._limits.check_series(new, self._runner.jobs)
+        return series
+
+    async def order(self, request: ImageRequest, prepared: Prepared | None = None) -> Job:
         """Buy images, or return an earlier identical purchase that was not delivered.
 
-        The caller is registered with the job until `depart`. `ordered` does both.
+        The caller is registered with the job until `depart`. `ordered` does both. `prepared` is the result of
+        `prepare_series` for this request.
 
         Raises:
             EvolinkError: nothing was sent. The job reports all later errors.
@@ -179,18 +203,19 @@ class Studio:
         if self._is_draining:
             raise Refused("this server is about to end", code="draining", retryable=True, advice="Call again.")
         self._has_caller.set()
-        prepared = await self.prepare(request)
+        if prepared is None:
+            prepared = await self.prepare(request)
         await self._linker.link()
         return await self._runner.find_or_buy(prepared)
 
     @asynccontextmanager
-    async def ordered(self, request: ImageRequest) -> AsyncGenerator[Job]:
-        """Order, and wait for the job inside this context.
+    async def ordered(self, request: ImageRequest, prepared: Prepared | None = None) -> AsyncGenerator[Job]:
+        """Order, and wait for the job inside this context. See `order`.
 
         Raises:
             EvolinkError: nothing was sent.
         """
-        job = await self.order(request)
+        job = await self.order(request, prepared)
         async with self._registered(job):
             yield job
 

@@ -1,4 +1,4 @@
-"""generate_image: buy images, wait for them and save them. The only tool that spends credits."""
+"""generate_image: buy images, wait for them and save them."""
 # Without `from __future__ import annotations`: the SDK reads the annotations of the nested functions at run time.
 
 from dataclasses import replace
@@ -9,21 +9,18 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
-from pydantic import BaseModel, Field, Strict
+from pydantic import Field
 
-from evolink_mcp.api import costs, sizes
+from evolink_mcp.api import costs
 from evolink_mcp.api.request import GenerationRequest, OrNull, is_file
 from evolink_mcp.api.urls import host_of
-from evolink_mcp.errors import OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest
-from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
+from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
 from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
-
-Credits = Annotated[float, Strict(), Field(ge=0, description="Highest allowed charge.")]
 
 
 class GenerateImageArguments(GenerationRequest):
@@ -34,17 +31,7 @@ class GenerateImageArguments(GenerationRequest):
         str | OrNull, Field(description="File name, or path in an allowed folder. Never overwrites.")
     ] = None
     max_credits: Credits | OrNull = None
-    force_new: Annotated[
-        bool,
-        Strict(),
-        Field(description="Buy again despite an identical undelivered purchase."),
-    ] = False
-
-
-class Confirm(BaseModel):
-    """The question to the user before an expensive call, or before a local file is sent with a callback."""
-
-    go_ahead: bool = Field(title="Go ahead", description="Yes, do this")
+    force_new: ForceNew = False
 
 
 def generate_image_tool(waiting: Waiting) -> Tool:
@@ -62,7 +49,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         limit = studio.spending_limits.confirm_above
         is_expensive = limit is not None and order.price_ceiling > limit
         disclosures = _disclosures(req) - approved
-        if _can_ask(ctx) and (is_expensive or disclosures):
+        if can_ask(ctx) and (is_expensive or disclosures):
             price = f"This will cost at most {costs.format_credits(order.price_ceiling)}. " if is_expensive else ""
             return Elicit(f"{price}{_disclosure_text(disclosures)}Go ahead?", Confirm)
         return Confirm(
@@ -80,11 +67,15 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         Never call generate_image again for the same picture. To edit, give image_urls. compute_size returns pixels and
         price, free of charge. Show the user the path and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise _unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=_can_ask(ctx))
+            raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
         approved.update(_disclosures(req))
         async with studio.ordered(replace(order, client=client_of(ctx))) as job:
             return await waiting.answer(
-                job, req.wait_seconds, ctx, _notes(req, studio), is_deduplicated=job.is_deduplicated
+                job,
+                req.wait_seconds,
+                ctx,
+                argument_notes(req, req.save_as, studio),
+                is_deduplicated=job.is_deduplicated,
             )
 
     return flat_tool(
@@ -97,16 +88,6 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         meta=GALLERY_META,
         has_nested_fields=True,
     )
-
-
-def _notes(req: GenerateImageArguments, studio: Studio) -> list[str]:
-    notes: list[str] = []
-    if req.save_as is not None and not studio.image_store.is_permanent:
-        notes.append("save_as has no effect: this server saves no pictures. Download them from their links.")
-    if "resolution" in req.model_fields_set and not sizes.takes_resolution(req.size):
-        size = "auto" if req.size == "auto" else "explicit pixels"
-        notes.append(f"resolution has no effect with {size}. It was not sent.")
-    return notes
 
 
 def _disclosures(req: GenerateImageArguments) -> set[tuple[str, str]]:
@@ -123,24 +104,3 @@ def _disclosure_text(disclosures: set[tuple[str, str]]) -> str:
     files = " and ".join(quoted(source, 120) for source, _ in sorted(disclosures))
     (host,) = {host for _, host in disclosures}
     return f"It sends your file {files} to EvoLink, and the URL of the result to {quoted(host, 120)}. "
-
-
-def _unconfirmed(at_most: float, limit: float | None, *, was_asked: bool) -> OverBudget:
-    if was_asked:
-        return OverBudget(
-            f"the user did not approve this call, which may cost {costs.format_credits(at_most)}",
-            code="not_confirmed",
-            advice="Do not call again unless the user asks for it.",
-        )
-    return OverBudget(
-        f"the highest possible charge is {costs.format_credits(at_most)}, above {limit:g}: the user must approve it first",
-        code="confirmation_needed",
-        advice=f"Ask the user, then call again with max_credits={at_most:g}.",
-    )
-
-
-def _can_ask(ctx: Context[Any, Any]) -> bool:
-    """Return whether this host can ask the user, in either protocol era."""
-    capabilities = ctx.client_capabilities
-    modern = (ctx.protocol_version or "") >= "2026-07-28"
-    return bool(capabilities and capabilities.elicitation) and (modern or ctx.session.can_send_request)

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 from evolink_mcp.sanitize import harmless
 
-TOOL_NAMES = ("generate_image", "get_task", "compute_size", "view_image", "list_tasks", "get_balance")
+TOOL_NAMES = (
+    "generate_image",
+    "generate_images",
+    "get_task",
+    "compute_size",
+    "view_image",
+    "list_tasks",
+    "get_balance",
+)
 
 
 def tools_named(words: Iterable[str]) -> frozenset[str]:
@@ -20,4 +28,6 @@ def tools_named(words: Iterable[str]) -> frozenset[str]:
         raise ValueError("it names no tool")
     if unknown := sorted(names - set(TOOL_NAMES)):
         raise ValueError(f"there is no tool {harmless(unknown[0], 60)}, only {', '.join(TOOL_NAMES)}")
+    if "generate_images" in names and "generate_image" not in names:
+        raise ValueError("generate_images needs generate_image: without generate_image nothing can be bought")
     return names

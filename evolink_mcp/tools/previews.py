@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from mcp_types import ImageContent, ResourceLink
 
-from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import DecoderUnavailable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain
@@ -26,18 +25,15 @@ GALLERY_META: dict[str, Any] = {"ui": {"resourceUri": GALLERY_URI}, "ui/resource
 PREVIEW_MIN_CHARS = 20_000
 
 
-async def previews(
-    out: TaskOut, saved: Sequence[Path], longest_edge: int | None, answer_max: int, decoder: Decoder
-) -> list[ImageContent]:
-    """Return the previews that fit beside the text in `answer_max` characters. A failed preview is not an error.
+async def previews(saved: Sequence[Path], longest_edge: int | None, room: int, decoder: Decoder) -> list[ImageContent]:
+    """Return the previews that fit into `room` characters. A failed preview is not an error.
 
-    `saved` are the local files of the task's images. `longest_edge` is in pixels: None chooses it by the number of
-    images, 0 returns no preview.
+    `saved` are the local files of the images. `longest_edge` is in pixels: None chooses it by the number of images, 0
+    returns no preview.
     """
-    if longest_edge == 0 or out.status != COMPLETED or not saved:
+    if longest_edge == 0 or not saved:
         return []
     edge = edge_of(len(saved), longest_edge)
-    room = answer_max - 3 * len(out.model_dump_json())
     blocks: list[ImageContent] = []
     for path in saved:
         if room < PREVIEW_MIN_CHARS:

@@ -85,16 +85,17 @@ class Waiting:
                     f"The status could not be read: {job.problem.message}. The server repeats the poll, more and more slowly."
                 )
             edge = self.preview_edge if self.previews_for_all or host.has_previews else 0
-            files = await self._files(job.entry) if edge != 0 else []
+            files = await self.files_of(job.entry) if edge != 0 else []
             out = fitted(out, host.answer_max)
             decoder = self.studio.image_store.decoder
-            images = await previews(out, files, edge, host.answer_max, decoder)
+            room = host.answer_max - 3 * len(out.model_dump_json())
+            images = await previews(files if out.status == COMPLETED else [], edge, room, decoder)
             image_links = links(out) if self.resource_links else []
             if job.is_finished and job.problem is None and job.entry.has_result:
-                await self._hand_over(job, ctx)
+                await self.hand_over(job, ctx)
         return result(task_text(out), out, *images, *image_links, is_error=is_error(out))
 
-    async def _files(self, entry: Entry) -> list[Path]:
+    async def files_of(self, entry: Entry) -> list[Path]:
         """Return local files of the saved images. Omit files that need more than FILES_WITHIN_S seconds."""
         if entry.task_id is None:
             return []
@@ -106,7 +107,7 @@ class Waiting:
                         files.append(await self.studio.image_store.local_file(entry.task_id, image))
         return files
 
-    async def _hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
+    async def hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
         """Record the delivery when the transport has written the answer."""
         delivery = delivery_of(ctx)
         if delivery is None:

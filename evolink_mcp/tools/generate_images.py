@@ -1,0 +1,298 @@
+"""generate_images: buy a series of up to ten pictures with one call, one price and one confirmation."""
+# Without `from __future__ import annotations`: the SDK reads the annotations of the nested functions at run time.
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Annotated, Any, Self
+
+import anyio
+from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.resolve import Elicit, Resolve
+from mcp.server.mcpserver.tools import Tool
+from mcp_types import CallToolResult
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+
+from evolink_mcp.api import costs
+from evolink_mcp.api.request import (
+    REFERENCES_MAX,
+    Arguments,
+    Background,
+    GenerationRequest,
+    ImageUrls,
+    OrNull,
+    OutputFormat,
+    Quality,
+    Resolution,
+    checked_prompt,
+    checked_size,
+    list_of,
+)
+from evolink_mcp.errors import EvolinkError, OverBudget
+from evolink_mcp.sanitize import quoted
+from evolink_mcp.studio.jobs import ImageRequest, Job
+from evolink_mcp.tools.adapter import PAID, flat_tool, result
+from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
+from evolink_mcp.tools.previews import previews
+from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
+from evolink_mcp.tools.task_answer import TaskOut, price_change_texts, refusal, task_out
+from evolink_mcp.tools.waiting import Report, Waiting, WaitSeconds, client_of, follow
+
+PICTURES_MAX = 10
+PROMPT_SHOWN = 60
+# The arguments that every purchase of the series gets unchanged.
+SHARED = ("size", "resolution", "quality", "background", "output_format")
+
+AS_IN_ONE = "See generate_image."
+# The type publishes no limits of each prompt, because the tool list has a size limit.
+ShortPrompt = Annotated[str, AfterValidator(checked_prompt), Field(description="Instead of prompts: common part.")]
+Prompts = Annotated[
+    list[Annotated[str, AfterValidator(checked_prompt)]],
+    BeforeValidator(list_of),
+    Field(max_length=PICTURES_MAX),
+]
+
+
+class GenerateImagesArguments(Arguments):
+    """The arguments of generate_images: the prompts, and the arguments that all pictures share."""
+
+    prompts: Annotated[Prompts, Field(description="One per picture, all different.")] | OrNull = None
+    prompt: ShortPrompt | OrNull = None
+    variations: Annotated[Prompts, Field(description="Texts added to prompt, one per picture.")] | OrNull = None
+    image_urls: Annotated[ImageUrls, Field(description=AS_IN_ONE)] | OrNull = None
+    style_references: Annotated[ImageUrls, Field(description="Added to image_urls: a style or character.")] | OrNull = (
+        None
+    )
+    size: Annotated[str, AfterValidator(checked_size), Field(description=AS_IN_ONE)] | OrNull = None
+    resolution: Annotated[Resolution, Field(description=AS_IN_ONE)] | OrNull = None
+    quality: Annotated[Quality, Field(description=AS_IN_ONE)] | OrNull = None
+    background: Annotated[Background, Field(description=AS_IN_ONE)] | OrNull = None
+    output_format: Annotated[OutputFormat, Field(description=AS_IN_ONE)] | OrNull = None
+    save_as: Annotated[str | OrNull, Field(description="File name; -1, -2 … is added.")] = None
+    wait_seconds: Annotated[WaitSeconds, Field(description=AS_IN_ONE)] | OrNull = None
+    max_credits: Annotated[Credits, Field(description="Highest charge of all.")] | OrNull = None
+    force_new: Annotated[ForceNew, Field(description=AS_IN_ONE)] = False
+
+    @property
+    def all_prompts(self) -> list[str]:
+        """The prompt of each picture. A variation follows the common prompt on a new line."""
+        if self.prompts is not None:
+            return list(self.prompts)
+        return [f"{self.prompt}\n{variation}" for variation in self.variations or ()]
+
+    @property
+    def requests(self) -> list[GenerationRequest]:
+        """The request of each picture."""
+        references = [*(self.image_urls or ()), *(self.style_references or ())]
+        shared = {name: getattr(self, name) for name in SHARED if name in self.model_fields_set}
+        if references:
+            shared["image_urls"] = references
+        return [GenerationRequest(prompt=prompt, **shared) for prompt in self.all_prompts]
+
+    def file_name(self, number: int) -> str | None:
+        """Return the file name of a picture: hero-1.png for number 1 of hero.png."""
+        if self.save_as is None:
+            return None
+        path = PurePath(self.save_as)
+        return self.save_as.removesuffix(path.name) + f"{path.stem}-{number}{path.suffix}"
+
+    @model_validator(mode="after")
+    def _is_one_series(self) -> Self:
+        if self.prompts is not None and (self.prompt is not None or self.variations is not None):
+            raise ValueError("give either prompts, or prompt with variations")
+        if self.prompts is None and (self.prompt is None or self.variations is None):
+            raise ValueError("give prompts, or prompt with variations; for one picture call generate_image")
+        seen: dict[str, int] = {}
+        for number, prompt in enumerate(self.all_prompts, start=1):
+            first = seen.setdefault(" ".join(prompt.split()), number)
+            if first != number:
+                raise ValueError(
+                    f"pictures {first} and {number} have the same prompt {quoted(prompt, PROMPT_SHOWN)}: change one of "
+                    "them, or call generate_image with n for several pictures of one prompt"
+                )
+        count = len(self.image_urls or ()) + len(self.style_references or ())
+        if count > REFERENCES_MAX:
+            raise ValueError(
+                f"image_urls and style_references have {count} images together, and the limit is {REFERENCES_MAX}"
+            )
+        try:
+            _ = self.requests
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise ValueError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from None
+        return self
+
+
+def generate_images_tool(waiting: Waiting) -> Tool:
+    """Return the tool."""
+    studio = waiting.studio
+
+    async def priced_orders(req: GenerateImagesArguments, ctx: Context[Any, Any]) -> list[ImageRequest]:
+        prices = await studio.prices.refresh()
+        client = client_of(ctx)
+        orders = [
+            ImageRequest(request, prices.ceiling(request), req.file_name(number), None, req.force_new, client)
+            for number, request in enumerate(req.requests, start=1)
+        ]
+        return _with_limits(orders, req.max_credits)
+
+    def confirm(
+        req: GenerateImagesArguments,
+        orders: Annotated[list[ImageRequest], Resolve(priced_orders)],
+        ctx: Context[Any, Any],
+    ) -> Confirm | Elicit[Confirm]:
+        limit = studio.spending_limits.confirm_above
+        ceiling = _ceiling(orders)
+        is_expensive = limit is not None and ceiling > limit
+        if can_ask(ctx) and is_expensive:
+            price = costs.format_credits(ceiling)
+            return Elicit(f"This will cost at most {price} for {len(orders)} pictures. Go ahead?", Confirm)
+        return Confirm(go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= ceiling))
+
+    async def generate_images(
+        req: GenerateImagesArguments,
+        ctx: Context[Any, Any],
+        orders: Annotated[list[ImageRequest], Resolve(priced_orders)],
+        confirmed: Annotated[ElicitationResult[Confirm], Resolve(confirm)],
+    ) -> CallToolResult:
+        """Make up to 10 different pictures in one call. PAID: each is a purchase. Waits and saves like generate_image. For
+        an unfinished picture call its next_action, never this tool again. Show the user all paths."""
+        if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
+            raise unconfirmed(_ceiling(orders), studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
+        series = await studio.prepare_series(orders)
+        outcomes: list[Job | EvolinkError] = []
+        async with AsyncExitStack() as stack:
+            for prepared in series:
+                try:
+                    outcomes.append(await stack.enter_async_context(studio.ordered(prepared.request, prepared)))
+                except EvolinkError as error:
+                    outcomes.append(error)
+            notes = argument_notes(orders[0].request, req.save_as, studio)
+            return await _answer(waiting, orders, outcomes, req.wait_seconds, ctx, notes)
+
+    return flat_tool(
+        generate_images,
+        GenerateImagesArguments,
+        SeriesOut,
+        _format_series_error,
+        title="Generate images",
+        annotations=PAID,
+    )
+
+
+def _ceiling(orders: Sequence[ImageRequest]) -> float:
+    """Return the price ceiling of the series in credits."""
+    return round(sum(order.price_ceiling for order in orders), 4)
+
+
+def _with_limits(orders: list[ImageRequest], max_credits: float | None) -> list[ImageRequest]:
+    """Return the orders, each with its share of the caller's limit. So a new price cannot exceed the limit of the series.
+
+    Raises:
+        OverBudget: the price ceiling of the series is above the limit.
+    """
+    ceiling = _ceiling(orders)
+    if max_credits is None:
+        return orders
+    if ceiling > max_credits:
+        raise OverBudget(
+            f"the computed price of {len(orders)} pictures is at most {costs.format_credits(ceiling)}, above "
+            f"max_credits={max_credits:g}",
+            advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or quality.",
+        )
+    shares = [max_credits * order.price_ceiling / ceiling if ceiling else 0.0 for order in orders]
+    return [
+        replace(order, max_credits=max(share, order.price_ceiling)) for order, share in zip(orders, shares, strict=True)
+    ]
+
+
+async def _answer(
+    waiting: Waiting,
+    orders: Sequence[ImageRequest],
+    outcomes: Sequence[Job | EvolinkError],
+    wait_seconds: float | None,
+    ctx: Context[Any, Any],
+    notes: list[str],
+) -> CallToolResult:
+    """Wait for all jobs and return their states as the answer. The jobs continue after the wait."""
+    studio = waiting.studio
+    host = waiting.host_of(ctx)
+    jobs = [outcome for outcome in outcomes if isinstance(outcome, Job)]
+    await follow_all(outcomes, waiting.wait_for(host, wait_seconds), ctx.report_progress)
+    tasks = [await _task_of(waiting, outcome) for outcome in outcomes]
+    notes = [*notes, *price_change_texts(await studio.take_price_changes())]
+    prompts = [order.request.prompt for order in orders]
+    reserved = sum(job.entry.reserved for job in jobs)
+    out = series_out(prompts, tasks, reserved, _ceiling(orders), notes)
+    edge = waiting.preview_edge if waiting.previews_for_all or host.has_previews else 0
+    files = [file for job in jobs for file in await waiting.files_of(job.entry)] if edge != 0 else []
+    text = series_text(out)
+    room = host.answer_max - len(text) - 3 * len(out.model_dump_json())
+    images = await previews(files, edge, room, studio.image_store.decoder)
+    for job in jobs:
+        if job.is_finished and job.problem is None and job.entry.has_result:
+            await waiting.hand_over(job, ctx)
+    return result(text, out, *images, is_error=out.error is not None)
+
+
+async def _task_of(waiting: Waiting, outcome: Job | EvolinkError) -> TaskOut:
+    if isinstance(outcome, EvolinkError):
+        return refusal(outcome)
+    return task_out(
+        await waiting.studio.image_store.entry_for_caller(outcome.entry),
+        problem=outcome.problem if outcome.is_finished else None,
+        joined=outcome.is_deduplicated,
+        running=not outcome.is_finished,
+        has_other_key=waiting.studio.has_other_key(outcome.entry),
+    )
+
+
+async def follow_all(outcomes: Sequence[Job | EvolinkError], wait_s: float, report: Report) -> None:
+    """Return after `wait_s` seconds or when all jobs are finished. An error counts as finished."""
+    progress = SeriesProgress(report, len(outcomes))
+
+    async def follow_one(number: int, outcome: Job | EvolinkError) -> None:
+        if isinstance(outcome, Job):
+            await follow(outcome, wait_s, progress.of(number))
+        if isinstance(outcome, EvolinkError) or outcome.is_finished:
+            await progress.finish(number)
+
+    async with anyio.create_task_group() as group:
+        for number, outcome in enumerate(outcomes):
+            group.start_soon(follow_one, number, outcome)
+
+
+class SeriesProgress:
+    """The progress of a series: the number of finished pictures of all. Each value is above the one before."""
+
+    def __init__(self, report: Report, count: int) -> None:
+        self._report = report
+        self._shares = [0.0] * count
+        self._lock = anyio.Lock()
+
+    def of(self, number: int) -> Report:
+        """Return the function that receives the progress of one picture."""
+
+        async def report(progress: float, total: float, message: str) -> None:
+            await self._set(number, progress / total, f": {message}")
+
+        return report
+
+    async def finish(self, number: int) -> None:
+        """Count a picture as finished, for example after a refusal, which has no progress of its own."""
+        if self._shares[number] < 1:
+            await self._set(number, 1.0)
+
+    async def _set(self, number: int, share: float, message: str = "") -> None:
+        async with self._lock:  # the notifications must leave in the order of their values
+            self._shares[number] = share
+            done = len([each for each in self._shares if each >= 1])
+            count = len(self._shares)
+            await self._report(round(sum(self._shares), 6), count, f"{done} of {count} pictures finished{message}")
+
+
+def _format_series_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
+    out = refusal_of_series(error)
+    return result(series_text(out), out, is_error=True)
