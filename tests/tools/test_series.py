@@ -136,13 +136,15 @@ async def test_the_other_pictures_are_delivered_if_some_fail(world: World) -> No
 
 
 async def test_each_unfinished_picture_has_a_next_action_that_completes_it(world: World) -> None:
-    prompts = ["sim:slow a fox", "sim:slow a hen"]
+    prompts = ["sim:slow=1000000 a fox", "sim:slow=1000000 a hen"]
     async with world.client() as client:
         answer = await client.call_tool("generate_images", {"prompts": prompts, "wait_seconds": 0, **SMALL})
         facts = answer.structured_content
         assert facts["status"] == "processing"
         assert facts["reserved"]["credits"] > 0
         assert answer.is_error is False
+        for simulated in world.simulator.tasks.values():
+            simulated.duration = 0
         for task in facts["tasks"]:
             action = task["next_action"]
             assert action["arguments"] == {"task_id": task["task_id"]}
