@@ -183,8 +183,8 @@ def bundle_tools() -> list[dict[str, str]]:
     tools: list[dict[str, str]] = []
     for name in TOOL_NAMES:
         sentences = re.split(r"(?<=\.) ", " ".join(contract[name]["description"].split()))
-        # The first sentence of generate_image does not name the charge.
-        number = 2 if name == "generate_image" else 1
+        # The first sentence of the paid tools does not name the charge.
+        number = 2 if name in ("generate_image", "generate_images") else 1
         tools.append({"name": name, "description": " ".join(sentences[:number])})
     return tools
 

@@ -406,7 +406,7 @@ class Settings:
         "EVOLINK_MCP_TOOLS",
         _tools,
         None,
-        "Comma-separated list of published tools. Without generate_image nothing can be bought.",
+        "Comma-separated list of published tools. Without generate_image nothing can be bought. generate_images needs it.",
         default_text="all",
     )
     callback_hosts: frozenset[str] | None = setting(

@@ -281,7 +281,7 @@ class SeriesProgress:
         return report
 
     async def finish(self, number: int) -> None:
-        """Count a picture as finished, for example after a refusal, which has no progress of its own."""
+        """Count a picture as finished. A refused picture has reported no progress."""
         if self._shares[number] < 1:
             await self._set(number, 1.0)
 

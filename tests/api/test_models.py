@@ -218,7 +218,7 @@ def test_a_new_tool_is_its_own_module_and_two_lists(tmp_path: Path) -> None:
 
     edits = {
         "server/server.py": edit_server,
-        "tools/names.py": replacing('"list_tasks", "get_balance")', '"list_tasks", "get_balance", "say_hello")'),
+        "tools/names.py": replacing('    "get_balance",\n', '    "get_balance",\n    "say_hello",\n'),
     }
     run_in_copy(tmp_path, edits, TOOL)
 

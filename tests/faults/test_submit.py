@@ -406,20 +406,23 @@ class FailingStudio:
     async def _fail(self, *_: Any, **__: Any) -> Any:
         raise self._error
 
-    resume = wake = balance = _fail
+    resume = wake = balance = prepare_series = _fail
 
     @asynccontextmanager
-    async def ordered(self, _: object) -> AsyncIterator[None]:
+    async def ordered(self, *_: object) -> AsyncIterator[None]:
         raise self._error
         yield
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.__name__) for kind in _family(errors.EvolinkError)])
-@pytest.mark.parametrize("tool", ["generate_image", "get_task", "list_tasks", "get_balance"])
+@pytest.mark.parametrize("tool", ["generate_image", "generate_images", "get_task", "list_tasks", "get_balance"])
 async def test_every_error_reaches_the_model_with_its_charge(
     kind: type[errors.EvolinkError], tool: str, tmp_path: Path
 ) -> None:
-    arguments = {"generate_image": WISH, "get_task": {"task_id": "task-unified-1-x"}}.get(tool, {})
+    series = {"prompts": ["a fox", "a hen"]}
+    arguments = {"generate_image": WISH, "generate_images": series, "get_task": {"task_id": "task-unified-1-x"}}.get(
+        tool, {}
+    )
     with anyio.fail_after(300):
         async with studio_at(tmp_path, "http://127.0.0.1:9") as studio:
             failing: Any = FailingStudio(studio, kind("the lamp is out", advice="Light it"))

@@ -23,6 +23,7 @@ async def test_all_tools_are_published_by_default(open_world: Open) -> None:
     async with open_world() as world, Client(build_server(world.studio)) as client:
         assert [tool.name for tool in (await client.list_tools()).tools] == [
             "generate_image",
+            "generate_images",
             "get_task",
             "compute_size",
             "view_image",

@@ -47,9 +47,12 @@ async def test_every_tool_has_a_title_a_short_description_and_hints(world: World
         assert ("outputSchema" in tool) == (name != "view_image"), name
 
 
-async def test_only_generate_image_may_spend(world: World) -> None:
+async def test_only_two_tools_may_spend(world: World) -> None:
     tools = await published(world)
-    assert [name for name, tool in tools.items() if not tool["annotations"]["readOnlyHint"]] == ["generate_image"]
+    assert [name for name, tool in tools.items() if not tool["annotations"]["readOnlyHint"]] == [
+        "generate_image",
+        "generate_images",
+    ]
 
 
 async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -> None:
@@ -87,6 +90,10 @@ CALLS = [
     pytest.param("generate_image", {"prompt": "x", "size": "1x1"}, id="bad argument"),
     pytest.param("generate_image", {"prompt": "x", "max_credits": 0.001}, id="over budget"),
     pytest.param("generate_image", {"prompt": "sim:slow a fox", "wait_seconds": 0}, id="handle"),
+    pytest.param("generate_images", {"prompts": ["a fox", "sim:fail a hen", "sim:402 an owl"]}, id="series"),
+    pytest.param("generate_images", {"prompts": ["sim:402 an owl"]}, id="rejected series"),
+    pytest.param("generate_images", {"prompts": ["sim:slow a fox"], "wait_seconds": 0}, id="series of handles"),
+    pytest.param("generate_images", {"prompts": ["a fox"], "max_credits": 0.001}, id="series over budget"),
     pytest.param("get_task", {"task_id": "task-unified-1-zzzzzzzz"}, id="unknown task"),
     pytest.param("get_task", {"task_id": "../credits"}, id="bad id"),
     pytest.param("compute_size", {"size": "16:9"}, id="size"),
