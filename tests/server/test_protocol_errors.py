@@ -41,6 +41,6 @@ async def test_a_wrong_prompt_request_is_answered_with_the_reason(
 async def test_an_unknown_tool_is_answered_with_a_text_for_the_model(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            answer = await client.call_tool("generate_images", {"prompt": "a fox"})
+            answer = await client.call_tool("paint_picture", {"prompt": "a fox"})
     assert answer.is_error is True
-    assert "generate_images" in answer.content[0].text
+    assert "paint_picture" in answer.content[0].text

@@ -1,0 +1,87 @@
+"""Kill the server at every operation of a series of ten pictures. The same series again buys no picture twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from killer import AT, HOW, LOG, nursery_of_servers  # noqa: F401
+from town import Town, run_each, tasks, town_with_a_nursery  # noqa: F401
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL, fork and passed file descriptors are POSIX"),
+]
+
+ANIMALS = ["fox", "hen", "owl", "cat", "dog", "cow", "pig", "bee", "ant", "bat"]
+SERIES: dict[str, Any] = {"prompts": [f"a {animal}" for animal in ANIMALS], "size": "1024x640", "quality": "low"}
+PARALLEL = 4
+# Without EVOLINK_TEST_SLOW the test kills at this many operations, evenly distributed.
+POSITIONS_MAX = 40
+
+
+def bought(town: Town, name: str) -> Counter[str]:
+    """Return the number of tasks for each prompt."""
+    simulated = town.gateway.simulator.tasks.values()
+    return Counter(task.body["prompt"] for task in simulated if task.key == town.key(name))
+
+
+async def good_series(town: Town) -> list[str]:
+    """Buy a series without a failure. Return the operations of the server."""
+    log = town.folder / "operations"
+    with anyio.fail_after(300):
+        async with town.nursery.server({**town.env("good"), AT: "0", HOW: "count", LOG: str(log)}) as server:
+            answer = await server.call("generate_images", **SERIES)
+            assert answer is not None
+            assert answer["structuredContent"]["status"] == "completed"
+            operations = log.read_text().splitlines()
+            server.hang_up()
+            assert await server.wait_for_exit() == 0
+    assert bought(town, "good") == Counter(SERIES["prompts"])
+    return operations
+
+
+async def kill_and_repeat(town: Town, name: str, at: int) -> None:
+    """Kill a server at operation `at`. The next server gets the same call, unless the client has the answer."""
+    async with town.nursery.server(town.env(name, **{AT: str(at), HOW: "kill"}), greet=False) as server:
+        await server.hello()
+        answer = await server.call("generate_images", **SERIES)
+        server.hang_up()
+        assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
+    await town.gateway.wait_until_idle()
+    before = bought(town, name)
+    assert not before or max(before.values()) == 1
+    async with town.nursery.server(town.env(name)) as server:
+        if answer is None:
+            repeated = await server.call("generate_images", **SERIES)
+            assert repeated is not None
+            records = repeated["structuredContent"]["tasks"]
+            after = bought(town, name)
+            assert max(after.values()) == 1, (before, after)
+            unknown = {record["prompt"] for record in records if record["charged"] == "unknown"}
+            # A picture whose answer was lost is not bought again. Every other picture is saved.
+            assert set(SERIES["prompts"]) == set(after) | unknown
+            saved = {record["prompt"] for record in records if record.get("images")}
+            assert saved | unknown == set(SERIES["prompts"]), records
+        listed = await tasks(server)
+        paid = {task["task_id"] for task in listed if task["task_id"]}
+        assert paid <= set(town.billed(name))
+        paths = [Path(image["path"]) for task in listed for image in task["images"] if image["path"]]
+        assert sorted(paths) == town.pictures(name)
+        server.hang_up()
+        assert await server.wait_for_exit() == 0
+
+
+async def test_a_series_killed_at_any_operation_is_bought_at_most_once(town: Town) -> None:
+    operations = await good_series(town)
+    kinds = Counter(operation.partition(":")[0] for operation in operations)
+    assert all(kinds[kind] >= least for kind, least in (("journal", 60), ("socket", 60), ("file", 60)))
+    every = 1 if os.environ.get("EVOLINK_TEST_SLOW") else max(1, len(operations) // POSITIONS_MAX)
+    positions = range(1, len(operations) + 1, every)
+    await run_each(operations, positions, lambda at: kill_and_repeat(town, f"kill-{at}", at), PARALLEL)
