@@ -29,6 +29,7 @@ from evolink_mcp.api.request import (
     checked_prompt,
     checked_size,
     list_of,
+    size_argument,
 )
 from evolink_mcp.errors import EvolinkError, OverBudget
 from evolink_mcp.sanitize import quoted
@@ -48,6 +49,7 @@ SHARED = ("size", "resolution", "quality", "background", "output_format")
 AS_IN_ONE = "See generate_image."
 # The type publishes no limits of each prompt, because the tool list has a size limit.
 ShortPrompt = Annotated[str, AfterValidator(checked_prompt), Field(description="Instead of prompts: common part.")]
+PixelText = Annotated[str, BeforeValidator(size_argument), AfterValidator(checked_size)]
 Prompts = Annotated[
     list[Annotated[str, AfterValidator(checked_prompt)]],
     BeforeValidator(list_of),
@@ -65,7 +67,7 @@ class GenerateImagesArguments(Arguments):
     style_references: Annotated[ImageUrls, Field(description="Added to image_urls: a style or character.")] | OrNull = (
         None
     )
-    size: Annotated[str, AfterValidator(checked_size), Field(description=AS_IN_ONE)] | OrNull = None
+    size: Annotated[PixelText, Field(description=AS_IN_ONE)] | OrNull = None
     resolution: Annotated[Resolution, Field(description=AS_IN_ONE)] | OrNull = None
     quality: Annotated[Quality, Field(description=AS_IN_ONE)] | OrNull = None
     background: Annotated[Background, Field(description=AS_IN_ONE)] | OrNull = None
