@@ -485,11 +485,20 @@ class _Process:
                 os.setpriority(os.PRIO_PROCESS, self._popen.pid, NICENESS_OF_SLOW)
 
     def end(self) -> None:
-        """Kill the process and release its pipes. A start that waits for its thread starts nothing."""
+        """Kill the process and release its pipes. A waiting start starts nothing. Returns within END_DEADLINE_S."""
         self._is_ended = True
         if self._popen is not None:
             self._popen.kill()
-        with self._lock:  # a thread that still waits for an answer ends now
+        # A thread that waits for an answer ends now, because the pipes of a killed process are closed. But another process
+        # can have inherited such a pipe and keep it open. Then the thread must not hold up the server.
+        closing = threading.Thread(target=self._close, name="end of a decoder", daemon=True)
+        closing.start()
+        closing.join(END_DEADLINE_S)
+        if closing.is_alive():
+            log.warning("an image decoder was killed, and its output is still open")
+
+    def _close(self) -> None:
+        with self._lock:
             if self._popen is None:
                 return
             for pipe in (self._popen.stdin, self._popen.stdout):

@@ -34,6 +34,19 @@ def stuck(marker: Path) -> list[str]:
     return program(f"request()\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\nwhile True: sys.stdin.read()")
 
 
+def with_inherited_output(marker: Path) -> list[str]:
+    """Return a decoder that never answers. Its child, whose process ID is in `marker`, keeps the output open."""
+    body = f"""
+import subprocess, time
+child = subprocess.Popen([sys.executable, "-I", "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL)
+with open({str(marker)!r}, "w") as file:
+    file.write(str(child.pid))
+request()
+time.sleep(600)
+"""
+    return program(body)
+
+
 def answering(data: bytes) -> list[str]:
     """Return a decoder that answers each request with `data`."""
     return program(f"while requests.peek(1):\n    request()\n    answer({data!r})")

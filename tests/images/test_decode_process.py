@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import signal
 import struct
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +18,7 @@ import pytest
 from child_processes import without_coverage
 from conftest import Open
 from drawings import drawing, noise
-from fake_decoders import ENDLESS_OR_REFUSE, answering, program, stuck
+from fake_decoders import ENDLESS_OR_REFUSE, answering, program, stuck, with_inherited_output
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
@@ -216,6 +217,18 @@ async def test_a_cancelled_caller_kills_the_process(tmp_path: Path) -> None:
             assert is_running(process)
             group.cancel_scope.cancel()
         assert not is_running(process)
+
+
+@in_time
+@pytest.mark.anyio
+async def test_a_killed_decoder_whose_output_stays_open_does_not_hold_up_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On Windows another process can inherit the pipe. The thread that reads it waits until that process ends."""
+    async with decoder_of(with_inherited_output(tmp_path / "marker"), deadline_s=0.2) as decoder:
+        assert await reason_of(decoder, drawing()) == Reason.DECODER_LATE
+        os.kill(await process_id_in(tmp_path / "marker"), signal.SIGTERM)
+    assert "its output is still open" in caplog.text
 
 
 @in_time
