@@ -71,7 +71,7 @@ class Folders:
         """Return whether `path` is inside an allowed folder, after all links were followed."""
         if path.drive.lower() not in {folder.drive.lower() for folder in self.allowed}:
             return False  # following a Windows network path would send credentials
-        real = path.resolve()
+        real = _resolved(path)
         return any(real.is_relative_to(root) for root in self._roots())
 
     def root_of(self, path: Path) -> Path:
@@ -110,7 +110,7 @@ class Folders:
             path = given if given.is_absolute() else self.output / given
             if not self.confines(path):
                 raise FolderRefused(f"save_as “{shown}” is outside the allowed folders", advice=self._how_to_allow())
-            path = path.parent.resolve() / path.name
+            path = _resolved(path.parent) / path.name
             folder = save_as.endswith(("/", os.sep)) or path.is_dir()
             ground = _existing_parent(path.parent)
             writable = ground.is_dir() and os.access(ground, os.W_OK | os.X_OK)
@@ -334,6 +334,18 @@ def check_writable(folder: Path) -> None:
     finally:
         os.close(handle)
         os.unlink(name)
+
+
+def _resolved(path: Path) -> Path:
+    """Follow all links of a path.
+
+    Raises:
+        OSError, RuntimeError: a link leads to itself. From Python 3.13 on Path.resolve returns such a link.
+    """
+    real = path.resolve()
+    if any(part.is_symlink() for part in (real, *real.parents)):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return real
 
 
 def _existing_parent(folder: Path) -> Path:

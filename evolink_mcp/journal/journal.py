@@ -145,7 +145,7 @@ FIND_LINKS = "SELECT identity, account FROM links WHERE {mine}"
 SAVE_LINK = "INSERT INTO links VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 # Read the newest entry of an account that has a task with an ID of the usual form.
 NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND task_id LIKE 'task-unified-%'
-    ORDER BY created_at DESC LIMIT 1"""
+    AND created_at <= ? ORDER BY created_at DESC LIMIT 1"""
 
 LATEST = 1e12  # epoch seconds after every entry
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
@@ -533,9 +533,9 @@ class Journal:
                 self._add_account(row["account"])
         return sorted({row["account"] for row in rows} - set(self._accounts))
 
-    async def newest_of(self, account: str) -> Entry | None:
-        """Return the newest entry of an account with a task of the profile, or None."""
-        return await self._one(NEWEST_TASK, account)
+    async def newest_of(self, account: str, until: float = LATEST) -> Entry | None:
+        """Return the newest entry of an account with a task of the profile that was created by `until`, or None."""
+        return await self._one(NEWEST_TASK, account, until)
 
     async def link(self, account: str) -> None:
         """Record that this key can read the tasks of an account. From now on this server acts for the account too."""
@@ -688,8 +688,8 @@ class Journal:
         sql = self._sql(RECENT, filters=" AND ".join(filters))
         return await db.fetch(sql, (*selection.values, *selection.words, limit))
 
-    async def _one(self, query: str, value: str) -> Entry | None:
-        entries = readable_entries(await self._fetch(self._sql(query), value))
+    async def _one(self, query: str, *values: str | float) -> Entry | None:
+        entries = readable_entries(await self._fetch(self._sql(query), *values))
         return entries[0] if entries else None
 
     async def _facts(self, db: Connection) -> dict[str, str]:

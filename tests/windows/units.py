@@ -1,0 +1,77 @@
+"""Run the unit tests with a Windows Python under Wine: each file in its own process, two processes at once.
+
+    python3 units.py PYTHON_EXE PROJECT_FOLDER TEST_FILES…
+
+A test that hangs ends its process after HANG_S seconds with the traceback of every thread. A file that fails or hangs runs
+once more, because Wine can exceed the time limits of tests on a busy machine. Both outputs are shown.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HANG_S = 300
+FILE_S = 1800
+WINE = "/usr/lib/wine/wine64"
+NO_TESTS_COLLECTED = 5
+
+
+def run(python: str, project: Path, file: str) -> tuple[int, str]:
+    """Run the tests of one file. Return pytest's exit code and its output."""
+    name = file.removeprefix("tests/").removesuffix(".py").replace("/", "-")
+    options = {
+        "addopts": "",
+        "cache_dir": f"C:\\cache-{name}",
+        "faulthandler_timeout": HANG_S,
+        "faulthandler_exit_on_timeout": True,
+    }
+    command = [WINE, python, "-m", "pytest", "-q", "-rs", "--basetemp", f"C:\\{name}", file]
+    for option, value in options.items():
+        command += ["-o", f"{option}={value}"]
+    try:
+        result = subprocess.run(
+            command,
+            cwd=project,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=FILE_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        return 1, f"{(error.stdout or b'').decode(errors='replace')}\nended after {FILE_S} s"
+    return result.returncode, result.stdout.decode(errors="replace")
+
+
+def check(python: str, project: Path, file: str) -> bool:
+    """Run one file, and once more if it fails. Print the result. Return whether it passed."""
+    for attempt in ("first", "second"):
+        started = time.monotonic()
+        code, output = run(python, project, file)
+        took_s = time.monotonic() - started
+        lines = output.rstrip().splitlines()
+        if code in (0, NO_TESTS_COLLECTED):
+            print(f"ok       {file}  {lines[-1] if lines else ''} [{took_s:.0f} s]", flush=True)
+            reasons = [line for line in lines if line.startswith("SKIPPED")]
+            print(*reasons, sep="\n", end="\n" if reasons else "", flush=True)
+            return True
+        print(f"FAILED   {file}  {attempt} run, exit code {code} [{took_s:.0f} s]", *lines[-120:], sep="\n", flush=True)
+    return False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all files. Return 1 if one failed twice."""
+    python, project, *files = arguments
+    with ThreadPoolExecutor(2) as pool:
+        results = Counter(pool.map(lambda file: check(python, Path(project), file), files))
+    print(f"{results[True]} files passed, {results[False]} failed")
+    return 1 if results[False] or not results[True] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
