@@ -46,9 +46,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FILE_NAME = "journal.sqlite3"
-# The longest wait while another program locks the file.
-BUSY_TIMEOUT_S = 15.0
+# The longest wait for a lock that another program holds. After it, operations wait LOCKED_WAIT_S until a write succeeds.
+# So a call that needs the journal several times waits only once.
+LOCK_WAIT_S = 10.0
+LOCKED_WAIT_S = 0.2
 COPIES_MAX = 5
+PRIMARY_CODE = 0xFF  # the part of an error code of SQLite that names the kind of the error
 
 # Add entries of a copy. The state with a task, the finished state and the delivered state is the later one.
 MERGE_ENTRIES = """INSERT OR REPLACE INTO main.entries SELECT old.* FROM copy.entries AS old
@@ -69,14 +72,22 @@ class JournalFile:
     """
 
     def __init__(
-        self, folder: Path, owner: str, *, clock: Callable[[], float] = time.time, has_full_text: bool = True
+        self,
+        folder: Path,
+        owner: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        has_full_text: bool = True,
+        lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         """Without `has_full_text`, use no full-text search even if SQLite has it."""
         self.folder = folder
         self.set_aside: Path | None = None
-        self._owner = owner
+        self.owner = owner
         self._clock = clock
         self._has_full_text = has_full_text
+        self._lock_wait_s = lock_wait_s
+        self._is_locked = False  # the last write waited for a lock in vain
         self._db: sqlite3.Connection | None = None
         self._files: FileStates = {}
         self._record = PaidRecord(folder)
@@ -105,8 +116,15 @@ class JournalFile:
             try:
                 db = self._opened()
                 self._compare_record(db)
-                return act(db)
+                change_count = db.total_changes
+                result = act(db)
+                if self._is_locked and db.total_changes != change_count:
+                    self._set_locked(is_locked=False)
+                return result
             except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE == sqlite3.SQLITE_BUSY and not self._is_locked:
+                    log.warning("another program has locked the journal %s for %g s", self.path, self._lock_wait_s)
+                    self._set_locked(is_locked=True)
                 # A short read is damage: a file is smaller than its index says.
                 is_short = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ
                 if isinstance(error, sqlite3.OperationalError) and not is_short:
@@ -137,7 +155,7 @@ class JournalFile:
             with suppress(OSError):
                 self._lease.release()
                 if not keep_lease_file:
-                    self.lease_path(self._owner).unlink()
+                    self.lease_path(self.owner).unlink()
             self._lease = None
 
     def is_dead(self, owner: str) -> bool:
@@ -171,6 +189,15 @@ class JournalFile:
             f"the journal {self.path} cannot be used ({reason}); EVOLINK_MCP_DATA_DIR names its folder"
         )
 
+    @property
+    def _wait_s(self) -> float:
+        return min(LOCKED_WAIT_S, self._lock_wait_s) if self._is_locked else self._lock_wait_s
+
+    def _set_locked(self, *, is_locked: bool) -> None:
+        self._is_locked = is_locked
+        if self._db is not None:
+            self._db.execute(f"PRAGMA busy_timeout = {int(self._wait_s * 1000)}")
+
     def _opened(self) -> sqlite3.Connection:
         if self._db is not None:
             now = _states(self.path)
@@ -194,7 +221,7 @@ class JournalFile:
         return self._db
 
     def _connect(self) -> sqlite3.Connection:
-        db = _connected(self.path)
+        db = _connected(self.path, self._wait_s)
         try:
             check_origin(db, self.path)
             db.execute("PRAGMA journal_mode = WAL")
@@ -237,7 +264,7 @@ class JournalFile:
 
     @property
     def _copy_path(self) -> Path:
-        return self.path.with_name(f".{FILE_NAME}-{self._owner}")
+        return self.path.with_name(f".{FILE_NAME}-{self.owner}")
 
     def _copy_entries(self, db: sqlite3.Connection) -> None:
         """Copy the content of the open files, unless it is damaged too."""
@@ -317,10 +344,10 @@ class JournalFile:
         return lost
 
     def _has_lease(self, owner: str) -> bool:
-        return owner == self._owner or (self.lease_path(owner).exists() and not self.is_dead(owner))
+        return owner == self.owner or (self.lease_path(owner).exists() and not self.is_dead(owner))
 
     def _is_dead_owner(self, owner: str) -> bool:
-        return owner != self._owner and self.is_dead(owner)
+        return owner != self.owner and self.is_dead(owner)
 
     def _shut(self) -> bool:
         """Close the connection. Return False if there was none."""
@@ -337,7 +364,7 @@ class JournalFile:
         """Lock this server's lease file, which the system unlocks when the process ends. Restore a deleted file."""
         from filelock import FileLock
 
-        path = self.lease_path(self._owner)
+        path = self.lease_path(self.owner)
         if self._lease is not None and _inode(path) == self._lease_inode:
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -352,7 +379,7 @@ class JournalFile:
             with suppress(OSError):
                 if self.path.stat().st_ino != self._files[""].inode:
                     return  # another server renamed the damaged file and created this one
-        aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self._owner[-6:]}")
+        aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self.owner[-6:]}")
         try:
             os.replace(self.path, aside)
             for tail in ("-wal", "-shm"):
@@ -495,10 +522,10 @@ def _versions(path: Path) -> list[tuple[int, int]]:
     return [(one.stat().st_mtime_ns, one.stat().st_size) if one.exists() else (0, 0) for one in files]
 
 
-def _connected(path: Path) -> sqlite3.Connection:
+def _connected(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
     import sqlite3
 
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=lock_wait_s, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.text_factory = _text
     # INSERT OR REPLACE must run the triggers for the row that it deletes.
@@ -553,9 +580,9 @@ class SqliteBackend:
     reread_s = 1.0
     adopt_every_s = None
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time, has_full_text: bool = True) -> None:
-        self.owner = new_owner()
-        self.file = JournalFile(folder, self.owner, clock=clock, has_full_text=has_full_text)
+    def __init__(self, file: JournalFile) -> None:
+        self.owner = file.owner
+        self.file = file
         self._thread: ThreadPoolExecutor | None = None
 
     @property
@@ -611,9 +638,12 @@ class SqliteJournal(Journal):
         profile: str = DEFAULT_PROFILE,
         clock: Callable[[], float] = time.time,
         has_full_text: bool = True,
+        lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         """See Journal and JournalFile."""
-        backend = SqliteBackend(folder, clock=clock, has_full_text=has_full_text)
+        backend = SqliteBackend(
+            JournalFile(folder, new_owner(), clock=clock, has_full_text=has_full_text, lock_wait_s=lock_wait_s)
+        )
         super().__init__(backend, identity, profile=profile)
         self.file = backend.file
         self._sqlite = backend
