@@ -104,6 +104,18 @@ class KnownImages:
             raise ImageUnknown(f"“{harmless(text, 120)}” is neither a task ID nor an earlier picture")
         return match
 
+    async def find_task_id(self, text: str) -> str:
+        """Return the ID of the task that a text names. A text with an ID needs no journal.
+
+        Raises:
+            ImageUnknown: the text names none.
+            JournalUnwritable: the journal cannot be read.
+        """
+        bare = undecorate(text) if len(text) <= TEXT_MAX_CHARS else ""
+        if match := _IMAGE.fullmatch(bare) or _TASK.fullmatch(bare):
+            return match[1]
+        return (await self.find_task(text)).task_id
+
     async def find_image(self, text: str, index: int | None = None) -> tuple[Entry, ResultImage]:
         """Return the entry and the image that a text names. `index` counts only if the text names a task.
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from pydantic import ValidationError
 
 from evolink_mcp.api import costs, sizes
@@ -192,6 +193,7 @@ class AccountPrices:
         if setting not in SETTINGS:
             raise ValueError(f"the size rule is not one of {', '.join(SETTINGS)}")
         self.current = Prices.from_facts({}, setting)
+        self.is_current = True  # the last read succeeded
         self._journal = journal
         self._setting = setting
         self._read_at = -math.inf
@@ -201,17 +203,20 @@ class AccountPrices:
         self.current = Prices.from_facts(facts, self._setting)
         return self.current
 
-    async def refresh(self, fresh_for_s: float = 0.0) -> Prices:
+    async def refresh(self, fresh_for_s: float = 0.0, wait_max_s: float | None = None) -> Prices:
         """Read the facts of all servers, unless the last read is younger than `fresh_for_s` seconds.
 
-        If the journal cannot be read, nothing changes.
+        If the journal cannot be read, or not within `wait_max_s` seconds, nothing changes and `is_current` is false.
         """
         if time.monotonic() - self._read_at >= fresh_for_s:
             self._read_at = time.monotonic()
-            try:
-                self.of(await self._journal.facts())
-            except JournalUnwritable as error:
-                log.info("%s", error.message)
+            self.is_current = False
+            with anyio.move_on_after(wait_max_s):
+                try:
+                    self.of(await self._journal.facts())
+                    self.is_current = True
+                except JournalUnwritable as error:
+                    log.info("%s", error.message)
         return self.current
 
     def learn(self, entry: Entry, facts: Mapping[str, str]) -> dict[str, str]:

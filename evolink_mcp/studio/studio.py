@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -246,10 +246,16 @@ class Studio:
         return job
 
     async def other_profile_of(self, task_id: str) -> str | None:
-        """Return the other profile of this journal that bought a task, or None. Only a caller on this machine gets it."""
-        if not self.known_images.is_local or self._options.is_shared or await self.journal.by_task(task_id) is not None:
+        """Return the other profile of this journal that bought a task. Only a caller on this machine gets it.
+
+        None: there is none, or the journal cannot be read.
+        """
+        if not self.known_images.is_local or self._options.is_shared:
             return None
-        return await self.journal.other_profile_of(task_id)
+        with suppress(JournalUnwritable):
+            if await self.journal.by_task(task_id) is None:
+                return await self.journal.other_profile_of(task_id)
+        return None
 
     def _recorded_job(self, entry: Entry) -> Job:
         """Return a finished job with the state that the journal has. Only another key could change it."""

@@ -25,6 +25,8 @@ from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 from evolink_mcp.tools.task_text import sentence
 
 RULE_FRESH_FOR_S = 2.0
+JOURNAL_WAIT_S = 1.0
+NOT_CURRENT = "The journal could not be read now. Size rule and prices are those that this server read last, or the published ones."
 PROMPT_BYTES = 1_000  # allowance of credits_at_most for a prompt that is not written yet
 
 Edge = Annotated[int, Strict(), Field(ge=1, le=TARGET_EDGE_MAX), WHOLE]
@@ -110,13 +112,20 @@ class SizeOut(BaseModel):
     notes: list[str] = []
 
 
-def compute_size_tool(studio: Studio, rule_fresh_for_s: float = RULE_FRESH_FOR_S) -> Tool:
-    """Return the tool. It reads the account's size rule and prices at most once in `rule_fresh_for_s` seconds."""
+def compute_size_tool(
+    studio: Studio, rule_fresh_for_s: float = RULE_FRESH_FOR_S, journal_wait_s: float = JOURNAL_WAIT_S
+) -> Tool:
+    """Return the tool. It reads the account's size rule and prices at most once in `rule_fresh_for_s` seconds.
+
+    It does not wait for the journal longer than `journal_wait_s`.
+    """
 
     async def compute_size(req: ComputeSizeArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Compute pixels and price of a size before you buy. Offline, free of charge. Or give the width and height that
         you need, such as 1200 and 628: returns the legal size that covers them, scale and crop."""
-        out = compute(req, await studio.prices.refresh(fresh_for_s=rule_fresh_for_s))
+        out = compute(req, await studio.prices.refresh(rule_fresh_for_s, journal_wait_s))
+        if not studio.prices.is_current:
+            out.notes.append(NOT_CURRENT)
         return result(size_text(out), out, is_error=out.error is not None)
 
     return flat_tool(

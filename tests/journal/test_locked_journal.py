@@ -13,11 +13,14 @@ import anyio
 import pytest
 from blocking import BlockingJournal
 from conftest import Open
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.tools import Tool
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.entry import Entry, Phase, new_key
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
+from evolink_mcp.tools.compute_size import compute_size_tool
 
 pytestmark = pytest.mark.journal_file
 
@@ -120,5 +123,30 @@ async def test_list_and_task_of_a_journal_that_stops_readers_name_the_lock(
                 tasks = await client.call_tool("list_tasks", {})
                 task = await client.call_tool("get_task", {"task_id": "task-unified-1"})
             assert "locked" in tasks.structured_content["error"]["message"]
-            assert "locked" in task.structured_content["error"]["message"]
+            assert task.structured_content["error"]["code"] == "not_found"
             assert len(lock_reports(caplog)) == 1
+
+
+@pytest.mark.anyio
+async def test_compute_size_answers_with_known_prices_while_another_call_waits_for_the_lock(open_world: Open) -> None:
+    async with open_world(wrap_journal=with_lock_wait(LONG_S)) as world:
+        tool = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=SHORT_S)
+        patient = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=LONG_S)
+        with anyio.fail_after(300):
+            await world.studio.journal.save_fact("a", "")
+            before = await tool_answer(patient, {"size": "16:9"})
+            with locked(world.settings.data_dir / FILE_NAME) as other:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(world.studio.journal.save_fact, "a", "b")  # waits for the lock
+                    answer = await tool_answer(tool, {"size": "16:9"})
+                    other.execute("ROLLBACK")
+            after = await tool_answer(patient, {"size": "16:9"})
+    assert after == before
+    assert answer == {**before, "notes": answer["notes"]}
+    assert answer["notes"][:-1] == before["notes"]
+    assert "journal could not be read" in answer["notes"][-1]
+
+
+async def tool_answer(tool: Tool, arguments: dict[str, Any]) -> dict[str, Any]:
+    result = await tool.run(arguments, Context())
+    return result.structured_content
