@@ -26,7 +26,7 @@ from evolink_mcp.tools.task_text import sentence
 
 RULE_FRESH_FOR_S = 2.0
 JOURNAL_WAIT_S = 1.0
-NOT_CURRENT = "The journal could not be read now. Size rule and prices are those that this server read last, or the published ones."
+NOT_CURRENT = "The journal could not be read now. Size rule and prices are those that this server read last."
 PROMPT_BYTES = 1_000  # allowance of credits_at_most for a prompt that is not written yet
 
 Edge = Annotated[int, Strict(), Field(ge=1, le=TARGET_EDGE_MAX), WHOLE]

@@ -138,6 +138,7 @@ async def test_compute_size_answers_with_known_prices_while_another_call_waits_f
             with locked(world.settings.data_dir / FILE_NAME) as other:
                 async with anyio.create_task_group() as group:
                     group.start_soon(world.studio.journal.save_fact, "a", "b")  # waits for the lock
+                    await anyio.wait_all_tasks_blocked()
                     answer = await tool_answer(tool, {"size": "16:9"})
                     other.execute("ROLLBACK")
             after = await tool_answer(patient, {"size": "16:9"})
