@@ -27,6 +27,12 @@ _WSL_SHARE = re.compile(r"[\\/]{2}wsl(?:\$|\.localhost)[\\/]([^\\/]+)([\\/].*)",
 _MOUNTED_DRIVE = re.compile(r"(?:/mnt)?/([A-Za-z])/(.*)", re.DOTALL)
 
 
+# No part of a new file's name: control, format (bidi, zero width), surrogate and private characters, line separators.
+_HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+_REFUSED_CHARS = re.compile(r'[<>:"|?*\\]')
+_VARIABLE = re.compile(r"^\$(?:env:)?[A-Za-z_]\w*|\$\{\w+\}|%[A-Za-z_][\w()]*%")
+
+
 @dataclass(frozen=True, slots=True)
 class PathSystem:
     """The system of the paths. `distribution` is the name of the WSL distribution, None outside WSL."""
@@ -54,11 +60,35 @@ def path_readings(text: str, system: PathSystem) -> list[str]:
     for reading in readings:
         texts = [step(reading) for step in steps]
         if system.distribution is not None:
-            texts.append(_as_wsl_path(reading, system.distribution))
+            texts.append(as_wsl_path(reading, system.distribution))
         readings += dict.fromkeys(new for new in texts if new and new not in readings)
         if len(readings) >= READINGS_MAX:
             break
     return readings[:READINGS_MAX]
+
+
+def clean_file_name(text: str, system: PathSystem) -> str:
+    """Return a pasted name or path for a new file: without line ends, quotes and `file:`, in the system's own form.
+
+    Percent codes stay, except in a `file:` URI, because they may be a part of the name.
+    """
+    while (cleaned := _clean_once(text, system)) != text:
+        text = cleaned
+    return text
+
+
+def name_fault(part: str) -> str | None:
+    """Return the reason why a part of a path must not be the name of a new file, or None."""
+    hidden = next((char for char in part if unicodedata.category(char) in _HIDDEN_CATEGORIES), None)
+    if hidden is not None:
+        return f"has an invisible or control character (U+{ord(hidden):04X})"
+    if part.startswith("-"):
+        return "begins with “-”, which many programs read as an option"
+    if variable := _VARIABLE.search(part):
+        return f"has the variable “{variable[0]}”, which this server does not replace"
+    if refused := _REFUSED_CHARS.search(part):
+        return f"has the character {refused[0]}, which Windows and cloud folders refuse"
+    return None
 
 
 def file_name_of(path: str) -> str:
@@ -71,6 +101,15 @@ def is_windows_path(text: str) -> bool:
     return _DRIVE_PATH.match(text) is not None or text.startswith("\\\\")
 
 
+def as_wsl_path(text: str, distribution: str) -> str | None:
+    r"""Return the path inside WSL: C:\x is /mnt/c/x, and \\wsl$\Ubuntu\x is /x."""
+    if drive := _DRIVE_PATH.fullmatch(text):
+        return f"/mnt/{drive[1].lower()}/" + drive[2].replace("\\", "/")
+    share = _WSL_SHARE.fullmatch(text)
+    is_own = share is not None and share[1].casefold() == distribution.casefold()
+    return share[2].replace("\\", "/") if share is not None and is_own else None
+
+
 def _without_blanks(text: str) -> str | None:
     """Remove blanks, line ends and invisible characters at both ends. Windows' file properties add U+202A."""
     start = 0
@@ -80,6 +119,26 @@ def _without_blanks(text: str) -> str | None:
     while end > start and _is_blank(text[end - 1]):
         end -= 1
     return text[start:end] if end - start < len(text) else None
+
+
+def _clean_once(text: str, system: PathSystem) -> str:
+    text = _without_line_ends(text) or text
+    text = _without_quotes(text.strip()) or text
+    uri_path = _without_file_scheme(text)
+    if uri_path is not None:
+        text = _without_percent_codes(uri_path) or uri_path
+    text = _with_home(text) or text
+    if system.is_windows:
+        return _as_windows_path(text) or text
+    if system.distribution is not None:
+        text = as_wsl_path(text, system.distribution) or text
+    unescaped = _without_escapes(text) or text
+    return text if is_windows_path(text) or "\\" in unescaped else unescaped
+
+
+def _without_line_ends(text: str) -> str | None:
+    changed = text.strip("\r\n\t")
+    return changed if changed and changed != text else None
 
 
 def _is_blank(char: str) -> bool:
@@ -116,15 +175,12 @@ def _without_file_scheme(text: str) -> str | None:
 
 
 def _without_percent_codes(text: str) -> str | None:
-    if not _PERCENT_CODE.search(text):
-        return None
-    decoded = unquote(text)
-    return None if any(unicodedata.category(char) == "Cc" for char in decoded) else decoded
+    return unquote(text) if _PERCENT_CODE.search(text) else None
 
 
 def _without_escapes(text: str) -> str | None:
     changed = _SHELL_ESCAPE.sub(r"\1", text)
-    return changed if changed != text and not text.startswith("\\\\") else None
+    return changed if changed != text else None
 
 
 def _with_home(text: str) -> str | None:
@@ -134,15 +190,6 @@ def _with_home(text: str) -> str | None:
 
 def _with_slashes(text: str) -> str | None:
     return text.replace("\\", "/") if "\\" in text and not is_windows_path(text) else None
-
-
-def _as_wsl_path(text: str, distribution: str) -> str | None:
-    r"""Return the path inside WSL: C:\x is /mnt/c/x, and \\wsl$\Ubuntu\x is /x."""
-    if drive := _DRIVE_PATH.fullmatch(text):
-        return f"/mnt/{drive[1].lower()}/" + drive[2].replace("\\", "/")
-    share = _WSL_SHARE.fullmatch(text)
-    is_own = share is not None and share[1].casefold() == distribution.casefold()
-    return share[2].replace("\\", "/") if share is not None and is_own else None
 
 
 def _as_windows_path(text: str) -> str | None:

@@ -26,6 +26,12 @@ def harmless(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def printable(text: object) -> str:
+    """Return a path or a message for a terminal: a line break or an invisible character becomes U+FFFD."""
+    raw = str(text)
+    return raw if raw.isprintable() else "".join("\ufffd" if _invisible(char) else char for char in raw)
+
+
 def quoted(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
     """Return harmless text between “ and ”. The text cannot close the quotation."""
     return f"“{harmless(text, limit).translate(_INNER_QUOTES)}”"

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, KEY, is_loopback
 from evolink_mcp.images.folders import Folders
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
+from evolink_mcp.pasted import PathSystem
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.limits import SpendingLimits
 from evolink_mcp.tools.hosts import WAIT_MAX_S
@@ -512,7 +513,7 @@ class Settings:
     def folders(self) -> Folders:
         """The output folder and all allowed folders."""
         allowed = self.allowed_dirs or _working_folder()
-        return Folders(self.output_dir, tuple(dict.fromkeys((self.output_dir, *allowed))))
+        return Folders(self.output_dir, tuple(dict.fromkeys((self.output_dir, *allowed))), path_system())
 
     @property
     def spending_limits(self) -> SpendingLimits:
@@ -552,6 +553,11 @@ def folder_variables() -> dict[str, str]:
     """Return the variables that move the configuration of MCP hosts, and PATH."""
     names = ("APPDATA", "LOCALAPPDATA", "XDG_CONFIG_HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "COPILOT_HOME", "PATH")
     return {name: value for name in names if (value := os.environ.get(name))}
+
+
+def path_system() -> PathSystem:
+    """Return the system of the paths that callers write."""
+    return PathSystem(is_windows=os.name == "nt", distribution=os.environ.get("WSL_DISTRO_NAME") or None)
 
 
 def has_display() -> bool:

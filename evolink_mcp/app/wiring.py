@@ -17,7 +17,6 @@ from evolink_mcp.api.deadline import Deadline, awake_deadline
 from evolink_mcp.api.http import DEFAULT_HTTP_OPTIONS, HttpOptions
 from evolink_mcp.app.settings import Settings, decoder_environment
 from evolink_mcp.images.decode_process import Decoder
-from evolink_mcp.images.folders import Folders
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore, LocalImageStore
 from evolink_mcp.journal.entry import account_id_of
@@ -85,7 +84,7 @@ async def open_studio(
     profile = parts.tenant or settings.profile
     is_local = not parts.has_remote_callers or (bool(settings.allowed_dirs) and not parts.tenant)
     # Remote callers may use only the output folder, unless the owner of the server allowed folders explicitly.
-    folders = settings.folders if is_local else Folders(settings.folders.output, (settings.folders.output,))
+    folders = settings.folders if is_local else replace(settings.folders, allowed=(settings.folders.output,))
     async with AsyncExitStack() as stack:
         if decoder is None:
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))

@@ -26,7 +26,7 @@ from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage, account_id_of
 from evolink_mcp.journal.journal import Sums
 from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_entries, read_sums
-from evolink_mcp.sanitize import harmless
+from evolink_mcp.sanitize import harmless, printable
 from evolink_mcp.studio.times import instant
 from evolink_mcp.teams.settings import TeamSettings
 
@@ -121,7 +121,7 @@ def open_image(settings: TeamSettings, words: list[str], report: Print, complain
     if not path.exists():
         complain(f"no image is saved yet; the output folder is {path}")
         return 1
-    report(str(path))
+    report(printable(path))
     if not only_print and not _show(path):
         complain("no program of this system can open it")
     return 0
@@ -177,7 +177,7 @@ def write_sheet(
     if not is_written:
         complain(f"{path} exists already and is never overwritten. Give another name with --out")
         return 1
-    report(f"{_count(count)}: {path}")
+    report(f"{_count(count)}: {printable(path)}")
     return 0
 
 
@@ -198,7 +198,7 @@ async def _build_page(
                 with open_plain(Path(image.path)) as file:
                     preview = await decoder.preview(file, edge=SHEET_EDGE, budget=PREVIEW_MAX_BYTES)
             except (UnusableImage, DecoderUnavailable, OSError) as error:
-                complain(f"{image.path} is not on the page ({error})")
+                complain(f"{printable(image.path)} is not on the page ({error})")
                 continue
             if preview is not None:
                 cards.append(_card(entry, image, preview, has_other_key=entry.key in other_keys))

@@ -22,7 +22,7 @@ from evolink_mcp.cli.process import (
     start_garbage_collection,
 )
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.sanitize import harmless
+from evolink_mcp.sanitize import harmless, printable
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database_url import DatabaseTimes
@@ -232,9 +232,9 @@ def _tasks(options: Namespace) -> int:
             f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {prompt}"
         )
         for image in out.images:
-            print(f"    {image.path or image.error or image.url}")
+            print(f"    {printable(image.path or image.error or image.url)}")
         if out.error:
-            print(f"    {out.error.message}. {out.error.advice}")
+            print(f"    {printable(out.error.message)}. {printable(out.error.advice)}")
         if OTHER_KEY_NOTE in out.notes:
             print(f"    {OTHER_KEY_NOTE}")
     print(f"{len(outs)} entries in {place}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
-from evolink_mcp.pasted import PathSystem, is_windows_path, path_readings
+from evolink_mcp.pasted import PathSystem, as_wsl_path, clean_file_name, is_windows_path, name_fault, path_readings
 from evolink_mcp.sanitize import harmless
 
 # Bytes of UTF-8 in a file name. Encrypted file systems (eCryptfs) accept no longer names.
@@ -49,7 +48,6 @@ RESERVED_NAMES = frozenset(
 # Windows: a virus scanner may have a new file open for a moment.
 SCANNER_PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
 
-_UNUSABLE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]' if os.name == "nt" else r"[\x00-\x1f\x7f]")
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
 # Opening a pipe or a device in the place of a file must not block, and must not make it our terminal.
 _READ = os.O_RDONLY | _FOLLOW_NOTHING | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
@@ -86,17 +84,29 @@ class Folders:
             FolderRefused: outside every allowed folder, in a place that cannot be written, or not a usable name.
         """
         shown = harmless(save_as, 80)
+        if len(save_as) <= PATH_MAX_CHARS:
+            save_as = clean_file_name(save_as, self.system)
         if len(save_as) > PATH_MAX_CHARS:
             raise FolderRefused(
                 f"save_as has {len(save_as):,} characters, and a path has at most {PATH_MAX_CHARS:,}",
                 advice="Give a short name such as hero.png.",
             )
+        if is_windows_path(save_as) and not self.system.is_windows:
+            raise FolderRefused(
+                f"save_as “{shown}” is a Windows path, and this server runs on another system",
+                advice="Give a name such as hero.png, or a path of this system.",
+            )
         try:
             given = Path(save_as).expanduser()
             parts = given.parts[1:] if given.anchor else given.parts
             usable = given.name not in ("", ".", "..") and len(given.name.encode()) <= NAME_MAX_BYTES
-            if not usable or any(_UNUSABLE.search(part) for part in parts):
+            if not usable:
                 raise ValueError("not a name")
+            if fault := next(filter(None, map(name_fault, parts)), None):
+                raise FolderRefused(
+                    f"save_as “{shown}” is not a usable file name: it {fault}",
+                    advice="Give a short name such as hero.png.",
+                )
             if reserved := next((part for part in parts if part not in ("..", ".") and is_reserved(part)), None):
                 raise FolderRefused(
                     f"save_as “{shown}” has a name in it that Windows cannot have: “{harmless(reserved, 40)}”",
@@ -185,7 +195,9 @@ class Folders:
         """Return the reason why a path names no readable file, with the next step."""
         shown = harmless(source, 120)
         readings = path_readings(source, self.system)
-        plain = readings[-1]
+        absolute = [reading for reading in readings if _is_absolute(reading)]
+        plain = (absolute or readings)[-1]
+        windows_paths = [] if self.system.is_windows else [text for text in readings if is_windows_path(text)]
         inside = self._inside(readings)
         if any(reading.replace("\\", "/").startswith(SANDBOXES) for reading in readings) and not self._inside([plain]):
             return ReferenceRefused(
@@ -197,7 +209,7 @@ class Folders:
                 return _not_downloaded(source)
             if any(path.exists() for path in inside):
                 return ReferenceRefused(f"“{shown}” is not a plain file", advice="Give the path of a picture.")
-            if is_windows_path(plain) and not self.system.is_windows:
+            if windows_paths and not any(map(self._wsl_path, windows_paths)):
                 return ReferenceRefused(
                     f"“{shown}” is a Windows path. This server runs on another system and cannot read it",
                     advice="Copy the picture to this system and give its path there, or give a public URL.",
@@ -244,6 +256,9 @@ class Folders:
         finally:
             os.close(here)
 
+    def _wsl_path(self, text: str) -> str | None:
+        return None if self.system.distribution is None else as_wsl_path(text, self.system.distribution)
+
     def _roots(self) -> list[Path]:
         return [folder.resolve() for folder in self.allowed]
 
@@ -266,6 +281,10 @@ class Folders:
                 meant = " or ".join(harmless(path.parent / name, 200) for name in close)
                 return f"Did you mean {meant}?"
         return "Give the absolute path of an existing picture."
+
+
+def _is_absolute(text: str) -> bool:
+    return text.startswith("~") or Path(text).is_absolute()
 
 
 def is_in_cloud(facts: Any) -> bool:

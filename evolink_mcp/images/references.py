@@ -25,7 +25,7 @@ import anyio.to_thread
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
-from evolink_mcp.errors import DownloadFailed, JournalUnwritable, ReferenceRefused
+from evolink_mcp.errors import DownloadFailed, ImageUnknown, JournalUnwritable, ReferenceRefused
 from evolink_mcp.images.folders import Folders, open_plain
 from evolink_mcp.images.known_images import KnownImages, names_file
 from evolink_mcp.images.sidecar import origin_of
@@ -201,17 +201,23 @@ class References:
                     f"“{shown}” is no earlier picture",
                     advice="Use evolink://images/{task_id}/{index}, or the uri of an upload.",
                 )
-            return await self._check_result(*await self.known_images.find_image(source), is_mask)
+            return await self._check_result(*await self._find_image(source), is_mask)
         try:
             path = self.readable_file(source)
         except ReferenceRefused:
             # The file of a known image may have been moved, or only EvoLink has it.
             if (await self.known_images.find(source)) is None:
                 raise
-            return await self._check_result(*await self.known_images.find_image(source), is_mask)
+            return await self._check_result(*await self._find_image(source), is_mask)
         image = await self._check_file(partial(self._folders.opened, path), f"“{shown}”", is_mask)
         task_id, index = await anyio.to_thread.run_sync(origin_of, path, image.sha256)
         return replace(image, task_id=task_id, index=index)
+
+    async def _find_image(self, source: str) -> tuple[Entry, ResultImage]:
+        try:
+            return await self.known_images.find_image(source)
+        except ImageUnknown as error:
+            raise ReferenceRefused(error.message, advice=error.advice) from error
 
     async def _find_upload(self, sha256: str) -> CheckedImage:
         url = await self._journal.find_upload(sha256, self._clock() + LINK_MARGIN_S)

@@ -53,6 +53,7 @@ from evolink_mcp.images.sidecar import SUFFIX, write_sidecar
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage
 from evolink_mcp.journal.journal import Journal
+from evolink_mcp.pasted import clean_file_name
 from evolink_mcp.sanitize import harmless
 
 try:
@@ -81,8 +82,8 @@ class ImageStore(Protocol):
     is_permanent: bool
     decoder: Decoder
 
-    def check_name(self, save_as: str) -> None:
-        """Check a file name before the purchase.
+    def check_name(self, save_as: str) -> str:
+        """Check a file name before the purchase. Return it without quotes and other decorations of a pasted name.
 
         Raises:
             FolderRefused: this store cannot use the name.
@@ -178,9 +179,10 @@ class LocalImageStore:
         self._sweeper = UnfinishedFiles()
         self._moved_files = MovedFiles(folders.allowed)
 
-    def check_name(self, save_as: str) -> None:
+    def check_name(self, save_as: str) -> str:
         """See ImageStore."""
         self._folders.target(save_as)
+        return clean_file_name(save_as, self._folders.system)
 
     async def check_space(self, save_as: str | None, size: int) -> None:
         """See ImageStore."""

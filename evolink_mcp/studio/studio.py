@@ -161,7 +161,7 @@ class Studio:
             EvolinkError: a check failed. Nothing was sent.
         """
         if request.save_as is not None:
-            self.image_store.check_name(request.save_as)
+            request = replace(request, save_as=self.image_store.check_name(request.save_as))
         self._limits.check_callback(request.request.callback_url)
         return self._prepared(request, await self.references.check(request.request))
 

@@ -20,6 +20,7 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.download import download
 from evolink_mcp.images.folders import (
     NAME_MAX_BYTES,
+    PATH_MAX_CHARS,
     PICTURE_SUFFIXES,
     check_writable,
     cut_to_bytes,
@@ -29,6 +30,7 @@ from evolink_mcp.images.folders import (
 )
 from evolink_mcp.images.store import ENDING_MAX_BYTES, Fetch, UnfinishedFiles, default_stem, save_image
 from evolink_mcp.journal.entry import Entry, ResultImage
+from evolink_mcp.pasted import PathSystem, clean_file_name, name_fault
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.object_store import ObjectStore
 
@@ -65,14 +67,21 @@ class RemoteImageStore:
         self._sweeper = UnfinishedFiles()
         self.is_permanent = object_store is not None
 
-    def check_name(self, save_as: str) -> None:
+    def check_name(self, save_as: str) -> str:
         """See ImageStore. Accept only a plain file name."""
+        save_as = clean_file_name(save_as, PathSystem(is_windows=False)) if len(save_as) <= PATH_MAX_CHARS else save_as
         is_plain = save_as == Path(save_as).name and save_as not in ("", ".", "..") and "\\" not in save_as
         if not is_plain or not save_as.isprintable() or len(save_as.encode()) > NAME_MAX_BYTES or is_reserved(save_as):
             raise FolderRefused(
                 f"save_as “{harmless(save_as, 80)}” is no plain file name, and this server saves into no folder of callers",
                 advice="Give a name such as hero.png, or leave it out.",
             )
+        if fault := name_fault(save_as):
+            raise FolderRefused(
+                f"save_as “{harmless(save_as, 80)}” is no plain file name: it {fault}",
+                advice="Give a name such as hero.png, or leave it out.",
+            )
+        return save_as
 
     async def check_space(self, save_as: str | None, size: int) -> None:
         """See ImageStore. Each image needs a local copy first."""

@@ -197,6 +197,22 @@ async def test_a_moved_file_is_found_by_its_earlier_path_and_not_downloaded_agai
     assert edit["references"][0]["task_id"] == bought["task_id"]
 
 
+async def test_a_moved_file_is_not_saved_twice_while_another_image_of_its_task_is_downloaded(world: World) -> None:
+    bought = await buy(world, n=2)
+    first, second = (Path(image["path"]) for image in bought["images"])
+    (first.parent / "kept").mkdir()
+    first.rename(first.parent / "kept" / "first.png")
+    second.unlink()
+    task = await call(world, "get_task", task_id=bought["task_id"])
+    assert [image["path"] for image in task.structured_content["images"]] == [
+        str(first.parent / "kept" / "first.png"),
+        str(second),
+    ]
+    assert len(world.files) == 2
+    by_path = await call(world, "get_task", task_id=str(first))
+    assert by_path.structured_content["task_id"] == bought["task_id"]
+
+
 async def test_a_file_that_took_the_place_of_an_image_is_not_shown_as_this_image(world: World) -> None:
     first, second = await buy(world, "sim:fast one"), await buy(world, "sim:fast two")
     one, two = (Path(bought["images"][0]["path"]) for bought in (first, second))
