@@ -108,6 +108,7 @@ class Decoder:
         self._lanes = {lane: _FairLimiter(capacity) for lane, capacity in LANES.items()}
         self._slow = anyio.Semaphore(SLOW_MAX)
         self._idle: list[_Process] = []
+        self._start_lock = anyio.Lock()
         self._is_closed = False
 
     async def check(self, file: BinaryIO, *, edge: int = 0, order: str = "") -> tuple[ImageFacts, bytes | None]:
@@ -183,6 +184,14 @@ class Decoder:
             position += count
         return answer.facts, [image for image, _ in answer.derived], [count for _, count in answer.derived]
 
+    async def start(self) -> None:
+        """Start a process if none is idle, so that the next image need not wait for it. Log an error."""
+        async with self._start_lock:
+            if self._is_closed or any(process.is_alive for process in self._idle):
+                return
+            with suppress(DecoderUnavailable):
+                await self._reuse(await self._start_process())
+
     async def protections(self) -> Protection:
         """Start a process if none is idle, and return the protections that are active in it.
 
@@ -244,11 +253,10 @@ class Decoder:
                 is_late = False
         finally:
             process.images += 1
-            if results and process.is_reusable and not self._is_closed:
-                self._idle.append(process)
+            if results and process.is_reusable:
+                await self._reuse(process)
             else:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
+                await _end(process)
         if is_late:
             raise UnusableImage(Reason.DECODER_LATE)
         if not results:
@@ -270,11 +278,24 @@ class Decoder:
 
     async def _process(self) -> _Process:
         """Return an idle process, or start one."""
+        if not self._idle and self._start_lock.locked():
+            async with self._start_lock:  # `start` is about to add a process
+                pass
         while self._idle:
             process = self._idle.pop()
             if process.is_alive:
                 return process
             process.end()
+        return await self._start_process()
+
+    async def _reuse(self, process: _Process) -> None:
+        """Keep a process for the next image. After `close` end it."""
+        if self._is_closed:
+            await _end(process)
+        else:
+            self._idle.append(process)
+
+    async def _start_process(self) -> _Process:
         command = self._command or decoder_command()
         process = _Process(command, self._environ, self._folder)
         is_started = False
@@ -287,8 +308,7 @@ class Decoder:
             raise DecoderUnavailable("the process that decodes images does not start") from error
         finally:
             if not is_started:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
+                await _end(process)
         missing = expected_protections() & ~process.protections
         if missing:
             log.warning("the image decoder runs without %s on this system", missing.name)
@@ -329,6 +349,11 @@ def _size_of(file: BinaryIO) -> int:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return size
+
+
+async def _end(process: _Process) -> None:
+    with anyio.CancelScope(shield=True):
+        await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
 
 
 class _Process:

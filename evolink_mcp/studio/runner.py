@@ -264,6 +264,7 @@ class JobRunner:
         await self._purchaser.buy(job)
         if job.entry.task is not None:
             job.record_answer(is_running=True)
+            self._group.start_soon(guarded, self._saver.prepare)
         await self._follow(job)
 
     async def _continue(self, job: Job) -> None:

@@ -68,6 +68,10 @@ class ImageSaver:
         """
         await self._image_store.check_space(request.save_as, space_of(request.request, size_rule))
 
+    async def prepare(self) -> None:
+        """Start the decoder while EvoLink works on the task, so that the first image does not wait for it."""
+        await self._image_store.decoder.start()
+
     async def save(self, job: Job) -> None:
         """Save each image that is not saved yet. This server owns the entry, so no other server saves it too.
 

@@ -18,7 +18,7 @@ import pytest
 from child_processes import without_coverage
 from conftest import Open
 from drawings import drawing, noise
-from fake_decoders import ENDLESS_OR_REFUSE, answering, program, stuck, with_inherited_output
+from fake_decoders import ENDLESS_OR_REFUSE, REFUSE, answering, program, stuck, with_inherited_output
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
@@ -369,6 +369,55 @@ async def test_an_order_without_a_decoder_keeps_its_link_and_says_why(open_world
     assert facts["charged"] == "yes"
     assert facts["images"][0]["url"].startswith("http")
     assert "the process that decodes images does not start" in facts["images"][0]["error"]
+
+
+# --- a start before the first image ---
+
+
+def counted(starts: Path) -> list[str]:
+    """Return a decoder that adds a line to `starts` and refuses each image."""
+    record = f"open({str(starts)!r}, 'a').write('started\\n')"
+    return program(f"{record}\nwhile requests.peek(1):\n    request()\n    {REFUSE}")
+
+
+@in_time
+@pytest.mark.anyio
+async def test_the_first_image_gets_the_process_that_was_started_before_it(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    async with decoder_of(counted(starts)) as decoder:
+        await decoder.start()
+        await decoder.start()
+        await reason_of(decoder, drawing())
+    assert starts.read_text() == "started\n"
+
+
+@in_time
+@pytest.mark.anyio
+async def test_an_image_that_comes_during_the_start_waits_for_this_process(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    async with decoder_of(counted(starts)) as decoder, anyio.create_task_group() as group:
+        group.start_soon(decoder.start)
+        await anyio.sleep(0)
+        await reason_of(decoder, drawing())
+    assert starts.read_text() == "started\n"
+
+
+@in_time
+@pytest.mark.anyio
+async def test_the_decoder_starts_while_evolink_works(open_world: Open, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    async with open_world(decoder_command=counted(starts)) as world, world.client() as client:
+        await client.call_tool("generate_image", {"prompt": "sim:slow=1000000 a fox", "wait_seconds": 0})
+        while not starts.exists():
+            await anyio.sleep(0.01)
+
+
+@in_time
+@pytest.mark.anyio
+async def test_a_decoder_that_does_not_start_early_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async with decoder_of(["/nonexistent/python"]) as decoder:
+        await decoder.start()
+    assert "does not start" in caplog.text
 
 
 # --- fairness ---
