@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
@@ -26,6 +28,13 @@ from evolink_mcp.tracing import span
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DatabaseConnection = psycopg.AsyncConnection[DictRow]
+
+
+class PooledConnection(psycopg.AsyncConnection[DictRow]):
+    """A connection of the pool. `used_at` is the monotonic time of its last use."""
+
+    used_at = -math.inf
+
 
 # The class of all advisory locks. The second half of a lock is the number of a server, or 0 for a migration.
 LOCKS = 0x65766F6C
@@ -50,11 +59,12 @@ class Database:
         self._backend: tuple[int, datetime | None] = (0, None)  # process ID and start of the session in PostgreSQL
         self._session: DatabaseConnection | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._pool: AsyncConnectionPool[DatabaseConnection] = AsyncConnectionPool(
-            self._address.conninfo, connection_class=psycopg.AsyncConnection[DictRow],
+        self._pool: AsyncConnectionPool[PooledConnection] = AsyncConnectionPool(
+            self._address.conninfo, connection_class=PooledConnection,
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
-            open=False, check=_check,
+            open=False, check=self._check,
         )  # fmt: skip
+        self._connected_at = -math.inf  # monotonic time of the start of the session
         self._listeners: list[tuple[str, Callable[[dict[str, Any]], None]]] = []
         self._stops: list[Callable[[], None]] = []
         self._last: dict[str, asyncio.Task[Any]] = {}
@@ -209,6 +219,7 @@ class Database:
         await session.execute(f"LISTEN {CHANNEL}".encode())
         row = await _row(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
         self._backend = (row["pid"], row["backend_start"]) if row else (0, None)
+        self._connected_at = time.monotonic()
         self._renew()
 
     async def _send_heartbeat(self, session: DatabaseConnection) -> None:
@@ -276,11 +287,21 @@ class Database:
         """Return a free connection. Stop waiting for one when the session is lost."""
         for remaining in reversed(range(POOL_TRIES)):
             try:
-                return await stack.enter_async_context(self._pool.connection(1.0))
+                connection = await stack.enter_async_context(self._pool.connection(1.0))
             except PoolTimeout:
                 if not self.alive or not remaining:
                     raise
+            else:
+                stack.callback(_record_use, connection)
+                return connection
         raise AssertionError("unreachable")
+
+    async def _check(self, db: PooledConnection) -> None:
+        """Raise an error if the connection is broken, so that the pool replaces it. Skip a connection in recent use."""
+        is_recent = time.monotonic() - db.used_at < self.times.check_after_s
+        # A restart of the database ends all connections, so those before this session are checked.
+        if not is_recent or db.used_at < self._connected_at:
+            await db.execute("")
 
     def _handle_result(self, task: asyncio.Task[Any], key: str | None) -> None:
         self._running.discard(task)
@@ -311,9 +332,8 @@ def _number(owner: str) -> int:
     return int(number) if number.isdigit() and len(number) < 10 else 0
 
 
-async def _check(db: DatabaseConnection) -> None:
-    """Raise an error if the connection is broken, so that the pool replaces it."""
-    await db.execute("")
+def _record_use(db: PooledConnection) -> None:
+    db.used_at = time.monotonic()
 
 
 async def _value(db: DatabaseConnection, statement: str, *values: Any) -> Any:

@@ -29,7 +29,8 @@ class DatabaseTimes:
 
     `stop_after_s`: a server stops its work this long after the last answer of its session. `grace_s`: other servers
     adopt the entries of a dead server this long after the end of its session. `adopt_every_s`: pause between searches
-    for such entries.
+    for such entries. `check_after_s`: a pooled connection is checked before its use if it was idle for so long, or since an
+    earlier session of this server.
     """
 
     connect_timeout_s: int = 5
@@ -37,6 +38,7 @@ class DatabaseTimes:
     # Longer than `stop_after_s`, so that two servers never work on one entry.
     grace_s: float = 4.0
     adopt_every_s: float = 3.0
+    check_after_s: float = 5.0
 
 
 DEFAULT_TIMES = DatabaseTimes()
