@@ -49,7 +49,7 @@ class ComputeSizeArguments(Arguments):
         Field(ge=0, le=REFERENCES_MAX, description="Number of reference images."),
         WHOLE,
     ] = 0
-    width: Annotated[Edge | OrNull, Field(description="Instead of size: target width in pixels.")] = None
+    width: Annotated[Edge | OrNull, Field(description="Target width, instead of size.")] = None
     height: Annotated[Edge | OrNull, Field(description="Target height, with width.")] = None
 
 
@@ -121,8 +121,8 @@ def compute_size_tool(
     """
 
     async def compute_size(req: ComputeSizeArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Compute pixels and price of a size before you buy. Offline, free of charge. Or give the width and height that
-        you need, such as 1200 and 628: returns the legal size that covers them, scale and crop."""
+        """Compute pixels and price of a size before you buy. Offline, free of charge. For a width and height: the legal
+        size that covers them, scale and crop."""
         out = compute(req, await studio.prices.refresh(rule_fresh_for_s, journal_wait_s))
         if not studio.prices.is_current:
             out.notes.append(NOT_CURRENT)

@@ -2,20 +2,22 @@
 # Without `from __future__ import annotations`: the SDK reads the annotations of the nested functions at run time.
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from evolink_mcp.api import costs
+from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.request import GenerationRequest, OrNull, is_file
+from evolink_mcp.api.targets import parse_target
 from evolink_mcp.api.urls import host_of
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest
+from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import GALLERY_META
@@ -23,15 +25,47 @@ from evolink_mcp.tools.task_answer import TaskOut
 from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
 
 
-class GenerateImageArguments(GenerationRequest):
-    """The arguments of generate_image: the API's fields and four of this server."""
+def _fit(text: str) -> str:
+    """Return the text if it is a target."""
+    parse_target(text)
+    return text
 
+
+Fit = Annotated[
+    str,
+    AfterValidator(_fit),
+    Field(description="Exact target instead of size: 1200x628, og. Buys the size that covers it."),
+]
+
+
+class GenerateImageArguments(GenerationRequest):
+    """The arguments of generate_image: the API's fields and five of this server."""
+
+    fit: Fit | OrNull = None
     wait_seconds: WaitSeconds | OrNull = None
     save_as: Annotated[
         str | OrNull, Field(description="File name, or path in an allowed folder. Never overwrites.")
     ] = None
     max_credits: Credits | OrNull = None
     force_new: ForceNew = False
+
+    @model_validator(mode="after")
+    def _fit_chooses_the_size(self) -> Self:
+        if self.cover is not None and self.size != "auto":
+            raise ValueError(f"fit chooses the size: leave size out. For fit '{self.fit}' it is {self.cover.size}")
+        return self
+
+    @property
+    def cover(self) -> sizes.Cover | None:
+        """The way from a legal size to the target of `fit`, as compute_size returns it."""
+        if self.fit is None:
+            return None
+        target = parse_target(self.fit).size
+        return sizes.cover(target.width, target.height, limits=self.image_model.limits)
+
+    def sized(self) -> Self:
+        """Return the request to send: `fit` sets the size."""
+        return self if self.cover is None else self.model_copy(update={"size": str(self.cover.size)})
 
 
 def generate_image_tool(waiting: Waiting) -> Tool:
@@ -41,7 +75,8 @@ def generate_image_tool(waiting: Waiting) -> Tool:
 
     async def priced_order(req: GenerateImageArguments) -> ImageRequest:
         prices = await studio.prices.refresh()
-        return ImageRequest(req, prices.ceiling(req), req.save_as, req.max_credits, req.force_new)
+        request = req.sized()
+        return ImageRequest(request, prices.ceiling(request), req.save_as, req.max_credits, req.force_new)
 
     def confirm(
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
@@ -64,8 +99,8 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     ) -> CallToolResult:
         """Make or edit images with EvoLink's gpt-image-2. PAID: every call is billed. Waits, saves the files and returns
         paths, URLs (valid 24 h), sizes and a preview. If the wait ends first, call get_task with the returned task_id.
-        Never call generate_image again for the same picture. To edit, give image_urls. compute_size returns pixels and
-        price, free of charge. Show the user the path and the markdown line."""
+        Never call generate_image again for the same picture. To edit, give image_urls. Show the user the path
+        and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
         approved.update(_disclosures(req))
@@ -74,7 +109,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
                 job,
                 req.wait_seconds,
                 ctx,
-                argument_notes(req, req.save_as, studio),
+                _notes(req, order, studio),
                 is_deduplicated=job.is_deduplicated,
             )
 
@@ -88,6 +123,15 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         meta=GALLERY_META,
         has_nested_fields=True,
     )
+
+
+def _notes(req: GenerateImageArguments, order: ImageRequest, studio: Studio) -> list[str]:
+    notes = argument_notes(order.request, order.save_as, studio)
+    if (cover := req.cover) is not None:
+        scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
+        size = f"fit buys {cover.size}. For exactly {cover.crop}: {scaled}crop it at ({cover.left}, {cover.top})."
+        notes.insert(0, size)
+    return notes
 
 
 def _disclosures(req: GenerateImageArguments) -> set[tuple[str, str]]:

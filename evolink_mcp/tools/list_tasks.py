@@ -44,7 +44,7 @@ class ListTasksArguments(Arguments):
 
     limit: Annotated[int, Strict(), Field(ge=1, le=LIST_MAX, description="Number of tasks."), WHOLE] = 10
     status: Annotated[Status, Field(description="Status of the tasks.")] = ANY_STATUS
-    query: Annotated[str | OrNull, Field(description="Words of prompt, file name or ID.")] = None
+    query: Annotated[str | OrNull, Field(description="Words to find.")] = None
     since: Annotated[str | OrNull, Field(description="ISO 8601, today, yesterday or 7d.")] = None
     until: Annotated[str | OrNull, Field(description="As since.")] = None
     cursor: Annotated[str | OrNull, Field(description="next_cursor of an answer.")] = None

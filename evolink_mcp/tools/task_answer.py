@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.models import DEFAULT_MODEL
@@ -85,7 +85,8 @@ class TaskOut(BaseModel):
     `task_id` is null until EvoLink returns one. `progress` is in percent. `created_at` is ISO 8601 in UTC. `request`
     is the request as sent to EvoLink. Each of `references` has the caller's argument, its URL at EvoLink, its SHA-256
     and, if it is an earlier picture, that picture's task and index. `expected_size` has the computed pixels of each
-    picture. `credits` is EvoLink's charge, null while it is unknown.
+    picture. `credits` is EvoLink's charge, null while it is unknown. `guess`: the task is an unconfirmed match of a lost
+    answer.
     """
 
     task_id: str | None = None
@@ -100,7 +101,7 @@ class TaskOut(BaseModel):
     credits: float | None = None
     usd: float | None = None
     bill_difference: str | None = None
-    guess: bool = Field(default=False, description="unconfirmed match of a lost answer")
+    guess: bool = False
     error: ErrorOut | None = None
     next_action: NextAction | None = None
     notes: list[str] = []

@@ -14,13 +14,13 @@ pytestmark = pytest.mark.anyio
 PROMPT = "A calm sunset"
 EMPTY = {
     "image_urls": [], "size": "", "resolution": "", "quality": "", "callback_url": "", "model": "", "mask_url": "",
-    "background": "", "output_format": "", "save_as": "",
+    "background": "", "output_format": "", "fit": "", "save_as": "",
 }  # fmt: skip
 # The values of a model that must fill in every argument of the published schema, with the defaults of the enums.
 STRICT = {
     "prompt": PROMPT, "image_urls": [], "size": "", "resolution": "1K", "quality": "medium", "n": 1, "callback_url": "",
     "model": "gpt-image-2", "mask_url": "", "background": "opaque", "output_format": "png", "save_as": "",
-    "wait_seconds": 30, "max_credits": 100, "force_new": False,
+    "wait_seconds": 30, "max_credits": 100, "force_new": False, "fit": "",
 }  # fmt: skip
 
 SIZE = {"resolution": "2K", "quality": "low", "n": 1, "references": 0}
