@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evolink_mcp.tools.task_answer import ImageOut
+
 TOOLS: dict[str, Any] = json.loads((Path(__file__).parent / "contract" / "tools.json").read_text("utf-8"))
 OUTPUTS = {name: tool["outputSchema"]["properties"] for name, tool in TOOLS.items() if "outputSchema" in tool}
 
@@ -21,10 +23,7 @@ def test_generate_image_describes_the_images_the_error_and_the_next_action() -> 
     assert set(fields["error"]["properties"]) == {"code", "message", "retryable", "advice"}
     assert set(fields["next_action"]["properties"]) == {"tool", "arguments"}
     assert set(fields["expected_size"]["properties"]) == {"width", "height"}
-    assert set(fields["images"]["items"]["properties"]) == {
-        "index", "url", "url_expires_at", "path", "mime_type", "width", "height", "bytes", "sha256", "resource_uri",
-        "markdown", "error",
-    }  # fmt: skip
+    assert set(fields["images"]["items"]["properties"]) == set(ImageOut.model_fields)
 
 
 def test_get_task_has_the_fields_of_generate_image() -> None:
