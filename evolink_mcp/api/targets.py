@@ -67,6 +67,42 @@ _PIXELS = re.compile(r"([1-9][0-9]{0,5}) ?[x×*] ?([1-9][0-9]{0,5})(?: ?px)?")
 _PAPER = re.compile(rf"({'|'.join(PAPERS)})(?:-(portrait|landscape))?(?:-([1-9][0-9]{{0,4}})dpi)?")
 
 
+# The point of the image to keep, as shares of its width and height.
+GRAVITY = {"top": (0.5, 0.0), "left": (0.0, 0.5), "centre": (0.5, 0.5), "right": (1.0, 0.5), "bottom": (0.5, 1.0)}
+_GRAVITY_NAMES = {
+    "center": "centre", "middle": "centre", "north": "top", "south": "bottom", "west": "left", "east": "right",
+    "up": "top", "down": "bottom",
+}  # fmt: skip
+_POINT = re.compile(r"([01](?:\.\d{1,6})?|\.\d{1,6}) ?[,; ] ?([01](?:\.\d{1,6})?|\.\d{1,6})")
+
+
+def parse_gravity(text: str) -> tuple[float, float]:
+    """Return the focus point for an edge ("top"), a corner ("top-left") or a point ("0.3,0.7").
+
+    Raises:
+        ValueError: none of them.
+    """
+    plain = text.strip().lower()[:TEXT_MAX]
+    if point := _POINT.fullmatch(plain):
+        x = float(point[1])
+        y = float(point[2])
+        if x <= 1 and y <= 1:
+            return x, y
+        raise ValueError(f"a point has shares from 0 to 1, such as {min(x, 1):g},{min(y, 1):g}")
+    split = re.sub(r"(north|south)(?=east|west)", r"\1-", plain)
+    words = [_GRAVITY_NAMES.get(word, word) for word in re.split(r"[-_ ]+", split)]
+    shares = [GRAVITY[word] for word in words if word in GRAVITY]
+    is_pair = len(words) == 2 and words[0] != words[1] and not {"left", "right"}.issuperset(words)
+    if len(shares) != len(words) or not (len(words) == 1 or (is_pair and not {"top", "bottom"}.issuperset(words))):
+        close = difflib.get_close_matches(plain, GRAVITY, n=1)
+        raise ValueError(
+            f"use {close[0] if close else 'centre'}, an edge, a corner such as top-left, or a point such as 0.3,0.7"
+        )
+    return min((share[0] for share in shares), key=lambda x: -abs(x - 0.5)), min(
+        (share[1] for share in shares), key=lambda y: -abs(y - 0.5)
+    )
+
+
 class UnknownTarget(ValueError):
     """The text is no target. The message is one line with the reason and the nearest valid value."""
 

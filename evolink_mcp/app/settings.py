@@ -400,6 +400,12 @@ class Settings:
     has_sidecars: bool = setting(
         "EVOLINK_MCP_SIDECAR", switch, True, "1 writes a JSON file with the request and the task beside each image."
     )
+    has_metadata: bool = setting(
+        "EVOLINK_MCP_METADATA",
+        switch,
+        False,
+        "1 writes prompt, task ID and model into derived files, and into saved images that carry no signature.",
+    )
     has_resource_links: bool = setting(
         "EVOLINK_MCP_RESOURCE_LINKS", switch, False, "1 adds resource_link blocks. Some MCP hosts fail on them."
     )

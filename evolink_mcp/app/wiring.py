@@ -109,6 +109,7 @@ async def open_studio(
             callback_hosts=settings.callback_hosts,
             is_shared=parts.has_other_tenants,
             retention_days=settings.retention_days,
+            has_metadata=settings.has_metadata,
             key_problem=settings.key_problem,
             callbacks=parts.callbacks,
             poller=parts.poller,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ REDUCING_GAP = 3.0
 # A border has the colour of the top left pixel. JPEG changes it by a few levels.
 TRIM_TOLERANCE = 10
 DRAFT_MARGIN = 2
+COLOUR_MAX_CHARS = 40
 TRANSPARENT: Colour = (0, 0, 0, 0)
 WHITE: Colour = (255, 255, 255, 255)
 PNG_FAST_PIXELS = 2_000_000  # of a larger PNG only runs are compressed: a third of the time, as short for a photo
@@ -105,6 +107,25 @@ class DerivedImage:
     has_lost_profile: bool = False
     smallest_bytes: int = 0
     reason: Reason | None = None
+
+
+def parse_colour(text: str) -> Colour:
+    """Return RGBA for a CSS name, #hex, rgb(…) or "transparent".
+
+    Raises:
+        ValueError: it is no colour.
+    """
+    from PIL import ImageColor
+
+    plain = text.strip().lower()
+    if plain in ("transparent", "none"):
+        return TRANSPARENT
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(plain[:COLOUR_MAX_CHARS])
+    except ValueError:
+        close = difflib.get_close_matches(plain, ImageColor.colormap, n=1)
+        raise ValueError(f"use a name such as {close[0] if close else 'white'}, #ffffff or transparent") from None
+    return red, green, blue, alpha[0] if alpha else 255
 
 
 def derive(content: bytes, plan: DerivePlan) -> Iterator[ImageFacts | tuple[DerivedImage, bytes]]:

@@ -183,6 +183,14 @@ class References:
             )
         return self._folders.readable(source)
 
+    def opened(self, path: Path) -> BinaryIO:
+        """Open a path from `readable_file`.
+
+        Raises:
+            OSError: it is gone, or a link took its place.
+        """
+        return self._folders.opened(path)
+
     async def _check_source(self, source: str, *, is_mask: bool = False) -> CheckedImage:
         shown = harmless(source, 80)
         if source[:5].lower() == "data:":

@@ -37,6 +37,7 @@ INTERNAL_FIELDS = frozenset(
         "alpha_max",
         "is_one_colour",
         "fallback_reason",
+        "derived",
     ]
 )
 
@@ -81,6 +82,15 @@ async def write_sidecar(entry: Entry, image: ResultImage) -> None:
     try:
         if not await anyio.to_thread.run_sync(_write, path, sidecar(entry, image)):
             log.warning("no sidecar for this image: another program wrote %s", path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", path, error.strerror or type(error).__name__)
+
+
+async def write_derived_sidecar(image: Path, facts: dict[str, Any]) -> None:
+    """Write the sidecar of a derived file: its own facts and those of its source. A failure is only logged."""
+    path = sidecar_path(image)
+    try:
+        await anyio.to_thread.run_sync(_write, path, scrub({"made_by": f"{MAKER} {__version__}", **facts}))
     except OSError as error:
         log.warning("%s cannot be written (%s)", path, error.strerror or type(error).__name__)
 

@@ -13,15 +13,16 @@ import shutil
 import tempfile
 import time
 import unicodedata
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import anyio.to_thread
 
+from evolink_mcp.api.targets import ICO
 from evolink_mcp.errors import (
     DecoderUnavailable,
     DownloadFailed,
@@ -47,11 +48,11 @@ from evolink_mcp.images.folders import (
     open_plain,
     stem_of,
 )
-from evolink_mcp.images.inspect import ImageFacts
+from evolink_mcp.images.inspect import SUFFIX_OF, ImageFacts
 from evolink_mcp.images.moved_files import MovedFiles
-from evolink_mcp.images.sidecar import SUFFIX, write_sidecar
+from evolink_mcp.images.sidecar import SUFFIX, write_derived_sidecar, write_sidecar
 from evolink_mcp.images.unusable import UnusableImage
-from evolink_mcp.journal.entry import Entry, ResultImage
+from evolink_mcp.journal.entry import DerivedFile, Entry, ResultImage
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.pasted import clean_file_name
 from evolink_mcp.sanitize import harmless
@@ -68,6 +69,8 @@ ENDING_MAX_BYTES = len("-9" + "-9999" + ".webp")
 # Bytes of the prompt in a file name. The rest is for the task ID, the ending and the suffix of the sidecar.
 PROMPT_MAX_BYTES = NAME_MAX_BYTES - len("-12345678") - ENDING_MAX_BYTES - len(SUFFIX)
 UNFINISHED_MAX_AGE_S = 3600
+ICO_SUFFIX = ".ico"
+BLOCK_BYTES = 1 << 20
 ENTRIES_SEARCHED = 1000
 
 Fetch = Callable[[BinaryIO], Awaitable[int]]
@@ -113,6 +116,18 @@ class ImageStore(Protocol):
         """Save a second copy of a saved image, under the name that another caller wants."""
         ...
 
+    async def save_derived(self, derivative: Derivative) -> DerivedFile:
+        """Save a file that was made from an image, under a free name. The same content is saved once.
+
+        Raises:
+            FolderRefused, StoreUnusable: the store cannot be written, or keeps no files. Nothing was charged.
+        """
+        ...
+
+    async def link_derived(self, file: DerivedFile) -> tuple[str, float] | None:
+        """Return a link to a derived file of a remote caller, and its expiry in epoch seconds."""
+        ...
+
     async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """Return a file on this machine that holds the saved image.
 
@@ -149,6 +164,49 @@ class SavedImage:
     alpha_min: int | None = None
     alpha_max: int | None = None
     is_one_colour: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """A finished derived file that is not saved yet.
+
+    Its content are `length` bytes of `content` from `position`. `source` is the file of the image that it was made from.
+    `task_id` is None if no task made that image. `sidecar` has the facts of the source.
+    """
+
+    content: BinaryIO
+    position: int
+    length: int
+    source: Path
+    stem: str
+    target: str
+    mime_type: str
+    width: int
+    height: int
+    task_id: str | None = None
+    sidecar: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def name(self) -> str:
+        """The file name without suffix."""
+        return f"{cut_to_bytes(self.stem, PROMPT_MAX_BYTES)}-{self.target}"
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the type, with its dot."""
+        return ICO_SUFFIX if self.mime_type == ICO else SUFFIX_OF[self.mime_type]
+
+    def write(self, into: BinaryIO) -> None:
+        """Write the content to a file."""
+        self.content.seek(self.position)
+        remaining = self.length
+        while remaining and (block := self.content.read(min(remaining, BLOCK_BYTES))):
+            into.write(block)
+            remaining -= len(block)
+
+    def saved(self, sha256: str, *, path: str | None = None, object_name: str | None = None) -> DerivedFile:
+        """Return the facts of the saved file."""
+        return DerivedFile(self.target, self.mime_type, self.width, self.height, self.length, sha256, path, object_name)
 
 
 class LocalImageStore:
@@ -213,6 +271,28 @@ class LocalImageStore:
         if image.path is None or not image.is_present:
             return image
         return await self._save(entry, image, save_as, partial(_copy_file, Path(image.path)))
+
+    async def save_derived(self, derivative: Derivative) -> DerivedFile:
+        """See ImageStore. The folder is that of the source if it is in the output folder, else the output folder."""
+        output = self._folders.output.resolve()
+        source_folder = derivative.source.resolve().parent
+        folder = source_folder if source_folder.is_relative_to(output) else output
+        try:
+            await self._check_root(folder)
+            path, sha256 = await anyio.to_thread.run_sync(save_content, derivative, folder)
+        except OSError as error:
+            raise FolderRefused(
+                f"the folder {folder} cannot be written ({error.strerror or type(error).__name__})",
+                advice="Make it writable, free some space or set EVOLINK_MCP_OUTPUT_DIR. Then call again.",
+            ) from error
+        file = derivative.saved(sha256, path=str(path))
+        if self._has_sidecars:
+            await write_derived_sidecar(path, {**derivative.sidecar, **_facts_of_derived(file)})
+        return file
+
+    async def link_derived(self, file: DerivedFile) -> tuple[str, float] | None:
+        """See ImageStore."""
+        return None
 
     async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """See ImageStore. The file may have been moved or renamed."""
@@ -396,22 +476,50 @@ async def save_image(
             part.unlink()
 
 
-def _finish(part: Path, target: Path, facts: ImageFacts) -> SavedImage:
-    """Sync the checked file to the disk and give it the first free name."""
+def save_content(derivative: Derivative, folder: Path) -> tuple[Path, str]:
+    """Write a derived file into `folder` under the first free name. Return its path and SHA-256.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    make_folder(folder)
+    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=folder)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            derivative.write(file)
+        path, _, sha256 = _move(part, folder, derivative.name, derivative.suffix)
+        return path, sha256
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _facts_of_derived(file: DerivedFile) -> dict[str, Any]:
+    return {name: value for name, value in asdict(file).items() if name != "object_name"}
+
+
+def _move(part: Path, folder: Path, stem: str, suffix: str) -> tuple[Path, int, str]:
+    """Sync a finished file to the disk and give it the first free name. Return its path, size and SHA-256."""
     with part.open("r+b") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     size = part.stat().st_size
     number = 0
     while True:
-        ending = f"-{number}{facts.suffix}" if number else facts.suffix
-        path = target.with_name(build_name(stem_of(target), ending))
+        path = folder / build_name(stem, f"-{number}{suffix}" if number else suffix)
         if move_to_free_name(part, path) or _has_content(path, size, sha256):
             break
         number += 1
-    _sync_folder(target.parent)
+    _sync_folder(folder)
+    return path.resolve(), size, sha256
+
+
+def _finish(part: Path, target: Path, facts: ImageFacts) -> SavedImage:
+    """Give the checked file the first free name."""
+    path, size, sha256 = _move(part, target.parent, stem_of(target), facts.suffix)
     return SavedImage(
-        str(path.resolve()),
+        str(path),
         facts.mime_type,
         facts.width,
         facts.height,

@@ -46,6 +46,24 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class DerivedFile:
+    """A file that was made from an image without a purchase.
+
+    `target` is the size that the caller named. `path` is a local file, `object_name` its name in the object store. Width
+    and height are in pixels, `bytes` is the size of the file, `sha256` is in hex.
+    """
+
+    target: str
+    mime_type: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    path: str | None = None
+    object_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ResultImage:
     """One image of a task. `path` is a local file, `object_name` its name in the object store; it may have neither.
 
@@ -76,6 +94,7 @@ class ResultImage:
     is_one_colour: bool = False
     object_name: str | None = None
     fallback_reason: str | None = None
+    derived: tuple[DerivedFile, ...] = ()
 
     @property
     def is_saved(self) -> bool:

@@ -18,12 +18,13 @@ from typing import Any
 from evolink_mcp.api.task import SETTLED, Task
 from evolink_mcp.errors import JournalUnwritable, OutcomeUnknown, Problem, TaskKnown, TooManyRunning
 from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
-from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
+from evolink_mcp.journal.entry import UNCONFIRMED, DerivedFile, Entry, Phase
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id, profile_name
 from evolink_mcp.journal.rows import COLUMNS, STATE_COLUMNS, fold, readable_entries, task_from_dict, values_of
 
 log = logging.getLogger(__name__)
 
+CHANGE_ATTEMPTS = 5
 FORGET_AT_ONCE = 200  # entries in one transaction
 
 # In each query, {mine} is the condition for the entries of the profile, {linked} the condition for those of them that this
@@ -117,6 +118,8 @@ OTHER_ENTRY = "SELECT 1 FROM entries WHERE task_id = ? AND key <> ? AND (error I
 UNCONFIRMED_BY_TASK = "SELECT * FROM entries WHERE task_id = ? AND key <> ? AND error LIKE ?"
 # Write the state of an entry, whoever owns it.
 UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
+# Write the images of an entry, unless another server changed them since they were read.
+CHANGE_IMAGES = "UPDATE entries SET images = ? WHERE key = ? AND images = ?"
 # Record the address of an uploaded reference image.
 SAVE_UPLOAD = """INSERT INTO uploads VALUES (?, ?, ?, ?)
     ON CONFLICT (profile, sha256) DO UPDATE SET url = excluded.url, expires_at = excluded.expires_at"""
@@ -432,6 +435,28 @@ class Journal:
     async def deliver(self, key: str, at: float) -> None:
         """Record that a caller got the result."""
         await self._execute(SET_DELIVERED, at, key, key=key)
+
+    async def add_derived(self, task_id: str, index: int, files: Sequence[DerivedFile]) -> bool:
+        """Record files that were made from an image. Return False if the journal does not have the image.
+
+        A file that is recorded already is not recorded again.
+        """
+        for _ in range(CHANGE_ATTEMPTS):
+            rows = await self._fetch(self._sql(BY_TASK), task_id)
+            entries = readable_entries(rows)
+            if not entries or all(image.index != index for image in entries[0].images):
+                return False
+            images = tuple(
+                replace(image, derived=tuple(dict.fromkeys((*image.derived, *files))))
+                if image.index == index
+                else image
+                for image in entries[0].images
+            )
+            (value,) = values_of(replace(entries[0], images=images), ("images",))
+            key = entries[0].key
+            if await self._execute(CHANGE_IMAGES, value, key, rows[0]["images"], key=key) == 1:
+                return True
+        return False
 
     async def adopt(self) -> list[Entry]:
         """Become the owner of unfinished entries without a living owner, and end the waits of dead servers' calls."""

@@ -13,7 +13,7 @@ from typing import Any
 from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import Problem
 from evolink_mcp.journal.backend import Row
-from evolink_mcp.journal.entry import Entry, Phase, ReferenceImage, ResultImage, Stage
+from evolink_mcp.journal.entry import DerivedFile, Entry, Phase, ReferenceImage, ResultImage, Stage
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "request": lambda text: dict(json.loads(text)),
     "task": lambda text: task_from_dict(json.loads(text)) if text else None,
     "error": lambda text: Problem(**json.loads(text)) if text else None,
-    "images": lambda text: tuple(ResultImage(**image) for image in json.loads(text)),
+    "images": lambda text: tuple(image_from_dict(image) for image in json.loads(text)),
     "references": lambda text: tuple(ReferenceImage(**image) for image in json.loads(text)),
 }
 
@@ -79,6 +79,12 @@ def readable_entries(rows: Iterable[Row]) -> list[Entry]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             log.error("skipping the damaged journal entry %s", row["key"])
     return entries
+
+
+def image_from_dict(data: dict[str, Any]) -> ResultImage:
+    """Return the image of its fields, as `dataclasses.asdict` returns them."""
+    derived = tuple(DerivedFile(**file) for file in data.pop("derived", ()))
+    return ResultImage(**data, derived=derived)
 
 
 def task_from_dict(data: dict[str, Any]) -> Task:

@@ -23,6 +23,7 @@ from evolink_mcp.server.skills_extension import Skills
 from evolink_mcp.server.tasks_extension import Tasks
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.compute_size import RULE_FRESH_FOR_S, compute_size_tool
+from evolink_mcp.tools.derive_image import derive_image_tool
 from evolink_mcp.tools.generate_image import generate_image_tool
 from evolink_mcp.tools.generate_images import generate_images_tool
 from evolink_mcp.tools.get_balance import get_balance_tool
@@ -97,6 +98,7 @@ def build_server(
         get_task,
         compute_size_tool(studio, rule_fresh_for_s),
         view_image_tool(waiting),
+        derive_image_tool(studio),
         list_tasks_tool(studio),
         get_balance_tool(studio),
     ]

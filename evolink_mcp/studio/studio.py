@@ -18,6 +18,7 @@ from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_defaults
 from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.accounts import AccountLinker
+from evolink_mcp.studio.derive import Deriver
 from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Subscriber
 from evolink_mcp.studio.jobs import ImageRequest, Job, Prepared, Timing, guarded
 from evolink_mcp.studio.limits import Limits, SpendingLimits
@@ -47,7 +48,8 @@ class StudioOptions:
 
     `size_rule`: the setting of the size rule. `preview_edge`: the longest edge of previews in pixels. `callback_hosts`:
     the hostnames that callers' callbacks may use, None allows all. `is_shared`: other callers use the account too.
-    `retention_days`: the age at which finished entries lose their request; None keeps it.
+    `retention_days`: the age at which finished entries lose their request; None keeps it. `has_metadata`: derived files
+    contain prompt, task ID and model.
     `key_problem`: the reason why there is no usable key. `callbacks`: the addresses for EvoLink's callbacks. `poller`:
     a poller that several studios of the account share. `subscribers` receive the events of all jobs.
     """
@@ -58,6 +60,7 @@ class StudioOptions:
     callback_hosts: frozenset[str] | None = None
     is_shared: bool = False
     retention_days: float | None = None
+    has_metadata: bool = False
     key_problem: str | None = None
     callbacks: CallbackAddresses | None = None
     poller: Poller | None = None
@@ -112,6 +115,7 @@ class Studio:
         self.image_store = image_store
         self.references = references
         self.known_images = references.known_images
+        self.deriver = Deriver(image_store, references, journal, has_origin=options.has_metadata)
         self.spending_limits = options.spending_limits
         self.prices = prices
         self.rate_limit = poller.rate_limit

@@ -28,8 +28,16 @@ from evolink_mcp.images.folders import (
     is_reserved,
     stem_of,
 )
-from evolink_mcp.images.store import ENDING_MAX_BYTES, Fetch, UnfinishedFiles, default_stem, save_image
-from evolink_mcp.journal.entry import Entry, ResultImage
+from evolink_mcp.images.store import (
+    ENDING_MAX_BYTES,
+    Derivative,
+    Fetch,
+    UnfinishedFiles,
+    default_stem,
+    save_content,
+    save_image,
+)
+from evolink_mcp.journal.entry import DerivedFile, Entry, ResultImage
 from evolink_mcp.pasted import PathSystem, clean_file_name, name_fault
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.object_store import ObjectStore
@@ -117,6 +125,35 @@ class RemoteImageStore:
     async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """See ImageStore. A stored image keeps its first name."""
         return image
+
+    async def save_derived(self, derivative: Derivative) -> DerivedFile:
+        """See ImageStore. The name of a stored file has a part of its hash, so that it replaces no other content."""
+        if self._object_store is None:
+            raise FolderRefused(
+                "this server keeps no files for callers on other machines, so it makes no copies",
+                advice="Download the picture from its link and change it on your machine.",
+            )
+        await self._sweep()
+        try:
+            path, sha256 = await anyio.to_thread.run_sync(save_content, derivative, self._copies)
+        except OSError as error:
+            raise DownloadFailed(
+                "this server's disk cannot take the file now", code="server_disk", charged="no"
+            ) from error
+        try:
+            folder = _folder_of(derivative.task_id or "derived")
+            name = f"{self._profile}/{folder}/{derivative.name}-{sha256[:8]}{derivative.suffix}"
+            await self._object_store.put(name, path, derivative.mime_type)
+        finally:
+            with suppress(OSError):
+                path.unlink()
+        return derivative.saved(sha256, object_name=name)
+
+    async def link_derived(self, file: DerivedFile) -> tuple[str, float] | None:
+        """See ImageStore."""
+        if self._object_store is None or file.object_name is None:
+            return None
+        return await self._object_store.link(file.object_name)
 
     async def local_file(self, task_id: str, image: ResultImage) -> Path:
         """See ImageStore. Download the image again if there is no copy."""

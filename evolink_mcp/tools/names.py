@@ -12,6 +12,7 @@ TOOL_NAMES = (
     "get_task",
     "compute_size",
     "view_image",
+    "derive_image",
     "list_tasks",
     "get_balance",
 )

@@ -155,7 +155,7 @@ def image_out(task_id: str, picture: ResultImage, prompt: str = "") -> ImageOut:
     if picture.is_present:
         facts |= {
             "resource_uri": f"evolink://images/{task_id}/{picture.index}",
-            "markdown": _markdown(picture.path or picture.url, prompt),
+            "markdown": markdown_of(picture.path or picture.url, prompt),
             "error": None,
         }
     elif picture.is_saved:
@@ -469,7 +469,7 @@ def _percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
 
-def _markdown(path: str, prompt: str) -> str:
+def markdown_of(path: str, prompt: str) -> str:
     """Return a line of Markdown that shows the image, with the prompt as alternative text."""
     target = f"<{path}>" if any(c in path for c in " ()<>") else path
     alt = harmless(prompt, PROMPT_MAX_CHARS).translate(str.maketrans("[]\\`", "()/'"))

@@ -27,6 +27,7 @@ async def test_all_tools_are_published_by_default(open_world: Open) -> None:
             "get_task",
             "compute_size",
             "view_image",
+            "derive_image",
             "list_tasks",
             "get_balance",
         ]
