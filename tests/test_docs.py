@@ -67,7 +67,7 @@ async def test_the_tools_table_names_every_tool(world: World) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", between("tools"), re.MULTILINE))
     assert list(rows) == list(tools)
     assert {name for name, cost in rows.items() if cost == "credits"} == {
-        name for name, tool in tools.items() if not tool.annotations.read_only_hint
+        name for name, tool in tools.items() if not tool.annotations.read_only_hint and tool.annotations.open_world_hint
     }
 
 

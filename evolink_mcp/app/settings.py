@@ -404,7 +404,7 @@ class Settings:
         "EVOLINK_MCP_METADATA",
         switch,
         False,
-        "1 writes prompt, task ID and model into derived files, and into saved images that carry no signature.",
+        "1 writes prompt, task ID and model into derived files.",
     )
     has_resource_links: bool = setting(
         "EVOLINK_MCP_RESOURCE_LINKS", switch, False, "1 adds resource_link blocks. Some MCP hosts fail on them."

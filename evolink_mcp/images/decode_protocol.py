@@ -228,7 +228,7 @@ def unpack_derived(record: bytes, output: Output, plan: DerivePlan) -> tuple[Der
     # `contain` may be smaller than its target in one edge. Everything else is exact.
     has_size = is_refused or _has_size((width, height), max(output.sizes), is_exact=plan.fit != "contain")
     has_type = mime_index == _DERIVED_TYPES.index(output.mime_type)
-    has_length = is_refused == (count == 0) and count <= (plan.max_bytes or PAYLOAD_MAX_BYTES)
+    has_length = is_refused == (count == 0) and count <= min(plan.max_bytes or PAYLOAD_MAX_BYTES, PAYLOAD_MAX_BYTES)
     is_known = magic == _DERIVED_MAGIC and (is_refused or reason == _IS_USABLE) and quality <= QUALITY_MAX
     if not (is_known and has_size and has_type and has_length and max(width, height) <= TARGET_MAX_EDGE):
         raise UnusableImage(Reason.DECODER_FAILED)

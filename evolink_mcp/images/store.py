@@ -171,7 +171,7 @@ class Derivative:
     """A finished derived file that is not saved yet.
 
     Its content are `length` bytes of `content` from `position`. `source` is the file of the image that it was made from.
-    `task_id` is None if no task made that image. `sidecar` has the facts of the source.
+    `task_id` names the task that made that image, if there is one. `sidecar` has the facts of the source.
     """
 
     content: BinaryIO

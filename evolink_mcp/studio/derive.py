@@ -66,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """The result for one target: the saved file with a link for a remote caller, or the reason why there is none."""
+    """The result for one target: the saved file with a link for a remote caller, or `error`."""
 
     target: Target
     file: DerivedFile | None = None

@@ -9,7 +9,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from evolink_mcp.api.request import IMAGES_MAX, URL_MAX, WHOLE, Arguments, OrNull, ignore_case, list_of
+from evolink_mcp.api.request import IMAGES_MAX, WHOLE, Arguments, OrNull, ignore_case, list_of
 from evolink_mcp.api.targets import MIME_TYPES, TARGETS_MAX, parse_gravity, parse_target
 from evolink_mcp.images.derive import parse_colour
 from evolink_mcp.studio.derive import Derived, DerivedSet, DeriveRequest
@@ -18,7 +18,7 @@ from evolink_mcp.tools.adapter import WRITES_FILES, flat_tool, format_error_as, 
 from evolink_mcp.tools.schemas import ErrorOut, undescribed
 from evolink_mcp.tools.task_answer import markdown_of
 
-SOURCE_TYPE = "source"
+CENTRE = "centre"
 KIND_OF = {mime_type: name for name, mime_type in MIME_TYPES.items()}
 
 
@@ -41,8 +41,6 @@ class DeriveImageArguments(Arguments):
     source: Annotated[
         str,
         Field(
-            min_length=1,
-            max_length=URL_MAX,
             description="Task ID, URI, URL or path of a picture, or last.",
         ),
     ]
@@ -52,50 +50,50 @@ class DeriveImageArguments(Arguments):
         Field(
             min_length=1,
             max_length=TARGETS_MAX,
-            description="Pixels such as 1200x628, or names: og, twitter, instagram-square, instagram-story, "
-            "youtube-thumbnail, linkedin, favicon, app-icon, a4-300dpi.",
+            description="Pixels (1200x628) or names: og, instagram-story, youtube-thumbnail, linkedin, favicon, "
+            "app-icon, a4-300dpi.",
         ),
     ]
     index: (
-        Annotated[
-            int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Index in a task, from 0."), WHOLE
-        ]
-        | OrNull
+        Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Index in a task, from 0."), WHOLE] | OrNull
     ) = None
     fit: Annotated[
         Literal["cover", "contain", "pad"],
         ignore_case("cover", "contain", "pad"),
-        Field(description="cover cuts, contain may be smaller in one edge, pad adds borders."),
+        Field(description="cover cuts, contain may be smaller, pad adds borders."),
     ] = "cover"
-    gravity: Annotated[
-        str,
-        _checked(parse_gravity),
-        Field(description="Part to keep: centre, an edge, a corner such as top-left, or a point such as 0.3,0.7."),
-    ] = "centre"
-    format: Annotated[
-        Literal["source", "png", "jpeg", "webp", "ico"],
-        ignore_case("source", "png", "jpeg", "webp", "ico"),
-        BeforeValidator(lambda value: "jpeg" if value in ("jpg", "JPG") else value),
-        Field(description="File type. source: as the picture, or as usual for the target."),
-    ] = SOURCE_TYPE
-    quality: (
-        Annotated[int, Strict(), Field(ge=1, le=100, description="Of jpeg and webp. Default 90."), WHOLE] | OrNull
-    ) = None
-    max_bytes: (
+    gravity: (
         Annotated[
-            int, Strict(), Field(ge=100, le=100_000_000, description="Lower the quality until each file fits."), WHOLE
+            str,
+            _checked(parse_gravity),
+            Field(description="Part to keep: centre, edge, corner (top-left) or point (0.3,0.7)."),
         ]
         | OrNull
     ) = None
+    format: (
+        Annotated[
+            Literal["source", "png", "jpeg", "webp", "ico"],
+            ignore_case("source", "png", "jpeg", "webp", "ico"),
+            BeforeValidator(lambda value: "jpeg" if value in ("jpg", "JPG") else value),
+            Field(description="Default: as the source, or usual for the target."),
+        ]
+        | OrNull
+    ) = None
+    quality: Annotated[int, Strict(), Field(ge=1, le=100, description="Of jpeg, webp. Default 90."), WHOLE] | OrNull = (
+        None
+    )
+    max_bytes: Annotated[int, Strict(), Field(ge=1, description="Lower the quality until it fits."), WHOLE] | OrNull = (
+        None
+    )
     background: (
         Annotated[
             str,
             _checked(parse_colour),
-            Field(description="Colour of borders and transparent parts: a name, #hex or transparent."),
+            Field(description="Colour of borders and transparent parts."),
         ]
         | OrNull
     ) = None
-    trim: Annotated[bool, Strict(), Field(description="First remove borders of one colour.")] = False
+    trim: Annotated[bool, Strict(), Field(description="Remove plain borders first.")] = False
 
 
 class DerivedFileOut(BaseModel):
@@ -119,7 +117,6 @@ class DeriveOut(BaseModel):
     """The answer of derive_image."""
 
     source: str | None = None
-    task_id: str | None = None
     files: list[DerivedFileOut] = []
     error: ErrorOut | None = None
     notes: list[str] = []
@@ -129,8 +126,8 @@ def derive_image_tool(studio: Studio) -> Tool:
     """Return the tool."""
 
     async def derive_image(req: DeriveImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
-        """Make exact files from a saved picture, or from one in an allowed folder: size, type, byte limit. Use it for
-        banners, icons and print. Free, offline, never overwrites."""
+        """Make exact files from a picture: size, type, byte limit. For banners, icons, print. Free, offline, never
+        overwrites."""
         source = await studio.deriver.find(req.source, req.index)
         out = _out(await studio.deriver.derive(source, request_of(req)), req)
         return result(_text(out), out, is_error=all(file.error for file in out.files))
@@ -151,8 +148,8 @@ def request_of(req: DeriveImageArguments) -> DeriveRequest:
     return DeriveRequest(
         tuple(targets.values()),
         req.fit,
-        parse_gravity(req.gravity),
-        MIME_TYPES.get(req.format),
+        parse_gravity(req.gravity or CENTRE),
+        MIME_TYPES.get(req.format or ""),
         req.quality,
         req.max_bytes,
         None if req.background is None else parse_colour(req.background),
@@ -166,7 +163,6 @@ def _out(derived: DerivedSet, req: DeriveImageArguments) -> DeriveOut:
     is_visible = all(result.file is None or result.file.path is not None for result in derived.results)
     out = DeriveOut(
         source=str(source.path) if is_visible else f"evolink://images/{source.task_id}/{image.index if image else 0}",
-        task_id=source.task_id,
         files=[_file_out(result) for result in derived.results],
     )
     out.notes = list(dict.fromkeys(note for result in derived.results for note in _notes(result, derived, req)))
@@ -204,7 +200,7 @@ def _notes(derived: Derived, whole: DerivedSet, req: DeriveImageArguments) -> li
     if facts.has_lost_alpha:
         notes.append(f"{name}: the transparent parts are filled.")
     if facts.has_lost_profile:
-        notes.append(f"{name}: the colour profile of the source does not fit {kind} in RGB and is left out.")
+        notes.append(f"{name}: it has no colour profile, because that of the source describes no RGB colours.")
     if req.max_bytes is not None and facts.quality and facts.quality < (req.quality or 90):
         notes.append(f"{name}: quality {facts.quality} fits max_bytes.")
     if req.quality is not None and not facts.quality:
