@@ -38,8 +38,9 @@ INSTRUCTIONS = (
     "Makes and edits pictures with EvoLink's gpt-image-2. generate_image is paid and does everything in one call. If it "
     "answers before the picture is ready, call get_task with the task_id of the answer. Never call generate_image again "
     "for the same picture. generate_images makes up to 10 different pictures in one call. compute_size returns pixels and "
-    "price before you buy, free of charge. derive_image makes exact sizes, icons and prints of it for free. After an unknown outcome or a lost id, call list_tasks before you buy again. "
-    "Show the user the path of every saved picture."
+    "price before you buy, free of charge. derive_image makes exact sizes, icons and prints of a picture, free of charge. "
+    "After an unknown outcome or a lost id, call list_tasks before you buy again. Show the user the path of every saved "
+    "picture."
 )
 WITHOUT_BUYING = (
     "Shows pictures from EvoLink's gpt-image-2, and computes sizes and prices. This server has no tool that buys: its "
