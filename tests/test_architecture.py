@@ -156,6 +156,7 @@ ORDER = [
     "teams.studios",
     "teams.app",
     "cli.process",
+    "cli.terminal",
     "cli.arguments",
     "cli.serve_http",
     "cli.config_text",
@@ -164,8 +165,8 @@ ORDER = [
     "cli.install",
     "cli.team_checks",
     "cli.doctor",
-    "cli.demo",
     "cli.image_commands",
+    "cli.demo",
     "cli.main",
     "__main__",
 ]

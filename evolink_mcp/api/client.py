@@ -352,7 +352,6 @@ class EvolinkClient:
             raise self._logged(
                 Unreadable(
                     foreign.meaning,
-                    code=foreign.code,
                     advice=foreign.next_step,
                     http_status=reply.status,
                     cause=foreign,

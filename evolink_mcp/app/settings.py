@@ -571,6 +571,11 @@ def has_display() -> bool:
     return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
+def has_links() -> bool:
+    """Whether the terminal may show links (OSC 8). Terminals that do not know them ignore them, old consoles do not."""
+    return os.environ.get("TERM") != "dumb" and (os.name != "nt" or "WT_SESSION" in os.environ)
+
+
 def environment_without_settings() -> dict[str, str]:
     """Return this process's environment for a child process with its own settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}

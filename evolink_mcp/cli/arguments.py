@@ -7,11 +7,14 @@ from argparse import Namespace as Namespace
 from typing import NoReturn
 
 from evolink_mcp import __version__
+from evolink_mcp.cli.terminal import Terminal
 from evolink_mcp.sanitize import harmless
 
 DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it serves MCP over stdin and stdout."
 EXAMPLE = "A calm sunset over the ocean, islands on the horizon"
 HELP_COLUMN = 34
+LIMIT_MAX = 100_000
+SECONDS_MAX = 86_400
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,8 +28,12 @@ class _MainParser(_Parser):
         """Append the table of settings to the help."""
         from evolink_mcp.teams.settings import TeamSettings
 
+        terminal = Terminal()
+        column = " " * (HELP_COLUMN + 3) if terminal.width > 2 * HELP_COLUMN else "      "
         lines = [
-            f"  {entry.variable:{HELP_COLUMN}} {entry.description} Default: {entry.default_text}."
+            terminal.wrapped(
+                f"{entry.description} Default: {entry.default_text}.", f"  {entry.variable:{HELP_COLUMN}} ", column
+            )
             for entry in TeamSettings.table().values()
         ]
         return f"{super().format_help()}\nsettings (environment variables):\n" + "\n".join(lines) + "\n"
@@ -62,15 +69,18 @@ def parse_arguments(argv: list[str]) -> Namespace:
     demo.add_argument("prompt", nargs="?", default=EXAMPLE, help="prompt for the image")
     simulate = commands.add_parser("simulate", help="serve a simulated EvoLink")
     simulate.add_argument("--port", type=_port, default=8765, help="port (default: 8765)")
-    simulate.add_argument("--seconds", type=float, default=8.0, help="duration of a task (default: 8)")
+    simulate.add_argument("--seconds", type=_seconds, default=8.0, help="duration of a task (default: 8)")
     simulate.add_argument(
         "--size-rule", choices=("anchor-edge", "pixel-budget"), default="anchor-edge", help="size table of EvoLink"
     )
     tasks = commands.add_parser("tasks", help="list the purchases")
-    tasks.add_argument("--limit", type=int, default=20, help="maximum number, newest first (default: 20)")
+    tasks.add_argument("words", nargs="*", help="only purchases with these words in prompt, file name or task ID")
+    tasks.add_argument("--since", default="all", help="today, yesterday, 7d, all (default), or a date")
+    tasks.add_argument("--limit", type=_count, default=20, help="maximum number, newest first (default: 20)")
     tasks.add_argument("--json", action="store_true", help="print JSON")
     opened = commands.add_parser("open", help="open a saved image, or the output folder")
     opened.add_argument("words", nargs="*", help="words of the prompt, the file name or the task ID")
+    opened.add_argument("--since", default="all", help="today, yesterday, 7d, all (default), or a date")
     opened.add_argument("--print", action="store_true", help="only print the path")
     sheet = commands.add_parser("sheet", help="show saved images on one HTML page")
     sheet.add_argument("words", nargs="*", help="only images with these words in prompt, file name or task ID")
@@ -114,6 +124,22 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 <= int(text[:6]) <= 65_535:
         raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) <= LIMIT_MAX:
+        raise argparse.ArgumentTypeError(f"a limit is a number from 1 to {LIMIT_MAX}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= SECONDS_MAX:
+        raise argparse.ArgumentTypeError(f"a duration is a number of seconds from 0 to {SECONDS_MAX}")
+    return seconds
 
 
 def _hostname(text: str) -> str:

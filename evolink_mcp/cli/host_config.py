@@ -49,12 +49,12 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
     gemini = ["gemini", "mcp", "add", "-s", "user", *_each("-e", pairs), SERVER_NAME, *line]
     return (
         Block("Claude Desktop", "claude_desktop_config.json", "json", servers),
-        Block("Claude Code", TERMINAL, "sh", _command_line(claude)),
+        Block("Claude Code", TERMINAL, "sh", command_line(claude)),
         Block("Cursor", "~/.cursor/mcp.json", "json", servers),
         Block("VS Code", ".vscode/mcp.json", "json", _vscode(entry)),
-        Block("Codex", TERMINAL, "sh", _command_line(codex)),
+        Block("Codex", TERMINAL, "sh", command_line(codex)),
         Block("Codex", "~/.codex/config.toml", "toml", toml_tables(["mcp_servers", SERVER_NAME], server("codex"))),
-        Block("Gemini CLI", TERMINAL, "sh", _command_line(gemini)),
+        Block("Gemini CLI", TERMINAL, "sh", command_line(gemini)),
         Block("Gemini CLI", "~/.gemini/settings.json", "json", servers),
         Block("Windsurf", "~/.codeium/windsurf/mcp_config.json", "json", servers),
         Block("Zed", "settings.json", "json", _json({"context_servers": {SERVER_NAME: server("zed")}})),
@@ -136,7 +136,8 @@ def _each(flag: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
 
 
-def _command_line(words: Sequence[str]) -> str:
+def command_line(words: Sequence[str]) -> str:
+    """Return a command with its arguments for a shell."""
     if sys.platform == "win32":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)

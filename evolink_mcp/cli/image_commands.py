@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, ResultImage, account_id_of
 from evolink_mcp.journal.journal import Sums
+from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_entries, read_sums
 from evolink_mcp.sanitize import harmless, printable
 from evolink_mcp.studio.times import instant
@@ -32,6 +34,9 @@ from evolink_mcp.teams.settings import TeamSettings
 
 Print = Callable[[str], None]
 
+ALL_TIMES = "all"  # the value of --since that names no time
+# The demo's journal, below the journal folder.
+DEMO_JOURNAL = "demo"
 SHEET_EDGE = 360  # pixels
 SHEET_MAX = 200  # images
 PREVIEW_MAX_BYTES = 200_000
@@ -107,28 +112,69 @@ def _profile_of(settings: TeamSettings) -> str | None:
     return None if has_tenants else settings.profile
 
 
-def open_image(settings: TeamSettings, words: list[str], report: Print, complain: Print, *, only_print: bool) -> int:
-    """Open the newest image with these words, or the output folder. Return the exit code."""
-    output = settings.folders.output
+def start_of(since: str, now: float) -> float:
+    """Return the start of a period in epoch seconds: ALL_TIMES, or a time as `instant` reads it.
+
+    Raises:
+        Refused: the text is not such a time.
+    """
+    return 0.0 if since == ALL_TIMES else instant(since, now)
+
+
+def demo_folder(output: Path) -> Path:
+    """Return the output folder of the demo. Simulated images never mix with bought ones."""
+    is_simulated = "simulated" in output.name.lower()
+    return output if is_simulated else output.with_name(f"{output.name} simulated")
+
+
+def demo_settings(settings: TeamSettings) -> TeamSettings:
+    """Return the settings with the journal and the output folder of the demo."""
+    return replace(
+        settings,
+        data_dir=settings.data_dir / DEMO_JOURNAL,
+        output_dir=demo_folder(settings.output_dir),
+        key_text=None,
+        profile=DEFAULT_PROFILE,
+        database_url=None,
+        tokens_file=None,
+        oauth_issuer=None,
+    )
+
+
+def open_image(
+    settings: TeamSettings,
+    words: list[str],
+    report: Print,
+    complain: Print,
+    *,
+    since: str = ALL_TIMES,
+    only_print: bool,
+) -> int:
+    """Open the newest image with these words, or the output folder. Return the exit code.
+
+    Without a match, open the image or folder of the demo.
+    """
     try:
-        path = _find_image(settings, words) if words else output
-    except JournalUnwritable as error:
-        complain(error.message)
+        path = _find_path(settings, words, since) or _find_path(demo_settings(settings), words, since)
+    except (JournalUnwritable, Refused) as error:
+        complain(f"{error.message}. {error.advice}")
         return 1
     if path is None:
-        complain(f"no saved image has “{harmless(' '.join(words), 80)}” in its prompt, file name or task ID")
+        found_by = f"no saved image has “{harmless(' '.join(words), 80)}” in its prompt, file name or task ID"
+        complain(found_by if words else f"no image is saved yet; the output folder is {settings.folders.output}")
         return 1
-    if not path.exists():
-        complain(f"no image is saved yet; the output folder is {path}")
-        return 1
-    report(printable(path))
+    report(str(path))
     if not only_print and not _show(path):
         complain("no program of this system can open it")
     return 0
 
 
-def _find_image(settings: TeamSettings, words: list[str]) -> Path | None:
-    for entry in find_entries(settings, tuple(words), SHEET_MAX)[1]:
+def _find_path(settings: TeamSettings, words: list[str], since: str) -> Path | None:
+    """Return the newest image, or without words and time the existing output folder."""
+    if not words and since == ALL_TIMES:
+        output = settings.folders.output
+        return output if output.exists() else None
+    for entry in find_entries(settings, tuple(words), SHEET_MAX, start_of(since, time.time()))[1]:
         for image in entry.images:
             if image.path is not None and image.is_present:
                 return Path(image.path)
@@ -138,32 +184,45 @@ def _find_image(settings: TeamSettings, words: list[str]) -> Path | None:
 def _show(path: Path) -> bool:
     """Open a file or folder with the program of the system. Return False if it has none."""
     if sys.platform == "win32":
-        os.startfile(path)
+        try:
+            os.startfile(path)
+        except OSError:  # no program is associated with the type
+            return False
         return True
     program = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if program is None or (sys.platform == "linux" and not has_display()):
         return False
-    result = subprocess.run([program, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    try:
+        result = subprocess.run([program, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    except OSError:
+        return False
     return result.returncode == 0
 
 
 def write_sheet(
-    settings: TeamSettings, words: list[str], since: str, out: str | None, report: Print, complain: Print
+    settings: TeamSettings,
+    words: list[str],
+    since: str,
+    out: str | None,
+    report: Print,
+    complain: Print,
+    path_text: Callable[[Path], str] = printable,
 ) -> int:
-    """Write an HTML page with the images since a time to a new private file. Return the exit code."""
+    """Write an HTML page with the images since a time to a new private file. Return the exit code.
+
+    Without a match, show the images of the demo. `path_text` returns a path as `report` can print it.
+    """
     now = time.time()
+    simulated = demo_settings(settings)
     try:
-        start = 0.0 if since == "all" else instant(since, now)
-        _, entries = find_entries(settings, tuple(words), SHEET_MAX, start)
-        (sums,) = find_sums(settings, [start], tuple(words))
-        other_keys = find_other_keys(settings, entries)
+        start = start_of(since, now)
+        page, count = _page(settings, words, since, start, complain)
+        if not count:
+            settings = simulated
+            page, count = _page(settings, words, since, start, complain)
     except (JournalUnwritable, Refused) as error:
         complain(f"{error.message}. {error.advice}")
         return 1
-    suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
-    title = f"All images{suffix}" if since == "all" else f"Images since {harmless(since, 40)}{suffix}"
-    with closing(Decoder(decoder_environment())) as decoder:
-        page, count = anyio.run(_build_page, entries, other_keys, title, sums, complain, decoder)
     if not count:
         complain("no saved image matches; try --since 7d or --since all")
         return 1
@@ -177,8 +236,25 @@ def write_sheet(
     if not is_written:
         complain(f"{path} exists already and is never overwritten. Give another name with --out")
         return 1
-    report(f"{_count(count)}: {printable(path)}")
+    report(f"{_count(count)}: {path_text(path)}")
     return 0
+
+
+def _page(settings: TeamSettings, words: list[str], since: str, start: float, complain: Print) -> tuple[str, int]:
+    """Return the HTML page of a journal, and its number of images.
+
+    Raises:
+        JournalUnwritable: the journal is damaged or unreadable.
+    """
+    _, entries = find_entries(settings, tuple(words), SHEET_MAX, start)
+    (sums,) = find_sums(settings, [start], tuple(words))
+    other_keys = find_other_keys(settings, entries)
+    suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
+    title = f"All images{suffix}" if since == ALL_TIMES else f"Images since {harmless(since, 40)}{suffix}"
+    if settings.data_dir.name == DEMO_JOURNAL:
+        title += ", simulated"
+    with closing(Decoder(decoder_environment())) as decoder:
+        return anyio.run(_build_page, entries, other_keys, title, sums, complain, decoder)
 
 
 async def _build_page(

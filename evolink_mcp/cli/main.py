@@ -21,6 +21,7 @@ from evolink_mcp.cli.process import (
     raise_descriptor_limit,
     start_garbage_collection,
 )
+from evolink_mcp.cli.terminal import Terminal, configure
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.sanitize import harmless, printable
 
@@ -38,8 +39,8 @@ SWITCH_INTERVAL_S = 0.0005
 def main(argv: list[str] | None = None, database_times: DatabaseTimes | None = None) -> None:
     """Run a command and end the process with its exit code. `database_times` is for tests."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console may lack characters: cp1252 has no arrow
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            configure(cast("io.TextIOWrapper[Any]", stream))
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     options.database_times = database_times
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
@@ -179,7 +180,8 @@ def _demo(options: Namespace) -> int:
 
     from evolink_mcp.cli.demo import run_demo
 
-    return anyio.run(run_demo, options.prompt, _read_settings().folders.output, print)
+    settings = _read_settings()
+    return anyio.run(run_demo, options.prompt, settings.folders.output, settings.data_dir, Terminal())
 
 
 def _simulate(options: Namespace) -> int:
@@ -189,37 +191,46 @@ def _simulate(options: Namespace) -> int:
     from evolink_mcp.transports.http import serve_app
 
     raise_descriptor_limit()
-    base_url = f"http://127.0.0.1:{options.port}"
-    print(f"Simulated EvoLink at {base_url}. It accepts any key. Start the server with")
-    print(f"  EVOLINK_BASE_URL={base_url} EVOLINK_API_KEY=sk-simulated evolink-mcp")
-    print("Words in a prompt cause faults:")
-    for word, meaning in FAULTS.items():
-        print(f"  {word:24} {meaning}")
-    sys.stdout.flush()
-    return anyio.run(
-        serve_app, Simulator(duration_s=options.seconds, rule=options.size_rule).app, "127.0.0.1", options.port
-    )
+
+    def report_address(port: int) -> None:
+        base_url = f"http://127.0.0.1:{port}"
+        print(f"Simulated EvoLink at {base_url}. It accepts any key. Start the server with")
+        print(f"  EVOLINK_BASE_URL={base_url} EVOLINK_API_KEY=sk-simulated evolink-mcp")
+        print("Words in a prompt cause faults:")
+        for word, meaning in FAULTS.items():
+            print(f"  {word:24} {meaning}")
+        sys.stdout.flush()
+
+    simulator = Simulator(duration_s=options.seconds, rule=options.size_rule)
+    return anyio.run(partial(serve_app, simulator.app, "127.0.0.1", options.port, ready=report_address))
 
 
 def _tasks(options: Namespace) -> int:
     import json
 
     from evolink_mcp.api.costs import format_credits
-    from evolink_mcp.cli.image_commands import find_entries, find_other_keys, find_sums
+    from evolink_mcp.cli.image_commands import ALL_TIMES, find_entries, find_other_keys, find_sums, start_of
+    from evolink_mcp.errors import Refused
     from evolink_mcp.tools.sums import periods, sums_text
     from evolink_mcp.tools.task_answer import OTHER_KEY_NOTE, brief, task_out
 
     settings = _read_settings()
-    starts = periods(time.time())
+    terminal = Terminal()
+    now = time.time()
+    starts = periods(now)
+    words = tuple(options.words)
     try:
-        place, entries = find_entries(settings, (), options.limit)
-        sums = find_sums(settings, list(starts.values()))
+        place, entries = find_entries(settings, words, options.limit, start_of(options.since, now))
+        sums = find_sums(settings, list(starts.values()), words)
         other_keys = find_other_keys(settings, entries)
-    except JournalUnwritable as error:
-        _print_error(error.message)
+    except (JournalUnwritable, Refused) as error:
+        _print_error(f"{error.message}. {error.advice}")
         return 1
     if not entries and not options.json:
-        print(f"No purchases yet: {place} has no entries.")
+        is_filtered = words or options.since != ALL_TIMES
+        terminal.print(
+            f"No purchase in {place} matches." if is_filtered else f"No purchases yet: {place} has no entries."
+        )
         return 0
     outs = [task_out(entry, has_other_key=entry.key in other_keys) for entry in entries]
     if options.json:
@@ -228,30 +239,42 @@ def _tasks(options: Namespace) -> int:
     for out in outs:
         cost = format_credits(out.credits) if out.credits is not None else ""
         prompt = harmless((out.request or {}).get("prompt", ""), 60)
-        print(
-            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {prompt}"
+        terminal.print(
+            f"{out.created_at}  {out.task_id or '(no id)':38} {out.status:10} charged {out.charged:7} {cost:26} {prompt}",
+            hanging="    ",
         )
         for image in out.images:
-            print(f"    {printable(image.path or image.error or image.url)}")
+            if image.path is not None:
+                terminal.print_path(Path(image.path), "    ")
+            else:
+                terminal.print(printable(image.error or image.url), "    ")
         if out.error:
-            print(f"    {printable(out.error.message)}. {printable(out.error.advice)}")
+            terminal.print(f"{printable(out.error.message)}. {printable(out.error.advice)}", "    ")
         if OTHER_KEY_NOTE in out.notes:
-            print(f"    {OTHER_KEY_NOTE}")
-    print(f"{len(outs)} entries in {place}")
-    print(sums_text(dict(zip(starts, sums, strict=True))))
+            terminal.print(OTHER_KEY_NOTE, "    ")
+    terminal.print(f"{len(outs)} {'entry' if len(outs) == 1 else 'entries'} in {place}")
+    terminal.print(sums_text(dict(zip(starts, sums, strict=True))))
     return 0
 
 
 def _open(options: Namespace) -> int:
     from evolink_mcp.cli.image_commands import open_image
 
-    return open_image(_read_settings(), options.words, print, _print_error, only_print=options.print)
+    terminal = Terminal()
+
+    def report(text: str) -> None:
+        terminal.print_path(Path(text))
+
+    return open_image(
+        _read_settings(), options.words, report, _print_error, since=options.since, only_print=options.print
+    )
 
 
 def _sheet(options: Namespace) -> int:
     from evolink_mcp.cli.image_commands import write_sheet
 
-    return write_sheet(_read_settings(), options.words, options.since, options.out, print, _print_error)
+    path_text = Terminal().path_text
+    return write_sheet(_read_settings(), options.words, options.since, options.out, print, _print_error, path_text)
 
 
 def _journal_error_in(error: BaseException) -> JournalUnwritable | None:
@@ -279,12 +302,15 @@ def _doctor(options: Namespace) -> int:
     if options.json:
         print(json.dumps(report.data(), indent=2))
         return report.exit_code
-    print(f"evolink-mcp {__version__}\n")
+    terminal = Terminal()
+    terminal.print(f"evolink-mcp {__version__}\n")
+    column = " " * 21
     for finding in report.findings:
-        print(f"  {finding.verdict:8} {finding.subject:9} {finding.words}")
+        terminal.print(finding.words, f"  {finding.verdict:8} {finding.subject:9} ", column)
         if finding.todo:
-            print(f"{'':21}{finding.todo}")
-    print("\nConfiguration of each MCP host for this installation (replace the example key by yours):")
+            terminal.print(finding.todo, column)
+    terminal.print()
+    terminal.print("Configuration of each MCP host for this installation (replace the example key by yours):")
     for text in dict.fromkeys(block.text for block in report.blocks):
         places = ", ".join(f"{block.host} ({block.where})" for block in report.blocks if block.text == text)
         print(f"\n--- {places}\n{text}")

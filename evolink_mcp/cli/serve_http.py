@@ -166,14 +166,14 @@ class _HttpServer:
         for card_path in card_paths(path):
             guard.add_endpoint(Endpoint(("GET",), card_path, card))
 
-    def _report_address(self, hostnames: list[str]) -> None:
-        """Print the address of the open port, and the callers that may spend credits."""
+    def _report_address(self, hostnames: list[str], port: int) -> None:
+        """Print the address with the open port, and the callers that may spend credits."""
         start_garbage_collection()
         options = self.options
         if not is_loopback(options.host) and not hostnames:
             self.log("evolink-mcp: without --allowed-host NAME it answers only to names of this machine")
         host = f"[{options.host}]" if ":" in options.host else options.host
-        address = f"http://{host}:{options.port}{_path(options)}"
+        address = f"http://{host}:{port}{_path(options)}"
         self.log(f"evolink-mcp serves {address}: {self._callers()} may spend your credits")
 
     def _callers(self) -> str:

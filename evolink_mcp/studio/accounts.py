@@ -77,7 +77,7 @@ class AccountLinker:
             await self._client.task(entry.task_id)
         except EvolinkError as error:
             is_young = error.http_status == NOT_FOUND and self._timing.clock() - entry.created_at < TASK_AGE_MIN_S
-            is_foreign = error.code == WEB_PAGE.code  # a firewall answered, not EvoLink
+            is_foreign = error.cause is not None and error.cause.code == WEB_PAGE.code  # a firewall answered
             if error.http_status in REFUSALS and not is_foreign and not is_young:
                 return False
             if is_young and not is_foreign:

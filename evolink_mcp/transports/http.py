@@ -63,14 +63,15 @@ async def serve_app(
     host: str,
     port: int,
     leaving: Callable[[int], None] = lambda exit_code: None,
-    ready: Callable[[], None] = lambda: None,
+    ready: Callable[[int], object] = lambda port: None,
     drained: Callable[[], bool] = lambda: True,
     limits: ConnectionLimits | None = None,
 ) -> int:
     """Serve an ASGI app until SIGINT or SIGTERM. Return the exit code: 1 if the port is not available.
 
-    It calls `ready()` when the port is open. After a signal it calls `drained()` repeatedly until that returns True, for
-    DRAIN_TIMEOUT_S at most; a second signal ends the wait. Then it calls `leaving(exit_code)`.
+    It calls `ready(port)` when the port is open; for port 0 the system chooses one. After a signal it calls `drained()`
+    repeatedly until that returns True, for DRAIN_TIMEOUT_S at most; a second signal ends the wait. Then it calls
+    `leaving(exit_code)`.
     """
     limits = limits or ConnectionLimits.for_descriptors(descriptor_limit())
     config = uvicorn.Config(
@@ -161,7 +162,7 @@ def _security_of(names: Sequence[str]) -> TransportSecuritySettings:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], waiting_max: int) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[int], object], waiting_max: int) -> None:
         super().__init__(config)
         self._ready = ready
         self._waiting_max = waiting_max
@@ -175,7 +176,7 @@ class _Server(uvicorn.Server):
                 with listener.dup() as copy:
                     copy.listen(self._waiting_max)
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-            self._ready()
+            self._ready(self.servers[0].sockets[0].getsockname()[1])
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -66,7 +66,7 @@ async def served(app: Any, limits: ConnectionLimits) -> AsyncIterator[int]:
         port = probe.getsockname()[1]
     ready = anyio.Event()
     async with anyio.create_task_group() as group:
-        group.start_soon(lambda: serve_app(app, "127.0.0.1", port, ready=ready.set, limits=limits))
+        group.start_soon(lambda: serve_app(app, "127.0.0.1", port, ready=lambda _: ready.set(), limits=limits))
         await ready.wait()
         yield port
         signal.raise_signal(signal.SIGTERM)

@@ -39,7 +39,7 @@ async def served(limits: ConnectionLimits = LIMITS, body_timeout_s: float = BODY
     guard = HttpGuard(app, (), 1000, body_timeout_s=body_timeout_s)
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: serve_app(guard, "127.0.0.1", port, ready=ready.set, limits=limits))
+            group.start_soon(lambda: serve_app(guard, "127.0.0.1", port, ready=lambda _: ready.set(), limits=limits))
             await ready.wait()
             yield port
             signal.raise_signal(signal.SIGTERM)
