@@ -270,6 +270,26 @@ async def test_the_pixels_replace_the_conclusion_from_the_reservation() -> None:
     assert set(read_changes(facts["price_changes"])) == {"factor", "size_rule"}
 
 
+async def test_the_charge_replaces_the_conclusion_from_the_reservation_of_the_same_task() -> None:
+    """Both equal the published price of another quality, on an account with a lower factor."""
+    body = {"prompt": "a fox", "size": "16:9", "resolution": "1K", "quality": "low"}
+    pixels = (2048, 1152)
+    charge = round(rules.price({**body, "quality": "medium"}, pixels, 1), 4)
+    lower = round(rules.price(body, pixels, 1) * 0.8, 4)
+    url = "https://cdn.evolink.ai/1.png"
+    image = ResultImage(0, url, 9e9, path="/x.png", width=pixels[0], height=pixels[1])
+    facts: dict[str, str] = {}
+    for number, credits in enumerate((lower, charge), start=1):
+        created = float(number)
+        task = Task(f"task-unified-{number}", created=created, credits_reserved=credits)
+        entry = Entry("k" * 32, "server", Phase.SUBMITTED, created, request=body, account="a1", task=task)
+        facts |= learn(entry, facts)
+        settled = replace(task, status="completed", credits_used=credits, results=(url,))
+        facts |= learn(replace(entry, task=settled, images=(image,)), facts)
+    bills = Prices.from_facts(facts).bills
+    assert (bills.factor, bills.qualities) == (1.0, {"low": "medium"})
+
+
 async def test_a_lost_answer_is_matched_by_the_price_factor_of_the_account(open_servers: Any) -> None:
     async with open_servers(times(3.0)) as servers:
         await servers.order()

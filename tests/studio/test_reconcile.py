@@ -95,6 +95,28 @@ async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_wo
     assert task_id in text
 
 
+async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profile(open_world: Open) -> None:
+    """Its account has a task that would fit. The lost answer belongs to the account that sent the order."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    lost = Loses(simulator, unbilled=True)
+    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+        facts, _ = await bought(world)
+        assert (facts["task_id"], facts["status"]) == (None, "unknown")
+    foreign_key = "sk-foreign-key-0123456789ab"
+    simulator.create({**WISH, "model": "gpt-image-2"}, key=foreign_key)
+    async with (
+        open_world({"EVOLINK_API_KEY": foreign_key}, simulator=simulator, clock=clock) as world,
+        world.client() as client,
+    ):
+        listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
+        (entry,) = [entry for entry in await world.studio.journal.recent(9) if entry.request]
+        assert world.studio.jobs == []
+    (task,) = (task for task in listed["tasks"] if task["status"] == "unknown")
+    assert (task["task_id"], task["charged"]) == (None, "unknown")
+    assert entry.task is None
+
+
 @pytest.mark.parametrize("ahead_s", [-3 * 86_400.0, 3600.0])
 async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: float) -> None:
     """EvoLink's `Date` tells how far the two clocks are apart."""
