@@ -11,8 +11,8 @@ from typing import Any
 
 import anyio
 import pytest
-from killer import AT, HOW, LOG, nursery_of_servers  # noqa: F401
-from town import Town, run_each, tasks, town_with_a_nursery  # noqa: F401
+from killer import AT, HOW, LOG, Server, nursery_of_servers  # noqa: F401
+from town import Town, run_each, town_with_a_nursery  # noqa: F401
 
 pytestmark = [
     pytest.mark.anyio,
@@ -30,6 +30,17 @@ def bought(town: Town, name: str) -> Counter[str]:
     """Return the number of tasks for each prompt."""
     simulated = town.gateway.simulator.tasks.values()
     return Counter(task.body["prompt"] for task in simulated if task.key == town.key(name))
+
+
+async def wait_for_known_images(server: Server) -> list[dict[str, Any]]:
+    """Wait until the images of all tasks of the journal are on disk. Return these tasks."""
+    while True:
+        answer = await server.call("list_tasks", detail=True, limit=50)
+        assert answer is not None
+        listed = answer["structuredContent"]["tasks"]
+        if all(task["images"] and all(image["path"] for image in task["images"]) for task in listed if task["task_id"]):
+            return listed
+        await anyio.sleep(0.02)
 
 
 async def good_series(town: Town) -> list[str]:
@@ -69,10 +80,9 @@ async def kill_and_repeat(town: Town, name: str, at: int) -> None:
             assert set(SERIES["prompts"]) == set(after) | unknown
             saved = {record["prompt"] for record in records if record.get("images")}
             assert saved | unknown == set(SERIES["prompts"]), records
-        listed = await tasks(server)
-        paid = {task["task_id"] for task in listed if task["task_id"]}
-        assert paid <= set(town.billed(name))
-        paths = [Path(image["path"]) for task in listed for image in task["images"] if image["path"]]
+        listed = await wait_for_known_images(server)
+        assert {task["task_id"] for task in listed if task["task_id"]} <= set(town.billed(name))
+        paths = [Path(image["path"]) for task in listed for image in task["images"]]
         assert sorted(paths) == town.pictures(name)
         server.hang_up()
         assert await server.wait_for_exit() == 0
