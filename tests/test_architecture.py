@@ -56,6 +56,7 @@ ORDER = [
     "images.structure",
     "images.metadata",
     "images.inspect",
+    "images.integrity",
     "images.previews",
     "images.prepare",
     "images.sandbox",

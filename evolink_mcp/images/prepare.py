@@ -6,9 +6,11 @@ Its functions run in the decoder process.
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
-from evolink_mcp.images.inspect import ImageFacts, decode, open_image, upright
+from evolink_mcp.images.inspect import ImageFacts, measure_alpha, open_image, upright
+from evolink_mcp.images.integrity import check_data, check_pixels
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
 REFERENCE_MAX_PIXELS = 178_956_970
@@ -31,7 +33,7 @@ def check_reference(
     mask_max_pixels: int = MASK_MAX_PIXELS,
     rotated_max_pixels: int = ROTATED_MAX_PIXELS,
 ) -> ImageFacts:
-    """Return type and size of a reference image; for a mask also the share of its transparent pixels.
+    """Return type and size of a reference image; for a mask also its transparency. All pixels are decoded.
 
     Raises:
         UnusableImage: EvoLink or this server cannot use it.
@@ -42,11 +44,15 @@ def check_reference(
         pixels = image.width * image.height
         if not facts.is_upright and pixels > rotated_max_pixels and facts.mime_type != "image/jpeg":
             raise UnusableImage(Reason.ROTATED_TOO_LARGE)
-        if not is_mask or not facts.has_alpha:
-            return facts
-        if pixels > mask_max_pixels:
+        if is_mask and facts.has_alpha and pixels > mask_max_pixels:
             raise UnusableImage(Reason.MASK_TOO_LARGE)
-        return decode(image if "A" in image.getbands() else image.convert("RGBA"), facts)
+        pixels_hash = check_pixels(opened)
+        if is_mask and facts.has_alpha:
+            image.load()  # a large PNG is loaded here
+            facts = replace(facts, alpha=measure_alpha(image))
+        plain = opened.content
+    check_data(plain, facts.mime_type, pixels_hash, REFERENCE_MAX_PIXELS, REFERENCE_MAX_SIDE)
+    return facts
 
 
 def normalize(content: bytes, *, rotated_max_pixels: int = ROTATED_MAX_PIXELS) -> bytes:

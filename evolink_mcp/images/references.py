@@ -44,6 +44,7 @@ UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
 SOURCE_MAX = 300  # characters of a source in the journal
 UPLOAD_URI = re.compile(r"evolink://uploads/([0-9a-f]{64})")
+TRANSPARENT_MASK_NOTE = "The mask is completely transparent, so EvoLink redraws the whole picture."
 MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class CheckedImage:
 
     `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
     can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
-    image that is not on this machine. `has_transparency` is set for a local mask. `task_id` and `index` name the
+    image that is not on this machine. `transparent_share` is set for a local mask. `task_id` and `index` name the
     earlier result that the image is, if match. `expires_at` (epoch seconds) is the end of an upload.
     """
 
@@ -62,7 +63,7 @@ class CheckedImage:
     url: str | None = None
     mime_type: str | None = None
     size: tuple[int, int] | None = None
-    has_transparency: bool | None = None
+    transparent_share: float | None = None
     open_file: Callable[[], BinaryIO] | None = None
     task_id: str | None = None
     index: int | None = None
@@ -79,12 +80,13 @@ class CheckedImage:
 class CheckedRequest:
     """The body of a request with its checked reference images. `sources` are the references as the caller wrote them.
 
-    If all references are URLs, `images` is empty.
+    If all references are URLs, `images` is empty. `notes` are remarks for the answer.
     """
 
     body: dict[str, Any]
     images: tuple[CheckedImage, ...] = ()
     sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -143,7 +145,8 @@ class References:
             _check_mask(mask, images[0])
             images.append(mask)
         is_unknown = all(image.content_id == source for image, source in zip(images, sources, strict=True))
-        return CheckedRequest(body, () if is_unknown else tuple(images), sources)
+        notes = tuple(TRANSPARENT_MASK_NOTE for image in images if image.transparent_share == 1)
+        return CheckedRequest(body, () if is_unknown else tuple(images), sources, notes)
 
     async def upload_all(self, checked: CheckedRequest) -> dict[str, Any]:
         """Upload each local image once per content. Return the body with the URLs.
@@ -265,8 +268,8 @@ class References:
             content_id = await _refuse_unusable(partial(_copy, open_file, file), shown)
             check = partial(self._image_store.decoder.check_reference, file, is_mask=is_mask, order=content_id)
             facts = await _refuse_unusable(check, shown)
-        has_transparency = bool(facts.alpha and facts.alpha.transparent_share) if is_mask else None
-        return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), has_transparency, open_file)
+        share = (facts.alpha.transparent_share if facts.alpha else 0.0) if is_mask else None
+        return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), share, open_file)
 
     async def _upload(self, image: CheckedImage) -> Upload:
         """Return EvoLink's copy of a local image. Two calls that need the same content at once upload it once.
@@ -302,8 +305,11 @@ def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:
     if mask.mime_type not in (None, "image/png"):
         kind = {"image/jpeg": "a JPEG", "image/webp": "a WebP"}[mask.mime_type]
         raise ReferenceRefused(f"a mask must be a PNG, and this is {kind}", advice=MASK_ADVICE)
-    if mask.has_transparency is False:
-        raise ReferenceRefused("the mask has no transparent pixels, so nothing would be redrawn", advice=MASK_ADVICE)
+    if mask.transparent_share == 0:
+        raise ReferenceRefused(
+            "the mask has no transparent pixels (alpha of at most 127 of 255), so nothing would be redrawn",
+            advice=MASK_ADVICE,
+        )
     if mask.size and first.size and mask.size != first.size:
         raise ReferenceRefused(
             "the mask is {}×{} pixels and the first picture {}×{} (both as they are seen, upright)".format(

@@ -108,8 +108,8 @@ class Job:
 
     `problem`: the error that stopped or delays the job. `callers`: the number of waiting calls. `is_deduplicated`: an
     identical request uses this job. `copy_name`: the file name that this request wants. `is_draining`: the server ends
-    soon, so waiting calls answer now. `sending_scope` covers all work before the POST, `following_scope` the work on the
-    task.
+    soon, so waiting calls answer now. `notes`: remarks about the reference images. `sending_scope` covers all work
+    before the POST, `following_scope` the work on the task.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -122,6 +122,7 @@ class Job:
         self.callback = Callback.NONE
         self.is_deduplicated = False
         self.is_draining = False
+        self.notes: tuple[str, ...] = ()
         self.sending_scope = anyio.CancelScope()
         self.following_scope: anyio.CancelScope | None = None
         self._answer = Answer.NONE

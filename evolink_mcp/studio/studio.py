@@ -210,7 +210,9 @@ class Studio:
         if prepared is None:
             prepared = await self.prepare(request)
         await self._linker.link()
-        return await self._runner.find_or_buy(prepared)
+        job = await self._runner.find_or_buy(prepared)
+        job.notes = prepared.references.notes
+        return job
 
     @asynccontextmanager
     async def ordered(self, request: ImageRequest, prepared: Prepared | None = None) -> AsyncGenerator[Job]:

@@ -78,7 +78,7 @@ class Waiting:
                 running=not job.is_finished,
                 has_other_key=self.studio.has_other_key(job.entry),
             )
-            out.notes[:0] = notes
+            out.notes[:0] = [*notes, *job.notes]
             add_price_changes(out, await self.studio.take_price_changes())
             if job.problem is not None and not job.is_finished:
                 out.notes.append(

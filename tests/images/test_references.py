@@ -332,7 +332,7 @@ async def test_a_link_that_stays_inside_is_followed(open_desk: Open, desk: Path)
 
 async def test_largest_sides_and_files_are_taken(open_desk: Open, desk: Path) -> None:
     async with open_desk() as world:
-        answer = await edit(world, _put(desk, "wide.png", vast(23_170, 1)))
+        answer = await edit(world, _put(desk, "wide.png", drawing((23_170, 1))))
         assert answer.is_error is False
 
 
