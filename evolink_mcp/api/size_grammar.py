@@ -157,7 +157,7 @@ class _Shape:
     def orientation(self) -> str:
         return SQUARE if self.width == self.height else PORTRAIT if self.width < self.height else LANDSCAPE
 
-    def turned(self, orientation: str) -> _Shape:
+    def turn(self, orientation: str) -> _Shape:
         """Return the shape in portrait or landscape."""
         if self.orientation in (orientation, SQUARE):
             return self
@@ -249,7 +249,7 @@ def _is_plain(text: str) -> bool:
     if ratio is None:
         return False
     shape = _Shape(text, Fraction(int(ratio[1])), Fraction(int(ratio[2])))
-    return text in _LIMITS.ratios or _listed_ratio(shape) is None
+    return text in _LIMITS.ratios or _known_ratio(shape) is None
 
 
 def _is_small_pair(text: str) -> bool:
@@ -377,7 +377,7 @@ class _Reader:
             self.shapes.append(_ratio_shape(word, ratio, is_turnable=word in TURNABLE_SHAPES))
 
     def _agreed_shape(self, shapes: list[_Shape], orientations: list[str], quality: _Quality | None) -> _Shape | None:
-        """Return the one shape in the wanted orientation; None if only a quality is named.
+        """Return the one shape in the named orientation; None if only a quality is named.
 
         Raises:
             Contradiction: two statements disagree.
@@ -385,16 +385,16 @@ class _Reader:
         if not orientations:
             return self._same(shapes) if shapes else None
         word = orientations[0]
-        wanted = ORIENTATIONS[word][0]
+        orientation = ORIENTATIONS[word][0]
         base = shapes[0] if shapes else _frame(word, quality)
         for other in orientations[1:]:
-            if ORIENTATIONS[other][0] != wanted:
-                raise self._contradiction(_oriented(base, word), _oriented(base, other))
+            if ORIENTATIONS[other][0] != orientation:
+                raise self._contradiction(_meaning_of(base, word), _meaning_of(base, other))
         for shape in shapes:
-            is_opposite = not shape.is_turnable and wanted != shape.orientation
-            if (wanted == SQUARE) != (shape.orientation == SQUARE) or is_opposite:
-                raise self._contradiction(shape, _oriented(shape, word))
-        return self._same([shape.turned(wanted) for shape in shapes or [base]])
+            is_opposite = not shape.is_turnable and orientation != shape.orientation
+            if (orientation == SQUARE) != (shape.orientation == SQUARE) or is_opposite:
+                raise self._contradiction(shape, _meaning_of(shape, word))
+        return self._same([shape.turn(orientation) for shape in shapes or [base]])
 
     def _with_dpi(self, shape: _Shape) -> _Shape:
         """Return a shape in millimetres with its pixels at the named dpi."""
@@ -475,24 +475,24 @@ def _paper(name: str) -> _Shape:
         return _Shape(name, width, height, mm=(width * MM_PER_INCH, height * MM_PER_INCH))
     short, long = SERIES[name[0]]
     for _ in range(int(name[1:])):
-        halved = long // 2
+        half = long // 2
         long = short
-        short = halved
+        short = half
     return _Shape(name, *SERIES_RATIO, mm=(Fraction(short), Fraction(long)))
 
 
-def _oriented(shape: _Shape, word: str) -> _Shape:
+def _meaning_of(shape: _Shape, word: str) -> _Shape:
     """Return the meaning of an orientation word beside a shape."""
-    wanted, alone = ORIENTATIONS[word]
-    if SQUARE in (wanted, shape.orientation):
+    orientation, alone = ORIENTATIONS[word]
+    if SQUARE in (orientation, shape.orientation):
         return _ratio_shape(word, alone)
-    return replace(shape.turned(wanted), words=word)
+    return replace(shape.turn(orientation), words=word)
 
 
 def _frame(word: str, quality: _Quality | None) -> _Shape:
     """Return the meaning of an orientation word without a shape: its usual ratio, or 16:9 for a video format."""
-    wanted, alone = ORIENTATIONS[word]
-    if quality is None or wanted == SQUARE or _is_square_tier(quality):
+    orientation, alone = ORIENTATIONS[word]
+    if quality is None or orientation == SQUARE or _is_square_tier(quality):
         return _ratio_shape(word, alone)
     return _Shape(quality.words, *VIDEO, pixels=_video_pixels(quality))
 
@@ -530,15 +530,15 @@ def _suggestion(shape: _Shape | None, quality: _Quality | None) -> Suggestion:
         return _covering(pixels, resolution=quality.tier if is_tier else None, is_tier=is_tier)
     if shape.pixels is not None:
         return _covering(shape.pixels)
-    listed = _listed_ratio(shape)
+    known_ratio = _known_ratio(shape)
     tier = None if quality is None else quality.tier
     # "4:3 1080p" names the short edge. "square HD" of another service names only a tier.
-    is_exact = quality is not None and (quality.words.endswith("p") or listed in ("16:9", "9:16"))
+    is_exact = quality is not None and (quality.words.endswith("p") or known_ratio in ("16:9", "9:16"))
     if quality is not None and quality.short_edge is not None and is_exact:
         factor = quality.short_edge / min(shape.width, shape.height)
         return _covering((round(shape.width * factor), round(shape.height * factor)))
-    if listed is not None:
-        return Suggestion(listed, listed, tier)
+    if known_ratio is not None:
+        return Suggestion(known_ratio, known_ratio, tier)
     width, height = _edges(shape, tier)
     return Suggestion(str(sizes.nearest_legal(width, height)[0]), _ratio_text(shape), tier)
 
@@ -557,7 +557,7 @@ def _edges(shape: _Shape, tier: str | None) -> tuple[int, int]:
     return isqrt(int(pixels * shape.width / shape.height)), isqrt(int(pixels * shape.height / shape.width))
 
 
-def _listed_ratio(shape: _Shape) -> str | None:
+def _known_ratio(shape: _Shape) -> str | None:
     """Return the ratio of EvoLink that the shape means."""
     for ratio in _LIMITS.ratios:
         across, down = map(int, ratio.split(":"))

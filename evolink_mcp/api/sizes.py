@@ -163,10 +163,10 @@ def takes_resolution(size: str, limits: SizeLimits = DEFAULT_LIMITS) -> bool:
 
 def nearest_sizes(width: int, height: int, count: int = 3, limits: SizeLimits = DEFAULT_LIMITS) -> tuple[Size, ...]:
     """Return up to `count` legal sizes for a target in pixels. The first is that of `cover`."""
-    shaped = nearest_legal(width, height, count, limits)
+    by_shape = nearest_legal(width, height, count, limits)
     if not (1 <= width <= TARGET_EDGE_MAX and 1 <= height <= TARGET_EDGE_MAX):
-        return shaped
-    return tuple(dict.fromkeys((cover(width, height, limits=limits).size, *shaped)))[:count]
+        return by_shape
+    return tuple(dict.fromkeys((cover(width, height, limits=limits).size, *by_shape)))[:count]
 
 
 def nearest_legal(width: int, height: int, count: int = 3, limits: SizeLimits = DEFAULT_LIMITS) -> tuple[Size, ...]:

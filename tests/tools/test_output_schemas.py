@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.task_answer import ImageOut
 
 TOOLS: dict[str, Any] = json.loads((Path(__file__).parent / "contract" / "tools.json").read_text("utf-8"))
@@ -20,7 +21,7 @@ def test_every_field_of_an_answer_has_a_type() -> None:
 
 def test_generate_image_describes_the_images_the_error_and_the_next_action() -> None:
     fields = OUTPUTS["generate_image"]
-    assert set(fields["error"]["properties"]) == {"code", "message", "retryable", "advice"}
+    assert set(fields["error"]["properties"]) == set(ErrorOut.model_fields)
     assert set(fields["next_action"]["properties"]) == {"tool", "arguments"}
     assert set(fields["expected_size"]["properties"]) == {"width", "height"}
     assert set(fields["images"]["items"]["properties"]) == set(ImageOut.model_fields)
