@@ -91,6 +91,7 @@ ORDER = [
     "tools.sums",
     "tools.task_answer",
     "tools.task_text",
+    "tools.argument_names",
     "tools.adapter",
     "tools.previews",
     "tools.delivery",

@@ -5,7 +5,6 @@ Only this module of the tools uses parts of `mcp` that are not public (mcp 2.3).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -22,33 +21,12 @@ from evolink_mcp.api.request import Arguments, empty_names, unwrapped
 from evolink_mcp.api.sizes import IllegalSize
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless, scrub
+from evolink_mcp.tools.argument_names import correction
 from evolink_mcp.tools.schemas import error_out, input_schema, output_schema
 from evolink_mcp.tools.task_text import sentence
 
 VALUE_MAX_CHARS = 40
 FAULTS_MAX = 12
-
-# Argument names of other image APIs, by our name for the same argument.
-ALIASES = {
-    "prompt": "text description query instruction",
-    "size": "aspect_ratio aspectratio aspect ratio width height dimensions image_size imagesize",
-    "n": "num_images num_outputs number_of_images num count batch_size samples",
-    "image_urls": "image_url image images input_image input_images reference_image reference_images references init_image",
-    "mask_url": "mask mask_image",
-    "save_as": "filename file_name output_path output_file file_path path output",
-    "output_format": "format file_format image_format",
-    "callback_url": "callback webhook webhook_url",
-    "wait_seconds": "wait timeout timeout_seconds",
-    "max_credits": "max_cost budget",
-    "task_id": "id task taskid job_id",
-    "index": "image_index number",
-}
-OUR_NAMES = {alias: name for name, aliases in ALIASES.items() for alias in aliases.split()}
-PROMPT_PARTS = frozenset(["negative_prompt", "style", "style_preset", "system_prompt"])
-UNSUPPORTED = (
-    "seed steps num_inference_steps guidance guidance_scale cfg_scale sampler scheduler strength temperature user "
-    "response_format output_compression compression moderation input_fidelity reasoning lora loras"
-)
 
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
 READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True)
@@ -210,7 +188,7 @@ def _line(fault: Any, cause: object, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for number, part in enumerate(fault["loc"]) if number == 0 or isinstance(part, int))
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][0])
-        return f"{harmless(name, VALUE_MAX_CHARS)}: unknown argument; {_correction(name, list(model.model_fields))}"
+        return f"{harmless(name, VALUE_MAX_CHARS)}: unknown argument; {correction(name, list(model.model_fields))}"
     if fault["type"] == "missing":
         return f"{path}: required"
     if fault["type"] == "string_unicode":
@@ -220,17 +198,3 @@ def _line(fault: Any, cause: object, model: type[BaseModel]) -> str:
     value = fault.get("input")
     got = f" (got {harmless(repr(value), VALUE_MAX_CHARS)})" if isinstance(value, int | float | bool) else ""
     return f"{path}: {message}{got}" if path else message
-
-
-def _correction(name: str, names: list[str]) -> str:
-    """Return the next step for an unknown argument: use another one, the prompt, or leave it out."""
-    lowered = name.lower()[:64]
-    match = lowered if lowered in names else OUR_NAMES.get(lowered)
-    if match in names:
-        return f"did you mean {match}?"
-    if "prompt" in names and lowered in PROMPT_PARTS:
-        return "write it into the prompt"
-    if "prompt" in names and lowered in UNSUPPORTED.split():
-        return f"gpt-image-2 has no {lowered}, leave it out"
-    similar = difflib.get_close_matches(lowered, names, n=1, cutoff=0.7) if len(lowered) > 3 else []
-    return f"did you mean {similar[0]}?" if similar else "leave it out"

@@ -1,0 +1,66 @@
+"""Name the right argument for an unknown one, by its meaning: numberOfImages is n, output_dir is save_as."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+NAME_MAX_CHARS = 64
+SIMILAR_FROM = 0.7
+# The first rule with a word of the name gives the argument, if the tool has one of its arguments. A star stands for the
+# rest of a word.
+RULES = (
+    ("mask* inpaint*", ("mask_url",)),
+    ("index", ("index",)),
+    ("transparent transparency alpha background", ("background",)),
+    ("n num number count counts quantity variation variations sample samples batch copies", ("n", "limit", "index")),
+    ("callback* webhook*", ("callback_url",)),
+    ("wait* timeout* deadline", ("wait_seconds",)),
+    ("cost credit credits budget price", ("max_credits",)),
+    ("format extension mime filetype", ("output_format", "format")),
+    ("aspect* ratio size sizes width height dimension* imagesize", ("size", "targets")),
+    ("out* save* filename", ("save_as",)),
+    ("image images img imgs input inputs reference references init source photo* picture*", ("image_urls", "source")),
+    ("path* folder file dir directory destination", ("save_as", "image_urls", "source", "task_id")),
+    ("text description query instruction* caption", ("prompt", "query")),
+    ("id task taskid job", ("task_id", "source")),
+)
+PROMPT_PARTS = "negative* style* system*"
+UNSUPPORTED = frozenset(
+    (
+        *("seed", "steps", "num_inference_steps", "guidance", "guidance_scale", "cfg_scale", "sampler", "scheduler"),
+        *("strength", "temperature", "user", "response_format", "output_compression", "compression", "moderation"),
+        *("input_fidelity", "reasoning", "lora", "loras"),
+    )
+)
+_WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
+
+
+def correction(name: str, names: list[str]) -> str:
+    """Return the next step for an unknown argument: use another one of `names`, the prompt, or leave it out."""
+    words = [word.lower() for word in _WORD_START.split(name[:NAME_MAX_CHARS]) if word]
+    snake = "_".join(words)
+    plain = "".join(words)
+    own = next((each for each in names if each.replace("_", "") == plain), None)
+    if own is not None:
+        return f"did you mean {own}?"
+    if "prompt" in names:
+        if snake in UNSUPPORTED:
+            return f"gpt-image-2 has no {snake}, leave it out"
+        if _has_word(words, PROMPT_PARTS):
+            return "write it into the prompt"
+        if plain == "prompts":
+            return "one prompt per call: call the tool once for each prompt, or generate_images once"
+    meanings = next((meanings for terms, meanings in RULES if _has_word(words, terms)), None)
+    if meanings is not None:
+        match = next((each for each in meanings if each in names), None)
+        return f"did you mean {match}?" if match else "leave it out"
+    similar = difflib.get_close_matches(snake, names, n=1, cutoff=SIMILAR_FROM) if len(snake) > 3 else []
+    return f"did you mean {similar[0]}?" if similar else "leave it out"
+
+
+def _has_word(words: list[str], terms: str) -> bool:
+    """Return whether a word is one of the terms, or begins with one that ends with a star."""
+    starts = tuple(term[:-1] for term in terms.split() if term.endswith("*"))
+    whole = {term for term in terms.split() if not term.endswith("*")}
+    return any(word in whole or word.startswith(starts) for word in words)
