@@ -85,7 +85,7 @@ REFUSED = [
         {"prompt": PROMPT, "image_urls": [TWO_URLS]}, "holds two addresses: give a list", id="two URLs in one list item"
     ),
     pytest.param(
-        {"prompt": PROMPT, "image_urls": ["/mnt/user-data/uploads/a.png"]}, "the chat's own sandbox", id="sandbox"
+        {"prompt": PROMPT, "image_urls": ["/mnt/user-data/uploads/a.png"]}, "the sandbox of the chat", id="sandbox"
     ),
     pytest.param(
         {"prompt": PROMPT, "image_urls": ["file:///mnt/data/a.png"]},
