@@ -191,7 +191,22 @@ class KnownImages:
                         same_name[entry.task_id, image.index] = match
         return next(iter(same_name.values())) if len(same_name) == 1 and file is None else None
 
+    async def origin_of(self, file: Path, sha256: str | None) -> KnownImage | None:
+        """Return the task and index of the image in a file, or None. `sha256` is the hash of its content.
+
+        Raises:
+            JournalUnwritable: the journal cannot be read.
+        """
+        if sha256 is None:
+            return None
+        task_id, index = await anyio.to_thread.run_sync(origin_of, file, sha256)
+        return await self._with_entry(task_id, index) if task_id is not None else await self._by_hash(file, sha256)
+
     async def _by_content(self, file: Path, sha256: str) -> KnownImage | None:
+        # The sidecar also knows the task of an image that another journal has.
+        return await self._by_hash(file, sha256) or await self.origin_of(file, sha256)
+
+    async def _by_hash(self, file: Path, sha256: str) -> KnownImage | None:
         matches = [
             (KnownImage(entry.task_id, image.index, entry), image.path)
             for entry in await self._journal.by_image(sha256, CANDIDATES_MAX)
@@ -200,11 +215,7 @@ class KnownImages:
         ]
         # Two tasks may have the same content. The one with this path comes first.
         matches.sort(key=lambda match: match[1] != str(file))
-        if matches:
-            return matches[0][0]
-        # The sidecar knows the task of an image that another journal has.
-        task_id, index = await anyio.to_thread.run_sync(origin_of, file, sha256)
-        return await self._with_entry(task_id, index) if task_id is not None else None
+        return matches[0][0] if matches else None
 
 
 def _without_query(url: str) -> str:

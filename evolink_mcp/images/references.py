@@ -28,7 +28,6 @@ from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import DownloadFailed, ImageUnknown, JournalUnwritable, ReferenceRefused
 from evolink_mcp.images.folders import Folders, open_plain
 from evolink_mcp.images.known_images import KnownImages, names_file
-from evolink_mcp.images.sidecar import origin_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.journal.entry import Entry, ReferenceImage, ResultImage
@@ -43,6 +42,7 @@ MEMORY_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
 UPLOAD_LIVES_S = 71 * 3600
 LINK_MARGIN_S = 600
 SOURCE_MAX = 300  # characters of a source in the journal
+SOURCE_PROMPT_MAX = 1_000  # characters of the source's prompts in the journal
 UPLOAD_URI = re.compile(r"evolink://uploads/([0-9a-f]{64})")
 TRANSPARENT_MASK_NOTE = "The mask is completely transparent, so EvoLink redraws the whole picture."
 MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
@@ -56,7 +56,8 @@ class CheckedImage:
     `content_id` is "sha256:" and the hash of the content, or the URL if the content is unknown. `url` is set if EvoLink
     can read the image already. `open_file` opens a local image. MIME type and size (pixels, upright) are None for an
     image that is not on this machine. `transparent_share` is set for a local mask. `task_id` and `index` name the
-    earlier result that the image is, if match. `expires_at` (epoch seconds) is the end of an upload.
+    earlier result that the image is, if known, and `source_prompt` is its prompt. `expires_at` (epoch seconds) is the
+    end of an upload.
     """
 
     content_id: str
@@ -68,6 +69,7 @@ class CheckedImage:
     task_id: str | None = None
     index: int | None = None
     expires_at: float | None = None
+    source_prompt: str | None = None
 
     @property
     def sha256(self) -> str | None:
@@ -100,7 +102,7 @@ class CheckedRequest:
         urls = [*sent_body.get("image_urls", []), *filter(None, [sent_body.get("mask_url")])]
         images = self.images or tuple(CheckedImage(url) for url in urls)
         return tuple(
-            ReferenceImage(_short_source(source), url, image.sha256, image.task_id, image.index)
+            ReferenceImage(_short_source(source), url, image.sha256, image.task_id, image.index, image.source_prompt)
             for source, url, image in zip(self.sources, urls, images, strict=True)
         )
 
@@ -221,8 +223,8 @@ class References:
                 raise
             return await self._check_result(*await self._find_image(source), is_mask)
         image = await self._check_file(partial(self._folders.opened, path), f"“{shown}”", is_mask)
-        task_id, index = await anyio.to_thread.run_sync(origin_of, path, image.sha256)
-        return replace(image, task_id=task_id, index=index)
+        origin = await self.known_images.origin_of(path, image.sha256)
+        return image if origin is None else _with_origin(image, origin.entry, origin.task_id, origin.index)
 
     async def _find_image(self, source: str) -> tuple[Entry, ResultImage]:
         try:
@@ -261,7 +263,7 @@ class References:
             raise ReferenceRefused(
                 f"{shown} is gone: its link has expired and {reason}", advice="Give the path of a copy instead."
             )
-        return replace(image, task_id=task_id, index=result.index)
+        return _with_origin(image, entry, task_id, result.index)
 
     async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
         async with self._at_work, _temporary_file() as file:
@@ -298,6 +300,14 @@ class References:
             with suppress(JournalUnwritable):
                 await self._journal.remember_upload(sha256, upload.url, upload.expires_at)
             return upload
+
+
+def _with_origin(image: CheckedImage, entry: Entry | None, task_id: str, index: int | None) -> CheckedImage:
+    """Return the image with the task of which it is a result. The prompts of that task's own sources belong to it."""
+    prompts = [str(entry.request.get("prompt", ""))] if entry else []
+    prompts += [reference.source_prompt for reference in (entry.references if entry else ()) if reference.source_prompt]
+    text = "\n".join(filter(None, prompts))[:SOURCE_PROMPT_MAX]
+    return replace(image, task_id=task_id, index=index, source_prompt=text or None)
 
 
 def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:

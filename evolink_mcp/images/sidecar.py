@@ -66,7 +66,7 @@ def sidecar(entry: Entry, image: ResultImage) -> dict[str, Any]:
             "made_by": f"{MAKER} {__version__}",
             "prompt": request.pop("prompt", None),
             "request": request,
-            "references": [asdict(reference) for reference in entry.references],
+            "references": [reference.published for reference in entry.references],
             "task_id": entry.task_id,
             "created_at": iso(entry.created_at),
             **facts,

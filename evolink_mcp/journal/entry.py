@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import json
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -122,7 +122,8 @@ class ReferenceImage:
     """One input image of a request.
 
     `given` is the caller's path or URL, shortened; `url` is the address that EvoLink reads. `sha256` (hex) belongs to a
-    local file. `task_id` and `index` name the earlier result that the image is, if known.
+    local file. `task_id` and `index` name the earlier result that the image is, if known. `source_prompt` is the
+    beginning of the prompt of that result, so that its words find this purchase too.
     """
 
     given: str
@@ -130,6 +131,12 @@ class ReferenceImage:
     sha256: str | None = None
     task_id: str | None = None
     index: int | None = None
+    source_prompt: str | None = None
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """The fields of answers and sidecars."""
+        return {name: value for name, value in asdict(self).items() if name != "source_prompt"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evolink_mcp.journal.journal import EXACT_BELOW, SLOT_S
+from evolink_mcp.journal.rows import fold
 
 if TYPE_CHECKING:
     import sqlite3
@@ -93,6 +94,10 @@ MIGRATIONS = (
             WHERE profile = old.profile AND slot = CAST(old.created_at AS INTEGER) / {SLOT_S};
     END;
     """,
+    # A search ignores accents.
+    """
+    UPDATE entries SET words = fold(words) WHERE words <> fold(words);
+    """,
 )
 
 
@@ -133,6 +138,7 @@ def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> N
         raise sqlite3.OperationalError("a newer version of evolink-mcp wrote it")
     if version == len(migrations):
         return
+    db.create_function("fold", 1, fold, deterministic=True)
     with transaction(db):
         (version,) = db.execute("PRAGMA user_version").fetchone()
         for number, script in enumerate(migrations[version:], start=version + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
@@ -17,16 +18,24 @@ from evolink_mcp.journal.entry import DerivedFile, Entry, Phase, ReferenceImage,
 
 log = logging.getLogger(__name__)
 
+# The combining marks of Latin, Greek and Cyrillic letters. Migrations of the journal contain this range too.
+_ACCENTS = re.compile("[\u0300-\u036f]")
+
 
 def fold(text: str) -> str:
-    """Return the text without case, in one Unicode spelling, as searches compare it."""
-    return unicodedata.normalize("NFKC", text).casefold()
+    """Return the text without case, width and accents, as searches compare it: “Ｃafé” is “cafe”.
+
+    Marks that make another letter stay, for example in Japanese and Hindi.
+    """
+    letters = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text).casefold())
+    return unicodedata.normalize("NFC", _ACCENTS.sub("", letters))
 
 
 def search_text(entry: Entry) -> str:
-    """Return the text that a search reads: prompt, file names and task ID, one per line."""
+    """Return the text that a search reads: prompt, file names, task ID and the prompts of sources, one per line."""
     names = [Path(image.path).name for image in entry.images if image.path]
-    parts = [entry.request.get("prompt", ""), *names, entry.save_as or "", entry.task_id or ""]
+    sources = [reference.source_prompt for reference in entry.references if reference.source_prompt]
+    parts = [entry.request.get("prompt", ""), *names, entry.save_as or "", entry.task_id or "", *sources]
     return "\n".join(fold(str(part)) for part in parts)
 
 

@@ -186,7 +186,7 @@ class Studio:
         series = [first]
         for request in requests[1:]:
             if request.save_as is not None:
-                self.image_store.check_name(request.save_as)
+                request = replace(request, save_as=self.image_store.check_name(request.save_as))
             series.append(self._prepared(request, replace(first.references, body=request.request.body())))
         await self._linker.link()
         await self._runner.adopt()

@@ -141,6 +141,18 @@ VERSIONS = (
         END
     $$;
     """,
+    # A search ignores accents: the range of `rows.fold`. normalize() needs a database in UTF-8.
+    """
+    DO $$
+        BEGIN
+            UPDATE evolink_entries SET
+                words = normalize(regexp_replace(normalize(words, NFD), '[\\u0300-\\u036f]', '', 'g'), NFC)
+                WHERE normalize(words, NFD) ~ '[\\u0300-\\u036f]';
+        EXCEPTION WHEN feature_not_supported OR syntax_error OR undefined_function THEN
+            RAISE NOTICE 'the words of earlier entries keep their accents';
+        END
+    $$;
+    """,
 )
 
 

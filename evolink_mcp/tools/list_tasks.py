@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -18,7 +20,8 @@ from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import Sums
-from evolink_mcp.sanitize import harmless
+from evolink_mcp.journal.rows import fold, search_text
+from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.times import instant
 from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
@@ -31,6 +34,9 @@ from evolink_mcp.tools.waiting import mcp_host_of
 # The summary, the notes and the frame of an answer, in characters.
 SUMMARY_MAX_CHARS = 10_000
 LIST_MAX = 50
+# Entries with the words that a search without a match suggests, and the similarity of a suggestion.
+HINT_ENTRIES = 1_000
+NEAREST_CUTOFF = 0.6
 
 ANY_STATUS = "any"
 Status = Annotated[
@@ -116,6 +122,8 @@ async def task_list(
     has_more = len(texts) < len(listed) or len(entries) > req.limit
     sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
     notes = price_change_texts(await studio.take_price_changes())
+    if words and not entries and after is None:
+        notes.append(await _search_hint(studio, words))
     if problem:
         notes.append(f"EvoLink's list of the account's tasks could not be read: {problem}.")
     if external_tasks:
@@ -131,6 +139,21 @@ async def task_list(
         notes=notes,
     )
     return out, _text(req, out, texts, sums)
+
+
+async def _search_hint(studio: Studio, words: tuple[str, ...]) -> str:
+    """Return the nearest words of earlier purchases, for a search without a match."""
+    texts = [search_text(entry) for entry in await studio.journal.recent(HINT_ENTRIES)]
+    unknown = [word for word in words if not any(fold(word) in text for text in texts)]
+    if not unknown:
+        return "Each word occurs in a task, but no task has all of them. Search for fewer words."
+    vocabulary = {part for text in texts for part in re.findall(r"\w{3,}", text)}
+    hints: list[str] = []
+    for word in unknown:
+        nearest = difflib.get_close_matches(fold(word), vocabulary, n=3, cutoff=NEAREST_CUTOFF)
+        meant = f" Did you mean {' or '.join(map(quoted, nearest))}?" if nearest else ""
+        hints.append(f"No task has the word {quoted(word, 40)}.{meant}")
+    return " ".join(hints)
 
 
 def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[str, Sums]) -> str:

@@ -133,7 +133,7 @@ def task_out(
         progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
         created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
-        references=[asdict(reference) for reference in entry.references],
+        references=[reference.published for reference in entry.references],
         images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.images]
         if task
         else [],
