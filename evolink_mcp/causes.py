@@ -1,13 +1,16 @@
 """The causes of failures. Each has one text for the answers of the tools, `doctor` and the log, and one next step.
 
-`api.failures` finds the cause of an exception or of an HTTP answer.
+`api.failures` finds the cause of an exception or of an HTTP answer, `folder_fault` that of a failed write.
 """
 
 from __future__ import annotations
 
+import errno
 import re
+import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,40 @@ WRONG_ADDRESS = Cause(
     "EvoLink's API has no such address at {host}",
     "Check {setting}: EvoLink's is {default}, without a path.",
 )
+
+# --- folders and disks ---
+
+_FOLDER = "the folder {folder} cannot be written ({reason})"
+_ANOTHER = "or set {variable} to another folder."
+FOLDER_UNWRITABLE = Cause("folder_refused", _FOLDER, f"Make it writable, {_ANOTHER}")
+NO_FOLDER = Cause("folder_refused", _FOLDER, f"Remove or rename the file that has the name of the folder, {_ANOTHER}")
+DISK_FULL = Cause("folder_refused", _FOLDER, f"Free some space on its disk, {_ANOTHER}", True)
+READ_ONLY = Cause("folder_refused", _FOLDER, f"Its disk is read-only: mount it for writing, {_ANOTHER}")
+FOLDER_FORBIDDEN = Cause("folder_refused", _FOLDER, f"Correct the permissions of the folder, {_ANOTHER}")
+FOLDER_PRIVATE = Cause(
+    "folder_refused",
+    _FOLDER,
+    "Allow the MCP host to use it: System Settings › Privacy & Security › Files and Folders. Or correct the permissions "
+    f"of the folder, {_ANOTHER}",
+)
+_BY_ERRNO = {
+    errno.ENOSPC: DISK_FULL,
+    getattr(errno, "EDQUOT", errno.ENOSPC): DISK_FULL,
+    errno.EROFS: READ_ONLY,
+    errno.EACCES: FOLDER_FORBIDDEN,
+    errno.EPERM: FOLDER_FORBIDDEN,
+    errno.ENOTDIR: NO_FOLDER,
+    errno.EEXIST: NO_FOLDER,
+}
+
+
+def folder_fault(folder: Path, error: OSError, variable: str, platform: str = sys.platform) -> Cause:
+    """Return the cause of a failed write in a folder. `variable` is the setting of the folder."""
+    cause = _BY_ERRNO.get(error.errno or 0, FOLDER_UNWRITABLE)
+    if cause is FOLDER_FORBIDDEN and platform == "darwin":
+        cause = FOLDER_PRIVATE
+    return cause.about(folder=folder, reason=error.strerror or type(error).__name__, variable=variable)
+
 
 # --- refusals of EvoLink ---
 

@@ -19,6 +19,7 @@ from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import format_credits
 from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting, decoder_environment
+from evolink_mcp.causes import folder_fault
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.team_checks import Finding, check_team
 from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritable, Problem
@@ -282,15 +283,15 @@ def check_folders(settings: TeamSettings) -> list[Finding]:
 def check_writable(subject: str, folder: Path, variable: str) -> Finding:
     """Write a temporary file in `folder`, or in its nearest existing parent."""
     parent = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    advice = f"Correct the permissions of the folder or free disk space, or set {variable} to another folder."
     try:
         with tempfile.TemporaryFile(dir=parent):
             free_bytes = shutil.disk_usage(parent).free
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        return Finding(subject, "broken", f"{folder} is not writable ({parent}: {reason})", advice)
+        cause = folder_fault(folder, error, variable)
+        return Finding(subject, "broken", cause.meaning, cause.next_step)
     if free_bytes < FREE_MIN_BYTES:
-        return Finding(subject, "warning", f"{folder} has only {free_bytes >> 20} MiB of free space", advice)
+        text = f"{folder} has only {free_bytes >> 20} MiB of free space"
+        return Finding(subject, "warning", text, f"Free some space, or set {variable} to another folder.")
     return Finding(subject, "ok", str(folder) if parent == folder else f"{folder} (the first image creates it)")
 
 

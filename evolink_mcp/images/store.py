@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Protocol
 import anyio.to_thread
 
 from evolink_mcp.api.targets import ICO
+from evolink_mcp.causes import folder_fault
 from evolink_mcp.errors import (
     DecoderUnavailable,
     DownloadFailed,
@@ -62,6 +63,7 @@ try:
 except ImportError:
     fcntl = None
 
+OUTPUT_VARIABLE = "EVOLINK_MCP_OUTPUT_DIR"
 NAME_MAX = 48  # characters of the prompt in a file name
 ID_PART_MAX = 8  # characters of the task ID in a file name
 # Bytes of a name that follow the prompt or `save_as`: the index of the image, the number of a taken name, the suffix.
@@ -249,10 +251,7 @@ class LocalImageStore:
             await self._check_root(folder)
             free = await anyio.to_thread.run_sync(_probe, folder, self._free_bytes)
         except OSError as error:
-            raise FolderRefused(
-                f"the folder {folder} cannot be written ({error.strerror or type(error).__name__})",
-                advice="Nothing was sent. Make it writable or set EVOLINK_MCP_OUTPUT_DIR, then call again.",
-            ) from error
+            raise _unwritable(folder, error) from error
         if free < size:
             raise FolderRefused(
                 f"the disk of {folder} has {free / 1e6:.1f} MB of free space, and the pictures may need {size / 1e6:.1f} MB",
@@ -281,10 +280,7 @@ class LocalImageStore:
             await self._check_root(folder)
             path, sha256 = await anyio.to_thread.run_sync(save_content, derivative, folder)
         except OSError as error:
-            raise FolderRefused(
-                f"the folder {folder} cannot be written ({error.strerror or type(error).__name__})",
-                advice="Make it writable, free some space or set EVOLINK_MCP_OUTPUT_DIR. Then call again.",
-            ) from error
+            raise _unwritable(folder, error) from error
         file = derivative.saved(sha256, path=str(path))
         if self._has_sidecars:
             await write_derived_sidecar(path, {**derivative.sidecar, **_facts_of_derived(file)})
@@ -340,7 +336,7 @@ class LocalImageStore:
             try:
                 await self._check_root(target.parent)
             except OSError as error:
-                raise _unwritable(target.parent, error) from error
+                raise _unsaved(target.parent, error) from error
             saved_image = await save_as_file(target)
         except FolderRefused as error:
             try:
@@ -448,7 +444,7 @@ async def save_image(
         make_folder(target.parent)
         handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=target.parent)
     except OSError as error:
-        raise _unwritable(target.parent, error) from error
+        raise _unsaved(target.parent, error) from error
     part = Path(name)
     try:
         with os.fdopen(handle, "w+b") as file:
@@ -470,7 +466,7 @@ async def save_image(
     except DecoderUnavailable as error:
         raise DownloadFailed(error.message, code=error.code, advice=f"The picture is paid. {error.advice}") from error
     except OSError as error:
-        raise _unwritable(target.parent, error) from error
+        raise _unsaved(target.parent, error) from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -595,8 +591,13 @@ async def _copy_file(source: Path, into: BinaryIO) -> int:
 
 
 def _unwritable(folder: Path, error: OSError) -> FolderRefused:
-    return FolderRefused(
-        f"the folder {folder} cannot be written ({error.strerror or type(error).__name__})",
-        charged="yes",
-        advice="Make it writable or set EVOLINK_MCP_OUTPUT_DIR, then call get_task: EvoLink keeps the picture for 24 h.",
-    )
+    """Return the error of a write that costs nothing."""
+    cause = folder_fault(folder, error, OUTPUT_VARIABLE)
+    return FolderRefused(cause.meaning, advice=f"{cause.next_step} Then call again.", cause=cause)
+
+
+def _unsaved(folder: Path, error: OSError) -> FolderRefused:
+    """Return the error of a paid image that could not be written."""
+    cause = folder_fault(folder, error, OUTPUT_VARIABLE)
+    advice = f"{cause.next_step} Then call get_task: EvoLink keeps the picture for 24 h."
+    return FolderRefused(cause.meaning, charged="yes", advice=advice, cause=cause)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -54,6 +56,7 @@ class Fault:
     """A fault. `place` yields the variables of the server. The texts of all three places contain `says`.
 
     `never`: words that would lead to a wrong step. `is_outcome_known` is false if the POST may have bought.
+    `places`: the places that show the fault. `arguments` are those of generate_image.
     """
 
     place: Place
@@ -61,9 +64,46 @@ class Fault:
     code: str = "unreachable"
     never: tuple[str, ...] = ("EVOLINK_API_KEY",)
     is_outcome_known: bool = True
+    places: tuple[str, ...] = ("generate_image", "get_balance", "doctor", "log")
+    arguments: Callable[[Path], dict[str, Any]] = lambda _: {}
 
 
 # --- places ---
+
+
+@asynccontextmanager
+async def evolink(_: Path) -> AsyncIterator[Environ]:
+    """EvoLink without a fault."""
+    async with Gateway(QuickSimulator(duration_s=0)).open() as gateway:
+        yield {"EVOLINK_BASE_URL": gateway.url}
+
+
+def with_settings(**settings: str) -> Place:
+    """Return a place with EvoLink and these settings. {folder} in a value is the folder of the test."""
+
+    @asynccontextmanager
+    async def place(folder: Path) -> AsyncIterator[Environ]:
+        (folder / "note.txt").write_text("a file, no folder")
+        async with evolink(folder) as environ:
+            yield {**environ, **{name: value.replace("{folder}", str(folder)) for name, value in settings.items()}}
+
+    return place
+
+
+def with_image(content: bytes, name: str = "photo.png") -> Callable[[Path], dict[str, Any]]:
+    """Return arguments with a reference image of this content."""
+
+    def arguments(folder: Path) -> dict[str, Any]:
+        path = folder / "pictures" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return {"image_urls": [name]}
+
+    return arguments
+
+
+def with_argument(**arguments: Any) -> Callable[[Path], dict[str, Any]]:
+    return lambda _: arguments
 
 
 def answers(status: int, body: bytes | dict[str, Any] = b"", **headers: str) -> Place:
@@ -317,6 +357,55 @@ FAULTS: dict[str, Fault] = {
                            ("120", f"{datetime.fromtimestamp(NOW + 120):%H:%M} (in 2 minutes)"),
                            (formatdate(NOW + 7200, usegmt=True),
                             f"{datetime.fromtimestamp(NOW + 7200):%H:%M} (in 2 hours)"))},
+    # the host and its configuration
+    "no key": Fault(
+        with_settings(EVOLINK_API_KEY=""), ("EVOLINK_API_KEY", "https://evolink.ai/dashboard/keys"), "key_missing",
+        never=(), places=("generate_image", "get_balance", "doctor")),
+    "the example instead of a key": Fault(
+        with_settings(EVOLINK_API_KEY="sk-..."), ("is still the example",), "key_missing", never=(),
+        places=("generate_image", "get_balance", "doctor")),
+    "a key in quotes": Fault(
+        with_settings(EVOLINK_API_KEY='"sk-0123456789"'), ("without quotes",), "key_missing", never=(),
+        places=("generate_image", "get_balance", "doctor")),
+    "a key that the host did not fill in": Fault(
+        with_settings(EVOLINK_API_KEY="sk-${env:KEY}-x"), ("the MCP host did not replace",), "key_missing", never=(),
+        places=("generate_image", "get_balance", "doctor")),
+    "a limit per call": Fault(
+        with_settings(EVOLINK_MCP_MAX_CREDITS_PER_CALL="0.1"),
+        ("above the limit of 0.1 credits", "The user can raise EVOLINK_MCP_MAX_CREDITS_PER_CALL"), "over_budget",
+        places=("generate_image",)),
+    "a limit per day": Fault(
+        with_settings(EVOLINK_MCP_MAX_CREDITS_PER_DAY="0.1"), ("EVOLINK_MCP_MAX_CREDITS_PER_DAY",), "over_budget",
+        places=("generate_image",)),
+    "a callback host that is not allowed": Fault(
+        with_settings(EVOLINK_MCP_CALLBACK_HOSTS="hooks.evolink.ai"),
+        ("this server allows hooks.evolink.ai", "Leave out callback_url"), "callback_refused",
+        places=("generate_image",), arguments=with_argument(callback_url="https://hooks.pixabay.com/x")),
+    "an argument of another service": Fault(
+        evolink, ("n",), "invalid_arguments", places=("generate_image",), arguments=with_argument(numberOfImages=2)),
+    "a size that is not legal": Fault(
+        evolink, ("size", "multiple of 16"), "invalid_arguments", places=("generate_image",),
+        arguments=with_argument(size="1001x1001")),
+    # folders, disks and files
+    "a file in the place of the output folder": Fault(
+        with_settings(EVOLINK_MCP_OUTPUT_DIR="{folder}/note.txt/pictures"),
+        ("note.txt", "cannot be written", "set EVOLINK_MCP_OUTPUT_DIR to another folder"), "folder_refused",
+        places=("generate_image", "folders")),
+    "a file in the place of the journal folder": Fault(
+        with_settings(EVOLINK_MCP_DATA_DIR="{folder}/note.txt/data"),
+        ("note.txt", "EVOLINK_MCP_DATA_DIR"), "journal_unwritable", places=("generate_image", "journal")),
+    "a missing reference image": Fault(
+        evolink, ("There is no file", "nowhere.png"), "reference_refused", places=("generate_image",),
+        arguments=with_argument(image_urls=["nowhere.png"])),
+    "a text file as reference image": Fault(
+        evolink, ("photo.png", "cannot be a reference"), "reference_refused", places=("generate_image",),
+        arguments=with_image(b"this is no image")),
+    "a truncated reference image": Fault(
+        evolink, ("photo.png", "cannot be a reference"), "reference_refused", places=("generate_image",),
+        arguments=with_image(b"\x89PNG\r\n\x1a\n" + bytes(40))),
+    "save_as outside the allowed folders": Fault(
+        evolink, ("is outside the allowed folders", "EVOLINK_MCP_ALLOWED_DIRS"), "folder_refused",
+        places=("generate_image",), arguments=with_argument(save_as="/nonexistent/x.png")),
 }  # fmt: skip
 
 
@@ -338,6 +427,38 @@ async def no_sleep(_: float) -> None:
     await anyio.sleep(0)
 
 
+def _text_of(findings: list[doctor.Finding]) -> str:
+    return "\n".join(f"{finding.words} {finding.todo}" for finding in findings if finding.verdict != "ok")
+
+
+def test_the_table_has_60_faults() -> None:
+    assert len(FAULTS) >= 60
+
+
+@pytest.mark.parametrize(
+    ("number", "next_step"),
+    [
+        (errno.ENOSPC, "Free some space"),
+        (errno.EROFS, "mount it for writing"),
+        (errno.EACCES, "Correct the permissions"),
+        (errno.ENOTDIR, "Remove or rename the file"),
+        (errno.EIO, "Make it writable"),
+    ],
+)
+def test_each_failure_of_a_folder_has_its_own_next_step(number: int, next_step: str, tmp_path: Path) -> None:
+    error = OSError(number, os.strerror(number))
+    cause = causes.folder_fault(tmp_path, error, "EVOLINK_MCP_OUTPUT_DIR", "linux")
+    assert cause.meaning == f"the folder {tmp_path} cannot be written ({os.strerror(number)})"
+    assert next_step in cause.next_step
+    assert cause.next_step.endswith("set EVOLINK_MCP_OUTPUT_DIR to another folder.")
+
+
+def test_macos_names_the_setting_that_protects_folders(tmp_path: Path) -> None:
+    error = PermissionError(errno.EPERM, "Operation not permitted")
+    cause = causes.folder_fault(tmp_path, error, "EVOLINK_MCP_OUTPUT_DIR", "darwin")
+    assert "System Settings › Privacy & Security › Files and Folders" in cause.next_step
+
+
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=name) for name, fault in FAULTS.items()])
 async def test_tool_doctor_and_log_name_the_cause_and_the_next_step(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -357,18 +478,21 @@ async def test_tool_doctor_and_log_name_the_cause_and_the_next_step(
                 Client(ONE_SERVER) as client,
             ):
                 CURRENT.studio = studio
-                bought = await client.call_tool("generate_image", WISH)
+                bought = await client.call_tool("generate_image", {**WISH, **fault.arguments(tmp_path)})
                 balance = await client.call_tool("get_balance", {})
-            findings = await doctor.check_account(settings, lambda: NOW)
+            findings = [doctor.check_key(settings), *await doctor.check_account(settings, lambda: NOW)]
     out = bought.structured_content
     charged = "no" if fault.is_outcome_known else "unknown"
     assert (out["charged"], out["error"]["code"], bought.is_error) == (charged, fault.code, True)
     texts = {
         "generate_image": bought.content[0].text,
         "get_balance": balance.content[0].text,
-        "doctor": "\n".join(f"{finding.words} {finding.todo}" for finding in findings),
+        "doctor": _text_of(findings),
+        "folders": _text_of(doctor.check_folders(settings)),
+        "journal": _text_of(doctor.check_journal(settings.data_dir)),
         "log": "\n".join(record.getMessage() for record in caplog.records),
     }
+    texts = {place: texts[place] for place in fault.places}
     missing = {
         place: [part for part in fault.says if part.lower() not in text.lower()] for place, text in texts.items()
     }
