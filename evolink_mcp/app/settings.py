@@ -214,13 +214,18 @@ def path(text: str) -> Path:
     return absolute
 
 
+# Other signs between folders, with their names. A folder that exists may contain one.
+FOREIGN_SEPARATORS = {",": "commas", ";": "semicolons", "|": "bars", "\n": "line breaks", "\r": "line breaks"}
+
+
 def paths(text: str) -> tuple[Path, ...]:
     """Parse several absolute paths, separated as in PATH."""
     parts = (_without_quotes(part.strip()) for part in text.split(os.pathsep))
     folders = tuple(path(part) for part in parts if part and not _PLACEHOLDER.fullmatch(part))
-    for folder in folders:
-        if "," in str(folder) and not folder.exists():
-            raise ValueError(f"separates its folders by “{os.pathsep}”, not by commas")
+    missing = "".join(str(folder) for folder in folders if not folder.exists())
+    for sign, name in FOREIGN_SEPARATORS.items():
+        if sign in missing and sign != os.pathsep:
+            raise ValueError(f"separates its folders by “{os.pathsep}”, not by {name}")
     return folders
 
 
