@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -147,7 +147,8 @@ FIND_LINKS = "SELECT identity, account FROM links WHERE {mine}"
 # Record that a key can read the tasks of an account.
 SAVE_LINK = "INSERT INTO links VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 # Read the newest entry of an account that has a task with an ID of the usual form.
-NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND task_id LIKE 'task-unified-%'
+NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND account <> ''
+    AND task_id LIKE 'task-unified-%'
     AND created_at <= ? ORDER BY created_at DESC LIMIT 1"""
 
 LATEST = 1e12  # epoch seconds after every entry
@@ -761,6 +762,10 @@ class Journal:
                         await db.execute(SAVE_FACT, (self.account, name, value))
             return is_written
 
+        return await self._run_write(act, entry)
+
+    async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
+        """Run the action that writes an entry. A subclass may record the entry elsewhere before."""
         return await self._backend.run(act, key=entry.key)
 
     async def _adopt(self, db: Connection) -> Sequence[Row]:

@@ -59,7 +59,7 @@ MIGRATIONS = (
     CREATE INDEX entries_by_age ON entries (profile, created_at DESC, key);
     CREATE INDEX entries_by_status ON entries (profile, status, created_at DESC, key);
     CREATE INDEX entries_of_all ON entries (created_at DESC, key);
-    CREATE INDEX entries_of_account ON entries (profile, account, created_at) WHERE task_id IS NOT NULL;
+    CREATE INDEX entries_of_account ON entries (profile, account, created_at) WHERE account <> '';
     CREATE INDEX entries_open ON entries (profile, owner, created_at) WHERE NOT closed;
     CREATE INDEX entries_owned ON entries (profile, owner, account) WHERE owner <> '';
     CREATE INDEX entries_awaited ON entries (profile, caller, account) WHERE caller <> '' AND delivered_at IS NULL;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class PaidRecord:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE_NAME
+        self._path_text = str(self.path)
         self._known_keys: set[str] = set()
         self._read_to = 0
 
@@ -80,9 +82,13 @@ class PaidRecord:
             os.fsync(handle)
         self._known_keys.update(task.entry.key for task in new)
 
-    def has_news(self) -> bool:
-        """Return whether the file has lines that `read_new` has not returned."""
-        return self._size() != self._read_to
+    def is_read(self) -> bool:
+        """Return whether there is a file and `read_new` has returned all its lines."""
+        try:
+            status = os.stat(self._path_text)
+        except FileNotFoundError:
+            return False
+        return status.st_size == self._read_to and stat.S_ISREG(status.st_mode)
 
     def exists(self) -> bool:
         """Return whether there is a file."""

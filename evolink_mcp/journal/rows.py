@@ -62,6 +62,10 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+# The fields of an entry and their decoders. None: the column has the value.
+_FIELDS = tuple((field.name, _DECODERS.get(field.name)) for field in fields(Entry))
+
+
 def values_of(entry: Entry, columns: Iterable[str] = COLUMNS) -> list[Any]:
     """Return the values of the columns. Objects become JSON."""
     return [_encode(DERIVED[name](entry) if name in DERIVED else getattr(entry, name)) for name in columns]
@@ -73,10 +77,7 @@ def entry_of(row: Row) -> Entry:
     Raises:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: The row is damaged.
     """
-    return Entry(**{
-        field.name: _DECODERS[field.name](row[field.name]) if field.name in _DECODERS else row[field.name]
-        for field in fields(Entry)
-    })  # fmt: skip
+    return Entry(**{name: row[name] if decode is None else decode(row[name]) for name, decode in _FIELDS})
 
 
 def readable_entries(rows: Iterable[Row]) -> list[Entry]:

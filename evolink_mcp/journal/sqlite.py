@@ -12,10 +12,10 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal import search
@@ -27,7 +27,6 @@ from evolink_mcp.journal.journal import (
     SUMS,
     SUMS_OF_ENTRIES,
     Journal,
-    Learn,
     Selection,
     Sums,
     values_of_sums,
@@ -82,6 +81,7 @@ class JournalFile:
     ) -> None:
         """Without `has_full_text`, use no full-text search even if SQLite has it."""
         self.folder = folder
+        self.path = folder / FILE_NAME
         self.set_aside: Path | None = None
         self.owner = owner
         self._clock = clock
@@ -89,6 +89,7 @@ class JournalFile:
         self._lock_wait_s = lock_wait_s
         self._is_locked = False  # the last write waited for a lock in vain
         self._db: sqlite3.Connection | None = None
+        self._paths = {tail: f"{self.path}{tail}" for tail in ("", "-wal", "-shm")}
         self._files: FileStates = {}
         self._record = PaidRecord(folder)
         self._is_compared = False
@@ -98,11 +99,7 @@ class JournalFile:
         self._dead_owners: set[str] = set()
         self._lease: BaseFileLock | None = None
         self._lease_inode = 0
-
-    @property
-    def path(self) -> Path:
-        """The path of the file."""
-        return self.folder / FILE_NAME
+        self._own_lease_path = self.lease_path(owner)
 
     def run(self, act: Callable[[sqlite3.Connection], T]) -> T:
         """Call `act` with the connection. Rename a damaged file, never delete it, and create a new one.
@@ -200,22 +197,22 @@ class JournalFile:
 
     def _opened(self) -> sqlite3.Connection:
         if self._db is not None:
-            now = _states(self.path)
+            now = _states(self._paths)
             if _is_same(self._files, now):
                 self._files = now
             else:
                 self._recover(self._db, self._files, now)
         self._take_lease()
         if self._db is None:
-            files = _states(self.path)
-            if files[""] == FileState.missing():
+            files = _states(self._paths)
+            if files[""] == MISSING:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             elif files[""].size == 0 and files["-wal"].size > 0:
                 # SQLite would delete the log of an empty file, although only the log has the entries.
                 self._set_aside()
                 return self._opened()
             self._db = self._connect()
-            self._files = _states(self.path)
+            self._files = _states(self._paths)
             self._is_compared = False
             self._merge_copy(self._db)
         return self._db
@@ -257,7 +254,7 @@ class JournalFile:
             with suppress(sqlite3.DatabaseError):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._shut()
-        if now[""] == FileState.missing():
+        if now[""] == MISSING:
             for tail in ("-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     os.unlink(f"{self.path}{tail}")
@@ -312,11 +309,11 @@ class JournalFile:
         Raises:
             sqlite3.Error, OSError: the record was not compared.
         """
+        if self._is_compared and not self._unrecorded and self._record.is_read():
+            return
         if not self._record.exists():
             rows = db.execute("SELECT * FROM entries WHERE phase = 'submitted' ORDER BY created_at").fetchall()
             self._record.append(readable_tasks(rows))
-        if self._is_compared and not self._unrecorded and not self._record.has_news():
-            return
         tasks = self._record.read_new() if self._is_compared else self._record.read_tail()
         lost = self._lost_tasks(db, tasks)
         if lost and not self._is_compared:
@@ -364,7 +361,7 @@ class JournalFile:
         """Lock this server's lease file, which the system unlocks when the process ends. Restore a deleted file."""
         from filelock import FileLock
 
-        path = self.lease_path(self.owner)
+        path = self._own_lease_path
         if self._lease is not None and _inode(path) == self._lease_inode:
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -423,30 +420,25 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
             raise file.unwritable(error.strerror or type(error).__name__) from error
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """The identity of a file and its size in bytes. Both are 0 if there is no file."""
+class FileState(NamedTuple):
+    """The identity of a file and its size in bytes."""
 
     inode: int
     size: int
 
-    @classmethod
-    def missing(cls) -> FileState:
-        """Return the state of a missing file."""
-        return cls(0, 0)
 
-
+MISSING = FileState(0, 0)
 FileStates = dict[str, FileState]
 
 
-def _states(path: Path) -> FileStates:
-    """Return the states of the database, its log and the index of the log."""
+def _states(paths: dict[str, str]) -> FileStates:
+    """Return the states of the database, its log and the index of the log. Every action reads them."""
     states: FileStates = {}
-    for tail in ("", "-wal", "-shm"):
+    for tail, path in paths.items():
         try:
-            status = os.stat(f"{path}{tail}")
+            status = os.stat(path)
         except OSError:
-            states[tail] = FileState.missing()
+            states[tail] = MISSING
         else:
             states[tail] = FileState(status.st_ino, status.st_size)
     return states
@@ -454,7 +446,9 @@ def _states(path: Path) -> FileStates:
 
 def _is_same(before: FileStates, now: FileStates) -> bool:
     """Return whether all files have the same identity and none became smaller."""
-    return all(old.inode in (0, now[tail].inode) and now[tail].size >= old.size for tail, old in before.items())
+    return before == now or all(
+        old.inode in (0, now[tail].inode) and now[tail].size >= old.size for tail, old in before.items()
+    )
 
 
 def restore(db: sqlite3.Connection, tasks: Iterable[PaidTask]) -> None:
@@ -480,7 +474,7 @@ def _released(task: PaidTask) -> PaidTask:
 def _inode(path: Path) -> int:
     """Return the inode of the file, or 0 if there is none."""
     try:
-        return path.stat().st_ino
+        return os.stat(path).st_ino
     except OSError:
         return 0
 
@@ -595,13 +589,20 @@ class SqliteBackend:
         """See Backend."""
         return self.file.path.exists()
 
-    async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str = "") -> T:
-        """See Backend. One thread runs all actions in the order of their calls."""
-        return await self._call(lambda: self.file.run(lambda db: _run_now(act(SqliteConnection(db, self.file)))))
+    async def run(
+        self, act: Callable[[Connection], Awaitable[T]], *, key: str = "", paid_task: PaidTask | None = None
+    ) -> T:
+        """See Backend. One thread runs all actions in the order of their calls.
 
-    async def record_paid(self, task: PaidTask) -> None:
-        """Add a paid task to the record beside the journal."""
-        await self._call(lambda: self.file.record_paid(task))
+        `paid_task` is added to the record beside the journal before the action.
+        """
+
+        def call() -> T:
+            if paid_task is not None:
+                self.file.record_paid(paid_task)
+            return self.file.run(lambda db: _run_now(act(SqliteConnection(db, self.file))))
+
+        return await self._call(call)
 
     def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """See Backend. SQLite has no notifications; `reread_s` is short instead."""
@@ -648,10 +649,9 @@ class SqliteJournal(Journal):
         self.file = backend.file
         self._sqlite = backend
 
-    async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
-        if is_paid(entry):
-            await self._sqlite.record_paid(PaidTask(self.profile, entry))
-        return await super()._write(entry, columns, learn)
+    async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
+        paid_task = PaidTask(self.profile, entry) if is_paid(entry) else None
+        return await self._sqlite.run(act, key=entry.key, paid_task=paid_task)
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
         terms = search.terms_of(selection.words)

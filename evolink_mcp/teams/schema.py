@@ -90,7 +90,7 @@ VERSIONS = (
     DROP INDEX evolink_entries_undelivered;
     CREATE INDEX evolink_entries_by_status ON evolink_entries (profile, status, created_at DESC, key);
     CREATE INDEX evolink_entries_of_all ON evolink_entries (created_at DESC, key);
-    CREATE INDEX evolink_entries_of_account ON evolink_entries (profile, account, created_at) WHERE task_id IS NOT NULL;
+    CREATE INDEX evolink_entries_of_account ON evolink_entries (profile, account, created_at) WHERE account <> '';
     CREATE INDEX evolink_entries_open ON evolink_entries (profile, owner, created_at) WHERE NOT closed;
     CREATE INDEX evolink_entries_owned ON evolink_entries (profile, owner, account) WHERE owner <> '';
     CREATE INDEX evolink_entries_undelivered ON evolink_entries (fingerprint, profile, created_at)
