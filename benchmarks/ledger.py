@@ -1,4 +1,4 @@
-"""Compare a journal of ten thousand tasks with an empty one, and a durable write with a plain write."""
+"""Measure the journal with 10 to 100,000 entries of one profile and account, and calls of a server with the largest one."""
 
 from __future__ import annotations
 
@@ -7,67 +7,129 @@ import os
 import sqlite3
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Figure, middle, share
-from benchmarks.processes import timed
+from benchmarks.processes import SERVERS, Pipe, environment, standin, timed
 from evolink_mcp.api.task import Task
-from evolink_mcp.journal.entry import Entry, ResultImage, fingerprint, new_key
+from evolink_mcp.journal.entry import Entry, ResultImage, account_id_of, fingerprint, new_key
 from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal
 
 TITLE = "Journal"
-TASKS = 10_000
-TEMPLATES = 20
-NOW = 1_790_000_000.0
+SIZES = (10, 1_000, 10_000, 100_000)
+QUICK_SIZES = (10, 1_000, 10_000)
+TEMPLATES = 10
+ACCOUNT = "a" * 32
 APART_S = 8.0  # ten thousand tasks in less than a day
+DAY_S = 86_400.0
+MONTH_S = 30 * DAY_S
+# The targets with 10,000 entries (start, get, list) and with the largest number (the others), in ms.
+TARGETS = {"get": 0.1, "list": 1.0, "search": 50.0}
 
 
 def run(quick: bool) -> list[Figure]:
-    times = 100 if quick else 400
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        empty, full = Path(name, "empty"), Path(name, "full")
-        empty.mkdir()
-        fill(full, TASKS)
-        _opened(empty).close()
-        starts = [(timed(lambda: _opened(full).close()), timed(lambda: _opened(empty).close())) for _ in range(15)]
-        journal = _opened(full)
-        ids = [f"task-unified-{number:010d}-benchmark" for number in range(0, TASKS, TASKS // times)]
-        gets = [timed(lambda task_id=task_id: journal("by_task", task_id)) for task_id in ids]
-        if journal("by_task", ids[1]) is None or len(journal("recent", 20)) != 20:
-            raise RuntimeError("the journal was not filled as intended")
-        lists = [timed(lambda: journal("recent", 20)) for _ in range(times)]
-        orders = [
-            timed(lambda: (journal("adopt"), journal("undelivered", ("f" * 64,), NOW - 86_400))) for _ in range(times)
-        ]
-        sums = [timed(lambda: journal("sums_since", NOW - 86_400)) for _ in range(times)]
-        writes, bare = _writes(journal, Path(name), times)
-        size = (full / FILE_NAME).stat().st_size / 1e6
-        journal.close()
+    times = 50 if quick else 200
+    sizes = QUICK_SIZES if quick else SIZES
+    figures: list[Figure] = []
+    for count in sizes:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+            figures += _figures(Path(name), count, times)
+    return [*figures, *_calls(sizes[-1], times // 10)]
+
+
+def _figures(folder: Path, count: int, times: int) -> list[Figure]:
+    """Return the times of the journal with `count` entries."""
+    full = folder / "full"
+    empty = folder / "empty"
+    fill(full, count, ACCOUNT)
+    _opened(empty).close()
+    now = time.time()
+    starts = [(timed(lambda: _opened(full).close()), timed(lambda: _opened(empty).close())) for _ in range(11)]
+    journal = _opened(full)
+    if (
+        len(journal("recent", 20)) != min(20, count)
+        or len(journal("recent", 20, words=(f"picture {count - 1}.",))) != 1
+    ):
+        raise RuntimeError("the journal was not filled as intended")
+
+    def median_ms(act: Callable[[], object]) -> float:
+        return middle([timed(act) for _ in range(times)]) * 1000
+
+    task_id = f"task-unified-{count // 2:010d}-benchmark"
     extra = middle([full_s for full_s, _ in starts]) - middle([empty_s for _, empty_s in starts])
-    return [
-        Figure(f"extra start with {TASKS:,} tasks", extra * 1000, "ms", 20, f"the file has {size:.0f} MB"),
-        Figure("an entry by its task ID", middle(gets) * 1000, "ms", 0.1),
-        Figure("a list of 20 entries", middle(lists) * 1000, "ms", 1),
-        Figure("reads before a purchase", middle(orders) * 1000, "ms", None, "dead owners, identical orders"),
-        Figure("credits of the day", middle(sums) * 1000, "ms", None, f"of {TASKS:,} entries in that day"),
-        Figure("a durable write", middle(writes) * 1000, "ms", 0.23,
-               f"with the switch to the journal's thread; depends on the disk; 95 % within {share(writes, 0.95) * 1000:.2f} ms"),
-        Figure("a durable write ÷ 4 KiB written and synced to a plain file", middle(writes) / middle(bare), "×", None,
-               f"plain: {middle(bare) * 1000:.2f} ms"),
+    with_entries = f"{count:,} entries: "
+    figures = [
+        Figure(f"{with_entries}extra start", extra * 1000, "ms", 20, f"{(full / FILE_NAME).stat().st_size / 1e6:.0f} MB"),
+        Figure(f"{with_entries}an entry by its task ID", median_ms(lambda: journal("by_task", task_id)), "ms", TARGETS["get"]),
+        Figure(f"{with_entries}a list of 20", median_ms(lambda: journal("recent", 20)), "ms", TARGETS["list"]),
+        Figure(f"{with_entries}a list of 20 failed ones", median_ms(lambda: journal("recent", 20, "failed")), "ms",
+               TARGETS["list"]),
+        Figure(f"{with_entries}a search that finds one", median_ms(lambda: journal("recent", 20, words=("picture 7.",))), "ms",
+               TARGETS["search"]),
+        Figure(f"{with_entries}a search without a match", median_ms(lambda: journal("recent", 20, words=("unicorn",))), "ms",
+               TARGETS["search"]),
+        Figure(f"{with_entries}a search for two letters without a match",
+               middle([timed(lambda: journal("recent", 20, words=("qj",))) for _ in range(3)]) * 1000, "ms", None,
+               "no index has words of two letters"),
+        Figure(f"{with_entries}credits of 30 days", median_ms(lambda: journal("sums_since", now - MONTH_S)), "ms"),
+        Figure(f"{with_entries}reads before a purchase",
+               median_ms(lambda: (journal("adopt"), journal("undelivered", ("f" * 64,), now - DAY_S))), "ms"),
     ]  # fmt: skip
+    writes, plain = _writes(journal, folder, times)
+    figures += [
+        Figure(f"{with_entries}a durable write", middle(writes) * 1000, "ms", 0.23,
+               f"95 % within {share(writes, 0.95) * 1000:.2f} ms"),
+        Figure(f"{with_entries}a durable write ÷ 4 KiB written and synced to a plain file", middle(writes) / middle(plain), "×",
+               None, f"plain: {middle(plain) * 1000:.2f} ms"),
+        Figure(f"{with_entries}close", timed(journal.close) * 1000, "ms", 50),
+    ]  # fmt: skip
+    return figures
+
+
+def _calls(count: int, times: int) -> list[Figure]:
+    """Return the times of calls of a real server with `count` entries, over stdio."""
+    lists: list[float] = []
+    searches: list[float] = []
+    orders: list[float] = []
+    with standin("dot") as at, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        env = environment(Path(name), at.port)
+        fill(Path(env["EVOLINK_MCP_DATA_DIR"]), count, account_id_of(env["EVOLINK_API_KEY"], env["EVOLINK_BASE_URL"]))
+        with Pipe(SERVERS["ours"], env) as pipe:
+            pipe.greet()
+            pipe.ready()
+            pipe.call("list_tasks", {})
+            for number in range(times):
+                lists.append(timed(lambda: pipe.call("list_tasks", {"limit": 10})))
+                searches.append(timed(lambda: pipe.call("list_tasks", {"query": "unicorn"})))
+                called_at = time.time()
+                answer = pipe.call("generate_image", {"prompt": f"sim:slow=0.1 owl {number}", "wait_seconds": 60})
+                orders.append(at.record()["bought"][answer["structuredContent"]["task_id"]] - called_at)
+            assert pipe.process.stdin is not None
+            pipe.process.stdin.close()
+            exit_s = timed(lambda: pipe.process.wait(30))
+    server = f"a server with {count:,} entries: "
+    return [
+        Figure(f"{server}list_tasks of 10", middle(lists) * 1000, "ms", 10),
+        Figure(
+            f"{server}list_tasks without a match", middle(searches) * 1000, "ms", 50, "with the search for near words"
+        ),
+        Figure(f"{server}from the call to the POST", middle(orders) * 1000, "ms", 15),
+        Figure(f"{server}from the end of its input to its exit", exit_s * 1000, "ms"),
+    ]
 
 
 class Blocking:
     """Call a journal from synchronous code, on a separate event loop."""
 
-    def __init__(self, folder: Path) -> None:
-        self.journal = SqliteJournal(folder)
+    def __init__(self, folder: Path, account: str = ACCOUNT) -> None:
+        self.journal = SqliteJournal(folder, account)
         self._loop = asyncio.new_event_loop()
 
-    def __call__(self, name: str, *values: Any) -> Any:
-        return self._loop.run_until_complete(getattr(self.journal, name)(*values))
+    def __call__(self, name: str, *values: Any, **named: Any) -> Any:
+        return self._loop.run_until_complete(getattr(self.journal, name)(*values, **named))
 
     def close(self) -> None:
         self("close")
@@ -81,34 +143,38 @@ def _opened(folder: Path) -> Blocking:
     return journal
 
 
-def _entry(number: int) -> Entry:
+def _entry(number: int, created_at: float, account: str = ACCOUNT) -> Entry:
     task_id = f"task-unified-{number:010d}-benchmark"
-    prompt = f"A calm sunset over the ocean, picture {number}. " * 5
+    prompt = "A calm sunset over the ocean. " * 5 + f"This is picture {number}."
     request = {"model": "gpt-image-2", "prompt": prompt, "size": "16:9"}
     url = f"https://files.example.com/{task_id}/0.png"
-    created = NOW - (TASKS - number) * APART_S
+    path = f"/pictures/{task_id}-0.png"
     return Entry(
-        new_key(), "dead", "submitted", created, fingerprint(request), request, 3.9, None, "", "", created + 60,
-        Task(task_id, "completed", 100.0, created, "gpt-image-2", (url,), credits_used=3.9),
-        images=(ResultImage(0, url, created + 86_400, f"/pictures/{task_id}-0.png", "image/png", 2048, 1152, 10**6, "a" * 64),),
+        new_key(), "", "submitted", created_at, fingerprint(request), request, 3.9, None, account, "", created_at + 60,
+        Task(task_id, "completed", 100.0, created_at, "gpt-image-2", (url,), credits_used=3.9),
+        images=(ResultImage(0, url, created_at + DAY_S, path, "image/png", 2048, 1152, 10**6, "a" * 64),),
     )  # fmt: skip
 
 
-def fill(folder: Path, count: int, account: str = "") -> None:
-    """Write a few entries with the journal. Copy their rows with other IDs and times."""
-    journal = Blocking(folder)
-    for number in range(TEMPLATES):
-        journal("intend", replace(_entry(number), account=account))
+def fill(folder: Path, count: int, account: str) -> None:
+    """Write a few entries with the journal. Copy their rows with other IDs, words and times."""
+    now = time.time()
+    journal = Blocking(folder, account)
+    for number in range(min(TEMPLATES, count)):
+        journal("intend", _entry(number, now - (count - number) * APART_S, account))
     journal.close()
     db = sqlite3.connect(folder / FILE_NAME, isolation_level=None)
     columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
     rows = [dict(zip(columns, row, strict=True)) for row in db.execute("SELECT * FROM entries ORDER BY created_at")]
     db.execute("BEGIN")
     for number in range(TEMPLATES, count):
-        row, like = rows[number % TEMPLATES], f"task-unified-{number % TEMPLATES:010d}-benchmark"
-        task_id = f"task-unified-{number:010d}-benchmark"
-        row = {k: v.replace(like, task_id) if isinstance(v, str) else v for k, v in row.items()}
-        row |= {"key": new_key(), "created_at": NOW - (TASKS - number) * APART_S, "fingerprint": f"{number:064x}"}
+        template = number % TEMPLATES
+        row = {
+            name: value.replace(f"{template:010d}-benchmark", f"{number:010d}-benchmark")
+            .replace(f"picture {template}.", f"picture {number}.") if isinstance(value, str) else value
+            for name, value in rows[template].items()
+        }  # fmt: skip
+        row |= {"key": new_key(), "created_at": now - (count - number) * APART_S, "fingerprint": f"{number:064x}"}
         db.execute(f"INSERT INTO entries VALUES ({', '.join('?' * len(columns))})", [row[name] for name in columns])
     db.execute("COMMIT")
     db.close()
@@ -116,7 +182,7 @@ def fill(folder: Path, count: int, account: str = "") -> None:
 
 def _writes(journal: Blocking, folder: Path, times: int) -> tuple[list[float], list[float]]:
     """Return the times of durable updates of one entry and of plain writes of one page, alternating."""
-    entry = replace(_entry(TASKS + 1), owner=journal.journal.owner, created_at=time.time())
+    entry = replace(_entry(10**9, time.time()), owner=journal.journal.owner)
     journal("intend", entry)
     handle = os.open(folder / "plain", os.O_CREAT | os.O_WRONLY, 0o600)
     page = b"x" * 4096
