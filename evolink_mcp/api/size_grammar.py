@@ -54,10 +54,10 @@ FIXED_SHAPES = {
 }  # fmt: skip
 # Video formats: the short edge in pixels and the tier that is nearest.
 VIDEO_FORMATS = {"hd": (720, "1K"), "fhd": (1080, "2K"), "qhd": (1440, "2K"), "uhd": (2160, "4K")}
-# Papers in inches. The largest papers of the series A, B and C in millimetres.
+# Papers with their edges, and the largest papers of the series A, B and C in millimetres.
 PAPERS = {
-    "letter": "8.5x11", "legal": "8.5x14", "tabloid": "11x17", "ledger": "17x11", "executive": "7.25x10.5",
-    "statement": "5.5x8.5", "postcard": "4x6", "businesscard": "3.5x2",
+    "letter": "8.5x11in", "legal": "8.5x14in", "tabloid": "11x17in", "ledger": "17x11in", "executive": "7.25x10.5in",
+    "statement": "5.5x8.5in", "postcard": "4x6in", "businesscard": "85x55mm",
 }  # fmt: skip
 SERIES_RATIO = (Fraction(210), Fraction(297))
 SERIES = {"a": (841, 1189), "b": (1000, 1414), "c": (917, 1297)}
@@ -294,6 +294,12 @@ def _tokens(plain: str) -> list[_Token]:
     ]
 
 
+def paper_size_mm(name: str) -> tuple[float, float]:
+    """Return width and height of a paper in millimetres, upright: "a4", "letter", "business-card"."""
+    width, height = _paper(name.replace("-", "")).mm or (0, 0)
+    return float(width), float(height)
+
+
 class _Reader:
     """Apply the rules to the tokens of one text. Each rule consumes its tokens."""
 
@@ -471,8 +477,9 @@ def _ratio_shape(words: str, ratio: str, *, is_turnable: bool = True) -> _Shape:
 def _paper(name: str) -> _Shape:
     """Return a paper, upright. Each paper of a series is half of the one before."""
     if name in PAPERS:
-        width, height = map(Fraction, PAPERS[name].split("x"))
-        return _Shape(name, width, height, mm=(width * MM_PER_INCH, height * MM_PER_INCH))
+        unit = UNITS[PAPERS[name][-2:]]
+        width, height = map(Fraction, PAPERS[name][:-2].split("x"))
+        return _Shape(name, width, height, mm=(width * unit, height * unit))
     short, long = SERIES[name[0]]
     for _ in range(int(name[1:])):
         half = long // 2

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from math import sqrt
 
+from evolink_mcp.api.size_grammar import Contradiction, paper_size_mm, suggest
 from evolink_mcp.api.sizes import Size
 from evolink_mcp.sanitize import harmless
 
@@ -48,20 +49,13 @@ SCREENS: dict[str, tuple[str, str | None]] = {
     "app-icon": ("1024x1024", PNG),
     "android-icon": ("512x512", PNG),
 }
-# Paper in millimetres, upright. `-landscape` and `-300dpi` may follow the name. The file is a JPEG.
+# Paper, upright. `-landscape` and `-300dpi` may follow the name. The file is a JPEG.
 PAPERS: dict[str, tuple[float, float]] = {
-    "a2": (420, 594),
-    "a3": (297, 420),
-    "a4": (210, 297),
-    "a5": (148, 210),
-    "a6": (105, 148),
-    "a7": (74, 105),
-    "b5": (176, 250),
-    "letter": (215.9, 279.4),
-    "legal": (215.9, 355.6),
-    "tabloid": (279.4, 431.8),
-    "postcard": (101.6, 152.4),
-    "business-card": (85, 55),
+    name: paper_size_mm(name)
+    for name in (
+        *("a2", "a3", "a4", "a5", "a6", "a7", "b5"),
+        *("letter", "legal", "tabloid", "postcard", "business-card"),
+    )
 }
 _PIXELS = re.compile(r"([1-9][0-9]{0,5}) ?[x×*] ?([1-9][0-9]{0,5})(?: ?px)?")
 _PAPER = re.compile(rf"({'|'.join(PAPERS)})(?:-(portrait|landscape))?(?:-([1-9][0-9]{{0,4}})dpi)?")
@@ -122,10 +116,12 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Return the target for pixels ("1200x628") or a name ("og", "a4-landscape-150dpi"). Case and blanks do not matter.
+    """Return the target for pixels ("1200x628"), a name ("og", "a4-landscape-150dpi") or words for pixels.
+
+    Case and blanks do not matter. The words are those of `size_grammar`: "1920x1080 portrait", "10x15 cm 300dpi".
 
     Raises:
-        UnknownTarget: neither of them, or too large.
+        UnknownTarget: none of them, or too large.
     """
     plain = re.sub(r"\s+", " ", text.strip()[: TEXT_MAX + 1]).lower()
     if pixels := _PIXELS.fullmatch(plain):
@@ -137,7 +133,18 @@ def parse_target(text: str) -> Target:
         return Target(name, tuple(_size(size) for size in sizes.split()), mime_type)
     if paper := _PAPER.fullmatch(name):
         return Target(name, (_checked(_paper_size(paper[1], paper[2], paper[3], text), text),), JPEG)
+    if (size := _meant_pixels(text)) is not None:
+        return Target(str(size), (_checked(size, text),))
     raise UnknownTarget(f"“{harmless(text, TEXT_MAX)}” is no target: {_suggestion(name)}")
+
+
+def _meant_pixels(text: str) -> Size | None:
+    """Return the pixels of words for a size. None: the words are unknown or name no pixels."""
+    try:
+        suggestion = suggest(text)
+    except Contradiction as error:
+        raise UnknownTarget(error.reason) from None
+    return None if suggestion is None or suggestion.target is None else Size(*suggestion.target)
 
 
 def _size(text: str) -> Size:
