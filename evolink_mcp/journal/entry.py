@@ -25,6 +25,10 @@ UNCONFIRMED = Problem(
 )
 
 
+# Arguments of a request that only this server uses.
+OWN_ARGUMENTS = frozenset(["fit"])
+
+
 class Phase(StrEnum):
     """The progress of the POST."""
 
@@ -50,7 +54,8 @@ class DerivedFile:
     """A file that was made from an image without a purchase.
 
     `target` is the size that the caller named. `path` is a local file, `object_name` its name in the object store. Width
-    and height are in pixels, `bytes` is the size of the file, `sha256` is in hex.
+    and height are in pixels, `bytes` is the size of the file, `sha256` is in hex. `url` is set only in the answer to a
+    remote caller.
     """
 
     target: str
@@ -61,6 +66,7 @@ class DerivedFile:
     sha256: str
     path: str | None = None
     object_name: str | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +178,11 @@ class Entry:
     def external(cls, task: Task, created_at: float) -> Entry:
         """Return an unwritten entry for a task that another client bought."""
         return cls("", "", Phase.EXTERNAL, created_at, task=task)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Return the part of the request that goes to EvoLink."""
+        return {name: value for name, value in self.request.items() if name not in OWN_ARGUMENTS}
 
     @property
     def is_written(self) -> bool:

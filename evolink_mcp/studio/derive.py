@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import anyio
 import anyio.to_thread
 
-from evolink_mcp.api.targets import ICO, ICO_MAX_EDGE, MIME_TYPES, Target
+from evolink_mcp.api.targets import ICO, ICO_MAX_EDGE, MIME_TYPES, Target, parse_target
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, ReferenceRefused, Refused
 from evolink_mcp.images.derive import QUALITY_DEFAULT, Colour, DerivedImage, DerivePlan, Fit, Output
 from evolink_mcp.images.folders import open_plain, stem_of
@@ -27,6 +28,8 @@ from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.journal.entry import DerivedFile, Entry, ResultImage
 from evolink_mcp.journal.journal import Journal
 from evolink_mcp.sanitize import harmless
+
+log = logging.getLogger(__name__)
 
 MEMORY_MAX_BYTES = 8 << 20  # longer files go to a temporary file
 SOURCE_MAX_BYTES = 100 << 20
@@ -140,6 +143,34 @@ class Deriver:
             )
         stem = default_stem(entry, image.index) if image.path is None else stem_of(Path(image.path))
         return Source(path, stem, partial(open_plain, path), entry, image)
+
+    async def with_exact_copies(self, entry: Entry, fit: str | None = None) -> Entry:
+        """Make the exact copy of each saved image that has none. Without `fit` it is that of the entry's request.
+
+        A failure is only logged, because the image is paid: `derive_image` can repeat it.
+        """
+        fit = fit or entry.request.get("fit")
+        if not fit:
+            return entry
+        target = parse_target(fit)
+        copies: dict[int, DerivedFile] = {}
+        for image in entry.images:
+            if not image.is_saved or any(file.target == target.name for file in image.derived):
+                continue
+            try:
+                result = await self.derive(await self.source_of(entry, image), DeriveRequest((target,)))
+            except EvolinkError as error:
+                log.warning("no exact copy of picture %d of %s: %s", image.index, entry.task_id, error.message)
+                continue
+            if (file := result.results[0].file) is not None:
+                copies[image.index] = file
+        if not copies:
+            return entry
+        images = [
+            replace(image, derived=(*image.derived, copies[image.index])) if image.index in copies else image
+            for image in entry.images
+        ]
+        return replace(entry, images=tuple(images))
 
     async def derive(self, source: Source, request: DeriveRequest) -> DerivedSet:
         """Make and save a file for each target. A target that fails does not stop the others.

@@ -41,7 +41,7 @@ class ImageRequest:
     """A caller's validated request.
 
     `price_ceiling` is the highest possible charge and `max_credits` the caller's own limit, both in credits. `client`
-    is the name of the MCP host.
+    is the name of the MCP host. `fit` is the target of exact copies.
     """
 
     request: GenerationRequest
@@ -50,6 +50,7 @@ class ImageRequest:
     max_credits: float | None = None
     force_new: bool = False
     client: str | None = None
+    fit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -324,7 +324,7 @@ class _Request:
     def of(cls, entry: Entry) -> _Request | None:
         """Return the request, or None if this version cannot read it."""
         try:
-            request = GenerationRequest.model_validate(entry.request)
+            request = GenerationRequest.model_validate(entry.body)
         except ValidationError:
             return None
         task = entry.task

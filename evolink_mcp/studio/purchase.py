@@ -88,7 +88,7 @@ class Purchaser:
             phase=Phase.INTENT,
             created_at=self._timing.clock(),
             fingerprint=prepared.request_hash,
-            request=body,
+            request=body if request.fit is None else {**body, "fit": request.fit},
             estimate=request.price_ceiling,
             save_as=request.save_as,
             account=journal.account,
@@ -164,7 +164,7 @@ class Purchaser:
     def _body_of(self, job: Job) -> dict[str, Any]:
         entry = job.entry
         if self._callbacks is None:
-            return entry.request
+            return entry.body
         if "callback_url" not in entry.request:
             job.callback = Callback.EXPECTED
-        return self._callbacks.add_address(entry.request, self._writer.journal.channel, entry.key)
+        return self._callbacks.add_address(entry.body, self._writer.journal.channel, entry.key)

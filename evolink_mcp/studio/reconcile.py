@@ -223,7 +223,7 @@ def _has_other_pixels(entry: Entry) -> bool:
 def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
     """Return the lowest and the highest possible charge for the entry's request, in credits."""
     try:
-        request = GenerationRequest.model_validate(entry.request)
+        request = GenerationRequest.model_validate(entry.body)
     except ValidationError:
         return 0.0, float("inf")
     references = len(request.image_urls or ()) + (1 if request.mask_url else 0)

@@ -24,6 +24,7 @@ from evolink_mcp.images.download import download
 from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import ResultImage
+from evolink_mcp.studio.derive import Deriver
 from evolink_mcp.studio.events import Failed, JournalWriter, Saved
 from evolink_mcp.studio.jobs import ImageRequest, Job, Timing
 from evolink_mcp.studio.poller import merge
@@ -48,6 +49,7 @@ class ImageSaver:
         self,
         client: EvolinkClient,
         image_store: ImageStore,
+        deriver: Deriver,
         writer: JournalWriter,
         timing: Timing,
         *,
@@ -55,6 +57,7 @@ class ImageSaver:
     ) -> None:
         self._client = client
         self._image_store = image_store
+        self._deriver = deriver
         self._writer = writer
         self._timing = timing
         self._preview_edge = preview_edge
@@ -75,7 +78,8 @@ class ImageSaver:
     async def save(self, job: Job) -> None:
         """Save each image that is not saved yet. This server owns the entry, so no other server saves it too.
 
-        An image that cannot be downloaded keeps its URL and an error. The first error becomes the job's problem.
+        An image that cannot be downloaded keeps its URL and an error. The first error becomes the job's problem. If the
+        request has a `fit`, each saved image gets its exact copy.
         """
         await self._reread_links(job)
         task = job.entry.task
@@ -89,6 +93,9 @@ class ImageSaver:
             for image in list(images.values()):
                 if image.index in indexes:
                     group.start_soon(self._save_image, job, images, image, links)
+        entry = await self._deriver.with_exact_copies(job.entry)
+        if entry is not job.entry:
+            await self._writer.record_images(job, entry.images)
 
     async def save_copies(self, job: Job) -> None:
         """Save the images again under the name that the deduplicated request wants."""

@@ -115,7 +115,8 @@ class Studio:
         self.image_store = image_store
         self.references = references
         self.known_images = references.known_images
-        self.deriver = Deriver(image_store, references, journal, has_origin=options.has_metadata)
+        deriver = Deriver(image_store, references, journal, has_origin=options.has_metadata)
+        self.deriver = deriver
         self.spending_limits = options.spending_limits
         self.prices = prices
         self.rate_limit = poller.rate_limit
@@ -142,7 +143,7 @@ class Studio:
             self._limits,
             self._purchaser,
             TaskFollower(poller, writer, durations, timing),
-            ImageSaver(client, image_store, writer, timing, preview_edge=options.preview_edge),
+            ImageSaver(client, image_store, deriver, writer, timing, preview_edge=options.preview_edge),
             timing,
         )
         self._linker = AccountLinker(client, journal, timing)

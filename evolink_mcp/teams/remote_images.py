@@ -180,7 +180,8 @@ class RemoteImageStore:
         return replace(entry, images=tuple([await self._with_link(image) for image in entry.images]))
 
     async def _with_link(self, image: ResultImage) -> ResultImage:
-        visible = replace(image, path=None)
+        derived = tuple([await self._linked_copy(file) for file in image.derived])
+        visible = replace(image, path=None, derived=derived)
         if image.object_name is None or self._object_store is None:
             return visible
         try:
@@ -188,6 +189,13 @@ class RemoteImageStore:
         except StoreUnusable:
             return visible
         return replace(visible, url=url, url_expires_at=expires_at)
+
+    async def _linked_copy(self, file: DerivedFile) -> DerivedFile:
+        try:
+            link = await self.link_derived(file)
+        except StoreUnusable:
+            link = None
+        return replace(file, path=None, url=link[0] if link else None)
 
     async def _fetch(self, image: ResultImage, into: BinaryIO) -> int:
         if self._object_store is not None and image.object_name is not None:

@@ -51,7 +51,7 @@ class GenerateImageArguments(GenerationRequest):
 
     @model_validator(mode="after")
     def _fit_chooses_the_size(self) -> Self:
-        if self.cover is not None and self.size != "auto":
+        if self.cover is not None and self.size not in ("auto", str(self.cover.size)):
             raise ValueError(f"fit chooses the size: leave size out. For fit '{self.fit}' it is {self.cover.size}")
         return self
 
@@ -76,7 +76,8 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     async def priced_order(req: GenerateImageArguments) -> ImageRequest:
         prices = await studio.prices.refresh()
         request = req.sized()
-        return ImageRequest(request, prices.ceiling(request), req.save_as, req.max_credits, req.force_new)
+        fit = None if req.fit is None else parse_target(req.fit).name
+        return ImageRequest(request, prices.ceiling(request), req.save_as, req.max_credits, req.force_new, fit=fit)
 
     def confirm(
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
@@ -111,6 +112,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
                 ctx,
                 _notes(req, order, studio),
                 is_deduplicated=job.is_deduplicated,
+                fit=order.fit,
             )
 
     return flat_tool(
@@ -128,9 +130,13 @@ def generate_image_tool(waiting: Waiting) -> Tool:
 def _notes(req: GenerateImageArguments, order: ImageRequest, studio: Studio) -> list[str]:
     notes = argument_notes(order.request, order.save_as, studio)
     if (cover := req.cover) is not None:
-        scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
-        size = f"fit buys {cover.size}. For exactly {cover.crop}: {scaled}crop it at ({cover.left}, {cover.top})."
-        notes.insert(0, size)
+        copy = "An exact copy is saved beside it."
+        if not studio.image_store.is_permanent:
+            scaled = f"scale it by {cover.scale:.4g}, then " if cover.scale != 1 else ""
+            copy = (
+                f"This server saves no copy. For exactly {cover.crop}: {scaled}crop it at ({cover.left}, {cover.top})."
+            )
+        notes.insert(0, f"fit buys {cover.size}. {copy}")
     return notes
 
 

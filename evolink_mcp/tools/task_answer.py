@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evolink_mcp.api import costs, sizes
 from evolink_mcp.api.models import DEFAULT_MODEL
+from evolink_mcp.api.targets import parse_target
 from evolink_mcp.api.task import COMPLETED, FAILED, LINKS_MAX, is_task_id
 from evolink_mcp.causes import cause_of_task_code
 from evolink_mcp.errors import (
@@ -24,7 +25,7 @@ from evolink_mcp.errors import (
     Problem,
     TaskUnknown,
 )
-from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase, ResultImage, Stage, iso
+from evolink_mcp.journal.entry import UNCONFIRMED, DerivedFile, Entry, Phase, ResultImage, Stage, iso
 from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.prices import BILL_RULE, FACTOR, QUALITY, SIZE_RULE, Change, difference_of
 from evolink_mcp.studio.size_rule import shown_by, size_of
@@ -401,11 +402,36 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
         for picture in entry.images
         if picture.is_present and picture.fallback_reason
     ]
+    notes += [
+        f"File made from picture {picture.index}: {file.target}, {file.width}x{file.height} {file.mime_type}, {place}."
+        for picture in entry.images
+        for file in picture.derived
+        if (place := _place_of(file)) is not None
+    ]
     if is_being_sent:
         notes.append("EvoLink has not answered the request yet. It continues in the background and may be charged.")
     if entry.is_unconfirmed:
         notes.append(f"{UNCONFIRMED.message}. {UNCONFIRMED.advice}")
     return notes
+
+
+def _place_of(file: DerivedFile) -> str | None:
+    """Return the link of a derived file, or its path if the file exists."""
+    return file.path if file.path is not None and Path(file.path).is_file() else file.url
+
+
+def copy_notes(entry: Entry, fit: str | None) -> list[str]:
+    """Return a note for each saved image without the exact copy that the caller wants."""
+    fit = fit or entry.request.get("fit")
+    if not fit or entry.status != COMPLETED:
+        return []
+    name = parse_target(fit).name
+    return [
+        f"The exact file of picture {picture.index} could not be made. Call derive_image, free of charge: "
+        f'source="evolink://images/{entry.task_id}/{picture.index}", targets=["{name}"].'
+        for picture in entry.images
+        if picture.is_present and all(file.target != name for file in picture.derived)
+    ]
 
 
 def _deviations(entry: Entry) -> list[str]:

@@ -22,7 +22,7 @@ from evolink_mcp.tools.adapter import result
 from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import HOSTS, WAIT_MAX_S, Host, Hosts, host_named
 from evolink_mcp.tools.previews import links, previews
-from evolink_mcp.tools.task_answer import add_price_changes, fitted, is_error, refusal, task_out
+from evolink_mcp.tools.task_answer import add_price_changes, copy_notes, fitted, is_error, refusal, task_out
 from evolink_mcp.tools.task_text import task_text
 
 LAST_READ_S = 1.0
@@ -66,19 +66,29 @@ class Waiting:
         notes: list[str],
         *,
         is_deduplicated: bool = False,
+        fit: str | None = None,
     ) -> CallToolResult:
-        """Wait for the job and return its state as the answer. The job continues after the wait."""
+        """Wait for the job and return its state as the answer. The job continues after the wait.
+
+        `fit` is the target of exact copies. A deduplicated purchase may lack them.
+        """
         host = self.host_of(ctx)
         async with self.studio.attending(job):
             await follow(job, self.wait_for(host, wait_seconds), ctx.report_progress)
+            entry = job.entry
+            if job.is_finished:
+                with anyio.move_on_after(FILES_WITHIN_S):
+                    entry = await self.studio.deriver.with_exact_copies(entry, fit)
             out = task_out(
-                await self.studio.image_store.entry_for_caller(job.entry),
+                await self.studio.image_store.entry_for_caller(entry),
                 problem=job.problem if job.is_finished else None,
                 joined=is_deduplicated,
                 running=not job.is_finished,
                 has_other_key=self.studio.has_other_key(job.entry),
             )
             out.notes[:0] = [*notes, *job.notes]
+            if self.studio.image_store.is_permanent:
+                out.notes += copy_notes(entry, fit)
             add_price_changes(out, await self.studio.take_price_changes())
             if job.problem is not None and not job.is_finished:
                 out.notes.append(

@@ -61,7 +61,14 @@ async def test_auto_and_an_empty_size_are_allowed_beside_fit(world: World) -> No
     assert world.posts == 3
 
 
-@pytest.mark.parametrize("size", ["1200x640", "16:9", "2:1"])
+async def test_the_size_that_fit_buys_is_allowed_beside_it(world: World) -> None:
+    """The request of an answer has both, and it must be a valid request."""
+    answer = await call(world, "generate_image", prompt=PROMPT, fit="1200x628", size="1200x640")
+    assert answer.is_error is False
+    assert sent_by(world)["size"] == "1200x640"
+
+
+@pytest.mark.parametrize("size", ["1200x656", "16:9", "2:1"])
 async def test_another_size_beside_fit_is_refused(world: World, size: str) -> None:
     answer = await call(world, "generate_image", prompt=PROMPT, fit="1200x628", size=size)
     assert "fit chooses the size: leave size out. For fit '1200x628' it is 1200x640" in answer.content[0].text
@@ -91,9 +98,9 @@ async def test_an_empty_fit_is_absent(world: World) -> None:
     assert answer.structured_content["notes"][-1] == "Empty arguments count as absent: fit."
 
 
-async def test_the_answer_names_the_bought_size_and_the_crop(world: World) -> None:
+async def test_the_answer_names_the_bought_size_and_the_copy(world: World) -> None:
     answer = await call(world, "generate_image", prompt=PROMPT, fit="1200x628", resolution="4K")
     assert answer.structured_content["notes"][:2] == [
-        "fit buys 1200x640. For exactly 1200x628: crop it at (0, 6).",
+        "fit buys 1200x640. An exact copy is saved beside it.",
         "resolution has no effect with explicit pixels. It was not sent.",
     ]
