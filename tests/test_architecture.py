@@ -69,6 +69,7 @@ ORDER = [
     "images.moved_files",
     "images.store",
     "images.known_images",
+    "images.file_types",
     "images.references",
     "studio.times",
     "studio.schedule",

@@ -26,7 +26,9 @@ import anyio.to_thread
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest, is_remote
 from evolink_mcp.errors import DownloadFailed, ImageUnknown, JournalUnwritable, ReferenceRefused
+from evolink_mcp.images.file_types import HEAD_BYTES, foreign_type
 from evolink_mcp.images.folders import Folders, open_plain
+from evolink_mcp.images.inspect import sniff
 from evolink_mcp.images.known_images import KnownImages, names_file
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.images.unusable import Reason, UnusableImage
@@ -268,6 +270,7 @@ class References:
     async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
         async with self._at_work, _temporary_file() as file:
             content_id = await _refuse_unusable(partial(_copy, open_file, file), shown)
+            _check_type(file, shown)
             check = partial(self._image_store.decoder.check_reference, file, is_mask=is_mask, order=content_id)
             facts = await _refuse_unusable(check, shown)
         share = (facts.alpha.transparent_share if facts.alpha else 0.0) if is_mask else None
@@ -308,6 +311,17 @@ def _with_origin(image: CheckedImage, entry: Entry | None, task_id: str, index: 
     prompts += [reference.source_prompt for reference in (entry.references if entry else ()) if reference.source_prompt]
     text = "\n".join(filter(None, prompts))[:SOURCE_PROMPT_MAX]
     return replace(image, task_id=task_id, index=index, source_prompt=text or None)
+
+
+def _check_type(file: BinaryIO, shown: str) -> None:
+    """Refuse a file of another type by its first bytes, and name the type."""
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    file_type = foreign_type(head) if sniff(head) is None else None
+    if file_type is not None:
+        raise ReferenceRefused(
+            f"{shown} is {file_type.name}, and EvoLink reads only PNG, JPEG and WebP", advice=file_type.advice
+        )
 
 
 def _check_mask(mask: CheckedImage, first: CheckedImage) -> None:
