@@ -168,6 +168,7 @@ ORDER = [
     "cli.install",
     "cli.team_checks",
     "cli.doctor",
+    "cli.sheet_page",
     "cli.image_commands",
     "cli.demo",
     "cli.main",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,18 +10,18 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import anyio
 
 from evolink_mcp.api.costs import format_credits
 from evolink_mcp.app.settings import decoder_environment, has_display
+from evolink_mcp.cli.sheet_page import Card, count_text, page_of
 from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
-from evolink_mcp.journal.entry import Entry, ResultImage, account_id_of
+from evolink_mcp.journal.entry import Entry, account_id_of
 from evolink_mcp.journal.journal import Sums
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_entries, read_sums
@@ -38,22 +35,9 @@ ALL_TIMES = "all"  # the value of --since that names no time
 # The demo's journal, below the journal folder.
 DEMO_JOURNAL = "demo"
 SHEET_EDGE = 360  # pixels
-SHEET_MAX = 200  # images
+SHEET_MAX = 1_000  # images
+OPEN_MAX = 200  # entries that `open` reads
 PREVIEW_MAX_BYTES = 200_000
-
-STYLE = """
-:root { color-scheme: light dark; --ink: light-dark(#1c1b19, #ece9e2); --paper: light-dark(#f7f5f0, #171614);
-  --card: light-dark(#fff, #211f1c); --quiet: light-dark(#6b675f, #a09a8f); }
-body { margin: 0; padding: 2rem clamp(1rem, 4vw, 3rem); background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .2rem; } header p { color: var(--quiet); margin: 0 0 1.5rem; }
-main { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); }
-figure { margin: 0; background: var(--card); border-radius: 10px; overflow: hidden; box-shadow: 0 1px 4px #0002; }
-figure a { display: block; aspect-ratio: 1; background: light-dark(#eceae4, #0f0e0d); }
-figure img { width: 100%; height: 100%; object-fit: contain; display: block; }
-figcaption { padding: .7rem .9rem .9rem; } figcaption p { margin: 0 0 .3rem; overflow-wrap: anywhere; }
-small { color: var(--quiet); display: block; overflow-wrap: anywhere; }
-"""
 
 
 def find_entries(
@@ -174,7 +158,7 @@ def _find_path(settings: TeamSettings, words: list[str], since: str) -> Path | N
     if not words and since == ALL_TIMES:
         output = settings.folders.output
         return output if output.exists() else None
-    for entry in find_entries(settings, tuple(words), SHEET_MAX, start_of(since, time.time()))[1]:
+    for entry in find_entries(settings, tuple(words), OPEN_MAX, start_of(since, time.time()))[1]:
         for image in entry.images:
             if image.path is not None and image.is_present:
                 return Path(image.path)
@@ -207,6 +191,7 @@ def write_sheet(
     report: Print,
     complain: Print,
     path_text: Callable[[Path], str] = printable,
+    images_max: int = SHEET_MAX,
 ) -> int:
     """Write an HTML page with the images since a time to a new private file. Return the exit code.
 
@@ -216,10 +201,10 @@ def write_sheet(
     simulated = demo_settings(settings)
     try:
         start = start_of(since, now)
-        page, count = _page(settings, words, since, start, complain)
+        page, count = _page(settings, words, since, start, complain, images_max)
         if not count:
             settings = simulated
-            page, count = _page(settings, words, since, start, complain)
+            page, count = _page(settings, words, since, start, complain, images_max)
     except (JournalUnwritable, Refused) as error:
         complain(f"{error.message}. {error.advice}")
         return 1
@@ -236,17 +221,19 @@ def write_sheet(
     if not is_written:
         complain(f"{path} exists already and is never overwritten. Give another name with --out")
         return 1
-    report(f"{_count(count)}: {path_text(path)}")
+    report(f"{count_text(count)}: {path_text(path)}")
     return 0
 
 
-def _page(settings: TeamSettings, words: list[str], since: str, start: float, complain: Print) -> tuple[str, int]:
-    """Return the HTML page of a journal, and its number of images.
+def _page(
+    settings: TeamSettings, words: list[str], since: str, start: float, complain: Print, images_max: int
+) -> tuple[str, int]:
+    """Return the HTML page of a journal, and its number of images: the newest ones, at most `images_max`.
 
     Raises:
         JournalUnwritable: the journal is damaged or unreadable.
     """
-    _, entries = find_entries(settings, tuple(words), SHEET_MAX, start)
+    _, entries = find_entries(settings, tuple(words), images_max + 1, start)
     (sums,) = find_sums(settings, [start], tuple(words))
     other_keys = find_other_keys(settings, entries)
     suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
@@ -254,59 +241,39 @@ def _page(settings: TeamSettings, words: list[str], since: str, start: float, co
     if settings.data_dir.name == DEMO_JOURNAL:
         title += ", simulated"
     with closing(Decoder(decoder_environment())) as decoder:
-        return anyio.run(_build_page, entries, other_keys, title, sums, complain, decoder)
+        return anyio.run(_build_page, entries, other_keys, title, sums, complain, decoder, images_max)
 
 
 async def _build_page(
-    entries: list[Entry], other_keys: set[str], title: str, sums: Sums, complain: Print, decoder: Decoder
+    entries: list[Entry],
+    other_keys: set[str],
+    title: str,
+    sums: Sums,
+    complain: Print,
+    decoder: Decoder,
+    images_max: int,
 ) -> tuple[str, int]:
-    """Return an HTML page with a preview of each image, and the number of images. The page loads no other file.
+    """Return the page with a preview of each image, at most `images_max`, and the number of images.
 
     `other_keys` are those of `find_other_keys`.
     """
-    cards: list[str] = []
-    spent = f"spent {format_credits(sums.spent)}, reserved {format_credits(sums.reserved)}"
-    for entry in entries:
-        for image in entry.images:
-            if image.path is None or not image.is_present or len(cards) >= SHEET_MAX:
-                continue
-            try:
-                with open_plain(Path(image.path)) as file:
-                    preview = await decoder.preview(file, edge=SHEET_EDGE, budget=PREVIEW_MAX_BYTES)
-            except (UnusableImage, DecoderUnavailable, OSError) as error:
-                complain(f"{printable(image.path)} is not on the page ({error})")
-                continue
-            if preview is not None:
-                cards.append(_card(entry, image, preview, has_other_key=entry.key in other_keys))
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n<header><h1>{html.escape(title)}</h1>"
-        f"<p>{_count(len(cards))}, {html.escape(spent)}</p></header>\n<main>\n"
-        + "\n".join(cards)
-        + "\n</main></html>\n"
-    )
-    return page, len(cards)
-
-
-def _count(images: int) -> str:
-    return "1 image" if images == 1 else f"{images} images"
-
-
-def _card(entry: Entry, image: ResultImage, preview: bytes, *, has_other_key: bool) -> str:
-    path = Path(image.path or "")
-    prompt = harmless(entry.request.get("prompt") or "", 300)
-    created_at = datetime.fromtimestamp(entry.created_at).strftime("%Y-%m-%d %H:%M")
-    data = base64.b64encode(preview).decode()
-    sources = [re.split(r"[\\/]", harmless(reference.given, 300))[-1] for reference in entry.references]
-    facts = [
-        f"{created_at}, {image.width}×{image.height}",
-        *(f"edited from {source}" for source in sources),
-        *(["bought with another key"] if has_other_key else []),
-        path.name,
+    images = [
+        (entry, image) for entry in entries for image in entry.images if image.path is not None and image.is_present
     ]
-    return (
-        f'<figure><a href="{html.escape(path.as_uri())}"><img loading="lazy" alt="{html.escape(prompt)}" '
-        f'src="data:image/webp;base64,{data}"></a><figcaption><p>{html.escape(prompt)}</p>'
-        + "".join(f"<small>{html.escape(fact)}</small>" for fact in facts)
-        + "</figcaption></figure>"
-    )
+    cards: list[Card] = []
+    for entry, image in images[:images_max]:
+        assert image.path is not None
+        try:
+            with open_plain(Path(image.path)) as file:
+                preview = await decoder.preview(file, edge=SHEET_EDGE, budget=PREVIEW_MAX_BYTES)
+        except (UnusableImage, DecoderUnavailable, OSError) as error:
+            complain(f"{printable(image.path)} is not on the page ({error})")
+            continue
+        if preview is not None:
+            cards.append(Card(entry, image, preview, entry.key in other_keys))
+    note = ""
+    if len(images) > images_max or len(entries) > images_max:
+        note = f"The page has the newest {images_max:,} images. Give words or a shorter --since for others."
+        complain(note)
+    spent = f"spent {format_credits(sums.spent)}, reserved {format_credits(sums.reserved)}"
+    return page_of(cards, title, spent, note), len(cards)
