@@ -37,7 +37,9 @@ def run(quick: bool) -> list[Figure]:
     for count in sizes:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
             figures += _figures(Path(name), count, times)
-    return [*figures, *_calls(sizes[-1], times // 10)]
+    for count in (sizes[0], sizes[-1]):
+        figures += _calls(count, times // 10)
+    return figures
 
 
 def _figures(folder: Path, count: int, times: int) -> list[Figure]:
