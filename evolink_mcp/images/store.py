@@ -298,7 +298,18 @@ class LocalImageStore:
         path = Path(present.path or image.path)
         if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, "the file was moved or deleted", str(path))
+        if await self._holds_other_image(path, image):
+            raise FileNotFoundError(errno.ENOENT, "another picture is in the place of the file", str(path))
         return path
+
+    async def _holds_other_image(self, path: Path, image: ResultImage) -> bool:
+        """Return whether another image of the journal is in the file. A user may have edited the image in its file."""
+        sha256 = await anyio.to_thread.run_sync(self._moved_files.hash_of, path, abandon_on_cancel=True)
+        if sha256 is None or image.sha256 in (None, sha256):
+            return False
+        with suppress(JournalUnwritable):
+            return bool(await self._journal.by_image(sha256, 1))
+        return False
 
     async def locate(self, entry: Entry) -> Entry:
         """See ImageStore."""
