@@ -61,7 +61,13 @@ PAPERS = {
 }  # fmt: skip
 SERIES_RATIO = (Fraction(210), Fraction(297))
 SERIES = {"a": (841, 1189), "b": (1000, 1414), "c": (917, 1297)}
-UNITS = {"mm": Fraction(1), "cm": Fraction(10), "in": MM_PER_INCH, "inch": MM_PER_INCH, "inches": MM_PER_INCH}
+UNITS = {
+    "mm": Fraction(1),
+    "cm": Fraction(10),
+    "m": Fraction(1000),
+    **dict.fromkeys(("in", "inch", "inches"), MM_PER_INCH),
+    **dict.fromkeys(("ft", "feet", "foot"), MM_PER_INCH * 12),
+}
 FILLERS = frozenset(
     (
         *("a", "an", "the", "of", "for", "with", "and", "at", "please", "exactly", "aspect", "ratio", "ar", "size"),
@@ -101,16 +107,16 @@ _PHRASES = {
     r"full[ _-]?hd": "fhd", r"ultra[ _-]?hd": "uhd", r"quad[ _-]?hd|wqhd": "qhd", r"ultra[ _-]?wide": "ultrawide",
     r"wide[ _-]?screen": "widescreen", r"half[ _-]?letter": "statement", r"business[ _-]?card": "businesscard",
     r"(dots|pixels) per inch": "dpi", r"(?<=k[ _-])uhd": "", r'(?<=\d)"(?! ?[,:}])': " in ",
-    r"(?<=x)( ?\d{3,4})p\b": r"\1",
+    r"(?<=x)( ?\d{3,4})p\b": r"\1", r"(?<=\d)(mm|cm|m|in|px)x(?=\d)": r"\1 x ", r"(?<=din )([abc]) (?=\d)": r"\1",
 }  # fmt: skip
 _QUOTED = re.compile(r"[\"'“‘`«{(\[]+(.*?)[\"'’`»})\]]*")
 _THOUSANDS = re.compile(r"(?<!\d)(\d{1,3}),(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d{1,2}(?!\d))")
-_METRIC = re.compile(r"\d ?(mm|cm|in|inch|inches)\b")
+_METRIC = re.compile(r"\d ?(mm|cm|m|in|inch|inches|ft|feet)\b")
 _NEGATIVE = re.compile(r"(?:^|\s)[-+]\d")
 _TOKEN = re.compile(
     r"(?P<series>(?<![a-z])[abc](?:10|\d)(?!\d))|(?P<tier>\d{1,2}k)(?![a-z])|(?P<lines>\d{3,4}p)(?![a-z])"
-    r"|(?P<number>\d+(?:\.\d+)?)|(?P<word>[^\W\d_]+)|(?P<sign>[:/_,-])"
+    r"|(?P<number>\d+(?:\.\d+)?)|(?P<word>[^\W\d_]+)|(?P<sign>[:/_,-])|\+"
 )
 _DPI_RULE = re.compile("(N)S?D|DS?(N)")
 _WIDTH_FIRST = re.compile("(?:WS?(N)U?|(N)U?[WV])[S_]*(?:HS?(N)U?|(N)U?[HT])")

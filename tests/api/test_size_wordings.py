@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from evolink_mcp.api import sizes
 from evolink_mcp.api.size_grammar import Contradiction, suggest
@@ -54,3 +56,55 @@ def test_the_table_has_300_different_wordings() -> None:
 
 def test_every_wording_has_its_meaning() -> None:
     assert [row for row in ROWS if not _is_meant(*row)] == []
+
+
+WORDS = some.sampled_from(
+    [
+        *(
+            "portrait",
+            "landscape",
+            "square",
+            "16:9",
+            "9:16",
+            "4x5",
+            "1920x1080",
+            "1080 x 1920 px",
+            "A4",
+            "letter",
+            "B5",
+        ),
+        *(
+            "10x15 cm",
+            "8x10 in",
+            "300dpi",
+            "4K",
+            "HD",
+            "1080p",
+            "1K",
+            "story",
+            "banner",
+            "widescreen",
+            "1.91",
+            ",",
+            "(",
+            "x",
+        ),
+        *("1024", "width 1024", "height 768", "tall", "wide", "16", ":", "-", "_", "px", "fox", "0", "in", "image"),
+    ]
+)
+
+
+@given(some.lists(WORDS, min_size=1, max_size=5), some.sampled_from(["portrait", "landscape"]), some.integers(0, 4))
+@settings(max_examples=1_500, deadline=None, database=None, derandomize=True)
+def test_the_size_never_has_the_opposite_of_the_named_orientation(
+    words: list[str], orientation: str, position: int
+) -> None:
+    words.insert(position, orientation)
+    try:
+        suggestion = suggest(" ".join(words))
+    except Contradiction:
+        suggestion = None
+    if suggestion is not None:
+        size = sizes.resolve(suggestion.size).size
+        assert size is not None
+        assert _orientation(size.width, size.height) == (1 if orientation == "landscape" else -1)
