@@ -98,3 +98,22 @@ async def test_a_call_that_is_cancelled_while_its_entry_is_recorded_buys_nothing
     assert [entry.phase for entry in await world.studio.journal.recent(9)] == [Phase.UNSENT]
     assert (await world.studio.journal.sums_since(0)).total == 0
     assert world.posts == 0
+
+
+async def test_an_entry_of_another_owner_is_not_sent(world: World, open_world: Open) -> None:
+    """For example a server that was suspended after its write, so that another server adopted the entry."""
+    journal: Any = world.studio.journal
+    async with open_world(simulator=world.simulator, clock=world.clock) as second:
+
+        async def change_owner() -> None:
+            (entry,) = await journal.recent(9)
+            await journal.release(entry.key)
+            assert await second.studio.journal.acquire(entry.key)
+
+        journal.after["intend"] = change_owner
+        job = await world.studio.order(REQUEST)
+        while not job.is_finished and not world.posts:
+            await anyio.sleep(0)
+        assert world.posts == 0
+        assert [entry.phase for entry in await journal.recent(9)] == [Phase.INTENT]
+        await world.studio.depart(job)
