@@ -31,7 +31,7 @@ def run(python: str, project: Path, file: str) -> tuple[int, str]:
         "faulthandler_timeout": HANG_S,
         "faulthandler_exit_on_timeout": True,
     }
-    command = [WINE, python, "-m", "pytest", "-q", "-rs", "--basetemp", f"C:\\{name}", file]
+    command = [WINE, python, "-m", "pytest", "-q", "-rfEs", "--basetemp", f"C:\\{name}", file]
     for option, value in options.items():
         command += ["-o", f"{option}={value}"]
     try:
