@@ -23,7 +23,7 @@ ANIMALS = ["fox", "hen", "owl", "cat", "dog", "cow", "pig", "bee", "ant", "bat"]
 SERIES: dict[str, Any] = {"prompts": [f"a {animal}" for animal in ANIMALS], "size": "1024x640", "quality": "low"}
 PARALLEL = 4
 # Without EVOLINK_TEST_SLOW the test kills at this many operations, evenly distributed.
-POSITIONS_MAX = 40
+POSITIONS_MAX = 24
 
 
 def bought(town: Town, name: str) -> Counter[str]:
