@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import calls, crowd, hostile, ledger, peers, polls, previews, shares, start, teams, web
+from benchmarks import calls, crowd, derive, hostile, ledger, peers, polls, previews, shares, start, teams, web
 from benchmarks.figures import Figure
 
 PARTS = {
@@ -22,6 +22,7 @@ PARTS = {
     "teams": teams,
     "journal": ledger,
     "previews": previews,
+    "derive": derive,
     "share": shares,
     "hostile": hostile,
     "peers": peers,

@@ -12,6 +12,7 @@ from hypothesis import strategies as some
 from PIL import Image, ImageCms
 
 from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.decode_protocol import pack_derived, unpack_derived
 from evolink_mcp.images.derive import DerivedImage, DerivePlan, Output, derive
 from evolink_mcp.images.inspect import ImageFacts
 from evolink_mcp.images.metadata import Origin, with_origin
@@ -329,6 +330,37 @@ def test_a_derived_file_has_its_origin(mime_type: str) -> None:
 
 
 # --- the decoder process ---
+
+OUTPUT = Output(((40, 30),), "image/png")
+GOOD = DerivedImage("image/png", 40, 30)
+
+
+@pytest.mark.parametrize(
+    ("image", "length", "plan"),
+    [
+        pytest.param(DerivedImage("image/png", 41, 30), 9, {}, id="another size"),
+        pytest.param(DerivedImage("image/png", 40, 31), 9, {"fit": "contain"}, id="larger than contain allows"),
+        pytest.param(DerivedImage("image/png", 0, 30), 9, {"fit": "contain"}, id="no width"),
+        pytest.param(DerivedImage("image/webp", 40, 30), 9, {}, id="another type"),
+        pytest.param(GOOD, 0, {}, id="no content"),
+        pytest.param(GOOD, 101, {"max_bytes": 100}, id="above max_bytes"),
+        pytest.param(GOOD, 1 << 40, {}, id="above every limit"),
+        pytest.param(DerivedImage("image/png", reason=Reason.TOO_MUCH_MEMORY), 9, {}, id="content of a refusal"),
+        pytest.param(DerivedImage("image/png", 40, 30, quality=101), 9, {}, id="quality above 100"),
+    ],
+)
+def test_a_record_that_does_not_fit_its_output_is_refused(image: DerivedImage, length: int, plan: Any) -> None:
+    whole = DerivePlan((OUTPUT,), **plan)
+    assert unpack_derived(pack_derived(GOOD, 9), OUTPUT, whole) == (GOOD, 9)
+    with pytest.raises(UnusableImage) as caught:
+        unpack_derived(pack_derived(image, length), OUTPUT, whole)
+    assert caught.value.reason is Reason.DECODER_FAILED
+
+
+@pytest.mark.parametrize("record", [b"", b"EVD1", b"XXXX" + bytes(28), b"EVD1" + b"\xff" * 28])
+def test_a_broken_record_is_refused(record: bytes) -> None:
+    with pytest.raises(UnusableImage):
+        unpack_derived(record, OUTPUT, DerivePlan((OUTPUT,)))
 
 
 @in_time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.simulator.simulation import SimulatedTask
+from evolink_mcp.studio.prices import difference_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -55,7 +57,12 @@ async def test_evolink_gets_no_fit_and_the_request_of_the_answer_names_it(world:
     assert answer.structured_content["request"]["fit"] == "og"
     entry = await world.studio.journal.by_task(answer.structured_content["task_id"])
     assert entry is not None
-    assert GenerationRequest.model_validate(entry.body).size == post["size"], "prices are learned from this body"
+    assert GenerationRequest.model_validate(entry.body).size == post["size"]
+    assert entry.task is not None
+    expensive = replace(entry, task=replace(entry.task, credits_used=1_000.0))
+    difference = difference_of(expensive)
+    assert difference is not None, "a bill is compared with the request, although it has fit"
+    assert difference.is_above
 
 
 async def test_the_answer_as_a_new_request_is_accepted(world: World) -> None:
