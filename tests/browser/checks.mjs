@@ -235,6 +235,17 @@ async function underOneEra(mode, evolink, hostScript) {
   await shot("dark-narrow");
   await page.evaluate(() => dressApp("light"));
   await shot("light-narrow");
+  await check(name("the buttons of two pictures are in one row, all at 720 pixels and the most used ones at 360"), async () => {
+    for (const [width, buttons] of [[720, 5], [360, 2]]) {
+      await page.evaluate(width => sizeApp(width), width);
+      await page.waitForTimeout(250);
+      const rows = await frame().evaluate(() => [...document.querySelectorAll("#grid .acts")].map(acts => {
+        const tops = [...acts.children].filter(button => button.offsetParent).map(button => button.offsetTop);
+        return [tops.length, new Set(tops).size];
+      }));
+      assert.deepEqual(rows, [[buttons, 1], [buttons, 1]]);
+    }
+  });
   await page.evaluate(() => sizeApp(820));
   await check(name("two pictures look right in every theme and width"), () => pictured("two pictures"));
 
@@ -350,13 +361,14 @@ async function underOneEra(mode, evolink, hostScript) {
   await check(name("sentences for the model are not shown"), async () => {
     await opened();
     const error = { code: "x", message: "EvoLink did not answer.", advice: "Nothing is lost. Call get_task later.", retryable: true };
-    const notes = ["The picture is 1,024 × 1,024. Call generate_image with size 1:1.", "Tell the user what it cost."];
+    const notes = ["The picture is 1,024 × 1,024. Call generate_image with size 1:1.", "Tell the user what it cost.",
+      "The pixels of the account's pictures follow EvoLink's anchor-edge table. Sizes and prices of this account are computed by it from now on."];
     const data = { status: "unknown", task_id: "task-unified-1-abcdefgh", images: [], charged: "unknown", error, notes };
     await page.evaluate((structuredContent) => tellApp("sendToolResult", { content: [{ type: "text", text: "x" }], structuredContent }), data);
     await app().getByText("Nothing is lost.").waitFor();
     await app().getByText("The picture is 1,024 × 1,024.").waitFor();
     const text = await app().locator("main").innerText();
-    assert.ok(!/get_task|generate_image|the user/.test(text), text);
+    assert.ok(!/get_task|generate_image|the user|anchor-edge|computed by it/.test(text), text);
     await pictured("something went wrong");
   });
   await page.evaluate(() => closeApp());
