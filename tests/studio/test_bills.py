@@ -182,7 +182,7 @@ async def test_max_credits_holds_after_the_first_higher_bill(open_servers: Any) 
 
 async def test_the_reservation_of_a_running_task_warns_before_its_end(open_servers: Any) -> None:
     async with open_servers(times(1.7)) as servers:
-        running = await servers.order(prompt="sim:slow=500 a fox", wait_seconds=0)
+        running = await servers.order(prompt="sim:slow=1000000 a fox", wait_seconds=0)
         assert running["status"] in ("pending", "processing")
         assert running["headline"].startswith("EvoLink reserved 5.4")
         assert await servers.ceiling() > CEILING * 1.69
