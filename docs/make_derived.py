@@ -20,7 +20,6 @@ FOCUS = (0.64, 0.7)
 SCALE = 0.145
 MARGIN = 22
 CAPTION_HEIGHT = 18
-COLOURS = 128
 # Rows of targets. None is the source.
 ROWS: tuple[tuple[str | None, ...], ...] = (
     (None, "instagram-story", "instagram-portrait", "pinterest"),
@@ -49,7 +48,7 @@ def main() -> None:
             sheet.paste(tile, (left, top))
             left += tile.width + MARGIN
         top += max(tile.height for tile in row) + MARGIN
-    sheet.quantize(COLOURS).save(Path(__file__).with_name("derived.png"), optimize=True)
+    sheet.save(Path(__file__).with_name("derived.png"), optimize=True)
 
 
 def _opened(content: bytes) -> Image.Image:
