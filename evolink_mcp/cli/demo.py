@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import sys
 import time
@@ -63,6 +64,8 @@ async def _generate(prompt: str, port: int, data_dir: Path, output: Path, termin
             "no_proxy": "127.0.0.1",
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{port}",
             "EVOLINK_API_KEY": "sk-demo-no-money",
+            # Each demo has another simulated account. In a profile of its own it does not ask for the earlier ones.
+            "EVOLINK_MCP_PROFILE": f"demo-{secrets.token_hex(4)}",
             "EVOLINK_MCP_DATA_DIR": str(data_dir),
             "EVOLINK_MCP_OUTPUT_DIR": str(output),
         },

@@ -23,7 +23,6 @@ from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, account_id_of
 from evolink_mcp.journal.journal import Sums
-from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_entries, read_sums
 from evolink_mcp.sanitize import harmless, printable
 from evolink_mcp.studio.times import instant
@@ -91,9 +90,13 @@ def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
 
 
 def _profile_of(settings: TeamSettings) -> str | None:
-    """Return the profile that the commands show. None: they show the entries of all tenants."""
+    """Return the profile that the commands show. None: they show the entries of all tenants, or of all demos."""
     has_tenants = settings.database_url or settings.tokens_file or settings.oauth_issuer
-    return None if has_tenants else settings.profile
+    return None if has_tenants or _is_demo(settings) else settings.profile
+
+
+def _is_demo(settings: TeamSettings) -> bool:
+    return settings.data_dir.name == DEMO_JOURNAL
 
 
 def start_of(since: str, now: float) -> float:
@@ -118,7 +121,6 @@ def demo_settings(settings: TeamSettings) -> TeamSettings:
         data_dir=settings.data_dir / DEMO_JOURNAL,
         output_dir=demo_folder(settings.output_dir),
         key_text=None,
-        profile=DEFAULT_PROFILE,
         database_url=None,
         tokens_file=None,
         oauth_issuer=None,
@@ -238,7 +240,7 @@ def _page(
     other_keys = find_other_keys(settings, entries)
     suffix = f" with “{harmless(' '.join(words), 80)}”" if words else ""
     title = f"All images{suffix}" if since == ALL_TIMES else f"Images since {harmless(since, 40)}{suffix}"
-    if settings.data_dir.name == DEMO_JOURNAL:
+    if _is_demo(settings):
         title += ", simulated"
     with closing(Decoder(decoder_environment())) as decoder:
         return anyio.run(_build_page, entries, other_keys, title, sums, complain, decoder, images_max)

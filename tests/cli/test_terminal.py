@@ -124,6 +124,10 @@ def test_after_the_demo_its_image_is_found_even_through_a_pipe_without_its_chara
     assert PROMPT in Path(sheet.stdout.decode(encoding).strip().removeprefix("1 image: ")).read_text("utf-8")
     assert run(tmp_path, "tasks").stdout.startswith(b"No purchases yet")
 
+    again = run(tmp_path, "demo", "a hen", PYTHONIOENCODING="cp1252")
+    assert (again.returncode, again.stderr) == (0, b"")
+    assert run(tmp_path, "open", "hen", "--print", PYTHONIOENCODING="cp1252").returncode == 0
+
     next_step = demo.stdout.decode(encoding, "replace").partition("Next step:")[2]
     command = re.search(r"^  (.+?) install ", next_step, re.MULTILINE)
     assert command is not None
