@@ -30,9 +30,11 @@ _CERTIFICATE_CAUSES = {
     64: causes.CERTIFICATE_NAME,  # the same for an IP address
 }
 _NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
-_PAGE = re.compile(rb"\s*(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)", re.IGNORECASE)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PAGE = re.compile(rb"<(!doctype\s+html|html|head|body)", re.IGNORECASE)
 _TITLE = re.compile(rb"<title[^>]*>([^<]{1,200})", re.IGNORECASE)
 _PAGE_TITLE_CHARS = 60
+_PAGE_START_BYTES = 65_536  # a page's title is near its start
 _NETWORK_LOGIN = 511
 
 
@@ -142,9 +144,10 @@ def foreign_answer(reply: Reply, target: Target, url: httpx.URL) -> Cause | None
         return causes.REDIRECT.about(
             host=target.host, setting=target.setting, target=harmless(redirected, 80), status=reply.status
         )
-    if not is_client_status or reply.status in (404, 413, 429) or not _PAGE.match(reply.body):
+    start = reply.body[:_PAGE_START_BYTES].lstrip().removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if not is_client_status or reply.status in (404, 413, 429) or not _PAGE.match(start):
         return None
-    match = _TITLE.search(reply.body)
+    match = _TITLE.search(start)
     title = harmless(html.unescape(match[1].decode("utf-8", "replace")), _PAGE_TITLE_CHARS) if match else ""
     shown = f", title {quoted(title)}" if title else ""
     return causes.WEB_PAGE.about(status=reply.status, title=shown, host=target.host)

@@ -66,7 +66,7 @@ async def test_ten_prompts_bring_ten_saved_pictures_with_ten_posts(world: World,
 async def test_variations_follow_the_common_prompt(world: World) -> None:
     answer = await series(world, prompt="a red car", variations=["in the snow", "at night"], save_as="car.png", **SMALL)
     assert {body["prompt"] for body in bodies(world)} == {"a red car\nin the snow", "a red car\nat night"}
-    assert [path.rpartition("/")[2] for path in answer.structured_content["files"]] == ["car-1.png", "car-2.png"]
+    assert [Path(path).name for path in answer.structured_content["files"]] == ["car-1.png", "car-2.png"]
 
 
 @pytest.mark.parametrize(
