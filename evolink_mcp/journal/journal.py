@@ -46,20 +46,13 @@ TOTAL_LOCK = "total"
 SLOT_S = 900
 # A difference of larger credits is not exact in a float, so such a slot is summed again.
 EXACT_BELOW = 1e6
-# EvoLink's credits have no limit, and PostgreSQL has no infinite sum. A larger number counts as this one.
-CREDITS_MAX = 1e15
-
-
-def _limited(column: str) -> str:
-    return f"CASE WHEN {column} < {CREDITS_MAX} THEN {column} ELSE {CREDITS_MAX} END"
-
 
 # Add the confirmed charges, and the price ceilings of undecided charges. Limits and lists use this query. The values are
 # the first complete slot, the start, and the start of the first complete slot.
-SUMS = f"""SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved FROM (
-    SELECT spent, reserved FROM sums WHERE {{mine}} AND slot >= ?
-    UNION ALL SELECT {_limited("spent")}, {_limited("reserved")}
-    FROM entries WHERE {{mine}} AND created_at >= ? AND created_at < ?) AS parts"""
+SUMS = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved FROM (
+    SELECT spent, reserved FROM sums WHERE {mine} AND slot >= ?
+    UNION ALL SELECT spent, reserved
+    FROM entries WHERE {mine} AND created_at >= ? AND created_at < ?) AS parts"""
 # Add the same of single entries. {filters} are conditions. The CLI uses this query for a search.
 SUMS_OF_ENTRIES = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
     FROM entries WHERE {mine} AND created_at >= ? AND {filters}"""

@@ -18,6 +18,9 @@ from evolink_mcp.journal.entry import DerivedFile, Entry, Phase, ReferenceImage,
 
 log = logging.getLogger(__name__)
 
+# EvoLink's credits have no limit, and the databases cannot add infinite numbers. A larger number counts as this one.
+CREDITS_MAX = 1e15
+
 # The combining marks of Latin, Greek and Cyrillic letters. Migrations of the journal contain this range too.
 _ACCENTS = re.compile("[\u0300-\u036f]")
 
@@ -44,8 +47,8 @@ DERIVED: dict[str, Callable[[Entry], Any]] = {
     "task_id": lambda entry: entry.task_id,
     "status": lambda entry: entry.status,
     "closed": lambda entry: entry.stage is Stage.FINAL,
-    "spent": lambda entry: entry.spent,
-    "reserved": lambda entry: entry.reserved,
+    "spent": lambda entry: min(entry.spent, CREDITS_MAX),
+    "reserved": lambda entry: min(entry.reserved, CREDITS_MAX),
     "words": search_text,
 }
 COLUMNS = (*(field.name for field in fields(Entry)), *DERIVED)

@@ -546,6 +546,8 @@ class SqliteConnection:
         try:
             return self._db.execute(sql, [clean_text(value) for value in values]).rowcount
         except sqlite3.IntegrityError as error:
+            if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
+                raise
             raise UniqueViolation from error
 
     async def fetch(self, sql: str, values: Sequence[Any] = (), *, lock_rows: bool = False) -> Sequence[Row]:

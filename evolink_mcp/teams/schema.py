@@ -12,7 +12,6 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
-    CREDITS_MAX,
     EVERYONE,
     EXACT_BELOW,
     LATEST,
@@ -22,7 +21,7 @@ from evolink_mcp.journal.journal import (
     Sums,
     values_of_sums,
 )
-from evolink_mcp.journal.rows import fold, readable_entries
+from evolink_mcp.journal.rows import CREDITS_MAX, fold, readable_entries
 from evolink_mcp.teams.database_url import Address
 
 # The tables in the journal's SQL. PostgreSQL has them with a prefix.

@@ -324,7 +324,9 @@ async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests
 @pytest.mark.parametrize(
     ("content", "headers", "status", "words"),
     [
-        pytest.param(b"GIF89a" + b"x" * 100, {}, 400, "is a GIF image, and EvoLink reads only PNG, JPEG and WebP", id="no image"),
+        pytest.param(
+            b"GIF89a" + b"x" * 100, {}, 400, "is a GIF image, and EvoLink reads only PNG, JPEG and WebP", id="no image"
+        ),
         pytest.param(PNG[:-20], {}, 400, "cannot be a reference", id="incomplete"),
         pytest.param(b"", {}, 400, "is an empty file, and EvoLink reads only PNG, JPEG and WebP", id="empty"),
         pytest.param(

@@ -164,7 +164,11 @@ async def test_every_tool_works_at_each_replica(url: str, tmp_path: Path, mode: 
             listed = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
             assert [task["task_id"] for task in listed] == [bought["task_id"]]
             assert not (await client.call_tool("get_balance", {})).is_error
-            assert {tool.name for tool in (await client.list_tools()).tools} >= {"generate_image", "generate_images", "get_task"}
+            assert {tool.name for tool in (await client.list_tools()).tools} >= {
+                "generate_image",
+                "generate_images",
+                "get_task",
+            }
         assert office.posts == 1
         assert set(office.proxy.turns) == {0, 1}
 

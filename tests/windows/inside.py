@@ -156,7 +156,11 @@ def assert_image(path: str, size: tuple[int, int] = (1024, 640)) -> None:
 @check
 async def every_tool_answers_over_stdio(stage: Stage) -> None:
     async with stage.stdio() as client:
-        assert {tool.name for tool in (await client.list_tools()).tools} >= {"generate_image", "generate_images", "get_task"}
+        assert {tool.name for tool in (await client.list_tools()).tools} >= {
+            "generate_image",
+            "generate_images",
+            "get_task",
+        }
         sized = await call_tool_ok(client, "compute_size", size="16:9", resolution="2K")
         assert sized["width"] == 2048
         bought = await call_tool_ok(client, "generate_image", **REQUEST)
