@@ -17,7 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HANG_S = 300
-FILE_S = 1800
+FILE_S = 900
+# Python runs this. An interpreter that does not exit after its tests ends with the traceback of every thread.
+PROGRAM = """
+import faulthandler, sys, pytest
+code = pytest.main(sys.argv[1:])
+faulthandler.dump_traceback_later(60, exit=True)
+sys.exit(code)
+"""
 WINE = "/usr/lib/wine/wine64"
 NO_TESTS_COLLECTED = 5
 
@@ -31,7 +38,7 @@ def run(python: str, project: Path, file: str) -> tuple[int, str]:
         "faulthandler_timeout": HANG_S,
         "faulthandler_exit_on_timeout": True,
     }
-    command = [WINE, python, "-m", "pytest", "-q", "-rfEs", "--basetemp", f"C:\\{name}", file]
+    command = [WINE, python, "-c", PROGRAM, "-q", "-rfEs", "--basetemp", f"C:\\{name}", file]
     for option, value in options.items():
         command += ["-o", f"{option}={value}"]
     try:
