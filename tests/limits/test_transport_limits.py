@@ -89,10 +89,21 @@ async def test_an_answer_that_is_not_read_ends_after_its_time() -> None:
     assert app.gone == ["/unread"]
 
 
-async def test_the_unread_answers_of_all_connections_have_a_limit_and_the_oldest_one_ends() -> None:
+async def test_the_unread_answers_of_all_connections_have_a_limit_and_the_oldest_one_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     app = EndlessAnswers()
+    is_unread = anyio.Event()
+    add = UnreadAnswers.add
+
+    def note(self: UnreadAnswers, transport: Any) -> None:
+        add(self, transport)
+        is_unread.set()
+
+    monkeypatch.setattr(UnreadAnswers, "add", note)
     limits = replace(LIMITS, unread_max_bytes=100 << 10, unread_timeout_s=1_000)
     async with served(app, limits) as port, await connected(port, "/first"):
+        await is_unread.wait()  # the answer to the second client must not wait first
         async with await connected(port, "/second"):
             while not app.gone:
                 await app.changed.wait()

@@ -18,7 +18,7 @@ import anyio
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
-BUNDLE_MAX_BYTES = 500_000
+BUNDLE_MAX_BYTES = 800_000
 # uv may need these variables to reach its package index. The server does not use them.
 INDEX = ("UV_CACHE_DIR", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "UV_PYTHON", "SSL_CERT_FILE", "HTTPS_PROXY")
 MANIFEST = json.loads((Path(__file__).parents[2] / "manifest.json").read_text(encoding="utf-8"))
