@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,18 +42,19 @@ def run(python: str, project: Path, file: str) -> tuple[int, str]:
     command = [WINE, python, "-c", PROGRAM, "-q", "-rfEs", "--basetemp", f"C:\\{name}", file]
     for option, value in options.items():
         command += ["-o", f"{option}={value}"]
-    try:
-        result = subprocess.run(
-            command,
-            cwd=project,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=FILE_S,
+    # Programs that Wine starts keep the standard output open after Python ended, so it is a file and no pipe.
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=project, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
-    except subprocess.TimeoutExpired as error:
-        return 1, f"{(error.stdout or b'').decode(errors='replace')}\nended after {FILE_S} s"
-    return result.returncode, result.stdout.decode(errors="replace")
+        try:
+            code = process.wait(FILE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+            output.write(b"\nended after %d s" % FILE_S)
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
 
 
 def check(python: str, project: Path, file: str) -> bool:
