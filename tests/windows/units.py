@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from pathlib import Path
 
 HANG_S = 300
 FILE_S = 900
+READ_S = 3
 # Python runs this. An interpreter that does not exit after its tests ends with the traceback of every thread.
 PROGRAM = """
 import faulthandler, sys, pytest
@@ -42,19 +43,23 @@ def run(python: str, project: Path, file: str) -> tuple[int, str]:
     command = [WINE, python, "-c", PROGRAM, "-q", "-rfEs", "--basetemp", f"C:\\{name}", file]
     for option, value in options.items():
         command += ["-o", f"{option}={value}"]
-    # Programs that Wine starts keep the standard output open after Python ended, so it is a file and no pipe.
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, cwd=project, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            code = process.wait(FILE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-            output.write(b"\nended after %d s" % FILE_S)
-        output.seek(0)
-        return code, output.read().decode(errors="replace")
+    process = subprocess.Popen(
+        command, cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    pipe = process.stdout
+    assert pipe is not None
+    lines: list[bytes] = []
+    # Programs that Wine starts can keep the pipe open after Python ended. So wait for Python and not for the pipe's end.
+    reader = threading.Thread(target=lambda: lines.extend(pipe), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(FILE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+        lines.append(b"\nended after %d s" % FILE_S)
+    reader.join(READ_S)
+    return code, b"".join(lines).decode(errors="replace")
 
 
 def check(python: str, project: Path, file: str) -> bool:
