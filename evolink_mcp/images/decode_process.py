@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -369,6 +370,7 @@ class _Process:
         self.images = 0
         self._is_valid = True
         self._is_ended = False
+        self._greetings: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def start(self) -> None:
         """Start the program and wait for its greeting.
@@ -391,13 +393,22 @@ class _Process:
             )
             if self._is_ended:  # by a cancelled call, which did not see the program yet
                 self._popen.kill()
-            greeting = self._stdout.read(GREETING.size)
+            # Another process can keep the pipe of a killed program open, so `end` ends this wait too.
+            threading.Thread(target=self._read_greeting, name="greeting of a decoder", daemon=True).start()
+            greeting = self._greetings.get()
             if len(greeting) != GREETING.size:
                 raise ValueError("it ended before its greeting")
             magic, protections = GREETING.unpack(greeting)
             if magic != GREETING_MAGIC:
                 raise ValueError("its greeting is invalid")
             self.protections = Protection(protections & sum(Protection))
+
+    def _read_greeting(self) -> None:
+        greeting = b""
+        with suppress(OSError, ValueError):  # the pipe was closed
+            while block := os.read(self._stdout.fileno(), GREETING.size - len(greeting)):
+                greeting += block
+        self._greetings.put(greeting)
 
     @property
     def is_alive(self) -> bool:
@@ -512,6 +523,7 @@ class _Process:
     def end(self) -> None:
         """Kill the process and release its pipes. A waiting start starts nothing. Returns within END_DEADLINE_S."""
         self._is_ended = True
+        self._greetings.put(b"")
         if self._popen is not None:
             self._popen.kill()
         # A thread that waits for an answer ends now, because the pipes of a killed process are closed. But another process
