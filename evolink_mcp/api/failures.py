@@ -144,8 +144,10 @@ def foreign_answer(reply: Reply, target: Target, url: httpx.URL) -> Cause | None
         return causes.REDIRECT.about(
             host=target.host, setting=target.setting, target=harmless(redirected, 80), status=reply.status
         )
+    if not is_client_status or reply.status in (404, 413, 429):
+        return None
     start = reply.body[:_PAGE_START_BYTES].lstrip().removeprefix(_BYTE_ORDER_MARK).lstrip()
-    if not is_client_status or reply.status in (404, 413, 429) or not _PAGE.match(start):
+    if not _PAGE.match(start):
         return None
     match = _TITLE.search(start)
     title = harmless(html.unescape(match[1].decode("utf-8", "replace")), _PAGE_TITLE_CHARS) if match else ""

@@ -370,7 +370,7 @@ class _Process:
         self.images = 0
         self._is_valid = True
         self._is_ended = False
-        self._greetings: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._greetings: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # `end` puts an empty one
 
     def start(self) -> None:
         """Start the program and wait for its greeting.

@@ -20,7 +20,15 @@ from evolink_mcp.errors import JournalUnwritable, OutcomeUnknown, Problem, TaskK
 from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
 from evolink_mcp.journal.entry import UNCONFIRMED, DerivedFile, Entry, Phase
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id, profile_name
-from evolink_mcp.journal.rows import COLUMNS, STATE_COLUMNS, fold, readable_entries, task_from_dict, values_of
+from evolink_mcp.journal.rows import (
+    COLUMNS,
+    CREDITS_MAX,
+    STATE_COLUMNS,
+    fold,
+    readable_entries,
+    task_from_dict,
+    values_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +55,18 @@ SLOT_S = 900
 # A difference of larger credits is not exact in a float, so such a slot is summed again.
 EXACT_BELOW = 1e6
 
+
+def _limited(column: str) -> str:
+    """Return SQL that limits a column to CREDITS_MAX. Rows of older versions can have more."""
+    return f"CASE WHEN {column} < {CREDITS_MAX} THEN {column} ELSE {CREDITS_MAX} END"
+
+
 # Add the confirmed charges, and the price ceilings of undecided charges. Limits and lists use this query. The values are
 # the first complete slot, the start, and the start of the first complete slot.
-SUMS = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved FROM (
-    SELECT spent, reserved FROM sums WHERE {mine} AND slot >= ?
-    UNION ALL SELECT spent, reserved
-    FROM entries WHERE {mine} AND created_at >= ? AND created_at < ?) AS parts"""
+SUMS = f"""SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved FROM (
+    SELECT spent, reserved FROM sums WHERE {{mine}} AND slot >= ?
+    UNION ALL SELECT {_limited("spent")}, {_limited("reserved")}
+    FROM entries WHERE {{mine}} AND created_at >= ? AND created_at < ?) AS parts"""
 # Add the same of single entries. {filters} are conditions. The CLI uses this query for a search.
 SUMS_OF_ENTRIES = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
     FROM entries WHERE {mine} AND created_at >= ? AND {filters}"""

@@ -34,17 +34,24 @@ def stuck(marker: Path) -> list[str]:
     return program(f"request()\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\nwhile True: sys.stdin.read()")
 
 
-def with_inherited_output(marker: Path) -> list[str]:
-    """Return a decoder that never answers. Its child, whose process ID is in `marker`, keeps the output open."""
-    body = f"""
-import subprocess, time
+def _child_with_the_output(marker: Path) -> str:
+    """Return code that starts a child, which keeps the output open, and writes the child's process ID to `marker`."""
+    return f"""
+import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-I", "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL)
 with open({str(marker)!r}, "w") as file:
     file.write(str(child.pid))
-request()
-time.sleep(600)
 """
-    return program(body)
+
+
+def with_inherited_output(marker: Path) -> list[str]:
+    """Return a decoder that never answers. Its child, whose process ID is in `marker`, keeps the output open."""
+    return program(f"{_child_with_the_output(marker)}request()\ntime.sleep(600)")
+
+
+def silent_with_inherited_output(marker: Path) -> list[str]:
+    """Return the same without a greeting."""
+    return [sys.executable, "-I", "-c", f"{_child_with_the_output(marker)}time.sleep(600)"]
 
 
 def answering(data: bytes) -> list[str]:

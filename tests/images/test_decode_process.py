@@ -8,6 +8,7 @@ import pickle
 import signal
 import struct
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -18,7 +19,15 @@ import pytest
 from child_processes import without_coverage
 from conftest import Open
 from drawings import drawing, noise
-from fake_decoders import ENDLESS_OR_REFUSE, REFUSE, answering, program, stuck, with_inherited_output
+from fake_decoders import (
+    ENDLESS_OR_REFUSE,
+    REFUSE,
+    answering,
+    program,
+    silent_with_inherited_output,
+    stuck,
+    with_inherited_output,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
@@ -229,6 +238,26 @@ async def test_a_killed_decoder_whose_output_stays_open_does_not_hold_up_the_ser
         assert await reason_of(decoder, drawing()) == Reason.DECODER_LATE
         os.kill(await process_id_in(tmp_path / "marker"), signal.SIGTERM)
     assert "its output is still open" in caplog.text
+
+
+def test_a_decoder_that_is_killed_before_its_greeting_leaves_no_thread(tmp_path: Path) -> None:
+    """On Windows another process can inherit the pipe. A thread that reads it would prevent the exit of the server."""
+
+    async def cancel_the_start() -> None:
+        async with decoder_of(silent_with_inherited_output(marker)) as decoder, anyio.create_task_group() as group:
+            group.start_soon(decoder.protections)
+            await process_id_in(marker)
+            group.cancel_scope.cancel()
+
+    marker = tmp_path / "marker"
+    earlier = threading.enumerate()
+    anyio.run(cancel_the_start)
+    workers = [thread for thread in threading.enumerate() if thread not in earlier and not thread.daemon]
+    for worker in workers:
+        worker.join(60)
+    is_blocked = any(worker.is_alive() for worker in workers)
+    os.kill(int(marker.read_text()), signal.SIGTERM)
+    assert not is_blocked
 
 
 @in_time
