@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -43,7 +44,9 @@ class Countdown:
         self._lock = threading.Lock()
         self._write = os.write
 
-    def around(self, name: str, act: Callable[..., Any], error: Callable[[], Exception]) -> Callable[..., Any]:
+    def around(self, name: str, act: Callable[..., Any], error: Callable[[], Exception] | None) -> Callable[..., Any]:
+        """Return `act` with a count. Without `error` the operation can be the last of the process, but never fails."""
+
         def counted(*args: Any, **options: Any) -> Any:
             with self._lock:
                 self._count += 1
@@ -52,10 +55,10 @@ class Countdown:
                     self._write(self._log, f"{name}\n".encode())
             if is_target and self._how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if is_target and self._how == "fail":
+            if is_target and error is not None and self._how == "fail":
                 raise error()
             result = act(*args, **options)
-            if is_target:
+            if is_target and error is not None:
                 raise error()
             return result
 
@@ -93,10 +96,14 @@ def arm(countdown: Countdown) -> None:
             return (counted if sock.family == socket.AF_INET else plain)(sock, *args)
 
         setattr(socket.socket, name, choose)
-    for module, names in ((os, ("link", "fsync", "replace", "unlink", "mkdir", "fdopen", "write")), (fcntl, ("flock",)),
+    for module, names in ((os, ("link", "fsync", "replace", "unlink", "mkdir", "fdopen")), (fcntl, ("flock",)),
                           (tempfile, ("mkstemp",))):  # fmt: skip
         for name in names:
             setattr(module, name, countdown.around(f"file: {name}", getattr(module, name), broken))
+    # A client does not get an answer that cannot be written. test_shutdown covers failures of stdout.
+    to_client = countdown.around("stdout: write", os.write, None)
+    to_file = countdown.around("file: write", os.write, broken)
+    os.write = lambda fd, data: (to_client if stat.S_ISFIFO(os.fstat(fd).st_mode) else to_file)(fd, data)
 
 
 def _arm_postgres(countdown: Countdown) -> None:

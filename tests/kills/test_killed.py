@@ -82,11 +82,7 @@ async def test_a_failure_at_any_operation_leaves_at_most_one_task_and_its_image_
     operations = await good_run(town, town.env("good"))
     kinds = Counter(operation.partition(":")[0] for operation in operations)
     assert all(kinds[kind] >= least for kind, least in (("journal", 15), ("socket", 8), ("file", 15)))
-    # test_shutdown covers failures of stdout: the client closed it.
-    positions = [
-        at for at in range(1, len(operations) + SPARE)
-        if how == "kill" or at > len(operations) or operations[at - 1] != "file: write"
-    ]  # fmt: skip
+    positions = range(1, len(operations) + SPARE)
     await run_each(operations, positions, lambda at: fail_and_recover(town, f"{how}-{at}", how, at), PARALLEL)
 
 
