@@ -29,7 +29,7 @@ import plugins
 FOLDER = Path(__file__).resolve().parent
 CONCURRENCY = 3
 INSTALL_WITHIN_S, CALLS_WITHIN_S = 300, 300
-TOOLS = {"generate_image", "generate_images", "get_task", "compute_size", "view_image", "list_tasks", "get_balance"}
+TOOLS = {tool["name"] for tool in json.loads((FOLDER.parents[1] / "manifest.json").read_text("utf-8"))["tools"]}
 SIZE = ("compute_size", {"size": "16:9", "resolution": "2K"})
 PICTURE_MAGIC = b"\x89PNG\r\n\x1a\n"
 

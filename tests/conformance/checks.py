@@ -17,7 +17,7 @@ from stage import PATH, TRANSPORTS, Score, Stage, npm_install  # noqa: E402
 CONCURRENCY = 2
 WITHIN_S = 300
 TOOL_ERROR = 5  # the Inspector's exit code if a tool's answer is an error
-TOOLS = {"generate_image", "generate_images", "get_task", "compute_size", "view_image", "list_tasks", "get_balance"}
+TOOLS = {tool["name"] for tool in json.loads((FOLDER.parents[1] / "manifest.json").read_text("utf-8"))["tools"]}
 
 
 def conformance(stage: Stage, modules: Path, score: Score) -> None:
