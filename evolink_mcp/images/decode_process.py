@@ -24,6 +24,7 @@ import anyio.to_thread
 
 from evolink_mcp.api.targets import ICO
 from evolink_mcp.errors import DecoderUnavailable
+from evolink_mcp.images import heic
 from evolink_mcp.images.decode_protocol import (
     ANSWER_BYTES,
     CONTENT_MAX_BYTES,
@@ -31,6 +32,7 @@ from evolink_mcp.images.decode_protocol import (
     DERIVED_BYTES,
     GREETING,
     GREETING_MAGIC,
+    HEIC_ARGUMENT,
     IMAGES_PER_PROCESS,
     OPTIONS_MAX_BYTES,
     PAYLOAD_MAX_BYTES,
@@ -41,6 +43,8 @@ from evolink_mcp.images.decode_protocol import (
     unpack_derived,
 )
 from evolink_mcp.images.derive import DerivedImage, DerivePlan
+from evolink_mcp.images.file_types import HEAD_BYTES as TYPE_BYTES
+from evolink_mcp.images.file_types import HEIC, foreign_type
 from evolink_mcp.images.inspect import ImageFacts, sniff
 from evolink_mcp.images.previews import CACHE_MAX_BYTES, PreviewCache
 from evolink_mcp.images.sandbox import MEMORY_MAX_BYTES, Protection
@@ -71,6 +75,12 @@ _NO_LIMIT = anyio.CapacityLimiter(math.inf)  # the lanes are the limit
 def decoder_command(cpu_per_image_s: float = CPU_PER_IMAGE_S, memory_max_bytes: int = MEMORY_MAX_BYTES) -> list[str]:
     """Return the command that starts a decoder process with these limits."""
     return isolated_command(_ENTRY_POINT, ("PIL",), str(cpu_per_image_s), str(memory_max_bytes))
+
+
+def converter_command() -> list[str]:
+    """Return the command that starts a decoder process for HEIC."""
+    requirements = ("PIL", heic.PACKAGE)
+    return isolated_command(_ENTRY_POINT, requirements, str(CPU_PER_IMAGE_S), str(MEMORY_MAX_BYTES), HEIC_ARGUMENT)
 
 
 class Decoder:
@@ -159,6 +169,23 @@ class Decoder:
             raise UnusableImage(Reason.DECODER_FAILED)
         into.seek(0)
 
+    async def convert_heic(self, file: BinaryIO, *, order: str = "") -> None:
+        """Replace a HEIC photo in `file` by a JPEG, or by a PNG if it has alpha. A process of its own does the work.
+
+        Every other file stays, and without the extra `heic` a HEIC photo too.
+
+        Raises:
+            UnusableImage, DecoderUnavailable: as `check`.
+        """
+        if foreign_type(_head_of(file, TYPE_BYTES)) is not HEIC or not heic.is_available():
+            file.seek(0)
+            return
+        request = DecodeRequest(Operation.CONVERT_HEIC, _size_of(file))
+        await self._run("reference", request, file, order, file)
+        if sniff(_head_of(file)) is None:
+            raise UnusableImage(Reason.DECODER_FAILED)
+        file.seek(0)
+
     async def derive(
         self, file: BinaryIO, plan: DerivePlan, into: BinaryIO, *, order: str = ""
     ) -> tuple[ImageFacts, list[DerivedImage], list[int]]:
@@ -191,7 +218,7 @@ class Decoder:
             if self._is_closed or any(process.is_alive for process in self._idle):
                 return
             with suppress(DecoderUnavailable):
-                await self._reuse(await self._start_process())
+                await self._reuse(await self._start_process(self._command or decoder_command()))
 
     async def protections(self) -> Protection:
         """Start a process if none is idle, and return the protections that are active in it.
@@ -234,7 +261,10 @@ class Decoder:
 
         The payload goes to `into`, or into the answer. The files of a `plan` take long and give way to no other image.
         """
-        process = await self._process()
+        converts_heic = request.operation is Operation.CONVERT_HEIC
+        process = await (
+            self._start_process(self._command or converter_command()) if converts_heic else self._process()
+        )
         if slot is None:
             process.lower_priority()
         content.seek(0)
@@ -254,7 +284,7 @@ class Decoder:
                 is_late = False
         finally:
             process.images += 1
-            if results and process.is_reusable:
+            if results and process.is_reusable and not converts_heic:
                 await self._reuse(process)
             else:
                 await _end(process)
@@ -287,7 +317,7 @@ class Decoder:
             if process.is_alive:
                 return process
             process.end()
-        return await self._start_process()
+        return await self._start_process(self._command or decoder_command())
 
     async def _reuse(self, process: _Process) -> None:
         """Keep a process for the next image. After `close` end it."""
@@ -296,8 +326,7 @@ class Decoder:
         else:
             self._idle.append(process)
 
-    async def _start_process(self) -> _Process:
-        command = self._command or decoder_command()
+    async def _start_process(self, command: Sequence[str]) -> _Process:
         process = _Process(command, self._environ, self._folder)
         is_started = False
         try:
@@ -341,9 +370,9 @@ def _is_type(head: bytes, mime_type: str) -> bool:
     return known is not None and known[0] == mime_type
 
 
-def _head_of(file: BinaryIO) -> bytes:
+def _head_of(file: BinaryIO, count: int = HEAD_BYTES) -> bytes:
     file.seek(0)
-    return file.read(HEAD_BYTES)
+    return file.read(count)
 
 
 def _size_of(file: BinaryIO) -> int:
@@ -463,6 +492,7 @@ class _Process:
             Operation.PREVIEW: request.budget,
             Operation.CHECK_REFERENCE: 0,
             Operation.NORMALIZE: PAYLOAD_MAX_BYTES,
+            Operation.CONVERT_HEIC: PAYLOAD_MAX_BYTES,
             Operation.DERIVE: 0,
         }[request.operation]
         record = self._stdout.read(ANSWER_BYTES)

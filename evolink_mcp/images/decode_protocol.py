@@ -27,6 +27,7 @@ SIDE_MAX = 1 << 20
 OPTIONS_MAX_BYTES = 256 << 10
 GREETING = struct.Struct("<4sB")
 GREETING_MAGIC = b"EVG1"
+HEIC_ARGUMENT = "heic"
 _REQUEST = struct.Struct("<4sBBIIIQ")
 _REQUEST_MAGIC = b"EVR1"
 _ANSWER = struct.Struct("<4sBBBIIdBBQ")
@@ -58,6 +59,7 @@ class Operation(IntEnum):
     CHECK_REFERENCE = 3  #: Read the head of a reference image; decode it if it is a mask
     NORMALIZE = 4  #: Make the copy of a reference image that is uploaded
     DERIVE = 5  #: Make files of exact size; the options are a DerivePlan
+    CONVERT_HEIC = 6  #: Make a JPEG or PNG of a HEIC photo
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,12 @@ from itertools import product
 from typing import BinaryIO
 
 from evolink_mcp.api.targets import MIME_TYPES
+from evolink_mcp.images import heic
 from evolink_mcp.images.decode_protocol import (
     CPU_PER_IMAGE_S,
     GREETING,
     GREETING_MAGIC,
+    HEIC_ARGUMENT,
     IMAGES_PER_PROCESS,
     REQUEST_BYTES,
     DecodeAnswer,
@@ -35,14 +37,17 @@ from evolink_mcp.images.unusable import Reason, UnusableImage
 
 
 def main() -> None:
-    """Start the decoder. The arguments of the process: CPU seconds per image, bytes of memory."""
+    """Start the decoder. The arguments of the process: CPU seconds per image, bytes of memory, "heic" to convert HEIC."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all processes; the server decides
     cpu_s = float(sys.argv[1])
     memory_bytes = int(sys.argv[2])
+    converts_heic = sys.argv[3:] == [HEIC_ARGUMENT]
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     _self_test()  # imports all modules that decoding needs: afterwards no file can be opened
-    protections = enter_sandbox(int(cpu_s * IMAGES_PER_PROCESS), memory_bytes)
+    if converts_heic:
+        heic.load()
+    protections = enter_sandbox(int(cpu_s * IMAGES_PER_PROCESS), memory_bytes, allows_threads=converts_heic)
     _self_test()
     answers.write(GREETING.pack(GREETING_MAGIC, protections))
     answers.flush()
@@ -95,6 +100,8 @@ def perform(request: DecodeRequest, content: bytes) -> DecodeAnswer:
             return DecodeAnswer(check_reference(content, request.is_mask))
         case Operation.NORMALIZE:
             return DecodeAnswer(payload=normalize(content))
+        case Operation.CONVERT_HEIC:
+            return DecodeAnswer(payload=heic.convert(content))
         case Operation.DERIVE:
             raise ValueError("this operation has several answers")
 

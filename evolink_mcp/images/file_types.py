@@ -28,6 +28,13 @@ class Signature:
     type: FileType
 
 
+HEIC = FileType(
+    "a HEIC image",
+    "Export it as JPEG, or install the extra heic of evolink-mcp, which converts it. "
+    "On an iPhone, Settings > Camera > Formats > Most Compatible takes JPEG photos.",
+)
+
+
 def _signature(pattern: bytes, name: str, advice: str) -> Signature:
     return Signature(re.compile(pattern, re.DOTALL), FileType(name, advice))
 
@@ -42,11 +49,7 @@ SIGNATURES = (
     ),
     _signature(rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer", "Run git lfs pull, then call again."),
     _signature(rb"....ftyp.{0,60}?avi[fs]", "an AVIF image", _SAVE_AS_PNG),
-    _signature(
-        rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
-        "a HEIC image",
-        "Export it as JPEG. On an iPhone, Settings > Camera > Formats > Most Compatible takes JPEG photos.",
-    ),
+    Signature(re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL), HEIC),
     _signature(rb"....ftypcrx ", "a camera raw file (CR3)", _DEVELOP),
     _signature(rb"....ftyp", "a video", "Save one frame of it as PNG."),
     _signature(rb"GIF8[79]a", "a GIF image", _SAVE_AS_PNG),

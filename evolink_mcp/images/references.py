@@ -270,6 +270,8 @@ class References:
     async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
         async with self._at_work, _temporary_file() as file:
             content_id = await _refuse_unusable(partial(_copy, open_file, file), shown)
+            convert = partial(self._image_store.decoder.convert_heic, file, order=content_id)
+            await _refuse_unusable(convert, shown)
             _check_type(file, shown)
             check = partial(self._image_store.decoder.check_reference, file, is_mask=is_mask, order=content_id)
             facts = await _refuse_unusable(check, shown)
@@ -290,6 +292,8 @@ class References:
             _temporary_file() as copy,
         ):
             await _refuse_unusable(partial(_copy, image.open_file, file, image.content_id), "a reference")
+            convert = partial(self._image_store.decoder.convert_heic, file, order=image.content_id)
+            await _refuse_unusable(convert, "a reference")
             normalize = partial(self._image_store.decoder.normalize, file, copy, order=image.content_id)
             await _refuse_unusable(normalize, "a reference")
             sha256 = await anyio.to_thread.run_sync(_sha256, copy)

@@ -26,22 +26,24 @@ class Protection(IntFlag):
     JOB_OBJECT = 8  #: Windows job: memory, one process, ends with its last handle
 
 
-def enter_sandbox(cpu_max_s: int, memory_max_bytes: int = MEMORY_MAX_BYTES) -> Protection:
+def enter_sandbox(
+    cpu_max_s: int, memory_max_bytes: int = MEMORY_MAX_BYTES, *, allows_threads: bool = False
+) -> Protection:
     """Apply all limits that this platform has, and return those that are active.
 
-    `cpu_max_s` is the CPU time of the whole process in seconds.
+    `cpu_max_s` is the CPU time of the whole process in seconds. `allows_threads`: this process may start threads.
     """
     import ctypes  # before the limits, which allow no open file
 
     if sys.platform == "win32":
         return _join_job(memory_max_bytes)
-    active = _limit_resources(cpu_max_s, memory_max_bytes)
+    active = _limit_resources(cpu_max_s, memory_max_bytes, allows_threads)
     if sys.platform == "linux":
-        active |= _filter_syscalls(ctypes.CDLL(None, use_errno=True))
+        active |= _filter_syscalls(ctypes.CDLL(None, use_errno=True), allows_threads)
     return active
 
 
-def _limit_resources(cpu_max_s: int, memory_max_bytes: int) -> Protection:
+def _limit_resources(cpu_max_s: int, memory_max_bytes: int, allows_threads: bool) -> Protection:
     if sys.platform == "win32":
         return Protection(0)
     import resource
@@ -56,6 +58,8 @@ def _limit_resources(cpu_max_s: int, memory_max_bytes: int) -> Protection:
         resource.RLIMIT_DATA: memory_max_bytes,
         resource.RLIMIT_AS: ADDRESS_SPACE_MAX_BYTES,
     }
+    if allows_threads and sys.platform == "linux" and platform.machine() in _SYSCALLS:
+        del limits[resource.RLIMIT_NPROC]  # Linux counts threads as processes; the filter of system calls forbids those
     active = Protection.RESOURCE_LIMITS
     for kind, value in limits.items():
         _, hard = resource.getrlimit(kind)
@@ -76,14 +80,19 @@ _SECCOMP_MODE_FILTER = 2
 _ALLOW = 0x7FFF0000
 _KILL_PROCESS = 0x80000000
 _FAIL_WITH_EPERM = 0x00050000 | 1
+_FAIL_WITH_ENOSYS = 0x00050000 | 38
 _LOAD_WORD = 0x20
 _JUMP_IF_EQUAL = 0x15
 _JUMP_IF_BITS = 0x45
 _RETURN = 0x06
 _OFFSET_NUMBER = 0
 _OFFSET_ARCHITECTURE = 4
+_OFFSET_FIRST_ARGUMENT = 16
 _OFFSET_THIRD_ARGUMENT = 32
 _PROT_EXEC = 4
+_CLONE_THREAD = 0x10000
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE3 = 435
 # Architecture: its audit number, the system calls that computation on open pipes needs, and those that map memory.
 # Numbers: Linux, arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 _SYSCALLS: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
@@ -114,10 +123,11 @@ _SYSCALLS: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
 }  # fmt: skip
 
 
-def syscall_filter(architecture: int, allowed: list[int], mapping: list[int]) -> bytes:
+def syscall_filter(architecture: int, allowed: list[int], mapping: list[int], clone: int | None = None) -> bytes:
     """Return a seccomp program: `allowed` calls run, `mapping` calls run unless they map executable memory.
 
-    Every other call fails with EPERM. A call of another architecture kills the process.
+    The call `clone` may start a thread and no process. Every other call fails with EPERM. A call of another architecture
+    kills the process.
     """
 
     def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -139,11 +149,22 @@ def syscall_filter(architecture: int, allowed: list[int], mapping: list[int]) ->
             instruction(_RETURN, _FAIL_WITH_EPERM),
             instruction(_RETURN, _ALLOW),
         ]
+    if clone is not None:
+        program += [
+            instruction(_JUMP_IF_EQUAL, clone, if_false=4),
+            instruction(_LOAD_WORD, _OFFSET_FIRST_ARGUMENT),
+            instruction(_JUMP_IF_BITS, _CLONE_THREAD, if_false=1),
+            instruction(_RETURN, _ALLOW),
+            instruction(_RETURN, _FAIL_WITH_EPERM),
+            # A filter cannot read the arguments of clone3, which are in memory. The C library uses clone instead.
+            instruction(_JUMP_IF_EQUAL, _CLONE3, if_false=1),
+            instruction(_RETURN, _FAIL_WITH_ENOSYS),
+        ]
     program.append(instruction(_RETURN, _FAIL_WITH_EPERM))
     return b"".join(program)
 
 
-def _filter_syscalls(libc: Any) -> Protection:
+def _filter_syscalls(libc: Any, allows_threads: bool) -> Protection:
     import ctypes
 
     class Program(ctypes.Structure):
@@ -156,7 +177,8 @@ def _filter_syscalls(libc: Any) -> Protection:
     if syscalls is None:
         return active
     architecture, allowed, mapping = syscalls
-    code = syscall_filter(architecture, list(allowed.values()), list(mapping.values()))
+    clone = _CLONE[platform.machine()] if allows_threads else None
+    code = syscall_filter(architecture, list(allowed.values()), list(mapping.values()), clone)
     program = Program(len(code) // 8, code)
     if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0:
         active |= Protection.SYSCALL_FILTER

@@ -18,6 +18,7 @@ import anyio.to_thread
 from evolink_mcp.api.targets import ICO, ICO_MAX_EDGE, MIME_TYPES, Target, parse_target
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, ReferenceRefused, Refused
 from evolink_mcp.images.derive import QUALITY_DEFAULT, Colour, DerivedImage, DerivePlan, Fit, Output
+from evolink_mcp.images.file_types import HEAD_BYTES, FileType, foreign_type
 from evolink_mcp.images.folders import open_plain, stem_of
 from evolink_mcp.images.inspect import ImageFacts, sniff
 from evolink_mcp.images.known_images import names_file
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 MEMORY_MAX_BYTES = 8 << 20  # longer files go to a temporary file
 SOURCE_MAX_BYTES = 100 << 20
-HEAD_BYTES = 16
 LOSSY = (MIME_TYPES["jpeg"], MIME_TYPES["webp"])
 
 
@@ -187,6 +187,7 @@ class Deriver:
             files = cast("BinaryIO", spooled_files)
             try:
                 sha256 = await anyio.to_thread.run_sync(partial(self._copy, source, content))
+                await self._image_store.decoder.convert_heic(content, order=source.task_id or str(source.path))
                 plan = self._plan(source, request, content)
                 facts, images, lengths = await self._image_store.decoder.derive(
                     content, plan, files, order=source.task_id or str(source.path)
@@ -237,9 +238,10 @@ class Deriver:
 
     def _plan(self, source: Source, request: DeriveRequest, content: BinaryIO) -> DerivePlan:
         content.seek(0)
-        known = sniff(content.read(HEAD_BYTES))
+        head = content.read(HEAD_BYTES)
+        known = sniff(head)
         if known is None:
-            raise UnusableImage(Reason.NOT_AN_IMAGE)
+            raise _foreign(source, foreign_type(head))
         return DerivePlan(
             tuple(output_of(target, request, known[0]) for target in request.targets),
             request.fit,
@@ -325,6 +327,12 @@ def _reason_of(target: Target, image: DerivedImage, request: DeriveRequest) -> s
             f"Give max_bytes={image.smallest_bytes}{hint}."
         )
     return f"{target.size} needs too much memory. Give a smaller target."
+
+
+def _foreign(source: Source, file_type: FileType | None) -> Refused:
+    kind = "not a PNG, JPEG or WebP" if file_type is None else f"{file_type.name}, and not a PNG, JPEG or WebP"
+    advice = "Give the path of a picture." if file_type is None else file_type.advice
+    return Refused(f"“{harmless(source.path.name, 80)}” is {kind}", code="source_unusable", advice=advice)
 
 
 def _unusable(source: Source, error: UnusableImage) -> Refused:

@@ -185,6 +185,35 @@ async def test_code_inside_the_sandbox_reaches_nothing(tmp_path: Path, attempt: 
     assert canary.read_text() == "alive"
 
 
+@pytest.mark.anyio
+@linux_only
+@pytest.mark.parametrize(
+    ("attempt", "outcome"),
+    [
+        ("threading.Thread(target=print).start()", b"allowed"),
+        ("os.fork()", b"denied"),
+        ("subprocess.Popen(['/bin/true'])", b"denied"),
+        ("open('/etc/passwd').read()", b"denied"),
+    ],
+)
+async def test_the_process_for_heic_may_start_a_thread_and_no_process(attempt: str, outcome: bytes) -> None:
+    script = (
+        "import os, subprocess, sys, threading\n"
+        "sys.path.append(sys.argv[1])\n"
+        "from evolink_mcp.images.sandbox import enter_sandbox\n"
+        "enter_sandbox(60, allows_threads=True)\n"
+        f"try:\n    {attempt}\n"
+        "except (OSError, RuntimeError):\n    print('denied', flush=True)\n"
+        "else:\n    print('allowed', flush=True)\n"
+        "os._exit(0)\n"
+    )
+    root = str(Path(__file__).parent.parent.parent)
+    process = await anyio.run_process(
+        [sys.executable, "-I", "-c", script, root], stderr=None, env=without_coverage(os.environ)
+    )
+    assert process.stdout.strip() == outcome
+
+
 @in_time
 @pytest.mark.anyio
 @linux_only
@@ -298,6 +327,7 @@ async def test_a_pickle_from_the_decoder_is_never_loaded(tmp_path: Path) -> None
 
 
 VALID = DecodeAnswer(ImageFacts("image/png", 64, 48, has_alpha=True, alpha=Alpha(0.5, 0, 255)), b"abc").pack()
+HEIC_HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 WRONG_TYPE = DecodeAnswer(ImageFacts("image/jpeg", 64, 48, has_alpha=False)).pack()
 NO_PAYLOAD = (DecodeAnswer().pack(), WRONG_TYPE)
 
@@ -351,6 +381,7 @@ async def test_an_invalid_answer_means_an_unusable_image_for_every_operation(ope
             Operation.CHECK_REFERENCE: lambda: decoder.check_reference(io.BytesIO(content)),
             Operation.NORMALIZE: lambda: decoder.normalize(io.BytesIO(content), io.BytesIO()),
             Operation.DERIVE: lambda: decoder.derive(io.BytesIO(content), PLAN, io.BytesIO()),
+            Operation.CONVERT_HEIC: lambda: decoder.convert_heic(io.BytesIO(HEIC_HEAD)),
         }
         if operation == Operation.PREVIEW and data in NO_PAYLOAD:
             assert await calls[operation]() is None, "this is the valid answer for a preview that does not fit"

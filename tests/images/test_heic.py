@@ -1,0 +1,142 @@
+"""With the extra `heic` a HEIC photo is converted. Without it the refusal names the extra."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pillow_heif
+import pytest
+from conftest import World
+from PIL import Image, ImageCms
+
+from evolink_mcp.app.wiring import decoder_environment
+from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.heic import CONVERTED_MAX_PIXELS
+from evolink_mcp.images.metadata import ORIENTATION
+from evolink_mcp.images.unusable import Reason, UnusableImage
+
+pytestmark = pytest.mark.anyio
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def heic(size: tuple[int, int] = (64, 48), mode: str = "RGB", **options: Any) -> bytes:
+    """Return a HEIC photo: left half black, right half white. With alpha its upper half is transparent."""
+    image = Image.new(mode, size)
+    image.paste("white", (size[0] // 2, 0, *size))
+    if mode == "RGBA":
+        image.putalpha(255)
+        image.paste((0, 0, 0, 0), (0, 0, size[0], size[1] // 2))
+    out = io.BytesIO()
+    pillow_heif.from_pillow(image).save(out, quality=90, **options)
+    return out.getvalue()
+
+
+async def converted(content: bytes) -> bytes:
+    file = io.BytesIO(content)
+    with closing(Decoder(decoder_environment())) as decoder:
+        await decoder.convert_heic(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("RGBA", "PNG")])
+async def test_a_photo_becomes_a_jpeg_and_keeps_alpha_as_a_png(mode: str, kind: str) -> None:
+    with Image.open(io.BytesIO(await converted(heic(mode=mode)))) as image:
+        assert (image.format, image.size, image.mode) == (kind, (64, 48), mode)
+        assert max(image.convert("L").getpixel((60, 40)) or 0, 0) > 240  # pyright: ignore
+        if mode == "RGBA":
+            assert image.getchannel("A").getextrema() == (0, 255)
+
+
+async def test_the_copy_is_upright_has_the_colour_profile_and_no_metadata() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6  # displayed clockwise
+    exif[0x010F] = "a camera"
+    content = heic(exif=exif.tobytes(), icc_profile=SRGB)
+    with pillow_heif.open_heif(io.BytesIO(content)).to_pillow() as expected:
+        size = expected.size
+    with Image.open(io.BytesIO(await converted(content))) as image:
+        assert image.size == size
+        assert image.info["icc_profile"] == SRGB
+        assert not image.getexif()
+
+
+async def test_every_other_file_stays() -> None:
+    for content in (b"", b"text", b"\x89PNG\r\n\x1a\n and more", heic()[:11]):
+        assert await converted(content) == content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(heic()[:200], Reason.DAMAGED, id="the first bytes"),
+        pytest.param(heic()[:-40], Reason.DAMAGED, id="the end is missing"),
+        pytest.param(heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.TOO_LARGE, id="too many pixels"),
+    ],
+)
+async def test_a_damaged_or_too_large_photo_is_refused(content: bytes, reason: Reason) -> None:
+    with pytest.raises(UnusableImage) as error:
+        await converted(content)
+    assert error.value.reason is reason
+
+
+def written(world: World, content: bytes) -> Path:
+    path = world.folder / "pictures" / "IMG_0001.HEIC"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("form", ["path", "data URI"])
+async def test_a_photo_is_a_reference_and_is_uploaded_once(world: World, form: str) -> None:
+    content = heic()
+    source = str(written(world, content))
+    if form == "data URI":
+        source = "data:image/heic;base64," + base64.b64encode(content).decode()
+    async with world.client() as client:
+        for prompt in ("sim:fast a fox", "sim:fast a hen"):
+            answer = await client.call_tool("generate_image", {"prompt": prompt, "image_urls": [source]})
+            assert not answer.is_error, answer.content[0].text
+    uploads = [request for request in world.simulator.requests if request.path.startswith("/api/v1/files/upload")]
+    assert len(uploads) == 1
+    assert b"ftypheic" not in uploads[0].body
+    assert b"\xff\xd8\xff" in uploads[0].body
+
+
+async def test_exact_files_are_derived_from_a_photo(world: World) -> None:
+    path = written(world, heic())
+    async with world.client() as client:
+        answer = await client.call_tool("derive_image", {"source": str(path), "targets": ["32x32"]})
+    assert not answer.is_error, answer.content[0].text
+    (file,) = answer.structured_content["files"]
+    assert (file["width"], file["height"], file["mime_type"]) == (32, 32, "image/jpeg")
+    assert world.posts == 0
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        pytest.param("generate_image", {"prompt": "a fox", "image_urls": ["{path}"]}, id="reference"),
+        pytest.param("derive_image", {"source": "{path}", "targets": ["32x32"]}, id="derive"),
+    ],
+)
+async def test_without_the_extra_the_refusal_names_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any]
+) -> None:
+    path = str(written(world, heic()))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    named = {
+        name: [path] if value == ["{path}"] else path if value == "{path}" else value
+        for name, value in arguments.items()
+    }
+    async with world.client() as client:
+        answer = await client.call_tool(tool, named)
+    assert answer.is_error
+    text = answer.content[0].text
+    assert "a HEIC image" in text
+    assert "the extra heic" in text
+    assert (world.posts, world.simulator.requests) == (0, [])
