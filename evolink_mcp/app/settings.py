@@ -409,7 +409,7 @@ class Settings:
         "EVOLINK_MCP_METADATA",
         switch,
         False,
-        "1 writes prompt, task ID and model into derived files.",
+        "1 writes prompt, task ID and model into saved and derived files.",
     )
     has_resource_links: bool = setting(
         "EVOLINK_MCP_RESOURCE_LINKS", switch, False, "1 adds resource_link blocks. Some MCP hosts fail on them."

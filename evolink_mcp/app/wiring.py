@@ -99,6 +99,7 @@ async def open_studio(
                 journal=journal,
                 fallback=settings.data_dir / "pictures",
                 sidecars=settings.has_sidecars,
+                has_origin=settings.has_metadata,
             )
         else:
             image_store = parts.make_image_store(client, journal, decoder)

@@ -50,8 +50,10 @@ from evolink_mcp.images.folders import (
     stem_of,
 )
 from evolink_mcp.images.inspect import SUFFIX_OF, ImageFacts
+from evolink_mcp.images.metadata import Origin, with_origin
 from evolink_mcp.images.moved_files import MovedFiles
 from evolink_mcp.images.sidecar import SUFFIX, write_derived_sidecar, write_sidecar
+from evolink_mcp.images.structure import parts_of
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import DerivedFile, Entry, ResultImage
 from evolink_mcp.journal.journal import Journal
@@ -214,6 +216,8 @@ class Derivative:
 class LocalImageStore:
     """Save images into the user's folders, each with a sidecar unless `sidecars` is False.
 
+    With `has_origin` each file contains its prompt, task ID and model, unless that would break a signature.
+
     If a paid image cannot be saved there, it is saved into `fallback`. `journal` has the folders of earlier images.
     `free_bytes` returns the free space of a folder's disk.
     """
@@ -228,6 +232,7 @@ class LocalImageStore:
         journal: Journal,
         fallback: Path,
         sidecars: bool = True,
+        has_origin: bool = False,
         free_bytes: Callable[[Path], int] = free_bytes_of,
     ) -> None:
         self._folders = folders
@@ -235,6 +240,7 @@ class LocalImageStore:
         self._journal = journal
         self._fallback = fallback
         self._has_sidecars = sidecars
+        self._has_origin = has_origin
         self._free_bytes = free_bytes
         self._sweeper = UnfinishedFiles()
         self._moved_files = MovedFiles(folders.allowed)
@@ -260,7 +266,8 @@ class LocalImageStore:
 
     async def save(self, entry: Entry, image: ResultImage, fetch: Fetch, preview_edge: int = 0) -> ResultImage:
         """See ImageStore."""
-        image = await self._save(entry, image, entry.save_as, fetch, preview_edge)
+        origin = origin_of_entry(entry) if self._has_origin else None
+        image = await self._save(entry, image, entry.save_as, fetch, preview_edge, origin)
         if self._has_sidecars:
             await write_sidecar(entry, image)
         return image
@@ -332,14 +339,26 @@ class LocalImageStore:
         return await anyio.to_thread.run_sync(locate, abandon_on_cancel=True)
 
     async def _save(
-        self, entry: Entry, image: ResultImage, save_as: str | None, fetch: Fetch, preview_edge: int = 0
+        self,
+        entry: Entry,
+        image: ResultImage,
+        save_as: str | None,
+        fetch: Fetch,
+        preview_edge: int = 0,
+        origin: Origin | None = None,
     ) -> ResultImage:
         """Save an image in its folder, or else in the fallback folder."""
         target = self._target(entry, image.index, save_as)
 
         async def save_as_file(path: Path) -> SavedImage:
             return await save_image(
-                fetch, path, self.decoder, preview_edge=preview_edge, order=entry.key, sweeper=self._sweeper
+                fetch,
+                path,
+                self.decoder,
+                preview_edge=preview_edge,
+                order=entry.key,
+                origin=origin,
+                sweeper=self._sweeper,
             )
 
         reason = None
@@ -396,6 +415,13 @@ def _name_of(entry: Entry, index: int, save_as: str | None) -> str:
     return f"{cut_to_bytes(name.stem, NAME_MAX_BYTES - ENDING_MAX_BYTES)}-{index}{name.suffix}"
 
 
+def origin_of_entry(entry: Entry | None) -> Origin | None:
+    """Return the origin of the images of an entry, or None if the journal does not know it."""
+    if entry is None or entry.task_id is None:
+        return None
+    return Origin(str(entry.request.get("prompt") or ""), entry.task_id, str(entry.request.get("model") or ""))
+
+
 def _probe(folder: Path, free_bytes: Callable[[Path], int]) -> int:
     """Check that a file can be created in `folder`. Return the free space in bytes."""
     check_writable(folder)
@@ -439,12 +465,14 @@ async def save_image(
     *,
     preview_edge: int = 0,
     order: str = "",
+    origin: Origin | None = None,
     sweeper: UnfinishedFiles | None = None,
 ) -> SavedImage:
     """Download an image into the folder of `target`, under its stem and the suffix of its type. Never overwrite a file.
 
-    With a `preview_edge` (pixels) the same decoding makes a preview for the cache. `order` names the purchase.
-    `sweeper` removes the unfinished files of killed servers from the folder.
+    With a `preview_edge` (pixels) the same decoding makes a preview for the cache. `order` names the purchase. `origin` is
+    written into the file, unless that would break a signature. `sweeper` removes the unfinished files of killed servers
+    from the folder.
 
     Raises:
         FolderRefused: the folder cannot be made or written.
@@ -464,6 +492,8 @@ async def save_image(
             await fetch(file)
             file.flush()
             facts, preview = await decoder.check(file, edge=preview_edge, order=order)
+            if origin is not None:
+                await anyio.to_thread.run_sync(_add_origin, file, facts.mime_type, origin)
         if sweeper is not None:
             await anyio.to_thread.run_sync(sweeper.remove_from, target.parent, abandon_on_cancel=True)
         saved_image = await anyio.to_thread.run_sync(_finish, part, target, facts, abandon_on_cancel=True)
@@ -481,6 +511,18 @@ async def save_image(
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _add_origin(file: BinaryIO, mime_type: str, origin: Origin) -> None:
+    """Write the origin into a file that the decoder has checked. A file with a signature stays as it is."""
+    file.seek(0)
+    content = file.read()
+    described = with_origin(content, mime_type, parts_of(content, mime_type), origin)
+    if described is not None:
+        file.seek(0)
+        file.write(described)
+        file.truncate()
+        file.flush()
 
 
 def save_content(derivative: Derivative, folder: Path) -> tuple[Path, str]:

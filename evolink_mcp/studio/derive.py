@@ -22,9 +22,8 @@ from evolink_mcp.images.file_types import HEAD_BYTES, FileType, foreign_type
 from evolink_mcp.images.folders import open_plain, stem_of
 from evolink_mcp.images.inspect import ImageFacts, sniff
 from evolink_mcp.images.known_images import names_file
-from evolink_mcp.images.metadata import Origin
 from evolink_mcp.images.references import References
-from evolink_mcp.images.store import Derivative, ImageStore, default_stem
+from evolink_mcp.images.store import Derivative, ImageStore, default_stem, origin_of_entry
 from evolink_mcp.images.unusable import Reason, UnusableImage
 from evolink_mcp.journal.entry import DerivedFile, Entry, ResultImage
 from evolink_mcp.journal.journal import Journal
@@ -292,13 +291,6 @@ def output_of(target: Target, request: DeriveRequest, source_type: str) -> Outpu
         )
     sizes = target.sizes if mime_type == ICO else (target.size,)
     return Output(tuple((size.width, size.height) for size in sizes), mime_type)
-
-
-def origin_of_entry(entry: Entry | None) -> Origin | None:
-    """Return the origin of the images of an entry, or None if the journal does not know it."""
-    if entry is None or entry.task_id is None:
-        return None
-    return Origin(str(entry.request.get("prompt") or ""), entry.task_id, str(entry.request.get("model") or ""))
 
 
 def _sidecar(source: Source, sha256: str, facts: ImageFacts, request: DeriveRequest) -> dict[str, Any]:

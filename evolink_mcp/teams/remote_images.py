@@ -34,6 +34,7 @@ from evolink_mcp.images.store import (
     Fetch,
     UnfinishedFiles,
     default_stem,
+    origin_of_entry,
     save_content,
     save_image,
 )
@@ -52,7 +53,8 @@ class RemoteImageStore:
     """An image store for callers on other machines. Answers never show a path of this server.
 
     It stores images in `object_store`. Without one, the answer has only EvoLink's link. `copies` is a local folder for
-    temporary copies; previews and resources use them.
+    temporary copies; previews and resources use them. With `has_origin` each stored image contains its prompt, task ID and
+    model, unless that would break a signature.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RemoteImageStore:
         copies: Path,
         decoder: Decoder,
         *,
+        has_origin: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
@@ -70,6 +73,7 @@ class RemoteImageStore:
         self._object_store = object_store
         self._copies = copies
         self.decoder = decoder
+        self._has_origin = has_origin and object_store is not None
         self._clock = clock
         self._swept_at = 0.0
         self._sweeper = UnfinishedFiles()
@@ -113,7 +117,13 @@ class RemoteImageStore:
         await self._sweep()
         with _without_paths():
             file = await save_image(
-                fetch, copy, self.decoder, preview_edge=preview_edge, order=entry.key, sweeper=self._sweeper
+                fetch,
+                copy,
+                self.decoder,
+                preview_edge=preview_edge,
+                order=entry.key,
+                origin=origin_of_entry(entry) if self._has_origin else None,
+                sweeper=self._sweeper,
             )
         facts = asdict(file) | {"path": None}
         if self._object_store is not None:

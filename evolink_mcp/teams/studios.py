@@ -118,7 +118,15 @@ def _remote_image_store(
 ) -> MakeImageStore:
     def make(client: EvolinkClient, journal: Journal, decoder: Decoder) -> ImageStore:
         store = object_store or object_store_of(settings, clock)
-        return RemoteImageStore(client, journal.channel, store, settings.data_dir / "copies", decoder, clock=clock)
+        return RemoteImageStore(
+            client,
+            journal.channel,
+            store,
+            settings.data_dir / "copies",
+            decoder,
+            has_origin=settings.has_metadata,
+            clock=clock,
+        )
 
     return make
 

@@ -22,6 +22,7 @@ from PIL import Image
 from evolink_mcp.errors import DownloadFailed, FolderRefused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.inspect import ImageFacts, sniff
+from evolink_mcp.images.metadata import Origin
 from evolink_mcp.images.previews import check_and_preview
 from evolink_mcp.images.store import UnfinishedFiles, save_image
 from evolink_mcp.images.unusable import UnusableImage
@@ -77,6 +78,54 @@ async def test_the_suffix_of_a_picture_follows_its_content(
     (file,) = world.files
     assert (str(file), file.suffix, mime_type) == (image["path"], suffix, image["mime_type"])
     assert sniff(file.read_bytes()[:16]) == (mime_type, suffix)
+
+
+def with_credentials() -> bytes:
+    """A PNG with content credentials (C2PA), a text of another program, and bytes behind its end."""
+    png = drawing()
+    ihdr_end = 8 + 25
+    chunks = b""
+    for data in (b"caBXjumb-signature", b"tEXtSoftware\0another program"):
+        chunks += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    return png[:ihdr_end] + chunks + png[ihdr_end:] + b"bytes behind the end"
+
+
+CONTENTS = [
+    pytest.param(with_credentials(), id="PNG with content credentials"),
+    pytest.param(drawing(kind="JPEG", xmp=b"<x/>"), id="JPEG with XMP"),
+    pytest.param(drawing(kind="WEBP", xmp=b"<x/>"), id="WebP with XMP"),
+]
+ORIGIN = Origin("a fox", "task-unified-1-abc", "gpt-image-2")
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, pytest.param(drawing(), id="PNG")])
+async def test_an_original_is_saved_byte_for_byte(tmp_path: Path, decoder: Decoder, content: bytes) -> None:
+    saved = await save_image(served(content), tmp_path / "fox.png", decoder)
+    assert Path(saved.path).read_bytes() == content
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+async def test_the_origin_changes_no_file_with_a_signature(tmp_path: Path, decoder: Decoder, content: bytes) -> None:
+    saved = await save_image(served(content), tmp_path / "fox.png", decoder, origin=ORIGIN)
+    assert Path(saved.path).read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+async def test_metadata_are_added_to_the_original_by_the_setting(open_world: Open, kind: str) -> None:
+    async with open_world({"EVOLINK_MCP_METADATA": "1"}) as world:
+        answer = await buy(world, "sim:fast a fox", output_format=kind)
+        (image,) = answer.structured_content["images"]
+        content = Path(image["path"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (image["bytes"], image["sha256"])
+        for text in (answer.structured_content["task_id"], "a fox", "gpt-image-2"):
+            assert text.encode() in content
+        assert examine(content).mime_type == f"image/{kind}"
+        # A deleted original is downloaded again and is the same file.
+        Path(image["path"]).unlink()
+        async with world.client() as client:
+            again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+        assert again.structured_content["images"][0]["sha256"] == image["sha256"]
+        assert Path(image["path"]).read_bytes() == content
 
 
 @pytest.mark.parametrize("fault", ["sim:not-a-picture", "sim:truncated-picture"])
