@@ -338,7 +338,8 @@ GOOD = DerivedImage("image/png", 40, 30)
 @pytest.mark.parametrize(
     ("image", "length", "plan"),
     [
-        pytest.param(DerivedImage("image/png", 41, 30), 9, {}, id="another size"),
+        pytest.param(DerivedImage("image/png", 41, 30), 9, {}, id="a larger size"),
+        pytest.param(DerivedImage("image/png", 39, 30), 9, {}, id="a smaller size"),
         pytest.param(DerivedImage("image/png", 40, 31), 9, {"fit": "contain"}, id="larger than contain allows"),
         pytest.param(DerivedImage("image/png", 0, 30), 9, {"fit": "contain"}, id="no width"),
         pytest.param(DerivedImage("image/webp", 40, 30), 9, {}, id="another type"),

@@ -15,6 +15,7 @@ from drawings import drawing, noise
 from PIL import Image
 
 from evolink_mcp.journal.entry import DerivedFile
+from evolink_mcp.studio.derive import SOURCE_MAX_BYTES
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TARGETS = [
@@ -270,6 +271,13 @@ async def test_a_file_that_is_no_picture_is_refused(world: World) -> None:
     letter = local_picture(world, "letter.png", b"a letter")
     async with world.client() as client:
         assert "not a PNG, JPEG or WebP" in await refused(client, source=str(letter), targets=["8x8"])
+
+
+async def test_a_file_above_the_limit_is_refused(world: World) -> None:
+    photo = local_picture(world)
+    os.truncate(photo, SOURCE_MAX_BYTES + 1)
+    async with world.client() as client:
+        assert "too large" in await refused(client, source=str(photo), targets=["8x8"])
 
 
 async def test_a_deleted_picture_is_refused_with_the_next_step(world: World) -> None:
