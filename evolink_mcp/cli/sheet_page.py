@@ -29,7 +29,7 @@ body { margin: 0; padding: 2rem clamp(1rem, 4vw, 3rem); background: var(--paper)
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; }
 h2 { font-size: 1rem; margin: 1.8rem 0 .6rem; }
 header p, h2 span { color: var(--quiet); margin: 0; font-weight: normal; }
-form { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0 0; }
+form { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem; margin: 1rem 0 0; }
 input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: .4rem .7rem; min-width: 0; }
 input { flex: 1 1 14rem; max-width: 30rem; }
@@ -54,7 +54,11 @@ function filter() {
   const words = fold(search.value).split(/\\s+/).filter(Boolean);
   for (const card of cards)
     card.hidden = !(words.every(word => texts.get(card).includes(word)) && (!kind.value || card.dataset.kind === kind.value));
-  for (const day of document.querySelectorAll("section")) day.hidden = !day.querySelector("article:not([hidden])");
+  for (const day of document.querySelectorAll("section")) {
+    const count = day.querySelectorAll("article:not([hidden])").length;
+    day.hidden = !count;
+    day.querySelector("h2 span").textContent = count === 1 ? "1 image" : `${count} images`;
+  }
   const shown = cards.filter(card => !card.hidden).length;
   const text = shown ? `${shown} of ${cards.length} images` : "No image matches. Clear the search.";
   status.value = shown === cards.length ? "" : text;
@@ -139,7 +143,9 @@ def _sources(entry: Entry, anchors: set[str]) -> list[str]:
     """Return a line of HTML for each image that was edited. It is a link if that image is on the page."""
     lines: list[str] = []
     for reference in entry.references:
-        name = html.escape(re.split(r"[\\/]", harmless(reference.given, PROMPT_MAX_CHARS))[-1])
+        given = harmless(reference.given, PROMPT_MAX_CHARS)
+        is_uri = given.startswith("evolink://images/")
+        name = "an earlier image" if is_uri else html.escape(re.split(r"[\\/]", given)[-1])
         anchor = _anchor(reference.task_id, reference.index or 0)
         lines.append(
             f'edited from <a href="#{html.escape(anchor)}">{name}</a>' if anchor in anchors else f"edited from {name}"

@@ -139,14 +139,18 @@ REMOVE_REQUEST = 'UPDATE entries SET request = ?, "references" = ?, words = ? WH
 DELETE_UPLOADS = "DELETE FROM uploads WHERE {mine} AND expires_at <= ?"
 # Find the address of an uploaded reference image.
 FIND_UPLOAD = "SELECT url, expires_at FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
+# The holder of facts about image stores. The account of a fact is a word without blanks, so these rows never meet.
+STORE_HOLDER = "image stores"
 # Record a fact about the account.
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
+# Record a fact, unless there is one.
+ADD_FACT = "INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO NOTHING"
 # Empty a fact about an account.
 EMPTY_FACT = "UPDATE facts SET value = '' WHERE account = ? AND name = ?"
 # Read all facts about the key's accounts.
 FIND_FACTS = "SELECT name, account, value FROM facts WHERE account IN ({accounts})"
-# Read the sum of a quota.
-FIND_QUOTA = "SELECT value FROM facts WHERE account = ? AND name = ?"
+# Read one fact.
+FIND_FACT = "SELECT value FROM facts WHERE account = ? AND name = ?"
 # The accounts of the profile, for a server without a key.
 PROFILE_ACCOUNTS = "SELECT account FROM links WHERE {mine}"
 # Read which keys of the profile can read which accounts.
@@ -615,7 +619,7 @@ class Journal:
 
         async def act(db: Connection) -> bool:
             async with db.transaction(self.profile):
-                rows = await db.fetch(FIND_QUOTA, (holder, name))
+                rows = await db.fetch(FIND_FACT, (holder, name))
                 last_day, _, text = rows[0]["value"].partition(" ") if rows else ("", "", "")
                 total = amount + (int(text) if last_day == day else 0)
                 if total > maximum:
@@ -624,6 +628,24 @@ class Journal:
                 return True
 
         return await self._backend.run(act)
+
+    async def add_store_id(self, location: str, store_id: str) -> str:
+        """Record the ID of an image store, unless this journal knows one. Return the known ID.
+
+        All profiles of the journal share it. `location` names the store.
+        """
+
+        async def act(db: Connection) -> str:
+            async with db.transaction():
+                await db.execute(ADD_FACT, (STORE_HOLDER, location, store_id))
+                (row,) = await db.fetch(FIND_FACT, (STORE_HOLDER, location))
+                return row["value"]
+
+        return await self._backend.run(act)
+
+    async def save_store_id(self, location: str, store_id: str) -> None:
+        """Replace the ID of an image store."""
+        await self._execute(SAVE_FACT, STORE_HOLDER, location, store_id)
 
     async def save_fact(self, name: str, value: str) -> None:
         """Record a fact about the account."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import uuid
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
+import anyio.to_thread
+
 from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.signing import Signer
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as AnyStore
 
 PATH = "/pictures/"
+MARKER = ".evolink-mcp-store"  # the file with the ID of a folder store
+MARKER_MAX_BYTES = 200
 REMOTE = ("s3://", "gs://", "az://")
 # A store that does not answer must not hold a call for long: the answer can show EvoLink's link.
 RETRY_TIMEOUT_S = 20
@@ -76,6 +81,29 @@ class ObjectStore:
     def is_folder(self) -> bool:
         """Whether the store is a folder, so that this server must serve its links."""
         return self._links is not None
+
+    async def marker(self) -> str | None:
+        """Return the ID in the marker file of a folder store. None: there is no such file, or no folder.
+
+        Raises:
+            StoreUnusable: the file cannot be read.
+        """
+        with _translated_errors(is_read=False):
+            return await anyio.to_thread.run_sync(_read_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
+
+    async def mark(self, store_id: str) -> None:
+        """Write the marker file of a new folder store.
+
+        Raises:
+            StoreUnusable: the folder does not exist or cannot be written.
+        """
+        with _translated_errors(is_read=False):
+            await anyio.to_thread.run_sync(_write_marker, Path(self._root) / MARKER, store_id, abandon_on_cancel=True)
+
+    @property
+    def location_hash(self) -> str:
+        """A hash that names the store in the journal."""
+        return hashlib.sha256(self._root.encode()).hexdigest()[:32]
 
     async def put(self, name: str, file: Path, mime_type: str) -> None:
         """Store an image under this name. An existing image of this name is replaced.
@@ -163,6 +191,19 @@ class ObjectStore:
             else:
                 self._opened_store = LocalStore(prefix=self._root)
         return self._opened_store
+
+
+def _read_marker(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(MARKER_MAX_BYTES).decode("ascii", "replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _write_marker(path: Path, store_id: str) -> None:
+    with path.open("x", encoding="ascii") as file:
+        file.write(f"{store_id}\n")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ import anyio.to_thread
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import is_task_id
-from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired, StoreUnusable
+from evolink_mcp.errors import Charged, DownloadFailed, FolderRefused, LinkExpired, StoreUnusable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.download import download
 from evolink_mcp.images.folders import (
@@ -39,14 +40,16 @@ from evolink_mcp.images.store import (
     save_image,
 )
 from evolink_mcp.journal.entry import DerivedFile, Entry, ResultImage
+from evolink_mcp.journal.journal import Journal
 from evolink_mcp.pasted import PathSystem, clean_file_name, name_fault
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.teams.object_store import ObjectStore
+from evolink_mcp.teams.object_store import MARKER, ObjectStore
 
 # Previews and resources need a local copy. It saves a download while the caller looks at the image.
 COPY_LIFETIME_S = 3600.0
 COPIES_MAX_BYTES = 2 << 30
 SWEEP_INTERVAL_S = 60.0
+MARKER_WRITTEN_WITHIN_S = 1.0
 
 
 class RemoteImageStore:
@@ -60,7 +63,7 @@ class RemoteImageStore:
     def __init__(
         self,
         client: EvolinkClient,
-        profile: str,
+        journal: Journal,
         object_store: ObjectStore | None,
         copies: Path,
         decoder: Decoder,
@@ -69,7 +72,8 @@ class RemoteImageStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
-        self._profile = profile
+        self._journal = journal
+        self._profile = journal.channel
         self._object_store = object_store
         self._copies = copies
         self.decoder = decoder
@@ -96,7 +100,8 @@ class RemoteImageStore:
         return save_as
 
     async def check_space(self, save_as: str | None, size: int) -> None:
-        """See ImageStore. Each image needs a local copy first."""
+        """See ImageStore. Each image needs a local copy first, and a folder store its marker."""
+        await self._check_marker(charged="no")
         try:
             await anyio.to_thread.run_sync(check_writable, self._copies)
             free = await anyio.to_thread.run_sync(free_bytes_of, self._copies)
@@ -127,10 +132,39 @@ class RemoteImageStore:
             )
         facts = asdict(file) | {"path": None}
         if self._object_store is not None:
+            await self._check_marker(charged="yes")
             name = _object_name(entry, image.index, Path(file.path).suffix)
             facts["object_name"] = f"{self._profile}/{_folder_of(entry.task_id)}/{name}"
             await self._object_store.put(facts["object_name"], Path(file.path), file.mime_type)
         return replace(image, **facts)
+
+    async def _check_marker(self, *, charged: Charged) -> None:
+        """Check that a folder store is the one that the journal knows. Its share may not be mounted.
+
+        A new store gets its marker. The journal of another server may know the store already.
+
+        Raises:
+            StoreUnusable: the folder has no marker, or that of another store.
+        """
+        store = self._object_store
+        if store is None or not store.is_folder:
+            return
+        new_id = uuid.uuid4().hex
+        known_id = await self._journal.add_store_id(store.location_hash, new_id)
+        marker = await store.marker()
+        if marker is None and known_id != new_id:  # another server may write it now
+            await anyio.sleep(MARKER_WRITTEN_WITHIN_S)
+            marker = await store.marker()
+        if marker is None and known_id == new_id:
+            await store.mark(new_id)
+        elif marker is not None and known_id == new_id:
+            await self._journal.save_store_id(store.location_hash, marker)
+        elif marker != known_id:
+            reason = "has no marker file" if marker is None else "is another store"
+            advice = f"The owner of this server must mount the folder of EVOLINK_MCP_STORE, whose marker is {MARKER}."
+            if charged == "yes":
+                advice = f"The picture is paid, and EvoLink keeps it for 24 hours. {advice} Then call get_task."
+            raise StoreUnusable(f"the folder for pictures {reason}", charged=charged, advice=advice)
 
     async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """See ImageStore. A stored image keeps its first name."""
@@ -151,6 +185,7 @@ class RemoteImageStore:
                 "this server's disk cannot take the file now", code="server_disk", charged="no"
             ) from error
         try:
+            await self._check_marker(charged="no")
             folder = _folder_of(derivative.task_id or "derived")
             name = f"{self._profile}/{folder}/{derivative.name}-{sha256[:8]}{derivative.suffix}"
             await self._object_store.put(name, path, derivative.mime_type)

@@ -120,7 +120,7 @@ def _remote_image_store(
         store = object_store or object_store_of(settings, clock)
         return RemoteImageStore(
             client,
-            journal.channel,
+            journal,
             store,
             settings.data_dir / "copies",
             decoder,

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { appendFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { appendFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
@@ -22,6 +22,7 @@ const SHEET = [["light", 360], ["dark", 360], ["light", 720], ["dark", 720]];
 const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
   "--disable-component-update", "--disable-sync"];
 const URI = "ui://evolink/gallery.html";
+const LOOKS = join(import.meta.dirname, "looks.json");
 const MIME = "text/html;profile=mcp-app";
 // The content policy for an App without permissions (the default of the specification).
 const POLICY =
@@ -403,14 +404,33 @@ async function underOneEra(mode, evolink, hostScript) {
   });
   await page.evaluate(() => closeApp());
 
-  await check(name("an edit names its original"), async () => {
+  await check(name("an edit names its original and is compared with it"), async () => {
     await opened();
     const first = await client.request({ method: "tools/call", params: { name: "generate_image", arguments: { prompt: "sim:fast A red bicycle" } } });
     const { images: [{ resource_uri }] } = first.structuredContent;
     await page.evaluate((one) => callTool("generate_image", { prompt: "sim:fast The bicycle in blue", image_urls: [one] }), resource_uri);
     await allShown(1);
     await app().getByText("Edited from an earlier picture").waitFor();
+    const link = app().getByRole("button", { name: "an earlier picture" });
+    await link.waitFor();
     await pictured("an edit");
+    await audited(frame(), "edit");
+    const source = () => app().locator("#whole").evaluate((one) => one.src);
+    await link.click();
+    await app().getByRole("button", { name: "Before the edit", pressed: true }).waitFor();
+    const before = await source();
+    const { contents: [file] } = await client.request({ method: "resources/read", params: { uri: resource_uri } });
+    assert.equal(before, `data:${file.mimeType};base64,${file.blob}`);
+    await page.keyboard.press("b");
+    await app().getByRole("button", { name: "Before the edit", pressed: false }).waitFor();
+    assert.notEqual(await source(), before);
+    await app().getByRole("button", { name: "Before the edit" }).click();
+    await app().getByRole("img", { name: "The picture before the edit" }).waitFor();
+    await audited(frame(), "before the edit");
+    await pictured("before the edit");
+    await page.keyboard.press("Escape");
+    await app().getByRole("dialog").waitFor({ state: "hidden" });
+    assert.ok(await link.evaluate((node) => node === document.activeElement), "the focus moved to another element");
   });
   await page.evaluate(() => closeApp());
 
@@ -478,11 +498,112 @@ async function underOneEra(mode, evolink, hostScript) {
     await page.evaluate(() => closeApp());
   }
 
+  if (mode !== "legacy") await check(name("the sheet finds a picture by a word of its prompt"), () => sheet(browser, home, evolink));
+
   await client.close();
   view.close();
   chat.close();
   await browser.close();
   rmSync(home, { recursive: true, force: true });
+}
+
+// The page of `evolink-mcp sheet` with the pictures of this run.
+async function sheet(browser, home, evolink) {
+  const file = join(home, "sheet.html");
+  const env = { HOME: home, PATH: process.env.PATH, EVOLINK_BASE_URL: evolink, EVOLINK_API_KEY: "sk-simulated" };
+  const child = spawn(python, ["-P", "-m", "evolink_mcp", "sheet", "--out", file], { cwd: root, env, stdio: ["ignore", "ignore", "inherit"] });
+  assert.deepEqual(await once(child, "exit"), [0, null]);
+  const page = await browser.newPage({ deviceScaleFactor: 1 });
+  page.on("pageerror", (error) => complaints.push(`sheet: ${error.message}`));
+  await page.goto(`file://${file}`);
+  const seen = async (state) => {
+    states.push(state);
+    for (const [colorScheme, width] of SHEET) {
+      await page.emulateMedia({ colorScheme });
+      await page.setViewportSize({ width, height: 800 });
+      await page.evaluate(() => document.querySelectorAll("img").forEach((one) => (one.loading = "eager")));
+      await page.waitForFunction(() => [...document.images].every((one) => one.complete && one.naturalWidth > 0));
+      const [scroll, inner] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]);
+      assert.ok(scroll <= inner, `${state} at ${width}: content ${scroll}, window ${inner}`);
+      await page.screenshot({ path: join(shots, "states", `${state}-${colorScheme}-${width}.png`), fullPage: true });
+    }
+  };
+  const count = () => page.locator("article:visible").count();
+  const all = await count();
+  assert.ok(all > 10, `only ${all} pictures`);
+  await page.getByRole("searchbox").fill("BICYCLE");
+  assert.equal(await count(), 2);
+  await page.getByRole("combobox").selectOption("edit");
+  assert.equal(await count(), 1);
+  await page.getByRole("combobox").selectOption("");
+  await seen("sheet with a search");
+  await audited(page, "sheet");
+  await page.getByRole("link", { name: /bicycle/ }).first().waitFor();
+  await page.getByRole("searchbox").fill("zebra");
+  await page.getByText("No image matches. Clear the search.").waitFor();
+  await seen("sheet without a match");
+  await page.close();
+  return `${all} pictures`;
+}
+
+// The look of a screenshot as text: its size, and the brightness (0 to 9) of its fields of about 30 by 30 pixels.
+function lookOf([url, columns]) {
+  return new Promise((done, bad) => {
+    const image = new Image();
+    image.onerror = bad;
+    image.onload = () => {
+      const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+      const rows = (canvas.height = Math.round((columns * image.height) / image.width));
+      canvas.width = columns;
+      pen.imageSmoothingQuality = "high";
+      // Halve the image until it is nearly small enough: one large step would skip pixels.
+      let from = image, width = image.width, height = image.height;
+      while (width > 2 * columns) {
+        const half = document.createElement("canvas");
+        half.width = width = Math.ceil(width / 2);
+        half.height = height = Math.ceil(height / 2);
+        half.getContext("2d").drawImage(from, 0, 0, width, height);
+        from = half;
+      }
+      pen.drawImage(from, 0, 0, columns, rows);
+      const { data } = pen.getImageData(0, 0, columns, rows);
+      const level = (at) => Math.min(9, Math.floor((data[at] * 0.3 + data[at + 1] * 0.59 + data[at + 2] * 0.11) / 25.6));
+      const lines = Array.from({ length: rows }, (_, y) => Array.from({ length: columns }, (_, x) => level(4 * (y * columns + x))).join(""));
+      done({ width: image.width, height: image.height, lines });
+    };
+    image.src = url;
+  });
+}
+
+// A look may differ a little, because other fonts have other shapes. A button in another row is more than that.
+function difference(now, wanted) {
+  if (!wanted) return "it is not in looks.json";
+  if (Math.abs(now.width - wanted.width) > 2 || Math.abs(now.height - wanted.height) > Math.max(8, 0.02 * wanted.height))
+    return `it is ${now.width} × ${now.height} pixels, and was ${wanted.width} × ${wanted.height}`;
+  const pairs = now.lines.slice(0, wanted.lines.length).flatMap((line, y) => [...line].map((level, x) => Math.abs(level - (wanted.lines[y][x] ?? 0))));
+  const changed = pairs.filter((one) => one > 1).length;
+  return changed > 0.03 * pairs.length ? `${changed} of its ${pairs.length} fields have another brightness` : "";
+}
+
+// Compare every state with looks.json. EVOLINK_TEST_UPDATE=1 writes the file: look at the contact sheet before.
+async function compared() {
+  const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
+  const page = await browser.newPage();
+  const looks = {};
+  for (const state of states) {
+    for (const [theme, width] of SHEET) {
+      const data = readFileSync(join(shots, "states", `${state}-${theme}-${width}.png`)).toString("base64");
+      looks[`${state}, ${theme}, ${width}`] = await page.evaluate(lookOf, [`data:image/png;base64,${data}`, width / 30]);
+    }
+  }
+  await browser.close();
+  if (process.env.EVOLINK_TEST_UPDATE) writeFileSync(LOOKS, `${JSON.stringify(looks, null, 1)}\n`);
+  const wanted = JSON.parse(readFileSync(LOOKS, "utf8"));
+  const names = [...new Set([...Object.keys(looks), ...Object.keys(wanted)])];
+  const problems = names.map((name) => [name, looks[name] ? difference(looks[name], wanted[name]) : "this state was not seen"]);
+  const lines = problems.filter(([, problem]) => problem).map(([name, problem]) => `${name}: ${problem}`);
+  assert.equal(lines.length, 0, lines.join("\n"));
+  return `${names.length} screenshots`;
 }
 
 // All states on one page, for a review before a release.
@@ -516,6 +637,7 @@ try {
   const eras = ["auto", "legacy"].map((mode) => check(`${mode === "legacy" ? "legacy" : "modern"}: all steps ran`, () => underOneEra(mode, evolink.url, bundle.outputFiles[0].text)));
   await Promise.all(eras);
   await check("every state is on the contact sheet", contactSheet);
+  await check("every state looks as before", compared);
   await check("no error and no warning in the console", () => assert.deepEqual(complaints, []));
 } finally {
   evolink.stop();

@@ -29,7 +29,8 @@ from evolink_mcp.errors import StoreUnusable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 from evolink_mcp.journal.entry import Entry, ResultImage
-from evolink_mcp.teams.object_store import Links, ObjectStore
+from evolink_mcp.journal.sqlite import SqliteJournal
+from evolink_mcp.teams.object_store import MARKER, Links, ObjectStore
 from evolink_mcp.teams.remote_images import RemoteImageStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -102,7 +103,8 @@ async def test_an_image_in_a_local_folder_is_shown_without_its_path(tmp_path: Pa
     (old := tmp_path / "fox.png").write_bytes(PNG)
     picture = ResultImage(0, "https://x.example/1.png", 2e9, path=str(old), sha256="0" * 64)
     entry = Entry("key", "", "submitted", 1.0, task=Task("task-unified-1-abcdefgh"), images=(picture,))
-    image_store = RemoteImageStore(EvolinkClient(None), "a1", None, tmp_path / "copies", decoder)
+    journal = SqliteJournal(tmp_path / "data", "", profile="a1")
+    image_store = RemoteImageStore(EvolinkClient(None), journal, None, tmp_path / "copies", decoder)
     assert (await image_store.entry_for_caller(entry)).images[0].path is None
     assert await image_store.local_file("task-unified-1-abcdefgh", picture) == old
 
@@ -147,7 +149,7 @@ async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
             await fetched(town, image["url"].replace("her", "../her")),
             await fetched(town, "/pictures/"),
         ]
-    (file,) = (path for path in folder.rglob("*") if path.is_file())
+    (file,) = (path for path in folder.rglob("*.png") if path.is_file())
     assert file.name == "heró.png"
     assert (picture.status_code, picture.content) == (200, file.read_bytes())
     assert picture.headers["content-type"] == "image/png"
@@ -172,21 +174,67 @@ async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path:
     assert own_task["status"] == "completed"
 
 
-async def test_an_unusable_store_costs_no_image(tmp_path: Path, folder: Path, stored: dict[str, str]) -> None:
+async def test_a_store_that_fails_during_a_task_costs_no_image(
+    tmp_path: Path, folder: Path, stored: dict[str, str]
+) -> None:
     async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
-        shutil.rmtree(folder)
+        town.simulator.duration_s = 3600
+        bought = facts(await client.call_tool("generate_image", {**WISH, "wait_seconds": 0}))
+        folder.rename(tmp_path / "away")
         folder.write_text("no folder any more")
-        bought = facts(await client.call_tool("generate_image", WISH))
-        (image,) = bought["images"]
+        for task in town.simulator.tasks.values():
+            task.duration = 0
+        failed = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
+        (image,) = failed["images"]
         folder.unlink()
-        folder.mkdir()
+        (tmp_path / "away").rename(folder)
         again = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
         assert town.posts == 1
-    assert bought["error"]["code"] == "store_unusable" or "store" in image["error"]
-    assert bought["charged"] == "yes"
+    assert image["error"] == "the folder for pictures has no marker file"
+    assert failed["charged"] == "yes"
     assert image["url"].startswith("http://127.0.0.1:9/")
-    assert str(folder) not in json.dumps(bought)
+    assert str(folder) not in json.dumps(failed)
     assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+
+
+@pytest.mark.parametrize("state", ["unmounted", "gone", "another store"])
+async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_point(
+    tmp_path: Path, folder: Path, stored: dict[str, str], state: str
+) -> None:
+    async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
+        bought = facts(await client.call_tool("generate_image", WISH))
+        folder.rename(tmp_path / "away")
+        if state != "gone":
+            folder.mkdir()
+        if state == "another store":
+            (folder / MARKER).write_text("0" * 32)
+        answer = await client.call_tool("generate_image", {**WISH, "prompt": "A hen"})
+        other = facts(await town.call("b", "generate_image", **{**WISH, "prompt": "A hen"}))
+        derived = await client.call_tool("derive_image", {"source": bought["task_id"], "targets": ["32x32"]})
+        assert town.posts == 1
+        assert [path.name for path in folder.glob("*")] == ([MARKER] if state == "another store" else [])
+        shutil.rmtree(folder, ignore_errors=True)
+        (tmp_path / "away").rename(folder)
+        again = facts(await client.call_tool("generate_image", {**WISH, "prompt": "A hen"}))
+        assert town.posts == 2
+    assert answer.is_error
+    assert derived.is_error
+    for refused in (facts(answer), other):
+        assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
+        assert "must mount the folder of EVOLINK_MCP_STORE" in refused["error"]["advice"]
+        assert str(tmp_path) not in json.dumps(refused)
+    assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+
+
+async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
+    tmp_path: Path, folder: Path, stored: dict[str, str]
+) -> None:
+    (folder / MARKER).write_text("f" * 32 + "\n")
+    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+        for prompt in ("A fox", "A hen"):
+            bought = facts(await client.call_tool("generate_image", {**WISH, "prompt": prompt}))
+            assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+    assert (folder / MARKER).read_text() == "f" * 32 + "\n"
 
 
 async def test_a_link_expires_and_a_changed_link_is_invalid() -> None:
