@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import anyio
 from mcp.server.mcpserver import Context
 
+from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Connection
 from evolink_mcp.journal.sqlite import JournalFile, SqliteConnection, new_owner
 from evolink_mcp.tools.delivery import Delivery
@@ -19,16 +20,21 @@ T = TypeVar("T")
 
 
 class StepBackend:
-    """A SQLite backend without a thread. An action runs two turns of the event loop after its call, in the order of calls."""
+    """A SQLite backend without a thread. An action runs some turns of the event loop after its call, in the order of calls.
+
+    While `locked_actions` is not 0, another program holds the lock: each action fails and lowers the number.
+    """
 
     can_publish = False
     reread_s = 1.0
     adopt_every_s = None
     has_data = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, turns: int = 1) -> None:
         self.owner = new_owner()
         self.file = JournalFile(folder, self.owner)
+        self.locked_actions = 0
+        self._turns = turns
 
     @property
     def is_open(self) -> bool:
@@ -38,8 +44,17 @@ class StepBackend:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
+        def wait(turns: int) -> None:
+            if turns:
+                loop.call_soon(wait, turns - 1)
+            else:
+                execute()
+
         def execute() -> None:
             try:
+                if self.locked_actions:
+                    self.locked_actions -= 1
+                    raise JournalUnwritable("another program holds its lock (simulated)")
                 value = self.file.run(lambda db: run_now(act(SqliteConnection(db, self.file))))
             except BaseException as error:  # noqa: BLE001 - the caller gets every error
                 loop.call_soon(settle, error, None)
@@ -54,7 +69,7 @@ class StepBackend:
             else:
                 answer.set_result(value)
 
-        loop.call_soon(execute)
+        loop.call_soon(wait, self._turns - 1)
         return await answer
 
     def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
