@@ -241,18 +241,12 @@ class JournalFile:
 
         Otherwise this server would write purchases into a file that no other server and no later start can see.
         """
-        import sqlite3
-
         self._copy_entries(db)
         if now[""].inode not in (0, before[""].inode):
             log.warning("the journal %s was replaced; the entries of this server are added to the new file", self.path)
             self._shut()
             return
         log.warning("a file of the journal %s was deleted or truncated while it was open; it is restored", self.path)
-        if now["-shm"].inode == before["-shm"].inode and now["-wal"].inode != before["-wal"].inode:
-            # The servers still share the index of the deleted log, so no other program could write a new log.
-            with suppress(sqlite3.DatabaseError):
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._shut()
         if now[""] == MISSING:
             for tail in ("-wal", "-shm"):

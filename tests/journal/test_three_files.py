@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,3 +364,39 @@ def test_only_the_end_of_a_long_record_is_read_if_the_journal_has_it(opened: Ope
     assert "task-unified-0-old" not in tasks_of(opened().recent(9))
     remove("", "-wal", "-shm")(journal.path)
     assert "task-unified-0-old" in tasks_of(opened().recent(9))
+
+
+MANY = 400  # with this many entries the log has several frames of most pages
+IDLE = """
+import sys
+sys.path[:0] = {path!r}
+import test_three_files as tests
+from pathlib import Path
+journal = tests.BlockingJournal(Path({folder!r}))
+print(len(journal.recent(9999)), flush=True)
+sys.stdin.readline()
+print(len(journal.recent(9999)), flush=True)
+journal.close()
+"""
+
+
+@NOT_ON_WINDOWS
+def test_another_program_reads_the_restored_journal_while_an_idle_server_has_the_old_log(opened: Opened) -> None:
+    """The idle server still uses the deleted log and its index."""
+    first = opened()
+    bought = {buy(first, number).task_id for number in range(MANY)}
+    program = IDLE.format(path=sys.path, folder=str(first.path.parent))
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idle:
+        assert idle.stdin is not None
+        assert idle.stdout is not None
+        assert idle.stdout.readline() == f"{len(bought)}\n"
+        remove("-wal")(first.path)
+        bought.add(buy(first, MANY).task_id)
+        with closing(sqlite3.connect(first.path)) as plain:
+            assert {task_id for (task_id,) in plain.execute("SELECT task_id FROM entries")} == bought
+        bought.add(buy(opened(), MANY + 1).task_id)
+        idle.stdin.write("\n")
+        idle.stdin.flush()
+        assert idle.stdout.readline() == f"{len(bought)}\n"
+    assert tasks_of(opened().recent(9999)) == bought
