@@ -5,7 +5,6 @@ import { once } from "node:events";
 import { appendFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
 import { createRequire } from "node:module";
-import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { Client } from "@modelcontextprotocol/client";
 import { StdioClientTransport } from "@modelcontextprotocol/client/stdio";
@@ -118,7 +117,7 @@ async function audited(frame, name) {
 async function underOneEra(mode, evolink, hostScript) {
   // One browser per era: both run at the same time, and each needs its own clipboard.
   const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: FLAGS });
-  const home = mkdtempSync(join(tmpdir(), "gallery-"));
+  const home = mkdtempSync("/tmp/gallery-"); // the page shows paths: they have the same length on every machine
   const client = await connected(mode, evolink, home);
   const era = client.getNegotiatedProtocolVersion?.() ?? mode;
   const name = (text) => `${mode === "legacy" ? "legacy" : "modern"}: ${text}`;
@@ -516,6 +515,8 @@ async function sheet(browser, home, evolink) {
   const page = await browser.newPage({ deviceScaleFactor: 1 });
   page.on("pageerror", (error) => complaints.push(`sheet: ${error.message}`));
   await page.goto(`file://${file}`);
+  // A longer date needs a second line in a narrow window.
+  await page.evaluate(() => document.querySelectorAll("h2").forEach((day) => (day.firstChild.textContent = "Sunday, 1 November 2026 ")));
   const seen = async (state) => {
     states.push(state);
     for (const [colorScheme, width] of SHEET) {
