@@ -92,6 +92,9 @@ BY_KEY = "SELECT * FROM entries WHERE {mine} AND key = ? LIMIT 1"
 BY_TASK = "SELECT * FROM entries WHERE {mine} AND task_id = ? LIMIT 1"
 # Read the newest entries. {filters} are optional conditions.
 RECENT = "SELECT * FROM entries WHERE {mine} AND {filters} ORDER BY created_at DESC, key LIMIT ?"
+# Read the newest entries of the key's accounts, in all profiles.
+OF_ACCOUNTS = """SELECT * FROM entries WHERE created_at >= ? AND created_at <= ? AND account IN ('', {accounts})
+    ORDER BY created_at DESC, key LIMIT ?"""
 # Read the newest entries with a URL or a SHA-256 in an image or in the task.
 BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR instr(task, ?) > 0)
     ORDER BY created_at DESC, key LIMIT ?"""
@@ -526,6 +529,11 @@ class Journal:
             values += [after[0], *after]
         selection = Selection(start, end, tuple(map(fold, words)), tuple(filters), tuple(values))
         return readable_entries(await self._backend.run(lambda db: self._select(db, selection, limit)))
+
+    async def of_accounts(self, limit: int, since: float, until: float) -> list[Entry]:
+        """Return at most `limit` entries of the key's accounts, newest first. Other profiles may use the same account."""
+        sql = self._sql(OF_ACCOUNTS, accounts=self._account_list)
+        return readable_entries(await self._fetch(sql, since, until, limit))
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
         """Return undelivered entries of identical requests that no call of another server waits for, oldest first."""

@@ -175,9 +175,9 @@ class Reconciler:
         return tasks
 
     async def _has_rivals(self, entry: Entry, task: Task) -> bool:
-        """Return whether another purchase of the same time may own the task."""
+        """Return whether another purchase of the same time may own the task, in any profile of the account."""
         span = SPAN_S + CLOCK_SKEW_S
-        near = await self._journal.recent(NEAR_MAX, since=entry.created_at - span, until=entry.created_at + span)
+        near = await self._journal.of_accounts(NEAR_MAX, entry.created_at - span, entry.created_at + span)
         skew_s = self._client.clock_skew_s
         rivals = [rival for rival in near if rival.key != entry.key and rival.phase in RIVAL_PHASES]
         return len(near) == NEAR_MAX or any(not contradicts(rival, task, skew_s) for rival in rivals)

@@ -95,6 +95,21 @@ async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_wo
     assert task_id in text
 
 
+async def test_an_order_of_another_profile_may_own_the_task_too(open_world: Open) -> None:
+    """Two windows with two profiles use one account. One of two lost orders was billed."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    lost = Loses(simulator, unbilled=True)
+    shared: Any = {"simulator": simulator, "clock": clock, "transport": lost}
+    async with open_world(**shared) as world, open_world({"EVOLINK_MCP_PROFILE": "second"}, **shared) as second:
+        await bought(world)
+        lost.unbilled = False
+        facts, text = await bought(second, prompt="a hen")
+    (task_id,) = simulator.tasks
+    assert (facts["task_id"], facts["charged"]) == (None, "unknown")
+    assert task_id in text
+
+
 async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profile(open_world: Open) -> None:
     """Its account has a task that would fit. The lost answer belongs to the account that sent the order."""
     clock = Clock()
