@@ -170,7 +170,7 @@ class Decoder:
         into.seek(0)
 
     async def convert_heic(self, file: BinaryIO, *, order: str = "") -> None:
-        """Replace a HEIC photo in `file` by a JPEG, or by a PNG if it has alpha. A process of its own does the work.
+        """Replace a HEIC photo in `file` by a JPEG, or by a PNG if it has alpha, in a separate process.
 
         Every other file stays, and without the extra `heic` a HEIC photo too.
 

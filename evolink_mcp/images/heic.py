@@ -1,6 +1,6 @@
 """Convert a HEIC photo to JPEG or PNG with the optional package pillow-heif.
 
-`convert` runs in a decoder process of its own: the HEVC decoder needs a thread, which no other decoder process may start.
+`convert` runs in a separate decoder process: the HEVC decoder needs a thread, which no other decoder process may start.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class RemoteImageStore:
             await self._journal.save_store_id(store.location_hash, marker)
         elif marker != known_id:
             reason = "has no marker file" if marker is None else "is another store"
-            advice = f"The owner of this server must mount the folder of EVOLINK_MCP_STORE, whose marker is {MARKER}."
+            advice = (
+                f"The owner of this server must mount the folder of EVOLINK_MCP_STORE. It contains the file {MARKER}."
+            )
             if charged == "yes":
                 advice = f"The picture is paid, and EvoLink keeps it for 24 hours. {advice} Then call get_task."
             raise StoreUnusable(f"the folder for pictures {reason}", charged=charged, advice=advice)

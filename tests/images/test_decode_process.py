@@ -142,6 +142,26 @@ def decoders_of(parent: int) -> list[Path]:
     return [child for child in children if b"decode_worker" in (child / "cmdline").read_bytes()]
 
 
+async def outcome_in_sandbox(attempt: str, options: str = "") -> bytes:
+    """Run a line of Python in the sandbox. Return "denied" if the system refused it, else "allowed"."""
+    script = (
+        "import mmap, os, resource, socket, subprocess, sys, threading\n"
+        "sys.path.append(sys.argv[1])\n"
+        "from evolink_mcp.images.sandbox import enter_sandbox\n"
+        f"enter_sandbox(60, {options})\n"
+        f"try:\n    {attempt}\n"
+        "except (OSError, RuntimeError):\n    print('denied', flush=True)\n"
+        "else:\n    print('allowed', flush=True)\n"
+        "os._exit(0)\n"
+    )
+    root = str(Path(__file__).parent.parent.parent)
+    # Coverage would write its data inside the sandbox and damage the file.
+    process = await anyio.run_process(
+        [sys.executable, "-I", "-c", script, root], stderr=None, env=without_coverage(os.environ)
+    )
+    return process.stdout.splitlines()[-1]
+
+
 @in_time
 @pytest.mark.anyio
 @linux_only
@@ -166,22 +186,7 @@ async def test_code_inside_the_sandbox_reaches_nothing(tmp_path: Path, attempt: 
     canary = tmp_path / "canary"
     canary.write_text("alive")
     action = attempt.format(canary=canary, parent=os.getpid())
-    script = (
-        "import mmap, os, resource, socket, sys, threading\n"
-        "sys.path.append(sys.argv[1])\n"
-        "from evolink_mcp.images.sandbox import enter_sandbox\n"
-        "enter_sandbox(60)\n"
-        f"try:\n    {action}\n"
-        "except (OSError, RuntimeError):\n    print('denied', flush=True)\n"
-        "else:\n    print('allowed', flush=True)\n"
-        "os._exit(0)\n"
-    )
-    root = str(Path(__file__).parent.parent.parent)
-    # Coverage would write its data inside the sandbox and damage the file.
-    process = await anyio.run_process(
-        [sys.executable, "-I", "-c", script, root], stderr=None, env=without_coverage(os.environ)
-    )
-    assert process.stdout == b"denied\n"
+    assert await outcome_in_sandbox(action) == b"denied"
     assert canary.read_text() == "alive"
 
 
@@ -197,21 +202,7 @@ async def test_code_inside_the_sandbox_reaches_nothing(tmp_path: Path, attempt: 
     ],
 )
 async def test_the_process_for_heic_may_start_a_thread_and_no_process(attempt: str, outcome: bytes) -> None:
-    script = (
-        "import os, subprocess, sys, threading\n"
-        "sys.path.append(sys.argv[1])\n"
-        "from evolink_mcp.images.sandbox import enter_sandbox\n"
-        "enter_sandbox(60, allows_threads=True)\n"
-        f"try:\n    {attempt}\n"
-        "except (OSError, RuntimeError):\n    print('denied', flush=True)\n"
-        "else:\n    print('allowed', flush=True)\n"
-        "os._exit(0)\n"
-    )
-    root = str(Path(__file__).parent.parent.parent)
-    process = await anyio.run_process(
-        [sys.executable, "-I", "-c", script, root], stderr=None, env=without_coverage(os.environ)
-    )
-    assert process.stdout.strip() == outcome
+    assert await outcome_in_sandbox(attempt, "allows_threads=True") == outcome
 
 
 @in_time

@@ -172,7 +172,7 @@ async def check(town: Town, case: Case) -> None:
 
 
 async def check_sums(town: Town) -> None:
-    """Check that the journal has spent what EvoLink has billed, and that it reserves nothing."""
+    """Check that the journal and EvoLink have the same sum, and that nothing is reserved."""
     sums = await town.first.studio.journal.sums_since(0)
     assert (round(sums.spent, 4), sums.reserved) == (round(town.simulator.credits(KEY)[1], 4), 0)
 
