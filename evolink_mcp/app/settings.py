@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
 PREFIX = "EVOLINK_"
+FILE_SUFFIX = "_FILE"  # of a variable that names a file with a secret
+SECRET_MAX_BYTES = 65_536
 EXAMPLE_KEY = "sk-..."
 KEY_IN_STORE = "keyring"  # instead of a key: the key is in the key store of the system
 EVOLINK_DOMAIN = "evolink.ai"
@@ -122,9 +124,32 @@ def read(table: Mapping[str, Setting], environ: Mapping[str, str]) -> dict[str, 
 
 def _text(entry: Setting, environ: Mapping[str, str]) -> str:
     text = environ.get(entry.variable, "").strip()
+    file = environ.get(entry.variable + FILE_SUFFIX, "").strip() if entry.is_secret else ""
+    if file and not _PLACEHOLDER.fullmatch(file):
+        if text and not _PLACEHOLDER.fullmatch(text):
+            raise BadSetting(f"{entry.variable} and {entry.variable}{FILE_SUFFIX} are both set. Remove one of them.")
+        text = _text_in(file, entry.variable + FILE_SUFFIX)
     if not entry.keeps_quotes:
         text = _without_quotes(text)
     return "" if _PLACEHOLDER.fullmatch(text) else text
+
+
+def _text_in(path: str, variable: str) -> str:
+    """Return the text in a file with a secret.
+
+    Raises:
+        BadSetting: the file cannot be read, or is empty. The text does not show its content.
+    """
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            text = file.read(SECRET_MAX_BYTES).decode("utf-8").strip()
+    except OSError as error:
+        raise BadSetting(f"{variable} names a file that cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise BadSetting(f"{variable} names a file that is not text in UTF-8") from None
+    if not text:
+        raise BadSetting(f"{variable} names an empty file")
+    return text
 
 
 def _without_quotes(text: str) -> str:
@@ -472,9 +497,14 @@ class Settings:
         return [entry.variable for entry in cls.table().values()]
 
     @classmethod
+    def file_variables(cls) -> list[str]:
+        """Return the names of the variables that name a file with a secret."""
+        return [entry.variable + FILE_SUFFIX for entry in cls.table().values() if entry.is_secret]
+
+    @classmethod
     def unknown_variables(cls, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
         """Return the set variables that begin like a setting but are none, each with the most similar setting."""
-        variables = cls.variables()
+        variables = [*cls.variables(), *cls.file_variables()]
         names = os.environ if environ is None else environ
         unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in variables)
         return {name: _most_similar(name, variables) for name in unknown}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -122,8 +122,8 @@ async def open_studio(
         yield await stack.enter_async_context(run_studio(client, journal, image_store, references, options))
 
 
-def server_for(studio: Studio, settings: Settings, *, secret: str | None = None) -> MCPServer[Any]:
-    """Build the MCP server of an open studio. `secret` seals the state that a client carries between its requests."""
+def server_for(studio: Studio, settings: Settings, *, secrets: Sequence[str] | None = None) -> MCPServer[Any]:
+    """Build the MCP server of an open studio. The first of the `secrets` seals the state that a client carries."""
     return build_server(
         studio,
         wait_s=settings.wait_s,
@@ -131,5 +131,5 @@ def server_for(studio: Studio, settings: Settings, *, secret: str | None = None)
         previews_for_all=settings.preview.is_for_all,
         resource_links=settings.has_resource_links,
         published=TOOL_NAMES if settings.tools is None else settings.tools,
-        secret=secret,
+        secrets=secrets,
     )

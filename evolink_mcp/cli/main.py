@@ -125,7 +125,7 @@ def _stdio(options: Namespace) -> int:
 
             studio_context = open_team_studio(settings, options.database_times)
         async with studio_context as studio, anyio.create_task_group() as group:
-            server = server_for(studio, settings, secret=settings.secret)
+            server = server_for(studio, settings, secrets=settings.secrets)
             start_garbage_collection()
             if results is None:
                 group.start_soon(_record_startup, cache, key, partial(serve_streams, server))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -80,15 +80,15 @@ def build_server(
     previews_for_all: bool = False,
     resource_links: bool = False,
     published: Collection[str] = TOOL_NAMES,
-    secret: str | None = None,
+    secrets: Sequence[str] | None = None,
     hosts: Hosts = HOSTS,
     rule_fresh_for_s: float = RULE_FRESH_FOR_S,
 ) -> MCPServer[Any]:
     """Return the server of `studio`. The caller opens and closes the studio.
 
     `wait_s`, `preview_edge`, `previews_for_all`, `resource_links` and `hosts` are those of `Waiting`. `published` names the
-    published tools; without generate_image a client cannot buy. `secret` encrypts the state that a client carries between
-    requests. Servers with the same secret accept each other's state. Without a secret only this process accepts it.
+    published tools; without generate_image a client cannot buy. The first of the `secrets` encrypts the state that a
+    client carries between requests. Servers with one of them accept it. Without secrets only this process accepts it.
     `rule_fresh_for_s`: compute_size reads the size rule from the journal at most once in this time.
     """
     waiting = Waiting(studio, wait_s, preview_edge, previews_for_all, resource_links, hosts)
@@ -114,8 +114,8 @@ def build_server(
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
         # The audience identifies the profile, so that the state of one tenant is invalid for another.
-        request_state_security=RequestStateSecurity(keys=[secret], audience=f"{NAME} {studio.journal.channel}")
-        if secret
+        request_state_security=RequestStateSecurity(keys=list(secrets), audience=f"{NAME} {studio.journal.channel}")
+        if secrets
         else None,
         cache_hints={
             "tools/list": CacheHint(ttl_ms=DAY_MS, scope="public"),

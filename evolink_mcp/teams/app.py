@@ -108,7 +108,7 @@ class Readiness:
 
 def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mcp_app: MakeMcpApp) -> UploadApp:
     """Return the ASGI app of one studio: MCP and `PUT /uploads`."""
-    app = make_mcp_app(server_for(studio, settings, secret=settings.secret), studio.journal)
+    app = make_mcp_app(server_for(studio, settings, secrets=settings.secrets), studio.journal)
     return UploadApp(
         app,
         studio,

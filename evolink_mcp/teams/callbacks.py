@@ -6,7 +6,7 @@ A callback is a hint: the server polls the task before it believes anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evolink_mcp.teams.signing import Signer
@@ -16,11 +16,11 @@ _SIGNED = re.compile(r"([0-9a-z]{0,64})\.([A-Za-z0-9_-]{1,96})\.([0-9a-f]{64})")
 
 
 class Callbacks:
-    """Addresses below `public_url`, signed with the team's `secret`."""
+    """Addresses below `public_url`, signed with the team's `secrets`."""
 
-    def __init__(self, public_url: str, secret: str) -> None:
+    def __init__(self, public_url: str, secrets: Sequence[str]) -> None:
         self._public_url = public_url.rstrip("/")
-        self._signer = Signer(secret, "callbacks")
+        self._signer = Signer(secrets, "callbacks")
 
     def add_address(self, body: Mapping[str, Any], channel: str, key: str) -> dict[str, Any]:
         """Return the request body with this entry's address, unless the caller gave one."""

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -33,11 +33,11 @@ _SIGNED_PATH = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
 
 
 class Links:
-    """Make and check links to images in a folder. `secret` signs the image's name and the time of expiry."""
+    """Make and check links to images in a folder. The `secrets` sign the image's name and the time of expiry."""
 
-    def __init__(self, public_url: str, secret: str) -> None:
+    def __init__(self, public_url: str, secrets: Sequence[str]) -> None:
         self._public_url = public_url.rstrip("/")
-        self._signer = Signer(secret, "pictures")
+        self._signer = Signer(secrets, "pictures")
 
     def to(self, name: str, expires_at: float) -> str:
         """Return the link to an image. `expires_at` is in epoch seconds."""

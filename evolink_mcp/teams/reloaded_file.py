@@ -14,6 +14,22 @@ CHECK_INTERVAL_S = 1.0
 T = TypeVar("T")
 
 
+def is_mount_of_one_file(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Return whether this file is a mount point of Linux. It keeps its first content when the file is replaced.
+
+    `mounts` lists the mount points in the fifth column (man page proc_pid_mountinfo).
+    """
+    try:
+        points = [line.split(" ")[4] for line in mounts.read_text("utf-8").splitlines()]
+    except (OSError, ValueError, IndexError):
+        return False
+    escapes = ((" ", r"\040"), ("\t", r"\011"))
+    point = str(path.absolute())
+    for char, escape in escapes:
+        point = point.replace(char, escape)
+    return point in points
+
+
 class ReloadedFile(Generic[T]):
     """The content of the file at `path`, as `read` returns it. An invalid new version changes nothing.
 
@@ -31,6 +47,8 @@ class ReloadedFile(Generic[T]):
         self._version = self._file_version()
         self.content = read(path)
         self._checked_at = clock()
+        if is_mount_of_one_file(path):
+            log.warning("the %s file is mounted alone, so a replaced file is not seen: mount its folder", name)
 
     def reload(self) -> bool:
         """Read a changed file again, at most once per CHECK_INTERVAL_S. Return whether the content was replaced."""

@@ -57,6 +57,13 @@ def _secret(text: str) -> str:
     return text
 
 
+def _secrets(text: str) -> tuple[str, ...]:
+    secrets = tuple(_secret(word) for word in text.split())
+    if len(secrets) > 2:
+        raise ValueError("must have one secret, or a new and an old one")
+    return secrets
+
+
 def _database_url(text: str) -> str:
     if not text.startswith(("postgresql://", "postgres://")):
         raise ValueError("must begin with postgresql://")
@@ -125,11 +132,12 @@ def _port(text: str) -> int:
 class TeamSettings(Settings):
     """All settings of a server. The fields of this class are those that only teams need."""
 
-    secret: str | None = setting(
+    secrets: tuple[str, ...] | None = setting(
         _SECRET,
-        _secret,
+        _secrets,
         None,
-        f"At least {SECRET_MIN} characters, the same on all servers of a team. Signs links and callback addresses.",
+        f"At least {SECRET_MIN} characters, the same on all servers of a team. Signs links and callback addresses. "
+        "To change it: the new and the old one, separated by a blank.",
         is_secret=True,
     )
     database_url: str | None = setting(

@@ -54,16 +54,16 @@ def tenant_settings(tenant: Tenant, settings: TeamSettings) -> TeamSettings:
 
 def callbacks_of(settings: TeamSettings) -> Callbacks | None:
     """Return the signed callback addresses. None: EvoLink cannot reach this server."""
-    if settings.public_url is None or settings.secret is None:
+    if settings.public_url is None or settings.secrets is None:
         return None
-    return Callbacks(settings.public_url, settings.secret)
+    return Callbacks(settings.public_url, settings.secrets)
 
 
 def object_store_of(settings: TeamSettings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
     """Return the object store of EVOLINK_MCP_STORE, if it is set."""
     if settings.store is None:
         return None
-    links = Links(settings.public_url, settings.secret) if settings.public_url and settings.secret else None
+    links = Links(settings.public_url, settings.secrets) if settings.public_url and settings.secrets else None
     return ObjectStore(settings.store, settings.store_link_hours, links, clock=clock)
 
 

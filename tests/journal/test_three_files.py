@@ -386,7 +386,7 @@ def test_another_program_reads_the_restored_journal_while_an_idle_server_has_the
     first = opened()
     bought = {buy(first, number).task_id for number in range(MANY)}
     program = IDLE.format(path=sys.path, folder=str(first.path.parent))
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-P", "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idle:
         assert idle.stdin is not None
         assert idle.stdout is not None

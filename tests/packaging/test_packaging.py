@@ -290,7 +290,9 @@ def test_compose_starts_two_servers_with_settings_that_exist() -> None:
     assert {".env", "tokens.toml"} <= set(text(".gitignore").split())
     proxy = compose["configs"]["proxy"]["content"]
     assert [f"server {name}:8000" in proxy for name in ("one", "two")] == [True, True]
-    assert {volume.partition(":")[0] for volume in servers[0]["volumes"]} <= set(compose["volumes"])
+    volumes = {volume.partition(":")[0] for volume in servers[0]["volumes"]}
+    assert volumes == {"./team", *compose["volumes"]} - {"database"}
+    assert servers[0]["environment"]["EVOLINK_MCP_TOKENS_FILE"] == "/team/tokens.toml"
 
 
 def test_the_image_can_be_built_with_the_extra_of_teams() -> None:

@@ -149,7 +149,7 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
 ) -> None:
     """A wrong public URL delays three tasks by a minute, and no further ones."""
     waits: list[float] = []
-    callbacks = Callbacks("https://nowhere.example.org", "s" * 32)
+    callbacks = Callbacks("https://nowhere.example.org", ["s" * 32])
     async with open_world(callbacks=callbacks) as world, world.client() as client:
         world.simulator.duration_s = 20
         for number in range(5):
@@ -162,8 +162,8 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
 
 async def test_a_callback_address_belongs_to_one_team_and_one_purchase() -> None:
     callbacks, other_callbacks = (
-        Callbacks("https://x.example.org", "s" * 32),
-        Callbacks("https://x.example.org", "t" * 32),
+        Callbacks("https://x.example.org", ["s" * 32]),
+        Callbacks("https://x.example.org", ["t" * 32]),
     )
     address = callbacks.add_address({"prompt": "x"}, "a1", "evomcp-1")["callback_url"]
     path = address.removeprefix("https://x.example.org")

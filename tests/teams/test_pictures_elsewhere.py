@@ -238,15 +238,25 @@ async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
 
 
 async def test_a_link_expires_and_a_changed_link_is_invalid() -> None:
-    links = Links("https://p.example.org/", "s" * 32)
+    links = Links("https://p.example.org/", ["s" * 32])
     path = links.to("a/task/fox.png", 1_000.0).removeprefix("https://p.example.org")
     assert links.read(path, 999.0) == "a/task/fox.png"
     assert links.read(path, 1_000.0) is None
     assert links.read(path.replace("1000", "2000"), 999.0) is None
     assert links.read(path.replace("fox", "ox"), 999.0) is None
-    assert Links("https://p.example.org", "t" * 32).read(path, 999.0) is None
+    assert Links("https://p.example.org", ["t" * 32]).read(path, 999.0) is None
     for odd in ("", "/pictures/", "/pictures/1.2/3", "/pictures/" + "9" * 40, path + "\n"):
         assert links.read(odd, 0.0) is None
+
+
+async def test_a_link_of_the_old_secret_stays_valid_while_both_are_set() -> None:
+    address = "https://p.example.org"
+    path = Links(address, ["old" * 11]).to("a/fox.png", 1_000.0).removeprefix(address)
+    both = Links(address, ["new" * 11, "old" * 11])
+    assert both.read(path, 999.0) == "a/fox.png"
+    new_path = both.to("a/fox.png", 1_000.0).removeprefix(address)
+    assert Links(address, ["new" * 11]).read(new_path, 999.0) == "a/fox.png"
+    assert Links(address, ["new" * 11]).read(path, 999.0) is None
 
 
 async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("prometheus_client")
 
 from evolink_mcp.app.settings import BadSetting
 from evolink_mcp.cli.team_checks import check_team
+from evolink_mcp.teams.reloaded_file import is_mount_of_one_file
 from evolink_mcp.teams.settings import OAuth, TeamSettings
 
 SECRET = "s" * 32
@@ -85,16 +86,75 @@ def test_the_settings_of_teams_are_read(tmp_path: Path) -> None:
     assert TeamSettings.from_environment({"EVOLINK_MCP_STORE": "s3://bucket/a/b"}).store == "s3://bucket/a/b"
 
 
+SECRETS = {
+    "EVOLINK_API_KEY": "sk-canary-0123456789abcdef",
+    "EVOLINK_MCP_SECRET": SECRET,
+    "EVOLINK_MCP_DATABASE_URL": "postgresql://team:canary-word@db.example.org/evolink",
+    "EVOLINK_MCP_METRICS_TOKEN": "m" * 32,
+}
+
+
 def test_no_secret_is_in_the_printed_settings() -> None:
-    secrets = {
-        "EVOLINK_API_KEY": "sk-canary-0123456789abcdef",
-        "EVOLINK_MCP_SECRET": SECRET,
-        "EVOLINK_MCP_DATABASE_URL": "postgresql://team:canary-word@db.example.org/evolink",
-        "EVOLINK_MCP_METRICS_TOKEN": "m" * 32,
-    }
-    assert {entry.variable for entry in TeamSettings.table().values() if entry.is_secret} == set(secrets)
-    text = repr(TeamSettings.from_environment(secrets))
-    assert [value for value in secrets.values() if value in text] == []
+    assert {entry.variable for entry in TeamSettings.table().values() if entry.is_secret} == set(SECRETS)
+    text = repr(TeamSettings.from_environment(SECRETS))
+    assert [value for value in SECRETS.values() if value in text] == []
+
+
+def test_each_secret_can_be_in_a_file(tmp_path: Path) -> None:
+    environ: dict[str, str] = {}
+    for variable, value in SECRETS.items():
+        file = tmp_path / variable
+        file.write_text(f"{value}\n")
+        environ[f"{variable}_FILE"] = str(file)
+    assert TeamSettings.from_environment(environ) == TeamSettings.from_environment(SECRETS)
+    assert TeamSettings.unknown_variables(environ) == {}
+    assert "EVOLINK_MCP_PROFILE_FILE" in TeamSettings.unknown_variables({"EVOLINK_MCP_PROFILE_FILE": "x"})
+
+
+@pytest.mark.parametrize("variable", SECRETS)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "cannot be read", id="missing"),
+        pytest.param(b" \n", "an empty file", id="empty"),
+        pytest.param(b"canary\xff", "not text", id="not UTF-8"),
+    ],
+)
+def test_an_unusable_file_with_a_secret_ends_the_start(
+    tmp_path: Path, variable: str, content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BadSetting, match=f"{variable}_FILE names .*{message}") as refusal:
+        TeamSettings.from_environment({**SECRETS, variable: "", f"{variable}_FILE": str(file)})
+    assert "canary" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("variable", SECRETS)
+def test_a_secret_and_its_file_must_not_be_set_together(tmp_path: Path, variable: str) -> None:
+    (tmp_path / "secret").write_text("x" * 40)
+    with pytest.raises(BadSetting, match="are both set"):
+        TeamSettings.from_environment({**SECRETS, f"{variable}_FILE": str(tmp_path / "secret")})
+
+
+def test_the_team_has_one_secret_or_a_new_and_an_old_one() -> None:
+    new, old = "n" * 32, "o" * 32
+    assert TeamSettings.from_environment({"EVOLINK_MCP_SECRET": f"{new} {old}"}).secrets == (new, old)
+    for text in (f"{new} short", f"{new} {old} {new}"):
+        with pytest.raises(BadSetting, match="EVOLINK_MCP_SECRET must have"):
+            TeamSettings.from_environment({"EVOLINK_MCP_SECRET": text})
+
+
+def test_a_file_that_is_mounted_alone_is_recognised(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 1 8:1 / / rw - ext4 /dev/a rw\n"
+        "30 22 8:1 /a /etc/the\\040team/tokens.toml ro - ext4 /dev/a rw\n31 22 8:1 /b /team ro - ext4 /dev/a rw\n"
+    )
+    assert is_mount_of_one_file(Path("/etc/the team/tokens.toml"), mounts)
+    assert not is_mount_of_one_file(Path("/team/tokens.toml"), mounts)
+    assert not is_mount_of_one_file(Path("/team/tokens.toml"), tmp_path / "missing")
 
 
 @pytest.mark.anyio
