@@ -19,7 +19,7 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 URI = "ui://evolink/gallery.html"
 MIME = "text/html;profile=mcp-app"
 GALLERY_TOOLS = {"generate_image", "get_task"}
-SIZE_MAX = 25_000
+SIZE_MAX = 28_000
 PAGE = Path(evolink_mcp.__file__).parent / "server" / "gallery.html"
 
 
