@@ -171,6 +171,7 @@ ORDER = [
     "cli.doctor",
     "cli.sheet_page",
     "cli.image_commands",
+    "cli.audit",
     "cli.demo",
     "cli.main",
     "__main__",

@@ -13,6 +13,8 @@ from evolink_mcp.sanitize import harmless
 DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it serves MCP over stdin and stdout."
 EXAMPLE = "A calm sunset over the ocean, islands on the horizon"
 HELP_COLUMN = 34
+AUDIT_KEYS = ("tenant", "day", "month", "task")
+AUDIT_FORMATS = ("table", "csv", "json")
 LIMIT_MAX = 100_000
 SECONDS_MAX = 86_400
 
@@ -78,6 +80,10 @@ def parse_arguments(argv: list[str]) -> Namespace:
     tasks.add_argument("--since", default="all", help="today, yesterday, 7d, all (default), or a date")
     tasks.add_argument("--limit", type=_count, default=20, help="maximum number, newest first (default: 20)")
     tasks.add_argument("--json", action="store_true", help="print JSON")
+    audit = commands.add_parser("audit", help="add the charges of the journal")
+    audit.add_argument("--since", default="all", help="today, yesterday, 7d, all (default), or a date")
+    audit.add_argument("--by", choices=AUDIT_KEYS, default="tenant", help="what a line adds (default: tenant)")
+    audit.add_argument("--format", choices=AUDIT_FORMATS, default="table", help="table (default), csv or json")
     opened = commands.add_parser("open", help="open a saved image, or the output folder")
     opened.add_argument("words", nargs="*", help="words of the prompt, the file name or the task ID")
     opened.add_argument("--since", default="all", help="today, yesterday, 7d, all (default), or a date")

@@ -56,7 +56,7 @@ def find_entries(
     path = settings.data_dir / FILE_NAME
     if not path.exists():
         return str(path), []
-    return str(path), read_entries(settings.data_dir, limit, words, since, profile=_profile_of(settings))
+    return str(path), read_entries(settings.data_dir, limit, words, since, profile=profile_of(settings))
 
 
 def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
@@ -72,7 +72,7 @@ def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...]
     has_journal = (settings.data_dir / FILE_NAME).exists()
     if not has_journal:
         return [Sums() for _ in since]
-    return read_sums(settings.data_dir, since, words, profile=_profile_of(settings))
+    return read_sums(settings.data_dir, since, words, profile=profile_of(settings))
 
 
 def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
@@ -81,7 +81,7 @@ def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
     Raises:
         JournalUnwritable: the journal is damaged or unreadable.
     """
-    profile = _profile_of(settings)
+    profile = profile_of(settings)
     if profile is None or settings.key is None or not entries:
         return set()
     identity = account_id_of(settings.key.get_secret_value(), settings.base_url)
@@ -89,7 +89,7 @@ def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
     return {entry.key for entry in entries if entry.account not in accounts}
 
 
-def _profile_of(settings: TeamSettings) -> str | None:
+def profile_of(settings: TeamSettings) -> str | None:
     """Return the profile that the commands show. None: they show the entries of all tenants, or of all demos."""
     has_tenants = settings.database_url or settings.tokens_file or settings.oauth_issuer
     return None if has_tenants or _is_demo(settings) else settings.profile

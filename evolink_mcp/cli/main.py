@@ -257,6 +257,20 @@ def _tasks(options: Namespace) -> int:
     return 0
 
 
+def _audit(options: Namespace) -> int:
+    from evolink_mcp.cli.audit import find_charges, lines_by, rows_of, text_of
+    from evolink_mcp.cli.image_commands import start_of
+    from evolink_mcp.errors import Refused
+
+    try:
+        charges = find_charges(_read_settings(), start_of(options.since, time.time()))
+    except (JournalUnwritable, Refused) as error:
+        _print_error(f"{error.message}. {error.advice}")
+        return 1
+    print(text_of(rows_of(lines_by(options.by, charges), options.by), options.format), end="")
+    return 0
+
+
 def _open(options: Namespace) -> int:
     from evolink_mcp.cli.image_commands import open_image
 
@@ -349,6 +363,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "demo": _demo,
     "simulate": _simulate,
     "tasks": _tasks,
+    "audit": _audit,
     "open": _open,
     "sheet": _sheet,
     "doctor": _doctor,

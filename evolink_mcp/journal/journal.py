@@ -70,6 +70,9 @@ SUMS = f"""SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.
 # Add the same of single entries. {filters} are conditions. The CLI uses this query for a search.
 SUMS_OF_ENTRIES = """SELECT coalesce(sum(spent), 0.0) AS spent, coalesce(sum(reserved), 0.0) AS reserved
     FROM entries WHERE {mine} AND created_at >= ? AND {filters}"""
+# List the charges of a period. The command `audit` adds them.
+CHARGES = """SELECT profile, created_at, task_id, spent, reserved FROM entries
+    WHERE {mine} AND created_at >= ? AND (spent > 0 OR reserved > 0)"""
 # Write the state of an entry that this server owns.
 UPDATE_OWNED = "UPDATE entries SET {changes} WHERE key = ? AND owner = ?"
 # Write a task that EvoLink returned over another server's unconfirmed match, or over no task.
@@ -173,6 +176,25 @@ MATCH_WITHDRAWN = Problem(
     False,
     OutcomeUnknown.advice,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """The credits of one purchase: confirmed (`spent`) or, while its charge is not decided, its ceiling (`reserved`).
+
+    `created_at` is in epoch seconds. `task_id` is None if the answer to the purchase was lost.
+    """
+
+    profile: str
+    created_at: float
+    task_id: str | None
+    spent: float
+    reserved: float
+
+    @classmethod
+    def of(cls, row: Row) -> Charge:
+        """Return the charge in a row of CHARGES."""
+        return cls(profile_name(row["profile"]), row["created_at"], row["task_id"], row["spent"], row["reserved"])
 
 
 @dataclass(frozen=True, slots=True)

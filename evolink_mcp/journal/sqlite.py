@@ -22,10 +22,12 @@ from evolink_mcp.journal import search
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
+    CHARGES,
     HAS_WORD,
     INSERT_ENTRY,
     SUMS,
     SUMS_OF_ENTRIES,
+    Charge,
     Journal,
     Selection,
     Sums,
@@ -708,6 +710,18 @@ def read_sums(
             return [Sums.of(db.execute(sql, values_of_sums(start)).fetchone()) for start in since]
         sql = SUMS_OF_ENTRIES.format(mine=_mine(profile), filters=" AND ".join([HAS_WORD] * len(words)))
         return [Sums.of(db.execute(sql, (start, *map(fold, words))).fetchone()) for start in since]
+
+
+def read_charges(folder: Path, since: float, *, profile: str | None = None) -> list[Charge]:
+    """Return the charges of the profile since a time (epoch seconds). Block, and change nothing.
+
+    Without a profile: the charges of all.
+
+    Raises:
+        JournalUnwritable: The journal is damaged or cannot be read.
+    """
+    with snapshot(folder) as db:
+        return [Charge.of(row) for row in db.execute(CHARGES.format(mine=_mine(profile)), (since,))]
 
 
 def read_accounts(folder: Path, profile: str, identity: str) -> set[str]:

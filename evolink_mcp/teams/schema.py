@@ -12,12 +12,14 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
+    CHARGES,
     EVERYONE,
     EXACT_BELOW,
     LATEST,
     SLOT_S,
     SUMS,
     SUMS_OF_ENTRIES,
+    Charge,
     Sums,
     values_of_sums,
 )
@@ -217,6 +219,17 @@ def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list
     statement = TABLES.sub(r"\1 evolink_\2", sql).replace("?", "%s")
     _, rows = _read(url, statement, values)
     return [Sums.of(row) for row in rows] or [Sums() for _ in since]
+
+
+def read_charges(url: str, since: float) -> list[Charge]:
+    """Return the charges of all tenants since a time (epoch seconds). Block, and change nothing.
+
+    Raises:
+        JournalUnwritable: The journal cannot be read.
+    """
+    statement = TABLES.sub(r"\1 evolink_\2", CHARGES.format(mine=EVERYONE)).replace("?", "%s")
+    _, rows = _read(url, statement, [(since,)])
+    return [Charge.of(row) for row in rows]
 
 
 def like_pattern(word: str) -> str:
