@@ -30,6 +30,7 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.app import resume_tenants
 from evolink_mcp.teams.authenticator import TeamAuthenticator
+from evolink_mcp.teams.schema import read_charges
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, open_team_database
 from evolink_mcp.teams.tokens import Tenant, Tokens
@@ -168,9 +169,14 @@ async def test_every_tool_works_at_each_replica(url: str, tmp_path: Path, mode: 
             assert {tool.name for tool in (await client.list_tools()).tools} == TOOLS
         assert office.posts == 1
         assert set(office.proxy.turns) == {0, 1}
+        (charge,) = await anyio.to_thread.run_sync(read_charges, url, 0.0)
+        (task,) = office.simulator.tasks.values()
+        assert (charge.profile, charge.task_id) == ("anna", bought["task_id"])
+        assert (charge.spent, charge.reserved) == (office.simulator.credits(task.key)[1], 0)
 
 
-async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("secret", ["s" * 32, f"{'n' * 32} {'s' * 32}"], ids=["one secret", "a new and an old secret"])
+async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_path: Path, secret: str) -> None:
     """The team's secret seals the request state that the client carries."""
     questions: list[str] = []
 
@@ -178,7 +184,7 @@ async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_
         questions.append(params.message)
         return ElicitResult(action="accept", content=dict.fromkeys(params.requested_schema["properties"], True))
 
-    async with team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as office:
+    async with team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01", EVOLINK_MCP_SECRET=secret) as office:
         async with office.client("a", elicitation_callback=user) as client:
             before = len(office.proxy.turns)
             bought = await client.call_tool("generate_image", WISH)
