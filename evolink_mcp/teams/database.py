@@ -40,6 +40,12 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
 LOCKS = 0x65766F6C
 RECONNECT_AFTER_S = 0.5
 CLOSE_WITHIN_S = 2.0
+CURRENT_SESSION = "SELECT pg_backend_pid()"
+POOLER_TESTS = 2
+SHARED_SESSIONS = (
+    "a pooler such as PgBouncer gives each transaction another session, and a server needs a session of its own: "
+    "name PostgreSQL itself in EVOLINK_MCP_DATABASE_URL, or set pool_mode = session"
+)
 ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
 FORGET = "DELETE FROM evolink_servers WHERE seen_at < clock_timestamp() - interval '1 day'"
 PAYLOAD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
@@ -154,6 +160,7 @@ class Database:
         """
         try:
             self._session = await self._connect()
+            await self._refuse_shared_sessions(self._session)
             await migrate(self._session, LOCKS)
             self._number = await _value(self._session, "INSERT INTO evolink_servers DEFAULT VALUES RETURNING number")
             await self._take_lease(self._session)
@@ -202,6 +209,16 @@ class Database:
             return await psycopg.AsyncConnection[DictRow].connect(
                 self._address.conninfo, autocommit=True, row_factory=dict_row
             )
+
+    async def _refuse_shared_sessions(self, session: DatabaseConnection) -> None:
+        """Raise JournalUnwritable if a pooler gives each transaction another session. Then no session can hold a lease."""
+        own = await _value(session, CURRENT_SESSION)
+        for _ in range(POOLER_TESTS):
+            async with await self._connect() as other, other.transaction():
+                others = await _value(other, CURRENT_SESSION)
+                # A pooler gives the session that is idle now to the other connection, and then another one to this.
+                if own == others or await _value(session, CURRENT_SESSION) != own:
+                    raise JournalUnwritable(SHARED_SESSIONS)
 
     async def _take_lease(self, session: DatabaseConnection) -> None:
         """Take this server's lease. End a former session of this server that still holds it."""
