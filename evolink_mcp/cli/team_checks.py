@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from evolink_mcp.errors import StoreUnusable
@@ -68,11 +69,21 @@ async def _check_issuer(settings: TeamSettings) -> list[Finding]:
 async def _check_store(settings: TeamSettings) -> list[Finding]:
     if settings.store is None:
         return []
+    from evolink_mcp.teams.object_store import MARKER
     from evolink_mcp.teams.studios import object_store_of
 
     store = object_store_of(settings)
     assert store is not None
     try:
+        if store.is_folder and Path(settings.store).is_dir() and await store.marker() is None:
+            return [
+                Finding(
+                    "store",
+                    "warning",
+                    f"{harmless(settings.store, 200)} has no file {MARKER}",
+                    "The first order writes it. If the store has been in use, its share is not mounted.",
+                )
+            ]
         await store.check()
     except StoreUnusable as error:
         advice = "Check EVOLINK_MCP_STORE and the variables of the object store."

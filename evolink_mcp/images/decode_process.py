@@ -9,9 +9,11 @@ import logging
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -62,6 +64,7 @@ SLOW_AFTER_S = 0.5
 SLOW_MAX = 2
 NICENESS_OF_SLOW = 10
 BLOCK_BYTES = 1 << 20
+SPOOLED_BYTES = 1 << 20  # a longer converted photo goes to a temporary file
 HEAD_BYTES = 16  # of a file, for its type
 ICO_MAGIC = b"\0\0\1\0"
 Lane = Literal["check", "preview", "reference", "derive"]
@@ -181,10 +184,13 @@ class Decoder:
             file.seek(0)
             return
         request = DecodeRequest(Operation.CONVERT_HEIC, _size_of(file))
-        await self._run("reference", request, file, order, file)
-        if sniff(_head_of(file)) is None:
-            raise UnusableImage(Reason.DECODER_FAILED)
-        file.seek(0)
+        # The photo must stay until the end: the work may start again when other images need its place.
+        with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spooled:
+            converted = cast("BinaryIO", spooled)
+            await self._run("reference", request, file, order, converted)
+            if sniff(_head_of(converted)) is None:
+                raise UnusableImage(Reason.DECODER_FAILED)
+            await anyio.to_thread.run_sync(_replace_content, file, converted)
 
     async def derive(
         self, file: BinaryIO, plan: DerivePlan, into: BinaryIO, *, order: str = ""
@@ -373,6 +379,14 @@ def _is_type(head: bytes, mime_type: str) -> bool:
 def _head_of(file: BinaryIO, count: int = HEAD_BYTES) -> bytes:
     file.seek(0)
     return file.read(count)
+
+
+def _replace_content(file: BinaryIO, other: BinaryIO) -> None:
+    other.seek(0)
+    file.seek(0)
+    file.truncate()
+    shutil.copyfileobj(other, file, BLOCK_BYTES)
+    file.seek(0)
 
 
 def _size_of(file: BinaryIO) -> int:

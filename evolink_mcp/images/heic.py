@@ -14,6 +14,7 @@ from evolink_mcp.images.unusable import Reason, UnusableImage
 PACKAGE = "pillow_heif"
 # pillow-heif needs 8 bytes for a pixel at once. The decoder has 300 MiB.
 CONVERTED_MAX_PIXELS = 25_000_000
+ZEROS_MIN_BYTES = 1024
 
 
 def is_available() -> bool:
@@ -36,21 +37,28 @@ def convert(content: bytes) -> bytes:
         UnusableImage: it is too large or cannot be decoded.
     """
     import pillow_heif
+    from PIL import Image
 
     from evolink_mcp.images.prepare import SAVE_OPTIONS  # here, because the server imports this module at its start
 
+    # An unfinished download ends with zeros. The decoder would paint them without an error.
+    if not any(content[-ZEROS_MIN_BYTES:]):
+        raise UnusableImage(Reason.INCOMPLETE)
     try:
         photo: Any = cast("Any", pillow_heif).open_heif(io.BytesIO(content), convert_hdr_to_8bit=True)
         if photo.size[0] * photo.size[1] > CONVERTED_MAX_PIXELS:
-            raise UnusableImage(Reason.TOO_LARGE, photo.size)
+            raise UnusableImage(Reason.HEIC_TOO_LARGE)
         icc_profile = photo.info.get("icc_profile")
         image = photo.to_pillow()
     except UnusableImage:
         raise
     except MemoryError as error:
-        raise UnusableImage(Reason.TOO_MUCH_MEMORY) from error
+        raise UnusableImage(Reason.HEIC_TOO_LARGE) from error
     except (OSError, SyntaxError, EOFError, ValueError, IndexError, RuntimeError) as error:
-        raise UnusableImage(Reason.DAMAGED) from error
+        is_memory = "memory" in str(error).lower()  # libheif has no other sign of it
+        raise UnusableImage(Reason.HEIC_TOO_LARGE if is_memory else Reason.DAMAGED) from error
+    if image.mode == "I;16":  # grey with more than 8 bits: keep the high bytes
+        image = Image.frombytes("L", image.size, image.tobytes()[1::2])
     image.info.clear()
     if image.mode not in ("RGB", "L", "RGBA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from unicodedata import category
 
 from evolink_mcp.images.structure import Part
 
@@ -153,7 +154,7 @@ def _xmp(origin: Origin) -> bytes:
 
 def _xml(text: str) -> str:
     """Return the text for XML, without characters that XML cannot have."""
-    return escape("".join(char for char in text if char in "\t\n" or char.isprintable()))
+    return escape("".join(char for char in text if char in "\t\n" or category(char) not in ("Cc", "Cs", "Cn")))
 
 
 def _png_with(content: bytes, parts: list[Part], origin: Origin) -> bytes:

@@ -270,13 +270,19 @@ class References:
     async def _check_file(self, open_file: Callable[[], BinaryIO], shown: str, is_mask: bool) -> CheckedImage:
         async with self._at_work, _temporary_file() as file:
             content_id = await _refuse_unusable(partial(_copy, open_file, file), shown)
-            convert = partial(self._image_store.decoder.convert_heic, file, order=content_id)
-            await _refuse_unusable(convert, shown)
+            await _refuse_unusable(partial(self._convert_heic, file, content_id), shown)
             _check_type(file, shown)
             check = partial(self._image_store.decoder.check_reference, file, is_mask=is_mask, order=content_id)
             facts = await _refuse_unusable(check, shown)
         share = (facts.alpha.transparent_share if facts.alpha else 0.0) if is_mask else None
         return CheckedImage(content_id, None, facts.mime_type, (facts.width, facts.height), share, open_file)
+
+    async def _convert_heic(self, file: BinaryIO, order: str) -> None:
+        await self._image_store.decoder.convert_heic(file, order=order)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        if size > REFERENCE_MAX_BYTES:
+            raise UnusableImage(Reason.TOO_MANY_BYTES)
 
     async def _upload(self, image: CheckedImage) -> Upload:
         """Return EvoLink's copy of a local image. Two calls that need the same content at once upload it once.
@@ -292,8 +298,7 @@ class References:
             _temporary_file() as copy,
         ):
             await _refuse_unusable(partial(_copy, image.open_file, file, image.content_id), "a reference")
-            convert = partial(self._image_store.decoder.convert_heic, file, order=image.content_id)
-            await _refuse_unusable(convert, "a reference")
+            await _refuse_unusable(partial(self._convert_heic, file, image.content_id), "a reference")
             normalize = partial(self._image_store.decoder.normalize, file, copy, order=image.content_id)
             await _refuse_unusable(normalize, "a reference")
             sha256 = await anyio.to_thread.run_sync(_sha256, copy)

@@ -40,6 +40,8 @@ def enter_sandbox(
     active = _limit_resources(cpu_max_s, memory_max_bytes, allows_threads)
     if sys.platform == "linux":
         active |= _filter_syscalls(ctypes.CDLL(None, use_errno=True), allows_threads)
+        if allows_threads and not active & Protection.SYSCALL_FILTER:
+            _forbid_processes()
     return active
 
 
@@ -58,7 +60,7 @@ def _limit_resources(cpu_max_s: int, memory_max_bytes: int, allows_threads: bool
         resource.RLIMIT_DATA: memory_max_bytes,
         resource.RLIMIT_AS: ADDRESS_SPACE_MAX_BYTES,
     }
-    if allows_threads and sys.platform == "linux" and platform.machine() in _SYSCALLS:
+    if allows_threads and sys.platform == "linux":
         del limits[resource.RLIMIT_NPROC]  # Linux counts threads as processes; the filter of system calls forbids those
     active = Protection.RESOURCE_LIMITS
     for kind, value in limits.items():
@@ -70,6 +72,13 @@ def _limit_resources(cpu_max_s: int, memory_max_bytes: int, allows_threads: bool
             if kind not in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
                 active = Protection(0)
     return active
+
+
+def _forbid_processes() -> None:
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
 # --- Linux: seccomp ---

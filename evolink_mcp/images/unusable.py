@@ -22,6 +22,7 @@ class Reason(IntEnum):
     TOO_MANY_BYTES = 12  #: The file is larger than EvoLink accepts
     CHANGED = 13  #: The content changed between two reads
     ABOVE_MAX_BYTES = 14  #: No quality makes the derived file short enough
+    HEIC_TOO_LARGE = 15  #: The HEIC photo has more pixels than the memory of its decoder holds
 
 
 _TEXTS = {
@@ -38,6 +39,7 @@ _TEXTS = {
     Reason.MASK_TOO_LARGE: "a mask may have at most 50 megapixels",
     Reason.TOO_MANY_BYTES: "it has more than 50 MB",
     Reason.CHANGED: "it changed while the server read it",
+    Reason.HEIC_TOO_LARGE: "a HEIC photo may have at most 25 megapixels: export it as JPEG",
     Reason.ABOVE_MAX_BYTES: "it has more bytes than max_bytes in every quality",
 }
 _HOSTILE = frozenset(

@@ -95,8 +95,9 @@ BY_KEY = "SELECT * FROM entries WHERE {mine} AND key = ? LIMIT 1"
 BY_TASK = "SELECT * FROM entries WHERE {mine} AND task_id = ? LIMIT 1"
 # Read the newest entries. {filters} are optional conditions.
 RECENT = "SELECT * FROM entries WHERE {mine} AND {filters} ORDER BY created_at DESC, key LIMIT ?"
-# Read the newest entries of the key's accounts, in all profiles.
-OF_ACCOUNTS = """SELECT * FROM entries WHERE created_at >= ? AND created_at <= ? AND account IN ('', {accounts})
+# Read the newest entries of the key's accounts in all profiles. The key may be linked to other accounts in each of them.
+OF_ACCOUNTS = """SELECT * FROM entries WHERE created_at >= ? AND created_at <= ?
+    AND (account IN ('', {accounts}) OR account IN (SELECT account FROM links WHERE identity = ?))
     ORDER BY created_at DESC, key LIMIT ?"""
 # Read the newest entries with a URL or a SHA-256 in an image or in the task.
 BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR instr(task, ?) > 0)
@@ -555,7 +556,7 @@ class Journal:
     async def of_accounts(self, limit: int, since: float, until: float) -> list[Entry]:
         """Return at most `limit` entries of the key's accounts, newest first. Other profiles may use the same account."""
         sql = self._sql(OF_ACCOUNTS, accounts=self._account_list)
-        return readable_entries(await self._fetch(sql, since, until, limit))
+        return readable_entries(await self._fetch(sql, since, until, self.identity, limit))
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
         """Return undelivered entries of identical requests that no call of another server waits for, oldest first."""
@@ -659,23 +660,18 @@ class Journal:
 
         return await self._backend.run(act)
 
-    async def add_store_id(self, location: str, store_id: str) -> str:
-        """Record the ID of an image store, unless this journal knows one. Return the known ID.
+    async def store_id(self, location: str) -> str | None:
+        """Return the ID of an image store, or None if the journal knows none. All profiles of the journal share it.
 
-        All profiles of the journal share it. `location` names the store.
+        `location` names the store.
         """
+        rows = await self._fetch(FIND_FACT, STORE_HOLDER, location)
+        return rows[0]["value"] if rows else None
 
-        async def act(db: Connection) -> str:
-            async with db.transaction():
-                await db.execute(ADD_FACT, (STORE_HOLDER, location, store_id))
-                (row,) = await db.fetch(FIND_FACT, (STORE_HOLDER, location))
-                return row["value"]
-
-        return await self._backend.run(act)
-
-    async def save_store_id(self, location: str, store_id: str) -> None:
-        """Replace the ID of an image store."""
-        await self._execute(SAVE_FACT, STORE_HOLDER, location, store_id)
+    async def add_store_id(self, location: str, store_id: str) -> str:
+        """Record the ID of an image store, unless another server was faster. Return the recorded ID."""
+        await self._execute(ADD_FACT, STORE_HOLDER, location, store_id)
+        return await self.store_id(location) or store_id
 
     async def save_fact(self, name: str, value: str) -> None:
         """Record a fact about the account."""

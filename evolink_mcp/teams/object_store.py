@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import time
@@ -16,6 +17,7 @@ from urllib.parse import quote, urlsplit
 import anyio.to_thread
 
 from evolink_mcp.errors import StoreUnusable
+from evolink_mcp.images.folders import move_to_free_name
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.signing import Signer
 
@@ -29,6 +31,7 @@ REMOTE = ("s3://", "gs://", "az://")
 # A store that does not answer must not hold a call for long: the answer can show EvoLink's link.
 RETRY_TIMEOUT_S = 20
 REASON_MAX = 200  # characters
+_STORE_ID = re.compile(r"[0-9a-f]{32}")
 _SIGNED_PATH = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
 
 
@@ -86,19 +89,19 @@ class ObjectStore:
         """Return the ID in the marker file of a folder store. None: there is no such file, or no folder.
 
         Raises:
-            StoreUnusable: the file cannot be read.
+            StoreUnusable: the file cannot be read, or is damaged.
         """
         with _translated_errors(is_read=False):
             return await anyio.to_thread.run_sync(_read_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
-    async def mark(self, store_id: str) -> None:
-        """Write the marker file of a new folder store.
+    async def marked(self) -> str:
+        """Write the marker file of a new folder store. Return its ID, which another server may have written first.
 
         Raises:
-            StoreUnusable: the folder does not exist or cannot be written.
+            StoreUnusable: the folder does not exist or cannot be written, or the marker file is damaged.
         """
         with _translated_errors(is_read=False):
-            await anyio.to_thread.run_sync(_write_marker, Path(self._root) / MARKER, store_id, abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(_write_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
     @property
     def location_hash(self) -> str:
@@ -196,14 +199,26 @@ class ObjectStore:
 def _read_marker(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
-            return file.read(MARKER_MAX_BYTES).decode("ascii", "replace").strip()
+            text = file.read(MARKER_MAX_BYTES).decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if not _STORE_ID.fullmatch(text):
+        raise ValueError("the marker file is damaged")
+    return text
 
 
-def _write_marker(path: Path, store_id: str) -> None:
-    with path.open("x", encoding="ascii") as file:
-        file.write(f"{store_id}\n")
+def _write_marker(path: Path) -> str:
+    """Write a complete marker file, unless there is one. Return the ID in it."""
+    part = path.with_name(f"{MARKER}-{uuid.uuid4().hex}")
+    part.write_text(f"{uuid.uuid4().hex}\n", encoding="ascii")
+    try:
+        move_to_free_name(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    marker = _read_marker(path)
+    if marker is None:
+        raise FileNotFoundError(errno.ENOENT, "the marker file was deleted")
+    return marker
 
 
 @contextmanager

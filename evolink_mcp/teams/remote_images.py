@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -49,7 +48,6 @@ from evolink_mcp.teams.object_store import MARKER, ObjectStore
 COPY_LIFETIME_S = 3600.0
 COPIES_MAX_BYTES = 2 << 30
 SWEEP_INTERVAL_S = 60.0
-MARKER_WRITTEN_WITHIN_S = 1.0
 
 
 class RemoteImageStore:
@@ -149,24 +147,17 @@ class RemoteImageStore:
         store = self._object_store
         if store is None or not store.is_folder:
             return
-        new_id = uuid.uuid4().hex
-        known_id = await self._journal.add_store_id(store.location_hash, new_id)
-        marker = await store.marker()
-        if marker is None and known_id != new_id:  # another server may write it now
-            await anyio.sleep(MARKER_WRITTEN_WITHIN_S)
-            marker = await store.marker()
-        if marker is None and known_id == new_id:
-            await store.mark(new_id)
-        elif marker is not None and known_id == new_id:
-            await self._journal.save_store_id(store.location_hash, marker)
-        elif marker != known_id:
-            reason = "has no marker file" if marker is None else "is another store"
-            advice = (
-                f"The owner of this server must mount the folder of EVOLINK_MCP_STORE. It contains the file {MARKER}."
-            )
-            if charged == "yes":
-                advice = f"The picture is paid, and EvoLink keeps it for 24 hours. {advice} Then call get_task."
-            raise StoreUnusable(f"the folder for pictures {reason}", charged=charged, advice=advice)
+        try:
+            known_id = await self._journal.store_id(store.location_hash)
+            marker = await store.marker() if known_id is not None else await store.marked()
+        except StoreUnusable as error:
+            raise _store_away(error.message, charged) from error
+        if marker is None:
+            raise _store_away("the folder for pictures has no marker file", charged)
+        # The journal learns the ID after the file is complete, so a crash between them changes nothing.
+        known_id = known_id or await self._journal.add_store_id(store.location_hash, marker)
+        if marker != known_id:
+            raise _store_away("the folder for pictures is another store", charged)
 
     async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """See ImageStore. A stored image keeps its first name."""
@@ -266,6 +257,13 @@ class RemoteImageStore:
         if self._clock() - self._swept_at >= SWEEP_INTERVAL_S:
             self._swept_at = self._clock()
             await anyio.to_thread.run_sync(_remove_old_copies, self._copies, self._clock())
+
+
+def _store_away(problem: str, charged: Charged) -> StoreUnusable:
+    advice = f"The owner of this server must mount the folder of EVOLINK_MCP_STORE. It contains the file {MARKER}."
+    if charged == "yes":
+        advice = f"The picture is paid, and EvoLink keeps it for 24 hours. {advice} Then call get_task."
+    return StoreUnusable(problem, charged=charged, advice=advice)
 
 
 @contextmanager

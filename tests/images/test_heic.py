@@ -12,10 +12,12 @@ from typing import Any
 import pillow_heif
 import pytest
 from conftest import World
+from fake_decoders import answering
 from PIL import Image, ImageCms
 
 from evolink_mcp.app.wiring import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
+from evolink_mcp.images.decode_protocol import DecodeAnswer
 from evolink_mcp.images.heic import CONVERTED_MAX_PIXELS
 from evolink_mcp.images.metadata import ORIENTATION
 from evolink_mcp.images.unusable import Reason, UnusableImage
@@ -34,6 +36,15 @@ def heic(size: tuple[int, int] = (64, 48), mode: str = "RGB", **options: Any) ->
     out = io.BytesIO()
     pillow_heif.from_pillow(image).save(out, quality=90, **options)
     return out.getvalue()
+
+
+def unfinished() -> bytes:
+    """Return a photo of which a download tool has the first half and zeros for the rest."""
+    image = Image.effect_noise((256, 256), 60).convert("RGB")
+    out = io.BytesIO()
+    pillow_heif.from_pillow(image).save(out, quality=90)
+    content = out.getvalue()
+    return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 
 
 async def converted(content: bytes) -> bytes:
@@ -65,6 +76,28 @@ async def test_the_copy_is_upright_has_the_colour_profile_and_no_metadata() -> N
         assert not image.getexif()
 
 
+async def test_grey_with_10_bits_keeps_its_shades() -> None:
+    ramp = b"".join((value << 8).to_bytes(2, "little") for value in range(256)) * 64
+    out = io.BytesIO()
+    pillow_heif.from_bytes("I;16", (256, 64), ramp).save(out, quality=100)
+    with Image.open(io.BytesIO(await converted(out.getvalue()))) as image:
+        shades = [image.convert("L").getpixel((x, 32)) for x in (0, 64, 128, 192, 255)]
+    assert all(abs(shade - wanted) <= 4 for shade, wanted in zip(shades, (0, 64, 128, 192, 255), strict=True)), shades  # type: ignore[operator]
+
+
+async def test_a_photo_stays_until_its_conversion_is_complete() -> None:
+    """The work may start again if other images need its place. Then it must read the photo and not a part of the answer."""
+    photo = heic()
+    file = io.BytesIO(photo)
+    part = DecodeAnswer(payload=bytes(100)).pack() + bytes(10)
+    with (
+        closing(Decoder(decoder_environment(), command=answering(part))) as decoder,
+        pytest.raises(UnusableImage),
+    ):
+        await decoder.convert_heic(file)
+    assert file.getvalue() == photo
+
+
 async def test_every_other_file_stays() -> None:
     for content in (b"", b"text", b"\x89PNG\r\n\x1a\n and more", heic()[:11]):
         assert await converted(content) == content
@@ -75,7 +108,8 @@ async def test_every_other_file_stays() -> None:
     [
         pytest.param(heic()[:200], Reason.DAMAGED, id="the first bytes"),
         pytest.param(heic()[:-40], Reason.DAMAGED, id="the end is missing"),
-        pytest.param(heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.TOO_LARGE, id="too many pixels"),
+        pytest.param(unfinished(), Reason.INCOMPLETE, id="an unfinished download"),
+        pytest.param(heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.HEIC_TOO_LARGE, id="too many pixels"),
     ],
 )
 async def test_a_damaged_or_too_large_photo_is_refused(content: bytes, reason: Reason) -> None:

@@ -51,6 +51,7 @@ SORTED_ROWS_MAX = 100  # as PostgreSQL estimates them
 SCANS = {
     "FIND_SERVERS": "the result of its two parts",
     "SUMS": "the result of its two parts",
+    "OF_ACCOUNTS": "the links of keys and accounts, for a lost answer",
     "FIND_FACTS": "PostgreSQL reads a table of a few pages at once",
     "SUMS_OF_ENTRIES": "the CLI adds the entries with a word",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from conftest import Clock, Open, PlainSimulator, World
+from conftest import KEY, Clock, Open, PlainSimulator, World
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 NOW = 1_790_000_000.0
 PRICE = 0.1983
+OLD_KEY = "sk-former-0123456789"
 
 
 class Loses(httpx.ASGITransport):
@@ -108,6 +109,26 @@ async def test_an_order_of_another_profile_may_own_the_task_too(open_world: Open
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
     assert task_id in text
+
+
+async def test_an_order_under_a_former_key_of_another_profile_may_own_the_task_too(open_world: Open) -> None:
+    """Profile one continues the account of its former key. Profile two knows only the new key."""
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=0)
+    lost = Loses(simulator, unbilled=True)
+    shared: Any = {"simulator": simulator, "clock": clock}
+    async with open_world({"EVOLINK_API_KEY": OLD_KEY}, **shared) as before:
+        await bought(before, prompt="a harbour")
+    for task in simulator.tasks.values():
+        task.key = KEY
+    async with (
+        open_world(transport=lost, **shared) as world,
+        open_world({"EVOLINK_MCP_PROFILE": "second"}, transport=lost, **shared) as second,
+    ):
+        await bought(world)
+        lost.unbilled = False
+        facts, _ = await bought(second, prompt="a hen")
+    assert (facts["task_id"], facts["guess"]) == (None, False)
 
 
 async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profile(open_world: Open) -> None:

@@ -226,6 +226,47 @@ async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_poin
     assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
 
 
+@pytest.mark.parametrize("fault", ["no folder", "a folder as marker", "NUL bytes", "empty"])
+async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_next_one_works(
+    tmp_path: Path, folder: Path, stored: dict[str, str], fault: str
+) -> None:
+    marker = folder / MARKER
+    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+        if fault == "no folder":
+            folder.rmdir()
+        elif fault == "a folder as marker":
+            marker.mkdir()
+        else:
+            marker.write_bytes(bytes(32) if fault == "NUL bytes" else b"")
+        refused = facts(await client.call_tool("generate_image", WISH))
+        assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
+        assert "The picture is paid" not in refused["error"]["advice"]
+        assert town.posts == 0
+        if fault == "no folder":
+            folder.mkdir()
+        elif fault == "a folder as marker":
+            marker.rmdir()
+        else:
+            marker.unlink()
+        bought = facts(await client.call_tool("generate_image", WISH))
+        assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+    assert len(marker.read_text().strip()) == 32
+    assert [path.name for path in folder.glob(f"{MARKER}*")] == [MARKER]
+
+
+async def test_servers_with_different_journals_agree_on_the_marker_of_a_new_folder(folder: Path) -> None:
+    ids: list[str] = []
+
+    async def mark() -> None:
+        ids.append(await ObjectStore(str(folder), 24, Links("https://p.example.org", ["s" * 32])).marked())
+
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(mark)
+    assert len(ids) == 20
+    assert len(set(ids)) == 1
+
+
 async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
     tmp_path: Path, folder: Path, stored: dict[str, str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import anyio
@@ -13,6 +14,7 @@ pytest.importorskip("prometheus_client")
 
 from evolink_mcp.app.settings import BadSetting
 from evolink_mcp.cli.team_checks import check_team
+from evolink_mcp.teams.object_store import MARKER
 from evolink_mcp.teams.reloaded_file import is_mount_of_one_file
 from evolink_mcp.teams.settings import OAuth, TeamSettings
 
@@ -191,10 +193,14 @@ async def test_doctor_tests_the_object_store_and_leaves_nothing_in_it(tmp_path: 
     folder = tmp_path / "store"
     folder.mkdir()
     environ = {**PUBLIC, "EVOLINK_MCP_STORE": str(folder)}
-    assert await verdicts(**environ) == [("store", "ok")]
+    # Without its marker it may be the empty mount point of a share.
+    assert await verdicts(**environ) == [("store", "warning")]
     assert list(folder.iterdir()) == []
+    (folder / MARKER).write_text("0" * 32)
+    assert await verdicts(**environ) == [("store", "ok")]
+    assert list(folder.iterdir()) == [folder / MARKER]
     settings = TeamSettings.from_environment(environ)
-    folder.rmdir()
+    shutil.rmtree(folder)
     folder.write_text("a file instead of the folder")
     (finding,) = await check_team(settings)
     assert (finding.verdict, str(folder) in finding.words) == ("broken", False)
