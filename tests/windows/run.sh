@@ -37,7 +37,7 @@ import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 # Omit xdist, and the dependencies of team servers, which run only on Linux and macOS.
 tests = [need for need in project["optional-dependencies"]["test"] if not need.startswith(("pytest-xdist", "coverage", "moto", "flask", project["name"]))]
-print("\n".join(project["dependencies"] + tests))
+print("\n".join(project["dependencies"] + tests + project["optional-dependencies"]["heic"]))
 P
 )
 rm -rf "$folder/site" "$folder/project"
