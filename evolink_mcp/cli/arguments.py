@@ -82,7 +82,9 @@ def parse_arguments(argv: list[str]) -> Namespace:
     tasks.add_argument("--json", action="store_true", help="print JSON")
     audit = commands.add_parser("audit", help="add the charges of the journal")
     audit.add_argument("--since", default="all", help="today, yesterday, 7d, all (default), or a date")
-    audit.add_argument("--by", choices=AUDIT_KEYS, default="tenant", help="what a line adds (default: tenant)")
+    audit.add_argument(
+        "--by", choices=AUDIT_KEYS, default="tenant", help="one line per tenant (default), day, month or task"
+    )
     audit.add_argument("--format", choices=AUDIT_FORMATS, default="table", help="table (default), csv or json")
     opened = commands.add_parser("open", help="open a saved image, or the output folder")
     opened.add_argument("words", nargs="*", help="words of the prompt, the file name or the task ID")

@@ -22,8 +22,8 @@ from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import open_plain, write_new_file
 from evolink_mcp.images.unusable import UnusableImage
 from evolink_mcp.journal.entry import Entry, account_id_of
-from evolink_mcp.journal.journal import Sums
-from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_entries, read_sums
+from evolink_mcp.journal.journal import Charge, Sums
+from evolink_mcp.journal.sqlite import FILE_NAME, read_accounts, read_charges, read_entries, read_sums
 from evolink_mcp.sanitize import harmless, printable
 from evolink_mcp.studio.times import instant
 from evolink_mcp.teams.settings import TeamSettings
@@ -56,7 +56,7 @@ def find_entries(
     path = settings.data_dir / FILE_NAME
     if not path.exists():
         return str(path), []
-    return str(path), read_entries(settings.data_dir, limit, words, since, profile=profile_of(settings))
+    return str(path), read_entries(settings.data_dir, limit, words, since, profile=_profile_of(settings))
 
 
 def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...] = ()) -> list[Sums]:
@@ -72,7 +72,22 @@ def find_sums(settings: TeamSettings, since: list[float], words: tuple[str, ...]
     has_journal = (settings.data_dir / FILE_NAME).exists()
     if not has_journal:
         return [Sums() for _ in since]
-    return read_sums(settings.data_dir, since, words, profile=profile_of(settings))
+    return read_sums(settings.data_dir, since, words, profile=_profile_of(settings))
+
+
+def find_charges(settings: TeamSettings, since: float) -> list[Charge]:
+    """Return the charges since a time (epoch seconds). A team's journal has those of all tenants. Blocks.
+
+    Raises:
+        JournalUnwritable: the journal is damaged or unreadable.
+    """
+    if settings.database_url is not None:
+        from evolink_mcp.teams import schema
+
+        return schema.read_charges(settings.database_url, since)
+    if not (settings.data_dir / FILE_NAME).exists():
+        return []
+    return read_charges(settings.data_dir, since, profile=_profile_of(settings))
 
 
 def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
@@ -81,7 +96,7 @@ def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
     Raises:
         JournalUnwritable: the journal is damaged or unreadable.
     """
-    profile = profile_of(settings)
+    profile = _profile_of(settings)
     if profile is None or settings.key is None or not entries:
         return set()
     identity = account_id_of(settings.key.get_secret_value(), settings.base_url)
@@ -89,7 +104,7 @@ def find_other_keys(settings: TeamSettings, entries: list[Entry]) -> set[str]:
     return {entry.key for entry in entries if entry.account not in accounts}
 
 
-def profile_of(settings: TeamSettings) -> str | None:
+def _profile_of(settings: TeamSettings) -> str | None:
     """Return the profile that the commands show. None: they show the entries of all tenants, or of all demos."""
     has_tenants = settings.database_url or settings.tokens_file or settings.oauth_issuer
     return None if has_tenants or _is_demo(settings) else settings.profile

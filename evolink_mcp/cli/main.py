@@ -258,8 +258,8 @@ def _tasks(options: Namespace) -> int:
 
 
 def _audit(options: Namespace) -> int:
-    from evolink_mcp.cli.audit import find_charges, lines_by, rows_of, text_of
-    from evolink_mcp.cli.image_commands import start_of
+    from evolink_mcp.cli.audit import lines_by, text_of
+    from evolink_mcp.cli.image_commands import find_charges, start_of
     from evolink_mcp.errors import Refused
 
     try:
@@ -267,7 +267,7 @@ def _audit(options: Namespace) -> int:
     except (JournalUnwritable, Refused) as error:
         _print_error(f"{error.message}. {error.advice}")
         return 1
-    print(text_of(rows_of(lines_by(options.by, charges), options.by), options.format), end="")
+    print(text_of(lines_by(options.by, charges), options.by, options.format), end="")
     return 0
 
 

@@ -75,7 +75,7 @@ async def _check_store(settings: TeamSettings) -> list[Finding]:
     store = object_store_of(settings)
     assert store is not None
     try:
-        if store.is_folder and Path(settings.store).is_dir() and await store.marker() is None:
+        if store.is_folder and Path(settings.store).is_dir() and await store.read_marker() is None:
             return [
                 Finding(
                     "store",

@@ -224,7 +224,7 @@ class Decoder:
             if self._is_closed or any(process.is_alive for process in self._idle):
                 return
             with suppress(DecoderUnavailable):
-                await self._reuse(await self._start_process(self._command or decoder_command()))
+                await self._reuse(await self._start_process())
 
     async def protections(self) -> Protection:
         """Start a process if none is idle, and return the protections that are active in it.
@@ -268,9 +268,7 @@ class Decoder:
         The payload goes to `into`, or into the answer. The files of a `plan` take long and give way to no other image.
         """
         converts_heic = request.operation is Operation.CONVERT_HEIC
-        process = await (
-            self._start_process(self._command or converter_command()) if converts_heic else self._process()
-        )
+        process = await (self._start_process(converter_command) if converts_heic else self._process())
         if slot is None:
             process.lower_priority()
         content.seek(0)
@@ -323,7 +321,7 @@ class Decoder:
             if process.is_alive:
                 return process
             process.end()
-        return await self._start_process(self._command or decoder_command())
+        return await self._start_process()
 
     async def _reuse(self, process: _Process) -> None:
         """Keep a process for the next image. After `close` end it."""
@@ -332,8 +330,8 @@ class Decoder:
         else:
             self._idle.append(process)
 
-    async def _start_process(self, command: Sequence[str]) -> _Process:
-        process = _Process(command, self._environ, self._folder)
+    async def _start_process(self, make_command: Callable[[], list[str]] = decoder_command) -> _Process:
+        process = _Process(self._command or make_command(), self._environ, self._folder)
         is_started = False
         try:
             with anyio.fail_after(START_DEADLINE_S):

@@ -142,6 +142,16 @@ def syscall_filter(architecture: int, allowed: list[int], mapping: list[int], cl
     def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, value)
 
+    def test_bits(number: int, argument: int, bits: int, if_set: int, if_clear: int) -> list[bytes]:
+        """Decide a system call by bits of the argument at this offset."""
+        return [
+            instruction(_JUMP_IF_EQUAL, number, if_false=4),
+            instruction(_LOAD_WORD, argument),
+            instruction(_JUMP_IF_BITS, bits, if_false=1),
+            instruction(_RETURN, if_set),
+            instruction(_RETURN, if_clear),
+        ]
+
     program = [
         instruction(_LOAD_WORD, _OFFSET_ARCHITECTURE),
         instruction(_JUMP_IF_EQUAL, architecture, if_true=1),
@@ -151,20 +161,10 @@ def syscall_filter(architecture: int, allowed: list[int], mapping: list[int], cl
     for number in allowed:
         program += [instruction(_JUMP_IF_EQUAL, number, if_false=1), instruction(_RETURN, _ALLOW)]
     for number in mapping:
-        program += [
-            instruction(_JUMP_IF_EQUAL, number, if_false=4),
-            instruction(_LOAD_WORD, _OFFSET_THIRD_ARGUMENT),
-            instruction(_JUMP_IF_BITS, _PROT_EXEC, if_false=1),
-            instruction(_RETURN, _FAIL_WITH_EPERM),
-            instruction(_RETURN, _ALLOW),
-        ]
+        program += test_bits(number, _OFFSET_THIRD_ARGUMENT, _PROT_EXEC, _FAIL_WITH_EPERM, _ALLOW)
     if clone is not None:
+        program += test_bits(clone, _OFFSET_FIRST_ARGUMENT, _CLONE_THREAD, _ALLOW, _FAIL_WITH_EPERM)
         program += [
-            instruction(_JUMP_IF_EQUAL, clone, if_false=4),
-            instruction(_LOAD_WORD, _OFFSET_FIRST_ARGUMENT),
-            instruction(_JUMP_IF_BITS, _CLONE_THREAD, if_false=1),
-            instruction(_RETURN, _ALLOW),
-            instruction(_RETURN, _FAIL_WITH_EPERM),
             # A filter cannot read the arguments of clone3, which are in memory. The C library uses clone instead.
             instruction(_JUMP_IF_EQUAL, _CLONE3, if_false=1),
             instruction(_RETURN, _FAIL_WITH_ENOSYS),

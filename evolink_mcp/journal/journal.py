@@ -183,7 +183,7 @@ MATCH_WITHDRAWN = Problem(
 class Charge:
     """The credits of one purchase: confirmed (`spent`) or, while its charge is not decided, its ceiling (`reserved`).
 
-    `created_at` is in epoch seconds. `task_id` is None if the answer to the purchase was lost.
+    `created_at` is in epoch seconds. `task_id` is None after a lost answer.
     """
 
     profile: str

@@ -43,7 +43,7 @@ CLOSE_WITHIN_S = 2.0
 CURRENT_SESSION = "SELECT pg_backend_pid()"
 POOLER_TESTS = 2
 SHARED_SESSIONS = (
-    "a pooler such as PgBouncer gives each transaction another session, and a server needs a session of its own: "
+    "a pooler such as PgBouncer gives each transaction another session, and a server needs one session for its lease: "
     "name PostgreSQL itself in EVOLINK_MCP_DATABASE_URL, or set pool_mode = session"
 )
 ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"

@@ -85,7 +85,7 @@ class ObjectStore:
         """Whether the store is a folder, so that this server must serve its links."""
         return self._links is not None
 
-    async def marker(self) -> str | None:
+    async def read_marker(self) -> str | None:
         """Return the ID in the marker file of a folder store. None: there is no such file, or no folder.
 
         Raises:
@@ -94,14 +94,14 @@ class ObjectStore:
         with _translated_errors(is_read=False):
             return await anyio.to_thread.run_sync(_read_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
-    async def marked(self) -> str:
+    async def ensure_marker(self) -> str:
         """Write the marker file of a new folder store. Return its ID, which another server may have written first.
 
         Raises:
             StoreUnusable: the folder does not exist or cannot be written, or the marker file is damaged.
         """
         with _translated_errors(is_read=False):
-            return await anyio.to_thread.run_sync(_write_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(_ensure_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
     @property
     def location_hash(self) -> str:
@@ -207,8 +207,11 @@ def _read_marker(path: Path) -> str | None:
     return text
 
 
-def _write_marker(path: Path) -> str:
-    """Write a complete marker file, unless there is one. Return the ID in it."""
+def _ensure_marker(path: Path) -> str:
+    """Write a complete marker file, unless there is one. Return the ID in it.
+
+    `write_new_file` would make it unreadable for servers of another user.
+    """
     part = path.with_name(f"{MARKER}-{uuid.uuid4().hex}")
     part.write_text(f"{uuid.uuid4().hex}\n", encoding="ascii")
     try:

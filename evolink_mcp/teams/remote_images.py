@@ -73,6 +73,7 @@ class RemoteImageStore:
         self._journal = journal
         self._profile = journal.channel
         self._object_store = object_store
+        self._store_id: str | None = None  # unknown until the first order
         self._copies = copies
         self.decoder = decoder
         self._has_origin = has_origin and object_store is not None
@@ -148,16 +149,17 @@ class RemoteImageStore:
         if store is None or not store.is_folder:
             return
         try:
-            known_id = await self._journal.store_id(store.location_hash)
-            marker = await store.marker() if known_id is not None else await store.marked()
+            # The ID of a store never changes, so the journal is read once.
+            self._store_id = self._store_id or await self._journal.store_id(store.location_hash)
+            marker = await store.read_marker() if self._store_id is not None else await store.ensure_marker()
         except StoreUnusable as error:
-            raise _store_away(error.message, charged) from error
+            raise _unmounted(error.message, charged) from error
         if marker is None:
-            raise _store_away("the folder for pictures has no marker file", charged)
+            raise _unmounted("the folder for pictures has no marker file", charged)
         # The journal learns the ID after the file is complete, so a crash between them changes nothing.
-        known_id = known_id or await self._journal.add_store_id(store.location_hash, marker)
-        if marker != known_id:
-            raise _store_away("the folder for pictures is another store", charged)
+        self._store_id = self._store_id or await self._journal.add_store_id(store.location_hash, marker)
+        if marker != self._store_id:
+            raise _unmounted("the folder for pictures is another store", charged)
 
     async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:
         """See ImageStore. A stored image keeps its first name."""
@@ -259,7 +261,7 @@ class RemoteImageStore:
             await anyio.to_thread.run_sync(_remove_old_copies, self._copies, self._clock())
 
 
-def _store_away(problem: str, charged: Charged) -> StoreUnusable:
+def _unmounted(problem: str, charged: Charged) -> StoreUnusable:
     advice = f"The owner of this server must mount the folder of EVOLINK_MCP_STORE. It contains the file {MARKER}."
     if charged == "yes":
         advice = f"The picture is paid, and EvoLink keeps it for 24 hours. {advice} Then call get_task."

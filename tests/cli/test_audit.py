@@ -1,4 +1,4 @@
-"""The command `audit` adds what EvoLink has billed, to the last digit."""
+"""The sums of the command `audit` are EvoLink's bills, to the last digit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from conftest import Open
 from office import ANNA, BERT, office
 
-from evolink_mcp.cli.audit import find_charges, lines_by, rows_of, text_of
+from evolink_mcp.cli.audit import lines_by, rows_of, text_of
+from evolink_mcp.cli.image_commands import find_charges
 from evolink_mcp.journal.journal import Charge
 from evolink_mcp.teams.settings import TeamSettings
 
@@ -79,13 +80,13 @@ async def test_charges_are_added_without_an_error_of_the_last_digit(key: str, ex
 
 
 async def test_the_table_has_a_sum_and_the_exports_have_none() -> None:
-    rows = rows_of(lines_by("tenant", CHARGES), "tenant")
-    table = text_of(rows, "table").splitlines()
+    lines = lines_by("tenant", CHARGES)
+    table = text_of(lines, "tenant", "table").splitlines()
     assert table[0].split() == ["tenant", "purchases", "spent_credits", "spent_usd", "reserved_credits"]
     assert table[-1].split() == ["all", "4", "0.5", "0.0074", "3.5"]
     assert len({len(line) for line in table}) == 1
-    assert json.loads(text_of(rows, "json")) == rows
-    read = list(csv.DictReader(io.StringIO(text_of(rows, "csv"))))
+    assert json.loads(text_of(lines, "tenant", "json")) == rows_of(lines, "tenant")
+    read = list(csv.DictReader(io.StringIO(text_of(lines, "tenant", "csv"))))
     assert [(row["tenant"], float(row["spent_credits"])) for row in read] == [("anna", 0.3), ("büro", 0.2)]
-    assert text_of([], "table") == "The journal has no charges in this period.\n"
-    assert (text_of([], "csv"), text_of([], "json")) == ("", "[]\n")
+    assert text_of([], "tenant", "table") == "The journal has no charges in this period.\n"
+    assert (text_of([], "tenant", "csv"), text_of([], "tenant", "json")) == ("", "[]\n")

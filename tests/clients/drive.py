@@ -22,14 +22,13 @@ from typing import Any
 import hosts
 import installed
 from fake_model import BASE64_MIN_CHARS, CHARS_PER_TOKEN, FakeModel, fake_model, text_of_result
-from stage import PATH, TRANSPORTS, Score, Stage, npm_install
+from stage import PATH, TOOLS, TRANSPORTS, Score, Stage, npm_install
 
 import plugins
 
 FOLDER = Path(__file__).resolve().parent
 CONCURRENCY = 3
 INSTALL_WITHIN_S, CALLS_WITHIN_S = 300, 300
-TOOLS = {tool["name"] for tool in json.loads((FOLDER.parents[1] / "manifest.json").read_text("utf-8"))["tools"]}
 SIZE = ("compute_size", {"size": "16:9", "resolution": "2K"})
 PICTURE_MAGIC = b"\x89PNG\r\n\x1a\n"
 

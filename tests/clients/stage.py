@@ -22,6 +22,7 @@ UP_WITHIN_S = 120.0
 PICTURE_S = "1"
 TRANSPORTS = ("stdio", "http", "sse")
 PATH = "/usr/local/bin:/usr/bin:/bin"
+TOOLS = {tool["name"] for tool in json.loads((Path(__file__).parents[2] / "manifest.json").read_text("utf-8"))["tools"]}
 
 
 class Stage:

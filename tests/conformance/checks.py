@@ -12,12 +12,11 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "clients"))
-from stage import PATH, TRANSPORTS, Score, Stage, npm_install  # noqa: E402
+from stage import PATH, TOOLS, TRANSPORTS, Score, Stage, npm_install  # noqa: E402
 
 CONCURRENCY = 2
 WITHIN_S = 300
 TOOL_ERROR = 5  # the Inspector's exit code if a tool's answer is an error
-TOOLS = {tool["name"] for tool in json.loads((FOLDER.parents[1] / "manifest.json").read_text("utf-8"))["tools"]}
 
 
 def conformance(stage: Stage, modules: Path, score: Score) -> None:

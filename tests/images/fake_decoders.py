@@ -45,7 +45,7 @@ with open({str(marker)!r}, "w") as file:
 
 
 def with_inherited_output(marker: Path) -> list[str]:
-    """Return a decoder that never answers. Its child, whose process ID is in `marker`, keeps the output open."""
+    """Return a decoder that never answers. Its child writes its process ID to `marker` and keeps the output open."""
     return program(f"{_child_with_the_output(marker)}request()\ntime.sleep(600)")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ import anyio
 import pytest
 from faulty_gateway import Exchange, behave
 from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
+from slow import SLOW
 from town import (  # noqa: F401
     WISH,
     Town,
@@ -40,10 +40,6 @@ pytestmark = [
 PARALLEL = 6
 # The threads of a run interleave, so another run may have a few more operations.
 SPARE = 4
-SLOW = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("EVOLINK_TEST_SLOW"), reason="EVOLINK_TEST_SLOW=1 runs it"),
-]
 
 
 def ids_written(env: dict[str, str]) -> int:

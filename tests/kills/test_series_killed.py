@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from killer import AT, HOW, LOG, Server, nursery_of_servers  # noqa: F401
+from slow import RUNS_SLOW_TESTS
 from town import Town, run_each, town_with_a_nursery  # noqa: F401
 
 pytestmark = [
@@ -92,6 +92,6 @@ async def test_a_series_killed_at_any_operation_is_bought_at_most_once(town: Tow
     operations = await good_series(town)
     kinds = Counter(operation.partition(":")[0] for operation in operations)
     assert all(kinds[kind] >= least for kind, least in (("journal", 60), ("socket", 60), ("file", 60)))
-    every = 1 if os.environ.get("EVOLINK_TEST_SLOW") else max(1, len(operations) // POSITIONS_MAX)
+    every = 1 if RUNS_SLOW_TESTS else max(1, len(operations) // POSITIONS_MAX)
     positions = range(1, len(operations) + 1, every)
     await run_each(operations, positions, lambda at: kill_and_repeat(town, f"kill-{at}", at), PARALLEL)

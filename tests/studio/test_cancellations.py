@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import httpx2 as httpx
 import pytest
 from conftest import KEY, Clock, PlainSimulator
 from mcp.server.mcpserver import MCPServer
+from slow import SLOW
 from stepped import CallContext, StepBackend, Steps
 
 from evolink_mcp.app.settings import Settings
@@ -41,10 +41,6 @@ LOCKED_ACTIONS = 3
 SCENARIOS = ["same server", "second server", "claim", "locked journal"]
 TOOLS = ["generate_image", "generate_images", "get_task", "list_tasks", "view_image", "derive_image", "compute_size"]
 POINTS_TOTAL_MIN = 2000
-SLOW = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("EVOLINK_TEST_SLOW"), reason="EVOLINK_TEST_SLOW=1 runs it"),
-]
 
 
 @dataclass
@@ -178,7 +174,7 @@ async def check_sums(town: Town) -> None:
 
 
 async def points_of(town: Town, first: int, tool: str, scenario: str, every: int = 1) -> int:
-    """Cancel a tool call at each suspension, or at every second one, … Return the number of points."""
+    """Cancel a tool call at suspensions with the distance `every`. Return their number."""
     for points, point in enumerate(range(0, POINTS_MAX, every)):
         case = Case(tool, first + points)
         buys = tool in ("generate_image", "generate_images")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
 import anyio
 import pytest
 from conftest import KEY, Clock, Open, PlainSimulator
+from slow import SLOW
 from test_reconcile import Loses
 
-pytestmark = [
-    pytest.mark.anyio,
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("EVOLINK_TEST_SLOW"), reason="EVOLINK_TEST_SLOW=1 runs it"),
-]
+pytestmark = [pytest.mark.anyio, *SLOW]
 
 ORDERS = 500
 WRONG_MAX_SHARE = 0.01

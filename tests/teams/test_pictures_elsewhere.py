@@ -258,7 +258,7 @@ async def test_servers_with_different_journals_agree_on_the_marker_of_a_new_fold
     ids: list[str] = []
 
     async def mark() -> None:
-        ids.append(await ObjectStore(str(folder), 24, Links("https://p.example.org", ["s" * 32])).marked())
+        ids.append(await ObjectStore(str(folder), 24, Links("https://p.example.org", ["s" * 32])).ensure_marker())
 
     async with anyio.create_task_group() as group:
         for _ in range(20):

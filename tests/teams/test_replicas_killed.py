@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
 import pytest
 from killer import AT, HOW, nursery_of_servers  # noqa: F401
+from slow import SLOW
 from town import (  # noqa: F401
     Town,
     check_recovery,
@@ -22,10 +22,6 @@ from town import (  # noqa: F401
 pytestmark = pytest.mark.anyio
 PARALLEL = 4
 SPARE = 4
-SLOW = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("EVOLINK_TEST_SLOW"), reason="EVOLINK_TEST_SLOW=1 runs it"),
-]
 
 
 def team(town: Town, name: str, url: str, **environ: str) -> dict[str, str]:
