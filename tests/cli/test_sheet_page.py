@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+from child_processes import minimal_environment
 from conftest import Open, World
 
 from evolink_mcp.cli.image_commands import write_sheet
@@ -113,7 +114,8 @@ async def test_the_search_of_the_page_ignores_case_and_accents(tmp_path: Path, s
     file = tmp_path / "page.html"
     file.write_text(page, "utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = await anyio.run_process([chromium, *options, file.as_uri()], stderr=subprocess.DEVNULL)
+    env = minimal_environment(tmp_path)  # Chromium writes into its home
+    done = await anyio.run_process([chromium, *options, file.as_uri()], stderr=subprocess.DEVNULL, env=env)
     text = done.stdout.decode()
     assert f"<output>{status}</output>" in text
     shown = len(re.findall(r"<article(?![^>]* hidden)", text))
