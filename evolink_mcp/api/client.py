@@ -38,8 +38,10 @@ from evolink_mcp.api.http import (
     TRANSPORT_ERRORS,
     CheckedAddress,
     HttpOptions,
+    Observe,
     Reply,
     dump,
+    ignore,
     lower_first,
     moment_of,
     preparing,
@@ -78,6 +80,7 @@ class EvolinkClient:
 
     Every method raises only `EvolinkError`. A caller may repeat a read. `submit` never repeats its POST.
     `clock_skew_s` is the lead of EvoLink's clock over ours in seconds, from the newest answer. None: no answer yet.
+    `observe` receives the outcome of each HTTP request.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class EvolinkClient:
         clock: Callable[[], float] = time.time,
         deadline: Deadline = awake_deadline,
         options: HttpOptions = DEFAULT_HTTP_OPTIONS,
+        observe: Observe = ignore,
     ) -> None:
+        self.observe = observe
         self._key = key
         self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
         self._loopback = urlsplit(base_url).scheme == "http"
@@ -209,7 +214,7 @@ class EvolinkClient:
             )
             async with self._purchases:  # the wait for a free connection does not count towards the deadline
                 with self._deadline(SUBMIT_DEADLINE_S) as deadline:
-                    async with stream(self._pays, request) as response:
+                    async with stream(self._pays, request, self.observe) as response:
                         self._compare_clocks(response)
                         await answer.receive(response)
         except TRANSPORT_ERRORS as error:
@@ -429,7 +434,7 @@ class EvolinkClient:
     async def _exchange(self, client: httpx.AsyncClient, request: httpx.Request, deadline_s: float) -> Reply:
         """Send a request and read the whole answer, within a total deadline and JSON_MAX_BYTES."""
         with self._deadline(deadline_s):
-            async with stream(client, request) as response:
+            async with stream(client, request, self.observe) as response:
                 try:
                     body = await whole_body(response)
                 except (Unreadable, *TRANSPORT_ERRORS):

@@ -45,6 +45,15 @@ DNS64 = ipaddress.IPv6Network("64:ff9b::/96")
 POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE, keepalive_expiry=30)
 
 
+# Receives the method and path of each HTTP request, and the status of its answer or NO_ANSWER.
+Observe = Callable[[str, str], None]
+NO_ANSWER = "no answer"
+
+
+def ignore(request: str, outcome: str) -> None:
+    """Ignore the outcome of an HTTP request."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
     """How a client opens its connections."""
@@ -138,10 +147,18 @@ def _behind_dns64(address: str) -> str:
 
 
 @asynccontextmanager
-async def stream(client: httpx.AsyncClient, request: httpx.Request) -> AsyncGenerator[httpx.Response]:
+async def stream(
+    client: httpx.AsyncClient, request: httpx.Request, observe: Observe = ignore
+) -> AsyncGenerator[httpx.Response]:
     """Yield the answer before its body. The connection is released even if the reader is cancelled."""
-    with span(_span_name(request), http__request__method=request.method, server__address=request.url.host) as current:
-        response = await client.send(request, stream=True)
+    name = _span_name(request)
+    outcome = NO_ANSWER
+    with span(name, http__request__method=request.method, server__address=request.url.host) as current:
+        try:
+            response = await client.send(request, stream=True)
+            outcome = str(response.status_code)
+        finally:
+            observe(name, outcome)
         current.set_attribute("http.response.status_code", response.status_code)
         try:
             yield response

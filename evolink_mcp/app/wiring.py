@@ -14,7 +14,7 @@ from mcp.server.mcpserver import MCPServer
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.deadline import Deadline, awake_deadline
-from evolink_mcp.api.http import DEFAULT_HTTP_OPTIONS, HttpOptions
+from evolink_mcp.api.http import DEFAULT_HTTP_OPTIONS, HttpOptions, Observe, ignore
 from evolink_mcp.app.settings import Settings, decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.references import References
@@ -40,7 +40,7 @@ class StudioParts:
 
     `tenant`: the only caller; the studio shows no other tenant's entries. `has_other_tenants`: other tenants spend from
     the same account. `make_journal` takes the identity of the key and the profile. `make_image_store` takes the client,
-    the journal and the decoder.
+    the journal and the decoder. `observe` receives the outcome of each HTTP request to EvoLink.
     """
 
     tenant: str = ""
@@ -51,6 +51,7 @@ class StudioParts:
     poller: Poller | None = None
     callbacks: CallbackAddresses | None = None
     subscribers: tuple[Subscriber, ...] = ()
+    observe: Observe = ignore
 
 
 @asynccontextmanager
@@ -79,6 +80,7 @@ async def open_studio(
         clock=clock,
         deadline=deadline,
         options=http_options,
+        observe=parts.observe,
     )
     identity = account_id_of(settings.key.get_secret_value(), settings.base_url) if settings.key else ""
     profile = parts.tenant or settings.profile

@@ -18,6 +18,7 @@ from evolink_mcp.cli.arguments import Namespace, parse_arguments
 from evolink_mcp.cli.process import (
     exit_within_deadline,
     log_audit_to_stderr,
+    log_request_ids,
     raise_descriptor_limit,
     start_garbage_collection,
 )
@@ -152,6 +153,7 @@ async def _record_startup(folder: Path, key: bytes, serve: Callable[[Any, Any], 
 
 def _http(options: Namespace) -> int:
     raise_descriptor_limit()
+    log_request_ids()
     settings = _read_settings().with_stored_key()
     from evolink_mcp.app.settings import BadSetting
     from evolink_mcp.cli.serve_http import serve_http

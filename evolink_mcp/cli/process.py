@@ -44,6 +44,20 @@ def log_audit_to_stderr() -> None:
     audit.propagate = False
 
 
+def log_request_ids() -> None:
+    """Begin each log line that belongs to an HTTP request with the ID of the request."""
+    from evolink_mcp.tracing import REQUEST_ID  # over stdio it would delay the start
+
+    def add_request_id(record: logging.LogRecord) -> bool:
+        request_id = REQUEST_ID.get()
+        record.request = f"[{request_id}] " if request_id is not None else ""
+        return True
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(add_request_id)
+        handler.setFormatter(logging.Formatter("evolink-mcp: %(levelname)s: %(request)s%(message)s"))
+
+
 def start_garbage_collection() -> None:
     """Exclude all present objects from garbage collection, then enable it with GARBAGE_THRESHOLDS.
 

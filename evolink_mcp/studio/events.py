@@ -45,10 +45,14 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A poll showed the end of a task. The task ended at most `detection_lag_s` seconds before."""
+    """A poll showed the end of a task. The task ended at most `detection_lag_s` seconds before.
+
+    `has_missed_callback`: EvoLink's callback was expected and did not arrive before.
+    """
 
     entry: Entry
     detection_lag_s: float
+    has_missed_callback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,13 @@ class Delivered:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """This server continues an unfinished entry of another server, which is dead or released it."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """This server's work on a purchase ended at `at` (epoch seconds). `client` is the MCP host that bought."""
 
@@ -83,7 +94,7 @@ class Finished:
     at: float
 
 
-Event = Purchased | Polled | Changed | Settled | Saved | Failed | Delivered | Finished
+Event = Purchased | Polled | Changed | Settled | Saved | Failed | Delivered | Adopted | Finished
 Subscriber = Callable[[Event], None]
 
 

@@ -25,6 +25,7 @@ from evolink_mcp.studio.schedule import (
     backoff_s,
     slower_s,
 )
+from evolink_mcp.tracing import outside_request
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ class Poller:
         self._due.setdefault(tenant, deque()).append(read)
         if not self._is_gathering:
             self._is_gathering = True
-            self._group.start_soon(guarded, self._gather)
+            with outside_request():  # a batch polls the tasks of several requests
+                self._group.start_soon(guarded, self._gather)
         await read.end_event.wait()
         if read.error is not None:
             raise read.error
@@ -334,7 +336,8 @@ class TaskFollower:
                 job.record_answer(is_running=not task.settled)
                 await self._writer.record_poll(job, task)
                 if task.settled:
-                    self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at))
+                    has_missed_callback = job.callback is Callback.EXPECTED
+                    self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at, has_missed_callback))
         if job.callback is not Callback.NONE:
             self._count_callback(job)
         if task.status == COMPLETED and is_new:

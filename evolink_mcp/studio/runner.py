@@ -14,13 +14,14 @@ from evolink_mcp.api.task import COMPLETED, Task
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.journal.journal import Notification
-from evolink_mcp.studio.events import Changed, Finished, JournalWriter
+from evolink_mcp.studio.events import Adopted, Changed, Finished, JournalWriter
 from evolink_mcp.studio.jobs import Callback, Job, JobState, Prepared, Timing, guarded
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
+from evolink_mcp.tracing import outside_request
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,9 @@ class JobRunner:
             else:
                 log.info("adopting %s", entry.task_id or entry.key)
                 self._adopted_keys.add(entry.key)
-                self._begin(entry, self._continue, is_audited=True)
+                self._writer.events.publish(Adopted(entry))
+                with outside_request():  # another request bought it
+                    self._begin(entry, self._continue, is_audited=True)
 
     def job_of(self, key: str) -> Job | None:
         """Return the unfinished job of the entry on this server, if any."""
@@ -338,6 +341,7 @@ class JobRunner:
         job.change_to(await self._writer.entry_by_key(job.entry.key) or job.entry)
         job.become_owner()
         if job.entry.has_work(self._timing.clock()) or job.copy_name is not None:
+            self._writer.events.publish(Adopted(job.entry))
             await self._continue(job)
 
     def _receive(self, notification: Notification) -> None:

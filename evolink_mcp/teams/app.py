@@ -29,9 +29,10 @@ from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, callbacks_of
 from evolink_mcp.teams.tenants import TenantLimitReached, Tenants, lifespan, temporary_max_for
 from evolink_mcp.teams.tokens import Tenant
-from evolink_mcp.teams.uploads import StoredPictures, UploadApp
+from evolink_mcp.teams.uploads import UPLOADS_PATH, StoredPictures, UploadApp
 from evolink_mcp.transports.connections import descriptor_limit
-from evolink_mcp.transports.http import LARGE_BODIES, REQUEST_MAX_BYTES
+from evolink_mcp.transports.http import LARGE_BODIES, REQUEST_MAX_BYTES, SSE_MESSAGES_PATH
+from evolink_mcp.transports.http_calls import PATH as MCP_PATH
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
 
 if TYPE_CHECKING:
@@ -149,7 +150,13 @@ def guarded_app(
     """Return `app` behind the HTTP guard, with the paths for callbacks, stored images and OAuth metadata."""
     endpoints: list[Endpoint] = []
     if (callbacks := callbacks_of(studios.settings)) is not None:
-        endpoints.append(Endpoint(("POST",), CALLBACKS, CallbackEndpoint(callbacks, studios.receive_callback)))
+        endpoints.append(
+            Endpoint(
+                ("POST",),
+                CALLBACKS,
+                CallbackEndpoint(callbacks, studios.receive_callback, studios.metrics.count_callback),
+            )
+        )
     store = studios.object_store
     if store is not None and store.is_folder:
         endpoints.append(Endpoint(("GET", "HEAD"), PICTURES, StoredPictures(store)))
@@ -166,6 +173,8 @@ def guarded_app(
         not_ready=readiness.check,
         endpoints=endpoints,
         large_bodies=LARGE_BODIES,
+        app_routes=(MCP_PATH, "/sse", SSE_MESSAGES_PATH, UPLOADS_PATH),
+        observer=studios.metrics,
     )
 
 
@@ -178,7 +187,11 @@ def metrics_for(studios: Studios, guard: HttpGuard, readiness: Readiness) -> Met
     # With a separate token, Prometheus needs no token of a tenant.
     token = studios.settings.metrics_token
     metrics = MetricsCollector(
-        studios.metrics, studios.statuses, lambda: guard.open_requests, lambda: readiness.problem is None
+        studios.metrics,
+        studios.statuses,
+        lambda: guard.open_requests,
+        lambda: readiness.problem is None,
+        studios.database,
     )
     guard.add_endpoint(Endpoint(("GET",), PATH, MetricsPage(metrics, token), is_public=token is not None))
     return metrics

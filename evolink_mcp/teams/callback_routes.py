@@ -20,17 +20,21 @@ ReceiveCallback = Callable[
 class CallbackEndpoint:
     """`POST /callbacks/{signed}`. The HTTP guard passes each body as one message."""
 
-    def __init__(self, callbacks: Callbacks, receive_callback: ReceiveCallback) -> None:
+    def __init__(self, callbacks: Callbacks, receive_callback: ReceiveCallback, count: Callable[[str], None]) -> None:
+        """`count` receives the outcome of each callback: `received`, `refused` or `postponed`."""
         self._callbacks = callbacks
         self._receive_callback = receive_callback
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
         purchase = self._callbacks.read(scope["path"])
         task_id = _task_id_in((await receive()).get("body", b""))
         if purchase is None:
+            self._count("refused")
             response = JSONResponse({"error": "there is no such address"}, 404)
         elif not isinstance(task_id, str):
+            self._count("refused")
             response = JSONResponse({"error": "the body names no task"}, 400)
         else:
             response = await self._pass_on(*purchase, task_id)
@@ -40,7 +44,9 @@ class CallbackEndpoint:
         try:
             await self._receive_callback(channel, key, task_id)
         except JournalUnwritable:
+            self._count("postponed")
             return JSONResponse({"error": "the database does not answer; try again"}, 503)  # EvoLink tries again
+        self._count("received")
         return JSONResponse({"status": "ok"})
 
 

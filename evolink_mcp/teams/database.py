@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
@@ -75,6 +76,7 @@ class Database:
         self._stops: list[Callable[[], None]] = []
         self._last: dict[str, asyncio.Task[Any]] = {}
         self._running: set[asyncio.Task[Any]] = set()
+        self.failures = Counter({"action": 0, "session": 0})
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -91,6 +93,10 @@ class Database:
     def callback_count(self) -> int:
         """The number of functions that `listen` and `when_lost` registered."""
         return len(self._listeners) + len(self._stops)
+
+    def pool_stats(self) -> dict[str, int]:
+        """Return the counts of psycopg's pool. `requests_queued` waited for a connection, `requests_wait_ms` in all."""
+        return self._pool.get_stats()
 
     def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """Call `receive` with each payload on the channel from another server. Return the function that stops it."""
@@ -198,6 +204,7 @@ class Database:
                 await self._send_heartbeat(self._session)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 if self._session is not None:
+                    self.failures["session"] += 1
                     log.warning("lost the session with the database: %s", self._address.reason(error))
                     with suppress(psycopg.Error, OSError):
                         await self._session.close()
@@ -298,6 +305,7 @@ class Database:
                 stack.enter_context(span("evolink journal", db__system__name="postgresql"))
                 return await act(await self._connection(stack))
         except (psycopg.Error, OSError, TimeoutError) as error:
+            self.failures["action"] += 1
             raise self.unwritable(error) from error
 
     async def _connection(self, stack: AsyncExitStack) -> DatabaseConnection:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import hmac
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import anyio
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from evolink_mcp import __version__
 from evolink_mcp.teams.metrics import LAG_BOUNDS_S, Metrics
+
+if TYPE_CHECKING:
+    from evolink_mcp.teams.database import Database
 
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -24,7 +35,7 @@ class MetricsCollector(Collector):
     """Collect the metrics when Prometheus reads them.
 
     `statuses` returns the status of each task that this process works on, `open_requests` the number of open HTTP
-    requests, `is_ready` whether this server can do paid work.
+    requests, `is_ready` whether this server can do paid work. `database` is the team's.
     """
 
     def __init__(
@@ -33,11 +44,13 @@ class MetricsCollector(Collector):
         statuses: Callable[[], Sequence[str]],
         open_requests: Callable[[], int],
         is_ready: Callable[[], bool],
+        database: Database | None = None,
     ) -> None:
         self._metrics = metrics
         self._statuses = statuses
         self._open_requests = open_requests
         self._is_ready = is_ready
+        self._database = database
         self._loop_delay_s = 0.0
         self._loop_delay_max_s = 0.0
         self._registry = CollectorRegistry()
@@ -93,6 +106,36 @@ class MetricsCollector(Collector):
         )
         self._loop_delay_max_s = 0.0  # each read starts a new interval
         yield GaugeMetricFamily("evolink_open_streams", "Open HTTP requests.", value=float(self._open_requests()))
+        yield InfoMetricFamily("evolink_server", "Version of this server.", {"version": __version__})
+        answers = {(route, str(status)): count for (route, status), count in list(metrics.answers.items())}
+        yield _counters("evolink_http_requests", "HTTP answers by route and status.", ("route", "status"), answers)
+        yield _counters(
+            "evolink_upstream_requests",
+            "HTTP requests to EvoLink by outcome.",
+            ("request", "outcome"),
+            metrics.upstream,
+        )
+        yield _counter("evolink_callbacks", "Callbacks of EvoLink by outcome.", "outcome", metrics.callbacks)
+        yield CounterMetricFamily("evolink_takeovers", "Entries adopted from other servers.", value=metrics.takeovers)
+        yield _counter(
+            "evolink_store_failures", "Failures of the object store by operation.", "operation", metrics.store_failures
+        )
+        yield _counter("evolink_refused_tokens", "Refused callers by reason.", "reason", metrics.refusals)
+        yield from self._database_metrics()
+
+    def _database_metrics(self) -> Iterable[Metric]:
+        database = self._database
+        failures = Counter[str]() if database is None else database.failures
+        pool: dict[str, int] = {} if database is None else database.pool_stats()
+        wait_s = pool.get("requests_wait_ms", 0) / 1000
+        yield _counter("evolink_database_errors", "Errors of the database by kind.", "kind", failures)
+        yield CounterMetricFamily(
+            "evolink_database_actions", "Actions in the database.", value=pool.get("requests_num", 0)
+        )
+        yield CounterMetricFamily(
+            "evolink_database_waits", "Actions that waited for a connection.", value=pool.get("requests_queued", 0)
+        )
+        yield CounterMetricFamily("evolink_database_wait_seconds", "Total wait for connections.", value=wait_s)
 
 
 class MetricsPage:
@@ -114,9 +157,15 @@ class MetricsPage:
 
 
 def _counter(name: str, description: str, label: str, counts: Counter[str]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, description, labels=[label])
-    for value, count in sorted(counts.items()):
-        family.add_metric([value], count)
+    return _counters(name, description, (label,), {(value,): count for value, count in counts.items()})
+
+
+def _counters(
+    name: str, description: str, labels: tuple[str, ...], counts: Mapping[tuple[str, ...], float]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, description, labels=labels)
+    for values, count in sorted(counts.items()):
+        family.add_metric(values, count)
     return family
 
 

@@ -31,6 +31,7 @@ REMOTE = ("s3://", "gs://", "az://")
 # A store that does not answer must not hold a call for long: the answer can show EvoLink's link.
 RETRY_TIMEOUT_S = 20
 REASON_MAX = 200  # characters
+OPERATIONS = ("put", "get", "link", "mount")
 _STORE_ID = re.compile(r"[0-9a-f]{32}")
 _SIGNED_PATH = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
 
@@ -62,12 +63,20 @@ class ObjectStore:
     """An object store at `location`: a URL of REMOTE or an absolute folder.
 
     A remote store presigns its links. A folder needs `links`, which this server serves. A link lives for `link_hours`.
-    The store opens at its first use. Its credentials come from the environment variables of its own SDK.
+    The store opens at its first use. Its credentials come from the environment variables of its own SDK. `count_failure`
+    receives the name of each failed operation, one of OPERATIONS.
     """
 
     def __init__(
-        self, location: str, link_hours: float, links: Links | None = None, *, clock: Callable[[], float] = time.time
+        self,
+        location: str,
+        link_hours: float,
+        links: Links | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        count_failure: Callable[[str], None] = lambda operation: None,
     ) -> None:
+        self.count_failure = count_failure
         self._is_remote = location.startswith(REMOTE)
         self._root = location
         self._prefix = ""
@@ -91,7 +100,7 @@ class ObjectStore:
         Raises:
             StoreUnusable: the file cannot be read, or is damaged.
         """
-        with _translated_errors(is_read=False):
+        with self._operation("mount"):
             return await anyio.to_thread.run_sync(_read_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
     async def ensure_marker(self) -> str:
@@ -100,7 +109,7 @@ class ObjectStore:
         Raises:
             StoreUnusable: the folder does not exist or cannot be written, or the marker file is damaged.
         """
-        with _translated_errors(is_read=False):
+        with self._operation("mount"):
             return await anyio.to_thread.run_sync(_ensure_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
     @property
@@ -114,7 +123,7 @@ class ObjectStore:
         Raises:
             StoreUnusable: the store does not accept it now.
         """
-        with _translated_errors(is_read=False):
+        with self._operation("put"):
             import obstore
 
             attributes: Any = {"Content-Type": mime_type} if self._is_remote else None
@@ -139,11 +148,11 @@ class ObjectStore:
         Raises:
             StoreUnusable: the store does not answer, or has no such image.
         """
-        with _translated_errors():
+        with self._operation("get"):
             import obstore
 
             result = await obstore.get_async(self._store, self._key(name))
-        yield result.meta["size"], _parts(result)
+        yield result.meta["size"], self._parts(result)
 
     async def check(self) -> None:
         """Write, read, link and remove a test object.
@@ -169,7 +178,7 @@ class ObjectStore:
         expires_at = self._clock() + self._link_lifetime_s
         if self._links is not None:
             return self._links.to(name, expires_at), expires_at
-        with _translated_errors():
+        with self._operation("link"):
             import obstore
 
             store: Any = self._store
@@ -179,6 +188,22 @@ class ObjectStore:
     def linked_name(self, path: str) -> str | None:
         """Return the name of the image to which this path is a valid link."""
         return None if self._links is None else self._links.read(path, self._clock())
+
+    @contextmanager
+    def _operation(self, name: str) -> Generator[None]:
+        """Raise StoreUnusable for each error of obstore, and count it. An image that the store lacks is no failure."""
+        try:
+            with _translated_errors(is_read=name in ("get", "link")):
+                yield
+        except StoreUnusable as error:
+            if error.retryable:
+                self.count_failure(name)
+            raise
+
+    async def _parts(self, result: Any) -> AsyncGenerator[bytes]:
+        with self._operation("get"):
+            async for part in result.stream():
+                yield bytes(part)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}" if self._prefix else name
@@ -240,9 +265,3 @@ def _translated_errors(*, is_read: bool = True) -> Generator[None]:
 def _kind(error: BaseException) -> str:
     """Return obstore's name of the error. Its text may contain URLs, bucket names and answers of the store."""
     return harmless(type(error).__name__.removesuffix("Error").lower() or "error", REASON_MAX)
-
-
-async def _parts(result: Any) -> AsyncGenerator[bytes]:
-    with _translated_errors():
-        async for part in result.stream():
-            yield bytes(part)

@@ -155,10 +155,12 @@ class RemoteImageStore:
         except StoreUnusable as error:
             raise _unmounted(error.message, charged) from error
         if marker is None:
+            store.count_failure("mount")
             raise _unmounted("the folder for pictures has no marker file", charged)
         # The journal learns the ID after the file is complete, so a crash between them changes nothing.
         self._store_id = self._store_id or await self._journal.add_store_id(store.location_hash, marker)
         if marker != self._store_id:
+            store.count_failure("mount")
             raise _unmounted("the folder for pictures is another store", charged)
 
     async def copy(self, entry: Entry, image: ResultImage, save_as: str | None) -> ResultImage:

@@ -59,12 +59,16 @@ def callbacks_of(settings: TeamSettings) -> Callbacks | None:
     return Callbacks(settings.public_url, settings.secrets)
 
 
-def object_store_of(settings: TeamSettings, clock: Callable[[], float] = time.time) -> ObjectStore | None:
+def object_store_of(
+    settings: TeamSettings,
+    clock: Callable[[], float] = time.time,
+    count_failure: Callable[[str], None] = lambda operation: None,
+) -> ObjectStore | None:
     """Return the object store of EVOLINK_MCP_STORE, if it is set."""
     if settings.store is None:
         return None
     links = Links(settings.public_url, settings.secrets) if settings.public_url and settings.secrets else None
-    return ObjectStore(settings.store, settings.store_link_hours, links, clock=clock)
+    return ObjectStore(settings.store, settings.store_link_hours, links, clock=clock, count_failure=count_failure)
 
 
 @asynccontextmanager
@@ -166,7 +170,7 @@ class Studios:
         self.settings = settings
         self.database = database
         self.metrics = Metrics()
-        self.object_store = object_store_of(settings, clock)
+        self.object_store = object_store_of(settings, clock, self.metrics.count_store_failure)
         self.upload_limit = ByteLimit(PROCESS_MAX_BYTES)
         self._decoder = decoder
         self._group = group
@@ -200,6 +204,7 @@ class Studios:
             has_other_tenants=tenant is not None and tenant.shares_account,
             poller=None if tenant is None else self._poller_of(settings),
             subscribers=(*parts.subscribers, self.metrics.receive),
+            observe=self.metrics.count_upstream,
         )
         options: Any = {
             "decoder": self._decoder,
@@ -254,7 +259,12 @@ class Studios:
             return None
         account = (settings.key_text, settings.base_url)
         if account not in self._pollers:
-            client = EvolinkClient(settings.key, base_url=settings.base_url, transport=self._transport)
+            client = EvolinkClient(
+                settings.key,
+                base_url=settings.base_url,
+                transport=self._transport,
+                observe=self.metrics.count_upstream,
+            )
             self._pollers[account] = Poller(client, self._group, events=Events([self.metrics.receive]))
             self._group.start_soon(_hold_open, client)
         return self._pollers[account]

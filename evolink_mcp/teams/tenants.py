@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.lifespan.on import LifespanOn
 
 from evolink_mcp.teams.tokens import Tenant
+from evolink_mcp.tracing import outside_request
 from evolink_mcp.transports.authentication import CALLER_KEY
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class Tenants:
                 if tenant not in self._apps:
                     if not self._is_permanent(tenant):
                         self._make_room()
-                    self._apps[tenant] = await self._group.start(self._run, tenant)
+                    with outside_request():  # the app serves later requests too
+                        self._apps[tenant] = await self._group.start(self._run, tenant)
         return self._apps[tenant]
 
     def _make_room(self) -> None:

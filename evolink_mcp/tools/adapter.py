@@ -24,7 +24,9 @@ from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.tools.argument_names import correction
 from evolink_mcp.tools.schemas import error_out, input_schema, output_schema
 from evolink_mcp.tools.task_text import sentence
+from evolink_mcp.tracing import REQUEST_ID
 
+REQUEST_ID_META = "evolink-mcp/request_id"
 VALUE_MAX_CHARS = 40
 FAULTS_MAX = 12
 
@@ -68,7 +70,7 @@ class FlatTool(Tool):
         unwrapped_arguments = unwrapped(model, arguments)
         empty = empty_names(model, unwrapped_arguments)
         present = {name: value for name, value in unwrapped_arguments.items() if name not in empty}
-        answer = await self._answer(present, context, convert_result)
+        answer = _with_request_id(await self._answer(present, context, convert_result))
         if empty and isinstance(answer, CallToolResult):
             return _with_note(answer, f"Empty arguments count as absent: {', '.join(empty)}.")
         return answer
@@ -130,6 +132,14 @@ def result(text: str, data: BaseModel | None, *blocks: ContentBlock, is_error: b
         structured_content=_json_object(data) if data is not None else None,
         is_error=is_error,
     )
+
+
+def _with_request_id(answer: Any) -> Any:
+    """Return the answer with the ID of its HTTP request in `_meta`. Over stdio there is none."""
+    request_id = REQUEST_ID.get()
+    if request_id is None or not isinstance(answer, CallToolResult):
+        return answer
+    return answer.model_copy(update={"meta": {**(answer.meta or {}), REQUEST_ID_META: request_id}})
 
 
 def _with_note(answer: CallToolResult, note: str) -> CallToolResult:

@@ -22,7 +22,7 @@ from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
-from evolink_mcp.tools.waiting import Waiting, WaitSeconds, client_of, format_task_error
+from evolink_mcp.tools.waiting import Waiting, WaitSeconds, buyer_of, format_task_error
 
 
 def _fit(text: str) -> str:
@@ -105,7 +105,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
         approved.update(_disclosures(req))
-        async with studio.ordered(replace(order, client=client_of(ctx))) as job:
+        async with studio.ordered(replace(order, client=buyer_of(ctx))) as job:
             return await waiting.answer(
                 job,
                 req.wait_seconds,

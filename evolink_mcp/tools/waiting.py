@@ -16,6 +16,7 @@ from pydantic import Field, Strict
 from evolink_mcp.api.task import COMPLETED
 from evolink_mcp.errors import EvolinkError
 from evolink_mcp.journal.entry import Entry, Stage
+from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.jobs import Job
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import result
@@ -29,6 +30,7 @@ LAST_READ_S = 1.0
 ID_GRACE_S = 14.0
 HEARTBEAT_S = 4.0
 FILES_WITHIN_S = 8.0
+CLIENT_MAX_CHARS = 120
 
 Report = Callable[[float, float, str], Awaitable[None]]
 WaitSeconds = Annotated[
@@ -147,6 +149,15 @@ def client_of(ctx: Context[Any, Any]) -> str | None:
     """Return the name that the MCP host of this call gave."""
     params = ctx.session.client_params
     return params.client_info.name if params else None
+
+
+def buyer_of(ctx: Context[Any, Any]) -> str | None:
+    """Return the client of a paid call for the audit: the name of its MCP host, or its User-Agent over HTTP.
+
+    A stateless call of a protocol before 2026-07-28 carries no name.
+    """
+    name = client_of(ctx) or (ctx.headers or {}).get("user-agent")
+    return None if name is None else harmless(name, CLIENT_MAX_CHARS)
 
 
 def mcp_host_of(ctx: Context[Any, Any], hosts: Hosts = HOSTS) -> Host:

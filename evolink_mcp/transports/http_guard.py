@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Protocol
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evolink_mcp import __version__
+from evolink_mcp.tracing import REQUEST_ID, request_id_for
 from evolink_mcp.transports.authentication import CALLER_KEY, Authenticator, AuthFailure
 from evolink_mcp.transports.authority import authority_in, canonical, origin_in
 from evolink_mcp.transports.json_rpc import INVALID_REQUEST, error_body, request_id_in_part
@@ -20,6 +22,7 @@ from evolink_mcp.transports.messages import replay
 # Health checks need no token: a load balancer has none.
 HEALTH_PATH = "/healthz"
 READINESS_PATH = "/readyz"
+REQUEST_ID_HEADER = b"x-request-id"
 SERVER_INFO = {"name": "evolink-mcp", "version": __version__}
 TEXT_PLAIN = b"text/plain; charset=utf-8"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -75,12 +78,30 @@ class Endpoint:
 
     def matches(self, method: str, path: str) -> bool:
         """Return whether the request is for this endpoint."""
-        is_below = self.path.endswith("/") and path.startswith(self.path)
-        return method in self.methods and (path == self.path or is_below)
+        return method in self.methods and self.has(path)
+
+    def has(self, path: str) -> bool:
+        """Return whether the path belongs to this endpoint."""
+        return path == self.path or (self.path.endswith("/") and path.startswith(self.path))
+
+
+class Observer(Protocol):
+    """Count HTTP requests. A `route` is the path of an endpoint, or `other`."""
+
+    def count_answer(self, route: str, status: int) -> None:
+        """Count an HTTP answer."""
+        ...
+
+    def count_refusal(self, status: int, *, has_token: bool) -> None:
+        """Count an HTTP request that was not authenticated. `has_token`: it had an Authorization header."""
+        ...
 
 
 class HttpGuard:
     """An ASGI app in front of `app`.
+
+    Each HTTP request has an ID: that of its header X-Request-Id, or a new one. The answer repeats it. `app_routes` are the
+    paths of `app`. `observer` counts answers by their route.
 
     It accepts only the hostnames of this machine and `hostnames`. That stops DNS rebinding: a browser sends the hostname
     from which it loaded the page. With an `authenticator` every request needs authentication before the guard reads its
@@ -100,8 +121,12 @@ class HttpGuard:
         endpoints: Sequence[Endpoint] = (),
         body_timeout_s: float = BODY_TIMEOUT_S,
         large_bodies: LargeBodies | None = None,
+        app_routes: Sequence[str] = (),
+        observer: Observer | None = None,
     ) -> None:
         self._app = app
+        self._app_routes = frozenset((*app_routes, HEALTH_PATH, READINESS_PATH))
+        self._observer = observer
         self._hostnames = frozenset(accepted_hostnames(hostnames))
         self._body_max_bytes = body_max_bytes
         self._authenticator = authenticator
@@ -126,11 +151,32 @@ class HttpGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        request_id = request_id_for(_only_value(scope["headers"], REQUEST_ID_HEADER).decode("latin-1"))
+        token = REQUEST_ID.set(request_id)
         self.open_requests += 1
         try:
-            await self._serve(scope, receive, send)
+            await self._serve(scope, receive, self._with_request_id(send, request_id, scope["path"]))
         finally:
             self.open_requests -= 1
+        # After an exception the ID stays, because uvicorn logs the exception in this context.
+        REQUEST_ID.reset(token)
+
+    def _with_request_id(self, send: Send, request_id: str, path: str) -> Send:
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id.encode())]
+                message = {**message, "headers": headers}
+                if self._observer is not None:
+                    self._observer.count_answer(self._route(path), message["status"])
+            await send(message)
+
+        return send_with_id
+
+    def _route(self, path: str) -> str:
+        """Return the endpoint of a path. A caller can invent paths, so an unknown one is no value of a metric."""
+        if path in self._app_routes:
+            return path
+        return next((endpoint.path for endpoint in self._endpoints if endpoint.has(path)), "other")
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = self._checked(scope["headers"])
@@ -152,6 +198,8 @@ class HttpGuard:
         if self._authenticator is not None and (endpoint is None or not endpoint.is_public):
             caller = await self._authenticator.authenticate(headers)
         if isinstance(caller, AuthFailure):
+            if self._observer is not None:
+                self._observer.count_refusal(caller.status, has_token=b"authorization" in headers)
             await _send(send, caller.status, caller.text.encode(), TEXT_PLAIN, caller.headers)
         elif scope["method"] == "POST":
             await self._post(app, {**scope, CALLER_KEY: caller}, receive, send)
