@@ -30,6 +30,7 @@ from evolink_mcp.journal.sqlite import SqliteJournal
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import Simulator
 from evolink_mcp.simulator.simulation import SimulatedTask
+from evolink_mcp.studio.events import Subscriber
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.purchase import CallbackAddresses
 from evolink_mcp.studio.studio import Studio
@@ -184,6 +185,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         callbacks: CallbackAddresses | None = None,
         wrap_journal: Callable[[Journal], Any] = lambda journal: journal,
         database_times: Any = None,
+        subscribers: tuple[Subscriber, ...] = (),
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -208,7 +210,10 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
                     lambda identity, profile: SqliteJournal(settings.data_dir, identity, profile=profile, clock=clock)
                 )
                 parts = replace(
-                    parts, callbacks=callbacks, make_journal=lambda *names: wrap_journal(make_journal(*names))
+                    parts,
+                    callbacks=callbacks,
+                    make_journal=lambda *names: wrap_journal(make_journal(*names)),
+                    subscribers=(*parts.subscribers, *subscribers),
                 )
                 async with open_studio(settings, parts, decoder=decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)
