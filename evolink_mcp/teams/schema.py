@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import psycopg
@@ -157,6 +158,9 @@ VERSIONS = (
 )
 
 
+# The lowest number of versions that a program must know to use the tables of a version, for rollbacks. A version that only
+# adds to the tables has an entry. Without one, every older program refuses the tables. docs/operations.md lists them.
+COMPATIBLE_WITH: Mapping[int, int] = {}
 FIND_OLD_TABLES = "SELECT to_regclass('evolink_schema') AS name"
 UNPUBLISHED = f"an unpublished build made its tables; move them away: {MOVE_OLD_TABLES}"
 
@@ -165,7 +169,7 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
     """Run the scripts that the database has not seen, in one transaction. `locks` is the class of the advisory lock.
 
     Raises:
-        JournalUnwritable: A newer version or an unpublished build of evolink-mcp made the tables.
+        JournalUnwritable: An unpublished build or a newer, incompatible version of evolink-mcp made the tables.
     """
     async with db.transaction():
         await db.execute("SET LOCAL statement_timeout = '10min'")
@@ -173,10 +177,12 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
         row = await (await db.execute(FIND_OLD_TABLES)).fetchone()
         if row is not None and row["name"] is not None:
             raise JournalUnwritable(UNPUBLISHED)
-        await db.execute("CREATE TABLE IF NOT EXISTS evolink_version (version INTEGER NOT NULL)")
-        row = await (await db.execute("SELECT version FROM evolink_version")).fetchone()
-        version = row["version"] if row is not None else 0
-        if version > len(VERSIONS):
+        await db.execute(
+            "CREATE TABLE IF NOT EXISTS evolink_version (version INTEGER NOT NULL, compatible_with INTEGER)"
+        )
+        row = await (await db.execute("SELECT * FROM evolink_version")).fetchone() or {"version": 0}
+        version = row["version"]
+        if version > len(VERSIONS) and len(VERSIONS) < (row.get("compatible_with") or version):
             raise JournalUnwritable(
                 f"its tables are of version {version} and this program knows {len(VERSIONS)}: "
                 "a newer version of evolink-mcp made them"
@@ -184,8 +190,12 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
         for script in VERSIONS[version:]:
             await db.execute(script.encode())
         if version < len(VERSIONS):
+            await db.execute("ALTER TABLE evolink_version ADD COLUMN IF NOT EXISTS compatible_with INTEGER")
             await db.execute("DELETE FROM evolink_version")
-            await db.execute("INSERT INTO evolink_version VALUES (%s)", (len(VERSIONS),))
+            await db.execute(
+                "INSERT INTO evolink_version (version, compatible_with) VALUES (%s, %s)",
+                (len(VERSIONS), COMPATIBLE_WITH.get(len(VERSIONS))),
+            )
 
 
 def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float = 0.0) -> tuple[str, list[Entry]]:

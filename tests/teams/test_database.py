@@ -33,7 +33,7 @@ from evolink_mcp.teams.database import LOCKS, Database, open_database  # noqa: E
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address  # noqa: E402
 from evolink_mcp.teams.orphans import tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
-from evolink_mcp.teams.schema import MOVE_OLD_TABLES, OLD_TABLES, VERSIONS, read_entries  # noqa: E402
+from evolink_mcp.teams.schema import COMPATIBLE_WITH, MOVE_OLD_TABLES, OLD_TABLES, VERSIONS, read_entries  # noqa: E402
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -427,6 +427,35 @@ async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) 
         ):
             await Database(url, PATIENT).open()
         assert db.execute("SELECT version FROM evolink_version").fetchall() == [(99,)]
+
+
+@pytest.mark.parametrize(("compatible_with", "is_usable"), [(len(VERSIONS), True), (len(VERSIONS) + 1, False)])
+async def test_an_older_server_uses_newer_tables_only_if_they_are_compatible_with_it(
+    url: str, cluster: Any, compatible_with: int, is_usable: bool
+) -> None:
+    async with open_database(url, PATIENT):
+        pass
+    with cluster.admin(name_of(url)) as db:
+        row = (len(VERSIONS) + 1, compatible_with)
+        db.execute("UPDATE evolink_version SET version = %s, compatible_with = %s", row)
+        db.execute("ALTER TABLE evolink_entries ADD COLUMN added_later INTEGER NOT NULL DEFAULT 0")
+        if is_usable:
+            async with open_database(url, PATIENT) as database:
+                journal = PostgresJournal(database, "a1")
+                await journal.intend(own_entry := entry(journal))
+                assert await journal.recent(5) == [own_entry]
+        else:
+            with pytest.raises(JournalUnwritable, match="a newer version of evolink-mcp made them"):
+                await Database(url, PATIENT).open()
+        assert db.execute("SELECT version, compatible_with FROM evolink_version").fetchall() == [row]
+
+
+async def test_a_migration_records_the_oldest_compatible_program(url: str, cluster: Any) -> None:
+    async with open_database(url, PATIENT):
+        pass
+    with cluster.admin(name_of(url)) as db:
+        rows = db.execute("SELECT version, compatible_with FROM evolink_version").fetchall()
+    assert rows == [(len(VERSIONS), COMPATIBLE_WITH.get(len(VERSIONS)))]
 
 
 async def test_tables_of_an_unpublished_build_are_refused_with_the_statements_that_move_them_away(
