@@ -39,6 +39,12 @@ def run(quick: bool) -> list[Figure]:
         Figure("memory above an idle server", max(single["extra_mb"]), "MB", None,
                f"{1000 * max(single['extra_mb']) / single['waiting']:.0f} kB per waiting caller"),
         Figure("the same for each of two servers", max(double["extra_mb"]), "MB"),
+        Figure("transactions of PostgreSQL per purchase, one server", single["commits_per_order"], "", None,
+               f"{1000 * single['wal_mb_per_order']:.0f} kB of write-ahead log"),
+        Figure("writes of PostgreSQL's log to its disk per purchase, one server", single["writes_per_order"], "", None,
+               f"{single['writes_a_second']:.0f} per second; one write can serve several commits"),
+        Figure("the same with two servers", double["writes_per_order"], "", None,
+               f"{double['writes_a_second']:.0f} per second"),
         Figure("requests that poll tasks, per purchase, with callbacks", max(single["looks"], double["looks"]), "",
                POLL_REQUESTS_MAX, "one poll confirms a callback"),
     ]  # fmt: skip

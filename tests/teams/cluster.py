@@ -21,7 +21,9 @@ ACCOUNTS = ("postgres", "nobody")  # initdb refuses root
 def programs() -> Path | None:
     """Return the folder of PostgreSQL's server programs, or None if it is not installed."""
     folders = shutil.which("initdb")
-    folders = [Path(folders).parent] if folders else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    folders = (
+        [Path(folders).resolve().parent] if folders else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    )
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
@@ -81,6 +83,23 @@ class Cluster:
         with psycopg.connect(self.url(name), autocommit=True) as db:
             yield db
 
+    @contextmanager
+    def standby(self) -> Iterator[Cluster]:
+        """Start a server that replicates this one."""
+        with _folder() as folder:
+            standby = Cluster(folder, self._programs)
+            standby._run(
+                "pg_basebackup", "--pgdata=data", "--write-recovery-conf", "--checkpoint=fast",
+                f"--dbname={self.url('postgres')}",
+            )  # fmt: skip
+            with (folder / "data" / "postgresql.conf").open("a") as file:
+                file.write(f"unix_socket_directories = '{folder}'\n")
+            standby.start()
+            try:
+                yield standby
+            finally:
+                standby.stop()
+
     def _run(self, program: str, *arguments: str) -> None:
         run = subprocess.run(
             [self._programs / program, *arguments], cwd=self.folder, env={"PATH": os.environ["PATH"]},
@@ -95,14 +114,20 @@ class Cluster:
 def running() -> Iterator[Cluster]:
     folders = programs()
     assert folders is not None
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has 107 bytes at most
-    cluster = Cluster(folder, folders)
-    try:
+    with _folder() as folder:
+        cluster = Cluster(folder, folders)
         cluster.make()
         cluster.start()
         try:
             yield cluster
         finally:
             cluster.stop()
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # short: a socket's path has 107 bytes at most
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import psycopg
 import yaml
+from psycopg.rows import dict_row
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "faults")]
@@ -149,6 +150,23 @@ class Used:
 
     def __sub__(self, before: Used) -> Used:
         return Used(self.cpu_s - before.cpu_s, self.peak_mb - before.now_mb, self.now_mb - before.now_mb)
+
+
+def database_counts(database: str) -> dict[str, float]:
+    """Return the commits of a database, and the writes and MB of PostgreSQL's write-ahead log, since its start.
+
+    The cluster does not wait for the disk, so the writes are counted instead of the flushes that would follow them.
+    A session reports its counts with a delay, or when it ends. So this ends the other sessions.
+    """
+    with psycopg.connect(database, autocommit=True, row_factory=dict_row) as db:
+        db.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                   "WHERE datname = current_database() AND pid <> pg_backend_pid()")  # fmt: skip
+        row = db.execute(
+            "SELECT xact_commit::float AS commits, wal_write::float AS writes, (wal_bytes / 1e6)::float AS wal_mb "
+            "FROM pg_stat_wal, pg_stat_database WHERE datname = current_database()"
+        ).fetchone()
+    assert row is not None
+    return row
 
 
 class Crowd:
@@ -318,6 +336,7 @@ def main() -> None:
             raise
         wall = time.monotonic() - began
         report = httpx.get(f"http://127.0.0.1:{upstream}/report", trust_env=False).json()
+        counts = database_counts(database)
         with psycopg.connect(database) as db:
             rows = db.execute(
                 "SELECT request::json->>'prompt', key, owner, caller, phase, status, created_at, delivered_at "
@@ -330,6 +349,8 @@ def main() -> None:
             "orders_a_second": crowd_size / wall, "cpu_ms": 1000 * sum(item.cpu_s for item in used) / crowd_size,
             "extra_mb": [item.peak_mb for item in used], "waiting": crowd.most, "looks": looks / crowd_size,
             "median_s": sorted(crowd.took)[len(crowd.took) // 2],
+            **{f"{name}_per_order": count / crowd_size for name, count in counts.items()},
+            "writes_a_second": counts["writes"] / wall,
         }))  # fmt: skip
     judge(crowd, crowd_size, report, keys, logs, wall, rows)
 

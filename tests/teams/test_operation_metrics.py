@@ -95,7 +95,7 @@ async def test_answers_of_evolink_are_counted_by_request_and_outcome(tmp_path: P
     posts = [samples[f"evolink_upstream_requests_total {status} POST /v1/images/generations"] for status in (200, 402)]
     assert posts == [2, 1]  # after the 429 the POST is repeated
     assert samples["evolink_upstream_requests_total 429 POST /v1/images/generations"] >= 1
-    assert samples["evolink_upstream_requests_total 200 GET /picture"] == 1
+    assert samples["evolink_upstream_requests_total 200 GET /picture"] == 2
     assert not any("task-unified" in name for name in samples)
 
 
