@@ -135,7 +135,7 @@ def result(text: str, data: BaseModel | None, *blocks: ContentBlock, is_error: b
 
 
 def _with_request_id(answer: Any) -> Any:
-    """Return the answer with the ID of its HTTP request in `_meta`. Over stdio there is none."""
+    """Return the answer with the ID of its HTTP request in `_meta`. An answer over stdio stays unchanged."""
     request_id = REQUEST_ID.get()
     if request_id is None or not isinstance(answer, CallToolResult):
         return answer

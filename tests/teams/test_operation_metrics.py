@@ -134,7 +134,7 @@ async def test_a_task_that_a_poll_settles_before_its_callback_counts_as_missed(o
 async def test_a_take_over_is_counted_and_its_audit_line_has_no_request(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The heir adopts during a call of another request, whose ID does not belong to the adopted purchase."""
+    """A call of another request causes the adoption. Its ID does not belong to the adopted purchase."""
     async with (
         team(url, tmp_path, ANNA, grace_s=0.0, EVOLINK_MCP_AUDIT="1") as office,
         AsyncExitStack() as stack,

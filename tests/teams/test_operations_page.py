@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -140,7 +141,7 @@ async def test_a_server_continues_at_the_promoted_standby(tmp_path: Path) -> Non
             await journal.intend(Entry(key=new_key(), owner=database.owner, phase="submitted", created_at=1.0))
             with primary.admin(name) as db:
                 (position,) = db.execute("SELECT pg_current_wal_lsn()").fetchone() or ("",)
-            with standby.admin(name) as db:
+            with standby.admin() as db:  # the database may not be there yet
                 while db.execute("SELECT pg_last_wal_replay_lsn() < %s::pg_lsn", (position,)).fetchone() == (True,):
                     await anyio.sleep(0.05)
             await anyio.to_thread.run_sync(primary.stop)
@@ -234,7 +235,30 @@ async def test_the_panels_of_the_dashboard_have_different_places() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(places)
 
 
-# --- schemas and sections ---
+# --- sizes, schemas and sections ---
+
+
+def number(text: str) -> float:
+    """Return the number at the start of a cell."""
+    match = re.match(r"[\d,.]+", text)
+    assert match is not None, text
+    return float(match[0].replace(",", ""))
+
+
+async def test_the_table_of_sizes_follows_from_the_measured_figures() -> None:
+    units = {name: number(value) for name, value, _ in rows("units")}
+    rate = units["orders per second of one server, all processes on two cores"]
+    idle_mb = units["memory of an idle server"] + units["memory of the decoder"]
+    cpu_ms = units["CPU time of the servers per order"]
+    assert units["orders per second of one server with its own core"] == pytest.approx(1000 / cpu_ms, abs=1)
+    for row in rows("sizes"):
+        orders, waiting, servers, memory_mb, transactions, writes = map(number, row)
+        assert waiting == 50 * orders
+        assert servers == math.ceil(orders / rate) + 1
+        needed_mb = idle_mb + units["memory per waiting caller"] * waiting / (servers - 1)
+        assert needed_mb <= memory_mb <= needed_mb + 20
+        assert transactions == orders * units["transactions of PostgreSQL per order"]
+        assert writes == orders * units["writes of PostgreSQL's log to the disk per order"]
 
 
 async def test_the_table_of_schemas_has_every_version_and_its_compatible_programs() -> None:
