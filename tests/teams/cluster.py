@@ -63,6 +63,12 @@ class Cluster:
         with (self.folder / "data" / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = {value}\n" for name, value in settings.items())
 
+    def copy(self, url: str) -> None:
+        """Become a standby of the server at `url`."""
+        self._run("pg_basebackup", "-D", "data", "--write-recovery-conf", "--checkpoint=fast", "-d", url)
+        with (self.folder / "data" / "postgresql.conf").open("a") as file:
+            file.write(f"unix_socket_directories = '{self.folder}'\n")
+
     def start(self) -> None:
         self._run("pg_ctl", "-D", "data", "-l", "log", "-w", "-t", "120", "start")
 
@@ -88,12 +94,7 @@ class Cluster:
         """Start a server that replicates this one."""
         with _folder() as folder:
             standby = Cluster(folder, self._programs)
-            standby._run(
-                "pg_basebackup", "--pgdata=data", "--write-recovery-conf", "--checkpoint=fast",
-                f"--dbname={self.url('postgres')}",
-            )  # fmt: skip
-            with (folder / "data" / "postgresql.conf").open("a") as file:
-                file.write(f"unix_socket_directories = '{folder}'\n")
+            standby.copy(self.url("postgres"))
             standby.start()
             try:
                 yield standby

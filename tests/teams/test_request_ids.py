@@ -7,18 +7,25 @@ import logging
 import re
 import signal
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import httpx2 as httpx
 import pytest
 from child_processes import SERVER_COMMAND, minimal_environment
-from conftest import TEST_CLIENT, Open
+from conftest import TEST_CLIENT, Clock, Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
+from mcp.client import Client
 from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, Office, office
 from test_database import silent_port
 
+from evolink_mcp.studio.events import Event, Finished
+from evolink_mcp.teams.tenants import Tenants
+from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.tracing import REQUEST_ID, outside_request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -87,10 +94,10 @@ async def test_the_client_in_the_audit_is_short_and_on_one_line(
     assert line["client"].isprintable()
 
 
-async def test_spans_of_a_purchase_have_its_id_until_the_image_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spans: list[tuple[str, Any]] = []
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Return the list of all spans from now on, each with its name and its request ID."""
+    started: list[tuple[str, Any]] = []
 
     class Span:
         def set_attribute(self, name: str, value: Any) -> None: ...
@@ -101,23 +108,85 @@ async def test_spans_of_a_purchase_have_its_id_until_the_image_is_saved(
 
     class Tracer:
         def start_span(self, name: str, *, kind: Any, attributes: dict[str, Any]) -> Span:
-            spans.append((name, attributes.get("evolink_mcp.request_id")))
+            started.append((name, attributes.get("evolink_mcp.request_id")))
             return Span()
 
     monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
+    return started
+
+
+async def test_spans_of_a_purchase_have_its_id_until_the_image_is_saved(
+    tmp_path: Path, spans: list[tuple[str, Any]]
+) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
         for token in ("a", "b"):
             async with town.client(token, x_request_id=f"order-{token}") as client:
                 await client.call_tool("generate_image", {**WISH, "prompt": f"sim:fast {token}"})
-    posts = [request_id for name, request_id in spans if name == "POST /v1/images/generations"]
-    downloads = [request_id for name, request_id in spans if name == "GET /picture"]
-    assert (posts, downloads) == (["order-a", "order-b"], ["order-a", "order-b"])
+    for name in ("POST /v1/images/generations", "GET /picture"):
+        assert [request_id for span, request_id in spans if span == name] == ["order-a", "order-b"]
+
+
+async def test_the_span_of_a_batch_has_no_id_because_it_polls_the_tasks_of_several_requests(
+    tmp_path: Path, spans: list[tuple[str, Any]]
+) -> None:
+    async def order(client: Client, number: int) -> None:
+        await client.call_tool("generate_image", {**WISH, "prompt": f"sim:slow=5 fox {number}"})
+
+    async with (
+        office(tmp_path, ANNA) as town,
+        town.client("a", x_request_id="order-a") as client,
+        anyio.create_task_group() as group,
+    ):
+        for number in range(12):
+            group.start_soon(order, client, number)
+    ids = {request_id for span, request_id in spans if span == "POST /v1/tasks/batch"}
+    assert ids == {None}
 
 
 async def test_stdio_answers_have_no_request_id(open_world: Open) -> None:
     async with open_world() as world, world.client() as client:
         answer = await client.call_tool("compute_size", {"size": "16:9"})
     assert META not in (answer.meta or {})
+
+
+async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_world: Open) -> None:
+    """The audit would name a request that did not buy."""
+    ids: list[str | None] = []
+    clock = Clock()
+    simulator = PlainSimulator(clock=clock, duration_s=500)
+
+    def receive(event: Event) -> None:
+        if isinstance(event, Finished):
+            ids.append(REQUEST_ID.get())
+
+    async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
+        bought = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
+    clock.now += 1000
+    async with open_world(simulator=simulator, clock=clock, subscribers=(receive,)) as world:
+        token = REQUEST_ID.set("order-2")
+        await world.studio.wake()
+        REQUEST_ID.reset(token)
+        while not ids:
+            await anyio.sleep(0.01)
+    assert bought.structured_content["status"] == "pending"
+    assert ids == [None]
+
+
+async def test_the_app_of_a_tenant_does_not_keep_the_id_of_the_request_that_opened_it() -> None:
+    ids: list[str | None] = []
+
+    @asynccontextmanager
+    async def open_app(tenant: Tenant) -> AsyncIterator[Any]:
+        ids.append(REQUEST_ID.get())
+        yield SimpleNamespace(is_idle=True)
+
+    async with anyio.create_task_group() as group:
+        tenants = Tenants(group, open_app)
+        token = REQUEST_ID.set("order-1")
+        await tenants.app(Tenant("anna"))
+        REQUEST_ID.reset(token)
+        group.cancel_scope.cancel()
+    assert ids == [None]
 
 
 async def test_work_of_another_request_has_no_id_of_this_one() -> None:
