@@ -143,6 +143,7 @@ ORDER = [
     "teams.metrics",
     "teams.database_url",
     "teams.schema",
+    "teams.lease",
     "teams.database",
     "teams.orphans",
     "teams.postgres",

@@ -64,6 +64,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def has_lease(self) -> bool:
+        """Whether this server still owns its entries. Without the lease other servers may adopt them."""
+        ...
+
+    @property
     def can_publish(self) -> bool:
         """Whether other servers receive notifications. A client may then also repeat a call at another server."""
         ...

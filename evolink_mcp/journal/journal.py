@@ -75,6 +75,8 @@ CHARGES = """SELECT profile, created_at, task_id, spent, reserved FROM entries
     WHERE {mine} AND created_at >= ? AND (spent > 0 OR reserved > 0)"""
 # Write the state of an entry that this server owns.
 UPDATE_OWNED = "UPDATE entries SET {changes} WHERE key = ? AND owner = ?"
+# Write a state without a task. It never removes a certain task, which another server may have recorded meanwhile.
+UPDATE_WITHOUT_TASK = f"{UPDATE_OWNED} AND (task_id IS NULL OR error LIKE ?)"
 # Write a task that EvoLink returned over another server's unconfirmed match, or over no task.
 UPDATE_CERTAIN = """UPDATE entries SET {changes}, owner = ? WHERE key = ? AND (task_id IS NULL OR error LIKE ?)"""
 # Check whether the database lost an entry, because an older backup was restored.
@@ -328,6 +330,11 @@ class Journal:
     def owner(self) -> str:
         """The ID of this server."""
         return self._backend.owner
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether this server still owns its entries. Without the lease other servers may adopt them."""
+        return self._backend.has_lease
 
     @property
     def can_publish(self) -> bool:
@@ -796,7 +803,10 @@ class Journal:
             if is_certain:
                 await _withdraw_matches(db, entry)
             with _duplicate_task(entry):
-                if await db.execute(UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)) == 1:
+                sql, ids = UPDATE_OWNED, (entry.key, self.owner)
+                if entry.task is None:
+                    sql, ids = UPDATE_WITHOUT_TASK, (*ids, UNCONFIRMED_PATTERN)
+                if await db.execute(sql.format(changes=changes), (*values, *ids)) == 1:
                     return True
                 if is_certain:
                     sql = UPDATE_CERTAIN.format(changes=changes)

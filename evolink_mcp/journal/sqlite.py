@@ -569,6 +569,7 @@ class SqliteBackend:
     """See Backend. One thread does all work: the event loop never waits for the disk or for a lock."""
 
     can_publish = False
+    has_lease = True  # it ends only with the process
     reread_s = 1.0
     adopt_every_s = None
 

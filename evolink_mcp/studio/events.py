@@ -201,7 +201,9 @@ class JournalWriter:
         Raises:
             JournalUnwritable: the journal did not record it, so the POST must not start.
         """
-        if not await self.journal.update(replace(job.entry, phase=Phase.SENDING)):
+        is_recorded = await self.journal.update(replace(job.entry, phase=Phase.SENDING))
+        # This process may have been frozen since the write. Then another server owns the entry now.
+        if not is_recorded or not self.journal.has_lease:
             raise JournalUnwritable(OWNED_BY_OTHER, advice="Call again to get the purchase of that server.")
         job.move_to(JobState.SENDING)
         self._change(job, replace(job.entry, phase=Phase.SENDING))

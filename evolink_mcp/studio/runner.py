@@ -166,7 +166,10 @@ class JobRunner:
             JournalUnwritable: the open entries are unknown.
         """
         for entry in await self._journal.adopt():
-            if self.job_of(entry.key) or self._writer.is_unwritten(entry.key):
+            job = self.job_of(entry.key)
+            if job is not None and job.has_remote_owner:
+                job.wake()
+            if job is not None or self._writer.is_unwritten(entry.key):
                 continue
             if entry.phase == Phase.INTENT:
                 job = Job(entry)

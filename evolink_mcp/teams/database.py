@@ -1,7 +1,7 @@
 """One server's connections to PostgreSQL: a pool for the journal, and a session that proves that the server is alive.
 
-The session holds the lease, an advisory lock. PostgreSQL releases it when the session ends. Other servers adopt the
-entries `grace_s` later. A server stops its work `stop_after_s` after the last answer of its session.
+The session holds and renews the lease, see `lease`. A server stops its work `stop_after_s` after the last answer of its
+session. Other servers may adopt its entries `grace_s` later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from datetime import datetime
 from typing import Any, TypeVar
 
 import psycopg
@@ -23,12 +22,12 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
+from evolink_mcp.teams.lease import LOCKS, DatabaseConnection, Lease, LeaseLost
 from evolink_mcp.teams.schema import CHANNEL, migrate
 from evolink_mcp.tracing import span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-DatabaseConnection = psycopg.AsyncConnection[DictRow]
 
 
 class PooledConnection(psycopg.AsyncConnection[DictRow]):
@@ -37,8 +36,6 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
     used_at = -math.inf
 
 
-# The class of all advisory locks. The second half of a lock is the number of a server, or 0 for a migration.
-LOCKS = 0x65766F6C
 RECONNECT_AFTER_S = 0.5
 CLOSE_WITHIN_S = 2.0
 CURRENT_SESSION = "SELECT pg_backend_pid()"
@@ -47,8 +44,6 @@ SHARED_SESSIONS = (
     "a pooler such as PgBouncer gives each transaction another session, and a server needs one session for its lease: "
     "name PostgreSQL itself in EVOLINK_MCP_DATABASE_URL, or set pool_mode = session"
 )
-ALIVE = "UPDATE evolink_servers SET seen_at = clock_timestamp() WHERE number = %s"
-FORGET = "DELETE FROM evolink_servers WHERE seen_at < clock_timestamp() - interval '1 day'"
 PAYLOAD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
 POOL_SIZE = 10
 POOL_TRIES = 10  # each of a second
@@ -61,9 +56,9 @@ class Database:
         self._address = Address.of(url, times.connect_timeout_s)
         self.times = times
         self._heartbeat_s = times.stop_after_s / 3
-        self.alive = False
-        self._number = 0
-        self._backend: tuple[int, datetime | None] = (0, None)  # process ID and start of the session in PostgreSQL
+        self._lease = Lease(times)
+        self._alive_until = -math.inf  # monotonic time
+        self._is_working = False
         self._session: DatabaseConnection | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._pool: AsyncConnectionPool[PooledConnection] = AsyncConnectionPool(
@@ -81,8 +76,13 @@ class Database:
 
     @property
     def owner(self) -> str:
-        """The ID of this server."""
-        return f"server-{self._number}"
+        """The ID of this server. It changes if another server ended the lease."""
+        return self._lease.owner
+
+    @property
+    def alive(self) -> bool:
+        """Whether no other server may own the entries of this one. A process that was frozen sees at once that it is not."""
+        return time.monotonic() < self._alive_until
 
     @property
     def has_session(self) -> bool:
@@ -135,24 +135,12 @@ class Database:
         return await asyncio.shield(task)
 
     async def is_dead(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether this server ended `grace_s` ago. In a transaction, it stays dead until its end."""
-        number = _number(owner)
-        if not await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
-            return False
-        mark_gone = "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL"
-        await db.execute(mark_gone.encode(), (number,))
-        is_past_grace = (
-            "SELECT extract(epoch FROM clock_timestamp() - gone_since) >= %s FROM evolink_servers WHERE number = %s"
-        )
-        return await _value(db, is_past_grace, self.times.grace_s, number) is not False
+        """Return whether a server ended, or did not move its deadline. Then it can never write its entries again."""
+        return await self._lease.is_dead(db, owner)
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether this server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
-        number = _number(owner)
-        if await _value(db, "SELECT pg_try_advisory_xact_lock_shared(%s, %s)", LOCKS, number):
-            return True
-        is_fresh = "SELECT extract(epoch FROM clock_timestamp() - seen_at) < %s FROM evolink_servers WHERE number = %s"
-        return not await _value(db, is_fresh, self.times.stop_after_s, number)
+        """Return whether a server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
+        return await self._lease.is_silent(db, owner)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
         """Return the error with the database's name and setting, and without a password."""
@@ -168,9 +156,9 @@ class Database:
             self._session = await self._connect()
             await self._refuse_shared_sessions(self._session)
             await migrate(self._session, LOCKS)
-            self._number = await _value(self._session, "INSERT INTO evolink_servers DEFAULT VALUES RETURNING number")
+            await self._lease.register(self._session)
             await self._take_lease(self._session)
-            await self._session.execute(FORGET.encode())
+            await self._lease.forget_old(self._session)
             await self._pool.open()
         except (psycopg.Error, OSError, TimeoutError) as error:
             await self._shut()
@@ -202,6 +190,8 @@ class Database:
                     self._session = session
                     log.info("reconnected to the database")
                 await self._send_heartbeat(self._session)
+            except LeaseLost as error:
+                await self._replace_lease(error)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 if self._session is not None:
                     self.failures["session"] += 1
@@ -228,48 +218,56 @@ class Database:
                     raise JournalUnwritable(SHARED_SESSIONS)
 
     async def _take_lease(self, session: DatabaseConnection) -> None:
-        """Take this server's lease. End a former session of this server that still holds it."""
-        if not await _value(session, "SELECT pg_try_advisory_lock(%s, %s)", LOCKS, self._number):
-            await session.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s",
-                self._backend,
-            )
-            raise psycopg.OperationalError("the former session holds the lease, or another server is testing it")
-        await session.execute(
-            "INSERT INTO evolink_servers (number) OVERRIDING SYSTEM VALUE VALUES (%s) "
-            "ON CONFLICT (number) DO UPDATE SET gone_since = NULL, seen_at = clock_timestamp()",
-            (self._number,),
-        )
+        sent_at = time.monotonic()
+        await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
-        row = await _row(session, "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
-        self._backend = (row["pid"], row["backend_start"]) if row else (0, None)
         self._connected_at = time.monotonic()
-        self._renew()
+        self._renew(sent_at)
+
+    async def _replace_lease(self, error: LeaseLost) -> None:
+        """Stop all work under the old number, and continue with a new one."""
+        log.warning("%s; this server stops its work and continues with a new lease", error)
+        self._stop_work()
+        session = self._session
+        self._session = None
+        with suppress(psycopg.Error, OSError, TimeoutError):
+            if session is not None:
+                await session.close()
+            async with await self._connect() as other:
+                await self._lease.register(other)
 
     async def _send_heartbeat(self, session: DatabaseConnection) -> None:
         """Wait for notifications and send a heartbeat."""
         async for notify in session.notifies(timeout=self._heartbeat_s):
             self._receive(notify)
+        sent_at = time.monotonic()
         async with asyncio.timeout(2 * self._heartbeat_s):
-            await session.execute(ALIVE.encode(), (self._number,))
-        self._renew()
+            await self._lease.renew(session)
+        self._renew(sent_at)
 
-    def _renew(self) -> None:
-        self.alive = True
+    def _renew(self, sent_at: float) -> None:
+        """The database moved the deadline after `sent_at`. The answer may have waited, so it does not count from now."""
+        self._alive_until = sent_at + self.times.stop_after_s
+        self._is_working = True
         self._restart_deadline()
 
     def _lost(self) -> None:
-        if self.alive:
+        if self._is_working:
             log.error("the database has not answered for %.0f s, this server stops its work", self.times.stop_after_s)
-        self.alive = False
+        self._stop_work()
         self._restart_deadline()  # jobs may start before the session is back
+
+    def _stop_work(self) -> None:
+        self._alive_until = -math.inf
+        self._is_working = False
         for stop in self._stops:
             stop()
 
     def _restart_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = asyncio.get_running_loop().call_later(self.times.stop_after_s, self._lost)
+        remaining_s = self._alive_until - time.monotonic() if self._is_working else self.times.stop_after_s
+        self._deadline = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._lost)
 
     def _receive(self, notify: psycopg.Notify) -> None:
         channel, _, message = notify.payload.partition(" ")
@@ -285,7 +283,7 @@ class Database:
                 receive(payload)
 
     async def _shut(self) -> None:
-        self.alive = False
+        self._alive_until = -math.inf
         if self._deadline is not None:
             self._deadline.cancel()
         with suppress(psycopg.Error, OSError, TimeoutError):
@@ -351,22 +349,11 @@ async def open_database(url: str, times: DatabaseTimes = DEFAULT_TIMES) -> Async
         await asyncio.shield(asyncio.ensure_future(database.close()))
 
 
-def _number(owner: str) -> int:
-    """Return the number in a server ID, or 0, which no server has."""
-    number = owner.removeprefix("server-")
-    return int(number) if number.isdigit() and len(number) < 10 else 0
-
-
 def _record_use(db: PooledConnection) -> None:
     db.used_at = time.monotonic()
 
 
-async def _value(db: DatabaseConnection, statement: str, *values: Any) -> Any:
+async def _value(db: DatabaseConnection, statement: str) -> Any:
     """Return the first value of the first row, or None."""
-    row = await _row(db, statement, *values)
+    row = await (await db.execute(statement.encode())).fetchone()
     return next(iter(row.values())) if row is not None else None
-
-
-async def _row(db: DatabaseConnection, statement: str, *values: Any) -> DictRow | None:
-    """Return the first row, or None."""
-    return await (await db.execute(statement.encode(), values)).fetchone()

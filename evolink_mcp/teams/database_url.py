@@ -10,10 +10,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from evolink_mcp.errors import JournalUnwritable
 
-# PostgreSQL ends the session of an unreachable server after 7 s. These options overrule the settings of the database.
+# PostgreSQL ends the session of an unreachable server after 7 s, and a transaction of a frozen server after 5 s. A statement
+# waits longer for a lock than that. These options overrule the settings of the database.
 OPTIONS = (
-    "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=30s "
-    "-c idle_in_transaction_session_timeout=30s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
+    "-c synchronous_commit=on -c default_transaction_isolation=read\\ committed -c statement_timeout=8s "
+    "-c lock_timeout=6s -c idle_in_transaction_session_timeout=5s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
     "-c tcp_keepalives_count=2 -c tcp_user_timeout=7000"
 )
 KEEPALIVES = {"keepalives_idle": 3, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 7000}
@@ -28,9 +29,9 @@ class DatabaseTimes:
     """Times of a server's session, in seconds.
 
     `stop_after_s`: a server stops its work this long after the last answer of its session. `grace_s`: other servers
-    adopt the entries of a dead server this long after the end of its session. `adopt_every_s`: pause between searches
-    for such entries. `check_after_s`: a pooled connection is checked before its use if it was idle for so long, or since an
-    earlier session of this server.
+    adopt the entries of a dead server this long after the end of its session, or after the time when it must have stopped
+    its work. `adopt_every_s`: pause between searches for such entries. `check_after_s`: a pooled connection is checked before
+    its use if it was idle for so long, or since an earlier session of this server.
     """
 
     connect_timeout_s: int = 5
@@ -39,6 +40,11 @@ class DatabaseTimes:
     grace_s: float = 4.0
     adopt_every_s: float = 3.0
     check_after_s: float = 5.0
+
+    @property
+    def lease_s(self) -> float:
+        """The time from a heartbeat to the deadline of the lease."""
+        return self.stop_after_s + self.grace_s
 
 
 DEFAULT_TIMES = DatabaseTimes()

@@ -83,6 +83,11 @@ class PostgresBackend:
         """See Backend."""
         return self._database.owner
 
+    @property
+    def has_lease(self) -> bool:
+        """See Backend."""
+        return self._database.alive
+
     async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str = "") -> T:
         """See Backend."""
         return await self._database.run(lambda db: act(PostgresConnection(db, self._database)), key=key or None)

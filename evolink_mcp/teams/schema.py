@@ -155,6 +155,11 @@ VERSIONS = (
         END
     $$;
     """,
+    # The lease has a deadline, and a mark of the server that ended it.
+    """
+    ALTER TABLE evolink_servers ADD COLUMN IF NOT EXISTS lease_until TIMESTAMPTZ,
+        ADD COLUMN IF NOT EXISTS fenced_at TIMESTAMPTZ;
+    """,
 )
 
 
@@ -173,6 +178,7 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
     """
     async with db.transaction():
         await db.execute("SET LOCAL statement_timeout = '10min'")
+        await db.execute("SET LOCAL lock_timeout = 0")
         await db.execute("SELECT pg_advisory_xact_lock(%s, 0)", (locks,))
         row = await (await db.execute(FIND_OLD_TABLES)).fetchone()
         if row is not None and row["name"] is not None:

@@ -2,7 +2,7 @@
 
 As a script this file is a nursery: it imports the product once and forks a server for each request. With KILLER_AT and
 KILLER_HOW the server counts its operations on journal, sockets, files and stdout. At operation k, "kill" sends SIGKILL,
-"fail" raises an error instead of the operation, and "late" raises an error after the operation.
+"freeze" sends SIGSTOP, "fail" raises an error instead of the operation, and "late" raises an error after the operation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import anyio
 import pytest
 from child_processes import patient_times, without_coverage
 
+FROZEN = "frozen"  # the line in the log before SIGSTOP
 FOLDER = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
+STOP_AFTER_S = "KILLER_STOP_AFTER_S"  # a server with a database stops its work so long after its last heartbeat
 
 
 # --- in the server's process ---------------------------------------------------------------------------------
@@ -55,10 +57,14 @@ class Countdown:
                     self._write(self._log, f"{name}\n".encode())
             if is_target and self._how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if is_target and self._how == "freeze":
+                assert self._log is not None
+                self._write(self._log, f"{FROZEN}\n".encode())
+                os.kill(os.getpid(), signal.SIGSTOP)
             if is_target and error is not None and self._how == "fail":
                 raise error()
             result = act(*args, **options)
-            if is_target and error is not None:
+            if is_target and error is not None and self._how == "late":
                 raise error()
             return result
 
@@ -117,10 +123,11 @@ def _arm_postgres(countdown: Countdown) -> None:
         async def run(*args: Any, **options: Any) -> Any:
             operation = name
             if not operation:
-                statement = args[1].decode() if isinstance(args[1], bytes) else str(args[1])
+                text = args[1].decode() if isinstance(args[1], bytes) else str(args[1])
+                statement = " ".join(text.split())
                 if not statement or statement.startswith("UPDATE evolink_servers SET seen_at"):
                     return await plain(*args, **options)
-                operation = f"journal: {' '.join(statement.split())[:40]}"
+                operation = f"journal: {statement[:40]}"
             count = countdown.around(operation, lambda: None, lost)
             if os.environ[HOW] == "late":
                 result = await plain(*args, **options)
@@ -148,8 +155,10 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     if HOW in os.environ:
         arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
     # Short times, so that a test does not wait for seconds until another server adopts entries.
-    has_database = "EVOLINK_MCP_DATABASE_URL" in os.environ
-    times = patient_times(grace_s=0.3, adopt_every_s=0.1) if has_database else None
+    times = None
+    if "EVOLINK_MCP_DATABASE_URL" in os.environ:
+        stop_after = {"stop_after_s": float(os.environ[STOP_AFTER_S])} if STOP_AFTER_S in os.environ else {}
+        times = patient_times(grace_s=0.3, adopt_every_s=0.1, **stop_after)
     from evolink_mcp.cli.main import main
 
     main(order["argv"], times)

@@ -29,8 +29,9 @@ psycopg = pytest.importorskip("psycopg")
 
 from psycopg.conninfo import conninfo_to_dict  # noqa: E402
 
-from evolink_mcp.teams.database import LOCKS, Database, open_database  # noqa: E402
+from evolink_mcp.teams.database import Database, open_database  # noqa: E402
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address  # noqa: E402
+from evolink_mcp.teams.lease import LOCKS  # noqa: E402
 from evolink_mcp.teams.orphans import tenants_left  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
 from evolink_mcp.teams.schema import COMPATIBLE_WITH, MOVE_OLD_TABLES, OLD_TABLES, VERSIONS, read_entries  # noqa: E402
@@ -106,6 +107,46 @@ async def test_the_entries_of_a_dead_server_are_adopted_after_the_grace_time_and
         assert await heir.acquire(orphan.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '1 second'")
     assert await heir.adopt() == [replace(orphan, owner=heir.owner, caller="")]
+
+
+async def test_a_frozen_server_loses_its_entries_after_its_deadline_and_its_late_writes_change_nothing(
+    opened: Any, cluster: Any, url: str
+) -> None:
+    """Its session stays open, and no heartbeat comes."""
+    frozen, heir = await opened(), await opened(grace_s=0.0)
+    await frozen.intend(orphan := entry(frozen, caller=frozen.owner))
+    former_owner = frozen.owner
+    with cluster.admin(name_of(url)) as db:
+        move_deadline = "UPDATE evolink_servers SET lease_until = clock_timestamp() + %s * interval '1 second'"
+        db.execute(move_deadline, (60,))
+        assert await heir.adopt() == []
+        db.execute(move_deadline, (-1,))
+        newcomer = await opened()
+        assert await newcomer.adopt() == []  # after an outage of the database, the others may be about to reconnect
+        assert await heir.adopt() == [replace(orphan, owner=heir.owner, caller="")]
+        assert await frozen.update(replace(orphan, phase="sending")) is False
+        assert await frozen.acquire(orphan.key) is False
+        assert await heir.by_key(orphan.key) == replace(orphan, owner=heir.owner, caller="")
+        # A late heartbeat does not bring the lease back.
+        db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> "
+                   "pg_backend_pid()", (name_of(url),))  # fmt: skip
+    await until(lambda: frozen.owner != former_owner and frozen.has_lease)
+    await frozen.intend(new_entry := entry(frozen))
+    assert (await frozen.by_key(new_entry.key)).owner == frozen.owner
+    assert await heir.adopt() == []
+
+
+async def test_a_state_without_a_task_never_replaces_a_certain_task(opened: Any) -> None:
+    """Another server may have recorded the task while this one searched for it."""
+    journal = await opened()
+    await journal.intend(own_entry := entry(journal))
+    certain = replace(own_entry, phase="submitted", task=Task("task-unified-1", "pending"))
+    assert await journal.update(certain) is True
+    assert await journal.update(replace(own_entry, phase="unknown")) is False
+    assert await journal.by_key(own_entry.key) == certain
+    unconfirmed = replace(certain, error=UNCONFIRMED)
+    assert await journal.update(unconfirmed) is True
+    assert await journal.update(replace(own_entry, phase="unknown")) is True
 
 
 async def test_a_closed_journal_leaves_no_callback_behind(opened: Any) -> None:
