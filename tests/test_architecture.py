@@ -144,6 +144,7 @@ ORDER = [
     "teams.database_url",
     "teams.schema",
     "teams.lease",
+    "teams.failover",
     "teams.database",
     "teams.orphans",
     "teams.postgres",

@@ -22,6 +22,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
+from evolink_mcp.teams.failover import Timelines, WrittenEntries, warn_of_asynchronous_standby
 from evolink_mcp.teams.lease import LOCKS, DatabaseConnection, Lease, LeaseLost
 from evolink_mcp.teams.schema import CHANNEL, migrate
 from evolink_mcp.tracing import span
@@ -56,7 +57,9 @@ class Database:
         self._address = Address.of(url, times.connect_timeout_s)
         self.times = times
         self._heartbeat_s = times.stop_after_s / 3
+        self.written = WrittenEntries()
         self._lease = Lease(times)
+        self._timelines = Timelines(times.lease_s, self.written)
         self._alive_until = -math.inf  # monotonic time
         self._is_working = False
         self._session: DatabaseConnection | None = None
@@ -64,7 +67,7 @@ class Database:
         self._pool: AsyncConnectionPool[PooledConnection] = AsyncConnectionPool(
             self._address.conninfo, connection_class=PooledConnection,
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
-            open=False, check=self._check,
+            open=False, check=self._check, configure=self._check_timeline,
         )  # fmt: skip
         self._connected_at = -math.inf  # monotonic time of the start of the session
         self._listeners: list[tuple[str, Callable[[dict[str, Any]], None]]] = []
@@ -159,6 +162,7 @@ class Database:
             await self._lease.register(self._session)
             await self._take_lease(self._session)
             await self._lease.forget_old(self._session)
+            await warn_of_asynchronous_standby(self._session)
             await self._pool.open()
         except (psycopg.Error, OSError, TimeoutError) as error:
             await self._shut()
@@ -218,10 +222,17 @@ class Database:
                     raise JournalUnwritable(SHARED_SESSIONS)
 
     async def _take_lease(self, session: DatabaseConnection) -> None:
-        sent_at = time.monotonic()
+        timeline = await self._timelines.find(session)
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
+
+        async def renew() -> None:
+            await self._lease.renew(session)
+
+        await self._timelines.enter(session, timeline, self._lease.number, self.owner, renew)
         self._connected_at = time.monotonic()
+        sent_at = time.monotonic()
+        await renew()
         self._renew(sent_at)
 
     async def _replace_lease(self, error: LeaseLost) -> None:
@@ -325,6 +336,11 @@ class Database:
         # A restart of the database ends all connections, so those before this session are checked.
         if not is_recent or db.used_at < self._connected_at:
             await db.execute("")
+
+    async def _check_timeline(self, db: PooledConnection) -> None:
+        """Raise an error if a new connection leads to a promoted standby, until the session has written the entries back."""
+        if not await self._timelines.is_current(db):
+            raise psycopg.OperationalError("the database was replaced by another one")
 
     def _handle_result(self, task: asyncio.Task[Any], key: str | None) -> None:
         self._running.discard(task)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from psycopg import errors
 
 from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
+from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import HAS_WORD, Journal, Selection
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.teams.database import Database, DatabaseConnection
@@ -115,6 +116,28 @@ class PostgresJournal(Journal):
         """See Journal."""
         super().__init__(PostgresBackend(database), identity, profile=profile)
         self.database = database
+
+    async def intend(self, entry: Entry, **options: Any) -> Entry:
+        """See Journal."""
+        written = await super().intend(entry, **options)
+        self.database.written.add(self.profile, written)
+        return written
+
+    async def release(self, key: str) -> None:
+        """See Journal."""
+        self.database.written.change(key, owner="")
+        await super().release(key)
+
+    async def deliver(self, key: str, at: float) -> None:
+        """See Journal."""
+        self.database.written.change(key, delivered_at=at)
+        await super().deliver(key, at)
+
+    async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
+        is_written = await super()._run_write(act, entry)
+        if is_written:
+            self.database.written.add(self.profile, replace(entry, owner=self.owner))
+        return is_written
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
         return await super()._select(db, replace(selection, words=tuple(map(like_pattern, selection.words))), limit)

@@ -155,10 +155,12 @@ VERSIONS = (
         END
     $$;
     """,
-    # The lease has a deadline, and a mark of the server that ended it.
+    # The lease has a deadline, and a mark of the server that ended it. `timeline` is that on which the server works,
+    # `awaited_on` the one on which the other servers wait for it.
     """
     ALTER TABLE evolink_servers ADD COLUMN IF NOT EXISTS lease_until TIMESTAMPTZ,
-        ADD COLUMN IF NOT EXISTS fenced_at TIMESTAMPTZ;
+        ADD COLUMN IF NOT EXISTS fenced_at TIMESTAMPTZ, ADD COLUMN IF NOT EXISTS timeline TEXT NOT NULL DEFAULT '',
+        ADD COLUMN IF NOT EXISTS awaited_on TEXT;
     """,
 )
 

@@ -69,11 +69,46 @@ class Cluster:
         with (self.folder / "data" / "postgresql.conf").open("a") as file:
             file.write(f"unix_socket_directories = '{self.folder}'\n")
 
+    @contextmanager
+    def standby(self) -> Iterator[Cluster]:
+        """Run a standby of this server, which replicates asynchronously."""
+        folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+        other = Cluster(folder, self._programs)
+        try:
+            other.copy(self.url("postgres"))
+            other.start()
+            try:
+                yield other
+            finally:
+                other.stop()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def promote(self) -> None:
+        self._run("pg_ctl", "-D", "data", "-w", "-t", "120", "promote")
+
+    def stop_replication(self) -> None:
+        """Receive no more changes of the primary."""
+        with self.admin() as db:
+            db.execute("ALTER SYSTEM SET primary_conninfo = ''")
+            db.execute("SELECT pg_reload_conf()")
+            while db.execute("SELECT count(*) FROM pg_stat_wal_receiver").fetchone() != (0,):
+                pass
+
+    def wait_for(self, primary: Cluster) -> None:
+        """Wait until this standby has all changes of its primary."""
+        with primary.admin() as db:
+            (position,) = db.execute("SELECT pg_current_wal_insert_lsn()").fetchone() or ("",)
+        with self.admin() as db:
+            while db.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", (position,)).fetchone() != (True,):
+                pass
+
     def start(self) -> None:
         self._run("pg_ctl", "-D", "data", "-l", "log", "-w", "-t", "120", "start")
 
     def stop(self) -> None:
-        self._run("pg_ctl", "-D", "data", "-m", "immediate", "-w", "-t", "120", "stop")
+        if (self.folder / "data" / "postmaster.pid").exists():
+            self._run("pg_ctl", "-D", "data", "-m", "immediate", "-w", "-t", "120", "stop")
 
     def url(self, name: str) -> str:
         return f"postgresql://postgres@/{name}?host={self.folder}"
