@@ -69,21 +69,6 @@ class Cluster:
         with (self.folder / "data" / "postgresql.conf").open("a") as file:
             file.write(f"unix_socket_directories = '{self.folder}'\n")
 
-    @contextmanager
-    def standby(self) -> Iterator[Cluster]:
-        """Run a standby of this server, which replicates asynchronously."""
-        folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-        other = Cluster(folder, self._programs)
-        try:
-            other.copy(self.url("postgres"))
-            other.start()
-            try:
-                yield other
-            finally:
-                other.stop()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
     def promote(self) -> None:
         self._run("pg_ctl", "-D", "data", "-w", "-t", "120", "promote")
 
@@ -126,7 +111,7 @@ class Cluster:
 
     @contextmanager
     def standby(self) -> Iterator[Cluster]:
-        """Start a server that replicates this one."""
+        """Run a standby of this server, which replicates asynchronously."""
         with _folder() as folder:
             standby = Cluster(folder, self._programs)
             standby.copy(self.url("postgres"))
