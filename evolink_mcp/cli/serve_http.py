@@ -100,6 +100,10 @@ def authenticator_of(settings: TeamSettings, options: Namespace) -> TeamAuthenti
     return TeamAuthenticator(tokens, issuer, accepts_caller_keys=settings.has_caller_keys, server_key=settings.key)
 
 
+# A proxy learns from an answer with 503 that a server ends. A closed port would end the requests that are on their way.
+PROXY_NOTICES_S = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class _HttpServer:
     options: Namespace
@@ -150,11 +154,19 @@ class _HttpServer:
                     return 1
         is_team = self.authenticator is not None or studios.database is not None
 
+        closed_at: float | None = None
+
         def is_drained() -> bool:
+            nonlocal closed_at
             if not is_team:  # a personal server ends within two seconds
                 return True
-            guard.close()
-            return studios.drain()
+            has_other_servers = studios.database is not None
+            guard.close(has_other_servers=has_other_servers)
+            closed_at = closed_at or anyio.current_time()
+            # A call may not have a job yet, so its studio does not know it.
+            is_idle = studios.drain() and not guard.open_calls
+            notice_s = PROXY_NOTICES_S if has_other_servers else 0.0
+            return is_idle and anyio.current_time() - closed_at >= notice_s
 
         ready = partial(self._report_address, hostnames)
         return await self.serve(guard, options.host, options.port, exit_within_deadline, ready, is_drained)

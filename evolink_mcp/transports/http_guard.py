@@ -97,6 +97,13 @@ class Observer(Protocol):
         ...
 
 
+CLOSING = AuthFailure(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "This server is about to end. Nothing was bought. Try again: another server answers.",
+    ((b"retry-after", b"1"), (b"connection", b"close")),
+)
+
+
 class HttpGuard:
     """An ASGI app in front of `app`.
 
@@ -136,15 +143,22 @@ class HttpGuard:
         self._large_bodies = large_bodies
         self._large_bodies_now = 0
         self._is_closing = False
+        self._refuses_requests = False
         self.open_requests = 0
+        self.open_calls = 0  # POSTs that `app` has and has not answered
 
     def add_endpoint(self, endpoint: Endpoint) -> None:
         """Serve one more endpoint beside MCP."""
         self._endpoints.append(endpoint)
 
-    def close(self) -> None:
-        """Answer the readiness check with 503 from now on, so that a proxy sends new requests to other servers."""
+    def close(self, *, has_other_servers: bool) -> None:
+        """Answer the readiness check with 503, so that a proxy sends new requests to other servers.
+
+        With `has_other_servers` new requests to `app` get 503 before their body is read, so that the proxy repeats them
+        elsewhere. Without, a client can still finish its calls. Requests in progress continue.
+        """
         self._is_closing = True
+        self._refuses_requests = has_other_servers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
@@ -197,6 +211,8 @@ class HttpGuard:
         caller: object | AuthFailure = None
         if self._authenticator is not None and (endpoint is None or not endpoint.is_public):
             caller = await self._authenticator.authenticate(headers)
+        if self._refuses_requests and endpoint is None:
+            caller = CLOSING
         if isinstance(caller, AuthFailure):
             if self._observer is not None:
                 self._observer.count_refusal(caller.status, has_token=b"authorization" in headers)
@@ -246,7 +262,11 @@ class HttpGuard:
                 text = f"The server handles {large.at_once} requests with an image. Try again."
                 await _send(send, HTTPStatus.SERVICE_UNAVAILABLE, text.encode(), TEXT_PLAIN, ((b"retry-after", b"5"),))
             else:
-                await app(scope, replay(body.message, receive), send)
+                self.open_calls += 1
+                try:
+                    await app(scope, replay(body.message, receive), send)
+                finally:
+                    self.open_calls -= 1
 
     @contextmanager
     def _large_body(self) -> Generator[None]:

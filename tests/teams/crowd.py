@@ -235,6 +235,30 @@ class Crowd:
         return log_file["result"]["structuredContent"] if "result" in log_file else None
 
 
+# The proxy sends no request to a server for `fail_timeout` of compose.yaml after it ended, and then a few seconds more.
+PROXY_FORGETS_S = 3.0
+
+
+async def restart_in_turn(crowd: Crowd, servers: list[subprocess.Popen[bytes]], start: Any) -> None:
+    """Replace each server during the orders, as an upgrade does."""
+
+    async def restarts() -> None:
+        total = crowd.caller_count * crowd.order_count
+        for number, server in enumerate(servers):
+            while len(crowd.got) < total * (number + 1) // (len(servers) + 2):
+                await asyncio.sleep(0.05)
+            server.terminate()
+            code = await asyncio.to_thread(server.wait)
+            print(f"  server {number} ended with {code} after {len(crowd.got)} results", flush=True)
+            await asyncio.to_thread(start, number)
+            await asyncio.sleep(PROXY_FORGETS_S)
+
+    async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(crowd.run())
+            group.create_task(restarts())
+
+
 async def scene(crowd: Crowd, doomed: subprocess.Popen[bytes], cluster: Any, revive: Any) -> None:
     async def trouble() -> None:
         total = crowd.caller_count * crowd.order_count
@@ -265,6 +289,7 @@ def main() -> None:
     parser.add_argument(
         "--calm", action="store_true", help="nothing is killed and nothing restarted: how much is borne"
     )
+    parser.add_argument("--rolling", action="store_true", help="restart one server after the other; no call may fail")
     parser.add_argument("--servers", type=int, choices=(1, 2), default=2, help="with --calm: how many share the work")
     parser.add_argument("--simulate", type=int)
     parser.add_argument("--proxy", type=int, default=0)
@@ -327,6 +352,10 @@ def main() -> None:
                 before = [Used.of(server) for server in servers]
                 asyncio.run(crowd.run())
                 used = [Used.of(server) - first for server, first in zip(servers, before, strict=True)]
+            elif options.rolling:
+                asyncio.run(restart_in_turn(crowd, servers, replica))
+                if crowd.broken:
+                    raise SystemExit(f"calls failed during the restarts: {crowd.broken}")
             else:
                 asyncio.run(scene(crowd, servers[0], cluster, lambda: replica(0)))
         except BaseException:

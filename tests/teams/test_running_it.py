@@ -219,9 +219,13 @@ async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses
             while not town.studios.drain():
                 await anyio.sleep(0.01)
         new = (await town.call("a", "generate_image", prompt="another")).structured_content
-        town.guard.close()
+        town.guard.close(has_other_servers=False)
         async with town.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
+            town.guard.close(has_other_servers=True)
+            refused = await http.post("/mcp", json=INITIALIZE)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "Nothing was bought" in refused.text
             assert (await http.get("/readyz")).json()["why"] == "the server is about to end"
             assert (await http.get("/healthz")).status_code == 200
         assert town.posts == 1
