@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
@@ -39,9 +40,13 @@ if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
     from evolink_mcp.teams.metrics_endpoint import MetricsCollector
 
+log = logging.getLogger(__name__)
+
 ORPHAN_CHECK_INTERVAL_S = 5.0
 KEY_CHECK_INTERVAL_S = 60.0
 KEY_CHECK_TIMEOUT_S = 3.0
+ENTRIES_TIMEOUT_S = 2.0
+NO_DATABASE = "the database does not answer"
 
 MakeMcpApp = Callable[[MCPServer[Any], Journal], ASGIApp]
 
@@ -69,27 +74,42 @@ class Readiness:
         self._lock = anyio.Lock()
         self._checked_at = -KEY_CHECK_INTERVAL_S
         self._key_problem: str | None = None
+        self._entries_problem: str | None = None
 
     @property
     def problem(self) -> str | None:
         """The known reason why this server can do no paid work, if there is one."""
         if self._database is not None and not self._database.alive:
-            return "the database does not answer"
+            return NO_DATABASE
+        if self._entries_problem is not None:
+            return self._entries_problem
         if self._settings.key is None and not self._tenants_have_keys():
             return self._settings.key_problem or "no EvoLink API key is set"
         return self._key_problem
 
     async def check(self) -> str | None:
-        """Ask EvoLink at most once per KEY_CHECK_INTERVAL_S whether it accepts the key. Return the problem.
+        """Read an entry, and ask EvoLink at most once per KEY_CHECK_INTERVAL_S whether it accepts the key. Return the problem.
 
         The check reads the balance, which is free. If EvoLink does not answer in time, the last result stays.
         """
         async with self._lock:
+            if self._database is not None and self._database.alive:
+                self._entries_problem = await self._try_entries(self._database)
             if self._client.has_key and anyio.current_time() - self._checked_at >= KEY_CHECK_INTERVAL_S:
                 self._checked_at = anyio.current_time()
                 with anyio.move_on_after(KEY_CHECK_TIMEOUT_S):
                     await self._check_key()
         return self.problem
+
+    async def _try_entries(self, database: Database) -> str | None:
+        with anyio.move_on_after(ENTRIES_TIMEOUT_S):
+            try:
+                await database.try_entries()
+            except JournalUnwritable as error:
+                log.warning("%s", error.message)
+                return NO_DATABASE
+            return None
+        return f"the database did not return an entry within {ENTRIES_TIMEOUT_S:.0f} s"
 
     async def _check_key(self) -> None:
         try:

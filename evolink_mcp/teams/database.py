@@ -137,6 +137,14 @@ class Database:
         task.add_done_callback(lambda task: self._handle_result(task, key))
         return await asyncio.shield(task)
 
+    async def try_entries(self) -> None:
+        """Read one entry.
+
+        Raises:
+            JournalUnwritable: The table cannot be read.
+        """
+        await self.run(lambda db: db.execute("SELECT key FROM evolink_entries LIMIT 1"))
+
     async def is_dead(self, db: DatabaseConnection, owner: str) -> bool:
         """Return whether a server ended, or did not move its deadline. Then it can never write its entries again."""
         return await self._lease.is_dead(db, owner)

@@ -605,6 +605,11 @@ async def test_a_server_reports_whether_it_can_do_paid_work(cluster: Any, url: s
         finally:
             await anyio.to_thread.run_sync(cluster.start)
         await wait_for_answer("/readyz", 200, "ok")
+        with cluster.admin(name_of(url)) as db, db.transaction():
+            db.execute("LOCK TABLE evolink_entries IN ACCESS EXCLUSIVE MODE")
+            why = (await wait_for_answer("/readyz", 503, "not ready"))["why"]
+            assert why == "the database did not return an entry within 2 s"
+        await wait_for_answer("/readyz", 200, "ok")
         server.terminate()
 
 
