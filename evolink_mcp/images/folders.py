@@ -27,6 +27,7 @@ NAME_MAX_BYTES = 143
 # Linux allows no longer path. The checks below need a time that grows with the square of the length: 58 s for 500 KB.
 PATH_MAX_CHARS = 4_096
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SOURCE_SUFFIXES = (*PICTURE_SUFFIXES, ".heic", ".heif")
 NAMES_LOOKED_AT = 2_000
 # The name of an unfinished file, in its final folder.
 PART_PREFIX = ".evolink-"
@@ -462,7 +463,7 @@ def move_patiently(
 
 def stem_of(path: Path) -> str:
     """Return the file name without the suffix of an image. The text after any other dot is part of the name."""
-    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+    return path.stem if path.suffix.lower() in SOURCE_SUFFIXES else path.name
 
 
 def cut_to_bytes(text: str, size: int) -> str:

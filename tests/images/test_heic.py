@@ -148,6 +148,7 @@ async def test_exact_files_are_derived_from_a_photo(world: World) -> None:
     assert not answer.is_error, answer.content[0].text
     (file,) = answer.structured_content["files"]
     assert (file["width"], file["height"], file["mime_type"]) == (32, 32, "image/jpeg")
+    assert Path(file["path"]).name == "IMG_0001-32x32.jpg"
     assert world.posts == 0
 
 
