@@ -14,7 +14,7 @@ from typing import Any
 import jwt
 from PIL import Image
 
-CALL_INTERVAL_S = 0.25
+CALL_INTERVAL_S = 4.0
 IMAGE_INTERVAL_S = 2.0
 PATIENCE_S = 60.0
 JWT_LIFETIME_S = 3_600
@@ -91,7 +91,7 @@ class HonestClients:
         self._end = threading.Event()
         self._threads = [threading.Thread(target=self._call, args=[token]) for token in tokens]
         if buys_images:
-            self._threads += [threading.Thread(target=self._buy, args=[token, len(tokens)]) for token in tokens]
+            self._threads += [threading.Thread(target=self._buy, args=[token]) for token in tokens]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -105,15 +105,21 @@ class HonestClients:
 
     def _call(self, token: str) -> None:
         request = call(token, "tools/call", name="compute_size", arguments={"size": "16:9"})
+        if self._end.wait(CALL_INTERVAL_S * self._tokens.index(token) / len(self._tokens)):
+            return
         while not self._end.wait(CALL_INTERVAL_S):
             self.call_s.append(self._measure(request, b'"structuredContent"'))
 
-    def _buy(self, token: str, callers: int) -> None:
-        while not self._end.wait(IMAGE_INTERVAL_S * callers):
+    def _buy(self, token: str) -> None:
+        if self._end.wait(IMAGE_INTERVAL_S * self._tokens.index(token)):
+            return
+        while True:
             prompt = f"sim:slow=2 honest {time.monotonic_ns()}"
             arguments = {"prompt": prompt, "size": "1:1", "quality": "low"}
             request = call(token, "tools/call", name="generate_image", arguments=arguments)
             self.image_s.append(self._measure(request, b'"status":"completed"'))
+            if self._end.wait(IMAGE_INTERVAL_S * len(self._tokens)):
+                return
 
     def _measure(self, request: bytes, sign: bytes) -> float:
         started = time.monotonic()

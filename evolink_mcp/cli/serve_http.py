@@ -33,6 +33,7 @@ from evolink_mcp.teams.tokens import BadTokens, Tokens
 from evolink_mcp.transports.http import mcp_app, serve_app
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
 from evolink_mcp.transports.server_card import ServerCard, card_paths
+from evolink_mcp.transports.turns import Turns
 
 Log = Callable[[str], None]
 
@@ -114,7 +115,8 @@ class _HttpServer:
         """Serve until a signal. Return the exit code."""
         options = self.options
         hostnames = hostnames_of(options.allowed_host, self.settings)
-        make_mcp_app = partial(mcp_app, transport=options.command, host=options.host, hostnames=hostnames)
+        turns = Turns()
+        make_mcp_app = partial(mcp_app, transport=options.command, host=options.host, hostnames=hostnames, turns=turns)
         async with AsyncExitStack() as stack:
             database = await stack.enter_async_context(open_team_database(self.settings.database_url))
             group = await stack.enter_async_context(anyio.create_task_group())
@@ -123,7 +125,7 @@ class _HttpServer:
                 studio, settings = await stack.enter_async_context(studios.open())
                 app: Any = studio_app(studio, settings, studios, make_mcp_app)
             else:
-                tenants = tenants_app(studios, self.authenticator, group, make_mcp_app)
+                tenants = tenants_app(studios, self.authenticator, group, make_mcp_app, turns)
                 group.start_soon(resume_tenants, studios, tenants, self.authenticator)
                 if self.authenticator.issuer is not None:
                     group.start_soon(self.authenticator.issuer.refresh_loop)

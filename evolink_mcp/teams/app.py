@@ -33,6 +33,7 @@ from evolink_mcp.teams.uploads import StoredPictures, UploadApp
 from evolink_mcp.transports.connections import descriptor_limit
 from evolink_mcp.transports.http import LARGE_BODIES, REQUEST_MAX_BYTES
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
+from evolink_mcp.transports.turns import Turns
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
@@ -119,9 +120,13 @@ def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mc
 
 
 def tenants_app(
-    studios: Studios, authenticator: TeamAuthenticator, group: anyio.abc.TaskGroup, make_mcp_app: MakeMcpApp
+    studios: Studios,
+    authenticator: TeamAuthenticator,
+    group: anyio.abc.TaskGroup,
+    make_mcp_app: MakeMcpApp,
+    turns: Turns | None = None,
 ) -> Tenants:
-    """Return the ASGI app of all tenants. Their studios run in `group`."""
+    """Return the ASGI app of all tenants. Their studios run in `group`. `turns` are those of `make_mcp_app`."""
 
     @asynccontextmanager
     async def open_app(tenant: Tenant) -> AsyncGenerator[UploadApp]:
@@ -136,6 +141,7 @@ def tenants_app(
         open_app,
         lambda tenant: tenant in authenticator.tenants,
         temporary_max=temporary_max_for(descriptor_limit()),
+        turns=turns,
     )
 
 

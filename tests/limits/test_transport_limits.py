@@ -20,10 +20,10 @@ from evolink_mcp.errors import FolderRefused
 from evolink_mcp.images.folders import PATH_MAX_CHARS, Folders
 from evolink_mcp.transports.connections import ConnectionLimits, UnreadAnswers
 from evolink_mcp.transports.http import REQUEST_MAX_BYTES, serve_app
-from evolink_mcp.transports.http_calls import CALLS_AT_ONCE, Turns
 from evolink_mcp.transports.http_guard import HttpGuard
 from evolink_mcp.transports.messages import DEPTH_MAX, MEMBERS_MAX, NAME_MAX_CHARS, InvalidMessage, read_message
 from evolink_mcp.transports.sse_streams import SseStreams, StreamLimits
+from evolink_mcp.transports.turns import CALLS_AT_ONCE, Turns
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
