@@ -9,6 +9,7 @@ may have it, so the cancellation goes to all of them.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import cast
@@ -92,8 +93,8 @@ class Calls:
         calls.append(call)
         try:
             scope = {**scope, SCOPE_KEY: call.delivery}
-            async with self._turns.turn(scope.get(CALLER_KEY)):
-                await self._app(scope, _until_cancelled(receive, call), _recording(send, call))
+            async with self._turns.turn(scope.get(CALLER_KEY)) as give_back:
+                await self._app(scope, _until_cancelled(receive, call), _recording(send, call, give_back))
             if call.cancelled.is_set() and call.is_answer_started and not call.is_answered:
                 await send({"type": "http.response.body"})  # the client keeps the stream open, so end it
         finally:
@@ -144,13 +145,18 @@ def _until_cancelled(receive: Receive, call: Call) -> Receive:
     return receive_next
 
 
-def _recording(send: Send, call: Call) -> Send:
-    """Return a `send` that records the progress of the answer."""
+def _recording(send: Send, call: Call, give_back: Callable[[], None]) -> Send:
+    """Return a `send` that records the progress of the answer, and gives the call's turn back.
+
+    A client that does not read would otherwise keep the turn.
+    """
 
     async def send_and_record(message: Message) -> None:
         call.is_answer_started = True
         if message["type"] == "http.response.body" and not message.get("more_body"):
             call.is_answered = not call.is_disconnected
+        if message["type"] == "http.response.body":
+            give_back()
         await send(message)
 
     return send_and_record

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Callable, Hashable
 from contextlib import asynccontextmanager
 
 import anyio
 
 CALLS_AT_ONCE = 8
 LINES_MAX = 10_000
-# A call keeps its turn for so many turns of the event loop: a busy loop may have only a few of them within `longest_s`, and
-# then a running call would look like one that waits.
-STEPS_MIN = 20
+# A free call needs up to 40 rounds of the event loop. A busy loop has only a few rounds within `longest_s`, so without this
+# number a running call would count as one that waits, and a busy server would begin ever more calls.
+ROUNDS_MIN = 50
 
 
 class Turns:
@@ -33,13 +33,14 @@ class Turns:
         self._lines: OrderedDict[Hashable, deque[anyio.Event]] = OrderedDict()
         self._waiting = 0
 
-    def __len__(self) -> int:
-        """Return the number of known lines."""
+    @property
+    def line_count(self) -> int:
+        """The number of known lines."""
         return len(self._lines)
 
     @asynccontextmanager
-    async def turn(self, line: Hashable = None) -> AsyncGenerator[None]:
-        """Wait for a turn of the line and hold it inside the context."""
+    async def turn(self, line: Hashable = None) -> AsyncGenerator[Callable[[], None]]:
+        """Wait for a turn of the line and hold it inside the context. Yield a function that gives it back earlier."""
         await self._acquire(line)
         is_held = True
 
@@ -49,20 +50,20 @@ class Turns:
                 is_held = False
                 self._release()
 
-        steps = STEPS_MIN
+        rounds = ROUNDS_MIN
 
-        def step() -> None:
-            nonlocal steps, timer
-            steps -= 1
-            if steps:
-                timer = loop.call_later(self._longest_s / STEPS_MIN, step)
+        def count_round() -> None:
+            nonlocal rounds, timer
+            rounds -= 1
+            if rounds:
+                timer = loop.call_later(self._longest_s / ROUNDS_MIN, count_round)
             else:
                 release()
 
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._longest_s / STEPS_MIN, step)
+        timer = loop.call_later(self._longest_s / ROUNDS_MIN, count_round)
         try:
-            yield
+            yield release
         finally:
             timer.cancel()
             release()
