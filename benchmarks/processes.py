@@ -135,7 +135,10 @@ class Standin:
 
 @contextmanager
 def standin(pictures: str = "dot", *, batch: bool = True, callback_port: int | None = None) -> Iterator[Standin]:
-    options = [*([] if batch else ["--no-batch"]), *([] if callback_port is None else ["--callbacks", str(callback_port)])]
+    options = [
+        *([] if batch else ["--no-batch"]),
+        *([] if callback_port is None else ["--callbacks", str(callback_port)]),
+    ]
     arguments = [sys.executable, "-m", "benchmarks.standin", pictures, *options]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout

@@ -33,7 +33,6 @@ from evolink_mcp.teams.tokens import BadTokens, Tokens
 from evolink_mcp.transports.http import mcp_app, serve_app
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
 from evolink_mcp.transports.server_card import ServerCard, card_paths
-from evolink_mcp.transports.turns import Turns
 
 Log = Callable[[str], None]
 
@@ -115,8 +114,7 @@ class _HttpServer:
         """Serve until a signal. Return the exit code."""
         options = self.options
         hostnames = hostnames_of(options.allowed_host, self.settings)
-        turns = Turns()
-        make_mcp_app = partial(mcp_app, transport=options.command, host=options.host, hostnames=hostnames, turns=turns)
+        make_mcp_app = partial(mcp_app, transport=options.command, host=options.host, hostnames=hostnames)
         async with AsyncExitStack() as stack:
             database = await stack.enter_async_context(open_team_database(self.settings.database_url))
             group = await stack.enter_async_context(anyio.create_task_group())
@@ -125,7 +123,7 @@ class _HttpServer:
                 studio, settings = await stack.enter_async_context(studios.open())
                 app: Any = studio_app(studio, settings, studios, make_mcp_app)
             else:
-                tenants = tenants_app(studios, self.authenticator, group, make_mcp_app, turns)
+                tenants = tenants_app(studios, self.authenticator, group, make_mcp_app)
                 group.start_soon(resume_tenants, studios, tenants, self.authenticator)
                 if self.authenticator.issuer is not None:
                     group.start_soon(self.authenticator.issuer.refresh_loop)

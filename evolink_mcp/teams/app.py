@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import anyio
 import anyio.abc
 import httpx2 as httpx
-from mcp.server.mcpserver import MCPServer
 from starlette.types import ASGIApp
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_id_of
-from evolink_mcp.journal.journal import Journal
 from evolink_mcp.journal.profile import profile_id
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -33,7 +31,6 @@ from evolink_mcp.teams.uploads import StoredPictures, UploadApp
 from evolink_mcp.transports.connections import descriptor_limit
 from evolink_mcp.transports.http import LARGE_BODIES, REQUEST_MAX_BYTES
 from evolink_mcp.transports.http_guard import Endpoint, HttpGuard
-from evolink_mcp.transports.turns import Turns
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
@@ -43,7 +40,7 @@ ORPHAN_CHECK_INTERVAL_S = 5.0
 KEY_CHECK_INTERVAL_S = 60.0
 KEY_CHECK_TIMEOUT_S = 3.0
 
-MakeMcpApp = Callable[[MCPServer[Any], Journal], ASGIApp]
+MakeMcpApp = Callable[..., ASGIApp]  # `mcp_app` with its transport and its host
 
 
 def hostnames_of(allowed: Sequence[str], settings: TeamSettings) -> list[str]:
@@ -109,7 +106,8 @@ class Readiness:
 
 def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mcp_app: MakeMcpApp) -> UploadApp:
     """Return the ASGI app of one studio: MCP and `PUT /uploads`."""
-    app = make_mcp_app(server_for(studio, settings, secrets=settings.secrets), studio.journal)
+    server = server_for(studio, settings, secrets=settings.secrets)
+    app = make_mcp_app(server, studio.journal, turns=studios.turns)
     return UploadApp(
         app,
         studio,
@@ -120,13 +118,9 @@ def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mc
 
 
 def tenants_app(
-    studios: Studios,
-    authenticator: TeamAuthenticator,
-    group: anyio.abc.TaskGroup,
-    make_mcp_app: MakeMcpApp,
-    turns: Turns | None = None,
+    studios: Studios, authenticator: TeamAuthenticator, group: anyio.abc.TaskGroup, make_mcp_app: MakeMcpApp
 ) -> Tenants:
-    """Return the ASGI app of all tenants. Their studios run in `group`. `turns` are those of `make_mcp_app`."""
+    """Return the ASGI app of all tenants. Their studios run in `group`."""
 
     @asynccontextmanager
     async def open_app(tenant: Tenant) -> AsyncGenerator[UploadApp]:
@@ -141,7 +135,7 @@ def tenants_app(
         open_app,
         lambda tenant: tenant in authenticator.tenants,
         temporary_max=temporary_max_for(descriptor_limit()),
-        turns=turns,
+        turns=studios.turns,
     )
 
 

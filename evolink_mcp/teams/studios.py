@@ -30,6 +30,7 @@ from evolink_mcp.teams.remote_images import RemoteImageStore
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.teams.uploads import PROCESS_MAX_BYTES, ByteLimit
+from evolink_mcp.transports.turns import Turns
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
@@ -150,8 +151,9 @@ async def open_team_studio(
 class Studios:
     """The open studios of this server process.
 
-    They share the database, the decoder, the object store, the certificates and the metrics. Studios with the same EvoLink key also share
-    a poller, which runs in `group`. `transport`, `clock` (epoch seconds) and `pause` are for tests.
+    They share the database, the decoder, the object store, the certificates, the turns and the metrics. Studios with the
+    same EvoLink key also share a poller, which runs in `group`. `transport`, `clock` (epoch seconds) and `pause` are for
+    tests.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class Studios:
         self.metrics = Metrics()
         self.object_store = object_store_of(settings, clock)
         self.upload_limit = ByteLimit(PROCESS_MAX_BYTES)
+        self.turns = Turns()
         self._decoder = decoder
         self._group = group
         self._transport = transport

@@ -80,7 +80,7 @@ class Tenants:
         self._open_app = open_app
         self._is_permanent = is_permanent
         self._temporary_max = temporary_max
-        self._turns = turns or Turns()
+        self._turns = Turns() if turns is None else turns
         self._sleep = sleep
         self._clock = clock
         self._apps: dict[Tenant, TenantApp] = {}

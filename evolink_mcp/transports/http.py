@@ -63,7 +63,7 @@ def mcp_app(
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=security, host=host
     )
-    return Calls(app, journal, turns or Turns())
+    return Calls(app, journal, Turns() if turns is None else turns)
 
 
 async def serve_app(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -12,7 +13,7 @@ import pytest
 from drawings import drawing
 from office import ANNA, BERT, Office, block, office
 
-from evolink_mcp.teams.uploads import ByteLimit
+from evolink_mcp.teams.uploads import BYTES_PER_S, FAST_BYTES, ByteLimit, UploadApp
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 PNG = drawing()
@@ -136,7 +137,40 @@ async def test_an_upload_of_40_mb_needs_no_copy_in_memory(tmp_path: Path) -> Non
     assert peak < 12 << 20
 
 
+async def test_the_server_reads_a_large_upload_slowly() -> None:
+    """30 MiB arrive at once. Everything above the first bytes waits for the rate."""
+    pauses_s: list[float] = []
+    parts = [bytes(1 << 20)] * 30
+
+    async def sleep(seconds: float) -> None:
+        pauses_s.append(seconds)
+
+    async def receive() -> dict[str, Any]:
+        return (
+            {"type": "http.request", "body": parts.pop(), "more_body": True} if parts else {"type": "http.disconnect"}
+        )
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    class Journal:
+        async def spend_quota(self, *_: object) -> bool:
+            return True
+
+    studio: Any = SimpleNamespace(now=lambda: 0.0, journal=Journal())
+    app: Any = None
+    uploads = UploadApp(app, studio, lambda: True, ByteLimit(1 << 30), day_max_bytes=1 << 30, sleep=sleep)
+    await uploads({"type": "http", "method": "PUT", "path": "/uploads", "headers": []}, receive, send)
+    assert len(pauses_s) == 30 - (FAST_BYTES >> 20)
+    assert max(pauses_s) == pytest.approx((30 - 8) / 10, abs=0.5)
+
+
+LIMIT_TEXTS = {
+    "Speed of an upload": f"{FAST_BYTES >> 20} MiB at once, then {BYTES_PER_S >> 20} MiB/s",
+}
+
 TRIALS = {
+    "Speed of an upload": test_the_server_reads_a_large_upload_slowly,
     "Uploads in progress of a tenant": test_a_tenant_may_upload_two_of_the_largest_images_at_once,
     "Uploads in progress": test_all_tenants_together_may_upload_eight_of_the_largest_images_at_once,
     "Uploads of a day": test_a_tenant_has_a_quota_of_uploads_per_day,
