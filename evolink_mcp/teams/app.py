@@ -113,6 +113,7 @@ def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mc
         studio,
         lambda: studios.can_close(studio),
         studios.upload_limit,
+        studios.upload_pace,
         day_max_bytes=int(settings.upload_mb_per_day * 1_000_000),
     )
 

@@ -29,7 +29,7 @@ from evolink_mcp.teams.object_store import Links, ObjectStore
 from evolink_mcp.teams.remote_images import RemoteImageStore
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tokens import Tenant
-from evolink_mcp.teams.uploads import PROCESS_MAX_BYTES, ByteLimit
+from evolink_mcp.teams.uploads import PROCESS_MAX_BYTES, ByteLimit, Pace
 from evolink_mcp.transports.turns import Turns
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class Studios:
         self.metrics = Metrics()
         self.object_store = object_store_of(settings, clock)
         self.upload_limit = ByteLimit(PROCESS_MAX_BYTES)
+        self.upload_pace = Pace()
         self.turns = Turns()
         self._decoder = decoder
         self._group = group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -29,9 +30,9 @@ UPLOAD_TIMEOUT_S = 120.0
 # The temporary files of uploads in progress.
 PROCESS_MAX_BYTES = 400 << 20
 TENANT_MAX_BYTES = 2 * REFERENCE_MAX_BYTES
-# Above the first bytes the server reads an upload slowly: eight fast uploads took most of the event loop.
-FAST_BYTES = 8 << 20
-BYTES_PER_S = 10 << 20
+# Eight fast uploads took most of the event loop.
+BYTES_PER_S = 20 << 20
+BURST_BYTES = 8 << 20
 MIME_TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
 
 
@@ -56,11 +57,36 @@ class ByteLimit:
             self._used_bytes -= size
 
 
+class Pace:
+    """The speed of all uploads together, which they share. After a pause, `burst_bytes` may arrive at once.
+
+    `clock` (seconds) is for tests.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: float = BYTES_PER_S,
+        burst_bytes: int = BURST_BYTES,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._burst_s = burst_bytes / bytes_per_s
+        self._clock = clock
+        self._due_at = clock() - self._burst_s
+
+    def delay_s(self, size: int) -> float:
+        """Count `size` bytes. Return the seconds that their upload must wait."""
+        now = self._clock()
+        self._due_at = max(self._due_at, now - self._burst_s) + size / self._bytes_per_s
+        return max(self._due_at - now, 0.0)
+
+
 class UploadApp:
     """`PUT /uploads` in front of `app`. The body is an image; the answer has the URI for `image_urls`.
 
     `studio` is the caller's studio, so no other tenant can use the image. `is_idle` returns whether the studio has no
-    running work. `process_limit` is shared by the apps of all tenants. `tenant_max_bytes` limits the uploads of this
+    running work. The apps of all tenants share `process_limit` and `pace`. `tenant_max_bytes` limits the uploads of this
     tenant at once, `day_max_bytes` those of a day. `sleep` (seconds) is for tests.
     """
 
@@ -70,6 +96,7 @@ class UploadApp:
         studio: Studio,
         is_idle: Callable[[], bool],
         process_limit: ByteLimit,
+        pace: Pace,
         *,
         day_max_bytes: int,
         tenant_max_bytes: int = TENANT_MAX_BYTES,
@@ -79,6 +106,7 @@ class UploadApp:
         self._studio = studio
         self._is_idle = is_idle
         self._process_limit = process_limit
+        self._pace = pace
         self._tenant_limit = ByteLimit(tenant_max_bytes)
         self._day_max_bytes = day_max_bytes
         self._sleep = sleep
@@ -138,16 +166,15 @@ class UploadApp:
         The size of a body that is too large is any number above REFERENCE_MAX_BYTES.
         """
         size = 0
-        started_at = anyio.current_time()
         try:
             async for part in request.stream():
                 size += len(part)
                 if size > REFERENCE_MAX_BYTES:
                     break
                 file.write(part)
-                early_s = (size - FAST_BYTES) / BYTES_PER_S - (anyio.current_time() - started_at)
-                if early_s > 0:  # the client waits too, because the buffers of the system are full
-                    await self._sleep(early_s)
+                # The client waits too, because the buffers of the system are full.
+                if delay_s := self._pace.delay_s(len(part)):
+                    await self._sleep(delay_s)
         except ClientDisconnect:
             return None
         return size
