@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import calls, crowd, derive, hostile, ledger, peers, polls, previews, shares, start, teams, web
+from benchmarks import calls, crowd, derive, hostile, ledger, peers, polls, previews, shares, start, teams, tenants, web
 from benchmarks.figures import Figure
 
 PARTS = {
@@ -25,6 +25,7 @@ PARTS = {
     "derive": derive,
     "share": shares,
     "hostile": hostile,
+    "tenants": tenants,
     "peers": peers,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Figure:
 
 def format_value(value: float) -> str:
     """Return three significant digits, with thousands in groups."""
+    if not math.isfinite(value):
+        return str(value)
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}"

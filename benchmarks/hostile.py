@@ -136,6 +136,15 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a WebP of 10 MiB of empty chunks": _webp_chunks,
 }
 
+# Images of a few MiB that need much work. Many callers upload them at once.
+MARKER_FLOODS: tuple[Callable[[], bytes], ...] = (
+    lambda: _scans(SCANS_MAX),
+    lambda: _before_segments(_segment(0xE5, b"") * (8 * MIB // 4)),
+    lambda: _before_segments(b"\xff\xd0" * (4 * MIB)),
+    lambda: _png(_chunk(b"teXt", b"") * (10 * MIB // 12)),
+    _webp_chunks,
+)
+
 
 async def _costs() -> dict[str, tuple[float, float]]:
     """Return (seconds, MiB at most) for each kind, as a result image and as a reference."""

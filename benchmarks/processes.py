@@ -134,8 +134,12 @@ class Standin:
 
 
 @contextmanager
-def standin(pictures: str = "dot", *, batch: bool = True) -> Iterator[Standin]:
-    arguments = [sys.executable, "-m", "benchmarks.standin", pictures, *([] if batch else ["--no-batch"])]
+def standin(pictures: str = "dot", *, batch: bool = True, callback_port: int | None = None) -> Iterator[Standin]:
+    options = [
+        *([] if batch else ["--no-batch"]),
+        *([] if callback_port is None else ["--callbacks", str(callback_port)]),
+    ]
+    arguments = [sys.executable, "-m", "benchmarks.standin", pictures, *options]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout
     try:

@@ -1,7 +1,8 @@
 """Serve the simulator with a few images, a record of all times, and with or without batch polls.
 
-`python -m benchmarks.standin dot|1K|4K|noise [--no-batch]` prints its port. All tasks get the same few images, because
-drawing takes seconds and is not part of any figure.
+`python -m benchmarks.standin dot|1K|4K|noise [--no-batch] [--callbacks PORT]` prints its port. All tasks get the same few
+images, because drawing takes seconds and is not part of any figure. With `--callbacks` it calls a server on this port
+back when a task ends, and forgets the bodies of its requests.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import json
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
+import httpx2 as httpx
 import uvicorn
 
 from benchmarks.processes import KEY
 from evolink_mcp.simulator.app import Simulator
 
 PIXELS = {"dot": (16, 16), "1K": (1024, 1024), "4K": (3840, 2160)}
+CALLBACK_CHECK_INTERVAL_S = 0.05
 PROMPTS = ("a fox in a misty forest", "a lighthouse over the sea at dusk")
 
 
@@ -84,7 +89,7 @@ class Recorder:
             {task.id for task in self._simulator.tasks.values() if self._is_completed(task)} if before < 20 else set()
         )
         await self._simulator.app(scope, receive, send)
-        if path == "/v1/tasks/batch":
+        if path == "/v1/tasks/batch" and self._simulator.requests:
             self.counts["batched polls"] += len(json.loads(self._simulator.requests[-1].body)["task_ids"])
         if len(self._simulator.tasks) > before:
             self.counts["bought"] += 1
@@ -92,6 +97,19 @@ class Recorder:
         if path.startswith("/v1/tasks/") and path.removeprefix("/v1/tasks/") in completed_ids:
             self.end_reported_at.setdefault(path.removeprefix("/v1/tasks/"), time.time())
         return None
+
+    async def call_back(self, port: int) -> None:
+        """Send a callback for each task that ends, forever. The public hostname leads to this port."""
+        sent: set[str] = set()
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client, anyio.create_task_group() as group:
+            while True:
+                await anyio.sleep(CALLBACK_CHECK_INTERVAL_S)
+                self._simulator.requests.clear()
+                for task in list(self._simulator.tasks.values()):
+                    if task.id not in sent and self._is_completed(task):
+                        sent.add(task.id)
+                        url = urlsplit(task.body["callback_url"])._replace(scheme="http", netloc=f"127.0.0.1:{port}")
+                        group.start_soon(_send_callback, client, url.geturl(), task.id)
 
     def _end_all(self, within_s: float) -> None:
         """Complete all running tasks within this time, one after another."""
@@ -104,21 +122,33 @@ class Recorder:
         return self._simulator.state(task)[0] == "completed"
 
 
+async def _send_callback(client: httpx.AsyncClient, url: str, task_id: str) -> None:
+    for wait_s in (0.0, 1.0, 2.0):
+        await anyio.sleep(wait_s)
+        with suppress(httpx.HTTPError):
+            if (await client.post(url, json={"id": task_id, "status": "completed"})).is_success:
+                return
+
+
 async def _answer(send: Any, status: int, body: bytes, kind: bytes = b"application/json") -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-async def serve(kind: str, *, batch: bool) -> None:
+async def serve(kind: str, *, batch: bool, callback_port: int | None) -> None:
     app = Recorder(Simulator(keys={KEY: 1e9}), draw(kind), batch=batch)
     web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))  # pyright: ignore[reportArgumentType]
     async with anyio.create_task_group() as group:
         group.start_soon(web.serve)
+        if callback_port is not None:
+            group.start_soon(app.call_back, callback_port)
         while not web.started:
             await anyio.sleep(0.01)
         print(web.servers[0].sockets[0].getsockname()[1], flush=True)
 
 
 if __name__ == "__main__":
-    anyio.run(lambda: serve(sys.argv[1], batch="--no-batch" not in sys.argv))
+    options = sys.argv[2:]
+    port = int(options[options.index("--callbacks") + 1]) if "--callbacks" in options else None
+    anyio.run(lambda: serve(sys.argv[1], batch="--no-batch" not in options, callback_port=port))

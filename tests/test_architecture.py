@@ -122,6 +122,7 @@ ORDER = [
     "transports.messages",
     "transports.stdio",
     "transports.authentication",
+    "transports.turns",
     "transports.http_calls",
     "transports.sse_streams",
     "transports.authority",

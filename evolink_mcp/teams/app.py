@@ -6,20 +6,18 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import anyio
 import anyio.abc
 import httpx2 as httpx
-from mcp.server.mcpserver import MCPServer
 from starlette.types import ASGIApp
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
 from evolink_mcp.journal.entry import account_id_of
-from evolink_mcp.journal.journal import Journal
 from evolink_mcp.journal.profile import profile_id
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -48,7 +46,7 @@ KEY_CHECK_TIMEOUT_S = 3.0
 ENTRIES_TIMEOUT_S = 2.0
 NO_DATABASE = "the database does not answer"
 
-MakeMcpApp = Callable[[MCPServer[Any], Journal], ASGIApp]
+MakeMcpApp = Callable[..., ASGIApp]  # `mcp_app` with its transport and its host
 
 
 def hostnames_of(allowed: Sequence[str], settings: TeamSettings) -> list[str]:
@@ -129,12 +127,14 @@ class Readiness:
 
 def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mcp_app: MakeMcpApp) -> UploadApp:
     """Return the ASGI app of one studio: MCP and `PUT /uploads`."""
-    app = make_mcp_app(server_for(studio, settings, secrets=settings.secrets), studio.journal)
+    server = server_for(studio, settings, secrets=settings.secrets)
+    app = make_mcp_app(server, studio.journal, turns=studios.turns)
     return UploadApp(
         app,
         studio,
         lambda: studios.can_close(studio),
         studios.upload_limit,
+        studios.upload_pace,
         day_max_bytes=int(settings.upload_mb_per_day * 1_000_000),
     )
 
@@ -157,6 +157,7 @@ def tenants_app(
         open_app,
         lambda tenant: tenant in authenticator.tenants,
         temporary_max=temporary_max_for(descriptor_limit()),
+        turns=studios.turns,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
 
@@ -11,37 +11,47 @@ from evolink_mcp.transports.authentication import AuthFailure
 
 MINUTE_S = 60.0
 TENANTS_MAX = 10_000
+REQUESTS_PER_MINUTE = 600
 
 
 class RequestRates:
-    """The times of the requests of the last minute, by tenant.
+    """The requests of each tenant in its current minute. The minute begins with a request.
 
-    Above `tenants_max` tenants it forgets the tenant whose last request is the oldest. `clock` (seconds) is for tests.
+    A tenant without a limit of its own has `default`. Above `tenants_max` tenants it forgets the tenant whose last request
+    is the oldest. `clock` (seconds) is for tests.
     """
 
-    def __init__(self, *, tenants_max: int = TENANTS_MAX, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        default: int = REQUESTS_PER_MINUTE,
+        tenants_max: int = TENANTS_MAX,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._default = default
         self._tenants_max = tenants_max
         self._clock = clock
-        self._times: OrderedDict[str, deque[float]] = OrderedDict()
+        self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()  # the begin of the minute, and its requests
 
     def __len__(self) -> int:
         """Return the number of known tenants."""
-        return len(self._times)
+        return len(self._counts)
 
     def failure(self, tenant: str, limit: int | None) -> AuthFailure | None:
-        """Count a request of a tenant. Return the 429 answer if `limit` requests of the last minute are reached."""
-        if limit is None:
-            return None
+        """Count a request of a tenant. Return the 429 answer if the `limit` of this minute is reached."""
+        limit = self._default if limit is None else limit
         now = self._clock()
-        times = self._times.setdefault(tenant, deque())
-        self._times.move_to_end(tenant)
-        if len(self._times) > self._tenants_max:
-            self._times.popitem(last=False)
-        while times and times[0] <= now - MINUTE_S:
-            times.popleft()
-        if len(times) < limit:
-            times.append(now)
+        begin, count = self._counts.get(tenant, (now, 0))
+        if now >= begin + MINUTE_S:
+            begin = now
+            count = 0
+        is_allowed = count < limit
+        self._counts[tenant] = (begin, count + is_allowed)
+        self._counts.move_to_end(tenant)
+        if len(self._counts) > self._tenants_max:
+            self._counts.popitem(last=False)
+        if is_allowed:
             return None
-        wait_s = int(times[0] + MINUTE_S - now) + 1 if times else int(MINUTE_S)
+        wait_s = int(begin + MINUTE_S - now) + 1
         text = f"The limit of {limit} requests per minute is reached. Try again in {wait_s} s."
         return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text, ((b"retry-after", str(wait_s).encode()),))

@@ -18,6 +18,7 @@ from uvicorn.lifespan.on import LifespanOn
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.tracing import outside_request
 from evolink_mcp.transports.authentication import CALLER_KEY
+from evolink_mcp.transports.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ IDLE_CHECK_INTERVAL_S = 60.0
 # An open app of a person with a JWT holds 0.3 MB, and descriptors while it works.
 TEMPORARY_MAX = 256
 DESCRIPTORS_PER_TEMPORARY = 8
+NEW_TENANTS = "new tenants"  # their line of turns
 
 
 def temporary_max_for(descriptors: int) -> int:
@@ -60,7 +62,8 @@ class Tenants:
     `open_app` opens the app of a tenant at its first request; it runs in `group`. If the tokens file changes a tenant, the
     tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed,
     unless the tenant `is_permanent`. At most `temporary_max` other apps are open: for a further one, the idle app whose last
-    request is the oldest is closed. If there is no idle app, the answer is 503. `sleep` and `clock` (seconds) are for tests.
+    request is the oldest is closed. If there is no idle app, the answer is 503. To open an app costs as much as many calls, so
+    it needs one of the `turns` of the process; all new tenants wait in one line. `sleep` and `clock` (seconds) are for tests.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Tenants:
         is_permanent: Callable[[Tenant], bool] = lambda tenant: True,
         *,
         temporary_max: int = TEMPORARY_MAX,
+        turns: Turns | None = None,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
@@ -77,6 +81,7 @@ class Tenants:
         self._open_app = open_app
         self._is_permanent = is_permanent
         self._temporary_max = temporary_max
+        self._turns = Turns() if turns is None else turns
         self._sleep = sleep
         self._clock = clock
         self._apps: dict[Tenant, TenantApp] = {}
@@ -116,8 +121,9 @@ class Tenants:
                 if tenant not in self._apps:
                     if not self._is_permanent(tenant):
                         self._make_room()
-                    with outside_request():  # the app serves later requests too
-                        self._apps[tenant] = await self._group.start(self._run, tenant)
+                    async with self._turns.turn(NEW_TENANTS):
+                        with outside_request():  # the app serves later requests too
+                            self._apps[tenant] = await self._group.start(self._run, tenant)
         return self._apps[tenant]
 
     def _make_room(self) -> None:

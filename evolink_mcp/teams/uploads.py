@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -29,6 +30,9 @@ UPLOAD_TIMEOUT_S = 120.0
 # The temporary files of uploads in progress.
 PROCESS_MAX_BYTES = 400 << 20
 TENANT_MAX_BYTES = 2 * REFERENCE_MAX_BYTES
+# Eight fast uploads took most of the event loop.
+BYTES_PER_S = 20 << 20
+BURST_BYTES = 8 << 20
 MIME_TYPES = {suffix: mime_type for _, _, mime_type, suffix in MAGIC}
 
 
@@ -53,12 +57,37 @@ class ByteLimit:
             self._used_bytes -= size
 
 
+class Pace:
+    """The speed of all uploads together, which they share. After a pause, `burst_bytes` may arrive at once.
+
+    `clock` (seconds) is for tests.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: float = BYTES_PER_S,
+        burst_bytes: int = BURST_BYTES,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._burst_s = burst_bytes / bytes_per_s
+        self._clock = clock
+        self._due_at = clock() - self._burst_s
+
+    def delay_s(self, size: int) -> float:
+        """Count `size` bytes. Return the seconds that their upload must wait."""
+        now = self._clock()
+        self._due_at = max(self._due_at, now - self._burst_s) + size / self._bytes_per_s
+        return max(self._due_at - now, 0.0)
+
+
 class UploadApp:
     """`PUT /uploads` in front of `app`. The body is an image; the answer has the URI for `image_urls`.
 
     `studio` is the caller's studio, so no other tenant can use the image. `is_idle` returns whether the studio has no
-    running work. `process_limit` is shared by the apps of all tenants. `tenant_max_bytes` limits the uploads of this
-    tenant at once, `day_max_bytes` those of a day.
+    running work. The apps of all tenants share `process_limit` and `pace`. `tenant_max_bytes` limits the uploads of this
+    tenant at once, `day_max_bytes` those of a day. `sleep` (seconds) is for tests.
     """
 
     def __init__(
@@ -67,16 +96,20 @@ class UploadApp:
         studio: Studio,
         is_idle: Callable[[], bool],
         process_limit: ByteLimit,
+        pace: Pace,
         *,
         day_max_bytes: int,
         tenant_max_bytes: int = TENANT_MAX_BYTES,
+        sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
     ) -> None:
         self._app = app
         self._studio = studio
         self._is_idle = is_idle
         self._process_limit = process_limit
+        self._pace = pace
         self._tenant_limit = ByteLimit(tenant_max_bytes)
         self._day_max_bytes = day_max_bytes
+        self._sleep = sleep
 
     @property
     def is_idle(self) -> bool:
@@ -119,13 +152,32 @@ class UploadApp:
         with tempfile.TemporaryFile() as file:
             size = None
             with anyio.move_on_after(UPLOAD_TIMEOUT_S):
-                size = await _write_body(request, file)
+                size = await self._write_body(request, file)
             if size is None:
                 text = f"The image did not arrive within {UPLOAD_TIMEOUT_S:.0f} s."
                 return _error(408, text, connection="close")
             if size > REFERENCE_MAX_BYTES:
                 return _too_large()
             return await self._send_to_evolink(file, size)
+
+    async def _write_body(self, request: Request, file: BinaryIO) -> int | None:
+        """Write the body to `file`. Return its size in bytes, or None if the client disconnected.
+
+        The size of a body that is too large is any number above REFERENCE_MAX_BYTES.
+        """
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > REFERENCE_MAX_BYTES:
+                    break
+                file.write(part)
+                # The client waits too, because the buffers of the system are full.
+                if delay_s := self._pace.delay_s(len(part)):
+                    await self._sleep(delay_s)
+        except ClientDisconnect:
+            return None
+        return size
 
     async def _send_to_evolink(self, file: BinaryIO, size: int) -> Response:
         file.seek(0)
@@ -189,23 +241,6 @@ def _too_large() -> Response:
 
 def _error(status: int, text: str, **headers: str) -> Response:
     return JSONResponse({"error": text}, status, headers)
-
-
-async def _write_body(request: Request, file: BinaryIO) -> int | None:
-    """Write the body to `file`. Return its size in bytes, or None if the client disconnected.
-
-    The size of a body that is too large is any number above REFERENCE_MAX_BYTES.
-    """
-    size = 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > REFERENCE_MAX_BYTES:
-                break
-            file.write(part)
-    except ClientDisconnect:
-        return None
-    return size
 
 
 def _reopen(file: BinaryIO) -> BinaryIO:

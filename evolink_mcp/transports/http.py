@@ -22,6 +22,7 @@ from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import LargeBodies, accepted_hostnames
 from evolink_mcp.transports.signals import on_stop_signal
 from evolink_mcp.transports.sse_streams import SseStreams
+from evolink_mcp.transports.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,19 @@ LINGER_S = 0.5
 
 
 def mcp_app(
-    server: MCPServer[Any], journal: Journal, *, transport: str, host: str, hostnames: Sequence[str] = ()
+    server: MCPServer[Any],
+    journal: Journal,
+    *,
+    transport: str,
+    host: str,
+    hostnames: Sequence[str] = (),
+    turns: Turns | None = None,
 ) -> Any:
     """Return the ASGI app of an MCP server.
 
     `transport` is "http" (streamable HTTP at /mcp) or "sse" (SSE at /sse). `journal` reports cancellations to the other
-    servers of a team. The server will bind to `host`, behind an HTTP guard with the same `hostnames`.
+    servers of a team. The server will bind to `host`, behind an HTTP guard with the same `hostnames`. The apps of all
+    tenants share `turns`.
     """
     security = _security_of(accepted_hostnames(hostnames))
     # One byte more than the HTTP guard accepts, because its error text gives advice.
@@ -55,7 +63,7 @@ def mcp_app(
     app = server.streamable_http_app(
         stateless_http=True, json_response=False, max_request_body_size=limit, transport_security=security, host=host
     )
-    return Calls(app, journal)
+    return Calls(app, journal, Turns() if turns is None else turns)
 
 
 async def serve_app(

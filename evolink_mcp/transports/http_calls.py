@@ -8,10 +8,9 @@ may have it, so the cancellation goes to all of them.
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import cast
 
@@ -24,12 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.tools.delivery import SCOPE_KEY, Delivery
+from evolink_mcp.transports.authentication import CALLER_KEY
 from evolink_mcp.transports.messages import read_post
+from evolink_mcp.transports.turns import Turns
 
 PATH = "/mcp"
 SESSION_HEADER = b"mcp-session-id"
 SESSION = "session "
-CALLS_AT_ONCE = 32
 
 CallKey = tuple[str, RequestId]  # the client and the ID of its request
 
@@ -45,48 +45,17 @@ class Call:
         self.is_answered = False
 
 
-class Turns:
-    """Let at most `at_once` calls begin at the same time, in the order of their arrival.
-
-    Without turns, 1,000 simultaneous calls share the processor and all end at the very end. A call that waits for EvoLink
-    gives its turn back after `longest_s`.
-    """
-
-    def __init__(self, at_once: int = CALLS_AT_ONCE, longest_s: float = 0.1) -> None:
-        self._semaphore = anyio.Semaphore(at_once)
-        self._longest_s = longest_s
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncGenerator[None]:
-        """Wait for a turn and hold it inside the context."""
-        await self._semaphore.acquire()
-        is_held = True
-
-        def release() -> None:
-            nonlocal is_held
-            if is_held:
-                is_held = False
-                self._semaphore.release()
-
-        timer = asyncio.get_running_loop().call_later(self._longest_s, release)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            release()
-
-
 class Calls:
     """An ASGI app in front of `app`. It needs the HTTP guard, which passes each body as one message.
 
-    `journal` publishes cancellations to the other servers of the profile.
+    `journal` publishes cancellations to the other servers of the profile. `turns` are those of the process.
     """
 
-    def __init__(self, app: ASGIApp, journal: Journal) -> None:
+    def __init__(self, app: ASGIApp, journal: Journal, turns: Turns) -> None:
         self._app = app
         self._journal = journal
         self._running: dict[CallKey, list[Call]] = {}
-        self._turns = Turns()
+        self._turns = turns
         journal.listen(self._receive_news)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,8 +93,8 @@ class Calls:
         calls.append(call)
         try:
             scope = {**scope, SCOPE_KEY: call.delivery}
-            async with self._turns.turn():
-                await self._app(scope, _until_cancelled(receive, call), _recording(send, call))
+            async with self._turns.turn(scope.get(CALLER_KEY)) as give_back:
+                await self._app(scope, _until_cancelled(receive, call), _recording(send, call, give_back))
             if call.cancelled.is_set() and call.is_answer_started and not call.is_answered:
                 await send({"type": "http.response.body"})  # the client keeps the stream open, so end it
         finally:
@@ -176,13 +145,18 @@ def _until_cancelled(receive: Receive, call: Call) -> Receive:
     return receive_next
 
 
-def _recording(send: Send, call: Call) -> Send:
-    """Return a `send` that records the progress of the answer."""
+def _recording(send: Send, call: Call, give_back: Callable[[], None]) -> Send:
+    """Return a `send` that records the progress of the answer, and gives the call's turn back.
+
+    A client that does not read would otherwise keep the turn.
+    """
 
     async def send_and_record(message: Message) -> None:
         call.is_answer_started = True
         if message["type"] == "http.response.body" and not message.get("more_body"):
             call.is_answered = not call.is_disconnected
+        if message["type"] == "http.response.body":
+            give_back()
         await send(message)
 
     return send_and_record

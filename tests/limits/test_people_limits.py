@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from login import ISSUER, Login
-from office import ANNA, INITIALIZE, office
+from office import ANNA, BERT, INITIALIZE, office
 
-from evolink_mcp.teams.request_rates import RequestRates
+from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, RequestRates
 from evolink_mcp.teams.roles import BadRoles, Roles
 from evolink_mcp.teams.tenants import Tenants, temporary_max_for
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import CALLER_KEY, AuthFailure
+from evolink_mcp.transports.turns import CALLS_AT_ONCE
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -99,6 +100,42 @@ async def test_the_memory_for_the_request_rates_is_limited() -> None:
         assert rates.failure("anna", 1) is not None
         assert rates.failure(f"person {number}", 1) is None
     assert len(rates) == 3
+
+
+async def test_a_tenant_without_a_limit_of_its_own_has_the_default() -> None:
+    rates = RequestRates(default=2, clock=lambda: 0.0)
+    assert [rates.failure("anna", None) is None for _ in range(3)] == [True, True, False]
+    assert [rates.failure("bert", 3) is None for _ in range(4)] == [True, True, True, False]
+
+
+async def test_a_refused_request_does_not_extend_the_minute() -> None:
+    now_s = 0.0
+    rates = RequestRates(default=1, clock=lambda: now_s)
+    assert rates.failure("anna", None) is None
+    now_s = 59.0
+    failure = rates.failure("anna", None)
+    assert failure is not None
+    assert dict(failure.headers)[b"retry-after"] == b"2"
+    now_s = 60.0
+    assert rates.failure("anna", None) is None
+
+
+async def test_the_calls_of_all_tenants_wait_for_the_same_turns(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA, BERT) as team, AsyncExitStack() as stack:
+        give_back = [await stack.enter_async_context(team.studios.turns.turn()) for _ in range(CALLS_AT_ONCE)]
+        statuses: list[int] = []
+
+        async def ask(token: str) -> None:
+            async with team.http(token) as http:
+                statuses.append((await http.post("/mcp", json=INITIALIZE)).status_code)
+
+        async with anyio.create_task_group() as group:
+            for token in ("a", "b"):
+                group.start_soon(ask, token)
+            await anyio.wait_all_tasks_blocked()
+            assert statuses == []
+            give_back[0]()
+        assert statuses == [200, 200]
 
 
 # --- roles ---
@@ -221,7 +258,13 @@ async def test_a_person_gets_only_the_tools_of_the_role(tmp_path: Path, file: Pa
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 403
 
 
+LIMIT_TEXTS = {
+    "Tenants with counted requests per minute": f"{TENANTS_MAX:,}",
+    "Requests of a tenant per minute": f"{REQUESTS_PER_MINUTE}, or `requests_per_minute` of the tenant",
+}
+
 TRIALS = {
     "Open apps of people with a JWT": test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldest_request,
     "Tenants with counted requests per minute": test_the_memory_for_the_request_rates_is_limited,
+    "Requests of a tenant per minute": test_a_tenant_without_a_limit_of_its_own_has_the_default,
 }

@@ -20,10 +20,10 @@ from evolink_mcp.errors import FolderRefused
 from evolink_mcp.images.folders import PATH_MAX_CHARS, Folders
 from evolink_mcp.transports.connections import ConnectionLimits, UnreadAnswers
 from evolink_mcp.transports.http import REQUEST_MAX_BYTES, serve_app
-from evolink_mcp.transports.http_calls import CALLS_AT_ONCE, Turns
 from evolink_mcp.transports.http_guard import HttpGuard
 from evolink_mcp.transports.messages import DEPTH_MAX, MEMBERS_MAX, NAME_MAX_CHARS, InvalidMessage, read_message
 from evolink_mcp.transports.sse_streams import SseStreams, StreamLimits
+from evolink_mcp.transports.turns import CALLS_AT_ONCE, LINES_MAX, Turns
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -223,6 +223,99 @@ async def test_callers_that_the_server_has_not_accepted_yet_wait_in_the_queue_of
             assert len(waiting) == 0
 
 
+class Lines:
+    """Calls that wait for a turn. `begun` lists the lines of the calls that have begun, and `end` ends the oldest one."""
+
+    def __init__(self, group: Any, turns: Turns) -> None:
+        self.begun: list[str] = []
+        self._group = group
+        self._turns = turns
+        self._ends: list[anyio.Event] = []
+
+    async def call(self, *lines: str) -> None:
+        for line in lines:
+            self._group.start_soon(self._run, line)
+            await anyio.wait_all_tasks_blocked()
+
+    async def end(self) -> None:
+        self._ends.pop(0).set()
+        await anyio.wait_all_tasks_blocked()
+
+    async def _run(self, line: str) -> None:
+        async with self._turns.turn(line):
+            self.begun.append(line)
+            end = anyio.Event()
+            self._ends.append(end)
+            await end.wait()
+
+
+async def test_the_tenant_whose_last_turn_is_the_longest_ago_is_next() -> None:
+    async with anyio.create_task_group() as group:
+        lines = Lines(group, Turns(1, longest_s=1_000))
+        await lines.call("honest")
+        await lines.end()
+        await lines.call("hostile", "hostile", "hostile", "hostile", "honest", "new")
+        for _ in range(6):
+            await lines.end()
+    assert lines.begun == ["honest", "hostile", "honest", "hostile", "new", "hostile", "hostile"]
+
+
+async def test_a_cancelled_call_leaves_its_line_and_takes_no_turn() -> None:
+    turns = Turns(1, longest_s=1_000)
+    async with anyio.create_task_group() as group:
+        lines = Lines(group, turns)
+        await lines.call("first")
+        with anyio.move_on_after(0):
+            async with turns.turn("cancelled"):
+                raise AssertionError("the turn is not free")
+        await lines.call("second")
+        await lines.end()
+        assert lines.begun == ["first", "second"]
+        await lines.end()
+        await lines.call("third")
+        await lines.end()
+    assert lines.begun == ["first", "second", "third"]
+
+
+async def test_a_call_that_is_cancelled_when_its_turn_comes_passes_the_turn_on() -> None:
+    async with anyio.create_task_group() as group:
+        turns = Turns(1, longest_s=1_000)
+        lines = Lines(group, turns)
+        scope = anyio.CancelScope()
+
+        async def cancelled() -> None:
+            with scope:
+                async with turns.turn("cancelled"):
+                    await anyio.sleep_forever()
+
+        async with turns.turn("first"):
+            group.start_soon(cancelled)
+            await anyio.wait_all_tasks_blocked()
+        scope.cancel()
+        await lines.call("second")
+        await lines.end()
+    assert lines.begun == ["second"]
+
+
+async def test_an_answer_that_begins_gives_the_turn_back() -> None:
+    turns = Turns(1, longest_s=1_000)
+    async with turns.turn("unread") as give_back:
+        give_back()
+        give_back()
+        async with turns.turn("honest"):
+            with anyio.move_on_after(0):
+                async with turns.turn("third"):
+                    raise AssertionError("the turn is not free")
+
+
+async def test_the_number_of_known_lines_is_limited() -> None:
+    turns = Turns(1, longest_s=1_000, lines_max=3)
+    for number in range(10):
+        async with turns.turn(number):
+            pass
+    assert turns.line_count == 3
+
+
 async def test_calls_begin_in_the_order_of_their_arrival_and_few_at_once() -> None:
     turns = Turns(2, longest_s=1_000)
     start_count: list[int] = []
@@ -292,6 +385,7 @@ LIMIT_TEXTS = {
     ),
     "Callers that the server has not accepted yet": f"{LIMITS.waiting_max:,}",
     "Calls that begin at the same time": f"{CALLS_AT_ONCE}",
+    "Tenants with a line of calls": f"{LINES_MAX:,}",
     "Members of a message": f"{MEMBERS_MAX:,}, {DEPTH_MAX} levels, names of {NAME_MAX_CHARS:,} characters",
     "Body of a POST to /mcp": f"{REQUEST_MAX_BYTES >> 10} KiB",
     "Length of save_as": f"{PATH_MAX_CHARS:,} characters",
@@ -325,6 +419,7 @@ TRIALS = {
         test_callers_that_the_server_has_not_accepted_yet_wait_in_the_queue_of_the_system
     ),
     "Calls that begin at the same time": test_calls_begin_in_the_order_of_their_arrival_and_few_at_once,
+    "Tenants with a line of calls": test_the_number_of_known_lines_is_limited,
     "Members of a message": test_a_message_with_too_many_members_is_refused,
     "Body of a POST to /mcp": test_a_body_above_the_limit_is_not_kept,
     "Length of save_as": test_a_long_save_as_is_refused_at_once,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -12,7 +13,7 @@ import pytest
 from drawings import drawing
 from office import ANNA, BERT, Office, block, office
 
-from evolink_mcp.teams.uploads import ByteLimit
+from evolink_mcp.teams.uploads import BURST_BYTES, BYTES_PER_S, ByteLimit, Pace, UploadApp
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 PNG = drawing()
@@ -136,7 +137,45 @@ async def test_an_upload_of_40_mb_needs_no_copy_in_memory(tmp_path: Path) -> Non
     assert peak < 12 << 20
 
 
+async def test_all_uploads_share_one_speed() -> None:
+    """Two uploads of 8 parts arrive at once. The first 4 parts need no pause, and no time passes."""
+    pauses_s: list[float] = []
+    pace = Pace(10.0, 40, clock=lambda: 0.0)
+
+    async def sleep(seconds: float) -> None:
+        pauses_s.append(seconds)
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    class Journal:
+        async def spend_quota(self, *_: object) -> bool:
+            return True
+
+    studio: Any = SimpleNamespace(now=lambda: 0.0, journal=Journal())
+    app: Any = None
+    for _ in range(2):
+        parts = [bytes(10)] * 8
+
+        async def receive(parts: list[bytes] = parts) -> dict[str, Any]:
+            is_open = bool(parts)
+            return (
+                {"type": "http.request", "body": parts.pop(), "more_body": True}
+                if is_open
+                else {"type": "http.disconnect"}
+            )
+
+        uploads = UploadApp(app, studio, lambda: True, ByteLimit(1 << 30), pace, day_max_bytes=1 << 30, sleep=sleep)
+        await uploads({"type": "http", "method": "PUT", "path": "/uploads", "headers": []}, receive, send)
+    assert pauses_s == [pytest.approx(seconds) for seconds in range(1, 13)]
+
+
+LIMIT_TEXTS = {
+    "Speed of all uploads": f"{BYTES_PER_S >> 20} MiB/s after {BURST_BYTES >> 20} MiB",
+}
+
 TRIALS = {
+    "Speed of all uploads": test_all_uploads_share_one_speed,
     "Uploads in progress of a tenant": test_a_tenant_may_upload_two_of_the_largest_images_at_once,
     "Uploads in progress": test_all_tenants_together_may_upload_eight_of_the_largest_images_at_once,
     "Uploads of a day": test_a_tenant_has_a_quota_of_uploads_per_day,
