@@ -62,6 +62,8 @@ END_DEADLINE_S = 2.0
 # An image of the largest size takes 0.2 to 0.4 s. After this time another image gets the place.
 SLOW_AFTER_S = 0.5
 SLOW_MAX = 2
+# The event loop must answer other callers while images are decoded.
+NICENESS = 5
 NICENESS_OF_SLOW = 10
 BLOCK_BYTES = 1 << 20
 SPOOLED_BYTES = 1 << 20  # a longer converted photo goes to a temporary file
@@ -432,6 +434,7 @@ class _Process:
                 close_fds=True,
                 creationflags=_NO_WINDOW,
             )
+            self._set_niceness(NICENESS)
             if self._is_ended:  # by a cancelled call, which did not see the program yet
                 self._popen.kill()
             # Another process can keep the pipe of a killed program open, so `end` ends this wait too.
@@ -558,9 +561,12 @@ class _Process:
     def lower_priority(self) -> None:
         """Let other processes run first. This cannot be undone, so the process ends after this image."""
         self._is_valid = False
+        self._set_niceness(NICENESS_OF_SLOW)
+
+    def _set_niceness(self, niceness: int) -> None:
         if sys.platform != "win32" and self._popen is not None:
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._popen.pid, NICENESS_OF_SLOW)
+                os.setpriority(os.PRIO_PROCESS, self._popen.pid, niceness)
 
     def end(self) -> None:
         """Kill the process and release its pipes. A waiting start starts nothing. Returns within END_DEADLINE_S."""
