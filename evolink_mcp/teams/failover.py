@@ -28,7 +28,7 @@ KEEP_MAX = 5_000
 KEEP_S = 600.0
 CHECK_EVERY_S = 0.5
 WAIT_MAX_S = 60.0
-# Read the timeline of this cluster. A database that was restored elsewhere has another system identifier.
+# Read the timeline of this cluster. A database that was restored on another machine has another system identifier.
 FIND_TIMELINE = """SELECT system_identifier || '/' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) AS timeline
     FROM pg_control_system()"""
 # Give all servers that were alive at the end of the former timeline the time of a lease to return. Only the first call

@@ -46,7 +46,7 @@ FIND_LEASE = """SELECT fenced_at IS NOT NULL AS is_fenced, pg_try_advisory_xact_
     FROM evolink_servers WHERE number = %s"""
 # Remember when the session of a server was missing for the first time.
 NOTE_END = "UPDATE evolink_servers SET gone_since = clock_timestamp() WHERE number = %s AND gone_since IS NULL"
-# End the lease of a server for ever: after its deadline, or some time after the end of its session.
+# End the lease of a server finally: after its deadline, or some time after the end of its session.
 FENCE = """UPDATE evolink_servers SET fenced_at = clock_timestamp() WHERE number = %s AND fenced_at IS NULL
     AND (lease_until < clock_timestamp() AND %s OR gone_since <= clock_timestamp() - make_interval(secs => %s) AND %s)"""
 
@@ -107,7 +107,7 @@ class Lease:
         await db.execute(FORGET.encode())
 
     async def is_dead(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether a server ended, or did not move its deadline. Then its lease has ended for ever."""
+        """Return whether a server ended, or did not move its deadline. Then it can never move it again."""
         number = number_of(owner)
         lease = await self._find(db, number)
         if lease is None or lease["is_fenced"]:
