@@ -121,7 +121,7 @@ class Timelines:
     async def find(self, db: DatabaseConnection) -> str:
         """Return the timeline of the database. Let all servers of the former timeline return before the lease of this one.
 
-        A role without the rights for this gets "", and then every timeline is the same.
+        A database without these functions, or a role without the right to them, has "" as its only timeline.
         """
         timeline = await _find_timeline(db)
         if timeline != self._current:
@@ -155,7 +155,7 @@ class Timelines:
 async def _find_timeline(db: DatabaseConnection) -> str:
     try:
         row = await (await db.execute(FIND_TIMELINE.encode())).fetchone()
-    except errors.InsufficientPrivilege:
+    except (errors.InsufficientPrivilege, errors.FeatureNotSupported, errors.UndefinedFunction):
         return ""
     return str(row["timeline"]) if row is not None else ""
 

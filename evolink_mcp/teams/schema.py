@@ -168,6 +168,7 @@ VERSIONS = (
 # The lowest number of versions that a program must know to use the tables of a version, for rollbacks. A version that only
 # adds to the tables has an entry. Without one, every older program refuses the tables. docs/operations.md lists them.
 COMPATIBLE_WITH: Mapping[int, int] = {}
+LONG_STATEMENTS = "SET statement_timeout = '5min'"
 FIND_OLD_TABLES = "SELECT to_regclass('evolink_schema') AS name"
 UNPUBLISHED = f"an unpublished build made its tables; move them away: {MOVE_OLD_TABLES}"
 
@@ -261,6 +262,7 @@ def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[
     address = Address.of(url)
     try:
         with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as cursor:
+            cursor.execute(LONG_STATEMENTS)  # a command may read all entries, and no call waits for it
             row = cursor.execute(FIND_OLD_TABLES).fetchone()
             if row is not None and row["name"] is not None:
                 raise address.unwritable(UNPUBLISHED)

@@ -173,6 +173,24 @@ async def test_an_identical_call_after_a_failover_does_not_buy_again(pair: Pair,
     assert len(simulator.tasks) == 1
 
 
+async def test_a_role_without_the_right_to_see_the_timeline_works_without_write_back(pair: Pair) -> None:
+    with pair.primary.admin(pair.name) as db:
+        db.execute("CREATE ROLE team LOGIN")
+        db.execute("GRANT CREATE ON SCHEMA public TO team")
+        db.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM public")
+    async with open_database(pair.url.replace("postgres@", "team@"), patient_times()) as database:
+        journal = PostgresJournal(database, "a1")
+        await journal.intend(own_entry := entry(journal))
+        assert await journal.by_key(own_entry.key) == own_entry
+    with pair.primary.admin(pair.name) as db:
+        assert db.execute("SELECT timeline FROM evolink_servers").fetchall() == [("",)]
+        db.execute("GRANT EXECUTE ON FUNCTION pg_control_system() TO public")
+    async with open_database(pair.url.replace("postgres@", "team@"), patient_times()) as database:
+        assert database.alive
+    with pair.primary.admin(pair.name) as db:
+        assert db.execute("SELECT count(*) FROM evolink_servers WHERE timeline <> ''").fetchall() == [(1,)]
+
+
 async def test_an_asynchronous_standby_is_a_warning_at_the_start(
     pair: Pair, opened: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
