@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.honest_clients import Jwts, call, head, png
 from benchmarks.hostile import MARKER_FLOODS
+from benchmarks.normal_clients import Jwts, call, head, png
 from evolink_mcp.images.references import REFERENCE_MAX_BYTES
 
 SMALL_BUFFER = 4_096

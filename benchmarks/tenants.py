@@ -1,7 +1,7 @@
-"""Measure a server that 200 hostile tenants attack at once: memory, descriptors, and the delay of honest tenants.
+"""Measure a server that 200 hostile tenants attack at once: memory, descriptors, and the delay of normal tenants.
 
-The hostile clients run in a separate process (`benchmarks.hostile_clients`), and the honest ones in this process. All of
-them share the machine with the server. So the honest calls are measured again with the same hostile clients and a server
+The hostile clients run in a separate process (`benchmarks.hostile_clients`), and the normal ones in this process. All of
+them share the machine with the server. So the normal calls are measured again with the same hostile clients and a server
 that does nothing: this shows the share of the machine in the delay.
 """
 
@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.algorithms import OKPAlgorithm
 
 from benchmarks.figures import Figure, middle, share
-from benchmarks.honest_clients import KEY_ID, HonestClients, Jwts, call, exchange
+from benchmarks.normal_clients import KEY_ID, Jwts, NormalClients, call, exchange
 from benchmarks.processes import KEY, ROOT, cpu_s, environment, free_port, memory_mb, standin
 
 TITLE = "Hostile tenants"
@@ -40,14 +40,14 @@ PUBLIC_URL = "https://pictures.example.org"
 DESCRIPTORS = (1_024, 4_096)
 TENANTS = {"unread": 34, "uploads": 33, "markers": 33, "slow": 34, "subjects": 33, "kids": 33}
 TOKEN_KINDS = ("unread", "uploads", "markers", "slow")
-HONEST_TENANTS = 16
+NORMAL_TENANTS = 16
 QUIET_S = 12.0
 REFERENCE_S = 10.0
 START_TIMEOUT_S = 60.0
 SAMPLE_INTERVAL_S = 0.25
 ISSUER_DELAY_S = 1.0
 IMAGE_CREDITS = 0.2
-# The hostile tenants buy fewer images while honest ones buy. Then they try to buy more than the rest of the limit.
+# The hostile tenants buy fewer images while normal ones buy. Then they try to buy more than the rest of the limit.
 IMAGES_BEFORE_THE_END = 2 * (TENANTS["uploads"] + TENANTS["markers"])
 IMAGES_LEFT = 40
 
@@ -74,15 +74,15 @@ def run(quick: bool) -> list[Figure]:
         Figure("the same with its decoder processes", peak.memory_mb, "MB", 400, f"{results['idle_mb']:.0f} MB before"),
         Figure("descriptors in use", 100 * peak.descriptors / results["descriptors_max"], "%", 90,
                f"{peak.descriptors:,} of {results['descriptors_max']:,}"),
-        Figure("a free call of an honest tenant, 99 % within", share(call_s, 0.99), "s", 0.3,
+        Figure("a free call of an normal tenant, 99 % within", share(call_s, 0.99), "s", 0.3,
                f"50 % within {middle(call_s):.3f} s, 90 % within {share(call_s, 0.9):.2f} s, maximum {max(call_s):.2f} s, "
                f"{len(call_s):,} calls; {len(results['failures'])} calls and images without an answer"),
         Figure("the same with a server that does nothing", share(results["reference_s"], 0.99), "s", None,
                f"50 % within {middle(results['reference_s']):.3f} s: the share of the machine"),
-        Figure("delay of an honest image", max(delays), "s", 2,
+        Figure("delay of an normal image", max(delays), "s", 2,
                f"50 % within {middle(delays):.2f} s, 90 % within {share(delays, 0.9):.2f} s, {len(delays)} images; "
                f"{middle(quiet_s):.2f} s without the attack"),
-        Figure("share of the total spending limit that is spent", 100 * used_share, "%", 100,
+        Figure("spent share of the total limit", 100 * used_share, "%", 100,
                f"{results['credits']:.1f} credits; {results['refused']} further purchases were refused"),
         Figure("share of one core that the server uses", 100 * results["core"], "%"),
     ]  # fmt: skip
@@ -97,10 +97,10 @@ def _attack(seconds: float) -> dict[str, Any]:
     ):
         folder = Path(name)
         tokens = {f"{kind}{number}": f"token-{kind}{number}" for kind in TOKEN_KINDS for number in range(TENANTS[kind])}
-        honest = {f"honest{number}": f"token-honest{number}" for number in range(HONEST_TENANTS - 1)}
+        normal = {f"normal{number}": f"token-normal{number}" for number in range(NORMAL_TENANTS - 1)}
         audience = f"{PUBLIC_URL}/mcp"
         jwts = Jwts(key, issuer, audience)
-        honest_tokens = [*honest.values(), jwts.token("honest")]
+        normal_tokens = [*normal.values(), jwts.token("normal")]
         plan: dict[str, Any] = {
             kind: [tokens[f"{kind}{number}"] for number in range(TENANTS[kind])] for kind in TOKEN_KINDS
         }
@@ -108,7 +108,7 @@ def _attack(seconds: float) -> dict[str, Any]:
         plan |= {"audience": audience}
         images = IMAGES_BEFORE_THE_END + IMAGES_LEFT + int((seconds + QUIET_S) / 2)
         credits_max = round(images * IMAGE_CREDITS, 1)
-        (folder / "tokens.toml").write_text("\n".join(_block(name, token) for name, token in (tokens | honest).items()))
+        (folder / "tokens.toml").write_text("\n".join(_block(name, token) for name, token in (tokens | normal).items()))
         env = environment(folder, at.port) | {
             "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"),
             "EVOLINK_MCP_OAUTH_ISSUER": issuer,
@@ -117,11 +117,11 @@ def _attack(seconds: float) -> dict[str, Any]:
             "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY": str(credits_max),
         }
         with _server(port, env) as server:
-            _wait_until_all_answer(port, [*tokens.values(), *honest_tokens])
+            _wait_until_all_answer(port, [*tokens.values(), *normal_tokens])
             idle_mb = _memory_mb(server.pid)
-            quiet = HonestClients(port, honest_tokens)
+            quiet = NormalClients(port, normal_tokens)
             _measure(quiet, QUIET_S)
-            clients = HonestClients(port, honest_tokens)
+            clients = NormalClients(port, normal_tokens)
             with _hostile_clients(folder, plan | {"port": port}), _peaks(server.pid) as peaks:
                 cpu_before = cpu_s(server.pid) or 0.0
                 started = time.monotonic()
@@ -134,7 +134,7 @@ def _attack(seconds: float) -> dict[str, Any]:
             "failures": clients.failures, "idle_mb": idle_mb, "core": core,
             "peak": _Peak(*(max(getattr(peak, name) for peak in peaks) for name in _Peak.__slots__)),
             "descriptors_max": DESCRIPTORS[1], "credits": used, "credits_max": credits_max, "refused": refused,
-            "reference_s": _reference(folder, plan, honest_tokens),
+            "reference_s": _reference(folder, plan, normal_tokens),
         }  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _block(name: str, token: str) -> str:
     return f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
 
 
-def _measure(clients: HonestClients, seconds: float) -> None:
+def _measure(clients: NormalClients, seconds: float) -> None:
     clients.start()
     time.sleep(seconds)
     clients.stop()
@@ -277,12 +277,12 @@ def _issuer() -> Iterator[tuple[str, str]]:
 
 
 def _reference(folder: Path, plan: dict[str, Any], tokens: list[str]) -> list[float]:
-    """Return the seconds of honest calls beside the hostile clients, with a server that does nothing."""
+    """Return the seconds of normal calls beside the hostile clients, with a server that does nothing."""
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.tenants", str(port)], cwd=ROOT)
     try:
         _wait_until_all_answer(port, tokens[:1])
-        clients = HonestClients(port, tokens, buys_images=False)
+        clients = NormalClients(port, tokens, buys_images=False)
         with _hostile_clients(folder, plan | {"port": port}):
             _measure(clients, REFERENCE_S)
         return clients.call_s

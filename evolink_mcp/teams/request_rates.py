@@ -17,7 +17,7 @@ REQUESTS_PER_MINUTE = 600
 class RequestRates:
     """The requests of each tenant in its current minute. The minute begins with a request.
 
-    A tenant without a limit of its own has `default`. Above `tenants_max` tenants it forgets the tenant whose last request
+    `default` is the limit of a tenant that has no other one. Above `tenants_max` tenants it forgets the tenant whose last request
     is the oldest. `clock` (seconds) is for tests.
     """
 

@@ -11,25 +11,25 @@ import anyio
 
 CALLS_AT_ONCE = 8
 LINES_MAX = 10_000
-# A free call needs up to 40 rounds of the event loop. A busy loop has only a few rounds within `longest_s`, so without this
-# number a running call would count as one that waits, and a busy server would begin ever more calls.
+# A free call needs up to 40 rounds of the event loop, and a busy loop has only a few rounds within `longest_s`. With fewer
+# rounds, running calls lost their turns, and a busy server began ever more calls.
 ROUNDS_MIN = 50
 
 
 class Turns:
     """Let at most `at_once` calls of the process begin at the same time.
 
-    Each tenant has a line of waiting calls. The next turn belongs to the line whose last turn is the longest ago, so a
-    tenant with many calls delays only its own ones. A new line counts as served at its first call. Without turns, 1,000
-    simultaneous calls share the processor and all end at the very end. A call that waits for EvoLink gives its turn back
-    after `longest_s`. Above `lines_max` lines the idle line whose last turn is the longest ago is forgotten.
+    Each tenant has a line of waiting calls. The line with the oldest last turn is next, so many calls of one tenant delay
+    only this tenant. A new line counts as served at its first call. Without turns, 1,000 simultaneous calls share the
+    processor and all end at the very end. A call that waits for EvoLink gives its turn back after `longest_s`. Above
+    `lines_max` lines, the idle line with the oldest last turn is forgotten.
     """
 
     def __init__(self, at_once: int = CALLS_AT_ONCE, longest_s: float = 0.1, *, lines_max: int = LINES_MAX) -> None:
         self._free = at_once
         self._longest_s = longest_s
         self._lines_max = lines_max
-        # The longest time without a turn comes first.
+        # In the order of their last turns, the oldest one first.
         self._lines: OrderedDict[Hashable, deque[anyio.Event]] = OrderedDict()
         self._waiting = 0
 
@@ -106,7 +106,7 @@ class Turns:
         self._lines.move_to_end(line)
 
     def _forget_idle_line(self) -> None:
-        """Forget the idle line whose last turn is the longest ago. Waiting lines stay, so there may be more of them."""
+        """Forget the idle line with the oldest last turn. Waiting lines stay, so there may be more of them."""
         idle = next((line for line, waiting in self._lines.items() if not waiting), None)
         if idle is not None:
             del self._lines[idle]

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -18,8 +19,10 @@ from anyio.abc import SocketStream
 
 from evolink_mcp.errors import FolderRefused
 from evolink_mcp.images.folders import PATH_MAX_CHARS, Folders
+from evolink_mcp.transports.authentication import CALLER_KEY
 from evolink_mcp.transports.connections import ConnectionLimits, UnreadAnswers
 from evolink_mcp.transports.http import REQUEST_MAX_BYTES, serve_app
+from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import HttpGuard
 from evolink_mcp.transports.messages import DEPTH_MAX, MEMBERS_MAX, NAME_MAX_CHARS, InvalidMessage, read_message
 from evolink_mcp.transports.sse_streams import SseStreams, StreamLimits
@@ -252,12 +255,12 @@ class Lines:
 async def test_the_tenant_whose_last_turn_is_the_longest_ago_is_next() -> None:
     async with anyio.create_task_group() as group:
         lines = Lines(group, Turns(1, longest_s=1_000))
-        await lines.call("honest")
+        await lines.call("other")
         await lines.end()
-        await lines.call("hostile", "hostile", "hostile", "hostile", "honest", "new")
+        await lines.call("hostile", "hostile", "hostile", "hostile", "other", "new")
         for _ in range(6):
             await lines.end()
-    assert lines.begun == ["honest", "hostile", "honest", "hostile", "new", "hostile", "hostile"]
+    assert lines.begun == ["other", "hostile", "other", "hostile", "new", "hostile", "hostile"]
 
 
 async def test_a_cancelled_call_leaves_its_line_and_takes_no_turn() -> None:
@@ -291,7 +294,7 @@ async def test_a_call_that_is_cancelled_when_its_turn_comes_passes_the_turn_on()
         async with turns.turn("first"):
             group.start_soon(cancelled)
             await anyio.wait_all_tasks_blocked()
-        scope.cancel()
+            scope.cancel()
         await lines.call("second")
         await lines.end()
     assert lines.begun == ["second"]
@@ -302,10 +305,39 @@ async def test_an_answer_that_begins_gives_the_turn_back() -> None:
     async with turns.turn("unread") as give_back:
         give_back()
         give_back()
-        async with turns.turn("honest"):
+        async with turns.turn("other"):
             with anyio.move_on_after(0):
                 async with turns.turn("third"):
                     raise AssertionError("the turn is not free")
+
+
+async def test_a_client_that_does_not_read_its_answer_keeps_no_turn() -> None:
+    journal: Any = SimpleNamespace(listen=lambda receive: None)
+    calls = Calls(EndlessAnswers(), journal, Turns(1, longest_s=1_000))
+    reads_answer = anyio.Event()
+
+    async def call(name: str) -> None:
+        body = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
+        scope = {"type": "http", "method": "POST", "path": "/mcp", "headers": [], "client": (name, 1), CALLER_KEY: name}
+        requests = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            return requests.pop() if requests else await no_message()
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                if name == "reads":
+                    reads_answer.set()
+                await anyio.sleep_forever()
+
+        await calls(scope, receive, send)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call, "reads nothing")
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(call, "reads")
+        await reads_answer.wait()
+        group.cancel_scope.cancel()
 
 
 async def test_the_number_of_known_lines_is_limited() -> None:

@@ -75,7 +75,7 @@ def _is_complete(answer: bytearray) -> bool:
     return len(body) >= int(size or 0)
 
 
-class HonestClients:
+class NormalClients:
     """Clients that call a free tool and buy images, each in a thread, until `stop`.
 
     `call_s` and `image_s` are seconds until the answer. A call without a usable answer counts as infinite, and `failures`
@@ -114,7 +114,7 @@ class HonestClients:
         if self._end.wait(IMAGE_INTERVAL_S * self._tokens.index(token)):
             return
         while True:
-            prompt = f"sim:slow=2 honest {time.monotonic_ns()}"
+            prompt = f"sim:slow=2 normal {time.monotonic_ns()}"
             arguments = {"prompt": prompt, "size": "1:1", "quality": "low"}
             request = call(token, "tools/call", name="generate_image", arguments=arguments)
             self.image_s.append(self._measure(request, b'"status":"completed"'))
