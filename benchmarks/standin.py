@@ -2,7 +2,7 @@
 
 `python -m benchmarks.standin dot|1K|4K|noise [--no-batch] [--callbacks PORT]` prints its port. All tasks get the same few
 images, because drawing takes seconds and is not part of any figure. With `--callbacks` it calls a server on this port
-back when a task ends, and forgets the bodies of its requests.
+back when a task ends, and forgets its requests and uploads.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class Recorder:
             while True:
                 await anyio.sleep(CALLBACK_CHECK_INTERVAL_S)
                 self._simulator.requests.clear()
+                self._simulator.uploads.clear()
                 for task in list(self._simulator.tasks.values()):
                     if task.id not in sent and self._is_completed(task):
                         sent.add(task.id)

@@ -74,18 +74,22 @@ def run(quick: bool) -> list[Figure]:
         Figure("the same with its decoder processes", peak.memory_mb, "MB", 400, f"{results['idle_mb']:.0f} MB before"),
         Figure("descriptors in use", 100 * peak.descriptors / results["descriptors_max"], "%", 90,
                f"{peak.descriptors:,} of {results['descriptors_max']:,}"),
-        Figure("a free call of an normal tenant, 99 % within", share(call_s, 0.99), "s", 0.3,
+        Figure("a free call of a normal tenant, 99 % within", share(call_s, 0.99), "s", 0.3,
                f"50 % within {middle(call_s):.3f} s, 90 % within {share(call_s, 0.9):.2f} s, maximum {max(call_s):.2f} s, "
-               f"{len(call_s):,} calls; {len(results['failures'])} calls and images without an answer"),
+               f"{len(call_s):,} calls; {len(results['failures'])} calls and images failed{_first(results['failures'])}"),
         Figure("the same with a server that does nothing", share(results["reference_s"], 0.99), "s", None,
                f"50 % within {middle(results['reference_s']):.3f} s: the share of the machine"),
-        Figure("delay of an normal image", max(delays), "s", 2,
+        Figure("delay of a normal image", max(delays), "s", 2,
                f"50 % within {middle(delays):.2f} s, 90 % within {share(delays, 0.9):.2f} s, {len(delays)} images; "
                f"{middle(quiet_s):.2f} s without the attack"),
         Figure("spent share of the total limit", 100 * used_share, "%", 100,
                f"{results['credits']:.1f} credits; {results['refused']} further purchases were refused"),
         Figure("share of one core that the server uses", 100 * results["core"], "%"),
     ]  # fmt: skip
+
+
+def _first(failures: list[str]) -> str:
+    return f": {failures[0]}" if failures else ""
 
 
 def _attack(seconds: float) -> dict[str, Any]:
