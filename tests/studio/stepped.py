@@ -26,6 +26,7 @@ class StepBackend:
     """
 
     can_publish = False
+    has_lease = True
     reread_s = 1.0
     adopt_every_s = None
     has_data = True
