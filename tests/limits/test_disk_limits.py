@@ -12,6 +12,7 @@ from conftest import Clock, Open, World
 from office import ANNA, WISH, office
 
 from evolink_mcp.images.previews import PreviewCache
+from evolink_mcp.journal.entry import Entry
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 DAY_S = 86_400.0
@@ -92,7 +93,23 @@ async def test_the_previews_in_memory_are_limited(tmp_path: Path) -> None:
     assert [cache.find(path, 64) is not None for path in paths] == [False, True, True]
 
 
+async def test_a_server_remembers_a_limited_number_of_its_writes_for_a_failover() -> None:
+    pytest.importorskip("psycopg")
+    from evolink_mcp.teams.failover import WrittenEntries
+
+    now = 0.0
+    written = WrittenEntries(lambda: now)
+    fields = {"phase": "intent", "created_at": 1.0, "fingerprint": "f", "owner": "server-1"}
+    for number in range(5_001):
+        written.add("anna", Entry(key=f"evomcp-{number}", **fields))
+    assert len(written) == 5_000
+    now = 601.0
+    written.add("anna", Entry(key="evomcp-later", **fields))
+    assert len(written) == 1
+
+
 TRIALS = {
+    "Purchases for a promoted standby": test_a_server_remembers_a_limited_number_of_its_writes_for_a_failover,
     "Requests in the journal": test_the_journal_forgets_old_requests_and_keeps_tasks_charges_and_images,
     "Copies of images for previews": test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed,
     "Previews in memory": test_the_previews_in_memory_are_limited,

@@ -21,7 +21,6 @@ from cluster import Cluster, programs, running
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry, ResultImage, new_key
 from evolink_mcp.teams.database import open_database
-from evolink_mcp.teams.failover import KEEP_MAX, KEEP_S, WrittenEntries
 from evolink_mcp.teams.postgres import PostgresJournal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -199,14 +198,3 @@ async def test_an_asynchronous_standby_is_a_warning_at_the_start(
         "a standby of the database replicates asynchronously, so a failover can lose the last purchases if their server "
         "ends too; set synchronous_standby_names"
     ]
-
-
-async def test_a_server_remembers_a_limited_number_of_entries_for_a_limited_time() -> None:
-    now = 0.0
-    written = WrittenEntries(lambda: now)
-    for _ in range(KEEP_MAX + 1):
-        written.add("anna", Entry(key=new_key(), phase="intent", created_at=1.0, fingerprint="f", owner="server-1"))
-    assert len(written) == KEEP_MAX
-    now = KEEP_S + 1
-    written.add("anna", Entry(key=new_key(), phase="intent", created_at=1.0, fingerprint="f", owner="server-1"))
-    assert len(written) == 1
