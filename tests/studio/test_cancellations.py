@@ -221,3 +221,20 @@ async def test_all_tools_cancelled_at_all_points(turns: int, tmp_path: Path, dec
             await check_sums(town)
     print(f"{total} points")
     assert total >= POINTS_TOTAL_MIN // len(TURNS)
+
+
+async def test_a_server_that_loses_its_lease_while_it_records_a_purchase_sends_nothing(
+    tmp_path: Path, decoder: Decoder
+) -> None:
+    """The process was frozen between the write and its answer, and another server may own the entry now."""
+    with anyio.fail_after(900):
+        async with open_town(tmp_path, decoder) as town:
+            case = Case("generate_image", 1)
+            town.first.backend.has_lease = False
+            assert await town.first.call("generate_image", case.purchase)
+            await town.first.rest()
+            assert not town.simulator.tasks
+            assert await town.second.call("generate_image", case.purchase)
+            await town.second.rest()
+            assert len(town.simulator.tasks) == 1
+            await check_sums(town)
