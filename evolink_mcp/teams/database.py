@@ -150,7 +150,7 @@ class Database:
         return await self._lease.is_dead(db, owner)
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether a server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
+        """Return whether a server ended or sent no heartbeat for `stop_after_s`. Then none of its calls waits."""
         return await self._lease.is_silent(db, owner)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:
@@ -233,15 +233,10 @@ class Database:
         timeline = await self._timelines.find(session)
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
-
-        async def renew() -> None:
-            await self._lease.renew(session)
-
-        await self._timelines.enter(session, timeline, self._lease.number, self.owner, renew)
+        await self._timelines.enter(session, timeline, self._lease)
         self._connected_at = time.monotonic()
-        sent_at = time.monotonic()
-        await renew()
-        self._renew(sent_at)
+        await self._lease.renew(session)
+        self._renew(self._connected_at)
 
     async def _replace_lease(self, error: LeaseLost) -> None:
         """Stop all work under the old number, and continue with a new one."""

@@ -30,8 +30,8 @@ class DatabaseTimes:
 
     `stop_after_s`: a server stops its work this long after the last answer of its session. `grace_s`: other servers
     adopt the entries of a dead server this long after the end of its session, or after the time when it must have stopped
-    its work. `adopt_every_s`: pause between searches for such entries. `check_after_s`: a pooled connection is checked before
-    its use if it was idle for so long, or since an earlier session of this server.
+    its work. `adopt_every_s`: pause between searches for such entries. `check_after_s`: the pool checks a connection before
+    its use if it was idle for this time, or if its last use was before the current session of this server.
     """
 
     connect_timeout_s: int = 5

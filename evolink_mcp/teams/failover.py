@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from psycopg import errors
 from evolink_mcp.journal.backend import clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.rows import COLUMNS, values_of
-from evolink_mcp.teams.lease import DatabaseConnection
+from evolink_mcp.teams.lease import DatabaseConnection, Lease
 
 log = logging.getLogger(__name__)
 
@@ -132,23 +132,21 @@ class Timelines:
         """Return whether a connection leads to the timeline on which this server works."""
         return await _find_timeline(db) == self._current
 
-    async def enter(
-        self, db: DatabaseConnection, timeline: str, number: int, owner: str, renew: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Write the entries of this server back, and wait for the other servers. `renew` moves the deadline of the lease."""
+    async def enter(self, db: DatabaseConnection, timeline: str, lease: Lease) -> None:
+        """Write the entries of this server back, and wait for the other servers. Renew the lease meanwhile."""
         if timeline == self._current:
             return
         if self._current is not None:
-            count = await self._written.restore(db, owner)
+            count = await self._written.restore(db, lease.owner)
             log.warning("the database was replaced: wrote back %d of %d entries", count, len(self._written))
-        await db.execute(CONFIRM.encode(), (timeline, number))
+        await db.execute(CONFIRM.encode(), (timeline, lease.number))
         give_up_at = time.monotonic() + WAIT_MAX_S
-        while await (await db.execute(IS_INCOMPLETE.encode(), (timeline, number))).fetchone() is not None:
+        while await (await db.execute(IS_INCOMPLETE.encode(), (timeline, lease.number))).fetchone() is not None:
             if time.monotonic() > give_up_at:
                 log.error("another server has not written its entries back for %.0f s", WAIT_MAX_S)
                 break
             await asyncio.sleep(CHECK_EVERY_S)
-            await renew()
+            await lease.renew(db)
         self._current = timeline
 
 

@@ -32,7 +32,7 @@ RENEW = """UPDATE evolink_servers SET
     seen_at = clock_timestamp(), gone_since = NULL, lease_until = clock_timestamp() + make_interval(secs => %s)
     WHERE number = %s AND fenced_at IS NULL"""
 # Lock the number for this session.
-LOCK_NUMBER = "SELECT pg_try_advisory_lock(%s, %s)"
+LOCK_NUMBER = "SELECT pg_try_advisory_lock(%s, %s) AS is_locked"
 # Read the process of this session.
 FIND_SESSION = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 # End a former session of this server.
@@ -85,7 +85,7 @@ class Lease:
             psycopg.OperationalError: A former session still holds the lock. Try again.
         """
         row = await (await db.execute(LOCK_NUMBER.encode(), (LOCKS, self.number))).fetchone()
-        if row is None or not next(iter(row.values())):
+        if row is None or not row["is_locked"]:
             await db.execute(END_SESSION.encode(), self._session)
             raise psycopg.OperationalError("the former session holds the lease, or another server is testing it")
         await self.renew(db)
@@ -122,7 +122,7 @@ class Lease:
         return (await db.execute(FENCE.encode(), values)).rowcount == 1
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether a server ended or sent no heartbeat for `stop_after_s`, so that none of its calls waits."""
+        """Return whether a server ended or sent no heartbeat for `stop_after_s`. Then none of its calls waits."""
         lease = await self._find(db, number_of(owner))
         return lease is None or lease["is_fenced"] or lease["is_free"] or lease["is_silent"]
 

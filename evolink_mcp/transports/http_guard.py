@@ -155,7 +155,7 @@ class HttpGuard:
         """Answer the readiness check with 503, so that a proxy sends new requests to other servers.
 
         With `has_other_servers` new requests to `app` get 503 before their body is read, so that the proxy repeats them
-        elsewhere. Without, a client can still finish its calls. Requests in progress continue.
+        at another server. Without, a client can still finish its calls. Requests in progress continue.
         """
         self._is_closing = True
         self._refuses_requests = has_other_servers

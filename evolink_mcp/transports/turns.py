@@ -12,7 +12,7 @@ import anyio
 CALLS_AT_ONCE = 8
 LINES_MAX = 10_000
 # A free call needs up to 40 rounds of the event loop, and a busy loop has only a few rounds within `longest_s`. With fewer
-# rounds, running calls lost their turns, and a busy server began ever more calls.
+# rounds, running calls lost their turns, and a busy server began too many calls.
 ROUNDS_MIN = 50
 
 

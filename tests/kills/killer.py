@@ -29,7 +29,7 @@ from child_processes import patient_times, without_coverage
 FROZEN = "frozen"  # the line in the log before SIGSTOP
 FOLDER = Path(__file__).resolve().parent
 AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
-STOP_AFTER_S = "KILLER_STOP_AFTER_S"  # a server with a database stops its work so long after its last heartbeat
+STOP_AFTER_S = "KILLER_STOP_AFTER_S"  # the time from the last heartbeat until a server with a database stops its work
 
 
 # --- in the server's process ---------------------------------------------------------------------------------

@@ -128,8 +128,7 @@ async def test_a_frozen_server_loses_its_entries_after_its_deadline_and_its_late
         assert await frozen.acquire(orphan.key) is False
         assert await heir.by_key(orphan.key) == replace(orphan, owner=heir.owner, caller="")
         # A late heartbeat does not bring the lease back.
-        db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> "
-                   "pg_backend_pid()", (name_of(url),))  # fmt: skip
+        cut(cluster, url)
     await until(lambda: frozen.owner != former_owner and frozen.has_lease)
     await frozen.intend(new_entry := entry(frozen))
     assert (await frozen.by_key(new_entry.key)).owner == frozen.owner

@@ -25,7 +25,7 @@ from town import (  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 PARALLEL = 4
-# Count the open entries whose owner is not the first server of the database.
+# Count the open entries that another server than the first one of the database owns.
 ENTRIES_OF_OTHERS = """SELECT count(*) FROM evolink_entries WHERE NOT closed AND owner <> ''
     AND owner <> (SELECT 'server-' || number FROM evolink_servers ORDER BY since LIMIT 1)"""
 SPARE = 4
