@@ -16,6 +16,7 @@ NEW = "sk-new-key-0123456789abcdef"
 NEW_KEY = {"EVOLINK_API_KEY": NEW}
 ORDER = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 SLOW = {**ORDER, "prompt": "sim:slow=1000000 a fox", "wait_seconds": 0}
+RUNNING = ("pending", "processing")  # the polls of the studio move the clock, so either is right
 LIMIT = {"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3"}
 
 
@@ -143,7 +144,8 @@ async def test_a_key_of_another_account_sees_the_history_and_touches_nothing(ope
     assert [task["other_key"] for task in listed["tasks"]] == [True, True]
     assert text.count("bought with another key") == 2
     assert all("bought with another key" in task["notes"][0] for task in detail["tasks"])
-    assert (running["status"], running["charged"], running["error"]["code"]) == ("pending", "unknown", "other_key")
+    assert running["status"] in RUNNING
+    assert (running["charged"], running["error"]["code"]) == ("unknown", "other_key")
     assert running["next_action"] is None
     assert (finished["status"], finished["error"]) == ("completed", None)
     assert "bought with another key" in finished["notes"][0]
@@ -221,11 +223,12 @@ async def test_a_learned_size_rule_moves_with_the_link(open_world: Open) -> None
 async def test_servers_with_the_old_and_the_new_key_share_their_work(
     open_world: Open, one_account: PlainSimulator
 ) -> None:
+    """The polls must not move the clock: after a day, the same call would buy again."""
     clock: Any = one_account.clock
     async with open_world(simulator=one_account, clock=clock) as old:
         await call(old, "generate_image", **ORDER)
         clock.now += 60
-        async with open_world(NEW_KEY, simulator=one_account, clock=clock) as new:
+        async with open_world(NEW_KEY, simulator=one_account, clock=clock, pause=no_pause) as new:
             running = await call(new, "generate_image", **SLOW)
             observations = await call(old, "get_task", task_id=running["task_id"], wait_seconds=0)
         assert (observations["status"], observations["error"], observations["notes"]) == ("pending", None, [])

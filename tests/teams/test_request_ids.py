@@ -168,7 +168,7 @@ async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_wo
         REQUEST_ID.reset(token)
         while not ids:
             await anyio.sleep(0.01)
-    assert bought.structured_content["status"] == "pending"
+    assert bought.structured_content["status"] in ("pending", "processing")  # the polls move the clock
     assert ids == [None]
 
 
