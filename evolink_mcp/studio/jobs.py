@@ -194,11 +194,17 @@ class Job:
         self.change_to(self.entry)
 
     def record_answer(self, *, is_running: bool) -> None:
-        """EvoLink described the task. `is_running`: this job follows the task, and the task is not settled."""
+        """EvoLink described the task. `is_running`: this job follows the task, and the task is not settled.
+
+        The first answer wakes every iterator of `states`, even if it confirms the known state: a caller may wait for it.
+        """
+        is_first = self._answer is Answer.NONE
         if is_running:
             self._answer = Answer.RUNNING
-        elif self._answer is Answer.NONE:
+        elif is_first:
             self._answer = Answer.ANY
+        if is_first:
+            self.change_to(self.entry)
 
     def drain(self) -> None:
         """The server ends soon: let waiting calls answer now. Another server continues the job."""

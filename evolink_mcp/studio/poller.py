@@ -333,8 +333,8 @@ class TaskFollower:
                 task = merge(task, newer)
                 last_polled_at = polled_at
                 polled_at = anyio.current_time()
-                job.record_answer(is_running=not task.settled)
                 await self._writer.record_poll(job, task)
+                job.record_answer(is_running=not task.settled)
                 if task.settled:
                     has_missed_callback = job.callback is Callback.EXPECTED
                     self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at, has_missed_callback))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from itertools import product
 from typing import Any
 
@@ -48,6 +50,15 @@ async def test_a_job_moves_only_along_its_table(start: JobState, target: JobStat
         with pytest.raises(IllegalTransition):
             job.move_to(target)
         assert job.state is start
+
+
+async def test_an_answer_that_confirms_the_known_state_wakes_its_waiting_calls() -> None:
+    job = Job(Entry("key", "owner", Phase.SUBMITTED, 0.0))
+    async with aclosing(job.states(math.inf)) as states, anyio.create_task_group() as group:
+        await anext(states)
+        group.start_soon(anext, states)
+        await anyio.wait_all_tasks_blocked()
+        job.record_answer(is_running=False)
 
 
 @pytest.fixture
