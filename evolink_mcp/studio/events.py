@@ -229,7 +229,7 @@ class JournalWriter:
         self._change(job, replace(job.entry, phase=phase, task=task, error=error))
 
     async def record_poll(self, job: Job, task: Task) -> None:
-        """EvoLink described the task. The journal records a settled status and new links; progress is only published.
+        """EvoLink described the task. The journal records a settled status and new links. Other servers learn every change.
 
         Raises:
             TaskKnown: another server recorded the same external task at the same time.
@@ -248,7 +248,7 @@ class JournalWriter:
         is_settled = before is None or (before.status != task.status and task.settled)
         if is_settled or (before is not None and before.results != task.results):
             await self._write(job, entry, self.journal.update)
-        elif before != task:
+        if before != task:
             self.journal.publish_progress(entry.key, task)
 
     def show_remote_entry(self, job: Job, entry: Entry) -> None:

@@ -40,7 +40,7 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
 RECONNECT_AFTER_S = 0.5
 CLOSE_WITHIN_S = 2.0
 CURRENT_SESSION = "SELECT pg_backend_pid()"
-NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message"
+NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message WHERE evolink_has_other_server(%s)"
 POOLER_TESTS = 2
 SHARED_SESSIONS = (
     "a pooler such as PgBouncer gives each transaction another session, and a server needs one session for its lease: "
@@ -116,7 +116,7 @@ class Database:
         """
         messages = self._messages((channel, payload))
         if messages:
-            await self.run(lambda db: db.execute(NOTIFY.encode(), (CHANNEL, messages)))
+            await self.run(lambda db: db.execute(NOTIFY.encode(), (CHANNEL, messages, self.owner)))
 
     def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
         """Send a payload with the next heartbeat, so that it needs no transaction. Only the newest of a topic is sent."""
@@ -266,7 +266,7 @@ class Database:
         async with asyncio.timeout(2 * self._heartbeat_s), session.transaction() if messages else nullcontext():
             await self._lease.renew(session)
             if messages:
-                await session.execute(NOTIFY.encode(), (CHANNEL, messages))
+                await session.execute(NOTIFY.encode(), (CHANNEL, messages, self.owner))
         self._renew(sent_at)
 
     def _renew(self, sent_at: float) -> None:
