@@ -166,7 +166,7 @@ VERSIONS = (
     # heartbeat of its owner of its progress, so other changes notify only if no release follows soon. A single server has
     # nobody to notify.
     f"""
-    DROP TRIGGER evolink_changed ON evolink_entries;
+    DROP TRIGGER IF EXISTS evolink_changed ON evolink_entries;
     CREATE OR REPLACE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$
         DECLARE changed_by TEXT := CASE WHEN NEW.owner = '' THEN OLD.owner ELSE NEW.owner END;
         BEGIN
@@ -177,7 +177,7 @@ VERSIONS = (
             RETURN NULL;
         END
     $$;
-    CREATE FUNCTION evolink_has_other_server(server TEXT) RETURNS BOOLEAN LANGUAGE sql STABLE AS $$
+    CREATE OR REPLACE FUNCTION evolink_has_other_server(server TEXT) RETURNS BOOLEAN LANGUAGE sql STABLE AS $$
         SELECT EXISTS (SELECT FROM evolink_servers
             WHERE lease_until > clock_timestamp() AND 'server-' || number <> server)
     $$;
