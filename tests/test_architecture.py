@@ -80,6 +80,7 @@ ORDER = [
     "studio.size_rule",
     "studio.prices",
     "studio.limits",
+    "studio.callback_history",
     "studio.poller",
     "studio.reconcile",
     "studio.purchase",

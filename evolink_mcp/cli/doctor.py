@@ -26,7 +26,9 @@ from evolink_mcp.errors import DecoderUnavailable, EvolinkError, JournalUnwritab
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry, Stage
-from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, read_entries, read_fact
+from evolink_mcp.sanitize import harmless
+from evolink_mcp.studio.callback_history import MISSED_FACT, MISSED_MAX, MISSING, missed_in
 from evolink_mcp.teams.settings import TeamSettings
 
 OLDEST_PYTHON = (3, 11)
@@ -113,6 +115,7 @@ async def examine(environment: Mapping[str, str] | None = None) -> Report:
             findings += check_journal(settings.data_dir)
         else:
             findings.append(check_database(settings.database_url))
+        findings += check_callbacks(settings)
         findings += await check_team(settings)
     command, arguments = installed_command()
     return Report(tuple(findings), host_blocks(command, arguments, {KEY_VARIABLE: EXAMPLE_KEY}))
@@ -346,6 +349,26 @@ def check_database(url: str) -> Finding:
     except JournalUnwritable as error:
         return Finding("journal", "broken", error.message, JOURNAL_ADVICE)
     return _count(place, entries)
+
+
+def check_callbacks(settings: TeamSettings) -> list[Finding]:
+    """Check that EvoLink's callbacks arrived for the last tasks of each account, if the server has a public URL."""
+    if settings.public_url is None:
+        return []
+    try:
+        if settings.database_url is not None:
+            from evolink_mcp.teams import schema
+
+            counts = schema.read_fact(settings.database_url, MISSED_FACT)
+        else:
+            counts = read_fact(settings.data_dir, MISSED_FACT) if (settings.data_dir / FILE_NAME).exists() else []
+    except JournalUnwritable:
+        return []  # the check of the journal reports it
+    if any(missed_in(count) >= MISSED_MAX for count in counts):
+        return [
+            Finding("callbacks", "warning", MISSING, "Without callbacks, each image is found up to some seconds later.")
+        ]
+    return [Finding("callbacks", "ok", f"no callback to {harmless(settings.public_url, 200)} is missing")]
 
 
 def _count(place: str, entries: list[Entry]) -> Finding:

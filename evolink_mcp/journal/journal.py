@@ -158,6 +158,8 @@ EMPTY_FACT = "UPDATE facts SET value = '' WHERE account = ? AND name = ?"
 FIND_FACTS = "SELECT name, account, value FROM facts WHERE account IN ({accounts})"
 # Read one fact.
 FIND_FACT = "SELECT value FROM facts WHERE account = ? AND name = ?"
+# Read a fact about each account of the journal.
+FACT_VALUES = "SELECT value FROM facts WHERE name = ?"
 # The accounts of the profile, for a server without a key.
 PROFILE_ACCOUNTS = "SELECT account FROM links WHERE {mine}"
 # Read which keys of the profile can read which accounts.
@@ -711,8 +713,10 @@ class Journal:
         """
         return (await self.facts()).get(name)
 
-    async def facts(self) -> dict[str, str]:
-        """Return all facts by their names, each as `fact` returns it."""
+    async def facts(self, max_age_s: float = 0.0) -> dict[str, str]:
+        """Return all facts by their names, each as `fact` returns it. A read of the last `max_age_s` seconds counts."""
+        if time.monotonic() - self._facts_read_at < max_age_s:
+            return self._last_facts
         return await self._backend.run(self._facts) if self._has_data else {}
 
     async def take_fact(self, name: str) -> str | None:
@@ -728,9 +732,7 @@ class Journal:
                 return value or None
 
         # Most answers find an empty fact, so they need no lock. Most of them follow a write that read the facts.
-        is_recent = time.monotonic() - self._facts_read_at < RECENT_S
-        facts = self._last_facts if is_recent else await self.facts()
-        return await self._backend.run(act) if self.identity and facts.get(name) else None
+        return await self._backend.run(act) if self.identity and (await self.facts(RECENT_S)).get(name) else None
 
     async def close(self) -> None:
         """Release all entries of this server, so that another server can adopt them at once."""

@@ -23,6 +23,7 @@ from evolink_mcp.journal.backend import Connection, Result, Row, Statement, Uniq
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
     CHARGES,
+    FACT_VALUES,
     HAS_WORD,
     INSERT_ENTRY,
     SUMS,
@@ -735,6 +736,16 @@ def read_charges(folder: Path, since: float, *, profile: str | None = None) -> l
     """
     with snapshot(folder) as db:
         return [Charge.of(row) for row in db.execute(CHARGES.format(mine=_mine(profile)), (since,))]
+
+
+def read_fact(folder: Path, name: str) -> list[str]:
+    """Return the values of a fact, one for each account that has it. Block, and change nothing.
+
+    Raises:
+        JournalUnwritable: The journal is damaged or cannot be read.
+    """
+    with snapshot(folder) as db:
+        return [row["value"] for row in db.execute(FACT_VALUES, (name,))]
 
 
 def read_accounts(folder: Path, profile: str, identity: str) -> set[str]:

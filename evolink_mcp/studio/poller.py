@@ -15,6 +15,7 @@ from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.journal.entry import Phase
+from evolink_mcp.studio.callback_history import CallbackHistory
 from evolink_mcp.studio.events import Events, JournalWriter, Polled, Settled
 from evolink_mcp.studio.jobs import Callback, Job, Timing, guarded
 from evolink_mcp.studio.schedule import (
@@ -40,7 +41,6 @@ UNREADABLE_BATCHES_MAX = 3
 RATE_LIMIT_WAIT_S = 5.0
 # The interval of polls while a callback is expected. They replace a callback that does not arrive.
 BACKSTOP_S = 60.0
-MISSED_CALLBACKS_MAX = 3
 NOT_FOUND_READS = 4  # about 10 s in all
 FIRST_REFUSAL_WAIT_S = 2.0
 
@@ -253,7 +253,12 @@ class TaskFollower:
         self._durations = durations
         self._timing = timing
         self._retry_budget = RetryBudget()
-        self._missed_callbacks = 0
+        self._callbacks = CallbackHistory(writer.journal)
+
+    @property
+    def misses_callbacks(self) -> bool:
+        """Whether EvoLink's callbacks do not arrive."""
+        return self._callbacks.are_missing
 
     async def follow(self, job: Job) -> None:
         """Return when the job's task is settled.
@@ -286,13 +291,15 @@ class TaskFollower:
         polled_at = anyio.current_time()
         schedule = Schedule(await self._durations.expected(job.entry))
         rests_first = is_new
+        if job.callback is not Callback.NONE:
+            await self._callbacks.read()
         failures = 0
         not_found = 0
         refusals = 0
         while not task.settled:
             if rests_first:
                 rest_s = schedule.next_s(anyio.current_time() - accepted_at, task.progress)
-                if job.callback is not Callback.NONE and self._missed_callbacks < MISSED_CALLBACKS_MAX:
+                if job.callback is not Callback.NONE and not self._callbacks.are_missing:
                     rest_s = max(rest_s, BACKSTOP_S)
                 await job.rest(rest_s, self._timing.sleep)
             rests_first = True
@@ -339,17 +346,9 @@ class TaskFollower:
                     has_missed_callback = job.callback is Callback.EXPECTED
                     self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at, has_missed_callback))
         if job.callback is not Callback.NONE:
-            self._count_callback(job)
+            await self._callbacks.add(has_arrived=job.callback is Callback.RECEIVED)
         if task.status == COMPLETED and is_new:
             await self._durations.add(job.entry, anyio.current_time() - accepted_at)
-
-    def _count_callback(self, job: Job) -> None:
-        """Stop the long rests if EvoLink's callbacks do not arrive."""
-        self._missed_callbacks = 0 if job.callback is Callback.RECEIVED else self._missed_callbacks + 1
-        if self._missed_callbacks == MISSED_CALLBACKS_MAX:
-            log.warning(
-                "EvoLink has not called back for %d tasks: can it reach EVOLINK_MCP_PUBLIC_URL?", self._missed_callbacks
-            )
 
 
 def merge(before: Task, newer: Task) -> Task:

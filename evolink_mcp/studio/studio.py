@@ -137,12 +137,13 @@ class Studio:
             options.callbacks,
             timing,
         )
+        self._follower = TaskFollower(poller, writer, durations, timing)
         self._runner = JobRunner(
             group,
             writer,
             self._limits,
             self._purchaser,
-            TaskFollower(poller, writer, durations, timing),
+            self._follower,
             ImageSaver(client, image_store, deriver, writer, timing, preview_edge=options.preview_edge),
             timing,
         )
@@ -368,6 +369,11 @@ class Studio:
     def is_idle(self) -> bool:
         """Whether no job runs and the journal is complete."""
         return not self._runner.jobs and not self.has_unwritten
+
+    @property
+    def misses_callbacks(self) -> bool:
+        """Whether EvoLink's callbacks did not arrive for the last tasks of the account."""
+        return self._follower.misses_callbacks
 
     @property
     def task_statuses(self) -> list[str]:

@@ -16,6 +16,7 @@ from evolink_mcp.journal.journal import (
     CHARGES,
     EVERYONE,
     EXACT_BELOW,
+    FACT_VALUES,
     LATEST,
     SLOT_S,
     SUMS,
@@ -273,6 +274,17 @@ def read_charges(url: str, since: float) -> list[Charge]:
     statement = TABLES.sub(r"\1 evolink_\2", CHARGES.format(mine=EVERYONE)).replace("?", "%s")
     _, rows = _read(url, statement, [(since,)])
     return [Charge.of(row) for row in rows]
+
+
+def read_fact(url: str, name: str) -> list[str]:
+    """Return the values of a fact, one for each account that has it. Block, and change nothing.
+
+    Raises:
+        JournalUnwritable: The journal cannot be read.
+    """
+    statement = TABLES.sub(r"\1 evolink_\2", FACT_VALUES).replace("?", "%s")
+    _, rows = _read(url, statement, [(name,)])
+    return [row["value"] for row in rows]
 
 
 def like_pattern(word: str) -> str:

@@ -8,8 +8,9 @@ import pytest
 from child_processes import patient_times
 from conftest import Clock, Open, PlainSimulator
 
-psycopg = pytest.importorskip("psycopg")
-from psycopg.pq import TransactionStatus  # noqa: E402
+pytest.importorskip("psycopg")
+import psycopg
+from psycopg.pq import TransactionStatus
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ORDERS = 30
