@@ -29,8 +29,9 @@ from evolink_mcp.cli.host_config import KEY_INPUT, Block, host_blocks, installed
 from evolink_mcp.images.decode_process import Decoder, expected_protections
 from evolink_mcp.images.sandbox import Protection
 from evolink_mcp.journal.entry import Entry, new_key
-from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
+from evolink_mcp.journal.sqlite import FILE_NAME, SqliteJournal, read_entries
 from evolink_mcp.simulator.app import Simulator
+from evolink_mcp.studio.callback_history import MISSED_FACT
 
 KEY = "sk-canary-0123456789abcdef"
 COMMAND = "/opt/my tools/evolink-mcp"
@@ -93,6 +94,30 @@ async def test_a_missing_key_is_broken_and_the_report_states_where_to_create_one
     assert (finding.verdict, report.exit_code) == ("broken", 1)
     assert "https://evolink.ai/dashboard/keys" in finding.todo
     assert findings_about("credits", report.findings) == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("missed", [0, 2, 3])
+@pytest.mark.parametrize("database", [False, True], ids=["file", "database"])
+async def test_missing_callbacks_of_an_account_are_a_warning(
+    tmp_path: Path, request: pytest.FixtureRequest, missed: int, database: bool
+) -> None:
+    settings = {"EVOLINK_MCP_PUBLIC_URL": "https://images.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
+    if database:
+        settings["EVOLINK_MCP_DATABASE_URL"] = request.getfixturevalue("cluster").database()
+        from evolink_mcp.teams.database import open_database
+        from evolink_mcp.teams.postgres import PostgresJournal
+
+        async with open_database(settings["EVOLINK_MCP_DATABASE_URL"]) as team_database:
+            await PostgresJournal(team_database, "a1").save_fact(MISSED_FACT, str(missed))
+    else:
+        journal = SqliteJournal(tmp_path / "data", "a1")
+        await journal.save_fact(MISSED_FACT, str(missed))
+        await journal.close()
+    report = await examine(tmp_path, EVOLINK_API_KEY=KEY, **settings)
+    (finding,) = findings_about("callbacks", report.findings)
+    assert finding.verdict == ("warning" if missed == 3 else "ok")
+    assert ("EVOLINK_MCP_PUBLIC_URL" in finding.words) == (missed == 3)
 
 
 @pytest.mark.anyio
