@@ -225,8 +225,9 @@ class JobRunner:
                 job.callback = Callback.RECEIVED if is_own_task else Callback.EXPECTED
             if is_own_task and not job.has_remote_owner:
                 job.poll_now()
-        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN) and await self._acquire(key):
-            self._begin(entry, self._continue)
+        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN):
+            # The owner may be dead and not know the task. Then this server continues the entry with the callback.
+            await self.resume(entry)
         elif entry.is_unconfirmed and entry.task_id == task_id:
             await self.confirm(Job(entry))
 

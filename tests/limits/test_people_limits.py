@@ -15,7 +15,7 @@ from office import ANNA, BERT, INITIALIZE, office
 
 from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, RequestRates
 from evolink_mcp.teams.roles import BadRoles, Roles
-from evolink_mcp.teams.tenants import Tenants, temporary_max_for
+from evolink_mcp.teams.tenants import Tenants, unlisted_max_for
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import CALLER_KEY, AuthFailure
 from evolink_mcp.transports.turns import CALLS_AT_ONCE
@@ -46,7 +46,7 @@ class People:
         self.closed: list[str] = []
         self.now_s = 0.0
         self._tenants = Tenants(
-            group, self._open, lambda tenant: tenant.name == "anna", temporary_max=2, clock=lambda: self.now_s
+            group, self._open, lambda tenant: tenant.name == "anna", unlisted_max=2, clock=lambda: self.now_s
         )
 
     @asynccontextmanager
@@ -87,7 +87,7 @@ async def test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldes
 
 
 async def test_a_process_with_few_descriptors_serves_fewer_people() -> None:
-    assert [temporary_max_for(descriptors) for descriptors in (4, 512, 1_000_000)] == [1, 64, 256]
+    assert [unlisted_max_for(descriptors) for descriptors in (4, 512, 1_000_000)] == [1, 64, 256]
 
 
 # --- the requests of a person ---
