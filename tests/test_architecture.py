@@ -48,7 +48,7 @@ ORDER = [
     "journal.rows",
     "journal.paid_record",
     "journal.journal",
-    "journal.orphans",
+    "journal.all_profiles",
     "journal.migrations",
     "journal.search",
     "journal.sqlite",

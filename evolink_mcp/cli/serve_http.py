@@ -134,6 +134,7 @@ class _HttpServer:
                 adopter = Adopter(studios, app, self.authenticator)
                 receive_callback = adopter.receive_callback
                 group.start_soon(adopter.run)
+                group.start_soon(studios.forget_loop)
                 if self.authenticator.issuer is not None:
                     group.start_soon(self.authenticator.issuer.refresh_loop)
             readiness = Readiness(self.settings, self.authenticator, database)

@@ -51,8 +51,8 @@ class StudioOptions:
     `retention_days`: the age at which finished entries lose their request; None keeps it. `has_metadata`: derived files
     contain prompt, task ID and model.
     `key_problem`: the reason why there is no usable key. `callbacks`: the addresses for EvoLink's callbacks. `poller`:
-    a poller that several studios of the account share. `has_adopter`: the server process calls `adopt` when there is an
-    entry to adopt, so this studio does not search for one. `subscribers` receive the events of all jobs.
+    a poller that several studios of the account share. `is_maintained`: the server process calls `adopt` and removes old
+    requests for all its studios, so this studio has no loop for that. `subscribers` receive the events of all jobs.
     """
 
     spending_limits: SpendingLimits = field(default_factory=SpendingLimits)
@@ -65,7 +65,7 @@ class StudioOptions:
     key_problem: str | None = None
     callbacks: CallbackAddresses | None = None
     poller: Poller | None = None
-    has_adopter: bool = False
+    is_maintained: bool = False
     subscribers: tuple[Subscriber, ...] = ()
     timing: Timing = field(default_factory=Timing)
 
@@ -152,10 +152,10 @@ class Studio:
         self._is_draining = False
         self._has_caller = anyio.Event()
         group.start_soon(writer.flush_loop, timing.idle)
-        if not options.has_adopter:
+        if not options.is_maintained:
             group.start_soon(self._adopt_loop)
-        if options.retention_days is not None:
-            group.start_soon(self._forget_loop, options.retention_days * DAY_S)
+            if options.retention_days is not None:
+                group.start_soon(self._forget_loop, options.retention_days * DAY_S)
 
     async def stop(self) -> None:
         """Give POSTs in progress SUBMIT_GRACE_S seconds to end."""

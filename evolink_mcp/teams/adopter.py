@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack
 import anyio
 
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.all_profiles import Orphan, find_entry, release_dead_servers
 from evolink_mcp.journal.backend import Connection
 from evolink_mcp.journal.entry import Phase
-from evolink_mcp.journal.orphans import Orphan, find_entry, release_dead_servers
 from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.studio.jobs import guarded
 from evolink_mcp.teams.authenticator import TeamAuthenticator

@@ -21,9 +21,9 @@ from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 from evolink_mcp.api.task import Task
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.all_profiles import Orphan, release_dead_servers
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, new_key
 from evolink_mcp.journal.journal import DailyLimitReached, Notification
-from evolink_mcp.journal.orphans import Orphan, release_dead_servers
 from evolink_mcp.teams.settings import TeamSettings
 
 psycopg = pytest.importorskip("psycopg")

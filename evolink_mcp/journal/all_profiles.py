@@ -1,4 +1,4 @@
-"""Find unfinished entries without a living owner in all profiles. The number of profiles does not change the cost."""
+"""Queries over all profiles, for a server with many tenants. The number of profiles does not change the cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from evolink_mcp.journal.backend import Connection
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import EVERYONE, FIND_SERVERS, RELEASE_CALLERS, RELEASE_OWNERS
+from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.journal.rows import readable_entries
 
 # List the servers that own entries or whose calls wait, in all profiles.
@@ -15,6 +16,9 @@ ALL_SERVERS = FIND_SERVERS.format(linked=EVERYONE)
 ALL_ORPHANS = "SELECT profile, account, key, owner FROM entries WHERE NOT closed AND owner IN ('', {marks})"
 # Read an entry of any profile.
 ANY_ENTRY = "SELECT * FROM entries WHERE key = ?"
+# List the profiles with old requests or expired uploads. The sign keeps SQLite from an index of all entries.
+OLD_PROFILES = """SELECT profile FROM entries WHERE closed AND request <> '{{}}' AND +created_at < ?
+    UNION SELECT profile FROM uploads WHERE expires_at <= ?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +51,8 @@ async def find_entry(db: Connection, key: str) -> tuple[str, Entry] | None:
     """Return the profile and the entry with this key, or None."""
     rows = await db.fetch(ANY_ENTRY, (key,))
     return next(((row["profile"], entry) for row in rows for entry in readable_entries([row])), None)
+
+
+async def old_profiles(db: Connection, before: float, now: float) -> list[str]:
+    """Return the names of the profiles for which `Journal.forget` has work."""
+    return [profile_name(row["profile"]) for row in await db.fetch(OLD_PROFILES.format(), (before, now))]
