@@ -319,7 +319,7 @@ async def test_without_a_key_for_the_tenant_no_studio_is_opened(url: str, tmp_pa
 
 
 async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_hour(
-    url: str, tmp_path: Path, statements: list[str]
+    url: str, tmp_path: Path, cluster: Any, statements: list[str]
 ) -> None:
     """EvoLink does not accept the key, so each try would fail."""
     simulator = PlainSimulator(duration_s=3600)
@@ -335,6 +335,11 @@ async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_h
         await heir.adopter.adopt()
         idle = list(statements)
         assert len(idle) <= 3
+        with cluster.admin(name_of(url)) as db:  # another server adopted it and died
+            db.execute("UPDATE evolink_entries SET owner = 'server-7'")
+        statements.clear()
+        await heir.adopter.adopt()
+        assert len(statements) > len(idle) + 4, statements
         heir.now_s += TRY_AGAIN_AFTER_S
         statements.clear()
         await heir.adopter.adopt()
