@@ -371,12 +371,16 @@ async def test_a_callback_for_the_lost_answer_of_a_closed_tenant_saves_the_image
     assert len(simulator.tasks) == 1
 
 
+@pytest.mark.parametrize("adopts", [0, 1], ids=["the server with the callback adopts", "another server adopts"])
 async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_it(
-    url: str, tmp_path: Path, cluster: Any
+    url: str, tmp_path: Path, cluster: Any, adopts: int
 ) -> None:
     """The owner died during the POST, so only the callback knows the task."""
     simulator = PlainSimulator(duration_s=0)
-    async with replica(url, tmp_path, ANNA, simulator=simulator, **PUBLIC) as heir:
+    async with (
+        replica(url, tmp_path, ANNA, simulator=simulator, **PUBLIC) as heir,
+        replica(url, tmp_path / "other", ANNA, simulator=simulator, **PUBLIC) as other,
+    ):
         async with (
             replica(url, tmp_path / "dead", ANNA, simulator=simulator, **PUBLIC) as dead,
             dead.studios.open(Tenant("anna")) as (studio, _),
@@ -391,7 +395,7 @@ async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_
             assert heir.open_names == ["anna"]
             await dead.database.close()
         while not list((tmp_path / "data").rglob("copies/*.png")):
-            await heir.adopter.adopt()
+            await (heir, other)[adopts].adopter.adopt()
             await anyio.sleep(0.01)
         (entry,) = await PostgresJournal(heir.database, profile="anna").recent(1)
         assert (entry.task_id, entry.is_unconfirmed) == (task_id, False)
