@@ -10,7 +10,7 @@ from evolink_mcp.journal.journal import EVERYONE, FIND_SERVERS, RELEASE_CALLERS,
 from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.journal.rows import readable_entries
 
-# List the servers that own entries or whose calls wait, in all profiles.
+# List the owners of entries and the servers with waiting calls, in all profiles.
 ALL_SERVERS = FIND_SERVERS.format(linked=EVERYONE)
 # List the unfinished entries of these servers, and those without an owner, in all profiles.
 ALL_ORPHANS = "SELECT profile, account, key, owner FROM entries WHERE NOT closed AND owner IN ('', {marks})"

@@ -91,7 +91,7 @@ class Tenants(Generic[AppT]):
     `open_app` opens the app of a tenant at its first request; it runs in `group`. If the tokens file changes a tenant, the
     tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed.
     A tenant of the tokens file `is_listed`. At most `unlisted_max` apps of other tenants are open: for a further one, the
-    idle app whose last request is the oldest is closed. If there is no idle app, the answer is 503. `sleep` and `clock`
+    idle app with the oldest request is closed. If there is no idle app, the answer is 503. `sleep` and `clock`
     (seconds) are for tests.
     """
 
