@@ -93,6 +93,11 @@ class CheckedRequest:
     notes: tuple[str, ...] = ()
 
     @property
+    def has_uploads(self) -> bool:
+        """Whether `upload_all` must upload an image."""
+        return any(image.url is None for image in self.images)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The body with a content ID in place of each reference. It is equal for identical requests."""
         if not self.images:

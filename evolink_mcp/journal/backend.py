@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
+Statement = tuple[str, Sequence[Any]]  # SQL and its values
+
+
+class Result(NamedTuple):
+    """The rows of a query, or the number of rows that another statement changed."""
+
+    rows: Sequence[Row]
+    changed: int
 
 
 class UniqueViolation(Exception):
@@ -22,6 +30,16 @@ class Connection(Protocol):
 
     async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """Return the number of changed rows.
+
+        Raises:
+            UniqueViolation: Another entry of the profile has the task.
+        """
+        ...
+
+    async def batch(self, *statements: Statement) -> list[Result]:
+        """Execute statements one after the other, as a part of the transaction or as one of its own. Return their results.
+
+        A database on another machine gets all of them in one message.
 
         Raises:
             UniqueViolation: Another entry of the profile has the task.
@@ -93,6 +111,10 @@ class Backend(Protocol):
 
     async def publish(self, channel: str, payload: dict[str, Any]) -> None:
         """Send a payload to the other servers that listen on the channel."""
+        ...
+
+    def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
+        """Send a payload within about a second. Only the newest payload of a topic is sent."""
         ...
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 
 from evolink_mcp.api.task import SETTLED, Task
 from evolink_mcp.errors import JournalUnwritable, OutcomeUnknown, Problem, TaskKnown, TooManyRunning
-from evolink_mcp.journal.backend import Backend, Connection, Row, UniqueViolation
+from evolink_mcp.journal.backend import Backend, Connection, Row, Statement, UniqueViolation
 from evolink_mcp.journal.entry import UNCONFIRMED, DerivedFile, Entry, Phase
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id, profile_name
 from evolink_mcp.journal.rows import (
@@ -111,9 +112,6 @@ HAS_WORD = "instr(words, ?) > 0"
 # Read undelivered entries of identical requests. The sign keeps SQLite from an index that has their order and all entries.
 UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND +created_at >= ? ORDER BY +created_at"""
-# Check whether a call of another server waits for an identical request.
-AWAITED = """SELECT 1 FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
-    AND +created_at >= ? AND caller <> '' AND caller <> ? LIMIT 1"""
 # List the servers that own entries or whose calls wait.
 FIND_SERVERS = """SELECT owner AS server FROM entries WHERE owner <> '' AND {linked}
     UNION SELECT caller FROM entries WHERE caller <> '' AND delivered_at IS NULL AND {linked}"""
@@ -172,6 +170,7 @@ NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND account 
     AND created_at <= ? ORDER BY created_at DESC LIMIT 1"""
 
 LATEST = 1e12  # epoch seconds after every entry
+RECENT_S = 1.0  # an answer may report a change of the prices this much later
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
 MATCH_WITHDRAWN = Problem(
     "outcome_unknown",
@@ -283,6 +282,17 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class Undelivered:
+    """The undelivered entries of identical requests that no call of another server waits for, oldest first.
+
+    `is_awaited`: calls of other servers wait for further ones.
+    """
+
+    entries: list[Entry]
+    is_awaited: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Upload:
     """EvoLink's copy of a reference image: its URL, and the time (epoch seconds) after which the URL is not used."""
 
@@ -310,6 +320,8 @@ class Journal:
         self._mine = f"profile = '{self.profile}'"
         self._linked: set[str] = set()  # the accounts that the key can read, as recorded in the journal
         self._accounts = (_checked_account(identity),)
+        self._last_facts: dict[str, str] = {}
+        self._facts_read_at = -math.inf  # monotonic time
         self._stop_functions: list[Callable[[], None]] = []
 
     @property
@@ -368,8 +380,11 @@ class Journal:
 
     async def publish(self, notification: Notification) -> None:
         """Send a notification to the other servers of the profile. The database itself publishes a changed entry."""
-        payload = {name: value for name, value in asdict(notification).items() if value}
-        await self._backend.publish(self.channel, payload)
+        await self._backend.publish(self.channel, _payload_of(notification))
+
+    def publish_progress(self, key: str, task: Task) -> None:
+        """Send the progress of an entry's task to the other servers of the profile soon. It is not recorded."""
+        self._backend.publish_later(self.channel, _payload_of(Notification(key, task.id, task)), topic=key)
 
     def when_lost(self, stop: Callable[[], None]) -> None:
         """Call `stop` when other servers may adopt the entries of this one."""
@@ -400,19 +415,22 @@ class Journal:
         """
 
         async def act(db: Connection) -> Entry:
+            limits = [(limit, mine) for limit, mine in ((cap, self._mine), (total_cap, EVERYONE)) if limit is not None]
             has_limit = cap is not None or running is not None
             locks = (*([TOTAL_LOCK] if total_cap is not None else []), *([self.profile] if has_limit else []))
             async with db.transaction(*locks):
-                if running is not None:
-                    (row,) = await db.fetch(self._sql(COUNT_RUNNING))
-                    if row["running"] >= running:
-                        raise TooManyRunning.of(row["running"], running)
-                priced = entry if reprice is None else reprice(await self._facts(db))
-                for limit, mine in ((cap, self._mine), (total_cap, EVERYONE)):
-                    if limit is not None:
-                        sums = await _sums(db, mine, since)
-                        if sums.total + priced.estimate > limit:
-                            raise DailyLimitReached(priced, sums, is_total=mine == EVERYONE)
+                facts, count, *sums_of_limits = await db.batch(
+                    self._facts_query,
+                    (self._sql(COUNT_RUNNING), ()),
+                    *[(SUMS.format(mine=mine), values_of_sums(since)) for _, mine in limits],
+                )
+                if running is not None and count.rows[0]["running"] >= running:
+                    raise TooManyRunning.of(count.rows[0]["running"], running)
+                priced = entry if reprice is None else reprice(self._facts_of(facts.rows))
+                for (limit, mine), result in zip(limits, sums_of_limits, strict=True):
+                    sums = Sums.of(result.rows[0])
+                    if sums.total + priced.estimate > limit:
+                        raise DailyLimitReached(priced, sums, is_total=mine == EVERYONE)
                 await self._record_link(db)
                 await self._insert(db, priced)
             return priced
@@ -565,24 +583,18 @@ class Journal:
         sql = self._sql(OF_ACCOUNTS, accounts=self._account_list)
         return readable_entries(await self._fetch(sql, since, until, self.identity, limit))
 
-    async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> list[Entry]:
-        """Return undelivered entries of identical requests that no call of another server waits for, oldest first."""
+    async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> Undelivered:
+        """Return the undelivered entries of identical requests."""
         sql = self._sql(UNDELIVERED, marks=_marks(fingerprints))
 
-        async def act(db: Connection) -> list[Row]:
+        async def act(db: Connection) -> Undelivered:
             rows = await db.fetch(sql, (*fingerprints, since))
             callers = {row["caller"] for row in rows} - {"", self.owner}
-            silent = {caller for caller in callers if await db.is_silent(caller)}
-            return [row for row in rows if row["caller"] in {"", self.owner, *silent}]
+            awaiting = {caller for caller in callers if not await db.is_silent(caller)}
+            entries = readable_entries(row for row in rows if row["caller"] not in awaiting)
+            return Undelivered(entries, is_awaited=bool(awaiting))
 
-        return readable_entries(await self._backend.run(act))
-
-    async def is_awaited(self, fingerprints: tuple[str, ...], since: float) -> bool:
-        """Return whether a call of another server waits for an identical request of a client that may repeat it here."""
-        if not self.can_publish:
-            return False
-        sql = self._sql(AWAITED, marks=_marks(fingerprints))
-        return bool(await self._fetch(sql, *fingerprints, since, self.owner))
+        return await self._backend.run(act)
 
     async def known_tasks(self, task_ids: list[str]) -> set[str]:
         """Return which of these tasks have an entry, in any profile."""
@@ -689,6 +701,7 @@ class Journal:
                 await db.execute(SAVE_FACT, (self.account, name, value))
 
         await self._backend.run(act)
+        self._facts_read_at = -math.inf
         self._confirm_link()
 
     async def fact(self, name: str) -> str | None:
@@ -711,10 +724,13 @@ class Journal:
                 if value:
                     for account in self._accounts:
                         await db.execute(EMPTY_FACT, (account, name))
+                    self._last_facts.pop(name, None)
                 return value or None
 
-        # Most answers find an empty fact, so they need no lock.
-        return await self._backend.run(act) if self.identity and await self.fact(name) else None
+        # Most answers find an empty fact, so they need no lock. Most of them follow a write that read the facts.
+        is_recent = time.monotonic() - self._facts_read_at < RECENT_S
+        facts = self._last_facts if is_recent else await self.facts()
+        return await self._backend.run(act) if self.identity and facts.get(name) else None
 
     async def close(self) -> None:
         """Release all entries of this server, so that another server can adopt them at once."""
@@ -780,10 +796,18 @@ class Journal:
         entries = readable_entries(await self._fetch(self._sql(query), *values))
         return entries[0] if entries else None
 
-    async def _facts(self, db: Connection) -> dict[str, str]:
+    @property
+    def _facts_query(self) -> Statement:
         accounts = self._account_list if self.identity else self._sql(PROFILE_ACCOUNTS)
+        return self._sql(FIND_FACTS, accounts=accounts), ()
+
+    async def _facts(self, db: Connection) -> dict[str, str]:
+        return self._facts_of(await db.fetch(*self._facts_query))
+
+    def _facts_of(self, rows: Iterable[Row]) -> dict[str, str]:
+        """Return the facts in the rows of FIND_FACTS. The key's own account has precedence."""
         values: dict[str, dict[str, str]] = {}
-        for row in await db.fetch(self._sql(FIND_FACTS, accounts=accounts)):
+        for row in rows:
             values.setdefault(row["name"], {})[row["account"]] = row["value"]
         facts: dict[str, str] = {}
         for name, by_account in values.items():
@@ -791,6 +815,8 @@ class Journal:
             value = by_account.get(self.account) or (shared.pop() if len(shared) == 1 else None)
             if value is not None:
                 facts[name] = value
+        self._last_facts = facts
+        self._facts_read_at = time.monotonic()
         return facts
 
     async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
@@ -817,7 +843,21 @@ class Journal:
             await self._insert(db, replace(entry, owner=self.owner))
             return True
 
+        async def write_at_once(db: Connection) -> bool:
+            """Try to write the entry in one step. Return False if the write may need the steps of `write` and `learn`."""
+            sql, ids = (UPDATE_OWNED, ()) if entry.task is not None else (UPDATE_WITHOUT_TASK, (UNCONFIRMED_PATTERN,))
+            update = sql.format(changes=changes), (*values, entry.key, self.owner, *ids)
+            matches = UNCONFIRMED_BY_TASK, (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
+            try:
+                facts, other_entries, updated = await db.batch(self._facts_query, matches, update)
+            except UniqueViolation:
+                return False
+            is_learned = learn is None or not learn(entry, self._facts_of(facts.rows))
+            return updated.changed == 1 and not (is_certain and other_entries.rows) and is_learned
+
         async def act(db: Connection) -> bool:
+            if await write_at_once(db):
+                return True
             if learn is None or not learn(entry, await self._facts(db)):
                 return await write(db)
             async with db.transaction(self.account):
@@ -825,6 +865,7 @@ class Journal:
                 if is_written:
                     for name, value in learn(entry, await self._facts(db)).items():
                         await db.execute(SAVE_FACT, (self.account, name, value))
+                        self._last_facts[name] = value
             return is_written
 
         return await self._run_write(act, entry)
@@ -855,6 +896,10 @@ class Journal:
         if servers:
             for query in (RELEASE_CALLERS, RELEASE_OWNERS):
                 await db.execute(self._sql(query, marks=_marks(servers)), servers)
+
+
+def _payload_of(notification: Notification) -> dict[str, Any]:
+    return {name: value for name, value in asdict(notification).items() if value}
 
 
 async def _remove_requests(entries: list[Entry], db: Connection) -> int:

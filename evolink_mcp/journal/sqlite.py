@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal import search
-from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
+from evolink_mcp.journal.backend import Connection, Result, Row, Statement, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
     CHARGES,
@@ -537,18 +537,27 @@ class SqliteConnection:
 
     async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """See Connection."""
+        return self._execute(sql, values).changed
+
+    def _execute(self, sql: str, values: Sequence[Any]) -> Result:
         import sqlite3
 
         try:
-            return self._db.execute(sql, [clean_text(value) for value in values]).rowcount
+            cursor = self._db.execute(sql, [clean_text(value) for value in values])
+            return Result(cursor.fetchall(), cursor.rowcount)
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
                 raise
             raise UniqueViolation from error
 
+    async def batch(self, *statements: Statement) -> list[Result]:
+        """See Connection."""
+        with nullcontext() if self._db.in_transaction else transaction(self._db):
+            return [self._execute(sql, values) for sql, values in statements]
+
     async def fetch(self, sql: str, values: Sequence[Any] = (), *, lock_rows: bool = False) -> Sequence[Row]:
         """See Connection. A transaction locks the whole file, so `lock_rows` has no effect."""
-        return self._db.execute(sql, [clean_text(value) for value in values]).fetchall()
+        return self._execute(sql, values).rows
 
     @asynccontextmanager
     async def transaction(self, *locks: str) -> AsyncGenerator[None]:
@@ -608,6 +617,9 @@ class SqliteBackend:
         return lambda: None
 
     async def publish(self, channel: str, payload: dict[str, Any]) -> None:
+        """See Backend. SQLite has no notifications."""
+
+    def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
         """See Backend. SQLite has no notifications."""
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:

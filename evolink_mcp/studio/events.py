@@ -13,7 +13,7 @@ import anyio
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable, Problem, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, ResultImage, new_key
-from evolink_mcp.journal.journal import Journal, Learn, Notification
+from evolink_mcp.journal.journal import Journal, Learn, Undelivered
 from evolink_mcp.studio.jobs import Job, JobState, Sleep, guarded_call
 
 log = logging.getLogger(__name__)
@@ -159,20 +159,23 @@ class JournalWriter:
         """Whether the journal holds an older state of any entry."""
         return bool(self._unwritten or self._departed or self._deliveries)
 
-    async def undelivered(self, request_hash: str, since: float) -> list[Entry]:
-        """Return the newest state of identical purchases that no call waits for and no caller got, oldest first.
+    async def undelivered(self, request_hash: str, since: float) -> Undelivered:
+        """Return the newest state of identical purchases that no caller got.
 
         Raises:
             JournalUnwritable: earlier purchases are unknown.
         """
-        rows = await self.journal.undelivered((request_hash,), since)
-        # A call may end while the rows are read, so its end is looked up after that.
-        entries = [entry for entry in rows if entry.caller != self.journal.owner or entry.key in self._departed]
+        found = await self.journal.undelivered((request_hash,), since)
+        # A call may end while the entries are read, so its end is looked up after that.
+        entries = [
+            entry for entry in found.entries if entry.caller != self.journal.owner or entry.key in self._departed
+        ]
         newest = [
             replace(self._unwritten[entry.key].entry, caller=entry.caller) if entry.key in self._unwritten else entry
             for entry in entries
         ]
-        return [entry for entry in newest if entry.key not in self._deliveries and entry.delivered_at is None]
+        newest = [entry for entry in newest if entry.key not in self._deliveries and entry.delivered_at is None]
+        return replace(found, entries=newest)
 
     async def claim(self, entry: Entry) -> bool:
         """Let a call of this server wait for an undelivered entry. Return False if another call waits for it.
@@ -226,7 +229,7 @@ class JournalWriter:
         self._change(job, replace(job.entry, phase=phase, task=task, error=error))
 
     async def record_poll(self, job: Job, task: Task) -> None:
-        """EvoLink described the task. The journal records a settled status and new links; progress is only published.
+        """EvoLink described the task. The journal records a settled status and new links. Other servers learn every change.
 
         Raises:
             TaskKnown: another server recorded the same external task at the same time.
@@ -245,8 +248,8 @@ class JournalWriter:
         is_settled = before is None or (before.status != task.status and task.settled)
         if is_settled or (before is not None and before.results != task.results):
             await self._write(job, entry, self.journal.update)
-        elif before != task:
-            await self.ignore_unwritable(self.journal.publish(Notification(entry.key, task.id, task)))
+        if before != task:
+            self.journal.publish_progress(entry.key, task)
 
     def show_remote_entry(self, job: Job, entry: Entry) -> None:
         """Another server changed the entry that this job watches."""

@@ -257,7 +257,7 @@ def _state_of(entry: Entry) -> JobState:
     return JobState.SENDING if entry.phase in (Phase.SENDING, Phase.UNKNOWN) else JobState.PREPARED
 
 
-async def guarded(act: Callable[..., Awaitable[None]], *args: object) -> Problem | None:
+async def guarded(act: Callable[..., Awaitable[object]], *args: object) -> Problem | None:
     """Await `act` and return its error, if any. No error ends the server."""
     try:
         await act(*args)

@@ -73,14 +73,13 @@ class Limits:
             allowed = ", ".join(sorted(self._callback_hosts)) or "no host at all"
             raise CallbackRefused(f"the callback_url names {host}, and this server allows {allowed}")
 
-    async def check_price(self, request: ImageRequest) -> None:
-        """Check the spending limits before anything is sent or uploaded. `admit` checks them again.
+    def check_call(self, request: ImageRequest) -> None:
+        """Check the limits of one call.
 
         Raises:
             OverBudget: names the price, the limit and the largest size and quality that fit.
-            JournalUnwritable: today's sums cannot be read.
         """
-        await self._check_together([request])
+        self._check_call(request, request.price_ceiling, self._prices.current)
 
     async def check_series(self, requests: Sequence[ImageRequest], jobs: Iterable[Job]) -> None:
         """Check the limits for all purchases of a series before the first one. `jobs` are the jobs of this server.
@@ -89,7 +88,7 @@ class Limits:
 
         Raises:
             TooManyRunning: the series has more purchases than may run beside `jobs`.
-            OverBudget, JournalUnwritable: as `check_price`.
+            OverBudget, JournalUnwritable: as `check_call` and `check_days`.
         """
         limit = self._limits.running
         running = self._running(jobs)
@@ -99,13 +98,19 @@ class Limits:
                 f"{len(requests)}",
                 advice="Give fewer prompts, or wait for running tasks with get_task.",
             )
-        if requests:
-            await self._check_together(requests)
-
-    async def _check_together(self, requests: Sequence[ImageRequest]) -> None:
-        prices = self._prices.current
         for request in requests:
-            self._check_call(request, request.price_ceiling, prices)
+            self.check_call(request)
+        if requests:
+            await self.check_days(requests)
+
+    async def check_days(self, requests: Sequence[ImageRequest]) -> None:
+        """Check the limits per day before anything is uploaded. `admit` checks them again.
+
+        Raises:
+            OverBudget: names the price, the limit and the largest size and quality that fit.
+            JournalUnwritable: today's sums cannot be read.
+        """
+        prices = self._prices.current
         ceiling = sum(request.price_ceiling for request in requests)
         midnight = start_of_day(self._clock())
         for limit, read, is_total in (

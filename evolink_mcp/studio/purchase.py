@@ -79,7 +79,9 @@ class Purchaser:
         """
         request = prepared.request
         self._check_rate_limit()
-        await self._limits.check_price(request)
+        self._limits.check_call(request)
+        if prepared.references.has_uploads:
+            await self._limits.check_days([request])
         body = await self._references.upload_all(prepared.references)
         journal = self._writer.journal
         return Entry(

@@ -104,7 +104,7 @@ class JobRunner:
         """
         now = self._timing.clock()
         earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
-        return not prepared.request.force_new and any(entry.is_reusable(now) for entry in earlier)
+        return not prepared.request.force_new and any(entry.is_reusable(now) for entry in earlier.entries)
 
     def attend(self, job: Job) -> None:
         """Register one more waiting call with a job, until `depart`."""
@@ -121,19 +121,24 @@ class JobRunner:
             await self._writer.remove_caller(job.entry.key)
 
     async def _find(self, prepared: Prepared) -> Job | None:
-        await self.adopt()
-        hashes = (prepared.request_hash,)
-        since = self._timing.clock() - DEDUPLICATE_WITHIN_S
-        job = await self._claim(prepared)
-        if job is None and (self._has_waiting(prepared.request_hash) or await self._journal.is_awaited(hashes, since)):
+        if self._journal.adopt_every_s is None:
+            await self.adopt()
+        job, is_awaited = await self._claim(prepared)
+        if job is None and (is_awaited or self._has_waiting(prepared.request_hash)):
             # Over HTTP the cancellation of a call may arrive after the same call, sent later.
             await self._timing.sleep(LATE_CANCELLATION_S)
-            job = await self._claim(prepared)
+            job, _ = await self._claim(prepared)
         return job
 
-    async def _claim(self, prepared: Prepared) -> Job | None:
+    async def _claim(self, prepared: Prepared) -> tuple[Job | None, bool]:
+        """Return the job of an earlier undelivered purchase, and whether a call of another server waits for such a one.
+
+        A client may repeat a call at another server. Servers with a common file belong to different clients.
+        """
         now = self._timing.clock()
-        for entry in await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S):
+        earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
+        is_awaited = earlier.is_awaited and self._journal.can_publish
+        for entry in earlier.entries:
             job = self.job_of(entry.key)
             is_abandoned = job is not None and job.is_abandoned
             if is_abandoned or not entry.is_reusable(now):
@@ -152,8 +157,8 @@ class JobRunner:
                     self.attend(job)
                     job.is_deduplicated = True
                     job.copy_name = copy_name
-                    return job
-        return None
+                    return job, is_awaited
+        return None, is_awaited
 
     def _has_waiting(self, request_hash: str) -> bool:
         """Return whether a call on this server waits for an identical request."""
@@ -206,17 +211,17 @@ class JobRunner:
             await self._writer.record_confirmation(job)
             await self._writer.release(job)
 
-    async def receive_callback(self, key: str, task_id: str) -> None:
-        """EvoLink called the address of this entry: the task has ended. Poll it.
+    async def receive_callback(self, key: str, task_id: str) -> bool:
+        """EvoLink called the address of this entry: the task has ended. Poll it. Return whether this server follows the task.
 
         If the answer to the POST was lost, the callback names the entry's task.
         """
         job = self.job_of(key)
         entry = job.entry if job is not None else await self._writer.entry_by_key(key)
         if entry is None or entry.phase in (Phase.REFUSED, Phase.UNSENT, Phase.EXTERNAL):
-            return
+            return False
         if not self._journal.is_linked(entry.account):  # a studio with another key of the profile serves it
-            return
+            return False
         if entry.task is None or entry.is_unconfirmed:
             self._purchaser.reconciler.add_callback(key, task_id)
         if job is not None:
@@ -225,11 +230,13 @@ class JobRunner:
                 job.callback = Callback.RECEIVED if is_own_task else Callback.EXPECTED
             if is_own_task and not job.has_remote_owner:
                 job.poll_now()
+                return True
         elif entry.phase in (Phase.SENDING, Phase.UNKNOWN):
             # The owner may be dead and not know the task. Then this server continues the entry with the callback.
             await self.resume(entry)
         elif entry.is_unconfirmed and entry.task_id == task_id:
             await self.confirm(Job(entry))
+        return False
 
     async def _acquire(self, key: str, *, if_unknown: bool = False) -> bool:
         """Become the owner of an entry. Return `if_unknown` if the journal cannot be used."""

@@ -416,9 +416,9 @@ class Studio:
         return await self.client.balance()
 
     async def receive_callback(self, key: str, task_id: str) -> None:
-        """EvoLink called the address of this entry. Notify the account's other servers too."""
-        await self._runner.receive_callback(key, task_id)
-        await self._writer.ignore_unwritable(self.journal.publish(Notification(key, task_id, is_callback=True)))
+        """EvoLink called the address of this entry. Unless this server follows the task, notify the others of the account."""
+        if not await self._runner.receive_callback(key, task_id):
+            await self._writer.ignore_unwritable(self.journal.publish(Notification(key, task_id, is_callback=True)))
 
     def subscribe(self, subscriber: Callable[[str], Awaitable[None]]) -> None:
         """Await `subscriber` with the ID of each changed task. Its errors are logged and stop nothing."""

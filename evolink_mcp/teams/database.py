@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import psycopg
@@ -40,6 +40,7 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
 RECONNECT_AFTER_S = 0.5
 CLOSE_WITHIN_S = 2.0
 CURRENT_SESSION = "SELECT pg_backend_pid()"
+NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message WHERE evolink_has_other_server(%s)"
 POOLER_TESTS = 2
 SHARED_SESSIONS = (
     "a pooler such as PgBouncer gives each transaction another session, and a server needs one session for its lease: "
@@ -72,6 +73,7 @@ class Database:
         self._connected_at = -math.inf  # monotonic time of the start of the session
         self._listeners: list[tuple[str, Callable[[dict[str, Any]], None]]] = []
         self._stops: list[Callable[[], None]] = []
+        self._later: dict[str, tuple[str, dict[str, Any]]] = {}  # topic -> channel and payload
         self._last: dict[str, asyncio.Task[Any]] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self.failures = Counter({"action": 0, "session": 0})
@@ -112,9 +114,13 @@ class Database:
         Raises:
             JournalUnwritable: The database does not answer.
         """
-        message = f"{channel} {json.dumps({'by': self.owner, **payload})}"
-        if len(message) <= PAYLOAD_MAX_BYTES:
-            await self.run(lambda db: db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, message)))
+        messages = self._messages((channel, payload))
+        if messages:
+            await self.run(lambda db: db.execute(NOTIFY.encode(), (CHANNEL, messages, self.owner)))
+
+    def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
+        """Send a payload with the next heartbeat, so that it needs no transaction. Only the newest of a topic is sent."""
+        self._later[topic] = (channel, payload)
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
         """Call `stop` when other servers may adopt the entries of this one. Return the function that cancels that."""
@@ -255,8 +261,12 @@ class Database:
         async for notify in session.notifies(timeout=self._heartbeat_s):
             self._receive(notify)
         sent_at = time.monotonic()
-        async with asyncio.timeout(2 * self._heartbeat_s):
+        messages = self._messages(*self._later.values())
+        self._later.clear()
+        async with asyncio.timeout(2 * self._heartbeat_s), session.transaction() if messages else nullcontext():
             await self._lease.renew(session)
+            if messages:
+                await session.execute(NOTIFY.encode(), (CHANNEL, messages, self.owner))
         self._renew(sent_at)
 
     def _renew(self, sent_at: float) -> None:
@@ -282,6 +292,11 @@ class Database:
             self._deadline.cancel()
         remaining_s = self._alive_until - time.monotonic() if self._is_working else self.times.stop_after_s
         self._deadline = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._lost)
+
+    def _messages(self, *payloads: tuple[str, dict[str, Any]]) -> list[str]:
+        """Return the messages to channels. Leave out those that are too long for PostgreSQL."""
+        messages = [f"{channel} {json.dumps({'by': self.owner, **payload})}" for channel, payload in payloads]
+        return [message for message in messages if len(message) <= PAYLOAD_MAX_BYTES]
 
     def _receive(self, notify: psycopg.Notify) -> None:
         channel, _, message = notify.payload.partition(" ")

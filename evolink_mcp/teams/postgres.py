@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import psycopg
 from psycopg import errors
+from psycopg.rows import DictRow
 
-from evolink_mcp.journal.backend import Connection, Row, UniqueViolation, clean_text
+from evolink_mcp.journal.backend import Connection, Result, Row, Statement, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import HAS_WORD, Journal, Selection
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
@@ -32,18 +34,21 @@ class PostgresConnection:
 
     async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
         """See Connection."""
-        try:
-            cursor = await self._db.execute(translate(sql), [clean_text(value) for value in values])
-        except errors.UniqueViolation as error:
-            if error.diag.constraint_name != UNIQUE_TASK:
-                raise
-            raise UniqueViolation from error
-        return cursor.rowcount
+        with _duplicate_task():
+            return (await self._execute(sql, values)).rowcount
+
+    async def batch(self, *statements: Statement) -> list[Result]:
+        """See Connection. PostgreSQL runs the statements of a pipeline as one transaction."""
+        with _duplicate_task():
+            async with self._db.pipeline():
+                cursors = [await self._execute(sql, values) for sql, values in statements]
+            return [
+                Result(await cursor.fetchall() if cursor.description else (), cursor.rowcount) for cursor in cursors
+            ]
 
     async def fetch(self, sql: str, values: Sequence[Any] = (), *, lock_rows: bool = False) -> Sequence[Row]:
         """See Connection."""
-        statement = translate(f"{sql} FOR UPDATE" if lock_rows else sql)
-        return await (await self._db.execute(statement, [clean_text(value) for value in values])).fetchall()
+        return await (await self._execute(f"{sql} FOR UPDATE" if lock_rows else sql, values)).fetchall()
 
     @asynccontextmanager
     async def transaction(self, *locks: str) -> AsyncGenerator[None]:
@@ -60,6 +65,9 @@ class PostgresConnection:
     async def is_silent(self, owner: str) -> bool:
         """See Connection."""
         return await self._database.is_silent(self._db, owner)
+
+    async def _execute(self, sql: str, values: Sequence[Any]) -> psycopg.AsyncCursor[DictRow]:
+        return await self._db.execute(translate(sql), [clean_text(value) for value in values])
 
 
 class PostgresBackend:
@@ -101,6 +109,10 @@ class PostgresBackend:
         """See Backend."""
         await self._database.publish(channel, payload)
 
+    def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
+        """See Backend."""
+        self._database.publish_later(channel, payload, topic=topic)
+
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
         """See Backend."""
         return self._database.when_lost(stop)
@@ -141,6 +153,17 @@ class PostgresJournal(Journal):
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
         return await super()._select(db, replace(selection, words=tuple(map(like_pattern, selection.words))), limit)
+
+
+@contextmanager
+def _duplicate_task() -> Generator[None]:
+    """Translate PostgreSQL's error for a task that another entry has."""
+    try:
+        yield
+    except errors.UniqueViolation as error:
+        if error.diag.constraint_name != UNIQUE_TASK:
+            raise
+        raise UniqueViolation from error
 
 
 @lru_cache(maxsize=1000)

@@ -31,7 +31,7 @@ from evolink_mcp.teams.database_url import Address
 TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts|sums)\b")
 # The condition for an entry with a word. An index with trigrams supports LIKE. The value is a `like_pattern`.
 LIKE_WORD = "words LIKE ?"
-# A trigger publishes each visible change of an entry: "{Journal.channel of the profile} {JSON}". `by` is the server.
+# A trigger publishes the visible changes of an entry: "{Journal.channel of the profile} {JSON}". `by` is the server.
 # PostgreSQL knows one channel for all profiles.
 CHANNEL = "evolink_mcp"
 # The tables of unpublished builds, and the statements that move them away.
@@ -161,6 +161,30 @@ VERSIONS = (
     ALTER TABLE evolink_servers ADD COLUMN IF NOT EXISTS lease_until TIMESTAMPTZ,
         ADD COLUMN IF NOT EXISTS fenced_at TIMESTAMPTZ, ADD COLUMN IF NOT EXISTS timeline TEXT NOT NULL DEFAULT '',
         ADD COLUMN IF NOT EXISTS awaited_on TEXT;
+    """,
+    # Each notification costs each server a transaction. The release of an entry notifies of all its last changes, and the
+    # heartbeat of its owner of its progress, so other changes notify only if no release follows soon. A single server has
+    # nobody to notify.
+    f"""
+    DROP TRIGGER IF EXISTS evolink_changed ON evolink_entries;
+    CREATE OR REPLACE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$
+        DECLARE changed_by TEXT := CASE WHEN NEW.owner = '' THEN OLD.owner ELSE NEW.owner END;
+        BEGIN
+            IF evolink_has_other_server(changed_by) THEN
+                PERFORM pg_notify('{CHANNEL}', left(encode(sha256(convert_to(NEW.profile, 'UTF8')), 'hex'), 32) || ' ' ||
+                    json_build_object('by', changed_by, 'key', NEW.key, 'task_id', NEW.task_id));
+            END IF;
+            RETURN NULL;
+        END
+    $$;
+    CREATE OR REPLACE FUNCTION evolink_has_other_server(server TEXT) RETURNS BOOLEAN LANGUAGE sql STABLE AS $$
+        SELECT EXISTS (SELECT FROM evolink_servers
+            WHERE lease_until > clock_timestamp() AND 'server-' || number <> server)
+    $$;
+    CREATE TRIGGER evolink_changed AFTER UPDATE OF images, error, owner ON evolink_entries FOR EACH ROW
+        WHEN (NEW.owner = '' AND OLD.owner <> ''
+            OR (NEW.images <> OLD.images OR NEW.error IS DISTINCT FROM OLD.error) AND (OLD.owner = '' OR NOT NEW.closed))
+        EXECUTE FUNCTION evolink_publish();
     """,
 )
 

@@ -108,6 +108,13 @@ async def test_a_local_picture_goes_out_as_an_uploaded_url(
     assert answer.structured_content["request"]["image_urls"] == [url]
 
 
+async def test_nothing_is_uploaded_for_an_order_above_the_limit_per_day(open_desk: Open, desk: Path) -> None:
+    async with open_desk({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.001"}) as world:
+        answer = await edit(world, str(desk / "cat.png"))
+    assert answer.structured_content["error"]["code"] == "over_budget"
+    assert (world.simulator.uploads, world.posts) == ({}, 0)
+
+
 async def test_an_upload_tells_no_name_of_a_file_or_folder(open_desk: Open, desk: Path) -> None:
     async with open_desk() as world:
         await edit(world, str(desk / "cat.png"))

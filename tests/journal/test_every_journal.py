@@ -149,10 +149,10 @@ def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> 
         images=(ResultImage(0, "u", NOW, path="/x"),),
     )
     dead.intend(finished_entry)
-    assert heir.undelivered(("f",), 0) == []
+    assert heir.undelivered(("f",), 0).entries == []
     dead.close()
     assert heir.adopt() == []
-    assert [item.key for item in heir.undelivered(("f",), 0)] == [finished_entry.key]
+    assert [item.key for item in heir.undelivered(("f",), 0).entries] == [finished_entry.key]
 
 
 @pytest.mark.parametrize(
@@ -181,8 +181,8 @@ def test_a_profile_sees_only_its_own_entries_although_another_one_uses_the_same_
     assert ben.recent(9) == []
     assert ben.by_key(hers.key) is None
     assert ben.by_task("task-unified-1") is None
-    assert ben.undelivered(("f", "g"), 0) == []
-    assert anna.undelivered(("f", "g"), 0) == [hers]
+    assert ben.undelivered(("f", "g"), 0).entries == []
+    assert anna.undelivered(("f", "g"), 0).entries == [hers]
     assert (ben.sums_since(0).total, anna.sums_since(0).total) == (0.0, 2.0)
     assert ben.acquire(hers.key) is False
     assert ben.find_upload("ab", 0) is None
@@ -205,7 +205,7 @@ def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(opened:
     assert second.by_key(finished_entry.key) == second.by_task("task-unified-1") == finished_entry
     assert second.sums_since(0).total == 2.0
     dead.close()
-    assert second.undelivered(("f",), 0) == []
+    assert second.undelivered(("f",), 0).entries == []
     assert second.adopt() == []
     assert second.acquire(finished_entry.key) is False
     assert first.adopt() == [replace(finished_entry, owner=first.owner)]
@@ -233,7 +233,7 @@ def test_a_linked_key_works_on_the_entries_of_the_earlier_key(opened: Open) -> N
     assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("b2", False, None)
     new.link("a1")
     assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("a1", True, "one")
-    assert new.undelivered(("f",), 0) == [replace(finished_entry, owner="")]
+    assert new.undelivered(("f",), 0).entries == [replace(finished_entry, owner="")]
     assert new.adopt() == [replace(finished_entry, owner=new.owner)]
     assert same.read_links() == []
     assert same.account == "a1"
@@ -247,7 +247,7 @@ def test_a_key_with_entries_keeps_its_account_when_it_is_linked_to_another_one(o
     assert second.read_links() == ["a1"]
     second.link("a1")
     assert second.account == "b2"
-    assert second.undelivered(("f",), 0) == [early, late]
+    assert second.undelivered(("f",), 0).entries == [early, late]
     again = opened("b2")
     again.read_links()
     assert (again.account, again.is_linked("a1")) == ("b2", True)
@@ -294,12 +294,12 @@ def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
 def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
     first, second = opened(), opened()
     first.intend(own_entry := entry(first, fingerprint="f", caller=first.owner))
-    assert (second.undelivered(("f",), 0), second.claim(own_entry.key)) == ([], False)
+    assert (second.undelivered(("f",), 0).entries, second.claim(own_entry.key)) == ([], False)
     second.remove_caller(own_entry.key)
-    assert second.undelivered(("f",), 0) == []
+    assert second.undelivered(("f",), 0).entries == []
     first.remove_caller(own_entry.key)
-    assert [row.key for row in second.undelivered(("e", "f"), NOW)] == [own_entry.key]
-    assert second.undelivered(("f",), NOW + 1) == []
+    assert [row.key for row in second.undelivered(("e", "f"), NOW).entries] == [own_entry.key]
+    assert second.undelivered(("f",), NOW + 1).entries == []
     assert (second.claim(own_entry.key), first.claim(own_entry.key)) == (True, False)
     first.deliver(own_entry.key, NOW + 1)
     second.remove_caller(own_entry.key)

@@ -50,3 +50,30 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
     assert after is not None
     assert (after.task_id, after.is_unconfirmed) == (TASK.id, False)
     assert (sums.spent, sums.reserved) == (0.2, 2.0)
+
+
+async def test_a_certain_task_ends_an_unconfirmed_match_in_another_profile(open_world: Open) -> None:
+    """The two entries can exist at once, so no rule of the database finds the wrong one."""
+    async with open_world({"EVOLINK_MCP_PROFILE": "other"}) as other, open_world() as world:
+        entries: list[Entry] = []
+        for journal in (other.studio.journal, world.studio.journal):
+            entry = Entry(new_key(), journal.owner, Phase.SENDING, world.clock(), account=journal.account)
+            entries.append(await journal.intend(entry))
+        matched, own_entry = entries
+        await other.studio.journal.update(replace(matched, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
+        assert await world.studio.journal.update(replace(own_entry, phase=Phase.SUBMITTED, task=TASK))
+        before = await other.studio.journal.by_key(matched.key)
+    assert before is not None
+    assert (before.phase, before.task) == (Phase.UNKNOWN, None)
+
+
+async def test_a_state_without_a_task_never_removes_the_certain_task(open_world: Open) -> None:
+    async with open_world() as world:
+        journal = world.studio.journal
+        entry = Entry(new_key(), journal.owner, Phase.SENDING, world.clock(), account=journal.account)
+        await journal.intend(entry)
+        await journal.update(replace(entry, phase=Phase.SUBMITTED, task=TASK))
+        assert not await journal.update(replace(entry, phase=Phase.UNKNOWN))
+        newest = await journal.by_key(entry.key)
+    assert newest is not None
+    assert newest.task_id == TASK.id

@@ -79,6 +79,9 @@ class StepBackend:
     async def publish(self, channel: str, payload: dict[str, Any]) -> None:
         pass
 
+    def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
+        pass
+
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 

@@ -389,6 +389,9 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
         async def release(self, key: str) -> None:
             written.append((key, "released"))
 
+        def publish_progress(self, key: str, task: Task) -> None:
+            pass
+
     book = Book()
     writer = JournalWriter(book, Events())  # pyright: ignore[reportArgumentType]
     jobs = [Job(Entry(key, "o", "submitted", 1.0, account="a")) for key in ("first", "second")]
