@@ -3,6 +3,8 @@
 Callers of 20 tenants send requests within five seconds and wait. `tests/teams/crowd.py --calm` runs them and checks that
 each image was bought once and reached its tenant. All processes share the machine, so two servers do not help if its cores
 are busy. The CPU time of the servers per request shows the capacity of a separate core.
+
+`tests/teams/idle.py` measures a server without work. Its transactions are heartbeats and searches for dead servers.
 """
 
 from __future__ import annotations
@@ -18,12 +20,19 @@ from benchmarks.processes import ROOT
 
 TITLE = "Servers of a team"
 POLL_REQUESTS_MAX = 2.0
+IDLE_TENANTS = (1, 100, 10_000)
+IDLE_TRANSACTIONS_MAX = 5.0
+IDLE_TENANT_KB_MAX = 50.0
 
 
 def run(quick: bool) -> list[Figure]:
     if shutil.which("nginx") is None:
         print("teams: needs nginx and PostgreSQL (apt-get install nginx-light postgresql)", file=sys.stderr)
         return []
+    return [*_figures_of_crowd(quick), *_figures_of_idle_server(quick)]
+
+
+def _figures_of_crowd(quick: bool) -> list[Figure]:
     callers = 40 if quick else 200
     single = _crowd(callers, 1)
     double = _crowd(callers, 2)
@@ -50,11 +59,36 @@ def run(quick: bool) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _crowd(callers: int, servers: int) -> dict[str, Any]:
-    command = [
-        sys.executable, "tests/teams/crowd.py", "--calm", "--callbacks", "--callers", str(callers), "--servers", str(servers),
+def _figures_of_idle_server(quick: bool) -> list[Figure]:
+    seconds = 10 if quick else 30
+    idle = {tenants: _run("tests/teams/idle.py", tenants=tenants, seconds=seconds) for tenants in IDLE_TENANTS}
+    called = _run("tests/teams/idle.py", tenants=100, calls=100, seconds=seconds)
+    most = max(IDLE_TENANTS)
+    tenant_kb = 1000 * (idle[most]["memory_mb"] - idle[1]["memory_mb"]) / (most - 1)
+    called_kb = 1000 * (called["memory_mb"] - idle[100]["memory_mb"]) / 100
+    return [
+        *(
+            Figure(f"transactions per second of an idle server, {tenants:,} tenants", result["transactions_per_s"], "/s",
+                   IDLE_TRANSACTIONS_MAX, f"{100 * result['core']:.1f} % of one core")
+            for tenants, result in idle.items()
+        ),
+        Figure("the same after each of 100 tenants called once", called["transactions_per_s"], "/s", IDLE_TRANSACTIONS_MAX,
+               f"{called_kb:.0f} kB per tenant until an hour after its last call"),
+        Figure("memory per idle tenant of the tokens file", tenant_kb, "kB", IDLE_TENANT_KB_MAX,
+               f"{idle[most]['memory_mb']:.0f} MB with {most:,} tenants"),
     ]  # fmt: skip
+
+
+def _crowd(callers: int, servers: int) -> dict[str, Any]:
+    return _run("tests/teams/crowd.py", "--calm", "--callbacks", callers=callers, servers=servers)
+
+
+def _run(script: str, *flags: str, **options: int) -> dict[str, Any]:
+    """Run a script. Return the JSON in its output."""
+    command = [sys.executable, script, *flags]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
     run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if run.returncode:
-        raise RuntimeError(f"tests/teams/crowd.py failed:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
+        raise RuntimeError(f"{script} failed:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
     return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))

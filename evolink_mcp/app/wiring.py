@@ -40,7 +40,8 @@ class StudioParts:
 
     `tenant`: the only caller; the studio shows no other tenant's entries. `has_other_tenants`: other tenants spend from
     the same account. `make_journal` takes the identity of the key and the profile. `make_image_store` takes the client,
-    the journal and the decoder. `observe` receives the outcome of each HTTP request to EvoLink.
+    the journal and the decoder. `is_maintained`: see StudioOptions. `observe` receives the outcome of each HTTP request
+    to EvoLink.
     """
 
     tenant: str = ""
@@ -49,6 +50,7 @@ class StudioParts:
     make_journal: MakeJournal | None = None
     make_image_store: MakeImageStore | None = None
     poller: Poller | None = None
+    is_maintained: bool = False
     callbacks: CallbackAddresses | None = None
     subscribers: tuple[Subscriber, ...] = ()
     observe: Observe = ignore
@@ -116,6 +118,7 @@ async def open_studio(
             key_problem=settings.key_problem,
             callbacks=parts.callbacks,
             poller=parts.poller,
+            is_maintained=parts.is_maintained,
             subscribers=parts.subscribers,
             timing=Timing(clock, sleep, pause),
         )

@@ -16,13 +16,14 @@ from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.cli.process import exit_within_deadline, start_garbage_collection
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.sanitize import harmless
+from evolink_mcp.teams.adopter import Adopter
 from evolink_mcp.teams.app import (
     Readiness,
     guarded_app,
     hostnames_of,
     metrics_for,
-    resume_tenants,
     studio_app,
+    studio_mcp_app,
     tenants_app,
 )
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -125,22 +126,28 @@ class _HttpServer:
             studios = self.make_studios(self.settings, database, self.decoder, group)
             if self.authenticator is None:
                 studio, settings = await stack.enter_async_context(studios.open())
-                app: Any = studio_app(studio, settings, studios, make_mcp_app)
+                mcp = studio_mcp_app(studio, settings, studios, make_mcp_app)
+                app: Any = studio_app(mcp, studio, settings, studios)
+                receive_callback = studios.receive_callback
             else:
-                tenants = tenants_app(studios, self.authenticator, group, make_mcp_app)
-                group.start_soon(resume_tenants, studios, tenants, self.authenticator)
+                app = tenants_app(studios, self.authenticator, group, make_mcp_app)
+                adopter = Adopter(studios, app, self.authenticator)
+                receive_callback = adopter.receive_callback
+                group.start_soon(adopter.run)
+                group.start_soon(studios.forget_loop)
                 if self.authenticator.issuer is not None:
                     group.start_soon(self.authenticator.issuer.refresh_loop)
-                app = tenants
-            exit_code = await self._serve(app, studios, group, hostnames)
+            readiness = Readiness(self.settings, self.authenticator, database)
+            guard = guarded_app(app, studios, self.authenticator, hostnames, readiness, receive_callback)
+            exit_code = await self._serve(guard, readiness, studios, group, hostnames)
             group.cancel_scope.cancel()
             return exit_code
         raise AssertionError("unreachable")
 
-    async def _serve(self, app: Any, studios: Studios, group: anyio.abc.TaskGroup, hostnames: list[str]) -> int:
+    async def _serve(
+        self, guard: HttpGuard, readiness: Readiness, studios: Studios, group: anyio.abc.TaskGroup, hostnames: list[str]
+    ) -> int:
         options = self.options
-        readiness = Readiness(self.settings, self.authenticator, studios.database)
-        guard = guarded_app(app, studios, self.authenticator, hostnames, readiness)
         self._publish_card(guard)
         metrics = metrics_for(studios, guard, readiness)
         if metrics is not None:
@@ -192,7 +199,7 @@ class _HttpServer:
         if self.authenticator is None:
             return "every program of this machine" if is_loopback(self.options.host) else "everyone who reaches it"
         oauth = self.settings.oauth
-        count = len({tenant.name for tenant in self.authenticator.tenants})
+        count = len(self.authenticator.tenants)
         callers = (
             [f"{'one tenant' if count == 1 else f'{count} tenants'} of {self.settings.tokens_file}"] if count else []
         )

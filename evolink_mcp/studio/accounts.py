@@ -26,7 +26,7 @@ REFUSALS = (400, 403, NOT_FOUND, 410)
 class AccountLinker:
     """Test once per account of the profile whether EvoLink lets this key read one of the account's recent tasks.
 
-    A test is free. The journal records a link. The next server repeats a test that failed.
+    A test is free. The journal records a link. The next server repeats a test that failed. `is_complete`: all are tested.
     """
 
     def __init__(self, client: EvolinkClient, journal: Journal, timing: Timing) -> None:
@@ -35,7 +35,7 @@ class AccountLinker:
         self._timing = timing
         self._lock = anyio.Lock()
         self._next_try_at = 0.0
-        self._is_complete = not client.has_key
+        self.is_complete = not client.has_key
 
     async def link(self) -> None:
         """Link the key to every account that it can read. Return at once if all accounts are tested.
@@ -44,14 +44,14 @@ class AccountLinker:
             Refused: EvoLink did not answer. The same call may be repeated.
             JournalUnwritable: the accounts are unknown.
         """
-        if self._is_complete:
+        if self.is_complete:
             return
         async with self._lock:
-            if self._is_complete:
+            if self.is_complete:
                 return
             for account in await self._journal.read_links():
                 await self._test(account)
-            self._is_complete = True
+            self.is_complete = True
 
     async def try_to_link(self) -> None:
         """Do the same as `link`, but log an error. After an error do nothing for TRY_AGAIN_AFTER_S seconds."""

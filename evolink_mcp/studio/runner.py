@@ -231,8 +231,9 @@ class JobRunner:
             if is_own_task and not job.has_remote_owner:
                 job.poll_now()
                 return True
-        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN) and await self._acquire(key):
-            self._begin(entry, self._continue)
+        elif entry.phase in (Phase.SENDING, Phase.UNKNOWN):
+            # The owner may be dead and not know the task. Then this server continues the entry with the callback.
+            await self.resume(entry)
         elif entry.is_unconfirmed and entry.task_id == task_id:
             await self.confirm(Job(entry))
         return False

@@ -51,7 +51,8 @@ class StudioOptions:
     `retention_days`: the age at which finished entries lose their request; None keeps it. `has_metadata`: derived files
     contain prompt, task ID and model.
     `key_problem`: the reason why there is no usable key. `callbacks`: the addresses for EvoLink's callbacks. `poller`:
-    a poller that several studios of the account share. `subscribers` receive the events of all jobs.
+    a poller that several studios of the account share. `is_maintained`: the server process calls `adopt` and removes old
+    requests for all its studios, so this studio has no loop for that. `subscribers` receive the events of all jobs.
     """
 
     spending_limits: SpendingLimits = field(default_factory=SpendingLimits)
@@ -64,6 +65,7 @@ class StudioOptions:
     key_problem: str | None = None
     callbacks: CallbackAddresses | None = None
     poller: Poller | None = None
+    is_maintained: bool = False
     subscribers: tuple[Subscriber, ...] = ()
     timing: Timing = field(default_factory=Timing)
 
@@ -151,9 +153,10 @@ class Studio:
         self._is_draining = False
         self._has_caller = anyio.Event()
         group.start_soon(writer.flush_loop, timing.idle)
-        group.start_soon(self._adopt_loop)
-        if options.retention_days is not None:
-            group.start_soon(self._forget_loop, options.retention_days * DAY_S)
+        if not options.is_maintained:
+            group.start_soon(self._adopt_loop)
+            if options.retention_days is not None:
+                group.start_soon(self._forget_loop, options.retention_days * DAY_S)
 
     async def stop(self) -> None:
         """Give POSTs in progress SUBMIT_GRACE_S seconds to end."""
@@ -391,10 +394,19 @@ class Studio:
     async def wake(self) -> None:
         """A caller is here: adopt the entries of dead servers now."""
         self._has_caller.set()
+        await self._writer.ignore_unwritable(self.adopt())
+
+    async def adopt(self) -> bool:
+        """Adopt the entries of dead servers. Return whether it is certain which accounts the key can read.
+
+        Raises:
+            JournalUnwritable: the open entries are unknown.
+        """
         if self.client.has_key:
             with anyio.move_on_after(LINK_WITHIN_S):
                 await self._linker.try_to_link()
-            await self._writer.ignore_unwritable(self._runner.adopt())
+            await self._runner.adopt()
+        return self._linker.is_complete
 
     async def take_price_changes(self) -> dict[str, Change]:
         """Return the price changes that no answer has reported, by their kind. Of several servers one gets each change."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -17,16 +18,14 @@ from starlette.types import ASGIApp
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
-from evolink_mcp.journal.entry import account_id_of
-from evolink_mcp.journal.profile import profile_id
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
-from evolink_mcp.teams.callback_routes import CallbackEndpoint
+from evolink_mcp.teams.callback_routes import CallbackEndpoint, ReceiveCallback
 from evolink_mcp.teams.callbacks import PATH as CALLBACKS
 from evolink_mcp.teams.object_store import PATH as PICTURES
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios, callbacks_of
-from evolink_mcp.teams.tenants import TenantLimitReached, Tenants, lifespan, temporary_max_for
+from evolink_mcp.teams.tenants import LateApp, Tenants, unlisted_max_for
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.teams.uploads import UPLOADS_PATH, StoredPictures, UploadApp
 from evolink_mcp.transports.connections import descriptor_limit
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ORPHAN_CHECK_INTERVAL_S = 5.0
 KEY_CHECK_INTERVAL_S = 60.0
 KEY_CHECK_TIMEOUT_S = 3.0
 ENTRIES_TIMEOUT_S = 2.0
@@ -122,13 +120,17 @@ class Readiness:
         authenticator = self._authenticator
         if authenticator is None:
             return False
-        return authenticator.accepts_caller_keys or any(tenant.evolink_key for tenant in authenticator.tenants)
+        return authenticator.accepts_caller_keys or any(tenant.evolink_key for tenant in authenticator.tenants.values())
 
 
-def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mcp_app: MakeMcpApp) -> UploadApp:
-    """Return the ASGI app of one studio: MCP and `PUT /uploads`."""
+def studio_mcp_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mcp_app: MakeMcpApp) -> ASGIApp:
+    """Return the ASGI app of one studio for MCP."""
     server = server_for(studio, settings, secrets=settings.secrets)
-    app = make_mcp_app(server, studio.journal, turns=studios.turns)
+    return make_mcp_app(server, studio.journal, turns=studios.turns)
+
+
+def studio_app(app: ASGIApp, studio: Studio, settings: TeamSettings, studios: Studios) -> UploadApp:
+    """Return the ASGI app of one studio: `app` for MCP, and `PUT /uploads`."""
     return UploadApp(
         app,
         studio,
@@ -141,23 +143,20 @@ def studio_app(studio: Studio, settings: TeamSettings, studios: Studios, make_mc
 
 def tenants_app(
     studios: Studios, authenticator: TeamAuthenticator, group: anyio.abc.TaskGroup, make_mcp_app: MakeMcpApp
-) -> Tenants:
+) -> Tenants[UploadApp]:
     """Return the ASGI app of all tenants. Their studios run in `group`."""
 
     @asynccontextmanager
     async def open_app(tenant: Tenant) -> AsyncGenerator[UploadApp]:
-        async with studios.open(tenant) as (studio, settings):
-            app = studio_app(studio, settings, studios, make_mcp_app)
-            async with lifespan(app):
-                yield app
+        async with studios.open(tenant) as (studio, settings), AsyncExitStack() as stack:
+            make = partial(studio_mcp_app, studio, settings, studios, make_mcp_app)
+            yield studio_app(LateApp(make, studios.turns, stack), studio, settings, studios)
 
-    # Tenants of the tokens file stay open, because they adopt orphans of their accounts.
     return Tenants(
         group,
         open_app,
-        lambda tenant: tenant in authenticator.tenants,
-        temporary_max=temporary_max_for(descriptor_limit()),
-        turns=studios.turns,
+        lambda tenant: authenticator.tenants.get(tenant.name) == tenant,
+        unlisted_max=unlisted_max_for(descriptor_limit()),
     )
 
 
@@ -167,6 +166,7 @@ def guarded_app(
     authenticator: TeamAuthenticator | None,
     hostnames: Sequence[str],
     readiness: Readiness,
+    receive_callback: ReceiveCallback,
 ) -> HttpGuard:
     """Return `app` behind the HTTP guard, with the paths for callbacks, stored images and OAuth metadata."""
     endpoints: list[Endpoint] = []
@@ -175,7 +175,7 @@ def guarded_app(
             Endpoint(
                 ("POST",),
                 CALLBACKS,
-                CallbackEndpoint(callbacks, studios.receive_callback, studios.metrics.count_callback),
+                CallbackEndpoint(callbacks, receive_callback, studios.metrics.count_callback),
             )
         )
     store = studios.object_store
@@ -216,33 +216,3 @@ def metrics_for(studios: Studios, guard: HttpGuard, readiness: Readiness) -> Met
     )
     guard.add_endpoint(Endpoint(("GET",), PATH, MetricsPage(metrics, token), is_public=token is not None))
     return metrics
-
-
-async def resume_tenants(
-    studios: Studios,
-    tenants: Tenants,
-    authenticator: TeamAuthenticator,
-    *,
-    interval_s: float = ORPHAN_CHECK_INTERVAL_S,
-) -> None:
-    """Open all tenants of the tokens file, so that they resume their work. Then adopt orphans forever.
-
-    Orphans are entries of dead servers whose tenants may never call again, for example callers with a JWT.
-    Only a team's database has them.
-    """
-    for tenant in authenticator.tenants:
-        await tenants.app(tenant)
-    settings = studios.settings
-    if studios.database is None or settings.key is None:
-        return
-    from evolink_mcp.teams.orphans import tenants_left
-
-    identity = account_id_of(settings.key.get_secret_value(), settings.base_url)
-    while True:
-        await anyio.sleep(interval_s)
-        with suppress(JournalUnwritable, TenantLimitReached):
-            # The studios of the tokens file's tenants stay open. Another tenant is opened with the server's key, which is
-            # the only known one.
-            own_tenants = studios.profiles(identity) | {profile_id(tenant.name) for tenant in authenticator.tenants}
-            for name in await tenants_left(studios.database, own_tenants):
-                await tenants.app(Tenant(name))

@@ -7,7 +7,7 @@ also answer 503 while the issuer cannot be read, 429 for too many requests, and 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -47,9 +47,9 @@ class TeamAuthenticator:
         self._caller_keys: dict[str, set[str]] = {}
 
     @property
-    def tenants(self) -> Collection[Tenant]:
-        """The tenants of the tokens file."""
-        return self._tokens.tenants if self._tokens is not None else ()
+    def tenants(self) -> Mapping[str, Tenant]:
+        """The tenants of the tokens file, by name."""
+        return self._tokens.tenants if self._tokens is not None else {}
 
     @property
     def exposure(self) -> str | None:

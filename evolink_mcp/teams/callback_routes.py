@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.callbacks import Callbacks
+from evolink_mcp.teams.tenants import TenantLimitReached
 
 ReceiveCallback = Callable[
     [str, str, str], Awaitable[None]
@@ -43,9 +44,9 @@ class CallbackEndpoint:
     async def _pass_on(self, channel: str, key: str, task_id: str) -> JSONResponse:
         try:
             await self._receive_callback(channel, key, task_id)
-        except JournalUnwritable:
+        except (JournalUnwritable, TenantLimitReached):
             self._count("postponed")
-            return JSONResponse({"error": "the database does not answer; try again"}, 503)  # EvoLink tries again
+            return JSONResponse({"error": "the server cannot record it now; try again"}, 503)  # EvoLink tries again
         self._count("received")
         return JSONResponse({"status": "ok"})
 

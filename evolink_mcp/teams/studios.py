@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,13 +17,18 @@ import httpx2 as httpx
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.http import HttpOptions
 from evolink_mcp.app.wiring import MakeImageStore, MakeJournal, StudioParts, open_studio
+from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.store import ImageStore
+from evolink_mcp.journal.all_profiles import old_profiles
+from evolink_mcp.journal.backend import Backend
 from evolink_mcp.journal.journal import Journal
+from evolink_mcp.journal.sqlite import JournalFile, SqliteBackend, new_owner
 from evolink_mcp.studio.events import Events
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.studio.poller import Poller
 from evolink_mcp.studio.studio import Studio
+from evolink_mcp.studio.times import DAY_S
 from evolink_mcp.teams.callbacks import Callbacks
 from evolink_mcp.teams.metrics import Audit, Metrics
 from evolink_mcp.teams.object_store import Links, ObjectStore
@@ -35,6 +41,8 @@ from evolink_mcp.transports.turns import Turns
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
     from evolink_mcp.teams.database_url import DatabaseTimes
+
+log = logging.getLogger(__name__)
 
 
 def tenant_settings(tenant: Tenant, settings: TeamSettings) -> TeamSettings:
@@ -211,6 +219,7 @@ class Studios:
             parts,
             has_other_tenants=tenant is not None and tenant.shares_account,
             poller=None if tenant is None else self._poller_of(settings),
+            is_maintained=tenant is not None,
             subscribers=(*parts.subscribers, self.metrics.receive),
             observe=self.metrics.count_upstream,
         )
@@ -231,15 +240,44 @@ class Studios:
             if studio in self._studios:
                 self._studios.remove(studio)
 
+    @asynccontextmanager
+    async def open_backend(self) -> AsyncGenerator[Backend]:
+        """Open the database of all journals."""
+        if self.database is None:
+            backend: Backend = SqliteBackend(JournalFile(self.settings.data_dir, new_owner(), clock=self._clock))
+        else:
+            from evolink_mcp.teams.postgres import PostgresBackend
+
+            backend = PostgresBackend(self.database)
+        try:
+            yield backend
+        finally:
+            await backend.close(is_released=True)
+
+    async def forget_loop(self) -> None:
+        """Remove old requests of all tenants from the journal, now and every day."""
+        days = self.settings.retention_days
+        while days is not None:
+            now = self._clock()
+            try:
+                await self._forget(now - days * DAY_S, now)
+            except JournalUnwritable as error:
+                log.warning("%s", error.message)
+            await self._pause(DAY_S)
+
+    async def _forget(self, before: float, now: float) -> None:
+        async with self.open_backend() as backend:
+            if backend.has_data:
+                for profile in await backend.run(lambda db: old_profiles(db, before, now)):
+                    await Journal(backend, profile=profile).forget(before, now)
+
     def can_close(self, studio: Studio) -> bool:
         """Return whether the studio is idle and the only one of its profile: studios of one profile share entries."""
-        profile = studio.journal.profile
-        siblings = (sibling for sibling in self._studios if sibling is not studio)
-        return studio.is_idle and all(sibling.journal.profile != profile for sibling in siblings)
+        return studio.is_idle and self.of(studio.journal.profile) == [studio]
 
-    def profiles(self, identity: str) -> set[str]:
-        """Return the profiles of the open studios whose key has this identity."""
-        return {studio.journal.profile for studio in self._studios if studio.journal.identity == identity}
+    def of(self, profile: str) -> list[Studio]:
+        """Return the open studios of a profile. Callers with different keys have different ones."""
+        return [studio for studio in self._studios if studio.journal.profile == profile]
 
     def statuses(self) -> list[str]:
         """Return the status of each task that this process works on."""

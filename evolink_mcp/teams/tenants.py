@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Generic, Protocol, TypeVar
 
 import anyio
 import anyio.abc
@@ -26,14 +26,14 @@ SHUTDOWN_TIMEOUT_S = 0.5
 IDLE_TIMEOUT_S = 3600.0
 IDLE_CHECK_INTERVAL_S = 60.0
 # An open app of a person with a JWT holds 0.3 MB, and descriptors while it works.
-TEMPORARY_MAX = 256
-DESCRIPTORS_PER_TEMPORARY = 8
+UNLISTED_MAX = 256
+DESCRIPTORS_PER_APP = 8
 NEW_TENANTS = "new tenants"  # their line of turns
 
 
-def temporary_max_for(descriptors: int) -> int:
+def unlisted_max_for(descriptors: int) -> int:
     """Return how many apps of people with a JWT may be open in a process with this number of descriptors."""
-    return max(1, min(TEMPORARY_MAX, descriptors // DESCRIPTORS_PER_TEMPORARY))
+    return max(1, min(UNLISTED_MAX, descriptors // DESCRIPTORS_PER_APP))
 
 
 class TenantLimitReached(Exception):
@@ -53,41 +53,69 @@ class TenantApp(Protocol):
         ...
 
 
-OpenApp = Callable[[Tenant], AbstractAsyncContextManager[TenantApp]]
+AppT = TypeVar("AppT", bound=TenantApp)
 
 
-class Tenants:
+class LateApp:
+    """An ASGI app that `make` builds at the first request. That costs as much as many calls, and most of the memory.
+
+    It needs one of the `turns` of the process. All new tenants wait in one line. The lifespan of the app ends with `stack`.
+    """
+
+    def __init__(self, make: Callable[[], ASGIApp], turns: Turns, stack: AsyncExitStack) -> None:
+        self._make = make
+        self._turns = turns
+        self._stack = stack
+        self._app: ASGIApp | None = None
+        self._lock = anyio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request."""
+        app = self._app or await self._started_app()
+        await app(scope, receive, send)
+
+    async def _started_app(self) -> ASGIApp:
+        async with self._lock:
+            if self._app is None:
+                async with self._turns.turn(NEW_TENANTS):
+                    with outside_request():  # the app serves later requests too
+                        app = self._make()
+                        await self._stack.enter_async_context(lifespan(app))
+                        self._app = app
+            return self._app
+
+
+class Tenants(Generic[AppT]):
     """An ASGI app behind the HTTP guard, which authenticates the tenant of each request.
 
     `open_app` opens the app of a tenant at its first request; it runs in `group`. If the tokens file changes a tenant, the
-    tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed,
-    unless the tenant `is_permanent`. At most `temporary_max` other apps are open: for a further one, the idle app whose last
-    request is the oldest is closed. If there is no idle app, the answer is 503. To open an app costs as much as many calls, so
-    it needs one of the `turns` of the process; all new tenants wait in one line. `sleep` and `clock` (seconds) are for tests.
+    tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed.
+    A tenant of the tokens file `is_listed`. At most `unlisted_max` apps of other tenants are open: for a further one, the
+    idle app with the oldest request is closed. If there is no idle app, the answer is 503. `sleep` and `clock`
+    (seconds) are for tests.
     """
 
     def __init__(
         self,
         group: anyio.abc.TaskGroup,
-        open_app: OpenApp,
-        is_permanent: Callable[[Tenant], bool] = lambda tenant: True,
+        open_app: Callable[[Tenant], AbstractAsyncContextManager[AppT]],
+        is_listed: Callable[[Tenant], bool] = lambda tenant: True,
         *,
-        temporary_max: int = TEMPORARY_MAX,
-        turns: Turns | None = None,
+        unlisted_max: int = UNLISTED_MAX,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self._group = group
         self._open_app = open_app
-        self._is_permanent = is_permanent
-        self._temporary_max = temporary_max
-        self._turns = Turns() if turns is None else turns
+        self._is_listed = is_listed
+        self._unlisted_max = unlisted_max
         self._sleep = sleep
         self._clock = clock
-        self._apps: dict[Tenant, TenantApp] = {}
+        self._apps: dict[Tenant, AppT] = {}
         self._open_requests: Counter[Tenant] = Counter()
         self._last_request_at: dict[Tenant, float] = {}
         self._closing: dict[Tenant, anyio.Event] = {}
+        self._ends: dict[Tenant, anyio.Event] = {}  # of closing apps
         self._lock = anyio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,14 +123,28 @@ class Tenants:
         if scope["type"] == "lifespan":
             await _serve_lifespan(receive, send)
             return
-        tenant: Tenant = scope[CALLER_KEY]
-        self._open_requests[tenant] += 1
         try:
-            app = await self.app(tenant)
-            await app(scope, receive, send)
+            async with self.use(scope[CALLER_KEY]) as app:
+                await app(scope, receive, send)
         except TenantLimitReached:
             text = "This server has too many people with running work. Try again in a minute."
             await PlainTextResponse(text, 503, {"retry-after": "60"})(scope, receive, send)
+
+    @property
+    def open_apps(self) -> dict[Tenant, AppT]:
+        """The apps that are open and not about to close."""
+        return dict(self._apps)
+
+    @asynccontextmanager
+    async def use(self, tenant: Tenant) -> AsyncGenerator[AppT]:
+        """Open the app of the tenant if necessary, and keep it open inside the context.
+
+        Raises:
+            TenantLimitReached: all open apps have running work.
+        """
+        self._open_requests[tenant] += 1
+        try:
+            yield await self._app_of(tenant)
         finally:
             self._open_requests[tenant] -= 1
             if tenant in self._apps:
@@ -110,33 +152,30 @@ class Tenants:
             elif not self._open_requests[tenant]:
                 del self._open_requests[tenant]
 
-    async def app(self, tenant: Tenant) -> TenantApp:
-        """Return the app of the tenant. Open it first if necessary.
-
-        Raises:
-            TenantLimitReached: all open apps have running work.
-        """
+    async def _app_of(self, tenant: Tenant) -> AppT:
         if tenant not in self._apps:
             async with self._lock:
                 if tenant not in self._apps:
-                    if not self._is_permanent(tenant):
+                    # The closing app releases all entries of the tenant, so the new app must not own one yet.
+                    for end in [end for closing, end in self._ends.items() if closing.name == tenant.name]:
+                        await end.wait()
+                    if not self._is_listed(tenant):
                         self._make_room()
-                    async with self._turns.turn(NEW_TENANTS):
-                        with outside_request():  # the app serves later requests too
-                            self._apps[tenant] = await self._group.start(self._run, tenant)
+                    with outside_request():  # the app serves later requests too
+                        self._apps[tenant] = await self._group.start(self._run, tenant)
         return self._apps[tenant]
 
     def _make_room(self) -> None:
         """Close an idle app if the limit of apps is reached."""
-        temporary = [tenant for tenant in self._apps if not self._is_permanent(tenant)]
-        if len(temporary) < self._temporary_max:
+        unlisted = [tenant for tenant in self._apps if not self._is_listed(tenant)]
+        if len(unlisted) < self._unlisted_max:
             return
-        idle = [tenant for tenant in temporary if not self._open_requests[tenant] and self._apps[tenant].is_idle]
+        idle = [tenant for tenant in unlisted if not self._open_requests[tenant] and self._apps[tenant].is_idle]
         if not idle:
             raise TenantLimitReached
         self._close(min(idle, key=lambda tenant: self._last_request_at[tenant]))
 
-    async def _run(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[TenantApp]) -> None:
+    async def _run(self, tenant: Tenant, *, task_status: anyio.abc.TaskStatus[AppT]) -> None:
         closing = anyio.Event()
         async with self._open_app(tenant) as app, anyio.create_task_group() as group:
             log.info("opened the server of tenant %s", tenant.name)
@@ -146,11 +185,12 @@ class Tenants:
             group.start_soon(self._close_when_idle, tenant, app, closing)
             await closing.wait()
             group.cancel_scope.cancel()
+        self._ends.pop(tenant).set()
         log.info("closed the idle server of tenant %s", tenant.name)
 
-    async def _close_when_idle(self, tenant: Tenant, app: TenantApp, closing: anyio.Event) -> None:
+    async def _close_when_idle(self, tenant: Tenant, app: AppT, closing: anyio.Event) -> None:
         while not closing.is_set():
-            if not self._is_permanent(tenant) and self._can_close(tenant, app):
+            if self._can_close(tenant, app):
                 self._close(tenant)
             else:
                 await self._sleep(IDLE_CHECK_INTERVAL_S)
@@ -158,9 +198,10 @@ class Tenants:
     def _close(self, tenant: Tenant) -> None:
         """Close an idle app. No request can arrive between the check and this call, because there is no await."""
         del self._apps[tenant], self._last_request_at[tenant], self._open_requests[tenant]
+        self._ends[tenant] = anyio.Event()
         self._closing.pop(tenant).set()
 
-    def _can_close(self, tenant: Tenant, app: TenantApp) -> bool:
+    def _can_close(self, tenant: Tenant, app: AppT) -> bool:
         silence_s = self._clock() - self._last_request_at[tenant]
         is_unused = tenant in self._apps and not self._open_requests[tenant]
         return is_unused and silence_s >= IDLE_TIMEOUT_S and app.is_idle

@@ -12,7 +12,7 @@ import shlex
 import stat
 import time
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -64,6 +64,15 @@ class Tenant:
     shares_account: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The tenants of the tokens file, and a warning if the file is exposed. A digest is the SHA-256 of a token, in hex."""
+
+    by_digest: Mapping[str, Tenant]
+    by_name: Mapping[str, Tenant]
+    exposure: str | None
+
+
 class Tokens:
     """The tokens file at `path`. A changed file is read again. An invalid one changes nothing."""
 
@@ -77,24 +86,22 @@ class Tokens:
         self._rates = RequestRates(clock=clock)
 
     @property
-    def tenants(self) -> Collection[Tenant]:
-        """The tenants of all tokens."""
-        tenants, _ = self._file.content
-        return frozenset(tenants.values())
+    def tenants(self) -> Mapping[str, Tenant]:
+        """The tenants of all tokens, by name."""
+        return self._file.content.by_name
 
     @property
     def exposure(self) -> str | None:
         """A warning if other users of this machine can read an EvoLink key in the file."""
-        _, exposure = self._file.content
-        return exposure
+        return self._file.content.exposure
 
     def authenticate(self, authorization: bytes | None) -> Tenant | AuthFailure:
         """Return the tenant of the token in an Authorization header, or the answer that refuses the request."""
         if self._file.reload():
-            tenants, exposure = self._file.content
-            log.warning("reloaded the tokens file: %d tokens", len(tenants))
-            if exposure is not None:
-                log.warning("%s", exposure)
+            content = self._file.content
+            log.warning("reloaded the tokens file: %d tokens", len(content.by_digest))
+            if content.exposure is not None:
+                log.warning("%s", content.exposure)
         scheme, _, token = (authorization or b"").strip().partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             return _unauthorized(b"", "This server needs a token: send Authorization: Bearer evt_…")
@@ -106,7 +113,7 @@ class Tokens:
     def _tenant_of(self, token: bytes) -> Tenant | None:
         # Compare all digests, each in constant time, so that the duration shows nothing about the tokens.
         digest = hashlib.sha256(token).hexdigest()
-        tenants, _ = self._file.content
+        tenants = self._file.content.by_digest
         matches = [tenant for token_hash, tenant in tenants.items() if hmac.compare_digest(token_hash, digest)]
         return matches[0] if matches else None
 
@@ -127,8 +134,7 @@ def _unauthorized(parameters: bytes, text: str) -> AuthFailure:
     return AuthFailure(HTTPStatus.UNAUTHORIZED, text, ((b"www-authenticate", challenge),))
 
 
-def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:
-    """Return the tenants by the SHA-256 of their tokens, in hex, and a warning if the file is exposed."""
+def _read(path: Path) -> _Content:
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -143,15 +149,18 @@ def _read(path: Path) -> tuple[dict[str, Tenant], str | None]:
     if table or not isinstance(blocks, list) or not blocks:
         raise BadTokens(f"{path} needs one or more [[token]] blocks, and nothing else")
     tenants: dict[str, Tenant] = {}
+    by_name: dict[str, Tenant] = {}
     for number, block in enumerate(cast("list[Any]", blocks), 1):
         location = f"token {number} in {path}"
         digest, tenant = _parse_block(block, location)
         if digest in tenants:
             raise BadTokens(f"{location}: another token has the same sha256")
-        if any(earlier.name == tenant.name and earlier != tenant for earlier in tenants.values()):
+        if by_name.setdefault(tenant.name, tenant) != tenant:
             raise BadTokens(f"{location}: the tokens of {tenant.name} have different settings")
         tenants[digest] = tenant
-    return _with_shared_accounts(tenants), _exposure_of(path, mode, tenants.values())
+    tenants = _with_shared_accounts(tenants)
+    by_name = {tenant.name: tenant for tenant in tenants.values()}
+    return _Content(tenants, by_name, _exposure_of(path, mode, by_name.values()))
 
 
 def _exposure_of(path: Path, mode: int, tenants: Iterable[Tenant]) -> str | None:

@@ -102,8 +102,8 @@ class UploadApp:
         tenant_max_bytes: int = TENANT_MAX_BYTES,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
     ) -> None:
+        self.studio = studio
         self._app = app
-        self._studio = studio
         self._is_idle = is_idle
         self._process_limit = process_limit
         self._pace = pace
@@ -138,9 +138,9 @@ class UploadApp:
                 return _error(503, text, connection="close", **{"retry-after": "5"})
         with self._tenant_limit.used(size), self._process_limit.used(size):
             try:
-                now = self._studio.now()
+                now = self.studio.now()
                 day = iso(start_of_day(now)) or ""
-                if not await self._studio.journal.spend_quota(QUOTA, day, size, self._day_max_bytes):
+                if not await self.studio.journal.spend_quota(QUOTA, day, size, self._day_max_bytes):
                     wait_s = int(start_of_day(now) + DAY_S - now) + 1
                     text = f"Your uploads of today reach {self._day_max_bytes // 1_000_000} MB. Try again tomorrow."
                     return _error(429, text, connection="close", **{"retry-after": str(wait_s)})
@@ -183,7 +183,7 @@ class UploadApp:
         file.seek(0)
         try:
             # The studio reads the file twice and closes it each time.
-            image = await self._studio.references.upload(lambda: _reopen(file))
+            image = await self.studio.references.upload(lambda: _reopen(file))
         except (JournalUnwritable, KeyMissing) as error:
             return _error(503, f"{error.message}. {error.advice}")
         except Refused as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from blocking import BlockingJournal, BlockingPostgres, a_loop
 
-from evolink_mcp.journal import journal, search
+from evolink_mcp.journal import all_profiles, journal, search
 from evolink_mcp.journal.entry import Entry, Phase, new_key
 
 ACCOUNT = "a" * 32
@@ -31,6 +31,8 @@ TABLES = ("entries", "links", "uploads", "facts", "sums")
 SORTS = {
     "UNDELIVERED": "undelivered entries of one request",
     "FIND_SERVERS": "the servers of unfinished entries",
+    "ALL_SERVERS": "the servers of unfinished entries of all profiles",
+    "OLD_PROFILES": "the profiles, once a day",
 }
 # The index of a query that another index would answer with more rows.
 INDEXES = {
@@ -42,6 +44,10 @@ INDEXES = {
     "COUNT_RUNNING 0": "entries_open",
     "FIND_ORPHANS 0": "entries_open",
     "HAS_ORPHAN 0": "entries_open",
+    "RELEASE_OWNERS of all profiles": "entries_owned",
+    "ALL_SERVERS 0": "entries_owned",
+    "ALL_ORPHANS 0": "entries_open",
+    "OLD_PROFILES 0": "entries_with_request",
     "RELEASE_OWNERS 0": "entries_owned",
     "RELEASE_CALLERS 0": "entries_awaited",
     "FIND_OLD_REQUESTS 0": "entries_with_request",
@@ -50,6 +56,11 @@ INDEXES = {
 SORTED_ROWS_MAX = 100  # as PostgreSQL estimates them
 SCANS = {
     "FIND_SERVERS": "the result of its two parts",
+    "ALL_SERVERS": "the indexes of owned entries and of undelivered ones",
+    "ALL_ORPHANS": "the index of unfinished entries",
+    "OLD_PROFILES": "the index of entries with a request, once a day",
+    "RELEASE_OWNERS of all profiles": "the index of owned entries",
+    "RELEASE_CALLERS of all profiles": "the index of undelivered entries",
     "SUMS": "the result of its two parts",
     "OF_ACCOUNTS": "the links of keys and accounts, for a lost answer",
     "FIND_FACTS": "PostgreSQL reads a table of a few pages at once",
@@ -59,7 +70,7 @@ SCANS = {
 
 def queries() -> dict[str, tuple[str, str]]:
     """Return the query of each name, and of each of its variants."""
-    named = {**vars(journal), **vars(search)}
+    named = {**vars(journal), **vars(all_profiles), **vars(search)}
     texts = {
         name: text
         for name, text in named.items()
@@ -73,6 +84,9 @@ def queries() -> dict[str, tuple[str, str]]:
         for number, filters in enumerate(FILTERS if "{filters}" in text else [""]):
             variants[f"{name} {number}"] = (name, text.format(**PARTS, filters=filters))
     variants["SUMS of all profiles"] = ("SUMS", journal.SUMS.format(mine=journal.EVERYONE))
+    for name in ("RELEASE_OWNERS", "RELEASE_CALLERS"):
+        sql = texts[name].format(**{**PARTS, "linked": journal.EVERYONE})
+        variants[f"{name} of all profiles"] = (f"{name} of all profiles", sql)
     return variants
 
 

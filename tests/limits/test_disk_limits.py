@@ -9,10 +9,11 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Clock, Open, World
-from office import ANNA, WISH, office
+from office import ANNA, BERT, WISH, office
 
 from evolink_mcp.images.previews import PreviewCache
 from evolink_mcp.journal.entry import Entry
+from evolink_mcp.journal.sqlite import read_entries
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 DAY_S = 86_400.0
@@ -69,6 +70,26 @@ async def test_a_server_forgets_after_the_days_of_the_setting(open_world: Open) 
         assert len(await tasks_with(world, "hen")) == 1
     async with open_world(clock=clock) as world:
         assert len(await tasks_with(world, "hen")) == 1
+
+
+async def test_a_server_forgets_the_requests_of_tenants_that_never_call_again(tmp_path: Path) -> None:
+    day_is_over = anyio.Event()
+
+    async def pause(seconds: float) -> None:
+        if seconds == DAY_S:
+            day_is_over.set()
+        await anyio.sleep_forever()
+
+    async with office(tmp_path, ANNA, BERT) as team:
+        for token in ("a", "b"):
+            await team.call(token, "generate_image", **{**WISH, "prompt": f"sim:fast {SEA} a secret fox"})
+    days = {"EVOLINK_MCP_RETENTION_DAYS": "1"}
+    async with office(tmp_path, ANNA, BERT, pause=pause, **days) as team, anyio.create_task_group() as group:
+        team.clock.shift_s = 2 * DAY_S
+        group.start_soon(team.studios.forget_loop)
+        await day_is_over.wait()
+        group.cancel_scope.cancel()
+    assert [entry.request for entry in read_entries(tmp_path / "data", 10)] == [{}, {}]
 
 
 async def test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed(tmp_path: Path) -> None:

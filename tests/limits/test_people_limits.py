@@ -15,10 +15,10 @@ from office import ANNA, BERT, INITIALIZE, office
 
 from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, RequestRates
 from evolink_mcp.teams.roles import BadRoles, Roles
-from evolink_mcp.teams.tenants import Tenants, temporary_max_for
+from evolink_mcp.teams.tenants import LateApp, Tenants, unlisted_max_for
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import CALLER_KEY, AuthFailure
-from evolink_mcp.transports.turns import CALLS_AT_ONCE
+from evolink_mcp.transports.turns import CALLS_AT_ONCE, Turns
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -44,9 +44,11 @@ class People:
     def __init__(self, group: Any) -> None:
         self.apps: dict[str, App] = {}
         self.closed: list[str] = []
+        self.can_close = anyio.Event()
+        self.can_close.set()
         self.now_s = 0.0
-        self._tenants = Tenants(
-            group, self._open, lambda tenant: tenant.name == "anna", temporary_max=2, clock=lambda: self.now_s
+        self.tenants = Tenants(
+            group, self._open, lambda tenant: tenant.name == "anna", unlisted_max=2, clock=lambda: self.now_s
         )
 
     @asynccontextmanager
@@ -54,6 +56,7 @@ class People:
         app = App()
         self.apps[tenant.name] = app
         yield app
+        await self.can_close.wait()
         del self.apps[tenant.name]
         self.closed.append(tenant.name)
 
@@ -64,7 +67,7 @@ class People:
             messages.append(message)
 
         self.now_s += 1
-        await self._tenants({"type": "http", CALLER_KEY: Tenant(name)}, None, send)  # pyright: ignore[reportArgumentType]
+        await self.tenants({"type": "http", CALLER_KEY: Tenant(name)}, None, send)  # pyright: ignore[reportArgumentType]
         return messages[0]["status"]
 
 
@@ -86,8 +89,70 @@ async def test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldes
         group.cancel_scope.cancel()
 
 
+async def test_an_app_in_use_is_not_closed_for_a_further_person() -> None:
+    async with anyio.create_task_group() as group:
+        people = People(group)
+        async with people.tenants.use(Tenant("bert")), people.tenants.use(Tenant("carl")):
+            assert await people.status("dora") == 503
+        assert await people.status("dora") == 200
+        group.cancel_scope.cancel()
+
+
+async def test_a_tenant_is_opened_again_only_after_its_former_app_has_ended() -> None:
+    """The former app releases all entries of the tenant at its end."""
+    statuses: list[int] = []
+
+    async with anyio.create_task_group() as group:
+        people = People(group)
+        people.can_close = anyio.Event()
+        for name in ("bert", "carl", "dora"):
+            assert await people.status(name) == 200
+
+        async def call_again() -> None:
+            statuses.append(await people.status("bert"))
+
+        group.start_soon(call_again)
+        await anyio.wait_all_tasks_blocked()
+        assert (statuses, people.closed) == ([], [])
+        people.can_close.set()
+        while not statuses:
+            await anyio.sleep(0)
+        assert "bert" in people.closed
+        group.cancel_scope.cancel()
+
+
+async def test_the_app_of_a_tenant_is_built_once_and_only_for_a_request() -> None:
+    apps: list[App] = []
+
+    class McpApp(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "lifespan":
+                return await super().__call__(scope, receive, send)
+            while (await receive())["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            return await send({"type": "lifespan.shutdown.complete"})
+
+    def make() -> App:
+        apps.append(McpApp())
+        return apps[-1]
+
+    messages: list[Any] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async with AsyncExitStack() as stack:
+        app = LateApp(make, Turns(), stack)
+        assert apps == []
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(app, {"type": "http"}, None, send)  # pyright: ignore[reportArgumentType]
+        assert len(apps) == 1
+    assert [message["status"] for message in messages] == [200] * 3
+
+
 async def test_a_process_with_few_descriptors_serves_fewer_people() -> None:
-    assert [temporary_max_for(descriptors) for descriptors in (4, 512, 1_000_000)] == [1, 64, 256]
+    assert [unlisted_max_for(descriptors) for descriptors in (4, 512, 1_000_000)] == [1, 64, 256]
 
 
 # --- the requests of a person ---

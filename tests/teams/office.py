@@ -19,6 +19,7 @@ from mcp.client.streamable_http import streamable_http_client
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import Sleep
+from evolink_mcp.teams.adopter import Adopter
 from evolink_mcp.teams.app import Readiness, guarded_app, hostnames_of, metrics_for, tenants_app
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.oauth import Issuer
@@ -26,6 +27,7 @@ from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import Studios
 from evolink_mcp.teams.tenants import Tenants
 from evolink_mcp.teams.tokens import Tokens
+from evolink_mcp.teams.uploads import UploadApp
 from evolink_mcp.transports.http import mcp_app
 from evolink_mcp.transports.http_guard import HttpGuard
 
@@ -53,18 +55,25 @@ class ShiftedClock:
 
 
 def guard_of(
-    studios: Studios, authenticator: TeamAuthenticator, group: Any, tenants: Tenants | None = None
+    studios: Studios,
+    authenticator: TeamAuthenticator,
+    group: Any,
+    tenants: Tenants[UploadApp] | None = None,
+    adopter: Adopter | None = None,
 ) -> HttpGuard:
     """Assemble the app of a server as `evolink-mcp http` does."""
     hostnames = hostnames_of((), studios.settings)
     tenants = tenants or tenants_of(studios, authenticator, group)
     readiness = Readiness(studios.settings, authenticator, studios.database)
-    guard = guarded_app(tenants, studios, authenticator, hostnames, readiness)
+    adopter = adopter or Adopter(studios, tenants, authenticator)
+    guard = guarded_app(tenants, studios, authenticator, hostnames, readiness, adopter.receive_callback)
     metrics_for(studios, guard, readiness)
     return guard
 
 
-def tenants_of(studios: Studios, authenticator: TeamAuthenticator, group: Any, transport: str = "http") -> Tenants:
+def tenants_of(
+    studios: Studios, authenticator: TeamAuthenticator, group: Any, transport: str = "http"
+) -> Tenants[UploadApp]:
     hostnames = hostnames_of((), studios.settings)
     make_mcp_app = partial(mcp_app, transport=transport, host="127.0.0.1", hostnames=hostnames)
     return tenants_app(studios, authenticator, group, make_mcp_app)
@@ -73,8 +82,11 @@ def tenants_of(studios: Studios, authenticator: TeamAuthenticator, group: Any, t
 class Office:
     """A server with tenants in this process. Each call comes from a real client over HTTP."""
 
-    def __init__(self, guard: HttpGuard, simulator: PlainSimulator, studios: Studios, clock: ShiftedClock) -> None:
+    def __init__(
+        self, guard: HttpGuard, simulator: PlainSimulator, studios: Studios, adopter: Adopter, clock: ShiftedClock
+    ) -> None:
         self.guard = guard
+        self.adopter = adopter
         self.simulator = simulator
         self.studios = studios
         self.clock = clock
@@ -143,8 +155,9 @@ async def office(
                 server_key=settings.key,
             )
             tenants = tenants_of(studios, authenticator, group, transport)
-            guard = guard_of(studios, authenticator, group, tenants)
-            yield Office(guard, simulator, studios, clock)
+            adopter = Adopter(studios, tenants, authenticator)
+            guard = guard_of(studios, authenticator, group, tenants, adopter)
+            yield Office(guard, simulator, studios, adopter, clock)
             group.cancel_scope.cancel()
 
 

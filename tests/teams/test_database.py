@@ -21,6 +21,7 @@ from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 from evolink_mcp.api.task import Task
 from evolink_mcp.app.wiring import open_studio
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.all_profiles import Orphan, release_dead_servers
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, new_key
 from evolink_mcp.journal.journal import DailyLimitReached, Notification
 from evolink_mcp.teams.settings import TeamSettings
@@ -32,8 +33,7 @@ from psycopg.conninfo import conninfo_to_dict  # noqa: E402
 from evolink_mcp.teams.database import Database, open_database  # noqa: E402
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address  # noqa: E402
 from evolink_mcp.teams.lease import LOCKS  # noqa: E402
-from evolink_mcp.teams.orphans import tenants_left  # noqa: E402
-from evolink_mcp.teams.postgres import PostgresJournal  # noqa: E402
+from evolink_mcp.teams.postgres import PostgresBackend, PostgresJournal  # noqa: E402
 from evolink_mcp.teams.schema import COMPATIBLE_WITH, MOVE_OLD_TABLES, OLD_TABLES, VERSIONS, read_entries  # noqa: E402
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
@@ -160,19 +160,42 @@ async def test_a_closed_journal_leaves_no_callback_behind(opened: Any) -> None:
     assert journal.database.callback_count == 0
 
 
-async def test_other_servers_find_the_tenants_of_a_dead_server(opened: Any, cluster: Any, url: str) -> None:
+async def orphans_at(journal: PostgresJournal) -> list[Orphan]:
+    backend = PostgresBackend(journal.database)
+    return await backend.run(lambda db: release_dead_servers(db, journal.owner))
+
+
+async def test_other_servers_find_the_entries_of_a_dead_server_in_all_profiles(
+    opened: Any, cluster: Any, url: str
+) -> None:
     """Their images are paid, and the tenants may never call again."""
     server, heir = await opened(), await opened()
     dead = PostgresJournal(server.database, "a1", profile="anna at https://login.example.org")
-    await dead.intend(entry(dead))
-    assert await tenants_left(heir.database, []) == set()  # a live server owns it
+    await dead.intend(orphan := entry(dead))
+    assert await orphans_at(heir) == []  # a live server owns it
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
-        assert await tenants_left(heir.database, []) == set()
+        assert await orphans_at(heir) == []
         db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
-    assert await tenants_left(heir.database, ["another"]) == {"anna at https://login.example.org"}
-    assert await tenants_left(heir.database, [dead.profile]) == set()
+    assert await orphans_at(heir) == [Orphan(dead.profile, "a1", orphan.key, dead.owner)]
+    assert await orphans_at(heir) == [Orphan(dead.profile, "a1", orphan.key, "")]
+
+
+async def test_the_wait_of_a_dead_servers_call_ends_in_all_profiles_and_accounts(
+    opened: Any, cluster: Any, url: str
+) -> None:
+    dead, heir = await opened(), await opened(grace_s=0.0)
+    living = PostgresJournal(heir.database, "b2", profile="bert")
+    await living.intend(awaited := entry(living, account="b2", caller=dead.owner, fingerprint="f"))
+    await living.intend(own := entry(living, account="b2", caller=living.owner))
+    await dead.database.close()
+    with cluster.admin(name_of(url)) as db:
+        ended(db, dead)
+    assert await orphans_at(heir) == []
+    assert await living.by_key(awaited.key) == replace(awaited, caller="")
+    assert await living.by_key(own.key) == own
+    assert await living.claim(awaited.key) is True
 
 
 async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(

@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
-from evolink_mcp.teams.app import resume_tenants
+from evolink_mcp.teams.adopter import Adopter
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.schema import read_charges
 from evolink_mcp.teams.settings import TeamSettings
@@ -83,17 +82,18 @@ class Team:
         return sum(request.path == "/v1/images/generations" for request in self.simulator.requests)
 
 
-def _replica(studios: Studios, tokens: Tokens, group: Any, orphan_interval_s: float) -> HttpGuard:
+def _replica(studios: Studios, tokens: Tokens, group: Any) -> HttpGuard:
     authenticator = TeamAuthenticator(tokens)
     tenants = tenants_of(studios, authenticator, group)
-    group.start_soon(partial(resume_tenants, studios, tenants, authenticator, interval_s=orphan_interval_s))
-    return guard_of(studios, authenticator, group, tenants)
+    adopter = Adopter(studios, tenants, authenticator)
+    group.start_soon(adopter.run)
+    return guard_of(studios, authenticator, group, tenants, adopter)
 
 
 async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, tmp_path: Path) -> None:
     """A caller with a JWT has no studio at a replica before the first call there."""
     person = Tenant("anna at https://login.example.org")
-    async with team(url, tmp_path, ANNA, orphan_interval_s=0.1, grace_s=0.0) as office, AsyncExitStack() as stack:
+    async with team(url, tmp_path, ANNA, adopt_every_s=0.1, grace_s=0.0) as office, AsyncExitStack() as stack:
         group = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(group.cancel_scope.cancel)
         settings = office.settings
@@ -119,7 +119,7 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
 
 @asynccontextmanager
 async def team(
-    url: str, folder: Path, *blocks: str, orphan_interval_s: float = 5.0, grace_s: float = 4.0, **environ: str
+    url: str, folder: Path, *blocks: str, adopt_every_s: float = 3.0, grace_s: float = 4.0, **environ: str
 ) -> AsyncIterator[Team]:
     """Two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
@@ -134,13 +134,13 @@ async def team(
                 "EVOLINK_MCP_SECRET": "s" * 32, **environ,
             })  # fmt: skip
             assert settings.tokens_file is not None
-            times = patient_times(grace_s=grace_s)
+            times = patient_times(grace_s=grace_s, adopt_every_s=adopt_every_s)
             database = await stack.enter_async_context(open_team_database(settings.database_url, times))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
             studios = Studios(settings, database, decoder, group, transport=httpx.ASGITransport(simulator.app))
-            apps.append(_replica(studios, Tokens(settings.tokens_file), group, orphan_interval_s))
+            apps.append(_replica(studios, Tokens(settings.tokens_file), group))
         yield Team(apps, simulator, settings)
 
 

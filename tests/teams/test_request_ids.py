@@ -183,8 +183,8 @@ async def test_the_app_of_a_tenant_does_not_keep_the_id_of_the_request_that_open
     async with anyio.create_task_group() as group:
         tenants = Tenants(group, open_app)
         token = REQUEST_ID.set("order-1")
-        await tenants.app(Tenant("anna"))
-        REQUEST_ID.reset(token)
+        async with tenants.use(Tenant("anna")):
+            REQUEST_ID.reset(token)
         group.cancel_scope.cancel()
     assert ids == [None]
 
