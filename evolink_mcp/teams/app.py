@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.app.wiring import server_for
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, Rejected
+from evolink_mcp.studio.callback_history import MISSING
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.callback_routes import CallbackEndpoint, ReceiveCallback
@@ -192,6 +193,7 @@ def guarded_app(
         REQUEST_MAX_BYTES,
         authenticator=authenticator,
         not_ready=readiness.check,
+        health_notes=lambda: [MISSING] if studios.misses_callbacks else [],
         endpoints=endpoints,
         large_bodies=LARGE_BODIES,
         app_routes=(MCP_PATH, "/sse", SSE_MESSAGES_PATH, UPLOADS_PATH),

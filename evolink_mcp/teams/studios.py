@@ -279,6 +279,11 @@ class Studios:
         """Return the open studios of a profile. Callers with different keys have different ones."""
         return [studio for studio in self._studios if studio.journal.profile == profile]
 
+    @property
+    def misses_callbacks(self) -> bool:
+        """Whether EvoLink's callbacks did not arrive for the last tasks of an account with an open studio."""
+        return any(studio.misses_callbacks for studio in self._studios)
+
     def statuses(self) -> list[str]:
         """Return the status of each task that this process works on."""
         return [status for studio in self._studios for status in studio.task_statuses]

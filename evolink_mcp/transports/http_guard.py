@@ -113,8 +113,9 @@ class HttpGuard:
     It accepts only the hostnames of this machine and `hostnames`. That stops DNS rebinding: a browser sends the hostname
     from which it loaded the page. With an `authenticator` every request needs authentication before the guard reads its
     body; health checks and public endpoints need none. `not_ready` returns the reason why the server can do no paid work
-    now. A body may have `body_max_bytes`, and must arrive within `body_timeout_s`. `large_bodies` are the limits of
-    authenticated callers; without them `body_max_bytes` is the limit of every caller.
+    now, `health_notes` faults that do not stop it. A body may have `body_max_bytes`, and must arrive within
+    `body_timeout_s`. `large_bodies` are the limits of authenticated callers; without them `body_max_bytes` is the limit
+    of every caller.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class HttpGuard:
         *,
         authenticator: Authenticator | None = None,
         not_ready: Callable[[], Awaitable[str | None]] | None = None,
+        health_notes: Callable[[], Sequence[str]] = tuple,
         endpoints: Sequence[Endpoint] = (),
         body_timeout_s: float = BODY_TIMEOUT_S,
         large_bodies: LargeBodies | None = None,
@@ -138,6 +140,7 @@ class HttpGuard:
         self._body_max_bytes = body_max_bytes
         self._authenticator = authenticator
         self._not_ready = not_ready
+        self._health_notes = health_notes
         self._endpoints = list(endpoints)
         self._body_timeout_s = body_timeout_s
         self._large_bodies = large_bodies
@@ -199,7 +202,9 @@ class HttpGuard:
             return
         scope = {**scope, "headers": headers}
         if scope["path"] in (HEALTH_PATH, READINESS_PATH) and scope["method"] in ("GET", "HEAD"):
-            await self._send_health(send, await self._readiness_problem() if scope["path"] == READINESS_PATH else None)
+            is_readiness = scope["path"] == READINESS_PATH
+            problem = await self._readiness_problem() if is_readiness else None
+            await self._send_health(send, problem, self._health_notes() if is_readiness else [])
         else:
             await self._dispatch(scope, receive, send, dict(headers))
 
@@ -227,10 +232,11 @@ class HttpGuard:
             return "the server is about to end"
         return None if self._not_ready is None else await self._not_ready()
 
-    async def _send_health(self, send: Send, problem: str | None) -> None:
+    async def _send_health(self, send: Send, problem: str | None, notes: Sequence[str]) -> None:
         status = HTTPStatus.OK if problem is None else HTTPStatus.SERVICE_UNAVAILABLE
         health = {"status": "ok"} if problem is None else {"status": "not ready", "why": problem}
-        await _send(send, status, json.dumps(health | SERVER_INFO).encode(), b"application/json")
+        noted = {"notes": list(notes)} if notes else {}
+        await _send(send, status, json.dumps(health | noted | SERVER_INFO).encode(), b"application/json")
 
     def _checked(self, headers: Headers) -> Headers | AuthFailure:
         """Return the headers, with Host and Origin in the form that the SDK's own check expects."""

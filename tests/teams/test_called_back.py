@@ -8,12 +8,14 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Open
+from conftest import Open, PlainSimulator
 
 pytest.importorskip("psycopg")
 
+from office import office
 from test_replicas import ANNA, BERT, WISH, Team, team
 
+from evolink_mcp.studio.callback_history import MISSED_FACT, MISSING
 from evolink_mcp.teams.callbacks import Callbacks
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
@@ -157,7 +159,28 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
             await client.call_tool("generate_image", {**WISH, "prompt": f"picture {number}", "wait_seconds": 900})
             waits.append(world.clock.now - began)
     assert [wait >= 60 for wait in waits] == [True, True, True, False, False]
-    assert caplog.text.count("can it reach EVOLINK_MCP_PUBLIC_URL?") == 1
+    assert caplog.text.count("EvoLink must reach EVOLINK_MCP_PUBLIC_URL") == 1
+
+
+async def test_readiness_reports_missing_callbacks(tmp_path: Path) -> None:
+    simulator = PlainSimulator(duration_s=3600)
+    public = {**PUBLIC, "EVOLINK_MCP_SECRET": "s" * 32}
+    async with office(tmp_path, ANNA, simulator=simulator, **public) as server, server.http() as http:
+
+        async def notes() -> list[str]:
+            answer = await http.get("/readyz")
+            assert (answer.status_code, answer.json()["status"]) == (200, "ok")
+            return answer.json().get("notes", [])
+
+        await server.call("a", "list_tasks")
+        assert await notes() == []
+        (studio,) = server.studios
+        await studio.journal.save_fact(MISSED_FACT, "3")  # another server missed them
+        await server.call("a", "generate_image", **SLOW)
+        while not await notes():
+            await anyio.sleep(0.01)
+        assert await notes() == [MISSING]
+        assert "notes" not in (await http.get("/healthz")).json()
 
 
 async def test_a_callback_address_belongs_to_one_team_and_one_purchase() -> None:
