@@ -146,6 +146,8 @@ def tenants_app(
     studios: Studios, authenticator: TeamAuthenticator, group: anyio.abc.TaskGroup, make_mcp_app: MakeMcpApp
 ) -> Tenants[UploadApp]:
     """Return the ASGI app of all tenants. Their studios run in `group`."""
+    if studios.database is not None:
+        authenticator.rates = studios.database.rates
 
     @asynccontextmanager
     async def open_app(tenant: Tenant) -> AsyncGenerator[UploadApp]:

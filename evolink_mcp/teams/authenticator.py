@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import SecretStr
 
 from evolink_mcp.api.urls import KEY
+from evolink_mcp.teams.request_rates import RequestRates
 from evolink_mcp.teams.tokens import Tenant, Tokens
 from evolink_mcp.transports.authentication import AuthFailure
 
@@ -39,8 +40,10 @@ class TeamAuthenticator:
         *,
         accepts_caller_keys: bool = False,
         server_key: SecretStr | None = None,
+        rates: RequestRates | None = None,
     ) -> None:
         self.issuer = issuer
+        self.rates = RequestRates() if rates is None else rates
         self.accepts_caller_keys = accepts_caller_keys
         self._tokens = tokens
         self._server_key = server_key
@@ -59,9 +62,12 @@ class TeamAuthenticator:
     async def authenticate(self, headers: Mapping[bytes, bytes]) -> Tenant | AuthFailure:
         """Return the tenant of a request, or the answer that refuses it."""
         auth_result = await self._tenant_of(headers.get(b"authorization"))
-        if isinstance(auth_result, Tenant) and (key := headers.get(CALLER_KEY_HEADER)) is not None:
-            return self._with_caller_key(auth_result, key.decode("latin-1").strip())
-        return auth_result
+        if isinstance(auth_result, AuthFailure):
+            return auth_result
+        if (failure := self.rates.failure(auth_result.name, auth_result.requests_per_minute)) is not None:
+            return failure
+        key = headers.get(CALLER_KEY_HEADER)
+        return auth_result if key is None else self._with_caller_key(auth_result, key.decode("latin-1").strip())
 
     async def _tenant_of(self, authorization: bytes | None) -> Tenant | AuthFailure:
         if self.issuer is None:

@@ -24,6 +24,7 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
 from evolink_mcp.teams.failover import Timelines, WrittenEntries, warn_of_asynchronous_standby
 from evolink_mcp.teams.lease import LOCKS, DatabaseConnection, Lease, LeaseLost
+from evolink_mcp.teams.request_rates import MinuteCount, RequestRates
 from evolink_mcp.teams.schema import CHANNEL, migrate
 from evolink_mcp.tracing import span
 
@@ -39,6 +40,14 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
 
 RECONNECT_AFTER_S = 0.5
 CLOSE_WITHIN_S = 2.0
+# Add requests of tenants in a minute, and forget those of earlier minutes. Order and SKIP LOCKED prevent a deadlock with the
+# same statement of another server.
+ADD_REQUESTS = """WITH forgotten AS (DELETE FROM evolink_requests WHERE (tenant, minute) IN
+        (SELECT tenant, minute FROM evolink_requests WHERE minute < %s FOR UPDATE SKIP LOCKED))
+    INSERT INTO evolink_requests AS known
+    SELECT * FROM unnest(%s::text[], %s::bigint[], %s::integer[]) AS new (tenant, minute, requests) ORDER BY tenant, minute
+    ON CONFLICT (tenant, minute) DO UPDATE SET requests = known.requests + excluded.requests
+    RETURNING tenant, minute, requests"""
 CURRENT_SESSION = "SELECT pg_backend_pid()"
 NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message WHERE evolink_has_other_server(%s)"
 POOLER_TESTS = 2
@@ -52,7 +61,10 @@ POOL_TRIES = 10  # each of a second
 
 
 class Database:
-    """The PostgreSQL at `url`, for all journals of one server. Use `open_database`."""
+    """The PostgreSQL at `url`, for all journals of one server. Use `open_database`.
+
+    The heartbeat exchanges the counts of `rates` with the other servers.
+    """
 
     def __init__(self, url: str, times: DatabaseTimes = DEFAULT_TIMES) -> None:
         self._address = Address.of(url, times.connect_timeout_s)
@@ -62,6 +74,8 @@ class Database:
         self._lease = Lease(times)
         self._timelines = Timelines(times.lease_s, self.written)
         self._alive_until = -math.inf  # monotonic time
+        self._ahead_s = 0.0  # of the database's clock
+        self.rates = RequestRates(clock=self.now)
         self._is_working = False
         self._session: DatabaseConnection | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -88,6 +102,10 @@ class Database:
     def alive(self) -> bool:
         """Whether no other server may own the entries of this one. A process that was frozen sees at once that it is not."""
         return time.monotonic() < self._alive_until
+
+    def now(self) -> float:
+        """Return the time of the database's clock in epoch seconds, to some milliseconds. All servers have this time."""
+        return time.time() + self._ahead_s
 
     @property
     def has_session(self) -> bool:
@@ -241,8 +259,7 @@ class Database:
         await session.execute(f"LISTEN {CHANNEL}".encode())
         await self._timelines.enter(session, timeline, self._lease)
         self._connected_at = time.monotonic()
-        await self._lease.renew(session)
-        self._renew(self._connected_at)
+        self._renew(self._connected_at, await self._lease.renew(session))
 
     async def _replace_lease(self, error: LeaseLost) -> None:
         """Stop all work under the old number, and continue with a new one."""
@@ -264,13 +281,21 @@ class Database:
         messages = self._messages(*self._later.values())
         self._later.clear()
         async with asyncio.timeout(2 * self._heartbeat_s), session.transaction() if messages else nullcontext():
-            await self._lease.renew(session)
+            now = await self._lease.renew(session)
             if messages:
                 await session.execute(NOTIFY.encode(), (CHANNEL, messages, self.owner))
-        self._renew(sent_at)
+        self._renew(sent_at, now)
+        if requests := self.rates.take_unsent():
+            # Not in a transaction with the heartbeat: a server that freezes inside it would block those of the others.
+            async with asyncio.timeout(self._heartbeat_s):
+                self.rates.set_totals(await exchange(session, requests))
 
-    def _renew(self, sent_at: float) -> None:
-        """The database moved the deadline after `sent_at`. The answer may have waited, so it does not count from now."""
+    def _renew(self, sent_at: float, now: float) -> None:
+        """The database moved the deadline after `sent_at`. The answer may have waited, so it does not count from now.
+
+        `now` is the time of the database.
+        """
+        self._ahead_s = now - time.time()
         self._alive_until = sent_at + self.times.stop_after_s
         self._is_working = True
         self._restart_deadline()
@@ -366,6 +391,13 @@ class Database:
             del self._last[key]
         if not task.cancelled():
             task.exception()  # a cancelled caller does not read it
+
+
+async def exchange(db: DatabaseConnection, requests: list[MinuteCount]) -> list[MinuteCount]:
+    """Add the requests of this server to the table. Return those of all servers together, for the same tenants."""
+    tenants, minutes, counts = (list(column) for column in zip(*requests, strict=True))
+    rows = await (await db.execute(ADD_REQUESTS.encode(), (max(minutes) - 1, tenants, minutes, counts))).fetchall()
+    return [MinuteCount(row["tenant"], row["minute"], row["requests"]) for row in rows]
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ ADD_SERVER = """INSERT INTO evolink_servers (number, lease_until) OVERRIDING SYS
 # Move the deadline, unless another server ended the lease.
 RENEW = """UPDATE evolink_servers SET
     seen_at = clock_timestamp(), gone_since = NULL, lease_until = clock_timestamp() + make_interval(secs => %s)
-    WHERE number = %s AND fenced_at IS NULL"""
+    WHERE number = %s AND fenced_at IS NULL RETURNING extract(epoch FROM seen_at)::float8 AS now"""
 # Lock the number for this session.
 LOCK_NUMBER = "SELECT pg_try_advisory_lock(%s, %s) AS is_locked"
 # Read the process of this session.
@@ -93,14 +93,16 @@ class Lease:
         self._session = (row["pid"], row["backend_start"]) if row else (0, None)
         self._taken_at = time.monotonic()
 
-    async def renew(self, db: DatabaseConnection) -> None:
-        """Move the deadline to `lease_s` from now.
+    async def renew(self, db: DatabaseConnection) -> float:
+        """Move the deadline to `lease_s` from now. Return the time of the database's clock (epoch seconds).
 
         Raises:
             LeaseLost: Another server ended the lease.
         """
-        if (await db.execute(RENEW.encode(), (self._times.lease_s, self.number))).rowcount != 1:
+        row = await (await db.execute(RENEW.encode(), (self._times.lease_s, self.number))).fetchone()
+        if row is None:
             raise LeaseLost(f"another server ended the lease of {self.owner}")
+        return row["now"]
 
     async def forget_old(self, db: DatabaseConnection) -> None:
         """Delete the rows of servers that ended a day ago."""

@@ -21,7 +21,6 @@ from starlette.types import ASGIApp
 from evolink_mcp.api.http import TRANSPORT_ERRORS, why
 from evolink_mcp.api.urls import is_loopback
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.teams.request_rates import RequestRates
 from evolink_mcp.teams.roles import AccessDenied, Roles
 from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import AuthFailure
@@ -83,7 +82,6 @@ class Issuer:
     ) -> None:
         self._issuer = issuer
         self._roles = roles
-        self._rates = RequestRates(clock=clock)
         self._waiting_max = waiting_max
         self._audience = audience
         self._scopes = tuple(scopes)
@@ -141,7 +139,7 @@ class Issuer:
                 tenant = self._roles.with_limits(tenant, claims)
             except AccessDenied as error:
                 return AuthFailure(HTTPStatus.FORBIDDEN, str(error))
-        return self._rates.failure(tenant.name, tenant.requests_per_minute) or tenant
+        return tenant
 
     async def problem(self) -> str | None:
         """Return the reason why the issuer is not usable now, if there is one."""

@@ -187,6 +187,13 @@ VERSIONS = (
             OR (NEW.images <> OLD.images OR NEW.error IS DISTINCT FROM OLD.error) AND (OLD.owner = '' OR NOT NEW.closed))
         EXECUTE FUNCTION evolink_publish();
     """,
+    # The requests of each tenant per minute, at all servers. They may be lost in a crash, so they need no log.
+    """
+    CREATE UNLOGGED TABLE IF NOT EXISTS evolink_requests (
+        tenant TEXT NOT NULL, minute BIGINT NOT NULL, requests INTEGER NOT NULL, PRIMARY KEY (tenant, minute)
+    );
+    CREATE INDEX IF NOT EXISTS evolink_requests_by_minute ON evolink_requests (minute);
+    """,
 )
 
 

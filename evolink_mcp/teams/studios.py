@@ -156,7 +156,8 @@ async def open_team_studio(
     """
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(open_team_database(settings.database_url, times))
-        parts = team_parts(settings, database, clock=options.get("clock", time.time))
+        options.setdefault("clock", time.time if database is None else database.now)
+        parts = team_parts(settings, database, clock=options["clock"])
         yield await stack.enter_async_context(open_studio(settings, parts, **options))
 
 
@@ -164,8 +165,8 @@ class Studios:
     """The open studios of this server process.
 
     They share the database, the decoder, the object store, the certificates, the turns and the metrics. Studios with the
-    same EvoLink key also share a poller, which runs in `group`. `transport`, `clock` (epoch seconds) and `pause` are for
-    tests.
+    same EvoLink key also share a poller, which runs in `group`. The time is that of the
+    database, if there is one. `transport`, `clock` (epoch seconds) and `pause` are for tests.
     """
 
     def __init__(
@@ -176,9 +177,11 @@ class Studios:
         group: anyio.abc.TaskGroup,
         *,
         transport: httpx.AsyncBaseTransport | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         pause: Sleep = anyio.sleep,
     ) -> None:
+        if clock is None:
+            clock = time.time if database is None else database.now
         self.settings = settings
         self.database = database
         self.metrics = Metrics()

@@ -24,7 +24,6 @@ from evolink_mcp.api.urls import KEY
 from evolink_mcp.images.folders import is_reserved
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.teams.reloaded_file import ReloadedFile
-from evolink_mcp.teams.request_rates import RequestRates
 from evolink_mcp.tools.names import TOOL_NAMES, tools_named
 from evolink_mcp.transports.authentication import AuthFailure
 
@@ -83,7 +82,6 @@ class Tokens:
             BadTokens: the file is not readable or not valid.
         """
         self._file = ReloadedFile(path, _read, "tokens", clock=clock)
-        self._rates = RequestRates(clock=clock)
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
@@ -108,7 +106,7 @@ class Tokens:
         tenant = self._tenant_of(token.strip())
         if tenant is None:
             return _unauthorized(b', error="invalid_token"', "This server does not know the token.")
-        return self._rates.failure(tenant.name, tenant.requests_per_minute) or tenant
+        return tenant
 
     def _tenant_of(self, token: bytes) -> Tenant | None:
         # Compare all digests, each in constant time, so that the duration shows nothing about the tokens.

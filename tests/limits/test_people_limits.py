@@ -13,7 +13,8 @@ import pytest
 from login import ISSUER, Login
 from office import ANNA, BERT, INITIALIZE, office
 
-from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, RequestRates
+from evolink_mcp.teams.authenticator import TeamAuthenticator
+from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, MinuteCount, RequestRates
 from evolink_mcp.teams.roles import BadRoles, Roles
 from evolink_mcp.teams.tenants import LateApp, Tenants, unlisted_max_for
 from evolink_mcp.teams.tokens import Tenant
@@ -174,15 +175,39 @@ async def test_a_tenant_without_a_limit_of_its_own_has_the_default() -> None:
 
 
 async def test_a_refused_request_does_not_extend_the_minute() -> None:
-    now_s = 0.0
+    now_s = 120.0
     rates = RequestRates(default=1, clock=lambda: now_s)
     assert rates.failure("anna", None) is None
-    now_s = 59.0
+    now_s = 179.0
     failure = rates.failure("anna", None)
     assert failure is not None
     assert dict(failure.headers)[b"retry-after"] == b"2"
-    now_s = 60.0
+    now_s = 180.0
     assert rates.failure("anna", None) is None
+
+
+async def test_the_requests_at_all_servers_count_together() -> None:
+    now_s = 120.0
+    first, second = (RequestRates(default=5, clock=lambda: now_s) for _ in range(2))
+    table: dict[tuple[str, int], int] = {}
+
+    def exchange(rates: RequestRates) -> None:
+        """Do what the heartbeat of a server does with the table in the database."""
+        totals: list[MinuteCount] = []
+        for tenant, minute, requests in rates.take_unsent():
+            table[tenant, minute] = table.get((tenant, minute), 0) + requests
+            totals.append(MinuteCount(tenant, minute, table[tenant, minute]))
+        rates.set_totals(totals)
+
+    assert [first.failure("anna", None) is None for _ in range(3)] == [True] * 3
+    exchange(first)
+    assert second.failure("anna", None) is None
+    exchange(second)
+    assert [second.failure("anna", None) is None for _ in range(2)] == [True, False]
+    assert second.failure("bert", None) is None
+    now_s = 180.0
+    first.set_totals([MinuteCount("anna", 2, 5)])  # an answer that is late
+    assert first.failure("anna", None) is None
 
 
 async def test_the_calls_of_all_tenants_wait_for_the_same_turns(tmp_path: Path) -> None:
@@ -232,8 +257,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def _status(login: Login, issuer: Any, **claims: Any) -> int:
-    auth_result = await issuer.tenant_of(login.token(**claims))
+async def _status(login: Login, issuer: Any, rates: RequestRates | None = None, **claims: Any) -> int:
+    authenticator = TeamAuthenticator(None, issuer, rates=rates)
+    auth_result = await authenticator.authenticate({b"authorization": b"Bearer " + login.token(**claims)})
     return auth_result.status if isinstance(auth_result, AuthFailure) else 200
 
 
@@ -267,7 +293,8 @@ async def test_the_first_matching_role_sets_tools_and_limits_and_nobody_else_may
 async def test_a_role_limits_the_requests_of_each_person_separately(file: Path) -> None:
     login = Login()
     issuer = login.issuer(roles=Roles(file))
-    statuses = [await _status(login, issuer, groups="design", sub=name) for name in ("a", "a", "a", "b")]
+    rates = RequestRates(clock=lambda: 0.0)
+    statuses = [await _status(login, issuer, rates, groups="design", sub=name) for name in ("a", "a", "a", "b")]
     assert statuses == [200, 200, 429, 200]
 
 
@@ -328,7 +355,7 @@ async def test_a_person_gets_only_the_tools_of_the_role(tmp_path: Path, file: Pa
 
 LIMIT_TEXTS = {
     "Tenants with counted requests per minute": f"{TENANTS_MAX:,}",
-    "Requests of a tenant per minute": f"{REQUESTS_PER_MINUTE}, or `requests_per_minute` of the tenant",
+    "Requests of a tenant per minute, at all servers of a team": f"{REQUESTS_PER_MINUTE}, or `requests_per_minute` of the tenant",
 }
 
 TRIALS = {

@@ -34,6 +34,7 @@ from evolink_mcp.teams.database import Database, open_database  # noqa: E402
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address  # noqa: E402
 from evolink_mcp.teams.lease import LOCKS  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresBackend, PostgresJournal  # noqa: E402
+from evolink_mcp.teams.request_rates import RequestRates  # noqa: E402
 from evolink_mcp.teams.schema import COMPATIBLE_WITH, MOVE_OLD_TABLES, OLD_TABLES, VERSIONS, read_entries  # noqa: E402
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
@@ -331,6 +332,39 @@ async def test_a_server_ends_its_former_session_and_takes_its_lease_again(url: s
         await proxy.has_ended.wait()
         await until(lambda: database.alive)
         assert database.owner == owner
+
+
+async def test_the_heartbeats_exchange_the_requests_of_tenants(url: str) -> None:
+    times = patient_times(stop_after_s=3.0)
+    async with open_database(url, times) as first, open_database(url, times) as second:
+        for database in (first, second):
+            database.rates = RequestRates(default=5, clock=lambda: 6000.0)
+
+        async def requests_in_table(tenant: str) -> int:
+            rows = await first.run(lambda db: db.execute("SELECT * FROM evolink_requests WHERE tenant = %s", (tenant,)))
+            row = await rows.fetchone()
+            return 0 if row is None else row["requests"]
+
+        async def is_allowed(database: Database, tenant: str, *, total: int) -> bool:
+            """Make a request, and wait until the table has this total."""
+            is_allowed = database.rates.failure(tenant, None) is None
+            while await requests_in_table(tenant) < total:
+                await anyio.sleep(0.01)
+            return is_allowed
+
+        assert [first.rates.failure("anna", None) is None for _ in range(2)] == [True, True]
+        assert await is_allowed(first, "anna", total=3)
+        assert await is_allowed(second, "anna", total=4)
+        assert await is_allowed(second, "bert", total=1)  # a later heartbeat, so the answer for anna has arrived
+        assert [second.rates.failure("anna", None) is None for _ in range(2)] == [True, False]
+
+
+async def test_all_servers_have_the_time_of_the_database(url: str) -> None:
+    async with open_database(url, PATIENT) as database:
+        rows = await database.run(lambda db: db.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS now"))
+        row = await rows.fetchone()
+        assert row is not None
+        assert abs(database.now() - row["now"]) < 60
 
 
 async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url: str) -> None:

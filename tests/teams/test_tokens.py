@@ -22,6 +22,7 @@ from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
 
 from evolink_mcp.teams.app import Readiness
 from evolink_mcp.teams.authenticator import TeamAuthenticator
+from evolink_mcp.teams.request_rates import RequestRates
 from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.tenants import Tenants
 from evolink_mcp.teams.tokens import BadTokens, Tenant, Tokens, new_token
@@ -146,17 +147,22 @@ def test_the_scheme_bearer_may_have_any_case(file: Path, header: bytes) -> None:
     assert isinstance(Tokens(file).authenticate(header), Tenant)
 
 
-def test_a_tenant_above_its_requests_per_minute_gets_429(file: Path) -> None:
-    clock = Clock()
+@pytest.mark.anyio
+async def test_a_tenant_above_its_requests_per_minute_gets_429(file: Path) -> None:
+    now_s = 60.0
     file.write_text(block("anna", "a", requests_per_minute=2) + block("bert", "b"))
-    tokens = Tokens(file, clock=clock)
-    assert [isinstance(tokens.authenticate(bearer("a")), Tenant) for _ in range(3)] == [True, True, False]
-    failure = tokens.authenticate(bearer("a"))
+    authenticator = TeamAuthenticator(Tokens(file), rates=RequestRates(clock=lambda: now_s))
+
+    async def result_of(token: str) -> Tenant | AuthFailure:
+        return await authenticator.authenticate({b"authorization": bearer(token)})
+
+    assert [isinstance(await result_of("a"), Tenant) for _ in range(3)] == [True, True, False]
+    failure = await result_of("a")
     assert isinstance(failure, AuthFailure)
     assert (failure.status, dict(failure.headers)[b"retry-after"]) == (429, b"61")
-    assert isinstance(tokens.authenticate(bearer("b")), Tenant)
-    clock.now += 61
-    assert isinstance(tokens.authenticate(bearer("a")), Tenant)
+    assert isinstance(await result_of("b"), Tenant)
+    now_s = 120.0
+    assert isinstance(await result_of("a"), Tenant)
 
 
 def test_a_tenant_with_a_separate_key_shares_no_account(file: Path) -> None:
