@@ -58,7 +58,7 @@ def measure(tenants: int, calls: int, seconds: float, settle_s: float) -> dict[s
             "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"), "EVOLINK_MCP_DATABASE_URL": url,
             "EVOLINK_MCP_SECRET": "s" * 32, "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
         }  # fmt: skip
-        command = (sys.executable, "-m", "evolink_mcp", "http", "--port", str(port))
+        command = (sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(port))
         with process(*command, cwd=folder, log="server.log", **env) as server:
             listens(port, START_WITHIN_S)
             for number in range(calls):
