@@ -8,7 +8,7 @@ import sys
 import tomllib
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from child_processes import patient_times
 from mcp.client import Client
 from mcp_types import Implementation
 from PIL import Image
+from shared import CERTIFICATES_READ_ONCE, check_each_schema_once, shared_decoder
 
 from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.app.wiring import StudioParts, open_studio
@@ -44,6 +45,7 @@ KEY = "sk-canary-0123456789abcdef"
 # Without a name of its own a client gets no previews.
 TEST_CLIENT = Implementation(name="evolink-tests", version="1")
 TEAM = os.environ.get("EVOLINK_TEST_DATABASE") == "postgres"
+check_each_schema_once()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -162,10 +164,11 @@ Open = Callable[..., AbstractAsyncContextManager[World]]
 
 
 @pytest.fixture
-def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
+def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder) -> Open:
     """Return a function that opens a world. `environ` adds settings. An earlier `simulator` or `clock` can continue.
 
-    `wrap_journal` returns the journal that the studio uses in place of the real one.
+    `wrap_journal` returns the journal that the studio uses in place of the real one. With a `decoder_command` the world
+    has its own decoder.
 
     With EVOLINK_TEST_DATABASE=postgres the journals of all worlds are in PostgreSQL.
     """
@@ -202,8 +205,10 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
         transport = transport or httpx.ASGITransport(simulator.app)
         if database_times is None and settings.database_url is not None:
             database_times = patient_times()
-        with closing(Decoder(decoder_environment(), command=decoder_command)) as decoder:
+        own_decoder = closing(Decoder(decoder_environment(), command=decoder_command)) if decoder_command else None
+        with own_decoder or nullcontext(decoder) as world_decoder:
             options: Any = {"transport": transport, "clock": clock, "sleep": clock.sleep, "pause": pause}
+            options["http_options"] = CERTIFICATES_READ_ONCE
             async with open_team_database(settings.database_url, database_times) as team_database:
                 parts = StudioParts() if team_database is None else team_parts(settings, team_database, clock=clock)
                 make_journal: Callable[..., Journal] = parts.make_journal or (
@@ -215,17 +220,16 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest) -> Open:
                     make_journal=lambda *names: wrap_journal(make_journal(*names)),
                     subscribers=(*parts.subscribers, *subscribers),
                 )
-                async with open_studio(settings, parts, decoder=decoder, **options) as studio:
+                async with open_studio(settings, parts, decoder=world_decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)
 
     return opened
 
 
 @pytest.fixture
-def decoder() -> Iterator[Decoder]:
+def decoder() -> Decoder:
     """An image decoder with real processes."""
-    with closing(Decoder(decoder_environment())) as opened:
-        yield opened
+    return shared_decoder()
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Annotated, Any
 
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.prompts import Prompt
 from mcp_types import (
     Completion,
     CompletionArgument,
@@ -42,8 +44,23 @@ ONCE = (
 
 def add_prompts(server: MCPServer[Any]) -> None:
     """Publish the prompts. Each one needs generate_image."""
+    for prompt in _prompts():
+        server.add_prompt(prompt)
 
-    @server.prompt(title="New picture", description="Describe it, choose a shape, and get it in one paid call.")
+
+@cache
+def _prompts() -> Sequence[Prompt]:
+    """Return all prompts. All servers of this process share them: a team's server has one MCP server for each tenant."""
+    prompts: list[Prompt] = []
+
+    def add(title: str, description: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+        def decorate(function: Callable[..., str]) -> Callable[..., str]:
+            prompts.append(Prompt.from_function(function, title=title, description=description))
+            return function
+
+        return decorate
+
+    @add(title="New picture", description="Describe it, choose a shape, and get it in one paid call.")
     def new_picture(
         subject: Annotated[str, Field(description="Subject of the picture. Mood, light and style are welcome too.")],
         size: Size = "",
@@ -66,7 +83,7 @@ def add_prompts(server: MCPServer[Any]) -> None:
             ONCE.format(each=""),
         )
 
-    @server.prompt(title="Edit this picture", description="Change one thing in a picture and keep the rest.")
+    @add(title="Edit this picture", description="Change one thing in a picture and keep the rest.")
     def edit_picture(
         picture: PictureWord,
         change: Annotated[str, Field(description="The change that you want.")],
@@ -83,7 +100,7 @@ def add_prompts(server: MCPServer[Any]) -> None:
             ONCE.format(each=""),
         )
 
-    @server.prompt(title="Variations", description="Several different takes on one picture or idea.")
+    @add(title="Variations", description="Several different takes on one picture or idea.")
     def variations(
         of: Annotated[str, Field(description="A picture (evolink://images/…, file or web address) or an idea.")],
         count: Annotated[str, Field(description="How many, 1 to 10. Each is billed. Blank: 3.")] = "",
@@ -103,7 +120,7 @@ def add_prompts(server: MCPServer[Any]) -> None:
             ONCE.format(each=" for each prompt"),
         )
 
-    @server.prompt(
+    @add(
         title="One motif in several sizes", description="The same motif for a banner, a post, a story: a matching set."
     )
     def size_set(
@@ -122,6 +139,8 @@ def add_prompts(server: MCPServer[Any]) -> None:
             "same motif, and say in each prompt how the composition fits its shape.",
             ONCE.format(each=" for each size"),
         )
+
+    return prompts
 
 
 def add_completions(server: MCPServer[Any], studio: Studio) -> None:

@@ -10,13 +10,11 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import anyio
 import httpx2 as httpx
 
-from evolink_mcp.api.http import HttpOptions
 from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import SimulatedTask, Simulator
 from evolink_mcp.studio.studio import Studio
@@ -28,8 +26,6 @@ NEVER_S = 60.0
 TURNS_TO_READ = 50
 # The deadlines of all HTTP requests in progress.
 DEADLINES: list[anyio.CancelScope] = []
-# Reading the certificates of the machine takes longer than a test.
-CERTIFICATES_READ_ONCE = HttpOptions(make_ssl_context=cache(httpx.create_ssl_context))
 
 
 @contextmanager

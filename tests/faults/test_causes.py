@@ -27,6 +27,7 @@ from cryptography.x509.oid import NameOID
 from faulty_gateway import CURRENT, ONE_SERVER, Gateway, QuickSimulator
 from mcp.client import Client
 from pydantic import SecretStr
+from shared import shared_decoder
 
 from evolink_mcp import causes
 from evolink_mcp.api.certificates import issuer_of
@@ -473,8 +474,9 @@ async def test_tool_doctor_and_log_name_the_cause_and_the_next_step(
                 "EVOLINK_API_KEY": KEY, "EVOLINK_MCP_DATA_DIR": str(tmp_path / "data"),
                 "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"), **environ,
             })  # fmt: skip
+            options: dict[str, Any] = {"sleep": no_sleep, "deadline": gw.deadline_at_silence}
             async with (
-                open_studio(settings, sleep=no_sleep, clock=lambda: NOW, deadline=gw.deadline_at_silence) as studio,
+                open_studio(settings, decoder=shared_decoder(), clock=lambda: NOW, **options) as studio,
                 Client(ONE_SERVER) as client,
             ):
                 CURRENT.studio = studio
@@ -515,7 +517,7 @@ async def test_after_a_long_rate_limit_no_purchase_is_sent_before_its_end(tmp_pa
                 "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / "pictures"),
             })  # fmt: skip
             options: dict[str, Any] = {"sleep": no_sleep, "deadline": gw.deadline_at_silence}
-            async with open_studio(settings, clock=lambda: now, **options) as studio:
+            async with open_studio(settings, decoder=shared_decoder(), clock=lambda: now, **options) as studio:
                 CURRENT.studio = studio
                 first = await client.call_tool("generate_image", WISH)
                 now += 600

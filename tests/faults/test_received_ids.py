@@ -18,6 +18,7 @@ import httpx2 as httpx
 import pytest
 from faulty_gateway import Exchange, Fault, Gateway, QuickSimulator
 from pydantic import SecretStr
+from shared import CERTIFICATES_READ_ONCE, shared_decoder
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.deadline import awake_deadline
@@ -54,7 +55,8 @@ async def buy(folder: Path, fault: Fault) -> tuple[Entry, QuickSimulator, Gatewa
                 "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
             }
         )
-        async with open_studio(settings, sleep=no_sleep, deadline=gw.deadline_at_silence) as studio:
+        options: Any = {"decoder": shared_decoder(), "http_options": CERTIFICATES_READ_ONCE}
+        async with open_studio(settings, sleep=no_sleep, deadline=gw.deadline_at_silence, **options) as studio:
             job = await studio.order(ImageRequest(GenerationRequest.model_validate(BODY), 9.0))
             async for _ in job.states():
                 pass

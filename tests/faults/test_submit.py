@@ -19,6 +19,7 @@ import httpx2 as httpx
 import pytest
 from faulty_gateway import CURRENT, ONE_SERVER, Fault, Gateway, QuickSimulator
 from mcp.client import Client
+from shared import CERTIFICATES_READ_ONCE, shared_decoder
 
 from evolink_mcp import errors
 from evolink_mcp.api import http
@@ -42,13 +43,15 @@ async def studio_at(
     folder: Path,
     url: str,
     sleep: Callable[[float], Awaitable[None]] = no_sleep,
-    options: http.HttpOptions = gw.CERTIFICATES_READ_ONCE,
+    options: http.HttpOptions = CERTIFICATES_READ_ONCE,
 ) -> AsyncIterator[Studio]:
     settings = TeamSettings.from_environment({
         "EVOLINK_API_KEY": KEY, "EVOLINK_BASE_URL": url, "EVOLINK_MCP_DATA_DIR": str(folder / "data"),
         "EVOLINK_MCP_OUTPUT_DIR": str(folder / "pictures"),
     })  # fmt: skip
-    async with open_studio(settings, sleep=sleep, http_options=options, deadline=gw.deadline_at_silence) as studio:
+    deadline = gw.deadline_at_silence
+    decoder = shared_decoder()
+    async with open_studio(settings, decoder=decoder, sleep=sleep, http_options=options, deadline=deadline) as studio:
         yield studio
 
 
@@ -250,7 +253,7 @@ async def no_such_host() -> AsyncIterator[str]:
     "place", [pytest.param(place, id=place.__name__) for place in (full_backlog, closed_port, no_tls, no_such_host)]
 )
 async def test_a_purchase_without_a_connection_is_tried_three_times_and_not_charged(place: Any, tmp_path: Path) -> None:
-    options = replace(gw.CERTIFICATES_READ_ONCE, connect_timeout_s=0.3)  # none of these places accepts a connection
+    options = replace(CERTIFICATES_READ_ONCE, connect_timeout_s=0.3)  # none of these places accepts a connection
     waits: list[float] = []
 
     async def sleep(seconds: float) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as some
 from jsonschema import Draft202012Validator
 from mcp.client import Client
 from pydantic import ValidationError
+from shared import shared_decoder
 
 from evolink_mcp.api.http import moment_of, retry_after_s
 from evolink_mcp.api.request import GenerationRequest
@@ -252,6 +253,7 @@ def test_no_answer_of_evolink_breaks_a_tool(
             async with (
                 open_studio(
                     TeamSettings.from_environment(environ),
+                    decoder=shared_decoder(),
                     transport=transport,
                     clock=clock,
                     sleep=clock.sleep,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,18 @@ async def test_every_other_file_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("make", "reason"),
     [
-        pytest.param(heic()[:200], Reason.DAMAGED, id="the first bytes"),
-        pytest.param(heic()[:-40], Reason.DAMAGED, id="the end is missing"),
-        pytest.param(unfinished(), Reason.INCOMPLETE, id="an unfinished download"),
-        pytest.param(heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.HEIC_TOO_LARGE, id="too many pixels"),
+        pytest.param(lambda: heic()[:200], Reason.DAMAGED, id="the first bytes"),
+        pytest.param(lambda: heic()[:-40], Reason.DAMAGED, id="the end is missing"),
+        pytest.param(unfinished, Reason.INCOMPLETE, id="an unfinished download"),
+        pytest.param(
+            lambda: heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.HEIC_TOO_LARGE, id="too many pixels"
+        ),
     ],
 )
-async def test_a_damaged_or_too_large_photo_is_refused(content: bytes, reason: Reason) -> None:
+async def test_a_damaged_or_too_large_photo_is_refused(make: Callable[[], bytes], reason: Reason) -> None:
+    content = make()  # not at import: encoding takes seconds, and every worker imports this file
     with pytest.raises(UnusableImage) as error:
         await converted(content)
     assert error.value.reason is reason

@@ -164,6 +164,19 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
     main(order["argv"], times)
 
 
+def _prepare_servers() -> None:
+    """Import and make what every server makes at its start, so that a forked server has it already."""
+    import faulty_gateway  # noqa: F401 - it builds an MCP server, and the schemas of the tools stay in memory
+    import filelock  # noqa: F401
+    import httpcore2  # noqa: F401
+    import platformdirs  # noqa: F401
+    import truststore  # noqa: F401
+
+    import evolink_mcp.teams.settings  # noqa: F401
+
+    anyio.run(anyio.sleep, 0)
+
+
 def _nursery(path: str) -> None:
     """Fork a server for each connection. Send its process ID, and at its end its exit code."""
     import evolink_mcp.app.wiring
@@ -174,6 +187,7 @@ def _nursery(path: str) -> None:
     with suppress(ImportError):
         import evolink_mcp.teams.postgres  # noqa: F401
 
+    _prepare_servers()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -311,7 +325,9 @@ def nursery(folder: Path) -> Iterator[Nursery]:
     # coverage crashed at the end of forked servers.
     env = {
         **without_coverage(os.environ),
-        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(FOLDER.parent), str(FOLDER.parent / "faults"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
     with subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None

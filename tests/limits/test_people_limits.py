@@ -361,5 +361,5 @@ LIMIT_TEXTS = {
 TRIALS = {
     "Open apps of people with a JWT": test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldest_request,
     "Tenants with counted requests per minute": test_the_memory_for_the_request_rates_is_limited,
-    "Requests of a tenant per minute": test_a_tenant_without_a_limit_of_its_own_has_the_default,
+    "Requests of a tenant per minute, at all servers of a team": test_a_tenant_without_a_limit_of_its_own_has_the_default,
 }

@@ -20,6 +20,7 @@ import pytest
 from conftest import KEY, Clock, Open, World
 from faulty_gateway import CURRENT, ONE_SERVER, Gateway, QuickSimulator
 from mcp.client import Client
+from shared import CERTIFICATES_READ_ONCE, shared_decoder
 
 from evolink_mcp.api import http, task
 from evolink_mcp.api.request import GenerationRequest
@@ -415,7 +416,11 @@ async def test_a_faulty_connection_costs_one_poll(fault: gw.Fault, tmp_path: Pat
     with anyio.fail_after(300):
         async with gateway.open():
             opened = TeamSettings.from_environment({**settings, "EVOLINK_BASE_URL": gateway.url})
-            options: Any = {"http_options": gw.CERTIFICATES_READ_ONCE, "deadline": gw.deadline_at_silence}
+            options: Any = {
+                "decoder": shared_decoder(),
+                "http_options": CERTIFICATES_READ_ONCE,
+                "deadline": gw.deadline_at_silence,
+            }
             async with open_studio(opened, sleep=sleep, **options) as studio:
                 request = GenerationRequest.model_validate(WISH)
                 job = await studio.order(ImageRequest(request, studio.prices.current.ceiling(request)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,6 @@ import httpx2 as httpx
 import pytest
 from conftest import Clock, Open, PlainSimulator, World
 
-from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.errors import FolderRefused
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.folders import NAME_MAX_BYTES, Folders
@@ -104,20 +103,19 @@ async def test_a_check_before_the_purchase_leaves_no_file_and_no_folder(open_wor
 
 @pytest.mark.parametrize(("free", "is_refused"), [(1024 * 640 * 4 * 2 - 1, True), (1024 * 640 * 4 * 2, False)])
 async def test_a_disk_needs_space_for_all_images_without_compression(
-    tmp_path: Path, free: int, is_refused: bool
+    tmp_path: Path, decoder: Decoder, free: int, is_refused: bool
 ) -> None:
     journal = SqliteJournal(tmp_path / "data")
-    with closing(Decoder(decoder_environment())) as decoder:
-        store = LocalImageStore(
-            Folders(tmp_path / "pictures", (tmp_path / "pictures",)),
-            decoder,
-            journal=journal,
-            fallback=tmp_path / "fallback",
-            free_bytes=lambda folder: free,
-        )
-        expectation = pytest.raises(FolderRefused, match="free space") if is_refused else nullcontext()
-        with expectation:
-            await store.check_space(None, 1024 * 640 * 4 * 2)
+    store = LocalImageStore(
+        Folders(tmp_path / "pictures", (tmp_path / "pictures",)),
+        decoder,
+        journal=journal,
+        fallback=tmp_path / "fallback",
+        free_bytes=lambda folder: free,
+    )
+    expectation = pytest.raises(FolderRefused, match="free space") if is_refused else nullcontext()
+    with expectation:
+        await store.check_space(None, 1024 * 640 * 4 * 2)
     await journal.close()
 
 

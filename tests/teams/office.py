@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ import httpx2 as httpx
 from conftest import TEST_CLIENT, PlainSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
+from shared import shared_decoder
 
-from evolink_mcp.app.settings import decoder_environment
-from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import Sleep
 from evolink_mcp.teams.adopter import Adopter
 from evolink_mcp.teams.app import Readiness, guarded_app, hostnames_of, metrics_for, tenants_app
@@ -143,11 +142,10 @@ async def office(
     assert settings.tokens_file is not None
     with anyio.fail_after(300):
         async with AsyncExitStack() as stack:
-            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
             group = await stack.enter_async_context(anyio.create_task_group())
             clock = ShiftedClock()
             upstream = httpx.ASGITransport(simulator.app)
-            studios = Studios(settings, None, decoder, group, transport=upstream, clock=clock, pause=pause)
+            studios = Studios(settings, None, shared_decoder(), group, transport=upstream, clock=clock, pause=pause)
             authenticator = TeamAuthenticator(
                 Tokens(settings.tokens_file),
                 issuer,

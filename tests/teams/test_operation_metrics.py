@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from child_processes import patient_times
 from conftest import KEY, Open, PlainSimulator
 from office import ANNA, WISH, office
 from pydantic import SecretStr
+from shared import shared_decoder
 
 pytest.importorskip("prometheus_client")
 pytest.importorskip("psycopg")
@@ -27,9 +28,7 @@ from test_running_it import TOKEN, values
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import decoder_environment
 from evolink_mcp.errors import JournalUnwritable, Unreachable
-from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.callbacks import Callbacks
 from evolink_mcp.teams.database import open_database
@@ -144,8 +143,7 @@ async def test_a_take_over_is_counted_and_its_audit_line_has_no_request(
         transport = httpx.ASGITransport(office.simulator.app)
         async with open_team_database(office.settings.database_url, patient_times()) as doomed:
             office.simulator.duration_s = 3600
-            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
-            studios = Studios(office.settings, doomed, decoder, group, transport=transport)
+            studios = Studios(office.settings, doomed, shared_decoder(), group, transport=transport)
             studio, _ = await stack.enter_async_context(studios.open(Tenant("anna")))
             await studio.order(ImageRequest(GenerationRequest(prompt="a fox", size="1024x640"), 9.0))
             while (await studio.journal.recent(1))[0].task is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from conftest import PlainSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import ElicitResult
+from shared import shared_decoder
 
 pytest.importorskip("psycopg")
 
@@ -24,8 +25,6 @@ from drawings import drawing
 from office import HEADERS, block, guard_of, tenants_of
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import decoder_environment
-from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.adopter import Adopter
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -101,8 +100,7 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
         async with open_team_database(settings.database_url, patient_times()) as doomed:
             assert doomed is not None
             office.simulator.duration_s = 3600
-            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
-            studios = Studios(settings, doomed, decoder, group, transport=transport)
+            studios = Studios(settings, doomed, shared_decoder(), group, transport=transport)
             studio, _ = await stack.enter_async_context(studios.open(person))
             wish = GenerationRequest(prompt="a fox", size="1024x640")
             await studio.order(ImageRequest(wish, 9.0))
@@ -138,8 +136,7 @@ async def team(
             database = await stack.enter_async_context(open_team_database(settings.database_url, times))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
-            decoder = stack.enter_context(closing(Decoder(decoder_environment())))
-            studios = Studios(settings, database, decoder, group, transport=httpx.ASGITransport(simulator.app))
+            studios = Studios(settings, database, shared_decoder(), group, transport=httpx.ASGITransport(simulator.app))
             apps.append(_replica(studios, Tokens(settings.tokens_file), group))
         yield Team(apps, simulator, settings)
 
