@@ -365,9 +365,7 @@ def check_callbacks(settings: TeamSettings) -> list[Finding]:
     except JournalUnwritable:
         return []  # the check of the journal reports it
     if any(missed_in(count) >= MISSED_MAX for count in counts):
-        return [
-            Finding("callbacks", "warning", MISSING, "Without callbacks, each image is found up to some seconds later.")
-        ]
+        return [Finding("callbacks", "warning", MISSING, "Polls find each image some seconds later.")]
     return [Finding("callbacks", "ok", f"no callback to {harmless(settings.public_url, 200)} is missing")]
 
 

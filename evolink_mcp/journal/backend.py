@@ -37,7 +37,7 @@ class Connection(Protocol):
         ...
 
     async def batch(self, *statements: Statement) -> list[Result]:
-        """Execute statements one after the other, as a part of the transaction or as one of its own. Return their results.
+        """Execute statements in this order, and return their results. Outside a transaction they are one.
 
         A database on another machine gets all of them in one message.
 

@@ -826,15 +826,15 @@ class Journal:
         changes = ", ".join(f"{name} = ?" for name in columns)
         values = values_of(entry, columns)
         is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
+        update = UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)
+        if entry.task is None:
+            update = UPDATE_WITHOUT_TASK.format(changes=changes), (*update[1], UNCONFIRMED_PATTERN)
 
         async def write(db: Connection) -> bool:
             if is_certain:
                 await _withdraw_matches(db, entry)
             with _duplicate_task(entry):
-                sql, ids = UPDATE_OWNED, (entry.key, self.owner)
-                if entry.task is None:
-                    sql, ids = UPDATE_WITHOUT_TASK, (*ids, UNCONFIRMED_PATTERN)
-                if await db.execute(sql.format(changes=changes), (*values, *ids)) == 1:
+                if await db.execute(*update) == 1:
                     return True
                 if is_certain:
                     sql = UPDATE_CERTAIN.format(changes=changes)
@@ -846,9 +846,7 @@ class Journal:
             return True
 
         async def write_at_once(db: Connection) -> bool:
-            """Try to write the entry in one step. Return False if the write may need the steps of `write` and `learn`."""
-            sql, ids = (UPDATE_OWNED, ()) if entry.task is not None else (UPDATE_WITHOUT_TASK, (UNCONFIRMED_PATTERN,))
-            update = sql.format(changes=changes), (*values, entry.key, self.owner, *ids)
+            """Try to write the entry in one step, which is enough for almost every write. Return False if it is not."""
             matches = UNCONFIRMED_BY_TASK, (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
             try:
                 facts, other_entries, updated = await db.batch(self._facts_query, matches, update)

@@ -31,7 +31,7 @@ class CallbackHistory:
         return self._missed >= MISSED_MAX
 
     async def read(self) -> None:
-        """Read what all servers know. If the journal cannot be read, nothing changes."""
+        """Read the count of all servers. If the journal cannot be read, nothing changes."""
         try:
             facts = await self._journal.facts(max_age_s=RECENT_S)
         except JournalUnwritable:

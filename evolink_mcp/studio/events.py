@@ -166,7 +166,7 @@ class JournalWriter:
             JournalUnwritable: earlier purchases are unknown.
         """
         found = await self.journal.undelivered((request_hash,), since)
-        # A call may end while the entries are read, so its end is looked up after that.
+        # A call may end during the read, so check its end after it.
         entries = [
             entry for entry in found.entries if entry.caller != self.journal.owner or entry.key in self._departed
         ]

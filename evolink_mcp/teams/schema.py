@@ -164,8 +164,8 @@ VERSIONS = (
         ADD COLUMN IF NOT EXISTS awaited_on TEXT;
     """,
     # Each notification costs each server a transaction. The release of an entry notifies of all its last changes, and the
-    # heartbeat of its owner of its progress, so other changes notify only if no release follows soon. A single server has
-    # nobody to notify.
+    # heartbeat of its owner of its progress, so other changes notify only if no release follows soon. Without another
+    # server none is necessary.
     f"""
     DROP TRIGGER IF EXISTS evolink_changed ON evolink_entries;
     CREATE OR REPLACE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$

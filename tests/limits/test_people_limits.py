@@ -192,7 +192,7 @@ async def test_the_requests_at_all_servers_count_together() -> None:
     table: dict[tuple[str, int], int] = {}
 
     def exchange(rates: RequestRates) -> None:
-        """Do what the heartbeat of a server does with the table in the database."""
+        """Exchange the requests with the table, like the heartbeat of a server."""
         totals: list[MinuteCount] = []
         for tenant, minute, requests in rates.take_unsent():
             table[tenant, minute] = table.get((tenant, minute), 0) + requests

@@ -395,7 +395,7 @@ async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url
         ben = PostgresJournal(second.database, "a1", profile="ben")
         await ben.publish(Notification("for ben only"))
         await until(lambda: len(deliveries) == 4)
-    # A new entry and a new task are news only for the caller of their own server.
+    # No call of another server can wait for a new entry.
     assert [notification for name, notification in deliveries if name == "second"] == [
         Notification(own_entry.key, task.id), progress
     ]  # fmt: skip

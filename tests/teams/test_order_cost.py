@@ -1,4 +1,4 @@
-"""The cost of an order in PostgreSQL: transactions, and messages whose answer the server awaits."""
+"""The cost of an order in PostgreSQL: transactions, and messages. The server waits for the answer to each message."""
 
 from __future__ import annotations
 
