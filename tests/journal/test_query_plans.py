@@ -64,6 +64,7 @@ SCANS = {
     "SUMS": "the result of its two parts",
     "OF_ACCOUNTS": "the links of keys and accounts, for a lost answer",
     "FIND_FACTS": "PostgreSQL reads a table of a few pages at once",
+    "FACT_VALUES": "doctor reads the few facts of all accounts once",
     "SUMS_OF_ENTRIES": "the CLI adds the entries with a word",
 }
 
