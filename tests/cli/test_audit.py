@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Open
+from conftest import Open, PlainSimulator
 from office import ANNA, BERT, office
 
 from evolink_mcp.cli.audit import lines_by, rows_of, text_of
@@ -34,7 +34,7 @@ def settings_of(folder: Path, **environ: str) -> TeamSettings:
 
 
 async def test_the_sums_of_the_tenants_are_those_of_evolink(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
+    async with office(tmp_path, ANNA, BERT, simulator=PlainSimulator(duration_s=0)) as town:
         for number in range(3):
             await town.call("a", "generate_image", prompt=f"A fox {number}", size="1024x640", quality="low")
         await town.call("b", "generate_image", prompt="A hen", size="16:9", n=2)
