@@ -20,6 +20,7 @@ from benchmarks.processes import ROOT
 
 TITLE = "Servers of a team"
 POLL_REQUESTS_MAX = 2.0
+TRANSACTIONS_MAX = 10.0
 IDLE_TENANTS = (1, 100, 10_000)
 IDLE_TRANSACTIONS_MAX = 5.0
 IDLE_TENANT_KB_MAX = 50.0
@@ -48,8 +49,10 @@ def _figures_of_crowd(quick: bool) -> list[Figure]:
         Figure("memory above an idle server", max(single["extra_mb"]), "MB", None,
                f"{1000 * max(single['extra_mb']) / single['waiting']:.0f} kB per waiting caller"),
         Figure("the same for each of two servers", max(double["extra_mb"]), "MB"),
-        Figure("transactions of PostgreSQL per purchase, one server", single["commits_per_order"], "", None,
+        Figure("transactions of PostgreSQL per purchase, one server", single["commits_per_order"], "", TRANSACTIONS_MAX,
                f"{1000 * single['wal_mb_per_order']:.0f} kB of write-ahead log"),
+        Figure("the same with two servers", double["commits_per_order"], "", None,
+               "callbacks at the other server and notifications included"),
         Figure("writes of PostgreSQL's log to its disk per purchase, one server", single["writes_per_order"], "", None,
                f"{single['writes_a_second']:.0f} per second; one write can serve several commits"),
         Figure("the same with two servers", double["writes_per_order"], "", None,
