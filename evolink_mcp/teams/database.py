@@ -39,6 +39,9 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
 
 
 RECONNECT_AFTER_S = 0.5
+# After this time the pool ends a series of attempts, and an action starts a new one. The pauses of a series double, so with a
+# longer one the server could not use the database for as long again as the outage had lasted.
+RECONNECT_TIMEOUT_S = 1.0
 CLOSE_WITHIN_S = 2.0
 # Add requests of tenants in a minute, and forget those of earlier minutes. Order and SKIP LOCKED prevent a deadlock with the
 # same statement of another server.
@@ -82,7 +85,7 @@ class Database:
         self._pool: AsyncConnectionPool[PooledConnection] = AsyncConnectionPool(
             self._address.conninfo, connection_class=PooledConnection,
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
-            open=False, check=self._check, configure=self._check_timeline,
+            open=False, check=self._check, configure=self._check_timeline, reconnect_timeout=RECONNECT_TIMEOUT_S,
         )  # fmt: skip
         self._connected_at = -math.inf  # monotonic time of the start of the session
         self._listeners: list[tuple[str, Callable[[dict[str, Any]], None]]] = []
