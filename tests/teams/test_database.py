@@ -705,7 +705,7 @@ async def test_a_task_id_that_arrives_without_the_database_is_delivered_and_writ
     simulator = DatabaseStopper(clock=clock, duration_s=0)
     options = {"simulator": simulator, "clock": clock, "database_times": DEFAULT_TIMES}
     async with in_postgres(**options) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", {**WISH, "wait_seconds": 8})
         facts = answer.structured_content
         assert (facts["status"], facts["charged"]) == ("completed", "yes")
         refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
