@@ -67,7 +67,9 @@ class PostgresConnection:
         return await self._database.is_silent(self._db, owner)
 
     async def _execute(self, sql: str, values: Sequence[Any]) -> psycopg.AsyncCursor[DictRow]:
-        return await self._db.execute(translate(sql), [clean_text(value) for value in values])
+        # The best plan of a search depends on the word, and a prepared statement soon has one plan for all words.
+        prepare = False if HAS_WORD in sql else None
+        return await self._db.execute(translate(sql), [clean_text(value) for value in values], prepare=prepare)
 
 
 class PostgresBackend:

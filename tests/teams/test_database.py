@@ -359,6 +359,21 @@ async def test_the_heartbeats_exchange_the_requests_of_tenants(url: str) -> None
         assert [second.rates.failure("anna", None) is None for _ in range(2)] == [True, False]
 
 
+async def test_a_search_is_planned_for_its_word(opened: Any) -> None:
+    """A prepared statement soon has one plan for all words, which reads every match of a frequent word."""
+    journal = await opened()
+    await journal.intend(entry(journal, request={"prompt": "a red fox"}))
+    for words in [("fox",), ()] * 20:
+        assert len(await journal.recent(5, words=words)) == 1
+    prepared: set[str] = set()
+    for _ in range(20):  # more than the connections of the pool
+        rows = await journal.database.run(lambda db: db.execute("SELECT statement FROM pg_prepared_statements"))
+        prepared.update(row["statement"] for row in await rows.fetchall())
+    lists = [statement for statement in prepared if "ORDER BY created_at DESC" in statement]
+    assert lists
+    assert [statement for statement in lists if "words LIKE" in statement] == []
+
+
 async def test_all_servers_have_the_time_of_the_database(url: str) -> None:
     async with open_database(url, PATIENT) as database:
         rows = await database.run(lambda db: db.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS now"))
