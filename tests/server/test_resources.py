@@ -184,13 +184,16 @@ async def subscribe(client: Client, uri: str) -> None:
         await client.subscribe_resource(uri)
 
 
-async def test_a_listening_client_is_notified_of_its_task_only(world: World) -> None:
+async def test_a_listening_client_is_notified_of_its_task_only(open_world: Open) -> None:
+    clock = HeldClock()
+    clock.is_held = True  # otherwise the first task may end before the client listens
     with anyio.fail_after(300):
-        async with world.client() as client:
+        async with open_world(clock=clock) as world, world.client() as client:
             first = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             second = (await buy(client, prompt="a cat", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{first}"
             async with client.listen(resource_subscriptions=[uri]) as events:
+                clock.release.set()
                 await client.call_tool("get_task", {"task_id": second})
                 await client.call_tool("get_task", {"task_id": first})
                 async for event in events:
