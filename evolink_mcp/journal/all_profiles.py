@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from evolink_mcp.journal.backend import Connection
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.journal import EVERYONE, FIND_SERVERS, RELEASE_CALLERS, RELEASE_OWNERS
+from evolink_mcp.journal.journal import EVERYONE, FIND_SERVERS, marks, release_servers
 from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.journal.rows import readable_entries
 
@@ -39,11 +39,8 @@ async def release_dead_servers(db: Connection, own_server: str) -> list[Orphan]:
     async with db.transaction():
         servers = {row["server"] for row in await db.fetch(ALL_SERVERS)} - {own_server}
         dead = [server for server in servers if await db.is_dead(server)]
-        marks = ", ".join("?" * len(dead)) or "NULL"
-        rows = await db.fetch(ALL_ORPHANS.format(marks=marks), dead)
-        if dead:
-            for query in (RELEASE_CALLERS, RELEASE_OWNERS):
-                await db.execute(query.format(marks=marks, linked=EVERYONE), dead)
+        rows = await db.fetch(ALL_ORPHANS.format(marks=marks(dead)), dead)
+        await release_servers(db, dead, EVERYONE)
     return [Orphan(row["profile"], row["account"], row["key"], row["owner"]) for row in rows]
 
 

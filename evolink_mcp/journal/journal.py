@@ -587,7 +587,7 @@ class Journal:
 
     async def undelivered(self, fingerprints: tuple[str, ...], since: float) -> Undelivered:
         """Return the undelivered entries of identical requests."""
-        sql = self._sql(UNDELIVERED, marks=_marks(fingerprints))
+        sql = self._sql(UNDELIVERED, marks=marks(fingerprints))
 
         async def act(db: Connection) -> Undelivered:
             rows = await db.fetch(sql, (*fingerprints, since))
@@ -600,7 +600,7 @@ class Journal:
 
     async def known_tasks(self, task_ids: list[str]) -> set[str]:
         """Return which of these tasks have an entry, in any profile."""
-        rows = await self._fetch(self._sql(KNOWN_TASKS, marks=_marks(task_ids)), *task_ids)
+        rows = await self._fetch(self._sql(KNOWN_TASKS, marks=marks(task_ids)), *task_ids)
         return {row["task_id"] for row in rows}
 
     async def belongs_to_other(self, task_id: str, key: str) -> bool:
@@ -755,6 +755,11 @@ class Journal:
         return ", ".join(f"'{account}'" for account in self._accounts)
 
     @property
+    def _linked_condition(self) -> str:
+        """The condition for the entries of the key's accounts."""
+        return f"{self._mine} AND account IN ({self._account_list})"
+
+    @property
     def _is_link_recorded(self) -> bool:
         return self.account in self._linked or not self.identity
 
@@ -765,8 +770,7 @@ class Journal:
         self._accounts = (first, *({self.identity, *self._linked} - {first}))
 
     def _sql(self, query: str, **parts: str) -> str:
-        linked = f"{self._mine} AND account IN ({self._account_list})"
-        return query.format(mine=self._mine, linked=linked, **parts)
+        return query.format(mine=self._mine, linked=self._linked_condition, **parts)
 
     async def _insert(self, db: Connection, entry: Entry) -> None:
         with _duplicate_task(entry):
@@ -882,7 +886,7 @@ class Journal:
             return []
         async with db.transaction():
             dead = [server for server in dead if await db.is_dead(server)]
-            await self._release_servers(db, dead)
+            await release_servers(db, dead, self._linked_condition)
             rows = await db.fetch(self._sql(FIND_ORPHANS), lock_rows=True)
             for row in rows:
                 await db.execute(CHANGE_OWNER, (self.owner, row["key"], ""))
@@ -890,16 +894,18 @@ class Journal:
 
     async def _release_all(self, db: Connection) -> None:
         async with db.transaction():
-            await self._release_servers(db, [self.owner])
-
-    async def _release_servers(self, db: Connection, servers: list[str]) -> None:
-        if servers:
-            for query in (RELEASE_CALLERS, RELEASE_OWNERS):
-                await db.execute(self._sql(query, marks=_marks(servers)), servers)
+            await release_servers(db, [self.owner], self._linked_condition)
 
 
 def _payload_of(notification: Notification) -> dict[str, Any]:
     return {name: value for name, value in asdict(notification).items() if value}
+
+
+async def release_servers(db: Connection, servers: list[str], linked: str) -> None:
+    """Release the entries of servers and end the waits of their calls. `linked` is the condition for the entries."""
+    if servers:
+        for query in (RELEASE_CALLERS, RELEASE_OWNERS):
+            await db.execute(query.format(marks=marks(servers), linked=linked), servers)
 
 
 async def _remove_requests(entries: list[Entry], db: Connection) -> int:
@@ -946,6 +952,6 @@ async def _withdraw_matches(db: Connection, entry: Entry) -> None:
         await db.execute(UPDATE_ANY.format(changes=changes), (*values_of(unknown, columns), other.key))
 
 
-def _marks(values: Sequence[str]) -> str:
+def marks(values: Sequence[str]) -> str:
     """Return as many `?` as there are values. An empty list in SQL is valid in SQLite only, so it gets one NULL."""
     return ", ".join("?" * len(values)) or "NULL"

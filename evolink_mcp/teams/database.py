@@ -177,7 +177,7 @@ class Database:
         return await self._lease.is_dead(db, owner)
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether a server ended or sent no heartbeat for `stop_after_s`. Then none of its calls waits."""
+        """Return whether a server ended or sent no heartbeat for `stop_after_s`. Then no call waits there."""
         return await self._lease.is_silent(db, owner)
 
     def unwritable(self, error: Exception) -> JournalUnwritable:

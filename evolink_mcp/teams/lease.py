@@ -124,7 +124,7 @@ class Lease:
         return (await db.execute(FENCE.encode(), values)).rowcount == 1
 
     async def is_silent(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether a server ended or sent no heartbeat for `stop_after_s`. Then none of its calls waits."""
+        """Return whether a server ended or sent no heartbeat for `stop_after_s`. Then no call waits there."""
         lease = await self._find(db, number_of(owner))
         return lease is None or lease["is_fenced"] or lease["is_free"] or lease["is_silent"]
 

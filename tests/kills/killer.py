@@ -165,7 +165,7 @@ def _serve(order: dict[str, Any], fds: list[int]) -> None:
 
 
 def _prepare_servers() -> None:
-    """Import and make what every server makes at its start, so that a forked server has it already."""
+    """Do the imports and preparations of a server once, before the forks."""
     import faulty_gateway  # noqa: F401 - it builds an MCP server, and the schemas of the tools stay in memory
     import filelock  # noqa: F401
     import httpcore2  # noqa: F401

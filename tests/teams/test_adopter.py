@@ -223,14 +223,18 @@ async def test_the_entry_of_a_tenant_with_a_key_in_the_tokens_file_is_adopted(ur
     assert len(simulator.tasks) == 1
 
 
-async def test_the_entry_of_a_tenant_with_a_jwt_is_adopted_with_the_servers_key(url: str, tmp_path: Path) -> None:
-    simulator = PlainSimulator(duration_s=3600)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
-        async with dying_server(url, tmp_path / "doomed", JWT_TENANT, simulator):
+async def check_adoption(url: str, folder: Path, heir_block: str, tenant: Tenant, simulator: PlainSimulator) -> None:
+    """Let a server with this tokens file finish the task of the tenant after the death of its owner. It buys nothing."""
+    async with replica(url, folder, heir_block, simulator=simulator) as heir:
+        async with dying_server(url, folder / "doomed", tenant, simulator):
             pass
         finish_tasks(simulator)
-        await heir.adopt_until_saved(tmp_path / "data")
+        await heir.adopt_until_saved(folder / "data")
     assert len(simulator.tasks) == 1
+
+
+async def test_the_entry_of_a_tenant_with_a_jwt_is_adopted_with_the_servers_key(url: str, tmp_path: Path) -> None:
+    await check_adoption(url, tmp_path, ANNA, JWT_TENANT, PlainSimulator(duration_s=3600))
 
 
 async def test_an_open_tenant_adopts_its_entry_without_a_call(url: str, tmp_path: Path) -> None:
@@ -299,13 +303,7 @@ async def test_a_replaced_key_of_the_same_account_continues_the_entry(url: str, 
     accounts = {"sk-annas-new": "sk-annas-own"}
     simulator = PlainSimulator(duration_s=3600, accounts=accounts)
     new_block = block("anna", "a", evolink_key="sk-annas-new")
-    async with replica(url, tmp_path, new_block, simulator=simulator) as heir:
-        anna = tenant_of(tmp_path / "old", ANNA_WITH_KEY)
-        async with dying_server(url, tmp_path / "doomed", anna, simulator):
-            pass
-        finish_tasks(simulator)
-        await heir.adopt_until_saved(tmp_path / "data")
-    assert len(simulator.tasks) == 1
+    await check_adoption(url, tmp_path, new_block, tenant_of(tmp_path / "old", ANNA_WITH_KEY), simulator)
 
 
 async def test_without_a_key_for_the_tenant_no_studio_is_opened(url: str, tmp_path: Path) -> None:
