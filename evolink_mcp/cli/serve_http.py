@@ -171,7 +171,7 @@ class _HttpServer:
             guard.close(has_other_servers=has_other_servers)
             closed_at = closed_at or anyio.current_time()
             # A call may not have a job yet, so its studio does not know it.
-            is_idle = studios.drain() and not guard.open_calls
+            is_idle = studios.drain(has_other_servers=has_other_servers) and not guard.open_calls
             notice_s = PROXY_NOTICES_S if has_other_servers else 0.0
             return is_idle and anyio.current_time() - closed_at >= notice_s
 

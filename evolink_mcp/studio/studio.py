@@ -150,7 +150,7 @@ class Studio:
             timing,
         )
         self._linker = AccountLinker(client, journal, timing)
-        self._is_draining = False
+        self._refuses_orders = False
         self._has_caller = anyio.Event()
         group.start_soon(writer.flush_loop, timing.idle)
         if not options.is_maintained:
@@ -209,7 +209,7 @@ class Studio:
             EvolinkError: nothing was sent. The job reports all later errors.
         """
         self._need_key()
-        if self._is_draining:
+        if self._refuses_orders:
             raise Refused("this server is about to end", code="draining", retryable=True, advice="Call again.")
         self._has_caller.set()
         if prepared is None:
@@ -383,9 +383,12 @@ class Studio:
         """The statuses of the tasks that this server works on."""
         return [job.entry.status for job in self._runner.jobs if not job.has_remote_owner]
 
-    def drain(self) -> bool:
-        """Refuse new orders and answer waiting calls with their task IDs. Return True if no call waits any more."""
-        self._is_draining = True
+    def drain(self, *, refuses_orders: bool = True) -> bool:
+        """Answer waiting calls with their task IDs. Return True if no call waits any more.
+
+        With `refuses_orders` no call can buy any more. Without, calls that have begun still buy and get their task IDs.
+        """
+        self._refuses_orders = refuses_orders
         for job in self._runner.jobs:
             if not job.is_draining:
                 job.drain()

@@ -291,9 +291,15 @@ class Studios:
         """Return the status of each task that this process works on."""
         return [status for studio in self._studios for status in studio.task_statuses]
 
-    def drain(self) -> bool:
-        """Drain all studios. Return whether all are drained."""
-        drained = [studio.drain() for studio in self._studios]
+    def drain(self, *, has_other_servers: bool = False) -> bool:
+        """Drain all studios. Return whether all are drained.
+
+        With `has_other_servers` calls that wait for their turn are refused, so that a proxy repeats them at another server.
+        Calls that have begun still buy, because their client would get an error otherwise.
+        """
+        if has_other_servers:
+            self.turns.close()
+        drained = [studio.drain(refuses_orders=not has_other_servers) for studio in self._studios]
         return all(drained)
 
     async def receive_callback(self, channel: str, key: str, task_id: str) -> None:

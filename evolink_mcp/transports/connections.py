@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -57,6 +60,19 @@ class ConnectionLimits:
         refused_max = 4 * accepted_at_once
         served_max = descriptors - RESERVED_DESCRIPTORS - ACCEPT_TURNS * accepted_at_once - refused_max
         return cls(max(served_max, 1), refused_max, accepted_at_once)
+
+
+async def close_port(server: asyncio.Server, make_protocol: Callable[[], asyncio.Protocol]) -> None:
+    """Close the port of a server. Serve the connections in the system's queue, because closing would reset them."""
+    queued: list[socket.socket] = []
+    for listener in server.sockets:
+        with listener.dup() as copy, suppress(OSError):  # BlockingIOError: the queue is empty
+            while True:
+                queued.append(copy.accept()[0])
+    server.close()
+    for connection in queued:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(make_protocol, connection)
 
 
 class UnreadAnswers:

@@ -17,7 +17,13 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
 
 from evolink_mcp.journal.journal import Journal
-from evolink_mcp.transports.connections import ConnectionLimits, LimitedH11Protocol, UnreadAnswers, descriptor_limit
+from evolink_mcp.transports.connections import (
+    ConnectionLimits,
+    LimitedH11Protocol,
+    UnreadAnswers,
+    close_port,
+    descriptor_limit,
+)
 from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import LargeBodies, accepted_hostnames
 from evolink_mcp.transports.signals import on_stop_signal
@@ -35,6 +41,8 @@ DRAIN_TIMEOUT_S = 7.0
 DRAIN_CHECK_INTERVAL_S = 0.05
 # Clients send further requests before they use an answer: the SDK's client lists the tools.
 LINGER_S = 0.5
+# The last connections that a proxy opened before the port closed get their answers meanwhile.
+LAST_ANSWERS_S = 0.3
 
 
 def mcp_app(
@@ -109,6 +117,8 @@ async def serve_app(
             while not drained():
                 await anyio.sleep(DRAIN_CHECK_INTERVAL_S)
         await anyio.sleep(LINGER_S)
+        await server.stop_listening()
+        await anyio.sleep(LAST_ANSWERS_S)
         leave()
 
     def leave() -> None:
@@ -185,6 +195,13 @@ class _Server(uvicorn.Server):
                     copy.listen(self._waiting_max)
             logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
             self._ready(self.servers[0].sockets[0].getsockname()[1])
+
+    async def stop_listening(self) -> None:
+        """Close the port. Connections that wait to be accepted are served."""
+        make: Callable[..., asyncio.Protocol] = cast("Any", self.config.http_protocol_class)
+        make_protocol = partial(make, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        for server in self.servers:
+            await close_port(server, make_protocol)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -18,6 +18,7 @@ from evolink_mcp.transports.authentication import CALLER_KEY, Authenticator, Aut
 from evolink_mcp.transports.authority import authority_in, canonical, origin_in
 from evolink_mcp.transports.json_rpc import INVALID_REQUEST, error_body, request_id_in_part
 from evolink_mcp.transports.messages import replay
+from evolink_mcp.transports.turns import TurnsClosed
 
 # Health checks need no token: a load balancer has none.
 HEALTH_PATH = "/healthz"
@@ -157,8 +158,8 @@ class HttpGuard:
     def close(self, *, has_other_servers: bool) -> None:
         """Answer the readiness check with 503, so that a proxy sends new requests to other servers.
 
-        With `has_other_servers` new requests to `app` get 503 before their body is read, so that the proxy repeats them
-        at another server. Without, a client can still finish its calls. Requests in progress continue.
+        With `has_other_servers` requests to `app` that have not begun get 503, so that the proxy repeats them at another
+        server. Without, a client can still finish its calls. Requests in progress continue.
         """
         self._is_closing = True
         self._refuses_requests = has_other_servers
@@ -219,13 +220,16 @@ class HttpGuard:
         if self._refuses_requests and endpoint is None:
             caller = CLOSING
         if isinstance(caller, AuthFailure):
-            if self._observer is not None:
-                self._observer.count_refusal(caller.status, has_token=b"authorization" in headers)
-            await _send(send, caller.status, caller.text.encode(), TEXT_PLAIN, caller.headers)
+            await self._send_failure(send, caller, scope["headers"])
         elif scope["method"] == "POST":
             await self._post(app, {**scope, CALLER_KEY: caller}, receive, send)
         else:
             await app({**scope, CALLER_KEY: caller}, receive, send)
+
+    async def _send_failure(self, send: Send, failure: AuthFailure, headers: Headers) -> None:
+        if self._observer is not None:
+            self._observer.count_refusal(failure.status, has_token=any(name == b"authorization" for name, _ in headers))
+        await _send(send, failure.status, failure.text.encode(), TEXT_PLAIN, failure.headers)
 
     async def _readiness_problem(self) -> str | None:
         if self._is_closing:
@@ -271,6 +275,8 @@ class HttpGuard:
                 self.open_calls += 1
                 try:
                     await app(scope, replay(body.message, receive), send)
+                except TurnsClosed:
+                    await self._send_failure(send, CLOSING, scope["headers"])
                 finally:
                     self.open_calls -= 1
 

@@ -16,6 +16,10 @@ LINES_MAX = 10_000
 ROUNDS_MIN = 50
 
 
+class TurnsClosed(Exception):
+    """The server is about to end, and the call has not begun."""
+
+
 class Turns:
     """Let at most `at_once` calls of the process begin at the same time.
 
@@ -32,15 +36,27 @@ class Turns:
         # In the order of their last turns, the oldest one first.
         self._lines: OrderedDict[Hashable, deque[anyio.Event]] = OrderedDict()
         self._waiting = 0
+        self._is_closed = False
 
     @property
     def line_count(self) -> int:
         """The number of known lines."""
         return len(self._lines)
 
+    def close(self) -> None:
+        """Refuse all calls that have no turn yet. Calls with a turn continue."""
+        self._is_closed = True
+        for waiting in self._lines.values():
+            for turn in waiting:
+                turn.set()
+
     @asynccontextmanager
     async def turn(self, line: Hashable = None) -> AsyncGenerator[Callable[[], None]]:
-        """Wait for a turn of the line and hold it inside the context. Yield a function that gives it back earlier."""
+        """Wait for a turn of the line and hold it inside the context. Yield a function that gives it back earlier.
+
+        Raises:
+            TurnsClosed: `close` was called before the turn came.
+        """
         await self._acquire(line)
         is_held = True
 
@@ -69,6 +85,8 @@ class Turns:
             release()
 
     async def _acquire(self, line: Hashable) -> None:
+        if self._is_closed:
+            raise TurnsClosed
         waiting = self._lines.setdefault(line, deque())
         if len(self._lines) > self._lines_max:
             self._forget_idle_line()
@@ -82,18 +100,20 @@ class Turns:
         has_turn = False
         try:
             await turn.wait()
-            has_turn = True
+            has_turn = turn not in waiting
         finally:
             if not has_turn:
                 self._leave(waiting, turn)
+        if not has_turn:
+            raise TurnsClosed
 
     def _leave(self, waiting: deque[anyio.Event], turn: anyio.Event) -> None:
-        """Leave the line, because the call was cancelled. The turn may have come in the same moment."""
-        if turn.is_set():
-            self._release()
-        else:
+        """Leave the line: the call was cancelled, or no turn will come. The turn may have come in the same moment."""
+        if turn in waiting:
             waiting.remove(turn)
             self._waiting -= 1
+        else:
+            self._release()
 
     def _release(self) -> None:
         """Give the turn to the next line, or keep it free."""

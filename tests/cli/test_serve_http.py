@@ -19,7 +19,7 @@ from evolink_mcp.teams.tokens import new_token
 class BusyStudios(Studios):
     """Studios with a call that still waits for its result."""
 
-    def drain(self) -> bool:
+    def drain(self, *, has_other_servers: bool = False) -> bool:
         return False
 
 

@@ -26,7 +26,7 @@ from evolink_mcp.transports.http_calls import Calls
 from evolink_mcp.transports.http_guard import HttpGuard
 from evolink_mcp.transports.messages import DEPTH_MAX, MEMBERS_MAX, NAME_MAX_CHARS, InvalidMessage, read_message
 from evolink_mcp.transports.sse_streams import SseStreams, StreamLimits
-from evolink_mcp.transports.turns import CALLS_AT_ONCE, LINES_MAX, Turns
+from evolink_mcp.transports.turns import CALLS_AT_ONCE, LINES_MAX, Turns, TurnsClosed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -298,6 +298,27 @@ async def test_a_call_that_is_cancelled_when_its_turn_comes_passes_the_turn_on()
         await lines.call("second")
         await lines.end()
     assert lines.begun == ["second"]
+
+
+async def test_a_server_that_ends_refuses_the_calls_without_a_turn_and_those_with_one_continue() -> None:
+    turns = Turns(1, longest_s=1_000)
+    refused: list[str] = []
+
+    async def call(name: str) -> None:
+        try:
+            async with turns.turn(name):
+                raise AssertionError("the turn is not free")
+        except TurnsClosed:
+            refused.append(name)
+
+    async with anyio.create_task_group() as group, turns.turn("first"):
+        group.start_soon(call, "second")
+        group.start_soon(call, "third")
+        await anyio.wait_all_tasks_blocked()
+        turns.close()
+        await call("fourth")
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(refused) == ["fourth", "second", "third"]
 
 
 async def test_an_answer_that_begins_gives_the_turn_back() -> None:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -54,10 +55,10 @@ http {
 def nginx(port: int, ports: list[int]) -> str:
     """The configuration of compose.yaml's proxy, for servers on these ports of this machine."""
     text: str = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["configs"]["proxy"]["content"]
-    for name, at in zip(("one", "two"), ports, strict=False):
-        text = text.replace(f"server {name}:8000", f"server 127.0.0.1:{at}")
-    if len(ports) == 1:
-        text = "\n".join(line for line in text.splitlines() if "server two:8000" not in line)
+    entry = re.compile(r" *server (\w+):8000(.*;)\n")
+    options = entry.findall(text)[0][1]
+    servers = "".join(f"server 127.0.0.1:{at}{options}\n" for at in ports)
+    text = entry.sub("", text).replace("upstream servers {", f"upstream servers {{\n{servers}")
     text = text.replace("listen 8000", f"listen 127.0.0.1:{port}").replace("$$host", "localhost")
     return ALONE + text.replace("http {", HERE_ONLY.strip(), 1)
 
@@ -203,6 +204,8 @@ class Crowd:
             facts = await self._ask(wire, token, tool, arguments)
             if facts is None or (facts["error"] and facts["error"]["retryable"]):
                 self.retries += 1
+                if facts is not None:
+                    self.broken[facts["error"]["code"]] += 1
                 await asyncio.sleep(0.5 + random.random())
                 continue
             if facts["status"] == "completed" or (facts["status"] == "unknown" and not patience):
@@ -235,10 +238,6 @@ class Crowd:
         return log_file["result"]["structuredContent"] if "result" in log_file else None
 
 
-# The proxy sends no request to a server for `fail_timeout` of compose.yaml after it ended, and then a few seconds more.
-PROXY_FORGETS_S = 3.0
-
-
 async def restart_in_turn(crowd: Crowd, servers: list[subprocess.Popen[bytes]], start: Any) -> None:
     """Replace each server during the orders, as an upgrade does."""
 
@@ -251,7 +250,6 @@ async def restart_in_turn(crowd: Crowd, servers: list[subprocess.Popen[bytes]], 
             code = await asyncio.to_thread(server.wait)
             print(f"  server {number} ended with {code} after {len(crowd.got)} results", flush=True)
             await asyncio.to_thread(start, number)
-            await asyncio.sleep(PROXY_FORGETS_S)
 
     async with asyncio.timeout(PATIENCE_S):
         async with asyncio.TaskGroup() as group:
@@ -290,7 +288,7 @@ def main() -> None:
         "--calm", action="store_true", help="nothing is killed and nothing restarted: how much is borne"
     )
     parser.add_argument("--rolling", action="store_true", help="restart one server after the other; no call may fail")
-    parser.add_argument("--servers", type=int, choices=(1, 2), default=2, help="with --calm: how many share the work")
+    parser.add_argument("--servers", type=int, choices=(1, 2, 3), default=2, help="servers that share the work")
     parser.add_argument("--simulate", type=int)
     parser.add_argument("--proxy", type=int, default=0)
     options = parser.parse_args()
@@ -304,7 +302,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crowd-", ignore_cleanup_errors=True)))
         cluster = stack.enter_context(running())
-        upstream, port, *ports = (free_port() for _ in range(4))
+        upstream, port, *ports = (free_port() for _ in range(5))
         ports = ports[: options.servers]
         names = [f"tenant{number}" for number in range(options.tenants)]
         tokens = [f"evt_{hashlib.sha256(name.encode()).hexdigest()[:43]}" for name in names]

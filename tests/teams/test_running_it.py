@@ -26,6 +26,9 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from evolink_mcp import tracing
+from evolink_mcp.api.request import GenerationRequest
+from evolink_mcp.errors import Refused
+from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.app import Readiness
 from evolink_mcp.teams.metrics import Metrics
 from evolink_mcp.teams.metrics_endpoint import MetricsCollector
@@ -232,6 +235,21 @@ async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses
     (facts,) = (answer.structured_content for answer in answers)
     assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
     assert (new["error"]["code"], new["charged"]) == ("draining", "no")
+
+
+async def test_a_call_that_has_begun_still_buys_if_other_servers_take_the_new_ones(tmp_path: Path) -> None:
+    """Its client would get an error otherwise: a proxy cannot repeat a call whose answer has begun."""
+    async with office(tmp_path, ANNA) as town:
+        await town.call("a", "generate_image", **WISH)
+        (studio,) = town.studios
+        request = ImageRequest(GenerationRequest(prompt="another", size="1024x640"), 9.0)
+        town.studios.drain(has_other_servers=True)
+        async with studio.ordered(request) as job:
+            assert not town.studios.drain(has_other_servers=True)
+            assert job.is_draining
+        town.studios.drain()
+        with pytest.raises(Refused, match="about to end"):
+            await studio.order(request)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

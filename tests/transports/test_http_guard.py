@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -15,9 +16,10 @@ import pytest
 from anyio.abc import SocketStream
 from starlette.responses import PlainTextResponse
 
-from evolink_mcp.transports.connections import ConnectionLimits
+from evolink_mcp.transports.connections import ConnectionLimits, close_port
 from evolink_mcp.transports.http import DescriptorWarning, serve_app
 from evolink_mcp.transports.http_guard import BODY_TIMEOUT_S, HttpGuard
+from evolink_mcp.transports.turns import Turns
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +86,68 @@ async def test_a_connection_above_the_limit_gets_503_and_the_first_ones_still_wo
         assert b" 200 " in await early[0].receive()
         for stream in early:
             await stream.aclose()
+
+
+async def test_a_port_that_closes_serves_the_connections_that_wait_to_be_accepted() -> None:
+    class Greeter(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            transport.write(b"hello")
+            transport.close()
+
+    def greeting(client: socket.socket) -> bytes:
+        with client:
+            return client.recv(100)
+
+    server = await asyncio.get_running_loop().create_server(Greeter, "127.0.0.1", 0)
+    address = server.sockets[0].getsockname()
+    clients = [socket.create_connection(address, 60) for _ in range(3)]  # the event loop accepts none meanwhile
+    await close_port(server, Greeter)
+    assert [await anyio.to_thread.run_sync(greeting, client) for client in clients] == [b"hello"] * 3
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, 60)
+
+
+async def test_a_call_that_has_not_begun_gets_503_when_the_server_ends() -> None:
+    """The proxy repeats it at another server. One call waits for its turn, the body of the other one arrives late."""
+    turns = Turns(1, longest_s=1_000)
+    guard = HttpGuard(AppWithTurns(turns), (), 1000)
+    answers: list[int] = []
+
+    async def call(body_arrives: anyio.Event) -> None:
+        async def receive() -> dict[str, Any]:
+            await body_arrives.wait()
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                answers.append(message["status"])
+
+        headers = [(b"host", b"localhost")]
+        await guard({"type": "http", "method": "POST", "path": "/mcp", "headers": headers}, receive, send)
+
+    at_once = anyio.Event()
+    at_once.set()
+    late = anyio.Event()
+    async with anyio.create_task_group() as group, turns.turn():
+        group.start_soon(call, at_once)
+        group.start_soon(call, late)
+        await anyio.wait_all_tasks_blocked()
+        guard.close(has_other_servers=True)
+        turns.close()
+        late.set()
+        await anyio.wait_all_tasks_blocked()
+        assert (answers, guard.open_calls) == ([503, 503], 0)
+
+
+class AppWithTurns:
+    """An app whose calls need a turn, as those of MCP do."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with self._turns.turn():
+            await PlainTextResponse("hello")(scope, receive, send)
 
 
 def test_exhausted_descriptors_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
