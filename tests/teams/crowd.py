@@ -1,5 +1,7 @@
 """Load test of two replicas: one is killed, PostgreSQL restarts once, and each caller gets the image.
 
+Other modes restart the servers in turn, promote a standby, or disturb nothing.
+
     python tests/teams/crowd.py [--callers 200] [--orders 5] [--tenants 20]
 
 It runs two servers behind nginx (round-robin), a PostgreSQL server, and a simulated EvoLink in another process. A caller
@@ -26,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,7 +36,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import psycopg
 import yaml
-from psycopg.rows import dict_row
+from psycopg.rows import class_row, dict_row
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "faults")]
@@ -170,6 +173,20 @@ def database_counts(database: str) -> dict[str, float]:
     return row
 
 
+@dataclass(frozen=True)
+class Row:
+    """An entry of the journal."""
+
+    prompt: str
+    key: str
+    owner: str
+    caller: str
+    phase: str
+    status: str
+    created_at: float
+    delivered_at: float | None
+
+
 class Crowd:
     """The callers, and the result of each request."""
 
@@ -181,6 +198,7 @@ class Crowd:
         self.took: list[float] = []
         self.broken = Counter[str]()
         self.retries = 0
+        self._deadlines: set[asyncio.Timeout] = set()  # of the waiting calls
         self.most = 0  # the highest number of callers that waited at once
 
     async def run(self) -> None:
@@ -190,6 +208,11 @@ class Crowd:
             for caller in range(self.caller_count):
                 for order in range(self.order_count):
                     group.create_task(self._wants(wire, caller, order))
+
+    def hang_up(self) -> None:
+        """All waiting callers end their calls, and make them again."""
+        for deadline in self._deadlines:
+            deadline.reschedule(0)
 
     async def _wants(self, wire: httpx.AsyncClient, caller: int, order: int) -> None:
         await asyncio.sleep(random.random() * 5.0)
@@ -226,10 +249,14 @@ class Crowd:
     async def _ask(self, wire: httpx.AsyncClient, token: str, tool: str, arguments: Any) -> dict[str, Any] | None:
         message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
         try:
-            reply = await wire.post(self._url, json=message, headers={"authorization": f"Bearer {token}"})
-        except httpx.HTTPError as error:
+            async with asyncio.timeout(None) as deadline:
+                self._deadlines.add(deadline)
+                reply = await wire.post(self._url, json=message, headers={"authorization": f"Bearer {token}"})
+        except (httpx.HTTPError, TimeoutError) as error:
             self.broken[type(error).__name__] += 1
             return None
+        finally:
+            self._deadlines.discard(deadline)
         lines = [line[5:] for line in reply.text.splitlines() if line.startswith("data:")]
         if reply.status_code != 200 or not lines:
             self.broken[f"HTTP {reply.status_code}"] += 1
@@ -277,6 +304,31 @@ async def scene(crowd: Crowd, doomed: subprocess.Popen[bytes], cluster: Any, rev
             group.create_task(trouble())
 
 
+async def promote_standby(crowd: Crowd, primary: Any, standby: Any) -> None:
+    """Cut a standby off, and promote it when some later orders have their results.
+
+    All callers repeat their calls then. An entry that the standby lacks would let such a call buy again.
+    """
+
+    async def failover() -> None:
+        total = crowd.caller_count * crowd.order_count
+        while len(crowd.got) < total // 4:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(standby.stop_replication)
+        cut_at = len(crowd.got)
+        while len(crowd.got) < total // 3:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(primary.stop)
+        print(f"  the primary ended after {len(crowd.got)} results, its standby was cut off after {cut_at}", flush=True)
+        crowd.hang_up()
+        await asyncio.to_thread(standby.promote)
+
+    async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(crowd.run())
+            group.create_task(failover())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--callers", type=int, default=200)
@@ -287,6 +339,7 @@ def main() -> None:
     parser.add_argument(
         "--calm", action="store_true", help="nothing is killed and nothing restarted: how much is borne"
     )
+    parser.add_argument("--promote", action="store_true", help="promote a standby that lacks the newest entries")
     parser.add_argument("--rolling", action="store_true", help="restart one server after the other; no call may fail")
     parser.add_argument("--servers", type=int, choices=(1, 2, 3), default=2, help="servers that share the work")
     parser.add_argument("--simulate", type=int)
@@ -313,6 +366,12 @@ def main() -> None:
         ))  # fmt: skip
         (folder / "nginx.conf").write_text(nginx(port, ports))
         database = cluster.database()
+        standby = stack.enter_context(cluster.standby()) if options.promote else None
+        if standby is not None:
+            name = database.partition("@/")[2].partition("?")[0]
+            database = (
+                f"postgresql://postgres@/{name}?host={cluster.folder},{standby.folder}&target_session_attrs=read-write"
+            )
         env = {
             "EVOLINK_BASE_URL": f"http://127.0.0.1:{upstream}", "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"),
             "EVOLINK_MCP_DATABASE_URL": database, "EVOLINK_MCP_SECRET": "s" * 32,
@@ -354,6 +413,8 @@ def main() -> None:
                 asyncio.run(restart_in_turn(crowd, servers, replica))
                 if crowd.broken:
                     raise SystemExit(f"calls failed during the restarts: {crowd.broken}")
+            elif standby is not None:
+                asyncio.run(promote_standby(crowd, cluster, standby))
             else:
                 asyncio.run(scene(crowd, servers[0], cluster, lambda: replica(0)))
         except BaseException:
@@ -364,9 +425,9 @@ def main() -> None:
         wall = time.monotonic() - began
         report = httpx.get(f"http://127.0.0.1:{upstream}/report", trust_env=False).json()
         counts = database_counts(database)
-        with psycopg.connect(database) as db:
+        with psycopg.connect(database, row_factory=class_row(Row)) as db:
             rows = db.execute(
-                "SELECT request::json->>'prompt', key, owner, caller, phase, status, created_at, delivered_at "
+                "SELECT request::json->>'prompt' AS prompt, key, owner, caller, phase, status, created_at, delivered_at "
                 "FROM evolink_entries ORDER BY created_at"
             ).fetchall()
         logs = "".join((folder / f"server{number}.log").read_text() for number in range(options.servers))
@@ -382,12 +443,21 @@ def main() -> None:
     judge(crowd, crowd_size, report, keys, logs, wall, rows)
 
 
+def answers_sent_before(prompt: str, rows: list[Row]) -> int:
+    """Return the number of purchases whose answer was sent before the next one began. A caller hung up while it arrived."""
+    entries = [row for row in rows if row.prompt == prompt]
+    return sum(
+        entry.delivered_at is not None and entry.delivered_at < following.created_at
+        for entry, following in pairwise(entries)
+    )
+
+
 def judge(
-    crowd: Crowd, total: int, report: dict[str, Any], keys: dict[str, str], logs: str, wall: float, rows: Any
+    crowd: Crowd, total: int, report: dict[str, Any], keys: dict[str, str], logs: str, wall: float, rows: list[Row]
 ) -> None:
     bought = Counter(prompt for prompt, _, _ in report["bought"])
     owners = {task: (prompt, key) for prompt, key, task in report["bought"]}
-    double = {prompt: count for prompt, count in bought.items() if count > 1}
+    double = {prompt: count for prompt, count in bought.items() if count > 1 + answers_sent_before(prompt, rows)}
     leaks = [
         prompt for prompt, facts in crowd.got.items()
         if facts["task_id"] and owners[facts["task_id"]] != (prompt, keys[facts["token"]])
@@ -395,6 +465,8 @@ def judge(
     guesses = sum(facts["guess"] for facts in crowd.got.values())
     unknown = {prompt for prompt, facts in crowd.got.items() if facts["status"] == "unknown"}
     took = sorted(crowd.took)
+    if repeated := sum(bought.values()) - len(bought) - sum(double.values()) + len(double):
+        print(f"  {repeated} answers were on their way when their callers hung up, so the repeated calls bought again")
     print(f"  {total} orders, {sum(bought.values())} tasks upstream, {len(crowd.got)} results, {len(double)} double, "
           f"{len(leaks)} wrong; {guesses} guesses, {len(unknown)} of unknown outcome; "
           f"{crowd.retries} calls made again ({dict(crowd.broken)})")  # fmt: skip
@@ -407,8 +479,8 @@ def judge(
     untold = unknown & set(bought) if crowd.callbacks else set[str]()  # EvoLink sent a callback for each of its tasks
     if len(crowd.got) != total or double or leaks or missing or untold or wrong:
         for row in rows:
-            if row[0] in double:
-                print("  ", row, crowd.got[row[0]]["task_id"])
+            if row.prompt in double:
+                print("  ", row, crowd.got[row.prompt]["task_id"])
         faults = [sorted(names)[:5] for names in (double, leaks, missing, untold, wrong)]
         raise SystemExit(f"wrong: {faults}\n{logs[-3000:]}")
     print("  one task for every order, and its result, or the word that its answer was lost with a server")
