@@ -98,6 +98,7 @@ ORDER = [
     "tools.argument_names",
     "tools.adapter",
     "tools.previews",
+    "tools.client_names",
     "tools.delivery",
     "tools.waiting",
     "tools.paid_calls",

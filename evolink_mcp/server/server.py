@@ -47,6 +47,8 @@ WITHOUT_BUYING = (
     "owner switched off generate_image (EVOLINK_MCP_TOOLS)."
 )
 DAY_MS = 86_400_000
+# A token can restrict the tools of its tenant, so a cache that several tenants share must not keep these lists.
+CACHED_LISTS = ("tools/list", "prompts/list", "resources/templates/list")
 INVALID_PARAMS = -32602
 TRACE_CONTEXT = ("traceparent", "tracestate", "baggage")
 
@@ -117,11 +119,7 @@ def build_server(
         request_state_security=RequestStateSecurity(keys=list(secrets), audience=f"{NAME} {studio.journal.channel}")
         if secrets
         else None,
-        cache_hints={
-            "tools/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
-            "prompts/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
-            "resources/templates/list": CacheHint(ttl_ms=DAY_MS, scope="public"),
-        },
+        cache_hints=dict.fromkeys(CACHED_LISTS, CacheHint(ttl_ms=DAY_MS, scope="private")),
     )
     server.middleware.insert(0, drop_malformed_trace_context)
     add_resources(server, studio)

@@ -16,7 +16,7 @@ from evolink_mcp.server.catalogue import SKILL_NAME, SKILL_URI, skill_entry, ski
 
 MODERN = frozenset({"2026-07-28"})
 DAY_MS = 86_400_000
-CACHE: dict[str, Any] = {"resultType": "complete", "ttlMs": DAY_MS, "cacheScope": "public"}
+CACHE: dict[str, Any] = {"resultType": "complete", "ttlMs": DAY_MS, "cacheScope": "private"}
 
 Request = ServerRequestContext[Any, Any]
 

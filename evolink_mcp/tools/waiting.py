@@ -20,6 +20,7 @@ from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.jobs import Job
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import result
+from evolink_mcp.tools.client_names import client_name_in
 from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import HOSTS, WAIT_MAX_S, Host, Hosts, host_named
 from evolink_mcp.tools.previews import links, previews
@@ -148,14 +149,11 @@ class Waiting:
 def client_of(ctx: Context[Any, Any]) -> str | None:
     """Return the name that the MCP host of this call gave."""
     params = ctx.session.client_params
-    return params.client_info.name if params else None
+    return params.client_info.name if params else client_name_in((ctx.headers or {}).get("mcp-session-id", ""))
 
 
 def buyer_of(ctx: Context[Any, Any]) -> str | None:
-    """Return the client of a paid call for the audit: the name of its MCP host, or its User-Agent over HTTP.
-
-    A stateless call of a protocol before 2026-07-28 carries no name.
-    """
+    """Return the client of a paid call for the audit: the name of its MCP host, or its User-Agent over HTTP."""
     name = client_of(ctx) or (ctx.headers or {}).get("user-agent")
     return None if name is None else harmless(name, CLIENT_MAX_CHARS)
 

@@ -2,17 +2,16 @@
 
 The SDK serves each POST separately, so it cannot connect `notifications/cancelled` with a call. A client of a protocol up
 to 2025-11-25 sends one when it gives up, and keeps the answer's stream open. So this module gives each client a session ID
-at `initialize`. The ID has no state: any process may serve it. If the call does not run here, another server of the team
-may have it, so the cancellation goes to all of them.
+at `initialize`. The server keeps no state of a session, so any process may serve it. If the call does not run here, another
+server of the team may have it, so the cancellation goes to all of them.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import cast
+from typing import Any, cast
 
 import anyio
 from mcp.shared.dispatcher import as_request_id, coerce_request_id
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.journal import Journal, Notification
+from evolink_mcp.tools.client_names import new_session_id
 from evolink_mcp.tools.delivery import SCOPE_KEY, Delivery
 from evolink_mcp.transports.authentication import CALLER_KEY
 from evolink_mcp.transports.messages import read_post
@@ -86,7 +86,7 @@ class Calls:
             await self._app(scope, receive, send)
             return
         if message.method == "initialize":
-            send = _with_session_id(send)
+            send = _with_session_id(send, message.params or {})
         call = Call()
         key = _key(client, message.id)
         calls = self._running.setdefault(key, [])
@@ -162,13 +162,15 @@ def _recording(send: Send, call: Call, give_back: Callable[[], None]) -> Send:
     return send_and_record
 
 
-def _with_session_id(send: Send) -> Send:
-    """Return a `send` that adds a new session ID to a successful response."""
+def _with_session_id(send: Send, params: Mapping[str, Any]) -> Send:
+    """Return a `send` that adds a new session ID to a successful response to `initialize`."""
+    client = params.get("clientInfo")
+    session_id = new_session_id(cast("dict[str, Any]", client).get("name") if isinstance(client, dict) else None)
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 200:
             headers = [pair for pair in message.get("headers", []) if pair[0].lower() != SESSION_HEADER]
-            message = {**message, "headers": [*headers, (SESSION_HEADER, uuid.uuid4().hex.encode())]}
+            message = {**message, "headers": [*headers, (SESSION_HEADER, session_id.encode())]}
         await send(message)
 
     return send_with_id

@@ -52,7 +52,7 @@ async def test_the_list_describes_the_file_of_the_skill(world: World) -> None:
     assert skill["resources"] == [
         {"uri": URI, "digest": f"sha256:{sha256(data).hexdigest()}", "size": len(data)},
     ]
-    assert (result["resultType"], result["cacheScope"], content.mime_type) == ("complete", "public", "text/markdown")
+    assert (result["resultType"], result["cacheScope"], content.mime_type) == ("complete", "private", "text/markdown")
 
 
 async def test_one_skill_is_returned_by_its_address(world: World) -> None:

@@ -311,7 +311,9 @@ async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path)
 async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
     async with office(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as town:
         async with town.client("a") as client:
-            assert [tool.name for tool in (await client.list_tools()).tools] == ["get_task", "compute_size"]
+            listed = await client.list_tools()
+        assert [tool.name for tool in listed.tools] == ["get_task", "compute_size"]
+        assert listed.cache_scope == "private"  # another tenant has other tools
         assert (await town.call("a", "generate_image", **WISH)).is_error
         assert town.posts == 0
 
