@@ -1,38 +1,14 @@
-"""OpenTelemetry spans around EvoLink and the database, and the ID of the HTTP request that caused them.
-
-Without an exporter the spans cost nothing. Over stdio there is no request ID.
-"""
+"""OpenTelemetry spans around EvoLink and the database. Without an exporter they cost nothing."""
 
 from __future__ import annotations
 
-import re
-import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from opentelemetry import trace
 
 from evolink_mcp import __version__
-
-# Each coroutine has a copy of it, so a purchase keeps the ID of its HTTP request after the call ends.
-REQUEST_ID: ContextVar[str | None] = ContextVar("evolink_mcp_request_id", default=None)
-_WELLFORMED_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
-
-
-def request_id_for(proposal: str) -> str:
-    """Return the ID that a proxy proposes, if it is well-formed, or a new one."""
-    return proposal if _WELLFORMED_ID.fullmatch(proposal) else uuid.uuid4().hex
-
-
-@contextmanager
-def outside_request() -> Generator[None]:
-    """Start coroutines without the ID of the current HTTP request, for work that belongs to no request or to another."""
-    token = REQUEST_ID.set(None)
-    try:
-        yield
-    finally:
-        REQUEST_ID.reset(token)
+from evolink_mcp.call_context import REQUEST_ID
 
 
 @contextmanager

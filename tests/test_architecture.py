@@ -26,6 +26,7 @@ ORDER = [
     "sanitize",
     "pasted",
     "isolated",
+    "call_context",
     "tracing",
     "api.models",
     "api.sizes",

@@ -46,7 +46,7 @@ def log_audit_to_stderr() -> None:
 
 def log_request_ids() -> None:
     """Begin each log line that belongs to an HTTP request with the ID of the request."""
-    from evolink_mcp.tracing import REQUEST_ID  # over stdio it would delay the start
+    from evolink_mcp.call_context import REQUEST_ID  # over stdio it would delay the start
 
     def add_request_id(record: logging.LogRecord) -> bool:
         request_id = REQUEST_ID.get()

@@ -90,6 +90,8 @@ CHANGE_OWNER = "UPDATE entries SET owner = ? WHERE key = ? AND owner = ?"
 SET_CALLER = "UPDATE entries SET caller = ? WHERE key = ? AND caller IN ('', ?) AND delivered_at IS NULL"
 # End the wait of this server's call.
 REMOVE_CALLER = "UPDATE entries SET caller = '' WHERE key = ? AND caller = ?"
+# Remove an entry whose record was not confirmed, so nothing was sent for it.
+WITHDRAW = "DELETE FROM entries WHERE key = ? AND owner = ? AND phase = 'intent'"
 # Record the time when a caller got the result.
 SET_DELIVERED = "UPDATE entries SET delivered_at = ? WHERE key = ?"
 # Read an entry by its key.
@@ -496,6 +498,10 @@ class Journal:
     async def remove_caller(self, key: str) -> None:
         """Record that no call of this server waits for the entry."""
         await self._execute(REMOVE_CALLER, key, self.owner, key=key)
+
+    async def withdraw(self, key: str) -> None:
+        """Remove an entry that `intend` wrote although its answer was lost. Nothing was sent for it."""
+        await self._execute(WITHDRAW, key, self.owner, key=key)
 
     async def deliver(self, key: str, at: float) -> None:
         """Record that a caller got the result."""

@@ -130,6 +130,7 @@ class JournalWriter:
         self._learn = learn
         self._unwritten: dict[str, Job] = {}
         self._departed: set[str] = set()  # keys of entries whose last call ended, until the journal records it
+        self._withdrawn: set[str] = set()  # keys of entries without a purchase, until the journal removed them
         self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
         self._has_unwritten = anyio.Event()
 
@@ -157,7 +158,7 @@ class JournalWriter:
     @property
     def has_unwritten(self) -> bool:
         """Whether the journal holds an older state of any entry."""
-        return bool(self._unwritten or self._departed or self._deliveries)
+        return bool(self._unwritten or self._departed or self._deliveries or self._withdrawn)
 
     async def undelivered(self, request_hash: str, since: float) -> Undelivered:
         """Return the newest state of identical purchases that no caller got.
@@ -183,20 +184,25 @@ class JournalWriter:
         Raises:
             JournalUnwritable: it was not recorded.
         """
-        is_departed = entry.key in self._departed
         # Otherwise a repeated write of the departure could follow the claim and undo it.
         self._departed.discard(entry.key)
         try:
             return await self.journal.claim(entry.key, entry.caller)
         except JournalUnwritable:
-            if is_departed:
-                self._departed.add(entry.key)
+            # The claim may be recorded although its answer was lost. It would hide the entry from identical calls.
+            self._departed.add(entry.key)
+            self._has_unwritten.set()
             raise
 
     async def remove_caller(self, key: str) -> None:
         """No call of this server waits for the entry any more. An identical call can claim it from now on."""
         self._departed.add(key)
         await self._remove_caller(key)
+
+    def withdraw(self, key: str) -> None:
+        """The journal did not confirm this new entry, so its purchase does not begin. It may be recorded: remove it later."""
+        self._withdrawn.add(key)
+        self._has_unwritten.set()
 
     async def record_sending(self, job: Job) -> None:
         """The POST is about to start.
@@ -317,6 +323,10 @@ class JournalWriter:
         for key in list(self._departed):
             if key in self._departed:  # no call claimed it during this loop
                 await self._remove_caller(key)
+        with suppress(JournalUnwritable):
+            for key in list(self._withdrawn):
+                await self.journal.withdraw(key)
+                self._withdrawn.discard(key)
         if not self.has_unwritten:
             self._has_unwritten = anyio.Event()
 

@@ -13,6 +13,7 @@ import anyio.abc
 from evolink_mcp.api.client import BATCH_MAX, EvolinkClient
 from evolink_mcp.api.http import POOL_SIZE, TRANSPORT_ERRORS
 from evolink_mcp.api.task import COMPLETED, FAILED, Task
+from evolink_mcp.call_context import outside_request
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.journal.entry import Phase
 from evolink_mcp.studio.callback_history import CallbackHistory
@@ -26,7 +27,6 @@ from evolink_mcp.studio.schedule import (
     backoff_s,
     slower_s,
 )
-from evolink_mcp.tracing import outside_request
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import anyio
 import anyio.abc
 
 from evolink_mcp.api.task import COMPLETED, Task
+from evolink_mcp.call_context import outside_request, without_deadline
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.journal.journal import Notification
@@ -21,7 +22,6 @@ from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
 from evolink_mcp.studio.save import ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
-from evolink_mcp.tracing import outside_request
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,11 @@ class JobRunner:
         with self._limits.place(self.jobs):
             entry = await self._purchaser.entry_for(prepared)
             with anyio.CancelScope(shield=True):
-                entry = await self._limits.admit(prepared.request, entry)
+                try:
+                    entry = await self._limits.admit(prepared.request, entry)
+                except JournalUnwritable:
+                    self._writer.withdraw(entry.key)
+                    raise
                 job = self._begin(entry, self._buy, client=prepared.request.client, is_audited=True)
                 self.attend(job)
                 return job
@@ -256,7 +260,8 @@ class JobRunner:
     ) -> Job:
         job = Job(entry)
         self.jobs.append(job)
-        self._group.start_soon(self._run, job, act, client, is_audited)
+        with without_deadline():
+            self._group.start_soon(self._run, job, act, client, is_audited)
         return job
 
     async def _run(self, job: Job, act: Callable[[Job], Awaitable[None]], client: str | None, is_audited: bool) -> None:

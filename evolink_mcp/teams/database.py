@@ -16,10 +16,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
+import anyio
 import psycopg
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from evolink_mcp.call_context import remaining_s
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
 from evolink_mcp.teams.failover import Timelines, WrittenEntries, warn_of_asynchronous_standby
@@ -151,10 +153,11 @@ class Database:
     async def run(self, act: Callable[[DatabaseConnection], Awaitable[T]], *, key: str | None = None) -> T:
         """Call `act` with a connection in autocommit mode. It continues after the cancellation of its caller.
 
-        Actions with the same `key` run one after the other. Without a session they fail at once.
+        Actions with the same `key` run one after the other. Without a session they fail at once. The deadline of the
+        current call ends an action.
 
         Raises:
-            JournalUnwritable: psycopg or the network raised an error.
+            JournalUnwritable: psycopg or the network raised an error, or the call must answer now.
         """
         before = self._last.get(key) if key is not None else None
         task = asyncio.create_task(self._work(act, before))
@@ -162,7 +165,14 @@ class Database:
         if key is not None:
             self._last[key] = task
         task.add_done_callback(lambda task: self._handle_result(task, key))
-        return await asyncio.shield(task)
+        limit_s = remaining_s()
+        with anyio.move_on_after(limit_s):
+            return await asyncio.shield(task)
+        if task.done():
+            return task.result()
+        task.cancel()
+        self.failures["action"] += 1
+        raise self._address.unwritable(f"it did not answer within the {limit_s:.1f} s that this call had for it")
 
     async def try_entries(self) -> None:
         """Read one entry.

@@ -7,10 +7,10 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
+from evolink_mcp.call_context import REQUEST_ID
 from evolink_mcp.journal.entry import iso
 from evolink_mcp.studio.events import Adopted, Event, Failed, Finished, Polled, Purchased, Saved, Settled
 from evolink_mcp.teams.object_store import OPERATIONS as STORE_OPERATIONS
-from evolink_mcp.tracing import REQUEST_ID
 
 AUDIT = logging.getLogger("evolink_mcp.audit")
 # The upper bounds of the histogram of detection lags, in seconds.

@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.lifespan.on import LifespanOn
 
+from evolink_mcp.call_context import outside_request
 from evolink_mcp.teams.tokens import Tenant
-from evolink_mcp.tracing import outside_request
 from evolink_mcp.transports.authentication import CALLER_KEY
 from evolink_mcp.transports.turns import Turns
 

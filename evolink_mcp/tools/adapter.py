@@ -19,12 +19,12 @@ from pydantic import BaseModel, ValidationError, WithJsonSchema
 from evolink_mcp.api.http import lower_first
 from evolink_mcp.api.request import Arguments, empty_names, unwrapped
 from evolink_mcp.api.sizes import IllegalSize
+from evolink_mcp.call_context import REQUEST_ID
 from evolink_mcp.errors import EvolinkError, Refused
 from evolink_mcp.sanitize import harmless, scrub
 from evolink_mcp.tools.argument_names import correction
 from evolink_mcp.tools.schemas import error_out, input_schema, output_schema
 from evolink_mcp.tools.task_text import sentence
-from evolink_mcp.tracing import REQUEST_ID
 
 REQUEST_ID_META = "evolink-mcp/request_id"
 VALUE_MAX_CHARS = 40

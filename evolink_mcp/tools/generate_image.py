@@ -105,15 +105,16 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
         approved.update(_disclosures(req))
-        async with studio.ordered(replace(order, client=buyer_of(ctx))) as job:
-            return await waiting.answer(
-                job,
-                req.wait_seconds,
-                ctx,
-                _notes(req, order, studio),
-                is_deduplicated=job.is_deduplicated,
-                fit=order.fit,
-            )
+        with waiting.call(ctx, req.wait_seconds) as ends_at:
+            async with studio.ordered(replace(order, client=buyer_of(ctx))) as job:
+                return await waiting.answer(
+                    job,
+                    ends_at,
+                    ctx,
+                    _notes(req, order, studio),
+                    is_deduplicated=job.is_deduplicated,
+                    fit=order.fit,
+                )
 
     return flat_tool(
         generate_image,

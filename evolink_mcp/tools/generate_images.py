@@ -163,16 +163,16 @@ def generate_images_tool(waiting: Waiting) -> Tool:
         an unfinished picture call its next_action, never this tool again. Show the user all paths."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise unconfirmed(_ceiling(orders), studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
-        series = await studio.prepare_series(orders)
         outcomes: list[Job | EvolinkError] = []
         async with AsyncExitStack() as stack:
-            for prepared in series:
+            ends_at = stack.enter_context(waiting.call(ctx, req.wait_seconds))
+            for prepared in await studio.prepare_series(orders):
                 try:
                     outcomes.append(await stack.enter_async_context(studio.ordered(prepared.request, prepared)))
                 except EvolinkError as error:
                     outcomes.append(error)
             notes = argument_notes(orders[0].request, req.save_as, studio)
-            return await _answer(waiting, orders, outcomes, req.wait_seconds, ctx, notes)
+            return await _answer(waiting, orders, outcomes, ends_at, ctx, notes)
 
     return flat_tool(
         generate_images,
@@ -214,15 +214,15 @@ async def _answer(
     waiting: Waiting,
     orders: Sequence[ImageRequest],
     outcomes: Sequence[Job | EvolinkError],
-    wait_seconds: float | None,
+    ends_at: float,
     ctx: Context[Any, Any],
     notes: list[str],
 ) -> CallToolResult:
-    """Wait for all jobs and return their states as the answer. The jobs continue after the wait."""
+    """Wait for all jobs until `ends_at` and return their states as the answer. The jobs continue after the wait."""
     studio = waiting.studio
     host = waiting.host_of(ctx)
     jobs = [outcome for outcome in outcomes if isinstance(outcome, Job)]
-    await follow_all(outcomes, waiting.wait_for(host, wait_seconds), ctx.report_progress)
+    await follow_all(outcomes, ends_at, ctx.report_progress)
     tasks = [await _task_of(waiting, outcome) for outcome in outcomes]
     notes = [*notes, *price_change_texts(await studio.take_price_changes())]
     prompts = [order.request.prompt for order in orders]
@@ -251,13 +251,13 @@ async def _task_of(waiting: Waiting, outcome: Job | EvolinkError) -> TaskOut:
     )
 
 
-async def follow_all(outcomes: Sequence[Job | EvolinkError], wait_s: float, report: Report) -> None:
-    """Return after `wait_s` seconds or when all jobs are finished. An error counts as finished."""
+async def follow_all(outcomes: Sequence[Job | EvolinkError], ends_at: float, report: Report) -> None:
+    """Return at `ends_at` (anyio's clock) or when all jobs are finished. An error counts as finished."""
     progress = SeriesProgress(report, len(outcomes))
 
     async def follow_one(number: int, outcome: Job | EvolinkError) -> None:
         if isinstance(outcome, Job):
-            await follow(outcome, wait_s, progress.of(number))
+            await follow(outcome, ends_at, progress.of(number))
         if isinstance(outcome, EvolinkError) or outcome.is_finished:
             await progress.finish(number)
 

@@ -29,10 +29,11 @@ def get_task_tool(waiting: Waiting) -> Tool:
     async def get_task(req: GetTaskArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Wait for a task and get its pictures. Free of charge. Works after a restart, and for tasks of other clients
         with the same key. If the wait ends first, call it again."""
-        task_id = await waiting.studio.known_images.find_task_id(req.task_id)
-        profile = await waiting.studio.other_profile_of(task_id)
-        notes = [] if profile is None else [f"The profile {quoted(profile, 100)} of this journal bought this task."]
-        return await waiting.answer(await waiting.studio.resume(task_id), req.wait_seconds, ctx, notes)
+        with waiting.call(ctx, req.wait_seconds) as ends_at:
+            task_id = await waiting.studio.known_images.find_task_id(req.task_id)
+            profile = await waiting.studio.other_profile_of(task_id)
+            notes = [] if profile is None else [f"The profile {quoted(profile, 100)} of this journal bought this task."]
+            return await waiting.answer(await waiting.studio.resume(task_id), ends_at, ctx, notes)
 
     return flat_tool(
         get_task, GetTaskArguments, TaskOut, format_task_error, title="Get task", annotations=READS, meta=GALLERY_META

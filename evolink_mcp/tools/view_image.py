@@ -57,8 +57,9 @@ def view_image_tool(waiting: Waiting) -> Tool:
         match = match or await studio.known_images.find_task(req.task_id or "")
         index = req.index if match.index is None else match.index
         task_id = match.task_id
-        job = await studio.resume(task_id)
-        await follow(job, waiting.wait_for(host), ctx.report_progress)
+        with waiting.call(ctx) as ends_at:
+            job = await studio.resume(task_id)
+            await follow(job, ends_at, ctx.report_progress)
         picture = next((p for p in job.entry.images if p.index == index), None)
         entry = await studio.image_store.entry_for_caller(job.entry)
         if picture is None or not picture.is_saved:

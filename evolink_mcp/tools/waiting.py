@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from mcp_types import CallToolResult
 from pydantic import Field, Strict
 
 from evolink_mcp.api.task import COMPLETED
+from evolink_mcp.call_context import due_within
 from evolink_mcp.errors import EvolinkError
 from evolink_mcp.journal.entry import Entry, Stage
 from evolink_mcp.sanitize import harmless
@@ -60,24 +61,36 @@ class Waiting:
     previews_for_all: bool = False
     resource_links: bool = False
     hosts: Hosts = HOSTS
+    journal_min_s: float = 5.0
+
+    @contextmanager
+    def call(self, ctx: Context[Any, Any], wait_seconds: float | None = None) -> Generator[float]:
+        """Begin a call. Yield the time at which its wait ends (anyio's clock).
+
+        The wait includes the preparation of an order, because the host's timeout does. The journal must answer within
+        the wait, or within `journal_min_s` if the wait is shorter.
+        """
+        wait_s = self.wait_for(self.host_of(ctx), wait_seconds)
+        with due_within(max(wait_s, self.journal_min_s)):
+            yield anyio.current_time() + wait_s
 
     async def answer(
         self,
         job: Job,
-        wait_seconds: float | None,
+        ends_at: float,
         ctx: Context[Any, Any],
         notes: list[str],
         *,
         is_deduplicated: bool = False,
         fit: str | None = None,
     ) -> CallToolResult:
-        """Wait for the job and return its state as the answer. The job continues after the wait.
+        """Wait for the job until `ends_at` and return its state as the answer. The job continues after the wait.
 
         `fit` is the target of exact copies. A deduplicated purchase may lack them.
         """
         host = self.host_of(ctx)
         async with self.studio.attending(job):
-            await follow(job, self.wait_for(host, wait_seconds), ctx.report_progress)
+            await follow(job, ends_at, ctx.report_progress)
             entry = job.entry
             if job.is_finished:
                 with anyio.move_on_after(FILES_WITHIN_S):
@@ -147,15 +160,22 @@ class Waiting:
 
 
 def client_of(ctx: Context[Any, Any]) -> str | None:
-    """Return the name that the MCP host of this call gave."""
-    params = ctx.session.client_params
-    return params.client_info.name if params else client_name_in((ctx.headers or {}).get("mcp-session-id", ""))
+    """Return the name that the MCP host of this call gave, with this request or over HTTP at `initialize`."""
+    return _declared_name(ctx) or client_name_in((ctx.headers or {}).get("mcp-session-id", ""))
 
 
 def buyer_of(ctx: Context[Any, Any]) -> str | None:
-    """Return the client of a paid call for the audit: the name of its MCP host, or its User-Agent over HTTP."""
-    name = client_of(ctx) or (ctx.headers or {}).get("user-agent")
+    """Return the client of a paid call for the audit: the name of its MCP host, or its User-Agent over HTTP.
+
+    A stateless call of a protocol before 2026-07-28 declares no name.
+    """
+    name = _declared_name(ctx) or (ctx.headers or {}).get("user-agent")
     return None if name is None else harmless(name, CLIENT_MAX_CHARS)
+
+
+def _declared_name(ctx: Context[Any, Any]) -> str | None:
+    params = ctx.session.client_params
+    return params.client_info.name if params else None
 
 
 def mcp_host_of(ctx: Context[Any, Any], hosts: Hosts = HOSTS) -> Host:
@@ -169,21 +189,23 @@ def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult
     return result(task_text(out), out, is_error=True)
 
 
-async def follow(job: Job, wait_s: float, report: Report, *, heartbeat_s: float = HEARTBEAT_S) -> None:
-    """Return after `wait_s` seconds or when the job is finished. Call `report(progress, total, message)` meanwhile.
+async def follow(job: Job, ends_at: float, report: Report, *, heartbeat_s: float = HEARTBEAT_S) -> None:
+    """Return at `ends_at` (anyio's clock) or when the job is finished. Call `report(progress, total, message)` meanwhile.
 
-    The task is polled once more shortly before the end. If EvoLink has not answered the POST, wait up to ID_GRACE_S
-    longer, so that the answer can name the task ID.
+    The task is polled once more shortly before the end. If EvoLink has not answered the POST, wait until ID_GRACE_S
+    after the end, so that the answer can name the task ID.
     """
     progress = _Progress(report, heartbeat_s)
-    deadline = anyio.current_time() + wait_s
-    await _until(job, progress, deadline - min(LAST_READ_S, wait_s / 4))
+    wait_s = max(0.0, ends_at - anyio.current_time())
+    await _until(job, progress, ends_at - min(LAST_READ_S, wait_s / 4))
     if job.is_finished:
         return
     job.poll_now()
-    await _until(job, progress, deadline)
+    await _until(job, progress, ends_at)
     if not (job.is_finished or job.is_acknowledged):
-        await _until(job, progress, anyio.current_time() + ID_GRACE_S, needs_task_id=True)
+        # The preparation may have taken longer than the wait and the grace together.
+        grace_ends_at = max(ends_at + ID_GRACE_S, anyio.current_time() + LAST_READ_S)
+        await _until(job, progress, grace_ends_at, needs_task_id=True)
 
 
 async def _until(job: Job, progress: _Progress, deadline: float, *, needs_task_id: bool = False) -> None:

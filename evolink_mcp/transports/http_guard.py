@@ -13,7 +13,7 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evolink_mcp import __version__
-from evolink_mcp.tracing import REQUEST_ID, request_id_for
+from evolink_mcp.call_context import REQUEST_ID, request_id_for
 from evolink_mcp.transports.authentication import CALLER_KEY, Authenticator, AuthFailure
 from evolink_mcp.transports.authority import authority_in, canonical, origin_in
 from evolink_mcp.transports.json_rpc import INVALID_REQUEST, error_body, request_id_in_part

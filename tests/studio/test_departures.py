@@ -117,6 +117,35 @@ async def test_a_claim_that_cannot_be_recorded_buys_nothing_and_keeps_the_purcha
     assert world.posts == 1
 
 
+async def answer_is_lost() -> None:
+    raise JournalUnwritable("the answer of the journal was lost (simulated)")
+
+
+async def test_a_recorded_claim_whose_answer_was_lost_does_not_hide_the_purchase(open_world: Open) -> None:
+    async with faulty_world(open_world) as (world, journal):
+        first = await submitted(world)
+        await world.studio.depart(first)
+        journal.after["claim"] = answer_is_lost
+        with pytest.raises(JournalUnwritable):
+            await world.studio.order(SLOW)
+        second = await world.studio.order(SLOW)
+        assert (second is first, world.posts) == (True, 1)
+
+
+async def test_a_recorded_order_whose_answer_was_lost_buys_nothing_and_is_removed(open_world: Open) -> None:
+    """It would count as a running task until the server ends."""
+    async with faulty_world(open_world) as (world, journal):
+        journal.after["intend"] = answer_is_lost
+        journal.unwritable = {"withdraw"}
+        with pytest.raises(JournalUnwritable):
+            await world.studio.order(SLOW)
+        await world.studio.flush()
+        assert world.studio.has_unwritten
+        journal.unwritable = set()
+        await world.studio.flush()
+        assert (await journal.recent(10), world.posts, world.studio.has_unwritten) == ([], 0, False)
+
+
 async def test_an_order_gets_a_purchase_that_the_journal_could_not_record(open_world: Open) -> None:
     async with faulty_world(open_world) as (world, journal):
         journal.after["update"] = make_unwritable(journal)

@@ -18,12 +18,15 @@ import pytest
 from child_processes import SERVER_COMMAND, minimal_environment, patient_times
 from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 
+from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task
 from evolink_mcp.app.wiring import open_studio
+from evolink_mcp.call_context import due_within
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.all_profiles import Orphan, release_dead_servers
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, new_key
 from evolink_mcp.journal.journal import DailyLimitReached, Notification
+from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.teams.settings import TeamSettings
 
 psycopg = pytest.importorskip("psycopg")
@@ -771,6 +774,24 @@ async def _entry_of(studio: Any, task_id: str) -> Entry | None:
         return await studio.journal.by_task(task_id)
     except JournalUnwritable:
         return None
+
+
+async def test_the_deadline_of_a_call_ends_its_order_while_a_table_is_locked(
+    in_postgres: Any, cluster: Any, url: str
+) -> None:
+    """The order that the locked database still holds is neither sent nor kept, and an order without a lock succeeds."""
+    order = ImageRequest(GenerationRequest(prompt="sim:fast a fox", size="1024x640"), 9.0)
+    async with in_postgres() as world:
+        with cluster.admin(name_of(url)) as db, db.transaction():
+            db.execute("LOCK TABLE evolink_entries IN ACCESS EXCLUSIVE MODE")
+            with due_within(0.05), pytest.raises(JournalUnwritable, match=r"did not answer within the 0\.\d s that"):
+                await world.studio.order(order)
+        await world.studio.flush()
+        assert (await world.studio.journal.recent(9), world.posts) == ([], 0)
+        with due_within(600.0):
+            job = await world.studio.order(order)
+        await until(lambda: job.is_finished)
+        assert (job.entry.status, world.posts) == ("completed", 1)
 
 
 async def test_a_watching_server_receives_the_result_at_once(in_postgres: Any) -> None:

@@ -23,10 +23,10 @@ from mcp.client import Client
 from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, Office, office
 from test_database import silent_port
 
+from evolink_mcp.call_context import REQUEST_ID, outside_request
 from evolink_mcp.studio.events import Event, Finished
 from evolink_mcp.teams.tenants import Tenants
 from evolink_mcp.teams.tokens import Tenant
-from evolink_mcp.tracing import REQUEST_ID, outside_request
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -66,7 +66,7 @@ async def test_the_id_of_a_proxy_is_kept_only_if_it_is_well_formed(tmp_path: Pat
 async def test_a_tool_answer_and_its_audit_line_have_the_id_and_the_client(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
-    """A client of an older protocol names itself only in its first request, so the User-Agent replaces its name."""
+    """The User-Agent replaces the name of an older client in the audit. The session ID has the name for the answer."""
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
             async with town.client("a", mode, user_agent="drawing-bot/2.0", x_request_id="order-1") as client:
@@ -75,6 +75,7 @@ async def test_a_tool_answer_and_its_audit_line_have_the_id_and_the_client(
                 second = await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a hen"})
                 refused = await client.call_tool("generate_image", {**WISH, "quality": "best"})
     lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
+    assert [block.type for block in bought.content] == ["text", "image"]  # clients without a name get no preview
     assert [(answer.meta or {})[META] for answer in (bought, second, refused)] == ["order-1", "order-2", "order-2"]
     assert [line["request"] for line in lines] == ["order-1", "order-2"]
     assert lines[0]["client"] == ("drawing-bot/2.0" if mode == "legacy" else TEST_CLIENT.name)

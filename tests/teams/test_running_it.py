@@ -14,7 +14,7 @@ import anyio
 import httpx2 as httpx
 import pytest
 from child_processes import SERVER_COMMAND, minimal_environment
-from conftest import TEST_CLIENT, Open, PlainSimulator
+from conftest import Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
@@ -195,19 +195,6 @@ async def test_the_audit_has_one_line_per_purchase_without_prompt_or_key(
     assert (lines[0]["task"], lines[0]["credits"], lines[1]["credits"]) == (bought["task_id"], bought["credits"], 0)
     assert all(line["client"] for line in lines)
     assert not any(word in json.dumps(lines) for word in ("fox", "sk-test"))
-
-
-@pytest.mark.parametrize("mode", ["auto", "legacy"])
-async def test_the_name_of_a_client_decides_over_previews_and_is_in_the_audit(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
-) -> None:
-    """An older client gives its name only at `initialize`. Its later requests have a session ID."""
-    with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
-        async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
-            answer = await town.call("a", "generate_image", mode, **WISH)
-    (line,) = (json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit")
-    assert line["client"] == TEST_CLIENT.name
-    assert [block.type for block in answer.content if block.type != "resource_link"] == ["text", "image"]
 
 
 async def test_without_the_setting_there_is_no_audit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import anyio
 import pytest
-from conftest import World
+from conftest import Open, World
+from faulty_journal import FaultyJournal
 
 from evolink_mcp.api.task import Task
+from evolink_mcp.call_context import remaining_s
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.studio.jobs import Job
 from evolink_mcp.tools.waiting import follow
@@ -65,7 +68,7 @@ async def test_an_unchanged_job_is_reported_at_each_heartbeat() -> None:
     waiting.record_answer(is_running=True)
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(partial(follow, waiting, 60.0, log, heartbeat_s=0.001))
+            group.start_soon(partial(follow, waiting, anyio.current_time() + 60.0, log, heartbeat_s=0.001))
             while len(log.reports) < 5:
                 await anyio.sleep(0)
             waiting.finish()
@@ -79,7 +82,7 @@ async def test_the_end_of_a_wait_requests_one_last_poll() -> None:
     polled = anyio.Event()
     waiting.poll_now = polled.set  # pyright: ignore[reportAttributeAccessIssue]
     with anyio.fail_after(300):
-        await follow(waiting, 0.0, ProgressLog())
+        await follow(waiting, anyio.current_time(), ProgressLog())
     assert polled.is_set()
 
 
@@ -87,9 +90,38 @@ async def test_a_call_without_a_task_id_waits_for_it_beyond_its_wait() -> None:
     waiting = Job(Entry("k" * 16, "owner", "sending", 0.0))
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(follow, waiting, 0.0, ProgressLog())
+            group.start_soon(follow, waiting, anyio.current_time(), ProgressLog())
             for _ in range(5):
                 await anyio.sleep(0)
             waiting.record_answer(is_running=True)
             waiting.change_to(replace(waiting.entry, phase="submitted", task=Task(TASK)))
     assert waiting.entry.task_id == TASK
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit_s"), [({"wait_seconds": 0}, 5.0), ({"wait_seconds": 800}, 800.0)], ids=["short", "long"]
+)
+async def test_the_journal_gets_the_time_of_the_call_and_the_purchase_has_no_deadline(
+    open_world: Open, arguments: dict[str, Any], limit_s: float
+) -> None:
+    times: dict[str, float | None] = {}
+
+    async def record(name: str, method: Any, *args: Any, **options: Any) -> Any:
+        times.setdefault(name, remaining_s())
+        return await method(*args, **options)
+
+    def wrap(journal: Any) -> FaultyJournal:
+        faulty = FaultyJournal(journal)
+        faulty.instead = {name: partial(record, name) for name in ("intend", "update", "by_task")}
+        return faulty
+
+    async with open_world(wrap_journal=wrap) as world, world.client() as client:
+        bought = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", **arguments})
+        await client.call_tool("get_task", {"task_id": bought.structured_content["task_id"], **arguments})
+    assert times["update"] is None
+    for name in ("intend", "by_task"):
+        remaining = times[name]
+        assert remaining is not None
+        assert 0 <= remaining <= limit_s
+        assert remaining > 5.0 or limit_s == 5.0
+    assert remaining_s() is None
