@@ -5,6 +5,7 @@ each image was bought once and reached its tenant. All processes share the machi
 are busy. The CPU time of the servers per request shows the capacity of a separate core.
 
 `tests/teams/idle.py` measures a server without work. Its transactions are heartbeats and searches for dead servers.
+`tests/teams/years.py` measures the journal with the entries of years.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ TRANSACTIONS_MAX = 10.0
 IDLE_TENANTS = (1, 100, 10_000)
 IDLE_TRANSACTIONS_MAX = 5.0
 IDLE_TENANT_KB_MAX = 50.0
+YEARS_ENTRIES = 1_000_000
+QUICK_ENTRIES = 50_000
+LIST_MS_MAX = 50.0
+ORDER_MS_MAX = 20.0
 
 
 def run(quick: bool) -> list[Figure]:
     if shutil.which("nginx") is None:
         print("teams: needs nginx and PostgreSQL (apt-get install nginx-light postgresql)", file=sys.stderr)
         return []
-    return [*_figures_of_crowd(quick), *_figures_of_idle_server(quick)]
+    return [*_figures_of_crowd(quick), *_figures_of_idle_server(quick), *_figures_of_years(quick)]
 
 
 def _figures_of_crowd(quick: bool) -> list[Figure]:
@@ -79,6 +84,19 @@ def _figures_of_idle_server(quick: bool) -> list[Figure]:
                f"{called_kb:.0f} kB per tenant until an hour after its last call"),
         Figure("memory per idle tenant of the tokens file", tenant_kb, "kB", IDLE_TENANT_KB_MAX,
                f"{idle[most]['memory_mb']:.0f} MB with {most:,} tenants"),
+    ]  # fmt: skip
+
+
+def _figures_of_years(quick: bool) -> list[Figure]:
+    entries = QUICK_ENTRIES if quick else YEARS_ENTRIES
+    result = _run("tests/teams/years.py", entries=entries, repeats=30 if quick else 100)
+    rows = [(name, times, LIST_MS_MAX) for name, times in result["lists"].items()]
+    rows += [("the three writes of an order", result["order"], ORDER_MS_MAX)]
+    rows += [("search for dead servers", result["search for dead servers"], None)]
+    return [
+        Figure(f"{entries:,} entries in PostgreSQL: {name}", times["median_ms"], "ms", limit,
+               f"the slowest took {times['slowest_ms']:.1f} ms")
+        for name, times, limit in rows
     ]  # fmt: skip
 
 
