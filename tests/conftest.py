@@ -168,7 +168,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
     """Return a function that opens a world. `environ` adds settings. An earlier `simulator` or `clock` can continue.
 
     `wrap_journal` returns the journal that the studio uses in place of the real one. With a `decoder_command` the world
-    has its own decoder.
+    has its own decoder. With `is_shared` other tenants use the account too.
 
     With EVOLINK_TEST_DATABASE=postgres the journals of all worlds are in PostgreSQL.
     """
@@ -189,6 +189,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
         wrap_journal: Callable[[Journal], Any] = lambda journal: journal,
         database_times: Any = None,
         subscribers: tuple[Subscriber, ...] = (),
+        is_shared: bool = False,
     ) -> AsyncIterator[World]:
         clock = clock or Clock()
         simulator = simulator or PlainSimulator(clock=clock)
@@ -219,6 +220,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
                     callbacks=callbacks,
                     make_journal=lambda *names: wrap_journal(make_journal(*names)),
                     subscribers=(*parts.subscribers, *subscribers),
+                    has_other_tenants=is_shared or parts.has_other_tenants,
                 )
                 async with open_studio(settings, parts, decoder=world_decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)

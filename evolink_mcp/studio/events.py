@@ -135,13 +135,15 @@ class JournalWriter:
         self._has_unwritten = anyio.Event()
 
     async def entry_by_task(self, task_id: str) -> Entry | None:
-        """Return the newest state of the task's entry. None: there is none, or the journal cannot be read."""
+        """Return the newest state of the task's entry, or None if there is none.
+
+        Raises:
+            JournalUnwritable: the journal cannot be read.
+        """
         for job in self._unwritten.values():
             if job.entry.task_id == task_id:
                 return job.entry
-        with suppress(JournalUnwritable):
-            return await self.journal.by_task(task_id)
-        return None
+        return await self.journal.by_task(task_id)
 
     async def entry_by_key(self, key: str) -> Entry | None:
         """Return the newest state of an entry. None: there is none, or the journal cannot be read."""

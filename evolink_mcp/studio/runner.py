@@ -174,7 +174,9 @@ class JobRunner:
         Raises:
             JournalUnwritable: the open entries are unknown.
         """
-        for entry in await self._journal.adopt():
+        with without_deadline():
+            entries = await self._journal.adopt()
+        for entry in entries:
             job = self.job_of(entry.key)
             if job is not None and job.has_remote_owner:
                 job.wake()
@@ -245,7 +247,9 @@ class JobRunner:
     async def _acquire(self, key: str, *, if_unknown: bool = False) -> bool:
         """Become the owner of an entry. Return `if_unknown` if the journal cannot be used."""
         try:
-            return await self._journal.acquire(key)
+            # An owner that does not know of its entry would keep it until the server ends.
+            with without_deadline():
+                return await self._journal.acquire(key)
         except JournalUnwritable as error:
             log.warning("%s", error.message)
             return if_unknown
@@ -330,8 +334,10 @@ class JobRunner:
     async def _find_owner_of_task(self, job: Job) -> None:
         """Another entry has the job's task: it is the same external task, or its own answer disproved a match."""
         entry = job.entry
+        newest = None
         if entry.phase == Phase.EXTERNAL and entry.task is not None:
-            newest = await self._writer.entry_by_task(entry.task.id)
+            with suppress(JournalUnwritable):
+                newest = await self._writer.entry_by_task(entry.task.id)
         else:
             newest = await self._writer.entry_by_key(entry.key)
         job.change_to(newest or entry)

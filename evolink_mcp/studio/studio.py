@@ -40,6 +40,7 @@ CLOSE_GRACE_S = 0.3
 OTHER_KEY = OtherKey("another API key bought it, so this server does not poll it").problem
 SYNC_WAITS_S = 15.0
 LINK_WITHIN_S = 5.0
+TASK_CONTINUES = "The task continues. Call get_task again in a minute."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,13 +239,12 @@ class Studio:
 
         Raises:
             TaskUnknown: other callers use the account too, and the journal does not have this task.
+            JournalUnwritable: other callers use the account too, and the journal cannot be read.
         """
         await self.wake()
         job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
         if job is None:
-            entry = await self._writer.entry_by_task(task_id)
-            if entry is None and self._options.is_shared:
-                raise TaskUnknown(f"there is no task {task_id} here")
+            entry = await self._recorded_entry(task_id)
             if entry is None:
                 entry = Entry.external(Task(task_id, status="unknown"), self.now())
             present_entry = await self.image_store.locate(entry)
@@ -255,6 +255,24 @@ class Studio:
         if job.entry.is_unconfirmed and job.entry.stage is not Stage.OPEN:
             await self._runner.confirm(job)
         return job
+
+    async def _recorded_entry(self, task_id: str) -> Entry | None:
+        """Return the entry of a task. None: there is none, but the key can read the task at EvoLink.
+
+        Raises:
+            TaskUnknown, JournalUnwritable: see `resume`.
+        """
+        try:
+            entry = await self._writer.entry_by_task(task_id)
+        except JournalUnwritable as error:
+            if self._options.is_shared:  # the task may belong to another caller
+                raise JournalUnwritable(
+                    error.message, advice=TASK_CONTINUES, charged="unknown", retryable=True
+                ) from error
+            return None
+        if entry is None and self._options.is_shared:
+            raise TaskUnknown(f"there is no task {task_id} here")
+        return entry
 
     async def other_profile_of(self, task_id: str) -> str | None:
         """Return the other profile of this journal that bought a task. Only a caller on this machine gets it.
@@ -395,9 +413,12 @@ class Studio:
         return not any(job.callers for job in self._runner.jobs)
 
     async def wake(self) -> None:
-        """A caller is here: adopt the entries of dead servers now."""
+        """A caller is here: adopt the entries of dead servers now, unless the process does that for all its studios."""
         self._has_caller.set()
-        await self._writer.ignore_unwritable(self.adopt())
+        if self._options.is_maintained:
+            await self._link()
+        else:
+            await self._writer.ignore_unwritable(self.adopt())
 
     async def adopt(self) -> bool:
         """Adopt the entries of dead servers. Return whether it is certain which accounts the key can read.
@@ -405,11 +426,15 @@ class Studio:
         Raises:
             JournalUnwritable: the open entries are unknown.
         """
+        await self._link()
+        if self.client.has_key:
+            await self._runner.adopt()
+        return self._linker.is_complete
+
+    async def _link(self) -> None:
         if self.client.has_key:
             with anyio.move_on_after(LINK_WITHIN_S):
                 await self._linker.try_to_link()
-            await self._runner.adopt()
-        return self._linker.is_complete
 
     async def take_price_changes(self) -> dict[str, Change]:
         """Return the price changes that no answer has reported, by their kind. Of several servers one gets each change."""

@@ -1,6 +1,7 @@
 """generate_image: buy images, wait for them and save them."""
 # Without `from __future__ import annotations`: the SDK reads the annotations of the nested functions at run time.
 
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
@@ -105,16 +106,17 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
         approved.update(_disclosures(req))
-        with waiting.call(ctx, req.wait_seconds) as ends_at:
-            async with studio.ordered(replace(order, client=buyer_of(ctx))) as job:
-                return await waiting.answer(
-                    job,
-                    ends_at,
-                    ctx,
-                    _notes(req, order, studio),
-                    is_deduplicated=job.is_deduplicated,
-                    fit=order.fit,
-                )
+        async with AsyncExitStack() as stack:
+            with waiting.call(ctx, req.wait_seconds) as ends_at:
+                job = await stack.enter_async_context(studio.ordered(replace(order, client=buyer_of(ctx))))
+            return await waiting.answer(
+                job,
+                ends_at,
+                ctx,
+                _notes(req, order, studio),
+                is_deduplicated=job.is_deduplicated,
+                fit=order.fit,
+            )
 
     return flat_tool(
         generate_image,

@@ -165,12 +165,12 @@ def generate_images_tool(waiting: Waiting) -> Tool:
             raise unconfirmed(_ceiling(orders), studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
         outcomes: list[Job | EvolinkError] = []
         async with AsyncExitStack() as stack:
-            ends_at = stack.enter_context(waiting.call(ctx, req.wait_seconds))
-            for prepared in await studio.prepare_series(orders):
-                try:
-                    outcomes.append(await stack.enter_async_context(studio.ordered(prepared.request, prepared)))
-                except EvolinkError as error:
-                    outcomes.append(error)
+            with waiting.call(ctx, req.wait_seconds) as ends_at:
+                for prepared in await studio.prepare_series(orders):
+                    try:
+                        outcomes.append(await stack.enter_async_context(studio.ordered(prepared.request, prepared)))
+                    except EvolinkError as error:
+                        outcomes.append(error)
             notes = argument_notes(orders[0].request, req.save_as, studio)
             return await _answer(waiting, orders, outcomes, ends_at, ctx, notes)
 

@@ -32,8 +32,9 @@ def get_task_tool(waiting: Waiting) -> Tool:
         with waiting.call(ctx, req.wait_seconds) as ends_at:
             task_id = await waiting.studio.known_images.find_task_id(req.task_id)
             profile = await waiting.studio.other_profile_of(task_id)
-            notes = [] if profile is None else [f"The profile {quoted(profile, 100)} of this journal bought this task."]
-            return await waiting.answer(await waiting.studio.resume(task_id), ends_at, ctx, notes)
+            job = await waiting.studio.resume(task_id)
+        notes = [] if profile is None else [f"The profile {quoted(profile, 100)} of this journal bought this task."]
+        return await waiting.answer(job, ends_at, ctx, notes)
 
     return flat_tool(
         get_task, GetTaskArguments, TaskOut, format_task_error, title="Get task", annotations=READS, meta=GALLERY_META

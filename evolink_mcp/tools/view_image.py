@@ -59,7 +59,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
         task_id = match.task_id
         with waiting.call(ctx) as ends_at:
             job = await studio.resume(task_id)
-            await follow(job, ends_at, ctx.report_progress)
+        await follow(job, ends_at, ctx.report_progress)
         picture = next((p for p in job.entry.images if p.index == index), None)
         entry = await studio.image_store.entry_for_caller(job.entry)
         if picture is None or not picture.is_saved:

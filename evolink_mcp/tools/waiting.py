@@ -65,10 +65,10 @@ class Waiting:
 
     @contextmanager
     def call(self, ctx: Context[Any, Any], wait_seconds: float | None = None) -> Generator[float]:
-        """Begin a call. Yield the time at which its wait ends (anyio's clock).
+        """Get the job of a call inside this context. Yield the time at which the wait for it ends (anyio's clock).
 
-        The wait includes the preparation of an order, because the host's timeout does. The journal must answer within
-        the wait, or within `journal_min_s` if the wait is shorter.
+        The wait includes the preparation of an order, because the host's timeout does. Inside this context the journal
+        must answer within the wait, or within `journal_min_s` if the wait is shorter.
         """
         wait_s = self.wait_for(self.host_of(ctx), wait_seconds)
         with due_within(max(wait_s, self.journal_min_s)):

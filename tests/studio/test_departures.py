@@ -117,6 +117,32 @@ async def test_a_claim_that_cannot_be_recorded_buys_nothing_and_keeps_the_purcha
     assert world.posts == 1
 
 
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared account", "own account"])
+async def test_a_task_is_not_called_unknown_because_the_journal_cannot_be_read(
+    open_world: Open, is_shared: bool
+) -> None:
+    """Without the journal only an account of one person can be asked for the task."""
+    journals: list[FaultyJournal] = []
+
+    def wrap(journal: Journal) -> FaultyJournal:
+        journals.append(FaultyJournal(journal))
+        return journals[-1]
+
+    async with open_world(wrap_journal=wrap, is_shared=is_shared) as world, world.client() as client:
+        bought = await client.call_tool("generate_image", {"prompt": "sim:fast a fox"})
+        task_id = bought.structured_content["task_id"]
+        journals[0].unwritable = {"by_task"}
+        facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
+    if is_shared:
+        assert (facts["status"], facts["charged"], facts["error"]["code"]) == (
+            "unknown",
+            "unknown",
+            "journal_unwritable",
+        )
+    else:
+        assert (facts["status"], facts["error"]) == ("completed", None)
+
+
 async def answer_is_lost() -> None:
     raise JournalUnwritable("the answer of the journal was lost (simulated)")
 
