@@ -35,7 +35,7 @@ def due_within(seconds: float) -> Generator[None]:
 
 
 def remaining_s() -> float | None:
-    """Return the time until the deadline of the current call, or None if there is none."""
+    """Return the time until the deadline of the current call. None: the call has no deadline."""
     due_at = _DUE_AT.get()
     return None if due_at is None else max(0.0, due_at - anyio.current_time())
 

@@ -257,7 +257,7 @@ class Studio:
         return job
 
     async def _recorded_entry(self, task_id: str) -> Entry | None:
-        """Return the entry of a task. None: there is none, but the key can read the task at EvoLink.
+        """Return the entry of a task. None: it has no entry, but the key can read the task at EvoLink.
 
         Raises:
             TaskUnknown, JournalUnwritable: see `resume`.
