@@ -90,8 +90,6 @@ CHANGE_OWNER = "UPDATE entries SET owner = ? WHERE key = ? AND owner = ?"
 SET_CALLER = "UPDATE entries SET caller = ? WHERE key = ? AND caller IN ('', ?) AND delivered_at IS NULL"
 # End the wait of this server's call.
 REMOVE_CALLER = "UPDATE entries SET caller = '' WHERE key = ? AND caller = ?"
-# Remove an entry whose record was not confirmed, so nothing was sent for it.
-WITHDRAW = "DELETE FROM entries WHERE key = ? AND owner = ? AND phase = 'intent'"
 # Record the time when a caller got the result.
 SET_DELIVERED = "UPDATE entries SET delivered_at = ? WHERE key = ?"
 # Read an entry by its key.
@@ -176,6 +174,9 @@ NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND account 
 LATEST = 1e12  # epoch seconds after every entry
 RECENT_S = 1.0  # an answer may report a change of the prices this much later
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
+NOT_CONFIRMED = Problem(
+    "journal_unwritable", "the journal did not confirm the order in time, so nothing was sent", True, "Call again."
+)
 MATCH_WITHDRAWN = Problem(
     "outcome_unknown",
     "the answer to the request was lost, and the task that was a candidate belongs to another order",
@@ -500,8 +501,13 @@ class Journal:
         await self._execute(REMOVE_CALLER, key, self.owner, key=key)
 
     async def withdraw(self, key: str) -> None:
-        """Remove an entry that `intend` wrote although its answer was lost. Nothing was sent for it."""
-        await self._execute(WITHDRAW, key, self.owner, key=key)
+        """End an entry that `intend` wrote although its answer was lost. The server sent nothing for it."""
+        entry = await self.by_key(key)
+        if entry is None or entry.owner != self.owner:
+            return
+        await self.remove_caller(key)
+        await self.update(replace(entry, phase=Phase.UNSENT, error=NOT_CONFIRMED))
+        await self.release(key)
 
     async def deliver(self, key: str, at: float) -> None:
         """Record that a caller got the result."""

@@ -130,7 +130,7 @@ class JournalWriter:
         self._learn = learn
         self._unwritten: dict[str, Job] = {}
         self._departed: set[str] = set()  # keys of entries whose last call ended, until the journal records it
-        self._withdrawn: set[str] = set()  # keys of entries without a purchase, until the journal removed them
+        self._withdrawn: set[str] = set()  # keys of entries without a purchase, until the journal ends them
         self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
         self._has_unwritten = anyio.Event()
 
@@ -189,12 +189,15 @@ class JournalWriter:
         # Otherwise a repeated write of the departure could follow the claim and undo it.
         self._departed.discard(entry.key)
         try:
-            return await self.journal.claim(entry.key, entry.caller)
+            is_claimed = await self.journal.claim(entry.key, entry.caller)
         except JournalUnwritable:
             # The claim may be recorded although its answer was lost. It would hide the entry from identical calls.
             self._departed.add(entry.key)
             self._has_unwritten.set()
             raise
+        if is_claimed:
+            self._departed.discard(entry.key)  # another claim may have failed meanwhile
+        return is_claimed
 
     async def remove_caller(self, key: str) -> None:
         """No call of this server waits for the entry any more. An identical call can claim it from now on."""
@@ -202,7 +205,7 @@ class JournalWriter:
         await self._remove_caller(key)
 
     def withdraw(self, key: str) -> None:
-        """The journal did not confirm this new entry, so its purchase does not begin. It may be recorded: remove it later."""
+        """The journal did not confirm this new entry, so its purchase does not begin. It may be recorded: end it later."""
         self._withdrawn.add(key)
         self._has_unwritten.set()
 

@@ -174,7 +174,7 @@ class JobRunner:
         Raises:
             JournalUnwritable: the open entries are unknown.
         """
-        with without_deadline():
+        with without_deadline():  # an entry without a job would keep its owner until the server ends
             entries = await self._journal.adopt()
         for entry in entries:
             job = self.job_of(entry.key)
@@ -247,9 +247,7 @@ class JobRunner:
     async def _acquire(self, key: str, *, if_unknown: bool = False) -> bool:
         """Become the owner of an entry. Return `if_unknown` if the journal cannot be used."""
         try:
-            # An owner that does not know of its entry would keep it until the server ends.
-            with without_deadline():
-                return await self._journal.acquire(key)
+            return await self._journal.acquire(key)
         except JournalUnwritable as error:
             log.warning("%s", error.message)
             return if_unknown

@@ -12,6 +12,7 @@ import anyio.abc
 
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.task import Balance, Task
+from evolink_mcp.call_context import outside_request, remaining_s
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, KeyMissing, OtherKey, Refused, TaskUnknown
 from evolink_mcp.images.references import CheckedRequest, References
 from evolink_mcp.images.store import ImageStore
@@ -413,12 +414,18 @@ class Studio:
         return not any(job.callers for job in self._runner.jobs)
 
     async def wake(self) -> None:
-        """A caller is here: adopt the entries of dead servers now, unless the process does that for all its studios."""
+        """A caller is here: adopt the entries of dead servers now. The adoption continues if the call must answer first."""
         self._has_caller.set()
-        if self._options.is_maintained:
-            await self._link()
-        else:
-            await self._writer.ignore_unwritable(self.adopt())
+        is_adopted = anyio.Event()
+
+        async def adopt() -> None:
+            await guarded(self._writer.ignore_unwritable, self.adopt())
+            is_adopted.set()
+
+        with outside_request():
+            self._group.start_soon(adopt)
+        with anyio.move_on_after(remaining_s()):
+            await is_adopted.wait()
 
     async def adopt(self) -> bool:
         """Adopt the entries of dead servers. Return whether it is certain which accounts the key can read.
@@ -426,15 +433,11 @@ class Studio:
         Raises:
             JournalUnwritable: the open entries are unknown.
         """
-        await self._link()
-        if self.client.has_key:
-            await self._runner.adopt()
-        return self._linker.is_complete
-
-    async def _link(self) -> None:
         if self.client.has_key:
             with anyio.move_on_after(LINK_WITHIN_S):
                 await self._linker.try_to_link()
+            await self._runner.adopt()
+        return self._linker.is_complete
 
     async def take_price_changes(self) -> dict[str, Change]:
         """Return the price changes that no answer has reported, by their kind. Of several servers one gets each change."""

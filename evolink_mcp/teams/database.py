@@ -154,7 +154,7 @@ class Database:
         """Call `act` with a connection in autocommit mode. It continues after the cancellation of its caller.
 
         Actions with the same `key` run one after the other. Without a session they fail at once. The deadline of the
-        current call ends an action.
+        current call ends an action, after `action_min_s` at the earliest.
 
         Raises:
             JournalUnwritable: psycopg or the network raised an error, or the call must answer now.
@@ -164,8 +164,10 @@ class Database:
         self._running.add(task)
         if key is not None:
             self._last[key] = task
-        task.add_done_callback(lambda task: self._handle_result(task, key))
+        task.add_done_callback(lambda task: self._handle_result(task, before, key))
         limit_s = remaining_s()
+        if limit_s is not None:
+            limit_s = max(limit_s, self.times.action_min_s)
         with anyio.move_on_after(limit_s):
             return await asyncio.shield(task)
         if task.done():
@@ -398,10 +400,12 @@ class Database:
         if not await self._timelines.is_current(db):
             raise psycopg.OperationalError("the database was replaced by another one")
 
-    def _handle_result(self, task: asyncio.Task[Any], key: str | None) -> None:
+    def _handle_result(self, task: asyncio.Task[Any], before: asyncio.Task[Any] | None, key: str | None) -> None:
         self._running.discard(task)
         if key is not None and self._last.get(key) is task:
             del self._last[key]
+            if before is not None and not before.done():  # the deadline ended this action before its turn
+                self._last[key] = before
         if not task.cancelled():
             task.exception()  # a cancelled caller does not read it
 

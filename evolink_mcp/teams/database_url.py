@@ -32,6 +32,7 @@ class DatabaseTimes:
     adopt the entries of a dead server this long after the end of its session, or after the time when it must have stopped
     its work. `adopt_every_s`: pause between searches for such entries. `check_after_s`: the pool checks a connection before
     its use if it was idle for this time, or if its last use was before the current session of this server.
+    `action_min_s`: the time of an action whose call has no time left.
     """
 
     connect_timeout_s: int = 5
@@ -40,6 +41,8 @@ class DatabaseTimes:
     grace_s: float = 4.0
     adopt_every_s: float = 3.0
     check_after_s: float = 5.0
+    # An upload may have used the time of the call.
+    action_min_s: float = 2.0
 
     @property
     def lease_s(self) -> float:

@@ -23,7 +23,7 @@ from evolink_mcp.tools.adapter import PAID, flat_tool
 from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
-from evolink_mcp.tools.waiting import Waiting, WaitSeconds, buyer_of, format_task_error
+from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Waiting, WaitSeconds, buyer_of, format_task_error
 
 
 def _fit(text: str) -> str:
@@ -75,7 +75,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     approved: set[tuple[str, str]] = set()  # (local file, callback host) that the user has approved
 
     async def priced_order(req: GenerateImageArguments) -> ImageRequest:
-        prices = await studio.prices.refresh()
+        prices = await studio.prices.refresh(wait_max_s=JOURNAL_MIN_S)
         request = req.sized()
         fit = None if req.fit is None else parse_target(req.fit).name
         return ImageRequest(request, prices.ceiling(request), req.save_as, req.max_credits, req.force_new, fit=fit)

@@ -39,7 +39,7 @@ from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_no
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
 from evolink_mcp.tools.task_answer import TaskOut, price_change_texts, refusal, task_out
-from evolink_mcp.tools.waiting import Report, Waiting, WaitSeconds, buyer_of, follow
+from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
 PICTURES_MAX = 10
 PROMPT_SHOWN = 60
@@ -132,7 +132,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
     studio = waiting.studio
 
     async def priced_orders(req: GenerateImagesArguments, ctx: Context[Any, Any]) -> list[ImageRequest]:
-        prices = await studio.prices.refresh()
+        prices = await studio.prices.refresh(wait_max_s=JOURNAL_MIN_S)
         client = buyer_of(ctx)
         orders = [
             ImageRequest(request, prices.ceiling(request), req.file_name(number), None, req.force_new, client)

@@ -51,14 +51,14 @@ def view_image_tool(waiting: Waiting) -> Tool:
     async def view_image(req: ViewImageArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """Look at a saved picture: returns a small copy. Free of charge."""
         host = waiting.host_of(ctx)
-        match = await studio.known_images.find(req.task_id or req.path or "")
-        if match is None and req.task_id is None and req.path is not None:
-            return await view_file(req.path, req.max_edge, host)
-        match = match or await studio.known_images.find_task(req.task_id or "")
-        index = req.index if match.index is None else match.index
-        task_id = match.task_id
         with waiting.call(ctx) as ends_at:
+            match = await studio.known_images.find(req.task_id or req.path or "")
+            if match is None and req.task_id is None and req.path is not None:
+                return await view_file(req.path, req.max_edge, host)
+            match = match or await studio.known_images.find_task(req.task_id or "")
+            task_id = match.task_id
             job = await studio.resume(task_id)
+        index = req.index if match.index is None else match.index
         await follow(job, ends_at, ctx.report_progress)
         picture = next((p for p in job.entry.images if p.index == index), None)
         entry = await studio.image_store.entry_for_caller(job.entry)

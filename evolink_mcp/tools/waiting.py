@@ -30,6 +30,7 @@ from evolink_mcp.tools.task_text import task_text
 
 LAST_READ_S = 1.0
 ID_GRACE_S = 14.0
+JOURNAL_MIN_S = 5.0
 HEARTBEAT_S = 4.0
 FILES_WITHIN_S = 8.0
 CLIENT_MAX_CHARS = 120
@@ -61,7 +62,7 @@ class Waiting:
     previews_for_all: bool = False
     resource_links: bool = False
     hosts: Hosts = HOSTS
-    journal_min_s: float = 5.0
+    journal_min_s: float = JOURNAL_MIN_S
 
     @contextmanager
     def call(self, ctx: Context[Any, Any], wait_seconds: float | None = None) -> Generator[float]:

@@ -66,7 +66,7 @@ async def close_port(server: asyncio.Server, make_protocol: Callable[[], asyncio
     """Close the port of a server. Serve the connections in the system's queue, because closing would reset them."""
     queued: list[socket.socket] = []
     for listener in server.sockets:
-        with listener.dup() as copy, suppress(OSError):  # BlockingIOError: the queue is empty
+        with suppress(OSError), listener.dup() as copy:  # BlockingIOError: the queue is empty
             while True:
                 queued.append(copy.accept()[0])
     server.close()

@@ -116,10 +116,12 @@ async def serve_app(
         with anyio.move_on_after(DRAIN_TIMEOUT_S):
             while not drained():
                 await anyio.sleep(DRAIN_CHECK_INTERVAL_S)
-        await anyio.sleep(LINGER_S)
-        await server.stop_listening()
-        await anyio.sleep(LAST_ANSWERS_S)
-        leave()
+        try:
+            await anyio.sleep(LINGER_S)
+            await server.stop_listening()
+            await anyio.sleep(LAST_ANSWERS_S)
+        finally:
+            leave()
 
     def leave() -> None:
         leaving(exit_code)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Protocol
 
@@ -221,10 +222,12 @@ class HttpGuard:
             caller = CLOSING
         if isinstance(caller, AuthFailure):
             await self._send_failure(send, caller, scope["headers"])
-        elif scope["method"] == "POST":
-            await self._post(app, {**scope, CALLER_KEY: caller}, receive, send)
-        else:
-            await app({**scope, CALLER_KEY: caller}, receive, send)
+            return
+        act = partial(self._post, app) if scope["method"] == "POST" else app
+        try:
+            await act({**scope, CALLER_KEY: caller}, receive, send)
+        except TurnsClosed:
+            await self._send_failure(send, CLOSING, scope["headers"])
 
     async def _send_failure(self, send: Send, failure: AuthFailure, headers: Headers) -> None:
         if self._observer is not None:
@@ -275,8 +278,6 @@ class HttpGuard:
                 self.open_calls += 1
                 try:
                     await app(scope, replay(body.message, receive), send)
-                except TurnsClosed:
-                    await self._send_failure(send, CLOSING, scope["headers"])
                 finally:
                     self.open_calls -= 1
 

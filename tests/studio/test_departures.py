@@ -158,8 +158,8 @@ async def test_a_recorded_claim_whose_answer_was_lost_does_not_hide_the_purchase
         assert (second is first, world.posts) == (True, 1)
 
 
-async def test_a_recorded_order_whose_answer_was_lost_buys_nothing_and_is_removed(open_world: Open) -> None:
-    """It would count as a running task until the server ends."""
+async def test_a_recorded_order_whose_answer_was_lost_buys_nothing_and_reserves_nothing(open_world: Open) -> None:
+    """It would count as a running task, and its price as spent, until the server ends."""
     async with faulty_world(open_world) as (world, journal):
         journal.after["intend"] = answer_is_lost
         journal.unwritable = {"withdraw"}
@@ -169,7 +169,10 @@ async def test_a_recorded_order_whose_answer_was_lost_buys_nothing_and_is_remove
         assert world.studio.has_unwritten
         journal.unwritable = set()
         await world.studio.flush()
-        assert (await journal.recent(10), world.posts, world.studio.has_unwritten) == ([], 0, False)
+        (entry,) = await journal.recent(10)
+        assert (entry.phase, entry.owner, entry.caller) == ("unsent", "", "")
+        sums = await journal.sums_since(0.0)
+        assert (sums.total, world.posts, world.studio.has_unwritten) == (0, 0, False)
 
 
 async def test_an_order_gets_a_purchase_that_the_journal_could_not_record(open_world: Open) -> None:

@@ -87,8 +87,7 @@ async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -
     assert image["url"].startswith("http://127.0.0.1:9/")
     assert image["markdown"].endswith(f"({image['url']})")
     assert (image["width"], image["height"], image["mime_type"]) == (1024, 640, "image/png")
-    # A client of the older protocol declares its name in another request, which this server does not remember.
-    assert [block.type for block in answers[0].content] == (["text", "image"] if mode == "auto" else ["text"])
+    assert [block.type for block in answers[0].content] == ["text", "image"]
     assert "completed: 1 picture ready" in answers[0].content[0].text
     assert "save_as has no effect" in answers[0].content[0].text
     assert resources[0].contents[0].mime_type == "image/png"

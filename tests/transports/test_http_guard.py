@@ -113,7 +113,7 @@ async def test_a_call_that_has_not_begun_gets_503_when_the_server_ends() -> None
     guard = HttpGuard(AppWithTurns(turns), (), 1000)
     answers: list[int] = []
 
-    async def call(body_arrives: anyio.Event) -> None:
+    async def call(body_arrives: anyio.Event, method: str = "POST") -> None:
         async def receive() -> dict[str, Any]:
             await body_arrives.wait()
             return {"type": "http.request", "body": b"{}"}
@@ -123,20 +123,21 @@ async def test_a_call_that_has_not_begun_gets_503_when_the_server_ends() -> None
                 answers.append(message["status"])
 
         headers = [(b"host", b"localhost")]
-        await guard({"type": "http", "method": "POST", "path": "/mcp", "headers": headers}, receive, send)
+        await guard({"type": "http", "method": method, "path": "/mcp", "headers": headers}, receive, send)
 
     at_once = anyio.Event()
     at_once.set()
     late = anyio.Event()
     async with anyio.create_task_group() as group, turns.turn():
         group.start_soon(call, at_once)
+        group.start_soon(call, at_once, "GET")
         group.start_soon(call, late)
         await anyio.wait_all_tasks_blocked()
         guard.close(has_other_servers=True)
         turns.close()
         late.set()
         await anyio.wait_all_tasks_blocked()
-        assert (answers, guard.open_calls) == ([503, 503], 0)
+        assert (answers, guard.open_calls) == ([503, 503, 503], 0)
 
 
 class AppWithTurns:
