@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,35 @@ async def test_writes_of_one_entry_happen_in_the_order_of_their_calls(opened: An
     await database.run(quick, key="b")
     await database.run(quick, key="a")
     assert (scope.cancelled_caught, finished) == (True, ["quick", "slow", "quick"])
+
+
+async def test_an_action_that_its_deadline_ends_does_not_change_the_order_of_the_others(url: str) -> None:
+    order: list[str] = []
+    is_free = anyio.Event()
+
+    async def first(_: Any) -> None:
+        order.append("first begins")
+        await is_free.wait()
+        order.append("first ends")
+
+    async def second(_: Any) -> None:
+        order.append("second")
+
+    async with open_database(url, patient_times(action_min_s=0.0)) as database, anyio.create_task_group() as group:
+        group.start_soon(partial(database.run, first, key="k"))
+        await until(lambda: order)
+        with due_within(0.0), pytest.raises(JournalUnwritable):
+            await database.run(second, key="k")
+        group.start_soon(partial(database.run, second, key="k"))
+        await anyio.wait_all_tasks_blocked()
+        is_free.set()
+    assert order == ["first begins", "first ends", "second"]
+
+
+async def test_a_call_that_used_its_time_for_an_upload_still_reaches_the_database(url: str) -> None:
+    async with open_database(url, patient_times(action_min_s=600.0)) as database:
+        with due_within(0.0):
+            await database.try_entries()
 
 
 async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:

@@ -112,13 +112,15 @@ async def test_the_journal_gets_the_time_of_the_call_and_the_purchase_has_no_dea
 
     def wrap(journal: Any) -> FaultyJournal:
         faulty = FaultyJournal(journal)
-        faulty.instead = {name: partial(record, name) for name in ("intend", "update", "by_task")}
+        faulty.instead = {name: partial(record, name) for name in ("intend", "update", "by_task", "remove_caller")}
         return faulty
 
     async with open_world(wrap_journal=wrap) as world, world.client() as client:
         bought = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", **arguments})
         await client.call_tool("get_task", {"task_id": bought.structured_content["task_id"], **arguments})
-    assert times["update"] is None
+        await client.call_tool("generate_image", {"prompt": "sim:slow=3600 an owl", "wait_seconds": 0})
+    # Without the record of its end, an identical call at another server would buy.
+    assert (times["update"], times["remove_caller"]) == (None, None)
     for name in ("intend", "by_task"):
         remaining = times[name]
         assert remaining is not None
