@@ -160,11 +160,12 @@ class Database:
             JournalUnwritable: psycopg or the network raised an error, or the call must answer now.
         """
         before = self._last.get(key) if key is not None else None
-        task = asyncio.create_task(self._work(act, before))
+        is_late = asyncio.Event()
+        task = asyncio.create_task(self._work(act, before, is_late))
         self._running.add(task)
         if key is not None:
             self._last[key] = task
-        task.add_done_callback(lambda task: self._handle_result(task, before, key))
+        task.add_done_callback(lambda task: self._handle_result(task, key))
         limit_s = remaining_s()
         if limit_s is not None:
             limit_s = max(limit_s, self.times.action_min_s)
@@ -172,7 +173,9 @@ class Database:
             return await asyncio.shield(task)
         if task.done():
             return task.result()
-        task.cancel()
+        is_late.set()
+        if before is None or before.done():  # else the next action must still wait for this one
+            task.cancel()
         self.failures["action"] += 1
         raise self._address.unwritable(f"it did not answer within the {limit_s:.1f} s that this call had for it")
 
@@ -362,9 +365,16 @@ class Database:
 
     # --- actions ---
 
-    async def _work(self, act: Callable[[DatabaseConnection], Awaitable[T]], before: asyncio.Task[Any] | None) -> T:
+    async def _work(
+        self,
+        act: Callable[[DatabaseConnection], Awaitable[T]],
+        before: asyncio.Task[Any] | None,
+        is_late: asyncio.Event,
+    ) -> T:
         if before is not None:
             await asyncio.wait([before])
+        if is_late.is_set():
+            raise self._address.unwritable("its call had no time left")
         if not self.alive:
             raise self._address.unwritable("the session with it was lost")
         try:
@@ -400,12 +410,10 @@ class Database:
         if not await self._timelines.is_current(db):
             raise psycopg.OperationalError("the database was replaced by another one")
 
-    def _handle_result(self, task: asyncio.Task[Any], before: asyncio.Task[Any] | None, key: str | None) -> None:
+    def _handle_result(self, task: asyncio.Task[Any], key: str | None) -> None:
         self._running.discard(task)
         if key is not None and self._last.get(key) is task:
             del self._last[key]
-            if before is not None and not before.done():  # the deadline ended this action before its turn
-                self._last[key] = before
         if not task.cancelled():
             task.exception()  # a cancelled caller does not read it
 
