@@ -47,7 +47,7 @@ PATIENCE_S = 420.0
 COMPOSE = HERE.parent.parent / "compose.yaml"
 # nginx runs in a folder, without root privileges.
 ALONE = """
-daemon off; pid nginx.pid; error_log error.log; worker_processes 1;
+daemon off; master_process off; pid nginx.pid; error_log error.log; worker_processes 1;
 """
 HERE_ONLY = """
 http {
