@@ -129,13 +129,13 @@ class JournalWriter:
         self.events = events
         self._learn = learn
         self._unwritten: dict[str, Job] = {}
-        self._departed: set[str] = set()  # keys of entries whose last call ended, until the journal records it
-        self._withdrawn: set[str] = set()  # keys of entries without a purchase, until the journal ends them
+        self._departed: set[str] = set()  # keys of entries without a waiting call, for the journal
+        self._withdrawn: set[str] = set()  # keys of entries without a purchase, for the journal
         self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
         self._has_unwritten = anyio.Event()
 
     async def entry_by_task(self, task_id: str) -> Entry | None:
-        """Return the newest state of the task's entry, or None if there is none.
+        """Return the newest state of the task's entry. None: the journal has no entry of this task.
 
         Raises:
             JournalUnwritable: the journal cannot be read.

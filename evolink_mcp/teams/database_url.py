@@ -32,7 +32,7 @@ class DatabaseTimes:
     adopt the entries of a dead server this long after the end of its session, or after the time when it must have stopped
     its work. `adopt_every_s`: pause between searches for such entries. `check_after_s`: the pool checks a connection before
     its use if it was idle for this time, or if its last use was before the current session of this server.
-    `action_min_s`: the time of an action whose call has no time left.
+    `action_min_s`: every action may take this time, also after the deadline of its call.
     """
 
     connect_timeout_s: int = 5

@@ -39,6 +39,7 @@ from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_no
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
 from evolink_mcp.tools.task_answer import TaskOut, price_change_texts, refusal, task_out
+from evolink_mcp.tools.task_text import count_of_pictures
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
 PICTURES_MAX = 10
@@ -150,7 +151,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
         is_expensive = limit is not None and ceiling > limit
         if can_ask(ctx) and is_expensive:
             price = costs.format_credits(ceiling)
-            return Elicit(f"This will cost at most {price} for {_pictures(len(orders))}. Go ahead?", Confirm)
+            return Elicit(f"This will cost at most {price} for {count_of_pictures(len(orders))}. Go ahead?", Confirm)
         return Confirm(go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= ceiling))
 
     async def generate_images(
@@ -184,10 +185,6 @@ def generate_images_tool(waiting: Waiting) -> Tool:
     )
 
 
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
-
-
 def _ceiling(orders: Sequence[ImageRequest]) -> float:
     """Return the price ceiling of the series in credits."""
     return round(sum(order.price_ceiling for order in orders), 4)
@@ -204,7 +201,7 @@ def _with_limits(orders: list[ImageRequest], max_credits: float | None) -> list[
         return orders
     if ceiling > max_credits:
         raise OverBudget(
-            f"the computed price of {_pictures(len(orders))} is at most {costs.format_credits(ceiling)}, above "
+            f"the computed price of {count_of_pictures(len(orders))} is at most {costs.format_credits(ceiling)}, above "
             f"max_credits={max_credits:g}",
             advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or quality.",
         )

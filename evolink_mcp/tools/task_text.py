@@ -53,11 +53,16 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '?', '!', '.”', '?”')) else '.'}"
 
 
+def count_of_pictures(count: int) -> str:
+    """Return "1 picture" or "3 pictures"."""
+    return "1 picture" if count == 1 else f"{count} pictures"
+
+
 def _headline(out: TaskOut) -> str:
     name = f"Task {out.task_id}" if out.task_id else "The request"
     saved = [image for image in out.images if image.resource_uri]
     if out.status == COMPLETED and saved:
-        count = "1 picture" if len(saved) == 1 else f"{len(saved)} pictures"
+        count = count_of_pictures(len(saved))
         verb = "saved" if any(image.path for image in saved) else "ready"
         missing = sum(image.resource_uri is None and image.path is not None for image in out.images)
         unsaved = len(out.images) - len(saved) - missing

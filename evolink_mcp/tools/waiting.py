@@ -62,17 +62,16 @@ class Waiting:
     previews_for_all: bool = False
     resource_links: bool = False
     hosts: Hosts = HOSTS
-    journal_min_s: float = JOURNAL_MIN_S
 
     @contextmanager
     def call(self, ctx: Context[Any, Any], wait_seconds: float | None = None) -> Generator[float]:
         """Get the job of a call inside this context. Yield the time at which the wait for it ends (anyio's clock).
 
         The wait includes the preparation of an order, because the host's timeout does. Inside this context the journal
-        must answer within the wait, or within `journal_min_s` if the wait is shorter.
+        must answer within the wait, or within JOURNAL_MIN_S if the wait is shorter.
         """
         wait_s = self.wait_for(self.host_of(ctx), wait_seconds)
-        with due_within(max(wait_s, self.journal_min_s)):
+        with due_within(max(wait_s, JOURNAL_MIN_S)):
             yield anyio.current_time() + wait_s
 
     async def answer(

@@ -221,17 +221,17 @@ class HttpGuard:
         if self._refuses_requests and endpoint is None:
             caller = CLOSING
         if isinstance(caller, AuthFailure):
-            await self._send_failure(send, caller, scope["headers"])
+            await self._send_failure(send, caller, headers)
             return
         act = partial(self._post, app) if scope["method"] == "POST" else app
         try:
             await act({**scope, CALLER_KEY: caller}, receive, send)
         except TurnsClosed:
-            await self._send_failure(send, CLOSING, scope["headers"])
+            await self._send_failure(send, CLOSING, headers)
 
-    async def _send_failure(self, send: Send, failure: AuthFailure, headers: Headers) -> None:
+    async def _send_failure(self, send: Send, failure: AuthFailure, headers: dict[bytes, bytes]) -> None:
         if self._observer is not None:
-            self._observer.count_refusal(failure.status, has_token=any(name == b"authorization" for name, _ in headers))
+            self._observer.count_refusal(failure.status, has_token=b"authorization" in headers)
         await _send(send, failure.status, failure.text.encode(), TEXT_PLAIN, failure.headers)
 
     async def _readiness_problem(self) -> str | None:

@@ -55,7 +55,7 @@ class Turns:
         """Wait for a turn of the line and hold it inside the context. Yield a function that gives it back earlier.
 
         Raises:
-            TurnsClosed: `close` was called before the turn came.
+            TurnsClosed: the server ends, and the call has no turn.
         """
         await self._acquire(line)
         is_held = True

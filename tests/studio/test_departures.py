@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import pytest
@@ -23,14 +24,14 @@ FAILS = ImageRequest(GenerationRequest(prompt="sim:fail a fox"), price_ceiling=9
 
 
 @asynccontextmanager
-async def faulty_world(open_world: Open, clock: Clock | None = None) -> AsyncIterator[tuple[World, FaultyJournal]]:
+async def faulty_world(open_world: Open, **options: Any) -> AsyncIterator[tuple[World, FaultyJournal]]:
     journals: list[FaultyJournal] = []
 
     def wrap(journal: Journal) -> FaultyJournal:
         journals.append(FaultyJournal(journal))
         return journals[-1]
 
-    async with open_world(wrap_journal=wrap, clock=clock) as world:
+    async with open_world(wrap_journal=wrap, **options) as world:
         yield world, journals[0]
 
 
@@ -79,7 +80,7 @@ async def test_the_end_of_a_call_is_recorded_later_so_another_server_can_hand_th
     open_world: Open,
 ) -> None:
     clock = Clock()
-    async with faulty_world(open_world, clock) as (world, journal):
+    async with faulty_world(open_world, clock=clock) as (world, journal):
         first = await submitted(world)
         journal.unwritable = {"remove_caller"}
         await world.studio.depart(first)
@@ -121,17 +122,11 @@ async def test_a_claim_that_cannot_be_recorded_buys_nothing_and_keeps_the_purcha
 async def test_a_task_is_not_called_unknown_because_the_journal_cannot_be_read(
     open_world: Open, is_shared: bool
 ) -> None:
-    """Without the journal only an account of one person can be asked for the task."""
-    journals: list[FaultyJournal] = []
-
-    def wrap(journal: Journal) -> FaultyJournal:
-        journals.append(FaultyJournal(journal))
-        return journals[-1]
-
-    async with open_world(wrap_journal=wrap, is_shared=is_shared) as world, world.client() as client:
+    """Without the journal, the server polls a task only if the account belongs to one person."""
+    async with faulty_world(open_world, is_shared=is_shared) as (world, journal), world.client() as client:
         bought = await client.call_tool("generate_image", {"prompt": "sim:fast a fox"})
         task_id = bought.structured_content["task_id"]
-        journals[0].unwritable = {"by_task"}
+        journal.unwritable = {"by_task"}
         facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
     if is_shared:
         assert (facts["status"], facts["charged"], facts["error"]["code"]) == (
@@ -228,7 +223,7 @@ def make_unwritable(journal: FaultyJournal) -> Callable[[], Awaitable[None]]:
 async def test_an_order_buys_if_a_call_of_another_server_claims_the_purchase_first(open_world: Open) -> None:
     clock = Clock()
     async with (
-        faulty_world(open_world, clock) as (world, journal),
+        faulty_world(open_world, clock=clock) as (world, journal),
         open_world(simulator=world.simulator, clock=clock) as second_world,
     ):
         first = await submitted(world)

@@ -319,7 +319,10 @@ async def promote_standby(crowd: Crowd, primary: Any, standby: Any) -> None:
         while len(crowd.got) < total // 3:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(primary.stop)
-        print(f"  the primary ended after {len(crowd.got)} results, its standby was cut off after {cut_at}", flush=True)
+        print(
+            f"  the primary ended after {len(crowd.got)} results, the standby received no changes after {cut_at}",
+            flush=True,
+        )
         crowd.hang_up()
         await asyncio.to_thread(standby.promote)
 
@@ -444,7 +447,7 @@ def main() -> None:
 
 
 def answers_sent_before(prompt: str, rows: list[Row]) -> int:
-    """Return the number of purchases whose answer was sent before the next one began. A caller hung up while it arrived."""
+    """Return the number of answers that a server sent before the next purchase. Their callers hung up while they arrived."""
     entries = [row for row in rows if row.prompt == prompt]
     return sum(
         entry.delivered_at is not None and entry.delivered_at < following.created_at

@@ -238,7 +238,7 @@ async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses
 
 
 async def test_a_call_that_has_begun_still_buys_if_other_servers_take_the_new_ones(tmp_path: Path) -> None:
-    """Its client would get an error otherwise: a proxy cannot repeat a call whose answer has begun."""
+    """A refusal would reach its client as an error: a proxy cannot repeat a call after the first byte of the answer."""
     async with office(tmp_path, ANNA) as town:
         await town.call("a", "generate_image", **WISH)
         (studio,) = town.studios

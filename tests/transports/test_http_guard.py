@@ -141,7 +141,7 @@ async def test_a_call_that_has_not_begun_gets_503_when_the_server_ends() -> None
 
 
 class AppWithTurns:
-    """An app whose calls need a turn, as those of MCP do."""
+    """An app that waits for a turn before each answer, as the app for MCP does."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns

@@ -3,7 +3,7 @@
     python3 units.py PYTHON_EXE PROJECT_FOLDER TEST_FILES…
 
 A test that hangs ends its process after HANG_S seconds with the traceback of every thread. A file that fails or hangs runs
-once more, because Wine can exceed the time limits of tests on a busy machine. Both outputs are shown.
+once more, because Wine can exceed the time limits of tests on a busy machine. The script prints both outputs.
 """
 
 from __future__ import annotations
