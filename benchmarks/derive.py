@@ -11,7 +11,7 @@ import anyio
 from benchmarks.figures import Figure, middle
 from benchmarks.standin import draw
 from evolink_mcp.api.targets import Target, parse_target
-from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.derive import DerivePlan, derive
 from evolink_mcp.studio.derive import DeriveRequest, output_of

@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.figures import Figure
 from benchmarks.processes import ROOT, environment, free_port, memory_mb, standin
-from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.structure import SCANS_MAX
 from evolink_mcp.images.unusable import UnusableImage

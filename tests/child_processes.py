@@ -29,10 +29,10 @@ def cache_folders(home: Path) -> list[Path]:
 
     Windows does not derive the folder from the home. Elsewhere the real cache of this user must not take part.
     """
-    from evolink_mcp.app.settings import cache_folder
+    from evolink_mcp.app.environment import cache_folder
 
     if sys.platform == "win32":
-        return [cache_folder()]
+        return [Path(cache_folder())]
     return [home / ".cache" / "evolink-mcp", home / "Library" / "Caches" / "evolink-mcp"]
 
 

@@ -23,7 +23,7 @@ from mcp_types import Implementation
 from PIL import Image
 from shared import CERTIFICATES_READ_ONCE, check_each_schema_once, shared_decoder
 
-from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.app.wiring import StudioParts, open_studio
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.journal.journal import Journal

@@ -11,7 +11,7 @@ import httpx2 as httpx
 from jsonschema import Draft202012Validator
 
 from evolink_mcp.api.http import HttpOptions
-from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 
 CERTIFICATES_READ_ONCE = HttpOptions(make_ssl_context=cache(httpx.create_ssl_context))

@@ -138,6 +138,7 @@ ORDER = [
     "simulator.simulation",
     "simulator.paintings",
     "simulator.app",
+    "app.environment",
     "app.key_store",
     "app.settings",
     "app.wiring",
@@ -180,6 +181,8 @@ ORDER = [
     "cli.image_commands",
     "cli.audit",
     "cli.demo",
+    "cli.early_session",
+    "cli.commands",
     "cli.main",
     "__main__",
 ]
@@ -279,11 +282,13 @@ def test_a_package_exports_nothing_by_itself() -> None:
     assert full == set()
 
 
-def test_only_settings_reads_the_environment() -> None:
+def test_only_one_module_reads_the_environment() -> None:
     readers = {
-        name for name, path in modules().items() if re.search(r"\benviron\b|\bgetenv\b", path.read_text("utf-8"))
+        name
+        for name, path in modules().items()
+        if re.search(r"\bos\.environ|\bgetenv|from os import", path.read_text("utf-8"))
     }
-    assert readers == {"app.settings"}
+    assert readers == {"app.environment"}
 
 
 def test_only_the_command_line_prints() -> None:
@@ -291,7 +296,7 @@ def test_only_the_command_line_prints() -> None:
         nodes = ast.walk(tree(path))
         return any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print" for n in nodes)
 
-    assert {name for name, path in modules().items() if prints(path)} == {"cli.main"}
+    assert {name for name, path in modules().items() if prints(path)} == {"cli.commands"}
 
 
 def private_names(module: ast.Module) -> set[str]:
@@ -433,9 +438,28 @@ def test_importing_the_package_does_nothing() -> None:
     assert (process.stdout.strip(), process.stderr) == ("[]", "")
 
 
+def test_the_first_answers_over_stdio_need_few_modules() -> None:
+    """Python's own start and the JSON parser load the rest. Each of these takes a twentieth of the start or more."""
+    script = (
+        "import sys, evolink_mcp.cli.main, evolink_mcp.cli.early_session\n"
+        "print({name.partition('.')[0] for name in sys.modules} & set(sys.argv))"
+    )
+    slow = ["logging", "typing", "pathlib", "dataclasses", "inspect", "argparse", "urllib", "platformdirs", "hashlib"]
+    slow += ["tempfile", "shutil", "asyncio", "anyio", "pydantic", "mcp", "mcp_types"]
+    process = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{script}", *slow],
+        env=without_coverage(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert process.stdout.strip() == "set()"
+
+
 def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
     script = (
-        "import sys, evolink_mcp.cli.main, evolink_mcp.app.wiring, evolink_mcp.transports.stdio\n"
+        "import sys, evolink_mcp.cli.commands, evolink_mcp.app.wiring, evolink_mcp.transports.stdio\n"
         "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"
         "print([m for m in late if m in sys.modules])"
     )

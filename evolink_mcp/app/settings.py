@@ -1,4 +1,4 @@
-"""Read the settings from environment variables. Only this module reads the environment.
+"""Read the settings from environment variables.
 
 `Settings` is the table of all settings: each field names its variable, parser, default and description. README,
 `evolink-mcp --help` and the warnings about unknown variables use the same table. `TeamSettings` in `teams.settings`
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from evolink_mcp.api.urls import BASE_URL, FILES_BASE_URL, KEY, is_loopback
+from evolink_mcp.app.environment import PREFIX, TOOLS_VARIABLE, environment, path_system
 from evolink_mcp.images.folders import Folders
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
-from evolink_mcp.pasted import PathSystem
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.limits import SpendingLimits
 from evolink_mcp.tools.hosts import WAIT_MAX_S
@@ -27,7 +27,6 @@ from evolink_mcp.tools.hosts import WAIT_MAX_S
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-PREFIX = "EVOLINK_"
 FILE_SUFFIX = "_FILE"  # of a variable that names a file with a secret
 SECRET_MAX_BYTES = 65_536
 EXAMPLE_KEY = "sk-..."
@@ -325,13 +324,6 @@ def _data_dir(_: Mapping[str, Any]) -> Path:
     return platformdirs.user_data_path("evolink-mcp", appauthor=False).absolute()
 
 
-def cache_folder() -> Path:
-    """Return the folder for files that the server can create again."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("evolink-mcp", appauthor=False).absolute()
-
-
 def _output_dir(values: Mapping[str, Any]) -> Path:
     import platformdirs
 
@@ -440,7 +432,7 @@ class Settings:
         "EVOLINK_MCP_RESOURCE_LINKS", switch, False, "1 adds resource_link blocks. Some MCP hosts fail on them."
     )
     tools: frozenset[str] | None = setting(
-        "EVOLINK_MCP_TOOLS",
+        TOOLS_VARIABLE,
         _tools,
         None,
         "Comma-separated list of published tools. Without generate_image nothing can be bought. generate_images needs it.",
@@ -484,7 +476,7 @@ class Settings:
         Raises:
             BadSetting: a value is invalid. An invalid API key does not raise: paid tools report `key_problem`.
         """
-        return cls(**read(cls.table(), os.environ if environ is None else environ))
+        return cls(**read(cls.table(), environment() if environ is None else environ))
 
     @classmethod
     def table(cls) -> dict[str, Setting]:
@@ -505,7 +497,7 @@ class Settings:
     def unknown_variables(cls, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
         """Return the set variables that begin like a setting but are none, each with the most similar setting."""
         variables = [*cls.variables(), *cls.file_variables()]
-        names = os.environ if environ is None else environ
+        names = environment() if environ is None else environ
         unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in variables)
         return {name: _most_similar(name, variables) for name in unknown}
 
@@ -585,39 +577,3 @@ def _most_similar(name: str, variables: Sequence[str]) -> str | None:
     import difflib
 
     return next(iter(difflib.get_close_matches(name, variables, n=1)), None)
-
-
-# --- the environment of this process ---
-
-
-def folder_variables() -> dict[str, str]:
-    """Return the variables that move the configuration of MCP hosts, and PATH."""
-    names = ("APPDATA", "LOCALAPPDATA", "XDG_CONFIG_HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "COPILOT_HOME", "PATH")
-    return {name: value for name in names if (value := os.environ.get(name))}
-
-
-def path_system() -> PathSystem:
-    """Return the system of the paths that callers write."""
-    return PathSystem(is_windows=os.name == "nt", distribution=os.environ.get("WSL_DISTRO_NAME") or None)
-
-
-def has_display() -> bool:
-    """Whether a graphical desktop runs (Linux)."""
-    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-
-
-def has_links() -> bool:
-    """Whether the terminal may show links (OSC 8). Terminals that do not know them ignore them, old consoles do not."""
-    return os.environ.get("TERM") != "dumb" and (os.name != "nt" or "WT_SESSION" in os.environ)
-
-
-def environment_without_settings() -> dict[str, str]:
-    """Return this process's environment for a child process with its own settings."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-
-
-def decoder_environment() -> dict[str, str]:
-    """Return the complete environment of the image decoder: only the variables that Python needs to start."""
-    # Windows' sockets and random numbers need SYSTEMROOT. Some builds of Python find their libraries by the others.
-    names = ("SYSTEMROOT", "WINDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    return {name: value for name in names if (value := os.environ.get(name))}

@@ -15,7 +15,8 @@ from mcp.server.mcpserver import MCPServer
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.deadline import Deadline, awake_deadline
 from evolink_mcp.api.http import DEFAULT_HTTP_OPTIONS, HttpOptions, Observe, ignore
-from evolink_mcp.app.settings import Settings, decoder_environment
+from evolink_mcp.app.environment import decoder_environment
+from evolink_mcp.app.settings import Settings
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.references import References
 from evolink_mcp.images.store import ImageStore, LocalImageStore

@@ -16,7 +16,7 @@ from mcp.client.stdio import StdioServerParameters
 from mcp_types import CallToolResult, TextContent
 
 from evolink_mcp.api.task import as_dict, as_list
-from evolink_mcp.app.settings import environment_without_settings
+from evolink_mcp.app.environment import environment_without_settings
 from evolink_mcp.cli.host_config import command_line, installed_command
 from evolink_mcp.cli.image_commands import DEMO_JOURNAL, demo_folder
 from evolink_mcp.cli.terminal import ProgressLine, Terminal

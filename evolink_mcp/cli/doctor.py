@@ -18,7 +18,8 @@ from typing import Any
 from evolink_mcp import __version__
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.costs import format_credits
-from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting, decoder_environment
+from evolink_mcp.app.environment import decoder_environment
+from evolink_mcp.app.settings import EXAMPLE_KEY, BadSetting
 from evolink_mcp.causes import folder_fault
 from evolink_mcp.cli.host_config import KEY_VARIABLE, Block, host_blocks, installed_command
 from evolink_mcp.cli.team_checks import Finding, check_team

@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 
 from evolink_mcp.api.costs import format_credits
-from evolink_mcp.app.settings import decoder_environment, has_display
+from evolink_mcp.app.environment import decoder_environment, has_display
 from evolink_mcp.cli.sheet_page import Card, count_text, page_of
 from evolink_mcp.errors import DecoderUnavailable, JournalUnwritable, Refused
 from evolink_mcp.images.decode_process import Decoder

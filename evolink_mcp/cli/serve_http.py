@@ -11,7 +11,8 @@ from typing import Any
 import anyio
 
 from evolink_mcp.api.urls import is_loopback
-from evolink_mcp.app.settings import BadSetting, decoder_environment
+from evolink_mcp.app.environment import decoder_environment
+from evolink_mcp.app.settings import BadSetting
 from evolink_mcp.cli.arguments import Namespace
 from evolink_mcp.cli.process import exit_within_deadline, start_garbage_collection
 from evolink_mcp.images.decode_process import Decoder

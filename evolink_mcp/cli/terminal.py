@@ -67,7 +67,7 @@ class Terminal:
 
     def print_path(self, path: Path, indent: str = "") -> None:
         """Print a path on a line of its own: never wrapped, and as a link if the terminal has links (OSC 8)."""
-        from evolink_mcp.app.settings import has_links  # the start of a server needs no terminal
+        from evolink_mcp.app.environment import has_links  # the start of a server needs no terminal
 
         text = self.path_text(path)
         if self.is_terminal and has_links():

@@ -12,12 +12,14 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, cast
 
 from evolink_mcp import __version__
+
+TYPE_CHECKING = False  # `typing` and `pathlib` take long to import
+if TYPE_CHECKING:
+    from typing import Any, TypeGuard
 
 PACKAGES = ("mcp", "mcp_types", "pydantic")  # the outside packages that determine the results
 LINE_MAX_BYTES = 1 << 16
@@ -36,10 +38,12 @@ _VERSION = "io.modelcontextprotocol/protocolVersion"
 _CLIENT = "io.modelcontextprotocol/clientInfo"
 _CAPABILITIES = "io.modelcontextprotocol/clientCapabilities"
 
-Object = dict[str, Any]
 Results = Mapping[tuple[str, str], bytes]  # by method and protocol version: the result as JSON
 RequestId = str | int
-Serve = Callable[[Any, Any], Coroutine[Any, Any, None]]
+if TYPE_CHECKING:
+    Object = dict[str, Any]
+    Folder = str | os.PathLike[str]
+    Serve = Callable[[Any, Any], Coroutine[Any, Any, None]]
 
 
 class StartupAnswers:
@@ -91,13 +95,13 @@ class StartupAnswers:
 # --- the recording on disk ---
 
 
-def recording_key(published: Collection[str] | None) -> bytes:
-    """Return one line with everything that the results depend on. `published` are the tools; None means all."""
-    tools = "all tools" if published is None else " ".join(sorted(published))
-    return "\t".join([*_versions(), *_files(), tools]).replace("\n", " ").encode()
+def recording_key(tools_text: str) -> bytes:
+    """Return one line with everything that the results depend on. `tools_text` is the setting of the published tools."""
+    files = _files(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return "\t".join([*_versions(), *files, tools_text]).replace("\n", " ").encode("utf-8", "surrogateescape")
 
 
-def load(folder: Path, key: bytes) -> Results | None:
+def load(folder: Folder, key: bytes) -> Results | None:
     """Read a recording. Return None for a missing or damaged file, and for one that another user could write."""
     with suppress(OSError, ValueError):
         checksum, stored_key, content = _read_private(_path(folder, key)).split(b"\n", 2)
@@ -106,14 +110,16 @@ def load(folder: Path, key: bytes) -> Results | None:
     return None
 
 
-def save(folder: Path, key: bytes, results: Results) -> None:
+def save(folder: Folder, key: bytes, results: Results) -> None:
     """Write a recording, and delete the oldest ones beside it.
 
     Raises:
         OSError: the folder is not writable.
     """
     import tempfile
+    from pathlib import Path
 
+    folder = Path(folder)
     rows = [b"\t".join([method.encode(), version.encode(), result]) for (method, version), result in results.items()]
     content = b"\n".join(rows)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,8 +131,8 @@ def save(folder: Path, key: bytes, results: Results) -> None:
         old.unlink(missing_ok=True)
 
 
-def _path(folder: Path, key: bytes) -> Path:
-    return folder / f"startup-{_checksum(key).decode()}.tsv"
+def _path(folder: Folder, key: bytes) -> str:
+    return os.path.join(folder, f"startup-{_checksum(key).decode()}.tsv")
 
 
 def _checksum(content: bytes) -> bytes:
@@ -134,7 +140,7 @@ def _checksum(content: bytes) -> bytes:
     return b"%08x" % zlib.crc32(content)
 
 
-def _read_private(path: Path) -> bytes:
+def _read_private(path: str) -> bytes:
     """Return the content of a file that only this user can write.
 
     Raises:
@@ -169,14 +175,18 @@ def _versions() -> Iterator[str]:
                     yield f"{package} {version}"
 
 
-def _files() -> Iterator[str]:
-    """Yield name, size and time of each file of this package. Their content would take ten times as long."""
-    root = Path(__file__).parent.parent
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - {"__pycache__"})
-        for name in sorted(names):
-            status = os.stat(os.path.join(folder, name))
-            yield f"{os.path.relpath(folder, root)}/{name} {status.st_size} {status.st_mtime_ns}"
+def _files(folder: str) -> Iterator[str]:
+    """Yield name, size and time of each file in a folder and below. Their content would take ten times as long."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name == "__pycache__":
+                continue
+            if entry.is_dir():
+                yield entry.name
+                yield from _files(entry.path)
+            else:
+                status = entry.stat()
+                yield f"{entry.name} {status.st_size} {status.st_mtime_ns}"
 
 
 # --- the recording itself ---
@@ -230,27 +240,20 @@ def _session_version(method: object, params: object) -> str | None:
 
 
 def _handshake_version(params: object) -> str | None:
-    if not isinstance(params, dict):
+    if not _is_object(params) or params.keys() != {"protocolVersion", "capabilities", "clientInfo"}:
         return None
-    handshake = cast("Object", params)
-    if handshake.keys() != {"protocolVersion", "capabilities", "clientInfo"}:
-        return None
-    version = handshake["protocolVersion"]
-    is_usual = _is_client(handshake["clientInfo"]) and _has_known_capabilities(handshake["capabilities"])
+    version = params["protocolVersion"]
+    is_usual = _is_client(params["clientInfo"]) and _has_known_capabilities(params["capabilities"])
     return version if isinstance(version, str) and is_usual else None
 
 
 def _is_usual(params: object, version: str) -> bool:
     """Return whether a request with these parameters asks for nothing special: the first page of a list."""
-    if not isinstance(params, dict):
+    if not _is_object(params) or params.keys() - {"_meta"}:
         return False
-    fields = cast("Object", params)
-    if fields.keys() - {"_meta"}:
+    meta = params.get("_meta", {})
+    if not _is_object(meta):
         return False
-    meta = fields.get("_meta", {})
-    if not isinstance(meta, dict):
-        return False
-    meta = cast("Object", meta)
     if "progressToken" in meta and not _is_request_id(meta["progressToken"]):
         return False
     required = {_VERSION, _CAPABILITIES} if version == MODERN else set[str]()
@@ -264,11 +267,10 @@ def _is_usual(params: object, version: str) -> bool:
 
 def _is_client(value: object) -> bool:
     """Return whether a value describes a client: strings only, name and version among them."""
-    if not isinstance(value, dict):
+    if not _is_object(value):
         return False
-    fields = cast("Object", value)
     names = {"name", "version", "title", "description"}
-    return {"name", "version"} <= fields.keys() <= names and all(isinstance(text, str) for text in fields.values())
+    return {"name", "version"} <= value.keys() <= names and all(isinstance(text, str) for text in value.values())
 
 
 def _has_known_capabilities(value: object) -> bool:
@@ -280,25 +282,20 @@ def _has_known_capabilities(value: object) -> bool:
         "experimental": lambda member: _is_nested_object(member, 2),
         "extensions": lambda member: _is_nested_object(member, 2),
     }
-    if not isinstance(value, dict):
-        return False
-    return all(name in checks and checks[name](member) for name, member in cast("Object", value).items())
+    return _is_object(value) and all(name in checks and checks[name](member) for name, member in value.items())
 
 
 def _is_roots(value: object) -> bool:
-    if not isinstance(value, dict):
+    if not _is_object(value):
         return False
-    return all(name == "listChanged" and isinstance(member, bool) for name, member in cast("Object", value).items())
+    return all(name == "listChanged" and isinstance(member, bool) for name, member in value.items())
 
 
 def _is_nested_object(value: object, depth: int, names: set[str] | None = None) -> bool:
     """Return whether a value is an object of objects with `depth` levels. `names` limits the names of the first level."""
-    if not isinstance(value, dict):
+    if not _is_object(value) or (names is not None and value.keys() - names):
         return False
-    fields = cast("Object", value)
-    if names is not None and fields.keys() - names:
-        return False
-    return depth == 1 or all(_is_nested_object(member, depth - 1) for member in fields.values())
+    return depth == 1 or all(_is_nested_object(member, depth - 1) for member in value.values())
 
 
 def _is_request_id(value: object) -> bool:
@@ -316,11 +313,15 @@ def _message(line: bytes) -> Object | None:
         value: object = json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_of)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict):
+    if not _is_object(value):
         return None
-    message = cast("Object", value)
-    is_usual = message.keys() <= {"jsonrpc", "id", "method", "params"} and message.get("jsonrpc") == "2.0"
-    return message if is_usual and isinstance(message.get("method"), str) else None
+    is_usual = value.keys() <= {"jsonrpc", "id", "method", "params"} and value.get("jsonrpc") == "2.0"
+    return value if is_usual and isinstance(value.get("method"), str) else None
+
+
+def _is_object(value: object) -> TypeGuard[Object]:
+    """Return whether a decoded JSON value is an object."""
+    return isinstance(value, dict)
 
 
 def _refuse_constant(constant: str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, cast
+
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -31,14 +34,16 @@ def request_id_in(data: bytes) -> object:
         value: object = json.loads(data.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict):
+    if not _is_request(value):
         return None
-    members = cast("dict[str, Any]", value)
-    if "method" not in members:
-        return None
-    request_id = members.get("id")
+    request_id = value.get("id")
     # An invalid byte became U+FFFD, so this may be another ID than the client's.
     return None if isinstance(request_id, str) and "\ufffd" in request_id else request_id
+
+
+def _is_request(value: object) -> TypeGuard[dict[str, object]]:
+    """Return whether a decoded JSON value is a request or a notification."""
+    return isinstance(value, dict) and "method" in value
 
 
 def request_id_in_part(data: bytes) -> object:

@@ -6,18 +6,18 @@ Before the server exists, `early` may answer a line. The server receives every l
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import cast
 
 from evolink_mcp.transports.json_rpc import INVALID_REQUEST, error_line, request_id_in
 
-log = logging.getLogger(__name__)
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    import logging
 
 LINE_MAX_BYTES = 96 << 20
 CHUNK_BYTES = 1 << 18
@@ -42,12 +42,13 @@ class StdioLines:
         ends: tuple[int, int] | None = None,
         *,
         line_max_bytes: int = LINE_MAX_BYTES,
+        can_leave: bool = True,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         """Begin to read. `early(line)` answers a line before the server exists.
 
         `ends` are the descriptors to read from and to write to. Without them, take stdin and stdout. `leave(code)` ends
-        the process.
+        the process at the end of stdin if the server was never needed. With `can_leave=False` this waits for `allow_leave`.
 
         Raises:
             OSError: stdin or stdout is closed.
@@ -55,6 +56,7 @@ class StdioLines:
         self._in, self._out = ends or _reserve_standard_streams()
         self._early: Early = early
         self._line_max_bytes = line_max_bytes
+        self._can_leave = can_leave
         self._leave = leave
         self._handle: HandleLine | None = None
         self._waiting: list[bytes | None] = []
@@ -76,6 +78,12 @@ class StdioLines:
                     return
             for line in waiting:
                 self._pass(handle, line)
+
+    def allow_leave(self) -> None:
+        """The start has no error to report, so the process may end at the end of stdin. Without a request it ends now."""
+        with self._lock:
+            self._can_leave = True
+            self._leave_if_unused()
 
     def write(self, data: bytes, written: Callable[[], object] | None = None) -> None:
         """Write a line after the earlier ones. Then the writer's thread calls `written()`."""
@@ -140,13 +148,17 @@ class StdioLines:
 
     def _keep(self, line: bytes | None) -> None:
         """Answer or keep a line before the server exists. If the client never asked anything, the end of stdin is the end."""
-        if line is None and not self._unanswered:
-            self.flush()
-            self._leave(0)
         self._waiting.append(line)
+        self._leave_if_unused()
         if line is not None and not _succeeds(lambda: self._answer(line), "the early answers failed, the SDK answers"):
             self._early = lambda _: None
             self._unanswered = True
+
+    def _leave_if_unused(self) -> None:
+        """End the process if stdin has ended and no request waits for the server."""
+        if self._can_leave and not self._unanswered and None in self._waiting:
+            self.flush()
+            self._leave(0)
 
     def _answer(self, line: bytes) -> None:
         answer = self._early(line)
@@ -176,18 +188,24 @@ def _succeeds(act: Callable[[], object], failure: str) -> bool:
     try:
         act()
     except OSError as error:
-        log.debug("%s (%s)", failure, error.strerror)  # the client has closed its end
+        _log().debug("%s (%s)", failure, error.strerror)  # the client has closed its end
     except Exception as error:  # noqa: BLE001 - no message may end the thread that reads or writes all of them
-        log.error("%s (%s)", failure, type(error).__name__)
+        _log().error("%s (%s)", failure, type(error).__name__)
     else:
         return True
     return False
 
 
+def _log() -> logging.Logger:
+    import logging  # it takes a quarter of the time before the first answer
+
+    return logging.getLogger(__name__)
+
+
 def _reserve_standard_streams() -> tuple[int, int]:
     """Reserve stdin and stdout for the protocol. Other code finds the end of stdin, and its prints go to stderr."""
-    # A stream is None if its descriptor is closed. The types of Python do not contain that.
-    if None in cast("list[object]", [sys.stdin, sys.stdout]):
+    # A stream is None if its descriptor is closed.
+    if any(stream is None for stream in (sys.stdin, sys.stdout)):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     wire_in, wire_out = _above_standard(0), _above_standard(1)
     with suppress(OSError):  # only the prints of other code need this

@@ -31,7 +31,7 @@ from fake_decoders import (
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
-from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.errors import DecoderUnavailable
 from evolink_mcp.images.decode_process import Decoder, decoder_command
 from evolink_mcp.images.decode_protocol import (

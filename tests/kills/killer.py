@@ -180,6 +180,7 @@ def _prepare_servers() -> None:
 def _nursery(path: str) -> None:
     """Fork a server for each connection. Send its process ID, and at its end its exit code."""
     import evolink_mcp.app.wiring
+    import evolink_mcp.cli.commands
     import evolink_mcp.cli.main
     import evolink_mcp.journal.sqlite
     import evolink_mcp.transports.stdio

@@ -248,9 +248,8 @@ async def test_a_saved_recording_is_loaded_unchanged_and_only_with_its_key(tmp_p
 
 
 def test_the_key_depends_on_the_published_tools() -> None:
-    keys = [recording_key(None), recording_key({"get_task"}), recording_key({"get_task", "compute_size"})]
+    keys = [recording_key(""), recording_key("get_task"), recording_key("get_task, compute_size")]
     assert len(set(keys)) == 3
-    assert recording_key(["a", "b"]) == recording_key(["b", "a"])
     assert all(b"\n" not in key and b"pydantic" in key for key in keys)
 
 

@@ -22,7 +22,7 @@ from test_database import name_of
 from test_replicas import WISH, Team, team
 
 from evolink_mcp.api.request import GenerationRequest
-from evolink_mcp.app.settings import decoder_environment
+from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.journal.entry import Entry, Phase, new_key
 from evolink_mcp.studio.jobs import ImageRequest, Job

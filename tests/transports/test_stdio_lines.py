@@ -103,6 +103,24 @@ def test_an_end_of_input_after_a_question_waits_for_the_server(ends: Ends, quest
     assert [ends.next_handled(), ends.next_handled()] == [question, END]
 
 
+def test_an_end_of_input_ends_the_process_only_after_the_settings_are_valid(ends: Ends) -> None:
+    transport = ends.open(can_leave=False)
+    ends.hang_up()
+    transport.handle_lines(ends.handle)
+    assert (ends.next_handled(), ends.exit_codes.empty()) == (END, True)
+
+
+def test_an_end_of_input_before_the_settings_are_valid_is_remembered(ends: Ends) -> None:
+    arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    transport = ends.open(arrived.put, can_leave=False)
+    ends.say(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
+    arrived.get(timeout=ANSWER_TIMEOUT_S)
+    transport.allow_leave()
+    assert ends.exit_codes.empty()
+    ends.hang_up()
+    assert ends.exit_code() == 0
+
+
 def test_an_end_that_cannot_be_handled_ends_the_process_at_once(ends: Ends) -> None:
     def handle(line: bytes | None) -> None:
         raise RuntimeError("can't start new thread")

@@ -220,6 +220,16 @@ def test_a_bad_setting_ends_the_start_as_ever(start: Callable[..., Talk]) -> Non
     assert (code, out, b"EVOLINK_MCP_WAIT_SECONDS" in err) == (2, b"", True)
 
 
+def test_the_end_of_stdin_does_not_hide_a_bad_setting_of_the_second_start(
+    start: Callable[..., Talk], recorded: dict[str, str]
+) -> None:
+    """Stdin is read before the settings are."""
+    talk = start(**recorded, EVOLINK_MCP_WAIT_SECONDS="long")
+    talk.greet()
+    code, out, err = talk.end()
+    assert (code, out, b"EVOLINK_MCP_WAIT_SECONDS" in err) == (2, b"", True)
+
+
 def test_fewer_tools_are_asked_of_the_sdk(start: Callable[..., Talk]) -> None:
     talk = start(EVOLINK_MCP_TOOLS="get_task")
     talk.greet()
