@@ -53,7 +53,7 @@ CREATE = f"""
 """
 # Check whether the index is complete: a server without full-text search removes the triggers.
 HAS_INDEX = "SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND name = 'search_updated'"
-# Read the newest entries whose words have the terms, newest millisecond first. {filters} are conditions.
+# Read the newest entries with these terms in their words, newest millisecond first. {filters} are conditions.
 # CROSS JOIN keeps SQLite from another order of the tables, which would need a sort.
 RECENT_BY_WORDS = """SELECT entries.*, position FROM search_words CROSS JOIN search ON position = search_words.rowid
     CROSS JOIN entries ON key = entry WHERE search_words MATCH ? AND search_words.rowid BETWEEN ? AND ?
