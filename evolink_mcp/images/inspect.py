@@ -118,8 +118,8 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX
         raise
     except MemoryError as error:
         raise UnusableImage(Reason.TOO_MUCH_MEMORY) from error
-    # Pillow raises all of these for damaged files.
     except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:
+        # Pillow raises all of these for damaged files.
         raise UnusableImage(Reason.DAMAGED) from error
 
 

@@ -61,8 +61,8 @@ def _orientation_in(block: bytes) -> int:
             warnings.simplefilter("ignore")  # Pillow warns about a broken entry and reads the others
             exif.load(block)
             value = exif.get(ORIENTATION, 1)
-    # Pillow raises all of these for broken EXIF data.
     except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, struct.error):
+        # Pillow raises all of these for broken EXIF data.
         return 1
     return value if value in range(1, 9) else 1
 

@@ -504,8 +504,8 @@ def _is_running(owner: str) -> bool:
         os.kill(int(number), 0)
     except ProcessLookupError:
         return False
-    # A missing permission, for example, proves that the process exists.
     except (OSError, OverflowError):
+        # A missing permission, for example, proves that the process exists.
         return True
     return True
 

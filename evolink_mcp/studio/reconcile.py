@@ -24,6 +24,7 @@ from evolink_mcp.studio.size_rule import size_of
 log = logging.getLogger(__name__)
 
 REPEAT_WITHIN_S = 30.0
+# The assumed error of a clock while no answer of EvoLink has shown its own time.
 CLOCK_SKEW_S = 60.0
 # EvoLink's clock is known to a second, and its task IDs contain whole seconds.
 CLOCK_ERROR_S = 3.0
@@ -166,6 +167,7 @@ class Reconciler:
             except EvolinkError as error:
                 log.info("cannot read candidates together: %s", error.code)
                 break
+            # A batch answer may lack credits, and a match needs them.
             tasks |= {task.id: task for task in batch.values() if task.has_credits}
         for task_id in [task_id for task_id in task_ids if task_id not in tasks][:SINGLE_READS_MAX]:
             try:
