@@ -51,7 +51,7 @@ def issuer_of(certificate: bytes) -> str | None:
     try:
         (_, whole), *_ = _items(certificate)
         (_, to_be_signed), *_ = _items(whole)
-        # Certificates of version 1 have no version field, and its absence would move the issuer.
+        # Certificates of version 1 have no version field. Without it, the issuer is always the third field.
         fields = [item for item in _items(to_be_signed) if item[0] != _EXPLICIT_VERSION]
         issuer = fields[2][1]  # behind the serial number and the algorithm
         names: dict[bytes, str] = {}

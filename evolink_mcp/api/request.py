@@ -208,6 +208,7 @@ Quality = Annotated[QualityName, ignore_case(*QUALITIES), Field(description=_qua
 WHOLE = BeforeValidator(_whole)
 Count = Annotated[
     int,
+    # Otherwise pydantic converts true to 1 and "3" to 3.
     Strict(),
     Field(ge=1, le=IMAGES_MAX, description="Number of images, each billed."),
     WHOLE,

@@ -28,7 +28,7 @@ SETTLED = frozenset({COMPLETED, FAILED, CANCELLED})
 # Without the ranges of invisible characters, bidi controls and surrogates.
 _LINK = re.compile(r"https?://[\x21-\x7e\u00a1-\u1fff\u3001-\ud7ff\uf900-\ufdff]+")
 _ID = re.compile(r"[\x21-\x7e]{1,256}")  # shown in any form; only an ID that passes `is_task_id` becomes part of a path
-# EvoLink's own clients count these words as final too.
+# Other clients of EvoLink count these words as final too.
 _SPELLINGS = {"canceled": CANCELLED, "expired": FAILED, "error": FAILED}
 
 

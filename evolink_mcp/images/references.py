@@ -44,7 +44,7 @@ BLOCK_BYTES = 1 << 20
 MEMORY_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
 # EvoLink deletes an upload after 72 h, and a running task must still be able to read it.
 UPLOAD_LIVES_S = 71 * 3600
-# EvoLink reads a reference some time after the POST. An expired link would make the paid task fail.
+# EvoLink reads a reference some time after the POST. An expired link would make the task fail.
 LINK_MARGIN_S = 600
 SOURCE_MAX = 300  # characters of a source in the journal
 SOURCE_PROMPT_MAX = 1_000  # characters of the source's prompts in the journal

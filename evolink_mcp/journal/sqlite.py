@@ -531,7 +531,7 @@ def _versions(path: Path) -> list[tuple[int, int]]:
 def _connected(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
     import sqlite3
 
-    # With another isolation_level, Python begins transactions itself and without the write lock.
+    # With Python's default isolation_level, sqlite3 begins transactions itself and without the write lock.
     db = sqlite3.connect(path, timeout=lock_wait_s, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.text_factory = _text

@@ -30,8 +30,8 @@ CLOCK_SKEW_S = 60.0
 CLOCK_ERROR_S = 3.0
 # EvoLink makes the task of a purchase within this time after the entry was recorded.
 SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S
-# Other entries in these phases may own the same candidate. A `found` entry counts too: a caller may have read one of
-# two candidates with get_task, and that does not make the other one certain.
+# Other entries in these phases may own the same candidate. An `external` entry counts too: with get_task, a caller may
+# have read one of two candidates, and that does not make the other one certain.
 RIVAL_PHASES = (Phase.SENDING, Phase.UNKNOWN, Phase.EXTERNAL)
 # The account's list is read at once and again later, because EvoLink may list a new task with a delay.
 LIST_DELAYS_S = (0.0, 3.0)
