@@ -15,6 +15,7 @@ ISSUER_DEADLINE_S = 5.0
 ISSUER_MAX_CHARS = 80
 _EXPLICIT_VERSION = 0xA0
 _BMP_STRING = 0x1E
+# The object identifiers 2.5.4.3 and 2.5.4.10 (X.520).
 _COMMON_NAME = b"\x55\x04\x03"
 _ORGANIZATION = b"\x55\x04\x0a"
 
@@ -30,6 +31,7 @@ async def issuer_at(url: str) -> str | None:
         nonlocal certificate
         if event.endswith("start_tls.complete"):
             tls = info["return_value"].get_extra_info("ssl_object")
+            # Without verification Python parses no certificate: only the binary form is available.
             certificate = tls.getpeercert(binary_form=True)
 
     # The certificate is only displayed, so it is not verified. Nothing of the answer is used.
@@ -49,6 +51,7 @@ def issuer_of(certificate: bytes) -> str | None:
     try:
         (_, whole), *_ = _items(certificate)
         (_, to_be_signed), *_ = _items(whole)
+        # Certificates of version 1 have no version field. Without it, the issuer is always the third field.
         fields = [item for item in _items(to_be_signed) if item[0] != _EXPLICIT_VERSION]
         issuer = fields[2][1]  # behind the serial number and the algorithm
         names: dict[bytes, str] = {}

@@ -64,12 +64,14 @@ from evolink_mcp.sanitize import quoted
 
 log = logging.getLogger(__name__)
 
+# EvoLink's image host answered 403 to the default User-Agent of urllib.
 USER_AGENT = f"evolink-mcp/{__version__}"
 
 SUBMIT_DEADLINE_S = 75.0
 READ_DEADLINE_S = 20.0
 PROBE_DEADLINE_S = 10.0
 UPLOAD_DEADLINE_S = 180.0
+# EvoLink's limit for a batch.
 BATCH_MAX = 50
 PAGE_SIZE = 50
 PAGES_MAX = 20
@@ -98,6 +100,7 @@ class EvolinkClient:
         self.observe = observe
         self._key = key
         self._origins = {"api": base_url.rstrip("/"), "files": files_base_url.rstrip("/")}
+        # The settings allow http only for this machine, where a simulated EvoLink runs.
         self._loopback = urlsplit(base_url).scheme == "http"
         self._transport = transport
         self._clock = clock
@@ -136,6 +139,7 @@ class EvolinkClient:
     @cached_property
     def pictures(self) -> httpx.AsyncClient:
         """The HTTP client for images. It has no key and connects only to public addresses."""
+        # A simulated EvoLink serves images from a private address, which the check would refuse.
         if self._transport is None and not self._loopback:
             return self._open(POOL, CheckedAddress(self._connecting(), self._connecting))
         return self._open(POOL)
@@ -193,6 +197,7 @@ class EvolinkClient:
             nonlocal sent
             # The CONNECT to a proxy is traced too, but it is not the purchase.
             if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
+                # An error of the journal ends the POST here, and `sent` stays false: no byte has left.
                 await on_sending()
                 sent = True
 
@@ -226,6 +231,7 @@ class EvolinkClient:
             self._logged_failure = None
             return task
         assert request is not None
+        # Without trace events, only the errors of NEVER_CONNECTED prove that no byte was sent.
         if answer.status is None and not sent and (traced or isinstance(failure, NEVER_CONNECTED)):
             assert failure is not None
             raise self._logged(await self._unreachable(Unreachable, failure, request.url)) from failure
@@ -273,6 +279,7 @@ class EvolinkClient:
         tasks: dict[str, Task] = {}
         for page in range(1, PAGES_MAX + 1):
             rows = await self.recent_tasks(page)
+            # A task that is made meanwhile moves the rows, so the next page may repeat one.
             tasks |= {task.id: task for task in rows}
             oldest = min((task.created for task in rows if task.created is not None), default=since)
             if len(rows) < PAGE_SIZE or oldest < since:
@@ -301,6 +308,7 @@ class EvolinkClient:
         path = "/api/v1/files/upload/stream"
         reply = await self._ask("POST", path, origin="files", deadline_s=UPLOAD_DEADLINE_S, files=files)
         answer = as_dict(reply.json())
+        # The file API reports an error also with HTTP 200.
         if answer.get("success") is False or not isinstance(answer.get("data"), dict):
             reason = answer.get("msg") or answer.get("message") or "no reason"
             raise Rejected(
@@ -315,6 +323,7 @@ class EvolinkClient:
         try:
             urls.check_public_url(url, schemes=("https",))
         except ValueError as error:
+            # A simulated file API names a URL on this machine.
             if not self._loopback:
                 raise Unreadable("EvoLink's file API names an unusable URL for the upload") from error
         return url
@@ -339,6 +348,7 @@ class EvolinkClient:
         client = self._pays if is_purchase else self._reads
         request = client.build_request(method, self._origins[origin] + path, headers=headers, **fields)
         target = request.url
+        # The path is appended to the origin as text. This check proves that it changed no part of the host.
         allowed = httpx.URL(self._origins[origin])
         if (target.scheme, target.host, target.port) != (allowed.scheme, allowed.host, allowed.port):
             raise Rejected("the request would have left EvoLink's origin", code="wrong_origin")

@@ -13,6 +13,7 @@ from functools import lru_cache
 from evolink_mcp.api.models import DEFAULT_MODEL, ImageModel
 from evolink_mcp.api.sizes import Size
 
+# By EvoLink's own client, 1 credit has 10,000 units and 1 USD has 68 credits.
 UNITS_PER_CREDIT = 10_000
 CREDITS_PER_USD = 68
 
@@ -38,10 +39,12 @@ def output_tokens(size: Size, quality: str, model: ImageModel = DEFAULT_MODEL) -
     base = model.qualities[quality].tile_base
     long = max(size.width, size.height)
     short = min(size.width, size.height)
+    # round(base * short / long), half up. Whole numbers give EvoLink's tokens without float errors.
     across = (2 * base * short + long) // (2 * long)
     return -(-base * across * (2_000_000 + size.pixels) // 4_000_000)
 
 
+# The cache keeps compute_size nearly as fast as an empty tool (docs/speed.md).
 @lru_cache(maxsize=1024)
 def price(
     size: Size | None,
@@ -102,6 +105,7 @@ def at_most(
         ).credits
         for size in sizes
     )
+    # Without `round`, a float error such as 110.00000000000001 would add a hundredth.
     return math.ceil(round(credits * factor * 100, 6)) / 100
 
 

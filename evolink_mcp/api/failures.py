@@ -85,11 +85,13 @@ def cause_of_failure(error: BaseException, target: Target, issuer: str | None = 
     if any(isinstance(link, PermissionError) for link in links):
         return causes.CONNECTION_FORBIDDEN.about(host=target.host)
     if proxy is not None and isinstance(error, httpx.ProxyError):
+        # httpx gives the status of the proxy only in this text: "407 Proxy Authentication Required".
         status = str(error)[:3]
         cause = causes.PROXY_LOGIN if status == "407" else causes.PROXY_REFUSAL
         reason = f"HTTP {status}" if status.isdigit() else "its answer is no proxy's answer"
         return cause.about(proxy=proxy.text, variable=proxy.variable, host=target.host, reason=reason)
     tls_error = next((link for link in links if isinstance(link, ssl.SSLError) and not _is_interrupted(link)), None)
+    # Behind a proxy without TLS, a TLS error comes from the target.
     if proxy is not None and (tls_error is None or proxy.url.startswith("https:")):
         return causes.PROXY_SILENT.about(proxy=proxy.text, variable=proxy.variable)
     if tls_error is not None:
@@ -116,6 +118,7 @@ def _cause_of_link(error: BaseException) -> Cause | None:
 
 
 def _is_interrupted(error: ssl.SSLError) -> bool:
+    # anyio catches these errors when TLS waits for data, so they are in the context of any later error.
     return isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError)
 
 
@@ -146,6 +149,7 @@ def foreign_answer(reply: Reply, target: Target, url: httpx.URL) -> Cause | None
         )
     if not is_client_status or reply.status in (404, 413, 429):
         return None
+    # Megabytes of white space would make the expressions slow.
     start = reply.body[:_PAGE_START_BYTES].lstrip().removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not _PAGE.match(start):
         return None

@@ -41,6 +41,7 @@ COMPRESSIONS = ("gzip", "x-gzip", "deflate")
 # All errors of httpx for a request that failed on the way. A test compares this with its exception tree.
 TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, httpx.CookieConflict, ssl.SSLError, OSError)
 NEVER_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+# The well-known prefix of RFC 6052. The local prefix 64:ff9b:1::/48 may lead into the network of this machine.
 DNS64 = ipaddress.IPv6Network("64:ff9b::/96")
 POOL = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE, keepalive_expiry=30)
 
@@ -82,6 +83,7 @@ class Reply:
         """
         try:
             data = json.loads(self.body.decode("utf-8-sig"), parse_constant=lambda _: None)
+            # `without` is recursive too, so JSON of great depth may end here with RecursionError.
             return data if self.key is None else without(self.key.get_secret_value(), data)
         except (ValueError, RecursionError) as error:
             raise Unreadable(f"EvoLink's answer (HTTP {self.status}) is not JSON") from error
@@ -122,9 +124,12 @@ class CheckedAddress(httpx.AsyncBaseTransport):
         if len(addresses) > DNS_ANSWERS_MAX:
             raise httpx.ConnectError(f"{harmless(host, 80)} has more than {DNS_ANSWERS_MAX} addresses")
         public = [ip for ip in addresses if urls.is_public_ip(_behind_dns64(ip))]
+        # A mix of public and internal addresses is a sign of DNS rebinding.
         if not public or len(public) != len(addresses):
             raise httpx.ConnectError(f"{harmless(host, 80)} is not a public address")
+        # An IPv6 address may have no route from this machine.
         chosen = next((ip for ip in public if ipaddress.ip_address(ip).version == 4), public[0])
+        # The certificate is for the name, but the URL of the connection has the address.
         request.extensions = {**request.extensions, "sni_hostname": host}
         request.url = request.url.copy_with(host=chosen)
         return await self._inner.handle_async_request(request)
@@ -262,6 +267,7 @@ def preparing() -> Generator[None]:
         yield
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         variable = " or ".join(["SSL_CERT_FILE", "SSL_CERT_DIR"] if isinstance(error, OSError) else proxy_variables())
+        # The text of the error may contain the password of a proxy.
         cause = ENVIRONMENT_UNUSABLE.about(variable=variable, reason=type(error).__name__)
         log.warning("%s. %s", cause.meaning, cause.next_step)
         raise Unreachable(

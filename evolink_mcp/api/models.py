@@ -30,6 +30,7 @@ class Tier:
     long_edge: int | None = None
 
 
+# Functions with `lru_cache` take this record. With eq=True a dict in it would have no hash.
 @dataclass(frozen=True, slots=True, eq=False)
 class SizeLimits:
     """The legal sizes of a model. Edges and pixels are inclusive limits; the longer edge is ≤ `aspect_max` × the shorter."""

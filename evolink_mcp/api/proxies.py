@@ -33,10 +33,12 @@ class Proxy:
 def proxy_for(scheme: str, hostname: str) -> Proxy | None:
     """Return the proxy for a URL with this scheme and host. None: no proxy."""
     proxies = urllib.request.getproxies()
+    # httpx chooses in the same order, so this is the proxy that it uses.
     key = scheme if proxies.get(scheme) else "all"
     url = proxies.get(key)
     if not url or urllib.request.proxy_bypass(hostname):
         return None
+    # Without variables, `getproxies` reads the system settings of Windows and macOS.
     is_variable = key in urllib.request.getproxies_environment()
     return Proxy(url, f"{key.upper()}_PROXY" if is_variable else "the system settings")
 

@@ -15,10 +15,12 @@ from evolink_mcp.api.task import Task, is_task_id, read_task
 from evolink_mcp.errors import Unreadable
 
 # The read ends early if a body up to this length is complete JSON with an ID: its connection may stay open.
+# Each chunk parses the whole body again, so the limit also bounds that work.
 EARLY_END_MAX_BYTES = 1 << 14
 _ID = TASK_ID_PATTERN.strip("^$")
 # A task ID as a value in JSON. JSON inside a string has backslashes.
 _NAMED_ID = re.compile(rf'"(?:id|task_id|taskId)\\*"\s*:\s*\\*"({_ID})\\*"')
+# An ID at the very end may be incomplete, so it does not count.
 _ANY_ID = re.compile(rf"(?<![0-9A-Za-z_-]){_ID}(?![0-9A-Za-z_-])(?!\Z)")
 
 
@@ -39,6 +41,7 @@ class PurchaseAnswer:
         """
         self.status = response.status_code
         self.headers = response.headers
+        # `aiter_bytes` would decompress, and would fail at damaged data.
         async for chunk in response.aiter_raw():
             self.body += chunk[: JSON_MAX_BYTES - len(self.body)]
             if len(self.body) == JSON_MAX_BYTES or self._is_complete():
@@ -79,12 +82,14 @@ class PurchaseAnswer:
         if task is not None and is_task_id(task.id):
             return task
         ids = _distinct(_NAMED_ID, text)
+        # With several IDs, the one of this purchase is unknown.
         if len(ids) == 1:
             return Task(ids[0]) if task is None else replace(task, id=ids[0])
         return task if 200 <= self.status < 300 else None
 
     def _is_complete(self) -> bool:
         body = bytes(self.body)
+        # Incomplete JSON is the usual case, and the test of its last byte costs less than parsing it.
         if len(body) > EARLY_END_MAX_BYTES or not body.rstrip().endswith(b"}") or self.status is None:
             return False
         with suppress(Unreadable):

@@ -25,6 +25,7 @@ CALLBACK_URL_MAX = 2_048
 PROMPT_MAX = max(model.prompt_max for model in MODELS.values())
 REFERENCES_MAX = max(model.references_max for model in MODELS.values())
 IMAGES_MAX = max(model.images_max for model in MODELS.values())
+# EvoLink's own client accepts task IDs of up to 128 characters.
 TASK_ID_PATTERN = r"^task-unified-[0-9A-Za-z_-]{1,115}$"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
@@ -45,6 +46,7 @@ else:
 
 
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Me", "Mn", "Zl", "Zp", "Zs"})
+# Unicode counts these blank characters as letters and symbols.
 _INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 # Some clients wrap the arguments of a call in an object with one of these names.
 _WRAPPER_NAMES = ("arguments", "input")
@@ -124,6 +126,7 @@ def _real_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_length: i
 
 def is_remote(source: str) -> bool:
     """Return whether EvoLink can fetch `source` itself: an http(s) URL."""
+    # A data: URI may have megabytes, so only its start is converted.
     return source[:8].lower().startswith(("http://", "https://"))
 
 
@@ -134,6 +137,7 @@ def is_file(source: str) -> bool:
 
 def size_argument(value: Any) -> Any:
     """Convert an object such as {"width": 1024, "height": 768} to text, so that the refusal can name the size."""
+    # One character above the limit, so that a cut text is still refused.
     return json.dumps(value)[: sizes.TEXT_MAX + 1] if isinstance(value, dict) else value
 
 
@@ -204,6 +208,7 @@ Quality = Annotated[QualityName, ignore_case(*QUALITIES), Field(description=_qua
 WHOLE = BeforeValidator(_whole)
 Count = Annotated[
     int,
+    # Otherwise pydantic converts true to 1 and "3" to 3.
     Strict(),
     Field(ge=1, le=IMAGES_MAX, description="Number of images, each billed."),
     WHOLE,

@@ -110,6 +110,7 @@ _PHRASES = {
     r"(?<=x)( ?\d{3,4})p\b": r"\1", r"(?<=\d)(mm|cm|m|in|px)x(?=\d)": r"\1 x ", r"(?<=din )([abc]) (?=\d)": r"\1",
 }  # fmt: skip
 _QUOTED = re.compile(r"[\"'“‘`«{(\[]+(.*?)[\"'’`»})\]]*")
+# "21,5 cm" has a decimal comma. In "1,920x1,080" the comma separates thousands.
 _THOUSANDS = re.compile(r"(?<!\d)(\d{1,3}),(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d{1,2}(?!\d))")
 _METRIC = re.compile(r"\d ?(mm|cm|m|in|inch|inches|ft|feet)\b")
@@ -280,6 +281,7 @@ def _are_whole(*numbers: Fraction) -> bool:
 
 def _folded(text: str) -> str:
     """Return the text in small ASCII letters, digits and signs where Unicode has an equivalent."""
+    # NFKC splits the inch sign, so `_SIGNS` is applied before it. It also makes new signs, so again after it.
     plain = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS).lower()
     plain = "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in plain)
     if match := _QUOTED.fullmatch(plain):
@@ -318,6 +320,7 @@ class _Reader:
         self.is_understood = True
 
     def suggestion(self) -> Suggestion | None:
+        # Each rule consumes its numbers, so the order is from the most exact rule to the least exact one.
         self._read_dpi()
         self._read_edges(_WIDTH_FIRST, is_width_first=True)
         self._read_edges(_HEIGHT_FIRST, is_width_first=False)
@@ -488,6 +491,7 @@ def _paper(name: str) -> _Shape:
         return _Shape(name, width, height, mm=(width * unit, height * unit))
     short, long = SERIES[name[0]]
     for _ in range(int(name[1:])):
+        # ISO 216 rounds down to whole millimetres.
         half = long // 2
         long = short
         short = half
@@ -530,6 +534,7 @@ def _video_pixels(quality: _Quality) -> tuple[int, int]:
     """Return the pixels of a quality in 16:9: 1080p is 1920x1080, 4K is 3840x2160."""
     if quality.short_edge is not None:
         return round(Fraction(quality.short_edge) * VIDEO[0] / VIDEO[1]), quality.short_edge
+    # 2K means 2048 pixels at EvoLink, and a 4K video has 4 x 960.
     long_edge = 2048 if quality.thousands == 2 else 960 * (quality.thousands or 1)
     return long_edge, round(long_edge * VIDEO[1] / VIDEO[0])
 

@@ -65,6 +65,7 @@ class IllegalSize(ValueError):
     """EvoLink would refuse this size. `reason` is one sentence, `nearest` are the closest legal sizes, if any."""
 
     def __init__(self, reason: str, nearest: tuple[Size, ...] = ()) -> None:
+        # Pickle creates an exception from `args`, so `args` must contain both.
         super().__init__(reason, nearest)
         self.reason = reason
         self.nearest = nearest
@@ -135,6 +136,7 @@ def normalize(text: str, limits: SizeLimits = DEFAULT_LIMITS) -> str:
     return f"{width}x{height}"
 
 
+# The cache keeps compute_size nearly as fast as an empty tool (docs/speed.md).
 @lru_cache(maxsize=1024)
 def resolve(text: str, tier: str = "1K", rule: str = "anchor-edge", limits: SizeLimits = DEFAULT_LIMITS) -> Resolved:
     """Return the pixels of `text` at `tier` (any case) under `rule`.
@@ -286,6 +288,7 @@ def _cell(ratio: str, tier_name: str, rule: Rule, limits: SizeLimits) -> tuple[S
         short = _near(long * second, first, step)
     if long * short > limits.pixels_max:
         # long * sqrt(MAX / (long * short)) is sqrt(MAX * long / short): the same cut without floats.
+        # Only rounding down gives the page's sizes. The nearest multiple may exceed the pixel limit.
         cut_long = _floor(isqrt(limits.pixels_max * long // short), step)
         short = _floor(isqrt(limits.pixels_max * short // long), step)
         long = cut_long
@@ -309,6 +312,7 @@ def _smallest_cover(long: int, short: int, limits: SizeLimits) -> tuple[int, int
 
 def _largest_in_shape(long: int, short: int, limits: SizeLimits) -> tuple[int, int]:
     step = limits.edge_step
+    # With a shorter long edge, no size reaches the pixel limit.
     edges = range(_floor(isqrt(limits.pixels_max), step), limits.edge_max + 1, step)
     sizes = [
         (
@@ -364,6 +368,7 @@ def _known_rule(rule: str) -> Rule:
 
 
 def _near(numerator: int, denominator: int, step: int) -> int:
+    # Half up. No cell of the page is a tie, so half-even gives the same table.
     return (2 * numerator + step * denominator) // (2 * step * denominator) * step
 
 

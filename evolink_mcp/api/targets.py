@@ -15,6 +15,7 @@ TARGETS_MAX = 25
 # The decoder has 300 MiB. A target needs 4 bytes per pixel, beside the source and the encoder.
 TARGET_MAX_PIXELS = 36_000_000
 TARGET_MAX_EDGE = 16_000  # WebP has at most 16,383 pixels per edge
+# An ico file stores an edge in one byte, and 0 means 256.
 ICO_MAX_EDGE = 256
 DPI_DEFAULT = 300
 DPI_MIN, DPI_MAX = 36, 1200
@@ -92,6 +93,7 @@ def parse_gravity(text: str) -> tuple[float, float]:
         raise ValueError(
             f"use {close[0] if close else 'centre'}, an edge, a corner such as top-left, or a point such as 0.3,0.7"
         )
+    # A corner has two edges. For each direction the edge counts that is not in the middle.
     return min((share[0] for share in shares), key=lambda x: -abs(x - 0.5)), min(
         (share[1] for share in shares), key=lambda y: -abs(y - 0.5)
     )

@@ -22,10 +22,13 @@ CANCELLED = "cancelled"
 # Epoch seconds beyond this (the year 5138) are milliseconds.
 LATEST_S = 1e11
 LINKS_MAX = IMAGES_MAX
+# Python refuses to convert an integer of more than 4,300 digits to text.
 ID_NUMBER_MAX = 10**40
 SETTLED = frozenset({COMPLETED, FAILED, CANCELLED})
+# Without the ranges of invisible characters, bidi controls and surrogates.
 _LINK = re.compile(r"https?://[\x21-\x7e\u00a1-\u1fff\u3001-\ud7ff\uf900-\ufdff]+")
 _ID = re.compile(r"[\x21-\x7e]{1,256}")  # shown in any form; only an ID that passes `is_task_id` becomes part of a path
+# Other clients of EvoLink count these words as final too.
 _SPELLINGS = {"canceled": CANCELLED, "expired": FAILED, "error": FAILED}
 
 
@@ -72,6 +75,7 @@ class Task:
     @property
     def charged(self) -> Charged:
         """Whether the account paid. EvoLink charges completed tasks and returns the reservation of failed ones."""
+        # Only newer answers of EvoLink have `billing`. It reports the charge itself, so it precedes the status.
         if self.billing in ("charged", "released"):
             return "yes" if self.billing == "charged" else "no"
         if self.status == COMPLETED or (self.credits_used or 0) > 0:
@@ -97,6 +101,7 @@ def read_task(data: Any) -> Task:
         Unreadable: `data` has no ID in visible ASCII characters.
     """
     payload = as_dict(data)
+    # Some clients of EvoLink report that its gateway sometimes wraps a task in `data`.
     if not isinstance(payload.get("id"), str) and isinstance(payload.get("data"), dict):
         payload = as_dict(payload["data"])
     name = payload.get("id")
@@ -122,6 +127,7 @@ def read_task(data: Any) -> Task:
         id=name,
         status=_SPELLINGS.get(status_word, status_word),
         progress=_number(payload.get("progress"), 0, 100),
+        # A single task has `created`, a row of the list has `created_at`. Each ID contains the time.
         created=_moment(payload.get("created")) or _moment(payload.get("created_at")) or _moment_in(name),
         model=None if model is None else harmless(model, 80),
         results=links,
@@ -145,6 +151,7 @@ def read_tasks(data: Any) -> Iterator[Task]:
     if page := as_dict(rows):
         rows = next((page[name] for name in ("tasks", "items", "list") if name in page), None)
     items = as_list(rows)
+    # An account without tasks has an empty list. Any other value without items is no list.
     if not items and rows != []:
         raise Unreadable("EvoLink's answer is not a list of tasks")
     for item in items:
@@ -183,6 +190,7 @@ def _results(data: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     They are in `results` or, if that is empty, in `result_data`. Text that is not one URL of visible characters is
     dropped, because users see the links. The further ones are counted without that check.
     """
+    # EvoLink documents only `results`. It sends `result_data` as a list or as one object.
     urls = [item for item in as_list(data.get("results")) if isinstance(item, str)]
     if not urls:
         for item in as_list(data.get("result_data")) or [data.get("result_data")]:
@@ -205,6 +213,7 @@ def _error(error: Any, status: str) -> TaskError | None:
     if payload or error == {}:
         code = payload.get("code")
         return TaskError(
+            # EvoLink's codes are strings or integers.
             (word(code, 80) if isinstance(code, str | int) else "") or "unknown_error",
             harmless(payload.get("message") or "no reason was given"),
         )
@@ -222,6 +231,7 @@ def _number(value: Any, low: float = 0.0, high: float = math.inf) -> float | Non
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
+    # A larger integer may not fit into a float.
     if (isinstance(value, int) and abs(value) > 10**15) or math.isnan(value):
         return None
     return min(max(value, low), high) if math.isfinite(value) else None
@@ -229,6 +239,7 @@ def _number(value: Any, low: float = 0.0, high: float = math.inf) -> float | Non
 
 def _moment(value: Any) -> float | None:
     """Return epoch seconds from seconds, milliseconds, or ISO 8601 (UTC if there is no zone)."""
+    # A minus sign at the start belongs to a number.
     if isinstance(value, str) and "-" in value[1:] and len(value) <= 40:
         try:
             moment = datetime.fromisoformat(value.strip())
@@ -244,6 +255,7 @@ def _moment(value: Any) -> float | None:
 
 def _moment_in(task_id: str) -> float | None:
     """Return the time in a task ID, in epoch seconds: task-unified-1757156493-…"""
+    # Ten digits are a time from 2001 to 2286.
     match = re.match(r"task-unified-([1-9]\d{9})-", task_id)
     return float(match[1]) if match else None
 

@@ -25,7 +25,9 @@ _NOT_PUBLIC_V4 = tuple(
         "168.63.129.16/32",  # Azure's platform service has a public number
     )
 )
+# IANA assigns global unicast addresses only from this block (RFC 4291).
 _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+# Protocol assignments with Teredo, documentation, 6to4, documentation.
 _NOT_PUBLIC_V6 = tuple(
     ipaddress.IPv6Network(block) for block in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 )
@@ -54,6 +56,7 @@ _AUTHORITY = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::([0-9]{1,5}))?")
 _ASCII_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?")
 _HEX_NUMBER = re.compile(r"0x[0-9a-f]*")
 _MAX_PORT = 65_535
+# RFC 1035 limits a label to 63 bytes and a name to 253 characters.
 _MAX_LABEL = 63
 _MAX_HOST = 253
 
@@ -75,6 +78,7 @@ def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_le
         raise ValueError(f"The URL does not start with {' or '.join(f'{scheme}://' for scheme in schemes)}.")
     authority = url[2]
     rest = url[3]
+    # Some parsers end the host only at a slash. For them the text before "?...@" is a user name.
     if "@" in authority or (rest.startswith("?") and "@" in rest):
         raise ValueError("The URL has a user name or an @ before its path, which can hide the real host.")
     parts = _AUTHORITY.fullmatch(authority)
@@ -83,6 +87,7 @@ def check_public_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_le
     if parts[2] is not None and not 1 <= int(parts[2]) <= _MAX_PORT:
         raise ValueError(f"The URL's port is not within 1 to {_MAX_PORT}.")
     if parts[1].startswith("["):
+        # RFC 3986 allows no IPv4 address in brackets, but `ipaddress` would accept it.
         _check_ip(parts[1][1:-1] if ":" in parts[1] else "")
     else:
         _check_host(parts[1])
@@ -114,6 +119,7 @@ def is_public_ip(address: str | ipaddress.IPv4Address | ipaddress.IPv6Address) -
         return False
     if isinstance(parsed, ipaddress.IPv4Address):
         return not any(parsed in block for block in _NOT_PUBLIC_V4)
+    # A scope names a network interface of this machine.
     if parsed.scope_id is not None:
         return False
     return parsed in _PUBLIC_V6 and not any(parsed in block for block in _NOT_PUBLIC_V6)
@@ -165,4 +171,5 @@ def _is_label(label: str) -> bool:
 
 
 def _wire_length(label: str) -> int:
+    # The limits of DNS apply to the encoded form.
     return len(label) if label.isascii() else len("xn--") + len(label.encode("punycode"))

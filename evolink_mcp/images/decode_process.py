@@ -55,6 +55,7 @@ from evolink_mcp.isolated import isolated_command
 
 log = logging.getLogger(__name__)
 
+# Above CPU_PER_IMAGE_S: a hostile image ends by its CPU time, and an image is late only on a busy machine.
 DEADLINE_S = 20.0
 DERIVE_DEADLINE_S = 50.0  # for up to 25 files
 START_DEADLINE_S = 60.0
@@ -138,6 +139,7 @@ class Decoder:
         """
         request = DecodeRequest(Operation.CHECK, _size_of(file), edge, CACHE_MAX_BYTES)
         answer = await self._run("check", request, file, order)
+        # A process that sends more than the request needs may be under the control of its image.
         if edge == 0 and answer.payload is not None:
             raise UnusableImage(Reason.DECODER_FAILED)
         file.seek(0)
@@ -170,6 +172,7 @@ class Decoder:
         """
         request = DecodeRequest(Operation.NORMALIZE, _size_of(file))
         await self._run("reference", request, file, order, into)
+        # A hostile image may control the decoder, so the server checks the type of the copy.
         if sniff(_head_of(into)) != sniff(_head_of(file)):
             raise UnusableImage(Reason.DECODER_FAILED)
         into.seek(0)
@@ -273,6 +276,7 @@ class Decoder:
         process = await (self._start_process(converter_command) if converts_heic else self._process())
         if slot is None:
             process.lower_priority()
+        # A slow image starts again from its first byte.
         content.seek(0)
         results: list[DecodeAnswer | UnusableImage] = []
         is_late = True
@@ -290,10 +294,12 @@ class Decoder:
                 is_late = False
         finally:
             process.images += 1
+            # Without a result the process still decodes the image. A process for HEIC may start threads and ends after one photo.
             if results and process.is_reusable and not converts_heic:
                 await self._reuse(process)
             else:
                 await _end(process)
+        # Errors are raised only here, because the task group would put them into an ExceptionGroup.
         if is_late:
             raise UnusableImage(Reason.DECODER_LATE)
         if not results:
@@ -396,6 +402,7 @@ def _size_of(file: BinaryIO) -> int:
 
 
 async def _end(process: _Process) -> None:
+    # A cancelled caller must not leave a process behind.
     with anyio.CancelScope(shield=True):
         await anyio.to_thread.run_sync(process.end, limiter=_NO_LIMIT)
 
@@ -430,6 +437,7 @@ class _Process:
                 env=self._environ,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                # A hostile image may control the process, so it has no descriptor of the server except the two pipes.
                 stderr=subprocess.DEVNULL,
                 close_fds=True,
                 creationflags=_NO_WINDOW,
@@ -492,6 +500,7 @@ class _Process:
     def _send(self, request: DecodeRequest, content: BinaryIO, options: bytes) -> None:
         self._stdin.write(request.pack())
         self._stdin.write(options)
+        # The worker reads the complete file before it answers, so the two pipes cannot block each other.
         remaining = request.content_bytes
         while remaining:
             block = content.read(min(remaining, BLOCK_BYTES))
@@ -553,6 +562,7 @@ class _Process:
             return Reason.DECODER_FAILED  # it lives and sends nonsense
         if sys.platform == "win32":
             return Reason.DECODER_FAILED
+        # SIGPROF ends one image, SIGXCPU the process with the CPU time of all its images.
         if code in (-signal.SIGPROF, -signal.SIGXCPU):
             return Reason.TOO_MUCH_TIME
         # Another program ended it, for example the system when memory is short. The image may be good.
@@ -656,6 +666,7 @@ class _FairLimiter:
         try:
             await waiter.event.wait()
         except anyio.get_cancelled_exc_class():
+            # The cancellation came after `_admit` counted this waiter as a holder.
             if waiter.event.is_set():
                 self.release(order)
             else:

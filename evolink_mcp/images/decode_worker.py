@@ -48,6 +48,7 @@ def main() -> None:
     if converts_heic:
         heic.load()
     protections = enter_sandbox(int(cpu_s * IMAGES_PER_PROCESS), memory_bytes, allows_threads=converts_heic)
+    # The second test proves that decoding works inside the sandbox, before the server sends an image.
     _self_test()
     answers.write(GREETING.pack(GREETING_MAGIC, protections))
     answers.flush()
@@ -79,6 +80,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, cpu_s: float = CPU_PER_IMAGE_S)
             answers.write(pack_refusal(error))
         except MemoryError:
             answers.write(pack_refusal(UnusableImage(Reason.TOO_MUCH_MEMORY)))
+        # The next image needs the memory.
         del content
         _limit_cpu(0)
         answers.flush()

@@ -23,10 +23,12 @@ Colour = tuple[int, int, int, int]
 
 # The decoder has 300 MiB, and an image needs 4 bytes per pixel beside the largest target.
 SOURCE_MAX_PIXELS = 50_000_000
+# The same limit as for a reference image.
 SOURCE_MAX_SIDE = 23_170
 QUALITY_DEFAULT = 90
 QUALITY_MAX = 100
 QUALITY_MIN = 10  # the lowest quality that `max_bytes` uses
+# A binary search over the 91 qualities from 10 to 100 needs at most 7 steps.
 QUALITY_STEPS_MAX = 7
 # Pillow first halves the image by averaging while it stays 3 times the target: no visible loss.
 REDUCING_GAP = 3.0
@@ -73,6 +75,7 @@ class DerivePlan:
 
     def pack(self) -> bytes:
         """Return the plan as JSON."""
+        # A prompt may contain lone surrogates, which UTF-8 cannot encode.
         return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "replace")
 
     @classmethod
@@ -136,10 +139,12 @@ def derive(content: bytes, plan: DerivePlan) -> Iterator[ImageFacts | tuple[Deri
     """
     with open_image(content, SOURCE_MAX_PIXELS, SOURCE_MAX_SIDE) as opened:
         facts = opened.facts
+        # `trim` reports the remaining size in original pixels, so it needs the whole image.
         if not plan.trim and facts.mime_type == "image/jpeg":
             _decode_smaller(opened.image, facts, plan)
         profile = opened.image.info.get("icc_profile")
         image = upright(_in_plain_mode(opened.image), opened.orientation)
+        # After `_decode_smaller`, `image.size` is smaller than the original.
         size = (facts.width, facts.height)
         if plan.trim:
             image = _trimmed(image)
@@ -177,6 +182,7 @@ def _in_plain_mode(image: Image) -> Image:
         return _mapped(image.convert("I"), _high_byte).convert("L")
     if image.has_transparency_data:
         image = image if image.mode == "LA" else image.convert("RGBA")
+        # An opaque alpha channel must not count as lost transparency in a JPEG.
         if image.getextrema()[-1] != (255, 255):
             return image
         return image.convert("L" if image.mode == "LA" else "RGB")
@@ -212,6 +218,7 @@ def _finished(source: _Source, output: Output, plan: DerivePlan) -> tuple[Derive
     try:
         return _made(source, output, plan)
     except MemoryError:
+        # The other outputs may be smaller and fit.
         return DerivedImage(output.mime_type, reason=Reason.TOO_MUCH_MEMORY), b""
 
 
@@ -232,6 +239,7 @@ def _made(source: _Source, output: Output, plan: DerivePlan) -> tuple[DerivedIma
         largest.width,
         largest.height,
         quality,
+        # The last size of an icon is the largest one.
         is_enlarged=_scale(source.size, output.sizes[-1], plan.fit) > 1,
         has_lost_alpha=source.has_alpha and largest.mode not in ("RGBA", "LA"),
         has_lost_profile=source.profile is not None and profile is None and output.mime_type != "image/x-icon",
@@ -312,6 +320,7 @@ def _on_canvas(image: Image, size: tuple[int, int], background: Colour, focus: t
 
 def _profile_for(image: Image, profile: bytes | None) -> bytes | None:
     """Return the colour profile if it describes the colours of the image: that of a CMYK file does not fit RGB."""
+    # Bytes 16 to 19 of an ICC profile name its colour space.
     if profile is None or image.mode not in _PROFILE_SPACES.get(profile[16:20], ()):
         return None
     return profile
@@ -323,12 +332,14 @@ def _encoded(images: list[Image], mime_type: str, quality: int, profile: bytes |
         "image/png": {} if pixels < PNG_FAST_PIXELS else PNG_FAST,
         "image/jpeg": {"quality": quality},
         "image/webp": {"quality": quality, "method": 2},
+        # Without `append_images`, Pillow would make the sizes itself from one image.
         "image/x-icon": {"sizes": [image.size for image in images], "append_images": images},
     }[mime_type]
     return _written(images[-1], mime_type, profile, plan, options)
 
 
 def _written(image: Image, mime_type: str, profile: bytes | None, plan: DerivePlan, options: dict[str, Any]) -> bytes:
+    # Pillow would write metadata of the source from `info`.
     image.info.clear()
     out = io.BytesIO()
     if mime_type != "image/x-icon":

@@ -18,6 +18,7 @@ DOWNLOAD_DEADLINE_S = 120.0
 PICTURE_MAX_BYTES = 100 << 20
 # Ten images of the largest size need 0.4 GB. The rest is for repeated downloads.
 TASK_MAX_BYTES = 2 << 30
+# A host that sends single bytes would otherwise occupy the download for the whole deadline.
 SLOWEST_BYTES_PER_S = 10_000
 SLOW_START_S = 15.0
 REDIRECTS_MAX = 3
@@ -85,12 +86,14 @@ def _check(client: EvolinkClient, url: str) -> None:
 
 
 async def _write_all(response: httpx.Response, into: BinaryIO, budget: ByteBudget) -> int:
+    # A host of signed links answers 403 when a link has expired.
     if response.status_code in (403, 404, 410):
         raise LinkExpired("EvoLink's link to the picture has expired")
     if response.status_code != 200:
         raise DownloadFailed(f"the picture's host answered HTTP {response.status_code}")
     started = time.monotonic()
     written = 0
+    # Raw bytes, because a decompressed body could exceed the limits in one chunk.
     async for chunk in response.aiter_raw(64 << 10):
         written += len(chunk)
         if written > PICTURE_MAX_BYTES:

@@ -48,11 +48,13 @@ SIGNATURES = (
         "The cloud service may not have downloaded it: open it once, then call again.",
     ),
     _signature(rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer", "Run git lfs pull, then call again."),
+    # An AVIF file may have the brand mif1 too, so AVIF is before HEIC.
     _signature(rb"....ftyp.{0,60}?avi[fs]", "an AVIF image", _SAVE_AS_PNG),
     Signature(re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL), HEIC),
     _signature(rb"....ftypcrx ", "a camera raw file (CR3)", _DEVELOP),
     _signature(rb"....ftyp", "a video", "Save one frame of it as PNG."),
     _signature(rb"GIF8[79]a", "a GIF image", _SAVE_AS_PNG),
+    # Camera raw files begin like a TIFF, so they are before it.
     _signature(rb"II\*\0.{4}CR|II\*\0.*?\x12\xc6\x01\0\x04\0\0\0|MM\0\*.*?\xc6\x12\0\x01\0\0\0\x04|FUJIFILMCCD-RAW|IIU\0|IIR[OS]|MMOR",
         "a camera raw file", _DEVELOP),
     _signature(rb"II[*+]\0|MM\0[*+]", "a TIFF image or a camera raw file", _SAVE_AS_PNG),

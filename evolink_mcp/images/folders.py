@@ -28,6 +28,7 @@ NAME_MAX_BYTES = 143
 PATH_MAX_CHARS = 4_096
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOURCE_SUFFIXES = (*PICTURE_SUFFIXES, ".heic", ".heif")
+# A folder may have very many files, and the search is only for a hint.
 NAMES_LOOKED_AT = 2_000
 # The name of an unfinished file, in its final folder.
 PART_PREFIX = ".evolink-"
@@ -52,6 +53,7 @@ SCANNER_PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
 _FOLLOW_NOTHING = getattr(os, "O_NOFOLLOW", 0)
 # Opening a pipe or a device in the place of a file must not block, and must not make it our terminal.
 _READ = os.O_RDONLY | _FOLLOW_NOTHING | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
+# With O_PATH, a folder that may be entered and not listed can be opened too.
 _STEP = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
 
 
@@ -121,6 +123,7 @@ class Folders:
             path = given if given.is_absolute() else self.output / given
             if not self.confines(path):
                 raise FolderRefused(f"save_as “{shown}” is outside the allowed folders", advice=self._how_to_allow())
+            # The last part is not followed: a link there counts as a taken name.
             path = _resolved(path.parent) / path.name
             folder = save_as.endswith(("/", os.sep)) or path.is_dir()
             ground = _existing_parent(path.parent)
@@ -173,6 +176,7 @@ class Folders:
         if path is None:
             raise self._refusal(source)
         with suppress(OSError):
+            # Reading would start a download.
             if is_in_cloud(path.stat()):
                 raise _not_downloaded(source)
         return path
@@ -206,6 +210,7 @@ class Folders:
                 advice="Save the picture on this machine and give its path there, or give a public URL.",
             )
         try:
+            # macOS gives a file this name while its content is only in iCloud.
             if any(path.with_name(f".{path.name}.icloud").exists() for path in inside if path.name):
                 return _not_downloaded(source)
             if any(path.exists() for path in inside):
@@ -307,6 +312,7 @@ def _same_letters(path: Path) -> Path | None:
     """Return a file with an equivalent name. macOS decomposes letters, and writes U+202F into names of screenshots."""
     wanted = _folded(path.name)
     try:
+        # `find` refused the file with the exact name, so another one must not replace it.
         if path.exists() or not path.parent.is_dir():
             return None
         beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
@@ -347,6 +353,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: this server cannot create files there.
     """
+    # `os.access` knows no ACL of Windows, and a full disk still accepts an empty file. So the check writes some bytes.
     parent = _existing_parent(folder)
     handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=parent)
     try:
@@ -406,6 +413,7 @@ def part_file(folder: Path, content: bytes) -> Generator[Path]:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
+            # After a power cut, an incomplete file must not have the final name.
             os.fsync(file.fileno())
         yield part
     finally:
@@ -422,17 +430,20 @@ def move_to_free_name(part: Path, path: Path) -> bool:
         if sys.platform == "win32":
             move_patiently(os.rename, part, path)
         else:
+            # A rename would overwrite an existing file on POSIX.
             os.link(part, path)
     except FileExistsError:
         return False
     except OSError:
         try:
+            # Some file systems have no hard links, for example FAT.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
         except FileExistsError:
             return False
         try:
             move_patiently(os.replace, part, path)
         except OSError:
+            # An empty file must not stay under the name of an image.
             path.unlink()
             raise
     return True

@@ -107,6 +107,7 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX
     plain = without_metadata(content, mime_type, parts)
     pil.MAX_IMAGE_PIXELS = None  # the limit below replaces it
     try:
+        # Every further format of Pillow would be one more decoder to attack.
         with pil.open(io.BytesIO(plain), formats=FORMATS) as image:
             if image.width * image.height > max_pixels or max(image.size) > max_side:
                 raise UnusableImage(Reason.TOO_LARGE, image.size)
@@ -118,6 +119,7 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX
     except MemoryError as error:
         raise UnusableImage(Reason.TOO_MUCH_MEMORY) from error
     except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:
+        # Pillow raises all of these for damaged files.
         raise UnusableImage(Reason.DAMAGED) from error
 
 
@@ -151,6 +153,7 @@ def measure_alpha(image: Image) -> Alpha | None:
         histogram = image.histogram()[-256:]  # alpha is the last band
     else:
         histogram = [0] * 256
+        # The whole image in RGBA would need 4 bytes for each pixel.
         rows = max(1, STRIP_PIXELS // image.width)
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")

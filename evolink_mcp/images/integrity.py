@@ -49,6 +49,7 @@ def check_pixels(opened: OpenImage) -> bytes:
         _shrink(opened)
     image.load()
     digest = blake2b()
+    # A copy of all pixels beside the image would exceed 300 MiB.
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
@@ -72,6 +73,7 @@ def check_data(content: bytes, mime_type: str, pixels: bytes, max_pixels: int, m
             with open_image(variant, max_pixels, max_side) as opened:
                 is_equal = check_pixels(opened) == pixels
         except UnusableImage as error:
+            # A variant that was not decoded proves nothing.
             if error.reason is Reason.TOO_MUCH_MEMORY:
                 return
             is_equal = False
@@ -103,6 +105,7 @@ def _check_png(content: bytes) -> None:
                 raise UnusableImage(Reason.DAMAGED)
             if part.kind == b"IDAT":
                 data: bytes | memoryview = view[part.start + 8 : part.end - 4]
+                # The output may have gigabytes, so it is made in blocks and discarded.
                 while data and not unpacker.eof:
                     unpacker.decompress(data, BLOCK_BYTES)
                     data = unpacker.unconsumed_tail

@@ -189,6 +189,7 @@ class KnownImages:
                         return match
                     if file_name_of(image.path) == name:
                         same_name[entry.task_id, image.index] = match
+        # A file with this name and other content is another image. Several matches are ambiguous.
         return next(iter(same_name.values())) if len(same_name) == 1 and file is None else None
 
     async def origin_of(self, file: Path, sha256: str | None) -> KnownImage | None:

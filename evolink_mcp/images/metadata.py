@@ -62,6 +62,7 @@ def _orientation_in(block: bytes) -> int:
             exif.load(block)
             value = exif.get(ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, struct.error):
+        # Pillow raises all of these for broken EXIF data.
         return 1
     return value if value in range(1, 9) else 1
 
@@ -137,6 +138,7 @@ def with_origin(content: bytes, mime_type: str, parts: list[Part], origin: Origi
 
 
 def _forbids_origin(content: bytes, mime_type: str, part: Part) -> bool:
+    # Content credentials are in the chunk caBX of a PNG, and in JUMBF segments (APP11) of a JPEG.
     head = content[part.start : part.start + 40]
     if mime_type == "image/png":
         return part.kind == b"caBX"
@@ -177,6 +179,7 @@ def _jpeg_with(content: bytes, parts: list[Part], origin: Origin) -> bytes:
 
 def _webp_with(content: bytes, parts: list[Part], origin: Origin) -> bytes:
     data = _xmp(origin)
+    # RIFF pads a chunk to an even length.
     xmp = b"XMP " + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
     first = parts[0]
     end = parts[-1].end

@@ -75,6 +75,7 @@ class MovedFiles:
     def _files_by_size(self) -> dict[int, list[Path]]:
         """Return the images in the folders by their size in bytes."""
         sizes: dict[int, list[Path]] = {}
+        # One allowed folder may contain another one, so a file may occur twice.
         for path, size in dict(item for root in self._roots for item in _image_files(root)).items():
             sizes.setdefault(size, []).append(path)
         return sizes

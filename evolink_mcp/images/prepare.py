@@ -13,6 +13,7 @@ from evolink_mcp.images.inspect import ImageFacts, measure_alpha, open_image, up
 from evolink_mcp.images.integrity import check_data, check_pixels
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
+# EvoLink's limits for a reference image.
 REFERENCE_MAX_PIXELS = 178_956_970
 REFERENCE_MAX_SIDE = 23_170
 # The decoder has 300 MiB. A mask needs one copy of its pixels, rotation needs two.
@@ -42,6 +43,7 @@ def check_reference(
         image = opened.image
         facts = opened.facts
         pixels = image.width * image.height
+        # Only the JPEG decoder can decode an image smaller.
         if not facts.is_upright and pixels > rotated_max_pixels and facts.mime_type != "image/jpeg":
             raise UnusableImage(Reason.ROTATED_TOO_LARGE)
         if is_mask and facts.has_alpha and pixels > mask_max_pixels:

@@ -36,12 +36,15 @@ from evolink_mcp.journal.entry import Entry, ReferenceImage, ResultImage
 from evolink_mcp.journal.journal import Journal, Upload
 from evolink_mcp.sanitize import harmless
 
+# EvoLink's limit for a reference image.
 REFERENCE_MAX_BYTES = 50 << 20
 # Each reference image at work needs up to two temporary files.
 IMAGES_AT_ONCE = 4
 BLOCK_BYTES = 1 << 20
 MEMORY_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
+# EvoLink deletes an upload after 72 h, and a running task must still be able to read it.
 UPLOAD_LIVES_S = 71 * 3600
+# EvoLink reads a reference some time after the POST. An expired link would make the task fail.
 LINK_MARGIN_S = 600
 SOURCE_MAX = 300  # characters of a source in the journal
 SOURCE_PROMPT_MAX = 1_000  # characters of the source's prompts in the journal
@@ -137,6 +140,7 @@ class References:
         self._clock = clock
         self.known_images = KnownImages(journal, folders, is_local=local)
         self._at_work = anyio.CapacityLimiter(IMAGES_AT_ONCE)
+        # A lock exists only while an upload holds it or waits for it, so the dictionary does not grow.
         self._upload_locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def check(self, request: GenerationRequest) -> CheckedRequest:
@@ -177,6 +181,7 @@ class References:
             EvolinkError: EvoLink refused the upload.
         """
         image = await self._check_file(open_file, "the upload", is_mask=False)
+        # `_upload` records the hash of the upright copy, but the URI has the hash of the caller's file.
         sha256 = image.sha256 or ""
         upload = await self._upload(image)
         await self._journal.remember_upload(sha256, upload.url, upload.expires_at)
@@ -214,6 +219,7 @@ class References:
             if match is None or match.entry is None or match.image is None:
                 return CheckedImage(source, url=source)
             image = await self._check_result(match.entry, match.image, is_mask)
+            # A valid link goes to EvoLink exactly as the caller wrote it.
             return image if image.url is None else replace(image, url=source)
         if not names_file(source):
             if (await self.known_images.find(source)) is None:
@@ -258,6 +264,7 @@ class References:
                 path = await self._image_store.local_file(task_id, result)
         if path is not None:
             image = await self._check_file(partial(open_plain, path), shown, is_mask)
+            # A user may have edited the file. Then EvoLink's link shows another image.
             if image.sha256 == result.sha256:
                 image = replace(image, url=url)
         elif url is not None:
@@ -297,6 +304,7 @@ class References:
         assert image.open_file is not None
         assert image.mime_type is not None
         async with (
+            # The lock is first: a call that waits for the same content must not occupy a place of `_at_work`.
             self._upload_locks.setdefault(image.content_id, anyio.Lock()),
             self._at_work,
             _temporary_file() as file,
@@ -311,6 +319,7 @@ class References:
             with suppress(JournalUnwritable):
                 if (earlier := await self._journal.upload_of(sha256, now + LINK_MARGIN_S)) is not None:
                     return earlier
+            # The name reveals no file of the user. EvoLink overwrites a file of the same name, so it is a hash.
             name = f"{sha256[:32]}.{image.mime_type.removeprefix('image/')}"
             url = await self._client.upload(name, image.mime_type, copy)
             upload = Upload(url, now + UPLOAD_LIVES_S)
@@ -436,6 +445,7 @@ def _open_data_uri(uri: str) -> BinaryIO:
         if not comma:
             raise ValueError("no comma")
         if head.lower().endswith(";base64"):
+            # Some programs break the base64 into lines or percent-encode it.
             return io.BytesIO(base64.b64decode("".join(unquote(data).split()), validate=True))
         return io.BytesIO(unquote_to_bytes(data))
     except ValueError as error:

@@ -14,6 +14,7 @@ from enum import IntFlag
 from typing import Any
 
 MEMORY_MAX_BYTES = 300 << 20
+# The address space also contains libraries and reserved memory, so it needs a higher limit.
 ADDRESS_SPACE_MAX_BYTES = 1 << 30
 
 
@@ -39,6 +40,7 @@ def enter_sandbox(
         return _join_job(memory_max_bytes)
     active = _limit_resources(cpu_max_s, memory_max_bytes, allows_threads)
     if sys.platform == "linux":
+        # The filter is after the limits, because it forbids setrlimit.
         active |= _filter_syscalls(ctypes.CDLL(None, use_errno=True), allows_threads)
         if allows_threads and not active & Protection.SYSCALL_FILTER:
             _forbid_processes()
@@ -52,6 +54,7 @@ def _limit_resources(cpu_max_s: int, memory_max_bytes: int, allows_threads: bool
 
     limits = {
         resource.RLIMIT_CORE: 0,
+        # A compromised decoder could stop the timer of one image, but not this limit.
         resource.RLIMIT_CPU: cpu_max_s,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 0,  # the two open pipes stay open
@@ -155,6 +158,7 @@ def syscall_filter(architecture: int, allowed: list[int], mapping: list[int], cl
     program = [
         instruction(_LOAD_WORD, _OFFSET_ARCHITECTURE),
         instruction(_JUMP_IF_EQUAL, architecture, if_true=1),
+        # In another architecture the numbers mean other system calls.
         instruction(_RETURN, _KILL_PROCESS),
         instruction(_LOAD_WORD, _OFFSET_NUMBER),
     ]
@@ -180,8 +184,10 @@ def _filter_syscalls(libc: Any, allows_threads: bool) -> Protection:
         _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
     active = Protection(0)
+    # Without this, the kernel accepts a filter only from a privileged process.
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         active |= Protection.NO_NEW_PRIVILEGES
+    # A 32-bit Python on a 64-bit kernel uses other numbers.
     syscalls = _SYSCALLS.get(platform.machine()) if sys.maxsize > 2**32 else None
     if syscalls is None:
         return active
@@ -238,6 +244,7 @@ def _join_job(memory_max_bytes: int) -> Protection:
     kernel.SetInformationJobObject.argtypes = (wintypes.HANDLE, ctypes.c_int, ctypes.c_void_p, wintypes.DWORD)
     kernel.AssignProcessToJobObject.argtypes = (wintypes.HANDLE, wintypes.HANDLE)
     limits = Extended()
+    # Without _JOB_DIE_ON_EXCEPTION, a crash could open a dialog and keep the process.
     limits.basic.flags = _JOB_ACTIVE_PROCESS | _JOB_PROCESS_MEMORY | _JOB_DIE_ON_EXCEPTION
     limits.basic.active_processes = 1
     limits.process_memory = memory_max_bytes

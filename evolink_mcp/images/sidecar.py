@@ -52,6 +52,7 @@ def origin_of(image: Path, sha256: str | None) -> tuple[str | None, int | None]:
     facts = _own_sidecar(sidecar_path(image)) or {}
     task_id = facts.get("task_id")
     index = facts.get("index")
+    # A sidecar may have been copied beside another image, so its hash must fit.
     if is_task_id(task_id) and isinstance(index, int) and sha256 is not None and facts.get("sha256") == sha256:
         return task_id, index
     return None, None

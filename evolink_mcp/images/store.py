@@ -72,6 +72,7 @@ ID_PART_MAX = 8  # characters of the task ID in a file name
 ENDING_MAX_BYTES = len("-9" + "-9999" + ".webp")
 # Bytes of the prompt in a file name. The rest is for the task ID, the ending and the suffix of the sidecar.
 PROMPT_MAX_BYTES = NAME_MAX_BYTES - len("-12345678") - ENDING_MAX_BYTES - len(SUFFIX)
+# Far above the longest download (120 s), so that no server still writes the file.
 UNFINISHED_MAX_AGE_S = 3600
 ICO_SUFFIX = ".ico"
 BLOCK_BYTES = 1 << 20
@@ -329,6 +330,7 @@ class LocalImageStore:
     async def entries_for_caller(self, entries: Sequence[Entry]) -> list[Entry]:
         """See ImageStore."""
         images = [image for entry in entries for image in entry.images]
+        # Otherwise a list would compute the hash of every file.
         present_images = iter(await self._locate(images, compares_content=False))
         return [replace(entry, images=tuple(next(present_images) for _ in entry.images)) for entry in entries]
 
@@ -336,6 +338,7 @@ class LocalImageStore:
         if not any(image.path for image in images):
             return list(images)
         locate = partial(self._moved_files.locate, images, compares_content=compares_content)
+        # The search only reads, so a cancelled caller need not wait for a slow disk.
         return await anyio.to_thread.run_sync(locate, abandon_on_cancel=True)
 
     async def _save(
@@ -372,6 +375,7 @@ class LocalImageStore:
             try:
                 saved_image = await save_as_file(self._fallback / _name_of(entry, image.index, save_as))
             except EvolinkError:
+                # The first error names the folder that the user chose.
                 raise error from None
             reason = error.message
         return replace(image, **asdict(saved_image), fallback_reason=reason)
@@ -399,6 +403,7 @@ class LocalImageStore:
 
     def _target(self, entry: Entry, index: int, save_as: str | None) -> Path:
         if save_as is not None:
+            # The place may have become a link to the outside since the purchase, and the image is paid.
             with suppress(Refused):
                 return self._folders.target(save_as).with_name(_name_of(entry, index, save_as))
         return self._folders.output / default_stem(entry, index)
@@ -433,6 +438,7 @@ def _probe(folder: Path, free_bytes: Callable[[Path], int]) -> int:
 
 def default_stem(entry: Entry, index: int) -> str:
     """Return the default file name of an image, without suffix."""
+    # An external task has no request, and EvoLink may return fewer images than requested.
     has_several = max(entry.request.get("n", 1), len(entry.images)) > 1
     name = file_name(str(entry.request.get("prompt", "")), entry.task_id or "")
     return f"{name}-{index}" if has_several else name
@@ -441,6 +447,7 @@ def default_stem(entry: Entry, index: int) -> str:
 def file_name(prompt: str, task_id: str) -> str:
     """Return a readable name: the first words of the prompt and the last characters of the task ID."""
     text = unicodedata.normalize("NFC", harmless(prompt, 4 * NAME_MAX)).lower()
+    # Marks are parts of letters in Thai and Hindi.
     words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
     while words and words[0] in ("a", "an", "the"):
         del words[0]
@@ -451,6 +458,7 @@ def file_name(prompt: str, task_id: str) -> str:
             name = name or cut_to_bytes(word[:NAME_MAX], PROMPT_MAX_BYTES)
             break
         name = longer
+    # All task IDs begin with the same word and a time, so only the end is distinctive.
     end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_PART_MAX:]
     return "-".join(filter(None, (name, end))) or "picture"
 
@@ -481,6 +489,7 @@ async def save_image(
     """
     try:
         make_folder(target.parent)
+        # The unfinished file is in the final folder, because a hard link needs the same file system.
         handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=PART_SUFFIX, dir=target.parent)
     except OSError as error:
         raise _unsaved(target.parent, error) from error
@@ -552,6 +561,7 @@ def _move(part: Path, folder: Path, stem: str, suffix: str) -> tuple[Path, int, 
     """Sync a finished file to the disk and give it the first free name. Return its path, size and SHA-256."""
     with part.open("r+b") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        # The sync is before the name: after a power cut, an incomplete file must not have an image's name.
         os.fsync(file.fileno())
     size = part.stat().st_size
     number = 0
@@ -617,6 +627,7 @@ def _lock(handle: int) -> None:
 def _has_content(path: Path, size: int, sha256: str) -> bool:
     """Return whether the file holds this image already: a server saved it, and then its journal was lost."""
     try:
+        # The hash is computed only if the size fits: most taken names belong to other images.
         if path.is_symlink() or path.stat().st_size != size:
             return False
         with path.open("rb") as file:

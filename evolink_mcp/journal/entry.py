@@ -18,6 +18,7 @@ from evolink_mcp.errors import Charged, Problem
 
 # The error of an entry whose answer was lost, while its only candidate is not confirmed.
 UNCONFIRMED = Problem(
+    # Journals contain this code, so it cannot become "unconfirmed".
     "adopted",
     "The answer to this request was lost; this task is a guess, found in the account's list by its time and price",
     False,
@@ -105,6 +106,7 @@ class ResultImage:
     @property
     def is_saved(self) -> bool:
         """Return whether the download is complete. A user may have deleted the file since."""
+        # An image in the object store has no path.
         return self.path is not None or self.sha256 is not None
 
     @property
@@ -292,6 +294,7 @@ _STATUS_WITHOUT_TASK = {
     Phase.REFUSED: "failed",
     Phase.UNSENT: "failed",
     Phase.UNKNOWN: "unknown",
+    # After a crash the POST of this entry may have bought.
     Phase.SENDING: "unknown",
 }
 _PHASES_WITHOUT_TASK = (Phase.REFUSED, Phase.UNSENT, Phase.UNKNOWN)
@@ -318,6 +321,7 @@ def account_id_of(key: str, base_url: str) -> str:
 def with_defaults(body: dict[str, Any]) -> dict[str, Any]:
     """Return the request with EvoLink's defaults, in one spelling. Identical requests become equal."""
     size = str(body.get("size", "auto")).lower().replace("×", "x").replace(" ", "")
+    # EvoLink ignores `resolution` without a ratio, so it makes no other request.
     tier = {"resolution": str(body.get("resolution", "1K")).upper()} if ":" in size else {}
     values = {name: value for name, value in body.items() if name != "resolution" and value is not None}
     model = model_named(body.get("model"))
@@ -327,5 +331,6 @@ def with_defaults(body: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(body: dict[str, Any]) -> str:
     """Return the SHA-256 of a request in hex. The order of its fields does not matter."""
+    # ASCII escapes also represent lone surrogates, which UTF-8 cannot encode.
     text = json.dumps(body, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

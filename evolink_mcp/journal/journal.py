@@ -422,6 +422,7 @@ class Journal:
         async def act(db: Connection) -> Entry:
             limits = [(limit, mine) for limit, mine in ((cap, self._mine), (total_cap, EVERYONE)) if limit is not None]
             has_limit = cap is not None or running is not None
+            # A purchase without limits waits for no other purchase.
             locks = (*([TOTAL_LOCK] if total_cap is not None else []), *([self.profile] if has_limit else []))
             async with db.transaction(*locks):
                 facts, count, *sums_of_limits = await db.batch(

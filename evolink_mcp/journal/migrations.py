@@ -136,12 +136,15 @@ def migrate(db: sqlite3.Connection, migrations: Sequence[str] = MIGRATIONS) -> N
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > len(migrations):
         raise sqlite3.OperationalError("a newer version of evolink-mcp wrote it")
+    # A start with the current schema takes no write lock, which another server may hold.
     if version == len(migrations):
         return
     db.create_function("fold", 1, fold, deterministic=True)
     with transaction(db):
+        # Another server may have run the scripts while this one waited for the lock.
         (version,) = db.execute("PRAGMA user_version").fetchone()
         for number, script in enumerate(migrations[version:], start=version + 1):
+            # `executescript` would end the transaction.
             for statement in statements_of(script):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {number}")

@@ -25,6 +25,7 @@ FILE_NAME = "paid-tasks.jsonl"
 # The part of the file that is read first. The rest is read only if the journal lacks one of these entries.
 TAIL_BYTES = 64 << 10
 _COLUMNS = ("profile", *COLUMNS)
+# An older version wrote lines with fewer columns.
 _DEFAULTS = dict(zip(_COLUMNS, ("", *values_of(Entry("", "", Phase.SUBMITTED, 0.0))), strict=True))
 
 
@@ -66,11 +67,13 @@ class PaidRecord:
 
     def append(self, tasks: Iterable[PaidTask]) -> None:
         """Write one line for each task that has none yet, and sync the file to the disk."""
+        # After a deletion of the file, every task needs its line again.
         if not self.exists():
             self._known_keys.clear()
         new = [task for task in tasks if task.entry.key not in self._known_keys]
         if not new:
             return
+        # With O_APPEND and one write, POSIX does not mix the lines of two servers.
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(handle, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -88,6 +91,7 @@ class PaidRecord:
             status = os.stat(self._path_text)
         except FileNotFoundError:
             return False
+        # A folder in this place must not count as read, also if its size is equal.
         return status.st_size == self._read_to and stat.S_ISREG(status.st_mode)
 
     def exists(self) -> bool:
@@ -101,6 +105,7 @@ class PaidRecord:
 
     def read_tail(self) -> list[PaidTask]:
         """Return the tasks of the last lines."""
+        # The first line of this part is usually incomplete, and `_row_of` skips it.
         self._read_to = max(0, self._size() - TAIL_BYTES)
         return self.read_new()
 
@@ -114,6 +119,7 @@ class PaidRecord:
         with self.path.open("rb") as file:
             file.seek(self._read_to)
             data = file.read()
+        # Another server may be writing the last line.
         complete = data[: data.rfind(b"\n") + 1]
         self._read_to += len(complete)
         tasks = readable_tasks(row for row in map(_row_of, complete.splitlines()) if row)

@@ -27,6 +27,8 @@ _ADD = "INSERT INTO search_words (rowid, text) SELECT position, new.words FROM s
 _REMOVE = """INSERT INTO search_words (search_words, rowid, text)
         SELECT 'delete', position, old.words FROM search WHERE entry = old.key"""
 TRIGGERS = ("search_inserted", "search_updated", "search_deleted")
+# A contentless index stores no second copy of the words. To remove a row, it needs the old words.
+# Case does not matter, because `words` is folded.
 CREATE = f"""
     DROP TABLE IF EXISTS search_words;
     DROP TABLE IF EXISTS search;
@@ -51,7 +53,8 @@ CREATE = f"""
 """
 # Check whether the index is complete: a server without full-text search removes the triggers.
 HAS_INDEX = "SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND name = 'search_updated'"
-# Read the newest entries whose words have the terms, newest millisecond first. {filters} are conditions.
+# Read the newest entries with these terms in their words, newest millisecond first. {filters} are conditions.
+# CROSS JOIN keeps SQLite from another order of the tables, which would need a sort.
 RECENT_BY_WORDS = """SELECT entries.*, position FROM search_words CROSS JOIN search ON position = search_words.rowid
     CROSS JOIN entries ON key = entry WHERE search_words MATCH ? AND search_words.rowid BETWEEN ? AND ?
     AND {mine} AND {filters} ORDER BY search_words.rowid DESC LIMIT ?"""

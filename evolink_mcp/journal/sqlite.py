@@ -40,6 +40,7 @@ from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import fold, readable_entries
 
 if TYPE_CHECKING:
+    # The functions import SQLite and filelock, so that the list of tools does not wait for them (docs/speed.md).
     import sqlite3
 
     from filelock import BaseFileLock
@@ -92,6 +93,7 @@ class JournalFile:
         self._lock_wait_s = lock_wait_s
         self._is_locked = False  # the last write waited for a lock in vain
         self._db: sqlite3.Connection | None = None
+        # Text instead of `Path`, because every action reads the state of these files.
         self._paths = {tail: f"{self.path}{tail}" for tail in ("", "-wal", "-shm")}
         self._files: FileStates = {}
         self._record = PaidRecord(folder)
@@ -127,8 +129,10 @@ class JournalFile:
                     self._set_locked(is_locked=True)
                 # A short read is damage: a file is smaller than its index says.
                 is_short = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ
+                # A lock or a full disk: the file is intact.
                 if isinstance(error, sqlite3.OperationalError) and not is_short:
                     raise self.unwritable(str(error)) from error
+                # An error of the statement and not of the file.
                 if attempt == 2 or isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                     raise self.unwritable(str(error)) from error
                 self._set_aside()
@@ -165,6 +169,7 @@ class JournalFile:
         if owner in self._dead_owners:
             return True
         path = self.lease_path(owner)
+        # A FileLock would create the missing file.
         if not path.exists():
             return not _is_running(owner)
         lock = FileLock(path, mode=0o600)
@@ -209,6 +214,7 @@ class JournalFile:
         if self._db is None:
             files = _states(self._paths)
             if files[""] == MISSING:
+                # SQLite would create it with the permissions of the umask. Prompts are private.
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             elif files[""].size == 0 and files["-wal"].size > 0:
                 # SQLite would delete the log of an empty file, although only the log has the entries.
@@ -223,8 +229,10 @@ class JournalFile:
     def _connect(self) -> sqlite3.Connection:
         db = _connected(self.path, self._wait_s)
         try:
+            # The check is first, because the pragma below already changes the file.
             check_origin(db, self.path)
             db.execute("PRAGMA journal_mode = WAL")
+            # With NORMAL, a power cut would lose the newest transactions of the log.
             db.execute("PRAGMA synchronous = FULL")
             migrate(db)
             self._prepare_search(db)
@@ -251,6 +259,7 @@ class JournalFile:
             return
         log.warning("a file of the journal %s was deleted or truncated while it was open; it is restored", self.path)
         self._shut()
+        # SQLite would apply the log of the deleted database to the new one.
         if now[""] == MISSING:
             for tail in ("-wal", "-shm"):
                 with suppress(FileNotFoundError):
@@ -288,6 +297,7 @@ class JournalFile:
 
         if not self._copy_path.exists():
             return
+        # The copy is deleted after the merge, so a damaged file must not receive it.
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("database disk image is malformed")
         db.execute("ATTACH ? AS copy", (str(self._copy_path),))
@@ -308,6 +318,7 @@ class JournalFile:
         """
         if self._is_compared and not self._unrecorded and self._record.is_read():
             return
+        # Without its record the journal alone has the paid tasks, so a new record begins with all of them.
         if not self._record.exists():
             rows = db.execute("SELECT * FROM entries WHERE phase = 'submitted' ORDER BY created_at").fetchall()
             self._record.append(readable_tasks(rows))
@@ -373,6 +384,7 @@ class JournalFile:
             with suppress(OSError):
                 if self.path.stat().st_ino != self._files[""].inode:
                     return  # another server renamed the damaged file and created this one
+        # Two servers may detect the damage in the same second.
         aside = self.path.with_name(f"{FILE_NAME}.damaged-{int(self._clock())}-{self.owner[-6:]}")
         try:
             os.replace(self.path, aside)
@@ -395,6 +407,7 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
     import sqlite3
 
     file = JournalFile(folder, "reader")
+    # Even a reader of a WAL database writes its -shm file, so only a copy is opened.
     with TemporaryDirectory(prefix="evolink-mcp-") as name:
         copy = Path(name) / FILE_NAME
         record = PaidRecord(folder)
@@ -406,6 +419,7 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
                 check_origin(db, file.path)
                 migrate(db)
                 if not search.is_available(db):
+                    # `restore` inserts rows, and the triggers of the index would fail.
                     search.prepare(db, is_usable=False)
                 restore(db, record.read_all())
                 yield db
@@ -491,6 +505,7 @@ def _is_running(owner: str) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
+        # A missing permission, for example, proves that the process exists.
         return True
     return True
 
@@ -516,6 +531,7 @@ def _versions(path: Path) -> list[tuple[int, int]]:
 def _connected(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
     import sqlite3
 
+    # With Python's default isolation_level, sqlite3 begins transactions itself and without the write lock.
     db = sqlite3.connect(path, timeout=lock_wait_s, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.text_factory = _text

@@ -46,6 +46,7 @@ class AccountLinker:
         """
         if self.is_complete:
             return
+        # Several calls begin at the same time, and one test serves all of them.
         async with self._lock:
             if self.is_complete:
                 return

@@ -32,6 +32,7 @@ from evolink_mcp.sanitize import harmless
 log = logging.getLogger(__name__)
 
 MEMORY_MAX_BYTES = 8 << 20  # longer files go to a temporary file
+# The decoder accepts no longer file.
 SOURCE_MAX_BYTES = 100 << 20
 LOSSY = (MIME_TYPES["jpeg"], MIME_TYPES["webp"])
 
@@ -154,6 +155,7 @@ class Deriver:
         target = parse_target(fit)
         copies: dict[int, DerivedFile] = {}
         for image in entry.images:
+            # A repeated save must not make the copy again.
             if not image.is_saved or any(file.target == target.name for file in image.derived):
                 continue
             try:
@@ -259,6 +261,7 @@ class Deriver:
             return Derived(target, error=_reason_of(target, image, request))
         file = await self._image_store.save_derived(derivative)
         link = None
+        # The file is saved, so a missing link must not look like a failure.
         with suppress(EvolinkError):
             link = await self._image_store.link_derived(file)
         url, expires_at = link or (None, None)

@@ -256,6 +256,7 @@ class JournalWriter:
             return
         if entry != job.entry:
             self._change(job, entry)
+        # Only these changes cost a write. All others are visible in the next poll.
         is_settled = before is None or (before.status != task.status and task.settled)
         if is_settled or (before is not None and before.results != task.results):
             await self._write(job, entry, self.journal.update)

@@ -246,6 +246,7 @@ class Job:
         yield self.entry
         while not self.is_finished:
             changed = self._changed
+            # The scope ends before the yield: a generator must not yield inside a cancel scope.
             with anyio.move_on_after(heartbeat_s):
                 await changed.wait()
             yield self.entry
@@ -264,6 +265,7 @@ async def guarded(act: Callable[..., Awaitable[object]], *args: object) -> Probl
     except EvolinkError as error:
         return error.problem
     except Exception:
+        # In the task group, the error would cancel the jobs of all other requests.
         log.exception("unexpected error")
         return INTERNAL_FAULT
     return None

@@ -143,6 +143,7 @@ class Limits:
             nonlocal prices
             prices = self._prices.of(facts)
             ceiling = prices.ceiling(request.request)
+            # The caller and the user saw the lower ceiling.
             if ceiling > request.price_ceiling:
                 self._check_call(request, ceiling, prices)
                 self._check_approval(ceiling)
@@ -230,6 +231,7 @@ class Limits:
         limit = self._limits.running
         if limit is not None and running >= limit:
             raise TooManyRunning.of(running, limit)
+        # Until it is a job, a request counts here: its uploads take time. The journal counts the tasks of all servers.
         self._ordering += 1
         try:
             yield

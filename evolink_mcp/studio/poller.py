@@ -111,6 +111,7 @@ class Poller:
         Raises:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
+        # A single job has no poll to share, so it does not wait for a batch.
         if self.jobs <= 1:
             return await self._read_one(task_id)
         read = _Read(task_id)
@@ -139,6 +140,7 @@ class Poller:
             while self._due:
                 await self._sleep(GATHER_S if self.jobs < MANY else GATHER_MANY_S)
                 while self._has_batch_reads and (reads := self._next_batch()):
+                    # The gathering continues while this batch waits for its answer.
                     self._group.start_soon(guarded, self._answer, reads)
                 for read in self._next_batch():
                     await self._keep_pace()
@@ -160,8 +162,10 @@ class Poller:
     async def _answer(self, reads: list[_Read]) -> None:
         """Answer these reads with one batch request. Read a task alone if the batch answer lacks facts."""
         tasks: dict[str, Task] = {}
+        # Also a cancellation of the batch must end the wait of every job in it.
         error: EvolinkError | None = Unreadable("the poll was interrupted")
         try:
+            # The batch endpoint is not documented, so a single task is read with the documented one.
             tasks = await self._read_batch([read.task_id for read in reads]) if len(reads) > 1 else {}
             error = None
         except EvolinkError as caught:
@@ -232,6 +236,7 @@ class Poller:
     async def _keep_pace(self) -> None:
         """Keep all reads of this account below READS_PER_S and outside EvoLink's rate limit."""
         now = self._monotonic()
+        # The time is reserved before the sleep, so that concurrent polls get different times.
         self._next_read_at = max(self._next_read_at + 1 / READS_PER_S, now, self.rate_limit.until)
         if self._next_read_at > now:
             await self._sleep(self._next_read_at - now)
@@ -286,6 +291,7 @@ class TaskFollower:
         assert task is not None
         # Only a new purchase rests before its first poll. Any other task may be settled already.
         is_new = job.is_acknowledged
+        # The system's clock may have been set back since the purchase.
         age_s = 0.0 if is_new else max(0.0, self._timing.clock() - job.entry.created_at)
         accepted_at = anyio.current_time() - age_s
         polled_at = anyio.current_time()
@@ -328,6 +334,7 @@ class TaskFollower:
             except Unreadable as error:
                 failures += 1
                 log.info("poll of %s failed: %s", task.id, error.code)
+                # Without tokens the next poll waits for its usual time.
                 if self._retry_budget.spend(is_lost=error.http_status is None):
                     await self._timing.sleep(backoff_s(min(failures, 3)))
                     rests_first = False

@@ -44,7 +44,9 @@ QUALITY = "quality "
 LOWER_BY_MAX = 0.05
 # The uncertainty of a computed price, as a share, up to which a bill determines the price factor from below.
 CERTAIN_WITHIN = 0.05
+# EvoLink rounds each component of a charge up to 0.0001 credit.
 CREDIT_ERROR = 0.0001
+# A factor is rounded up to 0.0001, so that no price ceiling is too low.
 FACTOR_STEP = 10_000
 
 
@@ -73,6 +75,7 @@ class Bills:
         """Return the content of the fact. A damaged fact counts as missing."""
         try:
             data: Any = json.loads(text or "{}")
+            # A server of another version may have written other fields.
             bills = cls(**{each.name: data[each.name] for each in fields(cls) if each.name in data})
             is_valid = 0 < bills.factor < math.inf and bills.rule in (None, *sizes.RULES)
         except (ValueError, TypeError, RecursionError):
@@ -168,6 +171,7 @@ class Prices:
     def at_most(self, candidates: Iterable[Size | None], quality: str, n: int = 1, **options: Any) -> float:
         """Return the highest possible charge of one of these sizes in credits. `options` are arguments of `costs.at_most`."""
         possible = list(candidates)
+        # EvoLink may charge the price of the requested quality again.
         qualities = {quality, self.bills.qualities.get(quality, quality)}
         return max(costs.at_most(possible, each, n, factor=self.factor, **options) for each in qualities)
 
@@ -209,6 +213,7 @@ class AccountPrices:
         If the journal cannot be read, or not within `wait_max_s` seconds, nothing changes and `is_current` is false.
         """
         if time.monotonic() - self._read_at >= fresh_for_s:
+            # Before the read, so that other calls use the last prices meanwhile.
             self._read_at = time.monotonic()
             self.is_current = False
             with anyio.move_on_after(wait_max_s):
@@ -232,6 +237,7 @@ def learn(entry: Entry, facts: Mapping[str, str], setting: str = AUTO) -> dict[s
 
     An image proves a size rule only if the two tables differ for its request and one of them has its pixels.
     """
+    # An unconfirmed match or a task of another program proves nothing about this request.
     if entry.task is None or entry.is_unconfirmed or not entry.request or not entry.account:
         return {}
     before = Prices.from_facts(facts, setting)
@@ -329,6 +335,7 @@ class _Request:
             return None
         task = entry.task
         is_final = task is not None and task.settled and bool(task.results)
+        # EvoLink may make fewer images than requested, and bills those.
         count = min(len(task.results), request.n) if task is not None and is_final else request.n
         pixels = {(image.width, image.height) for image in entry.images}
         width, height = pixels.pop() if len(pixels) == 1 else (None, None)
@@ -357,6 +364,7 @@ class _Request:
             return costs.price(size, quality, n, model=model, **options).credits
 
         return _Range(
+            # The tokens of prompt and reference images are unknown, so the lowest price has none.
             price(self.count),
             price(self.request.n, references=references, prompt_tokens=prompt_bytes),
             price(self.count, references=references, prompt_tokens=costs.prompt_tokens(prompt)),
@@ -369,6 +377,7 @@ def _with_bill(entry: Entry, prices: Prices) -> Prices:
     request = _Request.of(entry)
     if task is None or request is None or entry.created_at < prices.bills.changed_at:
         return prices
+    # Only a completed task shows a price.
     charge = entry.charge if task.status == COMPLETED else None
     if charge:
         after = replace(prices, bills=_explain(entry, request, prices, charge, is_final=True))
@@ -395,6 +404,7 @@ def _explain(entry: Entry, request: _Request, prices: Prices, credits: float, *,
     if any(each.has(credits, bills.factor, lower_by=LOWER_BY_MAX) for each in expected):
         if bills.rule is None or not is_final:
             return bills
+        # The charge may fit only by the table of the images. Then the table of earlier bills is obsolete.
         by_bills = replace(request, measured=None).ranges((bills.rule,), billed_quality)
         is_by_bills = any(each.has(credits, bills.factor, lower_by=LOWER_BY_MAX) for each in by_bills)
         return bills if is_by_bills else bills.changed(entry, rule=None)
@@ -405,6 +415,7 @@ def _explain(entry: Entry, request: _Request, prices: Prices, credits: float, *,
         return bills.changed(entry, rule=other_rule)
     other_qualities = {requested: charged for requested, charged in bills.qualities.items() if requested != quality}
     names = (quality, *(each for each in request.request.image_model.qualities if each != quality))
+    # A discount may have ended, so the published price is tried too.
     for factor in dict.fromkeys((bills.factor, 1.0)):
         for name in names:
             if is_price(prices.possible_rules, name, factor):

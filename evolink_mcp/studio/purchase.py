@@ -80,6 +80,7 @@ class Purchaser:
         request = prepared.request
         self._check_rate_limit()
         self._limits.check_call(request)
+        # `admit` checks these limits again. Here they only prevent an upload for a request that they forbid.
         if prepared.references.has_uploads:
             await self._limits.check_days([request])
         body = await self._references.upload_all(prepared.references)
@@ -90,10 +91,12 @@ class Purchaser:
             phase=Phase.INTENT,
             created_at=self._timing.clock(),
             fingerprint=prepared.request_hash,
+            # EvoLink does not know `fit`. The journal keeps it for a server that continues the entry.
             request=body if request.fit is None else {**body, "fit": request.fit},
             estimate=request.price_ceiling,
             save_as=request.save_as,
             account=journal.account,
+            # Without a caller, an identical call at another server could claim the purchase at once.
             caller=journal.owner,
             references=prepared.references.references(body),
         )
@@ -116,6 +119,7 @@ class Purchaser:
             if job.sending_scope.cancelled_caught:
                 await writer.record_phase(job, Phase.UNSENT, error=ABANDONED)
         except TaskKnown:
+            # EvoLink returned an earlier task, so it is unknown whether this POST made a further one.
             await writer.record_phase(job, Phase.UNKNOWN, error=ANSWERED_WITH_EARLIER_TASK)
         except EvolinkError as error:
             if job.entry.phase != Phase.INTENT:  # only an entry that certainly was not sent becomes `unsent`
@@ -123,6 +127,7 @@ class Purchaser:
             job.problem = error.problem
             await writer.record_phase(job, Phase.UNSENT, error=error.problem)
         finally:
+            # The entry would reserve credits until another server adopts it.
             if job.entry.phase == Phase.INTENT:
                 with anyio.CancelScope(shield=True):
                     await writer.record_phase(job, Phase.UNSENT, error=INTERRUPTED)
@@ -138,10 +143,12 @@ class Purchaser:
         for repeat in range(REPEATS_MAX + 1):
             began = anyio.current_time()
             try:
+                # All attempts have the same key. No rule relies on it, because EvoLink does not document idempotency.
                 task = await self._client.submit(
                     body, idempotency_key=entry.key, on_sending=partial(writer.record_sending, job)
                 )
             except (RateLimited, Unreachable) as error:
+                # Both errors prove that EvoLink bought nothing, and their cause may pass.
                 if isinstance(error, RateLimited):
                     self._rate_limit.extend(error.retry_after_s)
                     self._rate_limit.purchases_at = max(self._rate_limit.purchases_at, error.retry_at or 0.0)
@@ -151,6 +158,7 @@ class Purchaser:
                     phase = Phase.REFUSED if isinstance(error, RateLimited) else Phase.UNSENT
                     return await writer.record_phase(job, phase, error=error.problem)
                 log.info("POST failed (%s), retrying in %.1f s", error.code, wait_s)
+                # A crash during the wait must leave an entry that was certainly not sent.
                 await writer.record_phase(job, Phase.INTENT)
                 await self._timing.sleep(wait_s)
             except Rejected as error:
@@ -167,6 +175,7 @@ class Purchaser:
         entry = job.entry
         if self._callbacks is None:
             return entry.body
+        # With the caller's own address, EvoLink does not call this server.
         if "callback_url" not in entry.request:
             job.callback = Callback.EXPECTED
         return self._callbacks.add_address(entry.body, self._writer.journal.channel, entry.key)

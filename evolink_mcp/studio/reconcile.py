@@ -24,13 +24,14 @@ from evolink_mcp.studio.size_rule import size_of
 log = logging.getLogger(__name__)
 
 REPEAT_WITHIN_S = 30.0
+# The assumed error of a clock while no answer of EvoLink has shown its own time.
 CLOCK_SKEW_S = 60.0
 # EvoLink's clock is known to a second, and its task IDs contain whole seconds.
 CLOCK_ERROR_S = 3.0
 # EvoLink makes the task of a purchase within this time after the entry was recorded.
 SPAN_S = REPEAT_WITHIN_S + SUBMIT_DEADLINE_S
-# Other entries in these phases may own the same candidate. A `found` entry counts too: a caller may have read one of
-# two candidates with get_task, and that does not make the other one certain.
+# Other entries in these phases may own the same candidate. An `external` entry counts too: with get_task, a caller may
+# have read one of two candidates, and that does not make the other one certain.
 RIVAL_PHASES = (Phase.SENDING, Phase.UNKNOWN, Phase.EXTERNAL)
 # The account's list is read at once and again later, because EvoLink may list a new task with a delay.
 LIST_DELAYS_S = (0.0, 3.0)
@@ -166,6 +167,7 @@ class Reconciler:
             except EvolinkError as error:
                 log.info("cannot read candidates together: %s", error.code)
                 break
+            # A batch answer may lack credits, and a match needs them.
             tasks |= {task.id: task for task in batch.values() if task.has_credits}
         for task_id in [task_id for task_id in task_ids if task_id not in tasks][:SINGLE_READS_MAX]:
             try:

@@ -25,6 +25,7 @@ from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
 
 log = logging.getLogger(__name__)
 
+# EvoLink's links live as long, so an earlier result can still be downloaded.
 DEDUPLICATE_WITHIN_S = 24 * 3600
 LATE_CANCELLATION_S = 1.0
 REPEAT_AFTER_S = 5.0
@@ -86,13 +87,16 @@ class JobRunner:
             job = await self._find(prepared)
             if job is not None:
                 return job
+        # After the search, because an earlier purchase is returned even if its folder is full.
         await self._saver.check_space(prepared.request, prepared.size_rule)
         with self._limits.place(self.jobs):
+            # An upload is free, so a cancellation may still stop the call here.
             entry = await self._purchaser.entry_for(prepared)
             with anyio.CancelScope(shield=True):
                 try:
                     entry = await self._limits.admit(prepared.request, entry)
                 except JournalUnwritable:
+                    # The entry may be recorded although the answer was lost. It must not count as running.
                     self._writer.withdraw(entry.key)
                     raise
                 job = self._begin(entry, self._buy, client=prepared.request.client, is_audited=True)
@@ -125,6 +129,7 @@ class JobRunner:
             await self._writer.remove_caller(job.entry.key)
 
     async def _find(self, prepared: Prepared) -> Job | None:
+        # With an interval, a loop adopts the entries, and a call need not wait for it.
         if self._journal.adopt_every_s is None:
             await self.adopt()
         job, is_awaited = await self._claim(prepared)
@@ -144,6 +149,7 @@ class JobRunner:
         is_awaited = earlier.is_awaited and self._journal.can_publish
         for entry in earlier.entries:
             job = self.job_of(entry.key)
+            # An abandoned job buys nothing, so its entry cannot be returned.
             is_abandoned = job is not None and job.is_abandoned
             if is_abandoned or not entry.is_reusable(now):
                 continue
@@ -178,6 +184,7 @@ class JobRunner:
             entries = await self._journal.adopt()
         for entry in entries:
             job = self.job_of(entry.key)
+            # The journal has made this server the owner, so the waiting job continues at once.
             if job is not None and job.has_remote_owner:
                 job.wake()
             if job is not None or self._writer.is_unwritten(entry.key):
@@ -261,8 +268,10 @@ class JobRunner:
         is_audited: bool = False,
     ) -> Job:
         job = Job(entry)
+        # Before the coroutine starts, so that an entry never gets a second job.
         self.jobs.append(job)
         with without_deadline():
+            # The job continues after the call that began it.
             self._group.start_soon(self._run, job, act, client, is_audited)
         return job
 
@@ -277,6 +286,7 @@ class JobRunner:
         while job.copy_name is not None and await self._acquire(job.entry.key):
             job.problem = await guarded(self._saver.save_copies, job) or job.problem
             await self._writer.release(job)
+        # Callers that `finish` wakes must not find this job with `job_of`.
         self.jobs.remove(job)
         job.finish()
         self._repeat_later(job)
@@ -285,6 +295,7 @@ class JobRunner:
         await self._purchaser.buy(job)
         if job.entry.task is not None:
             job.record_answer(is_running=True)
+            # The decoder starts while EvoLink works, and the poll does not wait for it.
             self._group.start_soon(guarded, self._saver.prepare)
         await self._follow(job)
 
@@ -308,6 +319,7 @@ class JobRunner:
             except TaskKnown:
                 await self._find_owner_of_task(job)
         job.following_scope = None
+        # Either the lease is lost, or another entry has the task.
         if not is_owner:
             await self._watch_remote(job)
 
@@ -321,9 +333,11 @@ class JobRunner:
         await self._follower.follow(job)
         if await self._purchaser.reconciler.refute(job):
             return
+        # A failed task may have images too.
         if job.entry.task.results or job.entry.task.status == COMPLETED:
             job.move_to(JobState.SAVING)
             await self._saver.save(job)
+            # The download shows the pixels, which may contradict the request too.
             if await self._purchaser.reconciler.refute(job):
                 return
         if job.copy_name is not None:
@@ -357,6 +371,7 @@ class JobRunner:
                 self._writer.show_remote_entry(job, entry)
             if await self._acquire(entry.key):
                 break
+            # Each poll makes EvoLink query its provider, so only a caller's question causes a further one.
             polls = await job.rest(self._journal.reread_s, self._timing.idle)
         job.change_to(await self._writer.entry_by_key(job.entry.key) or job.entry)
         job.become_owner()

@@ -30,12 +30,14 @@ from evolink_mcp.studio.jobs import ImageRequest, Job, Timing
 from evolink_mcp.studio.poller import merge
 from evolink_mcp.studio.schedule import backoff_s
 
+# EvoLink's documentation: a link lives 24 h.
 LINK_LIVES_S = 24 * 3600
 REREADS_MAX = 3
 REREAD_AFTER_S = 0.5
 REPEATS_MAX = 4
 UNUSABLE_REPEATS_MAX = 1
 DOWNLOADS_AT_ONCE = 4
+# An RGBA image without compression.
 BYTES_PER_PIXEL = 4
 
 
@@ -86,6 +88,7 @@ class ImageSaver:
         assert task is not None
         images = self._images(job, task)
         self._writer.show_images(job, _in_order(images))
+        # A moved file needs no download.
         present_entry = await self._image_store.locate(job.entry)
         indexes = {image.index for image in present_entry.images if image.needs_download}
         links = _FreshLinks(job, self._client, self._writer, self._timing)
@@ -101,6 +104,7 @@ class ImageSaver:
         """Save the images again under the name that the deduplicated request wants."""
         images = {image.index: image for image in job.entry.images}
         copy_name = job.copy_name
+        # Before the copies, so that a request that joins meanwhile can set its own name.
         job.copy_name = None
         for image in job.entry.images:
             images[image.index] = await self._image_store.copy(job.entry, image, copy_name)
@@ -140,11 +144,13 @@ class ImageSaver:
                 event = Failed(job.entry, images[image.index])
             else:
                 event = Saved(job.entry, images[image.index])
+        # Each image is recorded at once: after a crash, the next server downloads only the others.
         await self._writer.record_images(job, _in_order(images))
         self._writer.events.publish(event)
 
     async def _download(self, job: Job, images: dict[int, ResultImage], index: int, links: _FreshLinks) -> ResultImage:
         """Return the saved image. A new link replaces a refused one in `images`."""
+        # Without a waiting caller no answer shows a preview.
         edge = edge_of(len(job.entry.images), self._preview_edge) if job.callers else 0
         repeats = 0
         while True:
@@ -195,6 +201,7 @@ class _FreshLinks:
 
     async def replace(self, image: ResultImage) -> ResultImage | None:
         """Return the image with its new link, or None if EvoLink sends no other one."""
+        # Several images may be refused at the same time, and one read renews all links.
         async with self._lock:
             task = self._job.entry.task
             if not self._has_asked and task is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 SETTINGS = (AUTO, *sizes.RULES)
+# The table of EvoLink's page of 2026-04-23. Until an image proves a table, a price ceiling covers both.
 PUBLISHED_RULE: Rule = "anchor-edge"
 
 
@@ -21,10 +22,12 @@ def shown_by(entry: Entry) -> Rule | None:
         cells: dict[Rule, sizes.Size | None] = {rule: size_of(entry, rule) for rule in sizes.RULES}
     except ValueError:
         return None
+    # Both tables have the same pixels for this request.
     if len(set(cells.values())) < len(cells):
         return None
     pixels = {(image.width, image.height) for image in entry.images if image.is_saved}
     matching_rules: list[Rule] = [rule for rule, size in cells.items() if size and (size.width, size.height) in pixels]
+    # Images with the pixels of both tables contradict each other.
     return matching_rules[0] if len(matching_rules) == 1 else None
 
 

@@ -36,6 +36,7 @@ from evolink_mcp.studio.times import DAY_S
 log = logging.getLogger(__name__)
 
 ADOPT_AFTER_S = 1.0
+# Both together below 2 s: then the client of the MCP SDK kills a server that has not ended.
 SUBMIT_GRACE_S = 1.0
 CLOSE_GRACE_S = 0.3
 OTHER_KEY = OtherKey("another API key bought it, so this server does not poll it").problem
@@ -88,10 +89,12 @@ async def run_studio(
             try:
                 yield studio
             finally:
+                # A POST in progress gets time to record its task ID before everything is cancelled.
                 await studio.stop()
                 group.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_GRACE_S):
+            # Both writes survive a cancellation, and the deadline lets the process end although the disk hangs.
             await durations.write()
             await journal.close()
 
@@ -113,6 +116,7 @@ class Studio:
         events = Events(options.subscribers)
         prices = AccountPrices(journal, options.size_rule)
         writer = JournalWriter(journal, events, prices.learn)
+        # The studios of one account share a poller, so that all its tasks share batches and one rate limit.
         poller = options.poller or Poller(client, group, events=events, sleep=timing.sleep)
         self.client = client
         self.journal = journal
@@ -196,6 +200,7 @@ class Studio:
                 request = replace(request, save_as=self.image_store.check_name(request.save_as))
             series.append(self._prepared(request, replace(first.references, body=request.request.body())))
         await self._linker.link()
+        # An unsent entry of a dead server becomes final here, so it does not count as an earlier purchase.
         await self._runner.adopt()
         new = [prepared.request for prepared in series if not await self._runner.has_earlier(prepared)]
         await self._limits.check_series(new, self._runner.jobs)
@@ -216,6 +221,7 @@ class Studio:
         self._has_caller.set()
         if prepared is None:
             prepared = await self.prepare(request)
+        # An undelivered purchase of an earlier key counts as an identical purchase too.
         await self._linker.link()
         job = await self._runner.find_or_buy(prepared)
         job.notes = prepared.references.notes
@@ -270,6 +276,7 @@ class Studio:
                 raise JournalUnwritable(
                     error.message, advice=TASK_CONTINUES, charged="unknown", retryable=True
                 ) from error
+            # Without the journal, a poll of the task is still possible and free.
             return None
         if entry is None and self._options.is_shared:
             raise TaskUnknown(f"there is no task {task_id} here")
@@ -325,11 +332,13 @@ class Studio:
         try:
             yield
         except anyio.get_cancelled_exc_class():
+            # Other calls still wait for the purchase.
             if job.callers == 1:
                 job.abandon()
             raise
         finally:
             with anyio.CancelScope(shield=True):
+                # Without this record, no identical call could get the purchase.
                 await self.depart(job)
 
     def attend(self, job: Job) -> None:
@@ -359,6 +368,7 @@ class Studio:
             return [], "other callers use this account too, so its task list is not shown"
         entries = await self.journal.recent(limit, status="unknown")
         entries = [entry for entry in entries if self.journal.is_linked(entry.account)]
+        # A job already reconciles its own entry.
         lost = [entry for entry in entries if entry.phase == Phase.UNKNOWN and not self._runner.job_of(entry.key)]
         for job in [await self._runner.resume(entry) for entry in lost]:
             with anyio.move_on_after(SYNC_WAITS_S):
@@ -434,6 +444,7 @@ class Studio:
             JournalUnwritable: the open entries are unknown.
         """
         if self.client.has_key:
+            # EvoLink may be slow, and the entries of known accounts need no link.
             with anyio.move_on_after(LINK_WITHIN_S):
                 await self._linker.try_to_link()
             await self._runner.adopt()
@@ -462,6 +473,7 @@ class Studio:
 
         def start(event: Event) -> None:
             if isinstance(event, Changed):
+                # A slow subscriber must not delay the job that published the event.
                 self._group.start_soon(guarded, subscriber, event.task_id)
 
         self._events.subscribe(start)
