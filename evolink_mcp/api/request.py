@@ -107,7 +107,7 @@ def _image_source(text: str) -> str:
     if _SECOND_URL.search(text):
         raise ValueError("holds two addresses: give a list, with each of them as a string of its own")
     scheme = _SCHEME.match(text)
-    if scheme is None or len(scheme[1]) == 1 or scheme[1].lower() in _LOCAL_SCHEMES:
+    if scheme is None or scheme[1].lower() in _LOCAL_SCHEMES:
         return text
     if scheme[1].lower() not in ("http", "https"):
         raise ValueError(f"cannot be a {harmless(scheme[1], 20)}: address; use https://, a path or file://")

@@ -465,8 +465,6 @@ def move_patiently(
     for pause_s in pauses_s:
         try:
             return move(source, target)
-        except FileExistsError:
-            raise
         except PermissionError:
             sleep(pause_s)
     return move(source, target)

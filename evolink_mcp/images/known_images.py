@@ -153,9 +153,10 @@ class KnownImages:
     async def _by_url(self, url: str) -> KnownImage | None:
         bare = _without_query(url)
         for entry in await self._journal.by_image(bare, CANDIDATES_MAX):
-            links = {image.index: image.url for image in entry.images}
-            links |= dict(enumerate(entry.task.results)) if entry.task else {}
-            index = next((index for index, link in links.items() if _without_query(link) == bare), None)
+            # EvoLink may have sent a newer link since the image was saved. Callers may have either of them.
+            links = [(image.index, image.url) for image in entry.images]
+            links += enumerate(entry.task.results) if entry.task else ()
+            index = next((index for index, link in links if _without_query(link) == bare), None)
             if index is not None and entry.task_id is not None:
                 return KnownImage(entry.task_id, index, entry)
         # A link to an object store has the name of the object.

@@ -157,7 +157,7 @@ class ImageStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SavedImage:
-    """The facts of a saved file, in the fields of `Picture`. Width and height are in pixels, `sha256` is in hex."""
+    """The facts of a saved file, in the fields of `ResultImage`. Width and height are in pixels, `sha256` is in hex."""
 
     path: str
     mime_type: str

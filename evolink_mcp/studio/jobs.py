@@ -243,13 +243,15 @@ class Job:
 
     async def states(self, heartbeat_s: float = 4.0) -> AsyncGenerator[Entry, None]:
         """Yield the entry now, at each change and at least every `heartbeat_s` seconds, until the job is finished."""
-        yield self.entry
-        while not self.is_finished:
+        while True:
+            # Read it before the yield: the entry may change while the consumer works with the earlier state.
             changed = self._changed
-            # The scope ends before the yield: a generator must not yield inside a cancel scope.
+            is_last = self.is_finished
+            yield self.entry
+            if is_last:
+                return
             with anyio.move_on_after(heartbeat_s):
                 await changed.wait()
-            yield self.entry
 
 
 def _state_of(entry: Entry) -> JobState:

@@ -28,7 +28,9 @@ def instant(text: str, now: float, *, end: bool = False) -> float:
     """
     words = text.strip().lower()
     if words in ("today", "yesterday"):
-        midnight = start_of_day(now - (DAY_S if words == "yesterday" else 0))
+        midnight = start_of_day(now)
+        if words == "yesterday":
+            midnight = start_of_day(midnight - 1)  # a day can have 23 or 25 hours
         return _end_of_day(midnight) if end else midnight
     if days := re.fullmatch(r"([0-9]{1,4}) ?d(?:ays?)?", words):
         return now - int(days[1]) * DAY_S

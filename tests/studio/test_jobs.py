@@ -52,6 +52,19 @@ async def test_a_job_moves_only_along_its_table(start: JobState, target: JobStat
         assert job.state is start
 
 
+async def test_a_change_while_a_call_handles_the_earlier_state_is_not_missed() -> None:
+    job = Job(Entry("key", "owner", Phase.INTENT, 0.0))
+    states: list[tuple[Phase, JobState]] = []
+    async with aclosing(job.states(math.inf)) as entries:
+        async for entry in entries:
+            states.append((entry.phase, job.state))
+            if entry.phase is Phase.INTENT:
+                job.change_to(Entry("key", "owner", Phase.REFUSED, 0.0))
+            elif not job.is_finished:
+                job.finish()
+    assert states == [(Phase.INTENT, PREPARED), (Phase.REFUSED, PREPARED), (Phase.REFUSED, DONE)]
+
+
 async def test_an_answer_that_confirms_the_known_state_wakes_its_waiting_calls() -> None:
     job = Job(Entry("key", "owner", Phase.SUBMITTED, 0.0))
     async with aclosing(job.states(math.inf)) as states, anyio.create_task_group() as group:
