@@ -19,6 +19,7 @@ Schema = dict[str, Any]
 
 def undescribed(schema: Schema) -> None:
     """Remove a model's docstring from its published schema. Use it as `json_schema_extra`."""
+    # The docstring is for programmers, and the list of tools must stay small.
     schema.pop("description", None)
 
 
@@ -63,6 +64,7 @@ def input_schema(model: type[BaseModel]) -> Schema:
             del field["default"]
         if "const" in field:
             field["enum"] = [field.pop("const")]
+        # Only integers have an exclusive maximum here, so one less is the same limit.
         if "exclusiveMaximum" in field:
             field["maximum"] = field.pop("exclusiveMaximum") - 1
         field.pop("examples", None)
@@ -116,10 +118,12 @@ def _flatten(node: Any, definitions: Schema) -> Any:
             return {**types[0], **rest, "type": nullable}
     flat: Schema = {}
     for key, value in schema.items():
+        # An argument may have the name of a keyword: derive_image has `format`.
         if key == "properties":
             fields: Schema = value
             flat[key] = {name: _flatten(field, definitions) for name, field in fields.items()}
         elif key == "description":
+            # The rest of a docstring would enlarge the list of tools.
             flat[key] = str(value).partition("\n\n")[0]
         elif key not in ("title", "$defs") or not isinstance(value, str | dict):
             flat[key] = _flatten(value, definitions)

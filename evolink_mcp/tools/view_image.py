@@ -88,6 +88,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
             raise _no_preview(str(file), "no")
         return _image_first(block, f"Picture {harmless(file, PATH_MAX_CHARS)}")
 
+    # Codex and opencode drop images beside structured content, so this tool has no output schema.
     return flat_tool(view_image, ViewImageArguments, None, _format_error, title="View image", annotations=READS)
 
 
