@@ -159,6 +159,7 @@ def add_completions(server: MCPServer[Any], studio: Studio) -> None:
             values = await _prompt_values(argument.name, studio)
         word = argument.value.strip().lower()
         fitting = list(dict.fromkeys(value for value in values if word in value.lower()))
+        # The sort is stable, so the newest tasks stay first.
         fitting.sort(key=lambda value: not value.lower().startswith(word))
         return Completion(values=fitting[:COMPLETIONS_MAX], total=len(fitting), has_more=len(fitting) > COMPLETIONS_MAX)
 
