@@ -44,6 +44,7 @@ class ReloadedFile(Generic[T]):
         self._read = read
         self._name = name
         self._clock = clock
+        # Before the read, so that a change during the read causes another read.
         self._version = self._file_version()
         self.content = read(path)
         self._checked_at = clock()
@@ -74,4 +75,5 @@ class ReloadedFile(Generic[T]):
             status = self._path.stat()
         except OSError:
             return None
+        # A replacement can have the time and the size of the former file.
         return status.st_mtime_ns, status.st_size, status.st_ino

@@ -202,6 +202,7 @@ class TeamSettings(Settings):
     )
     store_link_hours: float = setting(
         "EVOLINK_MCP_STORE_LINK_HOURS",
+        # A link for 0 hours would never work.
         lambda text: number(LINK_HOURS_MAX)(text) or LINK_HOURS,
         LINK_HOURS,
         "Lifetime of a link to a stored image, in hours.",
