@@ -44,6 +44,7 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
     opencode = _json({"$schema": "https://opencode.ai/config.json", "mcp": {SERVER_NAME: server("opencode")}})
     line = [command, *args]
     pairs = [f"{name}={value}" for name, value in env.items()]
+    # The option -e takes several values, so the name of the server stands before it.
     claude = ["claude", "mcp", "add", SERVER_NAME, "-s", "user", *_each("-e", pairs), "--", *line]
     codex = ["codex", "mcp", "add", SERVER_NAME, *_each("--env", pairs), "--", *line]
     gemini = ["gemini", "mcp", "add", "-s", "user", *_each("-e", pairs), SERVER_NAME, *line]
@@ -80,6 +81,7 @@ def server_value(host: str, command: str, args: Sequence[str], env: Mapping[str,
         case "zed":
             return {"args": [], **entry}
         case "opencode":
+            # opencode counts its timeout in milliseconds.
             line = [command, *args]
             return {"type": "local", "command": line, "environment": dict(env), "timeout": CALL_S * 1000}
         case "copilot":
@@ -138,6 +140,7 @@ def _each(flag: str, values: Sequence[str]) -> list[str]:
 
 def command_line(words: Sequence[str]) -> str:
     """Return a command with its arguments for a shell."""
+    # cmd.exe does not know the single quotes of shlex.
     if sys.platform == "win32":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)
