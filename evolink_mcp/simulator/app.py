@@ -190,6 +190,7 @@ class Simulator(Simulation):
             return Response(HTML, media_type="text/html")
         if "hostile-picture" in task.faults and int(name[1]) == 1:
             return Response(b"\xff\xd8" + b"\xff" * 100_000 + b"\xd9", media_type="image/jpeg")
+        # A drawing takes long, and the other requests of the same client need their answers meanwhile.
         data = await anyio.to_thread.run_sync(self.draw, task, int(name[1]))
         return Response(
             data[: len(data) // 2] if "truncated-picture" in task.faults else data, media_type=f"image/{task.kind}"
@@ -199,6 +200,7 @@ class Simulator(Simulation):
         """Return image `index` of a task as a file."""
         from evolink_mcp.simulator.paintings import paint
 
+        # A client may download an image again, and a drawing is slow.
         if (task.id, index) not in self._drawn:
             width, height = (edge // 2 for edge in task.size) if "other-size" in task.faults else task.size
             self._drawn[task.id, index] = paint(
