@@ -57,6 +57,7 @@ def path_readings(text: str, system: PathSystem) -> list[str]:
     """
     steps = (*_STEPS, *((_as_windows_path,) if system.is_windows else (_with_slashes,)))
     readings = [text]
+    # The list grows in the loop, because a pasted path can have several decorations.
     for reading in readings:
         texts = [step(reading) for step in steps]
         if system.distribution is not None:
@@ -93,6 +94,7 @@ def name_fault(part: str) -> str | None:
 
 def file_name_of(path: str) -> str:
     """Return the last part of a path of any system."""
+    # ntpath knows the separators of both systems.
     return ntpath.basename(path.rstrip("\\/"))
 
 
