@@ -161,10 +161,12 @@ def _without_markdown(text: str) -> str | None:
 
 
 def _without_at(text: str) -> str | None:
+    # Claude Code and Gemini CLI write @ before the path of a file.
     return text[1:] if text.startswith("@") else None
 
 
 def _without_sandbox(text: str) -> str | None:
+    # ChatGPT writes links to its files as sandbox:/mnt/data/….
     return text[8:] if text[:8].lower() == "sandbox:" else None
 
 
@@ -173,6 +175,7 @@ def _without_file_scheme(text: str) -> str | None:
     if match is None:
         return None
     rest = text[match.end() :]
+    # A URI has a slash before the drive: file:///C:/x.
     return rest[1:] if _DRIVE_AFTER_SLASH.match(rest) else rest
 
 

@@ -91,6 +91,7 @@ def setting(
     if default_text is None:
         default_text = _text_of(default)
     entry = Setting(variable, parse, default, default_text, description, is_secret, keeps_quotes, requires)
+    # A traceback or a log can print the settings.
     return field(kw_only=True, repr=not is_secret, metadata={Setting: entry})
 
 
@@ -584,6 +585,7 @@ class Settings:
         return [
             f"{variable} sends your API key to {hostname}, which is not EvoLink's"
             for variable, hostname in hostnames.items()
+            # With the dot, because notevolink.ai is another domain.
             if not is_loopback(hostname) and hostname != EVOLINK_DOMAIN and not hostname.endswith("." + EVOLINK_DOMAIN)
         ]
 
@@ -620,6 +622,7 @@ def has_links() -> bool:
 
 def environment_without_settings() -> dict[str, str]:
     """Return this process's environment for a child process with its own settings."""
+    # The demo must not spend with the key of the user.
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 

@@ -87,6 +87,7 @@ async def open_studio(
     # Without a key the journal shows all entries of the profile and adopts none.
     identity = account_id_of(settings.key.get_secret_value(), settings.base_url) if settings.key else ""
     profile = parts.tenant or settings.profile
+    # Allowed folders are for a server without tenants. A tenant gets no local files.
     is_local = not parts.has_remote_callers or (bool(settings.allowed_dirs) and not parts.tenant)
     # Remote callers may use only the output folder, unless the owner of the server allowed folders explicitly.
     folders = settings.folders if is_local else replace(settings.folders, allowed=(settings.folders.output,))

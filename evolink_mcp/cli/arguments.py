@@ -52,6 +52,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=f"evolink-mcp {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step to stderr")
     parser.set_defaults(command="stdio")
+    # Only the help of the main parser lists the settings.
     commands = parser.add_subparsers(metavar="command", dest="command", parser_class=_Parser)
     for name, protocol in (("http", "streamable HTTP at /mcp"), ("sse", "SSE at /sse, for older clients")):
         serve = commands.add_parser(name, help=f"serve {protocol}")

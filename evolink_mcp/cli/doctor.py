@@ -246,6 +246,7 @@ async def _check_credits(client: EvolinkClient) -> Finding:
         amounts = [balance.account_remaining]
     if not amounts:
         return Finding("credits", "ok", "EvoLink accepts the key and reports no balance")
+    # The smaller balance limits a purchase.
     if min(amounts) <= 0:
         return Finding("credits", "warning", "EvoLink accepts the key, but it has no credits", "Top up the account.")
     return Finding("credits", "ok", f"EvoLink accepts the key; it has {format_credits(min(amounts))}")

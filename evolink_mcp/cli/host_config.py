@@ -20,7 +20,7 @@ SERVER_NAME = "evolink"
 KEY_VARIABLE = "EVOLINK_API_KEY"
 KEY_INPUT = "evolink-api-key"
 TERMINAL = "terminal"
-# At the first start uv may unpack packages. The default limits of Codex are 10 s for the start and 60 s for a call.
+# At the first start uv may unpack packages. Older versions of Codex allow 10 s for the start and 60 s for a call.
 CODEX_STARTUP_S = 60
 CODEX_CALL_S = 300
 CALL_S = 300  # for hosts with a limit in their configuration; their default is 60 s

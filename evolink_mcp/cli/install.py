@@ -116,6 +116,7 @@ class Installer:
         """Keep a second installation away. Raises InstallProblem if one is running."""
         try:
             _make_folders(self._folder)
+            # Two installations at the same time would overwrite each other's record.
             with FileLock(self._folder / "lock", timeout=0):
                 yield
         except Timeout:
@@ -223,6 +224,7 @@ class Installer:
             return f"has no server “{SERVER_NAME}” any more"
         text = self._without_server(host, file, text, record)
         is_empty = text.strip() in ("", "{}")
+        # Nothing of the user is in the file, so the installation made all of it.
         if is_empty and (original is None or not original.strip()):
             return Change(host, file, before, original, None, "restores the content from before the installation")
         return Change(

@@ -103,6 +103,7 @@ def _prompts() -> Sequence[Prompt]:
     @add(title="Variations", description="Several different takes on one picture or idea.")
     def variations(
         of: Annotated[str, Field(description="A picture (evolink://images/…, file or web address) or an idea.")],
+        # Arguments of an MCP prompt are always text.
         count: Annotated[str, Field(description="How many, 1 to 10. Each is billed. Blank: 3.")] = "",
         differ: Annotated[
             str, Field(description="Difference between them, such as colour or angle. Blank: free choice.")

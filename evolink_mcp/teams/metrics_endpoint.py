@@ -176,6 +176,7 @@ def _detection_lags(metrics: Metrics) -> HistogramMetricFamily:
     buckets: list[tuple[str, float]] = []
     cumulative = 0
     for bound in (*LAG_BOUNDS_S, float("inf")):
+        # Each bucket of Prometheus contains the smaller ones.
         cumulative += metrics.lags[bound]
         buckets.append(("+Inf" if bound == float("inf") else str(bound), float(cumulative)))
     description = "Highest possible time from the end of a task until the server detected it."

@@ -99,6 +99,7 @@ def _scopes(text: str) -> tuple[str, ...]:
 
 
 def _audience(values: Mapping[str, Any]) -> str | None:
+    # The MCP specification uses the URL of the endpoint as the audience.
     return None if values["oauth_issuer"] is None else f"{values['public_url']}/mcp"
 
 

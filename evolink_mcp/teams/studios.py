@@ -113,6 +113,7 @@ def team_parts(
         tenant=tenant,
         has_remote_callers=has_remote_callers,
         make_journal=None if database is None else _postgres_journal(database),
+        # An answer to a tenant must not contain a path of this server.
         make_image_store=_remote_image_store(settings, object_store, clock) if tenant or settings.store else None,
         # A server over stdio has no endpoint for callbacks.
         callbacks=callbacks_of(settings) if has_remote_callers else None,

@@ -39,6 +39,7 @@ class ComputeSizeArguments(Arguments):
 
     size: Annotated[
         str | OrNull,
+        # Not checked here: this tool also computes sizes in words, which generate_image refuses.
         BeforeValidator(size_argument),
         Field(description="auto, a ratio, WxH, or words such as A4 300dpi."),
     ] = None

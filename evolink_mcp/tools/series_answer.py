@@ -56,6 +56,7 @@ def series_out(
         spent=amount(credits),
         reserved=amount(round(reserved, 4)),
         at_most=amount(ceiling),
+        # Claude Code drops the structured content of an error, and with it the task IDs of paid pictures.
         error=tasks[0].error if unsent else None,
         notes=notes,
     )

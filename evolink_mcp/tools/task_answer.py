@@ -133,7 +133,9 @@ def task_out(
         task_id=entry.task_id,
         status=entry.status,
         progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
+        # An external entry without EvoLink's time has the time of this call, so the answer has none.
         created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
+        # A caller can send the request of an answer again as a new call.
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
         references=[reference.published for reference in entry.references],
         images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.images]

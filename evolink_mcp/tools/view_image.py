@@ -71,6 +71,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
                 advice="Call get_task with this id. Indexes start at 0.",
             )
         block = None
+        # A missing file becomes the error below, which names the next step.
         with suppress(OSError):
             file = await studio.image_store.local_file(task_id, picture)
             block = await picture_block(file, req.max_edge, host.answer_max, studio.image_store.decoder)

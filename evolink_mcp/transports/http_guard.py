@@ -220,6 +220,7 @@ class HttpGuard:
         # Before the body: a caller without a token must not use memory for a body.
         if self._authenticator is not None and (endpoint is None or not endpoint.is_public):
             caller = await self._authenticator.authenticate(headers)
+        # Callbacks and stored images begin no paid work, so their endpoints stay.
         if self._refuses_requests and endpoint is None:
             caller = CLOSING
         if isinstance(caller, AuthFailure):
@@ -228,6 +229,7 @@ class HttpGuard:
         act = partial(self._post, app) if scope["method"] == "POST" else app
         try:
             await act({**scope, CALLER_KEY: caller}, receive, send)
+        # A call without a turn has bought nothing, so a proxy may repeat it.
         except TurnsClosed:
             await self._send_failure(send, CLOSING, headers)
 
@@ -317,7 +319,9 @@ class HttpGuard:
                 if not is_refused:
                     stack.enter_context(self._large_body())
                     kept_max_bytes = large.body_max_bytes
+                # A body of 11 MiB needs more time than a call without an image.
                 deadline.deadline = max(deadline.deadline, anyio.current_time() + large.timeout_s)
+            # The error needs the ID of the request, also if the guard discards the body.
             head = (head + part)[:2048]
             tail = (tail + part)[-512:]
             if size <= kept_max_bytes:
