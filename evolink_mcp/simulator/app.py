@@ -103,6 +103,7 @@ class Simulator(Simulation):
         return self.task(request.path_params["id"], key=key, base_url=_origin(request))
 
     async def _list(self, request: Request, key: str) -> Answer:
+        # EvoLink's filter `processing` includes queued tasks.
         query, groups = request.query_params, {"pending": "processing", "queued_for_gpu": "processing"}
         page, per_page = query.get("page", "1"), query.get("page_size", "20")
         if not (re.fullmatch(r"[1-9]\d{0,5}", page) and re.fullmatch(r"[1-9]\d?|100", per_page)):
@@ -122,6 +123,7 @@ class Simulator(Simulation):
         ids = cast("list[Any]", ids) if isinstance(ids, list) else []
         if not (1 <= len(ids) <= 50 and all(isinstance(task_id, str) for task_id in ids)):
             return error("invalid_request", "task_ids must be 1 to 50 strings", param="task_ids")
+        # EvoLink omits unknown and foreign IDs without an error.
         own_tasks = [self.tasks[task_id] for task_id in ids if task_id in self.tasks and self.tasks[task_id].key == key]
         return ok({"data": [self.view(task, _origin(request)) for task in own_tasks]})
 

@@ -176,6 +176,7 @@ class Simulation:
             text = "Half a letter: \ud800" if "surrogate" in task.faults else f"The prompt ordered {code}."
             return view | {"error": {"code": code, "message": f"{text}\nChange it.", "type": "task_error"}}
         if status != "completed":
+            # EvoLink has this flag, but no endpoint that cancels a task.
             info = {"can_cancel": status != "cancelled", "estimated_time": max(1, round(task.duration))}
             usage = {"billing_rule": "per_token", "credits_reserved": task.reserved, "user_group": "default"}
             return view | {"task_info": info, "usage": usage}

@@ -81,6 +81,7 @@ def list_tasks_tool(studio: Studio) -> Tool:
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """List purchases, newest first: prompts, files, costs, unknown outcomes. Finds a picture or a lost task ID by
         words. Free of charge."""
+        # With SQLite a server adopts later entries of dead servers only at a call.
         await studio.wake()
         external_tasks, problem = await studio.sync(req.limit) if req.sync else ([], None)
         out, text = await task_list(studio, req, external_tasks, problem, mcp_host_of(ctx).answer_max)

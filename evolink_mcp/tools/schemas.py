@@ -49,6 +49,7 @@ def error_out(problem: Problem) -> ErrorOut:
     )
 
 
+# A team's server has one MCP server for each tenant, all with the same schemas.
 @cache
 def input_schema(model: type[BaseModel]) -> Schema:
     """Return the schema of a tool's arguments: flat, without `$ref`, titles and null.
@@ -103,8 +104,10 @@ def _flatten(node: Any, definitions: Schema) -> Any:
     if not isinstance(node, dict):
         return node
     schema = cast(Schema, node)
+    # Gemini refuses the whole list of tools because of one reference.
     if "$ref" in schema:
         return _flatten(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+    # MCP hosts with a Gemini model fail on anyOf with null.
     if "anyOf" in schema:
         arms = [_flatten(arm, definitions) for arm in schema["anyOf"]]
         types = [arm for arm in arms if arm != {"type": "null"}]

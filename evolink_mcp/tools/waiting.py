@@ -123,6 +123,7 @@ class Waiting:
             room = host.answer_max - 3 * len(out.model_dump_json())
             images = await previews(files if out.status == COMPLETED else [], edge, room, decoder)
             image_links = links(out) if self.resource_links else []
+            # An answer without the image is no delivery, so an identical call gets the purchase.
             if job.is_finished and job.problem is None and job.entry.has_result:
                 await self.hand_over(job, ctx)
         return result(task_text(out), out, *images, *image_links, is_error=is_error(out))
