@@ -161,7 +161,7 @@ def _without_markdown(text: str) -> str | None:
 
 
 def _without_at(text: str) -> str | None:
-    # Claude Code and Gemini CLI write @ before the path of a file.
+    # People write @ before the path of a file in Claude Code and Gemini CLI.
     return text[1:] if text.startswith("@") else None
 
 

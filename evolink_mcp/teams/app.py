@@ -116,7 +116,7 @@ class Readiness:
             await self._client.balance()
             self._key_problem = None
         except Rejected as error:
-            # Only 401 concerns the key. EvoLink also refuses with 402, 403 or 429.
+            # 402, 403 and 429 do not prove that EvoLink does not know the key.
             self._key_problem = "EvoLink does not accept the key" if error.http_status == 401 else None
         except EvolinkError:
             pass
