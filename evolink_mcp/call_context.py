@@ -16,6 +16,7 @@ import anyio
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("evolink_mcp_request_id", default=None)
 _DUE_AT: ContextVar[float | None] = ContextVar("evolink_mcp_due_at", default=None)  # anyio's clock
+# The ID becomes a part of log lines and headers, so it must not contain line breaks.
 _WELLFORMED_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 

@@ -154,6 +154,7 @@ _BY_ERRNO = {
 def folder_fault(folder: Path, error: OSError, variable: str, platform: str = sys.platform) -> Cause:
     """Return the cause of a failed write in a folder. `variable` is the setting of the folder."""
     cause = _BY_ERRNO.get(error.errno or 0, FOLDER_UNWRITABLE)
+    # macOS refuses Desktop, Documents and Downloads to a program without the user's permission.
     if cause is FOLDER_FORBIDDEN and platform == "darwin":
         cause = FOLDER_PRIVATE
     return cause.about(folder=folder, reason=error.strerror or type(error).__name__, variable=variable)

@@ -57,6 +57,7 @@ def path_readings(text: str, system: PathSystem) -> list[str]:
     """
     steps = (*_STEPS, *((_as_windows_path,) if system.is_windows else (_with_slashes,)))
     readings = [text]
+    # The list grows in the loop, because a pasted path can have several decorations.
     for reading in readings:
         texts = [step(reading) for step in steps]
         if system.distribution is not None:
@@ -93,6 +94,7 @@ def name_fault(part: str) -> str | None:
 
 def file_name_of(path: str) -> str:
     """Return the last part of a path of any system."""
+    # ntpath knows the separators of both systems.
     return ntpath.basename(path.rstrip("\\/"))
 
 
@@ -159,10 +161,12 @@ def _without_markdown(text: str) -> str | None:
 
 
 def _without_at(text: str) -> str | None:
+    # People write @ before the path of a file in Claude Code and Gemini CLI.
     return text[1:] if text.startswith("@") else None
 
 
 def _without_sandbox(text: str) -> str | None:
+    # ChatGPT writes links to its files as sandbox:/mnt/data/….
     return text[8:] if text[:8].lower() == "sandbox:" else None
 
 
@@ -171,6 +175,7 @@ def _without_file_scheme(text: str) -> str | None:
     if match is None:
         return None
     rest = text[match.end() :]
+    # A URI has a slash before the drive: file:///C:/x.
     return rest[1:] if _DRIVE_AFTER_SLASH.match(rest) else rest
 
 

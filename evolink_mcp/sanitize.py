@@ -16,6 +16,7 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 def harmless(text: object, limit: int = UPSTREAM_WORDS_MAX) -> str:
     """Return `text` on one line, at most `limit` characters, without control, bidi, zero-width or tag characters."""
+    # A hostile text can have megabytes, most of them invisible characters.
     raw = str(text)[: limit * 4]
     visible = (
         raw

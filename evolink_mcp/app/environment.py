@@ -66,6 +66,7 @@ def has_links() -> bool:
 
 def environment_without_settings() -> dict[str, str]:
     """Return this process's environment for a child process with its own settings."""
+    # The demo must not spend with the key of the user.
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 

@@ -22,6 +22,7 @@ class KeyStore:
             import keyring
         except ImportError:
             return 'the extra “keyring” is not installed: run pip install ".[keyring]" in the repository of evolink-mcp'
+        # The library's substitutes for a missing key store have the priority 0 or -1.
         if keyring.get_keyring().priority <= 0:
             return "this system has no key store"
         return None
@@ -36,6 +37,7 @@ class KeyStore:
         try:
             return keyring.get_password(SERVICE, USER)
         except keyring.errors.KeyringError as error:
+            # A message of the library may have several lines and name details of the system.
             raise KeyStoreUnusable(f"the key store refuses the access ({type(error).__name__})") from None
 
     def save(self, key: str) -> None:
@@ -52,6 +54,7 @@ class KeyStore:
 
     def delete(self) -> None:
         """Delete the key, if there is one. Raises KeyStoreUnusable."""
+        # The library raises an error for a key that does not exist.
         if self.load() is None:
             return
         import keyring

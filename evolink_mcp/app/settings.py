@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
 FILE_SUFFIX = "_FILE"  # of a variable that names a file with a secret
+# A wrong path can name a device or a huge file.
 SECRET_MAX_BYTES = 65_536
 EXAMPLE_KEY = "sk-..."
 KEY_IN_STORE = "keyring"  # instead of a key: the key is in the key store of the system
@@ -36,8 +37,10 @@ CREDITS_MAX = 1e9
 DAYS_MAX = 36_500
 PROFILE_MAX_CHARS = 100
 
+# Claude Desktop passes ${user_config.…} unchanged for an optional field that the user left empty.
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
 _API_PATH = re.compile(r"/v1(/(images|tasks|credits|models)(/.*)?)?$")
+# DNS allows 253 characters.
 _HOSTNAME = re.compile(r"[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -87,6 +90,7 @@ def setting(
     if default_text is None:
         default_text = _text_of(default)
     entry = Setting(variable, parse, default, default_text, description, is_secret, keeps_quotes, requires)
+    # A traceback or a log can print the settings.
     return field(kw_only=True, repr=not is_secret, metadata={Setting: entry})
 
 
@@ -153,6 +157,7 @@ def _text_in(path: str, variable: str) -> str:
 
 def _without_quotes(text: str) -> str:
     """Remove the quotes that some configuration files pass on."""
+    # Docker's --env-file and `set` of cmd.exe keep quotes as a part of the value.
     is_quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
     return text[1:-1].strip() if is_quoted else text
 
@@ -213,6 +218,7 @@ def _api_url(text: str) -> str:
 
 def path(text: str) -> Path:
     """Parse an absolute path. Replace `~` and the placeholders of MCP bundles, for example ${HOME}."""
+    # Imported late, because stdio reads the settings before its first answers.
     import platformdirs
 
     folders = {
@@ -288,6 +294,7 @@ def _preview(text: str) -> PreviewSetting:
         return setting
     from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
 
+    # int() refuses more than 4,300 digits with an error of another kind.
     if not text.isascii() or not text.isdigit() or not PREVIEW_EDGE_MIN <= int(text[:6]) <= PREVIEW_EDGE_MAX:
         raise ValueError(f"must be auto, on, off, or pixels from {PREVIEW_EDGE_MIN} to {PREVIEW_EDGE_MAX}")
     return PreviewSetting(int(text), is_for_all=True)
@@ -339,6 +346,7 @@ def _working_folder() -> tuple[Path, ...]:
         home = Path.home().resolve()
     except (OSError, RuntimeError):
         return ()
+    # Claude Desktop starts servers in /, so every file of the user would be readable.
     return () if folder == Path(folder.anchor) or home.is_relative_to(folder) else (folder,)
 
 
@@ -569,6 +577,7 @@ class Settings:
         return [
             f"{variable} sends your API key to {hostname}, which is not EvoLink's"
             for variable, hostname in hostnames.items()
+            # With the dot, because notevolink.ai is another domain.
             if not is_loopback(hostname) and hostname != EVOLINK_DOMAIN and not hostname.endswith("." + EVOLINK_DOMAIN)
         ]
 

@@ -85,13 +85,16 @@ async def open_studio(
         options=http_options,
         observe=parts.observe,
     )
+    # Without a key the journal shows all entries of the profile and adopts none.
     identity = account_id_of(settings.key.get_secret_value(), settings.base_url) if settings.key else ""
     profile = parts.tenant or settings.profile
+    # Allowed folders are for a server without tenants. A tenant gets no local files.
     is_local = not parts.has_remote_callers or (bool(settings.allowed_dirs) and not parts.tenant)
     # Remote callers may use only the output folder, unless the owner of the server allowed folders explicitly.
     folders = settings.folders if is_local else replace(settings.folders, allowed=(settings.folders.output,))
     async with AsyncExitStack() as stack:
         if decoder is None:
+            # First, so it closes last: a download of the closing studio may still use it.
             decoder = stack.enter_context(closing(Decoder(decoder_environment())))
         if parts.make_journal is None:
             journal: Journal = SqliteJournal(settings.data_dir, identity, profile=profile, clock=clock)
@@ -102,6 +105,7 @@ async def open_studio(
                 folders,
                 decoder,
                 journal=journal,
+                # A paid image must be saved even if the output folder becomes unwritable.
                 fallback=settings.data_dir / "pictures",
                 sidecars=settings.has_sidecars,
                 has_origin=settings.has_metadata,

@@ -12,6 +12,7 @@ from evolink_mcp.sanitize import harmless
 
 DESCRIPTION = "MCP server for EvoLink's gpt-image-2. Without a command it serves MCP over stdin and stdout."
 EXAMPLE = "A calm sunset over the ocean, islands on the horizon"
+# The longest variable has 33 characters.
 HELP_COLUMN = 34
 AUDIT_KEYS = ("tenant", "day", "month", "task")
 AUDIT_FORMATS = ("table", "csv", "json")
@@ -51,6 +52,7 @@ def parse_arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--version", action="version", version=f"evolink-mcp {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step to stderr")
     parser.set_defaults(command="stdio")
+    # Only the help of the main parser lists the settings.
     commands = parser.add_subparsers(metavar="command", dest="command", parser_class=_Parser)
     for name, protocol in (("http", "streamable HTTP at /mcp"), ("sse", "SSE at /sse, for older clients")):
         serve = commands.add_parser(name, help=f"serve {protocol}")
@@ -114,9 +116,11 @@ def parse_arguments(argv: list[str]) -> Namespace:
     if word == "help":
         parser.print_help()
         parser.exit()
+    # argparse would answer with the list of all commands and without the nearest one.
     if word is not None and word not in commands.choices and argv[0] == word:
         parser.exit(2, f"evolink-mcp: unknown command {harmless(word, 40)}; {_hint(word, list(commands.choices))}\n")
     options = parser.parse_args(argv)
+    # argparse sets the destination to None if there is no command, in spite of the default.
     options.command = options.command or "stdio"
     return options
 
@@ -129,6 +133,7 @@ def _hint(word: str, commands: list[str]) -> str:
 
 
 def _port(text: str) -> int:
+    # int() refuses more than 4,300 digits with an error of another kind.
     if not text.isascii() or not text.isdigit() or not 0 <= int(text[:6]) <= 65_535:
         raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
     return int(text)

@@ -74,6 +74,7 @@ def text_of(lines: list[Line], key: str, form: str) -> str:
     if form == "csv":
         rows = rows_of(lines, key)
         out = io.StringIO()
+        # The standard output of Windows makes \r\n of \n, so \r\n from csv would become \r\r\n.
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -91,10 +92,12 @@ def _total(lines: list[Line]) -> Line:
 
 
 def _sum(credits: Iterable[float]) -> float:
+    # A plain sum of many charges would be wrong in its last digit.
     return round(math.fsum(credits), DECIMALS)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    # The name of a tenant with a JWT comes from its issuer and can have control characters.
     cells = [list(rows[0]), *([printable(_cell(value)) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = [

@@ -43,8 +43,10 @@ def run_command(arguments: list[str], early_session: EarlySession | None, databa
     options = parse_arguments(arguments)
     options.early_session = early_session
     options.database_times = database_times
+    # Before the SDK, which otherwise configures the root logger at INFO.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="evolink-mcp: %(levelname)s: %(message)s")
     logging.getLogger("evolink_mcp").setLevel(logging.INFO if options.verbose else logging.WARNING)
+    # httpx2 logs each URL. The server reports failures of these libraries in its own words.
     for library in ("httpx2", "httpcore2", "mcp", "opentelemetry", "psycopg"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
@@ -117,6 +119,7 @@ def _stdio(options: Namespace) -> int:
             if not session.has_recording:
                 group.start_soon(_record_startup, session, partial(serve_streams, server))
             await serve_streams(server, read, write)
+            # The recording may still wait.
             group.cancel_scope.cancel()
 
     return anyio.run(serve_stdio, session.lines, session.startup_answers, serve, exit_within_deadline)
@@ -133,6 +136,7 @@ async def _record_startup(session: EarlySession, serve: Callable[[Any, Any], Cor
     try:
         results = await record(serve)
         await anyio.to_thread.run_sync(save, session.cache, session.key, results)
+    # `record` runs in a task group, which raises its errors as a group.
     except* (OSError, ValueError) as errors:
         log.info("the first answers were not recorded (%s)", errors.exceptions[0])
 
@@ -187,6 +191,7 @@ def _simulate(options: Namespace) -> int:
         print("Words in a prompt cause faults:")
         for word, meaning in FAULTS.items():
             print(f"  {word:24} {meaning}")
+        # A pipe would otherwise get the address only at the end.
         sys.stdout.flush()
 
     simulator = Simulator(duration_s=options.seconds, rule=options.size_rule)
@@ -343,6 +348,7 @@ def _install(options: Namespace) -> int:
     return run_install(options, settings, installer, KeyStore(), console)
 
 
+# Each command imports its modules when it runs, because the start over stdio must be fast.
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "stdio": _stdio,
     "http": _http,

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+# The reader is recursive: each level needs two of Python's 1,000 frames.
 DEPTH_MAX = 200
 DEFAULT_INDENT = "  "
 
 _SCALAR = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
+# Editors on Windows write a byte order mark.
 _BLANKS = re.compile(r"[ \t\r\n\ufeff]*")
 _COMMENT = re.compile(r"//[^\r\n]*|/\*.*?\*/", re.DOTALL)
 _COMMENT_ON_LINE = re.compile(r"(?:[ \t]*/\*[^\r\n]*?\*/)*(?:[ \t]*//[^\r\n]*)?")
@@ -225,6 +227,7 @@ class Json:
         parents = [root]
         for name in path:
             members = parents[-1].members if parents[-1] is not None else None
+            # Of two equal names the last one counts, as in JavaScript.
             match = [member for member in members or () if member.name == name]
             if not match:
                 return text
@@ -267,6 +270,7 @@ class Json:
         if not members:
             inside = text[parent.start + 1 : parent.end - 1]
             outer = _line_indent(text, parent.start)
+            # A file of one line stays one line.
             if "\n" not in text and not (parent is root and not inside.strip()):
                 entry = f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
                 return Insertion(_insert(text, {parent.start + 1: entry}), "", "", is_new_table)
@@ -282,10 +286,13 @@ class Json:
         else:
             prefix = newline + indent
             entry = f"{json.dumps(name)}: {_dumps(value, step, indent, newline)}"
+        # If the last server has a trailing comma, the new one gets one too.
         own_comma = "" if last.comma is None else ","
         end = last.node.end if last.comma is None else last.comma + 1
+        # A comment behind the last server belongs to it.
         comment = _COMMENT_ON_LINE.match(text, end)
         anchor = comment.end() if comment is not None else end
+        # A line comment would hide a server on the same line.
         if indent is None and "//" in text[end:anchor]:
             prefix = newline
         pieces = {anchor: prefix + entry + own_comma}
@@ -298,10 +305,12 @@ def _cut(text: str, members: Sequence[_Member], index: int, prefix: str, suffix:
     member = members[index]
     start = member.start
     end = member.node.end
+    # The user may have formatted the file since the installation.
     if text[:start].endswith(prefix):
         start -= len(prefix)
     else:
         start = len(text[:start].rstrip())
+    # The suffix belongs to a server that is alone in its table.
     if len(members) == 1 and member.comma is None and text[end:].startswith(suffix):
         end += len(suffix)
     comma = member.comma
@@ -351,6 +360,7 @@ def _indent_of(text: str, position: int) -> str | None:
 
 # --- TOML ---
 
+# Before Python 3.14 tomllib names the place of an error only in its message.
 _TOML_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 _HEADER = re.compile(r"[ \t]*\[[^\n]*(?:\n|\Z)")
 _TOML_TOKEN = re.compile(
@@ -388,6 +398,7 @@ class Toml:
         longer = text + prefix + block
         try:
             self.parse(longer)
+        # TOML allows no header below an inline table.
         except Unparsable as error:
             table = ".".join(path[:-1])
             raise Unparsable.at(text, len(text), f"{table} is not written as [{table}.NAME] tables") from error
@@ -395,6 +406,7 @@ class Toml:
 
     def remove(self, text: str, path: Sequence[str], prefix: str, suffix: str, is_new_table: bool) -> str:
         """Remove the server's tables. A comment before the next table stays."""
+        # The user may have written the names with quotes or blanks.
         quoted = r"[ \t]*\.[ \t]*".join(rf'["\']?{re.escape(name)}["\']?' for name in path)
         own_header = re.compile(rf"[ \t]*\[[ \t]*{quoted}[ \t]*[.\]]")
         expected = without(self.parse(text), path)

@@ -25,6 +25,7 @@ from evolink_mcp.simulator.app import Simulator
 
 TASK_S = 5.0
 SIZE = {"size": "16:9", "resolution": "2K", "quality": "medium"}
+# The isolated server process imports packages only from the folders of these.
 SERVER_REQUIREMENTS = ("mcp", "mcp_types", "httpx2", "pydantic", "anyio", "PIL", "platformdirs", "filelock")
 
 
@@ -41,6 +42,7 @@ async def run_demo(prompt: str, output: Path, data_dir: Path, terminal: Terminal
     code = 1
     async with anyio.create_task_group() as group:
         group.start_soon(web.serve)
+        # uvicorn reports its start only by this attribute.
         while not web.started:
             await anyio.sleep(0.01)
         port = web.servers[0].sockets[0].getsockname()[1]

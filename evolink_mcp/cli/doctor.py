@@ -39,6 +39,7 @@ FREE_MIN_BYTES = 200 << 20
 ENTRIES_MAX = 100_000
 JOURNAL_ADVICE = "The server refuses paid calls until it can write the journal."
 SQLITE_MAGIC = b"SQLite format 3\0"
+# The write-ahead log of SQLite needs shared memory, which these do not have between machines.
 NETWORK_FILE_SYSTEMS = frozenset(
     [
         "nfs",
@@ -246,6 +247,7 @@ async def _check_credits(client: EvolinkClient) -> Finding:
         amounts = [balance.account_remaining]
     if not amounts:
         return Finding("credits", "ok", "EvoLink accepts the key and reports no balance")
+    # The smaller balance limits a purchase.
     if min(amounts) <= 0:
         return Finding("credits", "warning", "EvoLink accepts the key, but it has no credits", "Top up the account.")
     return Finding("credits", "ok", f"EvoLink accepts the key; it has {format_credits(min(amounts))}")
@@ -286,6 +288,7 @@ def check_folders(settings: TeamSettings) -> list[Finding]:
 
 def check_writable(subject: str, folder: Path, variable: str) -> Finding:
     """Write a temporary file in `folder`, or in its nearest existing parent."""
+    # doctor changes nothing, so it does not create the folder.
     parent = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=parent):
@@ -312,6 +315,7 @@ def check_journal(data_dir: Path) -> list[Finding]:
             f"the server renamed a damaged journal to {damaged}",
             "Keep the file until you know that no task is missing. list_tasks with sync=true asks EvoLink for all tasks.",
         )
+        # The pattern omits the files -wal and -shm of the same journal.
         for damaged in sorted(data_dir.glob(f"{path.name}.damaged-*[0-9a-f]"))
     ]
     kind = file_system(data_dir)
@@ -331,6 +335,7 @@ def _check_journal_file(path: Path) -> Finding:
     try:
         with path.open("rb") as file:
             magic = file.read(len(SQLITE_MAGIC))
+        # SQLite accepts an empty file as a new journal.
         if magic not in (b"", SQLITE_MAGIC):
             advice = "Start the server: it renames the file, deletes nothing and creates a new journal."
             return Finding("journal", "broken", f"{path} is damaged", advice)
@@ -393,7 +398,9 @@ def file_system(path: Path, mounts: str | None = None) -> str | None:
     for line in mounts.splitlines():
         fields = line.split(" ")
         if len(fields) > 2:
+            # The kernel writes a blank in a path as \040.
             mount_point = Path(fields[1].replace("\\040", " "))
+            # A later mount at the same place hides an earlier one.
             if resolved.is_relative_to(mount_point) and len(mount_point.parts) >= longest:
                 longest = len(mount_point.parts)
                 kind = fields[2]

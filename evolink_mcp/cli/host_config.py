@@ -20,7 +20,7 @@ SERVER_NAME = "evolink"
 KEY_VARIABLE = "EVOLINK_API_KEY"
 KEY_INPUT = "evolink-api-key"
 TERMINAL = "terminal"
-# At the first start uv may unpack packages. The default limits of Codex are 10 s for the start and 60 s for a call.
+# At the first start uv may unpack packages. Older versions of Codex allow 10 s for the start and 60 s for a call.
 CODEX_STARTUP_S = 60
 CODEX_CALL_S = 300
 CALL_S = 300  # for hosts with a limit in their configuration; their default is 60 s
@@ -44,6 +44,7 @@ def host_blocks(command: str, args: Sequence[str], env: Mapping[str, str]) -> tu
     opencode = _json({"$schema": "https://opencode.ai/config.json", "mcp": {SERVER_NAME: server("opencode")}})
     line = [command, *args]
     pairs = [f"{name}={value}" for name, value in env.items()]
+    # The option -e takes several values, so the name of the server stands before it.
     claude = ["claude", "mcp", "add", SERVER_NAME, "-s", "user", *_each("-e", pairs), "--", *line]
     codex = ["codex", "mcp", "add", SERVER_NAME, *_each("--env", pairs), "--", *line]
     gemini = ["gemini", "mcp", "add", "-s", "user", *_each("-e", pairs), SERVER_NAME, *line]
@@ -80,6 +81,7 @@ def server_value(host: str, command: str, args: Sequence[str], env: Mapping[str,
         case "zed":
             return {"args": [], **entry}
         case "opencode":
+            # opencode counts its timeout in milliseconds.
             line = [command, *args]
             return {"type": "local", "command": line, "environment": dict(env), "timeout": CALL_S * 1000}
         case "copilot":
@@ -138,6 +140,7 @@ def _each(flag: str, values: Sequence[str]) -> list[str]:
 
 def command_line(words: Sequence[str]) -> str:
     """Return a command with its arguments for a shell."""
+    # cmd.exe does not know the single quotes of shlex.
     if sys.platform == "win32":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)

@@ -39,6 +39,7 @@ class Machine:
     def folder(self, variable: str, default: Path) -> Path:
         """Return the absolute folder of a variable, else `default`."""
         folder = Path(self.variables.get(variable, ""))
+        # The XDG specification lets programs ignore relative paths.
         return folder if folder.is_absolute() else default
 
     def has_program(self, name: str) -> bool:
@@ -67,6 +68,7 @@ class HostFile:
     def file(self, machine: Machine) -> Path:
         """Return the configuration file. It may not exist."""
         files = self.files(machine)
+        # A link to a missing file is a choice of the user too.
         return next((file for file in files if file.exists() or file.is_symlink()), files[0])
 
     def is_present(self, machine: Machine) -> bool:
@@ -111,6 +113,7 @@ def _cline(machine: Machine) -> tuple[Path, ...]:
 def _zed(machine: Machine) -> tuple[Path, ...]:
     if machine.system == "win32":
         return (machine.application_folder / "Zed" / "settings.json",)
+    # Zed ignores XDG_CONFIG_HOME on macOS.
     folder = machine.home / ".config" if machine.system == "darwin" else machine.config_folder
     return (folder / "zed" / "settings.json",)
 
@@ -164,6 +167,7 @@ HOST_FILES = (
         _parents(_opencode),
         Json(),
         ("mcp",),
+        # opencode 2 has its servers one level deeper.
         inner_table=("mcp", "servers"),
         program="opencode",
     ),

@@ -135,6 +135,7 @@ def demo_settings(settings: TeamSettings) -> TeamSettings:
         settings,
         data_dir=settings.data_dir / DEMO_JOURNAL,
         output_dir=demo_folder(settings.output_dir),
+        # Each demo is another account, so with a key every earlier image would count as that of another key.
         key_text=None,
         database_url=None,
         tokens_file=None,
@@ -191,6 +192,7 @@ def _show(path: Path) -> bool:
             return False
         return True
     program = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
+    # Without a desktop xdg-open can start a text program in the terminal.
     if program is None or (sys.platform == "linux" and not has_display()):
         return False
     try:
@@ -231,6 +233,7 @@ def write_sheet(
     name = time.strftime("contact-sheet-%Y-%m-%d-%H%M%S.html", time.localtime(now))
     path = Path(out).absolute() if out else settings.folders.output / name
     try:
+        # A prompt or a path can contain a lone surrogate.
         is_written = write_new_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
         complain(f"{path} is not writable ({error.strerror})")
@@ -250,6 +253,7 @@ def _page(
     Raises:
         JournalUnwritable: the journal is damaged or unreadable.
     """
+    # One entry more than the page can show reveals that the page is incomplete.
     _, entries = find_entries(settings, tuple(words), images_max + 1, start)
     (sums,) = find_sums(settings, [start], tuple(words))
     other_keys = find_other_keys(settings, entries)

@@ -29,6 +29,7 @@ from evolink_mcp.cli.host_files import HOST_FILES, HostFile, Machine
 from evolink_mcp.sanitize import harmless
 
 FILE_BYTES_MAX = 32 << 20
+# The file can contain the API key.
 NEW_FILE_MODE = 0o600
 NEW_FOLDER_MODE = 0o700
 HIDDEN_KEY = "(your key)"
@@ -115,6 +116,7 @@ class Installer:
         """Keep a second installation away. Raises InstallProblem if one is running."""
         try:
             _make_folders(self._folder)
+            # Two installations at the same time would overwrite each other's record.
             with FileLock(self._folder / "lock", timeout=0):
                 yield
         except Timeout:
@@ -159,6 +161,7 @@ class Installer:
         if current is not None:
             if record is None:
                 return f"has a server “{SERVER_NAME}” that this command did not write. It stays unchanged"
+            # A call without a key must not remove the key of the installed server.
             if _same(current, server) or key is None:
                 return "is up to date"
             if _hash_of(current) != record.server_sha256:
@@ -169,11 +172,13 @@ class Installer:
         is_untouched = record is not None and record.sha256 == _sha256(before or b"")
         if record is not None and current is not None:
             backup, folders = record.backup, record.folders
+            # After an edit of the user, --undo must not restore the whole file.
             content_hash = _sha256(content) if is_untouched else None
         else:
             backup = None if before is None else f"{host.host}-{secrets.token_hex(4)}"
             content_hash = _sha256(content)
             folders = tuple(str(folder) for folder in _missing_folders(target.parent))
+        # The command prints the plan, so the plan must not contain the key.
         shown = server_value(host.host, self._command, self._args, dict.fromkeys(env, HIDDEN_KEY))
         if key == KEY_IN_STORE:
             shown = server
@@ -219,6 +224,7 @@ class Installer:
             return f"has no server “{SERVER_NAME}” any more"
         text = self._without_server(host, file, text, record)
         is_empty = text.strip() in ("", "{}")
+        # Nothing of the user is in the file, so the installation made all of it.
         if is_empty and (original is None or not original.strip()):
             return Change(host, file, before, original, None, "restores the content from before the installation")
         return Change(
@@ -233,10 +239,12 @@ class Installer:
         old = records.get(str(change.file))
         try:
             if record is not None:
+                # The copy and the record come first, so that --undo works after a crash at any moment.
                 if record.backup is not None and (old is None or old.backup != record.backup):
                     _write_new(self._folder / record.backup, change.before or b"", NEW_FILE_MODE)
                 self._save({**records, str(change.file): record})
                 _make_folders(target.parent)
+            # The host may have written its file while the user read the question.
             if _read(change.file, target) != change.before:
                 raise InstallProblem(f"{change.file}: another program changed the file at the same time. Try again")
             if change.content is None:
@@ -266,6 +274,7 @@ class Installer:
         self, host: HostFile, file: Path, text: str, path: tuple[str, ...], server: dict[str, Any]
     ) -> Insertion:
         with _errors_of(file):
+            # The syntax works on text, so the values before and after are compared.
             insertion = host.syntax.add(text, path, server)
             values = host.syntax.parse(insertion.text)
             is_exact = value_at(values, path) == server and without(values, path) == without(
@@ -366,6 +375,7 @@ def _install(
     failures, changes = _collect(places, console, lambda host, _: installer.plan(host, value))
     new_key = key if uses_store and not is_in_store else None
     if not changes:
+        # The files contain “keyring” already, so only the key in the key store changes.
         if new_key is not None and installer.has_stored_key():
             return _store_key(new_key, key_store, console) or int(failures > 0)
         return int(failures > 0)
@@ -377,6 +387,7 @@ def _install(
         console.print("The key is in the key store of the system. The configuration files contain only “keyring”.")
     if not _is_confirmed(options, console):
         return 2
+    # Before the files, because a configuration with “keyring” needs a stored key.
     if new_key is not None and _store_key(new_key, key_store, console):
         return 1
     failures += _apply(changes, installer, console)
@@ -431,6 +442,7 @@ def _undo(options: Namespace, installer: Installer, key_store: KeyStore, console
         if not _is_confirmed(options, console):
             return 2
         failures += _apply(changes, installer, console)
+    # Another host may still read the key store.
     if had_stored_key and not installer.has_stored_key():
         failures += _delete_key(key_store, console)
     return int(failures > 0)
@@ -544,10 +556,12 @@ def _replace_content(target: Path, content: bytes) -> None:
     except FileNotFoundError:
         status = None
     try:
+        # The replacement needs only a writable folder, but the user protected this file.
         if status is not None and not os.access(target, os.W_OK):
             raise PermissionError(13, "the file is not writable")
         _write_new(temporary, content, NEW_FILE_MODE)
         if status is not None and os.name == "posix":
+            # With sudo the new file would belong to root, and the host could not write it.
             if status.st_uid != os.geteuid() or status.st_gid != temporary.stat().st_gid:
                 os.chown(temporary, status.st_uid, status.st_gid)
             temporary.chmod(status.st_mode & 0o7777)
@@ -557,10 +571,12 @@ def _replace_content(target: Path, content: bytes) -> None:
 
 
 def _write_new(file: Path, content: bytes, mode: int) -> None:
+    # O_EXCL follows no planted link. Without O_BINARY Windows would change the line ends.
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
     with open(descriptor, "wb") as stream:
         stream.write(content)
         stream.flush()
+        # A power cut after the replacement must not leave an empty file.
         os.fsync(stream.fileno())
 
 
@@ -571,6 +587,7 @@ def _missing_folders(folder: Path) -> list[Path]:
 
 def _make_folders(folder: Path) -> None:
     for path in reversed(_missing_folders(folder)):
+        # With `parents` Python ignores the mode for the parent folders.
         path.mkdir(mode=NEW_FOLDER_MODE, exist_ok=True)
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 
+# The Python SDK's client terminates a server 2 s after it closed stdin.
 EXIT_WITHIN_S = 1.8
 DESCRIPTORS = 8192
 # A full collection with 1,000 waiting calls takes a second, so it runs rarely.
@@ -41,6 +42,7 @@ def log_audit_to_stderr() -> None:
     audit = logging.getLogger("evolink_mcp.audit")
     audit.addHandler(handler)
     audit.setLevel(logging.INFO)
+    # The handler of the root logger would write each line a second time, with a prefix.
     audit.propagate = False
 
 

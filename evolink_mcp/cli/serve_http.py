@@ -123,6 +123,7 @@ class _HttpServer:
         make_mcp_app = partial(mcp_app, transport=options.command, host=options.host, hostnames=hostnames)
         async with AsyncExitStack() as stack:
             database = await stack.enter_async_context(open_team_database(self.settings.database_url))
+            # After the database, so that the jobs end while they can still write their last states.
             group = await stack.enter_async_context(anyio.create_task_group())
             studios = self.make_studios(self.settings, database, self.decoder, group)
             if self.authenticator is None:
@@ -143,6 +144,7 @@ class _HttpServer:
             exit_code = await self._serve(guard, readiness, studios, group, hostnames)
             group.cancel_scope.cancel()
             return exit_code
+        # For a type checker, an AsyncExitStack could suppress an exception.
         raise AssertionError("unreachable")
 
     async def _serve(
@@ -188,6 +190,7 @@ class _HttpServer:
 
     def _report_address(self, hostnames: list[str], port: int) -> None:
         """Print the address with the open port, and the callers that may spend credits."""
+        # All imports are complete when the port is open.
         start_garbage_collection()
         options = self.options
         if not is_loopback(options.host) and not hostnames:

@@ -105,6 +105,7 @@ def count_text(images: int) -> str:
 
 
 def _section(day: date, articles: list[str]) -> str:
+    # The format for a day without a leading zero differs between systems.
     heading = f"{day:%A}, {day.day} {day:%B %Y}"
     return (
         f"<section><h2>{heading} <span>{count_text(len(articles))}</span></h2>\n"

@@ -74,6 +74,7 @@ async def _check_store(settings: TeamSettings) -> list[Finding]:
     store = object_store_of(settings)
     assert store is not None
     try:
+        # Before `check`, which writes, perhaps below an empty mount point.
         if store.is_folder and Path(settings.store).is_dir() and await store.read_marker() is None:
             return [
                 Finding(

@@ -80,6 +80,7 @@ class Terminal:
         POSIX: the bytes of the path, also in another encoding. Windows: the short name of the file, or else its URI.
         Control and invisible characters are replaced.
         """
+        # A file name can contain escape sequences of the terminal.
         text = printable(path)
         if sys.platform != "win32":
             is_unicode = codecs.lookup(self._stream.encoding or "utf-8").name == "utf-8"
@@ -130,6 +131,7 @@ class ProgressLine:
         line = f"  [{self._full * filled}{self._empty * (bar_width - filled)}] {percent:3.0f} %  {message}"
         if self._terminal.is_terminal:
             width = self._terminal.width
+            # The blanks cover the rest of a longer line.
             self._write("\r" + line[:width].ljust(width))
         elif message != self._last_message:
             self._write(f"{line}\n")

@@ -11,10 +11,12 @@ from evolink_mcp import __version__
 
 NAME = "evolink-mcp"
 TITLE = "EvoLink Images"
+# The MCP Registry allows 100 characters.
 DESCRIPTION = "Create and edit images with EvoLink's gpt-image-2: one call, saved as files, paid once."
 REPOSITORY = "https://github.com/evolink-mcp/evolink-mcp"
 REGISTRY_NAME = "io.github.evolink-mcp/evolink-mcp"
 CARD_SCHEMA = "https://static.modelcontextprotocol.io/schemas/v1/server-card.schema.json"
+# Streamable HTTP exists since 2025-03-26, so the card names no earlier version.
 PROTOCOL_VERSIONS = ("2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26")
 SKILL_NAME = "evolink-images"
 SKILL_URI = f"skill://{SKILL_NAME}/SKILL.md"

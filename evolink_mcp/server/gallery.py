@@ -15,6 +15,7 @@ from evolink_mcp.api.models import DEFAULT_MODEL, TYPICAL_S
 from evolink_mcp.tools.previews import GALLERY_URI
 
 PAGE = Path(__file__).with_name("gallery.html")
+# The page contains exactly this text.
 CONSTANTS = 'TYPICAL_S = {}, DEFAULT_QUALITY = ""'
 
 

@@ -103,6 +103,7 @@ def _prompts() -> Sequence[Prompt]:
     @add(title="Variations", description="Several different takes on one picture or idea.")
     def variations(
         of: Annotated[str, Field(description="A picture (evolink://images/…, file or web address) or an idea.")],
+        # Arguments of an MCP prompt are always text.
         count: Annotated[str, Field(description="How many, 1 to 10. Each is billed. Blank: 3.")] = "",
         differ: Annotated[
             str, Field(description="Difference between them, such as colour or angle. Blank: free choice.")
@@ -159,6 +160,7 @@ def add_completions(server: MCPServer[Any], studio: Studio) -> None:
             values = await _prompt_values(argument.name, studio)
         word = argument.value.strip().lower()
         fitting = list(dict.fromkeys(value for value in values if word in value.lower()))
+        # The sort is stable, so the newest tasks stay first.
         fitting.sort(key=lambda value: not value.lower().startswith(word))
         return Completion(values=fitting[:COMPLETIONS_MAX], total=len(fitting), has_more=len(fitting) > COMPLETIONS_MAX)
 

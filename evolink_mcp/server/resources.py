@@ -92,6 +92,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
         try:
             file = await studio.image_store.local_file(task_id, picture)
             size, data = await anyio.to_thread.run_sync(_read, file)
+        # A client gets only the text of the SDK's own ResourceError.
         except EvolinkError as error:
             raise ResourceError(f"{error.message}. Locations: {await locations()}") from error
         except OSError as error:
@@ -102,6 +103,7 @@ def add_resources(server: MCPServer[Any], studio: Studio) -> None:
             raise ResourceError(
                 f"the picture has {size:,} bytes, too many for one message. Locations: {await locations()}"
             )
+        # Another program can have replaced the file since it was saved.
         if sniff(data[:16]) is None:
             raise ResourceError(f"the file is not a picture any more. Locations: {await locations()}")
         return data
@@ -119,6 +121,7 @@ async def _entry(studio: Studio, task_id: str) -> Entry | None:
 def _read(path: Path) -> tuple[int, bytes]:
     """Return size in bytes and content. The content is empty if it is larger than IMAGE_MAX_BYTES."""
     with open_plain(path) as file:
+        # One byte more than the limit shows that the file is too large.
         data = file.read(IMAGE_MAX_BYTES + 1)
         return (len(data), data) if len(data) <= IMAGE_MAX_BYTES else (path.stat().st_size, b"")
 
@@ -154,6 +157,7 @@ class _Subscribers:
         if not re.match(r"evolink://(tasks/|images/|sizes$)", uri):
             raise MCPError(INVALID_PARAMS, f"there is no resource {harmless(uri, 80)}", {"uri": harmless(uri)})
         connection = _connection(context)
+        # The SDK calls no handler when a connection ends. Only its exit stack runs then.
         if connection not in self._uris:
             connection.exit_stack.callback(self._uris.pop, connection, None)
         uris = self._uris.setdefault(connection, set())
@@ -171,6 +175,7 @@ class _Subscribers:
         return EmptyResult()
 
     async def notify(self, uri: str) -> None:
+        # A connection may end while this loop waits.
         for connection, uris in list(self._uris.items()):
             if uri in uris:
                 await connection.send_resource_updated(uri)

@@ -34,6 +34,7 @@ from evolink_mcp.tools.names import TOOL_NAMES
 from evolink_mcp.tools.view_image import view_image_tool
 from evolink_mcp.tools.waiting import Waiting
 
+# Claude Code cuts instructions after 2,048 characters.
 INSTRUCTIONS = (
     "Makes and edits pictures with EvoLink's gpt-image-2. generate_image is paid and does everything in one call. If it "
     "answers before the picture is ready, call get_task with the task_id of the answer. Never call generate_image again "
@@ -46,6 +47,7 @@ WITHOUT_BUYING = (
     "Shows pictures from EvoLink's gpt-image-2, and computes sizes and prices. This server has no tool that buys: its "
     "owner switched off generate_image (EVOLINK_MCP_TOOLS)."
 )
+# Without a hint, clients of 2026-07-28 read the lists again for each use.
 DAY_MS = 86_400_000
 # A token can restrict the tools of its tenant, so a cache that several tenants share must not keep these lists.
 CACHED_LISTS = ("tools/list", "prompts/list", "resources/templates/list")
@@ -113,6 +115,7 @@ def build_server(
         instructions=INSTRUCTIONS if can_buy else WITHOUT_BUYING,
         tools=[tool for tool in tools if tool.name in published],
         extensions=[gallery(), Tasks(studio, get_task), *([Skills()] if can_buy else [])],
+        # The SDK's default is INFO for the root logger.
         log_level="WARNING",
         subscriptions=InMemorySubscriptionBus(),
         # The audience identifies the profile, so that the state of one tenant is invalid for another.
@@ -121,6 +124,7 @@ def build_server(
         else None,
         cache_hints=dict.fromkeys(CACHED_LISTS, CacheHint(ttl_ms=DAY_MS, scope="private")),
     )
+    # First, because the SDK's tracing is a middleware too.
     server.middleware.insert(0, drop_malformed_trace_context)
     add_resources(server, studio)
     add_completions(server, studio)

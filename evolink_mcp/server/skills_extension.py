@@ -14,6 +14,7 @@ from mcp_types import INVALID_PARAMS, PaginatedRequestParams, RequestParams
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.server.catalogue import SKILL_NAME, SKILL_URI, skill_entry, skill_text
 
+# Capabilities of an older protocol version have no field for extensions.
 MODERN = frozenset({"2026-07-28"})
 DAY_MS = 86_400_000
 CACHE: dict[str, Any] = {"resultType": "complete", "ttlMs": DAY_MS, "cacheScope": "private"}

@@ -30,6 +30,7 @@ INTEGER_MAX = 1 << 53
 
 INITIALIZE = "initialize"
 LISTS = ("tools/list", "prompts/list", "resources/templates/list")
+# The SDK answers `initialize` with the same version only for these.
 HANDSHAKES = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 MODERN = "2026-07-28"
 ANY_OTHER = "*"  # stands for a protocol version that `initialize` does not know
@@ -64,6 +65,7 @@ class StartupAnswers:
         if self._is_over:
             return None
         message = _message(line)
+        # The SDK may read such a line in another way, so it answers this line and all later ones.
         if message is None:
             self._is_over = True
             return None
@@ -71,6 +73,7 @@ class StartupAnswers:
             return None
         request_id = message["id"]
         method = message["method"]
+        # The SDK decides whether a repeated or unusual ID is an error.
         if not _is_request_id(request_id) or request_id in self._request_ids:
             self._is_over = True
             return None
@@ -82,6 +85,7 @@ class StartupAnswers:
         elif method == INITIALIZE or not _is_usual(params, self._version):
             return None
         result = self._results.get((method, self._version or ""))
+        # The SDK offers its newest handshake version to a client with an unknown one.
         if method == INITIALIZE and self._version and self._version not in HANDSHAKES:
             self._version = HANDSHAKES[-1]
             result = self._results.get((method, ANY_OTHER))
@@ -125,6 +129,7 @@ def save(folder: Folder, key: bytes, results: Results) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="part-", delete=False) as file:  # mode 0600
         file.write(b"\n".join([_checksum(content), key, content]))
+    # Another server may read the recording at this moment.
     Path(file.name).replace(_path(folder, key))
     recordings = sorted(folder.glob("startup-*.tsv"), key=lambda path: path.stat().st_mtime)
     for old in recordings[:-FILES_MAX]:
@@ -149,6 +154,7 @@ def _read_private(path: str) -> bytes:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(handle)
+        # Another user could plant answers, for example a description that changes the behaviour of the model.
         is_private = sys.platform == "win32" or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
         if not stat.S_ISREG(status.st_mode) or not is_private or status.st_size > FILE_MAX_BYTES:
             raise ValueError(f"{path} is not a private file")
@@ -306,6 +312,7 @@ def _is_request_id(value: object) -> bool:
 
 def _message(line: bytes) -> Object | None:
     """Return the request or notification in a line. Return None for a line that the SDK could read differently."""
+    # An escape can spell a lone surrogate, and `read_message` decides about those.
     if len(line) > LINE_MAX_BYTES or b"\\u" in line or line.count(b"{") + line.count(b"[") > BRACKETS_MAX:
         return None
     try:
@@ -330,6 +337,7 @@ def _refuse_constant(constant: str) -> None:
 
 def _object_of(pairs: list[tuple[str, Any]]) -> Object:
     value = dict(pairs)
+    # Readers of JSON disagree about the value of a repeated name.
     if len(value) != len(pairs):
         raise ValueError("a repeated name")
     return value

@@ -23,6 +23,7 @@ from evolink_mcp.journal.entry import Entry, Stage, iso
 from evolink_mcp.sanitize import harmless
 from evolink_mcp.studio.studio import Studio
 
+# Capabilities of an older protocol version have no field for extensions.
 MODERN = frozenset({"2026-07-28"})
 POLL_INTERVAL_MS = 3000
 
@@ -58,10 +59,12 @@ class Tasks(Extension):
         """Let generate_image return at once if the client declares the extension."""
         if params.name != "generate_image" or ctx.protocol_version not in MODERN or not self._declared(ctx):
             return await call_next(ctx)
+        # The normal call also validates the arguments and asks for the approval of the price.
         params.arguments = {**(params.arguments or {}), "wait_seconds": 0}
         result = await call_next(ctx)
         answer = result.structured_content if isinstance(result, CallToolResult) and not result.is_error else None
         entry = await self._entry(answer["task_id"]) if answer else None
+        # An identical undelivered purchase can be finished already, so it needs no handle.
         if entry is None or entry.stage is not Stage.OPEN:
             return result
         # The client has the handle, so the next identical call must buy, as it does beside a waiting call.
@@ -77,6 +80,7 @@ class Tasks(Extension):
         arguments = {"task_id": params.task_id, "wait_seconds": 0}
         result = await self._get_task.run(arguments, Context(request_context=ctx))
         answer = result.model_dump(mode="json", by_alias=True, exclude_none=True)
+        # The extension keeps "failed" for JSON-RPC errors. A failed task is completed with an error as its result.
         return {**self._task_out(job.entry), "status": "completed", "result": answer}
 
     async def cancel(self, ctx: Request, params: TaskParams) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class Simulator(Simulation):
         return self.task(request.path_params["id"], key=key, base_url=_origin(request))
 
     async def _list(self, request: Request, key: str) -> Answer:
+        # EvoLink's filter `processing` includes queued tasks.
         query, groups = request.query_params, {"pending": "processing", "queued_for_gpu": "processing"}
         page, per_page = query.get("page", "1"), query.get("page_size", "20")
         if not (re.fullmatch(r"[1-9]\d{0,5}", page) and re.fullmatch(r"[1-9]\d?|100", per_page)):
@@ -122,6 +123,7 @@ class Simulator(Simulation):
         ids = cast("list[Any]", ids) if isinstance(ids, list) else []
         if not (1 <= len(ids) <= 50 and all(isinstance(task_id, str) for task_id in ids)):
             return error("invalid_request", "task_ids must be 1 to 50 strings", param="task_ids")
+        # EvoLink omits unknown and foreign IDs without an error.
         own_tasks = [self.tasks[task_id] for task_id in ids if task_id in self.tasks and self.tasks[task_id].key == key]
         return ok({"data": [self.view(task, _origin(request)) for task in own_tasks]})
 
@@ -190,6 +192,7 @@ class Simulator(Simulation):
             return Response(HTML, media_type="text/html")
         if "hostile-picture" in task.faults and int(name[1]) == 1:
             return Response(b"\xff\xd8" + b"\xff" * 100_000 + b"\xd9", media_type="image/jpeg")
+        # A drawing takes long, and the other requests of the same client need their answers meanwhile.
         data = await anyio.to_thread.run_sync(self.draw, task, int(name[1]))
         return Response(
             data[: len(data) // 2] if "truncated-picture" in task.faults else data, media_type=f"image/{task.kind}"
@@ -199,6 +202,7 @@ class Simulator(Simulation):
         """Return image `index` of a task as a file."""
         from evolink_mcp.simulator.paintings import paint
 
+        # A client may download an image again, and a drawing is slow.
         if (task.id, index) not in self._drawn:
             width, height = (edge // 2 for edge in task.size) if "other-size" in task.faults else task.size
             self._drawn[task.id, index] = paint(

@@ -304,6 +304,7 @@ class Scene:
 
 def paint(prompt: str, index: int, size: tuple[int, int], kind: str = "png", clear: bool = False) -> bytes:
     """One picture as PNG, JPEG or WebP bytes; with `clear` it is a round sticker on a transparent ground."""
+    # hash() of a text differs in each process.
     rng = random.Random(hashlib.sha256(f"{index}\n{prompt}".encode("utf-8", "surrogatepass")).digest())
     scale = min(2.0, math.sqrt(WORKING_PIXELS / (size[0] * size[1])))
     scene = Scene(prompt, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), rng)

@@ -113,6 +113,7 @@ def price(body: dict[str, Any], size: tuple[int, int], pictures: int) -> float:
 def _drawable(size: Any) -> bool:
     if not isinstance(size, str):
         return False
+    # Without re.ASCII, \d accepts digits of other scripts.
     match = re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", size, re.ASCII)
     if match is None:
         return size == "auto" or size in RATIOS
@@ -165,6 +166,7 @@ PAGE: dict[str, tuple[Callable[[Any], bool], str]] = {  # field of the page: its
     "quality": (_one_of("low", "medium", "high"), "must be low, medium or high"),
     "background": (_one_of("opaque", "transparent"), "must be opaque or transparent"),
     "output_format": (_one_of("png", "jpeg", "webp"), "must be png, jpeg or webp"),
+    # isinstance would accept `true`.
     "n": (lambda v: type(v) is int and 1 <= v <= 10, "must be an integer from 1 to 10"),
     "callback_url": (_callback, "must be a public https URL of at most 2048 characters"),
 }

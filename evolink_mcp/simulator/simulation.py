@@ -176,6 +176,7 @@ class Simulation:
             text = "Half a letter: \ud800" if "surrogate" in task.faults else f"The prompt ordered {code}."
             return view | {"error": {"code": code, "message": f"{text}\nChange it.", "type": "task_error"}}
         if status != "completed":
+            # EvoLink has this flag, but no endpoint that cancels a task.
             info = {"can_cancel": status != "cancelled", "estimated_time": max(1, round(task.duration))}
             usage = {"billing_rule": "per_token", "credits_reserved": task.reserved, "user_group": "default"}
             return view | {"task_info": info, "usage": usage}
@@ -188,6 +189,7 @@ class Simulation:
             urls = []
         if links:
             view |= {"results": urls, "result_data": [{"url": url} for url in urls]}
+        # EvoLink sells 68 credits for 1 USD.
         money = {"credits": cost, "usd": round(cost / 68, 4), "cny": round(cost / 10, 4)}
         usage = {"billing_rule": "per_token", "credits_used": cost, "user_group": "default", "cost": money}
         return view | {"duration": int(task.duration), "task_info": {"can_cancel": False}, "usage": usage}
@@ -224,6 +226,7 @@ class Simulation:
             return error("rate_limit_exceeded")
         size = body.get("size", "auto")
         drawn = pixels(size, body.get("resolution", "1K"), self.rule)
+        # For auto, EvoLink's own estimate assumes 2048×2048.
         reserved = price(body, (2048, 2048) if size == "auto" else drawn, body.get("n", 1))
         remaining, _ = self.credits(key)
         if reserved > remaining:
@@ -251,6 +254,7 @@ class Simulation:
         if not task_id.startswith("task-unified-"):
             return error("invalid_task_id", param="task_id")
         task = self.tasks.get(task_id)
+        # EvoLink answers 403 for a task of another account, and 404 only for an unknown one.
         if task is None or (key and key != task.key):
             return error("permission_denied" if task else "task_not_found")
         task.looks += 1

@@ -67,6 +67,7 @@ class Adopter:
             JournalUnwritable: the entries are unknown.
         """
         async with self._studios.open_backend() as backend:
+            # A search must not create the journal file of SQLite.
             if not backend.has_data:
                 return
             orphans = await backend.run(lambda db: release_dead_servers(db, backend.owner))
@@ -74,6 +75,7 @@ class Adopter:
         self._tried = {key: tried_at for key, tried_at in self._tried.items() if tried_at > earliest}
         by_profile: dict[str, list[Orphan]] = {}
         for orphan in orphans:
+            # An owner that died since the last search is a reason to try again at once.
             if orphan.owner or orphan.key not in self._tried:
                 by_profile.setdefault(orphan.profile, []).append(orphan)
         async with anyio.create_task_group() as group:
@@ -97,22 +99,26 @@ class Adopter:
 
     async def _adopt(self, name: str, orphans: list[Orphan]) -> None:
         """Adopt entries of one tenant: with its open studios first, then with the key that this server has for it."""
+        # An open studio may have a key that only its caller sends.
         tenants = [tenant for tenant in self._tenants.open_apps if tenant.name == name]
         known_tenant = self._tenant_named(name)
         if known_tenant is not None and known_tenant not in tenants:
             tenants.append(known_tenant)
         for tenant in tenants:
+            # Each try opens a studio and asks EvoLink.
             if all((tenant, orphan.account) in self._foreign for orphan in orphans):
                 continue
             try:
                 async with self._tenants.use(tenant) as app:
                     is_certain = await app.studio.adopt()
+            # The next search tries again.
             except TenantLimitReached:
                 return
             journal = app.studio.journal
             for orphan in orphans:
                 if journal.is_linked(orphan.account):
                     self._tried[orphan.key] = self._clock()
+                # Without a clear answer of EvoLink the key may still belong to the account.
                 elif is_certain:
                     self._foreign.add((tenant, orphan.account))
             orphans = [orphan for orphan in orphans if not journal.is_linked(orphan.account)]

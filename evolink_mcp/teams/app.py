@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Load balancers read /readyz every few seconds, and a check of the key is a request to EvoLink.
 KEY_CHECK_INTERVAL_S = 60.0
+# The readiness probe of deploy/kubernetes waits 4 s.
 KEY_CHECK_TIMEOUT_S = 3.0
 ENTRIES_TIMEOUT_S = 2.0
 NO_DATABASE = "the database does not answer"
@@ -93,6 +95,7 @@ class Readiness:
             if self._database is not None and self._database.alive:
                 self._entries_problem = await self._try_entries(self._database)
             if self._client.has_key and anyio.current_time() - self._checked_at >= KEY_CHECK_INTERVAL_S:
+                # Also after a failed check, so that an unreachable EvoLink does not delay each probe.
                 self._checked_at = anyio.current_time()
                 with anyio.move_on_after(KEY_CHECK_TIMEOUT_S):
                     await self._check_key()
@@ -113,6 +116,7 @@ class Readiness:
             await self._client.balance()
             self._key_problem = None
         except Rejected as error:
+            # 402, 403 and 429 do not prove that EvoLink does not know the key.
             self._key_problem = "EvoLink does not accept the key" if error.http_status == 401 else None
         except EvolinkError:
             pass
@@ -187,6 +191,7 @@ def guarded_app(
     if authenticator is not None and authenticator.issuer is not None:
         from evolink_mcp.teams.oauth import METADATA_PATH
 
+        # RFC 9728 appends the path of the MCP endpoint. Clients also try the address without it.
         metadata = authenticator.issuer.metadata_app
         endpoints += [Endpoint(("GET",), METADATA_PATH, metadata), Endpoint(("GET",), f"{METADATA_PATH}/", metadata)]
     return HttpGuard(

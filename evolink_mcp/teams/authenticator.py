@@ -64,6 +64,7 @@ class TeamAuthenticator:
         auth_result = await self._tenant_of(headers.get(b"authorization"))
         if isinstance(auth_result, AuthFailure):
             return auth_result
+        # After the authentication, so that no other caller can use up the requests of a tenant.
         if (failure := self.rates.failure(auth_result.name, auth_result.requests_per_minute)) is not None:
             return failure
         key = headers.get(CALLER_KEY_HEADER)
@@ -92,6 +93,7 @@ class TeamAuthenticator:
             text = "X-EvoLink-Key is no EvoLink key: 8 to 512 visible ASCII characters."
             return AuthFailure(HTTPStatus.BAD_REQUEST, text)
         usual_key = tenant.evolink_key or self._server_key
+        # In constant time, so that a caller cannot find the server's key character by character.
         if usual_key is not None and hmac.compare_digest(usual_key.get_secret_value(), key):
             return tenant  # the same account, so the same tasks
         known_keys = self._caller_keys.setdefault(tenant.name, set())

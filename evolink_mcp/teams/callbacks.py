@@ -26,6 +26,7 @@ class Callbacks:
         """Return the request body with this entry's address, unless the caller gave one."""
         if "callback_url" in body:
             return dict(body)
+        # The channel is a hash of the profile, so the address does not show the profile to EvoLink.
         signature = self._signer.sign(f"{channel}.{key}")
         return {**body, "callback_url": f"{self._public_url}{PATH}{channel}.{key}.{signature}"}
 

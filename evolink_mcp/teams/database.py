@@ -40,6 +40,7 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
     used_at = -math.inf
 
 
+# Well below `grace_s`: a server that reconnects in time keeps its entries.
 RECONNECT_AFTER_S = 0.5
 # After this time the pool ends a series of attempts, and an action starts a new one. The pauses of a series double, so with a
 # longer one the server could not use the database for as long again as the outage had lasted.
@@ -74,6 +75,7 @@ class Database:
     def __init__(self, url: str, times: DatabaseTimes = DEFAULT_TIMES) -> None:
         self._address = Address.of(url, times.connect_timeout_s)
         self.times = times
+        # One slow heartbeat must not stop the work.
         self._heartbeat_s = times.stop_after_s / 3
         self.written = WrittenEntries()
         self._lease = Lease(times)
@@ -84,6 +86,7 @@ class Database:
         self._is_working = False
         self._session: DatabaseConnection | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        # Without autocommit psycopg leaves a transaction open after each statement.
         self._pool: AsyncConnectionPool[PooledConnection] = AsyncConnectionPool(
             self._address.conninfo, connection_class=PooledConnection,
             kwargs={"autocommit": True, "row_factory": dict_row}, min_size=1, max_size=POOL_SIZE,
@@ -159,6 +162,7 @@ class Database:
         Raises:
             JournalUnwritable: psycopg or the network raised an error, or the call must answer now.
         """
+        # The states of an entry must reach the database in the order of their writes.
         before = self._last.get(key) if key is not None else None
         is_late = asyncio.Event()
         task = asyncio.create_task(self._work(act, before, is_late))
@@ -170,6 +174,7 @@ class Database:
         if limit_s is not None:
             limit_s = max(limit_s, self.times.action_min_s)
         with anyio.move_on_after(limit_s):
+            # A cancelled caller must not interrupt a write in the middle.
             return await asyncio.shield(task)
         if task.done():
             return task.result()
@@ -244,6 +249,7 @@ class Database:
                     self._session = session
                     log.info("reconnected to the database")
                 await self._send_heartbeat(self._session)
+            # Before psycopg.Error, of which LeaseLost is a subclass.
             except LeaseLost as error:
                 await self._replace_lease(error)
             except (psycopg.Error, OSError, TimeoutError) as error:
@@ -256,6 +262,7 @@ class Database:
                 await asyncio.sleep(RECONNECT_AFTER_S)
 
     async def _connect(self) -> DatabaseConnection:
+        # libpq applies its own timeout to each address of the host separately.
         async with asyncio.timeout(self.times.connect_timeout_s):
             return await psycopg.AsyncConnection[DictRow].connect(
                 self._address.conninfo, autocommit=True, row_factory=dict_row
@@ -298,6 +305,7 @@ class Database:
         sent_at = time.monotonic()
         messages = self._messages(*self._later.values())
         self._later.clear()
+        # A network that drops all packets causes no error.
         async with asyncio.timeout(2 * self._heartbeat_s), session.transaction() if messages else nullcontext():
             now = await self._lease.renew(session)
             if messages:
@@ -339,17 +347,20 @@ class Database:
     def _messages(self, *payloads: tuple[str, dict[str, Any]]) -> list[str]:
         """Return the messages to channels. Leave out those that are too long for PostgreSQL."""
         messages = [f"{channel} {json.dumps({'by': self.owner, **payload})}" for channel, payload in payloads]
+        # json.dumps writes only ASCII, so characters are bytes.
         return [message for message in messages if len(message) <= PAYLOAD_MAX_BYTES]
 
     def _receive(self, notify: psycopg.Notify) -> None:
         channel, _, message = notify.payload.partition(" ")
         try:
             payload: dict[str, Any] = json.loads(message)
+            # PostgreSQL sends a notification to its sender too.
             if payload.pop("by", "") == self.owner:
                 return
         except (ValueError, AttributeError):
             log.warning("ignoring unknown notification on channel %s", CHANNEL)
             return
+        # A receiver may remove its own registration.
         for listener_channel, receive in list(self._listeners):
             if channel == listener_channel:
                 receive(payload)
@@ -373,8 +384,10 @@ class Database:
     ) -> T:
         if before is not None:
             await asyncio.wait([before])
+        # The caller has already reported that this action did not happen.
         if is_late.is_set():
             raise self._address.unwritable("its call had no time left")
+        # Another server may own the entries already.
         if not self.alive:
             raise self._address.unwritable("the session with it was lost")
         try:
@@ -421,6 +434,7 @@ class Database:
 async def exchange(db: DatabaseConnection, requests: list[MinuteCount]) -> list[MinuteCount]:
     """Add the requests of this server to the table. Return those of all servers together, for the same tenants."""
     tenants, minutes, counts = (list(column) for column in zip(*requests, strict=True))
+    # A server whose heartbeat is late may still add to the previous minute.
     rows = await (await db.execute(ADD_REQUESTS.encode(), (max(minutes) - 1, tenants, minutes, counts))).fetchall()
     return [MinuteCount(row["tenant"], row["minute"], row["requests"]) for row in rows]
 
@@ -437,6 +451,7 @@ async def open_database(url: str, times: DatabaseTimes = DEFAULT_TIMES) -> Async
     try:
         yield database
     finally:
+        # Without the end of its session, other servers would wait for the deadline of the lease.
         await asyncio.shield(asyncio.ensure_future(database.close()))
 
 

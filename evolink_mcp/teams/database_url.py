@@ -17,6 +17,7 @@ OPTIONS = (
     "-c lock_timeout=6s -c idle_in_transaction_session_timeout=5s -c tcp_keepalives_idle=3 -c tcp_keepalives_interval=2 "
     "-c tcp_keepalives_count=2 -c tcp_user_timeout=7000"
 )
+# The same times for the client's end of a connection.
 KEEPALIVES = {"keepalives_idle": 3, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 7000}
 ADVICE = (
     "Nothing is bought that cannot be written down first. Tell the administrator that the database of "
@@ -78,6 +79,7 @@ class Address:
             conninfo = make_conninfo(url, **options, options=f"{values.get('options') or ''} {OPTIONS}".strip())
         except psycopg.ProgrammingError:
             place = "the database"
+            # The chained error would quote the URL with its password.
             raise cls("", place).unwritable("its address is not one that PostgreSQL understands") from None
         host = values.get("host") or values.get("hostaddr") or "this machine"
         public_values = {host, values.get("dbname"), values.get("user")}
@@ -85,6 +87,7 @@ class Address:
         return cls(
             conninfo,
             f"the database {values.get('dbname') or values.get('user') or ''} on {host}",
+            # A password that equals the user name would remove this name from every message.
             tuple(password for password in passwords if password not in public_values),
         )
 

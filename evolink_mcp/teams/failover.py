@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 KEEP_MAX = 5_000
 KEEP_S = 600.0
 CHECK_EVERY_S = 0.5
+# A server that keeps its lease and never writes back must not stop the whole team.
 WAIT_MAX_S = 60.0
 # Read the timeline of this cluster. A database that was restored on another machine has another system identifier.
+# The name of a WAL file begins with the eight digits of its timeline.
 FIND_TIMELINE = """SELECT system_identifier || '/' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) AS timeline
     FROM pg_control_system()"""
 # Give all servers that were alive at the end of the former timeline the time of a lease to return. Only the first call
@@ -57,6 +59,7 @@ STATE = (
     "error",
     "images",
 )
+# A later state of an entry has a higher rank, so an older copy never replaces a newer one.
 RANK = "({0}.task_id IS NOT NULL, {0}.closed, {0}.delivered_at IS NOT NULL, length({0}.images))"
 RESTORE = f"""INSERT INTO evolink_entries AS old (profile, {", ".join(f'"{name}"' for name in COLUMNS)})
     VALUES (%s{", %s" * len(COLUMNS)}) ON CONFLICT (key) DO UPDATE SET
@@ -136,6 +139,7 @@ class Timelines:
         """Write the entries of this server back, and wait for the other servers. Renew the lease meanwhile."""
         if timeline == self._current:
             return
+        # A server that has just started has written nothing.
         if self._current is not None:
             count = await self._written.restore(db, lease.owner)
             log.warning("the database was replaced: wrote back %d of %d entries", count, len(self._written))

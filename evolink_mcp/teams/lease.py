@@ -22,12 +22,15 @@ from evolink_mcp.teams.database_url import DatabaseTimes
 DatabaseConnection = psycopg.AsyncConnection[DictRow]
 
 # The class of all advisory locks. The second half of a lock is the number of a server, or 0 for a migration.
+# It is "evol" in ASCII, so that it differs from the locks of other programs in the same database.
 LOCKS = 0x65766F6C
+# Each half of an advisory lock is a signed integer of 32 bits.
 NUMBERS = 1_000_000_000
 # Add a server. A random number cannot return after a failover that lost the newest rows and the state of a sequence.
 ADD_SERVER = """INSERT INTO evolink_servers (number, lease_until) OVERRIDING SYSTEM VALUE
     VALUES (%s, clock_timestamp() + make_interval(secs => %s)) ON CONFLICT DO NOTHING"""
 # Move the deadline, unless another server ended the lease.
+# clock_timestamp(), because now() is the start of the transaction.
 RENEW = """UPDATE evolink_servers SET
     seen_at = clock_timestamp(), gone_since = NULL, lease_until = clock_timestamp() + make_interval(secs => %s)
     WHERE number = %s AND fenced_at IS NULL RETURNING extract(epoch FROM seen_at)::float8 AS now"""
@@ -36,10 +39,12 @@ LOCK_NUMBER = "SELECT pg_try_advisory_lock(%s, %s) AS is_locked"
 # Read the process of this session.
 FIND_SESSION = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 # End a former session of this server.
+# PostgreSQL can give the same process ID to another session later.
 END_SESSION = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
 # Forget servers that ended long ago.
 FORGET = "DELETE FROM evolink_servers WHERE seen_at < clock_timestamp() - interval '1 day'"
 # Read the state of a server's lease. The lock is free if its session ended.
+# Shared, so that several servers can test it at the same time. It lasts until the end of the transaction.
 FIND_LEASE = """SELECT fenced_at IS NOT NULL AS is_fenced, pg_try_advisory_xact_lock_shared(%s, number) AS is_free,
     coalesce(lease_until < clock_timestamp(), false) AS is_expired,
     seen_at < clock_timestamp() - make_interval(secs => %s) AS is_silent
@@ -87,6 +92,7 @@ class Lease:
         row = await (await db.execute(LOCK_NUMBER.encode(), (LOCKS, self.number))).fetchone()
         if row is None or not row["is_locked"]:
             await db.execute(END_SESSION.encode(), self._session)
+            # PostgreSQL ends a session later than it accepts the command, so the caller tries again.
             raise psycopg.OperationalError("the former session holds the lease, or another server is testing it")
         await self.renew(db)
         row = await (await db.execute(FIND_SESSION.encode())).fetchone()

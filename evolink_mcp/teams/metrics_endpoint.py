@@ -53,6 +53,7 @@ class MetricsCollector(Collector):
         self._database = database
         self._loop_delay_s = 0.0
         self._loop_delay_max_s = 0.0
+        # The global registry refuses a second collector with the same names.
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -93,6 +94,7 @@ class MetricsCollector(Collector):
         yield tasks
         yield _counter("evolink_purchases", "Purchases by outcome.", "outcome", metrics.purchases)
         yield CounterMetricFamily("evolink_credits", "Credits that EvoLink charged.", value=metrics.credits)
+        # Dashboards use the published name, so it stays.
         yield _counter("evolink_looks", "Polls of tasks by kind.", "kind", metrics.polls)
         yield _counter("evolink_downloads", "Image downloads by outcome.", "outcome", metrics.downloads)
         yield _detection_lags(metrics)
@@ -107,6 +109,7 @@ class MetricsCollector(Collector):
         self._loop_delay_max_s = 0.0  # each read starts a new interval
         yield GaugeMetricFamily("evolink_open_streams", "Open HTTP requests.", value=float(self._open_requests()))
         yield InfoMetricFamily("evolink_server", "Version of this server.", {"version": __version__})
+        # A thread serves the separate port, and the event loop adds keys meanwhile.
         answers = {(route, str(status)): count for (route, status), count in list(metrics.answers.items())}
         yield _counters("evolink_http_requests", "HTTP answers by route and status.", ("route", "status"), answers)
         yield _counters(
@@ -173,6 +176,7 @@ def _detection_lags(metrics: Metrics) -> HistogramMetricFamily:
     buckets: list[tuple[str, float]] = []
     cumulative = 0
     for bound in (*LAG_BOUNDS_S, float("inf")):
+        # Each bucket of Prometheus contains the smaller ones.
         cumulative += metrics.lags[bound]
         buckets.append(("+Inf" if bound == float("inf") else str(bound), float(cumulative)))
     description = "Highest possible time from the end of a task until the server detected it."

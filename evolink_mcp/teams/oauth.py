@@ -133,6 +133,7 @@ class Issuer:
         if missing:
             text = f"This token lacks the scope {' '.join(missing)}."
             return AuthFailure(HTTPStatus.FORBIDDEN, text, (self.challenge(', error="insufficient_scope"'),))
+        # A name in the tokens file has no blanks, so no token can have the same tenant.
         tenant = Tenant(f"{claims['sub']} at {self._issuer_name}")
         if self._roles is not None:
             try:
@@ -150,11 +151,13 @@ class Issuer:
         return None
 
     async def _verify(self, token: str) -> dict[str, Any]:
+        # The header is not verified yet. It only selects a published key.
         key_id = jwt.get_unverified_header(token).get("kid")
         key = await self._key(key_id if isinstance(key_id, str) else None)
         claims = jwt.decode(
             token,
             key.key,
+            # The algorithms come from the key, because a forged token can name any algorithm.
             algorithms=key.algorithms,
             audience=self._audience,
             issuer=self._issuer_name,
@@ -176,6 +179,7 @@ class Issuer:
         """Refresh the keys forever. The first read prepares the server for its first caller."""
         while True:
             await self.refresh()
+            # Not KEYS_REFRESH_S, so that a failed read is soon repeated.
             await sleep(REFRESH_INTERVAL_MIN_S)
 
     async def _key(self, key_id: str | None) -> _PublicKey:
@@ -202,6 +206,7 @@ class Issuer:
         self._waiting += 1
         try:
             async with self._lock:
+                # Another caller may have read the keys while this one waited.
                 if self._known_key(key_id) is None or self._is_outdated:
                     await self._read_keys()
         finally:
@@ -216,6 +221,7 @@ class Issuer:
         now = self._clock()
         if now - self._tried_at < REFRESH_INTERVAL_MIN_S:
             return
+        # A failed read counts too, so an unreachable issuer gets few requests.
         self._tried_at = now
         try:
             self._issuer_name, self._keys = await self._published()
@@ -235,6 +241,7 @@ class Issuer:
         metadata = await self._metadata()
         name = metadata.get("issuer")
         keys_url = metadata.get("jwks_uri")
+        # RFC 8414 requires this check. Issuers differ in the final slash.
         if not isinstance(name, str) or name.rstrip("/") != self._issuer.rstrip("/"):
             raise _IssuerUnusable("its metadata name another issuer")
         if not isinstance(keys_url, str) or not _is_safe_url(keys_url):
@@ -250,6 +257,7 @@ class Issuer:
         """Read the metadata of RFC 8414 or OpenID Connect from the first address that has them."""
         parts = urlsplit(self._issuer.rstrip("/"))
         origin = f"{parts.scheme}://{parts.netloc}"
+        # RFC 8414 puts .well-known before the path of the issuer, OpenID Connect behind it.
         urls = [
             f"{origin}/.well-known/oauth-authorization-server{parts.path}",
             f"{origin}/.well-known/openid-configuration{parts.path}",

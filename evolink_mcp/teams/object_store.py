@@ -101,6 +101,7 @@ class ObjectStore:
             StoreUnusable: the file cannot be read, or is damaged.
         """
         with self._operation("mount"):
+            # A share that does not answer can block its thread for minutes.
             return await anyio.to_thread.run_sync(_read_marker, Path(self._root) / MARKER, abandon_on_cancel=True)
 
     async def ensure_marker(self) -> str:
@@ -126,6 +127,7 @@ class ObjectStore:
         with self._operation("put"):
             import obstore
 
+            # obstore's store for a folder refuses attributes.
             attributes: Any = {"Content-Type": mime_type} if self._is_remote else None
             await obstore.put_async(self._store, self._key(name), file, attributes=attributes)
 
@@ -152,6 +154,7 @@ class ObjectStore:
             import obstore
 
             result = await obstore.get_async(self._store, self._key(name))
+        # Outside `_operation`: an error of the reader is no failure of the store.
         yield result.meta["size"], self._parts(result)
 
     async def check(self) -> None:

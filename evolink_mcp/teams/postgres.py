@@ -22,6 +22,7 @@ from evolink_mcp.teams.schema import LIKE_WORD, TABLES, like_pattern
 T = TypeVar("T")
 
 UNIQUE_TASK = "evolink_task_once"
+# An advisory lock is a number of 64 bits.
 LOCK_NAME = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
 
 
@@ -171,5 +172,6 @@ def _duplicate_task() -> Generator[None]:
 @lru_cache(maxsize=1000)
 def translate(sql: str) -> bytes:
     """Return the SQL of the journal in PostgreSQL's dialect."""
+    # psycopg reads % as the start of a placeholder.
     sql = sql.replace("%", "%%").replace(HAS_WORD, LIKE_WORD).replace("instr(", "strpos(").replace("?", "%s")
     return TABLES.sub(r"\1 evolink_\2", sql).encode()

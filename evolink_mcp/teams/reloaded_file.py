@@ -23,6 +23,7 @@ def is_mount_of_one_file(path: Path, mounts: Path = Path("/proc/self/mountinfo")
         points = [line.split(" ")[4] for line in mounts.read_text("utf-8").splitlines()]
     except (OSError, ValueError, IndexError):
         return False
+    # The kernel writes these characters as octal numbers.
     escapes = ((" ", r"\040"), ("\t", r"\011"))
     point = str(path.absolute())
     for char, escape in escapes:
@@ -44,6 +45,7 @@ class ReloadedFile(Generic[T]):
         self._read = read
         self._name = name
         self._clock = clock
+        # Before the read, so that a change during the read causes another read.
         self._version = self._file_version()
         self.content = read(path)
         self._checked_at = clock()
@@ -59,6 +61,7 @@ class ReloadedFile(Generic[T]):
         version = self._file_version()
         if version == self._version:
             return False
+        # Before the read, so that the log reports an invalid version once.
         self._version = version
         try:
             self.content = self._read(self._path)
@@ -74,4 +77,5 @@ class ReloadedFile(Generic[T]):
             status = self._path.stat()
         except OSError:
             return None
+        # A replacement can have the time and the size of the former file.
         return status.st_mtime_ns, status.st_size, status.st_ino

@@ -129,8 +129,10 @@ class RemoteImageStore:
                 origin=origin_of_entry(entry) if self._has_origin else None,
                 sweeper=self._sweeper,
             )
+        # The other servers do not have this copy, and the sweep deletes it after an hour.
         facts = asdict(file) | {"path": None}
         if self._object_store is not None:
+            # Otherwise the image would be stored below an empty mount point.
             await self._check_marker(charged="yes")
             name = _object_name(entry, image.index, Path(file.path).suffix)
             facts["object_name"] = f"{self._profile}/{_folder_of(entry.task_id)}/{name}"
@@ -184,6 +186,7 @@ class RemoteImageStore:
         try:
             await self._check_marker(charged="no")
             folder = _folder_of(derivative.task_id or "derived")
+            # Another call can make a different file for the same target.
             name = f"{self._profile}/{folder}/{derivative.name}-{sha256[:8]}{derivative.suffix}"
             await self._object_store.put(name, path, derivative.mime_type)
         finally:
@@ -244,6 +247,7 @@ class RemoteImageStore:
             try:
                 return await self._object_store.get(image.object_name, into)
             except StoreUnusable:
+                # EvoLink still has the image until then.
                 if image.url_expires_at <= self._clock():
                     raise
                 into.seek(0)  # the store may have failed after a part of the image
@@ -292,6 +296,7 @@ def _remove_old_copies(folder: Path, now: float) -> None:
 
 
 def _folder_of(task_id: str) -> str:
+    # A task ID of unusual form can contain parts of a path.
     return task_id if is_task_id(task_id) else hashlib.sha256(task_id.encode()).hexdigest()[:40]
 
 

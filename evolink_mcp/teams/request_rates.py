@@ -90,4 +90,5 @@ class RequestRates:
         for total in totals:
             count = self._counts.get(total.tenant)
             if count is not None and count.minute == total.minute:
+                # The total contains the own requests that were sent before.
                 count.others = max(0, total.requests - (count.own - count.unsent))

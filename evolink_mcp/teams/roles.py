@@ -61,11 +61,13 @@ class Roles:
         if self._file.reload():
             log.warning("reloaded the roles file: %d roles", len(self._file.content.roles))
         rules = self._file.content
+        # Before the roles, so that no role admits a denied person.
         if claims.get("sub") in rules.denied_subjects:
             raise AccessDenied("The owner of this server has denied access to you.")
         role = next((role for role in rules.roles if _matches(role, claims)), None)
         if role is not None:
             return replace(tenant, **role.limits)
+        # A file without roles only denies subjects.
         if rules.roles:
             raise AccessDenied("You have no role at this server. Ask its owner for one.")
         return tenant

@@ -212,7 +212,9 @@ async def migrate(db: psycopg.AsyncConnection[Any], locks: int) -> None:
         JournalUnwritable: An unpublished build or a newer, incompatible version of evolink-mcp made the tables.
     """
     async with db.transaction():
+        # A large table needs more than the 8 s of the connection's options.
         await db.execute("SET LOCAL statement_timeout = '10min'")
+        # Servers that start at the same time wait here for the migration of the first one.
         await db.execute("SET LOCAL lock_timeout = 0")
         await db.execute("SELECT pg_advisory_xact_lock(%s, 0)", (locks,))
         row = await (await db.execute(FIND_OLD_TABLES)).fetchone()

@@ -99,6 +99,7 @@ def _scopes(text: str) -> tuple[str, ...]:
 
 
 def _audience(values: Mapping[str, Any]) -> str | None:
+    # The MCP specification uses the URL of the endpoint as the audience.
     return None if values["oauth_issuer"] is None else f"{values['public_url']}/mcp"
 
 
@@ -202,6 +203,7 @@ class TeamSettings(Settings):
     )
     store_link_hours: float = setting(
         "EVOLINK_MCP_STORE_LINK_HOURS",
+        # A link for 0 hours would never work.
         lambda text: number(LINK_HOURS_MAX)(text) or LINK_HOURS,
         LINK_HOURS,
         "Lifetime of a link to a stored image, in hours.",

@@ -113,7 +113,9 @@ def team_parts(
         tenant=tenant,
         has_remote_callers=has_remote_callers,
         make_journal=None if database is None else _postgres_journal(database),
+        # An answer to a tenant must not contain a path of this server.
         make_image_store=_remote_image_store(settings, object_store, clock) if tenant or settings.store else None,
+        # A server over stdio has no endpoint for callbacks.
         callbacks=callbacks_of(settings) if has_remote_callers else None,
         subscribers=(Audit(tenant).receive,) if settings.has_audit_log else (),
     )
@@ -222,6 +224,7 @@ class Studios:
             parts,
             has_other_tenants=tenant is not None and tenant.shares_account,
             poller=None if tenant is None else self._poller_of(settings),
+            # The adopter and `forget_loop` maintain the entries of all tenants.
             is_maintained=tenant is not None,
             subscribers=(*parts.subscribers, self.metrics.receive),
             observe=self.metrics.count_upstream,

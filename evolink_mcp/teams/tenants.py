@@ -23,6 +23,7 @@ from evolink_mcp.transports.turns import Turns
 log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 0.5
+# To open a tenant costs as much as many calls.
 IDLE_TIMEOUT_S = 3600.0
 IDLE_CHECK_INTERVAL_S = 60.0
 # An open app of a person with a JWT holds 0.3 MB, and descriptors while it works.
@@ -142,6 +143,7 @@ class Tenants(Generic[AppT]):
         Raises:
             TenantLimitReached: all open apps have running work.
         """
+        # Before the first await, so that the app cannot close meanwhile.
         self._open_requests[tenant] += 1
         try:
             yield await self._app_of(tenant)
@@ -219,6 +221,7 @@ async def lifespan(app: ASGIApp) -> AsyncGenerator[None]:
     try:
         yield
     finally:
+        # The cancellation of the server must not skip the end of the SDK's session manager.
         with anyio.CancelScope(shield=True), anyio.move_on_after(SHUTDOWN_TIMEOUT_S):
             await life.shutdown()
 

@@ -123,6 +123,7 @@ def new_token(name: str) -> tuple[str, str]:
         BadTokens: the name is not valid.
     """
     _check_name(name)
+    # A token has 256 random bits, so a hash without a salt protects it.
     token = TOKEN_PREFIX + secrets.token_urlsafe(32)
     return token, f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
 
@@ -135,6 +136,7 @@ def _unauthorized(parameters: bytes, text: str) -> AuthFailure:
 def _read(path: Path) -> _Content:
     try:
         with path.open("rb") as file:
+            # From the open file, because the path may lead to another file by now.
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             content = file.read()
         # Editors on Windows write a byte order mark.
@@ -153,6 +155,7 @@ def _read(path: Path) -> _Content:
         digest, tenant = _parse_block(block, location)
         if digest in tenants:
             raise BadTokens(f"{location}: another token has the same sha256")
+        # A tenant has two tokens while it replaces one.
         if by_name.setdefault(tenant.name, tenant) != tenant:
             raise BadTokens(f"{location}: the tokens of {tenant.name} have different settings")
         tenants[digest] = tenant
@@ -236,6 +239,7 @@ def _with_shared_accounts(tenants: dict[str, Tenant]) -> dict[str, Tenant]:
     for tenant in tenants.values():
         names.setdefault(_secret_of(tenant), set()).add(tenant.name)
     return {
+        # The task list of a shared account would show the tasks of other tenants.
         digest: replace(tenant, shares_account=tenant.evolink_key is None or len(names[_secret_of(tenant)]) > 1)
         for digest, tenant in tenants.items()
     }

@@ -129,6 +129,7 @@ class UploadApp:
     async def _accept(self, request: Request) -> Response:
         """Check the limits before the body is read. An upload without a declared size counts as the largest one."""
         declared = request.headers.get("content-length", "")
+        # `isdigit` also accepts characters that int() refuses, such as ².
         size = int(declared[:15]) if declared.isascii() and declared.isdigit() else REFERENCE_MAX_BYTES
         if size > REFERENCE_MAX_BYTES:
             return _too_large()
@@ -140,6 +141,7 @@ class UploadApp:
             try:
                 now = self.studio.now()
                 day = iso(start_of_day(now)) or ""
+                # After the limits above: a busy server must not cost the tenant a part of its quota.
                 if not await self.studio.journal.spend_quota(QUOTA, day, size, self._day_max_bytes):
                     wait_s = int(start_of_day(now) + DAY_S - now) + 1
                     text = f"Your uploads of today reach {self._day_max_bytes // 1_000_000} MB. Try again tomorrow."
@@ -245,6 +247,7 @@ def _error(status: int, text: str, **headers: str) -> Response:
 
 def _reopen(file: BinaryIO) -> BinaryIO:
     """Return a second handle of the file, at its start."""
+    # A temporary file has no name on Linux and macOS, so it cannot be opened again.
     handle = os.dup(file.fileno())
     os.lseek(handle, 0, os.SEEK_SET)
     return os.fdopen(handle, "rb")

@@ -28,13 +28,17 @@ from evolink_mcp.tools.task_text import sentence
 
 REQUEST_ID_META = "evolink-mcp/request_id"
 VALUE_MAX_CHARS = 40
+# A call can have thousands of wrong arguments, and the answer must stay small.
 FAULTS_MAX = 12
 
+# MCP calls a tool destructive if it overwrites or deletes. A purchase only adds files.
 PAID = ToolAnnotations(read_only_hint=False, destructive_hint=False, idempotent_hint=False, open_world_hint=True)
+# VS Code asks the user before each tool without read_only_hint, and a model calls get_task several times.
 READS = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=True)
 WRITES_FILES = ToolAnnotations(
     read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False
 )
+# VS Code lets the user approve each result of a tool with open_world_hint.
 OFFLINE = ToolAnnotations(read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False)
 
 # Builds a tool's answer to an error. The second argument lists the nearest legal sizes if a size was illegal.
@@ -80,6 +84,7 @@ class FlatTool(Tool):
         try:
             return await super().run(arguments, context, convert_result)
         except ToolError as error:
+            # The SDK wraps each error of a tool in a ToolError. Its own text has a prefix without advice.
             cause = error.__cause__
             if isinstance(cause, EvolinkError):
                 return self.format_error(cause, ())
@@ -104,6 +109,7 @@ def flat_tool(
 
     `has_nested_fields`: the output schema contains the fields of nested objects.
     """
+    # `Tool.from_function` does this too, but it derives a lax schema from the signature.
     resolved = find_resolved_parameters(fn)
     return FlatTool(
         fn=fn,
@@ -145,6 +151,7 @@ def _with_request_id(answer: Any) -> Any:
 def _with_note(answer: CallToolResult, note: str) -> CallToolResult:
     """Return the answer with one more note, at the end of its first text and in its `notes` if it has them."""
     content = list(answer.content)
+    # The first block of view_image is the image.
     number, text = next((number, block) for number, block in enumerate(content) if isinstance(block, TextContent))
     content[number] = text.model_copy(update={"text": f"{text.text}\nNote: {note}"})
     facts = answer.structured_content
@@ -174,8 +181,10 @@ def format_error_as(output: Callable[..., BaseModel]) -> ErrorFormatter:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> tuple[BadArguments, tuple[str, ...]]:
     """Return the error with one line per wrong argument, and the nearest legal sizes if a size is illegal."""
+    # A dict drops equal lines: two members of a union can give the same fault.
     lines: dict[str, None] = {}
     nearest: tuple[str, ...] = ()
+    # null is a second type of each optional argument, which the published schema does not have.
     faults = [fault for fault in error.errors(include_url=False) if fault["type"] != "none_required"]
     for fault in faults[:FAULTS_MAX]:
         cause = fault.get("ctx", {}).get("error")
@@ -204,6 +213,7 @@ def _line(fault: Any, cause: object, model: type[BaseModel]) -> str:
     if fault["type"] == "string_unicode":
         return f"{path}: contains half of a surrogate pair, which is not text"
     message = str(cause) if cause is not None else str(fault["msg"])
+    # An acronym at the start, such as URL, keeps its capital letters.
     message = message if message[:2].isupper() else lower_first(message)
     value = fault.get("input")
     got = f" (got {harmless(repr(value), VALUE_MAX_CHARS)})" if isinstance(value, int | float | bool) else ""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 
+# difflib needs quadratic time, and a message may contain a name of 1,000 characters.
 NAME_MAX_CHARS = 64
 SIMILAR_FROM = 0.7
 # The first rule with a word of the name gives the argument, if the tool has one of its arguments. A star stands for the
 # rest of a word.
+# mask stands before image, because mask_image means mask_url. A count stands before it too: number_of_images is n.
 RULES = (
     ("mask* inpaint*", ("mask_url",)),
     ("index", ("index",)),
@@ -26,6 +28,7 @@ RULES = (
     ("id task taskid job", ("task_id", "source")),
 )
 PROMPT_PARTS = "negative* style* system*"
+# Parameters of other image APIs, for example cfg_scale of Stable Diffusion and moderation of OpenAI.
 UNSUPPORTED = frozenset(
     (
         *("seed", "steps", "num_inference_steps", "guidance", "guidance_scale", "cfg_scale", "sampler", "scheduler"),
@@ -55,6 +58,7 @@ def correction(name: str, names: list[str]) -> str:
     if meanings is not None:
         match = next((each for each in meanings if each in names), None)
         return f"did you mean {match}?" if match else "leave it out"
+    # A name of three characters or fewer resembles an argument by chance.
     similar = difflib.get_close_matches(snake, names, n=1, cutoff=SIMILAR_FROM) if len(snake) > 3 else []
     return f"did you mean {similar[0]}?" if similar else "leave it out"
 

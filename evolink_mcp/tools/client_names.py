@@ -9,11 +9,13 @@ from __future__ import annotations
 import uuid
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 
+# The client repeats the session ID as a header of each request.
 NAME_MAX_CHARS = 60
 
 
 def new_session_id(client_name: object) -> str:
     """Return a new session ID. A name that is no text counts as missing."""
+    # The protocol allows only visible ASCII in a session ID, so the name is base64. A lone surrogate has no UTF-8.
     name = client_name[:NAME_MAX_CHARS] if isinstance(client_name, str) else ""
     return f"{uuid.uuid4().hex}.{urlsafe_b64encode(name.encode(errors='ignore')).decode()}"
 

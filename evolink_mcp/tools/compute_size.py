@@ -24,7 +24,9 @@ from evolink_mcp.tools.adapter import OFFLINE, flat_tool, result
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 from evolink_mcp.tools.task_text import sentence
 
+# A read of the journal takes longer than the computation.
 RULE_FRESH_FOR_S = 2.0
+# The tool is offline and free, so a locked journal must not delay it.
 JOURNAL_WAIT_S = 1.0
 NOT_CURRENT = "The journal could not be read now. Size rule and prices are those that this server read last."
 PROMPT_BYTES = 1_000  # allowance of credits_at_most for a prompt that is not written yet
@@ -37,6 +39,7 @@ class ComputeSizeArguments(Arguments):
 
     size: Annotated[
         str | OrNull,
+        # Not checked here: this tool also computes sizes in words, which generate_image refuses.
         BeforeValidator(size_argument),
         Field(description="auto, a ratio, WxH, or words such as A4 300dpi."),
     ] = None
@@ -144,6 +147,7 @@ def compute(req: ComputeSizeArguments, prices: Prices) -> SizeOut:
     Raises:
         Refused: the call needs either `size`, or `width` and `height`.
     """
+    # Models that fill in every argument send "auto" beside a target.
     if req.width is not None and req.height is not None and req.size in (None, "auto"):
         return _with_factor(_covering(req, (req.width, req.height), prices), prices)
     if req.size is None:
@@ -232,6 +236,7 @@ def _other_prices(size: str, req: ComputeSizeArguments, prices: Prices) -> list[
     for quality, tier in itertools.product(DEFAULT_MODEL.qualities, tiers):
         if quality == req.quality and tier in (None, req.resolution.upper()):
             continue
+        # A size without a tier, such as explicit pixels, ignores the tier here.
         candidates = [sizes.resolve(size, tier or "1K", each).size for each in prices.possible_rules]
         pixels = sizes.resolve(size, tier or "1K", prices.rule).size
         credits = prices.estimate(pixels, quality, req.n)

@@ -31,6 +31,7 @@ class Delivery:
 
     async def settle(self, is_written: bool) -> None:
         """Run the actions: the answer was written, or the connection is closed. A failing action ends nothing else."""
+        # A second settlement must not run an action again: each one removes a waiting call from its job.
         acts = self._acts
         self._acts = []
         for act in acts:
@@ -40,6 +41,7 @@ class Delivery:
 def delivery_of(ctx: Context[Any, Any]) -> Delivery | None:
     """Return the delivery of this call's answer. None: the transport does not report it."""
     request = ctx.request_context.request
+    # The stdio transport passes the delivery itself as the request. HTTP passes a Starlette request.
     if isinstance(request, Delivery):
         return request
     scope: dict[str, Any] = getattr(request, "scope", None) or {}

@@ -72,8 +72,10 @@ class DeriveImageArguments(Arguments):
     ) = None
     format: (
         Annotated[
+            # Gemini refuses an empty string in an enum, so "source" is the member for the default.
             Literal["source", "png", "jpeg", "webp", "ico"],
             ignore_case("source", "png", "jpeg", "webp", "ico"),
+            # pydantic runs validators before the type from the last to the first, so this one sees the caller's text.
             BeforeValidator(lambda value: "jpeg" if value in ("jpg", "JPG") else value),
             Field(description="Default: as the source, or usual for the target."),
         ]
@@ -130,6 +132,7 @@ def derive_image_tool(studio: Studio) -> Tool:
         overwrites."""
         source = await studio.deriver.find(req.source, req.index)
         out = _out(await studio.deriver.derive(source, request_of(req)), req)
+        # Claude Code drops the structured content of an error, so one finished file makes a success.
         return result(_text(out), out, is_error=all(file.error for file in out.files))
 
     return flat_tool(
@@ -160,6 +163,7 @@ def request_of(req: DeriveImageArguments) -> DeriveRequest:
 def _out(derived: DerivedSet, req: DeriveImageArguments) -> DeriveOut:
     source = derived.source
     image = source.image
+    # A caller on another machine must not see a path of the server. Its derived files have links.
     is_visible = all(result.file is None or result.file.path is not None for result in derived.results)
     out = DeriveOut(
         source=str(source.path) if is_visible else f"evolink://images/{source.task_id}/{image.index if image else 0}",

@@ -52,6 +52,7 @@ class GenerateImageArguments(GenerationRequest):
 
     @model_validator(mode="after")
     def _fit_chooses_the_size(self) -> Self:
+        # The request in an answer has the computed size beside fit, and a caller may send it again.
         if self.cover is not None and self.size not in ("auto", str(self.cover.size)):
             raise ValueError(f"fit chooses the size: leave size out. For fit '{self.fit}' it is {self.cover.size}")
         return self
@@ -74,7 +75,9 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     studio = waiting.studio
     approved: set[tuple[str, str]] = set()  # (local file, callback host) that the user has approved
 
+    # The SDK runs resolvers again after the user's answer, so they must not buy or record anything.
     async def priced_order(req: GenerateImageArguments) -> ImageRequest:
+        # Resolvers run before the tool, so the deadline of the call does not limit this read yet.
         prices = await studio.prices.refresh(wait_max_s=JOURNAL_MIN_S)
         request = req.sized()
         fit = None if req.fit is None else parse_target(req.fit).name
@@ -85,10 +88,12 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     ) -> Confirm | Elicit[Confirm]:
         limit = studio.spending_limits.confirm_above
         is_expensive = limit is not None and order.price_ceiling > limit
+        # An injected prompt could send an edit of a private file to a host of its choice.
         disclosures = _disclosures(req) - approved
         if can_ask(ctx) and (is_expensive or disclosures):
             price = f"This will cost at most {costs.format_credits(order.price_ceiling)}. " if is_expensive else ""
             return Elicit(f"{price}{_disclosure_text(disclosures)}Go ahead?", Confirm)
+        # A host that cannot ask gets a refusal. The user then approves by max_credits of the next call.
         return Confirm(
             go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= order.price_ceiling)
         )
@@ -105,8 +110,10 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         and the markdown line."""
         if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
             raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
+        # Only after the confirmation, because a refused call must ask again.
         approved.update(_disclosures(req))
         async with AsyncExitStack() as stack:
+            # The deadline ends with the preparation. The call stays registered with its job until the answer is built.
             with waiting.call(ctx, req.wait_seconds) as ends_at:
                 job = await stack.enter_async_context(studio.ordered(replace(order, client=buyer_of(ctx))))
             return await waiting.answer(

@@ -89,6 +89,7 @@ class GenerateImagesArguments(Arguments):
     def requests(self) -> list[GenerationRequest]:
         """The request of each picture."""
         references = [*(self.image_urls or ()), *(self.style_references or ())]
+        # EvoLink gets only the caller's arguments, so an omitted one must stay unset.
         shared = {name: getattr(self, name) for name in SHARED if name in self.model_fields_set}
         if references:
             shared["image_urls"] = references
@@ -109,6 +110,7 @@ class GenerateImagesArguments(Arguments):
             raise ValueError("give prompts, or prompt with variations; for one picture call generate_image")
         seen: dict[str, int] = {}
         for number, prompt in enumerate(self.all_prompts, start=1):
+            # A model that repeats a prompt by mistake would pay for two pictures of one request.
             first = seen.setdefault(" ".join(prompt.split()), number)
             if first != number:
                 raise ValueError(
@@ -122,6 +124,7 @@ class GenerateImagesArguments(Arguments):
             )
         try:
             _ = self.requests
+        # A ValidationError inside a validator would become a dump of all faults in the message.
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             raise ValueError(str(fault.get("ctx", {}).get("error", fault["msg"]))) from None
@@ -171,6 +174,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
                     try:
                         outcomes.append(await stack.enter_async_context(studio.ordered(prepared.request, prepared)))
                     except EvolinkError as error:
+                        # Earlier pictures of the series are bought already, so their answer must not be lost.
                         outcomes.append(error)
             notes = argument_notes(orders[0].request, req.save_as, studio)
             return await _answer(waiting, orders, outcomes, ends_at, ctx, notes)
@@ -205,7 +209,9 @@ def _with_limits(orders: list[ImageRequest], max_credits: float | None) -> list[
             f"max_credits={max_credits:g}",
             advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or quality.",
         )
+    # The spending check of each purchase computes its ceiling again, perhaps with a new price.
     shares = [max_credits * order.price_ceiling / ceiling if ceiling else 0.0 for order in orders]
+    # Rounding could put a share below its own ceiling, and the picture would be refused.
     return [
         replace(order, max_credits=max(share, order.price_ceiling)) for order, share in zip(orders, shares, strict=True)
     ]
@@ -234,6 +240,7 @@ async def _answer(
     text = series_text(out)
     room = host.answer_max - len(text) - 3 * len(out.model_dump_json())
     images = await previews(files, edge, room, studio.image_store.decoder)
+    # A failure before this line leaves the pictures undelivered, so an identical call gets them.
     for job in jobs:
         if job.is_finished and job.problem is None and job.entry.has_result:
             await waiting.hand_over(job, ctx)

@@ -31,6 +31,7 @@ def get_task_tool(waiting: Waiting) -> Tool:
         with the same key. If the wait ends first, call it again."""
         with waiting.call(ctx, req.wait_seconds) as ends_at:
             task_id = await waiting.studio.known_images.find_task_id(req.task_id)
+            # Before `resume`, which records the task in the profile of this server.
             profile = await waiting.studio.other_profile_of(task_id)
             job = await waiting.studio.resume(task_id)
         notes = [] if profile is None else [f"The profile {quoted(profile, 100)} of this journal bought this task."]

@@ -20,7 +20,9 @@ class Host:
     """
 
     name: str
+    # The TypeScript SDK ends a call after 60 s by default, and few hosts let progress extend it.
     wait_s: float = 45.0
+    # Claude Desktop refuses a result above 1 MiB, with images in base64.
     answer_max: int = 700_000
     limit_s: float | None = None
     limit_is_final: bool = True
@@ -42,11 +44,13 @@ UNNAMED = replace(UNKNOWN, has_previews=False)
 # (prefix of the client's name in lower case, host). The first match counts.
 Hosts = tuple[tuple[str, Host], ...]
 
+# Hosts append a version, an edition or a server name, for example local-agent-mode-evolink.
 HOSTS: Hosts = (
     # At its timeout Claude Code moves the call to the background.
     ("claude-code", Host("Claude Code", wait_s=105, limit_s=120, limit_is_final=False)),
     ("claude-ai", Host("Claude Desktop", limit_s=60)),  # some surfaces of the app allow 240 s
     ("local-agent-mode", Host("Cowork and Code in Claude Desktop", limit_s=60)),
+    # Measured with Codex 0.169.0: 300 s, and progress does not extend it.
     ("codex", Host("Codex", wait_s=280, limit_s=300)),
     ("gemini-cli", Host("Gemini CLI", wait_s=300, limit_s=600)),
     (

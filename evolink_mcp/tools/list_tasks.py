@@ -38,6 +38,7 @@ LIST_MAX = 50
 HINT_ENTRIES = 1_000
 NEAREST_CUTOFF = 0.6
 
+# Models that fill in every argument need a member for the default. Gemini refuses an empty string in an enum.
 ANY_STATUS = "any"
 Status = Annotated[
     Literal["any", "pending", "processing", "completed", "failed", "cancelled", "unknown"],
@@ -80,6 +81,7 @@ def list_tasks_tool(studio: Studio) -> Tool:
     async def list_tasks(req: ListTasksArguments, ctx: Context[Any, Any]) -> CallToolResult:
         """List purchases, newest first: prompts, files, costs, unknown outcomes. Finds a picture or a lost task ID by
         words. Free of charge."""
+        # With SQLite a server adopts later entries of dead servers only at a call.
         await studio.wake()
         external_tasks, problem = await studio.sync(req.limit) if req.sync else ([], None)
         out, text = await task_list(studio, req, external_tasks, problem, mcp_host_of(ctx).answer_max)
@@ -106,8 +108,10 @@ async def task_list(
     words = tuple((req.query or "").split())
     after = _position(req.cursor) if req.cursor else None
     status = None if req.status == ANY_STATUS else req.status
+    # One entry more than the page shows whether a next page exists.
     entries = await studio.journal.recent(req.limit + 1, status, since, until, words, after)
     listed = entries[: req.limit]
+    # Tasks from EvoLink's list have no prompt to search, and no position for a cursor.
     if after is None and not words:
         external = [Entry.external(task, task.created or 0.0) for task in external_tasks]
         listed += [
@@ -118,6 +122,7 @@ async def task_list(
         listed.sort(key=lambda entry: entry.created_at, reverse=True)
     visible = await studio.image_store.entries_for_caller(listed)
     texts, tasks = _within_limit(visible, studio.has_other_key, answer_max - SUMMARY_MAX_CHARS, detail=req.detail)
+    # The cursor is a position in the journal, so a task of EvoLink's list cannot be one.
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
     sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
@@ -183,6 +188,7 @@ def _within_limit(
         else:
             data = row(entry, has_other_key=has_other_key(entry))
             text = row_text(data)
+        # json.dumps writes other scripts as escapes, so this is an upper limit of the answer's size.
         remaining_chars -= len(json.dumps(data)) + len(json.dumps(text))
         if remaining_chars < 0:
             break
@@ -193,6 +199,7 @@ def _within_limit(
 
 def _cursor(entry: Entry) -> str:
     """Return the entry's position in the list as one opaque word."""
+    # Several entries can have the same time, so the position also needs the key.
     return base64.urlsafe_b64encode(json.dumps([entry.created_at, entry.key]).encode()).decode().rstrip("=")
 
 
@@ -200,6 +207,7 @@ def _position(cursor: str) -> tuple[float, str]:
     try:
         created, key = json.loads(base64.urlsafe_b64decode(cursor.strip() + "=" * (-len(cursor.strip()) % 4)))
         return float(created), str(key)
+    # A forged cursor may contain JSON of any shape and depth.
     except (ValueError, TypeError, RecursionError) as error:
         raise Refused(
             "the cursor is not from list_tasks",

@@ -25,6 +25,7 @@ class Confirm(BaseModel):
 def can_ask(ctx: Context[Any, Any]) -> bool:
     """Return whether this host can ask the user, in either protocol era."""
     capabilities = ctx.client_capabilities
+    # A question is part of the result since 2026-07-28. Older versions need a connection for requests of the server.
     modern = (ctx.protocol_version or "") >= "2026-07-28"
     return bool(capabilities and capabilities.elicitation) and (modern or ctx.session.can_send_request)
 

@@ -46,9 +46,11 @@ async def previews(saved: Sequence[Path], longest_edge: int | None, room: int, d
 
 async def picture_block(path: Path, edge: int, chars_max: int, decoder: Decoder) -> ImageContent | None:
     """Return a small copy of the image at `path` with at most `chars_max` characters of base64; None if that fails."""
+    # base64 makes 4 characters of 3 bytes.
     budget = chars_max * 3 // 4
     with suppress(OSError, UnusableImage, DecoderUnavailable):
         data = decoder.previews.find(path, edge)
+        # The decoder keeps recent previews, so a second answer about an image needs no decoder process.
         if data is None or len(data) > budget:
             with open_plain(path) as file:
                 data = await decoder.preview(file, edge=edge, budget=budget, order=path.name)

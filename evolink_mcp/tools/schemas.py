@@ -19,6 +19,7 @@ Schema = dict[str, Any]
 
 def undescribed(schema: Schema) -> None:
     """Remove a model's docstring from its published schema. Use it as `json_schema_extra`."""
+    # The docstring is for programmers, and the list of tools must stay small.
     schema.pop("description", None)
 
 
@@ -48,6 +49,7 @@ def error_out(problem: Problem) -> ErrorOut:
     )
 
 
+# A team's server has one MCP server for each tenant, all with the same schemas.
 @cache
 def input_schema(model: type[BaseModel]) -> Schema:
     """Return the schema of a tool's arguments: flat, without `$ref`, titles and null.
@@ -63,6 +65,7 @@ def input_schema(model: type[BaseModel]) -> Schema:
             del field["default"]
         if "const" in field:
             field["enum"] = [field.pop("const")]
+        # Only integers have an exclusive maximum here, so one less is the same limit.
         if "exclusiveMaximum" in field:
             field["maximum"] = field.pop("exclusiveMaximum") - 1
         field.pop("examples", None)
@@ -101,8 +104,10 @@ def _flatten(node: Any, definitions: Schema) -> Any:
     if not isinstance(node, dict):
         return node
     schema = cast(Schema, node)
+    # Gemini refuses the whole list of tools because of one reference.
     if "$ref" in schema:
         return _flatten(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+    # MCP hosts with a Gemini model fail on anyOf with null.
     if "anyOf" in schema:
         arms = [_flatten(arm, definitions) for arm in schema["anyOf"]]
         types = [arm for arm in arms if arm != {"type": "null"}]
@@ -116,10 +121,12 @@ def _flatten(node: Any, definitions: Schema) -> Any:
             return {**types[0], **rest, "type": nullable}
     flat: Schema = {}
     for key, value in schema.items():
+        # An argument may have the name of a keyword: derive_image has `format`.
         if key == "properties":
             fields: Schema = value
             flat[key] = {name: _flatten(field, definitions) for name, field in fields.items()}
         elif key == "description":
+            # The rest of a docstring would enlarge the list of tools.
             flat[key] = str(value).partition("\n\n")[0]
         elif key not in ("title", "$defs") or not isinstance(value, str | dict):
             flat[key] = _flatten(value, definitions)

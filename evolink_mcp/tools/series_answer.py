@@ -51,10 +51,12 @@ def series_out(
     return SeriesOut(
         status=_status(tasks),
         tasks=[_record(prompt, task) for prompt, task in zip(prompts, tasks, strict=True)],
+        # resource_uri is null if the user moved or deleted the file.
         files=[image.path for task in tasks for image in task.images if image.path and image.resource_uri],
         spent=amount(credits),
         reserved=amount(round(reserved, 4)),
         at_most=amount(ceiling),
+        # Claude Code drops the structured content of an error, and with it the task IDs of paid pictures.
         error=tasks[0].error if unsent else None,
         notes=notes,
     )

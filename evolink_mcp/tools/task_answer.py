@@ -125,6 +125,7 @@ def task_out(
     task = entry.task
     failure = _failure(entry) or problem or _missing_files(entry)
     waiting = entry.stage is Stage.OPEN and failure is None
+    # The phase means "not charged" before the POST, but the job may send it after this answer.
     is_being_sent = running and entry.phase in (Phase.INTENT, Phase.SENDING)
     charged = "unknown" if is_being_sent else entry.charged
     credits = _credits(entry, charged)
@@ -132,7 +133,9 @@ def task_out(
         task_id=entry.task_id,
         status=entry.status,
         progress=100.0 if entry.status == COMPLETED else task.progress if task else None,
+        # An external entry without EvoLink's time has the time of this call, so the answer has none.
         created_at=iso(entry.created_at) if entry.is_written or (task and task.created) else None,
+        # A caller can send the request of an answer again as a new call.
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
         references=[reference.published for reference in entry.references],
         images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.images]
@@ -250,6 +253,7 @@ def shortened(value: Any) -> Any:
 
 
 def _failure(entry: Entry) -> Problem | None:
+    # The journal stores an unconfirmed match as an error. The answer shows it as a note.
     if entry.error is not None and not entry.is_unconfirmed:
         return entry.error
     task = entry.task
@@ -350,12 +354,14 @@ def price_change_texts(changes: Mapping[str, Change]) -> list[str]:
 
 
 def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> NextAction | None:
+    # No tool can poll a task without a key.
     if failure is not None and failure.code == KeyMissing.code:
         return None
     is_final = failure is not None and (
         entry.status in (FAILED, "cancelled")
         or failure.code in (LinkExpired.code, PictureRejected.code, TaskUnknown.code)
     )
+    # get_task refuses a task ID of unusual form, because polls put the ID into a URL.
     if is_task_id(entry.task_id) and not is_final:
         return NextAction(tool="get_task", arguments={"task_id": entry.task_id})
     if charged == "unknown":
@@ -497,6 +503,8 @@ def _percent(share: float) -> str:
 
 def markdown_of(path: str, prompt: str) -> str:
     """Return a line of Markdown that shows the image, with the prompt as alternative text."""
+    # CommonMark ends a link target at a blank, unless it is in angle brackets.
     target = f"<{path}>" if any(c in path for c in " ()<>") else path
+    # A bracket in a prompt would end the alternative text and could begin another link.
     alt = harmless(prompt, PROMPT_MAX_CHARS).translate(str.maketrans("[]\\`", "()/'"))
     return f"![{alt or Path(path).stem}]({target})"

@@ -11,6 +11,7 @@ from evolink_mcp.sanitize import harmless
 from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, shortened
 
 
+# Gemini CLI gives the model only the text, Codex only the structured content.
 def task_text(out: TaskOut) -> str:
     """Return event, charge and next step, then one line for each fact of `out`."""
     bill = f"{out.bill_difference} " if out.bill_difference else ""
@@ -107,6 +108,7 @@ def _image_lines(image: ImageOut) -> list[str]:
         )
     if image.error:
         lines.append(f"{'Missing' if image.path else 'Not saved'}: {sentence(image.error)}")
+    # Claude Desktop makes a URL clickable only on a separate line.
     if image.url:
         lines += [image.url] if image.path or not image.resource_uri else []  # otherwise the Markdown line has it
         lines.append(f"(link expires {image.url_expires_at})")

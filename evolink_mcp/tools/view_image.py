@@ -71,6 +71,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
                 advice="Call get_task with this id. Indexes start at 0.",
             )
         block = None
+        # A missing file becomes the error below, which names the next step.
         with suppress(OSError):
             file = await studio.image_store.local_file(task_id, picture)
             block = await picture_block(file, req.max_edge, host.answer_max, studio.image_store.decoder)
@@ -88,6 +89,7 @@ def view_image_tool(waiting: Waiting) -> Tool:
             raise _no_preview(str(file), "no")
         return _image_first(block, f"Picture {harmless(file, PATH_MAX_CHARS)}")
 
+    # Codex and opencode drop images beside structured content, so this tool has no output schema.
     return flat_tool(view_image, ViewImageArguments, None, _format_error, title="View image", annotations=READS)
 
 

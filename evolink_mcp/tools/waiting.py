@@ -28,10 +28,15 @@ from evolink_mcp.tools.previews import links, previews
 from evolink_mcp.tools.task_answer import add_price_changes, copy_notes, fitted, is_error, refusal, task_out
 from evolink_mcp.tools.task_text import task_text
 
+# A poll just before the end detects a task that finished since the last poll.
 LAST_READ_S = 1.0
+# Below ANSWER_WITHIN_S, so a late answer still reaches the host before its limit.
 ID_GRACE_S = 14.0
+# A call with wait_seconds=0 must still record its purchase.
 JOURNAL_MIN_S = 5.0
+# Some hosts end a call without progress, for example Claude Code over HTTP after 5 min.
 HEARTBEAT_S = 4.0
+# A slow object store must not delay the answer beyond the host's limit.
 FILES_WITHIN_S = 8.0
 CLIENT_MAX_CHARS = 120
 
@@ -71,6 +76,7 @@ class Waiting:
         must answer within the wait, or within JOURNAL_MIN_S if the wait is shorter.
         """
         wait_s = self.wait_for(self.host_of(ctx), wait_seconds)
+        # A locked journal would otherwise hold the call until the host gives up.
         with due_within(max(wait_s, JOURNAL_MIN_S)):
             yield anyio.current_time() + wait_s
 
@@ -117,6 +123,7 @@ class Waiting:
             room = host.answer_max - 3 * len(out.model_dump_json())
             images = await previews(files if out.status == COMPLETED else [], edge, room, decoder)
             image_links = links(out) if self.resource_links else []
+            # An answer without the image is no delivery, so an identical call gets the purchase.
             if job.is_finished and job.problem is None and job.entry.has_result:
                 await self.hand_over(job, ctx)
         return result(task_text(out), out, *images, *image_links, is_error=is_error(out))
@@ -136,6 +143,7 @@ class Waiting:
     async def hand_over(self, job: Job, ctx: Context[Any, Any]) -> None:
         """Record the delivery when the transport has written the answer."""
         delivery = delivery_of(ctx)
+        # This transport does not report a write, so the answer counts as received.
         if delivery is None:
             await self.studio.deliver(job)
             return
@@ -197,6 +205,7 @@ async def follow(job: Job, ends_at: float, report: Report, *, heartbeat_s: float
     """
     progress = _Progress(report, heartbeat_s)
     wait_s = max(0.0, ends_at - anyio.current_time())
+    # A short wait keeps most of its time for the work before the last poll.
     await _until(job, progress, ends_at - min(LAST_READ_S, wait_s / 4))
     if job.is_finished:
         return
@@ -210,6 +219,7 @@ async def follow(job: Job, ends_at: float, report: Report, *, heartbeat_s: float
 
 async def _until(job: Job, progress: _Progress, deadline: float, *, needs_task_id: bool = False) -> None:
     """Report the job's states until `deadline`. Return earlier if the server drains, or with `needs_task_id` met."""
+    # The cancel scope stays outside the generator: anyio forbids a yield inside a scope.
     async with aclosing(job.states(progress.heartbeat_s)) as states:
         with anyio.CancelScope(deadline=deadline):
             async for entry in states:
@@ -225,6 +235,7 @@ class _Progress:
         self.heartbeat_s = heartbeat_s
         self._report = report
         self._last = 0.0
+        # EvoLink usually answers the POST within one heartbeat, so the first message can name the task ID.
         self._first_at = anyio.current_time() + heartbeat_s - 0.1
 
     async def report(self, entry: Entry) -> None:
@@ -232,7 +243,9 @@ class _Progress:
         if self._last >= 100 or (entry.task is None and anyio.current_time() < self._first_at):
             return
         percent = (entry.task.progress if entry.task else None) or 0.0
+        # EvoLink reports 100 % before the images are saved.
         value = 100.0 if entry.stage is not Stage.OPEN else min(percent, 99.0)
+        # MCP requires rising values and the SDK does not check it. EvoLink's progress can repeat or fall.
         self._last = value if value > self._last else self._last + (99.9 - self._last) / 100
         await self._report(round(self._last, 4), 100.0, _progress_text(entry))
 

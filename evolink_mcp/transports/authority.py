@@ -35,6 +35,7 @@ class Origin:
 
 def authority_in(value: bytes) -> Authority | None:
     """Return the hostname and port in a Host header. None: it holds anything else, for example a user name or a path."""
+    # A part is not enough: the host of 127.0.0.1:8000@evil.net is evil.net.
     match = _AUTHORITY.fullmatch(value)
     hostname = None if match is None else canonical(match[1].decode("ascii"))
     if match is None or hostname is None:

@@ -66,6 +66,7 @@ async def close_port(server: asyncio.Server, make_protocol: Callable[[], asyncio
     """Close the port of a server. Serve the connections in the system's queue, because closing would reset them."""
     queued: list[socket.socket] = []
     for listener in server.sockets:
+        # asyncio's socket object has no `accept`, its duplicate has.
         with suppress(OSError), listener.dup() as copy:  # BlockingIOError: the queue is empty
             while True:
                 queued.append(copy.accept()[0])
@@ -131,6 +132,7 @@ class LimitedH11Protocol(H11Protocol):
         excess = len(self.connections) - limits.served_max
         self._is_refused = excess > 0
         timeout_s = limits.refusal_timeout_s if self._is_refused else limits.request_head_timeout_s
+        # uvicorn has no timeout for a request head, only for idle connections after an answer.
         self._timer = self.loop.call_later(timeout_s, self._close_silent)
         if excess > limits.refused_max:
             self._refuse()
@@ -165,5 +167,6 @@ class LimitedH11Protocol(H11Protocol):
     def _close_silent(self) -> None:
         if self._is_refused:
             self._refuse()
+        # uvicorn sets `cycle` when the request head is complete.
         elif cast("Any", self.cycle) is None:
             self.transport.close()

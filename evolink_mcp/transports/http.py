@@ -33,10 +33,13 @@ from evolink_mcp.transports.turns import Turns
 log = logging.getLogger(__name__)
 
 SSE_MESSAGES_PATH = "/messages/"
+# A call without an image fits: a prompt of 32,000 characters and 16 URLs.
 REQUEST_MAX_BYTES = 512 << 10
 # An authenticated caller may send an image of 8 MiB as a data: URI: base64 adds a third.
 LARGE_BODIES = LargeBodies((8 << 20) * 4 // 3 + REQUEST_MAX_BYTES, at_once=4, timeout_s=60.0)
+# Without a limit uvicorn waits until every call has ended, and a call can wait for minutes.
 LEAVE_TIMEOUT_S = 0.3
+# The whole end must take less than 10 s: with compose.yaml Docker kills the server after 12 s.
 DRAIN_TIMEOUT_S = 7.0
 DRAIN_CHECK_INTERVAL_S = 0.05
 # Clients send further requests before they use an answer: the SDK's client lists the tools.
@@ -135,6 +138,7 @@ async def serve_app(
     with on_stop_signal(stop):
         try:
             await server.serve()
+        # uvicorn calls sys.exit if it cannot open the port.
         except SystemExit:
             exit_code = 1
             reason = _reason_of_unavailable_port(host, port)

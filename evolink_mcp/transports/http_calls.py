@@ -95,18 +95,21 @@ class Calls:
             scope = {**scope, SCOPE_KEY: call.delivery}
             async with self._turns.turn(scope.get(CALLER_KEY)) as give_back:
                 await self._app(scope, _until_cancelled(receive, call), _recording(send, call, give_back))
+            # After the disconnect the SDK writes nothing more, but the HTTP answer has no end yet.
             if call.cancelled.is_set() and call.is_answer_started and not call.is_answered:
                 await send({"type": "http.response.body"})  # the client keeps the stream open, so end it
         finally:
             calls.remove(call)
             if not calls:
                 self._running.pop(key, None)
+            # A disconnect cancels this coroutine, and the journal must still learn that the answer did not arrive.
             with anyio.CancelScope(shield=True):
                 await call.delivery.settle(call.is_answered and not call.is_disconnected)
 
     async def _cancel(self, key: CallKey) -> None:
         """End the call as if its client disconnected. If two calls have the same key, cancel neither."""
         calls = self._running.get(key, [])
+        # Clients behind one proxy can share address, User-Agent and ID. The wrong call could end.
         if len(calls) == 1:
             calls[0].cancelled.set()
         elif not calls and key[0].startswith(SESSION):  # behind a proxy, clients without a session share one address

@@ -198,6 +198,7 @@ class HttpGuard:
         return next((endpoint.path for endpoint in self._endpoints if endpoint.has(path)), "other")
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Also before health checks, so that DNS rebinding does not find this server.
         headers = self._checked(scope["headers"])
         if isinstance(headers, AuthFailure):
             await _send_text(send, headers.status, headers.text)
@@ -216,8 +217,10 @@ class HttpGuard:
         )
         app = self._app if endpoint is None else endpoint.app
         caller: object | AuthFailure = None
+        # Before the body: a caller without a token must not use memory for a body.
         if self._authenticator is not None and (endpoint is None or not endpoint.is_public):
             caller = await self._authenticator.authenticate(headers)
+        # Callbacks and stored images begin no paid work, so their endpoints stay.
         if self._refuses_requests and endpoint is None:
             caller = CLOSING
         if isinstance(caller, AuthFailure):
@@ -226,6 +229,7 @@ class HttpGuard:
         act = partial(self._post, app) if scope["method"] == "POST" else app
         try:
             await act({**scope, CALLER_KEY: caller}, receive, send)
+        # A call without a turn has bought nothing, so a proxy may repeat it.
         except TurnsClosed:
             await self._send_failure(send, CLOSING, headers)
 
@@ -251,6 +255,7 @@ class HttpGuard:
         if authority is None or authority.hostname not in self._hostnames:
             return WRONG_HOST
         checked = [(name, value) for name, value in headers if name not in (b"host", b"origin")]
+        # The SDK compares the text of the header, for which `LOCALHOST` is another host.
         checked.append((b"host", str(authority).encode()))
         if any(name == b"origin" for name, _ in headers):
             origin = origin_in(_only_value(headers, b"origin"))
@@ -261,6 +266,7 @@ class HttpGuard:
 
     async def _post(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the whole body, then pass it to `app` as one message."""
+        # A caller without a token could fill all places for large bodies.
         large = self._large_bodies if scope[CALLER_KEY] is not None else None
         body: _Body | None = None
         with ExitStack() as stack:
@@ -313,7 +319,9 @@ class HttpGuard:
                 if not is_refused:
                     stack.enter_context(self._large_body())
                     kept_max_bytes = large.body_max_bytes
+                # A body of 11 MiB needs more time than a call without an image.
                 deadline.deadline = max(deadline.deadline, anyio.current_time() + large.timeout_s)
+            # The error needs the ID of the request, also if the guard discards the body.
             head = (head + part)[:2048]
             tail = (tail + part)[-512:]
             if size <= kept_max_bytes:
@@ -321,6 +329,7 @@ class HttpGuard:
             if not message.get("more_body"):
                 break
         whole = {"type": "http.request", "body": bytes(content), "more_body": False}
+        # The ID stands before or after params. An `id` inside params is not the ID of the request.
         return _Body(whole, head.partition(b'"params"')[0] + tail, size, is_refused)
 
     def _too_large(self, large: LargeBodies | None) -> str:
@@ -340,6 +349,7 @@ def accepted_hostnames(hostnames: Sequence[str]) -> list[str]:
 def _only_value(headers: Headers, name: bytes) -> bytes:
     """Return the value of a header that occurs once. A header that is missing or repeated has an empty value."""
     values = [value for known_name, value in headers if known_name == name]
+    # A proxy and this server could read different values of a repeated header.
     return values[0] if len(values) == 1 else b""
 
 

@@ -82,6 +82,7 @@ def replay(first: Message, receive: Receive) -> Receive:
 
 def _excess(message: dict[str, Any]) -> str | None:
     """Return the limit that a JSON value exceeds, or None."""
+    # Level by level, because a recursion would fail at the depth that it must measure.
     level: list[Any] = [message]
     members = 0
     for _ in range(DEPTH_MAX):

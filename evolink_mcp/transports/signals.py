@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
+# Shells report the end by a signal as 128 plus its number.
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -35,6 +36,7 @@ def on_stop_signal(stop: Callable[[int], None]) -> Generator[None]:
     loop = asyncio.get_running_loop()
 
     def handle(number: int, _: FrameType | None) -> None:
+        # Only this call wakes a sleeping event loop from a signal handler.
         loop.call_soon_threadsafe(stop, _exit_code(number))
 
     previous_handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}

@@ -68,6 +68,7 @@ class SseStreams:
             return
         (session_id,) = parse_qs(scope["query_string"].decode("latin-1")).get("session_id", [""])[:1]
         stream = self._streams.get(session_id)
+        # The SDK refuses a POST without an open stream itself.
         if stream is None or self._admit(stream):
             await self._app(scope, post[1], send)
         else:
@@ -77,6 +78,7 @@ class SseStreams:
 
     def _admit(self, stream: _Stream) -> bool:
         """Count one more message for this stream. Return False if too many wait for its client to read."""
+        # The client reads: its stream has taken every event so far.
         if stream.sending_since is None:
             return True
         if stream.waiting >= self._limits.stream_max:

@@ -31,6 +31,7 @@ from evolink_mcp.transports.stdio_lines import StdioLines
 
 log = logging.getLogger(__name__)
 
+# The Python SDK's client terminates the server 2 s after it closed stdin.
 LEAVE_WITHIN_S = 1.5
 MESSAGES_MAX = 100_000
 ID_SHOWN = 60
@@ -58,6 +59,7 @@ class _Requests:
         """Add a request. Return the message for the SDK."""
         if request.id in self._startup_answers.answered:
             self._startup_answers.answered.discard(request.id)
+            # The SDK still needs the request, for example `initialize`, to know the state of the session.
             request = request.model_copy(update={"id": f"answered {uuid.uuid4()}"})
             self._dropped.add(request.id)
             return SessionMessage(request)
@@ -99,6 +101,7 @@ async def serve_stdio(
     It calls `leaving(code)` when the end begins. `messages_max` limits the messages that `serve` has not read. Return the
     exit code: 0 after EOF, 130 after SIGINT, 143 after SIGTERM. A thread may still block on stdin then.
     """
+    # os.dup2 does not change the handles that child processes inherit on Windows.
     if sys.platform == "win32":
         from mcp.os.win32.utilities import rebind_std_handle_to_fd
 
@@ -121,6 +124,7 @@ async def serve_stdio(
         else:
             session_message = requests.add(message)
             try:
+                # A full stream refuses the request: a reader that waits could not read a cancellation.
                 to_server.send_nowait(session_message)
             except anyio.WouldBlock:
                 requests.remove(message.id)
@@ -175,6 +179,7 @@ async def serve_stdio(
             group.start_soon(anyio.to_thread.run_sync, lines.handle_lines, handle)
             async with from_client, to_client:
                 await serve(from_client, to_client)
+            # `send_all` needs a turn of the loop for the last answer.
             await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
     lines.flush()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LINE_MAX_BYTES = 96 << 20
 CHUNK_BYTES = 1 << 18
+# With LEAVE_WITHIN_S it stays below the 2 s that clients wait before they terminate the server.
 FLUSH_S = 0.3
 STDERR = 2
 FAILED = 1  # exit code
@@ -43,6 +44,7 @@ class StdioLines:
         *,
         line_max_bytes: int = LINE_MAX_BYTES,
         can_leave: bool = True,
+        # sys.exit in a thread would end only this thread.
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         """Begin to read. `early(line)` answers a line before the server exists.
@@ -65,6 +67,7 @@ class StdioLines:
         self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], object] | None] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True, name="stdout")
         self._writer.start()
+        # A thread that blocks on stdin must not keep the process.
         threading.Thread(target=self._read, daemon=True, name="stdin").start()
 
     def handle_lines(self, handle: HandleLine) -> None:
@@ -110,6 +113,7 @@ class StdioLines:
         is_too_long = False
         while chunk := os.read(self._in, CHUNK_BYTES):
             rest += chunk
+            # A search in the whole rest would need quadratic time for a long line.
             if b"\n" not in chunk:
                 if len(rest) > self._line_max_bytes:
                     rest.clear()
@@ -164,6 +168,7 @@ class StdioLines:
         answer = self._early(line)
         if answer is not None:
             self.write(answer)
+        # An escape could spell the name id.
         elif b'"id"' in line or b'"method"' not in line or b"\\" in line:  # a notification needs no answer
             self._unanswered = True
 
@@ -178,6 +183,7 @@ class StdioLines:
             data, written = item
             view = memoryview(data)
             while view:
+                # A pipe may accept only a part. A text stream would write CRLF on Windows.
                 view = view[os.write(self._out, view) :]
             if written is not None:
                 _succeeds(written, "a written answer could not be recorded")

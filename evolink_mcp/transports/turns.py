@@ -57,6 +57,7 @@ class Turns:
         Raises:
             TurnsClosed: the server ends, and the call has no turn.
         """
+        # Before the try block, because a call without a turn must not give one back.
         await self._acquire(line)
         is_held = True
 
@@ -100,6 +101,7 @@ class Turns:
         has_turn = False
         try:
             await turn.wait()
+            # `close` also wakes calls that are still in their line.
             has_turn = turn not in waiting
         finally:
             if not has_turn:
