@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from typing import Any
 
@@ -125,27 +124,6 @@ async def test_since_and_until_accept_days(open_world: Open) -> None:
         assert prompts(await list_tasks(world, since="7d")) == ["1 h", "30 h"]
         assert prompts(await list_tasks(world, until="7d")) == ["200 h"]
         assert prompts(await list_tasks(world, since="2026-09-20", until="2026-09-20")) == ["30 h"]
-
-
-@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows cannot change the time zone of a process")
-@pytest.mark.parametrize(
-    "now",
-    [
-        pytest.param("2026-03-30T00:30+02:00", id="after a day of 23 hours"),
-        pytest.param("2026-10-26T23:30+01:00", id="after a day of 25 hours"),
-    ],
-)
-def test_yesterday_is_the_day_before_today_after_the_clocks_changed(monkeypatch: pytest.MonkeyPatch, now: str) -> None:
-    """Central Europe: 30 March 2026 follows a day of 23 hours, 26 October one of 25 hours."""
-    moment = datetime.fromisoformat(now)
-    monkeypatch.setenv("TZ", "Europe/Berlin")
-    time.tzset()
-    try:
-        yesterday = datetime.fromtimestamp(instant("yesterday", moment.timestamp()))
-    finally:
-        monkeypatch.undo()
-        time.tzset()
-    assert (yesterday.day, yesterday.hour) == (moment.day - 1, 0)
 
 
 async def test_until_a_second_includes_the_whole_second() -> None:
