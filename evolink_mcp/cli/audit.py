@@ -18,6 +18,8 @@ from evolink_mcp.sanitize import printable
 
 # EvoLink bills credits with at most four decimal places.
 DECIMALS = 4
+# The first characters that make a spreadsheet read a cell of CSV as a formula (OWASP, "CSV injection").
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def text_of(lines: list[Line], key: str, form: str) -> str:
         # The standard output of Windows makes \r\n of \n, so \r\n from csv would become \r\r\n.
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _spreadsheet_cell(value) for name, value in row.items()} for row in rows)
         return out.getvalue()
     return _table(rows_of([*lines, _total(lines)], key))
 
@@ -107,6 +109,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
         for line in cells
     ]
     return "\n".join(lines) + "\n"
+
+
+def _spreadsheet_cell(value: object) -> object:
+    # The name of a tenant with a JWT comes from its issuer. A spreadsheet would run a name like "=1+1" as a formula.
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 def _cell(value: object) -> str:

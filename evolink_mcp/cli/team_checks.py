@@ -54,7 +54,8 @@ async def _check_issuer(settings: TeamSettings) -> list[Finding]:
             Roles(settings.oauth_roles)
         except BadRoles as error:
             return [Finding("issuer", "broken", str(error), "Correct the file. No server starts with it.")]
-    problem = await Issuer(oauth.issuer, oauth.audience, oauth.scopes, oauth.audience).problem()
+    # The check publishes no metadata, so any URL can be the resource. An audience may be no URL.
+    problem = await Issuer(oauth.issuer, oauth.audience, oauth.scopes, resource=oauth.issuer).problem()
     name = harmless(oauth.issuer, 200)
     if problem is not None:
         return [

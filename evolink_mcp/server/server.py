@@ -47,8 +47,8 @@ WITHOUT_BUYING = (
     "Shows pictures from EvoLink's gpt-image-2, and computes sizes and prices. This server has no tool that buys: its "
     "owner switched off generate_image (EVOLINK_MCP_TOOLS)."
 )
-# Without a hint, clients of 2026-07-28 read the lists again for each use.
-DAY_MS = 86_400_000
+# Without a hint, clients of 2026-07-28 read the lists again for each use. A new tokens file can change the tools of a tenant.
+LISTS_LIVE_MS = 300_000
 # A token can restrict the tools of its tenant, so a cache that several tenants share must not keep these lists.
 CACHED_LISTS = ("tools/list", "prompts/list", "resources/templates/list")
 INVALID_PARAMS = -32602
@@ -122,7 +122,7 @@ def build_server(
         request_state_security=RequestStateSecurity(keys=list(secrets), audience=f"{NAME} {studio.journal.channel}")
         if secrets
         else None,
-        cache_hints=dict.fromkeys(CACHED_LISTS, CacheHint(ttl_ms=DAY_MS, scope="private")),
+        cache_hints=dict.fromkeys(CACHED_LISTS, CacheHint(ttl_ms=LISTS_LIVE_MS, scope="private")),
     )
     # First, because the SDK's tracing is a middleware too.
     server.middleware.insert(0, drop_malformed_trace_context)

@@ -231,7 +231,10 @@ async def _ask(serve: Serve, requests: list[tuple[str, Object]]) -> list[tuple[s
                 if not isinstance(message, JSONRPCResponse):
                     raise ValueError(f"the SDK refused {method}: {message}")
                 line = message.model_dump_json(by_alias=True, exclude_unset=True).encode()
-                results.append((method, line.removeprefix(b'{"jsonrpc":"2.0","id":%d,"result":' % number)[:-1]))
+                prefix = b'{"jsonrpc":"2.0","id":%d,"result":' % number
+                if not line.startswith(prefix):
+                    raise ValueError(f"this version of the SDK writes answers in another order: {line[:80]!r}")
+                results.append((method, line.removeprefix(prefix)[:-1]))
     return results
 
 

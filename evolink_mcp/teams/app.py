@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 # Load balancers read /readyz every few seconds, and a check of the key is a request to EvoLink.
 KEY_CHECK_INTERVAL_S = 60.0
-# The readiness probe of deploy/kubernetes waits 4 s.
+# The readiness probe of deploy/kubernetes waits 6 s, longer than both checks together.
 KEY_CHECK_TIMEOUT_S = 3.0
 ENTRIES_TIMEOUT_S = 2.0
 NO_DATABASE = "the database does not answer"

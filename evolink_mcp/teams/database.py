@@ -313,8 +313,13 @@ class Database:
         self._renew(sent_at, now)
         if requests := self.rates.take_unsent():
             # Not in a transaction with the heartbeat: a server that freezes inside it would block those of the others.
-            async with asyncio.timeout(self._heartbeat_s):
-                self.rates.set_totals(await exchange(session, requests))
+            try:
+                async with asyncio.timeout(self._heartbeat_s):
+                    totals = await exchange(session, requests)
+            except BaseException:
+                self.rates.restore_unsent(requests)
+                raise
+            self.rates.set_totals(totals)
 
     def _renew(self, sent_at: float, now: float) -> None:
         """The database moved the deadline after `sent_at`. The answer may have waited, so it does not count from now.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -25,6 +25,8 @@ from evolink_mcp.teams.metrics import LAG_BOUNDS_S, Metrics
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database import Database
+
+T = TypeVar("T")
 
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -109,8 +111,7 @@ class MetricsCollector(Collector):
         self._loop_delay_max_s = 0.0  # each read starts a new interval
         yield GaugeMetricFamily("evolink_open_streams", "Open HTTP requests.", value=float(self._open_requests()))
         yield InfoMetricFamily("evolink_server", "Version of this server.", {"version": __version__})
-        # A thread serves the separate port, and the event loop adds keys meanwhile.
-        answers = {(route, str(status)): count for (route, status), count in list(metrics.answers.items())}
+        answers = {(route, str(status)): count for (route, status), count in _items(metrics.answers)}
         yield _counters("evolink_http_requests", "HTTP answers by route and status.", ("route", "status"), answers)
         yield _counters(
             "evolink_upstream_requests",
@@ -159,15 +160,20 @@ class MetricsPage:
         await response(scope, receive, send)
 
 
+def _items(counts: Mapping[T, float]) -> list[tuple[T, float]]:
+    # A thread serves the separate port, and the event loop adds keys meanwhile.
+    return list(counts.items())
+
+
 def _counter(name: str, description: str, label: str, counts: Counter[str]) -> CounterMetricFamily:
-    return _counters(name, description, (label,), {(value,): count for value, count in counts.items()})
+    return _counters(name, description, (label,), {(value,): count for value, count in _items(counts)})
 
 
 def _counters(
     name: str, description: str, labels: tuple[str, ...], counts: Mapping[tuple[str, ...], float]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, description, labels=labels)
-    for values, count in sorted(counts.items()):
+    for values, count in sorted(_items(counts)):
         family.add_metric(values, count)
     return family
 

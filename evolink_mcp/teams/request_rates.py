@@ -85,6 +85,13 @@ class RequestRates:
                 count.unsent = 0
         return unsent
 
+    def restore_unsent(self, counts: Iterable[MinuteCount]) -> None:
+        """Take back counts of `take_unsent`: the other servers did not get them."""
+        for item in counts:
+            count = self._counts.get(item.tenant)
+            if count is not None and count.minute == item.minute:
+                count.unsent += item.requests
+
     def set_totals(self, totals: Iterable[MinuteCount]) -> None:
         """Receive the requests at all servers together."""
         for total in totals:

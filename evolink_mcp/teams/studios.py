@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +199,7 @@ class Studios:
         # The certificates of the system take 0.8 MB and 20 ms of the event loop, so the studios share them.
         self._http_options = HttpOptions(make_ssl_context=cache(httpx.create_ssl_context))
         self._studios: list[Studio] = []
-        self._pollers: dict[tuple[str, str], Poller] = {}
+        self._pollers: dict[tuple[str, str], _SharedPoller] = {}
 
     def __iter__(self) -> Any:
         """Iterate over the open studios."""
@@ -223,7 +223,6 @@ class Studios:
         parts = replace(
             parts,
             has_other_tenants=tenant is not None and tenant.shares_account,
-            poller=None if tenant is None else self._poller_of(settings),
             # The adopter and `forget_loop` maintain the entries of all tenants.
             is_maintained=tenant is not None,
             subscribers=(*parts.subscribers, self.metrics.receive),
@@ -238,7 +237,10 @@ class Studios:
         }
         studio: Studio | None = None
         try:
-            async with open_studio(settings, parts, **options) as studio:
+            async with (
+                self._shared_poller(None if tenant is None else settings) as poller,
+                open_studio(settings, replace(parts, poller=poller), **options) as studio,
+            ):
                 self._studios.append(studio)
                 yield studio, settings
         finally:
@@ -317,24 +319,47 @@ class Studios:
         if not studios and self.database is not None:
             await self.database.publish(channel, {"key": key, "task_id": task_id, "is_callback": True})
 
-    def _poller_of(self, settings: TeamSettings) -> Poller | None:
-        """Return the poller of this EvoLink key. It batches the polls of all tenants; a 429 slows down only this key."""
-        if settings.key is None or settings.key_text is None:
-            return None
+    @asynccontextmanager
+    async def _shared_poller(self, settings: TeamSettings | None) -> AsyncGenerator[Poller | None]:
+        """Yield the poller of this EvoLink key, until the last studio of the key closes.
+
+        It batches the polls of all tenants; a 429 slows down only this key.
+        """
+        if settings is None or settings.key is None or settings.key_text is None:
+            yield None
+            return
         account = (settings.key_text, settings.base_url)
-        if account not in self._pollers:
+        shared = self._pollers.get(account)
+        if shared is None:
             client = EvolinkClient(
                 settings.key,
                 base_url=settings.base_url,
                 transport=self._transport,
                 observe=self.metrics.count_upstream,
             )
-            self._pollers[account] = Poller(client, self._group, events=Events([self.metrics.receive]))
-            self._group.start_soon(_hold_open, client)
-        return self._pollers[account]
+            poller = Poller(client, self._group, events=Events([self.metrics.receive]))
+            shared = self._pollers[account] = _SharedPoller(poller)
+            self._group.start_soon(_hold_open, client, shared.unused)
+        shared.studios += 1
+        try:
+            yield shared.poller
+        finally:
+            shared.studios -= 1
+            if shared.studios == 0:
+                del self._pollers[account]
+                shared.unused.set()
 
 
-async def _hold_open(client: EvolinkClient) -> None:
+@dataclass(slots=True)
+class _SharedPoller:
+    """The poller of an EvoLink key, and the number of open studios that use it."""
+
+    poller: Poller
+    studios: int = 0
+    unused: anyio.Event = field(default_factory=anyio.Event)
+
+
+async def _hold_open(client: EvolinkClient, unused: anyio.Event) -> None:
     # The poller outlives the studio of each tenant, so its client does too.
     async with client:
-        await anyio.sleep_forever()
+        await unused.wait()

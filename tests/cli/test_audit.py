@@ -13,7 +13,7 @@ import pytest
 from conftest import Open, PlainSimulator
 from office import ANNA, BERT, office
 
-from evolink_mcp.cli.audit import lines_by, rows_of, text_of
+from evolink_mcp.cli.audit import Line, lines_by, rows_of, text_of
 from evolink_mcp.cli.image_commands import find_charges
 from evolink_mcp.journal.journal import Charge
 from evolink_mcp.teams.settings import TeamSettings
@@ -88,5 +88,7 @@ async def test_the_table_has_a_sum_and_the_exports_have_none() -> None:
     assert json.loads(text_of(lines, "tenant", "json")) == rows_of(lines, "tenant")
     read = list(csv.DictReader(io.StringIO(text_of(lines, "tenant", "csv"))))
     assert [(row["tenant"], float(row["spent_credits"])) for row in read] == [("anna", 0.3), ("büro", 0.2)]
+    formula = text_of([Line("=1+1", 1, 0.0, -3.5)], "tenant", "csv").splitlines()[1]
+    assert formula == "'=1+1,1,0.0,0.0,-3.5"
     assert text_of([], "tenant", "table") == "The journal has no charges in this period.\n"
     assert (text_of([], "tenant", "csv"), text_of([], "tenant", "json")) == ("", "[]\n")

@@ -17,7 +17,7 @@ from conftest import World
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 from mcp.shared.message import SessionMessage
-from mcp_types import JSONRPCRequest, jsonrpc_message_adapter
+from mcp_types import JSONRPCRequest, JSONRPCResponse, jsonrpc_message_adapter
 from odd_messages import CASES, HELLO, LINES
 from pydantic import ValidationError
 
@@ -238,6 +238,13 @@ async def test_a_recording_covers_every_request_of_every_era(results: Results) -
     handshakes = {(method, version) for method in ("initialize", "ping", *LISTS) for version in HANDSHAKES}
     modern = {(method, MODERN) for method in ("server/discover", *LISTS)}
     assert set(results) == {*handshakes, ("initialize", "*"), *modern}
+
+
+async def test_answers_of_another_form_are_not_recorded(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """A recorded result is a part of the line of the SDK, so the line must have the usual order."""
+    monkeypatch.setattr(JSONRPCResponse, "model_dump_json", lambda *_, **__: '{"result":{},"jsonrpc":"2.0","id":0}')
+    with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="another order"), flatten_subgroups=True):
+        await record(partial(serve_streams, build_server(world.studio)))
 
 
 async def test_a_saved_recording_is_loaded_unchanged_and_only_with_its_key(tmp_path: Path, results: Results) -> None:

@@ -215,6 +215,9 @@ async def test_doctor_reads_the_tokens_file_and_the_issuer(tmp_path: Path) -> No
     assert await verdicts(EVOLINK_MCP_TOKENS_FILE=str(file)) == [("tokens", "ok")]
     unreachable = {**PUBLIC, "EVOLINK_MCP_OAUTH_ISSUER": "http://127.0.0.1:9"}
     assert await verdicts(**unreachable) == [("issuer", "broken")]
+    assert await verdicts(**unreachable, EVOLINK_MCP_OAUTH_AUDIENCE="an audience that is no URL") == [
+        ("issuer", "broken")
+    ]
     assert await verdicts() == []
 
 

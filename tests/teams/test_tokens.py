@@ -490,3 +490,12 @@ async def test_the_app_of_an_idle_tenant_is_closed_after_an_hour(tmp_path: Path)
             await tenants({"type": "http", CALLER_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
             assert opened == ["anna", "bert", "bert"]
             group.cancel_scope.cancel()
+
+
+async def test_the_poller_of_an_evolink_key_is_shared_until_its_last_studio_closes(tmp_path: Path) -> None:
+    async with office(tmp_path, ANNA, BERT) as team:
+        async with team.studios.open(Tenant("anna")) as (anna, _), team.studios.open(Tenant("bert")) as (bert, _):
+            first = anna.rate_limit
+            assert bert.rate_limit is first
+        async with team.studios.open(Tenant("anna")) as (anna, _):
+            assert anna.rate_limit is not first
