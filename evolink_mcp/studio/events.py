@@ -242,6 +242,8 @@ class JournalWriter:
     async def record_poll(self, job: Job, task: Task) -> None:
         """EvoLink described the task. The journal records a settled status and new links. Other servers learn every change.
 
+        The links of a completed task are recorded with its images or by `release`: the download follows at once.
+
         Raises:
             TaskKnown: another server recorded the same external task at the same time.
         """
@@ -258,7 +260,9 @@ class JournalWriter:
             self._change(job, entry)
         # Only these changes cost a write. All others are visible in the next poll.
         is_settled = before is None or (before.status != task.status and task.settled)
-        if is_settled or (before is not None and before.results != task.results):
+        if is_settled and task.results:
+            self._unwritten[entry.key] = job
+        elif is_settled or (before is not None and before.results != task.results):
             await self._write(job, entry, self.journal.update)
         if before != task:
             self.journal.publish_progress(entry.key, task)
@@ -272,10 +276,14 @@ class JournalWriter:
         if images != job.entry.images:
             self._change(job, replace(job.entry, images=images))
 
-    async def record_images(self, job: Job, images: tuple[ResultImage, ...]) -> None:
-        """An image was saved or failed."""
-        if images != job.entry.images:
-            self._change(job, replace(job.entry, images=images))
+    async def record_images(self, job: Job, images: tuple[ResultImage, ...], *, is_released_next: bool = False) -> None:
+        """An image was saved or failed. If `release` follows at once, it records the images too."""
+        if images == job.entry.images:
+            return
+        self._change(job, replace(job.entry, images=images))
+        if is_released_next:
+            self._unwritten[job.entry.key] = job
+        else:
             await self._write(job, job.entry, self.journal.update_images)
 
     async def withdraw_match(self, job: Job, problem: Problem) -> None:
@@ -294,9 +302,19 @@ class JournalWriter:
         await self._deliver(job.entry.key, at)
         self.events.publish(Delivered(job.entry))
 
+    async def write_open_state(self, job: Job) -> None:
+        """Write the state that `release` would have written. The journal refuses it if another server owns the entry."""
+        if self.is_unwritten(job.entry.key):
+            await self._write(job, job.entry, self.journal.update_images)
+
     async def release(self, job: Job) -> None:
-        """This server stops its work on the entry. It stays the owner while the journal holds an older state."""
-        if job.entry.is_written and not self.is_unwritten(job.entry.key):
+        """Record the newest state, and stop the work of this server on the entry.
+
+        This server stays the owner while the journal holds an older state.
+        """
+        if self.is_unwritten(job.entry.key):
+            await self._finish(job)
+        elif job.entry.is_written:
             await self.ignore_unwritable(self.journal.release(job.entry.key))
 
     async def ignore_unwritable(self, write: Awaitable[object]) -> None:
@@ -318,10 +336,14 @@ class JournalWriter:
         for key, job in list(self._unwritten.items()):
             if self._unwritten.get(key) is not job:
                 continue  # its own job wrote it during this loop
+            if job.is_finished:
+                await self._finish(job)
+                continue
             try:
                 await self._write(job, job.entry, self.journal.update_images)
             except TaskKnown as error:
                 log.warning("%s was not recorded: %s", job.entry.phase, error.message)
+            # The job may have ended meanwhile, and its own write may have failed.
             if key not in self._unwritten and job.is_finished:
                 await self.ignore_unwritable(self.journal.release(key))
         for key, at in list(self._deliveries.items()):
@@ -335,6 +357,13 @@ class JournalWriter:
                 self._withdrawn.discard(key)
         if not self.has_unwritten:
             self._has_unwritten = anyio.Event()
+
+    async def _finish(self, job: Job) -> None:
+        # One transaction for state and release: if many tasks end at once, the transactions determine the delay.
+        try:
+            await self._write(job, job.entry, self.journal.finish)
+        except TaskKnown as error:
+            log.warning("%s was not recorded: %s", job.entry.phase, error.message)
 
     async def _deliver(self, key: str, at: float) -> None:
         try:
