@@ -425,36 +425,35 @@ def test_child_processes_do_not_import_from_the_working_directory() -> None:
     assert [str(path) for path in files if unsafe.search(path.read_text("utf-8"))] == []
 
 
-def test_importing_the_package_does_nothing() -> None:
-    script = "import sys, evolink_mcp; print(sorted(m for m in sys.modules if m.startswith(('mcp', 'PIL', 'sqlite3'))))"
+def run_script(script: str, *options: str) -> tuple[str, str]:
+    """Run a script in a new interpreter. Return its stdout and stderr."""
     process = subprocess.run(
-        [sys.executable, "-P", "-c", script],
+        [sys.executable, *options, "-P", "-c", script],
         env=without_coverage(os.environ),
         capture_output=True,
         text=True,
         check=True,
         timeout=300,
     )
-    assert (process.stdout.strip(), process.stderr) == ("[]", "")
+    return process.stdout.strip(), process.stderr
+
+
+def test_importing_the_package_does_nothing() -> None:
+    script = "import sys, evolink_mcp; print(sorted(m for m in sys.modules if m.startswith(('mcp', 'PIL', 'sqlite3'))))"
+    assert run_script(script) == ("[]", "")
 
 
 def test_the_first_answers_over_stdio_need_few_modules() -> None:
     """Python's own start and the JSON parser load the rest. Each of these takes a twentieth of the start or more."""
-    script = (
-        "import sys, evolink_mcp.cli.main, evolink_mcp.cli.early_session\n"
-        "print({name.partition('.')[0] for name in sys.modules} & set(sys.argv))"
-    )
     slow = ["logging", "typing", "pathlib", "dataclasses", "inspect", "argparse", "urllib", "platformdirs", "hashlib"]
     slow += ["tempfile", "shutil", "asyncio", "anyio", "pydantic", "mcp", "mcp_types"]
-    process = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n{script}", *slow],
-        env=without_coverage(os.environ),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
+    script = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+        "import evolink_mcp.cli.main, evolink_mcp.cli.early_session\n"
+        f"print({{name.partition('.')[0] for name in sys.modules}} & set({slow}))"
     )
-    assert process.stdout.strip() == "set()"
+    # Without the site module: the files of an editable installation would import some of them.
+    assert run_script(script, "-I", "-S") == ("set()", "")
 
 
 def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
@@ -463,12 +462,4 @@ def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
         "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"
         "print([m for m in late if m in sys.modules])"
     )
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", script],
-        env=without_coverage(os.environ),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    assert process.stdout.strip() == "[]"
+    assert run_script(script)[0] == "[]"

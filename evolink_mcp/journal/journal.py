@@ -460,7 +460,7 @@ class Journal:
         return await self._write(entry, (*STATE_COLUMNS, "images"), learn)
 
     async def finish(self, entry: Entry, learn: Learn | None = None) -> bool:
-        """Write what `update_images` writes, and stop the work of this server on the entry, in one transaction."""
+        """Write state and images of the entry and release it, in one transaction. See `update` and `release`."""
         return await self._write(entry, (*STATE_COLUMNS, "images"), learn, owner="")
 
     async def sums_since(self, since: float) -> Sums:

@@ -313,13 +313,15 @@ class Database:
         self._renew(sent_at, now)
         if requests := self.rates.take_unsent():
             # Not in a transaction with the heartbeat: a server that freezes inside it would block those of the others.
+            totals: list[MinuteCount] | None = None
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     totals = await exchange(session, requests)
-            except BaseException:
-                self.rates.restore_unsent(requests)
-                raise
-            self.rates.set_totals(totals)
+            finally:
+                if totals is None:
+                    self.rates.restore_unsent(requests)
+                else:
+                    self.rates.set_totals(totals)
 
     def _renew(self, sent_at: float, now: float) -> None:
         """The database moved the deadline after `sent_at`. The answer may have waited, so it does not count from now.
