@@ -128,7 +128,8 @@ class JournalWriter:
         self.journal = journal
         self.events = events
         self._learn = learn
-        self._unwritten: dict[str, Job] = {}
+        self._unwritten: dict[str, Job] = {}  # the journal could not record the newest state of these entries
+        self._deferred: dict[str, Job] = {}  # `release` records the newest state of these entries
         self._departed: set[str] = set()  # keys of entries without a waiting call, for the journal
         self._withdrawn: set[str] = set()  # keys of entries without a purchase, for the journal
         self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
@@ -140,22 +141,25 @@ class JournalWriter:
         Raises:
             JournalUnwritable: the journal cannot be read.
         """
-        for job in self._unwritten.values():
+        for job in (*self._unwritten.values(), *self._deferred.values()):
             if job.entry.task_id == task_id:
                 return job.entry
         return await self.journal.by_task(task_id)
 
     async def entry_by_key(self, key: str) -> Entry | None:
         """Return the newest state of an entry. None: there is none, or the journal cannot be read."""
-        if key in self._unwritten:
-            return self._unwritten[key].entry
+        if (job := self._unrecorded_job(key)) is not None:
+            return job.entry
         with suppress(JournalUnwritable):
             return await self.journal.by_key(key)
         return None
 
     def is_unwritten(self, key: str) -> bool:
         """Return whether the journal holds an older state of this entry."""
-        return key in self._unwritten
+        return self._unrecorded_job(key) is not None
+
+    def _unrecorded_job(self, key: str) -> Job | None:
+        return self._unwritten.get(key) or self._deferred.get(key)
 
     @property
     def has_unwritten(self) -> bool:
@@ -174,7 +178,7 @@ class JournalWriter:
             entry for entry in found.entries if entry.caller != self.journal.owner or entry.key in self._departed
         ]
         newest = [
-            replace(self._unwritten[entry.key].entry, caller=entry.caller) if entry.key in self._unwritten else entry
+            entry if (job := self._unrecorded_job(entry.key)) is None else replace(job.entry, caller=entry.caller)
             for entry in entries
         ]
         newest = [entry for entry in newest if entry.key not in self._deliveries and entry.delivered_at is None]
@@ -261,7 +265,7 @@ class JournalWriter:
         # Only these changes cost a write. All others are visible in the next poll.
         is_settled = before is None or (before.status != task.status and task.settled)
         if is_settled and task.results:
-            self._unwritten[entry.key] = job
+            self._deferred[entry.key] = job
         elif is_settled or (before is not None and before.results != task.results):
             await self._write(job, entry, self.journal.update)
         if before != task:
@@ -282,7 +286,7 @@ class JournalWriter:
             return
         self._change(job, replace(job.entry, images=images))
         if is_released_next:
-            self._unwritten[job.entry.key] = job
+            self._deferred[job.entry.key] = job
         else:
             await self._write(job, job.entry, self.journal.update_images)
 
@@ -304,7 +308,7 @@ class JournalWriter:
 
     async def write_open_state(self, job: Job) -> None:
         """Write the state that `release` would have written. The journal refuses it if another server owns the entry."""
-        if self.is_unwritten(job.entry.key):
+        if self._deferred.pop(job.entry.key, None) is not None:
             await self._write(job, job.entry, self.journal.update_images)
 
     async def release(self, job: Job) -> None:
@@ -364,6 +368,8 @@ class JournalWriter:
             await self._write(job, job.entry, self.journal.finish)
         except TaskKnown as error:
             log.warning("%s was not recorded: %s", job.entry.phase, error.message)
+        finally:
+            self._deferred.pop(job.entry.key, None)
 
     async def _deliver(self, key: str, at: float) -> None:
         try:
