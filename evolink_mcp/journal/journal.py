@@ -79,7 +79,7 @@ UPDATE_OWNED = "UPDATE entries SET {changes} WHERE key = ? AND owner = ?"
 # Write a state without a task. It never removes a certain task, which another server may have recorded meanwhile.
 UPDATE_WITHOUT_TASK = f"{UPDATE_OWNED} AND (task_id IS NULL OR error LIKE ?)"
 # Write a task that EvoLink returned over another server's unconfirmed match, or over no task.
-UPDATE_CERTAIN = "UPDATE entries SET {changes} WHERE key = ? AND (task_id IS NULL OR error LIKE ?)"
+UPDATE_CERTAIN = """UPDATE entries SET {changes}, owner = ? WHERE key = ? AND (task_id IS NULL OR error LIKE ?)"""
 # Check whether the database lost an entry, because an older backup was restored.
 FIND_KEY = "SELECT 1 FROM entries WHERE key = ?"
 # Read the owner of an entry.
@@ -458,10 +458,6 @@ class Journal:
     async def update_images(self, entry: Entry, learn: Learn | None = None) -> bool:
         """Write the entry's images, and what `update` writes."""
         return await self._write(entry, (*STATE_COLUMNS, "images"), learn)
-
-    async def finish(self, entry: Entry, learn: Learn | None = None) -> bool:
-        """Write state and images of the entry and release it, in one transaction. See `update` and `release`."""
-        return await self._write(entry, (*STATE_COLUMNS, "images"), learn, owner="")
 
     async def sums_since(self, since: float) -> Sums:
         """Return the confirmed charges and the reserved credits of the entries since then."""
@@ -842,12 +838,8 @@ class Journal:
         self._facts_read_at = time.monotonic()
         return facts
 
-    async def _write(
-        self, entry: Entry, columns: tuple[str, ...], learn: Learn | None, *, owner: str | None = None
-    ) -> bool:
-        """Write the columns of an entry, and the facts that it changes. `owner` is the owner after it, by default this one."""
-        entry = replace(entry, owner=self.owner if owner is None else owner)
-        columns = (*columns, "owner")
+    async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
+        """Write the columns of an entry, and the facts that it changes."""
         changes = ", ".join(f"{name} = ?" for name in columns)
         values = values_of(entry, columns)
         is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
@@ -855,42 +847,38 @@ class Journal:
         if entry.task is None:
             update = UPDATE_WITHOUT_TASK.format(changes=changes), (*update[1], UNCONFIRMED_PATTERN)
 
-        async def write(db: Connection, *, is_written: bool) -> bool:
+        async def write(db: Connection) -> bool:
             if is_certain:
                 await _withdraw_matches(db, entry)
-            if is_written:
-                return True
             with _duplicate_task(entry):
                 if await db.execute(*update) == 1:
                     return True
                 if is_certain:
                     sql = UPDATE_CERTAIN.format(changes=changes)
-                    if await db.execute(sql, (*values, entry.key, UNCONFIRMED_PATTERN)) == 1:
+                    if await db.execute(sql, (*values, self.owner, entry.key, UNCONFIRMED_PATTERN)) == 1:
                         return True
             if await db.fetch(FIND_KEY, (entry.key,)):
                 return False
-            await self._insert(db, entry)
+            await self._insert(db, replace(entry, owner=self.owner))
             return True
 
-        async def write_at_once(db: Connection) -> tuple[bool, bool]:
-            """Write the entry in one step. Return whether it is written, and whether this is enough, as almost always."""
+        async def write_at_once(db: Connection) -> bool:
+            """Try to write the entry in one step, which is enough for almost every write. Return False if it is not."""
             matches = UNCONFIRMED_BY_TASK, (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
             try:
                 facts, other_entries, updated = await db.batch(self._facts_query, matches, update)
             except UniqueViolation:
-                return False, False
-            is_written = updated.changed == 1
+                return False
             is_learned = learn is None or not learn(entry, self._facts_of(facts.rows))
-            return is_written, is_written and not (is_certain and other_entries.rows) and is_learned
+            return updated.changed == 1 and not (is_certain and other_entries.rows) and is_learned
 
         async def act(db: Connection) -> bool:
-            is_written, is_complete = await write_at_once(db)
-            if is_complete:
+            if await write_at_once(db):
                 return True
             if learn is None or not learn(entry, await self._facts(db)):
-                return await write(db, is_written=is_written)
+                return await write(db)
             async with db.transaction(self.account):
-                is_written = await write(db, is_written=is_written)
+                is_written = await write(db)
                 if is_written:
                     for name, value in learn(entry, await self._facts(db)).items():
                         await db.execute(SAVE_FACT, (self.account, name, value))

@@ -102,7 +102,7 @@ class StartupAnswers:
 def recording_key(tools_text: str) -> bytes:
     """Return one line with everything that the results depend on. `tools_text` is the setting of the published tools."""
     files = _files(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return "\t".join([*_versions(), *files, tools_text]).replace("\n", " ").encode("utf-8", "surrogateescape")
+    return "\t".join([*_versions(), *files, tools_text]).replace("\n", " ").encode("utf-8", "surrogatepass")
 
 
 def load(folder: Folder, key: bytes) -> Results | None:

@@ -128,8 +128,7 @@ class JournalWriter:
         self.journal = journal
         self.events = events
         self._learn = learn
-        self._unwritten: dict[str, Job] = {}  # the journal could not record the newest state of these entries
-        self._deferred: dict[str, Job] = {}  # `release` records the newest state of these entries
+        self._unwritten: dict[str, Job] = {}
         self._departed: set[str] = set()  # keys of entries without a waiting call, for the journal
         self._withdrawn: set[str] = set()  # keys of entries without a purchase, for the journal
         self._deliveries: dict[str, float] = {}  # times of deliveries that the journal could not record
@@ -141,25 +140,22 @@ class JournalWriter:
         Raises:
             JournalUnwritable: the journal cannot be read.
         """
-        for job in (*self._unwritten.values(), *self._deferred.values()):
+        for job in self._unwritten.values():
             if job.entry.task_id == task_id:
                 return job.entry
         return await self.journal.by_task(task_id)
 
     async def entry_by_key(self, key: str) -> Entry | None:
         """Return the newest state of an entry. None: there is none, or the journal cannot be read."""
-        if (job := self._unrecorded_job(key)) is not None:
-            return job.entry
+        if key in self._unwritten:
+            return self._unwritten[key].entry
         with suppress(JournalUnwritable):
             return await self.journal.by_key(key)
         return None
 
     def is_unwritten(self, key: str) -> bool:
         """Return whether the journal holds an older state of this entry."""
-        return self._unrecorded_job(key) is not None
-
-    def _unrecorded_job(self, key: str) -> Job | None:
-        return self._unwritten.get(key) or self._deferred.get(key)
+        return key in self._unwritten
 
     @property
     def has_unwritten(self) -> bool:
@@ -178,7 +174,7 @@ class JournalWriter:
             entry for entry in found.entries if entry.caller != self.journal.owner or entry.key in self._departed
         ]
         newest = [
-            entry if (job := self._unrecorded_job(entry.key)) is None else replace(job.entry, caller=entry.caller)
+            replace(self._unwritten[entry.key].entry, caller=entry.caller) if entry.key in self._unwritten else entry
             for entry in entries
         ]
         newest = [entry for entry in newest if entry.key not in self._deliveries and entry.delivered_at is None]
@@ -246,8 +242,6 @@ class JournalWriter:
     async def record_poll(self, job: Job, task: Task) -> None:
         """EvoLink described the task. The journal records a settled status and new links. Other servers learn every change.
 
-        The links of a completed task are recorded with its images or by `release`: the download follows at once.
-
         Raises:
             TaskKnown: another server recorded the same external task at the same time.
         """
@@ -264,9 +258,7 @@ class JournalWriter:
             self._change(job, entry)
         # Only these changes cost a write. All others are visible in the next poll.
         is_settled = before is None or (before.status != task.status and task.settled)
-        if is_settled and task.results:
-            self._deferred[entry.key] = job
-        elif is_settled or (before is not None and before.results != task.results):
+        if is_settled or (before is not None and before.results != task.results):
             await self._write(job, entry, self.journal.update)
         if before != task:
             self.journal.publish_progress(entry.key, task)
@@ -280,14 +272,10 @@ class JournalWriter:
         if images != job.entry.images:
             self._change(job, replace(job.entry, images=images))
 
-    async def record_images(self, job: Job, images: tuple[ResultImage, ...], *, is_released_next: bool = False) -> None:
-        """An image was saved or failed. If `release` follows at once, it records the images too."""
-        if images == job.entry.images:
-            return
-        self._change(job, replace(job.entry, images=images))
-        if is_released_next:
-            self._deferred[job.entry.key] = job
-        else:
+    async def record_images(self, job: Job, images: tuple[ResultImage, ...]) -> None:
+        """An image was saved or failed."""
+        if images != job.entry.images:
+            self._change(job, replace(job.entry, images=images))
             await self._write(job, job.entry, self.journal.update_images)
 
     async def withdraw_match(self, job: Job, problem: Problem) -> None:
@@ -306,19 +294,9 @@ class JournalWriter:
         await self._deliver(job.entry.key, at)
         self.events.publish(Delivered(job.entry))
 
-    async def write_open_state(self, job: Job) -> None:
-        """Write the state that `release` would have written. The journal refuses it if another server owns the entry."""
-        if self._deferred.pop(job.entry.key, None) is not None:
-            await self._write(job, job.entry, self.journal.update_images)
-
     async def release(self, job: Job) -> None:
-        """Record the newest state, and stop the work of this server on the entry.
-
-        This server stays the owner while the journal holds an older state.
-        """
-        if self.is_unwritten(job.entry.key):
-            await self._finish(job)
-        elif job.entry.is_written:
+        """This server stops its work on the entry. It stays the owner while the journal holds an older state."""
+        if job.entry.is_written and not self.is_unwritten(job.entry.key):
             await self.ignore_unwritable(self.journal.release(job.entry.key))
 
     async def ignore_unwritable(self, write: Awaitable[object]) -> None:
@@ -340,14 +318,10 @@ class JournalWriter:
         for key, job in list(self._unwritten.items()):
             if self._unwritten.get(key) is not job:
                 continue  # its own job wrote it during this loop
-            if job.is_finished:
-                await self._finish(job)
-                continue
             try:
                 await self._write(job, job.entry, self.journal.update_images)
             except TaskKnown as error:
                 log.warning("%s was not recorded: %s", job.entry.phase, error.message)
-            # The job may have ended meanwhile, and its own write may have failed.
             if key not in self._unwritten and job.is_finished:
                 await self.ignore_unwritable(self.journal.release(key))
         for key, at in list(self._deliveries.items()):
@@ -361,15 +335,6 @@ class JournalWriter:
                 self._withdrawn.discard(key)
         if not self.has_unwritten:
             self._has_unwritten = anyio.Event()
-
-    async def _finish(self, job: Job) -> None:
-        # One transaction for state and release: if many tasks end at once, the transactions determine the delay.
-        try:
-            await self._write(job, job.entry, self.journal.finish)
-        except TaskKnown as error:
-            log.warning("%s was not recorded: %s", job.entry.phase, error.message)
-        finally:
-            self._deferred.pop(job.entry.key, None)
 
     async def _deliver(self, key: str, at: float) -> None:
         try:

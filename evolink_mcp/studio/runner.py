@@ -357,7 +357,6 @@ class JobRunner:
     async def _watch_remote(self, job: Job) -> None:
         """Watch an entry of another server. Continue it when its owner is dead."""
         job.move_to(JobState.WATCHING)
-        await self._writer.write_open_state(job)
         polls = True
         while True:
             entry = await self._writer.entry_by_key(job.entry.key) or job.entry

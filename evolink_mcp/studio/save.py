@@ -90,14 +90,15 @@ class ImageSaver:
         self._writer.show_images(job, _in_order(images))
         # A moved file needs no download.
         present_entry = await self._image_store.locate(job.entry)
-        missing = {image.index for image in present_entry.images if image.needs_download}
+        indexes = {image.index for image in present_entry.images if image.needs_download}
         links = _FreshLinks(job, self._client, self._writer, self._timing)
         async with anyio.create_task_group() as group:
-            for image in [image for image in images.values() if image.index in missing]:
-                group.start_soon(self._save_image, job, images, image, missing, links)
+            for image in list(images.values()):
+                if image.index in indexes:
+                    group.start_soon(self._save_image, job, images, image, links)
         entry = await self._deriver.with_exact_copies(job.entry)
         if entry is not job.entry:
-            await self._writer.record_images(job, entry.images, is_released_next=True)
+            await self._writer.record_images(job, entry.images)
 
     async def save_copies(self, job: Job) -> None:
         """Save the images again under the name that the deduplicated request wants."""
@@ -124,7 +125,7 @@ class ImageSaver:
         return images
 
     async def _save_image(
-        self, job: Job, images: dict[int, ResultImage], image: ResultImage, missing: set[int], links: _FreshLinks
+        self, job: Job, images: dict[int, ResultImage], image: ResultImage, links: _FreshLinks
     ) -> None:
         async with self._slots:
             try:
@@ -144,10 +145,7 @@ class ImageSaver:
             else:
                 event = Saved(job.entry, images[image.index])
         # Each image is recorded at once: after a crash, the next server downloads only the others.
-        missing.discard(image.index)
-        # Exact copies may take seconds, so the image is recorded before them.
-        is_released_next = not missing and "fit" not in job.entry.request
-        await self._writer.record_images(job, _in_order(images), is_released_next=is_released_next)
+        await self._writer.record_images(job, _in_order(images))
         self._writer.events.publish(event)
 
     async def _download(self, job: Job, images: dict[int, ResultImage], index: int, links: _FreshLinks) -> ResultImage:

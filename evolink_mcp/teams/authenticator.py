@@ -7,9 +7,7 @@ also answer 503 while the issuer cannot be read, 429 for too many requests, and 
 from __future__ import annotations
 
 import hmac
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 
 CALLER_KEY_HEADER = b"x-evolink-key"
 CALLER_KEYS_MAX = 16  # per tenant: each key opens a studio with its own connections
-CALLER_KEY_LIVES_S = 3600  # an idle studio closes after an hour
-CALLER_KEY_TENANTS_MAX = 10_000
 
 
 class TeamAuthenticator:
@@ -45,16 +41,13 @@ class TeamAuthenticator:
         accepts_caller_keys: bool = False,
         server_key: SecretStr | None = None,
         rates: RequestRates | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.issuer = issuer
         self.rates = RequestRates() if rates is None else rates
         self.accepts_caller_keys = accepts_caller_keys
         self._tokens = tokens
         self._server_key = server_key
-        self._clock = clock
-        # By tenant and key: the time of its last request, the oldest first.
-        self._caller_keys: OrderedDict[str, OrderedDict[str, float]] = OrderedDict()
+        self._caller_keys: dict[str, set[str]] = {}
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
@@ -103,22 +96,10 @@ class TeamAuthenticator:
         # In constant time, so that a caller cannot find the server's key character by character.
         if usual_key is not None and hmac.compare_digest(usual_key.get_secret_value(), key):
             return tenant  # the same account, so the same tasks
-        if not self._remember_key(tenant.name, key):
-            text = f"More than {CALLER_KEYS_MAX} keys of one caller in an hour."
-            return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text, ((b"retry-after", b"%d" % CALLER_KEY_LIVES_S),))
+        known_keys = self._caller_keys.setdefault(tenant.name, set())
+        if key not in known_keys and len(known_keys) >= CALLER_KEYS_MAX:
+            # Several studios of one caller share their entries, so none of them closes before the server ends.
+            text = f"One caller may use {CALLER_KEYS_MAX} keys until this server restarts. Use one of the earlier keys."
+            return AuthFailure(HTTPStatus.TOO_MANY_REQUESTS, text)
+        known_keys.add(key)
         return replace(tenant, evolink_key=SecretStr(key), shares_account=False)
-
-    def _remember_key(self, tenant: str, key: str) -> bool:
-        """Return False if the tenant has used CALLER_KEYS_MAX other keys since CALLER_KEY_LIVES_S."""
-        now = self._clock()
-        keys = self._caller_keys.setdefault(tenant, OrderedDict())
-        self._caller_keys.move_to_end(tenant)
-        if len(self._caller_keys) > CALLER_KEY_TENANTS_MAX:
-            self._caller_keys.popitem(last=False)
-        while keys and next(iter(keys.values())) <= now - CALLER_KEY_LIVES_S:
-            keys.popitem(last=False)
-        if key not in keys and len(keys) >= CALLER_KEYS_MAX:
-            return False
-        keys[key] = now
-        keys.move_to_end(key)
-        return True

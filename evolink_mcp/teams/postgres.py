@@ -151,7 +151,7 @@ class PostgresJournal(Journal):
     async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
         is_written = await super()._run_write(act, entry)
         if is_written:
-            self.database.written.add(self.profile, entry)
+            self.database.written.add(self.profile, replace(entry, owner=self.owner))
         return is_written
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:

@@ -13,11 +13,11 @@ import pytest
 from login import ISSUER, Login
 from office import ANNA, BERT, INITIALIZE, office
 
-from evolink_mcp.teams.authenticator import CALLER_KEY_HEADER, CALLER_KEY_LIVES_S, CALLER_KEYS_MAX, TeamAuthenticator
+from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, MinuteCount, RequestRates
 from evolink_mcp.teams.roles import BadRoles, Roles
 from evolink_mcp.teams.tenants import LateApp, Tenants, unlisted_max_for
-from evolink_mcp.teams.tokens import Tenant, Tokens
+from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import CALLER_KEY, AuthFailure
 from evolink_mcp.transports.turns import CALLS_AT_ONCE, Turns
 
@@ -219,30 +219,6 @@ async def test_requests_that_other_servers_did_not_learn_are_sent_again() -> Non
     assert rates.take_unsent() == [MinuteCount("anna", 2, 2)]
 
 
-# --- the EvoLink keys of a person ---
-
-
-async def test_a_key_counts_for_an_hour_after_its_last_request(tmp_path: Path) -> None:
-    now_s = 0.0
-    path = tmp_path / "tokens.toml"
-    path.write_text(ANNA)
-    authenticator = TeamAuthenticator(Tokens(path), accepts_caller_keys=True, clock=lambda: now_s)
-
-    async def is_refused(key: str) -> bool:
-        headers = {b"authorization": b"Bearer a", CALLER_KEY_HEADER: key.encode()}
-        return isinstance(await authenticator.authenticate(headers), AuthFailure)
-
-    keys = [f"sk-key-{number:04}" for number in range(CALLER_KEYS_MAX)]
-    assert [await is_refused(key) for key in keys] == [False] * CALLER_KEYS_MAX
-    assert await is_refused("sk-one-more")
-    now_s = CALLER_KEY_LIVES_S - 1
-    assert not await is_refused(keys[0])
-    assert await is_refused("sk-one-more")
-    now_s = CALLER_KEY_LIVES_S
-    assert not await is_refused("sk-one-more")
-    assert not await is_refused(keys[0])
-
-
 async def test_the_calls_of_all_tenants_wait_for_the_same_turns(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, BERT) as team, AsyncExitStack() as stack:
 
@@ -393,7 +369,6 @@ LIMIT_TEXTS = {
 
 TRIALS = {
     "Open apps of people with a JWT": test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldest_request,
-    "EvoLink keys of a caller": test_a_key_counts_for_an_hour_after_its_last_request,
     "Tenants with counted requests per minute": test_the_memory_for_the_request_rates_is_limited,
     "Requests of a tenant per minute, at all servers of a team": test_a_tenant_without_a_limit_of_its_own_has_the_default,
 }

@@ -257,6 +257,7 @@ async def test_a_saved_recording_is_loaded_unchanged_and_only_with_its_key(tmp_p
 def test_the_key_depends_on_the_published_tools() -> None:
     keys = [recording_key(""), recording_key("get_task"), recording_key("get_task, compute_size")]
     assert len(set(keys)) == 3
+    assert recording_key("\udcff \ud800") not in keys  # bytes of the environment that are not UTF-8
     assert all(b"\n" not in key and b"pydantic" in key for key in keys)
 
 

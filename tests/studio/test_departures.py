@@ -185,11 +185,11 @@ async def test_an_order_buys_if_the_unrecorded_state_of_the_earlier_one_is_a_fai
     """The journal still says that the task runs."""
     async with faulty_world(open_world) as (world, journal):
         first = await submitted(world, FAILS)
-        journal.unwritable = {"update", "update_images", "finish"}
+        journal.unwritable = {"update", "update_images"}
         await finished(first)
         assert (first.entry.status, world.studio.has_unwritten) == ("failed", True)
         await world.studio.depart(first)
-        journal.unwritable = {"update_images", "finish"}
+        journal.unwritable = {"update_images"}
         second = await submitted(world, FAILS)
         assert second.entry.key != first.entry.key
     assert world.posts == 2
@@ -215,7 +215,7 @@ async def test_a_delivered_image_is_not_handed_over_again_although_the_delivery_
 
 def make_unwritable(journal: FaultyJournal) -> Callable[[], Awaitable[None]]:
     async def fail_from_now_on() -> None:
-        journal.unwritable = {"update", "update_images", "release", "finish"}
+        journal.unwritable = {"update", "update_images", "release"}
 
     return fail_from_now_on
 

@@ -168,7 +168,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
             writes.append(entry.key)
             return await real_write(entry, *facts)
 
-        journal.instead = {"update": write, "update_images": write, "finish": write}
+        journal.instead = {"update": write, "update_images": write}
         finished = await call(server_b, "get_task", task_id=handle["task_id"])
     assert finished["status"] == "completed"
     assert finished["images"][0]["path"] == str(server_a.files[0])
@@ -332,7 +332,7 @@ async def test_a_task_id_that_found_a_full_disk_is_written_later(open_world: Ope
     options: Any = {"simulator": simulator, "clock": clock, "pause": no_pause, "wrap_journal": FaultyJournal}
     async with open_world(**options) as world:
         journal: Any = world.studio.journal
-        journal.instead = {"update": disk_full, "update_images": disk_full, "finish": disk_full}
+        journal.instead = {"update": disk_full, "update_images": disk_full}
         answer = await call(world, "generate_image", **HANDLE)
         assert answer["task_id"] in simulator.tasks
         assert (await journal.recent(1))[0].task_id is None
@@ -353,7 +353,7 @@ async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open
         open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
         journal: Any = server_a.studio.journal
-        journal.instead = {"update": disk_full, "update_images": disk_full, "finish": disk_full}
+        journal.instead = {"update": disk_full, "update_images": disk_full}
         answer = await call(server_a, "generate_image", **HANDLE)
         answer_of_other = await call(server_b, "get_task", task_id=answer["task_id"], wait_seconds=0)
         assert answer_of_other["task_id"] == answer["task_id"]
@@ -386,10 +386,8 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
                 await self.held.wait()
             return await self.update(entry)
 
-        async def finish(self, entry: Entry, *_: Any) -> bool:
-            is_written = await self.update_images(entry)
-            written.append((entry.key, "released"))
-            return is_written
+        async def release(self, key: str) -> None:
+            written.append((key, "released"))
 
         def publish_progress(self, key: str, task: Task) -> None:
             pass

@@ -241,10 +241,10 @@ async def test_an_identical_order_that_joins_a_job_after_its_images_were_saved_g
             def __getattr__(self, name: str) -> Any:
                 return getattr(journal, name)
 
-            async def finish(self, *args: Any) -> bool:
+            async def release(self, key: str) -> None:
                 is_releasing.set()
                 await may_release.wait()
-                return await journal.finish(*args)
+                await journal.release(key)
 
         return cast(Any, Slow())
 
