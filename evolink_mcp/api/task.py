@@ -21,6 +21,8 @@ FAILED = "failed"
 CANCELLED = "cancelled"
 # Epoch seconds beyond this (the year 5138) are milliseconds.
 LATEST_S = 1e11
+# Far above every price, time and count of EvoLink.
+NUMBER_MAX = 1e15
 LINKS_MAX = IMAGES_MAX
 # Python refuses to convert an integer of more than 4,300 digits to text.
 ID_NUMBER_MAX = 10**40
@@ -231,10 +233,8 @@ def _number(value: Any, low: float = 0.0, high: float = math.inf) -> float | Non
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # A larger integer may not fit into a float.
-    if (isinstance(value, int) and abs(value) > 10**15) or math.isnan(value):
-        return None
-    return min(max(value, low), high) if math.isfinite(value) else None
+    # A larger integer may not fit into a float, and sums of larger floats may overflow. NaN fails the comparison too.
+    return min(max(value, low), high) if abs(value) <= NUMBER_MAX else None
 
 
 def _moment(value: Any) -> float | None:

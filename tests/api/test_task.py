@@ -48,6 +48,12 @@ def test_numbers_beyond_reason_end_nothing(field: str, value: str) -> None:
     assert read_task(json.loads(f'{{"id": "{ID}", "{field}": {value}}}')).id == ID
 
 
+@pytest.mark.parametrize("value", ["1e308", "1e16", "10" + "0" * 15, "-1e308", '"1e308"'])
+def test_an_absurd_charge_is_unknown(value: str) -> None:
+    """A sum or a ratio of such floats would be infinite."""
+    assert read_task(json.loads(f'{{"id": "{ID}", "usage": {{"credits_used": {value}}}}}')).credits_used is None
+
+
 @pytest.mark.parametrize("value", ["1e999", "1" + "0" * 400, "NaN", "true", '"7"', "null"])
 def test_an_absurd_balance_is_unknown(value: str) -> None:
     answer = json.loads(f'{{"data": {{"user": {{"remaining_credits": {value}, "used_credits": 2}}}}}}')
