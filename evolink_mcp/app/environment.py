@@ -28,13 +28,13 @@ def tools_text() -> str:
 
 
 def cache_folder() -> str:
-    """Return the folder for files that the server can create again, as platformdirs does.
-
-    The import of platformdirs would take a third of the time before the first answer.
-    """
+    """Return the folder for files that the server can create again, as platformdirs does."""
     if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA", "").strip() or os.path.expanduser(r"~\AppData\Local")
-        return os.path.join(local, "evolink-mcp", "Cache")
+        import platformdirs
+
+        # Only the system knows the folder: an MCP host may pass no LOCALAPPDATA.
+        return platformdirs.user_cache_dir("evolink-mcp", appauthor=False)
+    # The import of platformdirs would take a third of the time before the first answer.
     if sys.platform == "darwin":
         return os.path.expanduser("~/Library/Caches/evolink-mcp")
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
