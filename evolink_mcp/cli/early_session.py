@@ -18,7 +18,7 @@ SWITCH_INTERVAL_S = 0.0005
 class EarlySession:
     """Read stdin, and answer the first requests from the recording of an earlier start.
 
-    If stdin or stdout is closed, `lines` is None and `problem` is the reason. `is_terminal`: a person started the server
+    `problem`: the error of stdin or stdout, empty without one. `lines`: None after such an error. `is_terminal`: a person started the server
     in a terminal. `cache`, `key` and `has_recording` describe the recording.
     """
 

@@ -210,7 +210,7 @@ def _log() -> logging.Logger:
 
 def _reserve_standard_streams() -> tuple[int, int]:
     """Reserve stdin and stdout for the protocol. Other code finds the end of stdin, and its prints go to stderr."""
-    # A stream is None if its descriptor is closed.
+    # Python sets a stream without a descriptor to None.
     if any(stream is None for stream in (sys.stdin, sys.stdout)):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     wire_in, wire_out = _above_standard(0), _above_standard(1)

@@ -304,7 +304,7 @@ class Nursery:
         (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
         with err.open("wb") as errors, socket.socket(socket.AF_UNIX) as line:
             line.connect(self._path)
-            # All servers use the same recorded first answers. Each of them would spend a second on a record of its own.
+            # All servers use the same recorded first answers, because to record them takes a second of CPU.
             env = {**env, "XDG_CACHE_HOME": str(self._folder / "cache")}
             order = {"env": env, "cwd": str(self._folder), "argv": list(argv)}
             socket.send_fds(line, [json.dumps(order).encode()], [theirs_in, theirs_out, errors.fileno()])

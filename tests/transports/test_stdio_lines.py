@@ -111,6 +111,13 @@ def test_an_end_of_input_ends_the_process_only_after_the_settings_are_valid(ends
 
 
 def test_an_end_of_input_before_the_settings_are_valid_is_remembered(ends: Ends) -> None:
+    transport = ends.open(can_leave=False)
+    ends.hang_up()
+    transport.allow_leave()
+    assert ends.exit_code() == 0
+
+
+def test_an_end_of_input_after_the_settings_are_valid_ends_the_process(ends: Ends) -> None:
     arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     transport = ends.open(arrived.put, can_leave=False)
     ends.say(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
