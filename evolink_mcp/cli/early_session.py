@@ -18,8 +18,8 @@ SWITCH_INTERVAL_S = 0.0005
 class EarlySession:
     """Read stdin, and answer the first requests from the recording of an earlier start.
 
-    `problem`: the error of stdin or stdout, empty without one. `lines`: None after such an error. `is_terminal`: a person started the server
-    in a terminal. `cache`, `key` and `has_recording` describe the recording.
+    `problem`: the error of stdin or stdout, empty without one. `lines`: None after such an error. `is_terminal`: a person
+    started the server in a terminal. `cache`, `key` and `has_recording` describe the recording.
     """
 
     def __init__(self) -> None:
