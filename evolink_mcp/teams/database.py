@@ -54,6 +54,8 @@ ADD_REQUESTS = """WITH forgotten AS (DELETE FROM evolink_requests WHERE (tenant,
     SELECT * FROM unnest(%s::text[], %s::bigint[], %s::integer[]) AS new (tenant, minute, requests) ORDER BY tenant, minute
     ON CONFLICT (tenant, minute) DO UPDATE SET requests = known.requests + excluded.requests
     RETURNING tenant, minute, requests"""
+# End the wait of all calls of this server.
+END_WAITS = "UPDATE evolink_entries SET caller = '' WHERE caller = %s AND caller <> '' AND delivered_at IS NULL"
 CURRENT_SESSION = "SELECT pg_backend_pid()"
 NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message WHERE evolink_has_other_server(%s)"
 POOLER_TESTS = 2
@@ -280,6 +282,9 @@ class Database:
 
     async def _take_lease(self, session: DatabaseConnection) -> None:
         timeline = await self._timelines.find(session)
+        # The end of a call during an outage is not recorded yet, and the same call at another server must not buy again.
+        # Before the lease: with it this server counts as alive, and its entries as awaited.
+        await session.execute(END_WAITS.encode(), (self.owner,))
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
         await self._timelines.enter(session, timeline, self._lease)

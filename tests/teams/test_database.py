@@ -226,6 +226,23 @@ async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
     assert (await third.undelivered(("f",), 0)).entries == []
 
 
+async def test_a_server_that_reconnects_hides_no_entry_behind_a_call_that_ended_meanwhile(
+    opened: Any, cluster: Any, url: str
+) -> None:
+    """The end of the call was not recorded without the database, and the client calls again at another server."""
+    first, second = await opened(), await opened()
+    await first.intend(own_entry := entry(first, caller=first.owner, fingerprint="f"))
+    await second.intend(other_entry := entry(second, caller=second.owner))
+    with cluster.admin(name_of(url)) as db:
+        number = int(first.owner.removeprefix("server-"))
+        db.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE classid = %s AND objid = %s", (LOCKS, number))
+    await until(lambda: not first.database.has_session)
+    await until(lambda: first.database.has_session)
+    found = await second.undelivered(("f",), 0)
+    assert (found.entries, found.is_awaited) == ([replace(own_entry, caller="")], False)
+    assert await first.by_key(other_entry.key) == other_entry
+
+
 async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(opened: Any, cluster: Any, url: str) -> None:
     first, second = await opened(), await opened()
     stopped: list[str] = []
