@@ -98,6 +98,8 @@ BY_KEY = "SELECT * FROM entries WHERE {mine} AND key = ? LIMIT 1"
 BY_TASK = "SELECT * FROM entries WHERE {mine} AND task_id = ? LIMIT 1"
 # Read the newest entries. {filters} are optional conditions.
 RECENT = "SELECT * FROM entries WHERE {mine} AND {filters} ORDER BY created_at DESC, key LIMIT ?"
+# Read the words of the newest entries.
+RECENT_WORDS = "SELECT words FROM entries WHERE {mine} ORDER BY created_at DESC LIMIT ?"
 # Read the newest entries of the key's accounts in all profiles. The key may be linked to other accounts in each of them.
 OF_ACCOUNTS = """SELECT * FROM entries WHERE created_at >= ? AND created_at <= ?
     AND (account IN ('', {accounts}) OR account IN (SELECT account FROM links WHERE identity = ?))
@@ -592,6 +594,10 @@ class Journal:
             values += [after[0], *after]
         selection = Selection(start, end, tuple(map(fold, words)), tuple(filters), tuple(values))
         return readable_entries(await self._backend.run(lambda db: self._select(db, selection, limit)))
+
+    async def recent_words(self, limit: int) -> list[str]:
+        """Return the folded words of at most `limit` entries, newest first, one text for each entry."""
+        return [row["words"] for row in await self._fetch(self._sql(RECENT_WORDS), limit)]
 
     async def of_accounts(self, limit: int, since: float, until: float) -> list[Entry]:
         """Return at most `limit` entries of the key's accounts, newest first. Other profiles may use the same account."""

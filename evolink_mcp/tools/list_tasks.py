@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import anyio.to_thread
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult
@@ -20,7 +21,7 @@ from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Refused
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import Sums
-from evolink_mcp.journal.rows import fold, search_text
+from evolink_mcp.journal.rows import fold
 from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.studio.times import instant
@@ -34,9 +35,12 @@ from evolink_mcp.tools.waiting import mcp_host_of
 # The summary, the notes and the frame of an answer, in characters.
 SUMMARY_MAX_CHARS = 10_000
 LIST_MAX = 50
-# Entries with the words that a search without a match suggests, and the similarity of a suggestion.
+# A search without a match suggests words of these entries, for this many of its own words. The comparison of one word takes
+# up to 50 ms of CPU time.
 HINT_ENTRIES = 1_000
-NEAREST_CUTOFF = 0.6
+HINT_WORDS = 3
+NEAREST_CUTOFF = 0.6  # similarity of a suggestion
+WORD = re.compile(r"[^\W\d_]{3,}")
 
 # Models that fill in every argument need a member for the default. Gemini refuses an empty string in an enum.
 ANY_STATUS = "any"
@@ -148,13 +152,18 @@ async def task_list(
 
 async def _search_hint(studio: Studio, words: tuple[str, ...]) -> str:
     """Return the nearest words of earlier purchases, for a search without a match."""
-    texts = [search_text(entry) for entry in await studio.journal.recent(HINT_ENTRIES)]
+    texts = await studio.journal.recent_words(HINT_ENTRIES)
+    return await anyio.to_thread.run_sync(_nearest_words, words, texts)
+
+
+def _nearest_words(words: tuple[str, ...], texts: list[str]) -> str:
     unknown = [word for word in words if not any(fold(word) in text for text in texts)]
     if not unknown:
         return "Each word occurs in a task, but no task has all of them. Search for fewer words."
-    vocabulary = {part for text in texts for part in re.findall(r"\w{3,}", text)}
+    # Without digits, because numbers and task IDs are no suggestions.
+    vocabulary = set(WORD.findall(" ".join(texts)))
     hints: list[str] = []
-    for word in unknown:
+    for word in unknown[:HINT_WORDS]:
         nearest = difflib.get_close_matches(fold(word), vocabulary, n=3, cutoff=NEAREST_CUTOFF)
         meant = f" Did you mean {' or '.join(map(quoted, nearest))}?" if nearest else ""
         hints.append(f"No task has the word {quoted(word, 40)}.{meant}")
