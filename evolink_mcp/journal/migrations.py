@@ -166,17 +166,41 @@ def statements_of(script: str) -> list[str]:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Generator[None]:
-    """Run a transaction that takes the write lock at its start.
+    """Run a transaction that takes the write lock at its start, or a part of the transaction that runs already.
 
     A transaction that starts with a read fails at its first write if another program wrote in between.
     """
+    if db.in_transaction:
+        with _enclosed(db, "SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part"):
+            yield
+    else:
+        with _enclosed(db, "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"):
+            yield
+
+
+@contextmanager
+def shared_transaction(db: sqlite3.Connection) -> Generator[None]:
+    """Run a transaction of several actions, which takes the write lock only if one of them writes.
+
+    It starts with a read. So a write fails at once if another program has the lock or wrote in between. Without the read
+    the transaction would wait for the lock, and then each of its actions again.
+    """
+    with _enclosed(db, "BEGIN", "COMMIT", "ROLLBACK"):
+        db.execute("SELECT 1 FROM entries LIMIT 1").fetchone()
+        yield
+
+
+@contextmanager
+def _enclosed(db: sqlite3.Connection, begin: str, end: str, *undo: str) -> Generator[None]:
+    """Run `begin` and `end` around the block. After an error of the block or of `end`, run `undo`."""
     import sqlite3
 
-    db.execute("BEGIN IMMEDIATE")
+    db.execute(begin)
     try:
         yield
+        db.execute(end)
     except BaseException:
         with suppress(sqlite3.Error):
-            db.execute("ROLLBACK")
+            for statement in undo:
+                db.execute(statement)
         raise
-    db.execute("COMMIT")

@@ -10,8 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal import search
+from evolink_mcp.journal.actions import Action, ActionThread, Outcome
 from evolink_mcp.journal.backend import Connection, Result, Row, Statement, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
@@ -34,7 +34,7 @@ from evolink_mcp.journal.journal import (
     Sums,
     values_of_sums,
 )
-from evolink_mcp.journal.migrations import check_origin, migrate, transaction
+from evolink_mcp.journal.migrations import check_origin, migrate, shared_transaction, transaction
 from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, is_paid, readable_tasks
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import fold, readable_entries
@@ -140,6 +140,37 @@ class JournalFile:
                 raise self.unwritable(error.strerror or type(error).__name__) from error
         raise AssertionError("unreachable")
 
+    def run_together(self, actions: Sequence[Action]) -> list[Action]:
+        """Run actions in one transaction, and answer them. Return those that must run alone.
+
+        An action without a change gets its answer at once, the others after the commit. An error of SQLite takes the
+        whole transaction back. Then the remaining actions run alone, and the error reaches the one that causes it.
+        """
+        import sqlite3
+
+        remaining = list(actions)
+        written: list[tuple[Action, Outcome]] = []
+        try:
+            db = self._opened()
+            self._compare_record(db)
+            with shared_transaction(db):
+                for action in actions:
+                    change_count = db.total_changes
+                    outcome = Outcome.of(lambda act=action.act: act(db), sqlite3.Error, OSError)
+                    if db.total_changes == change_count:
+                        action.settle(outcome)
+                        remaining.remove(action)
+                    else:
+                        written.append((action, outcome))
+            if self._is_locked and written:
+                self._set_locked(is_locked=False)
+        except (sqlite3.Error, OSError, JournalUnwritable) as error:
+            log.info("%d actions on the journal run alone: %s", len(remaining), error)
+            return remaining
+        for action, outcome in written:
+            action.settle(outcome)
+        return []
+
     def record_paid(self, task: PaidTask) -> None:
         """Add a paid task to the record. An error is only logged, because the journal gets the entry too."""
         try:
@@ -204,6 +235,10 @@ class JournalFile:
             self._db.execute(f"PRAGMA busy_timeout = {int(self._wait_s * 1000)}")
 
     def _opened(self) -> sqlite3.Connection:
+        if self._db is not None and self._db.in_transaction:
+            # Its end failed. Every later action would become a part of it, and none would be committed.
+            log.warning("a transaction of the journal %s did not end; it is opened again", self.path)
+            self._shut()
         if self._db is not None:
             now = _states(self._paths)
             if _is_same(self._files, now):
@@ -570,7 +605,7 @@ class SqliteConnection:
 
     async def batch(self, *statements: Statement) -> list[Result]:
         """See Connection."""
-        with nullcontext() if self._db.in_transaction else transaction(self._db):
+        with transaction(self._db):
             return [self._execute(sql, values) for sql, values in statements]
 
     async def fetch(self, sql: str, values: Sequence[Any] = (), *, lock_rows: bool = False) -> Sequence[Row]:
@@ -603,7 +638,7 @@ class SqliteBackend:
     def __init__(self, file: JournalFile) -> None:
         self.owner = file.owner
         self.file = file
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: ActionThread | None = None
 
     @property
     def is_open(self) -> bool:
@@ -623,12 +658,10 @@ class SqliteBackend:
         `paid_task` is added to the record beside the journal before the action.
         """
 
-        def call() -> T:
-            if paid_task is not None:
-                self.file.record_paid(paid_task)
-            return self.file.run(lambda db: _run_now(act(SqliteConnection(db, self.file))))
+        def run_act(db: sqlite3.Connection) -> T:
+            return _run_now(act(SqliteConnection(db, self.file)))
 
-        return await self._call(call)
+        return await asyncio.wrap_future(self._started_thread().submit(run_act, paid_task))
 
     def listen(self, channel: str, receive: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """See Backend. SQLite has no notifications; `reread_s` is short instead."""
@@ -646,15 +679,13 @@ class SqliteBackend:
 
     async def close(self, *, is_released: bool) -> None:
         """See Backend."""
-        await self._call(lambda: self.file.close(keep_lease_file=not is_released))
-        if self._thread is not None:
-            self._thread.shutdown(wait=False)
-            self._thread = None
+        ended = self._started_thread().close(lambda: self.file.close(keep_lease_file=not is_released))
+        self._thread = None
+        await asyncio.wrap_future(ended)
 
-    async def _call(self, call: Callable[[], T]) -> T:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        return await asyncio.wrap_future(self._thread.submit(call))
+    def _started_thread(self) -> ActionThread:
+        self._thread = self._thread or ActionThread(self.file)
+        return self._thread
 
 
 class SqliteJournal(Journal):
