@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from benchmarks.figures import Figure, middle
-from benchmarks.processes import GIVE_UP_S, SERVERS, Pipe, Standin, cpu_s, environment, memory_mb, standin
+from benchmarks.processes import GIVE_UP_S, SERVERS, Pipe, Standin, cpu_s, environment, memory_mb, standin, timed
 
 TITLE = "Start"
+PAUSE_S = 2.0
 LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")
 # Run the server with a thread that reports the loaded modules and the opened HTML pages on request.
 SPY = """
@@ -47,6 +48,11 @@ def run(quick: bool) -> list[Figure]:
         with_call = [(_start("ours", env, "compute_size"), _start("bare", env, "nothing")) for _ in range(rounds)]
         with standin() as at:
             with_post = [(_first_post(env, at, number), _start("bare", env, "nothing")) for number in range(rounds)]
+            later_post = [
+                (_first_post(env, at, rounds + number, PAUSE_S), _later_call("bare", env, "nothing"))
+                for number in range(rounds)
+            ]
+        later = [(_later_call("ours", env, "compute_size"), _later_call("bare", env, "nothing")) for _ in range(rounds)]
         uncompiled = env | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": f"{name}/nothing"}
         cold = [(_start("ours", uncompiled), _start("bare", uncompiled)) for _ in range(3)]
         modules, pages = _loaded(env)
@@ -57,7 +63,13 @@ def run(quick: bool) -> list[Figure]:
         _ratio("the same without bytecode", cold, None),
         _ratio("the same without recorded answers", whole, 1.10),
         _ratio("from process start to the answer of compute_size ÷ of a tool that does nothing", with_call, 0.8),
+        _ratio(f"the first compute_size {PAUSE_S:g} s after the list of tools ÷ a tool that does nothing", later, 0.8),
         _ratio("from process start to the first POST ÷ to the answer of a tool that does nothing", with_post, 1.1),
+        _ratio(
+            f"from the first purchase {PAUSE_S:g} s after the list of tools to its POST ÷ a tool that does nothing",
+            later_post,
+            1.1,
+        ),
     ]
     if whole[0][0][1] is not None:
         cpu = middle([project[1] / bare[1] for project, bare in whole])  # pyright: ignore[reportOperatorIssue]
@@ -104,11 +116,25 @@ def _start(server: str, env: dict[str, str], tool: str = "") -> tuple[float, flo
         return time.perf_counter() - started, cpu_s(pipe.process.pid)
 
 
-def _first_post(env: dict[str, str], at: Standin, number: int) -> tuple[float, None]:
-    """Return the wall time from the process start to the arrival of the first purchase at the simulated EvoLink."""
+def _later_call(server: str, env: dict[str, str], tool: str) -> tuple[float, None]:
+    """Return the wall time of the first call, some time after the list of tools, as a person causes it."""
+    with Pipe(SERVERS[server], env) as pipe:
+        pipe.greet()
+        time.sleep(PAUSE_S)
+        return timed(lambda: pipe.call(tool, {"size": "1:1"} if tool == "compute_size" else {})), None
+
+
+def _first_post(env: dict[str, str], at: Standin, number: int, pause_s: float = 0.0) -> tuple[float, None]:
+    """Return the wall time from the process start to the arrival of the first purchase at the simulated EvoLink.
+
+    With a pause after the list of tools, the time begins at the end of the pause.
+    """
     started = time.time()
     with Pipe(SERVERS["ours"], env | {"EVOLINK_BASE_URL": f"http://127.0.0.1:{at.port}"}) as pipe:
         pipe.greet()
+        if pause_s:
+            time.sleep(pause_s)
+            started = time.time()
         # The ID is in the answer as soon as EvoLink has accepted the purchase.
         answer = pipe.call("generate_image", {"prompt": f"sim:fast start {number}", "wait_seconds": 0})
         return at.record()["bought"][answer["structuredContent"]["task_id"]] - started, None
