@@ -12,8 +12,7 @@ from evolink_mcp.journal.paid_record import PaidTask
 if TYPE_CHECKING:
     import sqlite3
 
-# Other programs wait for the write lock meanwhile: about 20 ms.
-GROUP_MAX = 100
+GROUP_MAX = 100  # a write takes about 0.2 ms, and other programs wait for the write lock meanwhile
 
 Act = Callable[["sqlite3.Connection"], Any]
 
@@ -62,7 +61,7 @@ class ActionFile(Protocol):
         ...
 
     def run_together(self, actions: Sequence[Action]) -> list[Action]:
-        """Run actions in one transaction, and settle them. Return those that must run alone."""
+        """Run actions in one transaction, and settle them. Return those that did not start."""
         ...
 
 
@@ -81,11 +80,9 @@ class ActionThread:
         self._executor.submit(self._run_waiting)
         return action.future
 
-    def close(self, last: Callable[[], None]) -> Future[None]:
-        """Call `last` after all actions, and end the thread."""
-        ended = self._executor.submit(last)
-        self._executor.shutdown(wait=False)
-        return ended
+    def call(self, function: Callable[[], None]) -> Future[None]:
+        """Call a function after the actions that wait now."""
+        return self._executor.submit(function)
 
     def _run_waiting(self) -> None:
         actions = self._take()
@@ -102,8 +99,9 @@ class ActionThread:
         for action in actions:
             if action.paid_task is not None:
                 self._file.record_paid(action.paid_task)
-        remaining = self._file.run_together(actions) if len(actions) > 1 else actions
-        for action in remaining:
+        while len(actions) > 1:
+            actions = self._file.run_together(actions)
+        for action in actions:
             action.settle(Outcome.of(lambda act=action.act: self._file.run(act)))
 
     def _take(self) -> list[Action]:

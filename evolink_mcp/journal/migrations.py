@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,8 +199,12 @@ def _enclosed(db: sqlite3.Connection, begin: str, end: str, *undo: str) -> Gener
     try:
         yield
         db.execute(end)
-    except BaseException:
-        with suppress(sqlite3.Error):
+    except BaseException as error:
+        try:
             for statement in undo:
                 db.execute(statement)
+        except sqlite3.Error:
+            # The changes are still in the transaction. The caller must see that, and not an error that explains less.
+            if db.in_transaction and not isinstance(error, sqlite3.Error):
+                raise
         raise

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -116,17 +117,14 @@ class JournalFile:
 
         for attempt in (1, 2):
             try:
-                db = self._opened()
-                self._compare_record(db)
+                db = self._compared()
                 change_count = db.total_changes
                 result = act(db)
                 if self._is_locked and db.total_changes != change_count:
                     self._set_locked(is_locked=False)
                 return result
             except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE == sqlite3.SQLITE_BUSY and not self._is_locked:
-                    log.warning("another program has locked the journal %s for %g s", self.path, self._lock_wait_s)
-                    self._set_locked(is_locked=True)
+                self._note_lock(error)
                 # A short read is damage: a file is smaller than its index says.
                 is_short = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ
                 # A lock or a full disk: the file is intact.
@@ -141,35 +139,49 @@ class JournalFile:
         raise AssertionError("unreachable")
 
     def run_together(self, actions: Sequence[Action]) -> list[Action]:
-        """Run actions in one transaction, and answer them. Return those that must run alone.
+        """Run actions in one transaction, and settle them. Return those that did not start.
 
-        An action without a change gets its answer at once, the others after the commit. An error of SQLite takes the
-        whole transaction back. Then the remaining actions run alone, and the error reaches the one that causes it.
+        Until the first change, each action gets its answer at once. All others get it after the commit, because it may
+        depend on the changes. The first action without a change ends the transaction: a long search must not keep the
+        write lock. After an error of SQLite the started actions run alone, and the error reaches the one that causes it.
         """
         import sqlite3
 
-        remaining = list(actions)
+        expected = (sqlite3.Error, OSError, MemoryError)
+        started: list[Action] = []
         written: list[tuple[Action, Outcome]] = []
         try:
-            db = self._opened()
-            self._compare_record(db)
+            db = self._compared()
             with shared_transaction(db):
+                change_count = first_count = db.total_changes
                 for action in actions:
-                    change_count = db.total_changes
-                    outcome = Outcome.of(lambda act=action.act: act(db), sqlite3.Error, OSError)
-                    if db.total_changes == change_count:
+                    started.append(action)
+                    outcome = Outcome.of(lambda act=action.act: act(db), *expected)
+                    # After some errors SQLite takes the whole transaction back.
+                    if not db.in_transaction:
+                        raise sqlite3.OperationalError("the transaction was taken back")
+                    if db.total_changes == first_count:
                         action.settle(outcome)
-                        remaining.remove(action)
-                    else:
-                        written.append((action, outcome))
+                        continue
+                    written.append((action, outcome))
+                    if db.total_changes == change_count:
+                        break
+                    change_count = db.total_changes
+        except (*expected, JournalUnwritable) as error:
+            if not started and isinstance(error, sqlite3.Error):
+                self._note_lock(error)
+            log.info("actions on the journal run alone: %s", error)
+            # Without a transaction each of them needs its own answer.
+            started = started or list(actions)
+            for action in started:
+                if not action.future.done():
+                    action.settle(Outcome.of(lambda act=action.act: self.run(act)))
+        else:
+            for action, outcome in written:
+                action.settle(outcome)
             if self._is_locked and written:
                 self._set_locked(is_locked=False)
-        except (sqlite3.Error, OSError, JournalUnwritable) as error:
-            log.info("%d actions on the journal run alone: %s", len(remaining), error)
-            return remaining
-        for action, outcome in written:
-            action.settle(outcome)
-        return []
+        return list(actions[len(started) :])
 
     def record_paid(self, task: PaidTask) -> None:
         """Add a paid task to the record. An error is only logged, because the journal gets the entry too."""
@@ -229,16 +241,28 @@ class JournalFile:
     def _wait_s(self) -> float:
         return min(LOCKED_WAIT_S, self._lock_wait_s) if self._is_locked else self._lock_wait_s
 
+    def _note_lock(self, error: sqlite3.Error) -> None:
+        """After a wait for the lock of another program in vain, wait only briefly until a write succeeds."""
+        import sqlite3
+
+        if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE == sqlite3.SQLITE_BUSY and not self._is_locked:
+            log.warning("another program has locked the journal %s for %g s", self.path, self._lock_wait_s)
+            self._set_locked(is_locked=True)
+
     def _set_locked(self, *, is_locked: bool) -> None:
         self._is_locked = is_locked
         if self._db is not None:
             self._db.execute(f"PRAGMA busy_timeout = {int(self._wait_s * 1000)}")
 
+    def _compared(self) -> sqlite3.Connection:
+        """Return the connection, after the comparison of the journal with the record of paid tasks."""
+        db = self._opened()
+        self._compare_record(db)
+        return db
+
     def _opened(self) -> sqlite3.Connection:
         if self._db is not None and self._db.in_transaction:
-            # Its end failed. Every later action would become a part of it, and none would be committed.
-            log.warning("a transaction of the journal %s did not end; it is opened again", self.path)
-            self._shut()
+            self._end_transaction(self._db)
         if self._db is not None:
             now = _states(self._paths)
             if _is_same(self._files, now):
@@ -260,6 +284,16 @@ class JournalFile:
             self._is_compared = False
             self._merge_copy(self._db)
         return self._db
+
+    def _end_transaction(self, db: sqlite3.Connection) -> None:
+        """Take a transaction back whose end failed. Every later action would become a part of it."""
+        import sqlite3
+
+        log.warning("a transaction of the journal %s did not end; it is taken back", self.path)
+        try:
+            db.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._shut()
 
     def _connect(self) -> sqlite3.Connection:
         db = _connected(self.path, self._wait_s)
@@ -679,9 +713,9 @@ class SqliteBackend:
 
     async def close(self, *, is_released: bool) -> None:
         """See Backend."""
-        ended = self._started_thread().close(lambda: self.file.close(keep_lease_file=not is_released))
-        self._thread = None
-        await asyncio.wrap_future(ended)
+        # Later calls use this thread too, because two threads must not share the connection. It ends with this object.
+        closing = self._started_thread().call(partial(self.file.close, keep_lease_file=not is_released))
+        await asyncio.shield(asyncio.wrap_future(closing))
 
     def _started_thread(self) -> ActionThread:
         self._thread = self._thread or ActionThread(self.file)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.actions import ActionThread
 from evolink_mcp.journal.backend import Connection
 from evolink_mcp.journal.entry import Entry, Phase, new_key
 from evolink_mcp.journal.journal import DailyLimitReached, Journal, TaskKnown
@@ -68,7 +70,7 @@ class Calls:
     async def call(self, number: int, action: Awaitable[Any]) -> None:
         try:
             self.results[number] = await action
-        except (JournalUnwritable, TaskKnown, DailyLimitReached) as error:
+        except (JournalUnwritable, TaskKnown, DailyLimitReached, MemoryError) as error:
             self.results[number] = type(error)
         self.order.append(number)
 
@@ -113,27 +115,28 @@ async def test_waiting_writes_share_one_write_to_the_disk(
     assert commits == ["COMMIT"]
 
 
-async def test_no_write_is_answered_before_it_is_on_the_disk(
-    journal: Journal, backend: SqliteBackend, tmp_path: Path
-) -> None:
-    await journal.intend(first := entry(journal))
-    second = entry(journal)
-    seen: list[tuple[set[str], bool]] = []
+def test_no_answer_precedes_the_write_to_the_disk_that_it_depends_on(tmp_path: Path) -> None:
+    """The third action changes nothing, because the second one did. It is answered after the commit too."""
+    file = JournalFile(tmp_path, new_owner())
+    file.run(lambda db: None)
+    may_continue = threading.Event()
+    thread = ActionThread(file)
+    thread.submit(lambda db: may_continue.wait())
+    link = "INSERT INTO links (profile, identity, account) VALUES ('p', 'i', 'a') ON CONFLICT DO NOTHING"
+    acts = ["SELECT 1", link, link, "SELECT 2"]
+    futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in acts]
+    done: list[list[bool]] = []
 
-    async def look(db: Connection) -> None:
-        await db.execute("UPDATE entries SET caller = '' WHERE key = ?", (second.key,))
-        seen.append((keys_in(tmp_path), 0 in calls.results))
+    def record(sql: str) -> None:
+        if sql == "COMMIT":
+            done.append([future.done() for future in futures])
 
-    calls = Calls()
-    async with anyio.create_task_group() as group, thread_held(backend):
-        group.start_soon(calls.call, 0, journal.intend(second))
-        group.start_soon(calls.call, 1, journal.by_key(first.key))
-        group.start_soon(calls.call, 2, backend.run(look))
-        await anyio.wait_all_tasks_blocked()
-    assert seen == [({first.key}, False)]
-    # A read need not wait for the disk.
-    assert calls.order[0] == 1
-    assert keys_in(tmp_path) == {first.key, second.key}
+    file.run(lambda db: db.set_trace_callback(record))
+    may_continue.set()
+    assert [future.result() for future in futures] == [-1, 1, 0, -1]
+    # The first action without a change ends the transaction, so that no long search keeps the write lock.
+    assert done == [[True, False, False, False]]
+    thread.call(file.close).result()
 
 
 async def test_the_refusal_of_one_purchase_leaves_the_others_written(
@@ -175,6 +178,40 @@ async def test_an_action_that_fails_within_its_transaction_leaves_nothing(
     calls = await together(backend, backend.run(fail), journal.intend(second), backend.run(fail))
     assert calls.results == {0: TaskKnown, 1: second, 2: TaskKnown}
     assert keys_in(tmp_path) == {first.key, second.key}
+
+
+async def test_an_error_that_takes_the_transaction_back_runs_no_neighbour_twice(
+    journal: Journal, backend: SqliteBackend, tmp_path: Path
+) -> None:
+    """Without memory SQLite takes the transaction back, and Python raises no error of SQLite."""
+    await journal.intend(first := entry(journal))
+    second, third = entry(journal), entry(journal)
+
+    async def fail(db: Connection) -> None:
+        with suppress(JournalUnwritable, sqlite3.Error):
+            await db.execute("ROLLBACK")
+        raise MemoryError
+
+    calls = await together(
+        backend, journal.intend(second), backend.run(fail), journal.claim(first.key), journal.intend(third)
+    )
+    assert calls.results == {0: second, 1: MemoryError, 2: True, 3: third}
+    assert keys_in(tmp_path) == {first.key, second.key, third.key}
+
+
+async def test_a_call_during_the_end_of_the_journal_uses_its_thread(journal: Journal, backend: SqliteBackend) -> None:
+    threads: list[int] = []
+
+    async def record(db: Connection) -> None:
+        threads.append(threading.get_ident())
+
+    await backend.run(record)
+    async with anyio.create_task_group() as group, thread_held(backend):
+        group.start_soon(partial(backend.close, is_released=True))
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(backend.run, record)
+        await anyio.wait_all_tasks_blocked()
+    assert threads[0] == threads[1]
 
 
 async def test_a_lock_of_another_program_refuses_each_write_and_no_read(
