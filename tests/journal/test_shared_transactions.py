@@ -125,17 +125,20 @@ def test_no_answer_precedes_the_write_to_the_disk_that_it_depends_on(tmp_path: P
     link = "INSERT INTO links (profile, identity, account) VALUES ('p', 'i', 'a') ON CONFLICT DO NOTHING"
     acts = ["SELECT 1", link, link, "SELECT 2"]
     futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in acts]
-    done: list[list[bool]] = []
+    statements: list[str] = []
+    done: list[bool] = []
 
     def record(sql: str) -> None:
+        statements.append(sql)
         if sql == "COMMIT":
-            done.append([future.done() for future in futures])
+            done.extend(future.done() for future in futures)
 
     file.run(lambda db: db.set_trace_callback(record))
     may_continue.set()
     assert [future.result() for future in futures] == [-1, 1, 0, -1]
+    assert done == [True, False, False, False]
     # The first action without a change ends the transaction, so that no long search keeps the write lock.
-    assert done == [[True, False, False, False]]
+    assert statements.index("COMMIT") < statements.index("SELECT 2")
     thread.call(file.close).result()
 
 
@@ -164,8 +167,9 @@ async def test_a_task_that_another_entry_has_is_refused_and_its_neighbours_are_w
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("has_savepoint", [True, False])
 async def test_an_action_that_fails_within_its_transaction_leaves_nothing(
-    journal: Journal, backend: SqliteBackend, tmp_path: Path
+    has_savepoint: bool, journal: Journal, backend: SqliteBackend, tmp_path: Path
 ) -> None:
     await journal.intend(first := entry(journal))
     second = entry(journal)
@@ -173,6 +177,9 @@ async def test_an_action_that_fails_within_its_transaction_leaves_nothing(
     async def fail(db: Connection) -> None:
         async with db.transaction():
             await db.execute("DELETE FROM entries")
+            if not has_savepoint:  # then its part of the shared transaction cannot be taken back alone
+                with suppress(sqlite3.Error):
+                    await db.execute("RELEASE part")
             raise TaskKnown("another entry has it")
 
     calls = await together(backend, backend.run(fail), journal.intend(second), backend.run(fail))
@@ -180,22 +187,24 @@ async def test_an_action_that_fails_within_its_transaction_leaves_nothing(
     assert keys_in(tmp_path) == {first.key, second.key}
 
 
+@pytest.mark.parametrize("error", [MemoryError(), TaskKnown("another entry has it")])
 async def test_an_error_that_takes_the_transaction_back_runs_no_neighbour_twice(
-    journal: Journal, backend: SqliteBackend, tmp_path: Path
+    error: Exception, journal: Journal, backend: SqliteBackend, tmp_path: Path
 ) -> None:
-    """Without memory SQLite takes the transaction back, and Python raises no error of SQLite."""
+    """Without memory SQLite takes the transaction back, and the action may raise another error."""
     await journal.intend(first := entry(journal))
     second, third = entry(journal), entry(journal)
 
     async def fail(db: Connection) -> None:
-        with suppress(JournalUnwritable, sqlite3.Error):
+        await db.execute("UPDATE entries SET caller = caller")
+        with suppress(sqlite3.Error):
             await db.execute("ROLLBACK")
-        raise MemoryError
+        raise error
 
     calls = await together(
         backend, journal.intend(second), backend.run(fail), journal.claim(first.key), journal.intend(third)
     )
-    assert calls.results == {0: second, 1: MemoryError, 2: True, 3: third}
+    assert calls.results == {0: second, 1: type(error), 2: True, 3: third}
     assert keys_in(tmp_path) == {first.key, second.key, third.key}
 
 
