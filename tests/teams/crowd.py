@@ -222,7 +222,7 @@ class Crowd:
         self.began[prompt] = began = time.monotonic()
         self.most = max(self.most, len(self.began) - len(self.got))
         tool, arguments = "generate_image", wish
-        patience = 60 if self.callbacks else 0
+        patience = 30 if self.callbacks else 0  # EvoLink repeats a callback for seven seconds
         while True:
             facts = await self._ask(wire, token, tool, arguments)
             if facts is None or (facts["error"] and facts["error"]["retryable"]):
