@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from importlib.metadata import version
 
 from benchmarks import calls, crowd, derive, hostile, ledger, peers, polls, previews, shares, start, teams, tenants, web
@@ -34,9 +35,14 @@ def main() -> int:
     options = _parser().parse_args()
     names = options.only or list(PARTS)
     results: dict[str, list[Figure]] = {}
+    failed: list[str] = []
     for name in names:
         started = time.perf_counter()
-        results[name] = PARTS[name].run(options.quick)
+        try:
+            results[name] = PARTS[name].run(options.quick)
+        except Exception:  # noqa: BLE001 - the figures of the other parts are still valid
+            traceback.print_exc()
+            failed.append(name)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if options.json:
         print(json.dumps(_data(results, quick=options.quick), indent=2, ensure_ascii=False))
@@ -51,7 +57,9 @@ def main() -> int:
     missed = [figure.name for figures in results.values() for figure in figures if figure.is_met is False]
     if missed:
         print(f"{len(missed)} not met: {'; '.join(missed)}", file=sys.stderr)
-    return 1 if missed and options.strict else 0
+    if failed:
+        print(f"parts that failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or (missed and options.strict) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ import uvicorn
 
 from benchmarks.processes import KEY
 from evolink_mcp.simulator.app import Simulator
+from evolink_mcp.simulator.simulation import SimulatedTask
 
 PIXELS = {"dot": (16, 16), "1K": (1024, 1024), "4K": (3840, 2160)}
 CALLBACK_CHECK_INTERVAL_S = 0.05
@@ -53,6 +54,7 @@ class Recorder:
         self.counts: Counter[str] = Counter()
         self.bought: dict[str, float] = {}
         self.end_reported_at: dict[str, float] = {}
+        self._certain_ids: set[str] = set()
         self.fetched: dict[str, list[tuple[float, float]]] = {}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -94,9 +96,17 @@ class Recorder:
         if len(self._simulator.tasks) > before:
             self.counts["bought"] += 1
             self.bought[next(reversed(self._simulator.tasks))] = arrived_at
-        if path.startswith("/v1/tasks/") and path.removeprefix("/v1/tasks/") in completed_ids:
-            self.end_reported_at.setdefault(path.removeprefix("/v1/tasks/"), time.time())
+        task = self._simulator.tasks.get(path.removeprefix("/v1/tasks/"))
+        if task is not None:
+            self._note_poll(task, is_certain=task.id in completed_ids)
         return None
+
+    def _note_poll(self, task: SimulatedTask, *, is_certain: bool) -> None:
+        """A task that ended during its poll was perhaps reported as running. Then another poll follows."""
+        if task.id not in self._certain_ids and (is_certain or self._is_completed(task)):
+            self.end_reported_at[task.id] = time.time()
+        if is_certain:
+            self._certain_ids.add(task.id)
 
     async def call_back(self, port: int) -> None:
         """Send a callback for each task that ends, forever. The public hostname leads to this port."""
