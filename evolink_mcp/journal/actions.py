@@ -57,7 +57,7 @@ class ActionFile(Protocol):
         ...
 
     def run(self, act: Act) -> Any:
-        """Run one action with transactions of its own."""
+        """Run one action alone."""
         ...
 
     def run_together(self, actions: Sequence[Action]) -> list[Action]:
@@ -89,7 +89,7 @@ class ActionThread:
         try:
             self._run(actions)
         except BaseException as error:
-            # No caller may wait for ever.
+            # Each caller needs an answer.
             for action in actions:
                 if not action.future.done():
                     action.future.set_exception(error)

@@ -148,14 +148,14 @@ class JournalFile:
         import sqlite3
 
         expected = (sqlite3.Error, OSError, MemoryError)
-        started: list[Action] = []
-        written: list[tuple[Action, Outcome]] = []
+        attempts: list[Action] = []
+        changes: list[tuple[Action, Outcome]] = []
         try:
             db = self._compared()
             with shared_transaction(db):
                 change_count = first_count = db.total_changes
                 for action in actions:
-                    started.append(action)
+                    attempts.append(action)
                     outcome = Outcome.of(lambda act=action.act: act(db), *expected)
                     # After some errors SQLite takes the whole transaction back.
                     if not db.in_transaction:
@@ -163,25 +163,25 @@ class JournalFile:
                     if db.total_changes == first_count:
                         action.settle(outcome)
                         continue
-                    written.append((action, outcome))
+                    changes.append((action, outcome))
                     if db.total_changes == change_count:
                         break
                     change_count = db.total_changes
         except (*expected, JournalUnwritable) as error:
-            if not started and isinstance(error, sqlite3.Error):
+            if not attempts and isinstance(error, sqlite3.Error):
                 self._note_lock(error)
             log.info("actions on the journal run alone: %s", error)
             # Without a transaction each of them needs its own answer.
-            started = started or list(actions)
-            for action in started:
+            attempts = attempts or list(actions)
+            for action in attempts:
                 if not action.future.done():
                     action.settle(Outcome.of(lambda act=action.act: self.run(act)))
         else:
-            for action, outcome in written:
+            for action, outcome in changes:
                 action.settle(outcome)
-            if self._is_locked and written:
+            if self._is_locked and changes:
                 self._set_locked(is_locked=False)
-        return list(actions[len(started) :])
+        return list(actions[len(attempts) :])
 
     def record_paid(self, task: PaidTask) -> None:
         """Add a paid task to the record. An error is only logged, because the journal gets the entry too."""
@@ -286,7 +286,7 @@ class JournalFile:
         return self._db
 
     def _end_transaction(self, db: sqlite3.Connection) -> None:
-        """Take a transaction back whose end failed. Every later action would become a part of it."""
+        """The end of a transaction failed: take it back. Every later action would become a part of it."""
         import sqlite3
 
         log.warning("a transaction of the journal %s did not end; it is taken back", self.path)

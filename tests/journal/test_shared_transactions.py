@@ -1,4 +1,4 @@
-"""Actions that wait for the journal's thread at the same time share one transaction, and each gets the answer of its own."""
+"""Actions that wait for the journal's thread at the same time share one transaction, and each caller gets its answer."""
 
 from __future__ import annotations
 
@@ -126,17 +126,17 @@ def test_no_answer_precedes_the_write_to_the_disk_that_it_depends_on(tmp_path: P
     acts = ["SELECT 1", link, link, "SELECT 2"]
     futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in acts]
     statements: list[str] = []
-    done: list[bool] = []
+    done_futures: list[bool] = []
 
     def record(sql: str) -> None:
         statements.append(sql)
         if sql == "COMMIT":
-            done.extend(future.done() for future in futures)
+            done_futures.extend(future.done() for future in futures)
 
     file.run(lambda db: db.set_trace_callback(record))
     may_continue.set()
     assert [future.result() for future in futures] == [-1, 1, 0, -1]
-    assert done == [True, False, False, False]
+    assert done_futures == [True, False, False, False]
     # The first action without a change ends the transaction, so that no long search keeps the write lock.
     assert statements.index("COMMIT") < statements.index("SELECT 2")
     thread.call(file.close).result()
@@ -252,7 +252,7 @@ async def test_a_write_of_another_program_in_between_loses_and_doubles_nothing(
                 other.execute("UPDATE entries SET delivered_at = 7.0")
 
     calls = await together(backend, backend.run(other_writes), journal.intend(second), journal.claim(first.key))
-    assert calls.results == {0: None, 1: second, 2: False}  # the other program delivered it, so nobody can claim it
+    assert calls.results == {0: None, 1: second, 2: False}  # the other program delivered it, so a claim fails
     assert reads == 1
     assert keys_in(tmp_path) == {first.key, second.key}
 
@@ -261,20 +261,21 @@ async def test_a_cancelled_call_that_waits_for_the_thread_writes_nothing(
     journal: Journal, backend: SqliteBackend, tmp_path: Path
 ) -> None:
     await journal.intend(first := entry(journal))
-    cancelled, kept = entry(journal), entry(journal)
+    cancelled_entry = entry(journal)
+    other_entry = entry(journal)
     async with anyio.create_task_group() as group, thread_held(backend):
         scope = anyio.CancelScope()
 
         async def intend() -> None:
             with scope:
-                await journal.intend(cancelled)
+                await journal.intend(cancelled_entry)
 
         group.start_soon(intend)
-        group.start_soon(journal.intend, kept)
+        group.start_soon(journal.intend, other_entry)
         await anyio.wait_all_tasks_blocked()
         scope.cancel()
         await anyio.wait_all_tasks_blocked()
-    assert keys_in(tmp_path) == {first.key, kept.key}
+    assert keys_in(tmp_path) == {first.key, other_entry.key}
 
 
 async def test_a_transaction_without_an_end_swallows_no_later_write(
