@@ -43,6 +43,10 @@ def run(quick: bool) -> list[Figure]:
     return figures
 
 
+def _target_factor(count: int) -> float:
+    return 2.0 if count > TARGET_SIZE else 1.0
+
+
 def _account(env: dict[str, str]) -> str:
     return account_id_of(env["EVOLINK_API_KEY"], env["EVOLINK_BASE_URL"])
 
@@ -52,7 +56,7 @@ def _figures(env: dict[str, str], count: int, times: int) -> list[Figure]:
     full = Path(env["EVOLINK_MCP_DATA_DIR"])
     empty = full.with_name("empty")
     account = _account(env)
-    factor = 2.0 if count > TARGET_SIZE else 1.0
+    factor = _target_factor(count)
     _opened(empty, account).close()
     now = time.time()
     starts = [
@@ -106,7 +110,7 @@ def _calls(env: dict[str, str], at: Standin, count: int, times: int) -> list[Fig
     lists: list[float] = []
     searches: list[float] = []
     orders: list[float] = []
-    factor = 2.0 if count > TARGET_SIZE else 1.0
+    factor = _target_factor(count)
     with Pipe(SERVERS["ours"], env) as pipe:
         pipe.greet()
         pipe.ready()

@@ -13,6 +13,7 @@ from benchmarks.processes import GIVE_UP_S, SERVERS, Pipe, Standin, cpu_s, envir
 
 TITLE = "Start"
 PAUSE_S = 2.0
+ARGUMENTS = {"compute_size": {"size": "1:1"}, "nothing": {}}
 LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")
 # Run the server with a thread that reports the loaded modules and the opened HTML pages on request.
 SPY = """
@@ -112,7 +113,7 @@ def _start(server: str, env: dict[str, str], tool: str = "") -> tuple[float, flo
     with Pipe(SERVERS[server], env) as pipe:
         pipe.greet()
         if tool:
-            pipe.call(tool, {"size": "1:1"} if tool == "compute_size" else {})
+            pipe.call(tool, ARGUMENTS[tool])
         return time.perf_counter() - started, cpu_s(pipe.process.pid)
 
 
@@ -121,7 +122,7 @@ def _later_call(server: str, env: dict[str, str], tool: str) -> tuple[float, Non
     with Pipe(SERVERS[server], env) as pipe:
         pipe.greet()
         time.sleep(PAUSE_S)
-        return timed(lambda: pipe.call(tool, {"size": "1:1"} if tool == "compute_size" else {})), None
+        return timed(lambda: pipe.call(tool, ARGUMENTS[tool])), None
 
 
 def _first_post(env: dict[str, str], at: Standin, number: int, pause_s: float = 0.0) -> tuple[float, None]:

@@ -20,18 +20,18 @@ Act = Callable[["sqlite3.Connection"], Any]
 class Outcome(NamedTuple):
     """The result of an action, or its error."""
 
-    result: Any = None
-    error: Exception | None = None
+    result: Any
+    error: Exception | None
 
     @classmethod
     def of(cls, call: Callable[[], Any], *expected: type[Exception]) -> Outcome:
         """Call a function. Raise only the `expected` errors."""
         try:
-            return cls(result=call())
+            return cls(call(), None)
         except expected:
             raise
         except Exception as error:  # noqa: BLE001 - at the edge of the thread, every other error belongs to the caller
-            return cls(error=error)
+            return cls(None, error)
 
 
 class Action(NamedTuple):

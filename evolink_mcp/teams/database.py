@@ -23,11 +23,12 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.call_context import remaining_s
 from evolink_mcp.errors import JournalUnwritable
+from evolink_mcp.journal.journal import EVERYONE, RELEASE_CALLERS
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
 from evolink_mcp.teams.failover import Timelines, WrittenEntries, warn_of_asynchronous_standby
 from evolink_mcp.teams.lease import LOCKS, DatabaseConnection, Lease, LeaseLost
 from evolink_mcp.teams.request_rates import MinuteCount, RequestRates
-from evolink_mcp.teams.schema import CHANNEL, migrate
+from evolink_mcp.teams.schema import CHANNEL, migrate, translate
 from evolink_mcp.tracing import span
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,6 @@ ADD_REQUESTS = """WITH forgotten AS (DELETE FROM evolink_requests WHERE (tenant,
     SELECT * FROM unnest(%s::text[], %s::bigint[], %s::integer[]) AS new (tenant, minute, requests) ORDER BY tenant, minute
     ON CONFLICT (tenant, minute) DO UPDATE SET requests = known.requests + excluded.requests
     RETURNING tenant, minute, requests"""
-# End the wait of all calls of this server.
-END_WAITS = "UPDATE evolink_entries SET caller = '' WHERE caller = %s AND caller <> '' AND delivered_at IS NULL"
 CURRENT_SESSION = "SELECT pg_backend_pid()"
 NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message WHERE evolink_has_other_server(%s)"
 POOLER_TESTS = 2
@@ -284,7 +283,7 @@ class Database:
         timeline = await self._timelines.find(session)
         # The end of a call during an outage is not recorded yet, and the same call at another server must not buy again.
         # Before the lease: with it this server counts as alive, and its entries as awaited.
-        await session.execute(END_WAITS.encode(), (self.owner,))
+        await session.execute(translate(RELEASE_CALLERS.format(marks="?", linked=EVERYONE)), (self.owner,))
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
         await self._timelines.enter(session, timeline, self._lease)

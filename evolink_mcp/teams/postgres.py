@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import psycopg
@@ -17,7 +16,7 @@ from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import HAS_WORD, Journal, Selection
 from evolink_mcp.journal.profile import DEFAULT_PROFILE
 from evolink_mcp.teams.database import Database, DatabaseConnection
-from evolink_mcp.teams.schema import LIKE_WORD, TABLES, like_pattern
+from evolink_mcp.teams.schema import like_pattern, translate
 
 T = TypeVar("T")
 
@@ -167,11 +166,3 @@ def _duplicate_task() -> Generator[None]:
         if error.diag.constraint_name != UNIQUE_TASK:
             raise
         raise UniqueViolation from error
-
-
-@lru_cache(maxsize=1000)
-def translate(sql: str) -> bytes:
-    """Return the SQL of the journal in PostgreSQL's dialect."""
-    # psycopg reads % as the start of a placeholder.
-    sql = sql.replace("%", "%%").replace(HAS_WORD, LIKE_WORD).replace("instr(", "strpos(").replace("?", "%s")
-    return TABLES.sub(r"\1 evolink_\2", sql).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import psycopg
@@ -17,6 +18,7 @@ from evolink_mcp.journal.journal import (
     EVERYONE,
     EXACT_BELOW,
     FACT_VALUES,
+    HAS_WORD,
     LATEST,
     SLOT_S,
     SUMS,
@@ -294,6 +296,14 @@ def read_fact(url: str, name: str) -> list[str]:
     statement = TABLES.sub(r"\1 evolink_\2", FACT_VALUES).replace("?", "%s")
     _, rows = _read(url, statement, [(name,)])
     return [row["value"] for row in rows]
+
+
+@lru_cache(maxsize=1000)
+def translate(sql: str) -> bytes:
+    """Return the SQL of the journal in PostgreSQL's dialect."""
+    # psycopg reads % as the start of a placeholder.
+    sql = sql.replace("%", "%%").replace(HAS_WORD, LIKE_WORD).replace("instr(", "strpos(").replace("?", "%s")
+    return TABLES.sub(r"\1 evolink_\2", sql).encode()
 
 
 def like_pattern(word: str) -> str:

@@ -35,8 +35,8 @@ from evolink_mcp.tools.waiting import mcp_host_of
 # The summary, the notes and the frame of an answer, in characters.
 SUMMARY_MAX_CHARS = 10_000
 LIST_MAX = 50
-# A search without a match suggests words from this many entries, for this many words of the query. The comparison takes up to
-# 50 ms of CPU time for each word.
+# A search without a match suggests words from this many entries, for this many words of the query. Each of these words costs up
+# to 50 ms of CPU time.
 HINT_ENTRIES = 1_000
 HINT_WORDS = 3
 NEAREST_CUTOFF = 0.6  # similarity of a suggestion

@@ -142,7 +142,7 @@ def database(cluster: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("query", [each for each, (name, _) in queries().items() if not hasattr(search, name)])
 def test_postgresql_needs_no_scan_and_no_sort(query: str, database: Any) -> None:
-    from evolink_mcp.teams.postgres import translate
+    from evolink_mcp.teams.schema import translate
 
     name, sql = queries()[query]
     database.execute(b"PREPARE query AS " + numbered(translate(sql)))

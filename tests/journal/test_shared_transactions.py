@@ -61,18 +61,16 @@ async def count_commits(backend: SqliteBackend) -> list[str]:
 
 
 class Calls:
-    """Calls that wait for the thread. `results` has the result or the error of each, `order` the order of the answers."""
+    """Calls that wait for the thread. `results` has the result of each, or the type of its error."""
 
     def __init__(self) -> None:
         self.results: dict[int, Any] = {}
-        self.order: list[int] = []
 
     async def call(self, number: int, action: Awaitable[Any]) -> None:
         try:
             self.results[number] = await action
         except (JournalUnwritable, TaskKnown, DailyLimitReached, MemoryError) as error:
             self.results[number] = type(error)
-        self.order.append(number)
 
 
 @asynccontextmanager
