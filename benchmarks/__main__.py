@@ -36,6 +36,9 @@ def main() -> int:
     names = options.only or list(PARTS)
     results: dict[str, list[Figure]] = {}
     failed: list[str] = []
+    is_text = not (options.json or options.markdown)
+    if is_text:
+        print("\n".join(f"# {name}: {value}" for name, value in _machine().items()))
     for name in names:
         started = time.perf_counter()
         try:
@@ -43,6 +46,10 @@ def main() -> int:
         except Exception:  # noqa: BLE001 - the figures of the other parts are still valid
             traceback.print_exc()
             failed.append(name)
+        else:
+            # An interrupted run keeps the figures of its finished parts.
+            if is_text:
+                print("\n".join(["", PARTS[name].TITLE, *(figure.line() for figure in results[name])]), flush=True)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if options.json:
         print(json.dumps(_data(results, quick=options.quick), indent=2, ensure_ascii=False))
@@ -50,10 +57,6 @@ def main() -> int:
         print("| Figure | Measured | Target | | |\n|---|---|---|---|---|")
         for name, figures in results.items():
             print("\n".join([f"| **{PARTS[name].TITLE}** | | | | |", *(figure.row() for figure in figures)]))
-    else:
-        print("\n".join(f"# {name}: {value}" for name, value in _machine().items()))
-        for name, figures in results.items():
-            print("\n".join(["", PARTS[name].TITLE, *(figure.line() for figure in figures)]))
     missed = [figure.name for figures in results.values() for figure in figures if figure.is_met is False]
     if missed:
         print(f"{len(missed)} not met: {'; '.join(missed)}", file=sys.stderr)
