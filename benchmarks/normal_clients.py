@@ -79,7 +79,7 @@ class NormalClients:
     """Clients that call a free tool and buy images, each in a thread, until `stop`.
 
     `call_s` and `image_s` are seconds until the answer. A call without a usable answer counts as infinite, and `failures`
-    has its first line.
+    has its last characters.
     """
 
     def __init__(self, port: int, tokens: list[str], *, buys_images: bool = True) -> None:
@@ -126,5 +126,5 @@ class NormalClients:
         status, answer = exchange(self._port, request)
         if status == 200 and sign in answer.replace(b'": "', b'":"'):
             return time.monotonic() - started
-        self.failures.append(f"{status} {answer[:60]!r}")
+        self.failures.append(f"{status} …{answer[-200:]!r}")
         return math.inf

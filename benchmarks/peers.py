@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.figures import Figure, middle
-from benchmarks.processes import SERVERS, Pipe, environment, memory_mb
+from benchmarks.processes import SERVERS, Pipe, environment, memory_mb, record_first_answers
 
 TITLE = "Peers"
 PACKAGES = {"@evolinkai/evolink-media": "evolink-media", "mcp-image": "mcp-image"}  # package and command
@@ -34,7 +34,7 @@ def run(quick: bool) -> list[Figure]:
         if run.returncode:
             return [Figure("peers measured", 0, "", None, "npm could not install them")]
         env = environment(folder) | KEYS | {"PATH": os.environ.get("PATH", "")}
-        _start(SERVERS["ours"], None, env)  # the first run compiles the modules
+        record_first_answers(env, folder)  # this run also compiles the modules
         for package, command in PACKAGES.items():
             version = json.loads((folder / "node_modules" / package / "package.json").read_text())["version"]
             peer_command = [str(folder / "node_modules" / ".bin" / command)]

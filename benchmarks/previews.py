@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 from mcp.client import Client
+from mcp_types import Implementation
 
 from benchmarks.figures import Figure, middle
 from benchmarks.processes import environment, standin, timed
@@ -23,6 +24,7 @@ from evolink_mcp.tools.hosts import UNKNOWN
 TITLE = "Previews"
 TICK_S = 0.005
 KINDS = (("4K", "4K images"), ("noise", "4K images of noise"))
+CLIENT = Implementation(name="benchmark", version="1")  # the default names of SDKs get no previews
 ORDER = {"size": "16:9", "resolution": "4K", "n": 10, "wait_seconds": 120}
 
 
@@ -93,7 +95,7 @@ async def _ask(port: int) -> _Measured:
         settings = TeamSettings.from_environment(environment(Path(name), port))
         async with (
             open_studio(settings) as studio,
-            Client(build_server(studio)) as client,
+            Client(build_server(studio), client_info=CLIENT) as client,
             anyio.create_task_group() as group,
         ):
             # The first image also imports modules and reads the system's certificates.
@@ -115,8 +117,8 @@ async def _ask(port: int) -> _Measured:
             measured.duration_s = time.perf_counter() - started - 2
             group.cancel_scope.cancel()
     saved = [image for image in answer.structured_content["images"] if image["path"]]
-    if answer.is_error or len(saved) != 10:
-        raise RuntimeError(f"the tool failed: {answer.content[0].text[:300]}")
-    measured.characters = len(answer.model_dump_json(by_alias=True, exclude_unset=True))
     measured.previews = sum(block.type == "image" for block in answer.content)
+    if answer.is_error or len(saved) != 10 or measured.previews != 10:
+        raise RuntimeError(f"the tool failed or sent no previews: {answer.content[0].text[:300]}")
+    measured.characters = len(answer.model_dump_json(by_alias=True, exclude_unset=True))
     return measured

@@ -116,6 +116,17 @@ class Pipe:
         raise RuntimeError("the server ended or gave no answer in time")
 
 
+def record_first_answers(env: dict[str, str], home: Path) -> None:
+    """Run the server until its recording is in the cache folder."""
+    end = time.monotonic() + GIVE_UP_S
+    with Pipe(SERVERS["ours"], env) as pipe:
+        pipe.greet()
+        while not list(home.rglob("startup-*.tsv")):
+            if time.monotonic() > end:
+                raise RuntimeError("the server did not record its first answers")
+            time.sleep(0.05)
+
+
 class Standin:
     """The stand-in for EvoLink in a separate process (`benchmarks.standin`)."""
 
