@@ -78,7 +78,7 @@ class Backend(Protocol):
 
     @property
     def has_data(self) -> bool:
-        """Whether the database exists. Reading it does not create it."""
+        """Whether there are entries to read. A read of them creates no database where none was."""
         ...
 
     @property

@@ -539,7 +539,12 @@ class Journal:
         return False
 
     async def adopt(self) -> list[Entry]:
-        """Become the owner of unfinished entries without a living owner, and end the waits of dead servers' calls."""
+        """Become the owner of unfinished entries without a living owner, and end the waits of dead servers' calls.
+
+        Creates no file.
+        """
+        if not self._has_data:
+            return []
         rows = await self._backend.run(self._adopt)
         return [replace(entry, owner=self.owner) for entry in readable_entries(rows)]
 

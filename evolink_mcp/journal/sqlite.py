@@ -335,6 +335,11 @@ class JournalFile:
                     os.unlink(f"{self.path}{tail}")
 
     @property
+    def has_data(self) -> bool:
+        """Whether there is a journal, or a record of paid tasks from which it is restored."""
+        return self.path.exists() or self._record.exists()
+
+    @property
     def _copy_path(self) -> Path:
         return self.path.with_name(f".{FILE_NAME}-{self.owner}")
 
@@ -682,7 +687,7 @@ class SqliteBackend:
     @property
     def has_data(self) -> bool:
         """See Backend."""
-        return self.file.path.exists()
+        return self.file.has_data
 
     async def run(
         self, act: Callable[[Connection], Awaitable[T]], *, key: str = "", paid_task: PaidTask | None = None

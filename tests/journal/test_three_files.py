@@ -265,6 +265,21 @@ async def test_the_next_server_completes_a_task_that_only_the_record_has(open_wo
     assert len(simulator.tasks) == 1
 
 
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_search_for_dead_servers_restores_a_deleted_journal_and_creates_none(
+    opened: Opened, has_record: bool
+) -> None:
+    first = opened()
+    buy(first, 1)
+    first.close()
+    names = [FILE_NAME] if has_record else [FILE_NAME, paid_record.FILE_NAME]
+    for name in names:
+        (first.folder / name).unlink()
+    journal = opened()
+    assert tasks_of(journal.adopt()) == ({"task-unified-1-a"} if has_record else set())
+    assert journal.path.exists() is has_record
+
+
 # --- the record ---
 
 
