@@ -24,9 +24,11 @@ from evolink_mcp.journal.backend import Connection, Result, Row, Statement, Uniq
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
     CHARGES,
+    EVERYONE,
     FACT_VALUES,
     HAS_WORD,
     INSERT_ENTRY,
+    RECENT,
     SUMS,
     SUMS_OF_ENTRIES,
     Charge,
@@ -784,8 +786,8 @@ def read_entries(
     Raises:
         JournalUnwritable: The journal is damaged or cannot be read.
     """
-    filters = f" AND {HAS_WORD}" * len(words)
-    sql = f"SELECT * FROM entries WHERE {_mine(profile)} AND created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
+    filters = " AND ".join(["created_at >= ?", *[HAS_WORD] * len(words)])
+    sql = RECENT.format(mine=_mine(profile), filters=filters)
     with snapshot(folder) as db:
         return readable_entries(db.execute(sql, (since, *map(fold, words), limit)).fetchall())
 
@@ -844,7 +846,7 @@ def read_accounts(folder: Path, profile: str, identity: str) -> set[str]:
 
 
 def _mine(profile: str | None) -> str:
-    return "profile = profile" if profile is None else f"profile = '{profile_id(profile)}'"
+    return EVERYONE if profile is None else f"profile = '{profile_id(profile)}'"
 
 
 def _run_now(action: Awaitable[T]) -> T:

@@ -20,6 +20,7 @@ from evolink_mcp.journal.journal import (
     FACT_VALUES,
     HAS_WORD,
     LATEST,
+    RECENT,
     SLOT_S,
     SUMS,
     SUMS_OF_ENTRIES,
@@ -251,9 +252,8 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    filters = f" AND {LIKE_WORD}" * len(words)
-    sql = f"SELECT * FROM evolink_entries WHERE created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
-    place, rows = _read(url, sql.replace("?", "%s"), [(since, *map(like_pattern, map(fold, words)), limit)])
+    sql = RECENT.format(mine=EVERYONE, filters=" AND ".join(["created_at >= ?", *[HAS_WORD] * len(words)]))
+    place, rows = _read(url, sql, [(since, *map(like_pattern, map(fold, words)), limit)])
     return place, readable_entries(rows)
 
 
@@ -266,13 +266,12 @@ def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list
         JournalUnwritable: The journal cannot be read.
     """
     if words:
-        sql = SUMS_OF_ENTRIES.format(mine=EVERYONE, filters=" AND ".join([LIKE_WORD] * len(words)))
+        sql = SUMS_OF_ENTRIES.format(mine=EVERYONE, filters=" AND ".join([HAS_WORD] * len(words)))
         values: list[tuple[Any, ...]] = [(start, *map(like_pattern, map(fold, words))) for start in since]
     else:
         sql = SUMS.format(mine=EVERYONE)
         values = [values_of_sums(start) for start in since]
-    statement = TABLES.sub(r"\1 evolink_\2", sql).replace("?", "%s")
-    _, rows = _read(url, statement, values)
+    _, rows = _read(url, sql, values)
     return [Sums.of(row) for row in rows] or [Sums() for _ in since]
 
 
@@ -282,8 +281,7 @@ def read_charges(url: str, since: float) -> list[Charge]:
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    statement = TABLES.sub(r"\1 evolink_\2", CHARGES.format(mine=EVERYONE)).replace("?", "%s")
-    _, rows = _read(url, statement, [(since,)])
+    _, rows = _read(url, CHARGES.format(mine=EVERYONE), [(since,)])
     return [Charge.of(row) for row in rows]
 
 
@@ -293,8 +291,7 @@ def read_fact(url: str, name: str) -> list[str]:
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    statement = TABLES.sub(r"\1 evolink_\2", FACT_VALUES).replace("?", "%s")
-    _, rows = _read(url, statement, [(name,)])
+    _, rows = _read(url, FACT_VALUES, [(name,)])
     return [row["value"] for row in rows]
 
 
@@ -312,8 +309,8 @@ def like_pattern(word: str) -> str:
     return f"%{escaped}%"
 
 
-def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[str, list[Row]]:
-    """Return the database's name and the rows of the statement with each tuple of parameters."""
+def _read(url: str, sql: str, parameters: list[tuple[Any, ...]]) -> tuple[str, list[Row]]:
+    """Return the database's name and the rows of the journal's SQL with each tuple of parameters."""
     address = Address.of(url)
     try:
         with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as cursor:
@@ -322,7 +319,7 @@ def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[
             if row is not None and row["name"] is not None:
                 raise address.unwritable(UNPUBLISHED)
             return address.place, [
-                row for values in parameters for row in cursor.execute(statement.encode(), values).fetchall()
+                row for values in parameters for row in cursor.execute(translate(sql), values).fetchall()
             ]
     except psycopg.errors.UndefinedTable:
         return address.place, []
