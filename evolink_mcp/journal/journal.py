@@ -46,7 +46,7 @@ INSERT_ENTRY = f"""INSERT INTO entries (profile, {", ".join(f'"{name}"' for name
 COUNT_RUNNING = f"""SELECT count(*) AS running FROM entries WHERE {{mine}} AND NOT closed
     AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"""
 # {mine} for the entries of all profiles.
-EVERYONE = "profile = profile"
+ALL_PROFILES = "profile = profile"
 # Transactions that check the limit of all profiles run one after the other.
 TOTAL_LOCK = "total"
 
@@ -404,16 +404,16 @@ class Journal:
         entry: Entry,
         *,
         since: float = 0.0,
-        cap: float | None = None,
-        total_cap: float | None = None,
-        running: int | None = None,
+        day_limit: float | None = None,
+        total_limit: float | None = None,
+        running_max: int | None = None,
         reprice: Callable[[Mapping[str, str]], Entry] | None = None,
     ) -> Entry:
         """Write a new entry and return it. All checks and the write are one transaction.
 
-        `reprice` returns the entry with the price ceiling by the account's current facts. With `cap`, the sums of the
-        profile since `since` and this ceiling together must not exceed it, with `total_cap` those of all profiles.
-        `running` is the maximum of running tasks, this one included.
+        `reprice` returns the entry with the price ceiling by the account's current facts. The sums of the profile since
+        `since` and this ceiling together must not exceed `day_limit`, and those of all profiles not `total_limit`.
+        `running_max` is the maximum of running tasks, this one included.
 
         Raises:
             TooManyRunning: The maximum is reached. Nothing is written.
@@ -422,23 +422,24 @@ class Journal:
         """
 
         async def act(db: Connection) -> Entry:
-            limits = [(limit, mine) for limit, mine in ((cap, self._mine), (total_cap, EVERYONE)) if limit is not None]
-            has_limit = cap is not None or running is not None
+            all_limits = ((day_limit, self._mine), (total_limit, ALL_PROFILES))
+            limits = [(limit, mine) for limit, mine in all_limits if limit is not None]
+            has_limit = day_limit is not None or running_max is not None
             # A purchase without limits waits for no other purchase.
-            locks = (*([TOTAL_LOCK] if total_cap is not None else []), *([self.profile] if has_limit else []))
+            locks = (*([TOTAL_LOCK] if total_limit is not None else []), *([self.profile] if has_limit else []))
             async with db.transaction(*locks):
                 facts, count, *sums_of_limits = await db.batch(
                     self._facts_query,
                     (self._sql(COUNT_RUNNING), ()),
                     *[(SUMS.format(mine=mine), values_of_sums(since)) for _, mine in limits],
                 )
-                if running is not None and count.rows[0]["running"] >= running:
-                    raise TooManyRunning.of(count.rows[0]["running"], running)
+                if running_max is not None and count.rows[0]["running"] >= running_max:
+                    raise TooManyRunning.of(count.rows[0]["running"], running_max)
                 priced = entry if reprice is None else reprice(self._facts_of(facts.rows))
                 for (limit, mine), result in zip(limits, sums_of_limits, strict=True):
                     sums = Sums.of(result.rows[0])
                     if sums.total + priced.estimate > limit:
-                        raise DailyLimitReached(priced, sums, is_total=mine == EVERYONE)
+                        raise DailyLimitReached(priced, sums, is_total=mine == ALL_PROFILES)
                 await self._record_link(db)
                 await self._insert(db, priced)
             return priced
@@ -467,7 +468,7 @@ class Journal:
 
     async def total_since(self, since: float) -> Sums:
         """Return what `sums_since` returns, for all profiles."""
-        return await self._backend.run(lambda db: _sums(db, EVERYONE, since))
+        return await self._backend.run(lambda db: _sums(db, ALL_PROFILES, since))
 
     # --- owners and callers ---
 

@@ -23,8 +23,8 @@ from evolink_mcp.journal.actions import Action, ActionThread, Outcome
 from evolink_mcp.journal.backend import Connection, Result, Row, Statement, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
+    ALL_PROFILES,
     CHARGES,
-    EVERYONE,
     FACT_VALUES,
     HAS_WORD,
     INSERT_ENTRY,
@@ -846,7 +846,7 @@ def read_accounts(folder: Path, profile: str, identity: str) -> set[str]:
 
 
 def _mine(profile: str | None) -> str:
-    return EVERYONE if profile is None else f"profile = '{profile_id(profile)}'"
+    return ALL_PROFILES if profile is None else f"profile = '{profile_id(profile)}'"
 
 
 def _run_now(action: Awaitable[T]) -> T:

@@ -23,7 +23,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.call_context import remaining_s
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.journal import EVERYONE, RELEASE_CALLERS
+from evolink_mcp.journal.journal import ALL_PROFILES, RELEASE_CALLERS
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
 from evolink_mcp.teams.failover import Timelines, WrittenEntries, warn_of_asynchronous_standby
 from evolink_mcp.teams.lease import LOCKS, DatabaseConnection, Lease, LeaseLost
@@ -283,7 +283,7 @@ class Database:
         timeline = await self._timelines.find(session)
         # The end of a call during an outage is not recorded yet, and the same call at another server must not buy again.
         # Before the lease: with it this server counts as alive, and its entries as awaited.
-        await session.execute(translate(RELEASE_CALLERS.format(marks="?", linked=EVERYONE)), (self.owner,))
+        await session.execute(translate(RELEASE_CALLERS.format(marks="?", linked=ALL_PROFILES)), (self.owner,))
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
         await self._timelines.enter(session, timeline, self._lease)

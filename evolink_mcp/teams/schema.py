@@ -14,8 +14,8 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
+    ALL_PROFILES,
     CHARGES,
-    EVERYONE,
     EXACT_BELOW,
     FACT_VALUES,
     HAS_WORD,
@@ -252,7 +252,7 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    sql = RECENT.format(mine=EVERYONE, filters=" AND ".join(["created_at >= ?", *[HAS_WORD] * len(words)]))
+    sql = RECENT.format(mine=ALL_PROFILES, filters=" AND ".join(["created_at >= ?", *[HAS_WORD] * len(words)]))
     place, rows = _read(url, sql, [(since, *map(like_pattern, map(fold, words)), limit)])
     return place, readable_entries(rows)
 
@@ -266,10 +266,10 @@ def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list
         JournalUnwritable: The journal cannot be read.
     """
     if words:
-        sql = SUMS_OF_ENTRIES.format(mine=EVERYONE, filters=" AND ".join([HAS_WORD] * len(words)))
+        sql = SUMS_OF_ENTRIES.format(mine=ALL_PROFILES, filters=" AND ".join([HAS_WORD] * len(words)))
         values: list[tuple[Any, ...]] = [(start, *map(like_pattern, map(fold, words))) for start in since]
     else:
-        sql = SUMS.format(mine=EVERYONE)
+        sql = SUMS.format(mine=ALL_PROFILES)
         values = [values_of_sums(start) for start in since]
     _, rows = _read(url, sql, values)
     return [Sums.of(row) for row in rows] or [Sums() for _ in since]
@@ -281,7 +281,7 @@ def read_charges(url: str, since: float) -> list[Charge]:
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    _, rows = _read(url, CHARGES.format(mine=EVERYONE), [(since,)])
+    _, rows = _read(url, CHARGES.format(mine=ALL_PROFILES), [(since,)])
     return [Charge.of(row) for row in rows]
 
 

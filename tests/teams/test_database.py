@@ -553,7 +553,7 @@ async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
             journal = PostgresJournal(database, "a1")
             for _ in range(20):
                 with suppress(DailyLimitReached):
-                    bought.append(await journal.intend(entry(journal, estimate=1.0), cap=50.0))
+                    bought.append(await journal.intend(entry(journal, estimate=1.0), day_limit=50.0))
 
     async with anyio.create_task_group() as group:
         for _ in range(4):
