@@ -143,47 +143,34 @@ class JournalFile:
     def run_together(self, actions: Sequence[Action]) -> list[Action]:
         """Run actions in one transaction, and settle them. Return those that did not start.
 
-        Until the first change, each action gets its answer at once. All others get it after the commit, because it may
-        depend on the changes. The first action without a change ends the transaction: a long search must not keep the
-        write lock. After an error of SQLite the started actions run alone, and the error reaches the one that causes it.
+        The actions before the first change get their answers at once. Later ones get them after the commit, because the
+        answers may depend on the change. The first later action without a change ends the transaction: a long search must
+        not keep the write lock. After an error of SQLite the started actions run alone, and the error reaches the one that
+        causes it.
         """
         import sqlite3
 
-        expected = (sqlite3.Error, OSError, MemoryError)
-        attempts: list[Action] = []
-        changes: list[tuple[Action, Outcome]] = []
+        failures = (sqlite3.Error, OSError, MemoryError)
+        started: list[Action] = []
         try:
             db = self._compared()
             with shared_transaction(db):
-                change_count = first_count = db.total_changes
-                for action in actions:
-                    attempts.append(action)
-                    outcome = Outcome.of(lambda act=action.act: act(db), *expected)
-                    # After some errors SQLite takes the whole transaction back.
-                    if not db.in_transaction:
-                        raise sqlite3.OperationalError("the transaction was taken back")
-                    if db.total_changes == first_count:
-                        action.settle(outcome)
-                        continue
-                    changes.append((action, outcome))
-                    if db.total_changes == change_count:
-                        break
-                    change_count = db.total_changes
-        except (*expected, JournalUnwritable) as error:
-            if not attempts and isinstance(error, sqlite3.Error):
+                unsettled = _run_in_transaction(db, actions, started, failures)
+        except (*failures, JournalUnwritable) as error:
+            if not started and isinstance(error, sqlite3.Error):
                 self._note_lock(error)
             log.info("actions on the journal run alone: %s", error)
             # Without a transaction each of them needs its own answer.
-            attempts = attempts or list(actions)
-            for action in attempts:
+            started = started or list(actions)
+            for action in started:
                 if not action.future.done():
-                    action.settle(Outcome.of(lambda act=action.act: self.run(act)))
+                    action.run_alone(self.run)
         else:
-            for action, outcome in changes:
+            for action, outcome in unsettled:
                 action.settle(outcome)
-            if self._is_locked and changes:
+            if self._is_locked and unsettled:
                 self._set_locked(is_locked=False)
-        return list(actions[len(attempts) :])
+        return list(actions[len(started) :])
 
     def record_paid(self, task: PaidTask) -> None:
         """Add a paid task to the record. An error is only logged, because the journal gets the entry too."""
@@ -466,6 +453,36 @@ class JournalFile:
             raise self.unwritable(error.strerror or "damaged") from error
         self.set_aside = aside
         log.error("the journal was damaged: it was set aside as %s, and a new one was created", aside)
+
+
+def _run_in_transaction(
+    db: sqlite3.Connection, actions: Sequence[Action], started: list[Action], failures: tuple[type[Exception], ...]
+) -> list[tuple[Action, Outcome]]:
+    """Run actions in the open transaction, for `run_together`. Add each to `started` before it runs.
+
+    Settle the actions before the first change. Return the others with their outcomes: they depend on the commit.
+
+    Raises:
+        sqlite3.Error, OSError, MemoryError: one of `failures` ended an action, or SQLite took the transaction back.
+    """
+    import sqlite3
+
+    unsettled: list[tuple[Action, Outcome]] = []
+    first_count = db.total_changes
+    for action in actions:
+        started.append(action)
+        change_count = db.total_changes
+        outcome = Outcome.of(partial(action.act, db), *failures)
+        # After some errors SQLite takes the whole transaction back.
+        if not db.in_transaction:
+            raise sqlite3.OperationalError("the transaction was taken back")
+        if db.total_changes == first_count:
+            action.settle(outcome)
+            continue
+        unsettled.append((action, outcome))
+        if db.total_changes == change_count:
+            break
+    return unsettled
 
 
 @contextmanager
