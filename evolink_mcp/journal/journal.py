@@ -277,15 +277,25 @@ class Notification:
 class Selection:
     """The conditions of `Journal.recent`.
 
-    `start` and `end` limit `created_at` and are included. `words` are folded. `filters` are SQL conditions with `values`
-    for all conditions except the words.
+    `start` and `end` limit `created_at` and are included. `words` are folded. `other_filters` are all further SQL
+    conditions, with `other_values`.
     """
 
     start: float
     end: float
     words: tuple[str, ...]
-    filters: tuple[str, ...]
-    values: tuple[Any, ...]
+    other_filters: tuple[str, ...]
+    other_values: tuple[Any, ...]
+
+    @property
+    def filters(self) -> str:
+        """The SQL of all conditions."""
+        return " AND ".join(("created_at >= ?", "created_at <= ?", *self.other_filters, *[HAS_WORD] * len(self.words)))
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of `filters`."""
+        return (self.start, self.end, *self.other_values, *self.words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -585,8 +595,8 @@ class Journal:
         end = until if until is not None else LATEST
         if after is not None:
             end = min(end, after[0])
-        filters = ["created_at >= ?", "created_at <= ?"]
-        values: list[Any] = [start, end]
+        filters: list[str] = []
+        values: list[Any] = []
         if status is not None:
             filters.append("status = ?")
             values.append(status)
@@ -814,9 +824,7 @@ class Journal:
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
         """Return the newest rows of a selection. A subclass may search words in an index."""
-        filters = (*selection.filters, *[HAS_WORD] * len(selection.words))
-        sql = self._sql(RECENT, filters=" AND ".join(filters))
-        return await db.fetch(sql, (*selection.values, *selection.words, limit))
+        return await db.fetch(self._sql(RECENT, filters=selection.filters), (*selection.values, limit))
 
     async def _one(self, query: str, *values: str | float) -> Entry | None:
         entries = readable_entries(await self._fetch(self._sql(query), *values))
@@ -847,7 +855,7 @@ class Journal:
 
     async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
         """Write the columns of an entry, and the facts that it changes."""
-        changes = ", ".join(f"{name} = ?" for name in columns)
+        changes = _assignments(columns)
         values = values_of(entry, columns)
         is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
         update = UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)
@@ -964,12 +972,16 @@ def values_of_sums(since: float) -> tuple[int, float, float]:
 async def _withdraw_matches(db: Connection, entry: Entry) -> None:
     """Make the outcome of another entry unknown again if its unconfirmed match is the certain task of this entry."""
     columns = (*STATE_COLUMNS, "images")
-    changes = ", ".join(f"{name} = ?" for name in columns)
+    sql = UPDATE_ANY.format(changes=_assignments(columns))
     values = (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
     for other in readable_entries(await db.fetch(UNCONFIRMED_BY_TASK, values)):
         log.warning("the task %s belongs to another order, the match of %s was wrong", entry.task_id, other.key)
         unknown = replace(other, phase=Phase.UNKNOWN, task=None, images=(), error=MATCH_WITHDRAWN)
-        await db.execute(UPDATE_ANY.format(changes=changes), (*values_of(unknown, columns), other.key))
+        await db.execute(sql, (*values_of(unknown, columns), other.key))
+
+
+def _assignments(columns: Sequence[str]) -> str:
+    return ", ".join(f"{name} = ?" for name in columns)
 
 
 def marks(values: Sequence[str]) -> str:

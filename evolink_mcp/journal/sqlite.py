@@ -771,9 +771,8 @@ class SqliteJournal(Journal):
         if not terms or not await db.fetch(search.HAS_INDEX):
             return await super()._select(db, selection, limit)
         # The index ignores characters beyond a NUL, and short words have no term. So all words are compared again.
-        filters = (*selection.filters, *[HAS_WORD] * len(selection.words))
-        sql = self._sql(search.RECENT_BY_WORDS, filters=" AND ".join(filters))
-        values = (*selection.values, *selection.words)
+        sql = self._sql(search.RECENT_BY_WORDS, filters=selection.filters)
+        values = selection.values
         rows = await db.fetch(sql, (terms, *search.positions(selection.start, selection.end), *values, limit))
         if len(rows) == limit:
             # The order within a millisecond is not the order of the list, so all of the last one are candidates.
