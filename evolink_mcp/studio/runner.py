@@ -148,27 +148,29 @@ class JobRunner:
         earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
         is_awaited = earlier.is_awaited and self._journal.can_publish
         for entry in earlier.entries:
-            job = self.job_of(entry.key)
-            # An abandoned job buys nothing, so its entry cannot be returned.
-            is_abandoned = job is not None and job.is_abandoned
-            if is_abandoned or not entry.is_reusable(now):
+            if not self._is_reusable(entry, now):
                 continue
             with anyio.CancelScope(shield=True):
-                if await self._writer.claim(entry):
-                    # The purchase may have changed since it was read. An old state must not be continued.
-                    entry = await self._writer.entry_by_key(entry.key) or entry
-                    job = self.job_of(entry.key)
-                    if (job is not None and job.is_abandoned) or not entry.is_reusable(now):
-                        await self._writer.remove_caller(entry.key)
-                        continue
-                    save_as = prepared.request.save_as
-                    copy_name = save_as if save_as != entry.save_as else None
-                    job = job or await self.resume(entry, copy_name=copy_name)
-                    self.attend(job)
-                    job.is_deduplicated = True
-                    job.copy_name = copy_name
-                    return job, is_awaited
+                if not await self._writer.claim(entry):
+                    continue
+                # The purchase may have changed since it was read. An old state must not be continued.
+                entry = await self._writer.entry_by_key(entry.key) or entry
+                if not self._is_reusable(entry, now):
+                    await self._writer.remove_caller(entry.key)
+                    continue
+                save_as = prepared.request.save_as
+                copy_name = save_as if save_as != entry.save_as else None
+                job = self.job_of(entry.key) or await self.resume(entry, copy_name=copy_name)
+                self.attend(job)
+                job.is_deduplicated = True
+                job.copy_name = copy_name
+                return job, is_awaited
         return None, is_awaited
+
+    def _is_reusable(self, entry: Entry, now: float) -> bool:
+        """Return whether an identical request can get this purchase. An abandoned job buys nothing."""
+        job = self.job_of(entry.key)
+        return entry.is_reusable(now) and not (job is not None and job.is_abandoned)
 
     def _has_waiting(self, request_hash: str) -> bool:
         """Return whether a call on this server waits for an identical request."""
@@ -357,13 +359,13 @@ class JobRunner:
     async def _watch_remote(self, job: Job) -> None:
         """Watch an entry of another server. Continue it when its owner is dead."""
         job.move_to(JobState.WATCHING)
-        polls = True
+        is_poll_due = True
         while True:
             entry = await self._writer.entry_by_key(job.entry.key) or job.entry
             if entry.task is not None:
                 entry = replace(entry, task=_newer_task(job.entry, entry.task))
             task = entry.task
-            if polls and task is not None and not task.settled:
+            if is_poll_due and task is not None and not task.settled:
                 with suppress(EvolinkError):  # the answer is only shown, its owner records it
                     entry = replace(entry, task=await self._follower.read_once(task))
                     job.record_answer(is_running=False)
@@ -372,7 +374,7 @@ class JobRunner:
             if await self._acquire(entry.key):
                 break
             # Each poll makes EvoLink query its provider, so only a caller's question causes a further one.
-            polls = await job.rest(self._journal.reread_s, self._timing.idle)
+            is_poll_due = await job.rest(self._journal.reread_s, self._timing.idle)
         job.change_to(await self._writer.entry_by_key(job.entry.key) or job.entry)
         job.become_owner()
         if job.entry.has_work(self._timing.clock()) or job.copy_name is not None:
