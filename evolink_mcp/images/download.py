@@ -60,8 +60,8 @@ async def download(client: EvolinkClient, url: str, into: BinaryIO, budget: Byte
         with anyio.fail_after(DOWNLOAD_DEADLINE_S):
             for _ in range(REDIRECTS_MAX + 1):
                 _check(client, url)
-                request = client.pictures.build_request("GET", url)
-                async with stream(client.pictures, request, client.observe) as response:
+                request = client.image_client.build_request("GET", url)
+                async with stream(client.image_client, request, client.observe) as response:
                     if response.status_code not in REDIRECTS:
                         return await _write_all(response, into, budget or ByteBudget())
                     url = urljoin(url, response.headers.get("location", ""))
