@@ -38,7 +38,7 @@ from evolink_mcp.tools.adapter import PAID, flat_tool, result
 from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
-from evolink_mcp.tools.task_answer import TaskOut, price_change_texts, refusal, task_out
+from evolink_mcp.tools.task_answer import price_change_texts, refusal_out
 from evolink_mcp.tools.task_text import count_of_pictures
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
@@ -230,7 +230,12 @@ async def _answer(
     host = waiting.host_of(ctx)
     jobs = [outcome for outcome in outcomes if isinstance(outcome, Job)]
     await follow_all(outcomes, ends_at, ctx.report_progress)
-    tasks = [await _task_of(waiting, outcome) for outcome in outcomes]
+    tasks = [
+        await waiting.task_of(outcome, outcome.entry, is_deduplicated=outcome.is_deduplicated)
+        if isinstance(outcome, Job)
+        else refusal_out(outcome)
+        for outcome in outcomes
+    ]
     notes = [*notes, *price_change_texts(await studio.take_price_changes())]
     prompts = [order.request.prompt for order in orders]
     reserved = sum(job.entry.reserved for job in jobs)
@@ -245,18 +250,6 @@ async def _answer(
         if job.is_finished and job.problem is None and job.entry.has_result:
             await waiting.hand_over(job, ctx)
     return result(text, out, *images, is_error=out.error is not None)
-
-
-async def _task_of(waiting: Waiting, outcome: Job | EvolinkError) -> TaskOut:
-    if isinstance(outcome, EvolinkError):
-        return refusal(outcome)
-    return task_out(
-        await waiting.studio.image_store.entry_for_caller(outcome.entry),
-        problem=outcome.problem if outcome.is_finished else None,
-        joined=outcome.is_deduplicated,
-        running=not outcome.is_finished,
-        has_other_key=waiting.studio.has_other_key(outcome.entry),
-    )
 
 
 async def follow_all(outcomes: Sequence[Job | EvolinkError], ends_at: float, report: Report) -> None:

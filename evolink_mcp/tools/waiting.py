@@ -25,7 +25,15 @@ from evolink_mcp.tools.client_names import client_name_in
 from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import HOSTS, WAIT_MAX_S, Host, Hosts, host_named
 from evolink_mcp.tools.previews import links, previews
-from evolink_mcp.tools.task_answer import add_price_changes, copy_notes, fitted, is_error, refusal, task_out
+from evolink_mcp.tools.task_answer import (
+    TaskOut,
+    add_price_changes,
+    copy_notes,
+    is_error,
+    limit_answer,
+    refusal_out,
+    task_out,
+)
 from evolink_mcp.tools.task_text import task_text
 
 # A poll just before the end detects a task that finished since the last poll.
@@ -101,13 +109,7 @@ class Waiting:
             if job.is_finished:
                 with anyio.move_on_after(FILES_WITHIN_S):
                     entry = await self.studio.deriver.with_exact_copies(entry, fit)
-            out = task_out(
-                await self.studio.image_store.entry_for_caller(entry),
-                problem=job.problem if job.is_finished else None,
-                joined=is_deduplicated,
-                running=not job.is_finished,
-                has_other_key=self.studio.has_other_key(job.entry),
-            )
+            out = await self.task_of(job, entry, is_deduplicated=is_deduplicated)
             out.notes[:0] = [*notes, *job.notes]
             if self.studio.image_store.is_permanent:
                 out.notes += copy_notes(entry, fit)
@@ -118,7 +120,7 @@ class Waiting:
                 )
             edge = self.preview_edge if self.previews_for_all or host.has_previews else 0
             files = await self.files_of(job.entry) if edge != 0 else []
-            out = fitted(out, host.answer_max)
+            out = limit_answer(out, host.answer_max)
             decoder = self.studio.image_store.decoder
             room = host.answer_max - 3 * len(out.model_dump_json())
             images = await previews(files if out.status == COMPLETED else [], edge, room, decoder)
@@ -127,6 +129,16 @@ class Waiting:
             if job.is_finished and job.problem is None and job.entry.has_result:
                 await self.hand_over(job, ctx)
         return result(task_text(out), out, *images, *image_links, is_error=is_error(out))
+
+    async def task_of(self, job: Job, entry: Entry, *, is_deduplicated: bool) -> TaskOut:
+        """Return the state of a job as an answer. `entry` is that of the job, perhaps with further derived files."""
+        return task_out(
+            await self.studio.image_store.entry_for_caller(entry),
+            problem=job.problem if job.is_finished else None,
+            is_deduplicated=is_deduplicated,
+            is_running=not job.is_finished,
+            has_other_key=self.studio.has_other_key(entry),
+        )
 
     async def files_of(self, entry: Entry) -> list[Path]:
         """Return local files of the saved images. Omit files that need more than FILES_WITHIN_S seconds."""
@@ -193,7 +205,7 @@ def mcp_host_of(ctx: Context[Any, Any], hosts: Hosts = HOSTS) -> Host:
 
 def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
     """Return the answer of generate_image and get_task to an error without a task."""
-    out = refusal(error)
+    out = refusal_out(error)
     return result(task_text(out), out, is_error=True)
 
 
