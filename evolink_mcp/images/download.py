@@ -13,9 +13,10 @@ from evolink_mcp.api import urls
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.http import TRANSPORT_ERRORS, stream, why
 from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired
+from evolink_mcp.images.decode_protocol import CONTENT_MAX_BYTES
 
 DOWNLOAD_DEADLINE_S = 120.0
-PICTURE_MAX_BYTES = 100 << 20
+PICTURE_MAX_BYTES = CONTENT_MAX_BYTES
 # Ten images of the largest size need 0.4 GB. The rest is for repeated downloads.
 TASK_MAX_BYTES = 2 << 30
 # A host that sends single bytes would otherwise occupy the download for the whole deadline.

@@ -41,7 +41,7 @@ REFERENCE_MAX_BYTES = 50 << 20
 # Each reference image at work needs up to two temporary files.
 IMAGES_AT_ONCE = 4
 BLOCK_BYTES = 1 << 20
-MEMORY_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
+SPOOL_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
 # EvoLink deletes an upload after 72 h, and a running task must still be able to read it.
 UPLOAD_LIVES_S = 71 * 3600
 # EvoLink reads a reference some time after the POST. An expired link would make the task fail.
@@ -396,8 +396,8 @@ async def _refuse_unusable(read: Callable[[], Awaitable[T]], shown: str) -> T:
 
 @asynccontextmanager
 async def _temporary_file() -> AsyncGenerator[BinaryIO]:
-    """Yield an empty file. It stays in memory up to MEMORY_MAX_BYTES."""
-    with tempfile.SpooledTemporaryFile(MEMORY_MAX_BYTES) as file:
+    """Yield an empty file. It stays in memory up to SPOOL_MAX_BYTES."""
+    with tempfile.SpooledTemporaryFile(SPOOL_MAX_BYTES) as file:
         yield cast("BinaryIO", file)
 
 

@@ -20,13 +20,13 @@ from evolink_mcp.studio.jobs import Callback, Job, JobState, Prepared, Timing, g
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
-from evolink_mcp.studio.save import ImageSaver
+from evolink_mcp.studio.save import LINK_LIVES_S, ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
 
 log = logging.getLogger(__name__)
 
-# EvoLink's links live as long, so an earlier result can still be downloaded.
-DEDUPLICATE_WITHIN_S = 24 * 3600
+# Until then an earlier result can still be downloaded.
+DEDUPLICATE_WITHIN_S = LINK_LIVES_S
 LATE_CANCELLATION_S = 1.0
 REPEAT_AFTER_S = 5.0
 # No repeat can solve these problems: the key must change, or EvoLink does not know the task.
