@@ -67,12 +67,15 @@ log = logging.getLogger(__name__)
 # EvoLink's image host answered 403 to the default User-Agent of urllib.
 USER_AGENT = f"evolink-mcp/{__version__}"
 
+# Deadlines of complete HTTP requests. EvoLink's own client waits 30 s for the answer to a POST, 15 s for a read and 120 s
+# for an upload. A POST that is still unanswered at its deadline has an unknown outcome.
 SUBMIT_DEADLINE_S = 75.0
 READ_DEADLINE_S = 20.0
-PROBE_DEADLINE_S = 10.0
 UPLOAD_DEADLINE_S = 180.0
+PROBE_DEADLINE_S = 10.0  # of the request that `doctor` sends
 # EvoLink's limit for a batch.
 BATCH_MAX = 50
+# One search for a lost answer reads at most 1,000 tasks.
 PAGE_SIZE = 50
 PAGES_MAX = 20
 

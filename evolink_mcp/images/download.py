@@ -21,7 +21,7 @@ PICTURE_MAX_BYTES = CONTENT_MAX_BYTES
 TASK_MAX_BYTES = 2 << 30
 # A host that sends single bytes would otherwise occupy the download for the whole deadline.
 SLOWEST_BYTES_PER_S = 10_000
-SLOW_START_S = 15.0
+SLOW_START_S = 15.0  # the rate counts after this time
 REDIRECTS_MAX = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -98,12 +98,12 @@ async def _write_all(response: httpx.Response, into: BinaryIO, budget: ByteBudge
     async for chunk in response.aiter_raw(64 << 10):
         written += len(chunk)
         if written > PICTURE_MAX_BYTES:
-            raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
+            raise DownloadFailed(f"the picture is larger than {PICTURE_MAX_BYTES >> 20} MiB", retryable=False)
         budget.spend(len(chunk))
         _write(into, chunk)
         elapsed_s = time.monotonic() - started
         if elapsed_s > SLOW_START_S and written < elapsed_s * SLOWEST_BYTES_PER_S:
-            raise DownloadFailed("the picture's host sends less than 10 kB/s")
+            raise DownloadFailed(f"the picture's host sends less than {SLOWEST_BYTES_PER_S // 1000} kB/s")
     declared = response.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
         raise DownloadFailed("the picture arrived incomplete")

@@ -76,7 +76,7 @@ PROMPT_MAX_BYTES = NAME_MAX_BYTES - len("-12345678") - ENDING_MAX_BYTES - len(SU
 UNFINISHED_MAX_AGE_S = 3600
 ICO_SUFFIX = ".ico"
 BLOCK_BYTES = 1 << 20
-ENTRIES_SEARCHED = 1000
+ENTRIES_SEARCHED = 1000  # of the journal, for images in a missing folder
 
 Fetch = Callable[[BinaryIO], Awaitable[int]]
 

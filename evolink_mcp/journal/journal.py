@@ -33,7 +33,7 @@ from evolink_mcp.journal.rows import (
 
 log = logging.getLogger(__name__)
 
-CHANGE_ATTEMPTS = 5
+CHANGE_ATTEMPTS = 5  # while other servers change the same row between read and write
 FORGET_AT_ONCE = 200  # entries in one transaction
 
 # In each query, {mine} is the condition for the entries of the profile, {linked} the condition for those of them that this

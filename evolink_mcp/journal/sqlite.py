@@ -56,7 +56,7 @@ FILE_NAME = "journal.sqlite3"
 # So a call that needs the journal several times waits only once.
 LOCK_WAIT_S = 10.0
 LOCKED_WAIT_S = 0.2
-COPIES_MAX = 5
+COPIES_MAX = 5  # attempts to copy the files while servers write to them
 PRIMARY_CODE = 0xFF  # the part of an error code of SQLite that names the kind of the error
 
 # Add entries of a copy. The state with a task, the finished state and the delivered state is the later one.

@@ -9,7 +9,7 @@ from evolink_mcp.journal.journal import RECENT_S, Journal
 
 log = logging.getLogger(__name__)
 
-#: The fact with the number of callbacks that did not arrive, since the last one that did. At most MISSED_MAX.
+# The fact with the number of callbacks that did not arrive, since the last one that did. At most MISSED_MAX.
 MISSED_FACT = "missed_callbacks"
 MISSED_MAX = 3
 MISSING = (

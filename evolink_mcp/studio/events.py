@@ -18,7 +18,7 @@ from evolink_mcp.studio.jobs import Job, JobState, Sleep, guarded_call
 
 log = logging.getLogger(__name__)
 
-WRITE_AGAIN_AFTER_S = 2.0
+WRITE_AGAIN_AFTER_S = 2.0  # after a write that the journal refused
 OWNED_BY_OTHER = "another server works on this order"
 
 

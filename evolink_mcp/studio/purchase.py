@@ -24,7 +24,7 @@ from evolink_mcp.studio.schedule import backoff_s
 
 log = logging.getLogger(__name__)
 
-REPEATS_MAX = 2
+POST_REPEATS_MAX = 2
 INTERRUPTED = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
 ABANDONED = Problem("cancelled", "the call was cancelled before anything was sent", True, "Call again if it is wanted.")
 ANSWERED_WITH_EARLIER_TASK = Problem(
@@ -140,7 +140,7 @@ class Purchaser:
         used_s = 0.0
         if 0 < self._rate_limit.remaining_s <= REPEAT_WITHIN_S:
             await self._timing.sleep(self._rate_limit.remaining_s)
-        for repeat in range(REPEATS_MAX + 1):
+        for repeat in range(POST_REPEATS_MAX + 1):
             began = anyio.current_time()
             try:
                 # All attempts have the same key. No rule relies on it, because EvoLink does not document idempotency.
@@ -154,7 +154,7 @@ class Purchaser:
                     self._rate_limit.purchases_at = max(self._rate_limit.purchases_at, error.retry_at or 0.0)
                 wait_s = max(error.retry_after_s or 0.0, backoff_s(repeat))
                 used_s += anyio.current_time() - began + wait_s
-                if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:
+                if repeat == POST_REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:
                     phase = Phase.REFUSED if isinstance(error, RateLimited) else Phase.UNSENT
                     return await writer.record_phase(job, phase, error=error.problem)
                 log.info("POST failed (%s), retrying in %.1f s", error.code, wait_s)

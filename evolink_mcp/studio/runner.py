@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 # Until then an earlier result can still be downloaded.
 DEDUPLICATE_WITHIN_S = LINK_LIVES_S
+# The longest time by which a call may precede the cancellation of the same call.
 LATE_CANCELLATION_S = 1.0
-REPEAT_AFTER_S = 5.0
+REPEAT_AFTER_S = 5.0  # the wait before the first repeat of an unfinished job
 # No repeat can solve these problems: the key must change, or EvoLink does not know the task.
 FINAL_PROBLEMS = ("unauthorized", "not_found", "key_missing")
 

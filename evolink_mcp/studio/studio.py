@@ -41,8 +41,8 @@ ADOPT_AFTER_S = 0.2
 SUBMIT_GRACE_S = 1.0
 CLOSE_GRACE_S = 0.3
 OTHER_KEY = OtherKey("another API key bought it, so this server does not poll it").problem
-SYNC_WAITS_S = 15.0
-LINK_WITHIN_S = 5.0
+SYNC_WAITS_S = 15.0  # for the reconciliation of one lost answer
+LINK_WITHIN_S = 5.0  # the wait of an adoption for the test of a new key
 TASK_CONTINUES = "The task continues. Call get_task again in a minute."
 
 

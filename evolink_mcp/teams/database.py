@@ -46,7 +46,7 @@ RECONNECT_AFTER_S = 0.5
 # After this time the pool ends a series of attempts, and an action starts a new one. The pauses of a series double, so with a
 # longer one the server could not use the database for as long again as the outage had lasted.
 RECONNECT_TIMEOUT_S = 1.0
-CLOSE_WITHIN_S = 2.0
+CLOSE_WITHIN_S = 2.0  # for the running actions, and for the pool
 # Add requests of tenants in a minute, and forget those of earlier minutes. Order and SKIP LOCKED prevent a deadlock with the
 # same statement of another server.
 ADD_REQUESTS = """WITH forgotten AS (DELETE FROM evolink_requests WHERE (tenant, minute) IN
@@ -63,8 +63,8 @@ SHARED_SESSIONS = (
     "name PostgreSQL itself in EVOLINK_MCP_DATABASE_URL, or set pool_mode = session"
 )
 PAYLOAD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
-POOL_SIZE = 10
-POOL_TRIES = 10  # each of a second
+POOL_SIZE = 10  # connections; the session of the lease is a further one
+POOL_TRIES = 10  # each waits one second for a connection
 
 
 class Database:

@@ -31,8 +31,8 @@ from evolink_mcp.studio.prices import BILL_RULE, FACTOR, QUALITY, SIZE_RULE, Cha
 from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
-TEXT_MAX_CHARS = 200
-PROMPT_MAX_CHARS = 80
+TEXT_MAX_CHARS = 200  # of a text of the request in a list or in a limited answer
+PROMPT_MAX_CHARS = 80  # of a prompt in a list or in Markdown
 OTHER_KEY_NOTE = (
     "It was bought with another key. This server does not poll it, and an identical call buys a new picture."
 )
