@@ -74,7 +74,7 @@ class JournalFile:
     """One connection to the file in `folder`. The first `run` creates folder and file. All methods block.
 
     Before each action it compares the three files of the database with those that it opened, and the journal with the
-    record of paid tasks. `set_aside` is the new path of a damaged file, if there was one.
+    record of paid tasks.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class JournalFile:
         """Without `has_full_text`, use no full-text search even if SQLite has it."""
         self.folder = folder
         self.path = folder / FILE_NAME
-        self.set_aside: Path | None = None
         self.owner = owner
         self._clock = clock
         self._has_full_text = has_full_text
@@ -101,9 +100,8 @@ class JournalFile:
         self._files: FileStates = {}
         self._record = PaidRecord(folder)
         self._is_compared = False
-        self._unrecorded: dict[
-            str, PaidTask
-        ] = {}  # paid tasks that a living server has not written into the journal yet
+        # Paid tasks that a living server has not written into the journal yet, by the key of the entry.
+        self._unrecorded: dict[str, PaidTask] = {}
         self._dead_owners: set[str] = set()
         self._lease: BaseFileLock | None = None
         self._lease_inode = 0
@@ -119,7 +117,7 @@ class JournalFile:
 
         for attempt in (1, 2):
             try:
-                db = self._compared()
+                db = self._open_and_compare()
                 change_count = db.total_changes
                 result = act(db)
                 if self._is_locked and db.total_changes != change_count:
@@ -135,7 +133,7 @@ class JournalFile:
                 # An error of the statement and not of the file.
                 if attempt == 2 or isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                     raise self.unwritable(str(error)) from error
-                self._set_aside()
+                self._move_damaged_file()
             except OSError as error:
                 raise self.unwritable(error.strerror or type(error).__name__) from error
         raise AssertionError("unreachable")
@@ -153,7 +151,7 @@ class JournalFile:
         failures = (sqlite3.Error, OSError, MemoryError)
         started: list[Action] = []
         try:
-            db = self._compared()
+            db = self._open_and_compare()
             with shared_transaction(db):
                 unsettled = _run_in_transaction(db, actions, started, failures)
         except (*failures, JournalUnwritable) as error:
@@ -227,7 +225,7 @@ class JournalFile:
         )
 
     @property
-    def _wait_s(self) -> float:
+    def _present_wait_s(self) -> float:
         return min(LOCKED_WAIT_S, self._lock_wait_s) if self._is_locked else self._lock_wait_s
 
     def _note_lock(self, error: sqlite3.Error) -> None:
@@ -241,15 +239,15 @@ class JournalFile:
     def _set_locked(self, *, is_locked: bool) -> None:
         self._is_locked = is_locked
         if self._db is not None:
-            self._db.execute(f"PRAGMA busy_timeout = {int(self._wait_s * 1000)}")
+            self._db.execute(f"PRAGMA busy_timeout = {int(self._present_wait_s * 1000)}")
 
-    def _compared(self) -> sqlite3.Connection:
+    def _open_and_compare(self) -> sqlite3.Connection:
         """Return the connection, after the comparison of the journal with the record of paid tasks."""
-        db = self._opened()
+        db = self._open()
         self._compare_record(db)
         return db
 
-    def _opened(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         if self._db is not None and self._db.in_transaction:
             self._end_transaction(self._db)
         if self._db is not None:
@@ -266,9 +264,9 @@ class JournalFile:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             elif files[""].size == 0 and files["-wal"].size > 0:
                 # SQLite would delete the log of an empty file, although only the log has the entries.
-                self._set_aside()
-                return self._opened()
-            self._db = self._connect()
+                self._move_damaged_file()
+                return self._open()
+            self._db = self._open_journal()
             self._files = _states(self._paths)
             self._is_compared = False
             self._merge_copy(self._db)
@@ -284,8 +282,8 @@ class JournalFile:
         except sqlite3.Error:
             self._shut()
 
-    def _connect(self) -> sqlite3.Connection:
-        db = _connected(self.path, self._wait_s)
+    def _open_journal(self) -> sqlite3.Connection:
+        db = _connect_to(self.path, self._present_wait_s)
         try:
             # The check is first, because the pragma below already changes the file.
             check_origin(db, self.path)
@@ -306,7 +304,7 @@ class JournalFile:
         search.prepare(db, is_usable=is_usable)
 
     def _recover(self, db: sqlite3.Connection, before: FileStates, now: FileStates) -> None:
-        """Close the files that were deleted, truncated or replaced. Copy the entries first, for the next `_connect`.
+        """Close the files that were deleted, truncated or replaced. Copy the entries first, for the next `_open_journal`.
 
         Otherwise this server would write purchases into a file that no other server and no later start can see.
         """
@@ -401,7 +399,7 @@ class JournalFile:
             if is_written or not has_living_owner:
                 self._unrecorded.pop(entry.key, None)
                 if not is_written:
-                    lost.append(task if self._has_lease(entry.owner) else _released(task))
+                    lost.append(task if self._has_lease(entry.owner) else _without_owner(task))
             else:
                 self._unrecorded[entry.key] = task
         return lost
@@ -437,7 +435,7 @@ class JournalFile:
         self._lease = lease
         self._lease_inode = _inode(path)
 
-    def _set_aside(self) -> None:
+    def _move_damaged_file(self) -> None:
         if self._shut():
             with suppress(OSError):
                 if self.path.stat().st_ino != self._files[""].inode:
@@ -451,7 +449,6 @@ class JournalFile:
                     os.replace(f"{self.path}{tail}", f"{aside}{tail}")
         except OSError as error:
             raise self.unwritable(error.strerror or "damaged") from error
-        self.set_aside = aside
         log.error("the journal was damaged: it was set aside as %s, and a new one was created", aside)
 
 
@@ -502,7 +499,7 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
         try:
             if file.path.exists() or not record.exists():
                 _copy(file.path, copy)
-            db = _connected(copy)
+            db = _connect_to(copy)
             try:
                 check_origin(db, file.path)
                 migrate(db)
@@ -565,7 +562,7 @@ def _has_task(db: sqlite3.Connection, task: PaidTask) -> bool:
     return db.execute(sql, (task.profile, task.entry.task_id)).fetchone() is not None
 
 
-def _released(task: PaidTask) -> PaidTask:
+def _without_owner(task: PaidTask) -> PaidTask:
     """Return the task without its owner and its waiting call: both have ended."""
     return replace(task, entry=replace(task.entry, owner="", caller=""))
 
@@ -617,7 +614,7 @@ def _versions(path: Path) -> list[tuple[int, int]]:
     return [(one.stat().st_mtime_ns, one.stat().st_size) if one.exists() else (0, 0) for one in files]
 
 
-def _connected(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
+def _connect_to(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
     import sqlite3
 
     # With Python's default isolation_level, sqlite3 begins transactions itself and without the write lock.
@@ -785,11 +782,6 @@ class SqliteJournal(Journal):
     def path(self) -> Path:
         """The path of the file."""
         return self.file.path
-
-    @property
-    def set_aside(self) -> Path | None:
-        """The new path of a damaged file, if there was one."""
-        return self.file.set_aside
 
 
 def read_entries(
