@@ -209,7 +209,7 @@ class Derivative:
             into.write(block)
             remaining -= len(block)
 
-    def saved(self, sha256: str, *, path: str | None = None, object_name: str | None = None) -> DerivedFile:
+    def file_facts(self, sha256: str, *, path: str | None = None, object_name: str | None = None) -> DerivedFile:
         """Return the facts of the saved file."""
         return DerivedFile(self.target, self.mime_type, self.width, self.height, self.length, sha256, path, object_name)
 
@@ -289,7 +289,7 @@ class LocalImageStore:
             path, sha256 = await anyio.to_thread.run_sync(save_content, derivative, folder)
         except OSError as error:
             raise _unwritable(folder, error) from error
-        file = derivative.saved(sha256, path=str(path))
+        file = derivative.file_facts(sha256, path=str(path))
         if self._has_sidecars:
             await write_derived_sidecar(path, {**derivative.sidecar, **_facts_of_derived(file)})
         return file
@@ -353,7 +353,7 @@ class LocalImageStore:
         """Save an image in its folder, or else in the fallback folder."""
         target = self._target(entry, image.index, save_as)
 
-        async def save_as_file(path: Path) -> SavedImage:
+        async def save_to(path: Path) -> SavedImage:
             return await save_image(
                 fetch,
                 path,
@@ -370,10 +370,10 @@ class LocalImageStore:
                 await self._check_root(target.parent)
             except OSError as error:
                 raise _unsaved(target.parent, error) from error
-            saved_image = await save_as_file(target)
+            saved_image = await save_to(target)
         except FolderRefused as error:
             try:
-                saved_image = await save_as_file(self._fallback / _name_of(entry, image.index, save_as))
+                saved_image = await save_to(self._fallback / _name_of(entry, image.index, save_as))
             except EvolinkError:
                 # The first error names the folder that the user chose.
                 raise error from None

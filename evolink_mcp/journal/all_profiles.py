@@ -16,7 +16,7 @@ ALL_SERVERS = FIND_SERVERS.format(linked=ALL_PROFILES)
 ALL_ORPHANS = "SELECT profile, account, key, owner FROM entries WHERE NOT closed AND owner IN ('', {marks})"
 # Read an entry of any profile.
 ANY_ENTRY = "SELECT * FROM entries WHERE key = ?"
-# List the profiles with old requests or expired uploads. The sign keeps SQLite from an index of all entries.
+# List the profiles with old requests or expired uploads. The + keeps SQLite from an index of all entries.
 OLD_PROFILES = """SELECT profile FROM entries WHERE closed AND request <> '{{}}' AND +created_at < ?
     UNION SELECT profile FROM uploads WHERE expires_at <= ?"""
 

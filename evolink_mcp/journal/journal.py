@@ -1,6 +1,6 @@
 """The journal: every purchase is on disk before its POST is sent.
 
-This module has all rules and all SQL. A `Backend` runs the SQL in SQLite or in PostgreSQL.
+This module has the rules, and the SQL that both databases share. A `Backend` runs the SQL in SQLite or in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 CHANGE_ATTEMPTS = 5  # while other servers change the same row between read and write
 FORGET_AT_ONCE = 200  # entries in one transaction
 
-# In each query, {mine} is the condition for the entries of the profile, {linked} the condition for those of them that this
-# key's accounts bought, {accounts} is a list of account IDs, {marks} is a list of `?`.
+# In each query, {mine} is the condition for an entry of the profile. {linked} also requires an account of this key.
+# {accounts} is a list of account IDs, {marks} a list of `?`.
 
 # Write a new entry.
 INSERT_ENTRY = f"""INSERT INTO entries (profile, {", ".join(f'"{name}"' for name in COLUMNS)})
@@ -111,10 +111,10 @@ BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR in
 OTHER_PROFILE = "SELECT profile FROM entries WHERE task_id = ? AND NOT ({mine}) LIMIT 1"
 # The condition for an entry with a folded word.
 HAS_WORD = "instr(words, ?) > 0"
-# Read undelivered entries of identical requests. The sign keeps SQLite from an index that has their order and all entries.
+# Read undelivered entries of identical requests. The + keeps SQLite from an index by time, which has all entries.
 UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND +created_at >= ? ORDER BY +created_at"""
-# List the servers that own entries or whose calls wait.
+# List the servers that own entries or have waiting calls.
 FIND_SERVERS = """SELECT owner AS server FROM entries WHERE owner <> '' AND {linked}
     UNION SELECT caller FROM entries WHERE caller <> '' AND delivered_at IS NULL AND {linked}"""
 # Check whether an unfinished entry has no owner.
@@ -130,9 +130,9 @@ RELEASE_CALLERS = """UPDATE entries SET caller = '' WHERE caller IN ({marks}) AN
 KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks})"
 # Check whether a task belongs to another entry, of any account. An unconfirmed match proves nothing.
 OTHER_ENTRY = "SELECT 1 FROM entries WHERE task_id = ? AND key <> ? AND (error IS NULL OR error NOT LIKE ?) LIMIT 1"
-# Read the entry of a task whose match is unconfirmed.
+# Read another entry that has the task as an unconfirmed match.
 UNCONFIRMED_BY_TASK = "SELECT * FROM entries WHERE task_id = ? AND key <> ? AND error LIKE ?"
-# Write the state of an entry, whoever owns it.
+# Write the state of an entry of any owner.
 UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
 # Write the images of an entry, unless another server changed them since they were read.
 CHANGE_IMAGES = "UPDATE entries SET images = ? WHERE key = ? AND images = ?"
@@ -148,7 +148,7 @@ REMOVE_REQUEST = 'UPDATE entries SET request = ?, "references" = ?, words = ? WH
 DELETE_UPLOADS = "DELETE FROM uploads WHERE {mine} AND expires_at <= ?"
 # Find the address of an uploaded reference image.
 FIND_UPLOAD = "SELECT url, expires_at FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
-# The holder of facts about image stores. The account of a fact is a word without blanks, so these rows never meet.
+# Facts about image stores and quotas have a holder instead of an account. An account ID has no blanks, so they never meet.
 STORE_HOLDER = "image stores"
 # Record a fact about the account.
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
@@ -174,7 +174,7 @@ NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND account 
     AND created_at <= ? ORDER BY created_at DESC LIMIT 1"""
 
 LATEST = 1e12  # epoch seconds after every entry
-RECENT_S = 1.0  # an answer may report a change of the prices this much later
+FACTS_MAX_AGE_S = 1.0  # an answer may report a change of the prices this much later
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
 NOT_CONFIRMED = Problem(
     "journal_unwritable", "the journal did not confirm the order in time, so nothing was sent", True, "Call again."
@@ -215,7 +215,7 @@ class Sums:
 
     @classmethod
     def of(cls, row: Row) -> Sums:
-        """Return the sums of a row of SUMS. The order of the additions does not show in the last digit."""
+        """Return the sums of a row of SUMS, rounded: the order of the additions changes the last digits."""
         return cls(round(float(row["spent"]), 4), round(float(row["reserved"]), 4))
 
     @property
@@ -367,7 +367,7 @@ class Journal:
 
     @property
     def can_publish(self) -> bool:
-        """Whether other servers receive what `publish` sends."""
+        """Whether `publish` reaches other servers."""
         return self._backend.can_publish
 
     @property
@@ -469,7 +469,7 @@ class Journal:
         return await self._write(entry, STATE_COLUMNS, learn)
 
     async def update_images(self, entry: Entry, learn: Learn | None = None) -> bool:
-        """Write the entry's images, and what `update` writes."""
+        """Do the same as `update`, and write the entry's images."""
         return await self._write(entry, (*STATE_COLUMNS, "images"), learn)
 
     async def sums_since(self, since: float) -> Sums:
@@ -477,7 +477,7 @@ class Journal:
         return await self._backend.run(lambda db: _sums(db, self._mine, since))
 
     async def total_since(self, since: float) -> Sums:
-        """Return what `sums_since` returns, for all profiles."""
+        """Return the same as `sums_since`, for all profiles."""
         return await self._backend.run(lambda db: _sums(db, ALL_PROFILES, since))
 
     # --- owners and callers ---
@@ -506,7 +506,7 @@ class Journal:
     async def claim(self, key: str, caller: str = "") -> bool:
         """Let a call of this server wait for an undelivered entry. Return False if another call waits for it.
 
-        `caller` is the server in the entry that `undelivered` returned: none, or one whose call does not wait any more.
+        `caller` is the field of the entry that `undelivered` returned: empty, or a server without a waiting call.
         """
         return await self._execute(SET_CALLER, self.owner, key, caller, key=key) == 1
 
@@ -653,7 +653,7 @@ class Journal:
         return sorted({row["account"] for row in rows} - set(self._accounts))
 
     async def newest_of(self, account: str, until: float = LATEST) -> Entry | None:
-        """Return the newest entry of an account with a task of the profile that was created by `until`, or None."""
+        """Return the newest entry with a task that the profile bought from an account by `until`, or None."""
         return await self._one(NEWEST_TASK, account, until)
 
     async def link(self, account: str) -> None:
@@ -696,7 +696,6 @@ class Journal:
 
         `name` is that of the quota. A new day begins with an empty sum.
         """
-        # The account of a fact is a word without blanks, so the two kinds of rows never meet.
         holder = f"quota of {self.profile}"
 
         async def act(db: Connection) -> bool:
@@ -762,7 +761,7 @@ class Journal:
                 return value or None
 
         # Most answers find an empty fact, so they need no lock. Most of them follow a write that read the facts.
-        return await self._backend.run(act) if self.identity and (await self.facts(RECENT_S)).get(name) else None
+        return await self._backend.run(act) if self.identity and (await self.facts(FACTS_MAX_AGE_S)).get(name) else None
 
     async def close(self) -> None:
         """Release all entries of this server, so that another server can adopt them at once."""
@@ -878,7 +877,7 @@ class Journal:
             return True
 
         async def write_at_once(db: Connection) -> bool:
-            """Try to write the entry in one step, which is enough for almost every write. Return False if it is not."""
+            """Write the entry in one step. Return False if it was not enough, which is rare: then write the entry again."""
             matches = UNCONFIRMED_BY_TASK, (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
             try:
                 facts, other_entries, updated = await db.batch(self._facts_query, matches, update)
@@ -903,7 +902,7 @@ class Journal:
         return await self._run_write(act, entry)
 
     async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
-        """Run the action that writes an entry. A subclass may record the entry elsewhere before."""
+        """Run the action that writes an entry. A subclass may record the entry at a second place."""
         return await self._backend.run(act, key=entry.key)
 
     async def _adopt(self, db: Connection) -> Sequence[Row]:

@@ -59,7 +59,7 @@ LOCKED_WAIT_S = 0.2
 COPIES_MAX = 5  # attempts to copy the files while servers write to them
 PRIMARY_CODE = 0xFF  # the part of an error code of SQLite that names the kind of the error
 
-# Add entries of a copy. The state with a task, the finished state and the delivered state is the later one.
+# Add entries of a copy. Of two states of an entry the later one stays: with a task, then finished, then delivered.
 MERGE_ENTRIES = """INSERT OR REPLACE INTO main.entries SELECT old.* FROM copy.entries AS old
     LEFT JOIN main.entries AS new ON new.key = old.key WHERE new.key IS NULL
     OR (old.task_id IS NOT NULL, old.closed, old.delivered_at IS NOT NULL)
@@ -125,7 +125,7 @@ class JournalFile:
                 return result
             except sqlite3.DatabaseError as error:
                 self._note_lock(error)
-                # A short read is damage: a file is smaller than its index says.
+                # A short read is damage: the file lacks pages that its index names.
                 is_short = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ
                 # A lock or a full disk: the file is intact.
                 if isinstance(error, sqlite3.OperationalError) and not is_short:
@@ -210,7 +210,7 @@ class JournalFile:
         with suppress(OSError):
             lock.release()
             path.unlink()
-        # A later process may get the number of the dead one, so the answer is kept.
+        # A later process may get the process ID of the dead one, so the answer is remembered.
         self._dead_owners.add(owner)
         return True
 
@@ -229,7 +229,7 @@ class JournalFile:
         return min(LOCKED_WAIT_S, self._lock_wait_s) if self._is_locked else self._lock_wait_s
 
     def _note_lock(self, error: sqlite3.Error) -> None:
-        """After a wait for the lock of another program in vain, wait only briefly until a write succeeds."""
+        """If another program held its lock during the whole wait, wait only briefly until a write succeeds."""
         import sqlite3
 
         if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE == sqlite3.SQLITE_BUSY and not self._is_locked:
@@ -273,7 +273,7 @@ class JournalFile:
         return self._db
 
     def _end_transaction(self, db: sqlite3.Connection) -> None:
-        """The end of a transaction failed: take it back. Every later action would become a part of it."""
+        """Take back a transaction that did not end. Every later action would become a part of it."""
         import sqlite3
 
         log.warning("a transaction of the journal %s did not end; it is taken back", self.path)
@@ -389,7 +389,7 @@ class JournalFile:
         self._is_compared = True
 
     def _lost_tasks(self, db: sqlite3.Connection, tasks: list[PaidTask]) -> list[PaidTask]:
-        """Return the tasks whose entry the journal does not have, or has without its task and without a living owner."""
+        """Return the tasks that are not in the journal, and that no living owner of their entry will write into it."""
         lost: list[PaidTask] = []
         for task in (*self._unrecorded.values(), *tasks):
             entry = task.entry
@@ -568,7 +568,7 @@ def _without_owner(task: PaidTask) -> PaidTask:
 
 
 def _inode(path: Path) -> int:
-    """Return the inode of the file, or 0 if there is none."""
+    """Return the inode of the file, or 0 without a file."""
     try:
         return os.stat(path).st_ino
     except OSError:

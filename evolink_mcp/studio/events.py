@@ -168,17 +168,17 @@ class JournalWriter:
         Raises:
             JournalUnwritable: earlier purchases are unknown.
         """
-        found = await self.journal.undelivered((request_hash,), since)
+        undelivered = await self.journal.undelivered((request_hash,), since)
         # A call may end during the read, so check its end after it.
         entries = [
-            entry for entry in found.entries if entry.caller != self.journal.owner or entry.key in self._departed
+            entry for entry in undelivered.entries if entry.caller != self.journal.owner or entry.key in self._departed
         ]
         newest = [
             replace(self._unwritten[entry.key].entry, caller=entry.caller) if entry.key in self._unwritten else entry
             for entry in entries
         ]
         newest = [entry for entry in newest if entry.key not in self._deliveries and entry.delivered_at is None]
-        return replace(found, entries=newest)
+        return replace(undelivered, entries=newest)
 
     async def claim(self, entry: Entry) -> bool:
         """Let a call of this server wait for an undelivered entry. Return False if another call waits for it.

@@ -91,7 +91,7 @@ class Poller:
         monotonic: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.rate_limit = RateLimit()
-        self.jobs = 0
+        self.job_count = 0
         self._client = client
         self._group = group
         self._events = events or Events()
@@ -112,7 +112,7 @@ class Poller:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
         # A single job has no poll to share, so it does not wait for a batch.
-        if self.jobs <= 1:
+        if self.job_count <= 1:
             return await self._read_one(task_id)
         read = _Read(task_id)
         self._due.setdefault(tenant, deque()).append(read)
@@ -138,7 +138,7 @@ class Poller:
         """Send due reads until there are none. Reads that become due within GATHER_S share a batch."""
         try:
             while self._due:
-                await self._sleep(GATHER_S if self.jobs < MANY_JOBS else GATHER_MANY_S)
+                await self._sleep(GATHER_S if self.job_count < MANY_JOBS else GATHER_MANY_S)
                 while self._has_batch_reads and (reads := self._next_batch()):
                     # The gathering continues while this batch waits for its answer.
                     self._group.start_soon(guarded, self._answer, reads)
@@ -281,11 +281,11 @@ class TaskFollower:
             Rejected: EvoLink does not accept the key (401), does not know the task (404), or refused every poll for
                 two days. The journal keeps the task ID.
         """
-        self._poller.jobs += 1
+        self._poller.job_count += 1
         try:
             await self._poll_until_settled(job)
         finally:
-            self._poller.jobs -= 1
+            self._poller.job_count -= 1
 
     async def read_once(self, task: Task) -> Task:
         """Poll a task that another server follows.

@@ -141,7 +141,7 @@ class JobRunner:
         return job
 
     async def _claim(self, prepared: Prepared) -> tuple[Job | None, bool]:
-        """Return the job of an earlier undelivered purchase, and whether a call of another server waits for such a one.
+        """Return the job of an earlier undelivered purchase, and whether a call of another server waits for one.
 
         A client may repeat a call at another server. Servers with a common file belong to different clients.
         """

@@ -190,7 +190,7 @@ class ImageSaver:
 
 
 class _FreshLinks:
-    """New links to the images of one task. EvoLink is asked once, when a link was refused."""
+    """New links to the images of one task. EvoLink gets one question, after the first refused link."""
 
     def __init__(self, job: Job, client: EvolinkClient, writer: JournalWriter, timing: Timing) -> None:
         self._job = job

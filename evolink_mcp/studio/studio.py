@@ -242,8 +242,8 @@ class Studio:
     async def resume(self, task_id: str) -> Job:
         """Return the job of this task: finished, running, or external.
 
-        To ask for a finished unconfirmed match by its ID confirms it. Without a key, and for a task of another account, the
-        job has the state of the journal.
+        A call for a finished unconfirmed match confirms it. Without a key, and for a task of another account, the job has the
+        state of the journal.
 
         Raises:
             TaskUnknown: other callers use the account too, and the journal does not have this task.
@@ -362,7 +362,7 @@ class Studio:
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
         """Read the account's task list and reconcile lost answers again.
 
-        Returns the tasks that the journal does not know, and the reason if the list could not be read.
+        Return the tasks that the journal does not know, and the reason if the list could not be read.
         """
         self._need_key()
         if self._options.is_shared:

@@ -1,4 +1,4 @@
-"""The versions of the PostgreSQL schema."""
+"""The versions of the PostgreSQL schema, its dialect of the journal's SQL, and the reads of the commands."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from evolink_mcp.teams.database_url import Address
 TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts|sums)\b")
 # The condition for an entry with a word. An index with trigrams supports LIKE. The value is a `like_pattern`.
 LIKE_WORD = "words LIKE ?"
-# A trigger publishes the visible changes of an entry: "{Journal.channel of the profile} {JSON}". `by` is the server.
-# PostgreSQL knows one channel for all profiles.
+# The channel of all profiles. A trigger publishes each visible change of an entry as "{Journal.channel of the profile} {JSON}".
+# In the JSON, `by` is the server that made the change.
 CHANNEL = "evolink_mcp"
 # The tables of unpublished builds, and the statements that move them away.
 OLD_TABLES = ("evolink_schema", "evolink_servers", "evolink_entries", "evolink_uploads", "evolink_facts")
@@ -159,16 +159,16 @@ VERSIONS = (
         END
     $$;
     """,
-    # The lease has a deadline, and a mark of the server that ended it. `timeline` is that on which the server works,
-    # `awaited_on` the one on which the other servers wait for it.
+    # The lease has a deadline (`lease_until`). Another server that ends it sets `fenced_at`. The server works on `timeline`. The
+    # other servers wait for it on the timeline `awaited_on`.
     """
     ALTER TABLE evolink_servers ADD COLUMN IF NOT EXISTS lease_until TIMESTAMPTZ,
         ADD COLUMN IF NOT EXISTS fenced_at TIMESTAMPTZ, ADD COLUMN IF NOT EXISTS timeline TEXT NOT NULL DEFAULT '',
         ADD COLUMN IF NOT EXISTS awaited_on TEXT;
     """,
-    # Each notification costs each server a transaction. The release of an entry notifies of all its last changes, and the
-    # heartbeat of its owner of its progress, so other changes notify only if no release follows soon. Without another
-    # server none is necessary.
+    # Each notification costs each server a transaction. The release of an entry notifies the servers of all its last changes,
+    # and the heartbeat of its owner publishes its progress. Other changes notify only if no release follows soon. A server
+    # without another living server needs no notification.
     f"""
     DROP TRIGGER IF EXISTS evolink_changed ON evolink_entries;
     CREATE OR REPLACE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$
