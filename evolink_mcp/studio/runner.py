@@ -210,6 +210,10 @@ class JobRunner:
         """Return the unfinished job of the entry on this server, if any."""
         return next((job for job in self.jobs if job.entry.key == key), None)
 
+    def job_of_task(self, task_id: str) -> Job | None:
+        """Return the unfinished job of the task on this server, if any."""
+        return next((job for job in self.jobs if job.entry.task_id == task_id), None)
+
     async def resume(self, entry: Entry, *, copy_name: str | None = None) -> Job:
         """Return a job for an entry that may have an owner: work on it, or watch its owner."""
         if not entry.has_work(self._timing.clock()) and copy_name is None:

@@ -176,10 +176,14 @@ class Studio:
         Raises:
             EvolinkError: a check failed. Nothing was sent.
         """
-        if request.save_as is not None:
-            request = replace(request, save_as=self.image_store.check_name(request.save_as))
+        request = self._with_checked_name(request)
         self._limits.check_callback(request.request.callback_url)
         return self._prepared(request, await self.references.check(request.request))
+
+    def _with_checked_name(self, request: ImageRequest) -> ImageRequest:
+        if request.save_as is None:
+            return request
+        return replace(request, save_as=self.image_store.check_name(request.save_as))
 
     def _prepared(self, request: ImageRequest, references: CheckedRequest) -> Prepared:
         request_hash = fingerprint(with_defaults(references.identity))
@@ -197,8 +201,7 @@ class Studio:
         first = await self.prepare(requests[0])
         series = [first]
         for request in requests[1:]:
-            if request.save_as is not None:
-                request = replace(request, save_as=self.image_store.check_name(request.save_as))
+            request = self._with_checked_name(request)
             series.append(self._prepared(request, replace(first.references, body=request.request.body())))
         await self._linker.link()
         # An unsent entry of a dead server becomes final here, so it does not count as an earlier purchase.
@@ -250,7 +253,7 @@ class Studio:
             JournalUnwritable: other callers use the account too, and the journal cannot be read.
         """
         await self.wake()
-        job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
+        job = self._runner.job_of_task(task_id)
         if job is None:
             entry = await self._recorded_entry(task_id)
             if entry is None:
@@ -313,7 +316,7 @@ class Studio:
         Raises:
             JournalUnwritable: the journal cannot be read.
         """
-        job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
+        job = self._runner.job_of_task(task_id)
         return job.entry if job is not None else await self.journal.by_task(task_id)
 
     async def deliver(self, job: Job) -> None:
