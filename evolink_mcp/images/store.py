@@ -606,10 +606,11 @@ class UnfinishedFiles:
         with suppress(OSError):
             for old in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
                 with suppress(OSError):
-                    if self._clock() - old.lstat().st_mtime > UNFINISHED_MAX_AGE_S:
-                        with old.open("rb") as file:
-                            _lock(file.fileno())
-                        old.unlink()
+                    if self._clock() - old.lstat().st_mtime <= UNFINISHED_MAX_AGE_S:
+                        continue
+                    with old.open("rb") as file:
+                        _lock(file.fileno())
+                    old.unlink()
 
 
 def _lock(handle: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
 
@@ -252,6 +253,13 @@ class Job:
                 return
             with anyio.move_on_after(heartbeat_s):
                 await changed.wait()
+
+    async def wait_while(self, phase: Phase) -> None:
+        """Return when the entry has another phase or the job is finished."""
+        async with aclosing(self.states()) as states:
+            async for entry in states:
+                if entry.phase != phase:
+                    return
 
 
 def _state_of(entry: Entry) -> JobState:

@@ -69,7 +69,7 @@ class Reconciler:
         candidates are named in the advice. Without a candidate the outcome stays unknown.
         """
         if await self._use_callback(job):
-            return None
+            return
         entry = job.entry
         candidates: list[Task] = []
         if named_ids:
@@ -77,20 +77,11 @@ class Reconciler:
             skew_s = self._client.clock_skew_s
             candidates = [task for task in tasks.values() if not contradicts(entry, task, skew_s)]
             if len(candidates) == 1 and await self._match(job, candidates[0]):
-                return None
-        for delay_s in () if self._is_shared or candidates else LIST_DELAYS_S:
-            if delay_s:
-                await self._timing.sleep(delay_s)
-            try:
-                candidates, is_certain = await self._candidates(entry)
-                if len(candidates) == 1 and is_certain and not await self._has_rivals(entry, candidates[0]):
-                    if await self._match(job, candidates[0]):
-                        return None
-                    candidates = []
-            except EvolinkError as error:
-                log.info("cannot read the account's task list: %s", error.code)
-            if candidates:
-                break
+                return
+        if not candidates and not self._is_shared:
+            is_matched, candidates = await self._search_list(job)
+            if is_matched:
+                return
         message = entry.error.message if entry.error else "the answer to the request was lost"
         advice = entry.error.advice if entry.error else OutcomeUnknown.advice
         if candidates:
@@ -99,7 +90,26 @@ class Reconciler:
                 f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
             )
         problem = Problem("outcome_unknown", message, False, advice)
-        return await self._writer.record_phase(job, Phase.UNKNOWN, error=problem)
+        await self._writer.record_phase(job, Phase.UNKNOWN, error=problem)
+
+    async def _search_list(self, job: Job) -> tuple[bool, list[Task]]:
+        """Search the account's task list, now and later. Return whether a task was assigned, else also the candidates."""
+        entry = job.entry
+        candidates: list[Task] = []
+        for delay_s in LIST_DELAYS_S:
+            if delay_s:
+                await self._timing.sleep(delay_s)
+            try:
+                candidates, is_certain = await self._candidates(entry)
+                if len(candidates) == 1 and is_certain and not await self._has_rivals(entry, candidates[0]):
+                    if await self._match(job, candidates[0]):
+                        return True, []
+                    candidates = []
+            except EvolinkError as error:
+                log.info("cannot read the account's task list: %s", error.code)
+            if candidates:
+                break
+        return False, candidates
 
     async def refute(self, job: Job) -> bool:
         """Undo an unconfirmed match if the task or its images contradict the order. Return True if so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 import anyio
@@ -67,10 +67,7 @@ class JobRunner:
         """Wait until no POST is in progress, then stop listening to other servers."""
         try:
             for job in list(self.jobs):
-                async with aclosing(job.states()) as states:
-                    async for entry in states:
-                        if entry.phase != Phase.SENDING:
-                            break
+                await job.wait_while(Phase.SENDING)
         finally:
             self._stop_listening()
 

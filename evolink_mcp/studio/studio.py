@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -376,10 +376,7 @@ class Studio:
         lost = [entry for entry in entries if entry.phase == Phase.UNKNOWN and not self._runner.job_of(entry.key)]
         for job in [await self._runner.resume(entry) for entry in lost]:
             with anyio.move_on_after(SYNC_WAITS_S):
-                async with aclosing(job.states()) as states:
-                    async for entry in states:
-                        if entry.phase != Phase.UNKNOWN:
-                            break
+                await job.wait_while(Phase.UNKNOWN)
         try:
             tasks = await self.client.recent_tasks()
         except EvolinkError as error:
