@@ -856,18 +856,17 @@ class Journal:
         """Write the columns of an entry, and the facts that it changes."""
         changes = _assignments(columns)
         values = values_of(entry, columns)
-        is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
         update = UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)
         if entry.task is None:
             update = UPDATE_WITHOUT_TASK.format(changes=changes), (*update[1], UNCONFIRMED_PATTERN)
 
         async def write(db: Connection) -> bool:
-            if is_certain:
+            if entry.has_certain_task:
                 await _withdraw_matches(db, entry)
             with _duplicate_task(entry):
                 if await db.execute(*update) == 1:
                     return True
-                if is_certain:
+                if entry.has_certain_task:
                     sql = UPDATE_CERTAIN.format(changes=changes)
                     if await db.execute(sql, (*values, self.owner, entry.key, UNCONFIRMED_PATTERN)) == 1:
                         return True
@@ -877,14 +876,15 @@ class Journal:
             return True
 
         async def write_at_once(db: Connection) -> bool:
-            """Write the entry in one step. Return False if it was not enough, which is rare: then write the entry again."""
+            """Write the entry in one step. Return False if that is not enough, which is rare: then it is written again."""
             matches = UNCONFIRMED_BY_TASK, (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
             try:
                 facts, other_entries, updated = await db.batch(self._facts_query, matches, update)
             except UniqueViolation:
                 return False
-            is_learned = learn is None or not learn(entry, self._facts_of(facts.rows))
-            return updated.changed == 1 and not (is_certain and other_entries.rows) and is_learned
+            has_new_facts = learn is not None and bool(learn(entry, self._facts_of(facts.rows)))
+            has_wrong_match = entry.has_certain_task and bool(other_entries.rows)
+            return updated.changed == 1 and not has_wrong_match and not has_new_facts
 
         async def act(db: Connection) -> bool:
             if await write_at_once(db):

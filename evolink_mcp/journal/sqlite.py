@@ -38,7 +38,7 @@ from evolink_mcp.journal.journal import (
     values_of_sums,
 )
 from evolink_mcp.journal.migrations import check_origin, migrate, shared_transaction, transaction
-from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, is_paid, readable_tasks
+from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, readable_tasks
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import fold, readable_entries
 
@@ -760,7 +760,7 @@ class SqliteJournal(Journal):
         self._sqlite = backend
 
     async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
-        paid_task = PaidTask(self.profile, entry) if is_paid(entry) else None
+        paid_task = PaidTask(self.profile, entry) if entry.has_certain_task else None
         return await self._sqlite.run(act, key=entry.key, paid_task=paid_task)
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
