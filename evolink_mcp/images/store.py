@@ -66,8 +66,8 @@ except ImportError:
     fcntl = None
 
 OUTPUT_VARIABLE = "EVOLINK_MCP_OUTPUT_DIR"
-NAME_MAX = 48  # characters of the prompt in a file name
-ID_PART_MAX = 8  # characters of the task ID in a file name
+PROMPT_MAX_CHARS = 48  # of the prompt in a file name
+ID_MAX_CHARS = 8  # of the task ID in a file name
 # Bytes of a name that follow the prompt or `save_as`: the index of the image, the number of a taken name, the suffix.
 ENDING_MAX_BYTES = len("-9" + "-9999" + ".webp")
 # Bytes of the prompt in a file name. The rest is for the task ID, the ending and the suffix of the sidecar.
@@ -446,7 +446,7 @@ def default_stem(entry: Entry, index: int) -> str:
 
 def file_name(prompt: str, task_id: str) -> str:
     """Return a readable name: the first words of the prompt and the last characters of the task ID."""
-    text = unicodedata.normalize("NFC", harmless(prompt, 4 * NAME_MAX)).lower()
+    text = unicodedata.normalize("NFC", harmless(prompt, 4 * PROMPT_MAX_CHARS)).lower()
     # Marks are parts of letters in Thai and Hindi.
     words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
     while words and words[0] in ("a", "an", "the"):
@@ -454,12 +454,12 @@ def file_name(prompt: str, task_id: str) -> str:
     name = ""
     for word in words:
         longer = f"{name}-{word}" if name else word
-        if len(longer) > NAME_MAX or len(longer.encode()) > PROMPT_MAX_BYTES:
-            name = name or cut_to_bytes(word[:NAME_MAX], PROMPT_MAX_BYTES)
+        if len(longer) > PROMPT_MAX_CHARS or len(longer.encode()) > PROMPT_MAX_BYTES:
+            name = name or cut_to_bytes(word[:PROMPT_MAX_CHARS], PROMPT_MAX_BYTES)
             break
         name = longer
     # All task IDs begin with the same word and a time, so only the end is distinctive.
-    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_PART_MAX:]
+    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_MAX_CHARS:]
     return "-".join(filter(None, (name, end))) or "picture"
 
 

@@ -43,7 +43,7 @@ from evolink_mcp.tools.task_text import count_of_pictures
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
 PICTURES_MAX = 10
-PROMPT_SHOWN = 60
+PROMPT_MAX_CHARS = 60
 # The arguments that every purchase of the series gets unchanged.
 SHARED = ("size", "resolution", "quality", "background", "output_format")
 
@@ -114,7 +114,7 @@ class GenerateImagesArguments(Arguments):
             first = seen.setdefault(" ".join(prompt.split()), number)
             if first != number:
                 raise ValueError(
-                    f"pictures {first} and {number} have the same prompt {quoted(prompt, PROMPT_SHOWN)}: change one of "
+                    f"pictures {first} and {number} have the same prompt {quoted(prompt, PROMPT_MAX_CHARS)}: change one of "
                     "them, or call generate_image with n for several pictures of one prompt"
                 )
         count = len(self.image_urls or ()) + len(self.style_references or ())
