@@ -174,7 +174,8 @@ def _checked(size: Size, text: str) -> Size:
         return size
     nearest = Size(max(1, int(size.width * scale)), max(1, int(size.height * scale)))
     raise UnknownTarget(
-        f"“{harmless(text, TEXT_MAX_CHARS)}” has {size.megapixels:g} megapixels ({size}); the largest target of this shape is {nearest}"
+        f"“{harmless(text, TEXT_MAX_CHARS)}” has {size.megapixels:g} megapixels ({size}); the largest target of this shape "
+        f"is {nearest}"
     )
 
 

@@ -55,7 +55,7 @@ class ImageRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedRequest:
     """A request that passed every check that needs no purchase. Identical requests have the same `request_hash`."""
 
     request: ImageRequest

@@ -16,7 +16,7 @@ from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, RateLimite
 from evolink_mcp.images.references import References
 from evolink_mcp.journal.entry import Entry, Phase, new_key
 from evolink_mcp.studio.events import JournalWriter, Purchased
-from evolink_mcp.studio.jobs import Callback, Job, Prepared, Timing
+from evolink_mcp.studio.jobs import Callback, Job, PreparedRequest, Timing
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import RateLimit
 from evolink_mcp.studio.reconcile import REPEAT_WITHIN_S, Reconciler
@@ -69,7 +69,7 @@ class Purchaser:
         self._callbacks = callbacks
         self._timing = timing
 
-    async def entry_for(self, prepared: Prepared) -> Entry:
+    async def entry_for(self, prepared: PreparedRequest) -> Entry:
         """Check the spending limits, upload the reference images and return the entry. The journal does not have it yet.
 
         Raises:

@@ -16,7 +16,7 @@ from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.journal.journal import Notification
 from evolink_mcp.studio.events import Adopted, Changed, Finished, JournalWriter
-from evolink_mcp.studio.jobs import Callback, Job, JobState, Prepared, Timing, guarded
+from evolink_mcp.studio.jobs import Callback, Job, JobState, PreparedRequest, Timing, guarded
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
@@ -71,7 +71,7 @@ class JobRunner:
         finally:
             self._stop_listening()
 
-    async def find_or_buy(self, prepared: Prepared) -> Job:
+    async def find_or_buy(self, prepared: PreparedRequest) -> Job:
         """Return the job of an earlier undelivered identical purchase, or buy. The caller is registered with the job.
 
         Claim and registration are one step, and so are record and job. A cancellation between them cannot lose one.
@@ -102,7 +102,7 @@ class JobRunner:
                 return job
         raise AssertionError("unreachable")
 
-    async def has_earlier(self, prepared: Prepared) -> bool:
+    async def has_earlier(self, prepared: PreparedRequest) -> bool:
         """Return whether `find_or_buy` would find an earlier purchase now. Call `adopt` first.
 
         Raises:
@@ -126,7 +126,7 @@ class JobRunner:
         if job.entry.is_written and job.entry.delivered_at is None:
             await self._writer.remove_caller(job.entry.key)
 
-    async def _find(self, prepared: Prepared) -> Job | None:
+    async def _find(self, prepared: PreparedRequest) -> Job | None:
         # With an interval, a loop adopts the entries, and a call need not wait for it.
         if self._journal.adopt_every_s is None:
             await self.adopt()
@@ -137,7 +137,7 @@ class JobRunner:
             job, _ = await self._claim(prepared)
         return job
 
-    async def _claim(self, prepared: Prepared) -> tuple[Job | None, bool]:
+    async def _claim(self, prepared: PreparedRequest) -> tuple[Job | None, bool]:
         """Return the job of an earlier undelivered purchase, and whether a call of another server waits for one.
 
         A client may repeat a call at another server. Servers with a common file belong to different clients.

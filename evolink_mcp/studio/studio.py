@@ -21,7 +21,7 @@ from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.accounts import AccountLinker
 from evolink_mcp.studio.derive import Deriver
 from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Subscriber
-from evolink_mcp.studio.jobs import ImageRequest, Job, Prepared, Timing, guarded
+from evolink_mcp.studio.jobs import ImageRequest, Job, PreparedRequest, Timing, guarded
 from evolink_mcp.studio.limits import Limits, SpendingLimits
 from evolink_mcp.studio.poller import Poller, TaskFollower
 from evolink_mcp.studio.prices import CHANGES_FACT, AccountPrices, Change, read_changes
@@ -170,7 +170,7 @@ class Studio:
         with anyio.CancelScope(shield=True), anyio.move_on_after(SUBMIT_GRACE_S):
             await self._runner.stop()
 
-    async def prepare(self, request: ImageRequest) -> Prepared:
+    async def prepare(self, request: ImageRequest) -> PreparedRequest:
         """Run every check that needs no purchase. It has no side effects.
 
         Raises:
@@ -178,18 +178,18 @@ class Studio:
         """
         request = self._with_checked_name(request)
         self._limits.check_callback(request.request.callback_url)
-        return self._prepared(request, await self.references.check(request.request))
+        return self._prepare_checked(request, await self.references.check(request.request))
 
     def _with_checked_name(self, request: ImageRequest) -> ImageRequest:
         if request.save_as is None:
             return request
         return replace(request, save_as=self.image_store.check_name(request.save_as))
 
-    def _prepared(self, request: ImageRequest, references: CheckedRequest) -> Prepared:
+    def _prepare_checked(self, request: ImageRequest, references: CheckedRequest) -> PreparedRequest:
         request_hash = fingerprint(with_defaults(references.identity))
-        return Prepared(request, references, request_hash, self.prices.current.rule)
+        return PreparedRequest(request, references, request_hash, self.prices.current.rule)
 
-    async def prepare_series(self, requests: Sequence[ImageRequest]) -> list[Prepared]:
+    async def prepare_series(self, requests: Sequence[ImageRequest]) -> list[PreparedRequest]:
         """Run every check of a series before its first purchase. The requests differ only in prompt and file name.
 
         The reference images are checked once. The spending limits count all requests without an earlier purchase.
@@ -202,7 +202,7 @@ class Studio:
         series = [first]
         for request in requests[1:]:
             request = self._with_checked_name(request)
-            series.append(self._prepared(request, replace(first.references, body=request.request.body())))
+            series.append(self._prepare_checked(request, replace(first.references, body=request.request.body())))
         await self._linker.link()
         # An unsent entry of a dead server becomes final here, so it does not count as an earlier purchase.
         await self._runner.adopt()
@@ -210,7 +210,7 @@ class Studio:
         await self._limits.check_series(new, self._runner.jobs)
         return series
 
-    async def order(self, request: ImageRequest, prepared: Prepared | None = None) -> Job:
+    async def order(self, request: ImageRequest, prepared: PreparedRequest | None = None) -> Job:
         """Buy images, or return an earlier identical purchase that was not delivered.
 
         The caller is registered with the job until `depart`. `ordered` does both. `prepared` is the result of
@@ -232,7 +232,7 @@ class Studio:
         return job
 
     @asynccontextmanager
-    async def ordered(self, request: ImageRequest, prepared: Prepared | None = None) -> AsyncGenerator[Job]:
+    async def ordered(self, request: ImageRequest, prepared: PreparedRequest | None = None) -> AsyncGenerator[Job]:
         """Order, and wait for the job inside this context. See `order`.
 
         Raises:
@@ -333,6 +333,7 @@ class Studio:
 
     @asynccontextmanager
     async def _registered(self, job: Job) -> AsyncGenerator[None]:
+        """Remove a registered call from its job at the end. If it is the last call and is cancelled, do not buy."""
         try:
             yield
         except anyio.get_cancelled_exc_class():
