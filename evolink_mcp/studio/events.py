@@ -162,13 +162,13 @@ class JournalWriter:
         """Whether the journal holds an older state of any entry."""
         return bool(self._unwritten or self._departed or self._deliveries or self._withdrawn)
 
-    async def undelivered(self, request_hash: str, since: float) -> Undelivered:
+    async def undelivered(self, fingerprint: str, since: float) -> Undelivered:
         """Return the newest state of identical purchases that no caller got.
 
         Raises:
             JournalUnwritable: earlier purchases are unknown.
         """
-        undelivered = await self.journal.undelivered((request_hash,), since)
+        undelivered = await self.journal.undelivered((fingerprint,), since)
         # A call may end during the read, so check its end after it.
         entries = [
             entry for entry in undelivered.entries if entry.caller != self.journal.owner or entry.key in self._departed

@@ -56,11 +56,11 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that passed every check that needs no purchase. Identical requests have the same `request_hash`."""
+    """A request that passed every check that needs no purchase. Identical requests have the same `fingerprint`."""
 
     request: ImageRequest
     references: CheckedRequest
-    request_hash: str
+    fingerprint: str
     size_rule: str
 
 

@@ -90,7 +90,7 @@ class Purchaser:
             owner=journal.owner,
             phase=Phase.INTENT,
             created_at=self._timing.clock(),
-            fingerprint=prepared.request_hash,
+            fingerprint=prepared.fingerprint,
             # EvoLink does not know `fit`. The journal keeps it for a server that continues the entry.
             request=body if request.fit is None else {**body, "fit": request.fit},
             estimate=request.price_ceiling,

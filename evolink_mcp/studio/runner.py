@@ -109,7 +109,7 @@ class JobRunner:
             JournalUnwritable: earlier purchases are unknown.
         """
         now = self._timing.clock()
-        earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
+        earlier = await self._writer.undelivered(prepared.fingerprint, now - DEDUPLICATE_WITHIN_S)
         return not prepared.request.force_new and any(entry.is_reusable(now) for entry in earlier.entries)
 
     def attend(self, job: Job) -> None:
@@ -131,7 +131,7 @@ class JobRunner:
         if self._journal.adopt_every_s is None:
             await self.adopt()
         job, is_awaited = await self._claim(prepared)
-        if job is None and (is_awaited or self._has_waiting(prepared.request_hash)):
+        if job is None and (is_awaited or self._has_waiting(prepared.fingerprint)):
             # Over HTTP the cancellation of a call may arrive after the same call, sent later.
             await self._timing.sleep(LATE_CANCELLATION_S)
             job, _ = await self._claim(prepared)
@@ -143,7 +143,7 @@ class JobRunner:
         A client may repeat a call at another server. Servers with a common file belong to different clients.
         """
         now = self._timing.clock()
-        earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
+        earlier = await self._writer.undelivered(prepared.fingerprint, now - DEDUPLICATE_WITHIN_S)
         is_awaited = earlier.is_awaited and self._journal.can_publish
         for entry in earlier.entries:
             if not self._is_reusable(entry, now):
@@ -170,9 +170,9 @@ class JobRunner:
         job = self.job_of(entry.key)
         return entry.is_reusable(now) and not (job is not None and job.is_abandoned)
 
-    def _has_waiting(self, request_hash: str) -> bool:
+    def _has_waiting(self, fingerprint: str) -> bool:
         """Return whether a call on this server waits for an identical request."""
-        return any(job.entry.fingerprint == request_hash for job in self._attended_jobs)
+        return any(job.entry.fingerprint == fingerprint for job in self._attended_jobs)
 
     async def adopt(self) -> None:
         """Adopt the open entries of dead servers.

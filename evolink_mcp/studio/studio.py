@@ -186,8 +186,9 @@ class Studio:
         return replace(request, save_as=self.image_store.check_name(request.save_as))
 
     def _prepare_checked(self, request: ImageRequest, references: CheckedRequest) -> PreparedRequest:
-        request_hash = fingerprint(with_defaults(references.identity))
-        return PreparedRequest(request, references, request_hash, self.prices.current.rule)
+        return PreparedRequest(
+            request, references, fingerprint(with_defaults(references.identity)), self.prices.current.rule
+        )
 
     async def prepare_series(self, requests: Sequence[ImageRequest]) -> list[PreparedRequest]:
         """Run every check of a series before its first purchase. The requests differ only in prompt and file name.
