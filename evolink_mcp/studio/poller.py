@@ -17,8 +17,9 @@ from evolink_mcp.call_context import outside_request
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.journal.entry import Phase
 from evolink_mcp.studio.callback_history import CallbackHistory
-from evolink_mcp.studio.events import Events, JournalWriter, Polled, Settled
+from evolink_mcp.studio.events import Events, Polled, Settled
 from evolink_mcp.studio.jobs import Callback, Job, Timing, guarded
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.schedule import (
     SLOW_REPEATS_MAX,
     DurationHistory,

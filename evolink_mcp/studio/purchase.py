@@ -15,8 +15,9 @@ from evolink_mcp.api.failures import rejected
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, RateLimited, Rejected, TaskKnown, Unreachable
 from evolink_mcp.images.references import References
 from evolink_mcp.journal.entry import Entry, Phase, new_key
-from evolink_mcp.studio.events import JournalWriter, Purchased
+from evolink_mcp.studio.events import Purchased
 from evolink_mcp.studio.jobs import Callback, Job, PreparedRequest, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import RateLimit
 from evolink_mcp.studio.reconcile import REPEAT_WITHIN_S, Reconciler

@@ -17,8 +17,8 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
-from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.size_rule import size_of
 
 log = logging.getLogger(__name__)

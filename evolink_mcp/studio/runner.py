@@ -15,8 +15,9 @@ from evolink_mcp.call_context import outside_request, without_deadline
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.journal.journal import Notification
-from evolink_mcp.studio.events import Adopted, Changed, Finished, JournalWriter
+from evolink_mcp.studio.events import Adopted, Changed, Finished
 from evolink_mcp.studio.jobs import Callback, Job, JobState, PreparedRequest, Timing, guarded
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser

@@ -25,8 +25,9 @@ from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import ResultImage
 from evolink_mcp.studio.derive import Deriver
-from evolink_mcp.studio.events import Failed, JournalWriter, Saved
+from evolink_mcp.studio.events import Failed, Saved
 from evolink_mcp.studio.jobs import ImageRequest, Job, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.poller import merge
 from evolink_mcp.studio.schedule import backoff_s
 

@@ -20,8 +20,9 @@ from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_def
 from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.accounts import AccountLinker
 from evolink_mcp.studio.derive import Deriver
-from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Subscriber
+from evolink_mcp.studio.events import Changed, Event, Events, Subscriber
 from evolink_mcp.studio.jobs import ImageRequest, Job, PreparedRequest, Timing, guarded
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.limits import Limits, SpendingLimits
 from evolink_mcp.studio.poller import Poller, TaskFollower
 from evolink_mcp.studio.prices import CHANGES_FACT, AccountPrices, Change, read_changes

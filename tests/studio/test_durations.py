@@ -12,8 +12,9 @@ from conftest import KEY, World
 from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.studio.events import Events, JournalWriter
+from evolink_mcp.studio.events import Events
 from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.poller import Poller, TaskFollower
 from evolink_mcp.studio.schedule import DURATIONS_FACT, ENOUGH_TASKS, WRITE_EVERY, DurationHistory
 
