@@ -215,7 +215,7 @@ class Derivative:
 
 
 class LocalImageStore:
-    """Save images into the user's folders, each with a sidecar unless `sidecars` is False.
+    """Save images into the user's folders, each with a sidecar unless `has_sidecars` is False.
 
     With `has_origin` each file contains its prompt, task ID and model, unless that would break a signature.
 
@@ -232,7 +232,7 @@ class LocalImageStore:
         *,
         journal: Journal,
         fallback: Path,
-        sidecars: bool = True,
+        has_sidecars: bool = True,
         has_origin: bool = False,
         free_bytes: Callable[[Path], int] = free_bytes_of,
     ) -> None:
@@ -240,7 +240,7 @@ class LocalImageStore:
         self.decoder = decoder
         self._journal = journal
         self._fallback = fallback
-        self._has_sidecars = sidecars
+        self._has_sidecars = has_sidecars
         self._has_origin = has_origin
         self._free_bytes = free_bytes
         self._sweeper = UnfinishedFiles()
@@ -352,18 +352,15 @@ class LocalImageStore:
     ) -> ResultImage:
         """Save an image in its folder, or else in the fallback folder."""
         target = self._target(entry, image.index, save_as)
-
-        async def save_to(path: Path) -> SavedImage:
-            return await save_image(
-                fetch,
-                path,
-                self.decoder,
-                preview_edge=preview_edge,
-                order=entry.key,
-                origin=origin,
-                sweeper=self._sweeper,
-            )
-
+        save_to = partial(
+            save_image,
+            fetch,
+            decoder=self.decoder,
+            preview_edge=preview_edge,
+            order=entry.key,
+            origin=origin,
+            sweeper=self._sweeper,
+        )
         reason = None
         try:
             try:

@@ -240,7 +240,7 @@ async def _answer(
     prompts = [order.request.prompt for order in orders]
     reserved = sum(job.entry.reserved for job in jobs)
     out = series_out(prompts, tasks, reserved, _ceiling(orders), notes)
-    edge = waiting.preview_edge if waiting.previews_for_all or host.has_previews else 0
+    edge = waiting.preview_edge_for(host)
     files = [file for job in jobs for file in await waiting.files_of(job.entry)] if edge != 0 else []
     text = series_text(out)
     room = host.answer_max - len(text) - 3 * len(out.model_dump_json())

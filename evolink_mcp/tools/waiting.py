@@ -65,15 +65,15 @@ class Waiting:
     """Wait for the jobs of one studio and build the answers.
 
     `wait_s`: the owner's default wait in seconds, None uses the MCP host's. `preview_edge`: the longest edge of previews
-    in pixels, None chooses it by the number of images, 0 sends none. `previews_for_all`: send previews also to clients
-    with the default name of an SDK. `resource_links`: add a link for each saved image. `hosts`: the limits of MCP hosts.
+    in pixels, None chooses it by the number of images, 0 sends none. `has_previews_for_all`: send previews also to clients
+    with the default name of an SDK. `has_resource_links`: add a link for each saved image. `hosts`: the limits of MCP hosts.
     """
 
     studio: Studio
     wait_s: float | None = None
     preview_edge: int | None = None
-    previews_for_all: bool = False
-    resource_links: bool = False
+    has_previews_for_all: bool = False
+    has_resource_links: bool = False
     hosts: Hosts = HOSTS
 
     @contextmanager
@@ -118,13 +118,13 @@ class Waiting:
                 out.notes.append(
                     f"The status could not be read: {job.problem.message}. The server repeats the poll, more and more slowly."
                 )
-            edge = self.preview_edge if self.previews_for_all or host.has_previews else 0
+            edge = self.preview_edge_for(host)
             files = await self.files_of(job.entry) if edge != 0 else []
             out = limit_answer(out, host.answer_max)
             decoder = self.studio.image_store.decoder
             room = host.answer_max - 3 * len(out.model_dump_json())
             images = await previews(files if out.status == COMPLETED else [], edge, room, decoder)
-            image_links = links(out) if self.resource_links else []
+            image_links = links(out) if self.has_resource_links else []
             # An answer without the image is no delivery, so an identical call gets the purchase.
             if job.is_finished and job.problem is None and job.entry.has_result:
                 await self.hand_over(job, ctx)
@@ -171,6 +171,10 @@ class Waiting:
     def host_of(self, ctx: Context[Any, Any]) -> Host:
         """Return the MCP host of this call."""
         return mcp_host_of(ctx, self.hosts)
+
+    def preview_edge_for(self, host: Host) -> int | None:
+        """Return `preview_edge`, or 0 if the MCP host gets no previews."""
+        return self.preview_edge if self.has_previews_for_all or host.has_previews else 0
 
     def wait_for(self, host: Host, wait_seconds: float | None = None) -> float:
         """Return the wait in seconds: the caller's up to the host's limit, else the owner's, else the host's default."""

@@ -162,7 +162,7 @@ async def serve_stdio(
             if requests.is_dropped(message.id):
                 return
             delivery = requests.remove(message.id)
-        written = partial(settle, delivery) if delivery is not None and delivery.awaited else None
+        written = partial(settle, delivery) if delivery is not None and delivery.is_awaited else None
         lines.write(_line(message), written)
 
     def stop(exit_code: int) -> None:
