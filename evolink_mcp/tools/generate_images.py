@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Self
 
 import anyio
-from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
+from mcp.server.elicitation import ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
@@ -35,7 +35,16 @@ from evolink_mcp.errors import EvolinkError, OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest, Job
 from evolink_mcp.tools.adapter import PAID, flat_tool, result
-from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
+from evolink_mcp.tools.paid_calls import (
+    Confirm,
+    Credits,
+    ForceNew,
+    argument_notes,
+    can_ask,
+    check_confirmation,
+    confirm_without_question,
+    needs_approval,
+)
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
 from evolink_mcp.tools.task_answer import price_change_texts, refusal_out
@@ -149,13 +158,11 @@ def generate_images_tool(waiting: Waiting) -> Tool:
         orders: Annotated[list[ImageRequest], Resolve(priced_orders)],
         ctx: Context[Any, Any],
     ) -> Confirm | Elicit[Confirm]:
-        limit = studio.spending_limits.confirm_above
         ceiling = _ceiling(orders)
-        is_expensive = limit is not None and ceiling > limit
-        if can_ask(ctx) and is_expensive:
+        if can_ask(ctx) and needs_approval(ceiling, studio):
             price = costs.format_credits(ceiling)
             return Elicit(f"This will cost at most {price} for {count_of_pictures(len(orders))}. Go ahead?", Confirm)
-        return Confirm(go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= ceiling))
+        return confirm_without_question(ceiling, req.max_credits, studio)
 
     async def generate_images(
         req: GenerateImagesArguments,
@@ -165,8 +172,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
     ) -> CallToolResult:
         """Make up to 10 different pictures in one call. PAID: each is a purchase. Waits and saves like generate_image. For
         an unfinished picture call its next_action, never this tool again. Show the user all paths."""
-        if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise unconfirmed(_ceiling(orders), studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
+        check_confirmation(confirmed, _ceiling(orders), studio, ctx)
         outcomes: list[Job | EvolinkError] = []
         async with AsyncExitStack() as stack:
             with waiting.call(ctx, req.wait_seconds) as ends_at:
