@@ -19,6 +19,7 @@ from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
 from evolink_mcp.studio.jobs import Job, Timing
 from evolink_mcp.studio.journal_writer import JournalWriter
+from evolink_mcp.studio.prices import references_of
 from evolink_mcp.studio.size_rule import size_of
 
 log = logging.getLogger(__name__)
@@ -238,7 +239,7 @@ def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
         request = GenerationRequest.model_validate(entry.body)
     except ValidationError:
         return 0.0, float("inf")
-    references = len(request.image_urls or ()) + (1 if request.mask_url else 0)
+    references = references_of(request)
     tokens = len(request.prompt.encode("utf-8", "surrogatepass"))  # a token has at least one byte
     model = request.image_model
     resolved = [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in sizes.RULES]
