@@ -80,6 +80,7 @@ ORDER = [
     "studio.jobs",
     "studio.accounts",
     "studio.events",
+    "studio.journal_writer",
     "studio.size_rule",
     "studio.prices",
     "studio.limits",

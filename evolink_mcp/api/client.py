@@ -67,12 +67,15 @@ log = logging.getLogger(__name__)
 # EvoLink's image host answered 403 to the default User-Agent of urllib.
 USER_AGENT = f"evolink-mcp/{__version__}"
 
+# Deadlines of complete HTTP requests. EvoLink's own client waits 30 s for the answer to a POST, 15 s for a read and 120 s
+# for an upload. A POST that is still unanswered at its deadline has an unknown outcome.
 SUBMIT_DEADLINE_S = 75.0
 READ_DEADLINE_S = 20.0
-PROBE_DEADLINE_S = 10.0
 UPLOAD_DEADLINE_S = 180.0
+PROBE_DEADLINE_S = 10.0  # of the request that `doctor` sends
 # EvoLink's limit for a batch.
 BATCH_MAX = 50
+# One search for a lost answer reads at most 1,000 tasks.
 PAGE_SIZE = 50
 PAGES_MAX = 20
 
@@ -106,46 +109,46 @@ class EvolinkClient:
         self._clock = clock
         self._deadline = deadline
         self._options = options
-        self._opened: list[httpx.AsyncClient] = []
+        self._open_clients: list[httpx.AsyncClient] = []
         self._logged_failure: str | None = None
         self.clock_skew_s: float | None = None
-        self._purchases = anyio.CapacityLimiter(POOL_SIZE)
+        self._purchase_slots = anyio.CapacityLimiter(POOL_SIZE)
 
     async def __aenter__(self) -> EvolinkClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for client in self._opened:
+        for client in self._open_clients:
             await client.aclose()
 
     # The HTTP clients open at their first use, because reading the system's certificates takes longer than the start.
 
     @cached_property
-    def _trust(self) -> ssl.SSLContext:
+    def _ssl_context(self) -> ssl.SSLContext:
         with preparing():
             return self._options.make_ssl_context()
 
     @cached_property
-    def _reads(self) -> httpx.AsyncClient:
+    def _read_client(self) -> httpx.AsyncClient:
         return self._open(POOL)
 
     @cached_property
-    def _pays(self) -> httpx.AsyncClient:
+    def _purchase_client(self) -> httpx.AsyncClient:
         # A purchase opens a new connection. If an idle one breaks, it is unknown whether EvoLink received the POST.
         # Its only deadline after the connection is the one of `submit`, because that one ignores suspensions.
         limits = httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=0)
         return self._open(limits, silence_max_s=None)
 
     @cached_property
-    def pictures(self) -> httpx.AsyncClient:
+    def image_client(self) -> httpx.AsyncClient:
         """The HTTP client for images. It has no key and connects only to public addresses."""
         # A simulated EvoLink serves images from a private address, which the check would refuse.
         if self._transport is None and not self._loopback:
-            return self._open(POOL, CheckedAddress(self._connecting(), self._connecting))
+            return self._open(POOL, CheckedAddress(self._make_transport(), self._make_transport))
         return self._open(POOL)
 
-    def _connecting(self, proxy: str | None = None) -> httpx.AsyncBaseTransport:
-        return httpx.AsyncHTTPTransport(verify=self._trust, limits=POOL, proxy=proxy)
+    def _make_transport(self, proxy: str | None = None) -> httpx.AsyncBaseTransport:
+        return httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=POOL, proxy=proxy)
 
     def _open(
         self,
@@ -157,14 +160,14 @@ class EvolinkClient:
             client = httpx.AsyncClient(
                 transport=transport or self._transport,
                 limits=limits,
-                verify=self._trust,
+                verify=self._ssl_context,
                 timeout=httpx.Timeout(silence_max_s, connect=self._options.connect_timeout_s),
                 headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
                 follow_redirects=False,
                 # A simulated EvoLink has no TLS, so a proxy would see the key.
                 trust_env=not self._loopback,
             )
-        self._opened.append(client)
+        self._open_clients.append(client)
         return client
 
     @property
@@ -190,18 +193,18 @@ class EvolinkClient:
             Rejected, RateLimited: EvoLink refused the request. Nothing is charged.
             OutcomeUnknown: the POST was sent, but its answer was lost or cannot be read.
         """
-        sent = False
-        traced = self._transport is None
+        is_sent = False
+        is_traced = self._transport is None
 
         async def trace(event: str, info: dict[str, Any]) -> None:
-            nonlocal sent
+            nonlocal is_sent
             # The CONNECT to a proxy is traced too, but it is not the purchase.
             if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
-                # An error of the journal ends the POST here, and `sent` stays false: no byte has left.
+                # An error of the journal ends the POST here, and `is_sent` stays false: no byte has left.
                 await on_sending()
-                sent = True
+                is_sent = True
 
-        if not traced:  # a transport from outside reports no events
+        if not is_traced:  # a transport from outside reports no events
             await on_sending()
 
         answer = PurchaseAnswer(self._key)
@@ -217,9 +220,9 @@ class EvolinkClient:
                 headers={"Idempotency-Key": idempotency_key},
                 extensions={"trace": trace},
             )
-            async with self._purchases:  # the wait for a free connection does not count towards the deadline
+            async with self._purchase_slots:  # the wait for a free connection does not count towards the deadline
                 with self._deadline(SUBMIT_DEADLINE_S) as deadline:
-                    async with stream(self._pays, request, self.observe) as response:
+                    async with stream(self._purchase_client, request, self.observe) as response:
                         self._compare_clocks(response)
                         await answer.receive(response)
         except TRANSPORT_ERRORS as error:
@@ -232,7 +235,7 @@ class EvolinkClient:
             return task
         assert request is not None
         # Without trace events, only the errors of NEVER_CONNECTED prove that no byte was sent.
-        if answer.status is None and not sent and (traced or isinstance(failure, NEVER_CONNECTED)):
+        if answer.status is None and not is_sent and (is_traced or isinstance(failure, NEVER_CONNECTED)):
             assert failure is not None
             raise self._logged(await self._unreachable(Unreachable, failure, request.url)) from failure
         # A refusal is complete with its status. 409: EvoLink knows this new idempotency key, so something on the way has
@@ -292,9 +295,9 @@ class EvolinkClient:
         Raises:
             EvolinkError: there is no answer.
         """
-        request = self._reads.build_request("HEAD", self._origins["api"])
+        request = self._read_client.build_request("HEAD", self._origins["api"])
         try:
-            return (await self._exchange(self._reads, request, PROBE_DEADLINE_S)).headers.get("date")
+            return (await self._exchange(self._read_client, request, PROBE_DEADLINE_S)).headers.get("date")
         except TRANSPORT_ERRORS as error:
             raise await self._unreadable(error, request.url) from error
 
@@ -345,7 +348,7 @@ class EvolinkClient:
         if "content" in fields:
             headers["Content-Type"] = "application/json"
         # A request takes its timeouts from the client that builds it.
-        client = self._pays if is_purchase else self._reads
+        client = self._purchase_client if is_purchase else self._read_client
         request = client.build_request(method, self._origins[origin] + path, headers=headers, **fields)
         target = request.url
         # The path is appended to the origin as text. This check proves that it changed no part of the host.
@@ -358,7 +361,7 @@ class EvolinkClient:
         """Send a request that costs nothing, and return the whole answer. The caller may repeat it."""
         request = self.build_request(method, path, **fields)
         try:
-            reply = await self._exchange(self._reads, request, deadline_s)
+            reply = await self._exchange(self._read_client, request, deadline_s)
         except TRANSPORT_ERRORS as error:
             raise self._logged(await self._unreadable(error, request.url)) from error
         target = self._target_of(request.url)

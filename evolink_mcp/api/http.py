@@ -31,11 +31,13 @@ from evolink_mcp.tracing import span
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
+# The longest pause of polls after a 429.
 RETRY_AFTER_MAX_S = 120.0
+# The longest Retry-After that delays purchases.
 RETRY_AT_MAX_S = 31 * 86_400.0
 JSON_MAX_BYTES = 1 << 20
-POOL_SIZE = 16
-DNS_ANSWERS_MAX = 64
+POOL_SIZE = 16  # connections of one HTTP client
+DNS_ANSWERS_MAX = 64  # each address of a host is checked
 COMPRESSIONS = ("gzip", "x-gzip", "deflate")
 
 # All errors of httpx for a request that failed on the way. A test compares this with its exception tree.

@@ -20,8 +20,8 @@ from evolink_mcp.api.size_grammar import advice
 from evolink_mcp.pasted import undecorate
 from evolink_mcp.sanitize import harmless
 
-URL_MAX = 8_192
-CALLBACK_URL_MAX = 2_048
+URL_MAX_CHARS = 8_192
+CALLBACK_URL_MAX_CHARS = 2_048
 PROMPT_MAX = max(model.prompt_max for model in MODELS.values())
 REFERENCES_MAX = max(model.references_max for model in MODELS.values())
 IMAGES_MAX = max(model.images_max for model in MODELS.values())
@@ -111,7 +111,7 @@ def _image_source(text: str) -> str:
         return text
     if scheme[1].lower() not in ("http", "https"):
         raise ValueError(f"cannot be a {harmless(scheme[1], 20)}: address; use https://, a path or file://")
-    return _real_url(text, schemes=("http", "https"), max_length=URL_MAX)
+    return _real_url(text, schemes=("http", "https"), max_length=URL_MAX_CHARS)
 
 
 def _real_url(text: str, *, schemes: tuple[str, ...] = ("https",), max_length: int) -> str:
@@ -138,7 +138,7 @@ def is_file(source: str) -> bool:
 def size_argument(value: Any) -> Any:
     """Convert an object such as {"width": 1024, "height": 768} to text, so that the refusal can name the size."""
     # One character above the limit, so that a cut text is still refused.
-    return json.dumps(value)[: sizes.TEXT_MAX + 1] if isinstance(value, dict) else value
+    return json.dumps(value)[: sizes.TEXT_MAX_CHARS + 1] if isinstance(value, dict) else value
 
 
 def checked_size(text: str) -> str:
@@ -215,9 +215,9 @@ Count = Annotated[
 ]
 CallbackUrl = Annotated[
     str,
-    AfterValidator(lambda url: _real_url(url, max_length=CALLBACK_URL_MAX)),
+    AfterValidator(lambda url: _real_url(url, max_length=CALLBACK_URL_MAX_CHARS)),
     Field(
-        max_length=CALLBACK_URL_MAX,
+        max_length=CALLBACK_URL_MAX_CHARS,
         description="Public https URL that receives the finished task.",
         json_schema_extra={"pattern": "^(https://.*)?$"},
     ),
@@ -242,7 +242,7 @@ KnownTask = Annotated[
     str,
     Strict(),
     Field(
-        max_length=URL_MAX,
+        max_length=URL_MAX_CHARS,
         description="Task ID, or the picture's URI, URL, path or Markdown, or last.",
     ),
 ]

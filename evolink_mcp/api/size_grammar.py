@@ -203,7 +203,7 @@ def suggest(text: str) -> Suggestion | None:
         Contradiction: the words have two meanings.
     """
     trimmed = text.strip(sizes.BLANKS)
-    if len(trimmed) > sizes.TEXT_MAX or _is_plain(trimmed):
+    if len(trimmed) > sizes.TEXT_MAX_CHARS or _is_plain(trimmed):
         return None
     tokens = _tokens(_folded(trimmed))
     kinds = "".join(token.kind for token in tokens)

@@ -20,9 +20,9 @@ Rule = Literal["anchor-edge", "pixel-budget"]
 RULES: tuple[Rule, ...] = ("anchor-edge", "pixel-budget")
 DEFAULT_LIMITS = DEFAULT_MODEL.limits
 TARGET_EDGE_MAX = 100_000
-TEXT_MAX = 64
+TEXT_MAX_CHARS = 64
 BLANKS = " \t\r\n"
-_ECHO_MAX = 40
+_ECHO_MAX_CHARS = 40
 _SHAPE_WEIGHT = 8  # a change of the shape is more visible than the same change of the area
 PIXELS = re.compile(r"(0|[1-9][0-9]{0,19})[ \t]*[xX×][ \t]*(0|[1-9][0-9]{0,19})")
 _NUMBER = re.compile(r"[0-9]{1,20}")
@@ -116,7 +116,7 @@ def normalize(text: str, limits: SizeLimits = DEFAULT_LIMITS) -> str:
         IllegalSize: EvoLink would refuse it.
     """
     trimmed = text.strip(BLANKS)
-    if len(trimmed) > TEXT_MAX:
+    if len(trimmed) > TEXT_MAX_CHARS:
         raise IllegalSize(f"Size {_quoted(trimmed)} is too long to be a size.")
     lower_case = trimmed.lower()
     if lower_case in ("auto", *limits.ratios):
@@ -381,4 +381,4 @@ def _ceil(edge: int, step: int) -> int:
 
 
 def _quoted(text: str) -> str:
-    return repr(text if len(text) <= _ECHO_MAX else text[: _ECHO_MAX - 1] + "…")
+    return repr(text if len(text) <= _ECHO_MAX_CHARS else text[: _ECHO_MAX_CHARS - 1] + "…")

@@ -20,7 +20,7 @@ ICO_MAX_EDGE = 256
 DPI_DEFAULT = 300
 DPI_MIN, DPI_MAX = 36, 1200
 MM_PER_INCH = 25.4
-TEXT_MAX = 60
+TEXT_MAX_CHARS = 60
 
 PNG, JPEG, WEBP, ICO = "image/png", "image/jpeg", "image/webp", "image/x-icon"
 MIME_TYPES = {"png": PNG, "jpeg": JPEG, "webp": WEBP, "ico": ICO}
@@ -77,7 +77,7 @@ def parse_gravity(text: str) -> tuple[float, float]:
     Raises:
         ValueError: none of them.
     """
-    plain = text.strip().lower()[:TEXT_MAX]
+    plain = text.strip().lower()[:TEXT_MAX_CHARS]
     if point := _POINT.fullmatch(plain):
         x = float(point[1])
         y = float(point[2])
@@ -125,7 +125,7 @@ def parse_target(text: str) -> Target:
     Raises:
         UnknownTarget: none of them, or too large.
     """
-    plain = re.sub(r"\s+", " ", text.strip()[: TEXT_MAX + 1]).lower()
+    plain = re.sub(r"\s+", " ", text.strip()[: TEXT_MAX_CHARS + 1]).lower()
     if pixels := _PIXELS.fullmatch(plain):
         size = Size(int(pixels[1]), int(pixels[2]))
         return Target(str(size), (_checked(size, text),))
@@ -137,7 +137,7 @@ def parse_target(text: str) -> Target:
         return Target(name, (_checked(_paper_size(paper[1], paper[2], paper[3], text), text),), JPEG)
     if (size := _meant_pixels(text)) is not None:
         return Target(str(size), (_checked(size, text),))
-    raise UnknownTarget(f"“{harmless(text, TEXT_MAX)}” is no target: {_suggestion(name)}")
+    raise UnknownTarget(f"“{harmless(text, TEXT_MAX_CHARS)}” is no target: {_suggestion(name)}")
 
 
 def _meant_pixels(text: str) -> Size | None:
@@ -158,7 +158,9 @@ def _paper_size(paper: str, orientation: str | None, dpi_text: str | None, text:
     dpi = DPI_DEFAULT if dpi_text is None else int(dpi_text)
     if not DPI_MIN <= dpi <= DPI_MAX:
         nearest = min(max(dpi, DPI_MIN), DPI_MAX)
-        raise UnknownTarget(f"“{harmless(text, TEXT_MAX)}” needs {DPI_MIN} to {DPI_MAX} dpi: use {paper}-{nearest}dpi")
+        raise UnknownTarget(
+            f"“{harmless(text, TEXT_MAX_CHARS)}” needs {DPI_MIN} to {DPI_MAX} dpi: use {paper}-{nearest}dpi"
+        )
     edges = [round(mm / MM_PER_INCH * dpi) for mm in PAPERS[paper]]
     if orientation is not None:
         edges.sort(reverse=orientation == "landscape")
@@ -172,7 +174,8 @@ def _checked(size: Size, text: str) -> Size:
         return size
     nearest = Size(max(1, int(size.width * scale)), max(1, int(size.height * scale)))
     raise UnknownTarget(
-        f"“{harmless(text, TEXT_MAX)}” has {size.megapixels:g} megapixels ({size}); the largest target of this shape is {nearest}"
+        f"“{harmless(text, TEXT_MAX_CHARS)}” has {size.megapixels:g} megapixels ({size}); the largest target of this shape "
+        f"is {nearest}"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from evolink_mcp.api.request import IMAGES_MAX, TASK_ID_PATTERN, URL_MAX
+from evolink_mcp.api.request import IMAGES_MAX, TASK_ID_PATTERN, URL_MAX_CHARS
 from evolink_mcp.errors import Charged, Unreadable
 from evolink_mcp.sanitize import harmless, word
 
@@ -205,7 +205,7 @@ def _results(data: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         if len(links) == LINKS_MAX:
             break
         checked += 1
-        if len(url) <= URL_MAX and _LINK.fullmatch(url):
+        if len(url) <= URL_MAX_CHARS and _LINK.fullmatch(url):
             links.append(url)
     return tuple(links), len(distinct) - checked
 

@@ -33,7 +33,7 @@ SECRET_MAX_BYTES = 65_536
 EXAMPLE_KEY = "sk-..."
 KEY_IN_STORE = "keyring"  # instead of a key: the key is in the key store of the system
 EVOLINK_DOMAIN = "evolink.ai"
-CREDITS_MAX = 1e9
+LIMIT_MAX_CREDITS = 1e9
 DAYS_MAX = 36_500
 PROFILE_MAX_CHARS = 100
 
@@ -454,19 +454,22 @@ class Settings:
         default_text="any public hostname",
     )
     max_credits_per_call: float | None = setting(
-        "EVOLINK_MCP_MAX_CREDITS_PER_CALL", number(CREDITS_MAX), None, "Spending limit per call, in credits."
+        "EVOLINK_MCP_MAX_CREDITS_PER_CALL", number(LIMIT_MAX_CREDITS), None, "Spending limit per call, in credits."
     )
     max_credits_per_day: float | None = setting(
-        "EVOLINK_MCP_MAX_CREDITS_PER_DAY", number(CREDITS_MAX), None, "Spending limit per day, in credits."
+        "EVOLINK_MCP_MAX_CREDITS_PER_DAY", number(LIMIT_MAX_CREDITS), None, "Spending limit per day, in credits."
     )
     total_credits_per_day: float | None = setting(
         "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY",
-        number(CREDITS_MAX),
+        number(LIMIT_MAX_CREDITS),
         None,
         "Spending limit per day of all profiles of the server or team together, in credits.",
     )
     confirm_above: float | None = setting(
-        "EVOLINK_MCP_CONFIRM_ABOVE", number(CREDITS_MAX), None, "Price in credits above which the user must confirm."
+        "EVOLINK_MCP_CONFIRM_ABOVE",
+        number(LIMIT_MAX_CREDITS),
+        None,
+        "Price in credits above which the user must confirm.",
     )
     retention_days: float | None = setting(
         "EVOLINK_MCP_RETENTION_DAYS",

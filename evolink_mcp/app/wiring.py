@@ -107,7 +107,7 @@ async def open_studio(
                 journal=journal,
                 # A paid image must be saved even if the output folder becomes unwritable.
                 fallback=settings.data_dir / "pictures",
-                sidecars=settings.has_sidecars,
+                has_sidecars=settings.has_sidecars,
                 has_origin=settings.has_metadata,
             )
         else:
@@ -138,8 +138,8 @@ def server_for(studio: Studio, settings: Settings, *, secrets: Sequence[str] | N
         studio,
         wait_s=settings.wait_s,
         preview_edge=settings.preview.edge,
-        previews_for_all=settings.preview.is_for_all,
-        resource_links=settings.has_resource_links,
+        has_previews_for_all=settings.preview.is_for_all,
+        has_resource_links=settings.has_resource_links,
         published=TOOL_NAMES if settings.tools is None else settings.tools,
         secrets=secrets,
     )

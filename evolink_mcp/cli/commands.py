@@ -205,7 +205,7 @@ def _tasks(options: Namespace) -> int:
     from evolink_mcp.cli.image_commands import ALL_TIMES, find_entries, find_other_keys, find_sums, start_of
     from evolink_mcp.errors import Refused
     from evolink_mcp.tools.sums import periods, sums_text
-    from evolink_mcp.tools.task_answer import OTHER_KEY_NOTE, brief, task_out
+    from evolink_mcp.tools.task_answer import OTHER_KEY_NOTE, shorten_request, task_out
 
     settings = _read_settings()
     terminal = Terminal()
@@ -227,7 +227,7 @@ def _tasks(options: Namespace) -> int:
         return 0
     outs = [task_out(entry, has_other_key=entry.key in other_keys) for entry in entries]
     if options.json:
-        print(json.dumps([brief(out).model_dump(mode="json") for out in outs], indent=2))
+        print(json.dumps([shorten_request(out).model_dump(mode="json") for out in outs], indent=2))
         return 0
     for out in outs:
         cost = format_credits(out.credits) if out.credits is not None else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
 import shutil
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from evolink_mcp.cli.config_text import toml_tables
 
@@ -104,19 +102,6 @@ def installed_command(python: Path = Path(sys.executable)) -> tuple[str, list[st
     return (str(script), []) if script.exists() else (str(python), ["-P", "-m", "evolink_mcp"])
 
 
-def cursor_link(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    """Return a link that opens Cursor and installs the server."""
-    config = base64.b64encode(_compact(_entry(command, args, env)).encode()).decode()
-    return f"https://cursor.com/en/install-mcp?name={SERVER_NAME}&config={quote(config, safe='')}"
-
-
-def vscode_link(command: str, args: Sequence[str], env: Mapping[str, str]) -> str:
-    """Return a link that opens VS Code and installs the server. VS Code asks for the key and stores it securely."""
-    inputs = quote(_compact([_key_input()]), safe="")
-    config = quote(_compact(_with_key_input(_entry(command, args, env))), safe="")
-    return f"https://insiders.vscode.dev/redirect/mcp/install?name={SERVER_NAME}&inputs={inputs}&config={config}"
-
-
 def _entry(command: str, args: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
     return {"command": command, **({"args": list(args)} if args else {}), "env": dict(env)}
 
@@ -148,7 +133,3 @@ def command_line(words: Sequence[str]) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -67,7 +67,7 @@ SLOW_MAX = 2
 NICENESS = 5
 NICENESS_OF_SLOW = 10
 BLOCK_BYTES = 1 << 20
-SPOOLED_BYTES = 1 << 20  # a longer converted photo goes to a temporary file
+SPOOL_MAX_BYTES = 1 << 20  # a longer converted photo goes to a temporary file
 HEAD_BYTES = 16  # of a file, for its type
 ICO_MAGIC = b"\0\0\1\0"
 Lane = Literal["check", "preview", "reference", "derive"]
@@ -190,7 +190,7 @@ class Decoder:
             return
         request = DecodeRequest(Operation.CONVERT_HEIC, _size_of(file))
         # The photo must stay until the end: the work may start again when other images need its place.
-        with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spooled:
+        with tempfile.SpooledTemporaryFile(SPOOL_MAX_BYTES) as spooled:
             converted = cast("BinaryIO", spooled)
             await self._run("reference", request, file, order, converted)
             if sniff(_head_of(converted)) is None:

@@ -18,7 +18,7 @@ from evolink_mcp.images.derive import QUALITY_MAX, DerivedImage, DerivePlan, Out
 from evolink_mcp.images.inspect import SUFFIX_OF, Alpha, ImageFacts
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
-# The largest image that `download` accepts.
+# The longest file of an image. `download` and derive_image accept no longer one.
 CONTENT_MAX_BYTES = 100 << 20
 IMAGES_PER_PROCESS = 100
 CPU_PER_IMAGE_S = 15.0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evolink_mcp.images.inspect import ImageFacts, open_image, upright
 from evolink_mcp.images.metadata import Origin, with_origin
+from evolink_mcp.images.prepare import REFERENCE_MAX_SIDE
 from evolink_mcp.images.structure import parts_of
 from evolink_mcp.images.unusable import Reason
 
@@ -23,8 +24,7 @@ Colour = tuple[int, int, int, int]
 
 # The decoder has 300 MiB, and an image needs 4 bytes per pixel beside the largest target.
 SOURCE_MAX_PIXELS = 50_000_000
-# The same limit as for a reference image.
-SOURCE_MAX_SIDE = 23_170
+SOURCE_MAX_SIDE = REFERENCE_MAX_SIDE
 QUALITY_DEFAULT = 90
 QUALITY_MAX = 100
 QUALITY_MIN = 10  # the lowest quality that `max_bytes` uses

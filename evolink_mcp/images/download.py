@@ -13,14 +13,15 @@ from evolink_mcp.api import urls
 from evolink_mcp.api.client import EvolinkClient
 from evolink_mcp.api.http import TRANSPORT_ERRORS, stream, why
 from evolink_mcp.errors import DownloadFailed, FolderRefused, LinkExpired
+from evolink_mcp.images.decode_protocol import CONTENT_MAX_BYTES
 
 DOWNLOAD_DEADLINE_S = 120.0
-PICTURE_MAX_BYTES = 100 << 20
+PICTURE_MAX_BYTES = CONTENT_MAX_BYTES
 # Ten images of the largest size need 0.4 GB. The rest is for repeated downloads.
 TASK_MAX_BYTES = 2 << 30
 # A host that sends single bytes would otherwise occupy the download for the whole deadline.
 SLOWEST_BYTES_PER_S = 10_000
-SLOW_START_S = 15.0
+SLOW_START_S = 15.0  # the rate counts after this time
 REDIRECTS_MAX = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -60,8 +61,8 @@ async def download(client: EvolinkClient, url: str, into: BinaryIO, budget: Byte
         with anyio.fail_after(DOWNLOAD_DEADLINE_S):
             for _ in range(REDIRECTS_MAX + 1):
                 _check(client, url)
-                request = client.pictures.build_request("GET", url)
-                async with stream(client.pictures, request, client.observe) as response:
+                request = client.image_client.build_request("GET", url)
+                async with stream(client.image_client, request, client.observe) as response:
                     if response.status_code not in REDIRECTS:
                         return await _write_all(response, into, budget or ByteBudget())
                     url = urljoin(url, response.headers.get("location", ""))
@@ -97,12 +98,12 @@ async def _write_all(response: httpx.Response, into: BinaryIO, budget: ByteBudge
     async for chunk in response.aiter_raw(64 << 10):
         written += len(chunk)
         if written > PICTURE_MAX_BYTES:
-            raise DownloadFailed("the picture is larger than 100 MiB", retryable=False)
+            raise DownloadFailed(f"the picture is larger than {PICTURE_MAX_BYTES >> 20} MiB", retryable=False)
         budget.spend(len(chunk))
         _write(into, chunk)
         elapsed_s = time.monotonic() - started
         if elapsed_s > SLOW_START_S and written < elapsed_s * SLOWEST_BYTES_PER_S:
-            raise DownloadFailed("the picture's host sends less than 10 kB/s")
+            raise DownloadFailed(f"the picture's host sends less than {SLOWEST_BYTES_PER_S // 1000} kB/s")
     declared = response.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:15]) != written:
         raise DownloadFailed("the picture arrived incomplete")

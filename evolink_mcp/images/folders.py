@@ -29,7 +29,7 @@ PATH_MAX_CHARS = 4_096
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOURCE_SUFFIXES = (*PICTURE_SUFFIXES, ".heic", ".heif")
 # A folder may have very many files, and the search is only for a hint.
-NAMES_LOOKED_AT = 2_000
+NAMES_READ_MAX = 2_000
 # The name of an unfinished file, in its final folder.
 PART_PREFIX = ".evolink-"
 PART_SUFFIX = ".part"
@@ -37,7 +37,7 @@ PART_SUFFIX = ".part"
 # Folders inside the containers of chat hosts, where they keep uploaded files.
 SANDBOXES = ("/mnt/data/", "/mnt/user-data/", "/home/claude/", "/home/oai/")
 # The search for an equivalent name reads the folders of so many readings of a path.
-FOLDERS_LOOKED_AT = 20
+FOLDERS_READ_MAX = 20
 # Marks of a file with its content only in the cloud: Windows (offline, recall on open, recall on data access) and macOS.
 CLOUD_ATTRIBUTES = 0x1000 | 0x40000 | 0x400000
 CLOUD_FLAG = 0x40000000
@@ -161,7 +161,7 @@ class Folders:
         for path in inside:
             if self._is_readable(path):
                 return path.resolve()
-        for path in filter(None, map(_same_letters, inside[:FOLDERS_LOOKED_AT])):
+        for path in filter(None, map(_same_letters, inside[:FOLDERS_READ_MAX])):
             if self._is_readable(path):
                 return path.resolve()
         return None
@@ -281,7 +281,7 @@ class Folders:
         for path in paths:
             if not path.parent.is_dir() or not self.confines(path.parent):
                 continue
-            beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
+            beside = islice(path.parent.iterdir(), NAMES_READ_MAX)
             names = [child.name for child in beside if child.suffix.lower() in PICTURE_SUFFIXES]
             if close := difflib.get_close_matches(path.name, names, n=3, cutoff=0.6):
                 meant = " or ".join(harmless(path.parent / name, 200) for name in close)
@@ -315,7 +315,7 @@ def _same_letters(path: Path) -> Path | None:
         # `find` refused the file with the exact name, so another one must not replace it.
         if path.exists() or not path.parent.is_dir():
             return None
-        beside = islice(path.parent.iterdir(), NAMES_LOOKED_AT)
+        beside = islice(path.parent.iterdir(), NAMES_READ_MAX)
         return next((child for child in beside if _folded(child.name) == wanted), None)
     except (OSError, ValueError):
         return None

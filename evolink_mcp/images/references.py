@@ -41,13 +41,13 @@ REFERENCE_MAX_BYTES = 50 << 20
 # Each reference image at work needs up to two temporary files.
 IMAGES_AT_ONCE = 4
 BLOCK_BYTES = 1 << 20
-MEMORY_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
+SPOOL_MAX_BYTES = 1 << 20  # a larger image goes to a temporary file
 # EvoLink deletes an upload after 72 h, and a running task must still be able to read it.
 UPLOAD_LIVES_S = 71 * 3600
 # EvoLink reads a reference some time after the POST. An expired link would make the task fail.
 LINK_MARGIN_S = 600
-SOURCE_MAX = 300  # characters of a source in the journal
-SOURCE_PROMPT_MAX = 1_000  # characters of the source's prompts in the journal
+SOURCE_MAX_CHARS = 300  # of a source in the journal
+SOURCE_PROMPT_MAX_CHARS = 1_000  # of the source's prompts in the journal
 UPLOAD_URI = re.compile(r"evolink://uploads/([0-9a-f]{64})")
 TRANSPARENT_MASK_NOTE = "The mask is completely transparent, so EvoLink redraws the whole picture."
 MASK_ADVICE = "Use a PNG of the picture's size that is transparent where something is to be redrawn."
@@ -332,7 +332,7 @@ def _with_origin(image: CheckedImage, entry: Entry | None, task_id: str, index: 
     """Return the image with the task of which it is a result. The prompts of that task's own sources belong to it."""
     prompts = [str(entry.request.get("prompt", ""))] if entry else []
     prompts += [reference.source_prompt for reference in (entry.references if entry else ()) if reference.source_prompt]
-    text = "\n".join(filter(None, prompts))[:SOURCE_PROMPT_MAX]
+    text = "\n".join(filter(None, prompts))[:SOURCE_PROMPT_MAX_CHARS]
     return replace(image, task_id=task_id, index=index, source_prompt=text or None)
 
 
@@ -379,7 +379,7 @@ def _short_source(source: str) -> str:
     """Return a source on one line. Of a data: URI only its type and length remain."""
     if source[:5].lower() == "data:":
         return f"{harmless(source.partition(',')[0], 60)},… ({len(source):,} characters)"
-    return harmless(source, SOURCE_MAX)
+    return harmless(source, SOURCE_MAX_CHARS)
 
 
 async def _refuse_unusable(read: Callable[[], Awaitable[T]], shown: str) -> T:
@@ -396,8 +396,8 @@ async def _refuse_unusable(read: Callable[[], Awaitable[T]], shown: str) -> T:
 
 @asynccontextmanager
 async def _temporary_file() -> AsyncGenerator[BinaryIO]:
-    """Yield an empty file. It stays in memory up to MEMORY_MAX_BYTES."""
-    with tempfile.SpooledTemporaryFile(MEMORY_MAX_BYTES) as file:
+    """Yield an empty file. It stays in memory up to SPOOL_MAX_BYTES."""
+    with tempfile.SpooledTemporaryFile(SPOOL_MAX_BYTES) as file:
         yield cast("BinaryIO", file)
 
 

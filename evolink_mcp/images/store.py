@@ -66,8 +66,8 @@ except ImportError:
     fcntl = None
 
 OUTPUT_VARIABLE = "EVOLINK_MCP_OUTPUT_DIR"
-NAME_MAX = 48  # characters of the prompt in a file name
-ID_PART_MAX = 8  # characters of the task ID in a file name
+PROMPT_MAX_CHARS = 48  # of the prompt in a file name
+ID_MAX_CHARS = 8  # of the task ID in a file name
 # Bytes of a name that follow the prompt or `save_as`: the index of the image, the number of a taken name, the suffix.
 ENDING_MAX_BYTES = len("-9" + "-9999" + ".webp")
 # Bytes of the prompt in a file name. The rest is for the task ID, the ending and the suffix of the sidecar.
@@ -76,7 +76,7 @@ PROMPT_MAX_BYTES = NAME_MAX_BYTES - len("-12345678") - ENDING_MAX_BYTES - len(SU
 UNFINISHED_MAX_AGE_S = 3600
 ICO_SUFFIX = ".ico"
 BLOCK_BYTES = 1 << 20
-ENTRIES_SEARCHED = 1000
+ENTRIES_SEARCHED = 1000  # of the journal, for images in a missing folder
 
 Fetch = Callable[[BinaryIO], Awaitable[int]]
 
@@ -209,13 +209,13 @@ class Derivative:
             into.write(block)
             remaining -= len(block)
 
-    def saved(self, sha256: str, *, path: str | None = None, object_name: str | None = None) -> DerivedFile:
+    def file_facts(self, sha256: str, *, path: str | None = None, object_name: str | None = None) -> DerivedFile:
         """Return the facts of the saved file."""
         return DerivedFile(self.target, self.mime_type, self.width, self.height, self.length, sha256, path, object_name)
 
 
 class LocalImageStore:
-    """Save images into the user's folders, each with a sidecar unless `sidecars` is False.
+    """Save images into the user's folders, each with a sidecar unless `has_sidecars` is False.
 
     With `has_origin` each file contains its prompt, task ID and model, unless that would break a signature.
 
@@ -232,7 +232,7 @@ class LocalImageStore:
         *,
         journal: Journal,
         fallback: Path,
-        sidecars: bool = True,
+        has_sidecars: bool = True,
         has_origin: bool = False,
         free_bytes: Callable[[Path], int] = free_bytes_of,
     ) -> None:
@@ -240,7 +240,7 @@ class LocalImageStore:
         self.decoder = decoder
         self._journal = journal
         self._fallback = fallback
-        self._has_sidecars = sidecars
+        self._has_sidecars = has_sidecars
         self._has_origin = has_origin
         self._free_bytes = free_bytes
         self._sweeper = UnfinishedFiles()
@@ -289,7 +289,7 @@ class LocalImageStore:
             path, sha256 = await anyio.to_thread.run_sync(save_content, derivative, folder)
         except OSError as error:
             raise _unwritable(folder, error) from error
-        file = derivative.saved(sha256, path=str(path))
+        file = derivative.file_facts(sha256, path=str(path))
         if self._has_sidecars:
             await write_derived_sidecar(path, {**derivative.sidecar, **_facts_of_derived(file)})
         return file
@@ -352,28 +352,25 @@ class LocalImageStore:
     ) -> ResultImage:
         """Save an image in its folder, or else in the fallback folder."""
         target = self._target(entry, image.index, save_as)
-
-        async def save_as_file(path: Path) -> SavedImage:
-            return await save_image(
-                fetch,
-                path,
-                self.decoder,
-                preview_edge=preview_edge,
-                order=entry.key,
-                origin=origin,
-                sweeper=self._sweeper,
-            )
-
+        save_to = partial(
+            save_image,
+            fetch,
+            decoder=self.decoder,
+            preview_edge=preview_edge,
+            order=entry.key,
+            origin=origin,
+            sweeper=self._sweeper,
+        )
         reason = None
         try:
             try:
                 await self._check_root(target.parent)
             except OSError as error:
                 raise _unsaved(target.parent, error) from error
-            saved_image = await save_as_file(target)
+            saved_image = await save_to(target)
         except FolderRefused as error:
             try:
-                saved_image = await save_as_file(self._fallback / _name_of(entry, image.index, save_as))
+                saved_image = await save_to(self._fallback / _name_of(entry, image.index, save_as))
             except EvolinkError:
                 # The first error names the folder that the user chose.
                 raise error from None
@@ -446,7 +443,7 @@ def default_stem(entry: Entry, index: int) -> str:
 
 def file_name(prompt: str, task_id: str) -> str:
     """Return a readable name: the first words of the prompt and the last characters of the task ID."""
-    text = unicodedata.normalize("NFC", harmless(prompt, 4 * NAME_MAX)).lower()
+    text = unicodedata.normalize("NFC", harmless(prompt, 4 * PROMPT_MAX_CHARS)).lower()
     # Marks are parts of letters in Thai and Hindi.
     words = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text).split()
     while words and words[0] in ("a", "an", "the"):
@@ -454,12 +451,12 @@ def file_name(prompt: str, task_id: str) -> str:
     name = ""
     for word in words:
         longer = f"{name}-{word}" if name else word
-        if len(longer) > NAME_MAX or len(longer.encode()) > PROMPT_MAX_BYTES:
-            name = name or cut_to_bytes(word[:NAME_MAX], PROMPT_MAX_BYTES)
+        if len(longer) > PROMPT_MAX_CHARS or len(longer.encode()) > PROMPT_MAX_BYTES:
+            name = name or cut_to_bytes(word[:PROMPT_MAX_CHARS], PROMPT_MAX_BYTES)
             break
         name = longer
     # All task IDs begin with the same word and a time, so only the end is distinctive.
-    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_PART_MAX:]
+    end = re.sub(r"[^0-9A-Za-z]", "", task_id)[-ID_MAX_CHARS:]
     return "-".join(filter(None, (name, end))) or "picture"
 
 
@@ -606,10 +603,11 @@ class UnfinishedFiles:
         with suppress(OSError):
             for old in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
                 with suppress(OSError):
-                    if self._clock() - old.lstat().st_mtime > UNFINISHED_MAX_AGE_S:
-                        with old.open("rb") as file:
-                            _lock(file.fileno())
-                        old.unlink()
+                    if self._clock() - old.lstat().st_mtime <= UNFINISHED_MAX_AGE_S:
+                        continue
+                    with old.open("rb") as file:
+                        _lock(file.fileno())
+                    old.unlink()
 
 
 def _lock(handle: int) -> None:

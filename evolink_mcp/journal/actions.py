@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from evolink_mcp.journal.paid_record import PaidTask
@@ -48,6 +49,10 @@ class Action(NamedTuple):
         else:
             self.future.set_result(outcome.result)
 
+    def run_alone(self, run: Callable[[Act], Any]) -> None:
+        """Call `run` with the action, and give the caller the result or the error."""
+        self.settle(Outcome.of(partial(run, self.act)))
+
 
 class ActionFile(Protocol):
     """The file of the journal. Its methods block."""
@@ -85,7 +90,7 @@ class ActionThread:
         return self._executor.submit(function)
 
     def _run_waiting(self) -> None:
-        actions = self._take()
+        actions = self._next_actions()
         try:
             self._run(actions)
         except BaseException as error:
@@ -102,9 +107,9 @@ class ActionThread:
         while len(actions) > 1:
             actions = self._file.run_together(actions)
         for action in actions:
-            action.settle(Outcome.of(lambda act=action.act: self._file.run(act)))
+            action.run_alone(self._file.run)
 
-    def _take(self) -> list[Action]:
+    def _next_actions(self) -> list[Action]:
         """Return the next actions that are not cancelled. An earlier run may have taken all."""
         actions: list[Action] = []
         while self._waiting and len(actions) < GROUP_MAX:

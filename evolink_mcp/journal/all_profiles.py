@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from evolink_mcp.journal.backend import Connection
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.journal.journal import EVERYONE, FIND_SERVERS, marks, release_servers
+from evolink_mcp.journal.journal import ALL_PROFILES, FIND_SERVERS, marks, release_servers
 from evolink_mcp.journal.profile import profile_name
 from evolink_mcp.journal.rows import readable_entries
 
 # List the owners of entries and the servers with waiting calls, in all profiles.
-ALL_SERVERS = FIND_SERVERS.format(linked=EVERYONE)
+ALL_SERVERS = FIND_SERVERS.format(linked=ALL_PROFILES)
 # List the unfinished entries of these servers, and those without an owner, in all profiles.
 ALL_ORPHANS = "SELECT profile, account, key, owner FROM entries WHERE NOT closed AND owner IN ('', {marks})"
 # Read an entry of any profile.
 ANY_ENTRY = "SELECT * FROM entries WHERE key = ?"
-# List the profiles with old requests or expired uploads. The sign keeps SQLite from an index of all entries.
+# List the profiles with old requests or expired uploads. The + keeps SQLite from an index of all entries.
 OLD_PROFILES = """SELECT profile FROM entries WHERE closed AND request <> '{{}}' AND +created_at < ?
     UNION SELECT profile FROM uploads WHERE expires_at <= ?"""
 
@@ -40,7 +40,7 @@ async def release_dead_servers(db: Connection, own_server: str) -> list[Orphan]:
         servers = {row["server"] for row in await db.fetch(ALL_SERVERS)} - {own_server}
         dead = [server for server in servers if await db.is_dead(server)]
         rows = await db.fetch(ALL_ORPHANS.format(marks=marks(dead)), dead)
-        await release_servers(db, dead, EVERYONE)
+        await release_servers(db, dead, ALL_PROFILES)
     return [Orphan(row["profile"], row["account"], row["key"], row["owner"]) for row in rows]
 
 

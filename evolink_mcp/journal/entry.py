@@ -209,6 +209,11 @@ class Entry:
         return self.task is not None and self.error is not None and self.error.code == UNCONFIRMED.code
 
     @property
+    def has_certain_task(self) -> bool:
+        """Return whether EvoLink named the task of this purchase, in its answer or in a callback."""
+        return self.phase == Phase.SUBMITTED and self.task is not None and not self.is_unconfirmed
+
+    @property
     def charged(self) -> Charged:
         """Return whether EvoLink charged for the entry."""
         if self.is_unconfirmed:

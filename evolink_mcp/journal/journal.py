@@ -1,6 +1,6 @@
 """The journal: every purchase is on disk before its POST is sent.
 
-This module has all rules and all SQL. A `Backend` runs the SQL in SQLite or in PostgreSQL.
+This module has the rules, and the SQL that both databases share. A `Backend` runs the SQL in SQLite or in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from evolink_mcp.journal.rows import (
 
 log = logging.getLogger(__name__)
 
-CHANGE_ATTEMPTS = 5
+CHANGE_ATTEMPTS = 5  # while other servers change the same row between read and write
 FORGET_AT_ONCE = 200  # entries in one transaction
 
-# In each query, {mine} is the condition for the entries of the profile, {linked} the condition for those of them that this
-# key's accounts bought, {accounts} is a list of account IDs, {marks} is a list of `?`.
+# In each query, {mine} is the condition for an entry of the profile. {linked} also requires an account of this key.
+# {accounts} is a list of account IDs, {marks} a list of `?`.
 
 # Write a new entry.
 INSERT_ENTRY = f"""INSERT INTO entries (profile, {", ".join(f'"{name}"' for name in COLUMNS)})
@@ -46,7 +46,7 @@ INSERT_ENTRY = f"""INSERT INTO entries (profile, {", ".join(f'"{name}"' for name
 COUNT_RUNNING = f"""SELECT count(*) AS running FROM entries WHERE {{mine}} AND NOT closed
     AND (phase IN ('intent', 'sending') OR task_id IS NOT NULL AND status NOT IN {tuple(sorted(SETTLED))})"""
 # {mine} for the entries of all profiles.
-EVERYONE = "profile = profile"
+ALL_PROFILES = "profile = profile"
 # Transactions that check the limit of all profiles run one after the other.
 TOTAL_LOCK = "total"
 
@@ -111,10 +111,10 @@ BY_IMAGE = """SELECT * FROM entries WHERE {mine} AND (instr(images, ?) > 0 OR in
 OTHER_PROFILE = "SELECT profile FROM entries WHERE task_id = ? AND NOT ({mine}) LIMIT 1"
 # The condition for an entry with a folded word.
 HAS_WORD = "instr(words, ?) > 0"
-# Read undelivered entries of identical requests. The sign keeps SQLite from an index that has their order and all entries.
+# Read undelivered entries of identical requests. The + keeps SQLite from an index by time, which has all entries.
 UNDELIVERED = """SELECT * FROM entries WHERE {linked} AND fingerprint IN ({marks}) AND delivered_at IS NULL
     AND +created_at >= ? ORDER BY +created_at"""
-# List the servers that own entries or whose calls wait.
+# List the servers that own entries or have waiting calls.
 FIND_SERVERS = """SELECT owner AS server FROM entries WHERE owner <> '' AND {linked}
     UNION SELECT caller FROM entries WHERE caller <> '' AND delivered_at IS NULL AND {linked}"""
 # Check whether an unfinished entry has no owner.
@@ -130,9 +130,9 @@ RELEASE_CALLERS = """UPDATE entries SET caller = '' WHERE caller IN ({marks}) AN
 KNOWN_TASKS = "SELECT task_id FROM entries WHERE task_id IN ({marks})"
 # Check whether a task belongs to another entry, of any account. An unconfirmed match proves nothing.
 OTHER_ENTRY = "SELECT 1 FROM entries WHERE task_id = ? AND key <> ? AND (error IS NULL OR error NOT LIKE ?) LIMIT 1"
-# Read the entry of a task whose match is unconfirmed.
+# Read another entry that has the task as an unconfirmed match.
 UNCONFIRMED_BY_TASK = "SELECT * FROM entries WHERE task_id = ? AND key <> ? AND error LIKE ?"
-# Write the state of an entry, whoever owns it.
+# Write the state of an entry of any owner.
 UPDATE_ANY = "UPDATE entries SET {changes} WHERE key = ?"
 # Write the images of an entry, unless another server changed them since they were read.
 CHANGE_IMAGES = "UPDATE entries SET images = ? WHERE key = ? AND images = ?"
@@ -148,7 +148,7 @@ REMOVE_REQUEST = 'UPDATE entries SET request = ?, "references" = ?, words = ? WH
 DELETE_UPLOADS = "DELETE FROM uploads WHERE {mine} AND expires_at <= ?"
 # Find the address of an uploaded reference image.
 FIND_UPLOAD = "SELECT url, expires_at FROM uploads WHERE {mine} AND sha256 = ? AND expires_at > ?"
-# The holder of facts about image stores. The account of a fact is a word without blanks, so these rows never meet.
+# Facts about image stores and quotas have a holder instead of an account. An account ID has no blanks, so they never meet.
 STORE_HOLDER = "image stores"
 # Record a fact about the account.
 SAVE_FACT = """INSERT INTO facts VALUES (?, ?, ?) ON CONFLICT (account, name) DO UPDATE SET value = excluded.value"""
@@ -174,7 +174,7 @@ NEWEST_TASK = """SELECT * FROM entries WHERE {mine} AND account = ? AND account 
     AND created_at <= ? ORDER BY created_at DESC LIMIT 1"""
 
 LATEST = 1e12  # epoch seconds after every entry
-RECENT_S = 1.0  # an answer may report a change of the prices this much later
+FACTS_MAX_AGE_S = 1.0  # an answer may report a change of the prices this much later
 UNCONFIRMED_PATTERN = f'%"code": "{UNCONFIRMED.code}"%'
 NOT_CONFIRMED = Problem(
     "journal_unwritable", "the journal did not confirm the order in time, so nothing was sent", True, "Call again."
@@ -215,7 +215,7 @@ class Sums:
 
     @classmethod
     def of(cls, row: Row) -> Sums:
-        """Return the sums of a row of SUMS. The order of the additions does not show in the last digit."""
+        """Return the sums of a row of SUMS, rounded: the order of the additions changes the last digits."""
         return cls(round(float(row["spent"]), 4), round(float(row["reserved"]), 4))
 
     @property
@@ -277,15 +277,25 @@ class Notification:
 class Selection:
     """The conditions of `Journal.recent`.
 
-    `start` and `end` limit `created_at` and are included. `words` are folded. `filters` are SQL conditions with `values`
-    for all conditions except the words.
+    `start` and `end` limit `created_at` and are included. `words` are folded. `other_filters` are all further SQL
+    conditions, with `other_values`.
     """
 
     start: float
     end: float
     words: tuple[str, ...]
-    filters: tuple[str, ...]
-    values: tuple[Any, ...]
+    other_filters: tuple[str, ...]
+    other_values: tuple[Any, ...]
+
+    @property
+    def filters(self) -> str:
+        """The SQL of all conditions."""
+        return " AND ".join(("created_at >= ?", "created_at <= ?", *self.other_filters, *[HAS_WORD] * len(self.words)))
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of `filters`."""
+        return (self.start, self.end, *self.other_values, *self.words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +367,7 @@ class Journal:
 
     @property
     def can_publish(self) -> bool:
-        """Whether other servers receive what `publish` sends."""
+        """Whether `publish` reaches other servers."""
         return self._backend.can_publish
 
     @property
@@ -404,16 +414,16 @@ class Journal:
         entry: Entry,
         *,
         since: float = 0.0,
-        cap: float | None = None,
-        total_cap: float | None = None,
-        running: int | None = None,
+        day_limit: float | None = None,
+        total_limit: float | None = None,
+        running_max: int | None = None,
         reprice: Callable[[Mapping[str, str]], Entry] | None = None,
     ) -> Entry:
         """Write a new entry and return it. All checks and the write are one transaction.
 
-        `reprice` returns the entry with the price ceiling by the account's current facts. With `cap`, the sums of the
-        profile since `since` and this ceiling together must not exceed it, with `total_cap` those of all profiles.
-        `running` is the maximum of running tasks, this one included.
+        `reprice` returns the entry with the price ceiling by the account's current facts. The sums of the profile since
+        `since` and this ceiling together must not exceed `day_limit`, and those of all profiles not `total_limit`.
+        `running_max` is the maximum of running tasks, this one included.
 
         Raises:
             TooManyRunning: The maximum is reached. Nothing is written.
@@ -422,23 +432,24 @@ class Journal:
         """
 
         async def act(db: Connection) -> Entry:
-            limits = [(limit, mine) for limit, mine in ((cap, self._mine), (total_cap, EVERYONE)) if limit is not None]
-            has_limit = cap is not None or running is not None
+            all_limits = ((day_limit, self._mine), (total_limit, ALL_PROFILES))
+            limits = [(limit, mine) for limit, mine in all_limits if limit is not None]
+            has_limit = day_limit is not None or running_max is not None
             # A purchase without limits waits for no other purchase.
-            locks = (*([TOTAL_LOCK] if total_cap is not None else []), *([self.profile] if has_limit else []))
+            locks = (*([TOTAL_LOCK] if total_limit is not None else []), *([self.profile] if has_limit else []))
             async with db.transaction(*locks):
                 facts, count, *sums_of_limits = await db.batch(
                     self._facts_query,
                     (self._sql(COUNT_RUNNING), ()),
                     *[(SUMS.format(mine=mine), values_of_sums(since)) for _, mine in limits],
                 )
-                if running is not None and count.rows[0]["running"] >= running:
-                    raise TooManyRunning.of(count.rows[0]["running"], running)
+                if running_max is not None and count.rows[0]["running"] >= running_max:
+                    raise TooManyRunning.of(count.rows[0]["running"], running_max)
                 priced = entry if reprice is None else reprice(self._facts_of(facts.rows))
                 for (limit, mine), result in zip(limits, sums_of_limits, strict=True):
                     sums = Sums.of(result.rows[0])
                     if sums.total + priced.estimate > limit:
-                        raise DailyLimitReached(priced, sums, is_total=mine == EVERYONE)
+                        raise DailyLimitReached(priced, sums, is_total=mine == ALL_PROFILES)
                 await self._record_link(db)
                 await self._insert(db, priced)
             return priced
@@ -458,7 +469,7 @@ class Journal:
         return await self._write(entry, STATE_COLUMNS, learn)
 
     async def update_images(self, entry: Entry, learn: Learn | None = None) -> bool:
-        """Write the entry's images, and what `update` writes."""
+        """Do the same as `update`, and write the entry's images."""
         return await self._write(entry, (*STATE_COLUMNS, "images"), learn)
 
     async def sums_since(self, since: float) -> Sums:
@@ -466,8 +477,8 @@ class Journal:
         return await self._backend.run(lambda db: _sums(db, self._mine, since))
 
     async def total_since(self, since: float) -> Sums:
-        """Return what `sums_since` returns, for all profiles."""
-        return await self._backend.run(lambda db: _sums(db, EVERYONE, since))
+        """Return the same as `sums_since`, for all profiles."""
+        return await self._backend.run(lambda db: _sums(db, ALL_PROFILES, since))
 
     # --- owners and callers ---
 
@@ -495,7 +506,7 @@ class Journal:
     async def claim(self, key: str, caller: str = "") -> bool:
         """Let a call of this server wait for an undelivered entry. Return False if another call waits for it.
 
-        `caller` is the server in the entry that `undelivered` returned: none, or one whose call does not wait any more.
+        `caller` is the field of the entry that `undelivered` returned: empty, or a server without a waiting call.
         """
         return await self._execute(SET_CALLER, self.owner, key, caller, key=key) == 1
 
@@ -589,8 +600,8 @@ class Journal:
         end = until if until is not None else LATEST
         if after is not None:
             end = min(end, after[0])
-        filters = ["created_at >= ?", "created_at <= ?"]
-        values: list[Any] = [start, end]
+        filters: list[str] = []
+        values: list[Any] = []
         if status is not None:
             filters.append("status = ?")
             values.append(status)
@@ -647,7 +658,7 @@ class Journal:
         return sorted({row["account"] for row in rows} - set(self._accounts))
 
     async def newest_of(self, account: str, until: float = LATEST) -> Entry | None:
-        """Return the newest entry of an account with a task of the profile that was created by `until`, or None."""
+        """Return the newest entry with a task that the profile bought from an account by `until`, or None."""
         return await self._one(NEWEST_TASK, account, until)
 
     async def link(self, account: str) -> None:
@@ -690,7 +701,6 @@ class Journal:
 
         `name` is that of the quota. A new day begins with an empty sum.
         """
-        # The account of a fact is a word without blanks, so the two kinds of rows never meet.
         holder = f"quota of {self.profile}"
 
         async def act(db: Connection) -> bool:
@@ -756,7 +766,7 @@ class Journal:
                 return value or None
 
         # Most answers find an empty fact, so they need no lock. Most of them follow a write that read the facts.
-        return await self._backend.run(act) if self.identity and (await self.facts(RECENT_S)).get(name) else None
+        return await self._backend.run(act) if self.identity and (await self.facts(FACTS_MAX_AGE_S)).get(name) else None
 
     async def close(self) -> None:
         """Release all entries of this server, so that another server can adopt them at once."""
@@ -818,9 +828,7 @@ class Journal:
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
         """Return the newest rows of a selection. A subclass may search words in an index."""
-        filters = (*selection.filters, *[HAS_WORD] * len(selection.words))
-        sql = self._sql(RECENT, filters=" AND ".join(filters))
-        return await db.fetch(sql, (*selection.values, *selection.words, limit))
+        return await db.fetch(self._sql(RECENT, filters=selection.filters), (*selection.values, limit))
 
     async def _one(self, query: str, *values: str | float) -> Entry | None:
         entries = readable_entries(await self._fetch(self._sql(query), *values))
@@ -851,20 +859,19 @@ class Journal:
 
     async def _write(self, entry: Entry, columns: tuple[str, ...], learn: Learn | None) -> bool:
         """Write the columns of an entry, and the facts that it changes."""
-        changes = ", ".join(f"{name} = ?" for name in columns)
+        changes = _assignments(columns)
         values = values_of(entry, columns)
-        is_certain = entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
         update = UPDATE_OWNED.format(changes=changes), (*values, entry.key, self.owner)
         if entry.task is None:
             update = UPDATE_WITHOUT_TASK.format(changes=changes), (*update[1], UNCONFIRMED_PATTERN)
 
         async def write(db: Connection) -> bool:
-            if is_certain:
+            if entry.has_certain_task:
                 await _withdraw_matches(db, entry)
             with _duplicate_task(entry):
                 if await db.execute(*update) == 1:
                     return True
-                if is_certain:
+                if entry.has_certain_task:
                     sql = UPDATE_CERTAIN.format(changes=changes)
                     if await db.execute(sql, (*values, self.owner, entry.key, UNCONFIRMED_PATTERN)) == 1:
                         return True
@@ -874,14 +881,15 @@ class Journal:
             return True
 
         async def write_at_once(db: Connection) -> bool:
-            """Try to write the entry in one step, which is enough for almost every write. Return False if it is not."""
+            """Write the entry in one step. Return False if that is not enough, which is rare: then it is written again."""
             matches = UNCONFIRMED_BY_TASK, (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
             try:
                 facts, other_entries, updated = await db.batch(self._facts_query, matches, update)
             except UniqueViolation:
                 return False
-            is_learned = learn is None or not learn(entry, self._facts_of(facts.rows))
-            return updated.changed == 1 and not (is_certain and other_entries.rows) and is_learned
+            has_new_facts = learn is not None and bool(learn(entry, self._facts_of(facts.rows)))
+            has_wrong_match = entry.has_certain_task and bool(other_entries.rows)
+            return updated.changed == 1 and not has_wrong_match and not has_new_facts
 
         async def act(db: Connection) -> bool:
             if await write_at_once(db):
@@ -899,7 +907,7 @@ class Journal:
         return await self._run_write(act, entry)
 
     async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
-        """Run the action that writes an entry. A subclass may record the entry elsewhere before."""
+        """Run the action that writes an entry. A subclass may record the entry at a second place."""
         return await self._backend.run(act, key=entry.key)
 
     async def _adopt(self, db: Connection) -> Sequence[Row]:
@@ -968,12 +976,16 @@ def values_of_sums(since: float) -> tuple[int, float, float]:
 async def _withdraw_matches(db: Connection, entry: Entry) -> None:
     """Make the outcome of another entry unknown again if its unconfirmed match is the certain task of this entry."""
     columns = (*STATE_COLUMNS, "images")
-    changes = ", ".join(f"{name} = ?" for name in columns)
+    sql = UPDATE_ANY.format(changes=_assignments(columns))
     values = (entry.task_id, entry.key, UNCONFIRMED_PATTERN)
     for other in readable_entries(await db.fetch(UNCONFIRMED_BY_TASK, values)):
         log.warning("the task %s belongs to another order, the match of %s was wrong", entry.task_id, other.key)
         unknown = replace(other, phase=Phase.UNKNOWN, task=None, images=(), error=MATCH_WITHDRAWN)
-        await db.execute(UPDATE_ANY.format(changes=changes), (*values_of(unknown, columns), other.key))
+        await db.execute(sql, (*values_of(unknown, columns), other.key))
+
+
+def _assignments(columns: Sequence[str]) -> str:
+    return ", ".join(f"{name} = ?" for name in columns)
 
 
 def marks(values: Sequence[str]) -> str:

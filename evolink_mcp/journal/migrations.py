@@ -15,7 +15,7 @@ from evolink_mcp.journal.rows import fold
 if TYPE_CHECKING:
     import sqlite3
 
-# SQLite stores this number in the header of the file. It tells our journal from the journal of an unpublished build.
+# SQLite stores this number in the header of the file. It distinguishes this journal from that of an unpublished build.
 APPLICATION_ID = 0x65766F32
 
 # MIGRATIONS[0] makes version 1. A later release appends a script and never changes an earlier one.
@@ -204,7 +204,7 @@ def _enclosed(db: sqlite3.Connection, begin: str, end: str, *undo: str) -> Gener
             for statement in undo:
                 db.execute(statement)
         except sqlite3.Error:
-            # The changes are still in the transaction. The caller must see that, and not an error that explains less.
+            # The undo failed too, so the changes are still in the transaction. An error of SQLite shows that to the caller.
             if db.in_transaction and not isinstance(error, sqlite3.Error):
                 raise
         raise

@@ -44,12 +44,8 @@ class PaidTask:
 
 def readable_tasks(rows: Iterable[Row]) -> list[PaidTask]:
     """Return the paid tasks of rows of the table `entries`. Skip damaged rows."""
-    return [PaidTask(row["profile"], entry) for row in rows for entry in readable_entries([row]) if is_paid(entry)]
-
-
-def is_paid(entry: Entry) -> bool:
-    """Return whether EvoLink named the task of this purchase."""
-    return entry.phase == Phase.SUBMITTED and entry.task is not None and not entry.is_unconfirmed
+    entries = ((row["profile"], entry) for row in rows for entry in readable_entries([row]))
+    return [PaidTask(profile, entry) for profile, entry in entries if entry.has_certain_task]
 
 
 class PaidRecord:

@@ -23,10 +23,12 @@ from evolink_mcp.journal.actions import Action, ActionThread, Outcome
 from evolink_mcp.journal.backend import Connection, Result, Row, Statement, UniqueViolation, clean_text
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
+    ALL_PROFILES,
     CHARGES,
     FACT_VALUES,
     HAS_WORD,
     INSERT_ENTRY,
+    RECENT,
     SUMS,
     SUMS_OF_ENTRIES,
     Charge,
@@ -36,7 +38,7 @@ from evolink_mcp.journal.journal import (
     values_of_sums,
 )
 from evolink_mcp.journal.migrations import check_origin, migrate, shared_transaction, transaction
-from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, is_paid, readable_tasks
+from evolink_mcp.journal.paid_record import PaidRecord, PaidTask, readable_tasks
 from evolink_mcp.journal.profile import DEFAULT_PROFILE, profile_id
 from evolink_mcp.journal.rows import fold, readable_entries
 
@@ -54,10 +56,10 @@ FILE_NAME = "journal.sqlite3"
 # So a call that needs the journal several times waits only once.
 LOCK_WAIT_S = 10.0
 LOCKED_WAIT_S = 0.2
-COPIES_MAX = 5
+COPIES_MAX = 5  # attempts to copy the files while servers write to them
 PRIMARY_CODE = 0xFF  # the part of an error code of SQLite that names the kind of the error
 
-# Add entries of a copy. The state with a task, the finished state and the delivered state is the later one.
+# Add entries of a copy. Of two states of an entry the later one stays: with a task, then finished, then delivered.
 MERGE_ENTRIES = """INSERT OR REPLACE INTO main.entries SELECT old.* FROM copy.entries AS old
     LEFT JOIN main.entries AS new ON new.key = old.key WHERE new.key IS NULL
     OR (old.task_id IS NOT NULL, old.closed, old.delivered_at IS NOT NULL)
@@ -72,7 +74,7 @@ class JournalFile:
     """One connection to the file in `folder`. The first `run` creates folder and file. All methods block.
 
     Before each action it compares the three files of the database with those that it opened, and the journal with the
-    record of paid tasks. `set_aside` is the new path of a damaged file, if there was one.
+    record of paid tasks.
     """
 
     def __init__(
@@ -87,7 +89,6 @@ class JournalFile:
         """Without `has_full_text`, use no full-text search even if SQLite has it."""
         self.folder = folder
         self.path = folder / FILE_NAME
-        self.set_aside: Path | None = None
         self.owner = owner
         self._clock = clock
         self._has_full_text = has_full_text
@@ -99,9 +100,8 @@ class JournalFile:
         self._files: FileStates = {}
         self._record = PaidRecord(folder)
         self._is_compared = False
-        self._unrecorded: dict[
-            str, PaidTask
-        ] = {}  # paid tasks that a living server has not written into the journal yet
+        # Paid tasks that a living server has not written into the journal yet, by the key of the entry.
+        self._unrecorded: dict[str, PaidTask] = {}
         self._dead_owners: set[str] = set()
         self._lease: BaseFileLock | None = None
         self._lease_inode = 0
@@ -117,7 +117,7 @@ class JournalFile:
 
         for attempt in (1, 2):
             try:
-                db = self._compared()
+                db = self._open_and_compare()
                 change_count = db.total_changes
                 result = act(db)
                 if self._is_locked and db.total_changes != change_count:
@@ -125,7 +125,7 @@ class JournalFile:
                 return result
             except sqlite3.DatabaseError as error:
                 self._note_lock(error)
-                # A short read is damage: a file is smaller than its index says.
+                # A short read is damage: the file lacks pages that its index names.
                 is_short = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ
                 # A lock or a full disk: the file is intact.
                 if isinstance(error, sqlite3.OperationalError) and not is_short:
@@ -133,7 +133,7 @@ class JournalFile:
                 # An error of the statement and not of the file.
                 if attempt == 2 or isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                     raise self.unwritable(str(error)) from error
-                self._set_aside()
+                self._move_damaged_file()
             except OSError as error:
                 raise self.unwritable(error.strerror or type(error).__name__) from error
         raise AssertionError("unreachable")
@@ -141,47 +141,34 @@ class JournalFile:
     def run_together(self, actions: Sequence[Action]) -> list[Action]:
         """Run actions in one transaction, and settle them. Return those that did not start.
 
-        Until the first change, each action gets its answer at once. All others get it after the commit, because it may
-        depend on the changes. The first action without a change ends the transaction: a long search must not keep the
-        write lock. After an error of SQLite the started actions run alone, and the error reaches the one that causes it.
+        The actions before the first change get their answers at once. Later ones get them after the commit, because the
+        answers may depend on the change. The first later action without a change ends the transaction: a long search must
+        not keep the write lock. After an error of SQLite the started actions run alone, and the error reaches the one that
+        causes it.
         """
         import sqlite3
 
-        expected = (sqlite3.Error, OSError, MemoryError)
-        attempts: list[Action] = []
-        changes: list[tuple[Action, Outcome]] = []
+        failures = (sqlite3.Error, OSError, MemoryError)
+        started: list[Action] = []
         try:
-            db = self._compared()
+            db = self._open_and_compare()
             with shared_transaction(db):
-                change_count = first_count = db.total_changes
-                for action in actions:
-                    attempts.append(action)
-                    outcome = Outcome.of(lambda act=action.act: act(db), *expected)
-                    # After some errors SQLite takes the whole transaction back.
-                    if not db.in_transaction:
-                        raise sqlite3.OperationalError("the transaction was taken back")
-                    if db.total_changes == first_count:
-                        action.settle(outcome)
-                        continue
-                    changes.append((action, outcome))
-                    if db.total_changes == change_count:
-                        break
-                    change_count = db.total_changes
-        except (*expected, JournalUnwritable) as error:
-            if not attempts and isinstance(error, sqlite3.Error):
+                unsettled = _run_in_transaction(db, actions, started, failures)
+        except (*failures, JournalUnwritable) as error:
+            if not started and isinstance(error, sqlite3.Error):
                 self._note_lock(error)
             log.info("actions on the journal run alone: %s", error)
             # Without a transaction each of them needs its own answer.
-            attempts = attempts or list(actions)
-            for action in attempts:
+            started = started or list(actions)
+            for action in started:
                 if not action.future.done():
-                    action.settle(Outcome.of(lambda act=action.act: self.run(act)))
+                    action.run_alone(self.run)
         else:
-            for action, outcome in changes:
+            for action, outcome in unsettled:
                 action.settle(outcome)
-            if self._is_locked and changes:
+            if self._is_locked and unsettled:
                 self._set_locked(is_locked=False)
-        return list(actions[len(attempts) :])
+        return list(actions[len(started) :])
 
     def record_paid(self, task: PaidTask) -> None:
         """Add a paid task to the record. An error is only logged, because the journal gets the entry too."""
@@ -223,7 +210,7 @@ class JournalFile:
         with suppress(OSError):
             lock.release()
             path.unlink()
-        # A later process may get the number of the dead one, so the answer is kept.
+        # A later process may get the process ID of the dead one, so the answer is remembered.
         self._dead_owners.add(owner)
         return True
 
@@ -238,11 +225,11 @@ class JournalFile:
         )
 
     @property
-    def _wait_s(self) -> float:
+    def _present_wait_s(self) -> float:
         return min(LOCKED_WAIT_S, self._lock_wait_s) if self._is_locked else self._lock_wait_s
 
     def _note_lock(self, error: sqlite3.Error) -> None:
-        """After a wait for the lock of another program in vain, wait only briefly until a write succeeds."""
+        """If another program held its lock during the whole wait, wait only briefly until a write succeeds."""
         import sqlite3
 
         if getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE == sqlite3.SQLITE_BUSY and not self._is_locked:
@@ -252,15 +239,15 @@ class JournalFile:
     def _set_locked(self, *, is_locked: bool) -> None:
         self._is_locked = is_locked
         if self._db is not None:
-            self._db.execute(f"PRAGMA busy_timeout = {int(self._wait_s * 1000)}")
+            self._db.execute(f"PRAGMA busy_timeout = {int(self._present_wait_s * 1000)}")
 
-    def _compared(self) -> sqlite3.Connection:
+    def _open_and_compare(self) -> sqlite3.Connection:
         """Return the connection, after the comparison of the journal with the record of paid tasks."""
-        db = self._opened()
+        db = self._open()
         self._compare_record(db)
         return db
 
-    def _opened(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         if self._db is not None and self._db.in_transaction:
             self._end_transaction(self._db)
         if self._db is not None:
@@ -277,16 +264,16 @@ class JournalFile:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             elif files[""].size == 0 and files["-wal"].size > 0:
                 # SQLite would delete the log of an empty file, although only the log has the entries.
-                self._set_aside()
-                return self._opened()
-            self._db = self._connect()
+                self._move_damaged_file()
+                return self._open()
+            self._db = self._open_journal()
             self._files = _states(self._paths)
             self._is_compared = False
             self._merge_copy(self._db)
         return self._db
 
     def _end_transaction(self, db: sqlite3.Connection) -> None:
-        """The end of a transaction failed: take it back. Every later action would become a part of it."""
+        """Take back a transaction that did not end. Every later action would become a part of it."""
         import sqlite3
 
         log.warning("a transaction of the journal %s did not end; it is taken back", self.path)
@@ -295,8 +282,8 @@ class JournalFile:
         except sqlite3.Error:
             self._shut()
 
-    def _connect(self) -> sqlite3.Connection:
-        db = _connected(self.path, self._wait_s)
+    def _open_journal(self) -> sqlite3.Connection:
+        db = _connect_to(self.path, self._present_wait_s)
         try:
             # The check is first, because the pragma below already changes the file.
             check_origin(db, self.path)
@@ -317,7 +304,7 @@ class JournalFile:
         search.prepare(db, is_usable=is_usable)
 
     def _recover(self, db: sqlite3.Connection, before: FileStates, now: FileStates) -> None:
-        """Close the files that were deleted, truncated or replaced. Copy the entries first, for the next `_connect`.
+        """Close the files that were deleted, truncated or replaced. Copy the entries first, for the next `_open_journal`.
 
         Otherwise this server would write purchases into a file that no other server and no later start can see.
         """
@@ -407,7 +394,7 @@ class JournalFile:
         self._is_compared = True
 
     def _lost_tasks(self, db: sqlite3.Connection, tasks: list[PaidTask]) -> list[PaidTask]:
-        """Return the tasks whose entry the journal does not have, or has without its task and without a living owner."""
+        """Return the tasks that are not in the journal, and that no living owner of their entry will write into it."""
         lost: list[PaidTask] = []
         for task in (*self._unrecorded.values(), *tasks):
             entry = task.entry
@@ -417,7 +404,7 @@ class JournalFile:
             if is_written or not has_living_owner:
                 self._unrecorded.pop(entry.key, None)
                 if not is_written:
-                    lost.append(task if self._has_lease(entry.owner) else _released(task))
+                    lost.append(task if self._has_lease(entry.owner) else _without_owner(task))
             else:
                 self._unrecorded[entry.key] = task
         return lost
@@ -453,7 +440,7 @@ class JournalFile:
         self._lease = lease
         self._lease_inode = _inode(path)
 
-    def _set_aside(self) -> None:
+    def _move_damaged_file(self) -> None:
         if self._shut():
             with suppress(OSError):
                 if self.path.stat().st_ino != self._files[""].inode:
@@ -467,8 +454,37 @@ class JournalFile:
                     os.replace(f"{self.path}{tail}", f"{aside}{tail}")
         except OSError as error:
             raise self.unwritable(error.strerror or "damaged") from error
-        self.set_aside = aside
         log.error("the journal was damaged: it was set aside as %s, and a new one was created", aside)
+
+
+def _run_in_transaction(
+    db: sqlite3.Connection, actions: Sequence[Action], started: list[Action], failures: tuple[type[Exception], ...]
+) -> list[tuple[Action, Outcome]]:
+    """Run actions in the open transaction, for `run_together`. Add each to `started` before it runs.
+
+    Settle the actions before the first change. Return the others with their outcomes: they depend on the commit.
+
+    Raises:
+        sqlite3.Error, OSError, MemoryError: one of `failures` ended an action, or SQLite took the transaction back.
+    """
+    import sqlite3
+
+    unsettled: list[tuple[Action, Outcome]] = []
+    first_count = db.total_changes
+    for action in actions:
+        started.append(action)
+        change_count = db.total_changes
+        outcome = Outcome.of(partial(action.act, db), *failures)
+        # After some errors SQLite takes the whole transaction back.
+        if not db.in_transaction:
+            raise sqlite3.OperationalError("the transaction was taken back")
+        if db.total_changes == first_count:
+            action.settle(outcome)
+            continue
+        unsettled.append((action, outcome))
+        if db.total_changes == change_count:
+            break
+    return unsettled
 
 
 @contextmanager
@@ -488,7 +504,7 @@ def snapshot(folder: Path) -> Generator[sqlite3.Connection]:
         try:
             if file.path.exists() or not record.exists():
                 _copy(file.path, copy)
-            db = _connected(copy)
+            db = _connect_to(copy)
             try:
                 check_origin(db, file.path)
                 migrate(db)
@@ -551,13 +567,13 @@ def _has_task(db: sqlite3.Connection, task: PaidTask) -> bool:
     return db.execute(sql, (task.profile, task.entry.task_id)).fetchone() is not None
 
 
-def _released(task: PaidTask) -> PaidTask:
+def _without_owner(task: PaidTask) -> PaidTask:
     """Return the task without its owner and its waiting call: both have ended."""
     return replace(task, entry=replace(task.entry, owner="", caller=""))
 
 
 def _inode(path: Path) -> int:
-    """Return the inode of the file, or 0 if there is none."""
+    """Return the inode of the file, or 0 without a file."""
     try:
         return os.stat(path).st_ino
     except OSError:
@@ -603,7 +619,7 @@ def _versions(path: Path) -> list[tuple[int, int]]:
     return [(one.stat().st_mtime_ns, one.stat().st_size) if one.exists() else (0, 0) for one in files]
 
 
-def _connected(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
+def _connect_to(path: Path, lock_wait_s: float = LOCK_WAIT_S) -> sqlite3.Connection:
     import sqlite3
 
     # With Python's default isolation_level, sqlite3 begins transactions itself and without the write lock.
@@ -749,7 +765,7 @@ class SqliteJournal(Journal):
         self._sqlite = backend
 
     async def _run_write(self, act: Callable[[Connection], Awaitable[bool]], entry: Entry) -> bool:
-        paid_task = PaidTask(self.profile, entry) if is_paid(entry) else None
+        paid_task = PaidTask(self.profile, entry) if entry.has_certain_task else None
         return await self._sqlite.run(act, key=entry.key, paid_task=paid_task)
 
     async def _select(self, db: Connection, selection: Selection, limit: int) -> Sequence[Row]:
@@ -757,9 +773,8 @@ class SqliteJournal(Journal):
         if not terms or not await db.fetch(search.HAS_INDEX):
             return await super()._select(db, selection, limit)
         # The index ignores characters beyond a NUL, and short words have no term. So all words are compared again.
-        filters = (*selection.filters, *[HAS_WORD] * len(selection.words))
-        sql = self._sql(search.RECENT_BY_WORDS, filters=" AND ".join(filters))
-        values = (*selection.values, *selection.words)
+        sql = self._sql(search.RECENT_BY_WORDS, filters=selection.filters)
+        values = selection.values
         rows = await db.fetch(sql, (terms, *search.positions(selection.start, selection.end), *values, limit))
         if len(rows) == limit:
             # The order within a millisecond is not the order of the list, so all of the last one are candidates.
@@ -773,11 +788,6 @@ class SqliteJournal(Journal):
         """The path of the file."""
         return self.file.path
 
-    @property
-    def set_aside(self) -> Path | None:
-        """The new path of a damaged file, if there was one."""
-        return self.file.set_aside
-
 
 def read_entries(
     folder: Path, limit: int, words: tuple[str, ...] = (), since: float = 0.0, *, profile: str | None = None
@@ -789,8 +799,8 @@ def read_entries(
     Raises:
         JournalUnwritable: The journal is damaged or cannot be read.
     """
-    filters = f" AND {HAS_WORD}" * len(words)
-    sql = f"SELECT * FROM entries WHERE {_mine(profile)} AND created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
+    filters = " AND ".join(["created_at >= ?", *[HAS_WORD] * len(words)])
+    sql = RECENT.format(mine=_mine(profile), filters=filters)
     with snapshot(folder) as db:
         return readable_entries(db.execute(sql, (since, *map(fold, words), limit)).fetchall())
 
@@ -849,7 +859,7 @@ def read_accounts(folder: Path, profile: str, identity: str) -> set[str]:
 
 
 def _mine(profile: str | None) -> str:
-    return "profile = profile" if profile is None else f"profile = '{profile_id(profile)}'"
+    return ALL_PROFILES if profile is None else f"profile = '{profile_id(profile)}'"
 
 
 def _run_now(action: Awaitable[T]) -> T:

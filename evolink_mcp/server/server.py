@@ -81,8 +81,8 @@ def build_server(
     *,
     wait_s: float | None = None,
     preview_edge: int | None = None,
-    previews_for_all: bool = False,
-    resource_links: bool = False,
+    has_previews_for_all: bool = False,
+    has_resource_links: bool = False,
     published: Collection[str] = TOOL_NAMES,
     secrets: Sequence[str] | None = None,
     hosts: Hosts = HOSTS,
@@ -90,12 +90,12 @@ def build_server(
 ) -> MCPServer[Any]:
     """Return the server of `studio`. The caller opens and closes the studio.
 
-    `wait_s`, `preview_edge`, `previews_for_all`, `resource_links` and `hosts` are those of `Waiting`. `published` names the
-    published tools; without generate_image a client cannot buy. The first of the `secrets` encrypts the state that a
+    `wait_s`, `preview_edge`, `has_previews_for_all`, `has_resource_links` and `hosts` are those of `Waiting`. `published`
+    names the published tools; without generate_image a client cannot buy. The first of the `secrets` encrypts the state that a
     client carries between requests. Servers with one of them accept it. Without secrets only this process accepts it.
     `rule_fresh_for_s`: compute_size reads the size rule from the journal at most once in this time.
     """
-    waiting = Waiting(studio, wait_s, preview_edge, previews_for_all, resource_links, hosts)
+    waiting = Waiting(studio, wait_s, preview_edge, has_previews_for_all, has_resource_links, hosts)
     get_task = get_task_tool(waiting)
     tools = [
         generate_image_tool(waiting),

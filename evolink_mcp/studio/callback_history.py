@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.journal import RECENT_S, Journal
+from evolink_mcp.journal.journal import FACTS_MAX_AGE_S, Journal
 
 log = logging.getLogger(__name__)
 
-#: The fact with the number of callbacks that did not arrive, since the last one that did. At most MISSED_MAX.
+# The fact with the number of callbacks that did not arrive, since the last one that did. At most MISSED_MAX.
 MISSED_FACT = "missed_callbacks"
 MISSED_MAX = 3
 MISSING = (
@@ -33,7 +33,7 @@ class CallbackHistory:
     async def read(self) -> None:
         """Read the count of all servers. If the journal cannot be read, nothing changes."""
         try:
-            facts = await self._journal.facts(max_age_s=RECENT_S)
+            facts = await self._journal.facts(max_age_s=FACTS_MAX_AGE_S)
         except JournalUnwritable:
             return
         self._missed = missed_in(facts.get(MISSED_FACT))

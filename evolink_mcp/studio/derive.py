@@ -17,6 +17,7 @@ import anyio.to_thread
 
 from evolink_mcp.api.targets import ICO, ICO_MAX_EDGE, MIME_TYPES, Target, parse_target
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, ReferenceRefused, Refused
+from evolink_mcp.images.decode_protocol import CONTENT_MAX_BYTES
 from evolink_mcp.images.derive import QUALITY_DEFAULT, Colour, DerivedImage, DerivePlan, Fit, Output
 from evolink_mcp.images.file_types import HEAD_BYTES, FileType, foreign_type
 from evolink_mcp.images.folders import open_plain, stem_of
@@ -31,9 +32,8 @@ from evolink_mcp.sanitize import harmless
 
 log = logging.getLogger(__name__)
 
-MEMORY_MAX_BYTES = 8 << 20  # longer files go to a temporary file
-# The decoder accepts no longer file.
-SOURCE_MAX_BYTES = 100 << 20
+SPOOL_MAX_BYTES = 8 << 20  # longer files go to a temporary file
+SOURCE_MAX_BYTES = CONTENT_MAX_BYTES
 LOSSY = (MIME_TYPES["jpeg"], MIME_TYPES["webp"])
 
 
@@ -181,8 +181,8 @@ class Deriver:
             FolderRefused, StoreUnusable: no file can be saved.
         """
         with (
-            tempfile.SpooledTemporaryFile(MEMORY_MAX_BYTES) as spooled_source,
-            tempfile.SpooledTemporaryFile(MEMORY_MAX_BYTES) as spooled_files,
+            tempfile.SpooledTemporaryFile(SPOOL_MAX_BYTES) as spooled_source,
+            tempfile.SpooledTemporaryFile(SPOOL_MAX_BYTES) as spooled_files,
         ):
             content = cast("BinaryIO", spooled_source)
             files = cast("BinaryIO", spooled_files)

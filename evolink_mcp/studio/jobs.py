@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
 
@@ -54,12 +55,12 @@ class ImageRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that passed every check that needs no purchase. Identical requests have the same `request_hash`."""
+class PreparedRequest:
+    """A request that passed every check that needs no purchase. Identical requests have the same `fingerprint`."""
 
     request: ImageRequest
     references: CheckedRequest
-    request_hash: str
+    fingerprint: str
     size_rule: str
 
 
@@ -252,6 +253,13 @@ class Job:
                 return
             with anyio.move_on_after(heartbeat_s):
                 await changed.wait()
+
+    async def wait_while(self, phase: Phase) -> None:
+        """Return when the entry has another phase or the job is finished."""
+        async with aclosing(self.states()) as states:
+            async for entry in states:
+                if entry.phase != phase:
+                    return
 
 
 def _state_of(entry: Entry) -> JobState:

@@ -153,9 +153,9 @@ class Limits:
             return await self._journal.intend(
                 entry,
                 since=start_of_day(entry.created_at),
-                cap=self._limits.per_day,
-                total_cap=self._limits.total_per_day,
-                running=self._limits.running,
+                day_limit=self._limits.per_day,
+                total_limit=self._limits.total_per_day,
+                running_max=self._limits.running,
                 reprice=reprice,
             )
         except DailyLimitReached as reached:

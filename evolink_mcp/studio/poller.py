@@ -17,8 +17,9 @@ from evolink_mcp.call_context import outside_request
 from evolink_mcp.errors import EvolinkError, RateLimited, Rejected, Unreadable
 from evolink_mcp.journal.entry import Phase
 from evolink_mcp.studio.callback_history import CallbackHistory
-from evolink_mcp.studio.events import Events, JournalWriter, Polled, Settled
+from evolink_mcp.studio.events import Events, Polled, Settled
 from evolink_mcp.studio.jobs import Callback, Job, Timing, guarded
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.schedule import (
     SLOW_REPEATS_MAX,
     DurationHistory,
@@ -30,19 +31,19 @@ from evolink_mcp.studio.schedule import (
 
 log = logging.getLogger(__name__)
 
-# A batch collects polls for GATHER_S. With MANY jobs a longer time fills it.
+# A batch collects polls for GATHER_S. With MANY_JOBS a longer time fills it.
 GATHER_S = 0.05
-MANY = 100
+MANY_JOBS = 100
 GATHER_MANY_S = 0.2
-READS_PER_S = 100
+READS_PER_S = 100  # of one account; EvoLink publishes no limit of polls
 # EvoLink's answers that mean "no batch reads".
 NO_BATCH_STATUS = (400, 404, 405, 501)
-UNREADABLE_BATCHES_MAX = 3
-RATE_LIMIT_WAIT_S = 5.0
+UNREADABLE_BATCHES_MAX = 3  # in a row; then tasks are polled one by one
+RATE_LIMIT_WAIT_S = 5.0  # after a 429 that names no time
 # The interval of polls while a callback is expected. They replace a callback that does not arrive.
 BACKSTOP_S = 60.0
 NOT_FOUND_READS = 4  # about 10 s in all
-FIRST_REFUSAL_WAIT_S = 2.0
+FIRST_REFUSAL_WAIT_S = 2.0  # doubles with each refusal
 
 
 @dataclass(slots=True)
@@ -91,7 +92,7 @@ class Poller:
         monotonic: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.rate_limit = RateLimit()
-        self.jobs = 0
+        self.job_count = 0
         self._client = client
         self._group = group
         self._events = events or Events()
@@ -112,7 +113,7 @@ class Poller:
             EvolinkError: Rejected (401, 403, 404 …), RateLimited, or Unreadable.
         """
         # A single job has no poll to share, so it does not wait for a batch.
-        if self.jobs <= 1:
+        if self.job_count <= 1:
             return await self._read_one(task_id)
         read = _Read(task_id)
         self._due.setdefault(tenant, deque()).append(read)
@@ -138,7 +139,7 @@ class Poller:
         """Send due reads until there are none. Reads that become due within GATHER_S share a batch."""
         try:
             while self._due:
-                await self._sleep(GATHER_S if self.jobs < MANY else GATHER_MANY_S)
+                await self._sleep(GATHER_S if self.job_count < MANY_JOBS else GATHER_MANY_S)
                 while self._has_batch_reads and (reads := self._next_batch()):
                     # The gathering continues while this batch waits for its answer.
                     self._group.start_soon(guarded, self._answer, reads)
@@ -249,6 +250,15 @@ def _is_complete(task: Task) -> bool:
     return task.status != FAILED or task.error is not None
 
 
+@dataclass(slots=True)
+class _Failures:
+    """The failed polls of a task since its last answer."""
+
+    unreadable: int = 0
+    not_found: int = 0
+    refused: int = 0
+
+
 class TaskFollower:
     """Poll the tasks of jobs until they are settled. A failed poll never fails a task."""
 
@@ -272,11 +282,11 @@ class TaskFollower:
             Rejected: EvoLink does not accept the key (401), does not know the task (404), or refused every poll for
                 two days. The journal keeps the task ID.
         """
-        self._poller.jobs += 1
+        self._poller.job_count += 1
         try:
             await self._poll_until_settled(job)
         finally:
-            self._poller.jobs -= 1
+            self._poller.job_count -= 1
 
     async def read_once(self, task: Task) -> Task:
         """Poll a task that another server follows.
@@ -299,63 +309,67 @@ class TaskFollower:
         rests_first = is_new
         if job.callback is not Callback.NONE:
             await self._callbacks.read()
-        failures = 0
-        not_found = 0
-        refusals = 0
+        failures = _Failures()
         while not task.settled:
             if rests_first:
                 rest_s = schedule.next_s(anyio.current_time() - accepted_at, task.progress)
                 if job.callback is not Callback.NONE and not self._callbacks.are_missing:
                     rest_s = max(rest_s, BACKSTOP_S)
                 await job.rest(rest_s, self._timing.sleep)
-            rests_first = True
             try:
                 newer = await self._poller.read(task.id, job.entry.account)
-            except RateLimited as error:
-                rests_first = error.retry_after_s == 0  # otherwise the poller waits
-            except Rejected as error:
-                # An external task may belong to another account.
-                if job.entry.phase == Phase.EXTERNAL or error.http_status == 401:
-                    raise
-                if error.http_status == 404:
-                    # EvoLink may answer 404 for a new task. Only repeated 404 answers count.
-                    not_found += 1
-                    if not_found == NOT_FOUND_READS:
-                        raise
-                    continue
-                # Other refusals may be temporary, and the image is paid. Poll again, more and more slowly.
-                if refusals == SLOW_REPEATS_MAX:
-                    raise
-                job.problem = error.problem
-                log.info("EvoLink refuses polls of %s: %s", task.id, error.code)
-                await job.rest(slower_s(FIRST_REFUSAL_WAIT_S, refusals), self._timing.sleep)
-                refusals += 1
-                rests_first = False
-            except Unreadable as error:
-                failures += 1
-                log.info("poll of %s failed: %s", task.id, error.code)
-                # Without tokens the next poll waits for its usual time.
-                if self._retry_budget.spend(is_lost=error.http_status is None):
-                    await self._timing.sleep(backoff_s(min(failures, 3)))
-                    rests_first = False
-            else:
-                failures = 0
-                not_found = 0
-                refusals = 0
-                job.problem = None
-                self._retry_budget.earn()
-                task = merge(task, newer)
-                last_polled_at = polled_at
-                polled_at = anyio.current_time()
-                await self._writer.record_poll(job, task)
-                job.record_answer(is_running=not task.settled)
-                if task.settled:
-                    has_missed_callback = job.callback is Callback.EXPECTED
-                    self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at, has_missed_callback))
+            except (Rejected, Unreadable) as error:
+                rests_first = await self._wait_after(error, job, failures)
+                continue
+            rests_first = True
+            failures = _Failures()
+            job.problem = None
+            self._retry_budget.earn()
+            task = merge(task, newer)
+            last_polled_at = polled_at
+            polled_at = anyio.current_time()
+            await self._writer.record_poll(job, task)
+            job.record_answer(is_running=not task.settled)
+            if task.settled:
+                has_missed_callback = job.callback is Callback.EXPECTED
+                self._writer.events.publish(Settled(job.entry, polled_at - last_polled_at, has_missed_callback))
         if job.callback is not Callback.NONE:
             await self._callbacks.add(has_arrived=job.callback is Callback.RECEIVED)
         if task.status == COMPLETED and is_new:
             await self._durations.add(job.entry, anyio.current_time() - accepted_at)
+
+    async def _wait_after(self, error: Rejected | Unreadable, job: Job, failures: _Failures) -> bool:
+        """Wait after a failed poll. Return whether the next poll waits for its usual time too.
+
+        Raises:
+            Rejected: no further poll can succeed. See `follow`.
+        """
+        if isinstance(error, RateLimited):
+            return error.retry_after_s == 0  # otherwise the poller waits
+        if isinstance(error, Unreadable):
+            failures.unreadable += 1
+            log.info("poll of %s failed: %s", job.entry.task_id, error.code)
+            if not self._retry_budget.spend(is_lost=error.http_status is None):
+                return True
+            await self._timing.sleep(backoff_s(min(failures.unreadable, 3)))
+            return False
+        # An external task may belong to another account.
+        if job.entry.phase == Phase.EXTERNAL or error.http_status == 401:
+            raise error
+        if error.http_status == 404:
+            # EvoLink may answer 404 for a new task. Only repeated 404 answers count.
+            failures.not_found += 1
+            if failures.not_found == NOT_FOUND_READS:
+                raise error
+            return True
+        # Other refusals may be temporary, and the image is paid. Poll again, more and more slowly.
+        if failures.refused == SLOW_REPEATS_MAX:
+            raise error
+        job.problem = error.problem
+        log.info("EvoLink refuses polls of %s: %s", job.entry.task_id, error.code)
+        await job.rest(slower_s(FIRST_REFUSAL_WAIT_S, failures.refused), self._timing.sleep)
+        failures.refused += 1
+        return False
 
 
 def merge(before: Task, newer: Task) -> Task:

@@ -15,8 +15,9 @@ from evolink_mcp.api.failures import rejected
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, RateLimited, Rejected, TaskKnown, Unreachable
 from evolink_mcp.images.references import References
 from evolink_mcp.journal.entry import Entry, Phase, new_key
-from evolink_mcp.studio.events import JournalWriter, Purchased
-from evolink_mcp.studio.jobs import Callback, Job, Prepared, Timing
+from evolink_mcp.studio.events import Purchased
+from evolink_mcp.studio.jobs import Callback, Job, PreparedRequest, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import RateLimit
 from evolink_mcp.studio.reconcile import REPEAT_WITHIN_S, Reconciler
@@ -24,7 +25,7 @@ from evolink_mcp.studio.schedule import backoff_s
 
 log = logging.getLogger(__name__)
 
-REPEATS_MAX = 2
+POST_REPEATS_MAX = 2
 INTERRUPTED = Problem("interrupted", "the server ended before anything was sent", True, "Call again.")
 ABANDONED = Problem("cancelled", "the call was cancelled before anything was sent", True, "Call again if it is wanted.")
 ANSWERED_WITH_EARLIER_TASK = Problem(
@@ -69,7 +70,7 @@ class Purchaser:
         self._callbacks = callbacks
         self._timing = timing
 
-    async def entry_for(self, prepared: Prepared) -> Entry:
+    async def entry_for(self, prepared: PreparedRequest) -> Entry:
         """Check the spending limits, upload the reference images and return the entry. The journal does not have it yet.
 
         Raises:
@@ -90,7 +91,7 @@ class Purchaser:
             owner=journal.owner,
             phase=Phase.INTENT,
             created_at=self._timing.clock(),
-            fingerprint=prepared.request_hash,
+            fingerprint=prepared.fingerprint,
             # EvoLink does not know `fit`. The journal keeps it for a server that continues the entry.
             request=body if request.fit is None else {**body, "fit": request.fit},
             estimate=request.price_ceiling,
@@ -140,7 +141,7 @@ class Purchaser:
         used_s = 0.0
         if 0 < self._rate_limit.remaining_s <= REPEAT_WITHIN_S:
             await self._timing.sleep(self._rate_limit.remaining_s)
-        for repeat in range(REPEATS_MAX + 1):
+        for repeat in range(POST_REPEATS_MAX + 1):
             began = anyio.current_time()
             try:
                 # All attempts have the same key. No rule relies on it, because EvoLink does not document idempotency.
@@ -154,7 +155,7 @@ class Purchaser:
                     self._rate_limit.purchases_at = max(self._rate_limit.purchases_at, error.retry_at or 0.0)
                 wait_s = max(error.retry_after_s or 0.0, backoff_s(repeat))
                 used_s += anyio.current_time() - began + wait_s
-                if repeat == REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:
+                if repeat == POST_REPEATS_MAX or used_s > REPEAT_WITHIN_S or not error.retryable:
                     phase = Phase.REFUSED if isinstance(error, RateLimited) else Phase.UNSENT
                     return await writer.record_phase(job, phase, error=error.problem)
                 log.info("POST failed (%s), retrying in %.1f s", error.code, wait_s)

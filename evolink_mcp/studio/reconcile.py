@@ -17,13 +17,14 @@ from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.api.task import Task, is_task_id
 from evolink_mcp.errors import EvolinkError, OutcomeUnknown, Problem, TaskKnown
 from evolink_mcp.journal.entry import UNCONFIRMED, Entry, Phase
-from evolink_mcp.studio.events import JournalWriter
 from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
+from evolink_mcp.studio.prices import references_of
 from evolink_mcp.studio.size_rule import size_of
 
 log = logging.getLogger(__name__)
 
-REPEAT_WITHIN_S = 30.0
+REPEAT_WITHIN_S = 30.0  # the time for all attempts of one POST, see `purchase`
 # The assumed error of a clock while no answer of EvoLink has shown its own time.
 CLOCK_SKEW_S = 60.0
 # EvoLink's clock is known to a second, and its task IDs contain whole seconds.
@@ -69,7 +70,7 @@ class Reconciler:
         candidates are named in the advice. Without a candidate the outcome stays unknown.
         """
         if await self._use_callback(job):
-            return None
+            return
         entry = job.entry
         candidates: list[Task] = []
         if named_ids:
@@ -77,20 +78,11 @@ class Reconciler:
             skew_s = self._client.clock_skew_s
             candidates = [task for task in tasks.values() if not contradicts(entry, task, skew_s)]
             if len(candidates) == 1 and await self._match(job, candidates[0]):
-                return None
-        for delay_s in () if self._is_shared or candidates else LIST_DELAYS_S:
-            if delay_s:
-                await self._timing.sleep(delay_s)
-            try:
-                candidates, is_certain = await self._candidates(entry)
-                if len(candidates) == 1 and is_certain and not await self._has_rivals(entry, candidates[0]):
-                    if await self._match(job, candidates[0]):
-                        return None
-                    candidates = []
-            except EvolinkError as error:
-                log.info("cannot read the account's task list: %s", error.code)
-            if candidates:
-                break
+                return
+        if not candidates and not self._is_shared:
+            is_matched, candidates = await self._search_list(job)
+            if is_matched:
+                return
         message = entry.error.message if entry.error else "the answer to the request was lost"
         advice = entry.error.advice if entry.error else OutcomeUnknown.advice
         if candidates:
@@ -99,7 +91,26 @@ class Reconciler:
                 f"It may be one of these tasks of the account: {ids}. Look at them with get_task before buying again."
             )
         problem = Problem("outcome_unknown", message, False, advice)
-        return await self._writer.record_phase(job, Phase.UNKNOWN, error=problem)
+        await self._writer.record_phase(job, Phase.UNKNOWN, error=problem)
+
+    async def _search_list(self, job: Job) -> tuple[bool, list[Task]]:
+        """Search the account's task list, now and later. Return whether a task was assigned, else also the candidates."""
+        entry = job.entry
+        candidates: list[Task] = []
+        for delay_s in LIST_DELAYS_S:
+            if delay_s:
+                await self._timing.sleep(delay_s)
+            try:
+                candidates, is_certain = await self._candidates(entry)
+                if len(candidates) == 1 and is_certain and not await self._has_rivals(entry, candidates[0]):
+                    if await self._match(job, candidates[0]):
+                        return True, []
+                    candidates = []
+            except EvolinkError as error:
+                log.info("cannot read the account's task list: %s", error.code)
+            if candidates:
+                break
+        return False, candidates
 
     async def refute(self, job: Job) -> bool:
         """Undo an unconfirmed match if the task or its images contradict the order. Return True if so."""
@@ -228,7 +239,7 @@ def _price_range(entry: Entry, task: Task) -> tuple[float, float]:
         request = GenerationRequest.model_validate(entry.body)
     except ValidationError:
         return 0.0, float("inf")
-    references = len(request.image_urls or ()) + (1 if request.mask_url else 0)
+    references = references_of(request)
     tokens = len(request.prompt.encode("utf-8", "surrogatepass"))  # a token has at least one byte
     model = request.image_model
     resolved = [sizes.resolve(request.size, request.resolution, rule, model.limits).size for rule in sizes.RULES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 import anyio
@@ -15,20 +15,22 @@ from evolink_mcp.call_context import outside_request, without_deadline
 from evolink_mcp.errors import EvolinkError, JournalUnwritable, TaskKnown
 from evolink_mcp.journal.entry import Entry, Phase, Stage
 from evolink_mcp.journal.journal import Notification
-from evolink_mcp.studio.events import Adopted, Changed, Finished, JournalWriter
-from evolink_mcp.studio.jobs import Callback, Job, JobState, Prepared, Timing, guarded
+from evolink_mcp.studio.events import Adopted, Changed, Finished
+from evolink_mcp.studio.jobs import Callback, Job, JobState, PreparedRequest, Timing, guarded
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.limits import Limits
 from evolink_mcp.studio.poller import TaskFollower, merge
 from evolink_mcp.studio.purchase import INTERRUPTED, Purchaser
-from evolink_mcp.studio.save import ImageSaver
+from evolink_mcp.studio.save import LINK_LIVES_S, ImageSaver
 from evolink_mcp.studio.schedule import SLOW_REPEATS_MAX, slower_s
 
 log = logging.getLogger(__name__)
 
-# EvoLink's links live as long, so an earlier result can still be downloaded.
-DEDUPLICATE_WITHIN_S = 24 * 3600
+# Until then an earlier result can still be downloaded.
+DEDUPLICATE_WITHIN_S = LINK_LIVES_S
+# The longest time by which a call may precede the cancellation of the same call.
 LATE_CANCELLATION_S = 1.0
-REPEAT_AFTER_S = 5.0
+REPEAT_AFTER_S = 5.0  # the wait before the first repeat of an unfinished job
 # No repeat can solve these problems: the key must change, or EvoLink does not know the task.
 FINAL_PROBLEMS = ("unauthorized", "not_found", "key_missing")
 
@@ -66,14 +68,11 @@ class JobRunner:
         """Wait until no POST is in progress, then stop listening to other servers."""
         try:
             for job in list(self.jobs):
-                async with aclosing(job.states()) as states:
-                    async for entry in states:
-                        if entry.phase != Phase.SENDING:
-                            break
+                await job.wait_while(Phase.SENDING)
         finally:
             self._stop_listening()
 
-    async def find_or_buy(self, prepared: Prepared) -> Job:
+    async def find_or_buy(self, prepared: PreparedRequest) -> Job:
         """Return the job of an earlier undelivered identical purchase, or buy. The caller is registered with the job.
 
         Claim and registration are one step, and so are record and job. A cancellation between them cannot lose one.
@@ -104,14 +103,14 @@ class JobRunner:
                 return job
         raise AssertionError("unreachable")
 
-    async def has_earlier(self, prepared: Prepared) -> bool:
+    async def has_earlier(self, prepared: PreparedRequest) -> bool:
         """Return whether `find_or_buy` would find an earlier purchase now. Call `adopt` first.
 
         Raises:
             JournalUnwritable: earlier purchases are unknown.
         """
         now = self._timing.clock()
-        earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
+        earlier = await self._writer.undelivered(prepared.fingerprint, now - DEDUPLICATE_WITHIN_S)
         return not prepared.request.force_new and any(entry.is_reusable(now) for entry in earlier.entries)
 
     def attend(self, job: Job) -> None:
@@ -128,51 +127,53 @@ class JobRunner:
         if job.entry.is_written and job.entry.delivered_at is None:
             await self._writer.remove_caller(job.entry.key)
 
-    async def _find(self, prepared: Prepared) -> Job | None:
+    async def _find(self, prepared: PreparedRequest) -> Job | None:
         # With an interval, a loop adopts the entries, and a call need not wait for it.
         if self._journal.adopt_every_s is None:
             await self.adopt()
         job, is_awaited = await self._claim(prepared)
-        if job is None and (is_awaited or self._has_waiting(prepared.request_hash)):
+        if job is None and (is_awaited or self._has_waiting(prepared.fingerprint)):
             # Over HTTP the cancellation of a call may arrive after the same call, sent later.
             await self._timing.sleep(LATE_CANCELLATION_S)
             job, _ = await self._claim(prepared)
         return job
 
-    async def _claim(self, prepared: Prepared) -> tuple[Job | None, bool]:
-        """Return the job of an earlier undelivered purchase, and whether a call of another server waits for such a one.
+    async def _claim(self, prepared: PreparedRequest) -> tuple[Job | None, bool]:
+        """Return the job of an earlier undelivered purchase, and whether a call of another server waits for one.
 
         A client may repeat a call at another server. Servers with a common file belong to different clients.
         """
         now = self._timing.clock()
-        earlier = await self._writer.undelivered(prepared.request_hash, now - DEDUPLICATE_WITHIN_S)
+        earlier = await self._writer.undelivered(prepared.fingerprint, now - DEDUPLICATE_WITHIN_S)
         is_awaited = earlier.is_awaited and self._journal.can_publish
         for entry in earlier.entries:
-            job = self.job_of(entry.key)
-            # An abandoned job buys nothing, so its entry cannot be returned.
-            is_abandoned = job is not None and job.is_abandoned
-            if is_abandoned or not entry.is_reusable(now):
+            if not self._is_reusable(entry, now):
                 continue
             with anyio.CancelScope(shield=True):
-                if await self._writer.claim(entry):
-                    # The purchase may have changed since it was read. An old state must not be continued.
-                    entry = await self._writer.entry_by_key(entry.key) or entry
-                    job = self.job_of(entry.key)
-                    if (job is not None and job.is_abandoned) or not entry.is_reusable(now):
-                        await self._writer.remove_caller(entry.key)
-                        continue
-                    save_as = prepared.request.save_as
-                    copy_name = save_as if save_as != entry.save_as else None
-                    job = job or await self.resume(entry, copy_name=copy_name)
-                    self.attend(job)
-                    job.is_deduplicated = True
-                    job.copy_name = copy_name
-                    return job, is_awaited
+                if not await self._writer.claim(entry):
+                    continue
+                # The purchase may have changed since it was read. An old state must not be continued.
+                entry = await self._writer.entry_by_key(entry.key) or entry
+                if not self._is_reusable(entry, now):
+                    await self._writer.remove_caller(entry.key)
+                    continue
+                save_as = prepared.request.save_as
+                copy_name = save_as if save_as != entry.save_as else None
+                job = self.job_of(entry.key) or await self.resume(entry, copy_name=copy_name)
+                self.attend(job)
+                job.is_deduplicated = True
+                job.copy_name = copy_name
+                return job, is_awaited
         return None, is_awaited
 
-    def _has_waiting(self, request_hash: str) -> bool:
+    def _is_reusable(self, entry: Entry, now: float) -> bool:
+        """Return whether an identical request can get this purchase. An abandoned job buys nothing."""
+        job = self.job_of(entry.key)
+        return entry.is_reusable(now) and not (job is not None and job.is_abandoned)
+
+    def _has_waiting(self, fingerprint: str) -> bool:
         """Return whether a call on this server waits for an identical request."""
-        return any(job.entry.fingerprint == request_hash for job in self._attended_jobs)
+        return any(job.entry.fingerprint == fingerprint for job in self._attended_jobs)
 
     async def adopt(self) -> None:
         """Adopt the open entries of dead servers.
@@ -206,6 +207,10 @@ class JobRunner:
     def job_of(self, key: str) -> Job | None:
         """Return the unfinished job of the entry on this server, if any."""
         return next((job for job in self.jobs if job.entry.key == key), None)
+
+    def job_of_task(self, task_id: str) -> Job | None:
+        """Return the unfinished job of the task on this server, if any."""
+        return next((job for job in self.jobs if job.entry.task_id == task_id), None)
 
     async def resume(self, entry: Entry, *, copy_name: str | None = None) -> Job:
         """Return a job for an entry that may have an owner: work on it, or watch its owner."""
@@ -357,13 +362,13 @@ class JobRunner:
     async def _watch_remote(self, job: Job) -> None:
         """Watch an entry of another server. Continue it when its owner is dead."""
         job.move_to(JobState.WATCHING)
-        polls = True
+        is_poll_due = True
         while True:
             entry = await self._writer.entry_by_key(job.entry.key) or job.entry
             if entry.task is not None:
                 entry = replace(entry, task=_newer_task(job.entry, entry.task))
             task = entry.task
-            if polls and task is not None and not task.settled:
+            if is_poll_due and task is not None and not task.settled:
                 with suppress(EvolinkError):  # the answer is only shown, its owner records it
                     entry = replace(entry, task=await self._follower.read_once(task))
                     job.record_answer(is_running=False)
@@ -372,7 +377,7 @@ class JobRunner:
             if await self._acquire(entry.key):
                 break
             # Each poll makes EvoLink query its provider, so only a caller's question causes a further one.
-            polls = await job.rest(self._journal.reread_s, self._timing.idle)
+            is_poll_due = await job.rest(self._journal.reread_s, self._timing.idle)
         job.change_to(await self._writer.entry_by_key(job.entry.key) or job.entry)
         job.become_owner()
         if job.entry.has_work(self._timing.clock()) or job.copy_name is not None:

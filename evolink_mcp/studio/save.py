@@ -25,18 +25,20 @@ from evolink_mcp.images.previews import edge_of
 from evolink_mcp.images.store import ImageStore
 from evolink_mcp.journal.entry import ResultImage
 from evolink_mcp.studio.derive import Deriver
-from evolink_mcp.studio.events import Failed, JournalWriter, Saved
+from evolink_mcp.studio.events import Failed, Saved
 from evolink_mcp.studio.jobs import ImageRequest, Job, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.poller import merge
 from evolink_mcp.studio.schedule import backoff_s
 
 # EvoLink's documentation: a link lives 24 h.
 LINK_LIVES_S = 24 * 3600
+# Of a completed task that lacks links. The wait grows with each one.
 REREADS_MAX = 3
 REREAD_AFTER_S = 0.5
-REPEATS_MAX = 4
-UNUSABLE_REPEATS_MAX = 1
-DOWNLOADS_AT_ONCE = 4
+DOWNLOAD_REPEATS_MAX = 4
+UNUSABLE_REPEATS_MAX = 1  # of a complete download that is no usable image
+DOWNLOADS_AT_ONCE = 4  # of all tasks of a studio
 # An RGBA image without compression.
 BYTES_PER_PIXEL = 4
 
@@ -167,7 +169,7 @@ class ImageSaver:
                 if isinstance(error, LinkExpired) and image.url_expires_at > self._timing.clock():
                     # The link is too young to expire. Some servers of the image host may not know it yet.
                     error = DownloadFailed("EvoLink's link to the picture is refused")
-                last = UNUSABLE_REPEATS_MAX if isinstance(error, PictureUnusable) else REPEATS_MAX
+                last = UNUSABLE_REPEATS_MAX if isinstance(error, PictureUnusable) else DOWNLOAD_REPEATS_MAX
                 if not error.retryable or repeats >= last:
                     raise error
                 await self._timing.sleep(backoff_s(repeats))
@@ -189,7 +191,7 @@ class ImageSaver:
 
 
 class _FreshLinks:
-    """New links to the images of one task. EvoLink is asked once, when a link was refused."""
+    """New links to the images of one task. EvoLink gets one question, after the first refused link."""
 
     def __init__(self, job: Job, client: EvolinkClient, writer: JournalWriter, timing: Timing) -> None:
         self._job = job

@@ -27,30 +27,27 @@ DEFAULT_TYPICAL_S = TYPICAL_S[DEFAULT_MODEL.default_quality]
 # The standard deviation of the logarithm of the durations.
 USUAL_SPREAD = 0.4
 # One task in ten follows another distribution with a much larger spread.
-STRANGE_SHARE = 0.1
-STRANGE_SPREAD = 1.0
+OUTLIER_SHARE = 0.1
+OUTLIER_SPREAD = 1.0
 # One poll costs as much as this detection lag.
-READ_COSTS_S = 0.075
-READ_MIN_S = 0.7
-# The longest rest as a share of the usual duration, the shortest as a share of the age, and the longest after the
-# usual duration.
-REST_MAX_SHARE = 0.4
-REST_MIN_OF_AGE = 0.025
-REST_OLD_MAX_S = 5.0
-# The smallest number of tasks of one quality that proves something, and the number of recent tasks that count.
-ENOUGH_TASKS = 5
-RECENT = 12
+POLL_COST_S = 0.075
+REST_MIN_S = 0.7
+REST_MAX_SHARE = 0.4  # of the usual duration
+REST_MIN_SHARE = 0.025  # of the age of the task
+REST_OLD_MAX_S = 5.0  # after the usual duration
+ENOUGH_TASKS = 5  # of one quality, to use their median
+RECENT_TASKS = 12  # of one quality, that count
 # An estimate that is this many times shorter than usual is used at once: EvoLink has changed.
 MUCH_SHORTER = 4.0
 # EvoLink's estimates are used if their error is below this share of the error of the medians.
-NEARER = 0.7
+ESTIMATE_ERROR_SHARE = 0.7
 # From this percentage on, this many polls follow each other faster.
-SPRINT_FROM = 90.0
-SPRINT_READS = 5
+SPRINT_PERCENT = 90.0
+SPRINT_POLLS = 5
 SPRINT_S = 1.5
-# Progress below this percentage does not predict the end.
-TRUSTED_FROM = 5.0
-STILL_READS = 2
+# Progress below this percentage, or equal in this many further polls, does not predict the end.
+TRUSTED_PERCENT = 5.0
+STILL_POLLS = 2
 BACKOFF_MIN_S = 0.5
 BACKOFF_MAX_S = 8.0
 # SLOW_REPEATS_MAX repeats take about two days.
@@ -59,8 +56,8 @@ SLOW_REPEATS_MAX = 58
 # The stored durations of an account.
 DURATIONS_FACT = "durations"
 DURATIONS_MAX = 60
-WRITTEN_EVERY = 5  # tasks
-COUNTED_FROM_S = 1.0
+WRITE_EVERY = 5  # tasks
+COUNTED_MIN_S = 1.0  # shorter durations are ignored
 
 Duration = tuple[str, float | None, float]  # quality, EvoLink's estimate and the true duration, both in seconds
 
@@ -78,19 +75,19 @@ class Expected:
         Inspection theory: the best interval is √(2·cost ÷ hazard). The hazard is the chance per second that the task
         ends now, if it did not end before.
         """
-        rest = READ_MIN_S
-        longest = max(REST_MAX_SHARE * self.median_s, READ_MIN_S)
+        rest = REST_MIN_S
+        longest = max(REST_MAX_SHARE * self.median_s, REST_MIN_S)
         if elapsed_s >= self.median_s:
             longest = min(longest, REST_OLD_MAX_S)
-        while rest < longest and rest * rest * self._hazard(elapsed_s + rest / 2) < 2 * READ_COSTS_S:
+        while rest < longest and rest * rest * self._hazard(elapsed_s + rest / 2) < 2 * POLL_COST_S:
             rest *= 1.1
-        old = min(REST_MIN_OF_AGE * elapsed_s, REST_OLD_MAX_S)
+        old = min(REST_MIN_SHARE * elapsed_s, REST_OLD_MAX_S)
         return max(min(rest, longest), old)
 
     def _hazard(self, at_s: float) -> float:
         ends = 0.0
         lasts = 0.0
-        for share, spread in ((1 - STRANGE_SHARE, self.spread), (STRANGE_SHARE, STRANGE_SPREAD)):
+        for share, spread in ((1 - OUTLIER_SHARE, self.spread), (OUTLIER_SHARE, OUTLIER_SPREAD)):
             z = math.log(at_s / self.median_s) / spread
             ends += share * math.exp(-z * z / 2) / (at_s * spread * math.sqrt(2 * math.pi))
             lasts += share * math.erfc(z / math.sqrt(2)) / 2
@@ -102,11 +99,11 @@ def expected(quality: str, estimate_s: float | None, durations: Sequence[Duratio
 
     Use EvoLink's estimate if its past errors are small, else the median of recent tasks, else the published median.
     """
-    estimated = [duration for duration in durations if duration[1]][-2 * RECENT :]
+    estimated = [duration for duration in durations if duration[1]][-2 * RECENT_TASKS :]
     if estimate_s and len(estimated) >= 2 * ENOUGH_TASKS:
         errors = [math.log(took_s / (estimate or took_s)) for _, estimate, took_s in estimated]
         errors_of_medians = [math.log(took_s / _median(name, durations)) for name, _, took_s in estimated]
-        if stdev(errors) < NEARER * stdev(errors_of_medians):
+        if stdev(errors) < ESTIMATE_ERROR_SHARE * stdev(errors_of_medians):
             return Expected(estimate_s * math.exp(fmean(errors)), max(stdev(errors), USUAL_SPREAD / 2))
     usual = _median(quality, durations)
     if (
@@ -114,12 +111,12 @@ def expected(quality: str, estimate_s: float | None, durations: Sequence[Duratio
         and len(_of_quality(quality, durations)) < ENOUGH_TASKS
         and estimate_s < usual / MUCH_SHORTER
     ):
-        usual = max(estimate_s, READ_MIN_S / 4)
+        usual = max(estimate_s, REST_MIN_S / 4)
     return Expected(usual)
 
 
 def _of_quality(quality: str, durations: Sequence[Duration]) -> list[float]:
-    return [took_s for name, _, took_s in durations if name == quality][-RECENT:]
+    return [took_s for name, _, took_s in durations if name == quality][-RECENT_TASKS:]
 
 
 def _median(quality: str, durations: Sequence[Duration]) -> float:
@@ -130,12 +127,12 @@ def _median(quality: str, durations: Sequence[Duration]) -> float:
 class DurationHistory:
     """The durations of the account's tasks that this server followed from start to end. All servers share them.
 
-    `counted_from_s`: shorter durations are ignored.
+    Durations below `counted_min_s` are ignored.
     """
 
-    def __init__(self, journal: Journal, *, counted_from_s: float = COUNTED_FROM_S) -> None:
+    def __init__(self, journal: Journal, *, counted_min_s: float = COUNTED_MIN_S) -> None:
         self._journal = journal
-        self._counted_from_s = counted_from_s
+        self._counted_min_s = counted_min_s
         self._durations: deque[Duration] = deque(maxlen=DURATIONS_MAX)
         self._unwritten = 0
         self._is_read = False
@@ -150,11 +147,11 @@ class DurationHistory:
 
     async def add(self, entry: Entry, took_s: float) -> None:
         """Add the duration of a completed task."""
-        if took_s < self._counted_from_s:
+        if took_s < self._counted_min_s:
             return
         self._durations.append((_quality(entry), entry.task.estimated_time_s if entry.task else None, took_s))
         self._unwritten += 1
-        if self._unwritten >= WRITTEN_EVERY:
+        if self._unwritten >= WRITE_EVERY:
             await self.write()
 
     async def write(self) -> None:
@@ -183,7 +180,7 @@ class DurationHistory:
             took_s = float(took_s)
         except (TypeError, ValueError, OverflowError):
             return None
-        is_valid = math.isfinite(took_s) and took_s >= self._counted_from_s and math.isfinite(estimate_s or 0.0)
+        is_valid = math.isfinite(took_s) and took_s >= self._counted_min_s and math.isfinite(estimate_s or 0.0)
         return (str(quality), estimate_s, took_s) if is_valid else None
 
 
@@ -197,10 +194,10 @@ class Schedule:
 
     expected: Expected = field(default_factory=Expected)
     draw: Callable[[], float] = random.random
-    _sprints: int = 0
+    _sprint_polls: int = 0
     _progress: float = 0.0
-    _still: int = 0
-    _trusted: bool = True
+    _still_polls: int = 0
+    _is_trusted: bool = True
 
     def next_s(self, elapsed_s: float, progress: float | None = None) -> float:
         """Return the seconds until the next poll, `elapsed_s` seconds after EvoLink accepted the task.
@@ -213,16 +210,16 @@ class Schedule:
     def _stretch(self, base: float, elapsed_s: float, progress: float | None) -> float:
         """Adapt the rest to rising progress: fewer polls far from the end, a few quick ones near it."""
         if progress is None or progress < self._progress:
-            self._trusted = self._trusted and progress is None
+            self._is_trusted = self._is_trusted and progress is None
             return base
-        self._still = 0 if progress > self._progress else self._still + 1
+        self._still_polls = 0 if progress > self._progress else self._still_polls + 1
         self._progress = progress
-        if not self._trusted or progress < TRUSTED_FROM:
+        if not self._is_trusted or progress < TRUSTED_PERCENT:
             return base
-        if progress >= SPRINT_FROM:
-            self._sprints += 1
-            return min(SPRINT_S, base) if self._sprints <= SPRINT_READS else base
-        if self._still >= STILL_READS:  # constant progress does not predict the end
+        if progress >= SPRINT_PERCENT:
+            self._sprint_polls += 1
+            return min(SPRINT_S, base) if self._sprint_polls <= SPRINT_POLLS else base
+        if self._still_polls >= STILL_POLLS:
             return base
         remaining = elapsed_s * (100 - progress) / progress
         return min(max(remaining / 2, base), 2 * base)

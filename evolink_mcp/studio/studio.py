@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -20,8 +20,9 @@ from evolink_mcp.journal.entry import Entry, Phase, Stage, fingerprint, with_def
 from evolink_mcp.journal.journal import Journal, Notification
 from evolink_mcp.studio.accounts import AccountLinker
 from evolink_mcp.studio.derive import Deriver
-from evolink_mcp.studio.events import Changed, Event, Events, JournalWriter, Subscriber
-from evolink_mcp.studio.jobs import ImageRequest, Job, Prepared, Timing, guarded
+from evolink_mcp.studio.events import Changed, Event, Events, Subscriber
+from evolink_mcp.studio.jobs import ImageRequest, Job, PreparedRequest, Timing, guarded
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.limits import Limits, SpendingLimits
 from evolink_mcp.studio.poller import Poller, TaskFollower
 from evolink_mcp.studio.prices import CHANGES_FACT, AccountPrices, Change, read_changes
@@ -41,8 +42,8 @@ ADOPT_AFTER_S = 0.2
 SUBMIT_GRACE_S = 1.0
 CLOSE_GRACE_S = 0.3
 OTHER_KEY = OtherKey("another API key bought it, so this server does not poll it").problem
-SYNC_WAITS_S = 15.0
-LINK_WITHIN_S = 5.0
+SYNC_WAITS_S = 15.0  # for the reconciliation of one lost answer
+LINK_WITHIN_S = 5.0  # the wait of an adoption for the test of a new key
 TASK_CONTINUES = "The task continues. Call get_task again in a minute."
 
 
@@ -170,22 +171,27 @@ class Studio:
         with anyio.CancelScope(shield=True), anyio.move_on_after(SUBMIT_GRACE_S):
             await self._runner.stop()
 
-    async def prepare(self, request: ImageRequest) -> Prepared:
+    async def prepare(self, request: ImageRequest) -> PreparedRequest:
         """Run every check that needs no purchase. It has no side effects.
 
         Raises:
             EvolinkError: a check failed. Nothing was sent.
         """
-        if request.save_as is not None:
-            request = replace(request, save_as=self.image_store.check_name(request.save_as))
+        request = self._with_checked_name(request)
         self._limits.check_callback(request.request.callback_url)
-        return self._prepared(request, await self.references.check(request.request))
+        return self._prepare_checked(request, await self.references.check(request.request))
 
-    def _prepared(self, request: ImageRequest, references: CheckedRequest) -> Prepared:
-        request_hash = fingerprint(with_defaults(references.identity))
-        return Prepared(request, references, request_hash, self.prices.current.rule)
+    def _with_checked_name(self, request: ImageRequest) -> ImageRequest:
+        if request.save_as is None:
+            return request
+        return replace(request, save_as=self.image_store.check_name(request.save_as))
 
-    async def prepare_series(self, requests: Sequence[ImageRequest]) -> list[Prepared]:
+    def _prepare_checked(self, request: ImageRequest, references: CheckedRequest) -> PreparedRequest:
+        return PreparedRequest(
+            request, references, fingerprint(with_defaults(references.identity)), self.prices.current.rule
+        )
+
+    async def prepare_series(self, requests: Sequence[ImageRequest]) -> list[PreparedRequest]:
         """Run every check of a series before its first purchase. The requests differ only in prompt and file name.
 
         The reference images are checked once. The spending limits count all requests without an earlier purchase.
@@ -197,9 +203,8 @@ class Studio:
         first = await self.prepare(requests[0])
         series = [first]
         for request in requests[1:]:
-            if request.save_as is not None:
-                request = replace(request, save_as=self.image_store.check_name(request.save_as))
-            series.append(self._prepared(request, replace(first.references, body=request.request.body())))
+            request = self._with_checked_name(request)
+            series.append(self._prepare_checked(request, replace(first.references, body=request.request.body())))
         await self._linker.link()
         # An unsent entry of a dead server becomes final here, so it does not count as an earlier purchase.
         await self._runner.adopt()
@@ -207,7 +212,7 @@ class Studio:
         await self._limits.check_series(new, self._runner.jobs)
         return series
 
-    async def order(self, request: ImageRequest, prepared: Prepared | None = None) -> Job:
+    async def order(self, request: ImageRequest, prepared: PreparedRequest | None = None) -> Job:
         """Buy images, or return an earlier identical purchase that was not delivered.
 
         The caller is registered with the job until `depart`. `ordered` does both. `prepared` is the result of
@@ -229,7 +234,7 @@ class Studio:
         return job
 
     @asynccontextmanager
-    async def ordered(self, request: ImageRequest, prepared: Prepared | None = None) -> AsyncGenerator[Job]:
+    async def ordered(self, request: ImageRequest, prepared: PreparedRequest | None = None) -> AsyncGenerator[Job]:
         """Order, and wait for the job inside this context. See `order`.
 
         Raises:
@@ -242,15 +247,15 @@ class Studio:
     async def resume(self, task_id: str) -> Job:
         """Return the job of this task: finished, running, or external.
 
-        To ask for a finished unconfirmed match by its ID confirms it. Without a key, and for a task of another account, the
-        job has the state of the journal.
+        A call for a finished unconfirmed match confirms it. Without a key, and for a task of another account, the job has the
+        state of the journal.
 
         Raises:
             TaskUnknown: other callers use the account too, and the journal does not have this task.
             JournalUnwritable: other callers use the account too, and the journal cannot be read.
         """
         await self.wake()
-        job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
+        job = self._runner.job_of_task(task_id)
         if job is None:
             entry = await self._recorded_entry(task_id)
             if entry is None:
@@ -313,7 +318,7 @@ class Studio:
         Raises:
             JournalUnwritable: the journal cannot be read.
         """
-        job = next((job for job in self._runner.jobs if job.entry.task_id == task_id), None)
+        job = self._runner.job_of_task(task_id)
         return job.entry if job is not None else await self.journal.by_task(task_id)
 
     async def deliver(self, job: Job) -> None:
@@ -330,6 +335,7 @@ class Studio:
 
     @asynccontextmanager
     async def _registered(self, job: Job) -> AsyncGenerator[None]:
+        """Remove a registered call from its job at the end. If it is the last call and is cancelled, do not buy."""
         try:
             yield
         except anyio.get_cancelled_exc_class():
@@ -362,7 +368,7 @@ class Studio:
     async def sync(self, limit: int) -> tuple[list[Task], str | None]:
         """Read the account's task list and reconcile lost answers again.
 
-        Returns the tasks that the journal does not know, and the reason if the list could not be read.
+        Return the tasks that the journal does not know, and the reason if the list could not be read.
         """
         self._need_key()
         if self._options.is_shared:
@@ -373,10 +379,7 @@ class Studio:
         lost = [entry for entry in entries if entry.phase == Phase.UNKNOWN and not self._runner.job_of(entry.key)]
         for job in [await self._runner.resume(entry) for entry in lost]:
             with anyio.move_on_after(SYNC_WAITS_S):
-                async with aclosing(job.states()) as states:
-                    async for entry in states:
-                        if entry.phase != Phase.UNKNOWN:
-                            break
+                await job.wait_while(Phase.UNKNOWN)
         try:
             tasks = await self.client.recent_tasks()
         except EvolinkError as error:

@@ -78,7 +78,7 @@ class Readiness:
     @property
     def problem(self) -> str | None:
         """The known reason why this server can do no paid work, if there is one."""
-        if self._database is not None and not self._database.alive:
+        if self._database is not None and not self._database.is_alive:
             return NO_DATABASE
         if self._entries_problem is not None:
             return self._entries_problem
@@ -92,7 +92,7 @@ class Readiness:
         The check reads the balance, which is free. If EvoLink does not answer in time, the last result stays.
         """
         async with self._lock:
-            if self._database is not None and self._database.alive:
+            if self._database is not None and self._database.is_alive:
                 self._entries_problem = await self._try_entries(self._database)
             if self._client.has_key and anyio.current_time() - self._checked_at >= KEY_CHECK_INTERVAL_S:
                 # Also after a failed check, so that an unreachable EvoLink does not delay each probe.

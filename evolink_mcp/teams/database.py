@@ -23,7 +23,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from evolink_mcp.call_context import remaining_s
 from evolink_mcp.errors import JournalUnwritable
-from evolink_mcp.journal.journal import EVERYONE, RELEASE_CALLERS
+from evolink_mcp.journal.journal import ALL_PROFILES, RELEASE_CALLERS
 from evolink_mcp.teams.database_url import DEFAULT_TIMES, Address, DatabaseTimes
 from evolink_mcp.teams.failover import Timelines, WrittenEntries, warn_of_asynchronous_standby
 from evolink_mcp.teams.lease import LOCKS, DatabaseConnection, Lease, LeaseLost
@@ -43,10 +43,10 @@ class PooledConnection(psycopg.AsyncConnection[DictRow]):
 
 # Well below `grace_s`: a server that reconnects in time keeps its entries.
 RECONNECT_AFTER_S = 0.5
-# After this time the pool ends a series of attempts, and an action starts a new one. The pauses of a series double, so with a
-# longer one the server could not use the database for as long again as the outage had lasted.
+# The pool ends a series of attempts to connect after this time, and the next action starts a new one. The pauses of a series
+# double, so the last pause of a long series would continue for about as long as the outage had lasted.
 RECONNECT_TIMEOUT_S = 1.0
-CLOSE_WITHIN_S = 2.0
+CLOSE_WITHIN_S = 2.0  # for the running actions, and for the pool
 # Add requests of tenants in a minute, and forget those of earlier minutes. Order and SKIP LOCKED prevent a deadlock with the
 # same statement of another server.
 ADD_REQUESTS = """WITH forgotten AS (DELETE FROM evolink_requests WHERE (tenant, minute) IN
@@ -63,8 +63,8 @@ SHARED_SESSIONS = (
     "name PostgreSQL itself in EVOLINK_MCP_DATABASE_URL, or set pool_mode = session"
 )
 PAYLOAD_MAX_BYTES = 7_900  # PostgreSQL's limit is 8,000
-POOL_SIZE = 10
-POOL_TRIES = 10  # each of a second
+POOL_SIZE = 10  # connections; the session of the lease is a further one
+POOL_TRIES = 10  # each waits one second for a connection
 
 
 class Database:
@@ -95,10 +95,10 @@ class Database:
         )  # fmt: skip
         self._connected_at = -math.inf  # monotonic time of the start of the session
         self._listeners: list[tuple[str, Callable[[dict[str, Any]], None]]] = []
-        self._stops: list[Callable[[], None]] = []
-        self._later: dict[str, tuple[str, dict[str, Any]]] = {}  # topic -> channel and payload
-        self._last: dict[str, asyncio.Task[Any]] = {}
-        self._running: set[asyncio.Task[Any]] = set()
+        self._loss_listeners: list[Callable[[], None]] = []
+        self._later_payloads: dict[str, tuple[str, dict[str, Any]]] = {}  # topic -> channel and payload
+        self._last_actions: dict[str, asyncio.Task[Any]] = {}  # by the key of the entry
+        self._actions: set[asyncio.Task[Any]] = set()
         self.failures = Counter({"action": 0, "session": 0})
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -108,8 +108,8 @@ class Database:
         return self._lease.owner
 
     @property
-    def alive(self) -> bool:
-        """Whether no other server may own the entries of this one. A process that was frozen sees at once that it is not."""
+    def is_alive(self) -> bool:
+        """Whether no other server can own the entries of this one. A process that was frozen gets False at once."""
         return time.monotonic() < self._alive_until
 
     def now(self) -> float:
@@ -118,13 +118,13 @@ class Database:
 
     @property
     def has_session(self) -> bool:
-        """Whether the session is open. `alive` stays true for `stop_after_s` without a session."""
+        """Whether the session is open. `is_alive` stays true for `stop_after_s` without a session."""
         return self._session is not None
 
     @property
-    def callback_count(self) -> int:
+    def listener_count(self) -> int:
         """The number of functions that `listen` and `when_lost` registered."""
-        return len(self._listeners) + len(self._stops)
+        return len(self._listeners) + len(self._loss_listeners)
 
     def pool_stats(self) -> dict[str, int]:
         """Return the counts of psycopg's pool. `requests_queued` waited for a connection, `requests_wait_ms` in all."""
@@ -147,12 +147,12 @@ class Database:
 
     def publish_later(self, channel: str, payload: dict[str, Any], *, topic: str) -> None:
         """Send a payload with the next heartbeat, so that it needs no transaction. Only the newest of a topic is sent."""
-        self._later[topic] = (channel, payload)
+        self._later_payloads[topic] = (channel, payload)
 
     def when_lost(self, stop: Callable[[], None]) -> Callable[[], None]:
         """Call `stop` when other servers may adopt the entries of this one. Return the function that cancels that."""
-        self._stops.append(stop)
-        return lambda: self._stops.remove(stop)
+        self._loss_listeners.append(stop)
+        return lambda: self._loss_listeners.remove(stop)
 
     async def run(self, act: Callable[[DatabaseConnection], Awaitable[T]], *, key: str | None = None) -> T:
         """Call `act` with a connection in autocommit mode. It continues after the cancellation of its caller.
@@ -164,12 +164,12 @@ class Database:
             JournalUnwritable: psycopg or the network raised an error, or the call must answer now.
         """
         # The states of an entry must reach the database in the order of their writes.
-        before = self._last.get(key) if key is not None else None
+        before = self._last_actions.get(key) if key is not None else None
         is_late = asyncio.Event()
         task = asyncio.create_task(self._work(act, before, is_late))
-        self._running.add(task)
+        self._actions.add(task)
         if key is not None:
-            self._last[key] = task
+            self._last_actions[key] = task
         task.add_done_callback(lambda task: self._handle_result(task, key))
         limit_s = remaining_s()
         if limit_s is not None:
@@ -230,8 +230,8 @@ class Database:
 
     async def close(self) -> None:
         """End the session. Other servers adopt unreleased entries after `grace_s`."""
-        if self._running:
-            await asyncio.wait(self._running, timeout=CLOSE_WITHIN_S)
+        if self._actions:
+            await asyncio.wait(self._actions, timeout=CLOSE_WITHIN_S)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             await asyncio.wait([self._heartbeat])
@@ -283,7 +283,7 @@ class Database:
         timeline = await self._timelines.find(session)
         # The end of a call during an outage is not recorded yet, and the same call at another server must not buy again.
         # Before the lease: with it this server counts as alive, and its entries as awaited.
-        await session.execute(translate(RELEASE_CALLERS.format(marks="?", linked=EVERYONE)), (self.owner,))
+        await session.execute(translate(RELEASE_CALLERS.format(marks="?", linked=ALL_PROFILES)), (self.owner,))
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
         await self._timelines.enter(session, timeline, self._lease)
@@ -307,8 +307,8 @@ class Database:
         async for notify in session.notifies(timeout=self._heartbeat_s):
             self._receive(notify)
         sent_at = time.monotonic()
-        messages = self._messages(*self._later.values())
-        self._later.clear()
+        messages = self._messages(*self._later_payloads.values())
+        self._later_payloads.clear()
         # A network that drops all packets causes no error.
         async with asyncio.timeout(2 * self._heartbeat_s), session.transaction() if messages else nullcontext():
             now = await self._lease.renew(session)
@@ -328,7 +328,7 @@ class Database:
                     self.rates.set_totals(totals)
 
     def _renew(self, sent_at: float, now: float) -> None:
-        """The database moved the deadline after `sent_at`. The answer may have waited, so it does not count from now.
+        """Restart the time in which this server may work. It begins at `sent_at`, because the answer may have waited.
 
         `now` is the time of the database.
         """
@@ -337,7 +337,7 @@ class Database:
         self._is_working = True
         self._restart_deadline()
 
-    def _lost(self) -> None:
+    def _handle_silence(self) -> None:
         if self._is_working:
             log.error("the database has not answered for %.0f s, this server stops its work", self.times.stop_after_s)
         self._stop_work()
@@ -346,14 +346,14 @@ class Database:
     def _stop_work(self) -> None:
         self._alive_until = -math.inf
         self._is_working = False
-        for stop in self._stops:
+        for stop in self._loss_listeners:
             stop()
 
     def _restart_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
         remaining_s = self._alive_until - time.monotonic() if self._is_working else self.times.stop_after_s
-        self._deadline = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._lost)
+        self._deadline = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._handle_silence)
 
     def _messages(self, *payloads: tuple[str, dict[str, Any]]) -> list[str]:
         """Return the messages to channels. Leave out those that are too long for PostgreSQL."""
@@ -399,7 +399,7 @@ class Database:
         if is_late.is_set():
             raise self._address.unwritable("its call had no time left")
         # Another server may own the entries already.
-        if not self.alive:
+        if not self.is_alive:
             raise self._address.unwritable("the session with it was lost")
         try:
             async with AsyncExitStack() as stack:
@@ -415,7 +415,7 @@ class Database:
             try:
                 connection = await stack.enter_async_context(self._pool.connection(1.0))
             except PoolTimeout:
-                if not self.alive or not remaining:
+                if not self.is_alive or not remaining:
                     raise
             else:
                 stack.callback(_record_use, connection)
@@ -435,9 +435,9 @@ class Database:
             raise psycopg.OperationalError("the database was replaced by another one")
 
     def _handle_result(self, task: asyncio.Task[Any], key: str | None) -> None:
-        self._running.discard(task)
-        if key is not None and self._last.get(key) is task:
-            del self._last[key]
+        self._actions.discard(task)
+        if key is not None and self._last_actions.get(key) is task:
+            del self._last_actions[key]
         if not task.cancelled():
             task.exception()  # a cancelled caller does not read it
 

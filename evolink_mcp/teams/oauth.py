@@ -38,7 +38,7 @@ READ_TIMEOUT_S = 10.0  # for metadata and keys together
 WAITING_MAX = 64
 RESPONSE_MAX_BYTES = 1 << 20
 CLOCK_SKEW_S = 30.0
-SUBJECT_MAX = 255  # characters, as in OpenID Connect
+SUBJECT_MAX_CHARS = 255  # as in OpenID Connect
 # Only asymmetric algorithms: an issuer cannot publish the key of HS256. By key type.
 ALGORITHMS = {
     "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -165,7 +165,7 @@ class Issuer:
             # PyJWT accepts a token without these claims unless they are required.
             options={"require": ["exp", "aud", "iss", "sub"]},
         )
-        if not 0 < len(claims["sub"]) <= SUBJECT_MAX:
+        if not 0 < len(claims["sub"]) <= SUBJECT_MAX_CHARS:
             raise jwt.InvalidTokenError("its sub is empty or too long")
         return claims
 

@@ -30,7 +30,7 @@ MARKER_MAX_BYTES = 200
 REMOTE = ("s3://", "gs://", "az://")
 # A store that does not answer must not hold a call for long: the answer can show EvoLink's link.
 RETRY_TIMEOUT_S = 20
-REASON_MAX = 200  # characters
+REASON_MAX_CHARS = 200
 OPERATIONS = ("put", "get", "link", "mount")
 _STORE_ID = re.compile(r"[0-9a-f]{32}")
 _SIGNED_PATH = re.compile(r"([0-9]{1,12})\.([0-9a-f]{64})/(.{1,1000})")
@@ -267,4 +267,4 @@ def _translated_errors(*, is_read: bool = True) -> Generator[None]:
 
 def _kind(error: BaseException) -> str:
     """Return obstore's name of the error. Its text may contain URLs, bucket names and answers of the store."""
-    return harmless(type(error).__name__.removesuffix("Error").lower() or "error", REASON_MAX)
+    return harmless(type(error).__name__.removesuffix("Error").lower() or "error", REASON_MAX_CHARS)

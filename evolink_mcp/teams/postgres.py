@@ -97,7 +97,7 @@ class PostgresBackend:
     @property
     def has_lease(self) -> bool:
         """See Backend."""
-        return self._database.alive
+        return self._database.is_alive
 
     async def run(self, act: Callable[[Connection], Awaitable[T]], *, key: str = "") -> T:
         """See Backend."""

@@ -192,7 +192,7 @@ class RemoteImageStore:
         finally:
             with suppress(OSError):
                 path.unlink()
-        return derivative.saved(sha256, object_name=name)
+        return derivative.file_facts(sha256, object_name=name)
 
     async def link_derived(self, file: DerivedFile) -> tuple[str, float] | None:
         """See ImageStore."""

@@ -1,4 +1,4 @@
-"""The versions of the PostgreSQL schema."""
+"""The versions of the PostgreSQL schema, its dialect of the journal's SQL, and the reads of the commands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from evolink_mcp.errors import JournalUnwritable
 from evolink_mcp.journal.backend import Row
 from evolink_mcp.journal.entry import Entry
 from evolink_mcp.journal.journal import (
+    ALL_PROFILES,
     CHARGES,
-    EVERYONE,
     EXACT_BELOW,
     FACT_VALUES,
     HAS_WORD,
     LATEST,
+    RECENT,
     SLOT_S,
     SUMS,
     SUMS_OF_ENTRIES,
@@ -34,8 +35,8 @@ from evolink_mcp.teams.database_url import Address
 TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts|sums)\b")
 # The condition for an entry with a word. An index with trigrams supports LIKE. The value is a `like_pattern`.
 LIKE_WORD = "words LIKE ?"
-# A trigger publishes the visible changes of an entry: "{Journal.channel of the profile} {JSON}". `by` is the server.
-# PostgreSQL knows one channel for all profiles.
+# The channel of all profiles. A trigger publishes each visible change of an entry as "{Journal.channel of the profile} {JSON}".
+# In the JSON, `by` is the server that made the change.
 CHANNEL = "evolink_mcp"
 # The tables of unpublished builds, and the statements that move them away.
 OLD_TABLES = ("evolink_schema", "evolink_servers", "evolink_entries", "evolink_uploads", "evolink_facts")
@@ -158,16 +159,16 @@ VERSIONS = (
         END
     $$;
     """,
-    # The lease has a deadline, and a mark of the server that ended it. `timeline` is that on which the server works,
-    # `awaited_on` the one on which the other servers wait for it.
+    # The lease has a deadline (`lease_until`). Another server that ends it sets `fenced_at`. The server works on `timeline`. The
+    # other servers wait for it on the timeline `awaited_on`.
     """
     ALTER TABLE evolink_servers ADD COLUMN IF NOT EXISTS lease_until TIMESTAMPTZ,
         ADD COLUMN IF NOT EXISTS fenced_at TIMESTAMPTZ, ADD COLUMN IF NOT EXISTS timeline TEXT NOT NULL DEFAULT '',
         ADD COLUMN IF NOT EXISTS awaited_on TEXT;
     """,
-    # Each notification costs each server a transaction. The release of an entry notifies of all its last changes, and the
-    # heartbeat of its owner of its progress, so other changes notify only if no release follows soon. Without another
-    # server none is necessary.
+    # Each notification costs each server a transaction. The release of an entry notifies the servers of all its last changes,
+    # and the heartbeat of its owner publishes its progress. Other changes notify only if no release follows soon. A server
+    # without another living server needs no notification.
     f"""
     DROP TRIGGER IF EXISTS evolink_changed ON evolink_entries;
     CREATE OR REPLACE FUNCTION evolink_publish() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -251,9 +252,8 @@ def read_entries(url: str, limit: int, words: tuple[str, ...] = (), since: float
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    filters = f" AND {LIKE_WORD}" * len(words)
-    sql = f"SELECT * FROM evolink_entries WHERE created_at >= ?{filters} ORDER BY created_at DESC, key LIMIT ?"
-    place, rows = _read(url, sql.replace("?", "%s"), [(since, *map(like_pattern, map(fold, words)), limit)])
+    sql = RECENT.format(mine=ALL_PROFILES, filters=" AND ".join(["created_at >= ?", *[HAS_WORD] * len(words)]))
+    place, rows = _read(url, sql, [(since, *map(like_pattern, map(fold, words)), limit)])
     return place, readable_entries(rows)
 
 
@@ -266,13 +266,12 @@ def read_sums(url: str, since: list[float], words: tuple[str, ...] = ()) -> list
         JournalUnwritable: The journal cannot be read.
     """
     if words:
-        sql = SUMS_OF_ENTRIES.format(mine=EVERYONE, filters=" AND ".join([LIKE_WORD] * len(words)))
+        sql = SUMS_OF_ENTRIES.format(mine=ALL_PROFILES, filters=" AND ".join([HAS_WORD] * len(words)))
         values: list[tuple[Any, ...]] = [(start, *map(like_pattern, map(fold, words))) for start in since]
     else:
-        sql = SUMS.format(mine=EVERYONE)
+        sql = SUMS.format(mine=ALL_PROFILES)
         values = [values_of_sums(start) for start in since]
-    statement = TABLES.sub(r"\1 evolink_\2", sql).replace("?", "%s")
-    _, rows = _read(url, statement, values)
+    _, rows = _read(url, sql, values)
     return [Sums.of(row) for row in rows] or [Sums() for _ in since]
 
 
@@ -282,8 +281,7 @@ def read_charges(url: str, since: float) -> list[Charge]:
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    statement = TABLES.sub(r"\1 evolink_\2", CHARGES.format(mine=EVERYONE)).replace("?", "%s")
-    _, rows = _read(url, statement, [(since,)])
+    _, rows = _read(url, CHARGES.format(mine=ALL_PROFILES), [(since,)])
     return [Charge.of(row) for row in rows]
 
 
@@ -293,8 +291,7 @@ def read_fact(url: str, name: str) -> list[str]:
     Raises:
         JournalUnwritable: The journal cannot be read.
     """
-    statement = TABLES.sub(r"\1 evolink_\2", FACT_VALUES).replace("?", "%s")
-    _, rows = _read(url, statement, [(name,)])
+    _, rows = _read(url, FACT_VALUES, [(name,)])
     return [row["value"] for row in rows]
 
 
@@ -312,8 +309,8 @@ def like_pattern(word: str) -> str:
     return f"%{escaped}%"
 
 
-def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[str, list[Row]]:
-    """Return the database's name and the rows of the statement with each tuple of parameters."""
+def _read(url: str, sql: str, parameters: list[tuple[Any, ...]]) -> tuple[str, list[Row]]:
+    """Return the database's name and the rows of the journal's SQL with each tuple of parameters."""
     address = Address.of(url)
     try:
         with psycopg.connect(address.conninfo) as db, db.cursor(row_factory=dict_row) as cursor:
@@ -322,7 +319,7 @@ def _read(url: str, statement: str, parameters: list[tuple[Any, ...]]) -> tuple[
             if row is not None and row["name"] is not None:
                 raise address.unwritable(UNPUBLISHED)
             return address.place, [
-                row for values in parameters for row in cursor.execute(statement.encode(), values).fetchall()
+                row for values in parameters for row in cursor.execute(translate(sql), values).fetchall()
             ]
     except psycopg.errors.UndefinedTable:
         return address.place, []

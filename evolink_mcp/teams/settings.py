@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from evolink_mcp.app.settings import BadSetting, Settings, number, path, plain, setting, switch, url
 
-SECRET_MIN = 32
+SECRET_MIN_CHARS = 32
 LINK_HOURS = 24.0
 LINK_HOURS_MAX = 168.0  # S3 signs links for at most a week
 UPLOAD_MB_PER_DAY = 1_000.0
@@ -52,8 +52,8 @@ def _with_extra(parse: Callable[[str], T], *modules: str) -> Callable[[str], T]:
 
 
 def _secret(text: str) -> str:
-    if len(text) < SECRET_MIN:
-        raise ValueError(f"must have {SECRET_MIN} characters or more")
+    if len(text) < SECRET_MIN_CHARS:
+        raise ValueError(f"must have {SECRET_MIN_CHARS} characters or more")
     return text
 
 
@@ -137,7 +137,7 @@ class TeamSettings(Settings):
         _SECRET,
         _secrets,
         None,
-        f"At least {SECRET_MIN} characters, the same on all servers of a team. Signs links and callback addresses. "
+        f"At least {SECRET_MIN_CHARS} characters, the same on all servers of a team. Signs links and callback addresses. "
         "To change it: the new and the old one, separated by a blank.",
         is_secret=True,
     )

@@ -21,7 +21,7 @@ class Delivery:
         self._acts: list[Act] = []
 
     @property
-    def awaited(self) -> bool:
+    def is_awaited(self) -> bool:
         """Whether an action waits for the delivery."""
         return bool(self._acts)
 

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
-from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
+from mcp.server.elicitation import ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
@@ -20,7 +20,16 @@ from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest
 from evolink_mcp.studio.studio import Studio
 from evolink_mcp.tools.adapter import PAID, flat_tool
-from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
+from evolink_mcp.tools.paid_calls import (
+    Confirm,
+    Credits,
+    ForceNew,
+    argument_notes,
+    can_ask,
+    check_confirmation,
+    confirm_without_question,
+    needs_approval,
+)
 from evolink_mcp.tools.previews import GALLERY_META
 from evolink_mcp.tools.task_answer import TaskOut
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Waiting, WaitSeconds, buyer_of, format_task_error
@@ -86,17 +95,13 @@ def generate_image_tool(waiting: Waiting) -> Tool:
     def confirm(
         req: GenerateImageArguments, order: Annotated[ImageRequest, Resolve(priced_order)], ctx: Context[Any, Any]
     ) -> Confirm | Elicit[Confirm]:
-        limit = studio.spending_limits.confirm_above
-        is_expensive = limit is not None and order.price_ceiling > limit
+        is_expensive = needs_approval(order.price_ceiling, studio)
         # An injected prompt could send an edit of a private file to a host of its choice.
         disclosures = _disclosures(req) - approved
         if can_ask(ctx) and (is_expensive or disclosures):
             price = f"This will cost at most {costs.format_credits(order.price_ceiling)}. " if is_expensive else ""
             return Elicit(f"{price}{_disclosure_text(disclosures)}Go ahead?", Confirm)
-        # A host that cannot ask gets a refusal. The user then approves by max_credits of the next call.
-        return Confirm(
-            go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= order.price_ceiling)
-        )
+        return confirm_without_question(order.price_ceiling, req.max_credits, studio)
 
     async def generate_image(
         req: GenerateImageArguments,
@@ -108,8 +113,7 @@ def generate_image_tool(waiting: Waiting) -> Tool:
         paths, URLs (valid 24 h), sizes and a preview. If the wait ends first, call get_task with the returned task_id.
         Never call generate_image again for the same picture. To edit, give image_urls. Show the user the path
         and the markdown line."""
-        if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise unconfirmed(order.price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
+        check_confirmation(confirmed, order.price_ceiling, studio, ctx)
         # Only after the confirmation, because a refused call must ask again.
         approved.update(_disclosures(req))
         async with AsyncExitStack() as stack:

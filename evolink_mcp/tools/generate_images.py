@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Self
 
 import anyio
-from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
+from mcp.server.elicitation import ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.resolve import Elicit, Resolve
 from mcp.server.mcpserver.tools import Tool
@@ -35,15 +35,24 @@ from evolink_mcp.errors import EvolinkError, OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest, Job
 from evolink_mcp.tools.adapter import PAID, flat_tool, result
-from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
+from evolink_mcp.tools.paid_calls import (
+    Confirm,
+    Credits,
+    ForceNew,
+    argument_notes,
+    can_ask,
+    check_confirmation,
+    confirm_without_question,
+    needs_approval,
+)
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
-from evolink_mcp.tools.task_answer import TaskOut, price_change_texts, refusal, task_out
+from evolink_mcp.tools.task_answer import price_change_texts, refusal_out
 from evolink_mcp.tools.task_text import count_of_pictures
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
 PICTURES_MAX = 10
-PROMPT_SHOWN = 60
+PROMPT_MAX_CHARS = 60
 # The arguments that every purchase of the series gets unchanged.
 SHARED = ("size", "resolution", "quality", "background", "output_format")
 
@@ -114,7 +123,7 @@ class GenerateImagesArguments(Arguments):
             first = seen.setdefault(" ".join(prompt.split()), number)
             if first != number:
                 raise ValueError(
-                    f"pictures {first} and {number} have the same prompt {quoted(prompt, PROMPT_SHOWN)}: change one of "
+                    f"pictures {first} and {number} have the same prompt {quoted(prompt, PROMPT_MAX_CHARS)}: change one of "
                     "them, or call generate_image with n for several pictures of one prompt"
                 )
         count = len(self.image_urls or ()) + len(self.style_references or ())
@@ -149,13 +158,11 @@ def generate_images_tool(waiting: Waiting) -> Tool:
         orders: Annotated[list[ImageRequest], Resolve(priced_orders)],
         ctx: Context[Any, Any],
     ) -> Confirm | Elicit[Confirm]:
-        limit = studio.spending_limits.confirm_above
         ceiling = _ceiling(orders)
-        is_expensive = limit is not None and ceiling > limit
-        if can_ask(ctx) and is_expensive:
+        if can_ask(ctx) and needs_approval(ceiling, studio):
             price = costs.format_credits(ceiling)
             return Elicit(f"This will cost at most {price} for {count_of_pictures(len(orders))}. Go ahead?", Confirm)
-        return Confirm(go_ahead=not is_expensive or (req.max_credits is not None and req.max_credits >= ceiling))
+        return confirm_without_question(ceiling, req.max_credits, studio)
 
     async def generate_images(
         req: GenerateImagesArguments,
@@ -165,8 +172,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
     ) -> CallToolResult:
         """Make up to 10 different pictures in one call. PAID: each is a purchase. Waits and saves like generate_image. For
         an unfinished picture call its next_action, never this tool again. Show the user all paths."""
-        if not (isinstance(confirmed, AcceptedElicitation) and confirmed.data.go_ahead):
-            raise unconfirmed(_ceiling(orders), studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
+        check_confirmation(confirmed, _ceiling(orders), studio, ctx)
         outcomes: list[Job | EvolinkError] = []
         async with AsyncExitStack() as stack:
             with waiting.call(ctx, req.wait_seconds) as ends_at:
@@ -230,12 +236,17 @@ async def _answer(
     host = waiting.host_of(ctx)
     jobs = [outcome for outcome in outcomes if isinstance(outcome, Job)]
     await follow_all(outcomes, ends_at, ctx.report_progress)
-    tasks = [await _task_of(waiting, outcome) for outcome in outcomes]
+    tasks = [
+        await waiting.task_of(outcome, outcome.entry, is_deduplicated=outcome.is_deduplicated)
+        if isinstance(outcome, Job)
+        else refusal_out(outcome)
+        for outcome in outcomes
+    ]
     notes = [*notes, *price_change_texts(await studio.take_price_changes())]
     prompts = [order.request.prompt for order in orders]
     reserved = sum(job.entry.reserved for job in jobs)
     out = series_out(prompts, tasks, reserved, _ceiling(orders), notes)
-    edge = waiting.preview_edge if waiting.previews_for_all or host.has_previews else 0
+    edge = waiting.preview_edge_for(host)
     files = [file for job in jobs for file in await waiting.files_of(job.entry)] if edge != 0 else []
     text = series_text(out)
     room = host.answer_max - len(text) - 3 * len(out.model_dump_json())
@@ -245,18 +256,6 @@ async def _answer(
         if job.is_finished and job.problem is None and job.entry.has_result:
             await waiting.hand_over(job, ctx)
     return result(text, out, *images, is_error=out.error is not None)
-
-
-async def _task_of(waiting: Waiting, outcome: Job | EvolinkError) -> TaskOut:
-    if isinstance(outcome, EvolinkError):
-        return refusal(outcome)
-    return task_out(
-        await waiting.studio.image_store.entry_for_caller(outcome.entry),
-        problem=outcome.problem if outcome.is_finished else None,
-        joined=outcome.is_deduplicated,
-        running=not outcome.is_finished,
-        has_other_key=waiting.studio.has_other_key(outcome.entry),
-    )
 
 
 async def follow_all(outcomes: Sequence[Job | EvolinkError], ends_at: float, report: Report) -> None:

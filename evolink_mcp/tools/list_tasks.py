@@ -28,7 +28,7 @@ from evolink_mcp.studio.times import instant
 from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.sums import amount, periods, sums_text
-from evolink_mcp.tools.task_answer import brief, price_change_texts, row, task_out
+from evolink_mcp.tools.task_answer import list_facts, price_change_texts, shorten_request, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
 from evolink_mcp.tools.waiting import mcp_host_of
 
@@ -191,11 +191,11 @@ def _within_limit(
     tasks: list[dict[str, Any]] = []
     for entry in entries:
         if detail:
-            task = brief(task_out(entry, has_other_key=has_other_key(entry)))
+            task = shorten_request(task_out(entry, has_other_key=has_other_key(entry)))
             data = task.model_dump(mode="json")
             text = task_text(task)
         else:
-            data = row(entry, has_other_key=has_other_key(entry))
+            data = list_facts(entry, has_other_key=has_other_key(entry))
             text = row_text(data)
         # json.dumps writes other scripts as escapes, so this is an upper limit of the answer's size.
         remaining_chars -= len(json.dumps(data)) + len(json.dumps(text))

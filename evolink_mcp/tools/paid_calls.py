@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
 from mcp.server.mcpserver import Context
 from pydantic import BaseModel, Field, Strict
 
@@ -30,7 +31,34 @@ def can_ask(ctx: Context[Any, Any]) -> bool:
     return bool(capabilities and capabilities.elicitation) and (modern or ctx.session.can_send_request)
 
 
-def unconfirmed(at_most: float, limit: float | None, *, was_asked: bool) -> OverBudget:
+def needs_approval(price_ceiling: float, studio: Studio) -> bool:
+    """Return whether the user must approve this price."""
+    limit = studio.spending_limits.confirm_above
+    return limit is not None and price_ceiling > limit
+
+
+def confirm_without_question(price_ceiling: float, max_credits: float | None, studio: Studio) -> Confirm:
+    """Return the confirmation of a call without a question to the user.
+
+    A host that cannot ask gets a refusal. The user then approves by `max_credits` of the next call.
+    """
+    is_approved = max_credits is not None and max_credits >= price_ceiling
+    return Confirm(go_ahead=is_approved or not needs_approval(price_ceiling, studio))
+
+
+def check_confirmation(
+    answer: ElicitationResult[Confirm], price_ceiling: float, studio: Studio, ctx: Context[Any, Any]
+) -> None:
+    """Check the confirmation of a call.
+
+    Raises:
+        OverBudget: the user did not approve the call.
+    """
+    if not (isinstance(answer, AcceptedElicitation) and answer.data.go_ahead):
+        raise _unconfirmed(price_ceiling, studio.spending_limits.confirm_above, was_asked=can_ask(ctx))
+
+
+def _unconfirmed(at_most: float, limit: float | None, *, was_asked: bool) -> OverBudget:
     """Return the refusal of a call that the user did not approve. `limit` is the price above which the user must approve."""
     if was_asked:
         return OverBudget(

@@ -31,8 +31,8 @@ from evolink_mcp.studio.prices import BILL_RULE, FACTOR, QUALITY, SIZE_RULE, Cha
 from evolink_mcp.studio.size_rule import shown_by, size_of
 from evolink_mcp.tools.schemas import ErrorOut, error_out, undescribed
 
-TEXT_MAX_CHARS = 200
-PROMPT_MAX_CHARS = 80
+TEXT_MAX_CHARS = 200  # of a text of the request in a list or in a limited answer
+PROMPT_MAX_CHARS = 80  # of a prompt in a list or in Markdown
 OTHER_KEY_NOTE = (
     "It was bought with another key. This server does not poll it, and an identical call buys a new picture."
 )
@@ -112,21 +112,21 @@ def task_out(
     entry: Entry,
     *,
     problem: Problem | None = None,
-    joined: bool = False,
-    running: bool = False,
+    is_deduplicated: bool = False,
+    is_running: bool = False,
     has_other_key: bool = False,
 ) -> TaskOut:
     """Return the answer about an entry.
 
-    `problem` is the error of this call. `joined`: the call got the purchase of an earlier identical call. `running`:
-    the job continues, so a request that is not sent yet may still be charged. `has_other_key`: the key of this server
-    cannot read the task.
+    `problem` is the error of this call. `is_deduplicated`: the call got the purchase of an earlier identical call.
+    `is_running`: the job continues, so a request that is not sent yet may still be charged. `has_other_key`: the key of
+    this server cannot read the task.
     """
     task = entry.task
     failure = _failure(entry) or problem or _missing_files(entry)
-    waiting = entry.stage is Stage.OPEN and failure is None
+    is_unfinished = entry.stage is Stage.OPEN and failure is None
     # The phase means "not charged" before the POST, but the job may send it after this answer.
-    is_being_sent = running and entry.phase in (Phase.INTENT, Phase.SENDING)
+    is_being_sent = is_running and entry.phase in (Phase.INTENT, Phase.SENDING)
     charged = "unknown" if is_being_sent else entry.charged
     credits = _credits(entry, charged)
     return TaskOut(
@@ -138,9 +138,7 @@ def task_out(
         # A caller can send the request of an answer again as a new call.
         request=({**entry.request, "save_as": entry.save_as} if entry.save_as else entry.request) or None,
         references=[reference.published for reference in entry.references],
-        images=[image_out(task.id, picture, entry.request.get("prompt") or "") for picture in entry.images]
-        if task
-        else [],
+        images=[image_out(task.id, image, entry.request.get("prompt") or "") for image in entry.images] if task else [],
         expected_size=_expected(entry),
         charged=charged,
         credits=credits,
@@ -148,38 +146,38 @@ def task_out(
         bill_difference=_bill_difference(entry),
         guess=entry.is_unconfirmed,
         error=error_out(failure) if failure else None,
-        next_action=_next_action(entry, failure, charged) if (waiting or failure) and not has_other_key else None,
-        notes=[OTHER_KEY_NOTE] * has_other_key + _notes(entry, joined, is_being_sent),
+        next_action=_next_action(entry, failure, charged) if (is_unfinished or failure) and not has_other_key else None,
+        notes=[OTHER_KEY_NOTE] * has_other_key + _notes(entry, is_deduplicated, is_being_sent),
     )
 
 
-def image_out(task_id: str, picture: ResultImage, prompt: str = "") -> ImageOut:
+def image_out(task_id: str, image: ResultImage, prompt: str = "") -> ImageOut:
     """Return one image of a task, with its resource and a line of Markdown if its file is present."""
-    facts = asdict(picture) | {"url_expires_at": iso(picture.url_expires_at)}
-    if picture.is_present:
+    facts = asdict(image) | {"url_expires_at": iso(image.url_expires_at)}
+    if image.is_present:
         facts |= {
-            "resource_uri": f"evolink://images/{task_id}/{picture.index}",
-            "markdown": markdown_of(picture.path or picture.url, prompt),
+            "resource_uri": f"evolink://images/{task_id}/{image.index}",
+            "markdown": markdown_of(image.path or image.url, prompt),
             "error": None,
         }
-    elif picture.is_saved:
-        facts["error"] = "; ".join(filter(None, (_missing_file(picture), picture.error)))
+    elif image.is_saved:
+        facts["error"] = "; ".join(filter(None, (_missing_file(image), image.error)))
     return ImageOut.model_validate(facts)
 
 
-def _missing_file(picture: ResultImage) -> str:
+def _missing_file(image: ResultImage) -> str:
     """Return the reason why a saved image is not present."""
-    if picture.is_away:
-        return f"the folder of {picture.path} does not exist now; its drive or share may be disconnected"
-    return f"the file {picture.path} was moved or deleted"
+    if image.is_away:
+        return f"the folder of {image.path} does not exist now; its drive or share may be disconnected"
+    return f"the file {image.path} was moved or deleted"
 
 
 def _missing_files(entry: Entry) -> Problem | None:
     """Return the problem of a completed task whose saved images are all missing."""
-    saved = [picture for picture in entry.images if picture.is_saved]
-    if entry.status != COMPLETED or not saved or any(picture.is_present for picture in saved):
+    saved = [image for image in entry.images if image.is_saved]
+    if entry.status != COMPLETED or not saved or any(image.is_present for image in saved):
         return None
-    message = "; ".join(_missing_file(picture) for picture in saved)
+    message = "; ".join(_missing_file(image) for image in saved)
     advice = (
         "Connect the drive or put the file back, then call get_task. It downloads a deleted picture again while EvoLink "
         "keeps it."
@@ -187,7 +185,7 @@ def _missing_files(entry: Entry) -> Problem | None:
     return Problem("file_missing", message, True, advice)
 
 
-def refusal(error: EvolinkError) -> TaskOut:
+def refusal_out(error: EvolinkError) -> TaskOut:
     """Return the answer to a call that created no task."""
     return TaskOut(
         status=FAILED if error.charged == "no" else "unknown",
@@ -203,23 +201,23 @@ def is_error(out: TaskOut) -> bool:
     return out.error is not None
 
 
-def brief(out: TaskOut) -> TaskOut:
+def shorten_request(out: TaskOut) -> TaskOut:
     """Return the answer for a list, with long prompts and URLs shortened."""
     if out.request is None:
         return out
-    return out.model_copy(update={"request": {name: shortened(value) for name, value in out.request.items()}})
+    return out.model_copy(update={"request": {name: shorten_value(value) for name, value in out.request.items()}})
 
 
-def fitted(out: TaskOut, chars_max: int) -> TaskOut:
+def limit_answer(out: TaskOut, chars_max: int) -> TaskOut:
     """Return the answer with shortened texts in its request if text and structured content exceed `chars_max`."""
     # The text repeats the facts of the structured content.
     if 2 * len(json.dumps(out.model_dump(mode="json"), ensure_ascii=False)) <= chars_max:
         return out
     note = "Long texts of the request are shortened, because the MCP host limits the size of an answer."
-    return brief(out).model_copy(update={"notes": [*out.notes, note]})
+    return shorten_request(out).model_copy(update={"notes": [*out.notes, note]})
 
 
-def row(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
+def list_facts(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
     """Return the facts of an entry for a list, without empty ones. `has_other_key` is the one of `task_out`."""
     failure = _failure(entry)
     credits = _credits(entry, entry.charged)
@@ -229,7 +227,7 @@ def row(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
         "status": entry.status,
         "created_at": iso(entry.created_at),
         "prompt": prompt or None,
-        "paths": [picture.path for picture in entry.images if picture.path],
+        "paths": [image.path for image in entry.images if image.path],
         "edited_from": [
             reference.given if reference.task_id is None else f"{reference.task_id}/{reference.index}"
             for reference in entry.references
@@ -245,10 +243,10 @@ def row(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in (None, [])}
 
 
-def shortened(value: Any) -> Any:
+def shorten_value(value: Any) -> Any:
     """Return a value of a request with each text in it shortened to TEXT_MAX_CHARS."""
     if isinstance(value, list):
-        return [shortened(item) for item in cast("list[Any]", value)]
+        return [shorten_value(item) for item in cast("list[Any]", value)]
     return value if not isinstance(value, str) or len(value) <= TEXT_MAX_CHARS else value[: TEXT_MAX_CHARS - 1] + "…"
 
 
@@ -257,31 +255,30 @@ def _failure(entry: Entry) -> Problem | None:
     if entry.error is not None and not entry.is_unconfirmed:
         return entry.error
     task = entry.task
-    if task is None or not task.settled or task.status == COMPLETED:
-        if (
-            task
-            and task.status == COMPLETED
-            and entry.stage is not Stage.OPEN
-            and not any(p.is_saved for p in entry.images)
-        ):
-            message = "; ".join(dict.fromkeys(p.error for p in entry.images if p.error))
-            if all(picture.is_rejected for picture in entry.images):
-                return Problem(PictureRejected.code, message, PictureRejected.retryable, PictureRejected.advice)
-            if any(picture.is_unusable for picture in entry.images):
-                return Problem(PictureUnusable.code, message, True, PictureUnusable.advice)
-            if entry.images and all(picture.is_lost for picture in entry.images):
-                return Problem(LinkExpired.code, message, LinkExpired.retryable, LinkExpired.advice)
-            return Problem(
-                "download_failed",
-                message or "EvoLink delivered no picture",
-                True,
-                "Call get_task to try the download again.",
-            )
+    if task is None or not task.settled:
         return None
+    if task.status == COMPLETED:
+        return _download_failure(entry)
     code = task.error.code if task.error else "request_cancelled" if task.status == "cancelled" else "unknown_error"
     cause = cause_of_task_code(code)
     upstream = f"; EvoLink's message: {quoted(task.error.message)}" if task.error else ""
     return Problem(cause.code, f"{cause.meaning}{upstream}", cause.retryable, cause.next_step)
+
+
+def _download_failure(entry: Entry) -> Problem | None:
+    """Return the problem of a completed task without any saved image. None: one is saved, or a download is unfinished."""
+    if entry.stage is Stage.OPEN or any(image.is_saved for image in entry.images):
+        return None
+    message = "; ".join(dict.fromkeys(image.error for image in entry.images if image.error))
+    if all(image.is_rejected for image in entry.images):
+        return Problem(PictureRejected.code, message, PictureRejected.retryable, PictureRejected.advice)
+    if any(image.is_unusable for image in entry.images):
+        return Problem(PictureUnusable.code, message, True, PictureUnusable.advice)
+    if entry.images and all(image.is_lost for image in entry.images):
+        return Problem(LinkExpired.code, message, LinkExpired.retryable, LinkExpired.advice)
+    return Problem(
+        "download_failed", message or "EvoLink delivered no picture", True, "Call get_task to try the download again."
+    )
 
 
 def _expected(entry: Entry) -> Pixels | None:
@@ -369,13 +366,13 @@ def _next_action(entry: Entry, failure: Problem | None, charged: Charged) -> Nex
     return None
 
 
-def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
+def _notes(entry: Entry, is_deduplicated: bool, is_being_sent: bool) -> list[str]:
     notes: list[str] = []
-    if joined and entry.phase == Phase.UNKNOWN:
+    if is_deduplicated and entry.phase == Phase.UNKNOWN:
         notes.append(
             "An earlier identical call has this unknown outcome. Nothing was sent again. force_new=true buys another picture."
         )
-    elif joined:
+    elif is_deduplicated:
         notes.append(
             "An earlier identical call bought this and never received it. Nothing was charged again. "
             "force_new=true buys another picture."
@@ -399,19 +396,19 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
         )
     notes += _deviations(entry)
     notes += [
-        f"Picture {picture.index} is missing: {_missing_file(picture)}."
-        for picture in entry.images
-        if picture.is_saved and not picture.is_present
+        f"Picture {image.index} is missing: {_missing_file(image)}."
+        for image in entry.images
+        if image.is_saved and not image.is_present
     ]
     notes += [
-        f"Picture {picture.index} was saved into the data folder, because {picture.fallback_reason}."
-        for picture in entry.images
-        if picture.is_present and picture.fallback_reason
+        f"Picture {image.index} was saved into the data folder, because {image.fallback_reason}."
+        for image in entry.images
+        if image.is_present and image.fallback_reason
     ]
     notes += [
-        f"File made from picture {picture.index}: {file.target}, {file.width}x{file.height} {file.mime_type}, {place}."
-        for picture in entry.images
-        for file in picture.derived
+        f"File made from picture {image.index}: {file.target}, {file.width}x{file.height} {file.mime_type}, {place}."
+        for image in entry.images
+        for file in image.derived
         if (place := _place_of(file)) is not None
     ]
     if is_being_sent:
@@ -433,20 +430,22 @@ def copy_notes(entry: Entry, fit: str | None) -> list[str]:
         return []
     name = parse_target(fit).name
     return [
-        f"The exact file of picture {picture.index} could not be made. Call derive_image, free of charge: "
-        f'source="evolink://images/{entry.task_id}/{picture.index}", targets=["{name}"].'
-        for picture in entry.images
-        if picture.is_present and all(file.target != name for file in picture.derived)
+        f"The exact file of picture {image.index} could not be made. Call derive_image, free of charge: "
+        f'source="evolink://images/{entry.task_id}/{image.index}", targets=["{name}"].'
+        for image in entry.images
+        if image.is_present and all(file.target != name for file in image.derived)
     ]
 
 
 def _deviations(entry: Entry) -> list[str]:
     """Return how the saved images differ from the request. None of it is an error."""
     notes: list[str] = []
-    saved = [picture for picture in entry.images if picture.is_saved]
+    saved = [image for image in entry.images if image.is_saved]
     body = entry.request
     target = _expected(entry)
-    mismatch = next((p for p in saved if target and (p.width, p.height) != (target.width, target.height)), None)
+    mismatch = next(
+        (image for image in saved if target and (image.width, image.height) != (target.width, target.height)), None
+    )
     if target and mismatch:
         sizes_text = (
             f"Computed {target.width}×{target.height} pixels, EvoLink delivered {mismatch.width}×{mismatch.height}"
@@ -459,15 +458,15 @@ def _deviations(entry: Entry) -> list[str]:
         else:
             notes.append(f"{sizes_text}. Neither of EvoLink's tables has this size. {hint}")
     requested_format = body.get("output_format")
-    types = sorted({picture.mime_type.removeprefix("image/") for picture in saved if picture.mime_type})
+    types = sorted({image.mime_type.removeprefix("image/") for image in saved if image.mime_type})
     notes += [
         f"EvoLink delivered {kind} instead of {requested_format}."
         for kind in types
         if requested_format not in (None, kind)
     ]
     if body.get("background") == "transparent":
-        notes += [f"Picture {picture.index}: {_transparency_text(picture)}" for picture in saved]
-    notes += [f"Picture {picture.index} has only one colour." for picture in saved if picture.is_one_colour]
+        notes += [f"Picture {image.index}: {_transparency_text(image)}" for image in saved]
+    notes += [f"Picture {image.index} has only one colour." for image in saved if image.is_one_colour]
     return notes
 
 

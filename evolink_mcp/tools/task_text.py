@@ -8,7 +8,7 @@ from typing import Any
 from evolink_mcp.api.costs import format_credits
 from evolink_mcp.api.task import COMPLETED, FAILED
 from evolink_mcp.sanitize import harmless
-from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, shortened
+from evolink_mcp.tools.task_answer import TEXT_MAX_CHARS, ImageOut, TaskOut, shorten_value
 
 
 # Gemini CLI gives the model only the text, Codex only the structured content.
@@ -138,5 +138,5 @@ def _reference_text(reference: dict[str, Any]) -> str:
 
 def _compact(data: dict[str, Any]) -> str:
     """Return arguments as one line of JSON, with long texts shortened."""
-    short = {k: harmless(v, TEXT_MAX_CHARS) if isinstance(v, str) else shortened(v) for k, v in data.items()}
+    short = {k: harmless(v, TEXT_MAX_CHARS) if isinstance(v, str) else shorten_value(v) for k, v in data.items()}
     return json.dumps(short, ensure_ascii=False)

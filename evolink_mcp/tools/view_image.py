@@ -10,7 +10,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp_types import CallToolResult, ImageContent
 from pydantic import Field, Strict, model_validator
 
-from evolink_mcp.api.request import IMAGES_MAX, URL_MAX, WHOLE, Arguments, KnownTask, OrNull
+from evolink_mcp.api.request import IMAGES_MAX, URL_MAX_CHARS, WHOLE, Arguments, KnownTask, OrNull
 from evolink_mcp.errors import Charged, EvolinkError, Refused
 from evolink_mcp.images.folders import PATH_MAX_CHARS
 from evolink_mcp.images.previews import PREVIEW_EDGE_MAX, PREVIEW_EDGE_MIN
@@ -22,7 +22,7 @@ from evolink_mcp.tools.task_answer import task_out
 from evolink_mcp.tools.task_text import sentence
 from evolink_mcp.tools.waiting import Waiting, follow
 
-VIEW_EDGE = 1024
+VIEW_EDGE_PIXELS = 1024
 
 
 class ViewImageArguments(Arguments):
@@ -32,9 +32,9 @@ class ViewImageArguments(Arguments):
     index: Annotated[int, Strict(), Field(ge=0, lt=IMAGES_MAX, description="Index of the picture, from 0."), WHOLE] = 0
     max_edge: Annotated[
         int, Strict(), Field(ge=PREVIEW_EDGE_MIN, le=PREVIEW_EDGE_MAX, description="Longest edge in pixels."), WHOLE
-    ] = VIEW_EDGE
+    ] = VIEW_EDGE_PIXELS
     path: Annotated[
-        str | OrNull, Field(max_length=URL_MAX, description="File in an allowed folder, instead of task_id.")
+        str | OrNull, Field(max_length=URL_MAX_CHARS, description="File in an allowed folder, instead of task_id.")
     ] = None
 
     @model_validator(mode="after")

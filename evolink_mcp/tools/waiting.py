@@ -25,7 +25,15 @@ from evolink_mcp.tools.client_names import client_name_in
 from evolink_mcp.tools.delivery import delivery_of
 from evolink_mcp.tools.hosts import HOSTS, WAIT_MAX_S, Host, Hosts, host_named
 from evolink_mcp.tools.previews import links, previews
-from evolink_mcp.tools.task_answer import add_price_changes, copy_notes, fitted, is_error, refusal, task_out
+from evolink_mcp.tools.task_answer import (
+    TaskOut,
+    add_price_changes,
+    copy_notes,
+    is_error,
+    limit_answer,
+    refusal_out,
+    task_out,
+)
 from evolink_mcp.tools.task_text import task_text
 
 # A poll just before the end detects a task that finished since the last poll.
@@ -57,15 +65,15 @@ class Waiting:
     """Wait for the jobs of one studio and build the answers.
 
     `wait_s`: the owner's default wait in seconds, None uses the MCP host's. `preview_edge`: the longest edge of previews
-    in pixels, None chooses it by the number of images, 0 sends none. `previews_for_all`: send previews also to clients
-    with the default name of an SDK. `resource_links`: add a link for each saved image. `hosts`: the limits of MCP hosts.
+    in pixels, None chooses it by the number of images, 0 sends none. `has_previews_for_all`: send previews also to clients
+    with the default name of an SDK. `has_resource_links`: add a link for each saved image. `hosts`: the limits of MCP hosts.
     """
 
     studio: Studio
     wait_s: float | None = None
     preview_edge: int | None = None
-    previews_for_all: bool = False
-    resource_links: bool = False
+    has_previews_for_all: bool = False
+    has_resource_links: bool = False
     hosts: Hosts = HOSTS
 
     @contextmanager
@@ -101,13 +109,7 @@ class Waiting:
             if job.is_finished:
                 with anyio.move_on_after(FILES_WITHIN_S):
                     entry = await self.studio.deriver.with_exact_copies(entry, fit)
-            out = task_out(
-                await self.studio.image_store.entry_for_caller(entry),
-                problem=job.problem if job.is_finished else None,
-                joined=is_deduplicated,
-                running=not job.is_finished,
-                has_other_key=self.studio.has_other_key(job.entry),
-            )
+            out = await self.task_of(job, entry, is_deduplicated=is_deduplicated)
             out.notes[:0] = [*notes, *job.notes]
             if self.studio.image_store.is_permanent:
                 out.notes += copy_notes(entry, fit)
@@ -116,17 +118,27 @@ class Waiting:
                 out.notes.append(
                     f"The status could not be read: {job.problem.message}. The server repeats the poll, more and more slowly."
                 )
-            edge = self.preview_edge if self.previews_for_all or host.has_previews else 0
+            edge = self.preview_edge_for(host)
             files = await self.files_of(job.entry) if edge != 0 else []
-            out = fitted(out, host.answer_max)
+            out = limit_answer(out, host.answer_max)
             decoder = self.studio.image_store.decoder
             room = host.answer_max - 3 * len(out.model_dump_json())
             images = await previews(files if out.status == COMPLETED else [], edge, room, decoder)
-            image_links = links(out) if self.resource_links else []
+            image_links = links(out) if self.has_resource_links else []
             # An answer without the image is no delivery, so an identical call gets the purchase.
             if job.is_finished and job.problem is None and job.entry.has_result:
                 await self.hand_over(job, ctx)
         return result(task_text(out), out, *images, *image_links, is_error=is_error(out))
+
+    async def task_of(self, job: Job, entry: Entry, *, is_deduplicated: bool) -> TaskOut:
+        """Return the state of a job as an answer. `entry` is that of the job, perhaps with further derived files."""
+        return task_out(
+            await self.studio.image_store.entry_for_caller(entry),
+            problem=job.problem if job.is_finished else None,
+            is_deduplicated=is_deduplicated,
+            is_running=not job.is_finished,
+            has_other_key=self.studio.has_other_key(entry),
+        )
 
     async def files_of(self, entry: Entry) -> list[Path]:
         """Return local files of the saved images. Omit files that need more than FILES_WITHIN_S seconds."""
@@ -159,6 +171,10 @@ class Waiting:
     def host_of(self, ctx: Context[Any, Any]) -> Host:
         """Return the MCP host of this call."""
         return mcp_host_of(ctx, self.hosts)
+
+    def preview_edge_for(self, host: Host) -> int | None:
+        """Return `preview_edge`, or 0 if the MCP host gets no previews."""
+        return self.preview_edge if self.has_previews_for_all or host.has_previews else 0
 
     def wait_for(self, host: Host, wait_seconds: float | None = None) -> float:
         """Return the wait in seconds: the caller's up to the host's limit, else the owner's, else the host's default."""
@@ -193,7 +209,7 @@ def mcp_host_of(ctx: Context[Any, Any], hosts: Hosts = HOSTS) -> Host:
 
 def format_task_error(error: EvolinkError, _: tuple[str, ...]) -> CallToolResult:
     """Return the answer of generate_image and get_task to an error without a task."""
-    out = refusal(error)
+    out = refusal_out(error)
     return result(task_text(out), out, is_error=True)
 
 

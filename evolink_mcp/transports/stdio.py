@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 # The Python SDK's client terminates the server 2 s after it closed stdin.
 LEAVE_WITHIN_S = 1.5
 MESSAGES_MAX = 100_000
-ID_SHOWN = 60
+ID_MAX_CHARS = 60
 
 Serve = Callable[[Any, Any], Awaitable[None]]
 
@@ -119,7 +119,9 @@ async def serve_stdio(
             to_server.send_nowait(SessionMessage(message))
         elif requests.has(message.id):
             # With the ID, the error would look like the answer to the first request.
-            text = f"Invalid request: the request {harmless(message.id, ID_SHOWN)} has no answer yet, use another id"
+            text = (
+                f"Invalid request: the request {harmless(message.id, ID_MAX_CHARS)} has no answer yet, use another id"
+            )
             lines.write(error_line(None, INVALID_REQUEST, text))
         else:
             session_message = requests.add(message)
@@ -160,7 +162,7 @@ async def serve_stdio(
             if requests.is_dropped(message.id):
                 return
             delivery = requests.remove(message.id)
-        written = partial(settle, delivery) if delivery is not None and delivery.awaited else None
+        written = partial(settle, delivery) if delivery is not None and delivery.is_awaited else None
         lines.write(_line(message), written)
 
     def stop(exit_code: int) -> None:

@@ -99,11 +99,11 @@ def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> N
 
 def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) -> None:
     first, second = opened(), opened()
-    first.intend(entry(first, estimate=3.0), cap=5.0)
+    first.intend(entry(first, estimate=3.0), day_limit=5.0)
     with pytest.raises(DailyLimitReached) as reached:
-        second.intend(entry(second, estimate=3.0), cap=5.0)
+        second.intend(entry(second, estimate=3.0), day_limit=5.0)
     assert reached.value.sums == Sums(reserved=3.0)
-    second.intend(entry(second, estimate=2.0), cap=5.0)
+    second.intend(entry(second, estimate=2.0), day_limit=5.0)
     assert len(first.recent(9)) == 2
 
 
@@ -394,11 +394,11 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
 def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, fields: dict[str, Any], counts: bool) -> None:
     first, second, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
     first.intend(entry(first, **fields))
-    ben.intend(entry(ben), running=1)
+    ben.intend(entry(ben), running_max=1)
     if not counts:
-        second.intend(entry(second), running=1)
+        second.intend(entry(second), running_max=1)
         return
     with pytest.raises(TooManyRunning, match="the limit of 1 running tasks is reached"):
-        second.intend(entry(second), running=1, cap=100.0)
-    second.intend(entry(second), running=2)
+        second.intend(entry(second), running_max=1, day_limit=100.0)
+    second.intend(entry(second), running_max=2)
     assert len(first.recent(9)) == 2

@@ -84,9 +84,9 @@ def queries() -> dict[str, tuple[str, str]]:
     for name, text in texts.items():
         for number, filters in enumerate(FILTERS if "{filters}" in text else [""]):
             variants[f"{name} {number}"] = (name, text.format(**PARTS, filters=filters))
-    variants["SUMS of all profiles"] = ("SUMS", journal.SUMS.format(mine=journal.EVERYONE))
+    variants["SUMS of all profiles"] = ("SUMS", journal.SUMS.format(mine=journal.ALL_PROFILES))
     for name in ("RELEASE_OWNERS", "RELEASE_CALLERS"):
-        sql = texts[name].format(**{**PARTS, "linked": journal.EVERYONE})
+        sql = texts[name].format(**{**PARTS, "linked": journal.ALL_PROFILES})
         variants[f"{name} of all profiles"] = (f"{name} of all profiles", sql)
     return variants
 

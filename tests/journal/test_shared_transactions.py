@@ -144,7 +144,7 @@ async def test_the_refusal_of_one_purchase_leaves_the_others_written(
     journal: Journal, backend: SqliteBackend, tmp_path: Path
 ) -> None:
     first, second, third = (entry(journal, estimate=4.0) for _ in range(3))
-    calls = await together(backend, *[journal.intend(each, cap=9.0) for each in (first, second, third)])
+    calls = await together(backend, *[journal.intend(each, day_limit=9.0) for each in (first, second, third)])
     assert [calls.results[number] for number in range(3)] == [first, second, DailyLimitReached]
     assert keys_in(tmp_path) == {first.key, second.key}
 

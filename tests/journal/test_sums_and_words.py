@@ -107,7 +107,7 @@ def test_an_absurd_reservation_of_evolink_leaves_no_error_in_the_sums(opened: Op
     journal.intend(small)
     assert min(journal.sums_since(NOW).reserved, journal.sums_since(0.0).reserved) >= 1e15
     with pytest.raises(DailyLimitReached):
-        journal.intend(entry(journal, estimate=0.1), since=NOW, cap=100.0)
+        journal.intend(entry(journal, estimate=0.1), since=NOW, day_limit=100.0)
     for each in absurd:
         assert journal.update(replace(each, task=replace(each.task, status="completed", credits_used=3.5)))
     assert journal.sums_since(NOW) == journal.sums_since(0.0) == Sums(7.0, 0.1)
@@ -117,9 +117,9 @@ def test_a_limit_counts_entries_since_a_time_within_a_quarter_of_an_hour(opened:
     journal = opened()
     journal.intend(entry(journal, created_at=NOW + 10.0, estimate=2.0))
     journal.intend(entry(journal, created_at=NOW + 20.0, estimate=3.0))
-    journal.intend(entry(journal, created_at=NOW + 21.0, estimate=2.0), since=NOW + 11.0, cap=5.0)
+    journal.intend(entry(journal, created_at=NOW + 21.0, estimate=2.0), since=NOW + 11.0, day_limit=5.0)
     with pytest.raises(DailyLimitReached):
-        journal.intend(entry(journal, created_at=NOW + 22.0, estimate=0.1), since=NOW + 11.0, cap=5.0)
+        journal.intend(entry(journal, created_at=NOW + 22.0, estimate=0.1), since=NOW + 11.0, day_limit=5.0)
 
 
 def expected(entries: list[Entry], words: tuple[str, ...]) -> list[str]:

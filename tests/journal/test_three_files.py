@@ -101,7 +101,7 @@ def order(journal: BlockingJournal) -> bool:
     """Try one more purchase of 1 credit with a daily limit of 3. Return whether the journal admits it."""
     entry = Entry(new_key(), journal.owner, Phase.INTENT, NOW + 9, estimate=1.0)
     try:
-        journal.intend(entry, since=NOW, cap=3.0)
+        journal.intend(entry, since=NOW, day_limit=3.0)
     except DailyLimitReached:
         return False
     return True

@@ -10,7 +10,7 @@ from conftest import World
 
 from evolink_mcp.tools.hosts import UNKNOWN
 from evolink_mcp.tools.list_tasks import ListTasksArguments, task_list
-from evolink_mcp.tools.task_answer import TaskOut, fitted
+from evolink_mcp.tools.task_answer import TaskOut, limit_answer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 # JSON needs six characters for each of these characters.
@@ -53,8 +53,8 @@ async def test_a_list_ends_before_the_limit_of_the_host_and_names_the_next_page(
 
 async def test_a_task_beyond_the_limit_is_answered_with_a_shortened_prompt() -> None:
     out = TaskOut(task_id="task-unified-1-a", request={"prompt": "x" * 32_000, "n": 1})
-    assert fitted(out, 100_000) is out
-    short = fitted(out, 60_000)
+    assert limit_answer(out, 100_000) is out
+    short = limit_answer(out, 60_000)
     assert short.request is not None
     assert len(short.request["prompt"]) == 200
     assert short.request["n"] == 1

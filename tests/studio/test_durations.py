@@ -12,10 +12,11 @@ from conftest import KEY, World
 from evolink_mcp.api.models import TYPICAL_S
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry
-from evolink_mcp.studio.events import Events, JournalWriter
+from evolink_mcp.studio.events import Events
 from evolink_mcp.studio.jobs import Job, Timing
+from evolink_mcp.studio.journal_writer import JournalWriter
 from evolink_mcp.studio.poller import Poller, TaskFollower
-from evolink_mcp.studio.schedule import DURATIONS_FACT, ENOUGH_TASKS, WRITTEN_EVERY, DurationHistory
+from evolink_mcp.studio.schedule import DURATIONS_FACT, ENOUGH_TASKS, WRITE_EVERY, DurationHistory
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -37,8 +38,8 @@ async def learned(world: World, took_s: float, times: int) -> DurationHistory:
 
 
 async def test_what_was_learned_is_known_to_the_next_server(world: World) -> None:
-    assert WRITTEN_EVERY >= ENOUGH_TASKS
-    own_names = await learned(world, 60.0, WRITTEN_EVERY)
+    assert WRITE_EVERY >= ENOUGH_TASKS
+    own_names = await learned(world, 60.0, WRITE_EVERY)
     foreign = DurationHistory(world.studio.journal)
     assert (await own_names.expected(ENTRY)).median_s == (await foreign.expected(ENTRY)).median_s == 60.0
     low = replace(ENTRY, request={"quality": "low"})
@@ -46,16 +47,16 @@ async def test_what_was_learned_is_known_to_the_next_server(world: World) -> Non
 
 
 async def test_less_is_written_when_the_server_ends(world: World) -> None:
-    own_names = await learned(world, 60.0, WRITTEN_EVERY - 1)
+    own_names = await learned(world, 60.0, WRITE_EVERY - 1)
     assert await world.studio.journal.fact(DURATIONS_FACT) is None
     await own_names.write()
     assert json.loads(await world.studio.journal.fact(DURATIONS_FACT) or "") == [["high", 100.0, 60.0]] * (
-        WRITTEN_EVERY - 1
+        WRITE_EVERY - 1
     )
 
 
 async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
-    own_names = await learned(world, 0.2, 3 * WRITTEN_EVERY)
+    own_names = await learned(world, 0.2, 3 * WRITE_EVERY)
     assert (await own_names.expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 
@@ -74,7 +75,7 @@ async def test_only_a_task_that_was_followed_from_its_start_counts(world: World)
     (task_id,) = world.simulator.tasks
     entry = replace(ENTRY, owner=journal.owner, account=journal.account, task=Task(task_id))
     await journal.intend(entry)
-    durations = DurationHistory(journal, counted_from_s=0.0)
+    durations = DurationHistory(journal, counted_min_s=0.0)
     stored: list[int] = []
     async with anyio.create_task_group() as group:
         timing = Timing(world.clock, world.clock.sleep)

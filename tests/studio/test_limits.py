@@ -138,8 +138,8 @@ async def test_the_transaction_of_an_entry_checks_the_sum_of_all_profiles(open_w
                 new_key(), journal.owner, Phase.INTENT, clock.now, estimate=3.0, account=journal.account, request={}
             )
 
-        await anna.studio.journal.intend(entry(anna), cap=5.0, total_cap=5.0)
+        await anna.studio.journal.intend(entry(anna), day_limit=5.0, total_limit=5.0)
         with pytest.raises(DailyLimitReached) as reached:
-            await bert.studio.journal.intend(entry(bert), cap=5.0, total_cap=5.0)
+            await bert.studio.journal.intend(entry(bert), day_limit=5.0, total_limit=5.0)
         assert (reached.value.is_total, reached.value.sums) == (True, Sums(reserved=3.0))
-        await bert.studio.journal.intend(entry(bert), cap=5.0, total_cap=6.0)
+        await bert.studio.journal.intend(entry(bert), day_limit=5.0, total_limit=6.0)

@@ -367,8 +367,9 @@ async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open
 async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> None:
     """While one entry is written at last, the job of another one goes on and writes for itself."""
     from evolink_mcp.api.task import Task
-    from evolink_mcp.studio.events import Events, JournalWriter
+    from evolink_mcp.studio.events import Events
     from evolink_mcp.studio.jobs import Job
+    from evolink_mcp.studio.journal_writer import JournalWriter
 
     written: list[tuple[str, str]] = []
 

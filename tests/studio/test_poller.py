@@ -63,7 +63,7 @@ async def read_together(account: Account, times: int = 1) -> list[dict[str, Task
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
-            poller.jobs = len(IDS)
+            poller.job_count = len(IDS)
             for _ in range(times):
                 messages: dict[str, Task | EvolinkError] = {}
 
@@ -164,7 +164,7 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
     async def both_watch() -> None:
         async with anyio.create_task_group() as group:
             poller = Poller(Account(batch=list, single=fault), group)  # pyright: ignore[reportArgumentType]
-            poller.jobs = 2
+            poller.job_count = 2
 
             async def watch(task_id: str) -> None:
                 with anyio.CancelScope(shield=True):
@@ -196,7 +196,7 @@ async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
-            poller.jobs = 202
+            poller.job_count = 202
 
             async def read(task_id: str, tenant: str) -> None:
                 await poller.read(task_id, tenant)

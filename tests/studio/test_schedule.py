@@ -11,10 +11,10 @@ from evolink_mcp.studio.schedule import (
     BACKOFF_MAX_S,
     BACKOFF_MIN_S,
     ENOUGH_TASKS,
-    READ_MIN_S,
-    RECENT,
+    RECENT_TASKS,
+    REST_MIN_S,
     REST_OLD_MAX_S,
-    SPRINT_READS,
+    SPRINT_POLLS,
     SPRINT_S,
     Duration,
     Expected,
@@ -56,12 +56,12 @@ def test_another_quality_is_taken_for_medium() -> None:
 
 def test_an_estimate_that_is_much_shorter_is_believed_at_once() -> None:
     assert expected("high", 8.0, []).median_s == 8.0
-    assert plain(0.0, expected("low", 0.0, [])) == READ_MIN_S
+    assert plain(0.0, expected("low", 0.0, [])) == REST_MIN_S
 
 
 def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
     old: list[Duration] = [("high", 100.0, 900.0)] * 20
-    own_entry: list[Duration] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT)]
+    own_entry: list[Duration] = [("high", 100.0, float(took)) for took in range(60, 60 + RECENT_TASKS)]
     assert expected("high", 100.0, [*old, *own_entry]).median_s == pytest.approx(65.5)
     assert expected("high", 100.0, own_entry[: ENOUGH_TASKS - 1]).median_s == TYPICAL_S["high"]
     assert expected("low", 100.0, own_entry).median_s == TYPICAL_S["low"]
@@ -100,7 +100,7 @@ def test_a_rest_is_never_nothing_whatever_is_told() -> None:
         for _ in range(60):
             rest_s = schedule.next_s(elapsed_s, dice.choice([None, 0.0, 5.0, 100.0, dice.uniform(0, 100)]))
             longest = max(0.4 * expectation.median_s, REST_OLD_MAX_S)
-            assert READ_MIN_S * (1 - JITTER) <= rest_s <= 2 * longest * (1 + JITTER)
+            assert REST_MIN_S * (1 - JITTER) <= rest_s <= 2 * longest * (1 + JITTER)
             elapsed_s += rest_s
 
 
@@ -120,9 +120,9 @@ def test_near_the_end_the_stretch_shrinks_to_what_is_left() -> None:
 def test_the_sprint_is_short() -> None:
     slow = Expected(200.0)
     schedule = Schedule(slow, middle)
-    rests = [schedule.next_s(90.0 + n, progress=90.0 + n / 10) for n in range(SPRINT_READS + 3)]
-    assert pytest.approx(rests[:SPRINT_READS]) == [SPRINT_S] * SPRINT_READS
-    assert rests[SPRINT_READS:] == pytest.approx([plain(90.0 + n, slow) for n in range(SPRINT_READS, SPRINT_READS + 3)])
+    rests = [schedule.next_s(90.0 + n, progress=90.0 + n / 10) for n in range(SPRINT_POLLS + 3)]
+    assert pytest.approx(rests[:SPRINT_POLLS]) == [SPRINT_S] * SPRINT_POLLS
+    assert rests[SPRINT_POLLS:] == pytest.approx([plain(90.0 + n, slow) for n in range(SPRINT_POLLS, SPRINT_POLLS + 3)])
 
 
 @pytest.mark.parametrize("progress", [None, 0.0, 4.9])

@@ -159,10 +159,10 @@ async def test_a_closed_journal_leaves_no_callback_behind(opened: Any) -> None:
     journal.listen(lambda notification: None)
     stop_listening = journal.listen(lambda notification: None)
     journal.when_lost(lambda: None)
-    assert journal.database.callback_count == 3
+    assert journal.database.listener_count == 3
     stop_listening()
     await journal.close()
-    assert journal.database.callback_count == 0
+    assert journal.database.listener_count == 0
 
 
 async def orphans_at(journal: PostgresJournal) -> list[Orphan]:
@@ -252,7 +252,7 @@ async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(opened: Any
     cut(cluster, url)
     await until(lambda: not first.database.has_session)
     await until(lambda: first.database.has_session and second.database.has_session)
-    assert (first.database.alive, first.owner, stopped) == (True, before, [])
+    assert (first.database.is_alive, first.owner, stopped) == (True, before, [])
     assert await second.adopt() == []
     assert await first.update(replace(own_entry, phase="sending")) is True
     with cluster.admin(name_of(url)) as db:
@@ -270,12 +270,12 @@ async def test_a_server_stops_its_work_without_the_database_and_continues_with_i
     stopped.clear()
     try:
         await until(lambda: stopped)
-        assert first.database.alive is False
+        assert first.database.is_alive is False
         with pytest.raises(JournalUnwritable, match=r"the session with it was lost.*EVOLINK_MCP_DATABASE_URL"):
             await first.intend(entry(first))
     finally:
         await anyio.to_thread.run_sync(cluster.start)
-    await until(lambda: first.database.alive)
+    await until(lambda: first.database.is_alive)
     assert await first.by_key(own_entry.key) == own_entry
     assert await first.acquire(own_entry.key) is True
     assert {record.message for record in caplog.records if record.levelno == logging.ERROR} == {
@@ -351,7 +351,7 @@ async def test_a_server_ends_its_former_session_and_takes_its_lease_again(url: s
         await until(lambda: not database.has_session)
         await until(lambda: database.has_session)
         await proxy.has_ended.wait()
-        await until(lambda: database.alive)
+        await until(lambda: database.is_alive)
         assert database.owner == owner
 
 
@@ -553,7 +553,7 @@ async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
             journal = PostgresJournal(database, "a1")
             for _ in range(20):
                 with suppress(DailyLimitReached):
-                    bought.append(await journal.intend(entry(journal, estimate=1.0), cap=50.0))
+                    bought.append(await journal.intend(entry(journal, estimate=1.0), day_limit=50.0))
 
     async with anyio.create_task_group() as group:
         for _ in range(4):
@@ -806,7 +806,7 @@ async def test_a_task_id_that_is_not_written_yet_survives_the_loss_of_the_sessio
         (job,) = world.studio.jobs
         await until(lambda: job.has_remote_owner)
         await anyio.to_thread.run_sync(cluster.start)
-        await until(lambda: world.studio.journal.database.alive)
+        await until(lambda: world.studio.journal.database.is_alive)
         job.wake()
         await until(lambda: job.following_scope or job.is_finished)
         assert (job.entry.phase, job.entry.task_id, job.entry.is_unconfirmed) == ("submitted", facts["task_id"], False)
@@ -885,7 +885,7 @@ async def test_a_server_without_its_session_stops_its_jobs_and_resumes_them(in_p
             assert (job.following_scope, job.is_finished) == (None, False)
         finally:
             await anyio.to_thread.run_sync(cluster.start)
-        await until(lambda: journal.database.alive)
+        await until(lambda: journal.database.is_alive)
         job.wake()
         await until(lambda: job.following_scope)
         assert not job.has_remote_owner

@@ -185,7 +185,7 @@ async def test_a_role_without_the_right_to_see_the_timeline_works_without_write_
         assert db.execute("SELECT timeline FROM evolink_servers").fetchall() == [("",)]
         db.execute("GRANT EXECUTE ON FUNCTION pg_control_system() TO public")
     async with open_database(pair.url.replace("postgres@", "team@"), patient_times()) as database:
-        assert database.alive
+        assert database.is_alive
     with pair.primary.admin(pair.name) as db:
         assert db.execute("SELECT count(*) FROM evolink_servers WHERE timeline <> ''").fetchall() == [(1,)]
 

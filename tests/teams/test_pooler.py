@@ -89,5 +89,5 @@ async def test_a_pooler_in_session_mode_works(cluster: Any) -> None:
     with anyio.fail_after(300), pooler(cluster, cluster.database(), "session") as url:
         async with open_database(url) as first, open_database(url) as second:
             assert first.owner != second.owner
-            assert first.alive
-            assert second.alive
+            assert first.is_alive
+            assert second.is_alive

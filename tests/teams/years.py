@@ -134,7 +134,7 @@ async def run(url: str, count: int, tenants: int, repeats: int) -> dict[str, Any
         async def order() -> None:
             made = replace(entry(0, time.time(), "completed"), task=None, images=(), delivered_at=None, phase="intent")
             made = await journal.intend(
-                replace(made, key=new_key(), owner=journal.owner), cap=1e9, since=now, running=1000
+                replace(made, key=new_key(), owner=journal.owner), day_limit=1e9, since=now, running_max=1000
             )
             await journal.update(sending := replace(made, phase="sending"))
             task = Task(f"task-unified-{time.time_ns()}-neworder", "pending")
