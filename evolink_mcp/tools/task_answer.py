@@ -385,7 +385,7 @@ def _notes(entry: Entry, joined: bool, is_being_sent: bool) -> list[str]:
     if task and task.status == COMPLETED and entry.images and len(entry.images) < count:
         notes.append(
             f"The request was for {count} pictures and EvoLink delivered {len(entry.images)}. "
-            "Only delivered pictures are charged."
+            "EvoLink bills each picture separately."
         )
     if task and task.links_left_out:
         notes.append(
