@@ -40,6 +40,8 @@ REFUSED = [
     ),
     pytest.param({"prompt": PROMPT, "sizes": "16:9"}, "did you mean size?", id="misspelt argument"),
     pytest.param({"Prompt": PROMPT}, "did you mean prompt?", id="argument in another case"),
+    pytest.param({"promt": PROMPT}, "did you mean prompt?", id="argument with a typo"),
+    pytest.param({"prompt": PROMPT, "mode": "edit"}, "mode: unknown argument; leave it out", id="similar spelling"),
     pytest.param({"prompt": PROMPT, "size": "1000x1000"}, "1008x1008", id="illegal size"),
     pytest.param({"prompt": PROMPT, "size": "１６:９"}, "size", id="full-width digits"),
     pytest.param({"prompt": PROMPT, "size": "9" * 1_000_000}, "size", id="a megabyte of nines"),
