@@ -238,6 +238,7 @@ def row(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
         "credits": credits,
         "usd": None if credits is None else costs.usd(credits),
         "reserved": entry.reserved or None,
+        "reserved_usd": costs.usd(entry.reserved) if entry.reserved else None,
         "guess": entry.is_unconfirmed or None,
         "other_key": has_other_key or None,
         "error": failure.message if failure else None,
