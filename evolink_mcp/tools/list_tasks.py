@@ -179,8 +179,9 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[s
     count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
     condition = f" with {', '.join(filters)}" if filters else ""
     head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. {sums_text(sums)}"
+    sync_report = ["EvoLink's list of the account's tasks was read."] if out.synced else []
     older = [f"For older tasks call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
-    return "\n\n".join([head, *texts, *older, *(f"Note: {note}" for note in out.notes)])
+    return "\n\n".join([head, *texts, *older, *sync_report, *(f"Note: {note}" for note in out.notes)])
 
 
 def _within_limit(

@@ -130,10 +130,17 @@ def _about(out: TaskOut) -> list[str]:
 
 
 def _reference_text(reference: dict[str, Any]) -> str:
+    """Return the caller's value, with the earlier picture that it names and the value that EvoLink got."""
+    given = reference["given"]
     task_id = reference["task_id"]
-    if task_id is None or task_id in reference["given"]:
-        return reference["given"]
-    return f"{reference['given']} (picture {reference['index']} of {task_id})"
+    details: list[str] = []
+    if task_id is not None and task_id not in given:
+        details.append(f"picture {reference['index']} of {task_id}")
+    if reference["url"] not in (None, given):
+        details.append(f"sent as {reference['url']}")
+    if reference["sha256"] is not None:
+        details.append(f"sha256 {reference['sha256']}")
+    return f"{given} ({', '.join(details)})" if details else given
 
 
 def _compact(data: dict[str, Any]) -> str:
