@@ -38,7 +38,7 @@ from evolink_mcp.tools.adapter import PAID, flat_tool, result
 from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
-from evolink_mcp.tools.task_answer import TaskOut, price_change_texts, refusal, task_out
+from evolink_mcp.tools.task_answer import TaskOut, refusal, split_price_changes, task_out
 from evolink_mcp.tools.task_text import count_of_pictures
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
@@ -231,10 +231,10 @@ async def _answer(
     jobs = [outcome for outcome in outcomes if isinstance(outcome, Job)]
     await follow_all(outcomes, ends_at, ctx.report_progress)
     tasks = [await _task_of(waiting, outcome) for outcome in outcomes]
-    notes = [*notes, *price_change_texts(await studio.take_price_changes())]
+    bill_texts, rule_texts = split_price_changes(await studio.take_price_changes())
     prompts = [order.request.prompt for order in orders]
     reserved = sum(job.entry.reserved for job in jobs)
-    out = series_out(prompts, tasks, reserved, _ceiling(orders), notes)
+    out = series_out(prompts, tasks, reserved, _ceiling(orders), bill_texts, [*notes, *rule_texts])
     edge = waiting.preview_edge if waiting.previews_for_all or host.has_previews else 0
     files = [file for job in jobs for file in await waiting.files_of(job.entry)] if edge != 0 else []
     text = series_text(out)

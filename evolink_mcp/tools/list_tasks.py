@@ -28,7 +28,7 @@ from evolink_mcp.studio.times import instant
 from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.sums import amount, periods, sums_text
-from evolink_mcp.tools.task_answer import brief, price_change_texts, row, task_out
+from evolink_mcp.tools.task_answer import brief, row, split_price_changes, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
 from evolink_mcp.tools.waiting import mcp_host_of
 
@@ -130,7 +130,8 @@ async def task_list(
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
     sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
-    notes = price_change_texts(await studio.take_price_changes())
+    bill_texts, rule_texts = split_price_changes(await studio.take_price_changes())
+    notes = [*bill_texts, *rule_texts]
     if words and not entries and after is None:
         notes.append(await _search_hint(studio, words))
     if problem:
@@ -147,7 +148,7 @@ async def task_list(
         synced=None if not req.sync else problem is None,
         notes=notes,
     )
-    return out, _text(req, out, texts, sums)
+    return out, _text(req, out, texts, sums, bill_texts)
 
 
 async def _search_hint(studio: Studio, words: tuple[str, ...]) -> str:
@@ -170,7 +171,10 @@ def _nearest_words(words: tuple[str, ...], texts: list[str]) -> str:
     return " ".join(hints)
 
 
-def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[str, Sums]) -> str:
+def _text(
+    req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[str, Sums], bill_texts: list[str]
+) -> str:
+    """Return the list as text. `bill_texts` are the notes of its first line."""
     filters = [
         f"{name} “{harmless(value, 80)}”"
         for name in ("status", "query", "since", "until")
@@ -179,9 +183,11 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[s
     count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
     condition = f" with {', '.join(filters)}" if filters else ""
     head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. {sums_text(sums)}"
+    head = " ".join([*bill_texts, head])
+    notes = [f"Note: {note}" for note in out.notes if note not in bill_texts]
     sync_report = ["EvoLink's list of the account's tasks was read."] if out.synced else []
     older = [f"For older tasks call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
-    return "\n\n".join([head, *texts, *older, *sync_report, *(f"Note: {note}" for note in out.notes)])
+    return "\n\n".join([head, *texts, *older, *sync_report, *notes])
 
 
 def _within_limit(

@@ -29,7 +29,8 @@ class SeriesOut(BaseModel):
     `status` is completed, processing (a picture is unfinished), partial (some failed) or failed. `tasks` has one record
     for each prompt in the order of the call, without empty fields. `files` are the paths of all saved pictures. `spent`
     is the sum of the confirmed charges, `reserved` the sum of the charges that are not decided, `at_most` the price
-    ceiling of the whole series. `error` is set if nothing was bought.
+    ceiling of the whole series. `bill_difference` has the sentences about bills that differ from the computed price.
+    `error` is set if nothing was bought.
     """
 
     status: str = FAILED
@@ -38,14 +39,23 @@ class SeriesOut(BaseModel):
     spent: dict[str, float] = {}
     reserved: dict[str, float] = {}
     at_most: dict[str, float] = {}
+    bill_difference: str | None = None
     error: ErrorOut | None = None
     notes: list[str] = []
 
 
 def series_out(
-    prompts: Sequence[str], tasks: Sequence[TaskOut], reserved: float, ceiling: float, notes: list[str]
+    prompts: Sequence[str],
+    tasks: Sequence[TaskOut],
+    reserved: float,
+    ceiling: float,
+    bill_texts: Sequence[str],
+    notes: list[str],
 ) -> SeriesOut:
-    """Return the answer about the tasks of a series, one for each prompt. `reserved` and `ceiling` are credits."""
+    """Return the answer about the tasks of a series, one for each prompt. `reserved` and `ceiling` are credits.
+
+    `bill_texts` are the sentences about new prices of the account.
+    """
     credits = round(sum(task.credits or 0.0 for task in tasks), 4)
     unsent = all(task.task_id is None and task.charged == "no" for task in tasks)
     return SeriesOut(
@@ -56,6 +66,7 @@ def series_out(
         spent=amount(credits),
         reserved=amount(round(reserved, 4)),
         at_most=amount(ceiling),
+        bill_difference=_bill_difference(tasks, bill_texts),
         # Claude Code drops the structured content of an error, and with it the task IDs of paid pictures.
         error=tasks[0].error if unsent else None,
         notes=notes,
@@ -69,7 +80,8 @@ def refusal_of_series(error: EvolinkError) -> SeriesOut:
 
 def series_text(out: SeriesOut) -> str:
     """Return event, charge and next step of the series, then the facts of each picture."""
-    lines = [_headline(out), _money(out)]
+    bill = f"{out.bill_difference} " if out.bill_difference else ""
+    lines = [bill + _headline(out), _money(out)]
     if out.error is not None:
         lines += [out.error.advice, f"Error code: {out.error.code}."]
     for number, task in enumerate(out.tasks, start=1):
@@ -89,6 +101,12 @@ def _status(tasks: Sequence[TaskOut]) -> str:
     if any(task.error is None and not _is_saved(task) for task in tasks):
         return RUNNING
     return PARTIAL if any(map(_is_saved, tasks)) else FAILED
+
+
+def _bill_difference(tasks: Sequence[TaskOut], bill_texts: Sequence[str]) -> str | None:
+    count = len([task for task in tasks if task.bill_difference])
+    texts = [f"Bills that differ from the computed price: {count} of {len(tasks)}."] if count else []
+    return " ".join([*texts, *bill_texts]) or None
 
 
 def _record(prompt: str, task: TaskOut) -> dict[str, Any]:
