@@ -34,6 +34,8 @@ from evolink_mcp.api.request import (
 from evolink_mcp.errors import EvolinkError, OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest, Job
+from evolink_mcp.studio.limits import largest_text
+from evolink_mcp.studio.prices import Prices
 from evolink_mcp.tools.adapter import PAID, flat_tool, result
 from evolink_mcp.tools.paid_calls import Confirm, Credits, ForceNew, argument_notes, can_ask, unconfirmed
 from evolink_mcp.tools.previews import previews
@@ -142,7 +144,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
             ImageRequest(request, prices.ceiling(request), req.file_name(number), None, req.force_new, client)
             for number, request in enumerate(req.requests, start=1)
         ]
-        return _with_limits(orders, req.max_credits)
+        return _with_limits(orders, req.max_credits, prices)
 
     def confirm(
         req: GenerateImagesArguments,
@@ -194,20 +196,24 @@ def _ceiling(orders: Sequence[ImageRequest]) -> float:
     return round(sum(order.price_ceiling for order in orders), 4)
 
 
-def _with_limits(orders: list[ImageRequest], max_credits: float | None) -> list[ImageRequest]:
+def _with_limits(orders: list[ImageRequest], max_credits: float | None, prices: Prices) -> list[ImageRequest]:
     """Return the orders, each with its share of the caller's limit. So a new price cannot exceed the limit of the series.
 
     Raises:
-        OverBudget: the price ceiling of the series is above the limit.
+        OverBudget: the price ceiling of the series is above the limit. Names the largest size and quality that fit.
     """
     ceiling = _ceiling(orders)
     if max_credits is None:
         return orders
     if ceiling > max_credits:
+        # The longest prompt costs most, because the shared arguments are equal.
+        longest = max(orders, key=lambda order: order.price_ceiling)
+        largest = largest_text(longest, prices, max_credits / len(orders), is_series=len(orders) > 1)
         raise OverBudget(
             f"the computed price of {count_of_pictures(len(orders))} is at most {costs.format_credits(ceiling)}, above "
             f"max_credits={max_credits:g}",
-            advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or quality.",
+            advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or "
+            f"quality. {largest}",
         )
     # The spending check of each purchase computes its ceiling again, perhaps with a new price.
     shares = [max_credits * order.price_ceiling / ceiling if ceiling else 0.0 for order in orders]

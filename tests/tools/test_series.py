@@ -178,6 +178,8 @@ async def test_max_credits_is_the_limit_of_the_whole_series(world: World) -> Non
     assert refused.is_error
     assert "price of 10 pictures" in refused.content[0].text
     assert world.posts == 0
+    high = await series(world, prompts=ANIMALS, max_credits=total * 1.5, size="1024x640", quality="high")
+    assert 'The largest that fits for each picture is size="1024x640", quality="low"' in high.content[0].text
     bought = await series(world, prompts=ANIMALS, max_credits=refused_advice(refused), **SMALL)
     assert bought.structured_content["status"] == "completed"
     assert world.posts == 10
