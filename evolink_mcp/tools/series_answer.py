@@ -14,13 +14,11 @@ from evolink_mcp.errors import EvolinkError
 from evolink_mcp.sanitize import harmless, quoted
 from evolink_mcp.tools.schemas import ErrorOut, error_out
 from evolink_mcp.tools.sums import amount
-from evolink_mcp.tools.task_answer import PROMPT_MAX_CHARS, ImageOut, TaskOut
+from evolink_mcp.tools.task_answer import PROMPT_MAX_CHARS, TaskOut
 from evolink_mcp.tools.task_text import sentence
 
 RUNNING = "processing"
 PARTIAL = "partial"
-# The fields of one picture file. A caller on another machine has no path and gets the link.
-IMAGE_FIELDS = ("path", "resource_uri", "markdown", "width", "height", "mime_type", "error")
 
 
 class SeriesOut(BaseModel):
@@ -115,24 +113,18 @@ def _record(prompt: str, task: TaskOut) -> dict[str, Any]:
         "prompt": harmless(prompt, PROMPT_MAX_CHARS),
         "task_id": task.task_id,
         "status": task.status,
+        "progress": None if task.status == COMPLETED else task.progress,
         "charged": task.charged,
         "credits": task.credits,
         "usd": task.usd,
         "bill_difference": task.bill_difference,
         "guess": task.guess or None,
-        "images": [_image(image) for image in task.images],
+        "images": [image.model_dump(exclude_none=True) for image in task.images],
         "error": task.error.model_dump() if task.error else None,
         "next_action": task.next_action.model_dump() if task.next_action else None,
         "notes": task.notes,
     }
     return {name: value for name, value in facts.items() if value not in (None, [])}
-
-
-def _image(image: ImageOut) -> dict[str, Any]:
-    facts = image.model_dump(include=set(IMAGE_FIELDS))
-    if image.path is None:
-        facts |= {"url": image.url, "url_expires_at": image.url_expires_at}
-    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _headline(out: SeriesOut) -> str:
@@ -164,16 +156,20 @@ def _task_lines(number: int, task: dict[str, Any]) -> list[str]:
     name = task.get("task_id", "no task id")
     bill = f" {task['bill_difference']}" if "bill_difference" in task else ""
     guess = ", unconfirmed match, a guess" if "guess" in task else ""
+    progress = f", {task['progress']:.0f} %" if "progress" in task else ""
     credits = f", {costs.format_credits(task['credits'])}" if "credits" in task else ""
     lines = [
-        f"{number}. {quoted(task['prompt'], PROMPT_MAX_CHARS)}: {task['status']}{guess}, {name}. "
+        f"{number}. {quoted(task['prompt'], PROMPT_MAX_CHARS)}: {task['status']}{progress}{guess}, {name}. "
         f"Charged: {task['charged']}{credits}.{bill}"
     ]
     for image in task.get("images", []):
         if "resource_uri" in image:
             lines += [image["path"]] if "path" in image else []
             lines.append(image["markdown"])
-            lines.append(f"{image['width']}×{image['height']} pixels, {image['mime_type']}, {image['resource_uri']}")
+            lines.append(
+                f"{image['width']}×{image['height']} pixels, {image['mime_type']}, {image.get('bytes', 0):,} bytes, "
+                f"sha256 {image.get('sha256')}, {image['resource_uri']}"
+            )
         if "error" in image:
             lines.append(f"Not saved: {sentence(image['error'])}")
         if "url" in image:
