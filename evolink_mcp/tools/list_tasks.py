@@ -193,24 +193,38 @@ def _text(
 def _within_limit(
     entries: list[Entry], has_other_key: Callable[[Entry], bool], remaining_chars: int, *, detail: bool
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return as many entries as fit into an answer, as text and as data."""
+    """Return as many entries as fit into an answer, as text and as data.
+
+    With `detail` an entry that is too large for every answer is a short row.
+    """
     texts: list[str] = []
     tasks: list[dict[str, Any]] = []
+    total_chars = remaining_chars
     for entry in entries:
-        if detail:
-            task = brief(task_out(entry, has_other_key=has_other_key(entry)))
-            data = task.model_dump(mode="json")
-            text = task_text(task)
-        else:
-            data = row(entry, has_other_key=has_other_key(entry))
-            text = row_text(data)
-        # json.dumps writes other scripts as escapes, so this is an upper limit of the answer's size.
-        remaining_chars -= len(json.dumps(data)) + len(json.dumps(text))
+        data, text = _facts_of(entry, is_other=has_other_key(entry), detail=detail)
+        # Otherwise no page could contain this entry, and the list would end before it.
+        if detail and _chars_of(data, text) > total_chars:
+            data, text = _facts_of(entry, is_other=has_other_key(entry), detail=False)
+        remaining_chars -= _chars_of(data, text)
         if remaining_chars < 0:
             break
         texts.append(text)
         tasks.append(data)
     return texts, tasks
+
+
+def _facts_of(entry: Entry, *, is_other: bool, detail: bool) -> tuple[dict[str, Any], str]:
+    """Return an entry as data and as text. `is_other`: another key bought it."""
+    if not detail:
+        data = row(entry, has_other_key=is_other)
+        return data, row_text(data)
+    task = brief(task_out(entry, has_other_key=is_other))
+    return task.model_dump(mode="json"), task_text(task)
+
+
+def _chars_of(data: dict[str, Any], text: str) -> int:
+    # json.dumps writes other scripts as escapes, so this is an upper limit of the answer's size.
+    return len(json.dumps(data)) + len(json.dumps(text))
 
 
 def _cursor(entry: Entry) -> str:
