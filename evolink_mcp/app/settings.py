@@ -71,7 +71,6 @@ class Setting:
     default_text: str
     description: str
     is_secret: bool
-    keeps_quotes: bool
     requires: tuple[str, str] | None
 
 
@@ -83,13 +82,12 @@ def setting(
     *,
     default_text: str | None = None,
     is_secret: bool = False,
-    keeps_quotes: bool = False,
     requires: tuple[str, str] | None = None,
 ) -> T:
     """Declare a field of a settings class. The arguments are those of `Setting`."""
     if default_text is None:
         default_text = _text_of(default)
-    entry = Setting(variable, parse, default, default_text, description, is_secret, keeps_quotes, requires)
+    entry = Setting(variable, parse, default, default_text, description, is_secret, requires)
     # A traceback or a log can print the settings.
     return field(kw_only=True, repr=not is_secret, metadata={Setting: entry})
 
@@ -126,14 +124,12 @@ def read(table: Mapping[str, Setting], environ: Mapping[str, str]) -> dict[str, 
 
 
 def _text(entry: Setting, environ: Mapping[str, str]) -> str:
-    text = environ.get(entry.variable, "").strip()
-    file = environ.get(entry.variable + FILE_SUFFIX, "").strip() if entry.is_secret else ""
+    text = _without_quotes(environ.get(entry.variable, "").strip())
+    file = _without_quotes(environ.get(entry.variable + FILE_SUFFIX, "").strip()) if entry.is_secret else ""
     if file and not _PLACEHOLDER.fullmatch(file):
         if text and not _PLACEHOLDER.fullmatch(text):
             raise BadSetting(f"{entry.variable} and {entry.variable}{FILE_SUFFIX} are both set. Remove one of them.")
-        text = _text_in(file, entry.variable + FILE_SUFFIX)
-    if not entry.keeps_quotes:
-        text = _without_quotes(text)
+        text = _without_quotes(_text_in(file, entry.variable + FILE_SUFFIX))
     return "" if _PLACEHOLDER.fullmatch(text) else text
 
 
@@ -374,7 +370,6 @@ class Settings:
         None,
         "EvoLink API key, or keyring for the system's key store. Without it, only the free offline tools work.",
         is_secret=True,
-        keeps_quotes=True,  # `key_problem` explains the quotes
     )
     base_url: str = setting("EVOLINK_BASE_URL", _api_url, BASE_URL, "Base URL of the API: https, or http on loopback.")
     files_base_url: str = setting(

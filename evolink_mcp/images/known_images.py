@@ -25,8 +25,9 @@ TEXT_MAX_CHARS = 8_192
 NEWEST_WORDS = ("last", "latest", "newest")
 
 _TASK_ID = TASK_ID_PATTERN.strip("^$")
-_TASK = re.compile(rf"(?:evolink://tasks/|evolink://images/)?({_TASK_ID})/?", re.IGNORECASE)
-_IMAGE = re.compile(rf"(?:evolink://images/)?({_TASK_ID})/([0-9]{{1,2}})", re.IGNORECASE)
+# Only the case of the scheme does not matter: an ID in other letters is not EvoLink's.
+_TASK = re.compile(rf"(?i:evolink://tasks/|evolink://images/)?({_TASK_ID})/?")
+_IMAGE = re.compile(rf"(?i:evolink://images/)?({_TASK_ID})/([0-9]{{1,2}})")
 _TASK_ID_IN_URL = re.compile(rf"/({_TASK_ID})/")
 
 

@@ -174,14 +174,14 @@ class Limits:
             raise OverBudget(
                 f"{price}, above max_credits={limit:g}",
                 advice=f"Ask the user; then call again with max_credits={ceiling:g}, or a smaller size or quality. "
-                f"{_largest_text(request, prices, limit)}",
+                f"{largest_text(request, prices, limit)}",
             )
         limit = self._limits.per_call
         if limit is not None and ceiling > limit:
             place = self._limits.advice("EVOLINK_MCP_MAX_CREDITS_PER_CALL", "max_credits_per_call")
             raise OverBudget(
                 f"{price}, above the limit of {costs.format_credits(limit)} per call",
-                advice=f"{_largest_text(request, prices, limit)} {place}",
+                advice=f"{largest_text(request, prices, limit)} {place}",
             )
 
     def _check_approval(self, ceiling: float) -> None:
@@ -211,7 +211,7 @@ class Limits:
             place = "" if self._limits.tenant else "The user can raise EVOLINK_MCP_TOTAL_CREDITS_PER_DAY."
             # The sums of all profiles would show a tenant the spending of the others.
             used = f"the server's limit of {costs.format_credits(limit)} per day for all users leaves less"
-        largest = _largest_text(request, prices, (limit - sums.total) / purchases, is_series=purchases > 1)
+        largest = largest_text(request, prices, (limit - sums.total) / purchases, is_series=purchases > 1)
         # A call that alone is above the limit does not fit tomorrow either.
         wait = f"The limit starts again at midnight. {largest}" if ceiling <= limit else largest
         return OverBudget(f"{price}, and {used}", advice=f"{wait} {place}".strip())
@@ -239,7 +239,7 @@ class Limits:
             self._ordering -= 1
 
 
-def _largest_text(request: ImageRequest, prices: Prices, credits: float, *, is_series: bool = False) -> str:
+def largest_text(request: ImageRequest, prices: Prices, credits: float, *, is_series: bool = False) -> str:
     """Return the sentence that names the largest size and quality for these credits. `is_series`: of each picture."""
     best = largest_that_fits(request.request, prices, credits)
     if best is None:

@@ -370,7 +370,8 @@ class Studio:
 
         Return the tasks that the journal does not know, and the reason if the list could not be read.
         """
-        self._need_key()
+        if not self.client.has_key:
+            return [], self._key_missing().message
         if self._options.is_shared:
             return [], "other callers use this account too, so its task list is not shown"
         entries = await self.journal.recent(limit, status="unknown")

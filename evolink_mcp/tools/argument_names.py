@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
-# difflib needs quadratic time, and a message may contain a name of 1,000 characters.
+# A message may contain a name of 1,000 characters.
 NAME_MAX_CHARS = 64
-SIMILAR_FROM = 0.7
+# A shorter name can be another word: mode is not model.
+TYPO_MIN_CHARS = 5
 # The first rule with a word of the name gives the argument, if the tool has one of its arguments. A star stands for the
 # rest of a word.
 # mask stands before image, because mask_image means mask_url. A count stands before it too: number_of_images is n.
@@ -26,6 +26,7 @@ RULES = (
     ("path* folder file dir directory destination", ("save_as", "image_urls", "source", "task_id")),
     ("text description query instruction* caption", ("prompt", "query")),
     ("id task taskid job", ("task_id", "source")),
+    ("force*", ("force_new",)),
 )
 PROMPT_PARTS = "negative* style* system*"
 # Parameters of other image APIs, for example cfg_scale of Stable Diffusion and moderation of OpenAI.
@@ -58,9 +59,8 @@ def correction(name: str, names: list[str]) -> str:
     if meanings is not None:
         match = next((each for each in meanings if each in names), None)
         return f"did you mean {match}?" if match else "leave it out"
-    # A name of three characters or fewer resembles an argument by chance.
-    similar = difflib.get_close_matches(snake, names, n=1, cutoff=SIMILAR_FROM) if len(snake) > 3 else []
-    return f"did you mean {similar[0]}?" if similar else "leave it out"
+    typo = next((each for each in names if _is_typo(snake, each)), None)
+    return "leave it out" if typo is None else f"did you mean {typo}?"
 
 
 def _has_word(words: list[str], terms: str) -> bool:
@@ -68,3 +68,15 @@ def _has_word(words: list[str], terms: str) -> bool:
     starts = tuple(term[:-1] for term in terms.split() if term.endswith("*"))
     whole = {term for term in terms.split() if not term.endswith("*")}
     return any(word in whole or word.startswith(starts) for word in words)
+
+
+def _is_typo(name: str, argument: str) -> bool:
+    """Return whether a name is the argument with one character more, fewer or swapped. The first character is right."""
+    # A replaced character often makes another word: revolution is not resolution.
+    if len(name) < TYPO_MIN_CHARS or name[0] != argument[0]:
+        return False
+    if len(name) == len(argument):
+        swaps = (name[:place] + name[place + 1] + name[place] + name[place + 2 :] for place in range(1, len(name) - 1))
+        return argument in swaps
+    longer, shorter = (name, argument) if len(name) > len(argument) else (argument, name)
+    return any(longer[:place] + longer[place + 1 :] == shorter for place in range(1, len(longer)))

@@ -34,6 +34,8 @@ from evolink_mcp.api.request import (
 from evolink_mcp.errors import EvolinkError, OverBudget
 from evolink_mcp.sanitize import quoted
 from evolink_mcp.studio.jobs import ImageRequest, Job
+from evolink_mcp.studio.limits import largest_text
+from evolink_mcp.studio.prices import Prices
 from evolink_mcp.tools.adapter import PAID, flat_tool, result
 from evolink_mcp.tools.paid_calls import (
     Confirm,
@@ -47,7 +49,7 @@ from evolink_mcp.tools.paid_calls import (
 )
 from evolink_mcp.tools.previews import previews
 from evolink_mcp.tools.series_answer import SeriesOut, refusal_of_series, series_out, series_text
-from evolink_mcp.tools.task_answer import price_change_texts, refusal_out
+from evolink_mcp.tools.task_answer import refusal_out, split_price_changes
 from evolink_mcp.tools.task_text import count_of_pictures
 from evolink_mcp.tools.waiting import JOURNAL_MIN_S, Report, Waiting, WaitSeconds, buyer_of, follow
 
@@ -151,7 +153,7 @@ def generate_images_tool(waiting: Waiting) -> Tool:
             ImageRequest(request, prices.ceiling(request), req.file_name(number), None, req.force_new, client)
             for number, request in enumerate(req.requests, start=1)
         ]
-        return _with_limits(orders, req.max_credits)
+        return _with_limits(orders, req.max_credits, prices)
 
     def confirm(
         req: GenerateImagesArguments,
@@ -200,20 +202,24 @@ def _ceiling(orders: Sequence[ImageRequest]) -> float:
     return round(sum(order.price_ceiling for order in orders), 4)
 
 
-def _with_limits(orders: list[ImageRequest], max_credits: float | None) -> list[ImageRequest]:
+def _with_limits(orders: list[ImageRequest], max_credits: float | None, prices: Prices) -> list[ImageRequest]:
     """Return the orders, each with its share of the caller's limit. So a new price cannot exceed the limit of the series.
 
     Raises:
-        OverBudget: the price ceiling of the series is above the limit.
+        OverBudget: the price ceiling of the series is above the limit. Names the largest size and quality that fit.
     """
     ceiling = _ceiling(orders)
     if max_credits is None:
         return orders
     if ceiling > max_credits:
+        # The longest prompt costs most, because the shared arguments are equal.
+        longest = max(orders, key=lambda order: order.price_ceiling)
+        largest = largest_text(longest, prices, max_credits / len(orders), is_series=len(orders) > 1)
         raise OverBudget(
             f"the computed price of {count_of_pictures(len(orders))} is at most {costs.format_credits(ceiling)}, above "
             f"max_credits={max_credits:g}",
-            advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or quality.",
+            advice=f"Ask the user; then call again with max_credits={ceiling:g}, fewer prompts, or a smaller size or "
+            f"quality. {largest}",
         )
     # The spending check of each purchase computes its ceiling again, perhaps with a new price.
     shares = [max_credits * order.price_ceiling / ceiling if ceiling else 0.0 for order in orders]
@@ -242,10 +248,10 @@ async def _answer(
         else refusal_out(outcome)
         for outcome in outcomes
     ]
-    notes = [*notes, *price_change_texts(await studio.take_price_changes())]
+    bill_texts, rule_texts = split_price_changes(await studio.take_price_changes())
     prompts = [order.request.prompt for order in orders]
     reserved = sum(job.entry.reserved for job in jobs)
-    out = series_out(prompts, tasks, reserved, _ceiling(orders), notes)
+    out = series_out(prompts, tasks, reserved, _ceiling(orders), bill_texts, [*notes, *rule_texts])
     edge = waiting.preview_edge_for(host)
     files = [file for job in jobs for file in await waiting.files_of(job.entry)] if edge != 0 else []
     text = series_text(out)

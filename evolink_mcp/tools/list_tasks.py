@@ -28,7 +28,7 @@ from evolink_mcp.studio.times import instant
 from evolink_mcp.tools.adapter import READS, flat_tool, format_error_as, result
 from evolink_mcp.tools.schemas import ErrorOut
 from evolink_mcp.tools.sums import amount, periods, sums_text
-from evolink_mcp.tools.task_answer import list_facts, price_change_texts, shorten_request, task_out
+from evolink_mcp.tools.task_answer import list_facts, shorten_request, split_price_changes, task_out
 from evolink_mcp.tools.task_text import row_text, task_text
 from evolink_mcp.tools.waiting import mcp_host_of
 
@@ -130,7 +130,8 @@ async def task_list(
     last = next((entry for entry in reversed(listed[: len(texts)]) if entry.is_written), None)
     has_more = len(texts) < len(listed) or len(entries) > req.limit
     sums = {name: await studio.journal.sums_since(start) for name, start in periods(now).items()}
-    notes = price_change_texts(await studio.take_price_changes())
+    bill_texts, rule_texts = split_price_changes(await studio.take_price_changes())
+    notes = [*bill_texts, *rule_texts]
     if words and not entries and after is None:
         notes.append(await _search_hint(studio, words))
     if problem:
@@ -147,7 +148,7 @@ async def task_list(
         synced=None if not req.sync else problem is None,
         notes=notes,
     )
-    return out, _text(req, out, texts, sums)
+    return out, _text(req, out, texts, sums, bill_texts)
 
 
 async def _search_hint(studio: Studio, words: tuple[str, ...]) -> str:
@@ -170,7 +171,10 @@ def _nearest_words(words: tuple[str, ...], texts: list[str]) -> str:
     return " ".join(hints)
 
 
-def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[str, Sums]) -> str:
+def _text(
+    req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[str, Sums], bill_texts: list[str]
+) -> str:
+    """Return the list as text. `bill_texts` are the notes of its first line."""
     filters = [
         f"{name} “{harmless(value, 80)}”"
         for name in ("status", "query", "since", "until")
@@ -179,31 +183,48 @@ def _text(req: ListTasksArguments, out: TaskList, texts: list[str], sums: dict[s
     count = {0: "No task", 1: "1 task"}.get(len(texts), f"{len(texts)} tasks")
     condition = f" with {', '.join(filters)}" if filters else ""
     head = f"{count}{condition}{', newest first' if len(texts) > 1 else ''}. {sums_text(sums)}"
+    head = " ".join([*bill_texts, head])
+    notes = [f"Note: {note}" for note in out.notes if note not in bill_texts]
+    sync_report = ["EvoLink's list of the account's tasks was read."] if out.synced else []
     older = [f"For older tasks call list_tasks with cursor={json.dumps(out.next_cursor)}."] if out.next_cursor else []
-    return "\n\n".join([head, *texts, *older, *(f"Note: {note}" for note in out.notes)])
+    return "\n\n".join([head, *texts, *older, *sync_report, *notes])
 
 
 def _within_limit(
     entries: list[Entry], has_other_key: Callable[[Entry], bool], remaining_chars: int, *, detail: bool
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return as many entries as fit into an answer, as text and as data."""
+    """Return as many entries as fit into an answer, as text and as data.
+
+    With `detail` an entry that is too large for every answer is a short row.
+    """
     texts: list[str] = []
     tasks: list[dict[str, Any]] = []
+    total_chars = remaining_chars
     for entry in entries:
-        if detail:
-            task = shorten_request(task_out(entry, has_other_key=has_other_key(entry)))
-            data = task.model_dump(mode="json")
-            text = task_text(task)
-        else:
-            data = list_facts(entry, has_other_key=has_other_key(entry))
-            text = row_text(data)
-        # json.dumps writes other scripts as escapes, so this is an upper limit of the answer's size.
-        remaining_chars -= len(json.dumps(data)) + len(json.dumps(text))
+        data, text = _facts_of(entry, is_other=has_other_key(entry), detail=detail)
+        # Otherwise no page could contain this entry, and the list would end before it.
+        if detail and _chars_of(data, text) > total_chars:
+            data, text = _facts_of(entry, is_other=has_other_key(entry), detail=False)
+        remaining_chars -= _chars_of(data, text)
         if remaining_chars < 0:
             break
         texts.append(text)
         tasks.append(data)
     return texts, tasks
+
+
+def _facts_of(entry: Entry, *, is_other: bool, detail: bool) -> tuple[dict[str, Any], str]:
+    """Return an entry as data and as text. `is_other`: another key bought it."""
+    if not detail:
+        data = list_facts(entry, has_other_key=is_other)
+        return data, row_text(data)
+    task = shorten_request(task_out(entry, has_other_key=is_other))
+    return task.model_dump(mode="json"), task_text(task)
+
+
+def _chars_of(data: dict[str, Any], text: str) -> int:
+    # json.dumps writes other scripts as escapes, so this is an upper limit of the answer's size.
+    return len(json.dumps(data)) + len(json.dumps(text))
 
 
 def _cursor(entry: Entry) -> str:

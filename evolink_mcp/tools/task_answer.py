@@ -236,6 +236,7 @@ def list_facts(entry: Entry, *, has_other_key: bool = False) -> dict[str, Any]:
         "credits": credits,
         "usd": None if credits is None else costs.usd(credits),
         "reserved": entry.reserved or None,
+        "reserved_usd": costs.usd(entry.reserved) if entry.reserved else None,
         "guess": entry.is_unconfirmed or None,
         "other_key": has_other_key or None,
         "error": failure.message if failure else None,
@@ -313,10 +314,17 @@ def _bill_difference(entry: Entry) -> str | None:
 
 def add_price_changes(out: TaskOut, changes: Mapping[str, Change]) -> None:
     """Add changes of prices to the first line of an answer, and a new size rule to its notes."""
-    bills = {kind: change for kind, change in changes.items() if kind != SIZE_RULE}
-    texts = [*([out.bill_difference] if out.bill_difference else []), *price_change_texts(bills)]
+    bill_texts, rule_texts = split_price_changes(changes)
+    texts = [*([out.bill_difference] if out.bill_difference else []), *bill_texts]
     out.bill_difference = " ".join(texts) or None
-    out.notes += price_change_texts({kind: change for kind, change in changes.items() if kind == SIZE_RULE})
+    out.notes += rule_texts
+
+
+def split_price_changes(changes: Mapping[str, Change]) -> tuple[list[str], list[str]]:
+    """Return the sentences about bills, which belong in the first line of an answer, and those about the size rule."""
+    bills = {kind: change for kind, change in changes.items() if kind != SIZE_RULE}
+    rules = {kind: change for kind, change in changes.items() if kind == SIZE_RULE}
+    return price_change_texts(bills), price_change_texts(rules)
 
 
 def price_change_texts(changes: Mapping[str, Change]) -> list[str]:
@@ -382,7 +390,7 @@ def _notes(entry: Entry, is_deduplicated: bool, is_being_sent: bool) -> list[str
     if task and task.status == COMPLETED and entry.images and len(entry.images) < count:
         notes.append(
             f"The request was for {count} pictures and EvoLink delivered {len(entry.images)}. "
-            "Only delivered pictures are charged."
+            "EvoLink bills each picture separately."
         )
     if task and task.links_left_out:
         notes.append(

@@ -35,7 +35,7 @@ def row_text(row: dict[str, Any]) -> str:
         row["charged"], "charged: unknown"
     )
     if "reserved" in row:
-        paid += f", {row['reserved']:g} credits reserved"
+        paid += f", {format_credits(row['reserved'])} reserved"
     when = str(row["created_at"])[:16].replace("T", " ")
     head = ", ".join([f"{when} UTC", row["status"] + " (unconfirmed match)" * row.get("guess", False), paid])
     lines = [f"{row.get('task_id', 'No task id')}: {head}{', bought with another key' * row.get('other_key', False)}"]
@@ -92,7 +92,7 @@ def _money(out: TaskOut) -> str:
     if out.charged == "yes":
         return f"Charged: yes{f', {format_credits(out.credits)}' if out.credits is not None else ''}."
     if out.charged == "no":
-        return "Charged: no (credits: 0)." if out.credits is not None else "Charged: no."
+        return f"Charged: no, {format_credits(0)}." if out.credits is not None else "Charged: no."
     if out.guess:
         return "Charged: unknown. It is not confirmed that this task belongs to the call with the lost answer."
     return "Charged: unknown yet." if out.error is None else "Charged: unknown."
@@ -130,10 +130,17 @@ def _about(out: TaskOut) -> list[str]:
 
 
 def _reference_text(reference: dict[str, Any]) -> str:
+    """Return the caller's value, with the earlier picture that it names and the value that EvoLink got."""
+    given = reference["given"]
     task_id = reference["task_id"]
-    if task_id is None or task_id in reference["given"]:
-        return reference["given"]
-    return f"{reference['given']} (picture {reference['index']} of {task_id})"
+    details: list[str] = []
+    if task_id is not None and task_id not in given:
+        details.append(f"picture {reference['index']} of {task_id}")
+    if reference["url"] not in (None, given):
+        details.append(f"sent as {reference['url']}")
+    if reference["sha256"] is not None:
+        details.append(f"sha256 {reference['sha256']}")
+    return f"{given} ({', '.join(details)})" if details else given
 
 
 def _compact(data: dict[str, Any]) -> str:

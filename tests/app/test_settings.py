@@ -77,10 +77,21 @@ def test_quotes_around_a_value_are_removed(home: Path, quote: str) -> None:
         EVOLINK_MCP_OUTPUT_DIR=f"{quote}{home}/pictures{quote}",
         EVOLINK_MCP_WAIT_SECONDS=f"{quote}7{quote}",
         EVOLINK_MCP_ALLOWED_DIRS=f"{quote}{home}/a b{quote}{os.pathsep}{home}/c",
+        EVOLINK_API_KEY=f"{quote}{KEY}{quote}",
     )
+    assert read.key is not None
+    assert read.key.get_secret_value() == KEY
     assert read.folders.output == home / "pictures"
     assert set(read.folders.allowed) >= {home / "a b", home / "c"}
     assert read.wait_s == 7
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_quotes_around_the_path_of_a_key_file_are_removed(home: Path, quote: str) -> None:
+    (home / "key").write_text(f"{quote}{KEY}{quote}\n")
+    read = settings(EVOLINK_API_KEY=f"{quote}${{EVOLINK_KEY}}{quote}", EVOLINK_API_KEY_FILE=f"{quote}{home}/key{quote}")
+    assert read.key is not None
+    assert read.key.get_secret_value() == KEY
 
 
 def test_folders_separated_by_commas_are_refused_unless_the_folder_exists(home: Path) -> None:
@@ -132,7 +143,8 @@ def test_the_message_about_an_invalid_value_names_the_variable(home: Path, name:
         pytest.param("sk-shor", "8 to 512", id="too short"),
         pytest.param("k" * 513, "8 to 512", id="too long"),
         pytest.param("sk-ключ-ключ", "visible ASCII", id="not ASCII"),
-        pytest.param(f'"{KEY}"', "quotes", id="in quotes"),
+        pytest.param(f'"{KEY}', "quotes", id="one quote"),
+        pytest.param(f'"Bearer {KEY}"', "Bearer", id="with Bearer in quotes"),
         pytest.param(f"Bearer {KEY}", "Bearer", id="with Bearer"),
         pytest.param("a${user_config.api_key}b", "${...}", id="with a placeholder"),
         pytest.param(f" {KEY}\n", None, id="blanks around it"),

@@ -159,7 +159,9 @@ async def test_fewer_pictures_than_ordered_are_reported_with_the_charge(world: W
     used = world.simulator.credits(f"{world.settings.key.get_secret_value()}")[1]
     assert answer.is_error is False
     assert len(facts["images"]) == 1
-    assert any("for 4 pictures and EvoLink delivered 1." in note for note in facts["notes"])
+    note = "The request was for 4 pictures and EvoLink delivered 1. EvoLink bills each picture separately."
+    assert note in facts["notes"]
+    assert f"Note: {note}" in answer.content[0].text
     assert facts["credits"] == pytest.approx(used)
     assert f"{facts['credits']:g} credits" in answer.content[0].text
 

@@ -51,6 +51,21 @@ async def test_a_list_ends_before_the_limit_of_the_host_and_names_the_next_page(
     assert len(set(task_ids)) == len(task_ids) == 6
 
 
+async def test_a_task_that_is_too_large_for_a_list_with_details_is_a_short_row_and_hides_no_other(world: World) -> None:
+    async with world.client() as client:
+        for prompt in ("sim:fast a fox", "sim:fast a hen"):
+            await client.call_tool("generate_image", {"prompt": prompt, "size": "1024x640"})
+        references = [f"https://pictures.shop.dev/{number}{'x' * 190}.png" for number in range(16)]
+        await client.call_tool("generate_image", {"prompt": "sim:fast an owl", "image_urls": references})
+    page = ListTasksArguments(detail=True)
+    out, text = await task_list(world.studio, page, [], None, 27_000)
+    large, *small = out.tasks
+    assert (large["prompt"], large["charged"]) == ("sim:fast an owl", "yes")
+    assert "request" not in large
+    assert [task["request"]["prompt"] for task in small] == ["sim:fast a hen", "sim:fast a fox"]
+    assert len(out.model_dump_json()) + len(json.dumps(text)) <= 27_000
+
+
 async def test_a_task_beyond_the_limit_is_answered_with_a_shortened_prompt() -> None:
     out = TaskOut(task_id="task-unified-1-a", request={"prompt": "x" * 32_000, "n": 1})
     assert limit_answer(out, 100_000) is out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -123,6 +124,40 @@ def open_servers(open_world: Open) -> Any:
 
 def is_change(answer: dict[str, Any]) -> bool:
     return "from now on" in answer["headline"]
+
+
+async def test_the_first_line_of_a_series_names_its_bills(open_servers: Any) -> None:
+    async with open_servers(times(1.7)) as servers:
+        answer = await servers.call("generate_images", prompts=["a fox", "a hen"], size="1:1", quality="medium")
+    facts = answer.structured_content
+    headline = answer.content[0].text.splitlines()[0]
+    # The second picture has the new ceiling if the first bill is known by then.
+    assert re.match(r"Bills that differ from the computed price: [12] of 2\. EvoLink charged 5\.4", headline)
+    assert headline == f"{facts['bill_difference']} 2 of 2 pictures are saved (status completed)."
+    assert "times the published ones" in facts["bill_difference"]
+    assert facts["notes"] == []
+
+
+async def test_a_series_at_published_prices_has_no_difference(open_servers: Any) -> None:
+    async with open_servers() as servers:
+        answer = await servers.call("generate_images", prompts=["a fox", "a hen"], size="1:1", quality="medium")
+    assert answer.structured_content["bill_difference"] is None
+    assert answer.content[0].text.startswith("2 of 2 pictures are saved")
+
+
+async def test_the_first_line_of_a_list_names_a_bill_that_no_call_waited_for(open_servers: Any) -> None:
+    async with open_servers(times(1.7), reserve=published) as servers:
+        await servers.order(prompt="sim:slow=30 a fox", wait_seconds=0)
+        (world,) = servers.worlds
+        world.clock.now += 60
+        async with anyio.create_task_group() as group:
+            group.start_soon(_until_idle, world, group.cancel_scope)
+        answers = [await servers.call("list_tasks") for _ in range(2)]
+    first, second = (answer.content[0].text.splitlines()[0] for answer in answers)
+    (note,) = answers[0].structured_content["notes"]
+    assert "times the published ones" in note
+    assert first == f"{note} {second}"
+    assert answers[0].content[0].text.count(note) == 1
 
 
 async def test_a_published_bill_is_no_difference(open_servers: Any) -> None:

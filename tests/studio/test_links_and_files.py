@@ -202,3 +202,14 @@ async def test_without_a_key_an_unknown_task_is_not_called_failed(open_world: Op
     assert (facts["status"], facts["charged"], facts["created_at"]) == ("unknown", "unknown", None)
     assert facts["error"]["code"] == "key_missing"
     assert facts["next_action"] is None
+
+
+async def test_without_a_key_a_synced_list_shows_the_journal_and_the_reason(open_world: Open) -> None:
+    async with open_world() as world:
+        bought = await call(world, "generate_image", REQUEST)
+    async with open_world(NO_KEY, simulator=world.simulator, clock=world.clock) as world:
+        answer = await call(world, "list_tasks", {"sync": True})
+    facts = answer.structured_content
+    assert (answer.is_error, facts["synced"], facts["error"]) == (False, False, None)
+    assert [task["task_id"] for task in facts["tasks"]] == [bought.structured_content["task_id"]]
+    assert "could not be read: no EvoLink API key is set." in answer.content[0].text

@@ -12,6 +12,7 @@ import pytest
 from conftest import Clock, Open, World
 from faulty_gateway import QuickSimulator
 
+from evolink_mcp.api.costs import usd
 from evolink_mcp.api.task import Task
 from evolink_mcp.cli.image_commands import find_sums, write_sheet
 from evolink_mcp.errors import Problem
@@ -88,7 +89,8 @@ async def test_list_command_line_and_sheet_show_the_same_sums(open_world: Open) 
         rows = facts["tasks"]
         assert sum(row.get("reserved", 0) for row in rows) == 2 * CEILING
         assert sum(row.get("credits", 0) for row in rows) == CHARGE
-        assert f"{CEILING:g} credits reserved" in text
+        assert sum(row.get("reserved_usd", 0) for row in rows) == pytest.approx(2 * usd(CEILING))
+        assert text.count(f"{CEILING:g} credits (${usd(CEILING):g}) reserved") == 2
         page = world.folder / "sheet.html"
         write = partial(write_sheet, world.settings, [], "all", str(page), print, print)
         assert await anyio.to_thread.run_sync(write) == 0

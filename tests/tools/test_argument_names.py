@@ -26,7 +26,10 @@ MEANINGS = {
     "wait_seconds": "timeout timeoutSeconds wait waitSeconds",
     "max_credits": "budget maxCost max_price maxCredits",
     "output_format": "format imageFormat fileFormat image_format outputFormat",
-    "prompt": "text description text_prompt instructions promt",
+    "prompt": "text description text_prompt instructions promt prmopt",
+    "quality": "qualty qualitty",
+    "force_new": "force forceNew force_regenerate",
+    "resolution": "resolutions resoluton",
 }
 GENERATE = list(GenerateImageArguments.model_fields)
 
@@ -50,7 +53,10 @@ def test_an_ability_that_the_model_lacks_is_named(name: str) -> None:
     assert correction(name, GENERATE).startswith("gpt-image-2 has no ")
 
 
-@pytest.mark.parametrize("name", "random_string foo metadata extra prompt_strength_x9 safety x".split())
+@pytest.mark.parametrize(
+    "name",
+    "random_string foo metadata extra prompt_strength_x9 safety x mode modes modal promote equality revolution".split(),
+)
 def test_a_name_without_a_meaning_is_left_out(name: str) -> None:
     assert correction(name, GENERATE) == "leave it out"
 
@@ -75,9 +81,15 @@ def test_a_series_has_no_count(name: str) -> None:
         (ListTasksArguments, "count", "limit"),
         (ComputeSizeArguments, "aspectRatio", "size"),
         (ComputeSizeArguments, "numImages", "n"),
+        (ListTasksArguments, "limits", "limit"),
         (GetTaskArguments, "path", "task_id"),
         (GetTaskArguments, "jobId", "task_id"),
     ],
 )
 def test_the_other_tools_get_their_own_argument(tool: type, name: str, meaning: str) -> None:
     assert correction(name, list(tool.model_fields)) == f"did you mean {meaning}?"
+
+
+@pytest.mark.parametrize("name", ["start", "state", "async", "order"])
+def test_a_name_that_only_looks_like_an_argument_of_list_tasks_is_left_out(name: str) -> None:
+    assert correction(name, list(ListTasksArguments.model_fields)) == "leave it out"

@@ -40,6 +40,8 @@ REFUSED = [
     ),
     pytest.param({"prompt": PROMPT, "sizes": "16:9"}, "did you mean size?", id="misspelt argument"),
     pytest.param({"Prompt": PROMPT}, "did you mean prompt?", id="argument in another case"),
+    pytest.param({"promt": PROMPT}, "did you mean prompt?", id="argument with a typo"),
+    pytest.param({"prompt": PROMPT, "mode": "edit"}, "mode: unknown argument; leave it out", id="similar spelling"),
     pytest.param({"prompt": PROMPT, "size": "1000x1000"}, "1008x1008", id="illegal size"),
     pytest.param({"prompt": PROMPT, "size": "１６:９"}, "size", id="full-width digits"),
     pytest.param({"prompt": PROMPT, "size": "9" * 1_000_000}, "size", id="a megabyte of nines"),
@@ -175,7 +177,8 @@ async def test_a_tier_without_effect_gets_a_note(world: World) -> None:
 @pytest.mark.parametrize(
     "task_id",
     ["   ", "task-unified-", "../credits", "task-unified-1/../../credits", "task-unified-1?x=1", "task-unified-1#f",
-     "//evil.example/task-unified-1", "https://evil.example/task-unified-1", "task-unified-1 2", "{id}", "null"],
+     "//evil.example/task-unified-1", "https://evil.example/task-unified-1", "task-unified-1 2", "{id}", "null",
+     "TASK-UNIFIED-1757156493-imcg5zqt", "task-unified-\u017f", "evolink://tasks/Task-unified-1"],
 )  # fmt: skip
 async def test_an_invalid_task_id_sends_no_request(world: World, task_id: str) -> None:
     async with world.client() as client:

@@ -130,6 +130,8 @@ async def test_every_answer_fits_its_schema_and_repeats_its_facts_as_text(
     for name in ("task_id", "status", "width", "height", "explicit_size", "estimated_tokens"):
         if facts.get(name) is not None and not (name == "status" and facts.get("task_id") is None):
             assert is_in_text(facts[name], text), name
+    if facts.get("credits") is not None:
+        assert f"{facts['credits']:g} credits (${facts['usd']:g})" in text
     for image in facts.get("images", []):
         facts_of_image = [
             image[name] for name in ("path", "url", "url_expires_at", "sha256", "resource_uri", "markdown", "bytes")

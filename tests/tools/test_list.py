@@ -168,3 +168,22 @@ async def test_urls_of_references_are_listed_unchanged(world: World) -> None:
     (edited,) = await buy(world, "cat and dog", image_urls=urls)
     assert [reference["given"] for reference in edited["references"]] == urls
     assert [reference["url"] for reference in edited["references"]] == urls
+
+
+async def test_the_text_of_an_edit_has_the_facts_of_its_reference(world: World) -> None:
+    (first,) = await buy(world, "a fox")
+    async with world.client() as client:
+        arguments = {"prompt": "a fox at night", "image_urls": [first["images"][0]["path"]]}
+        answer = await client.call_tool("generate_image", arguments)
+    (reference,) = answer.structured_content["references"]
+    assert reference["url"] != reference["given"]
+    assert all(reference[name] in answer.content[0].text for name in ("given", "url", "sha256", "task_id"))
+
+
+async def test_the_text_of_a_synced_list_reports_the_comparison(world: World) -> None:
+    await buy(world, "a fox")
+    synced = await list_tasks(world, sync=True)
+    report = "EvoLink's list of the account's tasks was read."
+    assert (synced.structured_content["synced"], report in synced.content[0].text) == (True, True)
+    plain = await list_tasks(world)
+    assert (plain.structured_content["synced"], report in plain.content[0].text) == (None, False)

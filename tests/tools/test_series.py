@@ -15,6 +15,7 @@ from mcp_types import ElicitRequestParams, ElicitResult
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.studio.prices import price_of
+from evolink_mcp.tools.task_answer import ImageOut
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -59,6 +60,11 @@ async def test_ten_prompts_bring_ten_saved_pictures_with_ten_posts(world: World,
     assert all(task["task_id"] in text for task in facts["tasks"])
     assert facts["spent"]["credits"] == pytest.approx(sum(task["credits"] for task in facts["tasks"]))
     assert facts["reserved"]["credits"] == 0
+    for image in (image for task in facts["tasks"] for image in task["images"]):
+        assert set(image) == set(ImageOut.model_fields) - {"error"}
+        assert f"{image['bytes']:,} bytes" in text
+        names = ("path", "url", "url_expires_at", "sha256", "resource_uri", "markdown")
+        assert all(image[name] in text for name in names)
     entries = await world.studio.journal.recent(20)
     assert sorted(entry.request["prompt"] for entry in entries) == sorted(ANIMALS)
     assert all(entry.delivered_at is not None for entry in entries)
@@ -149,7 +155,8 @@ async def test_each_unfinished_picture_has_a_next_action_that_completes_it(world
         for task in facts["tasks"]:
             action = task["next_action"]
             assert action["arguments"] == {"task_id": task["task_id"]}
-            assert task["task_id"] in answer.content[0].text
+            assert task["progress"] == 0
+            assert f"{task['status']}, 0 %, {task['task_id']}." in answer.content[0].text
             finished = await client.call_tool(action["tool"], action["arguments"])
             assert finished.structured_content["status"] == "completed"
     assert world.posts == 2
@@ -178,6 +185,8 @@ async def test_max_credits_is_the_limit_of_the_whole_series(world: World) -> Non
     assert refused.is_error
     assert "price of 10 pictures" in refused.content[0].text
     assert world.posts == 0
+    high = await series(world, prompts=ANIMALS, max_credits=total * 1.5, size="1024x640", quality="high")
+    assert 'The largest that fits for each picture is size="1024x640", quality="low"' in high.content[0].text
     bought = await series(world, prompts=ANIMALS, max_credits=refused_advice(refused), **SMALL)
     assert bought.structured_content["status"] == "completed"
     assert world.posts == 10
