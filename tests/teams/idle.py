@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster, running
-from crowd import HEADERS, Used, free_port, listens, process
+from crowd import HEADERS, Usage, free_port, process, wait_for_port
 
 START_WITHIN_S = 600.0
 SETTLE_S = 10.0
@@ -60,18 +60,18 @@ def measure(tenants: int, calls: int, seconds: float, settle_s: float) -> dict[s
         }  # fmt: skip
         command = (sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(port))
         with process(*command, cwd=folder, log="server.log", **env) as server:
-            listens(port, START_WITHIN_S)
+            wait_for_port(port, START_WITHIN_S)
             for number in range(calls):
                 call(port, f"token{number}")
             time.sleep(settle_s)
             database = url.partition("@/")[2].partition("?")[0]
-            before = Used.of(server)
+            before = Usage.of(server)
             first = transactions(cluster, database)
             started = time.monotonic()
             time.sleep(seconds)
             count = transactions(cluster, database) - first
             passed_s = time.monotonic() - started
-            used = Used.of(server)
+            used = Usage.of(server)
             return {
                 "transactions_per_s": count / passed_s, "memory_mb": used.now_mb,
                 "core": (used.cpu_s - before.cpu_s) / passed_s,
