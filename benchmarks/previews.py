@@ -23,7 +23,7 @@ from evolink_mcp.tools.hosts import UNKNOWN
 TITLE = "Previews"
 TICK_S = 0.005
 KINDS = (("4K", "4K images"), ("noise", "4K images of noise"))
-ORDER = {"size": "16:9", "resolution": "4K", "n": 10, "wait_seconds": 120}
+REQUEST = {"size": "16:9", "resolution": "4K", "n": 10, "wait_seconds": 120}
 
 
 def run(quick: bool) -> list[Figure]:
@@ -111,7 +111,7 @@ async def _ask(port: int) -> _Measured:
             ticks = measured.stalls
             _time_saves(studio.journal, measured.notes)
             started = time.perf_counter()
-            answer: Any = await client.call_tool("generate_image", {"prompt": "sim:slow=2 ten of them", **ORDER})
+            answer: Any = await client.call_tool("generate_image", {"prompt": "sim:slow=2 ten of them", **REQUEST})
             measured.duration_s = time.perf_counter() - started - 2
             group.cancel_scope.cancel()
     saved = [image for image in answer.structured_content["images"] if image["path"]]

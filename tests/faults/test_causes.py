@@ -43,7 +43,7 @@ pytestmark = pytest.mark.anyio
 
 KEY = "sk-canary-0123456789abcdef"
 PASSWORD = "hunter2-canary"
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 ISSUER = "Example Corp Inspection"
 NOW = 1_795_000_020.0  # the begin of a minute
 EVOLINK = "https://api.evolink.ai"
@@ -480,7 +480,7 @@ async def test_tool_doctor_and_log_name_the_cause_and_the_next_step(
                 Client(ONE_SERVER) as client,
             ):
                 CURRENT.studio = studio
-                bought = await client.call_tool("generate_image", {**WISH, **fault.arguments(tmp_path)})
+                bought = await client.call_tool("generate_image", {**REQUEST, **fault.arguments(tmp_path)})
                 balance = await client.call_tool("get_balance", {})
             findings = [doctor.check_key(settings), *await doctor.check_account(settings, lambda: NOW)]
     out = bought.structured_content
@@ -519,13 +519,13 @@ async def test_after_a_long_rate_limit_no_purchase_is_sent_before_its_end(tmp_pa
             options: dict[str, Any] = {"sleep": no_sleep, "deadline": gw.deadline_at_silence}
             async with open_studio(settings, decoder=shared_decoder(), clock=lambda: now, **options) as studio:
                 CURRENT.studio = studio
-                first = await client.call_tool("generate_image", WISH)
+                first = await client.call_tool("generate_image", REQUEST)
                 now += 600
                 requests = list(gateway.requests)
-                second = await client.call_tool("generate_image", {**WISH, "prompt": "another fox"})
+                second = await client.call_tool("generate_image", {**REQUEST, "prompt": "another fox"})
                 assert gateway.requests == requests
                 now += 3000
-                third = await client.call_tool("generate_image", WISH)
+                third = await client.call_tool("generate_image", REQUEST)
     at = datetime.fromtimestamp(NOW + 3600)
     for answer, distance in ((first, "60 minutes"), (second, "50 minutes")):
         error = answer.structured_content["error"]

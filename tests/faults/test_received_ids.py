@@ -31,7 +31,7 @@ from evolink_mcp.studio.jobs import ImageRequest
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 KEY = "sk-canary-0123456789abcdef"
-BODY = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
 
@@ -57,7 +57,7 @@ async def buy(folder: Path, fault: Fault) -> tuple[Entry, QuickSimulator, Gatewa
         )
         options: Any = {"decoder": shared_decoder(), "http_options": CERTIFICATES_READ_ONCE}
         async with open_studio(settings, sleep=no_sleep, deadline=gw.deadline_at_silence, **options) as studio:
-            job = await studio.order(ImageRequest(GenerationRequest.model_validate(BODY), 9.0))
+            job = await studio.order(ImageRequest(GenerationRequest.model_validate(REQUEST), 9.0))
             async for _ in job.states():
                 pass
             (entry,) = await studio.journal.recent(9)

@@ -31,7 +31,7 @@ from evolink_mcp.teams.settings import TeamSettings
 pytestmark = pytest.mark.anyio
 
 KEY = "sk-canary-0123456789abcdef"
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 async def no_sleep(_: float) -> None:
@@ -63,7 +63,7 @@ async def buy(studio: Studio, **arguments: Any) -> tuple[dict[str, Any], str]:
 
 async def generate(client: Client, studio: Studio, **arguments: Any) -> tuple[dict[str, Any], str]:
     CURRENT.studio = studio
-    answer = await client.call_tool("generate_image", {**WISH, **arguments})
+    answer = await client.call_tool("generate_image", {**REQUEST, **arguments})
     assert answer.is_error == (answer.structured_content["error"] is not None)
     return answer.structured_content, answer.content[0].text
 
@@ -423,7 +423,7 @@ async def test_every_error_reaches_the_model_with_its_charge(
     kind: type[errors.EvolinkError], tool: str, tmp_path: Path
 ) -> None:
     series = {"prompts": ["a fox", "a hen"]}
-    arguments = {"generate_image": WISH, "generate_images": series, "get_task": {"task_id": "task-unified-1-x"}}.get(
+    arguments = {"generate_image": REQUEST, "generate_images": series, "get_task": {"task_id": "task-unified-1-x"}}.get(
         tool, {}
     )
     with anyio.fail_after(300):

@@ -17,7 +17,7 @@ from drawings import drawing
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
 from evolink_mcp.images.folders import Folders, move_patiently, open_plain, write_new_file
 
-WISH = {"prompt": "sim:fast a fox"}
+REQUEST = {"prompt": "sim:fast a fox"}
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_refusal_quotes_no_more_than_a_line_of_the_name(folders: Folders) -> N
 async def test_a_bad_place_is_refused_before_anything_is_sent(world: World, save_as: str) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            answer = await client.call_tool("generate_image", {**WISH, "save_as": save_as})
+            answer = await client.call_tool("generate_image", {**REQUEST, "save_as": save_as})
     assert answer.is_error is True
     assert answer.structured_content["error"]["code"] == "folder_refused"
     assert answer.structured_content["charged"] == "no"
@@ -141,10 +141,10 @@ async def test_the_project_that_an_agent_works_in_is_allowed(
     monkeypatch.chdir(project)
     place = project / "src" / "assets" / "hero.png"
     async with open_world() as world, world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, "save_as": str(place)})
+        answer = await client.call_tool("generate_image", {**REQUEST, "save_as": str(place)})
         assert [str(place)] == [image["path"] for image in answer.structured_content["images"]]
         (project / "logo.png").write_bytes(drawing())
-        edited = await client.call_tool("generate_image", {**WISH, "image_urls": [str(project / "logo.png")]})
+        edited = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(project / "logo.png")]})
         assert edited.is_error is False
 
 

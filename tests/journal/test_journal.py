@@ -28,7 +28,7 @@ from evolink_mcp.journal.migrations import MIGRATIONS, migrate, move_command
 from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
 NOW = 1_790_000_000.0
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 def entry(journal: BlockingJournal, **fields: Any) -> Entry:
@@ -252,7 +252,7 @@ async def test_a_lock_held_elsewhere_delays_only_what_needs_the_journal(open_wor
             answers: list[Any] = []
 
             async def buy() -> None:
-                answers.append(await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a fox"}))
+                answers.append(await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a fox"}))
 
             with locked(world.settings.data_dir / FILE_NAME):
                 group.start_soon(buy)
@@ -447,10 +447,10 @@ async def test_what_cannot_be_written_down_is_not_bought(
             spoil(small)
         async with open_world({"EVOLINK_MCP_DATA_DIR": str(small / "data")}) as world, world.client() as client:
             if bought:
-                first = await client.call_tool("generate_image", WISH)
+                first = await client.call_tool("generate_image", REQUEST)
                 assert first.structured_content["charged"] == "yes"
                 spoil(small)
-            refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
+            refused = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
             free = await client.call_tool("compute_size", {"size": "16:9"})
             balance = await client.call_tool("get_balance", {})
     text = refused.content[0].text
@@ -470,13 +470,13 @@ async def test_a_picture_for_which_there_is_no_space_is_not_bought(open_world: O
     with mounted(tmp_path / "small", "size=64k") as small, anyio.fail_after(300):
         fill(small)
         async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(small / "pictures")}) as world, world.client() as client:
-            answer = await client.call_tool("generate_image", WISH)
+            answer = await client.call_tool("generate_image", REQUEST)
             facts = answer.structured_content
             assert (facts["charged"], facts["status"], world.posts) == ("no", "failed", 0)
             assert "EVOLINK_MCP_OUTPUT_DIR" in answer.content[0].text
             (small / "ballast").unlink()
             subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
-            again = await client.call_tool("generate_image", WISH)
+            again = await client.call_tool("generate_image", REQUEST)
     assert again.structured_content["images"][0]["path"] is not None
     assert world.posts == 1
 
@@ -486,7 +486,7 @@ async def test_a_data_folder_that_is_a_file_stops_purchases_with_words(open_worl
     (tmp_path / "data").write_text("not a folder")
     with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:
-            refused = await client.call_tool("generate_image", WISH)
+            refused = await client.call_tool("generate_image", REQUEST)
             listed = await client.call_tool("list_tasks", {})
             answer = await client.call_tool("get_task", {"task_id": "task-unified-1-abc"})
     assert (refused.structured_content["charged"], world.posts) == ("no", 0)

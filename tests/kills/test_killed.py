@@ -17,7 +17,7 @@ from faulty_gateway import Exchange, behave
 from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
 from slow import SLOW
 from town import (  # noqa: F401
-    WISH,
+    REQUEST,
     Town,
     check_recovery,
     good_run,
@@ -91,7 +91,7 @@ async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
         assert await tasks(neighbour) == []
         async with town.nursery.server({**env, AT: str(at), HOW: "kill"}, greet=False) as server:
             await server.hello()
-            await server.call("generate_image", **WISH)
+            await server.call("generate_image", **REQUEST)
             server.hang_up()
             assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
         await town.gateway.wait_until_idle()
@@ -101,7 +101,7 @@ async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
         listed = await tasks(neighbour)
         assert len(listed) == len(entries_before) <= 1
         assert all(is_of_another_key(task) for task in listed)
-        answer = await neighbour.call("generate_image", **WISH)
+        answer = await neighbour.call("generate_image", **REQUEST)
         assert answer is not None
         assert answer["structuredContent"]["charged"] == "yes", answer
         (own_entry,) = town.billed(neighbour_key)
@@ -173,7 +173,7 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
 
     async def kill_at(prompt: str, moment: Any) -> None:
         async with town.nursery.server(env) as server, anyio.create_task_group() as group:
-            group.start_soon(lambda: server.call("generate_image", **{**WISH, "prompt": prompt}))
+            group.start_soon(lambda: server.call("generate_image", **{**REQUEST, "prompt": prompt}))
             await moment()
             server.kill()
             assert await server.wait_for_exit() == -signal.SIGKILL
@@ -188,7 +188,7 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
         await kill_at("being fetched", lambda: until(lambda: reached.is_set() and ids_written(env) == 2))
         town.gateway.reads = lambda exchange: None
         async with town.nursery.server(env) as server:
-            await server.call("generate_image", **{**WISH, "prompt": "here"})
+            await server.call("generate_image", **{**REQUEST, "prompt": "here"})
             server.kill()
             assert await server.wait_for_exit() == -signal.SIGKILL
         reached = anyio.Event()
@@ -204,12 +204,12 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
             assert charged == {"being made": "yes", "being fetched": "yes", "here": "yes", "being bought": "unknown"}
             assert len(town.pictures("four")) == 4
             assert town.gateway.posts == posts
-            again = await server.call("generate_image", **{**WISH, "prompt": "being bought"})
+            again = await server.call("generate_image", **{**REQUEST, "prompt": "being bought"})
             assert again is not None
             assert "earlier identical call" in again["content"][0]["text"]
             assert town.gateway.posts == posts
             town.gateway.purchases = [behave]
-            second = await server.call("generate_image", **{**WISH, "prompt": "being bought"})
+            second = await server.call("generate_image", **{**REQUEST, "prompt": "being bought"})
             assert second is not None
             assert second["structuredContent"]["task_id"] not in {task["task_id"] for task in listed}
             assert town.gateway.posts == posts + 1
@@ -225,8 +225,8 @@ async def test_two_live_servers_do_not_touch_each_others_tasks_and_the_survivor_
     town.gateway.simulator.duration_s = 3600
     with anyio.fail_after(300):
         async with two_servers(town) as (victim, survivor):
-            first = await victim.call("generate_image", **WISH, wait_seconds=0)
-            second = await survivor.call("generate_image", **{**WISH, "prompt": "a hen"}, wait_seconds=0)
+            first = await victim.call("generate_image", **REQUEST, wait_seconds=0)
+            second = await survivor.call("generate_image", **{**REQUEST, "prompt": "a hen"}, wait_seconds=0)
             assert first is not None
             assert second is not None
             assert len(await tasks(victim)) == len(await tasks(survivor)) == 2

@@ -15,7 +15,7 @@ from child_processes import minimal_environment
 from faulty_gateway import Gateway, QuickSimulator
 from killer import AT, HOW, LOG, Nursery, Server
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
 
 @dataclass
@@ -80,7 +80,7 @@ async def good_run(town: Town, env: dict[str, str]) -> list[str]:
     log = town.folder / "operations"
     with anyio.fail_after(300):
         async with town.nursery.server({**env, AT: "0", HOW: "count", LOG: str(log)}) as server:
-            answer = await server.call("generate_image", **WISH)
+            answer = await server.call("generate_image", **REQUEST)
             assert answer is not None
             assert answer["structuredContent"]["status"] == "completed"
             operations = log.read_text().splitlines()
@@ -95,7 +95,7 @@ async def run_failing_server(
     """Run a server that fails as `env` defines. Return the IDs of the billed tasks, and the answer, if there is one."""
     async with town.nursery.server(env, greet=False) as server:
         await server.hello()
-        answer = await server.call("generate_image", **WISH)
+        answer = await server.call("generate_image", **REQUEST)
         server.hang_up()
         assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
     await town.gateway.wait_until_idle()
@@ -148,7 +148,7 @@ async def stopped_and_continued(town: Town, env: dict[str, str]) -> None:
     town.gateway.simulator.duration_s = 3600
     with anyio.fail_after(300):
         async with town.nursery.server(env) as stopped_server, town.nursery.server(env) as watcher:
-            first = await stopped_server.call("generate_image", **WISH, wait_seconds=0)
+            first = await stopped_server.call("generate_image", **REQUEST, wait_seconds=0)
             assert first is not None
             task_id = first["structuredContent"]["task_id"]
             stopped_server.kill(signal.SIGSTOP)

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Clock, Open, World
-from office import ANNA, BERT, WISH, office
+from office import ANNA, BERT, REQUEST, office
 
 from evolink_mcp.images.previews import PreviewCache
 from evolink_mcp.journal.entry import Entry
@@ -82,7 +82,7 @@ async def test_a_server_forgets_the_requests_of_tenants_that_never_call_again(tm
 
     async with office(tmp_path, ANNA, BERT) as team:
         for token in ("a", "b"):
-            await team.call(token, "generate_image", **{**WISH, "prompt": f"sim:fast {SEA} a secret fox"})
+            await team.call(token, "generate_image", **{**REQUEST, "prompt": f"sim:fast {SEA} a secret fox"})
     days = {"EVOLINK_MCP_RETENTION_DAYS": "1"}
     async with office(tmp_path, ANNA, BERT, pause=pause, **days) as team, anyio.create_task_group() as group:
         team.clock.shift_s = 2 * DAY_S
@@ -100,7 +100,7 @@ async def test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed(tmp_path: 
             with (copies / name).open("wb") as file:
                 file.truncate(100 if name == "expired" else 3 << 29)  # sparse
             os.utime(copies / name, (team.clock() - age_s, team.clock() - age_s))
-        await team.call("a", "generate_image", **WISH)
+        await team.call("a", "generate_image", **REQUEST)
     names = {path.name for path in copies.iterdir()}
     assert {"expired", "older", "newer"} & names == {"newer"}
 

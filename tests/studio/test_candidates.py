@@ -21,7 +21,7 @@ from evolink_mcp.studio.reconcile import contradicts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-ORDER = {"model": "gpt-image-2", "prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"model": "gpt-image-2", "prompt": "a fox", "size": "1024x640", "quality": "low"}
 NOW = 1_790_000_000.0
 
 
@@ -61,14 +61,14 @@ def evolink() -> LossyEvoLink:
 
 def buy_elsewhere(evolink: LossyEvoLink, **options: Any) -> str:
     """Buy with the same key, without this server. Return the task ID."""
-    status, _, data = evolink.simulator.create({**ORDER, **options}, key=KEY)
+    status, _, data = evolink.simulator.create({**REQUEST, **options}, key=KEY)
     assert status == 200, data
     return data["id"]
 
 
 async def order(world: World, **options: Any) -> Entry:
     """Order an image and return the entry when the job is finished."""
-    request = GenerationRequest.model_validate({**ORDER, **options})
+    request = GenerationRequest.model_validate({**REQUEST, **options})
     job = await world.studio.order(ImageRequest(request, world.studio.prices.current.ceiling(request)))
     async for _ in job.states():
         pass
@@ -194,7 +194,7 @@ async def test_an_own_answer_overrules_the_match_of_another_order(open_world: Op
 async def test_the_number_of_images_and_their_price_must_fit_the_order(
     images: int, credits: float | None, expected: bool
 ) -> None:
-    entry = Entry("key", "owner", Phase.UNKNOWN, NOW, request={**ORDER, "n": 2}, estimate=0.4)
+    entry = Entry("key", "owner", Phase.UNKNOWN, NOW, request={**REQUEST, "n": 2}, estimate=0.4)
     links = tuple(f"https://files.example/{number}.png" for number in range(images))
     task = Task("task-unified-1-a", "completed", created=NOW, results=links, credits_used=credits)
     assert contradicts(entry, task, 0.0) is expected

@@ -16,7 +16,7 @@ from evolink_mcp.images.download import download
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
 
 class Refuses(httpx.ASGITransport):
@@ -41,7 +41,7 @@ async def test_a_refused_look_ends_nothing(open_world: Open, status: int, times:
     refuses = Refuses(simulator, "/v1/tasks/", status, times)
     # Links die after a day: a picture that was made while EvoLink refused for twenty hours can still be fetched.
     async with open_world(simulator=simulator, clock=clock, transport=refuses) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
     assert (answer.structured_content["status"], answer.structured_content["charged"]) == ("completed", "yes")
     assert answer.structured_content["images"][0]["path"] is not None
     assert answer.structured_content["error"] is None
@@ -61,7 +61,7 @@ async def test_while_evolink_refuses_the_caller_is_told_that_it_goes_on(open_wor
 
     clock.sleep = sleep
     async with open_world(simulator=simulator, clock=clock, transport=refuses) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        answer = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
         again = {"task_id": answer.structured_content["task_id"], "wait_seconds": 0}
         while not any("repeats the poll" in note for note in answer.structured_content["notes"]):
             answer = await client.call_tool("get_task", again)
@@ -87,7 +87,7 @@ async def test_a_picture_host_that_fails_for_a_while_costs_no_picture(open_world
         open_world(simulator=simulator, clock=clock, transport=refuses, pause=pause) as world,
         world.client() as client,
     ):
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         (image,) = answer.structured_content["images"]
         if times > 4:
             assert (answer.structured_content["charged"], image["path"]) == ("yes", None)
@@ -117,7 +117,7 @@ async def test_a_failed_task_with_pictures_shows_them(open_world: Open) -> None:
         open_world(simulator=simulator, clock=clock, transport=transport) as world,
         world.client() as client,
     ):
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
     assert (answer.is_error, answer.structured_content["status"]) == (True, "failed")
     assert answer.structured_content["images"][0]["path"] == str(world.files[0])
     assert str(world.files[0]) in answer.content[0].text
@@ -154,7 +154,7 @@ async def test_an_id_of_another_form_is_kept_and_asked_for_in_a_body(open_world:
         open_world(simulator=simulator, clock=clock, transport=transport) as world,
         world.client() as client,
     ):
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
     facts = answer.structured_content
     assert (facts["task_id"], facts["status"], facts["charged"]) == (name, "completed", "yes")
     assert facts["images"][0]["path"] == str(world.files[0])

@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 NEW = "sk-new-key-0123456789abcdef"
 NEW_KEY = {"EVOLINK_API_KEY": NEW}
-ORDER = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
-SLOW = {**ORDER, "prompt": "sim:slow=1000000 a fox", "wait_seconds": 0}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+SLOW = {**REQUEST, "prompt": "sim:slow=1000000 a fox", "wait_seconds": 0}
 RUNNING = ("pending", "processing")  # the polls of the studio move the clock, so either is right
 LIMIT = {"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.3"}
 
@@ -44,13 +44,13 @@ def one_account() -> PlainSimulator:
 async def test_the_history_stays_after_a_key_change(open_world: Open, one_account: PlainSimulator) -> None:
     clock: Any = one_account.clock
     async with open_world(simulator=one_account, clock=clock) as before:
-        bought = await call(before, "generate_image", **ORDER)
+        bought = await call(before, "generate_image", **REQUEST)
         sums = (await call(before, "list_tasks"))["spent"]
     clock.now += 60
     async with open_world(NEW_KEY, simulator=one_account, clock=clock) as after:
         task_id = bought["task_id"]
         listed = await call(after, "list_tasks")
-        edit = await call(after, "generate_image", **{**ORDER, "image_urls": [f"evolink://images/{task_id}/0"]})
+        edit = await call(after, "generate_image", **{**REQUEST, "image_urls": [f"evolink://images/{task_id}/0"]})
         async with after.client() as client:
             view = await client.call_tool("view_image", {"task_id": task_id})
             image = await client.read_resource(f"evolink://images/{task_id}/0")
@@ -72,9 +72,9 @@ async def test_the_daily_limit_counts_the_purchases_of_all_keys(
 ) -> None:
     clock: Any = one_account.clock
     async with open_world(LIMIT, simulator=one_account, clock=clock) as before:
-        await call(before, "generate_image", **ORDER)
+        await call(before, "generate_image", **REQUEST)
     async with open_world({**LIMIT, "EVOLINK_API_KEY": key}, simulator=one_account, clock=clock) as after:
-        refused = await call(after, "generate_image", **ORDER)
+        refused = await call(after, "generate_image", **REQUEST)
         assert (refused["error"]["code"], after.posts) == ("over_budget", 1)
 
 
@@ -82,7 +82,7 @@ async def test_the_new_key_follows_a_running_task(open_world: Open, one_account:
     clock: Any = one_account.clock
     one_account.duration_s = 500
     async with open_world(simulator=one_account, clock=clock) as before:
-        bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
+        bought = await call(before, "generate_image", **{**REQUEST, "wait_seconds": 0})
     clock.now += 1000
     async with open_world(NEW_KEY, simulator=one_account, clock=clock, pause=no_pause) as after:
         while not after.files:  # no call is necessary
@@ -98,10 +98,10 @@ async def test_an_identical_call_with_the_new_key_gets_the_undelivered_purchase(
     clock: Any = one_account.clock
     one_account.duration_s = 500
     async with open_world(simulator=one_account, clock=clock) as before:
-        bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
+        bought = await call(before, "generate_image", **{**REQUEST, "wait_seconds": 0})
     clock.now += 1000
     async with open_world(NEW_KEY, simulator=one_account, clock=clock) as after:
-        again = await call(after, "generate_image", **ORDER)
+        again = await call(after, "generate_image", **REQUEST)
         assert (again["task_id"], again["status"], after.posts) == (bought["task_id"], "completed", 1)
 
 
@@ -110,7 +110,7 @@ async def test_one_read_links_a_key_and_the_next_server_needs_none(
 ) -> None:
     clock: Any = one_account.clock
     async with open_world(simulator=one_account, clock=clock) as before:
-        bought = await call(before, "generate_image", **ORDER)
+        bought = await call(before, "generate_image", **REQUEST)
     clock.now += 60
     for reads in (1, 1):
         async with open_world(NEW_KEY, simulator=one_account, clock=clock) as after:
@@ -126,7 +126,7 @@ async def test_a_key_of_another_account_sees_the_history_and_touches_nothing(ope
     simulator = PlainSimulator(clock=clock)
     async with open_world(simulator=simulator, clock=clock) as before:
         bought = await call(before, "generate_image", **SLOW)
-        saved = await call(before, "generate_image", **ORDER)
+        saved = await call(before, "generate_image", **REQUEST)
     clock.now += 60
     async with open_world(NEW_KEY, simulator=simulator, clock=clock, pause=no_pause) as after:
         listed = await call(after, "list_tasks")
@@ -162,7 +162,7 @@ async def test_the_first_key_continues_its_work_when_it_is_back(open_world: Open
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as before:
-        bought = await call(before, "generate_image", **{**ORDER, "wait_seconds": 0})
+        bought = await call(before, "generate_image", **{**REQUEST, "wait_seconds": 0})
     clock.now += 1000
     async with (
         open_world(NEW_KEY, simulator=simulator, clock=clock) as second,
@@ -184,7 +184,7 @@ async def test_nothing_is_bought_while_the_account_of_a_new_key_is_unknown(open_
     clock.now += 60
     gateway = Gateway(simulator)
     async with open_world(NEW_KEY, simulator=simulator, clock=clock, transport=gateway) as after:
-        refused = await call(after, "generate_image", **ORDER)
+        refused = await call(after, "generate_image", **REQUEST)
         assert (refused["charged"], refused["error"]["retryable"]) == ("no", True)
         assert "belongs to the earlier purchases" in refused["error"]["message"]
         assert after.posts == 1
@@ -209,7 +209,7 @@ class Gateway(httpx.AsyncBaseTransport):
 async def test_a_learned_size_rule_moves_with_the_link(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule="pixel-budget", accounts={NEW: KEY})
-    order = {**ORDER, "size": "16:9", "resolution": "2K"}
+    order = {**REQUEST, "size": "16:9", "resolution": "2K"}
     async with open_world(simulator=simulator, clock=clock) as before:
         await call(before, "generate_image", **order)
         assert await before.studio.journal.fact("size_rule") == "pixel-budget"
@@ -225,7 +225,7 @@ async def test_servers_with_the_old_and_the_new_key_share_their_work(open_world:
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, accounts={NEW: KEY})
     async with open_world(simulator=simulator, clock=clock) as old:
-        await call(old, "generate_image", **ORDER)
+        await call(old, "generate_image", **REQUEST)
         clock.is_held = True
         async with open_world(NEW_KEY, simulator=simulator, clock=clock) as new:
             running = await call(new, "generate_image", **SLOW)
@@ -239,14 +239,14 @@ async def test_another_profile_has_its_own_history_and_limit(open_world: Open) -
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     async with open_world(LIMIT, simulator=simulator, clock=clock) as first:
-        bought = await call(first, "generate_image", **ORDER)
+        bought = await call(first, "generate_image", **REQUEST)
     async with open_world({**LIMIT, "EVOLINK_MCP_PROFILE": "Büro “2”"}, simulator=simulator, clock=clock) as second:
         assert (await call(second, "list_tasks"))["tasks"] == []
         assert (await call(second, "list_tasks", sync=True))["tasks"] == []
-        own_entry = await call(second, "generate_image", **ORDER)
+        own_entry = await call(second, "generate_image", **REQUEST)
         assert own_entry["status"] == "completed"
         assert own_entry["task_id"] != bought["task_id"]
-        assert (await call(second, "generate_image", **ORDER))["error"]["code"] == "over_budget"
+        assert (await call(second, "generate_image", **REQUEST))["error"]["code"] == "over_budget"
 
 
 async def test_a_task_that_evolink_does_not_know_yet_proves_nothing(open_world: Open) -> None:
@@ -258,7 +258,7 @@ async def test_a_task_that_evolink_does_not_know_yet_proves_nothing(open_world: 
     simulator.accounts[NEW] = KEY
     async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
         clock.now = hidden.created + 1
-        refused = await call(after, "generate_image", **ORDER)
+        refused = await call(after, "generate_image", **REQUEST)
         assert (refused["charged"], refused["error"]["retryable"]) == ("no", True)
         simulator.tasks[hidden.id] = hidden
         again = await call(after, "generate_image", **SLOW)
@@ -280,7 +280,7 @@ async def test_an_earlier_purchase_tells_whose_account_it_is_while_the_newest_on
     created = await order("a fox")
     async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
         clock.now = created + 1
-        refused = await call(after, "generate_image", **ORDER)
+        refused = await call(after, "generate_image", **REQUEST)
     assert (refused["charged"], refused["error"]["retryable"]) == ("no", True)
     assert "too young" in refused["error"]["message"]
     assert refused["error"]["advice"] == "Call again in 10 s."
@@ -288,5 +288,5 @@ async def test_an_earlier_purchase_tells_whose_account_it_is_while_the_newest_on
     created = await order("a hen")
     async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
         clock.now = created + 1
-        assert (await call(after, "generate_image", **ORDER))["status"] == "completed"
+        assert (await call(after, "generate_image", **REQUEST))["status"] == "completed"
     assert len(simulator.tasks) == 1

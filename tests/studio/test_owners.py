@@ -25,8 +25,8 @@ from evolink_mcp.studio.jobs import ImageRequest
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 OTHER_KEY = {"EVOLINK_API_KEY": "sk-another-0123456789abcdef"}
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
-LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LONG = {**REQUEST, "prompt": "sim:slow=1000000 a fox"}
 HANDLE = {**LONG, "wait_seconds": 0}
 
 
@@ -77,7 +77,7 @@ async def test_an_order_whose_caller_cancels_before_it_is_sent_is_not_bought_twi
         open_world(simulator=simulator, clock=free) as server_b,
     ):
         clock.is_held = True
-        wish = {**WISH, "prompt": "sim:429 a fox"}
+        wish = {**REQUEST, "prompt": "sim:429 a fox"}
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: call(server_a, "generate_image", **wish))
             await clock.has_sleeper.wait()
@@ -95,7 +95,7 @@ async def joined_while_held(
     server_a: World, server_b: World, clock: HeldClock, is_ready: Callable[[], bool]
 ) -> list[dict[str, Any]]:
     """What `other` answers to the order that `one` has not sent yet, because its clock is held until `seen()`."""
-    wish = {**WISH, "prompt": "sim:429 a fox"}
+    wish = {**REQUEST, "prompt": "sim:429 a fox"}
     answers: list[dict[str, Any]] = []
     clock.is_held = True
     async with server_a.client() as client, anyio.create_task_group() as group:
@@ -160,7 +160,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
         open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as server_b,
         server_a.client() as client,
     ):
-        handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        handle = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
         writes: list[str] = []
         journal: Any = server_b.studio.journal
 
@@ -201,7 +201,7 @@ async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(op
     async with open_world(simulator=simulator, clock=clock) as idle, idle.client() as client:
         await idle.studio.wake()  # as it does a second after its start
         async with open_world(simulator=simulator, clock=clock) as dead:
-            await call(dead, "generate_image", **{**WISH, "wait_seconds": 0})
+            await call(dead, "generate_image", **{**REQUEST, "wait_seconds": 0})
         clock.now += 1000
         await client.call_tool("list_tasks", {})
         assert len(idle.studio.jobs) == 1
@@ -215,7 +215,7 @@ async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: 
         open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
         assert server_a.settings.key is not None
-        simulator.create({"model": "gpt-image-2", **WISH}, key=server_a.settings.key.get_secret_value())
+        simulator.create({"model": "gpt-image-2", **REQUEST}, key=server_a.settings.key.get_secret_value())
         (task_id,) = simulator.tasks
         answers: list[dict[str, Any]] = []
 
@@ -237,15 +237,15 @@ async def test_an_order_that_cannot_be_written_before_its_post_is_final(open_wor
     async with open_world(pause=no_pause, wrap_journal=FaultyJournal) as world:
         journal: Any = world.studio.journal
         journal.unwritable = {"update"}
-        refused = await call(world, "generate_image", **WISH)
+        refused = await call(world, "generate_image", **REQUEST)
         assert (refused["error"]["code"], refused["charged"], world.posts) == ("journal_unwritable", "no", 0)
-        again = await call(world, "generate_image", **{**WISH, "max_credits": 0.01})
+        again = await call(world, "generate_image", **{**REQUEST, "max_credits": 0.01})
         assert (again["error"]["code"], world.posts) == ("over_budget", 0)
         journal.unwritable = set()
         while (await world.studio.journal.recent(1))[0].phase != "unsent":
             await anyio.sleep(0.001)
         assert (await journal.sums_since(0)).total == 0
-        bought_now = await call(world, "generate_image", **WISH)
+        bought_now = await call(world, "generate_image", **REQUEST)
     assert (bought_now["status"], world.posts) == ("completed", 1)
 
 
@@ -274,7 +274,7 @@ async def test_a_client_that_cannot_be_built_buys_nothing_and_blocks_nothing(
     async with open_studio(settings) as studio:
         world = World(studio, PlainSimulator(), Clock(), tmp_path, settings)
         for _ in range(3):  # it neither uses up the day's cap nor is it joined
-            refused = await call(world, "generate_image", **WISH)
+            refused = await call(world, "generate_image", **REQUEST)
             assert (refused["error"]["code"], refused["charged"]) == ("unusable_environment", "no")
             assert variable in refused["error"]["message"]
             assert value not in refused["error"]["message"]
@@ -289,7 +289,7 @@ async def test_an_order_that_waits_after_a_429_is_provably_unsent(open_world: Op
     async with open_world(simulator=simulator, clock=clock) as world:
         clock.is_held = True
         async with world.client() as client, anyio.create_task_group() as group:
-            group.start_soon(lambda: client.call_tool("generate_image", {**WISH, "prompt": "sim:429 a fox"}))
+            group.start_soon(lambda: client.call_tool("generate_image", {**REQUEST, "prompt": "sim:429 a fox"}))
             await clock.has_sleeper.wait()
             (entry,) = await world.studio.journal.recent(1)
             assert (entry.phase, entry.charged) == ("intent", "no")
@@ -318,8 +318,8 @@ async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock, transport=SameTaskAgain(simulator.app)) as world:
-        first = await call(world, "generate_image", **WISH)
-        second = await call(world, "generate_image", **{**WISH, "prompt": "a hen"})
+        first = await call(world, "generate_image", **REQUEST)
+        second = await call(world, "generate_image", **{**REQUEST, "prompt": "a hen"})
         assert (first["status"], second["error"]["code"]) == ("completed", "task_known")
         assert (second["charged"], second["task_id"]) == ("unknown", None)
         assert world.studio.jobs == []
@@ -433,8 +433,8 @@ async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=30)
     async with open_world(simulator=simulator, clock=clock) as world:
-        handle = await call(world, "generate_image", **{**WISH, "wait_seconds": 0})
-        joined = await call(world, "generate_image", **{**WISH, "save_as": "hero.png"})
+        handle = await call(world, "generate_image", **{**REQUEST, "wait_seconds": 0})
+        joined = await call(world, "generate_image", **{**REQUEST, "save_as": "hero.png"})
         assert joined["task_id"] == handle["task_id"]
         assert joined["images"][0]["path"] == str(world.folder / "pictures" / "hero.png")
         assert len({path.read_bytes() for path in world.files}) == 1
@@ -445,12 +445,12 @@ async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_n
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world:
-        job = await world.studio.order(ImageRequest(GenerationRequest.model_validate(WISH), 9.0))
+        job = await world.studio.order(ImageRequest(GenerationRequest.model_validate(REQUEST), 9.0))
         while not job.is_finished:
             await anyio.sleep(0)
         await world.studio.depart(job)
         (entry,) = await world.studio.journal.recent(1)
-        joined = await call(world, "generate_image", **{**WISH, "save_as": "hero.png"})
+        joined = await call(world, "generate_image", **{**REQUEST, "save_as": "hero.png"})
     assert (joined["task_id"], joined["images"][0]["path"]) == (
         entry.task_id,
         str(world.folder / "pictures/hero.png"),
@@ -466,7 +466,7 @@ async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Op
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world:
-        handle = await call(world, "generate_image", **{**WISH, "wait_seconds": 0})
+        handle = await call(world, "generate_image", **{**REQUEST, "wait_seconds": 0})
     clock.now += 600
     wrong = Clock()
     wrong.now = clock.now + 3 * 86_400
@@ -489,5 +489,5 @@ async def test_a_wrong_clock_does_not_remove_an_image_that_another_server_is_wri
             import fcntl
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        await call(world, "generate_image", **WISH)
+        await call(world, "generate_image", **REQUEST)
     assert (old.exists(), running.exists()) == (False, True)

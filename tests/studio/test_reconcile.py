@@ -16,7 +16,7 @@ from evolink_mcp.studio.reconcile import contradicts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 NOW = 1_790_000_000.0
 PRICE = 0.1983
 OLD_KEY = "sk-former-0123456789"
@@ -46,7 +46,7 @@ class Loses(httpx.ASGITransport):
 
 async def bought(world: World, **options: Any) -> tuple[dict[str, Any], str]:
     async with world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, **options})
+        answer = await client.call_tool("generate_image", {**REQUEST, **options})
     return answer.structured_content, answer.content[0].text
 
 
@@ -140,7 +140,7 @@ async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profi
         facts, _ = await bought(world)
         assert (facts["task_id"], facts["status"]) == (None, "unknown")
     foreign_key = "sk-foreign-key-0123456789ab"
-    simulator.create({**WISH, "model": "gpt-image-2"}, key=foreign_key)
+    simulator.create({**REQUEST, "model": "gpt-image-2"}, key=foreign_key)
     async with (
         open_world({"EVOLINK_API_KEY": foreign_key}, simulator=simulator, clock=clock) as world,
         world.client() as client,
@@ -168,7 +168,7 @@ async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: fl
 
 
 def entry(**request: Any) -> Entry:
-    return Entry("k", "o", "unknown", NOW, request={"model": "gpt-image-2", **WISH, **request}, estimate=PRICE)
+    return Entry("k", "o", "unknown", NOW, request={"model": "gpt-image-2", **REQUEST, **request}, estimate=PRICE)
 
 
 @pytest.mark.parametrize(

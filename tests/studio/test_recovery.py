@@ -21,8 +21,8 @@ from evolink_mcp.studio.jobs import ImageRequest
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
-LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LONG = {**REQUEST, "prompt": "sim:slow=1000000 a fox"}
 HANDLE = {**LONG, "wait_seconds": 0}
 
 
@@ -75,7 +75,7 @@ async def test_the_next_server_completes_what_the_last_one_left(open_world: Open
     simulator = QuickSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         for number in range(3):
-            await client.call_tool("generate_image", {**WISH, "prompt": f"fox {number}", "wait_seconds": 0})
+            await client.call_tool("generate_image", {**REQUEST, "prompt": f"fox {number}", "wait_seconds": 0})
     clock.now += 1000
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         tasks = await completed(client, 3)
@@ -87,7 +87,7 @@ async def test_pictures_whose_links_have_died_are_told_of(open_world: Open) -> N
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        handle = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        handle = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
     clock.now += 26 * 3600
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         answer = await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
@@ -109,7 +109,7 @@ async def test_a_failed_download_is_tried_again_by_the_next_server(open_world: O
 
     bad = NoPictures(simulator.app)
     async with open_world(simulator=simulator, clock=clock, transport=bad) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
         assert answer.is_error
         assert (facts["charged"], facts["images"][0]["url"] is not None) == ("yes", True)
@@ -122,7 +122,7 @@ async def test_a_picture_that_was_moved_away_is_fetched_again_while_its_link_liv
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         world.files[0].unlink()
         again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
     assert again.structured_content["images"][0]["path"] == str(world.files[0])
@@ -138,7 +138,7 @@ async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
     clock = Clock()
     async with open_world(simulator=QuickSimulator(clock=clock), clock=clock) as world, world.client() as client:
         dead = SqliteJournal(tmp_path / "data", world.studio.journal.account, clock=clock)
-        entry = Entry(new_key(), dead.owner, phase, clock.now, request=WISH, account=dead.account, caller=dead.owner)
+        entry = Entry(new_key(), dead.owner, phase, clock.now, request=REQUEST, account=dead.account, caller=dead.owner)
         await dead.intend(entry)
         await dead.close()
         await listed(client)
@@ -181,7 +181,7 @@ async def test_what_was_received_is_bought_again_when_it_is_asked_for_again(open
     async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
-        answers = [await client.call_tool("generate_image", WISH) for _ in range(3)]
+        answers = [await client.call_tool("generate_image", REQUEST) for _ in range(3)]
     assert len({answer.structured_content["task_id"] for answer in answers}) == 3
     assert (world.posts, len(world.files)) == (3, 3)
 
@@ -191,9 +191,9 @@ async def test_a_handle_that_get_task_has_completed_counts_as_received(open_worl
     async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=500), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
-        handle = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        handle = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
         await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
-        await client.call_tool("generate_image", WISH)
+        await client.call_tool("generate_image", REQUEST)
     assert world.posts == 2
 
 
@@ -231,7 +231,7 @@ async def test_identical_calls_side_by_side_are_separate_purchases(open_world: O
     ):  # fmt: skip
 
         async def order() -> None:
-            answers.append(await client.call_tool("generate_image", WISH))
+            answers.append(await client.call_tool("generate_image", REQUEST))
 
         async with anyio.create_task_group() as calls:
             for _ in range(4):
@@ -252,7 +252,7 @@ async def test_force_new_buys_although_something_waits_to_be_handed_over(open_wo
 async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, _):
         for _ in range(2):
-            answer = await client.call_tool("generate_image", {**WISH, "prompt": "sim:fail a fox"})
+            answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
             assert (answer.is_error, answer.structured_content["charged"]) == (True, "no")
     assert world.posts == 2
 
@@ -263,7 +263,7 @@ async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Ope
 async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = True
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
         assert (facts["charged"], facts["status"], facts["credits"]) == ("unknown", "completed", None)
         assert answer.content[0].text.startswith("Unconfirmed match, a guess: ")
@@ -279,9 +279,9 @@ async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_
 async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         for _ in range(2):
-            world.simulator.create({"model": "gpt-image-2", **WISH}, key=_key(world))
+            world.simulator.create({"model": "gpt-image-2", **REQUEST}, key=_key(world))
         transport.lose = True
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
     assert (answer.is_error, facts["charged"], facts["status"], facts["task_id"]) == (True, "unknown", "unknown", None)
     assert all(task_id in answer.content[0].text for task_id in world.simulator.tasks)
@@ -306,14 +306,14 @@ async def test_tasks_that_cannot_be_this_one_are_not_adopted(open_world: Open, s
             (task,) = world.simulator.tasks.values()
             task.created += stranger["created"]
         transport.lose = True
-        answer = await client.call_tool("generate_image", {**WISH, "prompt": "sim:500 nothing is created"})
+        answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:500 nothing is created"})
     assert (answer.structured_content["charged"], answer.structured_content["task_id"]) == ("unknown", None)
 
 
 async def test_an_unknown_call_is_listed_and_found_when_the_list_can_be_had_again(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = transport.no_list = True
-        lost = await client.call_tool("generate_image", WISH)
+        lost = await client.call_tool("generate_image", REQUEST)
         assert (lost.structured_content["charged"], lost.structured_content["task_id"]) == ("unknown", None)
         (before,) = await listed(client, status="unknown")
         assert (before["charged"], before["status"]) == ("unknown", "unknown")
@@ -330,8 +330,8 @@ async def test_two_lost_purchases_of_one_moment_are_not_guessed_at(open_world: O
     """Whose is whose nobody can say: both stay unknown, and both tasks are named."""
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = transport.no_list = True
-        await client.call_tool("generate_image", WISH)
-        await client.call_tool("generate_image", {**WISH, "prompt": "a hen"})
+        await client.call_tool("generate_image", REQUEST)
+        await client.call_tool("generate_image", {**REQUEST, "prompt": "a hen"})
         transport.no_list = False
         await client.call_tool("list_tasks", {"sync": True})
         tasks = [task for task in await listed(client) if task["task_id"] is None]

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 # 1024x1024 low is 196 tokens (0.3599 credits), medium 1756 (3.2241), high 7024 (12.8961); the prompt adds at most 14
 # tokens (0.0043). What caps judge is rounded up to a hundredth.
-WISH = {"prompt": "sim:fast a fox", "size": "1:1", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1:1", "quality": "low"}
 LOW, HIGH = 0.37, 12.91
 CHARGED = 0.3612
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
@@ -37,7 +37,7 @@ def shop(open_world: Open) -> Callable[..., Any]:
 async def buy(world: World, **options: Any) -> Any:
     CURRENT.studio = world.studio
     async with Client(ONE_SERVER) as client:
-        return await client.call_tool("generate_image", {**WISH, **options})
+        return await client.call_tool("generate_image", {**REQUEST, **options})
 
 
 def refused(answer: Any, code: str) -> str:
@@ -96,7 +96,7 @@ async def test_calls_side_by_side_do_not_slip_under_the_days_cap_together(shop: 
     async with shop(max_credits_per_day=3 * LOW + 0.01) as world, world.client() as client:
 
         async def one() -> None:
-            answers.append(await client.call_tool("generate_image", WISH))
+            answers.append(await client.call_tool("generate_image", REQUEST))
 
         async with anyio.create_task_group() as calls:
             for _ in range(8):
@@ -115,8 +115,8 @@ async def test_what_failed_or_was_refused_does_not_use_up_the_day(shop: Any) -> 
 
 async def test_the_day_is_summed_from_what_evolink_charged(shop: Any) -> None:
     async with shop() as world, world.client() as client:
-        first = await client.call_tool("generate_image", WISH)
-        await client.call_tool("generate_image", {**WISH, "prompt": "sim:fail a fox"})
+        first = await client.call_tool("generate_image", REQUEST)
+        await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
         listed = await client.call_tool("list_tasks", {})
     assert listed.structured_content["spent"]["today"]["credits"] == first.structured_content["credits"]
     assert f"today {first.structured_content['credits']:g}" in listed.content[0].text
@@ -150,7 +150,7 @@ class User:
 async def ask(world: World, mode: str, user: User | None, **options: Any) -> Any:
     CURRENT.studio = world.studio
     async with Client(ONE_SERVER, mode=mode, elicitation_callback=user) as client:
-        return await client.call_tool("generate_image", {**WISH, **options})
+        return await client.call_tool("generate_image", {**REQUEST, **options})
 
 
 @ERAS

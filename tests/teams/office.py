@@ -159,5 +159,5 @@ async def office(
             group.cancel_scope.cancel()
 
 
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640"}
 ANNA, BERT = block("anna", "a"), block("bert", "b")

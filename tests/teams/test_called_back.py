@@ -13,14 +13,14 @@ from conftest import Open, PlainSimulator
 pytest.importorskip("psycopg")
 
 from office import office
-from test_replicas import ANNA, BERT, WISH, Team, team
+from test_replicas import ANNA, BERT, REQUEST, Team, team
 
 from evolink_mcp.studio.callback_history import MISSED_FACT, MISSING
 from evolink_mcp.teams.callbacks import Callbacks
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org"}
-SLOW = {**WISH, "prompt": "a fox", "wait_seconds": 0}
+SLOW = {**REQUEST, "prompt": "a fox", "wait_seconds": 0}
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ async def test_a_callback_without_a_valid_signature_has_no_effect(url: str, tmp_
 async def test_a_callback_identifies_the_task_of_a_lost_answer(url: str, tmp_path: Path) -> None:
     """Two tenants share the account, so its task list proves nothing. The address belongs to one purchase."""
     async with team(url, tmp_path, ANNA, BERT, **PUBLIC) as office, office.client("a") as client:
-        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
+        wish = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
         lost = (await client.call_tool("generate_image", wish)).structured_content
         assert (lost["status"], lost["task_id"]) == ("unknown", None)
         (task_id,) = office.simulator.tasks
@@ -135,7 +135,7 @@ async def test_a_callback_with_an_impossible_task_is_ignored(url: str, tmp_path:
         his = (
             await bert.call_tool("generate_image", {**SLOW, "size": "2880x2880", "quality": "high"})
         ).structured_content
-        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
+        wish = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
         await anna.call_tool("generate_image", wish)
         address = addresses(office)[1]
         for task_id in (his["task_id"], "task-unified-1757156493-imcg5zqt", "../../v1/credits"):
@@ -156,7 +156,7 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
         world.simulator.duration_s = 20
         for number in range(5):
             began = world.clock.now
-            await client.call_tool("generate_image", {**WISH, "prompt": f"picture {number}", "wait_seconds": 900})
+            await client.call_tool("generate_image", {**REQUEST, "prompt": f"picture {number}", "wait_seconds": 900})
             waits.append(world.clock.now - began)
     assert [wait >= 60 for wait in waits] == [True, True, True, False, False]
     assert caplog.text.count("EvoLink must reach EVOLINK_MCP_PUBLIC_URL") == 1

@@ -43,8 +43,8 @@ from evolink_mcp.teams.schema import COMPATIBLE_WITH, MOVE_OLD_TABLES, OLD_TABLE
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
-SLOW = {**WISH, "prompt": "a fox"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+SLOW = {**REQUEST, "prompt": "a fox"}
 SECRET = "s" * 32
 PATIENT = patient_times()
 
@@ -770,10 +770,10 @@ async def test_a_task_id_that_arrives_without_the_database_is_delivered_and_writ
     simulator = DatabaseStopper(clock=clock, duration_s=0)
     options = {"simulator": simulator, "clock": clock, "database_times": DEFAULT_TIMES}
     async with in_postgres(**options) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, "wait_seconds": 8})
+        answer = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 8})
         facts = answer.structured_content
         assert (facts["status"], facts["charged"]) == ("completed", "yes")
-        refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
+        refused = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
         assert refused.structured_content["error"]["code"] == "journal_unwritable"
         assert (await client.call_tool("compute_size", {"size": "16:9"})).is_error is False
         await anyio.to_thread.run_sync(cluster.start)

@@ -24,7 +24,7 @@ from evolink_mcp.teams.database import open_database
 from evolink_mcp.teams.postgres import PostgresJournal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low", "wait_seconds": 0}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low", "wait_seconds": 0}
 
 
 class Pair:
@@ -163,10 +163,10 @@ async def test_an_identical_call_after_a_failover_does_not_buy_again(pair: Pair,
     ):
         await other.call_tool("list_tasks", {})
         pair.disconnect()
-        bought = (await buyer.call_tool("generate_image", WISH)).structured_content
+        bought = (await buyer.call_tool("generate_image", REQUEST)).structured_content
         await anyio.to_thread.run_sync(pair.promote)
         await returned(pair, first.studio.journal, second.studio.journal)
-        again = (await other.call_tool("generate_image", WISH)).structured_content
+        again = (await other.call_tool("generate_image", REQUEST)).structured_content
         assert again["task_id"] == bought["task_id"]
     assert first.posts == 1
     assert len(simulator.tasks) == 1

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from login import ISSUER, RESOURCE, Login
 from mcp.client.auth.utils import extract_resource_metadata_from_www_auth, extract_scope_from_www_auth
 from mcp.shared.auth import ProtectedResourceMetadata
-from office import ANNA, INITIALIZE, WISH, office
+from office import ANNA, INITIALIZE, REQUEST, office
 
 from evolink_mcp.teams.oauth import METADATA_PATH, Issuer
 from evolink_mcp.teams.tokens import Tenant
@@ -179,7 +179,7 @@ async def test_an_expired_certificate_is_logged_in_one_line(caplog: pytest.LogCa
 # --- over HTTP ---
 
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
-WITH_CALLBACK = {**WISH, "callback_url": "https://hooks.shop.dev/x"}
+WITH_CALLBACK = {**REQUEST, "callback_url": "https://hooks.shop.dev/x"}
 
 
 async def test_jwts_and_tokens_work_together_and_their_tenants_are_isolated(tmp_path: Path, login: Login) -> None:
@@ -220,7 +220,7 @@ async def test_a_client_without_a_valid_token_gets_the_address_of_the_metadata(
 async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         async with town.client("a", x_evolink_key="sk-her-own-key") as client:
-            own_entry = (await client.call_tool("generate_image", WISH)).structured_content
+            own_entry = (await client.call_tool("generate_image", REQUEST)).structured_content
         foreign = await town.call("a", "get_task", task_id=own_entry["task_id"])
         listed = await town.call("a", "list_tasks")
         paid = [r.headers["authorization"] for r in town.simulator.requests if r.path == "/v1/images/generations"]
@@ -237,7 +237,7 @@ async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
 async def test_a_caller_key_equal_to_the_servers_key_opens_no_second_studio(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
         async with town.client("a", x_evolink_key="sk-test-key") as client:
-            own_entry = (await client.call_tool("generate_image", WISH)).structured_content
+            own_entry = (await client.call_tool("generate_image", REQUEST)).structured_content
         same = await town.call("a", "get_task", task_id=own_entry["task_id"])
         assert (same.structured_content["status"], len(list(town.studios))) == ("completed", 1)
 

@@ -14,7 +14,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from child_processes import patient_times
 from conftest import KEY, Open, PlainSimulator
-from office import ANNA, WISH, office
+from office import ANNA, REQUEST, office
 from pydantic import SecretStr
 from shared import shared_decoder
 
@@ -86,7 +86,7 @@ async def test_refused_callers_are_counted_by_reason(tmp_path: Path) -> None:
 
 async def test_answers_of_evolink_are_counted_by_request_and_outcome(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town:
-        await town.call("a", "generate_image", **WISH)
+        await town.call("a", "generate_image", **REQUEST)
         await town.call("a", "generate_image", prompt="sim:402 a fox")
         await town.call("a", "generate_image", prompt="sim:429 a fox")
         async with town.http(TOKEN) as http:
@@ -126,7 +126,7 @@ async def test_a_task_that_a_poll_settles_before_its_callback_counts_as_missed(o
     metrics = Metrics()
     callbacks = Callbacks("https://nowhere.example.org", ["s" * 32])
     async with open_world(callbacks=callbacks, subscribers=(metrics.receive,)) as world, world.client() as client:
-        await client.call_tool("generate_image", {**WISH, "wait_seconds": 900})
+        await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 900})
     assert metrics.callbacks["missed"] == 1
 
 
@@ -216,7 +216,7 @@ async def store_failures(tmp_path: Path, damage: Any, operation: str) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
     environ = {**PUBLIC, "EVOLINK_MCP_SECRET": "s" * 32, "EVOLINK_MCP_STORE": str(folder)}
-    wish = {**WISH, "callback_url": "https://hooks.evolink-team.dev/x"}
+    wish = {**REQUEST, "callback_url": "https://hooks.evolink-team.dev/x"}
     async with office(tmp_path, ANNA, simulator=PlainSimulator(), **environ) as town:
         await town.call("a", "generate_image", **wish)
         assert sum(town.studios.metrics.store_failures.values()) == 0

@@ -19,7 +19,7 @@ import anyio
 import pytest
 from child_processes import patient_times
 from conftest import KEY
-from test_replicas import ANNA, WISH, Team, team
+from test_replicas import ANNA, REQUEST, Team, team
 
 pytest.importorskip("yaml")
 pytest.importorskip("prometheus_client")
@@ -88,7 +88,7 @@ async def test_a_restored_backup_has_all_purchases_and_a_server_continues_with_i
     url: str, cluster: Any, tmp_path: Path
 ) -> None:
     async with team(url, tmp_path, ANNA) as office, office.client("a") as client:
-        bought = (await client.call_tool("generate_image", WISH)).structured_content
+        bought = (await client.call_tool("generate_image", REQUEST)).structured_content
         backup = await run("backup", tmp_path, EVOLINK_MCP_DATABASE_URL=url)  # while the servers run
     restored = cluster.url("evolink_restored")
     settings = {"EVOLINK_API_KEY": KEY, "EVOLINK_MCP_SECRET": "s" * 32}
@@ -99,7 +99,7 @@ async def test_a_restored_backup_has_all_purchases_and_a_server_continues_with_i
     async with team(restored, tmp_path, ANNA) as office, office.client("a") as client:
         task = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
         spent = [(await client.call_tool("list_tasks", {})).structured_content["spent"]["today"]]
-        again = (await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a hen"})).structured_content
+        again = (await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a hen"})).structured_content
     assert (task["status"], task["credits"]) == ("completed", bought["credits"])
     assert spent[0]["credits"] == bought["credits"]
     assert again["status"] == "completed"
@@ -179,8 +179,8 @@ async def families_of(office: Team) -> dict[str, set[str]]:
 
 async def all_families(url: str, folder: Path) -> dict[str, set[str]]:
     async with team(url, folder, ANNA) as office, office.client("a") as client:
-        await client.call_tool("generate_image", WISH)
-        await client.call_tool("generate_image", {**WISH, "prompt": "sim:slow=3600 a hen", "wait_seconds": 0})
+        await client.call_tool("generate_image", REQUEST)
+        await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:slow=3600 a hen", "wait_seconds": 0})
         merged: dict[str, set[str]] = {}
         for _ in office.proxy.apps:
             for name, labels in (await families_of(office)).items():

@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 PNG = drawing()
 # With a separate callback URL the server does not wait for a callback at its public URL.
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.evolink-team.dev/x"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.evolink-team.dev/x"}
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
 
 
@@ -71,7 +71,7 @@ def stored(folder: Path) -> dict[str, str]:
 @ERAS
 async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA) as town, town.client("a", mode) as client:
-        bought = await client.call_tool("generate_image", {**WISH, "save_as": "hero.png"})
+        bought = await client.call_tool("generate_image", {**REQUEST, "save_as": "hero.png"})
         (image,) = facts(bought)["images"]
         task = {"task_id": facts(bought)["task_id"]}
         answers = [bought] + [
@@ -81,8 +81,8 @@ async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -
         resources = [
             await client.read_resource(uri) for uri in (image["resource_uri"], f"evolink://tasks/{task['task_id']}")
         ]
-        refused = await client.call_tool("generate_image", {**WISH, "save_as": "../hero.png"})
-        local = await client.call_tool("generate_image", {**WISH, "image_urls": [str(tmp_path / "x.png")]})
+        refused = await client.call_tool("generate_image", {**REQUEST, "save_as": "../hero.png"})
+        local = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(tmp_path / "x.png")]})
     assert image["path"] is None
     assert image["url"].startswith("http://127.0.0.1:9/")
     assert image["markdown"].endswith(f"({image['url']})")
@@ -110,7 +110,7 @@ async def test_an_image_in_a_local_folder_is_shown_without_its_path(tmp_path: Pa
 
 async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+        bought = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
         viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
         forget_copies(tmp_path)
@@ -121,7 +121,7 @@ async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tm
 
 async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+        bought = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
         town.clock.shift_s = 25 * 3600
         viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
@@ -138,7 +138,7 @@ async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
     tmp_path: Path, folder: Path, stored: dict[str, str], mode: str
 ) -> None:
     async with office(tmp_path, ANNA, **stored) as town:
-        bought = facts(await town.call("a", "generate_image", mode, **WISH, save_as="heró.png"))
+        bought = facts(await town.call("a", "generate_image", mode, **REQUEST, save_as="heró.png"))
         (image,) = bought["images"]
         picture = await fetched(town, image["url"])
         async with town.http(host="pictures.example.org") as http:
@@ -161,11 +161,11 @@ async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
 
 async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path: Path, stored: dict[str, str]) -> None:
     async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+        bought = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
         town.clock.shift_s = 48 * 3600
         read = await client.read_resource(bought["images"][0]["resource_uri"])
-        edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}
+        edit = {**REQUEST, "image_urls": [bought["images"][0]["resource_uri"]]}
         other_task = facts(await town.call("b", "generate_image", **edit))
         own_task = facts(await client.call_tool("generate_image", edit))
     assert read.contents[0].mime_type == "image/png"
@@ -178,7 +178,7 @@ async def test_a_store_that_fails_during_a_task_costs_no_image(
 ) -> None:
     async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
         town.simulator.duration_s = 3600
-        bought = facts(await client.call_tool("generate_image", {**WISH, "wait_seconds": 0}))
+        bought = facts(await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0}))
         folder.rename(tmp_path / "away")
         folder.write_text("no folder any more")
         for task in town.simulator.tasks.values():
@@ -201,20 +201,20 @@ async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_poin
     tmp_path: Path, folder: Path, stored: dict[str, str], state: str
 ) -> None:
     async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+        bought = facts(await client.call_tool("generate_image", REQUEST))
         folder.rename(tmp_path / "away")
         if state != "gone":
             folder.mkdir()
         if state == "another store":
             (folder / MARKER).write_text("0" * 32)
-        answer = await client.call_tool("generate_image", {**WISH, "prompt": "A hen"})
-        other = facts(await town.call("b", "generate_image", **{**WISH, "prompt": "A hen"}))
+        answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"})
+        other = facts(await town.call("b", "generate_image", **{**REQUEST, "prompt": "A hen"}))
         derived = await client.call_tool("derive_image", {"source": bought["task_id"], "targets": ["32x32"]})
         assert town.posts == 1
         assert [path.name for path in folder.glob("*")] == ([MARKER] if state == "another store" else [])
         shutil.rmtree(folder, ignore_errors=True)
         (tmp_path / "away").rename(folder)
-        again = facts(await client.call_tool("generate_image", {**WISH, "prompt": "A hen"}))
+        again = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"}))
         assert town.posts == 2
     assert answer.is_error
     assert derived.is_error
@@ -237,7 +237,7 @@ async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_
             marker.mkdir()
         else:
             marker.write_bytes(bytes(32) if fault == "NUL bytes" else b"")
-        refused = facts(await client.call_tool("generate_image", WISH))
+        refused = facts(await client.call_tool("generate_image", REQUEST))
         assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
         assert "The picture is paid" not in refused["error"]["advice"]
         assert town.posts == 0
@@ -247,7 +247,7 @@ async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_
             marker.rmdir()
         else:
             marker.unlink()
-        bought = facts(await client.call_tool("generate_image", WISH))
+        bought = facts(await client.call_tool("generate_image", REQUEST))
         assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
     assert len(marker.read_text().strip()) == 32
     assert [path.name for path in folder.glob(f"{MARKER}*")] == [MARKER]
@@ -272,7 +272,7 @@ async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
     (folder / MARKER).write_text("f" * 32 + "\n")
     async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
         for prompt in ("A fox", "A hen"):
-            bought = facts(await client.call_tool("generate_image", {**WISH, "prompt": prompt}))
+            bought = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": prompt}))
             assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
     assert (folder / MARKER).read_text() == "f" * 32 + "\n"
 
@@ -306,10 +306,10 @@ async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
     async with office(tmp_path, ANNA, pause=pause) as town, town.client("a") as client:
-        refused = await client.call_tool("generate_image", WISH)
+        refused = await client.call_tool("generate_image", REQUEST)
         assert (facts(refused)["charged"], town.posts) == ("no", 0)
         (tmp_path / "data" / "copies").unlink()
-        again = facts(await client.call_tool("generate_image", WISH))
+        again = facts(await client.call_tool("generate_image", REQUEST))
         assert town.posts == 1
     text = refused.model_dump_json()
     assert "this server's disk cannot take the picture now" in text
@@ -358,7 +358,7 @@ async def _create_bucket(bucket: str) -> None:
 
 async def test_s3_stores_the_image_and_presigns_its_link(tmp_path: Path, bucket: str) -> None:
     async with office(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+        bought = facts(await client.call_tool("generate_image", REQUEST))
         (image,) = bought["images"]
         async with httpx.AsyncClient() as http:
             picture = await http.get(image["url"])

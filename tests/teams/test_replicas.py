@@ -37,7 +37,7 @@ from evolink_mcp.transports.http_guard import HttpGuard
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TOOLS = {tool["name"] for tool in json.loads((Path(__file__).parents[2] / "manifest.json").read_text("utf-8"))["tools"]}
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 class RoundRobin(httpx.AsyncBaseTransport):
@@ -152,7 +152,7 @@ ANNA, BERT = block("anna", "a"), block("bert", "b")
 @ERAS
 async def test_every_tool_works_at_each_replica(url: str, tmp_path: Path, mode: str) -> None:
     async with team(url, tmp_path, ANNA) as office, office.client("a", mode) as client:
-        bought = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        bought = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
         for _ in range(2):
             again = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
             assert (again["status"], again["charged"]) == ("completed", "yes")
@@ -184,7 +184,7 @@ async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_
     async with team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01", EVOLINK_MCP_SECRET=secret) as office:
         async with office.client("a", elicitation_callback=user) as client:
             before = len(office.proxy.turns)
-            bought = await client.call_tool("generate_image", WISH)
+            bought = await client.call_tool("generate_image", REQUEST)
         assert not bought.is_error, bought.content
         assert len(questions) == 1
         assert len(set(office.proxy.turns[before:])) == 2
@@ -194,7 +194,7 @@ async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_
 async def test_the_request_state_of_one_tenant_is_invalid_for_another(url: str, tmp_path: Path) -> None:
     ask = {
         "jsonrpc": "2.0", "id": 1, "method": "tools/call",
-        "params": {"name": "generate_image", "arguments": WISH, "_meta": {
+        "params": {"name": "generate_image", "arguments": REQUEST, "_meta": {
             "io.modelcontextprotocol/protocolVersion": "2026-07-28",
             "io.modelcontextprotocol/clientInfo": {"name": "x", "version": "1"},
             "io.modelcontextprotocol/clientCapabilities": {"elicitation": {"form": {}}},
@@ -232,7 +232,7 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
         ended: list[str] = []
 
         async def asks() -> None:
-            params = {"name": "generate_image", "arguments": {**WISH, "prompt": "a fox", "wait_seconds": 600}}
+            params = {"name": "generate_image", "arguments": {**REQUEST, "prompt": "a fox", "wait_seconds": 600}}
             call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
             ended.append((await wire.post("/mcp", json=call, headers=session)).text)
 
@@ -246,7 +246,7 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
             assert office.proxy.turns[-1] != at
         assert "structuredContent" not in ended[0]
         async with office.client("a", "legacy") as client:
-            again = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
+            again = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
             assert "earlier identical call" in again.content[0].text
         assert office.posts == 1
 
@@ -255,14 +255,14 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
 async def test_tenants_are_isolated_at_every_replica(url: str, tmp_path: Path, mode: str) -> None:
     async with team(url, tmp_path, ANNA, BERT) as office:
         async with office.client("a", mode) as anna, office.client("b", mode) as bert:
-            bought = (await anna.call_tool("generate_image", WISH)).structured_content
+            bought = (await anna.call_tool("generate_image", REQUEST)).structured_content
             for _ in range(2):
                 lost = await bert.call_tool("get_task", {"task_id": bought["task_id"]})
                 assert lost.is_error
                 assert (await bert.call_tool("list_tasks", {})).structured_content["tasks"] == []
                 with pytest.raises(Exception, match=r"no |not "):
                     await bert.read_resource(bought["images"][0]["resource_uri"])
-            duplicate = (await bert.call_tool("generate_image", WISH)).structured_content
+            duplicate = (await bert.call_tool("generate_image", REQUEST)).structured_content
         assert duplicate["task_id"] != bought["task_id"]
         assert office.posts == 2
 
@@ -273,7 +273,7 @@ async def test_the_daily_limit_of_a_tenant_counts_across_replicas(url: str, tmp_
 
         async def order(number: int) -> None:
             async with office.client("a") as client:
-                answers.append(await client.call_tool("generate_image", {**WISH, "prompt": f"sim:fast {number}"}))
+                answers.append(await client.call_tool("generate_image", {**REQUEST, "prompt": f"sim:fast {number}"}))
 
         async with anyio.create_task_group() as group:
             for number in range(8):
@@ -291,7 +291,7 @@ async def test_uploads_and_links_of_one_replica_are_valid_at_the_other(url: str,
     async with team(url, tmp_path, ANNA, **shared) as office, office.http("a") as wire:
         uri = (await wire.put("/uploads", content=drawing())).json()["uri"]
         at = office.proxy.turns[-1]
-        wish = {**WISH, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
+        wish = {**REQUEST, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
         async with office.client("a") as client:
             for prompt in ("sim:fast a fox", "sim:fast a hen"):
                 task = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content

@@ -12,7 +12,7 @@ import pytest
 from killer import AT, FROZEN, HOW, LOG, STOP_AFTER_S, Server, nursery_of_servers  # noqa: F401
 from slow import SLOW
 from town import (  # noqa: F401
-    WISH,
+    REQUEST,
     Town,
     check_recovery,
     good_run,
@@ -80,7 +80,7 @@ async def freeze_and_recover(town: Town, name: str, cluster: Any, at: int) -> No
 
             async def order() -> None:
                 await frozen.hello()
-                await frozen.call("generate_image", **WISH)
+                await frozen.call("generate_image", **REQUEST)
                 answered.set()
 
             async def wake() -> None:

@@ -20,7 +20,7 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import TEST_CLIENT, Clock, Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
-from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, Office, office
+from office import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, Office, office
 from test_database import silent_port
 
 from evolink_mcp.call_context import REQUEST_ID, outside_request
@@ -70,10 +70,10 @@ async def test_a_tool_answer_and_its_audit_line_have_the_id_and_the_client(
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
             async with town.client("a", mode, user_agent="drawing-bot/2.0", x_request_id="order-1") as client:
-                bought = await client.call_tool("generate_image", WISH)
+                bought = await client.call_tool("generate_image", REQUEST)
             async with town.client("a", mode, user_agent="other/1.0", x_request_id="order-2") as client:
-                second = await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a hen"})
-                refused = await client.call_tool("generate_image", {**WISH, "quality": "best"})
+                second = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a hen"})
+                refused = await client.call_tool("generate_image", {**REQUEST, "quality": "best"})
     lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
     assert [block.type for block in bought.content] == ["text", "image"]  # clients without a name get no preview
     assert [(answer.meta or {})[META] for answer in (bought, second, refused)] == ["order-1", "order-2", "order-2"]
@@ -89,7 +89,7 @@ async def test_the_client_in_the_audit_is_short_and_on_one_line(
             office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town,
             town.client("a", "legacy", user_agent="x\t" * 4000) as client,
         ):
-            await client.call_tool("generate_image", WISH)
+            await client.call_tool("generate_image", REQUEST)
     (line,) = (json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit")
     assert 0 < len(line["client"]) <= 120
     assert line["client"].isprintable()
@@ -122,7 +122,7 @@ async def test_spans_of_a_purchase_have_its_id_until_the_image_is_saved(
     async with office(tmp_path, ANNA, BERT) as town:
         for token in ("a", "b"):
             async with town.client(token, x_request_id=f"order-{token}") as client:
-                await client.call_tool("generate_image", {**WISH, "prompt": f"sim:fast {token}"})
+                await client.call_tool("generate_image", {**REQUEST, "prompt": f"sim:fast {token}"})
     for name in ("POST /v1/images/generations", "GET /picture"):
         assert [request_id for span, request_id in spans if span == name] == ["order-a", "order-b"]
 
@@ -131,7 +131,7 @@ async def test_the_span_of_a_batch_has_no_id_because_it_polls_the_tasks_of_sever
     tmp_path: Path, spans: list[tuple[str, Any]]
 ) -> None:
     async def order(client: Client, number: int) -> None:
-        await client.call_tool("generate_image", {**WISH, "prompt": f"sim:slow=5 fox {number}"})
+        await client.call_tool("generate_image", {**REQUEST, "prompt": f"sim:slow=5 fox {number}"})
 
     async with (
         office(tmp_path, ANNA) as town,
@@ -161,7 +161,7 @@ async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_wo
             ids.append(REQUEST_ID.get())
 
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        bought = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
+        bought = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
     clock.now += 1000
     async with open_world(simulator=simulator, clock=clock, subscribers=(receive,)) as world:
         token = REQUEST_ID.set("order-2")

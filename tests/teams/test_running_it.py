@@ -18,7 +18,7 @@ from conftest import Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
-from office import ANNA, BERT, INITIALIZE, WISH, office
+from office import ANNA, BERT, INITIALIZE, REQUEST, office
 from test_database import silent_port
 
 pytest.importorskip("prometheus_client")
@@ -53,7 +53,7 @@ def values(text: str) -> dict[str, float]:
 
 async def test_metrics_count_purchases_polls_and_downloads(tmp_path: Path) -> None:
     async with office(tmp_path, ANNA, BERT, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town:
-        bought = (await town.call("a", "generate_image", **WISH)).structured_content
+        bought = (await town.call("a", "generate_image", **REQUEST)).structured_content
         refused = await town.call("b", "generate_image", prompt="sim:402 a fox")
         await town.call("b", "generate_image", **{**LATE, "wait_seconds": 0})
         async with town.http(TOKEN) as http:
@@ -142,7 +142,7 @@ async def test_spans_show_the_requests_to_evolink_and_no_secret(
 
     monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
     async with open_world() as world, world.client() as client:
-        await client.call_tool("generate_image", WISH)
+        await client.call_tool("generate_image", REQUEST)
     names = [name for name, _ in spans]
     assert names[0] == "POST /v1/images/generations"
     assert {"GET /v1/tasks/{id}", "GET /picture"} <= set(names)
@@ -184,7 +184,7 @@ async def test_the_audit_has_one_line_per_purchase_without_prompt_or_key(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
-            bought = (await town.call("a", "generate_image", **WISH)).structured_content
+            bought = (await town.call("a", "generate_image", **REQUEST)).structured_content
             await town.call("a", "generate_image", prompt="sim:402 a fox")
             await town.call("a", "get_task", task_id=bought["task_id"])
             await town.call("a", "generate_image", **{**LATE, "wait_seconds": 0})
@@ -200,7 +200,7 @@ async def test_the_audit_has_one_line_per_purchase_without_prompt_or_key(
 async def test_without_the_setting_there_is_no_audit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with office(tmp_path, ANNA) as town:
-            await town.call("a", "generate_image", **WISH)
+            await town.call("a", "generate_image", **REQUEST)
     assert [record for record in caplog.records if record.name == "evolink_mcp.audit"] == []
 
 
@@ -240,7 +240,7 @@ async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses
 async def test_a_call_that_has_begun_still_buys_if_other_servers_take_the_new_ones(tmp_path: Path) -> None:
     """A refusal would reach its client as an error: a proxy cannot repeat a call after the first byte of the answer."""
     async with office(tmp_path, ANNA) as town:
-        await town.call("a", "generate_image", **WISH)
+        await town.call("a", "generate_image", **REQUEST)
         (studio,) = town.studios
         request = ImageRequest(GenerationRequest(prompt="another", size="1024x640"), 9.0)
         town.studios.drain(has_other_servers=True)

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from drawings import drawing
-from office import ANNA, BERT, INITIALIZE, WISH, Office, office
+from office import ANNA, BERT, INITIALIZE, REQUEST, Office, office
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -66,7 +66,7 @@ class Stream:
 
 async def test_a_session_answers_its_tenant_and_ignores_messages_of_another_tenant(tmp_path: Path) -> None:
     picture = "data:image/png;base64," + base64.b64encode(drawing((800, 600))).decode()
-    params = {"name": "generate_image", "arguments": {**WISH, "image_urls": [picture]}}
+    params = {"name": "generate_image", "arguments": {**REQUEST, "image_urls": [picture]}}
     calls = [
         INITIALIZE,
         {"jsonrpc": "2.0", "method": "notifications/initialized"},

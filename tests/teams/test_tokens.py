@@ -18,7 +18,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import Clock
-from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
+from office import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, block, office
 
 from evolink_mcp.teams.app import Readiness
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -239,8 +239,8 @@ async def test_every_path_needs_a_token_except_the_health_checks(tmp_path: Path)
 @ERAS
 async def test_identical_requests_of_two_tenants_are_two_purchases(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
-        first = await town.call("a", "generate_image", mode, **WISH, wait_seconds=0)
-        second = await town.call("b", "generate_image", mode, **WISH, wait_seconds=0)
+        first = await town.call("a", "generate_image", mode, **REQUEST, wait_seconds=0)
+        second = await town.call("b", "generate_image", mode, **REQUEST, wait_seconds=0)
     assert first.structured_content["task_id"] != second.structured_content["task_id"]
     assert town.posts == 2
 
@@ -248,7 +248,7 @@ async def test_identical_requests_of_two_tenants_are_two_purchases(tmp_path: Pat
 @ERAS
 async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path: Path, mode: str) -> None:
     async with office(tmp_path, ANNA, BERT) as town:
-        bought = (await town.call("a", "generate_image", mode, **WISH)).structured_content
+        bought = (await town.call("a", "generate_image", mode, **REQUEST)).structured_content
         task_id, uri = bought["task_id"], bought["images"][0]["resource_uri"]
         visible = len(town.simulator.requests)
         async with town.client("b", mode) as client:
@@ -281,7 +281,7 @@ async def test_a_lost_answer_is_never_matched_with_the_task_of_another_tenant(tm
 async def test_spending_limits_count_per_tenant(tmp_path: Path) -> None:
     capped = block("anna", "a", max_credits_per_day=0.4)
     async with office(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as town:
-        wish = {**WISH, "quality": "low"}
+        wish = {**REQUEST, "quality": "low"}
         assert not (await town.call("a", "generate_image", **wish)).is_error
         second = await town.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hare"})
         assert second.structured_content["error"]["code"] == "over_budget"
@@ -296,7 +296,7 @@ async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path)
         answers: list[Any] = []
 
         async def order(number: int) -> None:
-            wish = {**WISH, "prompt": f"fox {number}"}
+            wish = {**REQUEST, "prompt": f"fox {number}"}
             answers.append(await town.call("a", "generate_image", **wish, wait_seconds=0))
 
         async with anyio.create_task_group() as calls:
@@ -305,7 +305,7 @@ async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path)
         codes = sorted(answer.structured_content["error"]["code"] for answer in answers if answer.is_error)
         assert codes == ["too_many_running"] * 2
         assert town.posts == 2
-        assert not (await town.call("b", "generate_image", **WISH, wait_seconds=0)).is_error
+        assert not (await town.call("b", "generate_image", **REQUEST, wait_seconds=0)).is_error
 
 
 async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
@@ -314,14 +314,14 @@ async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
             listed = await client.list_tools()
         assert [tool.name for tool in listed.tools] == ["get_task", "compute_size"]
         assert listed.cache_scope == "private"  # another tenant has other tools
-        assert (await town.call("a", "generate_image", **WISH)).is_error
+        assert (await town.call("a", "generate_image", **REQUEST)).is_error
         assert town.posts == 0
 
 
 async def test_a_tenant_with_a_key_spends_from_its_account(tmp_path: Path) -> None:
     async with office(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as town:
-        await town.call("a", "generate_image", **WISH)
-        await town.call("b", "generate_image", **WISH)
+        await town.call("a", "generate_image", **REQUEST)
+        await town.call("b", "generate_image", **REQUEST)
         sent = {request.headers.get("authorization") for request in town.simulator.requests if request.method == "POST"}
     assert sent == {"Bearer sk-annas-own", "Bearer sk-test-key"}
 

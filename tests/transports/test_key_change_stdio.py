@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time"), pytest.mark
 OLD = "sk-old-key-0123456789abcdef"
 NEW = "sk-new-key-0123456789abcdef"
 FOREIGN = "sk-foreign-key-0123456789ab"
-ORDER = {"size": "1024x640", "quality": "low"}
-SLOW = {**ORDER, "prompt": "sim:slow=3600 a hare", "wait_seconds": 0}
+REQUEST = {"size": "1024x640", "quality": "low"}
+SLOW = {**REQUEST, "prompt": "sim:slow=3600 a hare", "wait_seconds": 0}
 
 
 @asynccontextmanager
@@ -51,7 +51,7 @@ async def test_the_history_of_a_process_is_complete_with_a_new_key(tmp_path: Pat
 
     async with served(simulator) as base_url:
         async with client(OLD, base_url) as old:
-            fox = await facts(old, "generate_image", **ORDER, prompt="a fox")
+            fox = await facts(old, "generate_image", **REQUEST, prompt="a fox")
             hare = await facts(old, "generate_image", **SLOW)
         for task in simulator.tasks.values():
             task.duration = 0
@@ -71,11 +71,15 @@ async def test_the_history_of_a_process_is_complete_with_a_new_key(tmp_path: Pat
             assert view.content[0].type == "image"
             resource = await new.read_resource(f"evolink://images/{fox['task_id']}/0")
             assert base64.b64decode(resource.contents[0].blob) == Path(fox["images"][0]["path"]).read_bytes()
-            refused = await facts(new, "generate_image", **ORDER, prompt="a hen")
+            refused = await facts(new, "generate_image", **REQUEST, prompt="a hen")
             assert refused["error"]["code"] == "over_budget"
         async with client(NEW, base_url) as new:
             edited = await facts(
-                new, "generate_image", **ORDER, prompt="it sleeps", image_urls=[f"evolink://images/{fox['task_id']}/0"]
+                new,
+                "generate_image",
+                **REQUEST,
+                prompt="it sleeps",
+                image_urls=[f"evolink://images/{fox['task_id']}/0"],
             )
             assert edited["status"] == "completed"
         page = await command(

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 KEY = "sk-canary-0123456789abcdef"
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 # The promise is two seconds, and the benchmarks measure it. A busy machine can stop a test for longer.
 END_TIMEOUT_S = 60.0
 ENDS = [
@@ -100,7 +100,7 @@ async def test_a_server_ends_during_a_waiting_call_and_its_task_is_in_the_journa
 ) -> None:
     with anyio.fail_after(300):
         async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
-            calls.start_soon(lambda: server.call("generate_image", **WISH))
+            calls.start_soon(lambda: server.call("generate_image", **REQUEST))
             await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.requests))
             assert await exit_code_of(server, end) == code, server.err.read_text()
     assert [entry.task_id for entry in house.journal()] == list(house.gateway.simulator.tasks)
@@ -115,7 +115,7 @@ async def test_a_post_in_flight_is_completed_or_stays_in_the_journal_as_sending(
     house.gateway.purchases = [house.hold]
     with anyio.fail_after(300):
         async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
-            calls.start_soon(lambda: server.call("generate_image", **WISH))
+            calls.start_soon(lambda: server.call("generate_image", **REQUEST))
             await house.arrived.wait()
             if has_answer:
                 house.go.set()
@@ -137,7 +137,7 @@ async def test_a_server_ends_while_another_program_locks_the_journal(
     """
     house.gateway.purchases = [house.hold]
     async with house.nursery.server(house.env) as server, anyio.create_task_group() as group:
-        group.start_soon(lambda: server.call("generate_image", **WISH))
+        group.start_soon(lambda: server.call("generate_image", **REQUEST))
         await house.arrived.wait()
         with closing(sqlite3.connect(house.folder / "data" / FILE_NAME, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -183,7 +183,7 @@ async def call_over(url: str, transport: str) -> None:
     transport_client: Any = streamable_http_client(f"{url}/mcp") if transport == "http" else sse_client(f"{url}/sse")
     with suppress(Exception):
         async with Client(transport_client, mode="legacy") as client:
-            await client.call_tool("generate_image", WISH)
+            await client.call_tool("generate_image", REQUEST)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
