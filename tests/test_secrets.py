@@ -15,7 +15,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import minimal_environment
 from faulty_gateway import Exchange, Gateway, QuickSimulator
-from killer import Nursery, nursery_of_servers  # noqa: F401
+from killer import Launcher, shared_launcher  # noqa: F401
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
@@ -63,7 +63,7 @@ FAULTS: dict[str, gw.Fault] = {
 
 
 async def test_no_output_and_no_file_of_a_server_contains_the_key(
-    gateway: Gateway, servers: Nursery, tmp_path: Path
+    gateway: Gateway, servers: Launcher, tmp_path: Path
 ) -> None:
     """Search stdout, verbose stderr, the journal and all images, after every fault and after a kill."""
     env = minimal_environment(
@@ -84,7 +84,7 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
                 async with servers.server(env, "-v") as second:
                     gateway.purchases.append(fault)
                     outputs.append(json.dumps(await second.call("generate_image", **{**REQUEST, "prompt": name})))
-                    outputs.append(second.err.read_text())
+                    outputs.append(second.stderr_file.read_text())
 
             for name, fault in FAULTS.items():
                 calls.start_soon(buy_with_fault, name, fault)
@@ -95,10 +95,10 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
                 outputs.append(json.dumps(await server.call(tool, **arguments)))
             server.kill()
             await server.wait_for_exit()
-            outputs.append(server.err.read_text())
+            outputs.append(server.stderr_file.read_text())
         async with servers.server(env, "-v", "tasks", "--json", greet=False) as command:
             await command.wait_for_exit()
-            outputs.append(command.err.read_text())
+            outputs.append(command.stderr_file.read_text())
     assert len(gateway.simulator.tasks) > 3
     assert [traces_in(text) for text in outputs] == [[]] * len(outputs)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
