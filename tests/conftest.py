@@ -39,7 +39,9 @@ from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import open_team_database, team_parts
 
 # A failed assert in these modules shows its values, as in tests.
-pytest.register_assert_rewrite("kill_harness", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
+pytest.register_assert_rewrite(
+    "kill_harness", "killer", "team_server", "faulty_gateway", "cluster", "drawings", "blocking"
+)
 
 KEY = "sk-canary-0123456789abcdef"
 # Without a name of its own a client gets no previews.

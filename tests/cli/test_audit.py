@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Open, PlainSimulator
-from office import ANNA, BERT, office
+from team_server import ANNA, BERT, open_team_server
 
 from evolink_mcp.cli.audit import Line, lines_by, rows_of, text_of
 from evolink_mcp.cli.image_commands import find_charges
@@ -34,12 +34,14 @@ def settings_of(folder: Path, **environ: str) -> TeamSettings:
 
 
 async def test_the_sums_of_the_tenants_are_those_of_evolink(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT, simulator=PlainSimulator(duration_s=0)) as town:
+    async with open_team_server(tmp_path, ANNA, BERT, simulator=PlainSimulator(duration_s=0)) as server:
         for number in range(3):
-            await town.call("a", "generate_image", prompt=f"A fox {number}", size="1024x640", quality="low")
-        await town.call("b", "generate_image", prompt="A hen", size="16:9", n=2)
-        await town.call("b", "generate_image", prompt="sim:fail A hen")
-        billed = {key: town.simulator.credits(key)[1] for key in {task.key for task in town.simulator.tasks.values()}}
+            await server.call("a", "generate_image", prompt=f"A fox {number}", size="1024x640", quality="low")
+        await server.call("b", "generate_image", prompt="A hen", size="16:9", n=2)
+        await server.call("b", "generate_image", prompt="sim:fail A hen")
+        billed = {
+            key: server.simulator.credits(key)[1] for key in {task.key for task in server.simulator.tasks.values()}
+        }
         settings = settings_of(tmp_path / "data", EVOLINK_MCP_TOKENS_FILE=str(tmp_path / "tokens.toml"))
         charges = await anyio.to_thread.run_sync(find_charges, settings, 0.0)
     lines = lines_by("tenant", charges)

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Clock, Open, World
-from office import ANNA, BERT, REQUEST, office
+from team_server import ANNA, BERT, REQUEST, open_team_server
 
 from evolink_mcp.images.previews import PreviewCache
 from evolink_mcp.journal.entry import Entry
@@ -80,13 +80,16 @@ async def test_a_server_forgets_the_requests_of_tenants_that_never_call_again(tm
             day_is_over.set()
         await anyio.sleep_forever()
 
-    async with office(tmp_path, ANNA, BERT) as team:
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
         for token in ("a", "b"):
-            await team.call(token, "generate_image", **{**REQUEST, "prompt": f"sim:fast {SEA} a secret fox"})
+            await server.call(token, "generate_image", **{**REQUEST, "prompt": f"sim:fast {SEA} a secret fox"})
     days = {"EVOLINK_MCP_RETENTION_DAYS": "1"}
-    async with office(tmp_path, ANNA, BERT, pause=pause, **days) as team, anyio.create_task_group() as group:
-        team.clock.shift_s = 2 * DAY_S
-        group.start_soon(team.studios.forget_loop)
+    async with (
+        open_team_server(tmp_path, ANNA, BERT, pause=pause, **days) as server,
+        anyio.create_task_group() as group,
+    ):
+        server.clock.shift_s = 2 * DAY_S
+        group.start_soon(server.studios.forget_loop)
         await day_is_over.wait()
         group.cancel_scope.cancel()
     assert [entry.request for entry in read_entries(tmp_path / "data", 10)] == [{}, {}]
@@ -95,12 +98,12 @@ async def test_a_server_forgets_the_requests_of_tenants_that_never_call_again(tm
 async def test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed(tmp_path: Path) -> None:
     copies = tmp_path / "data" / "copies"
     copies.mkdir(parents=True)
-    async with office(tmp_path, ANNA) as team:
+    async with open_team_server(tmp_path, ANNA) as server:
         for name, age_s in (("expired", 3_700), ("older", 120), ("newer", 60)):
             with (copies / name).open("wb") as file:
                 file.truncate(100 if name == "expired" else 3 << 29)  # sparse
-            os.utime(copies / name, (team.clock() - age_s, team.clock() - age_s))
-        await team.call("a", "generate_image", **REQUEST)
+            os.utime(copies / name, (server.clock() - age_s, server.clock() - age_s))
+        await server.call("a", "generate_image", **REQUEST)
     names = {path.name for path in copies.iterdir()}
     assert {"expired", "older", "newer"} & names == {"newer"}
 

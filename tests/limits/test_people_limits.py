@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from login import ISSUER, Login
-from office import ANNA, BERT, INITIALIZE, office
+from team_server import ANNA, BERT, INITIALIZE, open_team_server
 
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, MinuteCount, RequestRates
@@ -220,17 +220,17 @@ async def test_requests_that_other_servers_did_not_learn_are_sent_again() -> Non
 
 
 async def test_the_calls_of_all_tenants_wait_for_the_same_turns(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as team, AsyncExitStack() as stack:
+    async with open_team_server(tmp_path, ANNA, BERT) as server, AsyncExitStack() as stack:
 
         async def ask(token: str) -> None:
-            async with team.http(token) as http:
+            async with server.http(token) as http:
                 statuses.append((await http.post("/mcp", json=INITIALIZE)).status_code)
 
         statuses: list[int] = []
         for token in ("a", "b"):  # opens the app of the tenant, which needs a turn too
             await ask(token)
         statuses.clear()
-        give_back = [await stack.enter_async_context(team.studios.turns.turn()) for _ in range(CALLS_AT_ONCE)]
+        give_back = [await stack.enter_async_context(server.studios.turns.turn()) for _ in range(CALLS_AT_ONCE)]
         async with anyio.create_task_group() as group:
             for token in ("a", "b"):
                 group.start_soon(ask, token)
@@ -355,10 +355,10 @@ async def test_a_person_gets_only_the_tools_of_the_role(tmp_path: Path, file: Pa
     login = Login()
     issuer = login.issuer(roles=Roles(file))
     token = login.token(realm_access={"roles": ["reader"]}).decode()
-    async with office(tmp_path, ANNA, issuer=issuer, EVOLINK_MCP_OAUTH_ISSUER=ISSUER, **PUBLIC) as team:
-        async with team.client(token) as client:
+    async with open_team_server(tmp_path, ANNA, issuer=issuer, EVOLINK_MCP_OAUTH_ISSUER=ISSUER, **PUBLIC) as server:
+        async with server.client(token) as client:
             assert [tool.name for tool in (await client.list_tools()).tools] == ["compute_size"]
-        async with team.http(login.token(sub="mallory").decode()) as http:
+        async with server.http(login.token(sub="mallory").decode()) as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 403
 
 

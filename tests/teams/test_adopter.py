@@ -16,10 +16,10 @@ pytest.importorskip("psycopg")
 
 import psycopg
 from child_processes import patient_times
-from office import ANNA, HEADERS, block, guard_of, office, tenants_of
+from team_server import ANNA, HEADERS, block, guard_of, open_team_server, tenants_of
 from test_called_back import PUBLIC, addresses, body_of, call_back
 from test_database import name_of
-from test_replicas import REQUEST, Team, team
+from test_replicas import REQUEST, Team, open_team
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.environment import decoder_environment
@@ -349,18 +349,18 @@ async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_h
 
 async def test_a_callback_for_the_lost_answer_of_a_closed_tenant_saves_the_image(url: str, tmp_path: Path) -> None:
     """The outcome is unknown, so the entry has no job. All servers were replaced, and the tenant has not called since."""
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
         wish = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
         lost = (await client.call_tool("generate_image", wish)).structured_content
         assert (lost["status"], lost["task_id"]) == ("unknown", None)
-        (address,) = addresses(office)
-        simulator = office.simulator
+        (address,) = addresses(team)
+        simulator = team.simulator
     (task_id,) = simulator.tasks
     async with replica(url, tmp_path / "new", ANNA, simulator=simulator, **PUBLIC) as new:
         await new.adopter.adopt()
         assert new.open_names == []
-        new_office = Team([new.guard], simulator, office.settings)
-        assert await call_back(new_office, address, body_of(task_id)) == 200
+        new_team = Team([new.guard], simulator, team.settings)
+        assert await call_back(new_team, address, body_of(task_id)) == 200
         while not list((tmp_path / "new").rglob("copies/*.png")):
             await anyio.sleep(0.01)
         assert new.open_names == ["anna"]
@@ -400,16 +400,16 @@ async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_
 
 
 async def test_a_callback_for_a_finished_entry_opens_no_tenant(url: str, tmp_path: Path) -> None:
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
         handle = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
-        (address,) = addresses(office)
-        assert await call_back(office, address, body_of(handle["task_id"])) == 200
+        (address,) = addresses(team)
+        assert await call_back(team, address, body_of(handle["task_id"])) == 200
         done = (await client.call_tool("generate_image", REQUEST)).structured_content
         assert done["status"] == "completed"
-        simulator = office.simulator
+        simulator = team.simulator
     async with replica(url, tmp_path / "new", ANNA, simulator=simulator, **PUBLIC) as new:
-        new_office = Team([new.guard], simulator, office.settings)
-        assert await call_back(new_office, address, body_of(done["task_id"])) == 200
+        new_team = Team([new.guard], simulator, team.settings)
+        assert await call_back(new_team, address, body_of(done["task_id"])) == 200
         assert new.open_names == []
 
 
@@ -418,17 +418,17 @@ async def test_a_callback_for_a_finished_entry_opens_no_tenant(url: str, tmp_pat
 
 async def test_a_server_with_sqlite_resumes_the_work_of_its_tenants_at_the_start(tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
-    async with office(tmp_path, ANNA, simulator=simulator) as town:
-        await town.call("a", "generate_image", **{**REQUEST, "prompt": "a fox", "wait_seconds": 0})
+    async with open_team_server(tmp_path, ANNA, simulator=simulator) as server:
+        await server.call("a", "generate_image", **{**REQUEST, "prompt": "a fox", "wait_seconds": 0})
     finish_tasks(simulator)
-    async with office(tmp_path, ANNA, simulator=simulator) as town:
-        await town.adopter.run()
+    async with open_team_server(tmp_path, ANNA, simulator=simulator) as server:
+        await server.adopter.run()
         while not list((tmp_path / "data").rglob("copies/*.png")):
             await anyio.sleep(0.01)
     assert len(simulator.tasks) == 1
 
 
 async def test_a_search_in_sqlite_creates_no_file(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
-        await town.adopter.run()
+    async with open_team_server(tmp_path, ANNA) as server:
+        await server.adopter.run()
     assert not (tmp_path / "data").exists()

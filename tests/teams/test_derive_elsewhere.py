@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from drawings import drawing
-from office import ANNA, BERT, office
 from PIL import Image
+from team_server import ANNA, BERT, open_team_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 REQUEST = {
@@ -33,7 +33,7 @@ async def bought_by(client: Any, **arguments: Any) -> str:
 async def test_a_local_file_is_refused(tmp_path: Path, stored: dict[str, str]) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "mine.png").write_bytes(drawing())
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
         answer = await client.call_tool(
             "derive_image", {"source": str(tmp_path / "pictures" / "mine.png"), "targets": ["8x8"]}
         )
@@ -42,7 +42,7 @@ async def test_a_local_file_is_refused(tmp_path: Path, stored: dict[str, str]) -
 
 
 async def test_without_an_object_store_the_call_is_refused_with_the_next_step(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
         task_id = await bought_by(client)
         answer = await client.call_tool("derive_image", {"source": task_id, "targets": ["og"]})
     assert answer.is_error
@@ -51,12 +51,12 @@ async def test_without_an_object_store_the_call_is_refused_with_the_next_step(tm
 
 
 async def test_the_object_store_gets_the_file_and_the_answer_its_link(tmp_path: Path, stored: dict[str, str]) -> None:
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
         task_id = await bought_by(client)
         answer = await client.call_tool("derive_image", {"source": task_id, "targets": ["og", "favicon"]})
         again = await client.call_tool("derive_image", {"source": task_id, "targets": ["og", "favicon"]})
         file, icon = answer.structured_content["files"]
-        async with town.http(host="pictures.example.org") as http:
+        async with server.http(host="pictures.example.org") as http:
             image = await http.get(file["url"].removeprefix("https://pictures.example.org"))
     assert not answer.is_error, answer.content[0].text
     with Image.open(io.BytesIO(image.content)) as opened:
@@ -70,10 +70,10 @@ async def test_the_object_store_gets_the_file_and_the_answer_its_link(tmp_path: 
 
 
 async def test_another_tenant_cannot_derive_from_the_picture(tmp_path: Path, stored: dict[str, str]) -> None:
-    async with office(tmp_path, ANNA, BERT, **stored) as town:
-        async with town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, BERT, **stored) as server:
+        async with server.client("a") as client:
             task_id = await bought_by(client)
-        async with town.client("b") as client:
+        async with server.client("b") as client:
             answer = await client.call_tool("derive_image", {"source": task_id, "targets": ["og"]})
             last = await client.call_tool("derive_image", {"source": "last", "targets": ["og"]})
     assert answer.is_error
@@ -82,7 +82,7 @@ async def test_another_tenant_cannot_derive_from_the_picture(tmp_path: Path, sto
 
 async def test_fit_delivers_a_link_to_the_exact_copy(tmp_path: Path, stored: dict[str, str]) -> None:
     arguments = {"prompt": "sim:fast a fox", "fit": "1200x628", "callback_url": REQUEST["callback_url"]}
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
         answer = await client.call_tool("generate_image", arguments)
     (note,) = [note for note in answer.structured_content["notes"] if "1200x628 image/png" in note]
     assert "https://pictures.example.org/" in note

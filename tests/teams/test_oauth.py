@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from login import ISSUER, RESOURCE, Login
 from mcp.client.auth.utils import extract_resource_metadata_from_www_auth, extract_scope_from_www_auth
 from mcp.shared.auth import ProtectedResourceMetadata
-from office import ANNA, INITIALIZE, REQUEST, office
+from team_server import ANNA, INITIALIZE, REQUEST, open_team_server
 
 from evolink_mcp.teams.oauth import METADATA_PATH, Issuer
 from evolink_mcp.teams.tokens import Tenant
@@ -183,22 +183,25 @@ WITH_CALLBACK = {**REQUEST, "callback_url": "https://hooks.shop.dev/x"}
 
 
 async def test_jwts_and_tokens_work_together_and_their_tenants_are_isolated(tmp_path: Path, login: Login) -> None:
-    async with office(tmp_path, ANNA, issuer=login.issuer(), **PUBLIC) as town:
+    async with open_team_server(tmp_path, ANNA, issuer=login.issuer(), **PUBLIC) as server:
         jwt_of_anna, jwt_of_bert = (login.token(sub=name).decode() for name in ("anna", "bert"))
-        bought = (await town.call(jwt_of_anna, "generate_image", **WITH_CALLBACK)).structured_content
+        bought = (await server.call(jwt_of_anna, "generate_image", **WITH_CALLBACK)).structured_content
         task = {"task_id": bought["task_id"]}
         assert bought["status"] == "completed"
-        assert (await town.call(jwt_of_anna, "get_task", **task)).structured_content["status"] == "completed"
+        assert (await server.call(jwt_of_anna, "get_task", **task)).structured_content["status"] == "completed"
         for other_token in (jwt_of_bert, "a"):  # the token of the tenant anna is not the person anna of the issuer
-            assert (await town.call(other_token, "get_task", **task)).is_error
-            assert (await town.call(other_token, "list_tasks")).structured_content["tasks"] == []
+            assert (await server.call(other_token, "get_task", **task)).is_error
+            assert (await server.call(other_token, "list_tasks")).structured_content["tasks"] == []
 
 
 @pytest.mark.parametrize("token", [None, "evt_wrong", "a.b.c"])
 async def test_a_client_without_a_valid_token_gets_the_address_of_the_metadata(
     tmp_path: Path, login: Login, token: str | None
 ) -> None:
-    async with office(tmp_path, ANNA, issuer=login.issuer(("buy",)), **PUBLIC) as town, town.http(token) as http:
+    async with (
+        open_team_server(tmp_path, ANNA, issuer=login.issuer(("buy",)), **PUBLIC) as server,
+        server.http(token) as http,
+    ):
         refused = await http.post("/mcp", json=INITIALIZE)
         challenge = refused.headers["www-authenticate"]
         assert refused.status_code == 401
@@ -218,13 +221,13 @@ async def test_a_client_without_a_valid_token_gets_the_address_of_the_metadata(
 
 
 async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
-        async with town.client("a", x_evolink_key="sk-her-own-key") as client:
+    async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as server:
+        async with server.client("a", x_evolink_key="sk-her-own-key") as client:
             own_entry = (await client.call_tool("generate_image", REQUEST)).structured_content
-        foreign = await town.call("a", "get_task", task_id=own_entry["task_id"])
-        listed = await town.call("a", "list_tasks")
-        paid = [r.headers["authorization"] for r in town.simulator.requests if r.path == "/v1/images/generations"]
-        async with town.http("a", x_evolink_key="no key") as http:
+        foreign = await server.call("a", "get_task", task_id=own_entry["task_id"])
+        listed = await server.call("a", "list_tasks")
+        paid = [r.headers["authorization"] for r in server.simulator.requests if r.path == "/v1/images/generations"]
+        async with server.http("a", x_evolink_key="no key") as http:
             odd = await http.post("/mcp", json=INITIALIZE)
     assert paid == ["Bearer sk-her-own-key"]
     # The history belongs to the tenant. The other key can read it and cannot poll it.
@@ -235,24 +238,24 @@ async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
 
 
 async def test_a_caller_key_equal_to_the_servers_key_opens_no_second_studio(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
-        async with town.client("a", x_evolink_key="sk-test-key") as client:
+    async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as server:
+        async with server.client("a", x_evolink_key="sk-test-key") as client:
             own_entry = (await client.call_tool("generate_image", REQUEST)).structured_content
-        same = await town.call("a", "get_task", task_id=own_entry["task_id"])
-        assert (same.structured_content["status"], len(list(town.studios))) == ("completed", 1)
+        same = await server.call("a", "get_task", task_id=own_entry["task_id"])
+        assert (same.structured_content["status"], len(list(server.studios))) == ("completed", 1)
 
 
 async def test_a_caller_key_is_refused_without_the_setting_and_nothing_is_charged(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town, town.http("a", x_evolink_key="sk-her-own-key") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a", x_evolink_key="sk-her-own-key") as http:
         refused = await http.post("/mcp", json=INITIALIZE)
         assert (refused.status_code, "sk-her" in refused.text) == (403, False)
-        assert town.simulator.requests == []
+        assert server.simulator.requests == []
 
 
 async def test_one_caller_may_use_at_most_16_keys(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as town:
+    async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_CALLER_KEYS="1") as server:
         statuses: list[int] = []
         for number in range(18):
-            async with town.http("a", x_evolink_key=f"sk-key-{number:04}") as http:
+            async with server.http("a", x_evolink_key=f"sk-key-{number:04}") as http:
                 statuses.append((await http.get("/uploads")).status_code)
     assert statuses == [405] * 16 + [429] * 2

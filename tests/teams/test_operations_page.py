@@ -19,7 +19,7 @@ import anyio
 import pytest
 from child_processes import patient_times
 from conftest import KEY
-from test_replicas import ANNA, REQUEST, Team, team
+from test_replicas import ANNA, REQUEST, Team, open_team
 
 pytest.importorskip("yaml")
 pytest.importorskip("prometheus_client")
@@ -87,7 +87,7 @@ def url(cluster: Any) -> str:
 async def test_a_restored_backup_has_all_purchases_and_a_server_continues_with_it(
     url: str, cluster: Any, tmp_path: Path
 ) -> None:
-    async with team(url, tmp_path, ANNA) as office, office.client("a") as client:
+    async with open_team(url, tmp_path, ANNA) as team, team.client("a") as client:
         bought = (await client.call_tool("generate_image", REQUEST)).structured_content
         backup = await run("backup", tmp_path, EVOLINK_MCP_DATABASE_URL=url)  # while the servers run
     restored = cluster.url("evolink_restored")
@@ -96,7 +96,7 @@ async def test_a_restored_backup_has_all_purchases_and_a_server_continues_with_i
     assert "evolink_entries" in backup
     assert bought["task_id"] in listed
     assert read_charges(restored, 0.0) == read_charges(url, 0.0)
-    async with team(restored, tmp_path, ANNA) as office, office.client("a") as client:
+    async with open_team(restored, tmp_path, ANNA) as team, team.client("a") as client:
         task = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
         spent = [(await client.call_tool("list_tasks", {})).structured_content["spent"]["today"]]
         again = (await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a hen"})).structured_content
@@ -163,9 +163,9 @@ async def test_a_server_continues_at_the_promoted_standby(tmp_path: Path) -> Non
 # --- metrics, alerts and dashboard ---
 
 
-async def families_of(office: Team) -> dict[str, set[str]]:
+async def families_of(team: Team) -> dict[str, set[str]]:
     """Return the names of all samples at /metrics with their labels. A counter without a value has no label yet."""
-    async with office.http("a") as http:
+    async with team.http("a") as http:
         text = (await http.get("/metrics")).text
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "info": ["_info"]}
     families: dict[str, set[str]] = {}
@@ -178,12 +178,12 @@ async def families_of(office: Team) -> dict[str, set[str]]:
 
 
 async def all_families(url: str, folder: Path) -> dict[str, set[str]]:
-    async with team(url, folder, ANNA) as office, office.client("a") as client:
+    async with open_team(url, folder, ANNA) as team, team.client("a") as client:
         await client.call_tool("generate_image", REQUEST)
         await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:slow=3600 a hen", "wait_seconds": 0})
         merged: dict[str, set[str]] = {}
-        for _ in office.proxy.apps:
-            for name, labels in (await families_of(office)).items():
+        for _ in team.proxy.apps:
+            for name, labels in (await families_of(team)).items():
                 merged.setdefault(name, set()).update(labels)
         return merged
 

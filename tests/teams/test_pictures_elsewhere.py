@@ -17,7 +17,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import without_coverage
 from conftest import PlainSimulator
-from office import ANNA, BERT, Office, office
+from team_server import ANNA, BERT, TeamServer, open_team_server
 
 pytest.importorskip("obstore")
 
@@ -49,8 +49,8 @@ def forget_copies(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data" / "copies")
 
 
-async def fetched(town: Office, url: str, **headers: str) -> httpx.Response:
-    async with town.http(host="pictures.example.org", **headers) as http:
+async def fetched(server: TeamServer, url: str, **headers: str) -> httpx.Response:
+    async with server.http(host="pictures.example.org", **headers) as http:
         return await http.get(url.removeprefix("https://pictures.example.org"))
 
 
@@ -70,7 +70,7 @@ def stored(folder: Path) -> dict[str, str]:
 
 @ERAS
 async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a", mode) as client:
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a", mode) as client:
         bought = await client.call_tool("generate_image", {**REQUEST, "save_as": "hero.png"})
         (image,) = facts(bought)["images"]
         task = {"task_id": facts(bought)["task_id"]}
@@ -109,7 +109,7 @@ async def test_an_image_in_a_local_folder_is_shown_without_its_path(tmp_path: Pa
 
 
 async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
         bought = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
         viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
@@ -120,10 +120,10 @@ async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tm
 
 
 async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
         bought = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
-        town.clock.shift_s = 25 * 3600
+        server.clock.shift_s = 25 * 3600
         viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
         with pytest.raises(Exception, match="link to it has ended"):
             await client.read_resource(bought["images"][0]["resource_uri"])
@@ -137,16 +137,16 @@ async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Pa
 async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
     tmp_path: Path, folder: Path, stored: dict[str, str], mode: str
 ) -> None:
-    async with office(tmp_path, ANNA, **stored) as town:
-        bought = facts(await town.call("a", "generate_image", mode, **REQUEST, save_as="heró.png"))
+    async with open_team_server(tmp_path, ANNA, **stored) as server:
+        bought = facts(await server.call("a", "generate_image", mode, **REQUEST, save_as="heró.png"))
         (image,) = bought["images"]
-        picture = await fetched(town, image["url"])
-        async with town.http(host="pictures.example.org") as http:
+        picture = await fetched(server, image["url"])
+        async with server.http(host="pictures.example.org") as http:
             head = await http.head(image["url"].removeprefix("https://pictures.example.org"))
         changed = [
-            await fetched(town, image["url"].replace("/pictures/", "/pictures/9")),
-            await fetched(town, image["url"].replace("her", "../her")),
-            await fetched(town, "/pictures/"),
+            await fetched(server, image["url"].replace("/pictures/", "/pictures/9")),
+            await fetched(server, image["url"].replace("her", "../her")),
+            await fetched(server, "/pictures/"),
         ]
     (file,) = (path for path in folder.rglob("*.png") if path.is_file())
     assert file.name == "heró.png"
@@ -160,13 +160,13 @@ async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
 
 
 async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path: Path, stored: dict[str, str]) -> None:
-    async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, BERT, **stored) as server, server.client("a") as client:
         bought = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
-        town.clock.shift_s = 48 * 3600
+        server.clock.shift_s = 48 * 3600
         read = await client.read_resource(bought["images"][0]["resource_uri"])
         edit = {**REQUEST, "image_urls": [bought["images"][0]["resource_uri"]]}
-        other_task = facts(await town.call("b", "generate_image", **edit))
+        other_task = facts(await server.call("b", "generate_image", **edit))
         own_task = facts(await client.call_tool("generate_image", edit))
     assert read.contents[0].mime_type == "image/png"
     assert other_task["error"]["code"] == "reference_refused"
@@ -176,19 +176,19 @@ async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path:
 async def test_a_store_that_fails_during_a_task_costs_no_image(
     tmp_path: Path, folder: Path, stored: dict[str, str]
 ) -> None:
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
-        town.simulator.duration_s = 3600
+    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
+        server.simulator.duration_s = 3600
         bought = facts(await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0}))
         folder.rename(tmp_path / "away")
         folder.write_text("no folder any more")
-        for task in town.simulator.tasks.values():
+        for task in server.simulator.tasks.values():
             task.duration = 0
         failed = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
         (image,) = failed["images"]
         folder.unlink()
         (tmp_path / "away").rename(folder)
         again = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
-        assert town.posts == 1
+        assert server.posts == 1
     assert image["error"] == "the folder for pictures has no marker file"
     assert failed["charged"] == "yes"
     assert image["url"].startswith("http://127.0.0.1:9/")
@@ -200,7 +200,7 @@ async def test_a_store_that_fails_during_a_task_costs_no_image(
 async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_point(
     tmp_path: Path, folder: Path, stored: dict[str, str], state: str
 ) -> None:
-    async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, BERT, **stored) as server, server.client("a") as client:
         bought = facts(await client.call_tool("generate_image", REQUEST))
         folder.rename(tmp_path / "away")
         if state != "gone":
@@ -208,14 +208,14 @@ async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_poin
         if state == "another store":
             (folder / MARKER).write_text("0" * 32)
         answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"})
-        other = facts(await town.call("b", "generate_image", **{**REQUEST, "prompt": "A hen"}))
+        other = facts(await server.call("b", "generate_image", **{**REQUEST, "prompt": "A hen"}))
         derived = await client.call_tool("derive_image", {"source": bought["task_id"], "targets": ["32x32"]})
-        assert town.posts == 1
+        assert server.posts == 1
         assert [path.name for path in folder.glob("*")] == ([MARKER] if state == "another store" else [])
         shutil.rmtree(folder, ignore_errors=True)
         (tmp_path / "away").rename(folder)
         again = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"}))
-        assert town.posts == 2
+        assert server.posts == 2
     assert answer.is_error
     assert derived.is_error
     for refused in (facts(answer), other):
@@ -230,7 +230,7 @@ async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_
     tmp_path: Path, folder: Path, stored: dict[str, str], fault: str
 ) -> None:
     marker = folder / MARKER
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
         if fault == "no folder":
             folder.rmdir()
         elif fault == "a folder as marker":
@@ -240,7 +240,7 @@ async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_
         refused = facts(await client.call_tool("generate_image", REQUEST))
         assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
         assert "The picture is paid" not in refused["error"]["advice"]
-        assert town.posts == 0
+        assert server.posts == 0
         if fault == "no folder":
             folder.mkdir()
         elif fault == "a folder as marker":
@@ -270,7 +270,7 @@ async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
     tmp_path: Path, folder: Path, stored: dict[str, str]
 ) -> None:
     (folder / MARKER).write_text("f" * 32 + "\n")
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
         for prompt in ("A fox", "A hen"):
             bought = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": prompt}))
             assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
@@ -305,12 +305,12 @@ async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
-    async with office(tmp_path, ANNA, pause=pause) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, pause=pause) as server, server.client("a") as client:
         refused = await client.call_tool("generate_image", REQUEST)
-        assert (facts(refused)["charged"], town.posts) == ("no", 0)
+        assert (facts(refused)["charged"], server.posts) == ("no", 0)
         (tmp_path / "data" / "copies").unlink()
         again = facts(await client.call_tool("generate_image", REQUEST))
-        assert town.posts == 1
+        assert server.posts == 1
     text = refused.model_dump_json()
     assert "this server's disk cannot take the picture now" in text
     assert str(tmp_path) not in text
@@ -357,14 +357,17 @@ async def _create_bucket(bucket: str) -> None:
 
 
 async def test_s3_stores_the_image_and_presigns_its_link(tmp_path: Path, bucket: str) -> None:
-    async with office(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as town, town.client("a") as client:
+    async with (
+        open_team_server(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as server,
+        server.client("a") as client,
+    ):
         bought = facts(await client.call_tool("generate_image", REQUEST))
         (image,) = bought["images"]
         async with httpx.AsyncClient() as http:
             picture = await http.get(image["url"])
             unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
         forget_copies(tmp_path)
-        town.clock.shift_s = 48 * 3600
+        server.clock.shift_s = 48 * 3600
         viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
     assert image["url"].startswith(f"{bucket}/bucket/team/")
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
@@ -390,14 +393,14 @@ async def test_a_missing_bucket_is_one_clear_error(tmp_path: Path, bucket: str) 
 
 @ERAS
 async def test_an_upload_is_a_reference_image_only_for_its_tenant(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        async with town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        async with server.http("a") as http:
             answer = await http.put("/uploads", content=PNG)
             upload = answer.json()
         edit = {"prompt": "sim:fast bluer", "image_urls": [upload["uri"]]}
-        own_task = facts(await town.call("a", "generate_image", mode, **edit))
-        other_task = facts(await town.call("b", "generate_image", mode, **edit))
-        (order,) = (json.loads(r.body) for r in town.simulator.requests if r.path == "/v1/images/generations")
+        own_task = facts(await server.call("a", "generate_image", mode, **edit))
+        other_task = facts(await server.call("b", "generate_image", mode, **edit))
+        (order,) = (json.loads(r.body) for r in server.simulator.requests if r.path == "/v1/images/generations")
     assert (answer.status_code, upload["mime_type"], upload["bytes"]) == (201, "image/png", len(PNG))
     assert upload["uri"].startswith("evolink://uploads/")
     assert own_task["status"] == "completed"
@@ -409,14 +412,14 @@ async def test_an_upload_is_a_reference_image_only_for_its_tenant(tmp_path: Path
 async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests(tmp_path: Path) -> None:
     import base64
 
-    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         uri = (await http.put("/uploads", content=PNG)).json()["uri"]
         data = "data:image/png;base64," + base64.b64encode(PNG).decode()
         wish = {"prompt": "sim:slow=60 bluer", "wait_seconds": 0}
-        first = facts(await town.call("a", "generate_image", **wish, image_urls=[uri]))
-        second = facts(await town.call("a", "generate_image", **wish, image_urls=[data]))
+        first = facts(await server.call("a", "generate_image", **wish, image_urls=[uri]))
+        second = facts(await server.call("a", "generate_image", **wish, image_urls=[data]))
         assert first["task_id"] is not None
-        assert (second["task_id"], town.posts) == (first["task_id"], 1)
+        assert (second["task_id"], server.posts) == (first["task_id"], 1)
 
 
 @pytest.mark.parametrize(
@@ -435,11 +438,11 @@ async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests
 async def test_an_upload_that_cannot_be_a_reference_image_is_refused(
     tmp_path: Path, content: bytes, headers: dict[str, str], status: int, words: str
 ) -> None:
-    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=content, headers=headers)
         assert answer.status_code == status
         assert words in answer.json()["error"]
-        assert town.simulator.requests == []
+        assert server.simulator.requests == []
 
 
 async def test_an_upload_that_is_too_large_is_refused_before_its_end(tmp_path: Path) -> None:
@@ -451,18 +454,18 @@ async def test_an_upload_that_is_too_large_is_refused_before_its_end(tmp_path: P
             sent += 1 << 20
             yield b"x" * (1 << 20)
 
-    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=parts())
         assert answer.status_code == 413
 
 
 async def test_uploads_need_a_token_a_key_and_the_method_put(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
-        async with town.http() as http:
+    async with open_team_server(tmp_path, ANNA) as server:
+        async with server.http() as http:
             assert (await http.put("/uploads", content=PNG)).status_code == 401
-        async with town.http("a") as http:
+        async with server.http("a") as http:
             assert (await http.get("/uploads")).status_code == 405
-    async with office(tmp_path, ANNA, EVOLINK_API_KEY="") as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA, EVOLINK_API_KEY="") as server, server.http("a") as http:
         answer = await http.put("/uploads", content=PNG)
         assert (answer.status_code, "EVOLINK_API_KEY" in answer.json()["error"]) == (503, True)
 
@@ -479,7 +482,7 @@ async def test_a_refusal_of_evolinks_file_api_is_reported(tmp_path: Path) -> Non
         await send({"type": "http.response.body", "body": b"busy"})
 
     simulator.app = refusing
-    async with office(tmp_path, ANNA, simulator=simulator) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA, simulator=simulator) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=PNG)
     assert answer.status_code == 502
     assert "Nothing was charged" in answer.json()["error"]

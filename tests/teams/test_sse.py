@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from drawings import drawing
-from office import ANNA, BERT, INITIALIZE, REQUEST, Office, office
+from team_server import ANNA, BERT, INITIALIZE, REQUEST, TeamServer, open_team_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 class Stream:
     """An SSE stream, and the text that it has received."""
 
-    def __init__(self, office: Office, token: str) -> None:
-        self._app = office.guard
+    def __init__(self, server: TeamServer, token: str) -> None:
+        self._app = server.guard
         self._headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())]
         self.text = ""
         self.ended = anyio.Event()
@@ -72,16 +72,16 @@ async def test_a_session_answers_its_tenant_and_ignores_messages_of_another_tena
         {"jsonrpc": "2.0", "method": "notifications/initialized"},
         {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": params},
     ]
-    async with office(tmp_path, ANNA, BERT, transport="sse") as town, anyio.create_task_group() as group:
-        anna, bert = Stream(town, "a"), Stream(town, "b")
+    async with open_team_server(tmp_path, ANNA, BERT, transport="sse") as server, anyio.create_task_group() as group:
+        anna, bert = Stream(server, "a"), Stream(server, "b")
         group.start_soon(anna.run)
         session_id = await anna.session_id()
         assert await bert.post(session_id, INITIALIZE) == 404
-        assert await Stream(town, "unknown").post(session_id, INITIALIZE) == 401
+        assert await Stream(server, "unknown").post(session_id, INITIALIZE) == 401
         for call in calls:
             assert await anna.post(session_id, call) == 202
         text = await anna.until('"id":2')
         assert text.count('"id":1') == 1
         assert '"status":"completed"' in text
-        assert town.posts == 1
+        assert server.posts == 1
         anna.ended.set()

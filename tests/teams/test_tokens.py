@@ -18,7 +18,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import Clock
-from office import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, block, office
+from team_server import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, block, open_team_server
 
 from evolink_mcp.teams.app import Readiness
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -213,8 +213,8 @@ def test_a_key_that_is_added_to_a_readable_file_later_is_reported_too(
 
 
 async def test_every_path_needs_a_token_except_the_health_checks(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
-        async with town.http() as http:
+    async with open_team_server(tmp_path, ANNA) as server:
+        async with server.http() as http:
             for method, path in (
                 ("POST", "/mcp"),
                 ("GET", "/mcp"),
@@ -228,30 +228,30 @@ async def test_every_path_needs_a_token_except_the_health_checks(tmp_path: Path)
                 assert (await http.get(path)).json()["status"] == "ok"
                 assert (await http.post(path, json=INITIALIZE)).status_code == 401
             assert (await http.get("/healthz", headers={"host": "evil.dev"})).status_code == 421
-        async with town.http("wrong") as http:
+        async with server.http("wrong") as http:
             answer = await http.post("/mcp", json=INITIALIZE)
             assert answer.headers["www-authenticate"].endswith('error="invalid_token"')
-        async with town.http("a") as http:
+        async with server.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
-    assert town.simulator.requests == []
+    assert server.simulator.requests == []
 
 
 @ERAS
 async def test_identical_requests_of_two_tenants_are_two_purchases(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        first = await town.call("a", "generate_image", mode, **REQUEST, wait_seconds=0)
-        second = await town.call("b", "generate_image", mode, **REQUEST, wait_seconds=0)
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        first = await server.call("a", "generate_image", mode, **REQUEST, wait_seconds=0)
+        second = await server.call("b", "generate_image", mode, **REQUEST, wait_seconds=0)
     assert first.structured_content["task_id"] != second.structured_content["task_id"]
-    assert town.posts == 2
+    assert server.posts == 2
 
 
 @ERAS
 async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        bought = (await town.call("a", "generate_image", mode, **REQUEST)).structured_content
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        bought = (await server.call("a", "generate_image", mode, **REQUEST)).structured_content
         task_id, uri = bought["task_id"], bought["images"][0]["resource_uri"]
-        visible = len(town.simulator.requests)
-        async with town.client("b", mode) as client:
+        visible = len(server.simulator.requests)
+        async with server.client("b", mode) as client:
             for tool in ("get_task", "view_image"):
                 answer = await client.call_tool(tool, {"task_id": task_id})
                 assert answer.is_error
@@ -265,64 +265,66 @@ async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path
                     await client.read_resource(address)
         texts = [listed.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
         assert not any("anna" in text for text in texts)
-        assert len(town.simulator.requests) == visible
-        assert (await town.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
+        assert len(server.simulator.requests) == visible
+        assert (await server.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
 
 
 async def test_a_lost_answer_is_never_matched_with_the_task_of_another_tenant(tmp_path: Path) -> None:
     """The account's task list has the tasks of all tenants. Time and price do not prove a match."""
-    async with office(tmp_path, ANNA, BERT) as town:
-        lost = await town.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        lost = await server.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
         assert (lost.structured_content["status"], lost.structured_content["charged"]) == ("unknown", "unknown")
         assert lost.structured_content["task_id"] is None
-        assert not any(request.path == "/v1/tasks" for request in town.simulator.requests)
+        assert not any(request.path == "/v1/tasks" for request in server.simulator.requests)
 
 
 async def test_spending_limits_count_per_tenant(tmp_path: Path) -> None:
     capped = block("anna", "a", max_credits_per_day=0.4)
-    async with office(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as town:
+    async with open_team_server(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as server:
         wish = {**REQUEST, "quality": "low"}
-        assert not (await town.call("a", "generate_image", **wish)).is_error
-        second = await town.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hare"})
+        assert not (await server.call("a", "generate_image", **wish)).is_error
+        second = await server.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hare"})
         assert second.structured_content["error"]["code"] == "over_budget"
-        assert not (await town.call("b", "generate_image", **{**wish, "prompt": "sim:fast a hare"})).is_error
-        dear = await town.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
+        assert not (await server.call("b", "generate_image", **{**wish, "prompt": "sim:fast a hare"})).is_error
+        dear = await server.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
         assert dear.structured_content["error"]["code"] == "over_budget"
 
 
 async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path) -> None:
-    async with office(tmp_path, block("anna", "a", max_running=2), BERT) as town:
-        town.simulator.duration_s = 500
+    async with open_team_server(tmp_path, block("anna", "a", max_running=2), BERT) as server:
+        server.simulator.duration_s = 500
         answers: list[Any] = []
 
         async def order(number: int) -> None:
             wish = {**REQUEST, "prompt": f"fox {number}"}
-            answers.append(await town.call("a", "generate_image", **wish, wait_seconds=0))
+            answers.append(await server.call("a", "generate_image", **wish, wait_seconds=0))
 
         async with anyio.create_task_group() as calls:
             for number in range(4):
                 calls.start_soon(order, number)
         codes = sorted(answer.structured_content["error"]["code"] for answer in answers if answer.is_error)
         assert codes == ["too_many_running"] * 2
-        assert town.posts == 2
-        assert not (await town.call("b", "generate_image", **REQUEST, wait_seconds=0)).is_error
+        assert server.posts == 2
+        assert not (await server.call("b", "generate_image", **REQUEST, wait_seconds=0)).is_error
 
 
 async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
-    async with office(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as town:
-        async with town.client("a") as client:
+    async with open_team_server(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as server:
+        async with server.client("a") as client:
             listed = await client.list_tools()
         assert [tool.name for tool in listed.tools] == ["get_task", "compute_size"]
         assert listed.cache_scope == "private"  # another tenant has other tools
-        assert (await town.call("a", "generate_image", **REQUEST)).is_error
-        assert town.posts == 0
+        assert (await server.call("a", "generate_image", **REQUEST)).is_error
+        assert server.posts == 0
 
 
 async def test_a_tenant_with_a_key_spends_from_its_account(tmp_path: Path) -> None:
-    async with office(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as town:
-        await town.call("a", "generate_image", **REQUEST)
-        await town.call("b", "generate_image", **REQUEST)
-        sent = {request.headers.get("authorization") for request in town.simulator.requests if request.method == "POST"}
+    async with open_team_server(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as server:
+        await server.call("a", "generate_image", **REQUEST)
+        await server.call("b", "generate_image", **REQUEST)
+        sent = {
+            request.headers.get("authorization") for request in server.simulator.requests if request.method == "POST"
+        }
     assert sent == {"Bearer sk-annas-own", "Bearer sk-test-key"}
 
 
@@ -335,8 +337,8 @@ async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -
     entry = Entry.external(Task("task-unified-1757156493-imcg5zqt", status="completed"), 1.0)
     await old.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
     await old.close()
-    async with office(tmp_path, ANNA) as town:
-        listed = await town.call("a", "list_tasks")
+    async with open_team_server(tmp_path, ANNA) as server:
+        listed = await server.call("a", "list_tasks")
     assert listed.structured_content["tasks"] == []
 
 
@@ -437,17 +439,17 @@ def test_a_server_without_any_evolink_key_is_not_ready(file: Path, key: str | No
 
 
 async def test_tasks_of_tenants_with_one_account_are_polled_in_one_batch(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        town.simulator.duration_s = 3600
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        server.simulator.duration_s = 3600
         for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
-            await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
-        jobs = [job for studio in town.studios for job in studio.jobs]
+            await server.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
+        jobs = [job for studio in server.studios for job in studio.jobs]
         assert len(jobs) == 3
-        while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
+        while not any(r.path == "/v1/tasks/batch" for r in server.simulator.requests):
             for job in jobs:  # Without this call the polls rarely happen at the same moment
                 job.poll_now()
             await anyio.sleep(0.01)
-        keys = {r.headers["authorization"] for r in town.simulator.requests}
+        keys = {r.headers["authorization"] for r in server.simulator.requests}
     assert keys == {"Bearer sk-test-key"}
 
 
@@ -493,9 +495,9 @@ async def test_the_app_of_an_idle_tenant_is_closed_after_an_hour(tmp_path: Path)
 
 
 async def test_the_poller_of_an_evolink_key_is_shared_until_its_last_studio_closes(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as team:
-        async with team.studios.open(Tenant("anna")) as (anna, _), team.studios.open(Tenant("bert")) as (bert, _):
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        async with server.studios.open(Tenant("anna")) as (anna, _), server.studios.open(Tenant("bert")) as (bert, _):
             first = anna.rate_limit
             assert bert.rate_limit is first
-        async with team.studios.open(Tenant("anna")) as (anna, _):
+        async with server.studios.open(Tenant("anna")) as (anna, _):
             assert anna.rate_limit is not first
