@@ -122,14 +122,14 @@ async def test_a_server_remembers_a_limited_number_of_its_writes_for_a_failover(
     from evolink_mcp.teams.failover import WrittenEntries
 
     now = 0.0
-    written = WrittenEntries(lambda: now)
+    entries = WrittenEntries(lambda: now)
     fields = {"phase": "intent", "created_at": 1.0, "fingerprint": "f", "owner": "server-1"}
     for number in range(5_001):
-        written.add("anna", Entry(key=f"evomcp-{number}", **fields))
-    assert len(written) == 5_000
+        entries.add("anna", Entry(key=f"evomcp-{number}", **fields))
+    assert len(entries) == 5_000
     now = 601.0
-    written.add("anna", Entry(key="evomcp-later", **fields))
-    assert len(written) == 1
+    entries.add("anna", Entry(key="evomcp-later", **fields))
+    assert len(entries) == 1
 
 
 TRIALS = {

@@ -31,14 +31,14 @@ async def test_a_caller_with_a_known_key_never_waits_for_the_issuer() -> None:
     assert isinstance(await issuer.tenant_of(login.token()), Tenant)
     login.can_answer = anyio.Event()
     login.now += 2 * 3600  # the keys are old, and the issuer does not answer
-    refused: list[int] = []
+    statuses: list[int] = []
     async with anyio.create_task_group() as group:
-        group.start_soon(_status, issuer, login.token("random", key=STRANGER), refused)
+        group.start_soon(_status, issuer, login.token("random", key=STRANGER), statuses)
         await _until_read(login, 2)
         assert isinstance(await issuer.tenant_of(login.token()), Tenant)
-        assert refused == []
+        assert statuses == []
         login.can_answer.set()
-    assert refused == [401]
+    assert statuses == [401]
 
 
 async def test_callers_with_unknown_keys_share_one_read_of_the_issuer_and_their_number_is_limited() -> None:

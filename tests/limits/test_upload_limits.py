@@ -35,14 +35,14 @@ class SlowUploads:
     def __init__(self, server: TeamServer) -> None:
         self._server = server
         self._end = anyio.Event()
-        self.begun = 0
+        self.started_count = 0
         self.statuses: list[int] = []
 
     async def run(self, token: str) -> None:
         self.statuses.append((await put(self._server, token, self._parts())).status_code)
 
     async def _parts(self) -> AsyncIterator[bytes]:
-        self.begun += 1
+        self.started_count += 1
         yield PNG[:10]
         await self._end.wait()
         yield PNG[10:]
@@ -50,7 +50,7 @@ class SlowUploads:
     async def begin(self, group: Any, *tokens: str) -> None:
         for token in tokens:
             group.start_soon(self.run, token)
-        while self.begun < len(tokens):
+        while self.started_count < len(tokens):
             await anyio.sleep(0.01)
 
     def end(self) -> None:
@@ -61,8 +61,8 @@ async def test_a_tenant_may_upload_two_of_the_largest_images_at_once(tmp_path: P
     async with open_team_server(tmp_path, ANNA, BERT) as server, anyio.create_task_group() as group:
         uploads = SlowUploads(server)
         await uploads.begin(group, "a", "a")
-        refused = await put(server, "a")
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        refusal = await put(server, "a")
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
         assert (await put(server, "b")).status_code == 201
         uploads.end()
         while len(uploads.statuses) < 2:
@@ -76,8 +76,8 @@ async def test_all_tenants_together_may_upload_eight_of_the_largest_images_at_on
     async with open_team_server(tmp_path, *blocks) as server, anyio.create_task_group() as group:
         uploads = SlowUploads(server)
         await uploads.begin(group, *(f"t{number}" for number in range(4) for _ in range(2)))
-        refused = await put(server, "t4")
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        refusal = await put(server, "t4")
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
         uploads.end()
         while len(uploads.statuses) < 8:
             await anyio.sleep(0.01)
@@ -95,9 +95,9 @@ async def test_a_tenant_has_a_quota_of_uploads_per_day(tmp_path: Path) -> None:
     megabytes = f"{1.5 * len(PNG) / 1e6:.6f}"
     async with open_team_server(tmp_path, ANNA, BERT, EVOLINK_MCP_UPLOAD_MB_PER_DAY=megabytes) as server:
         assert (await put(server, "a")).status_code == 201
-        refused = await put(server, "a", OTHER_PNG)
-        assert refused.status_code == 429
-        assert 0 < int(refused.headers["retry-after"]) <= 90_000
+        refusal = await put(server, "a", OTHER_PNG)
+        assert refusal.status_code == 429
+        assert 0 < int(refusal.headers["retry-after"]) <= 90_000
         assert sent_uploads(server) == 1
         assert (await put(server, "b")).status_code == 201
         server.clock.shift_s = 86_400
@@ -108,8 +108,8 @@ async def test_an_identical_upload_is_sent_to_evolink_once_in_71_hours(tmp_path:
     async with open_team_server(tmp_path, ANNA, BERT) as server:
         first = await put(server, "a")
         server.clock.shift_s = 70 * 3600
-        again = await put(server, "a")
-        assert (again.status_code, again.json()) == (201, first.json())
+        repeat = await put(server, "a")
+        assert (repeat.status_code, repeat.json()) == (201, first.json())
         assert sent_uploads(server) == 1
         server.clock.shift_s = 71 * 3600
         later = await put(server, "a")

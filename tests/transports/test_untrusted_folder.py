@@ -77,7 +77,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def start_process(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         yield process
@@ -93,7 +93,7 @@ def evolink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     port = free_port()
     command = [*SERVER_COMMAND, "simulate", "--port", str(port), "--seconds", "0"]
     with ExitStack() as stack:
-        stack.enter_context(running(command, folder, minimal_environment(folder)))
+        stack.enter_context(start_process(command, folder, minimal_environment(folder)))
         yield port
 
 
@@ -143,7 +143,7 @@ async def test_over_http_no_file_of_the_project_runs_and_the_decoder_has_no_key(
     await answers(f"http://127.0.0.1:{evolink}/v1/credits")
     port = free_port()
     command = [*program, "http", "--port", str(port)]
-    with running(command, project.folder, environment(tmp_path, evolink)) as server:
+    with start_process(command, project.folder, environment(tmp_path, evolink)) as server:
         await answers(f"http://127.0.0.1:{port}/healthz")
         answer = await buy(f"http://127.0.0.1:{port}/mcp")
         assert answer.structured_content["status"] == "completed"
