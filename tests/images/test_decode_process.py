@@ -24,8 +24,8 @@ from fake_decoders import (
     REFUSE,
     answering,
     program,
+    silent_decoder,
     silent_with_inherited_output,
-    stuck,
     with_inherited_output,
 )
 from hypothesis import HealthCheck, example, given, settings
@@ -231,7 +231,7 @@ async def test_an_image_that_needs_more_cpu_time_than_the_limit_is_rejected() ->
 @in_time
 @pytest.mark.anyio
 async def test_a_decoder_that_does_not_answer_is_killed_after_the_deadline(tmp_path: Path) -> None:
-    async with decoder_of(stuck(tmp_path / "marker"), deadline_s=0.2) as decoder:
+    async with decoder_of(silent_decoder(tmp_path / "marker"), deadline_s=0.2) as decoder:
         reason = await reason_of(decoder, drawing())
     assert reason == Reason.DECODER_LATE
     assert not UnusableImage(reason).is_hostile, "a suspended machine must not cost the image"
@@ -240,7 +240,7 @@ async def test_a_decoder_that_does_not_answer_is_killed_after_the_deadline(tmp_p
 @in_time
 @pytest.mark.anyio
 async def test_a_cancelled_caller_kills_the_process(tmp_path: Path) -> None:
-    async with decoder_of(stuck(tmp_path / "marker"), slow_after_s=NEVER) as decoder:
+    async with decoder_of(silent_decoder(tmp_path / "marker"), slow_after_s=NEVER) as decoder:
         async with anyio.create_task_group() as group:
             group.start_soon(decoder.check, io.BytesIO(drawing()))
             process = await process_id_in(tmp_path / "marker")
@@ -426,7 +426,7 @@ async def test_an_order_without_a_decoder_keeps_its_link_and_says_why(open_world
 # --- a start before the first image ---
 
 
-def counted(starts: Path) -> list[str]:
+def counting_decoder(starts: Path) -> list[str]:
     """Return a decoder that adds a line to `starts` and refuses each image."""
     record = f"open({str(starts)!r}, 'a').write('started\\n')"
     return program(f"{record}\nwhile requests.peek(1):\n    request()\n    {REFUSE}")
@@ -436,7 +436,7 @@ def counted(starts: Path) -> list[str]:
 @pytest.mark.anyio
 async def test_the_first_image_gets_the_process_that_was_started_before_it(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    async with decoder_of(counted(starts)) as decoder:
+    async with decoder_of(counting_decoder(starts)) as decoder:
         await decoder.start()
         await decoder.start()
         await reason_of(decoder, drawing())
@@ -447,7 +447,7 @@ async def test_the_first_image_gets_the_process_that_was_started_before_it(tmp_p
 @pytest.mark.anyio
 async def test_an_image_that_comes_during_the_start_waits_for_this_process(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    async with decoder_of(counted(starts)) as decoder, anyio.create_task_group() as group:
+    async with decoder_of(counting_decoder(starts)) as decoder, anyio.create_task_group() as group:
         group.start_soon(decoder.start)
         await anyio.sleep(0)
         await reason_of(decoder, drawing())
@@ -458,7 +458,7 @@ async def test_an_image_that_comes_during_the_start_waits_for_this_process(tmp_p
 @pytest.mark.anyio
 async def test_the_decoder_starts_while_evolink_works(open_world: Open, tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    async with open_world(decoder_command=counted(starts)) as world, world.client() as client:
+    async with open_world(decoder_command=counting_decoder(starts)) as world, world.client() as client:
         await client.call_tool("generate_image", {"prompt": "sim:slow=1000000 a fox", "wait_seconds": 0})
         while not starts.exists():
             await anyio.sleep(0.01)

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from drawings import changed, drawing, noise, turned
+from drawings import change_image, drawing, noise, with_orientation
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image, ImageCms
@@ -39,7 +39,7 @@ def files(content: bytes, plan: DerivePlan) -> list[tuple[DerivedImage, bytes]]:
 
 
 def thirds(kind: str = "PNG") -> bytes:
-    """A picture of 300×100 pixels: a red, a green and a blue square."""
+    """Return an image of 300×100 pixels: a red, a green and a blue square."""
     image = Image.new("RGB", (300, 100))
     for index, colour in enumerate((RED, GREEN, BLUE)):
         image.paste(colour, (100 * index, 0, 100 * index + 100, 100))
@@ -132,7 +132,7 @@ def test_jpeg_fills_transparent_pixels_and_reports_it() -> None:
 
 
 def test_an_opaque_alpha_channel_is_no_transparency() -> None:
-    content = changed(drawing(mode="RGBA"), lambda image: image.putalpha(255))
+    content = change_image(drawing(mode="RGBA"), lambda image: image.putalpha(255))
     (facts, _), *_ = files(content, DerivePlan((Output(((32, 24),), "image/jpeg"),)))
     assert not facts.has_lost_alpha
 
@@ -140,14 +140,14 @@ def test_an_opaque_alpha_channel_is_no_transparency() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_the_result_is_upright(kind: str, orientation: int) -> None:
-    with Image.open(io.BytesIO(turned(thirds(kind), orientation))) as turned_image:
+    with Image.open(io.BytesIO(with_orientation(thirds(kind), orientation))) as rotated_image:
         from PIL import ImageOps
 
-        expected = ImageOps.exif_transpose(turned_image).convert("RGB").resize((30, 30))
-    image = one(turned(thirds(kind), orientation), (30, 30), fit="cover")
-    whole = one(turned(thirds(kind), orientation), (300, 300), fit="contain")
-    assert whole.size == ((300, 100) if orientation < 5 else (100, 300))
-    assert is_near(whole.resize((30, 30)).convert("RGB").getpixel((2, 2)), expected.getpixel((2, 2)))  # type: ignore[arg-type]
+        expected = ImageOps.exif_transpose(rotated_image).convert("RGB").resize((30, 30))
+    image = one(with_orientation(thirds(kind), orientation), (30, 30), fit="cover")
+    full_size = one(with_orientation(thirds(kind), orientation), (300, 300), fit="contain")
+    assert full_size.size == ((300, 100) if orientation < 5 else (100, 300))
+    assert is_near(full_size.resize((30, 30)).convert("RGB").getpixel((2, 2)), expected.getpixel((2, 2)))  # type: ignore[arg-type]
     assert is_near(image.convert("RGB").getpixel((15, 15)), GREEN)
 
 
@@ -217,13 +217,13 @@ def test_an_icon_holds_each_size() -> None:
 @pytest.mark.parametrize("mime_type", ["image/jpeg", "image/webp"])
 def test_max_bytes_lowers_the_quality_until_the_file_fits(mime_type: str) -> None:
     content = noise((300, 200))
-    (free, whole), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),)))
-    limit = len(whole) // 2
+    (unlimited_facts, unlimited_file), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),)))
+    limit = len(unlimited_file) // 2
     (facts, file), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),), max_bytes=limit))
     assert len(file) <= limit
-    assert 10 <= facts.quality < free.quality
-    (_, better), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),), quality=facts.quality + 1))
-    assert len(better) > limit, "the highest quality that fits"
+    assert 10 <= facts.quality < unlimited_facts.quality
+    (_, better_file), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),), quality=facts.quality + 1))
+    assert len(better_file) > limit, "the highest quality that fits"
 
 
 @pytest.mark.parametrize("mime_type", ["image/jpeg", "image/webp", "image/png", "image/x-icon"])
@@ -278,12 +278,12 @@ def test_a_damaged_picture_is_refused() -> None:
 def test_the_origin_is_added_without_a_change_of_any_pixel(kind: str, mode: str, lossless: bool) -> None:
     options = {"lossless": lossless, "quality": 90} if kind == "WEBP" else {}
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for more in ({}, {"icc_profile": profile}):
-        content = drawing(kind=kind, mode="RGB" if kind == "JPEG" else mode, **options, **more)
+    for profile_option in ({}, {"icc_profile": profile}):
+        content = drawing(kind=kind, mode="RGB" if kind == "JPEG" else mode, **options, **profile_option)
         mime_type = f"image/{kind.lower()}"
-        described = with_origin(content, mime_type, parts_of(content, mime_type), ORIGIN)
-        assert described is not None
-        with Image.open(io.BytesIO(content)) as before, Image.open(io.BytesIO(described)) as after:
+        file = with_origin(content, mime_type, parts_of(content, mime_type), ORIGIN)
+        assert file is not None
+        with Image.open(io.BytesIO(content)) as before, Image.open(io.BytesIO(file)) as after:
             assert before.convert("RGBA").tobytes() == after.convert("RGBA").tobytes()
             assert before.info.get("icc_profile") == after.info.get("icc_profile")
             text = str(after.text) if kind == "PNG" else after.info["xmp"].decode()  # type: ignore[attr-defined]
@@ -297,9 +297,9 @@ def test_the_xmp_of_a_long_prompt_fits_a_segment_and_stays_valid() -> None:
 
     content = drawing(kind="JPEG")
     origin = Origin("<&\N{FOX FACE}\x00\ud800" * 9_000, "task-unified-1-abc", "gpt-image-2")
-    described = with_origin(content, "image/jpeg", parts_of(content, "image/jpeg"), origin)
-    assert described is not None
-    with Image.open(io.BytesIO(described)) as image:
+    file = with_origin(content, "image/jpeg", parts_of(content, "image/jpeg"), origin)
+    assert file is not None
+    with Image.open(io.BytesIO(file)) as image:
         image.load()
         ElementTree.fromstring(image.info["xmp"].decode().removeprefix("\ufeff"))
 
@@ -308,14 +308,14 @@ def test_a_file_with_content_credentials_or_xmp_stays_as_it_is() -> None:
     png = drawing()
     ihdr_end = 8 + 25
     credential = b"\0\0\0\4caBX" + b"jumb" + b"\0\0\0\0"
-    signed = {
+    signed_images = {
         "image/png": png[:ihdr_end] + credential + png[ihdr_end:],
         "image/jpeg": drawing(kind="JPEG")[:2] + b"\xff\xeb\0\x0aJP\0\1data" + drawing(kind="JPEG")[2:],
     }
     webp = drawing(kind="WEBP")
     body = webp[12:] + b"C2PA\4\0\0\0jumb"
-    signed["image/webp"] = b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
-    for mime_type, content in signed.items():
+    signed_images["image/webp"] = b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
+    for mime_type, content in signed_images.items():
         assert with_origin(content, mime_type, parts_of(content, mime_type), ORIGIN) is None
     for kind in ("JPEG", "WEBP"):
         content = drawing(kind=kind, xmp=b"<x/>")
@@ -351,10 +351,10 @@ GOOD = DerivedImage("image/png", 40, 30)
     ],
 )
 def test_a_record_that_does_not_fit_its_output_is_refused(image: DerivedImage, length: int, plan: Any) -> None:
-    whole = DerivePlan((OUTPUT,), **plan)
-    assert unpack_derived(pack_derived(GOOD, 9), OUTPUT, whole) == (GOOD, 9)
+    derive_plan = DerivePlan((OUTPUT,), **plan)
+    assert unpack_derived(pack_derived(GOOD, 9), OUTPUT, derive_plan) == (GOOD, 9)
     with pytest.raises(UnusableImage) as caught:
-        unpack_derived(pack_derived(image, length), OUTPUT, whole)
+        unpack_derived(pack_derived(image, length), OUTPUT, derive_plan)
     assert caught.value.reason is Reason.DECODER_FAILED
 
 

@@ -1,4 +1,4 @@
-"""Where pictures may be saved and files may be read: after following every link, and never by a name that tricks."""
+"""The folders for saved images and for reference files: after all links, and for every spelling of a name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REQUEST = {"prompt": "sim:fast a fox"}
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
-    """An output folder and a project, each with neighbours that are not allowed."""
+    """Return an output folder and a project folder. The folders beside them are not allowed."""
     for name in ("pictures", "project", "project-evil", "elsewhere"):
         (tmp_path / name).mkdir()
     return Folders(tmp_path / "pictures", (tmp_path / "pictures", tmp_path / "project"))
@@ -108,8 +108,8 @@ def test_a_link_that_stays_inside_is_followed(folders: Folders, tmp_path: Path) 
 def test_an_allowed_folder_may_itself_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     _link(tmp_path / "pictures", tmp_path / "disk")
-    linked = Folders(tmp_path / "pictures", (tmp_path / "pictures",))
-    assert tmp_path / "disk" / "hero.png" == linked.target("hero.png")
+    folders_of_link = Folders(tmp_path / "pictures", (tmp_path / "pictures",))
+    assert tmp_path / "disk" / "hero.png" == folders_of_link.target("hero.png")
 
 
 def test_a_refusal_quotes_no_more_than_a_line_of_the_name(folders: Folders) -> None:
@@ -144,8 +144,8 @@ async def test_the_project_that_an_agent_works_in_is_allowed(
         answer = await client.call_tool("generate_image", {**REQUEST, "save_as": str(place)})
         assert [str(place)] == [image["path"] for image in answer.structured_content["images"]]
         (project / "logo.png").write_bytes(drawing())
-        edited = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(project / "logo.png")]})
-        assert edited.is_error is False
+        edit = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(project / "logo.png")]})
+        assert edit.is_error is False
 
 
 @pytest.mark.anyio
@@ -164,7 +164,7 @@ async def test_a_server_started_at_home_or_at_the_root_allows_neither(
 
 @pytest.fixture
 def cat(folders: Folders, tmp_path: Path) -> Path:
-    """A picture in a folder of the project."""
+    """Return an image in a folder of the project."""
     path = tmp_path / "project" / "in" / "cat.png"
     path.parent.mkdir()
     path.write_bytes(b"a cat")
@@ -258,7 +258,7 @@ def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders
 
 
 @pytest.mark.parametrize(
-    ("on_disk", "said"),
+    ("on_disk", "text"),
     [
         pytest.param(
             "Screenshot 2026-11-26 at 9.41.03\u202fAM.png", "Screenshot 2026-11-26 at 9.41.03 AM.png", id="U+202F"
@@ -268,12 +268,12 @@ def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders
         pytest.param("F\u00fcchse.png", "Fu\u0308chse.png", id="whole letters"),
     ],
 )
-def test_a_file_whose_name_reads_the_same_is_found(tmp_path: Path, on_disk: str, said: str) -> None:
+def test_a_file_whose_name_reads_the_same_is_found(tmp_path: Path, on_disk: str, text: str) -> None:
     folder = tmp_path.resolve()
     (folder / on_disk).write_bytes(b"x")
-    assert Folders(folder, (folder,)).readable(str(folder / said)) == folder / on_disk
-    (folder / said).write_bytes(b"y")
-    assert Folders(folder, (folder,)).readable(str(folder / said)).read_bytes() == b"y"
+    assert Folders(folder, (folder,)).readable(str(folder / text)) == folder / on_disk
+    (folder / text).write_bytes(b"y")
+    assert Folders(folder, (folder,)).readable(str(folder / text)).read_bytes() == b"y"
 
 
 @pytest.mark.parametrize(

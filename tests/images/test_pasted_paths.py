@@ -104,7 +104,7 @@ NAMES = (
 QUOTES = [("'", "'"), ('"', '"'), ("“", "”"), ("‘", "’"), ("«", "»"), ("`", "`"), ("<", ">")]
 
 
-def decorated(path: str, dice: random.Random) -> str:
+def decorate_randomly(path: str, dice: random.Random) -> str:
     """Return a path after one to four decorations."""
     text = path
     for _ in range(dice.randint(1, 4)):
@@ -137,7 +137,7 @@ def test_a_path_in_random_decorations_names_its_file(folders: Folders, seed: int
         file.write_bytes(b"x")
     for _ in range(200):
         file = dice.choice(files)
-        text = decorated(str(file), dice)
+        text = decorate_randomly(str(file), dice)
         assert folders.readable(text) == file, repr(text)
 
 
@@ -295,10 +295,10 @@ async def test_a_quoted_name_is_the_same_name_everywhere(open_world: Open) -> No
     async with open_world() as world, world.client() as client:
         with anyio.fail_after(300):
             answer = await client.call_tool("generate_image", {"prompt": "sim:fast x", "save_as": '"q.png"', "n": 2})
-            again = await client.call_tool("generate_image", {"prompt": "sim:fast y", "save_as": "$HOME/x.png"})
+            refusal = await client.call_tool("generate_image", {"prompt": "sim:fast y", "save_as": "$HOME/x.png"})
         assert sorted(path.name for path in world.files) == ["q-1.png", "q.png"]
         assert answer.structured_content["request"]["save_as"] == "q.png"
-        assert again.structured_content["error"]["code"] == "folder_refused"
+        assert refusal.structured_content["error"]["code"] == "folder_refused"
         assert world.posts == 1
 
 

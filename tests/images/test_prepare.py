@@ -1,11 +1,11 @@
-"""An uploaded image is upright and has no metadata; a picture that is both already stays as it is."""
+"""An uploaded image is upright and has no metadata. An image that already is both stays unchanged."""
 
 from __future__ import annotations
 
 import io
 
 import pytest
-from drawings import SECRET, changed, drawing, noise, talkative, turned
+from drawings import SECRET, change_image, drawing, image_with_metadata, noise, with_orientation
 from PIL import Image, ImageCms
 
 from evolink_mcp.images.prepare import check_reference, normalize
@@ -22,7 +22,7 @@ def pixels(picture: bytes) -> tuple[tuple[int, int], bytes]:
 
 @KINDS
 def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
-    picture = talkative(kind)
+    picture = image_with_metadata(kind)
     sent = normalize(picture)
     assert SECRET.encode() in picture
     assert SECRET.encode() not in sent
@@ -43,7 +43,7 @@ def test_a_picture_that_says_nothing_is_sent_byte_for_byte(kind: str) -> None:
 
 @KINDS
 def test_colours_keep_their_profile(kind: str) -> None:
-    sent = [normalize(drawing(kind=kind, icc_profile=PROFILE)), normalize(turned(drawing(kind=kind), 6))]
+    sent = [normalize(drawing(kind=kind, icc_profile=PROFILE)), normalize(with_orientation(drawing(kind=kind), 6))]
     with Image.open(io.BytesIO(sent[0])) as image:
         assert image.info["icc_profile"] == PROFILE
 
@@ -51,11 +51,11 @@ def test_colours_keep_their_profile(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> None:
-    """A picture that is red above and blue below, and lighter at the left, in all eight ways in which a camera stores it."""
-    observations = Image.new("RGB", (48, 64), (200, 0, 0))
-    observations.paste((0, 0, 200), (0, 32, 48, 64))
-    observations.paste((250, 120, 120), (0, 0, 24, 32))
-    stored = {
+    """The image is red above, blue below and lighter at the left. A camera can store it in eight orientations."""
+    upright_image = Image.new("RGB", (48, 64), (200, 0, 0))
+    upright_image.paste((0, 0, 200), (0, 32, 48, 64))
+    upright_image.paste((250, 120, 120), (0, 0, 24, 32))
+    orientations = {
         1: lambda image: image,
         2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
@@ -64,26 +64,26 @@ def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> 
         6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
         7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
         8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
-    }[orientation](observations)
+    }[orientation](upright_image)
     exif = Image.Exif()
     exif[0x0112] = orientation
     out = io.BytesIO()
-    stored.save(out, kind, exif=exif.tobytes())
+    orientations.save(out, kind, exif=exif.tobytes())
     facts = check_reference(out.getvalue(), is_mask=False)
     assert (facts.width, facts.height, facts.is_upright) == (48, 64, orientation == 1)
     with Image.open(io.BytesIO(normalize(out.getvalue()))) as sent:
         assert (sent.size, dict(sent.getexif())) == ((48, 64), {})
         for spot in ((10, 10), (40, 10), (10, 50)):
-            near = zip(sent.convert("RGB").getpixel(spot), observations.getpixel(spot), strict=True)
+            near = zip(sent.convert("RGB").getpixel(spot), upright_image.getpixel(spot), strict=True)
             assert all(abs(first - second) < 30 for first, second in near)
 
 
 def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:
     limit = 64 * 48 // 2
-    with Image.open(io.BytesIO(normalize(turned(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))) as sent:
+    with Image.open(io.BytesIO(normalize(with_orientation(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))) as sent:
         assert sent.size == (24, 32)
     with pytest.raises(UnusableImage, match="save it upright"):
-        check_reference(turned(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
+        check_reference(with_orientation(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
 
 
 def test_a_mask_above_the_memory_limit_is_refused() -> None:
@@ -95,8 +95,10 @@ def test_a_mask_above_the_memory_limit_is_refused() -> None:
     ("mask", "share"),
     [
         pytest.param(drawing(mode="RGBA"), 1.0, id="all of it"),
-        pytest.param(changed(drawing(mode="RGBA"), lambda i: i.paste((0, 0, 0, 255), (0, 0, 32, 48))), 0.5, id="half"),
-        pytest.param(changed(drawing(mode="RGBA"), lambda i: i.putalpha(255)), 0.0, id="none"),
+        pytest.param(
+            change_image(drawing(mode="RGBA"), lambda i: i.paste((0, 0, 0, 255), (0, 0, 32, 48))), 0.5, id="half"
+        ),
+        pytest.param(change_image(drawing(mode="RGBA"), lambda i: i.putalpha(255)), 0.0, id="none"),
         pytest.param(drawing(mode="LA"), 1.0, id="grey, of which all is nearly invisible"),
         pytest.param(drawing(), None, id="no alpha"),
     ],
@@ -114,4 +116,4 @@ def test_broken_exif_turns_nothing(data: bytes) -> None:
 
 
 def test_an_orientation_that_is_none_turns_nothing() -> None:
-    assert check_reference(turned(drawing(kind="JPEG"), 9), is_mask=False).is_upright
+    assert check_reference(with_orientation(drawing(kind="JPEG"), 9), is_mask=False).is_upright

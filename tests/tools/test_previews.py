@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import TEST_CLIENT, Open, World
-from drawings import SECRET, drawing, noise, talkative
+from drawings import SECRET, drawing, image_with_metadata, noise
 from mcp.client import Client
 from PIL import Image
 
@@ -203,7 +203,7 @@ async def test_the_text_comes_first_and_has_the_markdown_line(world: World, mode
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_preview_has_no_metadata(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "picture"
-    path.write_bytes(talkative(kind))
+    path.write_bytes(image_with_metadata(kind))
     assert SECRET.encode() in path.read_bytes()
     small = preview(path.read_bytes(), 128, 100_000)
     assert small is not None
