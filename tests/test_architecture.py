@@ -243,7 +243,7 @@ def test_the_modules_stand_in_the_order_of_their_packages() -> None:
 
 
 @EACH_MODULE
-def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+def test_a_module_imports_only_modules_before_it(module: str) -> None:
     own_names = {
         name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")
     }
@@ -262,7 +262,7 @@ def test_only_the_command_line_imports_the_team_package() -> None:
 
 
 @EACH_MODULE
-def test_outside_libraries_stay_where_they_belong(module: str) -> None:
+def test_outside_libraries_are_imported_only_by_their_packages(module: str) -> None:
     foreign = {name.split(".")[0] for name in imports(modules()[module])}
     misplaced = {
         name
@@ -272,7 +272,7 @@ def test_outside_libraries_stay_where_they_belong(module: str) -> None:
     assert misplaced == set()
 
 
-def test_every_module_and_package_says_what_is_kept_in_it() -> None:
+def test_every_module_and_package_has_a_docstring() -> None:
     silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
     assert silent == []
 
@@ -338,7 +338,7 @@ def test_only_the_outer_edges_of_coroutines_and_threads_catch_everything() -> No
     assert sorted(set(match) - {"journal.sqlite", "journal.migrations"}) == edges
 
 
-def test_no_module_is_a_drawer_for_everything() -> None:
+def test_no_module_has_a_generic_name() -> None:
     assert not {"utils", "helpers", "common", "base", "misc"} & {name.split(".")[-1] for name in modules()}
 
 
@@ -458,7 +458,7 @@ def test_the_first_answers_over_stdio_need_few_modules() -> None:
     assert run_script(script, "-I", "-S") == ("set()", "")
 
 
-def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
+def test_modules_that_the_first_answer_does_not_need_are_not_imported() -> None:
     script = (
         "import sys, evolink_mcp.cli.commands, evolink_mcp.app.wiring, evolink_mcp.transports.stdio\n"
         "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"

@@ -54,7 +54,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         pytest.param([V6, V4], V4, id="IPv4 before IPv6, which may have no route"),
     ],
 )
-async def test_the_checked_address_is_the_one_that_is_connected_to(
+async def test_the_client_connects_to_the_checked_address(
     names: dict[str, list[str]], addresses: list[str], chosen: str
 ) -> None:
     names["files.example.net"] = addresses
@@ -80,7 +80,7 @@ async def test_the_checked_address_is_the_one_that_is_connected_to(
         pytest.param([], id="no address"),
     ],
 )
-async def test_a_name_that_leads_inside_is_not_connected_to(names: dict[str, list[str]], addresses: list[str]) -> None:
+async def test_a_name_with_an_internal_address_is_refused(names: dict[str, list[str]], addresses: list[str]) -> None:
     names["files.example.net"] = addresses
     wire = Wire()
     async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
@@ -161,7 +161,9 @@ async def test_the_check_is_decided_for_each_url(
     assert wire.closed
 
 
-async def test_the_key_does_not_go_through_a_proxy_in_clear(monkeypatch: pytest.MonkeyPatch, no_proxies: None) -> None:
+async def test_the_key_does_not_go_through_a_proxy_unencrypted(
+    monkeypatch: pytest.MonkeyPatch, no_proxies: None
+) -> None:
     """An EvoLink on this machine is spoken to without TLS: HTTP_PROXY must not see that."""
     from pydantic import SecretStr
 

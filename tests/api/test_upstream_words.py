@@ -75,7 +75,7 @@ async def test_a_task_that_quotes_the_key_is_read_without_it(spelling: str, fiel
     assert KEY not in bare(repr(task))
 
 
-def test_other_text_stays_as_it_came() -> None:
+def test_other_text_stays_unchanged() -> None:
     data = {"a": ["zero\u200bwidth", 1, None, {"b": "sk-other"}], "c": True}
     assert without(KEY, data) == data
 

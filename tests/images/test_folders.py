@@ -89,7 +89,9 @@ BAD_TARGETS: list[Any] = [
 
 
 @pytest.mark.parametrize(("save_as", "words"), BAD_TARGETS)
-def test_save_as_elsewhere_is_refused(folders: Folders, tmp_path: Path, save_as: str, words: str) -> None:
+def test_save_as_outside_the_allowed_folders_is_refused(
+    folders: Folders, tmp_path: Path, save_as: str, words: str
+) -> None:
     _link(tmp_path / "pictures" / "out", tmp_path / "elsewhere")
     _link(tmp_path / "pictures" / "gone", tmp_path / "elsewhere" / "nothing")
     _link(tmp_path / "pictures" / "link.png", tmp_path / "elsewhere" / "secret.png")
@@ -121,7 +123,7 @@ def test_a_refusal_quotes_no_more_than_a_line_of_the_name(folders: Folders) -> N
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("save_as", ["../hero.png", "/etc/hero.png", "new/", "~nobody-lives-here/hero.png"])
-async def test_a_bad_place_is_refused_before_anything_is_sent(world: World, save_as: str) -> None:
+async def test_an_invalid_save_as_is_refused_before_anything_is_sent(world: World, save_as: str) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             answer = await client.call_tool("generate_image", {**REQUEST, "save_as": save_as})
@@ -223,7 +225,7 @@ def test_a_replacement_of_a_checked_file_is_not_opened(
         folders.opened(path)
 
 
-def test_a_link_between_allowed_folders_is_not_opened_either_once_the_path_was_checked(
+def test_a_link_that_replaces_a_checked_file_is_not_opened_even_between_allowed_folders(
     folders: Folders, cat: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pictures" / "cat.png").write_bytes(b"another cat")
@@ -268,7 +270,7 @@ def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders
         pytest.param("F\u00fcchse.png", "Fu\u0308chse.png", id="whole letters"),
     ],
 )
-def test_a_file_whose_name_reads_the_same_is_found(tmp_path: Path, on_disk: str, text: str) -> None:
+def test_a_file_is_found_by_another_spelling_of_its_name(tmp_path: Path, on_disk: str, text: str) -> None:
     folder = tmp_path.resolve()
     (folder / on_disk).write_bytes(b"x")
     assert Folders(folder, (folder,)).readable(str(folder / text)) == folder / on_disk
@@ -289,7 +291,7 @@ def test_names_that_only_look_reserved_are_accepted(tmp_path: Path, name: str) -
     assert Folders(tmp_path, (tmp_path,)).target(name).name == name
 
 
-def test_a_file_that_a_scanner_has_open_is_moved_a_moment_later(tmp_path: Path) -> None:
+def test_a_file_that_another_program_has_open_is_moved_after_a_pause(tmp_path: Path) -> None:
     tries: list[int] = []
     pauses: list[float] = []
 

@@ -36,7 +36,7 @@ def test_bytes_after_the_image_are_removed(kind: str) -> None:
 
 
 @KINDS
-def test_a_picture_that_says_nothing_is_sent_byte_for_byte(kind: str) -> None:
+def test_an_image_without_metadata_is_sent_byte_for_byte(kind: str) -> None:
     picture = noise((64, 48), kind)
     assert normalize(picture) == picture
 
@@ -50,7 +50,7 @@ def test_colours_keep_their_profile(kind: str) -> None:
 
 @KINDS
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> None:
+def test_an_image_with_an_orientation_is_sent_upright(kind: str, orientation: int) -> None:
     """The image is red above, blue below and lighter at the left. A camera can store it in eight orientations."""
     upright_image = Image.new("RGB", (48, 64), (200, 0, 0))
     upright_image.paste((0, 0, 200), (0, 32, 48, 64))
@@ -109,11 +109,11 @@ def test_the_transparent_share_of_a_mask_is_measured(mask: bytes, share: float |
 
 
 @pytest.mark.parametrize("data", [b"", b"II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 40])
-def test_broken_exif_turns_nothing(data: bytes) -> None:
+def test_broken_exif_rotates_nothing(data: bytes) -> None:
     picture = drawing(exif=data)
     assert check_reference(picture, is_mask=False).is_upright
     assert data not in normalize(picture) or len(data) == 0
 
 
-def test_an_orientation_that_is_none_turns_nothing() -> None:
+def test_an_invalid_orientation_rotates_nothing() -> None:
     assert check_reference(with_orientation(drawing(kind="JPEG"), 9), is_mask=False).is_upright

@@ -59,7 +59,7 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
     assert json.loads(page.text)["images"] == facts["images"]
 
 
-async def test_it_says_how_the_picture_was_made(world: World) -> None:
+async def test_the_sidecar_has_the_request_of_the_image(world: World) -> None:
     answer = await buy(world, size="16:9", quality="low", callback_url="https://hooks.evolink-team.dev/x?token=hush")
     facts = answer.structured_content
     record = json.loads(sidecar_of(facts["images"][0]).read_text("utf-8"))
@@ -70,14 +70,14 @@ async def test_it_says_how_the_picture_was_made(world: World) -> None:
     assert set(record) == {"made_by", "prompt", "request", "references", "task_id", "created_at", *SHARED}
 
 
-async def test_neither_the_key_nor_a_callback_address_is_in_it(world: World) -> None:
+async def test_neither_the_key_nor_a_callback_address_is_in_the_sidecar(world: World) -> None:
     answer = await buy(world, callback_url="https://hooks.evolink-team.dev/x?token=hush")
     sidecar = sidecar_of(answer.structured_content["images"][0]).read_text("utf-8")
     assert KEY not in sidecar
     assert "hush" not in sidecar
 
 
-async def test_it_is_for_its_owner_only_and_nothing_else_is_left(world: World) -> None:
+async def test_only_the_owner_can_read_the_sidecar_and_no_other_file_stays(world: World) -> None:
     answer = await buy(world)
     (image,) = answer.structured_content["images"]
     assert stat.S_IMODE(sidecar_of(image).stat().st_mode) == 0o600
@@ -88,7 +88,7 @@ async def test_it_is_for_its_owner_only_and_nothing_else_is_left(world: World) -
     ("value", "has_sidecar"),
     [("", True), ("1", True), ("on", True), ("0", False), ("off", False), ("${SIDECAR}", True)],
 )
-async def test_it_can_be_switched_off(open_world: Open, value: str, has_sidecar: bool) -> None:
+async def test_the_setting_disables_the_sidecar(open_world: Open, value: str, has_sidecar: bool) -> None:
     async with open_world({"EVOLINK_MCP_SIDECAR": value}) as world:
         answer = await buy(world)
         assert sidecar_of(answer.structured_content["images"][0]).exists() is has_sidecar
@@ -119,7 +119,7 @@ async def test_a_file_of_another_program_stays(world: World, foreign: str) -> No
     assert path.read_text() == foreign
 
 
-async def test_a_link_in_its_place_is_not_written_through(world: World) -> None:
+async def test_a_link_at_the_path_of_the_sidecar_is_not_followed(world: World) -> None:
     path, secret = world.folder / "pictures" / "hero.png.json", world.folder / "settings.json"
     write_file(secret, '{"made_by": "evolink-mcp", "sha256": "1"}')
     path.parent.mkdir()
@@ -130,7 +130,7 @@ async def test_a_link_in_its_place_is_not_written_through(world: World) -> None:
     assert path.is_symlink()
 
 
-async def test_a_pipe_in_its_place_does_not_hold_up_the_picture(world: World) -> None:
+async def test_a_pipe_at_the_path_of_the_sidecar_does_not_block_the_image(world: World) -> None:
     path = world.folder / "pictures" / "hero.png.json"
     path.parent.mkdir()
     os.mkfifo(path)
@@ -148,7 +148,7 @@ async def test_the_sidecar_of_a_deleted_picture_is_replaced_by_the_next_one_of_i
     assert (record["task_id"], record["sha256"]) == (second["task_id"], image["sha256"])
 
 
-async def test_it_comes_back_with_a_picture_that_was_deleted(world: World) -> None:
+async def test_the_sidecar_is_restored_with_a_deleted_image(world: World) -> None:
     facts = (await buy(world)).structured_content
     (image,) = facts["images"]
     before = json.loads(sidecar_of(image).read_text("utf-8"))
@@ -160,7 +160,7 @@ async def test_it_comes_back_with_a_picture_that_was_deleted(world: World) -> No
     assert json.loads(sidecar_of(image).read_text("utf-8")) == before
 
 
-async def test_a_picture_whose_sidecar_cannot_be_written_is_kept_all_the_same(
+async def test_an_image_is_saved_although_its_sidecar_cannot_be_written(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real_fsync = os.fsync
@@ -195,7 +195,7 @@ async def test_a_task_of_another_client_gets_a_sidecar_with_the_known_facts(open
     assert (record["prompt"], record["request"], record["task_id"]) == (None, {}, task_id)
 
 
-async def test_a_sidecar_is_no_reference_and_no_picture(open_world: Open, tmp_path: Path) -> None:
+async def test_a_sidecar_is_refused_as_a_reference(open_world: Open, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     write_file(folder / "cat.png.json", "{}")
     (folder / "cat.png").write_bytes(drawing())

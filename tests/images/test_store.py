@@ -171,7 +171,7 @@ async def test_an_optional_field_is_sent_only_if_the_caller_gives_it(world: Worl
     assert name.encode() not in post.body
 
 
-async def test_files_and_folders_are_for_their_owner_only(world: World) -> None:
+async def test_only_the_owner_can_read_files_and_folders(world: World) -> None:
     old_umask = os.umask(0o022)
     try:
         await buy(world, "sim:fast a fox", save_as="blog/2026/hero.png")
@@ -202,7 +202,7 @@ async def test_a_name_that_is_taken_is_never_overwritten(world: World) -> None:
     assert not (world.folder / "nothing").exists()
 
 
-async def test_a_place_that_becomes_a_link_outside_is_not_followed_when_the_picture_comes(world: World) -> None:
+async def test_a_folder_that_becomes_a_link_to_the_outside_is_not_followed(world: World) -> None:
     """Minutes may pass before the download. The server checks the path again and uses the output folder."""
     with anyio.fail_after(300):
         async with world.client() as client:
@@ -234,7 +234,7 @@ async def test_a_folder_that_cannot_be_made_costs_nothing(open_world: Open, tmp_
 # --- save_image ---
 
 
-async def test_a_picture_that_lies_there_already_is_not_doubled(decoder: Decoder, tmp_path: Path) -> None:
+async def test_an_image_that_is_already_saved_is_not_saved_twice(decoder: Decoder, tmp_path: Path) -> None:
     """The journal may be lost, or a server may die after it saved the image and before it recorded it."""
     first = await save_image(download_of(drawing()), tmp_path / "a", decoder)
     second = await save_image(download_of(drawing()), tmp_path / "a", decoder)
@@ -242,7 +242,7 @@ async def test_a_picture_that_lies_there_already_is_not_doubled(decoder: Decoder
     assert (Path(first.path).name, Path(second.path).name, Path(third.path).name) == ("a.png", "a.png", "a-1.png")
 
 
-async def test_ten_downloads_into_one_name_lose_nothing(tmp_path: Path, decoder: Decoder) -> None:
+async def test_ten_downloads_with_one_name_are_all_saved(tmp_path: Path, decoder: Decoder) -> None:
     pictures = [drawing(shade=shade) for shade in range(10)]
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
@@ -287,7 +287,7 @@ async def test_no_file_remains_of_an_invalid_picture(decoder: Decoder, tmp_path:
     assert files_below(tmp_path) == []
 
 
-async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(decoder: Decoder, tmp_path: Path) -> None:
+async def test_a_broken_or_cancelled_download_leaves_no_file(decoder: Decoder, tmp_path: Path) -> None:
     async def fail_download(into: BinaryIO) -> int:
         into.write(drawing())
         raise DownloadFailed("broken")
@@ -365,7 +365,7 @@ async def test_the_facts_of_a_saved_picture_are_true(decoder: Decoder, tmp_path:
         pytest.param(drawing(kind="JPEG"), False, id="JPEG"),
     ],
 )
-def test_transparency_is_seen(picture: bytes, alpha: bool) -> None:
+def test_transparency_is_detected(picture: bytes, alpha: bool) -> None:
     assert examine(picture).has_alpha is alpha
 
 
@@ -392,7 +392,7 @@ def test_a_damaged_picture_is_refused_or_read_and_nothing_else_happens(kind: str
     assert outcomes["refused"] > 50
 
 
-def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check reads the size in the header and does not load the pixels."""
 
     def refuse_load(_: Image.Image) -> None:
@@ -469,7 +469,7 @@ PROFILE = b"x\0\0" + zlib.compress(bytes(1 << 20), 9)
         pytest.param(lambda: b"\xff\xd8\xff" + b"\xff" * 100, "end is missing", id="nothing but filling"),
     ],
 )
-async def test_a_file_that_orders_work_is_refused_before_a_decoder_sees_it(
+async def test_a_file_that_causes_much_work_is_refused_before_the_decoder_reads_it(
     content: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(*_: Any, **__: Any) -> Any:
@@ -508,7 +508,7 @@ def test_metadata_below_the_limits_never_reach_the_decoder(content: Any, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-async def test_honest_pictures_pass(kind: str) -> None:
+async def test_normal_images_are_accepted(kind: str) -> None:
     for options in ({}, {"progressive": True} if kind == "JPEG" else {}):
         assert examine(drawing((640, 480), kind=kind, **options)).width == 640
     if kind == "JPEG":

@@ -55,7 +55,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             item.close()
 
 
-def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
+def test_an_entry_is_read_as_it_was_written(opened: Open) -> None:
     journal = opened()
     picture = ResultImage(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
     whole = entry(
@@ -71,7 +71,7 @@ def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
     assert opened().by_task("task-unified-1") == opened().recent(5)[0]
 
 
-def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open) -> None:
+def test_only_the_owner_writes_an_entry_and_any_server_may_deliver_it(opened: Open) -> None:
     first, second = opened(), opened()
     early = entry(first, task=task(status="completed"), phase="submitted")
     first.intend(early)
@@ -97,7 +97,7 @@ def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> N
     assert sorted(claims) == [False, False, False, True]
 
 
-def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) -> None:
+def test_the_daily_limit_includes_the_newest_entries_of_other_servers(opened: Open) -> None:
     first, second = opened(), opened()
     first.intend(entry(first, estimate=3.0), cap=5.0)
     with pytest.raises(DailyLimitReached) as reached:
@@ -122,9 +122,7 @@ def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) 
         pytest.param({"phase": "submitted", "task": task(), "created_at": NOW - 86_400}, 0.0, id="yesterday"),
     ],
 )
-def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
-    opened: Open, fields: dict[str, Any], counts: float
-) -> None:
+def test_the_daily_sum_counts_charges_or_else_estimates(opened: Open, fields: dict[str, Any], counts: float) -> None:
     journal = opened()
     journal.intend(entry(journal, estimate=2.0, **fields))
     assert journal.sums_since(NOW - 3600).total == counts
@@ -141,7 +139,7 @@ def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened:
     assert late.adopt() == []
 
 
-def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> None:
+def test_a_finished_entry_whose_caller_died_can_be_delivered(opened: Open) -> None:
     dead, heir = opened(), opened()
     finished_entry = replace(
         entry(dead, phase="submitted", fingerprint="f", caller=dead.owner),
@@ -163,7 +161,7 @@ def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> 
         pytest.param(ResultImage(0, "u", NOW, error="expired", is_lost=True), False, id="lost for good"),
     ],
 )
-def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
+def test_an_entry_is_adopted_if_its_image_can_still_be_downloaded(
     opened: Open, picture: ResultImage, adopted: bool
 ) -> None:
     dead, heir = opened(), opened()
@@ -276,7 +274,7 @@ def test_a_task_has_one_entry_a_profile(opened: Open) -> None:
     assert len(ben.recent(9)) == 1
 
 
-def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
+def test_an_owned_entry_can_be_acquired_after_its_release(opened: Open) -> None:
     first, second = opened(), opened()
     first.intend(own_entry := entry(first))
     assert (first.acquire(own_entry.key), second.acquire(own_entry.key), second.acquire("no such key")) == (
@@ -291,7 +289,7 @@ def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
     assert first.update(replace(own_entry, phase="unknown")) is False
 
 
-def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
+def test_an_entry_can_be_claimed_after_its_caller_left(opened: Open) -> None:
     first, second = opened(), opened()
     first.intend(own_entry := entry(first, fingerprint="f", caller=first.owner))
     assert (second.undelivered(("f",), 0).entries, second.claim(own_entry.key)) == ([], False)
@@ -359,7 +357,7 @@ def test_uploads_belong_to_a_profile_and_facts_to_an_account(opened: Open) -> No
     assert nobody.fact("rule") is None
 
 
-def test_letters_that_no_database_likes_are_kept(opened: Open) -> None:
+def test_unusual_characters_are_stored_unchanged(opened: Open) -> None:
     journal = opened()
     odd = entry(journal, request={"prompt": "a\0b \ud800 '; DROP TABLE x; -- %s"}, task=Task("a\0b/../c", "pending"),
                 error=Problem("x", "nul \0", False, "\udfff"))  # fmt: skip
@@ -370,7 +368,7 @@ def test_letters_that_no_database_likes_are_kept(opened: Open) -> None:
     assert journal.recent(9, words=("drop table x; -- %s",)) == [odd]
 
 
-def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
+def test_a_lost_entry_is_written_again_completely(opened: Open) -> None:
     """A back-up from before was restored while the server ran."""
     journal = opened()
     lost = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
@@ -391,7 +389,7 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
         ({"phase": "unsent"}, False),
     ],
 )
-def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, fields: dict[str, Any], counts: bool) -> None:
+def test_the_running_tasks_of_a_profile_are_limited(opened: Open, fields: dict[str, Any], counts: bool) -> None:
     first, second, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
     first.intend(entry(first, **fields))
     ben.intend(entry(ben), running=1)

@@ -160,7 +160,7 @@ def test_status_charge_and_stage_follow_from_phase_task_and_images(
 # --- the file ------------------------------------------------------------------------------------------------
 
 
-def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
+def test_every_write_is_synced_and_only_the_user_can_read_the_files(opened: Opened) -> None:
     journal = opened()
     journal.intend(entry(journal))
     assert journal.file.run(lambda db: tuple(db.execute("PRAGMA synchronous").fetchone())) == (2,)
@@ -176,12 +176,12 @@ def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_identical_request_has_the_same_mark_whatever_its_order() -> None:
+def test_an_identical_request_has_the_same_fingerprint_in_any_order() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
+def test_four_servers_write_at_the_same_time(tmp_path: Path) -> None:
     """Real processes: a write that another one makes wait is not a write that fails."""
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
@@ -203,7 +203,7 @@ def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None:
+def test_four_processes_together_stay_below_the_daily_limit(tmp_path: Path) -> None:
     """The cap is judged and the entry written in one transaction: nobody else writes in between."""
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
@@ -245,7 +245,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.anyio
-async def test_a_lock_held_elsewhere_delays_only_what_needs_the_journal(open_world: Open) -> None:
+async def test_a_lock_of_another_program_delays_only_calls_that_need_the_journal(open_world: Open) -> None:
     async with open_world() as world, world.client() as client, anyio.create_task_group() as group:
         with anyio.fail_after(300):
             await client.call_tool("list_tasks", {})
@@ -284,7 +284,7 @@ def test_a_deleted_journal_is_written_again_before_the_next_purchase(opened: Ope
     assert reached.value.sums == Sums(reserved=3.0)
 
 
-def test_a_replaced_journal_is_opened_and_gets_what_is_under_way(opened: Opened, tmp_path: Path) -> None:
+def test_a_replaced_journal_is_opened_and_gets_the_running_entries(opened: Opened, tmp_path: Path) -> None:
     """A back-up is restored over the file while a server runs: its entries count, and the running one is added."""
     first = opened()
     first.intend(saved := entry(first, estimate=3.0, created_at=NOW - 1))
@@ -315,7 +315,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["no database", "every page overwritten"])
-def test_a_damaged_journal_is_set_aside_loudly_and_a_new_one_works(
+def test_a_damaged_journal_is_renamed_with_an_error_in_the_log_and_a_new_one_works(
     opened: Opened, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = opened()
@@ -344,7 +344,7 @@ def damage_found_once(before: Callable[[], object] = lambda: None) -> Callable[[
     return act
 
 
-def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Opened) -> None:
+def test_the_second_server_that_finds_the_damage_keeps_the_new_journal(opened: Opened) -> None:
     """It still holds the damaged file: it must not set aside what the first one has begun."""
     first, second = opened(), opened()
     first.intend(entry(first))
@@ -367,7 +367,7 @@ def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Ope
         ("error", b"\xff\xfe"), ("images", b"null"),
     ],
 )  # fmt: skip
-def test_an_entry_that_makes_no_sense_is_named_and_the_others_are_served(
+def test_an_invalid_entry_is_logged_and_the_others_are_used(
     opened: Opened, column: str, value: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = opened()
@@ -382,7 +382,7 @@ def test_an_entry_that_makes_no_sense_is_named_and_the_others_are_served(
     assert [item.key for item in opened().adopt()] == [good.key]
 
 
-def test_a_journal_of_a_newer_version_is_left_alone(opened: Opened) -> None:
+def test_a_journal_of_a_newer_version_stays_unchanged(opened: Opened) -> None:
     journal = opened()
     journal.intend(entry(journal))
     journal.close()
@@ -439,7 +439,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems"
         pytest.param(turn_read_only, 0, id="read-only"),
     ],
 )
-async def test_what_cannot_be_written_down_is_not_bought(
+async def test_a_purchase_that_cannot_be_recorded_is_not_sent(
     open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], bought: int
 ) -> None:
     with mounted(tmp_path / "small", "size=600k") as small, anyio.fail_after(300):
@@ -466,7 +466,7 @@ async def test_what_cannot_be_written_down_is_not_bought(
 
 @LINUX
 @pytest.mark.anyio
-async def test_a_picture_for_which_there_is_no_space_is_not_bought(open_world: Open, tmp_path: Path) -> None:
+async def test_an_image_without_disk_space_is_not_bought(open_world: Open, tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=64k") as small, anyio.fail_after(300):
         fill(small)
         async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(small / "pictures")}) as world, world.client() as client:
@@ -482,7 +482,7 @@ async def test_a_picture_for_which_there_is_no_space_is_not_bought(open_world: O
 
 
 @pytest.mark.anyio
-async def test_a_data_folder_that_is_a_file_stops_purchases_with_words(open_world: Open, tmp_path: Path) -> None:
+async def test_a_data_folder_that_is_a_file_stops_purchases_with_an_error(open_world: Open, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("not a folder")
     with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:

@@ -170,7 +170,7 @@ async def test_a_usual_session_is_answered_as_the_sdk_answers_it(
 
 
 @pytest.mark.parametrize("session", UNUSUAL.values(), ids=UNUSUAL)
-async def test_what_is_unusual_is_left_to_the_sdk_or_answered_as_it_does(
+async def test_an_unusual_session_is_left_to_the_sdk_or_answered_like_the_sdk(
     session: Session, world: World, results: Results
 ) -> None:
     answers = early(session, results)

@@ -64,7 +64,7 @@ def desk() -> Desk:
     return Desk()
 
 
-async def test_a_task_grows_with_the_clock_and_ends_with_pictures_of_exactly_the_promised_size(desk):
+async def test_a_task_progresses_with_the_clock_and_ends_with_images_of_the_exact_size(desk):
     created = (await desk.post(WIDE)).json()
     assert (created["status"], created["progress"], created["task_info"]["estimated_time"]) == ("pending", 0, 8)
     tasks_read = []
@@ -105,11 +105,11 @@ async def test_task_ids_follow_from_the_clock_and_the_order():
         pytest.param("auto", "4K", "anchor-edge", (1024, 1024), id="auto"),
     ],
 )
-def test_sizes_come_from_the_simulators_own_reading_of_the_page(ratio, tier, rule, size):
+def test_the_simulator_computes_sizes_by_the_page(ratio, tier, rule, size):
     assert size == pixels(ratio, tier, rule)
 
 
-def test_the_price_of_a_real_task_is_met_to_the_last_digit():
+def test_the_price_of_a_real_task_is_reproduced_to_the_last_digit():
     """27 text tokens and one low 1024 x 1024 picture were charged 0.3682 credits."""
     body = SUNSET | {"prompt": "x" * 108, "quality": "low"}
     assert price(body, (1024, 1024), 1) == 0.3682
@@ -159,7 +159,7 @@ async def test_a_request_against_the_page_is_refused_by_name_and_costs_nothing(d
     assert desk.evolink.tasks == {}
 
 
-def test_everything_the_page_allows_is_taken():
+def test_everything_that_the_page_allows_is_accepted():
     full = {"size": "9:21", "resolution": "4k", "quality": "high", "n": 10, "background": "transparent"}
     links = {"image_urls": ["https://a.example/1.png"] * 16, "mask_url": "http://a.example/m.png"}
     back = {"callback_url": "https://a.example/" + "x" * 2030, "output_format": "webp"}
@@ -186,7 +186,7 @@ async def test_credits_are_reserved_settled_and_given_back():
     assert len(desk.evolink.tasks) == 2
 
 
-async def test_without_a_key_nothing_but_pictures_is_shown(desk):
+async def test_without_a_key_only_images_are_served(desk):
     for path in ("/v1/tasks", "/v1/credits", "/v1/models"):
         reply = await desk.get(path, key=None)
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "unauthorized")
@@ -205,7 +205,7 @@ async def test_a_task_is_shown_to_its_owner_only(desk):
         assert expected == (reply.status_code, reply.json()["error"]["code"])
 
 
-async def test_the_list_is_newest_first_without_links_and_the_batch_leaves_strangers_out(desk):
+async def test_the_list_is_newest_first_without_links_and_the_batch_excludes_tasks_of_other_keys(desk):
     ids = [(await desk.post(SUNSET | {"prompt": f"{word} {k}"})).json()["id"] for k, word in enumerate("abc")]
     strange = (await desk.post(SUNSET, key="sk-two")).json()["id"]
     desk.clock.now += 4
@@ -241,7 +241,7 @@ async def test_the_same_idempotency_key_pays_once(desk):
     assert len(deaf.evolink.tasks) == 2
 
 
-async def test_links_live_24_hours_and_uploads_72():
+async def test_links_expire_after_24_hours_and_uploads_after_72():
     desk = Desk(public_url="https://files.evolink.ai")
     _, look = await desk.ordered("sim:fast", size="1024x640")
     link = look.json()["results"][0]
@@ -261,7 +261,7 @@ async def test_links_live_24_hours_and_uploads_72():
         assert (await client.get("/api/v1/files/quota")).json()["data"]["used_files"] == 0
 
 
-async def test_files_come_as_base64_or_by_url_and_only_pictures_are_kept(desk):
+async def test_files_are_uploaded_as_base64_or_by_url_and_only_images_are_stored(desk):
     png = b"\x89PNG\r\n\x1a\n" + bytes(9)
     async with desk.client() as client:
         for text in (base64.b64encode(png).decode(), "data:image/png;base64," + base64.b64encode(png).decode()):
@@ -312,7 +312,7 @@ async def test_a_task_fails_if_its_prompt_orders_it(desk):
     assert rb"\ud800" in raw
 
 
-async def test_time_can_be_ordered(desk):
+async def test_words_of_the_prompt_set_the_duration(desk):
     assert (await desk.ordered("sim:slow"))[1].json()["status"] == "processing"
     assert (await desk.ordered("sim:slow=7.5"))[1].json()["status"] == "completed"
     assert (await desk.post(SUNSET | {"prompt": "sim:done"})).json()["status"] == "completed"
@@ -321,7 +321,7 @@ async def test_time_can_be_ordered(desk):
     assert (await desk.get(f"/v1/tasks/{fast['id']}")).json()["status"] == "completed"
 
 
-async def test_looks_can_be_spoilt(desk):
+async def test_words_of_the_prompt_damage_polls(desk):
     for word, status in (("sim:poll-500", 500), ("sim:poll-429", 429)):
         task_id, look = await desk.ordered(word)
         assert [status, 200] == [look.status_code, (await desk.get(f"/v1/tasks/{task_id}")).status_code]
@@ -338,14 +338,14 @@ async def test_looks_can_be_spoilt(desk):
     assert steps != sorted(steps)
 
 
-async def test_results_can_be_spoilt(desk):
+async def test_words_of_the_prompt_damage_results(desk):
     counts = {"sim:fewer": [1, 1], "sim:duplicate": [4, 3], "sim:no-results": [0, 0]}
     for word, expected in counts.items():
         links = (await desk.ordered(word, n=3))[1].json()["results"]
         assert expected == [len(links), len(set(links))]
 
 
-async def test_pictures_can_be_spoilt(desk):
+async def test_words_of_the_prompt_damage_images(desk):
     async def shot(word: str, **fields) -> httpx.Response:
         return await desk.get((await desk.ordered(word, size="1024x640", **fields))[1].json()["results"][0])
 
@@ -358,7 +358,7 @@ async def test_pictures_can_be_spoilt(desk):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-async def test_pictures_come_in_the_ordered_format(desk, kind):
+async def test_images_have_the_requested_format(desk, kind):
     clear = {"background": "transparent"} if kind != "jpeg" else {}
     _, look = await desk.ordered(size="640x1024", output_format=kind, **clear)
     shot = await desk.get(look.json()["results"][0])
@@ -367,7 +367,7 @@ async def test_pictures_come_in_the_ordered_format(desk, kind):
     assert ("RGBA" if clear else "RGB") == picture.mode
 
 
-async def test_every_request_is_recorded_as_it_came_refused_or_not(desk):
+async def test_every_request_is_recorded_unchanged_even_if_it_is_refused(desk):
     await desk.post({"prompt": 1}, key=None, **{"X-Mark": "a"})
     async with desk.client() as client:
         assert (await client.delete("/v2/nothing")).status_code == 404

@@ -36,7 +36,7 @@ async def learned(world: World, took_s: float, times: int) -> DurationHistory:
     return own_names
 
 
-async def test_what_was_learned_is_known_to_the_next_server(world: World) -> None:
+async def test_the_next_server_knows_the_learned_durations(world: World) -> None:
     assert WRITTEN_EVERY >= ENOUGH_TASKS
     own_names = await learned(world, 60.0, WRITTEN_EVERY)
     foreign = DurationHistory(world.studio.journal)
@@ -45,7 +45,7 @@ async def test_what_was_learned_is_known_to_the_next_server(world: World) -> Non
     assert (await foreign.expected(low)).median_s == TYPICAL_S["low"]
 
 
-async def test_less_is_written_when_the_server_ends(world: World) -> None:
+async def test_remaining_durations_are_written_when_the_server_ends(world: World) -> None:
     own_names = await learned(world, 60.0, WRITTEN_EVERY - 1)
     assert await world.studio.journal.fact(DURATIONS_FACT) is None
     await own_names.write()
@@ -54,7 +54,7 @@ async def test_less_is_written_when_the_server_ends(world: World) -> None:
     )
 
 
-async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
+async def test_a_task_that_ended_at_once_is_not_counted(world: World) -> None:
     own_names = await learned(world, 0.2, 3 * WRITTEN_EVERY)
     assert (await own_names.expected(ENTRY)).median_s == TYPICAL_S["high"]
 
@@ -63,7 +63,7 @@ async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
     "text",
     ["", "{", "7", "{}", '[["high"]]', '[["high", null, "x"]]', '[["high", 1e999, 5]]', '[["high", 1, 1e999]]', "[[]]"],
 )
-async def test_an_odd_note_is_left_out(world: World, text: str) -> None:
+async def test_an_invalid_record_is_ignored(world: World, text: str) -> None:
     await world.studio.journal.save_fact(DURATIONS_FACT, text)
     assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == TYPICAL_S["high"]
 

@@ -35,7 +35,7 @@ class Refuses(httpx.ASGITransport):
 
 @pytest.mark.parametrize("status", [400, 402, 403])
 @pytest.mark.parametrize("times", [1, 20])
-async def test_a_refused_look_ends_nothing(open_world: Open, status: int, times: int) -> None:
+async def test_a_refused_poll_does_not_end_the_job(open_world: Open, status: int, times: int) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=20)
     refuses = Refuses(simulator, "/v1/tasks/", status, times)
@@ -47,7 +47,7 @@ async def test_a_refused_look_ends_nothing(open_world: Open, status: int, times:
     assert answer.structured_content["error"] is None
 
 
-async def test_while_evolink_refuses_the_caller_is_told_that_it_goes_on(open_world: Open) -> None:
+async def test_while_evolink_refuses_polls_the_answer_says_that_they_continue(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=20)
     refuses = Refuses(simulator, "/v1/tasks/", 402, 10**9)
@@ -127,7 +127,7 @@ async def test_a_failed_task_with_pictures_shows_them(open_world: Open) -> None:
 
 
 @pytest.mark.parametrize("name", ["4dd0c2f2-2b0c-4e5c-9a0e-6f4a1c8b7f55", "task-image-1790000000-abc", "x" * 130])
-async def test_an_id_of_another_form_is_kept_and_asked_for_in_a_body(open_world: Open, name: str) -> None:
+async def test_an_id_of_another_form_is_polled_in_a_request_body(open_world: Open, name: str) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
 
@@ -161,7 +161,7 @@ async def test_an_id_of_another_form_is_kept_and_asked_for_in_a_body(open_world:
     assert not [r.path for r in simulator.requests if name in r.path]
 
 
-async def test_ten_links_at_most_are_taken_and_the_rest_is_counted() -> None:
+async def test_at_most_ten_links_are_used_and_the_rest_is_counted() -> None:
     links = [f"https://x.example/{number}.png" for number in range(3000)]
     task = read_task({"id": "task-unified-1-a", "status": "completed", "results": links})
     assert (task.results, task.links_left_out) == (tuple(links[:10]), 2990)
@@ -216,7 +216,7 @@ async def test_a_redirected_picture_is_followed_three_times(open_world: Open) ->
         "https://u:p@b.example.com/",
     ],
 )
-async def test_a_redirect_to_where_no_picture_may_come_from_is_not_followed(target: str) -> None:
+async def test_a_redirect_to_a_forbidden_address_is_not_followed(target: str) -> None:
     answer, observations = await fetched("https://a.example.com/1", **{"1": target})
     assert b"not usable" in answer
     assert observations == ["https://a.example.com/1"]

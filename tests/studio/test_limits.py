@@ -59,7 +59,7 @@ async def test_a_refusal_names_the_largest_variant_and_that_variant_is_accepted(
         assert accepted["error"] is None
 
 
-async def test_a_call_that_fits_tomorrow_is_told_so_with_the_credits_of_today(open_world: Open) -> None:
+async def test_a_refusal_says_that_the_call_fits_tomorrow_and_names_the_credits_of_today(open_world: Open) -> None:
     async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "5"}) as world:
         await order(world, size="1:1")
         refused = await order(world, prompt="sim:fast a hen", size="1:1")

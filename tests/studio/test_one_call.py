@@ -13,7 +13,7 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 
 
 @ERAS
-async def test_one_call_brings_the_pictures_and_sends_one_post(world: World, mode: str) -> None:
+async def test_one_call_returns_the_images_and_sends_one_post(world: World, mode: str) -> None:
     wish = {"prompt": "A calm sunset over the ocean", "size": "16:9", "resolution": "2K", "n": 2}
     with anyio.fail_after(300):
         async with world.client(mode) as client:
@@ -29,7 +29,7 @@ async def test_one_call_brings_the_pictures_and_sends_one_post(world: World, mod
     assert json.loads(sent) == {"model": "gpt-image-2", **wish}
 
 
-async def test_a_wait_that_ends_is_a_handle_and_get_task_completes_it(world: World) -> None:
+async def test_a_call_whose_wait_ends_returns_a_task_id_and_get_task_completes_it(world: World) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             handle = await client.call_tool("generate_image", {"prompt": "sim:slow a fox", "wait_seconds": 0})
@@ -44,7 +44,7 @@ async def test_a_wait_that_ends_is_a_handle_and_get_task_completes_it(world: Wor
     assert len([r for r in world.simulator.requests if r.path.startswith("/pictures/")]) == 1
 
 
-async def test_an_order_that_nobody_received_is_handed_over_before_another_is_bought(open_world: Open) -> None:
+async def test_an_undelivered_purchase_is_returned_before_a_new_one_is_bought(open_world: Open) -> None:
     with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:
             async with anyio.create_task_group() as group:
@@ -61,7 +61,7 @@ async def test_an_order_that_nobody_received_is_handed_over_before_another_is_bo
             assert world.posts == 2
 
 
-async def test_the_same_call_after_an_unknown_outcome_looks_again_and_only_force_new_buys(world: World) -> None:
+async def test_the_same_call_after_an_unknown_outcome_searches_again_and_only_force_new_buys(world: World) -> None:
     wish = {"prompt": "sim:500 a fox"}
     with anyio.fail_after(300):
         async with world.client() as client:

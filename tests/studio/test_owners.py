@@ -57,7 +57,7 @@ def bought(simulator: PlainSimulator) -> int:
 # --- accounts ------------------------------------------------------------------------------------------------
 
 
-async def test_an_accounts_mark_shows_neither_key_nor_address() -> None:
+async def test_an_account_id_contains_neither_key_nor_address() -> None:
     mark = account_id_of("sk-0123456789", "https://api.example")
     assert mark == account_id_of("sk-0123456789", "https://API.example")
     assert mark != account_id_of("sk-0123456789", "https://other.example")
@@ -115,7 +115,7 @@ async def joined_while_held(
     return answers
 
 
-async def test_an_unsent_order_of_a_living_server_is_watched_and_sent_by_it_alone(open_world: Open) -> None:
+async def test_an_unsent_order_of_a_living_server_is_watched_and_only_its_owner_sends_it(open_world: Open) -> None:
     """Its caller's wait has ended; the same call at another server joins, and gets the picture."""
     clock, free = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
@@ -195,7 +195,7 @@ async def test_an_owner_whose_lock_file_was_deleted_is_not_dead(open_world: Open
         assert server_a.studio.journal.owner in locks
 
 
-async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(open_world: Open) -> None:
+async def test_the_first_call_of_an_idle_server_adopts_the_work_of_a_dead_server(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as idle, idle.client() as client:
@@ -207,7 +207,7 @@ async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(op
         assert len(idle.studio.jobs) == 1
 
 
-async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: Open) -> None:
+async def test_two_servers_save_an_external_task_once(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
@@ -314,7 +314,7 @@ class SameTaskAgain(httpx.ASGITransport):
         return httpx.Response(200, stream=httpx.ByteStream(self.first))
 
 
-async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open_world: Open) -> None:
+async def test_a_second_purchase_with_the_id_of_the_first_is_reported_and_settled(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock, transport=SameTaskAgain(simulator.app)) as world:
@@ -326,7 +326,7 @@ async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open
         assert [task["status"] for task in await listed(world)] == ["unknown", "completed"]
 
 
-async def test_a_task_id_that_found_a_full_disk_is_written_later(open_world: Open) -> None:
+async def test_a_task_id_is_written_later_if_the_disk_was_full(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     options: Any = {"simulator": simulator, "clock": clock, "pause": no_pause, "wrap_journal": FaultyJournal}
@@ -364,7 +364,7 @@ async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open
     assert bought(simulator) == 1
 
 
-async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> None:
+async def test_an_older_state_that_could_not_be_written_does_not_overwrite_a_newer_one() -> None:
     """While one entry is written at last, the job of another one goes on and writes for itself."""
     from evolink_mcp.api.task import Task
     from evolink_mcp.studio.events import Events, JournalWriter
@@ -410,7 +410,7 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
 # --- joining -------------------------------------------------------------------------------------------------
 
 
-async def test_the_same_order_said_in_other_words_is_joined(open_world: Open) -> None:
+async def test_the_same_request_with_explicit_defaults_is_deduplicated(open_world: Open) -> None:
     async with open_world() as world:
         first = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0)
         spelled = {"size": "16:9", "resolution": "1k", "quality": "medium", "n": 1, "model": "gpt-image-2"}
@@ -421,7 +421,7 @@ async def test_the_same_order_said_in_other_words_is_joined(open_world: Open) ->
     assert server_b["task_id"] != first["task_id"]
 
 
-async def test_what_is_older_than_a_day_is_not_joined(open_world: Open) -> None:
+async def test_a_purchase_older_than_a_day_is_not_deduplicated(open_world: Open) -> None:
     async with open_world() as world:
         first = await call(world, "generate_image", **HANDLE)
         world.clock.now += 24 * 3600 + 1
@@ -429,7 +429,7 @@ async def test_what_is_older_than_a_day_is_not_joined(open_world: Open) -> None:
     assert second["task_id"] != first["task_id"]
 
 
-async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
+async def test_another_save_as_gets_a_copy(open_world: Open) -> None:
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=30)
     async with open_world(simulator=simulator, clock=clock) as world:
@@ -441,7 +441,7 @@ async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
     assert (len(world.files), bought(simulator)) == (2, 1)
 
 
-async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_name(open_world: Open) -> None:
+async def test_an_undelivered_image_is_copied_to_the_new_name(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world:
@@ -462,7 +462,7 @@ async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_n
 # --- the clock -----------------------------------------------------------------------------------------------
 
 
-async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Open) -> None:
+async def test_unsettled_work_is_adopted_with_a_wrong_clock(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world:

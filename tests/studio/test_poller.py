@@ -90,7 +90,7 @@ async def test_reads_that_are_due_together_are_one_request() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, 501])
-async def test_where_there_are_no_batch_reads_each_task_is_read_alone_from_then_on(status: int) -> None:
+async def test_without_batch_polls_each_task_is_polled_alone_from_then_on(status: int) -> None:
     refused = Unreadable("no", http_status=status) if status == 501 else Rejected("no", http_status=status)
     account = Account(batch=raises(refused))
     assert await read_together(account, times=2) == [EACH, EACH]
@@ -98,13 +98,13 @@ async def test_where_there_are_no_batch_reads_each_task_is_read_alone_from_then_
     assert sorted(account.singles) == sorted(IDS * 2)
 
 
-async def test_a_batch_that_makes_no_sense_is_tried_again_a_few_times_only() -> None:
+async def test_an_invalid_batch_is_repeated_only_a_few_times() -> None:
     account = Account(batch=raises(Unreadable("not JSON")))
     assert await read_together(account, times=UNREADABLE_BATCHES_MAX + 2) == [EACH] * (UNREADABLE_BATCHES_MAX + 2)
     assert account.batches == [IDS] * UNREADABLE_BATCHES_MAX
 
 
-async def test_a_batch_that_makes_sense_again_is_trusted_again() -> None:
+async def test_a_valid_batch_resets_the_count_of_invalid_ones() -> None:
     answers = iter([raises(Unreadable("not JSON"))] * 2 + [lambda: RUNNING] + [raises(Unreadable("not JSON"))] * 2)
 
     def batch() -> list[Task]:
@@ -141,7 +141,7 @@ async def test_an_error_of_a_batch_reaches_every_watcher_and_ends_no_batch_reads
         ),
     ],
 )
-async def test_what_a_batch_does_not_tell_in_full_is_read_alone(told: list[Task], whole: Task) -> None:
+async def test_a_task_that_is_incomplete_in_a_batch_is_polled_alone(told: list[Task], whole: Task) -> None:
     account = Account(batch=lambda: [*told, *RUNNING[1:]], single=lambda _: whole)
     assert await read_together(account) == [EACH | {IDS[0]: whole}]
     assert (account.batches, account.singles) == ([IDS], [IDS[0]])
@@ -153,7 +153,7 @@ async def test_an_error_of_a_single_read_reaches_its_own_watcher_only() -> None:
     assert await read_together(account) == [EACH | {IDS[0]: unknown}]
 
 
-async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_without_answer() -> None:
+async def test_an_interrupted_poll_is_an_error_for_each_watcher() -> None:
     """A fault of ours in one read neither ends the server nor leaves its watcher waiting for ever."""
 
     def fault(_: str) -> Task:
@@ -184,7 +184,7 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
 # --- several tenants of one account ---
 
 
-async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
+async def test_each_tenant_has_a_turn_when_many_polls_are_due() -> None:
     account = Account(
         batch=raises(Rejected("no batch reads", http_status=404)), single=lambda task_id: Task(task_id, "processing")
     )
@@ -210,7 +210,7 @@ async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
     assert {place < 10 for place, tenant in enumerate(turns) if tenant == "bert"} == {True}
 
 
-async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
+async def test_a_429_delays_the_polls_of_its_account_and_of_no_other() -> None:
     counts = [RateLimited("slow down", retry_after_s=17.0)]
 
     def single(task_id: str) -> Task:

@@ -51,7 +51,7 @@ async def bought(world: World, **options: Any) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("list_times", ["number", "iso", "none"])
-async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_times: str) -> None:
+async def test_the_task_is_found_in_every_form_of_the_list(open_world: Open, list_times: str) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
     async with open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world:
@@ -63,7 +63,9 @@ async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_tim
 
 
 @pytest.mark.parametrize("list_times", ["number", "iso", "none"])
-async def test_a_purchase_from_the_web_page_is_not_taken_for_an_unbilled_one(open_world: Open, list_times: str) -> None:
+async def test_a_purchase_from_the_web_page_is_not_matched_with_an_unbilled_post(
+    open_world: Open, list_times: str
+) -> None:
     """A 502 that made no task, and beside it something dearer that the user bought on EvoLink's page."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
@@ -190,7 +192,9 @@ def entry(**request: Any) -> Entry:
         pytest.param({"credits_used": 0.05, "status": "completed"}, None, True, id="a cheaper picture"),
     ],
 )
-async def test_what_speaks_against_a_task(task: dict[str, Any], skew_s: float | None, expected: bool) -> None:
+async def test_a_task_that_contradicts_the_entry_is_no_candidate(
+    task: dict[str, Any], skew_s: float | None, expected: bool
+) -> None:
     assert contradicts(entry(), Task("task-unified-1-a", **{"created": NOW, **task}), skew_s) is expected
 
 

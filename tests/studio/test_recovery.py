@@ -70,7 +70,7 @@ async def completed(client: Client, count: int) -> list[dict[str, Any]]:
 # --- the next life -------------------------------------------------------------------------------------------
 
 
-async def test_the_next_server_completes_what_the_last_one_left(open_world: Open) -> None:
+async def test_the_next_server_completes_the_tasks_of_the_last_one(open_world: Open) -> None:
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
@@ -83,7 +83,7 @@ async def test_the_next_server_completes_what_the_last_one_left(open_world: Open
     assert (world.posts, len(world.files)) == (3, 3)
 
 
-async def test_pictures_whose_links_have_died_are_told_of(open_world: Open) -> None:
+async def test_images_with_expired_links_are_reported(open_world: Open) -> None:
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
@@ -118,7 +118,7 @@ async def test_a_failed_download_is_tried_again_by_the_next_server(open_world: O
     assert (world.posts, len(world.files)) == (1, 1)
 
 
-async def test_a_picture_that_was_moved_away_is_fetched_again_while_its_link_lives(open_world: Open) -> None:
+async def test_an_image_that_was_moved_away_is_downloaded_again_until_its_link_expires(open_world: Open) -> None:
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
@@ -131,7 +131,7 @@ async def test_a_picture_that_was_moved_away_is_fetched_again_while_its_link_liv
 
 @pytest.mark.journal_file
 @pytest.mark.parametrize(("phase", "charged"), [("intent", "no"), ("sending", "unknown")])
-async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
+async def test_the_charge_of_an_entry_of_a_dead_server_follows_from_its_phase(
     open_world: Open, tmp_path: Any, phase: Any, charged: str
 ) -> None:
     """Before `sending` is on disk, provably nothing left; after it, nobody knows until EvoLink is asked."""
@@ -166,7 +166,7 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
 # --- joined, or bought anew ----------------------------------------------------------------------------------
 
 
-async def test_an_identical_order_joins_what_timed_out(open_world: Open) -> None:
+async def test_an_identical_call_returns_the_purchase_of_a_call_that_timed_out(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "quality": "low"})
@@ -176,7 +176,7 @@ async def test_an_identical_order_joins_what_timed_out(open_world: Open) -> None
     assert world.posts == 2
 
 
-async def test_what_was_received_is_bought_again_when_it_is_asked_for_again(open_world: Open) -> None:
+async def test_an_identical_call_buys_again_after_the_delivery(open_world: Open) -> None:
     clock = Clock()
     async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
         world, client, _,
@@ -223,7 +223,7 @@ async def test_a_call_that_overtakes_the_cancellation_of_the_same_call_gets_its_
     assert world.posts == 1
 
 
-async def test_identical_calls_side_by_side_are_separate_purchases(open_world: Open) -> None:
+async def test_simultaneous_identical_calls_are_separate_purchases(open_world: Open) -> None:
     clock = Clock()
     answers: list[Any] = []
     async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
@@ -241,7 +241,7 @@ async def test_identical_calls_side_by_side_are_separate_purchases(open_world: O
     assert not any(note.startswith("This was bought") for a in answers for note in a.structured_content["notes"])
 
 
-async def test_force_new_buys_although_something_waits_to_be_handed_over(open_world: Open) -> None:
+async def test_force_new_buys_although_a_purchase_is_undelivered(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "force_new": True})
@@ -249,7 +249,7 @@ async def test_force_new_buys_although_something_waits_to_be_handed_over(open_wo
     assert world.posts == 2
 
 
-async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Open) -> None:
+async def test_a_failed_task_is_not_returned_to_the_next_call(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, _):
         for _ in range(2):
             answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
@@ -260,7 +260,7 @@ async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Ope
 # --- unknown outcomes ----------------------------------------------------------------------------------------
 
 
-async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_world: Open) -> None:
+async def test_the_only_candidate_is_matched_and_followed_to_its_image(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = True
         answer = await client.call_tool("generate_image", REQUEST)
@@ -276,7 +276,7 @@ async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_
     assert (world.posts, len(world.files)) == (1, 1)
 
 
-async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world: Open) -> None:
+async def test_several_candidates_are_named_and_none_is_matched(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         for _ in range(2):
             world.simulator.create({"model": "gpt-image-2", **REQUEST}, key=_key(world))
@@ -297,7 +297,7 @@ async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world:
         pytest.param({"known": True}, id="in the journal"),
     ],
 )
-async def test_tasks_that_cannot_be_this_one_are_not_adopted(open_world: Open, stranger: dict[str, Any]) -> None:
+async def test_tasks_that_contradict_the_request_are_not_matched(open_world: Open, stranger: dict[str, Any]) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         if "known" in stranger:
             await client.call_tool("generate_image", LONG | {"wait_seconds": 0})
@@ -310,7 +310,7 @@ async def test_tasks_that_cannot_be_this_one_are_not_adopted(open_world: Open, s
     assert (answer.structured_content["charged"], answer.structured_content["task_id"]) == ("unknown", None)
 
 
-async def test_an_unknown_call_is_listed_and_found_when_the_list_can_be_had_again(open_world: Open) -> None:
+async def test_a_lost_answer_is_listed_and_matched_when_the_task_list_is_readable_again(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = transport.no_list = True
         lost = await client.call_tool("generate_image", REQUEST)
@@ -326,7 +326,7 @@ async def test_an_unknown_call_is_listed_and_found_when_the_list_can_be_had_agai
     assert world.posts == 1
 
 
-async def test_two_lost_purchases_of_one_moment_are_not_guessed_at(open_world: Open) -> None:
+async def test_two_lost_purchases_of_one_moment_are_not_matched(open_world: Open) -> None:
     """Whose is whose nobody can say: both stay unknown, and both tasks are named."""
     async with flaky_world(open_world) as (world, client, transport):
         transport.lose = transport.no_list = True

@@ -54,7 +54,7 @@ def test_another_quality_is_taken_for_medium() -> None:
     assert expected("strange", None, []).median_s == TYPICAL_S["medium"]
 
 
-def test_an_estimate_that_is_much_shorter_is_believed_at_once() -> None:
+def test_an_estimate_that_is_much_shorter_is_used_at_once() -> None:
     assert expected("high", 8.0, []).median_s == 8.0
     assert plain(0.0, expected("low", 0.0, [])) == READ_MIN_S
 
@@ -67,7 +67,7 @@ def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
     assert expected("low", 100.0, own_entry).median_s == TYPICAL_S["low"]
 
 
-def test_an_estimate_is_believed_when_it_was_nearer_to_the_truth() -> None:
+def test_an_estimate_is_used_if_earlier_estimates_were_more_accurate() -> None:
     dice = random.Random(1)
     lasting = [dice.lognormvariate(4.0, 0.6) for _ in range(30)]
     good: list[Duration] = [("medium", lasts / 1.2, lasts) for lasts in lasting]
@@ -79,7 +79,7 @@ def test_an_estimate_is_believed_when_it_was_nearer_to_the_truth() -> None:
 # --- the rhythm ---
 
 
-def test_looks_are_dense_where_the_end_is_likely() -> None:
+def test_polls_are_frequent_near_the_expected_end() -> None:
     first, at_the_median, long_after = plain(0.0), plain(48.0), plain(480.0)
     assert first > 5 * at_the_median
     assert at_the_median < long_after <= REST_OLD_MAX_S
@@ -91,7 +91,7 @@ def test_jitter_stays_within_a_tenth(draw: float) -> None:
         assert abs(Schedule(MEDIUM, lambda: draw).next_s(elapsed_s) / plain(elapsed_s) - 1) <= JITTER + 1e-9
 
 
-def test_a_rest_is_never_nothing_whatever_is_told() -> None:
+def test_the_time_between_polls_is_positive_for_any_progress() -> None:
     dice = random.Random(1)
     for _ in range(300):
         expectation = expected(dice.choice(["low", "high"]), dice.choice([None, 0.0, 0.5, 20.0, 90.0, 1e9]), [])
@@ -104,20 +104,20 @@ def test_a_rest_is_never_nothing_whatever_is_told() -> None:
             elapsed_s += rest_s
 
 
-def test_honest_progress_spares_looks_but_never_more_than_half_of_them() -> None:
+def test_correct_progress_saves_at_most_half_of_the_polls() -> None:
     schedule = Schedule(MEDIUM, middle)
     for elapsed_s in (20.0, 40.0, 60.0):
         assert 2 * plain(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=elapsed_s / 1.2))
 
 
-def test_near_the_end_the_stretch_shrinks_to_what_is_left() -> None:
+def test_near_the_end_the_interval_is_half_of_the_remaining_time() -> None:
     expectation = Expected(100.0)
     left_s = 80.0 * (100 - 88) / 88
     assert plain(80.0, expectation) < left_s / 2 < 2 * plain(80.0, expectation)
     assert pytest.approx(Schedule(expectation, middle).next_s(80.0, progress=88.0)) == left_s / 2
 
 
-def test_the_sprint_is_short() -> None:
+def test_the_number_of_frequent_polls_is_limited() -> None:
     slow = Expected(200.0)
     schedule = Schedule(slow, middle)
     rests = [schedule.next_s(90.0 + n, progress=90.0 + n / 10) for n in range(SPRINT_READS + 3)]
@@ -132,21 +132,21 @@ def test_progress_that_says_nothing_changes_nothing(progress: float | None) -> N
         assert plain(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=progress))
 
 
-def test_progress_that_fell_once_is_never_believed_again() -> None:
+def test_progress_that_fell_once_is_ignored_from_then_on() -> None:
     schedule = Schedule(MEDIUM, middle)
     schedule.next_s(20.0, progress=50.0)
     rests = [schedule.next_s(elapsed_s, progress) for elapsed_s, progress in ((30.0, 40.0), (40.0, 60.0), (50.0, 95.0))]
     assert [plain(30.0), plain(40.0), plain(50.0)] == pytest.approx(rests)
 
 
-def test_a_look_without_progress_does_not_spoil_belief() -> None:
+def test_a_poll_without_progress_does_not_make_later_progress_untrusted() -> None:
     schedule = Schedule(MEDIUM, middle)
     schedule.next_s(20.0, progress=20.0)
     assert plain(35.0) == pytest.approx(schedule.next_s(35.0))
     assert 2 * plain(40.0) == pytest.approx(schedule.next_s(40.0, progress=40.0))
 
 
-def test_progress_that_stands_still_is_believed_for_one_look_only() -> None:
+def test_unchanged_progress_is_used_for_one_poll_only() -> None:
     schedule = Schedule(MEDIUM, middle)
     rests = [schedule.next_s(40.0, progress=50.0) for _ in range(4)]
     assert pytest.approx(rests) == [2 * plain(40.0)] * 2 + [plain(40.0)] * 2
@@ -179,7 +179,7 @@ TOLD = [
 
 
 @pytest.mark.parametrize("told", TOLD)
-def test_the_end_is_noticed_soon_and_at_the_price_of_few_looks(told: object) -> None:
+def test_the_end_is_detected_soon_with_few_polls(told: object) -> None:
     """Qualities 1:2:1, an estimate that is always the same: at most 15 looks, and later than a fixed rhythm by far."""
     dice = random.Random(7)
     observations: list[tuple[float, int]] = []
@@ -197,7 +197,7 @@ def test_the_end_is_noticed_soon_and_at_the_price_of_few_looks(told: object) -> 
 
 @pytest.mark.parametrize("spread", [0.35, 0.6])
 @pytest.mark.parametrize("times", [0.5, 1.0, 2.0])
-def test_even_when_everything_is_otherwise_it_is_no_worse_than_a_fixed_rhythm(spread: float, times: float) -> None:
+def test_with_wrong_expectations_the_schedule_is_no_worse_than_a_fixed_interval(spread: float, times: float) -> None:
     """Nothing is learned here: the usual medians are wrong by that factor."""
     dice = random.Random(7)
     observations: list[tuple[float, int]] = []
@@ -210,7 +210,7 @@ def test_even_when_everything_is_otherwise_it_is_no_worse_than_a_fixed_rhythm(sp
     assert mean([lag for lag, _ in observations]) <= mean(lasting) / looks / 2
 
 
-def test_a_slow_task_is_noticed_within_ten_seconds_and_a_bit() -> None:
+def test_the_end_of_a_slow_task_is_detected_within_about_ten_seconds() -> None:
     """The longest rest of an old task is twice five seconds, whatever the progress said before."""
     dice = random.Random(7)
     for _ in range(300):

@@ -74,7 +74,7 @@ async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_
         assert await sized(later) == (*PIXELS[rule], rule, True)
 
 
-async def test_a_pinned_rule_stays_and_tells_the_difference(open_world: Open) -> None:
+async def test_a_pinned_rule_stays_and_the_difference_is_reported(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule="pixel-budget")
     pinned = {"EVOLINK_SIZE_RULE": "anchor-edge"}
@@ -94,7 +94,7 @@ async def test_a_pinned_rule_stays_and_tells_the_difference(open_world: Open) ->
         pytest.param({"size": "16:9", "prompt": "sim:fast sim:other-size a fox"}, id="in neither table"),
     ],
 )
-async def test_what_teaches_nothing(open_world: Open, wish: dict[str, Any]) -> None:
+async def test_an_image_that_proves_no_rule_changes_none(open_world: Open, wish: dict[str, Any]) -> None:
     clock = Clock()
     async with open_world(simulator=PlainSimulator(clock=clock, rule="pixel-budget"), clock=clock) as world:
         facts = await asked(world, "generate_image", **{**WIDE, **wish, "resolution": "1K"})
@@ -103,7 +103,7 @@ async def test_what_teaches_nothing(open_world: Open, wish: dict[str, Any]) -> N
     assert any("Neither of EvoLink's tables" in note for note in facts["notes"]) == ("prompt" in wish)
 
 
-async def test_while_the_rule_is_not_known_caps_judge_by_the_dearer_one(open_world: Open) -> None:
+async def test_while_the_rule_is_unknown_the_limits_use_the_higher_price(open_world: Open) -> None:
     """At 16:9 in 2K, high, the page's table costs 10.37 credits and the other one 14.76."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule="anchor-edge")
@@ -120,7 +120,7 @@ async def test_while_the_rule_is_not_known_caps_judge_by_the_dearer_one(open_wor
 
 
 @pytest.mark.parametrize("size", ["16:9", "auto", "1024x640"])
-async def test_what_is_told_as_the_bound_is_accepted_as_max_credits(size: str, open_world: Open) -> None:
+async def test_the_price_ceiling_is_accepted_as_max_credits(size: str, open_world: Open) -> None:
     async with open_world() as world:
         for quality, n in itertools.product(("low", "high"), (1, 3)):
             answer = await asked(world, "compute_size", size=size, quality=quality, n=n)
@@ -131,7 +131,7 @@ async def test_what_is_told_as_the_bound_is_accepted_as_max_credits(size: str, o
 
 
 @pytest.mark.parametrize("prompt", ["x", "a fox " * 300, "ein Füchslein " * 40, "狐" * 500, "🦊" * 200])
-async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
+async def test_the_charge_is_never_above_the_price_ceiling(prompt: str) -> None:
     """By the simulator's own reading of the formula, whichever table EvoLink follows."""
     links = [f"https://cdn.evolink.ai/{number}.png" for number in range(16)]
     for size, tier, quality, n, references in itertools.product(
@@ -152,7 +152,7 @@ async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
         assert bound == round(bound, 2)
 
 
-async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
+async def test_a_learned_rule_is_saved_for_the_account(tmp_path: Any) -> None:
     first, second, keyless = (
         SqliteJournal(tmp_path, identity) for identity in (account_id_of("a", "u"), account_id_of("b", "u"), "")
     )
@@ -193,11 +193,11 @@ async def test_a_word_for_a_size_is_refused_with_its_value_and_answered_in_compu
 @pytest.mark.parametrize(
     "text", ["auto", "16:9", "-1024x1024", "1024x640", "1024X640", "fox", "", "16:10", "3000x2000", "0x0", "x" * 99]
 )
-async def test_what_is_legal_or_not_understood_is_left_alone(text: str) -> None:
+async def test_a_legal_or_unknown_size_has_no_suggestion(text: str) -> None:
     assert legal_value(text) is None
 
 
-async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> None:
+async def test_one_call_lists_the_other_qualities_and_tiers(world: World) -> None:
     answer = await asked(world, "compute_size", size="16:9", resolution="2K", quality="medium", n=2)
     assert len(answer["prices"]) == 8
     match = next(p for p in answer["prices"] if (p["quality"], p["resolution"]) == ("high", "4K"))
@@ -226,7 +226,7 @@ async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> Non
         pytest.param({"output_format": "webp", "prompt": "png"}, "instead of webp", id="another file type"),
     ],
 )
-async def test_what_was_delivered_otherwise_is_said_and_is_no_error(
+async def test_a_delivery_that_differs_from_the_request_is_reported_and_is_no_error(
     open_world: Open, wish: dict[str, Any], told: str | None
 ) -> None:
     clock = Clock()

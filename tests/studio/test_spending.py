@@ -71,7 +71,7 @@ async def test_the_price_a_refusal_names_is_the_one_that_is_accepted(shop: Any) 
                 assert not (await buy(world, quality=quality, n=n, max_credits=price)).is_error
 
 
-async def test_a_cap_per_call_stands_above_what_a_caller_allows(shop: Any) -> None:
+async def test_the_limit_per_call_applies_although_the_caller_allows_more(shop: Any) -> None:
     async with shop(max_credits_per_call=1) as world:
         text = refused(await buy(world, quality="high", max_credits=100), "over_budget")
         assert not (await buy(world)).is_error
@@ -79,7 +79,7 @@ async def test_a_cap_per_call_stands_above_what_a_caller_allows(shop: Any) -> No
     assert world.posts == 1
 
 
-async def test_a_day_has_an_end_and_a_morning(shop: Any) -> None:
+async def test_the_daily_limit_ends_after_a_day(shop: Any) -> None:
     clock = Clock()
     async with shop(clock, max_credits_per_day=2 * CHARGED + 0.01) as world:
         assert not (await buy(world)).is_error
@@ -91,7 +91,7 @@ async def test_a_day_has_an_end_and_a_morning(shop: Any) -> None:
     assert world.posts == 3
 
 
-async def test_calls_side_by_side_do_not_slip_under_the_days_cap_together(shop: Any) -> None:
+async def test_simultaneous_calls_do_not_exceed_the_daily_limit(shop: Any) -> None:
     answers: list[Any] = []
     async with shop(max_credits_per_day=3 * LOW + 0.01) as world, world.client() as client:
 
@@ -105,7 +105,7 @@ async def test_calls_side_by_side_do_not_slip_under_the_days_cap_together(shop: 
     assert world.posts == 3
 
 
-async def test_what_failed_or_was_refused_does_not_use_up_the_day(shop: Any) -> None:
+async def test_failed_and_refused_requests_do_not_count_for_the_daily_limit(shop: Any) -> None:
     async with shop(max_credits_per_day=LOW + 0.05) as world:
         for prompt in ("sim:fail a fox", "sim:402 a fox", "sim:cancelled a fox"):
             assert (await buy(world, prompt=prompt)).is_error
@@ -113,7 +113,7 @@ async def test_what_failed_or_was_refused_does_not_use_up_the_day(shop: Any) -> 
         refused(await buy(world), "over_budget")
 
 
-async def test_the_day_is_summed_from_what_evolink_charged(shop: Any) -> None:
+async def test_the_daily_sum_has_the_charges_of_evolink(shop: Any) -> None:
     async with shop() as world, world.client() as client:
         first = await client.call_tool("generate_image", REQUEST)
         await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
@@ -122,7 +122,7 @@ async def test_the_day_is_summed_from_what_evolink_charged(shop: Any) -> None:
     assert f"today {first.structured_content['credits']:g}" in listed.content[0].text
 
 
-async def test_handing_over_what_is_paid_costs_nothing_of_the_day(shop: Any) -> None:
+async def test_a_second_delivery_does_not_count_for_the_daily_limit(shop: Any) -> None:
     clock = Clock()
     async with shop(clock, max_credits_per_day=LOW + 0.01) as world:
         world.simulator.duration_s = 500
@@ -177,7 +177,7 @@ async def test_the_user_is_asked_once_before_much_is_spent(shop: Any, mode: str,
 
 
 @ERAS
-async def test_max_credits_does_not_answer_for_a_user_who_can_be_asked(shop: Any, mode: str) -> None:
+async def test_max_credits_does_not_replace_the_confirmation_of_a_user(shop: Any, mode: str) -> None:
     """A model may not wave a price through where the person can say no."""
     somebody = User("decline")
     async with shop(confirm_above=1) as world:
@@ -186,7 +186,7 @@ async def test_max_credits_does_not_answer_for_a_user_who_can_be_asked(shop: Any
 
 
 @ERAS
-async def test_nobody_is_asked_about_little(shop: Any, mode: str) -> None:
+async def test_a_low_price_needs_no_confirmation(shop: Any, mode: str) -> None:
     somebody = User("decline")
     async with shop(confirm_above=LOW) as world:
         answer = await ask(world, mode, somebody)
@@ -194,7 +194,7 @@ async def test_nobody_is_asked_about_little(shop: Any, mode: str) -> None:
 
 
 @ERAS
-async def test_a_host_that_cannot_ask_is_told_how_to_go_on(shop: Any, mode: str) -> None:
+async def test_a_host_that_cannot_ask_gets_the_next_step(shop: Any, mode: str) -> None:
     async with shop(confirm_above=1) as world:
         text = refused(await ask(world, mode, None, quality="high"), "confirmation_needed")
         assert f"call again with max_credits={HIGH:g}" in text
@@ -205,7 +205,7 @@ async def test_a_host_that_cannot_ask_is_told_how_to_go_on(shop: Any, mode: str)
 
 
 @ERAS
-async def test_the_caps_stand_although_the_user_agrees(shop: Any, mode: str) -> None:
+async def test_the_limits_apply_although_the_user_confirms(shop: Any, mode: str) -> None:
     async with shop(confirm_above=1, max_credits_per_call=5) as world:
         refused(await ask(world, mode, User("accept"), quality="high"), "over_budget")
     assert world.posts == 0

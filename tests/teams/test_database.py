@@ -545,7 +545,7 @@ async def test_a_call_that_used_its_time_for_an_upload_still_reaches_the_databas
             await database.try_entries()
 
 
-async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
+async def test_many_servers_together_stay_below_the_daily_limit(url: str) -> None:
     bought: list[Entry] = []
 
     async def buys() -> None:
@@ -579,7 +579,7 @@ async def test_servers_that_start_together_make_the_tables_once(url: str, cluste
         assert db.execute("SELECT version FROM evolink_version").fetchall() == [(len(VERSIONS),)]
 
 
-async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) -> None:
+async def test_tables_of_a_newer_version_stay_unchanged(url: str, cluster: Any) -> None:
     async with open_database(url, PATIENT):
         pass
     with cluster.admin(name_of(url)) as db:
