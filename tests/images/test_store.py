@@ -58,7 +58,7 @@ def download_of(content: bytes):
     return fetch
 
 
-# --- the whole way ---
+# --- from the purchase to the file ---
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
         examine(png_without_pixels(60_000, 60_000))
 
 
-# --- files that order work -----------------------------------------------------------------------------------
+# --- files that cause much work ------------------------------------------------------------------------------
 
 
 def scans(count: int) -> bytes:

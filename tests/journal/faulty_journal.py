@@ -1,4 +1,4 @@
-"""A journal in front of a real one. Tests make its methods fail or run something in the middle of a call."""
+"""A wrapper around a real journal. Tests make its methods fail or run something in the middle of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal keeps what it was told: through other servers, damage, full disks and folders that cannot be written."""
+"""The journal keeps its entries despite other servers, damage, full disks and read-only folders."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ LOST = ResultImage(1, "u", NOW, error="expired", is_lost=True)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
-    """Journals in one folder, as several servers have them."""
-    all_of_them: list[BlockingJournal] = []
+def open_journal(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
+    """Return a function that opens one more journal of the folder, as another server does."""
+    journals: list[BlockingJournal] = []
 
-    def journal() -> BlockingJournal:
-        all_of_them.append(BlockingJournal(tmp_path / "data", clock=lambda: NOW))
-        return all_of_them[-1]
+    def open_one() -> BlockingJournal:
+        journals.append(BlockingJournal(tmp_path / "data", clock=lambda: NOW))
+        return journals[-1]
 
-    yield journal
-    for item in all_of_them:
-        item.close()
+    yield open_one
+    for one in journals:
+        one.close()
 
 
-Opened = Callable[[], BlockingJournal]
+OpenJournal = Callable[[], BlockingJournal]
 
 
 # --- versions ------------------------------------------------------------------------------------------------
 
 
-def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entries(opened: Opened) -> None:
-    journal = opened()
+def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entries(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(early := entry(journal))
     journal.close()
     migrations = (
@@ -80,38 +80,38 @@ def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entrie
         assert db.execute("PRAGMA user_version").fetchone() == (len(migrations),)
 
 
-def test_a_migration_that_fails_changes_nothing(opened: Opened) -> None:
-    journal = opened()
+def test_a_migration_that_fails_changes_nothing(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(early := entry(journal))
     journal.close()
     with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
         with pytest.raises(sqlite3.OperationalError):
             migrate(db, (*MIGRATIONS, "CREATE TABLE moods (x); CREATE TABLE moods (x)"))
         assert db.execute("SELECT name FROM sqlite_master WHERE name = 'moods'").fetchall() == []
-    assert opened().recent(5) == [replace(early, owner="")]
+    assert open_journal().recent(5) == [replace(early, owner="")]
 
 
 @pytest.mark.parametrize("version", [1, 5])
 def test_a_journal_of_an_unpublished_build_is_refused_with_the_command_that_moves_it_away(
-    opened: Opened, tmp_path: Path, version: int
+    open_journal: OpenJournal, tmp_path: Path, version: int
 ) -> None:
-    journal = opened()
+    journal = open_journal()
     journal.folder.mkdir()
     with closing(sqlite3.connect(journal.path)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("CREATE TABLE entries (key TEXT PRIMARY KEY)")
         db.execute(f"PRAGMA user_version = {version}")
     for read in (lambda: journal.recent(5), lambda: read_entries(journal.folder, 5)):
-        with pytest.raises(JournalUnwritable, match=r"an unpublished build wrote it; move it away: ") as refused:
+        with pytest.raises(JournalUnwritable, match=r"an unpublished build wrote it; move it away: ") as refusal:
             read()
-        assert str(journal.path) in refused.value.message
-        assert move_command(journal.path) in refused.value.message
+        assert str(journal.path) in refusal.value.message
+        assert move_command(journal.path) in refusal.value.message
     journal.close()
     subprocess.run(move_command(journal.path), shell=True, check=True, cwd=journal.folder)
     assert Path(f"{journal.path}.old").exists()
-    fresh = opened()
-    fresh.intend(new := entry(fresh))
-    assert fresh.recent(5) == [new]
+    second = open_journal()
+    second.intend(new := entry(second))
+    assert second.recent(5) == [new]
 
 
 def test_the_command_that_moves_a_journal_away_fits_the_platform() -> None:
@@ -160,8 +160,8 @@ def test_status_charge_and_stage_follow_from_phase_task_and_images(
 # --- the file ------------------------------------------------------------------------------------------------
 
 
-def test_every_write_is_synced_and_only_the_user_can_read_the_files(opened: Opened) -> None:
-    journal = opened()
+def test_every_write_is_synced_and_only_the_user_can_read_the_files(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(entry(journal))
     assert journal.file.run(lambda db: tuple(db.execute("PRAGMA synchronous").fetchone())) == (2,)
     assert journal.file.run(lambda db: tuple(db.execute("PRAGMA journal_mode").fetchone())) == ("wal",)
@@ -182,7 +182,7 @@ def test_an_identical_request_has_the_same_fingerprint_in_any_order() -> None:
 
 
 def test_four_servers_write_at_the_same_time(tmp_path: Path) -> None:
-    """Real processes: a write that another one makes wait is not a write that fails."""
+    """With real processes: a write that waits for another process does not fail."""
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
         "from evolink_mcp.journal.sqlite import SqliteJournal\n"
@@ -204,7 +204,7 @@ def test_four_servers_write_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_four_processes_together_stay_below_the_daily_limit(tmp_path: Path) -> None:
-    """The cap is judged and the entry written in one transaction: nobody else writes in between."""
+    """One transaction checks the limit and writes the entry, so no other process writes in between."""
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
         "from evolink_mcp.journal.sqlite import SqliteJournal\n"
@@ -236,8 +236,8 @@ def test_four_processes_together_stay_below_the_daily_limit(tmp_path: Path) -> N
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Another program holds the file's write lock."""
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold the write lock of the file, as another program does."""
     with closing(sqlite3.connect(path, isolation_level=None)) as second:
         second.execute("BEGIN IMMEDIATE")
         yield
@@ -254,7 +254,7 @@ async def test_a_lock_of_another_program_delays_only_calls_that_need_the_journal
             async def buy() -> None:
                 answers.append(await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a fox"}))
 
-            with locked(world.settings.data_dir / FILE_NAME):
+            with hold_lock(world.settings.data_dir / FILE_NAME):
                 group.start_soon(buy)
                 for _ in range(3):
                     assert (await client.call_tool("compute_size", {"size": "16:9"})).is_error is False
@@ -266,27 +266,27 @@ async def test_a_lock_of_another_program_delays_only_calls_that_need_the_journal
     assert world.posts == 1
 
 
-# --- a file that goes away -----------------------------------------------------------------------------------
+# --- a deleted or replaced file ------------------------------------------------------------------------------
 
 
-def test_a_deleted_journal_is_written_again_before_the_next_purchase(opened: Opened) -> None:
-    first = opened()
+def test_a_deleted_journal_is_written_again_before_the_next_purchase(open_journal: OpenJournal) -> None:
+    first = open_journal()
     first.intend(early := entry(first, estimate=3.0))
     for name in ("", "-wal", "-shm"):
         (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
-    with pytest.raises(DailyLimitReached) as reached:
+    with pytest.raises(DailyLimitReached) as refusal:
         first.intend(entry(first, estimate=3.0), cap=5.0)
-    assert reached.value.sums == Sums(reserved=3.0)
-    second = opened()
+    assert refusal.value.sums == Sums(reserved=3.0)
+    second = open_journal()
     assert second.recent(5) == [early]
-    with pytest.raises(DailyLimitReached) as reached:
+    with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), cap=5.0)
-    assert reached.value.sums == Sums(reserved=3.0)
+    assert refusal.value.sums == Sums(reserved=3.0)
 
 
-def test_a_replaced_journal_is_opened_and_gets_the_running_entries(opened: Opened, tmp_path: Path) -> None:
-    """A back-up is restored over the file while a server runs: its entries count, and the running one is added."""
-    first = opened()
+def test_a_replaced_journal_is_opened_and_gets_the_running_entries(open_journal: OpenJournal, tmp_path: Path) -> None:
+    """A backup replaces the file while a server runs. Its entries count, and the server adds the running one."""
+    first = open_journal()
     first.intend(saved := entry(first, estimate=3.0, created_at=NOW - 1))
     first.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
     shutil.copy(first.path, tmp_path / "back-up")
@@ -295,11 +295,11 @@ def test_a_replaced_journal_is_opened_and_gets_the_running_entries(opened: Opene
         (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
     os.replace(tmp_path / "back-up", first.path)
     assert first.update(replace(running, phase="sending")) is True
-    second = opened()
+    second = open_journal()
     assert second.recent(5) == [replace(running, phase="sending"), saved]
-    with pytest.raises(DailyLimitReached) as reached:
+    with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), cap=5.0)
-    assert reached.value.sums == Sums(reserved=4.0)
+    assert refusal.value.sums == Sums(reserved=4.0)
 
 
 # --- damage --------------------------------------------------------------------------------------------------
@@ -316,13 +316,13 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["no database", "every page overwritten"])
 def test_a_damaged_journal_is_renamed_with_an_error_in_the_log_and_a_new_one_works(
-    opened: Opened, kind: str, caplog: pytest.LogCaptureFixture
+    open_journal: OpenJournal, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = opened()
+    first = open_journal()
     first.intend(entry(first))
     first.close()
     damage(first.path, kind)
-    journal = opened()
+    journal = open_journal()
     journal.intend(new_entry := entry(journal))
     assert journal.recent(5) == [new_entry]
     aside = list(journal.folder.glob(f"{FILE_NAME}.damaged-*"))
@@ -344,9 +344,9 @@ def damage_found_once(before: Callable[[], object] = lambda: None) -> Callable[[
     return act
 
 
-def test_the_second_server_that_finds_the_damage_keeps_the_new_journal(opened: Opened) -> None:
-    """It still holds the damaged file: it must not set aside what the first one has begun."""
-    first, second = opened(), opened()
+def test_the_second_server_that_finds_the_damage_keeps_the_new_journal(open_journal: OpenJournal) -> None:
+    """The second server still has the damaged file open. It must not rename the new journal of the first one."""
+    first, second = open_journal(), open_journal()
     first.intend(entry(first))
     assert len(second.recent(5)) == 1
     new = entry(first)
@@ -368,38 +368,38 @@ def test_the_second_server_that_finds_the_damage_keeps_the_new_journal(opened: O
     ],
 )  # fmt: skip
 def test_an_invalid_entry_is_logged_and_the_others_are_used(
-    opened: Opened, column: str, value: bytes, caplog: pytest.LogCaptureFixture
+    open_journal: OpenJournal, column: str, value: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = opened()
+    journal = open_journal()
     journal.intend(bad := entry(journal, created_at=NOW - 1))
     journal.intend(good := entry(journal))
     with sqlite3.connect(journal.path) as db:
         db.execute(f"UPDATE entries SET {column} = CAST(? AS TEXT) WHERE key = ?", (value, bad.key))
     db.close()
-    assert opened().recent(5) == [good]
+    assert open_journal().recent(5) == [good]
     assert bad.key in caplog.text
     journal.close()
-    assert [item.key for item in opened().adopt()] == [good.key]
+    assert [row.key for row in open_journal().adopt()] == [good.key]
 
 
-def test_a_journal_of_a_newer_version_stays_unchanged(opened: Opened) -> None:
-    journal = opened()
+def test_a_journal_of_a_newer_version_stays_unchanged(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(entry(journal))
     journal.close()
     with sqlite3.connect(journal.path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     with pytest.raises(JournalUnwritable, match="newer version"):
-        opened().recent(5)
+        open_journal().recent(5)
     assert [path.name for path in journal.folder.glob("*damaged*")] == []
 
 
-# --- a disk that is full, a folder that is read-only, really made -------------------------------------------
+# --- a full disk and a read-only folder, with real mounts ---------------------------------------------------
 
 
 @contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system of its own; skipped, saying why, where mounting is not allowed."""
+def mount_small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a small file system. Skip the test with the reason where mounting is not allowed."""
     folder.mkdir(exist_ok=True)
     mount = shutil.which("mount")
     mount_run = mount and subprocess.run(
@@ -432,7 +432,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems"
 @LINUX
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("spoil", "bought"),
+    ("spoil", "purchase_count"),
     [
         pytest.param(fill, 0, id="disk full"),
         pytest.param(fill, 1, id="disk full after a purchase"),
@@ -440,34 +440,34 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems"
     ],
 )
 async def test_a_purchase_that_cannot_be_recorded_is_not_sent(
-    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], bought: int
+    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], purchase_count: int
 ) -> None:
-    with mounted(tmp_path / "small", "size=600k") as small, anyio.fail_after(300):
-        if not bought:
+    with mount_small_disk(tmp_path / "small", "size=600k") as small, anyio.fail_after(300):
+        if not purchase_count:
             spoil(small)
         async with open_world({"EVOLINK_MCP_DATA_DIR": str(small / "data")}) as world, world.client() as client:
-            if bought:
+            if purchase_count:
                 first = await client.call_tool("generate_image", REQUEST)
                 assert first.structured_content["charged"] == "yes"
                 spoil(small)
-            refused = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
+            refusal = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
             free = await client.call_tool("compute_size", {"size": "16:9"})
             balance = await client.call_tool("get_balance", {})
-    text = refused.content[0].text
-    assert refused.is_error
-    assert refused.structured_content["charged"] == "no"
-    assert refused.structured_content["error"]["code"] == "journal_unwritable"
+    text = refusal.content[0].text
+    assert refusal.is_error
+    assert refusal.structured_content["charged"] == "no"
+    assert refusal.structured_content["error"]["code"] == "journal_unwritable"
     assert str(small / "data" / FILE_NAME) in text
     assert "EVOLINK_MCP_DATA_DIR" in text
     assert "Charged: no" in text
     assert (free.is_error, balance.is_error) == (False, False)
-    assert world.posts == bought
+    assert world.posts == purchase_count
 
 
 @LINUX
 @pytest.mark.anyio
 async def test_an_image_without_disk_space_is_not_bought(open_world: Open, tmp_path: Path) -> None:
-    with mounted(tmp_path / "small", "size=64k") as small, anyio.fail_after(300):
+    with mount_small_disk(tmp_path / "small", "size=64k") as small, anyio.fail_after(300):
         fill(small)
         async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(small / "pictures")}) as world, world.client() as client:
             answer = await client.call_tool("generate_image", REQUEST)
@@ -476,8 +476,8 @@ async def test_an_image_without_disk_space_is_not_bought(open_world: Open, tmp_p
             assert "EVOLINK_MCP_OUTPUT_DIR" in answer.content[0].text
             (small / "ballast").unlink()
             subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
-            again = await client.call_tool("generate_image", REQUEST)
-    assert again.structured_content["images"][0]["path"] is not None
+            repeat = await client.call_tool("generate_image", REQUEST)
+    assert repeat.structured_content["images"][0]["path"] is not None
     assert world.posts == 1
 
 
@@ -486,17 +486,17 @@ async def test_a_data_folder_that_is_a_file_stops_purchases_with_an_error(open_w
     (tmp_path / "data").write_text("not a folder")
     with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:
-            refused = await client.call_tool("generate_image", REQUEST)
-            listed = await client.call_tool("list_tasks", {})
+            refusal = await client.call_tool("generate_image", REQUEST)
+            task_list = await client.call_tool("list_tasks", {})
             answer = await client.call_tool("get_task", {"task_id": "task-unified-1-abc"})
-    assert (refused.structured_content["charged"], world.posts) == ("no", 0)
-    assert [answer.is_error for answer in (refused, listed, answer)] == [True] * 3
-    assert "EVOLINK_MCP_DATA_DIR" in listed.content[0].text
+    assert (refusal.structured_content["charged"], world.posts) == ("no", 0)
+    assert [answer.is_error for answer in (refusal, task_list, answer)] == [True] * 3
+    assert "EVOLINK_MCP_DATA_DIR" in task_list.content[0].text
     assert answer.structured_content["error"]["code"] != "journal_unwritable"
 
 
-def test_the_journal_holds_no_key(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_holds_no_key(open_journal: OpenJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "EVOLINK_API_KEY", KEY)
-    journal = opened()
+    journal = open_journal()
     journal.intend(entry(journal, request={"prompt": "x"}))
     assert not any(KEY.encode() in path.read_bytes() for path in journal.folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""A deterministic world for cancellations: each suspension of a call is counted, and a call can be cancelled at any one."""
+"""Count each suspension of a call, and cancel a call at any of them, without a thread."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Steps:
         error: BaseException | None = None
         while True:
             try:
-                awaited = steps.send(value) if error is None else steps.throw(error)
+                awaitable = steps.send(value) if error is None else steps.throw(error)
             except StopIteration as finished:
                 return finished.value
             number = self.count
@@ -137,6 +137,6 @@ class Steps:
             error = None
             value = None
             try:
-                value = yield awaited
-            except BaseException as caught:  # noqa: BLE001 - a cancellation goes into the coroutine
-                error = caught
+                value = yield awaitable
+            except BaseException as cancellation:  # noqa: BLE001 - a cancellation goes into the coroutine
+                error = cancellation

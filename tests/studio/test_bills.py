@@ -29,12 +29,12 @@ CEILING = 3.54
 Bill = Callable[[SimulatedTask], float]
 
 
-def published(task: SimulatedTask) -> float:
+def published_price(task: SimulatedTask) -> float:
     return rules.price(task.body, task.size, task.pictures)
 
 
 def times(factor: float) -> Bill:
-    return lambda task: round(published(task) * factor, 4)
+    return lambda task: round(published_price(task) * factor, 4)
 
 
 def by_table(rule: str) -> Bill:
@@ -53,7 +53,7 @@ class BillingSimulator(PlainSimulator):
     """A simulated EvoLink that charges by `bill`. A task keeps the price of its start."""
 
     def __init__(
-        self, clock: Clock, bill: Bill = published, *, rule: str = "anchor-edge", reserve: Bill | None = None
+        self, clock: Clock, bill: Bill = published_price, *, rule: str = "anchor-edge", reserve: Bill | None = None
     ) -> None:
         super().__init__(clock=clock, duration_s=0, rule=rule)
         self.bill = bill
@@ -101,7 +101,7 @@ class Servers:
 def open_servers(open_world: Open) -> Any:
     @asynccontextmanager
     async def opened(
-        bill: Bill = published,
+        bill: Bill = published_price,
         count: int = 1,
         *,
         reserve: Bill | None = None,
@@ -174,9 +174,9 @@ async def test_max_credits_holds_after_the_first_higher_bill(open_servers: Any) 
     async with open_servers(lambda task: 40.0) as servers:
         assert (await servers.order(max_credits=4))["credits"] == 40
         for _ in range(2):
-            refused = await servers.order(max_credits=4)
-            assert refused["error"]["code"] == "over_budget"
-            assert refused["charged"] == "no"
+            refusal = await servers.order(max_credits=4)
+            assert refusal["error"]["code"] == "over_budget"
+            assert refusal["charged"] == "no"
         assert len(servers.simulator.tasks) == 1
 
 
@@ -186,12 +186,12 @@ async def test_the_reservation_of_a_running_task_warns_before_its_end(open_serve
         assert running["status"] in ("pending", "processing")
         assert running["headline"].startswith("EvoLink reserved 5.4")
         assert await servers.ceiling() > CEILING * 1.69
-        listed = await servers.call("list_tasks")
-        assert listed.structured_content["reserved"]["today"]["credits"] > PUBLISHED * 1.7
+        task_list = await servers.call("list_tasks")
+        assert task_list.structured_content["reserved"]["today"]["credits"] > PUBLISHED * 1.7
 
 
 async def test_a_reservation_above_the_final_charge_changes_no_price(open_servers: Any) -> None:
-    async with open_servers(published, reserve=times(1.5)) as servers:
+    async with open_servers(published_price, reserve=times(1.5)) as servers:
         answers = [await servers.order() for _ in range(3)]
         assert not any(is_change(answer) for answer in answers)
         assert await servers.ceiling() == CEILING
@@ -207,9 +207,9 @@ async def test_a_bill_of_a_lower_quality_is_a_possible_downgrade_and_changes_no_
             assert "may be lower than requested" in answer["headline"]
         assert [is_change(answer) for answer in answers] == [True, False]
         assert await servers.ceiling(quality="high") == before
-        servers.simulator.bill = published
-        back = await servers.order(quality="high")
-        assert "charges high at its own price again" in back["headline"]
+        servers.simulator.bill = published_price
+        last = await servers.order(quality="high")
+        assert "charges high at its own price again" in last["headline"]
 
 
 async def test_a_bill_of_a_higher_quality_raises_the_ceiling_of_the_lower_one(open_servers: Any) -> None:
@@ -228,21 +228,21 @@ async def test_a_bill_by_the_other_size_table_raises_the_ceilings_of_that_table(
     (second,) = set(RULES) - {rule}
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(rule=rule) as servers:
-        learned = await servers.order(**wide)
-        assert any("from now on" in note for note in learned["notes"])
-        assert learned["bill_difference"] is None
+        first = await servers.order(**wide)
+        assert any("from now on" in note for note in first["notes"])
+        assert first["bill_difference"] is None
         servers.simulator.bill = by_table(second)
         answers = [await servers.order(**wide) for _ in range(3)]
         assert [is_change(answer) for answer in answers] == [True, False, False]
         assert f"charges by its {second} table" in answers[0]["headline"]
         ceiling = await servers.ceiling(**wide)
         assert all(answer["credits"] <= ceiling for answer in answers)
-        servers.simulator.bill = published
+        servers.simulator.bill = published_price
         assert is_change(await servers.order(**wide))
 
 
 async def test_the_pixels_correct_the_factor_that_the_reservation_showed(open_servers: Any) -> None:
-    """While the table is unknown, a reservation of the dear table looks like a higher factor."""
+    """While the table is unknown, a reservation of the more expensive table looks like a higher factor."""
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(times(1.7), rule="pixel-budget") as servers:
         first = await servers.order(**wide)
@@ -308,21 +308,21 @@ async def test_four_servers_cross_a_limit_by_one_task_for_each_change(open_serve
         async def order(server: int) -> None:
             answers.append(await servers.order(server))
 
-        for number, bill in enumerate([published, *changes]):
+        for number, bill in enumerate([published_price, *changes]):
             servers.simulator.bill = bill
             for _ in range(1 if number < len(changes) else 3):
                 async with anyio.create_task_group() as group:
                     for server in range(4):
                         group.start_soon(order, server)
             assert sum(map(is_change, answers)) == number
-        refused = [answer for answer in answers if answer["error"]]
-        assert {answer["error"]["code"] for answer in refused} == {"over_budget"}
+        refusals = [answer for answer in answers if answer["error"]]
+        assert {answer["error"]["code"] for answer in refusals} == {"over_budget"}
         bills = list(servers.simulator.bills.values())
         sums = list(itertools.accumulate(bills))
         assert sum(each > limit for each in sums) <= len(changes)
-        listed = (await servers.call("list_tasks", 3)).structured_content
-        assert listed["spent"]["today"]["credits"] == pytest.approx(sums[-1], abs=0.001)
-        assert listed["reserved"]["today"]["credits"] == 0
+        task_list = (await servers.call("list_tasks", 3)).structured_content
+        assert task_list["spent"]["today"]["credits"] == pytest.approx(sums[-1], abs=0.001)
+        assert task_list["reserved"]["today"]["credits"] == 0
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.7])
@@ -341,7 +341,7 @@ async def test_four_servers_at_once_report_a_change_once(open_servers: Any, fact
 
 
 async def test_a_server_that_knows_a_table_reads_a_new_one_with_the_limit_check(open_servers: Any) -> None:
-    """The first server learns the dear table. The second one knew the cheap one, and its limit is between both."""
+    """The first server learns the more expensive table. The second one knew the other table, and its limit is between both."""
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(count=2, max_credits_per_call=11) as servers:
         for server in (0, 1):
@@ -349,8 +349,8 @@ async def test_a_server_that_knows_a_table_reads_a_new_one_with_the_limit_check(
         assert await servers.ceiling(1, quality="high", **wide) < 11
         servers.simulator.rule = "pixel-budget"
         await servers.order(0, quality="low", **wide)
-        refused = await servers.order(1, quality="high", **wide)
-        assert refused["error"]["code"] == "over_budget"
+        refusal = await servers.order(1, quality="high", **wide)
+        assert refusal["error"]["code"] == "over_budget"
         assert all(task.body["quality"] == "low" for task in servers.simulator.tasks.values())
 
 

@@ -1,4 +1,4 @@
-"""Following ends when the task is settled and its pictures are here: not at one bad answer, and not at forty."""
+"""The server follows a task until it is settled and its images are saved. Forty bad answers do not stop it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
 
 class Refuses(httpx.ASGITransport):
-    """Answers the first `times` requests whose path begins with `path` by `status`."""
+    """Answer the first `times` requests whose path begins with `path` with `status`."""
 
     def __init__(self, simulator: PlainSimulator, path: str, status: int, times: int) -> None:
         super().__init__(simulator.app)
@@ -62,9 +62,9 @@ async def test_while_evolink_refuses_polls_the_answer_says_that_they_continue(op
     clock.sleep = sleep
     async with open_world(simulator=simulator, clock=clock, transport=refuses) as world, world.client() as client:
         answer = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
-        again = {"task_id": answer.structured_content["task_id"], "wait_seconds": 0}
+        arguments = {"task_id": answer.structured_content["task_id"], "wait_seconds": 0}
         while not any("repeats the poll" in note for note in answer.structured_content["notes"]):
-            answer = await client.call_tool("get_task", again)
+            answer = await client.call_tool("get_task", arguments)
     facts = answer.structured_content
     assert (answer.is_error, facts["error"], facts["charged"]) == (False, None, "unknown")
     assert facts["next_action"]["tool"] == "get_task"
@@ -132,21 +132,21 @@ async def test_an_id_of_another_form_is_polled_in_a_request_body(open_world: Ope
     simulator = PlainSimulator(clock=clock, duration_s=0)
 
     class Renames(httpx.ASGITransport):
-        """Gives the tasks another id; the batch read knows it."""
+        """Give the tasks another ID, which the batch poll knows."""
 
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            (own_entry,) = list(simulator.tasks) or ["none"]
+            (own_id,) = list(simulator.tasks) or ["none"]
             if request.url.path == "/v1/tasks/batch":
                 request = httpx.Request(
                     "POST", request.url, headers=request.headers,
-                    content=request.content.replace(name.encode(), own_entry.encode()),
+                    content=request.content.replace(name.encode(), own_id.encode()),
                 )  # fmt: skip
                 request.headers["content-length"] = str(len(request.content))
             reply = await super().handle_async_request(request)
-            (own_entry,) = list(simulator.tasks) or ["none"]
+            (own_id,) = list(simulator.tasks) or ["none"]
             if not request.url.path.startswith("/v1/"):
                 return reply
-            content = (await reply.aread()).replace(f'"{own_entry}"'.encode(), f'"{name}"'.encode())
+            content = (await reply.aread()).replace(f'"{own_id}"'.encode(), f'"{name}"'.encode())
             return httpx.Response(reply.status_code, stream=httpx.ByteStream(content))
 
     transport = Renames(simulator.app)
@@ -167,8 +167,8 @@ async def test_at_most_ten_links_are_used_and_the_rest_is_counted() -> None:
     assert (task.results, task.links_left_out) == (tuple(links[:10]), 2990)
 
 
-def moves(**hops: str) -> Callable[[httpx.Request], httpx.Response]:
-    """A picture host whose paths send on to others; "end" has the picture."""
+def redirects(**hops: str) -> Callable[[httpx.Request], httpx.Response]:
+    """Return an image host whose paths redirect to others. The path "end" has the image."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         assert "authorization" not in request.headers
@@ -180,30 +180,30 @@ def moves(**hops: str) -> Callable[[httpx.Request], httpx.Response]:
     return answer
 
 
-async def fetched(url: str, **hops: str) -> tuple[bytes, list[str]]:
+async def fetch(url: str, **hops: str) -> tuple[bytes, list[str]]:
     import io
 
-    observations: list[str] = []
+    urls: list[str] = []
 
     def host(request: httpx.Request) -> httpx.Response:
-        observations.append(str(request.url))
-        return moves(**hops)(request)
+        urls.append(str(request.url))
+        return redirects(**hops)(request)
 
     into = io.BytesIO()
     async with EvolinkClient(None, transport=httpx.MockTransport(host)) as client:
         try:
             await download(client, url, into)
         except DownloadFailed as error:
-            return error.message.encode(), observations
-    return into.getvalue(), observations
+            return error.message.encode(), urls
+    return into.getvalue(), urls
 
 
 async def test_a_redirected_picture_is_followed_three_times(open_world: Open) -> None:
-    whole, _ = await fetched("https://a.example.com/1", **{"1": "/2", "2": "https://b.example.com/3", "3": "end"})
-    assert whole == b"picture"
-    answer, observations = await fetched("https://a.example.com/1", **{"1": "/2", "2": "/3", "3": "/4", "4": "/end"})
+    content, _ = await fetch("https://a.example.com/1", **{"1": "/2", "2": "https://b.example.com/3", "3": "end"})
+    assert content == b"picture"
+    answer, urls = await fetch("https://a.example.com/1", **{"1": "/2", "2": "/3", "3": "/4", "4": "/end"})
     assert b"more than 3 times" in answer
-    assert len(observations) == 4
+    assert len(urls) == 4
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,6 @@ async def test_a_redirected_picture_is_followed_three_times(open_world: Open) ->
     ],
 )
 async def test_a_redirect_to_a_forbidden_address_is_not_followed(target: str) -> None:
-    answer, observations = await fetched("https://a.example.com/1", **{"1": target})
+    answer, urls = await fetch("https://a.example.com/1", **{"1": target})
     assert b"not usable" in answer
-    assert observations == ["https://a.example.com/1"]
+    assert urls == ["https://a.example.com/1"]

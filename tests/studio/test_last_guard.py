@@ -39,13 +39,13 @@ async def test_an_unexpected_error_of_a_poll_ends_the_job_and_the_next_call_work
         ):
             answer = await client.call_tool("generate_image", REQUEST)
             facts = answer.structured_content
-            again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+            repeat = await client.call_tool("get_task", {"task_id": facts["task_id"]})
     assert answer.is_error
     assert (facts["error"]["code"], facts["charged"]) == ("internal_error", "unknown")
     assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
     assert "an unexpected error" not in str(answer)
     assert "ZeroDivisionError" in caplog.text
-    assert again.structured_content["status"] == "completed"
+    assert repeat.structured_content["status"] == "completed"
     assert world.posts == 1
 
 

@@ -9,7 +9,7 @@ import anyio
 import pytest
 from conftest import KEY, Clock, Open, PlainSimulator
 from slow import SLOW
-from test_reconcile import Loses
+from test_reconcile import LosesAnswers
 
 pytestmark = [pytest.mark.anyio, *SLOW]
 
@@ -29,7 +29,7 @@ async def test_500_lost_answers_among_500_purchases_of_others(open_world: Open) 
         return {"prompt": prompt, "size": dice.choice(SIZES), "quality": dice.choice(QUALITIES)}
 
     async with (
-        open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world,
+        open_world(simulator=simulator, clock=clock, transport=LosesAnswers(simulator)) as world,
         world.client() as client,
     ):
         with anyio.fail_after(1800):

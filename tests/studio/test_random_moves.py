@@ -127,9 +127,9 @@ async def check(world: World, disk: Disk) -> None:
         assert entry is not None
         images = [image for image in disk.images if image.task_id == task_id]
         assert [record.path for record in entry.images] == [image.record.path for image in images]
-        (listed,) = await store.entries_for_caller([entry])
-        shown = await store.entry_for_caller(entry)
-        for image, record, row in zip(images, shown.images, listed.images, strict=True):
+        (listed_entry,) = await store.entries_for_caller([entry])
+        shown_entry = await store.entry_for_caller(entry)
+        for image, record, row in zip(images, shown_entry.images, listed_entry.images, strict=True):
             if disk.is_readable(image):
                 assert record.path == str(image.place)
                 assert record.is_present

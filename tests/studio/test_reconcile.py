@@ -1,4 +1,4 @@
-"""A lost answer's task is guessed only if nothing speaks against it, whatever the shape of the account's list."""
+"""A lost answer is matched only with a task that contradicts nothing, in any form of the account's task list."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRICE = 0.1983
 OLD_KEY = "sk-former-0123456789"
 
 
-class Loses(httpx.ASGITransport):
+class LosesAnswers(httpx.ASGITransport):
     """Loses the answers of purchases: of those that were taken, or (`unbilled`) instead of taking them.
 
     `skew_s` is how far its clock is ahead, as the `Date` header tells.
@@ -44,7 +44,7 @@ class Loses(httpx.ASGITransport):
         return reply
 
 
-async def bought(world: World, **options: Any) -> tuple[dict[str, Any], str]:
+async def buy(world: World, **options: Any) -> tuple[dict[str, Any], str]:
     async with world.client() as client:
         answer = await client.call_tool("generate_image", {**REQUEST, **options})
     return answer.structured_content, answer.content[0].text
@@ -54,8 +54,8 @@ async def bought(world: World, **options: Any) -> tuple[dict[str, Any], str]:
 async def test_the_task_is_found_in_every_form_of_the_list(open_world: Open, list_times: str) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
-    async with open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world:
-        facts, text = await bought(world)
+    async with open_world(simulator=simulator, clock=clock, transport=LosesAnswers(simulator)) as world:
+        facts, text = await buy(world)
     assert (facts["guess"], facts["charged"], facts["status"], facts["credits"]) == (True, "unknown", "completed", None)
     assert text.splitlines()[0].startswith("Unconfirmed match, a guess: ")
     assert [facts["task_id"]] == list(simulator.tasks)
@@ -66,33 +66,33 @@ async def test_the_task_is_found_in_every_form_of_the_list(open_world: Open, lis
 async def test_a_purchase_from_the_web_page_is_not_matched_with_an_unbilled_post(
     open_world: Open, list_times: str
 ) -> None:
-    """A 502 that made no task, and beside it something dearer that the user bought on EvoLink's page."""
+    """The POST got a 502 and made no task. The user bought something more expensive on EvoLink's page."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
-    lost = Loses(simulator, unbilled=True)
+    lost = LosesAnswers(simulator, unbilled=True)
     async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
         assert world.settings.key is not None
-        strangers = {"model": "gpt-image-2", "prompt": "a duchess", "size": "2048x2048", "quality": "high"}
-        simulator.create(strangers, key=world.settings.key.get_secret_value())
-        facts, text = await bought(world)
+        other_request = {"model": "gpt-image-2", "prompt": "a duchess", "size": "2048x2048", "quality": "high"}
+        simulator.create(other_request, key=world.settings.key.get_secret_value())
+        facts, text = await buy(world)
         async with world.client() as client:
-            listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
+            task_list = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
     assert (facts["task_id"], facts["charged"], facts["status"]) == (None, "unknown", "unknown")
     assert not text.startswith("Unconfirmed match")
-    (stranger,) = (task for task in listed["tasks"] if task["task_id"])
-    assert stranger["created_at"].startswith("2026-")
-    assert not any("support" in note for task in listed["tasks"] for note in task["notes"])
+    (other_task,) = (task for task in task_list["tasks"] if task["task_id"])
+    assert other_task["created_at"].startswith("2026-")
+    assert not any("support" in note for task in task_list["tasks"] for note in task["notes"])
 
 
 async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_world: Open) -> None:
-    """One of two was billed, nobody knows which: the task is named, and looked at by its id."""
+    """One of two orders was billed and the task list does not show which. The error names the task ID."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
+    lost = LosesAnswers(simulator, unbilled=True)
     async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
-        await bought(world)
+        await buy(world)
         lost.unbilled = False
-        facts, text = await bought(world, prompt="a hen")
+        facts, text = await buy(world, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
     assert task_id in text
@@ -102,12 +102,12 @@ async def test_an_order_of_another_profile_may_own_the_task_too(open_world: Open
     """Two windows with two profiles use one account. One of two lost orders was billed."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
+    lost = LosesAnswers(simulator, unbilled=True)
     shared: Any = {"simulator": simulator, "clock": clock, "transport": lost}
     async with open_world(**shared) as world, open_world({"EVOLINK_MCP_PROFILE": "second"}, **shared) as second:
-        await bought(world)
+        await buy(world)
         lost.unbilled = False
-        facts, text = await bought(second, prompt="a hen")
+        facts, text = await buy(second, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
     assert task_id in text
@@ -117,19 +117,19 @@ async def test_an_order_under_a_former_key_of_another_profile_may_own_the_task_t
     """Profile one continues the account of its former key. Profile two knows only the new key."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
+    lost = LosesAnswers(simulator, unbilled=True)
     shared: Any = {"simulator": simulator, "clock": clock}
     async with open_world({"EVOLINK_API_KEY": OLD_KEY}, **shared) as before:
-        await bought(before, prompt="a harbour")
+        await buy(before, prompt="a harbour")
     for task in simulator.tasks.values():
         task.key = KEY
     async with (
         open_world(transport=lost, **shared) as world,
         open_world({"EVOLINK_MCP_PROFILE": "second"}, transport=lost, **shared) as second,
     ):
-        await bought(world)
+        await buy(world)
         lost.unbilled = False
-        facts, _ = await bought(second, prompt="a hen")
+        facts, _ = await buy(second, prompt="a hen")
     assert (facts["task_id"], facts["guess"]) == (None, False)
 
 
@@ -137,9 +137,9 @@ async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profi
     """Its account has a task that would fit. The lost answer belongs to the account that sent the order."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
+    lost = LosesAnswers(simulator, unbilled=True)
     async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
-        facts, _ = await bought(world)
+        facts, _ = await buy(world)
         assert (facts["task_id"], facts["status"]) == (None, "unknown")
     foreign_key = "sk-foreign-key-0123456789ab"
     simulator.create({**REQUEST, "model": "gpt-image-2"}, key=foreign_key)
@@ -147,25 +147,25 @@ async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profi
         open_world({"EVOLINK_API_KEY": foreign_key}, simulator=simulator, clock=clock) as world,
         world.client() as client,
     ):
-        listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
+        task_list = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
         (entry,) = [entry for entry in await world.studio.journal.recent(9) if entry.request]
         assert world.studio.jobs == []
-    (task,) = (task for task in listed["tasks"] if task["status"] == "unknown")
+    (task,) = (task for task in task_list["tasks"] if task["status"] == "unknown")
     assert (task["task_id"], task["charged"]) == (None, "unknown")
     assert entry.task is None
 
 
 @pytest.mark.parametrize("ahead_s", [-3 * 86_400.0, 3600.0])
 async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: float) -> None:
-    """EvoLink's `Date` tells how far the two clocks are apart."""
-    clock, foreign = Clock(), Clock()
-    foreign.now = clock.now + ahead_s
-    simulator = PlainSimulator(clock=foreign, duration_s=0)
-    lost = Loses(simulator, skew_s=0.0)
+    """EvoLink's `Date` header shows the difference of the two clocks."""
+    clock, evolink_clock = Clock(), Clock()
+    evolink_clock.now = clock.now + ahead_s
+    simulator = PlainSimulator(clock=evolink_clock, duration_s=0)
+    lost = LosesAnswers(simulator, skew_s=0.0)
     async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
         async with world.client() as client:
             await client.call_tool("get_balance", {})
-        facts, _ = await bought(world)
+        facts, _ = await buy(world)
     assert [facts["task_id"]] == list(simulator.tasks)
 
 
@@ -199,10 +199,10 @@ async def test_a_task_that_contradicts_the_entry_is_no_candidate(
 
 
 async def test_a_request_that_leaves_the_size_to_evolink_fits_any_of_its_sizes() -> None:
-    wish = entry(size="auto", quality="high", n=2)
+    lost_entry = entry(size="auto", quality="high", n=2)
     fits = [
-        c
-        for c in (2.0, 5.0, 20.0, 50.0, 87.0, 90.0, 150.0)
-        if not contradicts(wish, Task("t", created=NOW, credits_used=c), None)
+        credits
+        for credits in (2.0, 5.0, 20.0, 50.0, 87.0, 90.0, 150.0)
+        if not contradicts(lost_entry, Task("t", created=NOW, credits_used=credits), None)
     ]
     assert fits == [20.0, 50.0, 87.0]

@@ -1,4 +1,4 @@
-"""What one life leaves is taken up by the next, and what was bought and not received is handed over."""
+"""The next server continues the work of the last one, and an undelivered purchase is returned to the next identical call."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ HANDLE = {**LONG, "wait_seconds": 0}
 
 
 class Flaky(httpx.ASGITransport):
-    """Loses answers: of purchases that were taken (`lose`), or of the account's list (`no_list`)."""
+    """Lose the answers of accepted purchases (`loses_answers`) or of the task list (`loses_lists`)."""
 
     def __init__(self, simulator: QuickSimulator) -> None:
         super().__init__(simulator.app)
-        self.lose = self.no_list = False
+        self.loses_answers = self.loses_lists = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if self.no_list and request.url.path == "/v1/tasks":
+        if self.loses_lists and request.url.path == "/v1/tasks":
             raise httpx.ReadError("gone")
         reply = await super().handle_async_request(request)
-        if self.lose and request.url.path == "/v1/images/generations":
+        if self.loses_answers and request.url.path == "/v1/images/generations":
             raise httpx.ReadError("gone")
         return reply
 
 
 @asynccontextmanager
-async def flaky_world(open_world: Open, **lives: Any) -> AsyncIterator[tuple[World, Client, Flaky]]:
-    clock = lives.get("clock") or Clock()
-    simulator = lives.get("simulator") or QuickSimulator(clock=clock)
+async def flaky_world(open_world: Open, **options: Any) -> AsyncIterator[tuple[World, Client, Flaky]]:
+    clock = options.get("clock") or Clock()
+    simulator = options.get("simulator") or QuickSimulator(clock=clock)
     transport = Flaky(simulator)
     async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         CURRENT.studio = world.studio
@@ -53,21 +53,21 @@ async def flaky_world(open_world: Open, **lives: Any) -> AsyncIterator[tuple[Wor
             yield world, client, transport
 
 
-async def listed(client: Client, **arguments: Any) -> list[dict[str, Any]]:
+async def list_tasks(client: Client, **arguments: Any) -> list[dict[str, Any]]:
     answer = await client.call_tool("list_tasks", {"detail": True, **arguments})
     assert answer.is_error is False
     return answer.structured_content["tasks"]
 
 
-async def completed(client: Client, count: int) -> list[dict[str, Any]]:
+async def wait_for_completed(client: Client, count: int) -> list[dict[str, Any]]:
     while True:
-        tasks = await listed(client)
+        tasks = await list_tasks(client)
         if sum(any(image["path"] for image in task["images"]) for task in tasks) == count:
             return tasks
         await anyio.sleep(0)
 
 
-# --- the next life -------------------------------------------------------------------------------------------
+# --- the next server -----------------------------------------------------------------------------------------
 
 
 async def test_the_next_server_completes_the_tasks_of_the_last_one(open_world: Open) -> None:
@@ -78,7 +78,7 @@ async def test_the_next_server_completes_the_tasks_of_the_last_one(open_world: O
             await client.call_tool("generate_image", {**REQUEST, "prompt": f"fox {number}", "wait_seconds": 0})
     clock.now += 1000
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        tasks = await completed(client, 3)
+        tasks = await wait_for_completed(client, 3)
     assert [task["status"] for task in tasks] == ["completed"] * 3
     assert (world.posts, len(world.files)) == (3, 3)
 
@@ -114,7 +114,7 @@ async def test_a_failed_download_is_tried_again_by_the_next_server(open_world: O
         assert answer.is_error
         assert (facts["charged"], facts["images"][0]["url"] is not None) == ("yes", True)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        await completed(client, 1)
+        await wait_for_completed(client, 1)
     assert (world.posts, len(world.files)) == (1, 1)
 
 
@@ -124,8 +124,8 @@ async def test_an_image_that_was_moved_away_is_downloaded_again_until_its_link_e
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         answer = await client.call_tool("generate_image", REQUEST)
         world.files[0].unlink()
-        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
-    assert again.structured_content["images"][0]["path"] == str(world.files[0])
+        repeat = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+    assert repeat.structured_content["images"][0]["path"] == str(world.files[0])
     assert world.posts == 1
 
 
@@ -134,15 +134,15 @@ async def test_an_image_that_was_moved_away_is_downloaded_again_until_its_link_e
 async def test_the_charge_of_an_entry_of_a_dead_server_follows_from_its_phase(
     open_world: Open, tmp_path: Any, phase: Any, charged: str
 ) -> None:
-    """Before `sending` is on disk, provably nothing left; after it, nobody knows until EvoLink is asked."""
+    """Without the phase `sending` on the disk nothing was sent. With it, only EvoLink knows the outcome."""
     clock = Clock()
     async with open_world(simulator=QuickSimulator(clock=clock), clock=clock) as world, world.client() as client:
         dead = SqliteJournal(tmp_path / "data", world.studio.journal.account, clock=clock)
         entry = Entry(new_key(), dead.owner, phase, clock.now, request=REQUEST, account=dead.account, caller=dead.owner)
         await dead.intend(entry)
         await dead.close()
-        await listed(client)
-        while (tasks := await listed(client))[0]["error"] is None:
+        await list_tasks(client)
+        while (tasks := await list_tasks(client))[0]["error"] is None:
             await anyio.sleep(0)
     assert (tasks[0]["charged"], world.posts) == (charged, 0)
     assert tasks[0]["error"]["advice"] != ""
@@ -158,12 +158,12 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
         second_world.client() as second,
     ):
         await first.call_tool("generate_image", HANDLE)
-        assert len(await listed(second)) == 1
+        assert len(await list_tasks(second)) == 1
         assert second_world.studio.jobs == []
         assert len(first_world.studio.jobs) == 1
 
 
-# --- joined, or bought anew ----------------------------------------------------------------------------------
+# --- deduplicated or bought again ----------------------------------------------------------------------------
 
 
 async def test_an_identical_call_returns_the_purchase_of_a_call_that_timed_out(open_world: Open) -> None:
@@ -210,7 +210,7 @@ class CancellingClock(Clock):
 
 
 async def test_a_call_that_overtakes_the_cancellation_of_the_same_call_gets_its_purchase(open_world: Open) -> None:
-    """Over HTTP the cancellation is a request of its own and may arrive after the second call."""
+    """Over HTTP the cancellation is a separate request and may arrive after the second call."""
     clock = CancellingClock()
     async with open_world(clock=clock) as world:
         request = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), price_ceiling=9.0)
@@ -262,7 +262,7 @@ async def test_a_failed_task_is_not_returned_to_the_next_call(open_world: Open) 
 
 async def test_the_only_candidate_is_matched_and_followed_to_its_image(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
-        transport.lose = True
+        transport.loses_answers = True
         answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
         assert (facts["charged"], facts["status"], facts["credits"]) == ("unknown", "completed", None)
@@ -280,7 +280,7 @@ async def test_several_candidates_are_named_and_none_is_matched(open_world: Open
     async with flaky_world(open_world) as (world, client, transport):
         for _ in range(2):
             world.simulator.create({"model": "gpt-image-2", **REQUEST}, key=_key(world))
-        transport.lose = True
+        transport.loses_answers = True
         answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
     assert (answer.is_error, facts["charged"], facts["status"], facts["task_id"]) == (True, "unknown", "unknown", None)
@@ -290,51 +290,51 @@ async def test_several_candidates_are_named_and_none_is_matched(open_world: Open
 
 
 @pytest.mark.parametrize(
-    "stranger",
+    "other",
     [
         pytest.param({"created": -3600.0}, id="long before"),
         pytest.param({"created": 3600.0}, id="long after"),
         pytest.param({"known": True}, id="in the journal"),
     ],
 )
-async def test_tasks_that_contradict_the_request_are_not_matched(open_world: Open, stranger: dict[str, Any]) -> None:
+async def test_tasks_that_contradict_the_request_are_not_matched(open_world: Open, other: dict[str, Any]) -> None:
     async with flaky_world(open_world) as (world, client, transport):
-        if "known" in stranger:
+        if "known" in other:
             await client.call_tool("generate_image", LONG | {"wait_seconds": 0})
         else:
             world.simulator.create({"model": "gpt-image-2", "prompt": "x"}, key=_key(world))
             (task,) = world.simulator.tasks.values()
-            task.created += stranger["created"]
-        transport.lose = True
+            task.created += other["created"]
+        transport.loses_answers = True
         answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:500 nothing is created"})
     assert (answer.structured_content["charged"], answer.structured_content["task_id"]) == ("unknown", None)
 
 
 async def test_a_lost_answer_is_listed_and_matched_when_the_task_list_is_readable_again(open_world: Open) -> None:
     async with flaky_world(open_world) as (world, client, transport):
-        transport.lose = transport.no_list = True
+        transport.loses_answers = transport.loses_lists = True
         lost = await client.call_tool("generate_image", REQUEST)
         assert (lost.structured_content["charged"], lost.structured_content["task_id"]) == ("unknown", None)
-        (before,) = await listed(client, status="unknown")
+        (before,) = await list_tasks(client, status="unknown")
         assert (before["charged"], before["status"]) == ("unknown", "unknown")
-        softly = await client.call_tool("list_tasks", {"sync": True})
-        assert (softly.is_error, softly.structured_content["synced"]) == (False, False)
-        transport.no_list = False
+        second_list = await client.call_tool("list_tasks", {"sync": True})
+        assert (second_list.is_error, second_list.structured_content["synced"]) == (False, False)
+        transport.loses_lists = False
         await client.call_tool("list_tasks", {"sync": True})
-        tasks = await completed(client, 1)
+        tasks = await wait_for_completed(client, 1)
     assert [(task["charged"], task["status"]) for task in tasks] == [("unknown", "completed")]
     assert world.posts == 1
 
 
 async def test_two_lost_purchases_of_one_moment_are_not_matched(open_world: Open) -> None:
-    """Whose is whose nobody can say: both stay unknown, and both tasks are named."""
+    """Nothing shows which task belongs to which call. Both stay unknown, and both errors name both tasks."""
     async with flaky_world(open_world) as (world, client, transport):
-        transport.lose = transport.no_list = True
+        transport.loses_answers = transport.loses_lists = True
         await client.call_tool("generate_image", REQUEST)
         await client.call_tool("generate_image", {**REQUEST, "prompt": "a hen"})
-        transport.no_list = False
+        transport.loses_lists = False
         await client.call_tool("list_tasks", {"sync": True})
-        tasks = [task for task in await listed(client) if task["task_id"] is None]
+        tasks = [task for task in await list_tasks(client) if task["task_id"] is None]
     assert [task["charged"] for task in tasks] == ["unknown", "unknown"]
     assert all(task_id in task["error"]["advice"] for task in tasks for task_id in world.simulator.tasks)
 
@@ -361,7 +361,7 @@ async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(open_w
     for task in simulator.tasks.values():
         task.duration = 0
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        tasks = await completed(client, 1)
+        tasks = await wait_for_completed(client, 1)
     assert [task["task_id"] for task in tasks] == list(simulator.tasks)
     assert world.posts == 1
 

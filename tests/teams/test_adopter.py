@@ -133,10 +133,10 @@ async def order(studio: Studio) -> Job:
 async def dying_server(url: str, folder: Path, tenant: Tenant, simulator: PlainSimulator) -> AsyncIterator[Job]:
     """Buy an image at a server whose session ends with the context. It releases no entry."""
     async with AsyncExitStack() as stack:
-        doomed = await stack.enter_async_context(replica(url, folder, ANNA, simulator=simulator))
-        studio, _ = await stack.enter_async_context(doomed.studios.open(tenant))
+        victim = await stack.enter_async_context(replica(url, folder, ANNA, simulator=simulator))
+        studio, _ = await stack.enter_async_context(victim.studios.open(tenant))
         yield await order(studio)
-        await doomed.database.close()
+        await victim.database.close()
 
 
 def tenant_of(folder: Path, text: str) -> Tenant:
@@ -212,24 +212,26 @@ async def test_an_idle_open_tenant_executes_no_statement(url: str, tmp_path: Pat
 async def test_the_entry_of_a_tenant_with_a_key_in_the_tokens_file_is_adopted(url: str, tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
     anna = tenant_of(tmp_path, ANNA_WITH_KEY)
-    async with replica(url, tmp_path, ANNA_WITH_KEY, simulator=simulator) as heir:
+    async with replica(url, tmp_path, ANNA_WITH_KEY, simulator=simulator) as successor:
         async with dying_server(url, tmp_path / "doomed", anna, simulator):
-            await heir.adopter.adopt()
-            assert heir.open_names == []
+            await successor.adopter.adopt()
+            assert successor.open_names == []
         finish_tasks(simulator)
         before = len(key_polls(simulator))
-        await heir.adopt_until_saved(tmp_path / "data")
+        await successor.adopt_until_saved(tmp_path / "data")
         assert set(key_polls(simulator)[before:]) == {"Bearer sk-annas-own"}
     assert len(simulator.tasks) == 1
 
 
-async def check_adoption(url: str, folder: Path, heir_block: str, tenant: Tenant, simulator: PlainSimulator) -> None:
+async def check_adoption(
+    url: str, folder: Path, successor_block: str, tenant: Tenant, simulator: PlainSimulator
+) -> None:
     """Let a server with this tokens file finish the task of the tenant after the death of its owner. It buys nothing."""
-    async with replica(url, folder, heir_block, simulator=simulator) as heir:
+    async with replica(url, folder, successor_block, simulator=simulator) as successor:
         async with dying_server(url, folder / "doomed", tenant, simulator):
             pass
         finish_tasks(simulator)
-        await heir.adopt_until_saved(folder / "data")
+        await successor.adopt_until_saved(folder / "data")
     assert len(simulator.tasks) == 1
 
 
@@ -239,13 +241,13 @@ async def test_the_entry_of_a_tenant_with_a_jwt_is_adopted_with_the_servers_key(
 
 async def test_an_open_tenant_adopts_its_entry_without_a_call(url: str, tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
-        await heir.call("a")
+    async with replica(url, tmp_path, ANNA, simulator=simulator) as successor:
+        await successor.call("a")
         async with dying_server(url, tmp_path / "doomed", Tenant("anna"), simulator):
             pass
         finish_tasks(simulator)
-        await heir.adopt_until_saved(tmp_path / "data")
-        assert heir.open_names == ["anna"]
+        await successor.adopt_until_saved(tmp_path / "data")
+        assert successor.open_names == ["anna"]
     assert len(simulator.tasks) == 1
 
 
@@ -255,20 +257,20 @@ async def test_the_entry_of_a_frozen_server_is_adopted_after_its_deadline(
     """Its session stays open, and no heartbeat comes."""
     simulator = PlainSimulator(duration_s=3600)
     async with (
-        replica(url, tmp_path, ANNA, simulator=simulator) as heir,
+        replica(url, tmp_path, ANNA, simulator=simulator) as successor,
         replica(url, tmp_path / "frozen", ANNA, simulator=simulator) as frozen,
         frozen.studios.open(Tenant("anna")) as (studio, _),
     ):
         await order(studio)
-        await heir.adopter.adopt()
-        assert heir.open_names == []
+        await successor.adopter.adopt()
+        assert successor.open_names == []
         with cluster.admin(name_of(url)) as db:
             number = int(frozen.database.owner.removeprefix("server-"))
             db.execute("UPDATE evolink_servers SET lease_until = clock_timestamp() WHERE number = %s", (number,))
-        await heir.adopter.adopt()
-        assert heir.open_names == ["anna"]
+        await successor.adopter.adopt()
+        assert successor.open_names == ["anna"]
         (entry,) = await studio.journal.recent(1)
-        assert entry.owner == heir.database.owner
+        assert entry.owner == successor.database.owner
         assert await studio.journal.update(entry) is False
     assert len(simulator.tasks) == 1
 
@@ -282,17 +284,17 @@ async def test_a_tenant_is_opened_once_for_an_entry_of_an_unknown_account(
     """The caller sent an EvoLink key with the request. Only the test of the server's key needs the studio."""
     simulator = PlainSimulator(duration_s=3600)
     caller = tenant_of(tmp_path / "caller", ANNA_WITH_KEY)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
+    async with replica(url, tmp_path, ANNA, simulator=simulator) as successor:
         async with dying_server(url, tmp_path / "doomed", caller, simulator) as job:
             pass
         before = len(key_polls(simulator))
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         assert key_polls(simulator)[before:] == ["Bearer sk-test-key"]
         statements.clear()
-        await heir.adopter.adopt()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
+        await successor.adopter.adopt()
         assert len(statements) <= 2 * 3, statements
-        journal = PostgresJournal(heir.database, profile="anna")
+        journal = PostgresJournal(successor.database, profile="anna")
         entry = await journal.by_key(job.entry.key)
         assert entry is not None
         assert (entry.owner, entry.status) == ("", "pending")
@@ -309,11 +311,11 @@ async def test_a_replaced_key_of_the_same_account_continues_the_entry(url: str, 
 async def test_without_a_key_for_the_tenant_no_studio_is_opened(url: str, tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
     bert = block("bert", "b", evolink_key="sk-berts-key")
-    async with replica(url, tmp_path, bert, simulator=simulator, EVOLINK_API_KEY="") as heir:
+    async with replica(url, tmp_path, bert, simulator=simulator, EVOLINK_API_KEY="") as successor:
         async with dying_server(url, tmp_path / "doomed", Tenant("anna"), simulator):
             pass
-        await heir.adopter.adopt()
-        assert heir.open_names == []
+        await successor.adopter.adopt()
+        assert successor.open_names == []
 
 
 async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_hour(
@@ -321,26 +323,26 @@ async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_h
 ) -> None:
     """EvoLink does not accept the key, so each try would fail."""
     simulator = PlainSimulator(duration_s=3600)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
+    async with replica(url, tmp_path, ANNA, simulator=simulator) as successor:
         async with dying_server(url, tmp_path / "doomed", Tenant("anna"), simulator):
             pass
         simulator.keys = {}
-        await heir.adopter.adopt()
-        while any(studio.jobs for studio in heir.studios):
+        await successor.adopter.adopt()
+        while any(studio.jobs for studio in successor.studios):
             await anyio.sleep(0.01)
-        await heir.adopter.adopt()  # the release of the entry looks like that of another server
+        await successor.adopter.adopt()  # the release of the entry looks like that of another server
         statements.clear()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         idle = list(statements)
         assert len(idle) <= 3
         with cluster.admin(name_of(url)) as db:  # another server adopted it and died
             db.execute("UPDATE evolink_entries SET owner = 'server-7'")
         statements.clear()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         assert len(statements) > len(idle) + 4, statements
-        heir.now_s += TRY_AGAIN_AFTER_S
+        successor.now_s += TRY_AGAIN_AFTER_S
         statements.clear()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         assert len(statements) > len(idle)
 
 
@@ -376,7 +378,7 @@ async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_
     """The owner died during the POST, so only the callback knows the task."""
     simulator = PlainSimulator(duration_s=0)
     async with (
-        replica(url, tmp_path, ANNA, simulator=simulator, **PUBLIC) as heir,
+        replica(url, tmp_path, ANNA, simulator=simulator, **PUBLIC) as successor,
         replica(url, tmp_path / "other", ANNA, simulator=simulator, **PUBLIC) as other,
     ):
         async with (
@@ -389,13 +391,13 @@ async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_
                 db.execute(
                     "UPDATE evolink_entries SET phase = 'sending', status = 'unknown', task = NULL, task_id = NULL"
                 )
-            await heir.adopter.receive_callback(studio.journal.channel, key, task_id)
-            assert heir.open_names == ["anna"]
+            await successor.adopter.receive_callback(studio.journal.channel, key, task_id)
+            assert successor.open_names == ["anna"]
             await dead.database.close()
         while not list((tmp_path / "data").rglob("copies/*.png")):
-            await (heir, other)[adopts].adopter.adopt()
+            await (successor, other)[adopts].adopter.adopt()
             await anyio.sleep(0.01)
-        (entry,) = await PostgresJournal(heir.database, profile="anna").recent(1)
+        (entry,) = await PostgresJournal(successor.database, profile="anna").recent(1)
         assert (entry.task_id, entry.is_unconfirmed) == (task_id, False)
 
 

@@ -65,15 +65,15 @@ def url(cluster: Any) -> str:
 
 
 @pytest.fixture
-async def opened(url: str) -> AsyncIterator[Callable[..., Any]]:
+async def open_journal(url: str) -> AsyncIterator[Callable[..., Any]]:
     """Return a function that opens the journal of another server, with its own session. `times` are in DatabaseTimes."""
     async with AsyncExitStack() as stack:
 
-        async def server(**times: float) -> PostgresJournal:
+        async def open_server(**times: float) -> PostgresJournal:
             database = await stack.enter_async_context(open_database(url, patient_times(**times)))
             return PostgresJournal(database, "a1")
 
-        yield server
+        yield open_server
 
 
 def name_of(url: str) -> str:
@@ -98,51 +98,51 @@ def ended(db: Any, journal: PostgresJournal) -> None:
 
 
 async def test_the_entries_of_a_dead_server_are_adopted_after_the_grace_time_and_not_before(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
-    dead, heir = await opened(), await opened()
+    dead, successor = await open_journal(), await open_journal()
     await dead.intend(orphan := entry(dead, caller=dead.owner))
-    assert await heir.adopt() == []
+    assert await successor.adopt() == []
     await dead.database.close()  # the session ends and releases no entry
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
-        assert await heir.adopt() == []
-        assert await heir.acquire(orphan.key) is False
+        assert await successor.adopt() == []
+        assert await successor.acquire(orphan.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '3 seconds'")
-        assert await heir.acquire(orphan.key) is False
+        assert await successor.acquire(orphan.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '1 second'")
-    assert await heir.adopt() == [replace(orphan, owner=heir.owner, caller="")]
+    assert await successor.adopt() == [replace(orphan, owner=successor.owner, caller="")]
 
 
 async def test_a_frozen_server_loses_its_entries_after_its_deadline_and_its_late_writes_change_nothing(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """Its session stays open, and no heartbeat comes."""
-    frozen, heir = await opened(), await opened(grace_s=0.0)
+    frozen, successor = await open_journal(), await open_journal(grace_s=0.0)
     await frozen.intend(orphan := entry(frozen, caller=frozen.owner))
     former_owner = frozen.owner
     with cluster.admin(name_of(url)) as db:
         move_deadline = "UPDATE evolink_servers SET lease_until = clock_timestamp() + %s * interval '1 second'"
         db.execute(move_deadline, (60,))
-        assert await heir.adopt() == []
+        assert await successor.adopt() == []
         db.execute(move_deadline, (-1,))
-        newcomer = await opened()
+        newcomer = await open_journal()
         assert await newcomer.adopt() == []  # after an outage of the database, the others may be about to reconnect
-        assert await heir.adopt() == [replace(orphan, owner=heir.owner, caller="")]
+        assert await successor.adopt() == [replace(orphan, owner=successor.owner, caller="")]
         assert await frozen.update(replace(orphan, phase="sending")) is False
         assert await frozen.acquire(orphan.key) is False
-        assert await heir.by_key(orphan.key) == replace(orphan, owner=heir.owner, caller="")
+        assert await successor.by_key(orphan.key) == replace(orphan, owner=successor.owner, caller="")
         # A late heartbeat does not bring the lease back.
         cut(cluster, url)
     await until(lambda: frozen.owner != former_owner and frozen.has_lease)
     await frozen.intend(new_entry := entry(frozen))
     assert (await frozen.by_key(new_entry.key)).owner == frozen.owner
-    assert await heir.adopt() == []
+    assert await successor.adopt() == []
 
 
-async def test_a_state_without_a_task_never_replaces_a_certain_task(opened: Any) -> None:
+async def test_a_state_without_a_task_never_replaces_a_certain_task(open_journal: Any) -> None:
     """Another server may have recorded the task while this one searched for it."""
-    journal = await opened()
+    journal = await open_journal()
     await journal.intend(own_entry := entry(journal))
     certain = replace(own_entry, phase="submitted", task=Task("task-unified-1", "pending"))
     assert await journal.update(certain) is True
@@ -153,9 +153,9 @@ async def test_a_state_without_a_task_never_replaces_a_certain_task(opened: Any)
     assert await journal.update(replace(own_entry, phase="unknown")) is True
 
 
-async def test_a_closed_journal_leaves_no_callback_behind(opened: Any) -> None:
+async def test_a_closed_journal_leaves_no_callback_behind(open_journal: Any) -> None:
     """The server of a team closes the studio of an idle tenant and continues with the same database."""
-    journal = await opened()
+    journal = await open_journal()
     journal.listen(lambda notification: None)
     stop_listening = journal.listen(lambda notification: None)
     journal.when_lost(lambda: None)
@@ -171,43 +171,46 @@ async def orphans_at(journal: PostgresJournal) -> list[Orphan]:
 
 
 async def test_other_servers_find_the_entries_of_a_dead_server_in_all_profiles(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """Their images are paid, and the tenants may never call again."""
-    server, heir = await opened(), await opened()
+    server, successor = await open_journal(), await open_journal()
     dead = PostgresJournal(server.database, "a1", profile="anna at https://login.example.org")
     await dead.intend(orphan := entry(dead))
-    assert await orphans_at(heir) == []  # a live server owns it
+    assert await orphans_at(successor) == []  # a live server owns it
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
-        assert await orphans_at(heir) == []
+        assert await orphans_at(successor) == []
         db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
-    assert await orphans_at(heir) == [Orphan(dead.profile, "a1", orphan.key, dead.owner)]
-    assert await orphans_at(heir) == [Orphan(dead.profile, "a1", orphan.key, "")]
+    assert await orphans_at(successor) == [Orphan(dead.profile, "a1", orphan.key, dead.owner)]
+    assert await orphans_at(successor) == [Orphan(dead.profile, "a1", orphan.key, "")]
 
 
 async def test_the_wait_of_a_dead_servers_call_ends_in_all_profiles_and_accounts(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
-    dead, heir = await opened(), await opened(grace_s=0.0)
-    living = PostgresJournal(heir.database, "b2", profile="bert")
+    dead, successor = await open_journal(), await open_journal(grace_s=0.0)
+    living = PostgresJournal(successor.database, "b2", profile="bert")
     await living.intend(awaited := entry(living, account="b2", caller=dead.owner, fingerprint="f"))
     await living.intend(own := entry(living, account="b2", caller=living.owner))
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
         ended(db, dead)
-    assert await orphans_at(heir) == []
+    assert await orphans_at(successor) == []
     assert await living.by_key(awaited.key) == replace(awaited, caller="")
     assert await living.by_key(own.key) == own
     assert await living.claim(awaited.key) is True
 
 
 async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """The client calls again at another server, long before that server may adopt the entry."""
-    first, second = await opened(stop_after_s=600.0), await opened(stop_after_s=600.0)  # no heartbeat during the test
+    first, second = (
+        await open_journal(stop_after_s=600.0),
+        await open_journal(stop_after_s=600.0),
+    )  # no heartbeat during the test
     await first.intend(own_entry := entry(first, caller=first.owner, fingerprint="f"))
     assert ((await second.undelivered(("f",), 0)).entries, await second.claim(own_entry.key)) == ([], False)
     assert [(await server.undelivered(("f",), 0)).is_awaited for server in (second, first)] == [True, False]
@@ -222,15 +225,15 @@ async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
             assert (await second.undelivered(("f",), 0)).entries == [own_entry]
             assert await second.claim(own_entry.key, first.owner) is True
         assert await second.acquire(own_entry.key) is False
-    third = await opened()
+    third = await open_journal()
     assert (await third.undelivered(("f",), 0)).entries == []
 
 
 async def test_a_server_that_reconnects_hides_no_entry_behind_a_call_that_ended_meanwhile(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """The end of the call was not recorded without the database, and the client calls again at another server."""
-    first, second = await opened(), await opened()
+    first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first, caller=first.owner, fingerprint="f"))
     await second.intend(other_entry := entry(second, caller=second.owner))
     with cluster.admin(name_of(url)) as db:
@@ -243,8 +246,8 @@ async def test_a_server_that_reconnects_hides_no_entry_behind_a_call_that_ended_
     assert await first.by_key(other_entry.key) == other_entry
 
 
-async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(opened: Any, cluster: Any, url: str) -> None:
-    first, second = await opened(), await opened()
+async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(open_journal: Any, cluster: Any, url: str) -> None:
+    first, second = await open_journal(), await open_journal()
     stopped: list[str] = []
     first.when_lost(lambda: stopped.append("one"))
     await first.intend(own_entry := entry(first))
@@ -260,9 +263,9 @@ async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(opened: Any
 
 
 async def test_a_server_stops_its_work_without_the_database_and_continues_with_it(
-    opened: Any, cluster: Any, caplog: pytest.LogCaptureFixture
+    open_journal: Any, cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = await opened(stop_after_s=0.6)
+    first = await open_journal(stop_after_s=0.6)
     stopped: list[str] = []
     first.when_lost(lambda: stopped.append("one"))
     await first.intend(own_entry := entry(first))
@@ -380,9 +383,9 @@ async def test_the_heartbeats_exchange_the_requests_of_tenants(url: str) -> None
         assert [second.rates.failure("anna", None) is None for _ in range(2)] == [True, False]
 
 
-async def test_a_search_is_planned_for_its_word(opened: Any) -> None:
+async def test_a_search_is_planned_for_its_word(open_journal: Any) -> None:
     """A prepared statement soon has one plan for all words, which reads every match of a frequent word."""
-    journal = await opened()
+    journal = await open_journal()
     await journal.intend(entry(journal, request={"prompt": "a red fox"}))
     for words in [("fox",), ()] * 20:
         assert len(await journal.recent(5, words=words)) == 1
@@ -403,8 +406,8 @@ async def test_all_servers_have_the_time_of_the_database(url: str) -> None:
         assert abs(database.now() - row["now"]) < 60
 
 
-async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url: str) -> None:
-    first, second = await opened(), await opened()
+async def test_the_other_servers_of_the_profile_receive_changes(open_journal: Any, url: str) -> None:
+    first, second = await open_journal(), await open_journal()
     async with open_database(url, PATIENT) as third:
         deliveries: list[tuple[str, Notification]] = []
         for name, journal in (
@@ -441,13 +444,13 @@ async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url
     ]
 
 
-async def test_a_closed_studio_receives_no_notification(opened: Any, url: str, tmp_path: Path) -> None:
+async def test_a_closed_studio_receives_no_notification(open_journal: Any, url: str, tmp_path: Path) -> None:
     """Its server continues, and so do the studios of other tenants."""
     settings = TeamSettings.from_environment({
         "EVOLINK_API_KEY": KEY, "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": SECRET,
         "EVOLINK_MCP_DATA_DIR": str(tmp_path), "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path),
     })  # fmt: skip
-    second = await opened()
+    second = await open_journal()
     async with open_database(url, PATIENT) as database:
         async with open_studio(settings, team_parts(settings, database)) as studio:
             neighbour = PostgresJournal(second.database, studio.journal.account)
@@ -466,9 +469,9 @@ async def test_a_closed_studio_receives_no_notification(opened: Any, url: str, t
 
 @pytest.mark.parametrize("guess", [None, "task-unified-guess"])
 async def test_a_received_task_id_is_written_even_if_another_server_adopted_the_entry(
-    opened: Any, guess: str | None
+    open_journal: Any, guess: str | None
 ) -> None:
-    first, second = await opened(), await opened()
+    first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first))
     await first.update(sent := replace(own_entry, phase="sending"))
     await first.release(own_entry.key)
@@ -483,8 +486,8 @@ async def test_a_received_task_id_is_written_even_if_another_server_adopted_the_
     assert await second.update(replace(adopted, phase="unknown")) is False
 
 
-async def test_a_confirmed_task_of_another_server_is_not_overwritten(opened: Any) -> None:
-    first, second = await opened(), await opened()
+async def test_a_confirmed_task_of_another_server_is_not_overwritten(open_journal: Any) -> None:
+    first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first))
     await first.release(own_entry.key)
     assert await second.acquire(own_entry.key)
@@ -497,9 +500,9 @@ async def test_a_confirmed_task_of_another_server_is_not_overwritten(opened: Any
     assert await first.by_key(own_entry.key) == confirmed
 
 
-async def test_writes_of_one_entry_happen_in_the_order_of_their_calls(opened: Any) -> None:
+async def test_writes_of_one_entry_happen_in_the_order_of_their_calls(open_journal: Any) -> None:
     """A cancelled caller leaves a running write behind. A later write must not overtake it."""
-    database = (await opened()).database
+    database = (await open_journal()).database
     finished: list[str] = []
 
     async def slow(_: Any) -> None:

@@ -62,14 +62,14 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
-async def opened(pair: Pair) -> AsyncIterator[Callable[..., Any]]:
+async def open_journal(pair: Pair) -> AsyncIterator[Callable[..., Any]]:
     async with AsyncExitStack() as stack:
 
-        async def server(**times: float) -> PostgresJournal:
+        async def open_server(**times: float) -> PostgresJournal:
             database = await stack.enter_async_context(open_database(pair.url, patient_times(**times)))
             return PostgresJournal(database, "a1")
 
-        yield server
+        yield open_server
 
 
 def entry(journal: PostgresJournal, **fields: Any) -> Entry:
@@ -90,8 +90,8 @@ async def returned(pair: Pair, *journals: PostgresJournal) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_entries_and_states_that_the_standby_lacks_are_written_back(pair: Pair, opened: Any) -> None:
-    first, second = await opened(), await opened()
+async def test_entries_and_states_that_the_standby_lacks_are_written_back(pair: Pair, open_journal: Any) -> None:
+    first, second = await open_journal(), await open_journal()
     await first.intend(replicated := entry(first))
     pair.disconnect()
     task = Task("task-unified-1", "completed", results=("https://images.example/1.png",))
@@ -119,8 +119,8 @@ async def test_entries_and_states_that_the_standby_lacks_are_written_back(pair: 
     assert (await first.by_key(lost.key)).phase == "unknown"
 
 
-async def test_no_server_continues_before_all_live_servers_have_written_back(pair: Pair, opened: Any) -> None:
-    server = await opened()
+async def test_no_server_continues_before_all_live_servers_have_written_back(pair: Pair, open_journal: Any) -> None:
+    server = await open_journal()
     with pair.primary.admin(pair.name) as db:
         # A server that was alive at the failover and never returns.
         db.execute("INSERT INTO evolink_servers (number, lease_until, timeline) OVERRIDING SYSTEM VALUE "
@@ -191,9 +191,9 @@ async def test_a_role_without_the_right_to_see_the_timeline_works_without_write_
 
 
 async def test_an_asynchronous_standby_is_a_warning_at_the_start(
-    pair: Pair, opened: Any, caplog: pytest.LogCaptureFixture
+    pair: Pair, open_journal: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await opened()
+    await open_journal()
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
         "a standby of the database replicates asynchronously, so a failover can lose the last purchases if their server "
         "ends too; set synchronous_standby_names"

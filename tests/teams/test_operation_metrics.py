@@ -143,9 +143,9 @@ async def test_a_take_over_is_counted_and_its_audit_line_has_no_request(
         group = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(group.cancel_scope.cancel)
         transport = httpx.ASGITransport(team.simulator.app)
-        async with open_team_database(team.settings.database_url, patient_times()) as doomed:
+        async with open_team_database(team.settings.database_url, patient_times()) as victim:
             team.simulator.duration_s = 3600
-            studios = Studios(team.settings, doomed, shared_decoder(), group, transport=transport)
+            studios = Studios(team.settings, victim, shared_decoder(), group, transport=transport)
             studio, _ = await stack.enter_async_context(studios.open(Tenant("anna")))
             await studio.order(ImageRequest(GenerationRequest(prompt="a fox", size="1024x640"), 9.0))
             while (await studio.journal.recent(1))[0].task is None:

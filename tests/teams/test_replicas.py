@@ -97,10 +97,10 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
         stack.callback(group.cancel_scope.cancel)
         settings = team.settings
         transport = httpx.ASGITransport(team.simulator.app)
-        async with open_team_database(settings.database_url, patient_times()) as doomed:
-            assert doomed is not None
+        async with open_team_database(settings.database_url, patient_times()) as victim:
+            assert victim is not None
             team.simulator.duration_s = 3600
-            studios = Studios(settings, doomed, shared_decoder(), group, transport=transport)
+            studios = Studios(settings, victim, shared_decoder(), group, transport=transport)
             studio, _ = await stack.enter_async_context(studios.open(person))
             wish = GenerationRequest(prompt="a fox", size="1024x640")
             await studio.order(ImageRequest(wish, 9.0))
