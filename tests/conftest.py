@@ -247,9 +247,9 @@ def cluster() -> Iterator[Any]:
     """A PostgreSQL server for the tests."""
     if sys.platform == "win32":
         pytest.skip("needs PostgreSQL for Windows")
-    from cluster import programs, running
+    from cluster import find_programs, run_cluster
 
-    if programs() is None:
+    if find_programs() is None:
         pytest.skip("needs PostgreSQL, for example Debian's package postgresql")
-    with running() as server:
+    with run_cluster() as server:
         yield server

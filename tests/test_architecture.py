@@ -331,11 +331,11 @@ def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_versi
 
 
 def test_only_the_outer_edges_of_coroutines_and_threads_catch_everything() -> None:
-    match = [
+    modules_with_broad_except = [
         name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
     ]
     edges = ["journal.actions", "studio.jobs", "transports.stdio_lines"]
-    assert sorted(set(match) - {"journal.sqlite", "journal.migrations"}) == edges
+    assert sorted(set(modules_with_broad_except) - {"journal.sqlite", "journal.migrations"}) == edges
 
 
 def test_no_module_has_a_generic_name() -> None:
@@ -368,7 +368,7 @@ def root_name(node: ast.AST) -> str:
 def private_uses(module: ast.Module) -> list[tuple[int, str]]:
     """Line and text of each use of a private part, and of each change of a part of the package."""
     names = package_names(module)
-    outside = imported_elsewhere(module)
+    outside = names_of_other_packages(module)
     uses: list[tuple[int, str]] = []
     for node in ast.walk(module):
         if isinstance(node, ast.Attribute):
@@ -385,7 +385,7 @@ def private_uses(module: ast.Module) -> list[tuple[int, str]]:
     return uses
 
 
-def imported_elsewhere(module: ast.Module) -> set[str]:
+def names_of_other_packages(module: ast.Module) -> set[str]:
     """The names that this module imports from other packages than ours."""
     nodes = [node for node in ast.walk(module) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}

@@ -122,17 +122,17 @@ async def test_no_error_and_no_traceback_contains_the_key(gateway: Gateway) -> N
     with anyio.fail_after(300):
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             for _ in range(len(gateway.purchases)):
-                with pytest.raises(EvolinkError) as caught:
+                with pytest.raises(EvolinkError) as error:
                     await client.submit({"prompt": "x"}, idempotency_key="k" * 20, on_sending=record_nothing)
                 texts += [
-                    "".join(traceback.format_exception(caught.value)),
-                    repr(caught.value),
-                    str(vars(caught.value)),
+                    "".join(traceback.format_exception(error.value)),
+                    repr(error.value),
+                    str(vars(error.value)),
                 ]
             for read in (client.balance, client.recent_tasks, lambda: client.task("task-unified-1-x")):
-                with pytest.raises(EvolinkError) as caught:
+                with pytest.raises(EvolinkError) as error:
                     await read()
-                texts += ["".join(traceback.format_exception(caught.value)), repr(caught.value)]
+                texts += ["".join(traceback.format_exception(error.value)), repr(error.value)]
             texts += [repr(client), str(vars(client))]
     assert [traces_in(text) for text in texts] == [[]] * len(texts)
     assert any("(the key)" in text for text in texts)

@@ -16,19 +16,19 @@ pytestmark = pytest.mark.anyio
 V4, V6, INSIDE = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "10.0.0.7"
 
 
-class Wire(httpx.AsyncBaseTransport):
+class FakeTransport(httpx.AsyncBaseTransport):
     """Notes where a request would connect to."""
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
-        self.closed = False
+        self.is_closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
         return httpx.Response(200)
 
     async def aclose(self) -> None:
-        self.closed = True
+        self.is_closed = True
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "chosen"),
+    ("addresses", "chosen_address"),
     [
         pytest.param([V4], V4, id="IPv4"),
         pytest.param([V6], V6, id="IPv6"),
@@ -55,19 +55,19 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     ],
 )
 async def test_the_client_connects_to_the_checked_address(
-    names: dict[str, list[str]], addresses: list[str], chosen: str
+    names: dict[str, list[str]], addresses: list[str], chosen_address: str
 ) -> None:
     names["files.example.net"] = addresses
-    wire = Wire()
-    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+    transport = FakeTransport()
+    async with httpx.AsyncClient(transport=CheckedAddress(transport)) as client:
         answer = await client.get("https://files.example.net/a.png?b=c")
-    (request,) = wire.requests
+    (request,) = transport.requests
     assert answer.status_code == 200
-    assert request.url.host == chosen
+    assert request.url.host == chosen_address
     assert request.url.raw_path == b"/a.png?b=c"
     # The certificate and the virtual host are those of the name, not of the address.
     assert (request.headers["host"], request.extensions["sni_hostname"]) == ("files.example.net", "files.example.net")
-    assert wire.closed
+    assert transport.is_closed
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ async def test_the_client_connects_to_the_checked_address(
 )
 async def test_a_name_with_an_internal_address_is_refused(names: dict[str, list[str]], addresses: list[str]) -> None:
     names["files.example.net"] = addresses
-    wire = Wire()
-    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+    transport = FakeTransport()
+    async with httpx.AsyncClient(transport=CheckedAddress(transport)) as client:
         with pytest.raises(httpx.ConnectError, match="is not a public address"):
             await client.get("https://files.example.net/a.png")
-    assert wire.requests == []
+    assert transport.requests == []
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ async def test_an_address_behind_dns64_is_checked_by_its_ipv4_address(
     names: dict[str, list[str]], addresses: list[str], public: bool
 ) -> None:
     names["files.example.net"] = addresses
-    wire = Wire()
-    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+    transport = FakeTransport()
+    async with httpx.AsyncClient(transport=CheckedAddress(transport)) as client:
         if public:
             await client.get("https://files.example.net/1.png")
         else:
             with pytest.raises(httpx.ConnectError):
                 await client.get("https://files.example.net/1.png")
-    assert len(wire.requests) == int(public)
+    assert len(transport.requests) == int(public)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "through"),
+    ("variables", "expected_proxy"),
     [
         pytest.param({"HTTPS_PROXY": "http://proxy:3128"}, "http://proxy:3128", id="HTTPS_PROXY"),
         pytest.param({"ALL_PROXY": "socks5://proxy:1080"}, "socks5://proxy:1080", id="ALL_PROXY"),
@@ -134,31 +134,31 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_the_check_is_decided_for_each_url(
     names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, no_proxies: None, variables: dict[str, str],
-    through: str | None,
+    expected_proxy: str | None,
 ) -> None:  # fmt: skip
     """The client never connects to an internal address. Only a proxy may."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     names["files.example.net"] = [INSIDE]
-    used: list[str] = []
-    wire, behind = Wire(), Wire()
+    used_proxies: list[str] = []
+    transport, behind = FakeTransport(), FakeTransport()
 
-    def proxied(proxy: str) -> httpx.AsyncBaseTransport:
-        used.append(proxy)
+    def open_proxy(proxy: str) -> httpx.AsyncBaseTransport:
+        used_proxies.append(proxy)
         return behind
 
-    async with httpx.AsyncClient(transport=CheckedAddress(wire, proxied)) as client:
-        if through is None:
+    async with httpx.AsyncClient(transport=CheckedAddress(transport, open_proxy)) as client:
+        if expected_proxy is None:
             with pytest.raises(httpx.ConnectError):
                 await client.get("https://files.example.net/1.png")
         else:
             await client.get("https://files.example.net/1.png")
-    assert (used, len(behind.requests), wire.requests) == (
-        [through] * (through is not None),
-        int(through is not None),
+    assert (used_proxies, len(behind.requests), transport.requests) == (
+        [expected_proxy] * (expected_proxy is not None),
+        int(expected_proxy is not None),
         [],
     )
-    assert wire.closed
+    assert transport.is_closed
 
 
 async def test_the_key_does_not_go_through_a_proxy_unencrypted(

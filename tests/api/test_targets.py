@@ -88,7 +88,7 @@ def test_another_gravity_is_refused(text: str) -> None:
     ],
 )
 def test_a_refusal_is_one_line_and_names_the_nearest_valid_value(text: str, advice: str) -> None:
-    with pytest.raises(UnknownTarget) as caught:
+    with pytest.raises(UnknownTarget) as refusal:
         parse_target(text)
-    assert advice in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert advice in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -166,9 +166,9 @@ def test_a_missing_file_is_created_for_its_user_only_and_undo_deletes_it(user: U
 def test_a_second_installation_changes_nothing(user: User, name: str) -> None:
     user.write(name)
     user.run(name)
-    once = contents(user.home)
+    first_contents = contents(user.home)
     assert user.run(name) == 0
-    assert contents(user.home) == once
+    assert contents(user.home) == first_contents
     assert "is up to date" in user.output[0]
 
 
@@ -318,10 +318,10 @@ def test_a_changed_block_stays_until_undo(user: User) -> None:
     file = user.write("cursor")
     user.run("cursor")
     file.write_text(file.read_text().replace("/opt/evolink mcp/", "/mine/"), newline="\n")
-    edited = file.read_bytes()
+    edited_content = file.read_bytes()
     assert user.run("cursor", key=OTHER_KEY) == 0
     assert "that you changed" in user.output[0]
-    assert file.read_bytes() == edited
+    assert file.read_bytes() == edited_content
     user.run(undo=True)
     assert file.read_text() == SERVERS
 

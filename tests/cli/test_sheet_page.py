@@ -115,8 +115,8 @@ async def test_the_search_of_the_page_ignores_case_and_accents(tmp_path: Path, s
     file.write_text(page, "utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     env = minimal_environment(tmp_path)  # Chromium writes into its home
-    done = await anyio.run_process([chromium, *options, file.as_uri()], stderr=subprocess.DEVNULL, env=env)
-    text = done.stdout.decode()
+    process = await anyio.run_process([chromium, *options, file.as_uri()], stderr=subprocess.DEVNULL, env=env)
+    text = process.stdout.decode()
     assert f"<output>{status}</output>" in text
-    shown = len(re.findall(r"<article(?![^>]* hidden)", text))
-    assert shown == {"1 of 3 images": 1, "": 3}.get(status, 0)
+    shown_count = len(re.findall(r"<article(?![^>]* hidden)", text))
+    assert shown_count == {"1 of 3 images": 1, "": 3}.get(status, 0)

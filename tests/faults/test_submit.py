@@ -73,7 +73,7 @@ class Row:
     """The results of a fault: whether a task was billed, the outcome, and the POSTs if the fault always happens."""
 
     fault: Fault
-    billed: bool
+    is_billed: bool
     outcome: str = "unknown"
     posts_always: int = 1
 
@@ -131,19 +131,19 @@ async def test_a_fault_leads_to_at_most_one_task_and_a_correct_charge(row: Row, 
 
 
 async def _one_case(
-    client: Client, row: Row, folder: Path, always: bool, honours: bool, listed: bool, list_times: str
+    client: Client, row: Row, folder: Path, always: bool, honours_idempotency: bool, has_list: bool, list_times: str
 ) -> None:
-    simulator = QuickSimulator(duration_s=0, honours_idempotency=honours, list_times=list_times)
-    gateway = Gateway(simulator, [row.fault], always, *(() if listed else (gw.broken_list,)))
+    simulator = QuickSimulator(duration_s=0, honours_idempotency=honours_idempotency, list_times=list_times)
+    gateway = Gateway(simulator, [row.fault], always, *(() if has_list else (gw.broken_list,)))
     with anyio.fail_after(300):
         async with gateway.open(), studio_at(folder, gateway.url) as studio:
             out, text = await generate(client, studio)
-    repeated = row.posts_always > 1 and not always
-    billed = row.billed or repeated
-    assert len(simulator.tasks) == int(billed)
+    is_repeated = row.posts_always > 1 and not always
+    is_billed = row.is_billed or is_repeated
+    assert len(simulator.tasks) == int(is_billed)
     assert gateway.posts == (row.posts_always if always else min(2, row.posts_always))
-    is_guess = row.outcome == LOST and billed and listed
-    if row.outcome == BOUGHT or repeated or is_guess:
+    is_guess = row.outcome == LOST and is_billed and has_list
+    if row.outcome == BOUGHT or is_repeated or is_guess:
         charged = "unknown" if is_guess else "yes"
         assert (out["charged"], out["status"], out["task_id"]) == (charged, "completed", *simulator.tasks)
         assert (out["guess"], text.startswith("Unconfirmed match")) == (is_guess, is_guess)
@@ -358,21 +358,21 @@ async def test_a_purchase_obeys_retry_after_up_to_half_a_minute(
 
 async def test_a_cancelled_call_does_not_cancel_its_purchase(tmp_path: Path) -> None:
     """The server records the answer of the POST. The next identical call gets the image."""
-    arrived = asyncio.Event()
-    go = asyncio.Event()
+    has_arrived = asyncio.Event()
+    may_answer = asyncio.Event()
 
     async def answer_later(exchange: gw.Exchange) -> None:
-        arrived.set()
-        await go.wait()
+        has_arrived.set()
+        await may_answer.wait()
         await gw.behave(exchange)
 
     gateway = Gateway(QuickSimulator(duration_s=0), [answer_later])
     with anyio.fail_after(300):
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio, anyio.create_task_group() as calls:
             calls.start_soon(buy, studio)
-            await arrived.wait()
+            await has_arrived.wait()
             calls.cancel_scope.cancel()
-            go.set()
+            may_answer.set()
         # a second studio reads the journal of the first
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio:
             out, _ = await buy(studio)

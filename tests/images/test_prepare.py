@@ -23,10 +23,10 @@ def pixels(picture: bytes) -> tuple[tuple[int, int], bytes]:
 @KINDS
 def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
     picture = image_with_metadata(kind)
-    sent = normalize(picture)
+    normalized = normalize(picture)
     assert SECRET.encode() in picture
-    assert SECRET.encode() not in sent
-    assert pixels(sent) == pixels(picture)
+    assert SECRET.encode() not in normalized
+    assert pixels(normalized) == pixels(picture)
 
 
 @KINDS
@@ -43,8 +43,11 @@ def test_an_image_without_metadata_is_sent_byte_for_byte(kind: str) -> None:
 
 @KINDS
 def test_colours_keep_their_profile(kind: str) -> None:
-    sent = [normalize(drawing(kind=kind, icc_profile=PROFILE)), normalize(with_orientation(drawing(kind=kind), 6))]
-    with Image.open(io.BytesIO(sent[0])) as image:
+    normalized = [
+        normalize(drawing(kind=kind, icc_profile=PROFILE)),
+        normalize(with_orientation(drawing(kind=kind), 6)),
+    ]
+    with Image.open(io.BytesIO(normalized[0])) as image:
         assert image.info["icc_profile"] == PROFILE
 
 
@@ -71,17 +74,19 @@ def test_an_image_with_an_orientation_is_sent_upright(kind: str, orientation: in
     orientations.save(out, kind, exif=exif.tobytes())
     facts = check_reference(out.getvalue(), is_mask=False)
     assert (facts.width, facts.height, facts.is_upright) == (48, 64, orientation == 1)
-    with Image.open(io.BytesIO(normalize(out.getvalue()))) as sent:
-        assert (sent.size, dict(sent.getexif())) == ((48, 64), {})
+    with Image.open(io.BytesIO(normalize(out.getvalue()))) as normalized:
+        assert (normalized.size, dict(normalized.getexif())) == ((48, 64), {})
         for spot in ((10, 10), (40, 10), (10, 50)):
-            near = zip(sent.convert("RGB").getpixel(spot), upright_image.getpixel(spot), strict=True)
+            near = zip(normalized.convert("RGB").getpixel(spot), upright_image.getpixel(spot), strict=True)
             assert all(abs(first - second) < 30 for first, second in near)
 
 
 def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:
     limit = 64 * 48 // 2
-    with Image.open(io.BytesIO(normalize(with_orientation(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))) as sent:
-        assert sent.size == (24, 32)
+    with Image.open(
+        io.BytesIO(normalize(with_orientation(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))
+    ) as normalized:
+        assert normalized.size == (24, 32)
     with pytest.raises(UnusableImage, match="save it upright"):
         check_reference(with_orientation(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
 

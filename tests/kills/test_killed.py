@@ -162,7 +162,7 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
     never = anyio.Event()
 
     async def accept_and_wait(exchange: Exchange) -> None:
-        await exchange.accepted()
+        await exchange.accept()
         is_reached.set()
         await never.wait()
 

@@ -206,7 +206,7 @@ async def test_a_listening_client_is_notified_of_its_task_only(open_world: Open)
 async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
     """Also while the journal still writes the state, because no later notification follows."""
     clock = HeldClock()
-    written = anyio.Event()
+    is_written = anyio.Event()
     clock.is_held = True
     with anyio.fail_after(300):
         async with open_world(clock=clock, wrap_journal=FaultyJournal) as world, world.client() as client:
@@ -214,7 +214,7 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
 
             async def update_slowly(write: Any, entry: Entry, *facts: Any) -> bool:
                 if entry.status == "completed":
-                    await written.wait()
+                    await is_written.wait()
                 return await write(entry, *facts)
 
             journal.instead["update"] = update_slowly
@@ -226,7 +226,7 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
                     (page,) = (await client.read_resource(uri)).contents
                     if json.loads(page.text)["status"] == "completed":
                         break
-            written.set()
+            is_written.set()
 
 
 class HeldSimulator(PlainSimulator):

@@ -378,7 +378,7 @@ async def test_the_pictures_host_never_sees_the_key(open_world: Open) -> None:
 
 
 async def drip(exchange: gw.Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     exchange.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(reply.content))
     for byte in reply.content[:3]:
         exchange.send(bytes((byte,)))

@@ -356,13 +356,13 @@ def main() -> None:
     if options.simulate:
         simulate(options.simulate, options.seconds, options.proxy)
         return
-    from cluster import running
+    from cluster import run_cluster
 
     if shutil.which("nginx") is None:
         raise SystemExit("nginx is not installed")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crowd-", ignore_cleanup_errors=True)))
-        cluster = stack.enter_context(running())
+        cluster = stack.enter_context(run_cluster())
         upstream, port, *ports = (free_port() for _ in range(5))
         ports = ports[: options.servers]
         names = [f"tenant{number}" for number in range(options.tenants)]

@@ -352,8 +352,8 @@ async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_h
 async def test_a_callback_for_the_lost_answer_of_a_closed_tenant_saves_the_image(url: str, tmp_path: Path) -> None:
     """The outcome is unknown, so the entry has no job. All servers were replaced, and the tenant has not called since."""
     async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
-        wish = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
-        lost = (await client.call_tool("generate_image", wish)).structured_content
+        arguments = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
+        lost = (await client.call_tool("generate_image", arguments)).structured_content
         assert (lost["status"], lost["task_id"]) == ("unknown", None)
         (address,) = addresses(team)
         simulator = team.simulator

@@ -80,7 +80,7 @@ def name_of(url: str) -> str:
     return url.partition("@/")[2].partition("?")[0]
 
 
-def cut(cluster: Any, url: str) -> None:
+def end_sessions(cluster: Any, url: str) -> None:
     """End every session of this database, as a restart or a broken network does."""
     with cluster.admin() as db:
         db.execute(
@@ -89,7 +89,7 @@ def cut(cluster: Any, url: str) -> None:
         )
 
 
-def ended(db: Any, journal: PostgresJournal) -> None:
+def wait_for_session_end(db: Any, journal: PostgresJournal) -> None:
     """Wait until PostgreSQL has ended the session of this server."""
     db.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCKS, int(journal.owner.removeprefix("server-"))))
 
@@ -105,7 +105,7 @@ async def test_the_entries_of_a_dead_server_are_adopted_after_the_grace_time_and
     assert await successor.adopt() == []
     await dead.database.close()  # the session ends and releases no entry
     with cluster.admin(name_of(url)) as db:
-        ended(db, dead)
+        wait_for_session_end(db, dead)
         assert await successor.adopt() == []
         assert await successor.acquire(orphan.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '3 seconds'")
@@ -133,7 +133,7 @@ async def test_a_frozen_server_loses_its_entries_after_its_deadline_and_its_late
         assert await frozen.acquire(orphan.key) is False
         assert await successor.by_key(orphan.key) == replace(orphan, owner=successor.owner, caller="")
         # A late heartbeat does not bring the lease back.
-        cut(cluster, url)
+        end_sessions(cluster, url)
     await until(lambda: frozen.owner != former_owner and frozen.has_lease)
     await frozen.intend(new_entry := entry(frozen))
     assert (await frozen.by_key(new_entry.key)).owner == frozen.owner
@@ -180,7 +180,7 @@ async def test_other_servers_find_the_entries_of_a_dead_server_in_all_profiles(
     assert await orphans_at(successor) == []  # a live server owns it
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
-        ended(db, dead)
+        wait_for_session_end(db, dead)
         assert await orphans_at(successor) == []
         db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
     assert await orphans_at(successor) == [Orphan(dead.profile, "a1", orphan.key, dead.owner)]
@@ -192,15 +192,15 @@ async def test_the_wait_of_a_dead_servers_call_ends_in_all_profiles_and_accounts
 ) -> None:
     dead, successor = await open_journal(), await open_journal(grace_s=0.0)
     living = PostgresJournal(successor.database, "b2", profile="bert")
-    await living.intend(awaited := entry(living, account="b2", caller=dead.owner, fingerprint="f"))
-    await living.intend(own := entry(living, account="b2", caller=living.owner))
+    await living.intend(awaited_entry := entry(living, account="b2", caller=dead.owner, fingerprint="f"))
+    await living.intend(own_entry := entry(living, account="b2", caller=living.owner))
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
-        ended(db, dead)
+        wait_for_session_end(db, dead)
     assert await orphans_at(successor) == []
-    assert await living.by_key(awaited.key) == replace(awaited, caller="")
-    assert await living.by_key(own.key) == own
-    assert await living.claim(awaited.key) is True
+    assert await living.by_key(awaited_entry.key) == replace(awaited_entry, caller="")
+    assert await living.by_key(own_entry.key) == own_entry
+    assert await living.claim(awaited_entry.key) is True
 
 
 async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
@@ -221,7 +221,7 @@ async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
         assert (await second.undelivered(("f",), 0)).entries == []
         await first.database.close()
         with db.transaction():  # a third server tests the lease at the same moment
-            ended(db, first)
+            wait_for_session_end(db, first)
             assert (await second.undelivered(("f",), 0)).entries == [own_entry]
             assert await second.claim(own_entry.key, first.owner) is True
         assert await second.acquire(own_entry.key) is False
@@ -241,21 +241,21 @@ async def test_a_server_that_reconnects_hides_no_entry_behind_a_call_that_ended_
         db.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE classid = %s AND objid = %s", (LOCKS, number))
     await until(lambda: not first.database.has_session)
     await until(lambda: first.database.has_session)
-    found = await second.undelivered(("f",), 0)
-    assert (found.entries, found.is_awaited) == ([replace(own_entry, caller="")], False)
+    undelivered = await second.undelivered(("f",), 0)
+    assert (undelivered.entries, undelivered.is_awaited) == ([replace(own_entry, caller="")], False)
     assert await first.by_key(other_entry.key) == other_entry
 
 
 async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(open_journal: Any, cluster: Any, url: str) -> None:
     first, second = await open_journal(), await open_journal()
-    stopped: list[str] = []
-    first.when_lost(lambda: stopped.append("one"))
+    stops: list[str] = []
+    first.when_lost(lambda: stops.append("one"))
     await first.intend(own_entry := entry(first))
     before = first.owner
-    cut(cluster, url)
+    end_sessions(cluster, url)
     await until(lambda: not first.database.has_session)
     await until(lambda: first.database.has_session and second.database.has_session)
-    assert (first.database.alive, first.owner, stopped) == (True, before, [])
+    assert (first.database.alive, first.owner, stops) == (True, before, [])
     assert await second.adopt() == []
     assert await first.update(replace(own_entry, phase="sending")) is True
     with cluster.admin(name_of(url)) as db:
@@ -266,13 +266,13 @@ async def test_a_server_stops_its_work_without_the_database_and_continues_with_i
     open_journal: Any, cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = await open_journal(stop_after_s=0.6)
-    stopped: list[str] = []
-    first.when_lost(lambda: stopped.append("one"))
+    stops: list[str] = []
+    first.when_lost(lambda: stops.append("one"))
     await first.intend(own_entry := entry(first))
     cluster.stop()
-    stopped.clear()
+    stops.clear()
     try:
-        await until(lambda: stopped)
+        await until(lambda: stops)
         assert first.database.alive is False
         with pytest.raises(JournalUnwritable, match=r"the session with it was lost.*EVOLINK_MCP_DATABASE_URL"):
             await first.intend(entry(first))
@@ -473,17 +473,17 @@ async def test_a_received_task_id_is_written_even_if_another_server_adopted_the_
 ) -> None:
     first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first))
-    await first.update(sent := replace(own_entry, phase="sending"))
+    await first.update(sent_entry := replace(own_entry, phase="sending"))
     await first.release(own_entry.key)
     assert await second.acquire(own_entry.key)
-    adopted = replace(sent, owner=second.owner)
+    adopted_entry = replace(sent_entry, owner=second.owner)
     if guess is not None:
-        adopted = replace(adopted, phase="submitted", task=Task(guess, "pending"), error=UNCONFIRMED)
-    assert await second.update(adopted)
-    with_task = replace(sent, phase="submitted", task=Task("task-unified-received", "pending"))
+        adopted_entry = replace(adopted_entry, phase="submitted", task=Task(guess, "pending"), error=UNCONFIRMED)
+    assert await second.update(adopted_entry)
+    with_task = replace(sent_entry, phase="submitted", task=Task("task-unified-received", "pending"))
     assert await first.update(with_task) is True
     assert await first.by_key(own_entry.key) == with_task
-    assert await second.update(replace(adopted, phase="unknown")) is False
+    assert await second.update(replace(adopted_entry, phase="unknown")) is False
 
 
 async def test_a_confirmed_task_of_another_server_is_not_overwritten(open_journal: Any) -> None:
@@ -549,19 +549,19 @@ async def test_a_call_that_used_its_time_for_an_upload_still_reaches_the_databas
 
 
 async def test_many_servers_together_stay_below_the_daily_limit(url: str) -> None:
-    bought: list[Entry] = []
+    entries: list[Entry] = []
 
-    async def buys() -> None:
+    async def buy() -> None:
         async with open_database(url, PATIENT) as database:
             journal = PostgresJournal(database, "a1")
             for _ in range(20):
                 with suppress(DailyLimitReached):
-                    bought.append(await journal.intend(entry(journal, estimate=1.0), cap=50.0))
+                    entries.append(await journal.intend(entry(journal, estimate=1.0), cap=50.0))
 
     async with anyio.create_task_group() as group:
         for _ in range(4):
-            group.start_soon(buys)
-    assert len(bought) == 50
+            group.start_soon(buy)
+    assert len(entries) == 50
 
 
 # --- tables ---
@@ -570,13 +570,13 @@ async def test_many_servers_together_stay_below_the_daily_limit(url: str) -> Non
 async def test_servers_that_start_together_make_the_tables_once(url: str, cluster: Any) -> None:
     numbers: set[str] = set()
 
-    async def starts() -> None:
+    async def start() -> None:
         async with open_database(url, PATIENT) as database:
             numbers.add(database.owner)
 
     async with anyio.create_task_group() as group:
         for _ in range(6):
-            group.start_soon(starts)
+            group.start_soon(start)
     assert len(numbers) == 6
     with cluster.admin(name_of(url)) as db:
         assert db.execute("SELECT version FROM evolink_version").fetchall() == [(len(VERSIONS),)]
@@ -629,12 +629,12 @@ async def test_tables_of_an_unpublished_build_are_refused_with_the_statements_th
     with cluster.admin(name_of(url)) as db:
         for name in OLD_TABLES:
             db.execute(f"CREATE TABLE {name} (version INTEGER NOT NULL)")
-        with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away") as refused:
+        with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away") as refusal:
             await Database(url, PATIENT).open()
         with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away"):
             read_entries(url, 5)
         for statement in MOVE_OLD_TABLES.split("; "):
-            assert statement in refused.value.message
+            assert statement in refusal.value.message
             db.execute(statement)
     async with open_database(url, PATIENT) as database:
         journal = PostgresJournal(database, "a1")
@@ -776,8 +776,8 @@ async def test_a_task_id_that_arrives_without_the_database_is_delivered_and_writ
         answer = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 8})
         facts = answer.structured_content
         assert (facts["status"], facts["charged"]) == ("completed", "yes")
-        refused = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
-        assert refused.structured_content["error"]["code"] == "journal_unwritable"
+        refusal = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
+        assert refusal.structured_content["error"]["code"] == "journal_unwritable"
         assert (await client.call_tool("compute_size", {"size": "16:9"})).is_error is False
         await anyio.to_thread.run_sync(cluster.start)
         while not (row := await _entry_of(world.studio, facts["task_id"])):
@@ -855,15 +855,17 @@ async def test_a_watching_server_receives_the_result_at_once(in_postgres: Any) -
 
     async with in_postgres(simulator=simulator, clock=clock) as first:
         async with first.client() as client:
-            bought = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
+            purchase = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         async with in_postgres(simulator=simulator, clock=clock, pause=never) as second, second.client() as client:
             answers: list[Any] = []
 
-            async def asks() -> None:
-                answers.append(await client.call_tool("get_task", {"task_id": bought["task_id"], "wait_seconds": 600}))
+            async def ask() -> None:
+                answers.append(
+                    await client.call_tool("get_task", {"task_id": purchase["task_id"], "wait_seconds": 600})
+                )
 
             async with anyio.create_task_group() as group:
-                group.start_soon(asks)
+                group.start_soon(ask)
                 await until(lambda: second.studio.jobs)
                 for task in simulator.tasks.values():
                     task.duration = 0
@@ -933,12 +935,14 @@ async def test_progress_and_changes_reach_a_watcher_at_another_server(in_postgre
     async def never(_: float) -> None:
         await anyio.sleep_forever()
 
-    async def at_once(_: float) -> None:
+    async def return_at_once(_: float) -> None:
         await anyio.sleep(0)
 
     times = patient_times(stop_after_s=3.0)  # one heartbeat per second
     async with (
-        in_postgres(simulator=simulator, clock=clock, pause=at_once, transport=polls, database_times=times) as first,
+        in_postgres(
+            simulator=simulator, clock=clock, pause=return_at_once, transport=polls, database_times=times
+        ) as first,
         in_postgres(simulator=simulator, clock=clock, pause=never, transport=counter) as second,
         first.client() as buyer,
         second.client() as watcher,
@@ -948,14 +952,14 @@ async def test_progress_and_changes_reach_a_watcher_at_another_server(in_postgre
             percentages.update(job.entry.task.progress for job in second.studio.jobs if job.entry.task)
 
         second.studio.subscribe(receive)
-        bought = (await buyer.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
+        purchase = (await buyer.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         answers: list[Any] = []
 
-        async def asks() -> None:
-            answers.append(await watcher.call_tool("get_task", {"task_id": bought["task_id"], "wait_seconds": 600}))
+        async def ask() -> None:
+            answers.append(await watcher.call_tool("get_task", {"task_id": purchase["task_id"], "wait_seconds": 600}))
 
         async with anyio.create_task_group() as group:
-            group.start_soon(asks)
+            group.start_soon(ask)
             await until(lambda: counter.count)
             polls.may_poll.set()
     (answer,) = answers

@@ -114,9 +114,9 @@ async def test_an_unreachable_evolink_is_counted_as_no_answer() -> None:
 async def test_callbacks_are_counted_by_outcome(url: str, tmp_path: Path) -> None:
     async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
         team.simulator.duration_s = 3600
-        bought = (await client.call_tool("generate_image", SLOW)).structured_content
+        purchase = (await client.call_tool("generate_image", SLOW)).structured_content
         (address,) = addresses(team)
-        for to, body in ((address, body_of(bought["task_id"])), (address + "0", body_of("x")), (address, "{}")):
+        for to, body in ((address, body_of(purchase["task_id"])), (address + "0", body_of("x")), (address, "{}")):
             for _ in team.proxy.apps:
                 await call_back(team, to, body)
         samples = await metrics_of(team)
@@ -218,10 +218,10 @@ async def store_failures(tmp_path: Path, damage: Any, operation: str) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
     environ = {**PUBLIC, "EVOLINK_MCP_SECRET": "s" * 32, "EVOLINK_MCP_STORE": str(folder)}
-    wish = {**REQUEST, "callback_url": "https://hooks.evolink-team.dev/x"}
+    arguments = {**REQUEST, "callback_url": "https://hooks.evolink-team.dev/x"}
     async with open_team_server(tmp_path, ANNA, simulator=PlainSimulator(), **environ) as server:
-        await server.call("a", "generate_image", **wish)
+        await server.call("a", "generate_image", **arguments)
         assert sum(server.studios.metrics.store_failures.values()) == 0
         damage(folder)
-        await server.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hen"})
+        await server.call("a", "generate_image", **{**arguments, "prompt": "sim:fast a hen"})
         assert {name for name, count in server.studios.metrics.store_failures.items() if count} == {operation}

@@ -49,7 +49,7 @@ def forget_copies(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data" / "copies")
 
 
-async def fetched(server: TeamServer, url: str, **headers: str) -> httpx.Response:
+async def fetch(server: TeamServer, url: str, **headers: str) -> httpx.Response:
     async with server.http(host="pictures.example.org", **headers) as http:
         return await http.get(url.removeprefix("https://pictures.example.org"))
 
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stored(folder: Path) -> dict[str, str]:
+def store_settings(folder: Path) -> dict[str, str]:
     return {**PUBLIC, "EVOLINK_MCP_STORE": str(folder)}
 
 
@@ -71,17 +71,17 @@ def stored(folder: Path) -> dict[str, str]:
 @ERAS
 async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
     async with open_team_server(tmp_path, ANNA) as server, server.client("a", mode) as client:
-        bought = await client.call_tool("generate_image", {**REQUEST, "save_as": "hero.png"})
-        (image,) = facts(bought)["images"]
-        task = {"task_id": facts(bought)["task_id"]}
-        answers = [bought] + [
+        purchase = await client.call_tool("generate_image", {**REQUEST, "save_as": "hero.png"})
+        (image,) = facts(purchase)["images"]
+        task = {"task_id": facts(purchase)["task_id"]}
+        answers = [purchase] + [
             await client.call_tool(tool, arguments)
             for tool, arguments in (("get_task", task), ("view_image", task), ("list_tasks", {"detail": True}))
         ]
         resources = [
             await client.read_resource(uri) for uri in (image["resource_uri"], f"evolink://tasks/{task['task_id']}")
         ]
-        refused = await client.call_tool("generate_image", {**REQUEST, "save_as": "../hero.png"})
+        refusal = await client.call_tool("generate_image", {**REQUEST, "save_as": "../hero.png"})
         local = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(tmp_path / "x.png")]})
     assert image["path"] is None
     assert image["url"].startswith("http://127.0.0.1:9/")
@@ -91,9 +91,9 @@ async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -
     assert "completed: 1 picture ready" in answers[0].content[0].text
     assert "save_as has no effect" in answers[0].content[0].text
     assert resources[0].contents[0].mime_type == "image/png"
-    assert facts(refused)["error"]["code"] == "folder_refused"
+    assert facts(refusal)["error"]["code"] == "folder_refused"
     assert "PUT the file to /uploads" in facts(local)["error"]["advice"]
-    text = "".join(answer.model_dump_json() for answer in (*answers, *resources, refused))
+    text = "".join(answer.model_dump_json() for answer in (*answers, *resources, refusal))
     assert str(tmp_path) not in text.replace(json.dumps(str(tmp_path / "x.png")), "")
     assert not (tmp_path / "pictures").exists()
 
@@ -110,24 +110,24 @@ async def test_an_image_in_a_local_folder_is_shown_without_its_path(tmp_path: Pa
 
 async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tmp_path: Path) -> None:
     async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", REQUEST))
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
         forget_copies(tmp_path)
-        again = await client.call_tool("get_task", {"task_id": bought["task_id"]})
-    assert [block.type for block in viewed.content] == ["image", "text"]
-    assert [block.type for block in again.content] == ["text", "image"]
+        repeat = await client.call_tool("get_task", {"task_id": purchase["task_id"]})
+    assert [block.type for block in view.content] == ["image", "text"]
+    assert [block.type for block in repeat.content] == ["text", "image"]
 
 
 async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Path) -> None:
     async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", REQUEST))
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
         server.clock.shift_s = 25 * 3600
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
         with pytest.raises(Exception, match="link to it has ended"):
-            await client.read_resource(bought["images"][0]["resource_uri"])
-    assert viewed.is_error
+            await client.read_resource(purchase["images"][0]["resource_uri"])
+    assert view.is_error
 
 
 # --- a folder as the object store ---
@@ -135,18 +135,18 @@ async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Pa
 
 @ERAS
 async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
-    tmp_path: Path, folder: Path, stored: dict[str, str], mode: str
+    tmp_path: Path, folder: Path, store_settings: dict[str, str], mode: str
 ) -> None:
-    async with open_team_server(tmp_path, ANNA, **stored) as server:
-        bought = facts(await server.call("a", "generate_image", mode, **REQUEST, save_as="heró.png"))
-        (image,) = bought["images"]
-        picture = await fetched(server, image["url"])
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server:
+        purchase = facts(await server.call("a", "generate_image", mode, **REQUEST, save_as="heró.png"))
+        (image,) = purchase["images"]
+        picture = await fetch(server, image["url"])
         async with server.http(host="pictures.example.org") as http:
             head = await http.head(image["url"].removeprefix("https://pictures.example.org"))
-        changed = [
-            await fetched(server, image["url"].replace("/pictures/", "/pictures/9")),
-            await fetched(server, image["url"].replace("her", "../her")),
-            await fetched(server, "/pictures/"),
+        answers = [
+            await fetch(server, image["url"].replace("/pictures/", "/pictures/9")),
+            await fetch(server, image["url"].replace("her", "../her")),
+            await fetch(server, "/pictures/"),
         ]
     (file,) = (path for path in folder.rglob("*.png") if path.is_file())
     assert file.name == "heró.png"
@@ -154,18 +154,20 @@ async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
     assert picture.headers["content-type"] == "image/png"
     assert "her%C3%B3.png" in picture.headers["content-disposition"]
     assert (head.status_code, head.headers["content-length"], head.content) == (200, str(image["bytes"]), b"")
-    assert [answer.status_code for answer in changed] == [404, 404, 404]
+    assert [answer.status_code for answer in answers] == [404, 404, 404]
     assert image["path"] is None
     assert "anna" not in image["url"]
 
 
-async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path: Path, stored: dict[str, str]) -> None:
-    async with open_team_server(tmp_path, ANNA, BERT, **stored) as server, server.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", REQUEST))
+async def test_a_stored_image_is_available_after_evolinks_link_expired(
+    tmp_path: Path, store_settings: dict[str, str]
+) -> None:
+    async with open_team_server(tmp_path, ANNA, BERT, **store_settings) as server, server.client("a") as client:
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
         server.clock.shift_s = 48 * 3600
-        read = await client.read_resource(bought["images"][0]["resource_uri"])
-        edit = {**REQUEST, "image_urls": [bought["images"][0]["resource_uri"]]}
+        read = await client.read_resource(purchase["images"][0]["resource_uri"])
+        edit = {**REQUEST, "image_urls": [purchase["images"][0]["resource_uri"]]}
         other_task = facts(await server.call("b", "generate_image", **edit))
         own_task = facts(await client.call_tool("generate_image", edit))
     assert read.contents[0].mime_type == "image/png"
@@ -174,34 +176,34 @@ async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path:
 
 
 async def test_a_store_that_fails_during_a_task_costs_no_image(
-    tmp_path: Path, folder: Path, stored: dict[str, str]
+    tmp_path: Path, folder: Path, store_settings: dict[str, str]
 ) -> None:
-    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server, server.client("a") as client:
         server.simulator.duration_s = 3600
-        bought = facts(await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0}))
+        purchase = facts(await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0}))
         folder.rename(tmp_path / "away")
         folder.write_text("no folder any more")
         for task in server.simulator.tasks.values():
             task.duration = 0
-        failed = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
+        failed = facts(await client.call_tool("get_task", {"task_id": purchase["task_id"]}))
         (image,) = failed["images"]
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        again = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
+        repeat = facts(await client.call_tool("get_task", {"task_id": purchase["task_id"]}))
         assert server.posts == 1
     assert image["error"] == "the folder for pictures has no marker file"
     assert failed["charged"] == "yes"
     assert image["url"].startswith("http://127.0.0.1:9/")
     assert str(folder) not in json.dumps(failed)
-    assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+    assert repeat["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
 
 
 @pytest.mark.parametrize("state", ["unmounted", "gone", "another store"])
 async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_point(
-    tmp_path: Path, folder: Path, stored: dict[str, str], state: str
+    tmp_path: Path, folder: Path, store_settings: dict[str, str], state: str
 ) -> None:
-    async with open_team_server(tmp_path, ANNA, BERT, **stored) as server, server.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", REQUEST))
+    async with open_team_server(tmp_path, ANNA, BERT, **store_settings) as server, server.client("a") as client:
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         folder.rename(tmp_path / "away")
         if state != "gone":
             folder.mkdir()
@@ -209,37 +211,37 @@ async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_poin
             (folder / MARKER).write_text("0" * 32)
         answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"})
         other = facts(await server.call("b", "generate_image", **{**REQUEST, "prompt": "A hen"}))
-        derived = await client.call_tool("derive_image", {"source": bought["task_id"], "targets": ["32x32"]})
+        derived = await client.call_tool("derive_image", {"source": purchase["task_id"], "targets": ["32x32"]})
         assert server.posts == 1
         assert [path.name for path in folder.glob("*")] == ([MARKER] if state == "another store" else [])
         shutil.rmtree(folder, ignore_errors=True)
         (tmp_path / "away").rename(folder)
-        again = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"}))
+        repeat = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"}))
         assert server.posts == 2
     assert answer.is_error
     assert derived.is_error
-    for refused in (facts(answer), other):
-        assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
-        assert "must mount the folder of EVOLINK_MCP_STORE" in refused["error"]["advice"]
-        assert str(tmp_path) not in json.dumps(refused)
-    assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+    for refusal in (facts(answer), other):
+        assert (refusal["charged"], refusal["error"]["code"]) == ("no", "store_unusable")
+        assert "must mount the folder of EVOLINK_MCP_STORE" in refusal["error"]["advice"]
+        assert str(tmp_path) not in json.dumps(refusal)
+    assert repeat["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
 
 
 @pytest.mark.parametrize("fault", ["no folder", "a folder as marker", "NUL bytes", "empty"])
 async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_next_one_works(
-    tmp_path: Path, folder: Path, stored: dict[str, str], fault: str
+    tmp_path: Path, folder: Path, store_settings: dict[str, str], fault: str
 ) -> None:
     marker = folder / MARKER
-    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server, server.client("a") as client:
         if fault == "no folder":
             folder.rmdir()
         elif fault == "a folder as marker":
             marker.mkdir()
         else:
             marker.write_bytes(bytes(32) if fault == "NUL bytes" else b"")
-        refused = facts(await client.call_tool("generate_image", REQUEST))
-        assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
-        assert "The picture is paid" not in refused["error"]["advice"]
+        refusal = facts(await client.call_tool("generate_image", REQUEST))
+        assert (refusal["charged"], refusal["error"]["code"]) == ("no", "store_unusable")
+        assert "The picture is paid" not in refusal["error"]["advice"]
         assert server.posts == 0
         if fault == "no folder":
             folder.mkdir()
@@ -247,8 +249,8 @@ async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_
             marker.rmdir()
         else:
             marker.unlink()
-        bought = facts(await client.call_tool("generate_image", REQUEST))
-        assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
+        assert purchase["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
     assert len(marker.read_text().strip()) == 32
     assert [path.name for path in folder.glob(f"{MARKER}*")] == [MARKER]
 
@@ -267,13 +269,13 @@ async def test_servers_with_different_journals_agree_on_the_marker_of_a_new_fold
 
 
 async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
-    tmp_path: Path, folder: Path, stored: dict[str, str]
+    tmp_path: Path, folder: Path, store_settings: dict[str, str]
 ) -> None:
     (folder / MARKER).write_text("f" * 32 + "\n")
-    async with open_team_server(tmp_path, ANNA, **stored) as server, server.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server, server.client("a") as client:
         for prompt in ("A fox", "A hen"):
-            bought = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": prompt}))
-            assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+            purchase = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": prompt}))
+            assert purchase["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
     assert (folder / MARKER).read_text() == "f" * 32 + "\n"
 
 
@@ -306,15 +308,15 @@ async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
     async with open_team_server(tmp_path, ANNA, pause=pause) as server, server.client("a") as client:
-        refused = await client.call_tool("generate_image", REQUEST)
-        assert (facts(refused)["charged"], server.posts) == ("no", 0)
+        refusal = await client.call_tool("generate_image", REQUEST)
+        assert (facts(refusal)["charged"], server.posts) == ("no", 0)
         (tmp_path / "data" / "copies").unlink()
-        again = facts(await client.call_tool("generate_image", REQUEST))
+        repeat = facts(await client.call_tool("generate_image", REQUEST))
         assert server.posts == 1
-    text = refused.model_dump_json()
+    text = refusal.model_dump_json()
     assert "this server's disk cannot take the picture now" in text
     assert str(tmp_path) not in text
-    assert again["images"][0]["sha256"]
+    assert repeat["images"][0]["sha256"]
 
 
 # --- S3 of a third-party server ---
@@ -361,19 +363,19 @@ async def test_s3_stores_the_image_and_presigns_its_link(tmp_path: Path, bucket:
         open_team_server(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as server,
         server.client("a") as client,
     ):
-        bought = facts(await client.call_tool("generate_image", REQUEST))
-        (image,) = bought["images"]
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
+        (image,) = purchase["images"]
         async with httpx.AsyncClient() as http:
             picture = await http.get(image["url"])
             unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
         forget_copies(tmp_path)
         server.clock.shift_s = 48 * 3600
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
     assert image["url"].startswith(f"{bucket}/bucket/team/")
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
     assert len(picture.content) == image["bytes"]
     assert unsigned.status_code != 200 or b"<Error>" in unsigned.content or not unsigned.content.startswith(b"\x89PNG")
-    assert viewed.content[0].type == "image"
+    assert view.content[0].type == "image"
 
 
 async def test_a_missing_bucket_is_one_clear_error(tmp_path: Path, bucket: str) -> None:
@@ -415,9 +417,9 @@ async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests
     async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         uri = (await http.put("/uploads", content=PNG)).json()["uri"]
         data = "data:image/png;base64," + base64.b64encode(PNG).decode()
-        wish = {"prompt": "sim:slow=60 bluer", "wait_seconds": 0}
-        first = facts(await server.call("a", "generate_image", **wish, image_urls=[uri]))
-        second = facts(await server.call("a", "generate_image", **wish, image_urls=[data]))
+        arguments = {"prompt": "sim:slow=60 bluer", "wait_seconds": 0}
+        first = facts(await server.call("a", "generate_image", **arguments, image_urls=[uri]))
+        second = facts(await server.call("a", "generate_image", **arguments, image_urls=[data]))
         assert first["task_id"] is not None
         assert (second["task_id"], server.posts) == (first["task_id"], 1)
 
@@ -446,12 +448,12 @@ async def test_an_upload_that_cannot_be_a_reference_image_is_refused(
 
 
 async def test_an_upload_that_is_too_large_is_refused_before_its_end(tmp_path: Path) -> None:
-    sent = 0
+    sent_bytes = 0
 
     async def parts() -> Any:
-        nonlocal sent
-        while sent < 2 * REFERENCE_MAX_BYTES:
-            sent += 1 << 20
+        nonlocal sent_bytes
+        while sent_bytes < 2 * REFERENCE_MAX_BYTES:
+            sent_bytes += 1 << 20
             yield b"x" * (1 << 20)
 
     async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
@@ -472,16 +474,16 @@ async def test_uploads_need_a_token_a_key_and_the_method_put(tmp_path: Path) -> 
 
 async def test_a_refusal_of_evolinks_file_api_is_reported(tmp_path: Path) -> None:
     simulator = PlainSimulator()
-    served = simulator.app
+    forward = simulator.app
 
-    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+    async def refuse_uploads(scope: Any, receive: Any, send: Any) -> None:
         if "upload" not in scope.get("path", ""):
-            await served(scope, receive, send)
+            await forward(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 503, "headers": []})
         await send({"type": "http.response.body", "body": b"busy"})
 
-    simulator.app = refusing
+    simulator.app = refuse_uploads
     async with open_team_server(tmp_path, ANNA, simulator=simulator) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=PNG)
     assert answer.status_code == 502

@@ -102,8 +102,8 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
             team.simulator.duration_s = 3600
             studios = Studios(settings, victim, shared_decoder(), group, transport=transport)
             studio, _ = await stack.enter_async_context(studios.open(person))
-            wish = GenerationRequest(prompt="a fox", size="1024x640")
-            await studio.order(ImageRequest(wish, 9.0))
+            arguments = GenerationRequest(prompt="a fox", size="1024x640")
+            await studio.order(ImageRequest(arguments, 9.0))
             while not team.simulator.tasks:
                 await anyio.sleep(0.01)
             while (await studio.journal.recent(1))[0].task is None:
@@ -152,23 +152,23 @@ ANNA, BERT = block("anna", "a"), block("bert", "b")
 @ERAS
 async def test_every_tool_works_at_each_replica(url: str, tmp_path: Path, mode: str) -> None:
     async with open_team(url, tmp_path, ANNA) as team, team.client("a", mode) as client:
-        bought = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
+        purchase = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
         for _ in range(2):
-            again = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
-            assert (again["status"], again["charged"]) == ("completed", "yes")
-            viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
-            assert not viewed.is_error
-            read = await client.read_resource(again["images"][0]["resource_uri"])
+            repeat = (await client.call_tool("get_task", {"task_id": purchase["task_id"]})).structured_content
+            assert (repeat["status"], repeat["charged"]) == ("completed", "yes")
+            view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
+            assert not view.is_error
+            read = await client.read_resource(repeat["images"][0]["resource_uri"])
             assert read.contents
-            listed = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
-            assert [task["task_id"] for task in listed] == [bought["task_id"]]
+            task_list = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
+            assert [task["task_id"] for task in task_list] == [purchase["task_id"]]
             assert not (await client.call_tool("get_balance", {})).is_error
             assert {tool.name for tool in (await client.list_tools()).tools} == TOOLS
         assert team.posts == 1
         assert set(team.proxy.turns) == {0, 1}
         (charge,) = await anyio.to_thread.run_sync(read_charges, url, 0.0)
         (task,) = team.simulator.tasks.values()
-        assert (charge.profile, charge.task_id) == ("anna", bought["task_id"])
+        assert (charge.profile, charge.task_id) == ("anna", purchase["task_id"])
         assert (charge.spent, charge.reserved) == (team.simulator.credits(task.key)[1], 0)
 
 
@@ -184,8 +184,8 @@ async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_
     async with open_team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01", EVOLINK_MCP_SECRET=secret) as team:
         async with team.client("a", elicitation_callback=user) as client:
             before = len(team.proxy.turns)
-            bought = await client.call_tool("generate_image", REQUEST)
-        assert not bought.is_error, bought.content
+            purchase = await client.call_tool("generate_image", REQUEST)
+        assert not purchase.is_error, purchase.content
         assert len(questions) == 1
         assert len(set(team.proxy.turns[before:])) == 2
         assert team.posts == 1
@@ -210,11 +210,11 @@ async def test_the_request_state_of_one_tenant_is_invalid_for_another(url: str, 
             schema = reply["result"]["inputRequests"][name]["params"]["requestedSchema"]
             answer["content"] = dict.fromkeys(schema["properties"], True)
             ask["params"] |= {"requestState": reply["result"]["requestState"], "inputResponses": {name: answer}}
-            refused = _result(await bert.post("/mcp", json=ask, headers=headers))
-            assert "error" in refused, refused
+            refusal = _result(await bert.post("/mcp", json=ask, headers=headers))
+            assert "error" in refusal, refusal
             assert team.posts == 0
-            bought = _result(await anna.post("/mcp", json=ask, headers=headers))
-            assert bought["result"]["structuredContent"]["charged"] == "yes", bought
+            purchase = _result(await anna.post("/mcp", json=ask, headers=headers))
+            assert purchase["result"]["structuredContent"]["charged"] == "yes", purchase
             assert team.posts == 1
 
 
@@ -229,25 +229,25 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
         hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
         reply = await http.post("/mcp", json={"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello})
         session = {"mcp-session-id": reply.headers["mcp-session-id"], "mcp-protocol-version": "2025-11-25"}
-        ended: list[str] = []
+        answers: list[str] = []
 
-        async def asks() -> None:
+        async def ask() -> None:
             params = {"name": "generate_image", "arguments": {**REQUEST, "prompt": "a fox", "wait_seconds": 600}}
             call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
-            ended.append((await http.post("/mcp", json=call, headers=session)).text)
+            answers.append((await http.post("/mcp", json=call, headers=session)).text)
 
         async with anyio.create_task_group() as group:
-            group.start_soon(asks)
+            group.start_soon(ask)
             while not team.posts:
                 await anyio.sleep(0.01)
             cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
-            at = team.proxy.turns[-1]
+            replica = team.proxy.turns[-1]
             assert (await http.post("/mcp", json=cancel, headers=session)).status_code == 202
-            assert team.proxy.turns[-1] != at
-        assert "structuredContent" not in ended[0]
+            assert team.proxy.turns[-1] != replica
+        assert "structuredContent" not in answers[0]
         async with team.client("a", "legacy") as client:
-            again = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
-            assert "earlier identical call" in again.content[0].text
+            repeat = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
+            assert "earlier identical call" in repeat.content[0].text
         assert team.posts == 1
 
 
@@ -255,15 +255,15 @@ async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tm
 async def test_tenants_are_isolated_at_every_replica(url: str, tmp_path: Path, mode: str) -> None:
     async with open_team(url, tmp_path, ANNA, BERT) as team:
         async with team.client("a", mode) as anna, team.client("b", mode) as bert:
-            bought = (await anna.call_tool("generate_image", REQUEST)).structured_content
+            purchase = (await anna.call_tool("generate_image", REQUEST)).structured_content
             for _ in range(2):
-                lost = await bert.call_tool("get_task", {"task_id": bought["task_id"]})
+                lost = await bert.call_tool("get_task", {"task_id": purchase["task_id"]})
                 assert lost.is_error
                 assert (await bert.call_tool("list_tasks", {})).structured_content["tasks"] == []
                 with pytest.raises(Exception, match=r"no |not "):
-                    await bert.read_resource(bought["images"][0]["resource_uri"])
+                    await bert.read_resource(purchase["images"][0]["resource_uri"])
             duplicate = (await bert.call_tool("generate_image", REQUEST)).structured_content
-        assert duplicate["task_id"] != bought["task_id"]
+        assert duplicate["task_id"] != purchase["task_id"]
         assert team.posts == 2
 
 
@@ -290,16 +290,16 @@ async def test_uploads_and_links_of_one_replica_are_valid_at_the_other(url: str,
     shared = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
     async with open_team(url, tmp_path, ANNA, **shared) as team, team.http("a") as http:
         uri = (await http.put("/uploads", content=drawing())).json()["uri"]
-        at = team.proxy.turns[-1]
-        wish = {**REQUEST, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
+        replica = team.proxy.turns[-1]
+        arguments = {**REQUEST, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
         async with team.client("a") as client:
             for prompt in ("sim:fast a fox", "sim:fast a hen"):
-                task = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content
+                task = (await client.call_tool("generate_image", {**arguments, "prompt": prompt})).structured_content
                 assert task["status"] == "completed"
                 (image,) = task["images"]
                 for _ in range(2):
                     picture = await http.get(image["url"].removeprefix("https://pictures.example.org"))
                     assert (picture.status_code, len(picture.content)) == (200, image["bytes"])
-        orders = [number for number in team.proxy.turns if number != at]
+        orders = [number for number in team.proxy.turns if number != replica]
     assert orders  # the other replica has served some of them
     assert team.posts == 2

@@ -70,13 +70,13 @@ async def test_a_tool_answer_and_its_audit_line_have_the_id_and_the_client(
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as server:
             async with server.client("a", mode, user_agent="drawing-bot/2.0", x_request_id="order-1") as client:
-                bought = await client.call_tool("generate_image", REQUEST)
+                purchase = await client.call_tool("generate_image", REQUEST)
             async with server.client("a", mode, user_agent="other/1.0", x_request_id="order-2") as client:
                 second = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a hen"})
-                refused = await client.call_tool("generate_image", {**REQUEST, "quality": "best"})
+                refusal = await client.call_tool("generate_image", {**REQUEST, "quality": "best"})
     lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
-    assert [block.type for block in bought.content] == ["text", "image"]  # clients without a name get no preview
-    assert [(answer.meta or {})[META] for answer in (bought, second, refused)] == ["order-1", "order-2", "order-2"]
+    assert [block.type for block in purchase.content] == ["text", "image"]  # clients without a name get no preview
+    assert [(answer.meta or {})[META] for answer in (purchase, second, refusal)] == ["order-1", "order-2", "order-2"]
     assert [line["request"] for line in lines] == ["order-1", "order-2"]
     assert lines[0]["client"] == ("drawing-bot/2.0" if mode == "legacy" else TEST_CLIENT.name)
 
@@ -161,7 +161,7 @@ async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_wo
             ids.append(REQUEST_ID.get())
 
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        bought = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
+        purchase = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
     clock.now += 1000
     async with open_world(simulator=simulator, clock=clock, subscribers=(receive,)) as world:
         token = REQUEST_ID.set("order-2")
@@ -169,7 +169,7 @@ async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_wo
         REQUEST_ID.reset(token)
         while not ids:
             await anyio.sleep(0.01)
-    assert bought.structured_content["status"] in ("pending", "processing")  # the polls move the clock
+    assert purchase.structured_content["status"] in ("pending", "processing")  # the polls move the clock
     assert ids == [None]
 
 
@@ -191,10 +191,10 @@ async def test_the_app_of_a_tenant_does_not_keep_the_id_of_the_request_that_open
 
 
 async def test_work_of_another_request_has_no_id_of_this_one() -> None:
-    seen: list[str | None] = []
+    ids: list[str | None] = []
 
     async def work() -> None:
-        seen.append(REQUEST_ID.get())
+        ids.append(REQUEST_ID.get())
 
     token = REQUEST_ID.set("order-1")
     try:
@@ -205,7 +205,7 @@ async def test_work_of_another_request_has_no_id_of_this_one() -> None:
             group.start_soon(work)
     finally:
         REQUEST_ID.reset(token)
-    assert seen == ["order-1", None, "order-1"]
+    assert ids == ["order-1", None, "order-1"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

@@ -53,17 +53,17 @@ def values(text: str) -> dict[str, float]:
 
 async def test_metrics_count_purchases_polls_and_downloads(tmp_path: Path) -> None:
     async with open_team_server(tmp_path, ANNA, BERT, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as server:
-        bought = (await server.call("a", "generate_image", **REQUEST)).structured_content
-        refused = await server.call("b", "generate_image", prompt="sim:402 a fox")
+        purchase = (await server.call("a", "generate_image", **REQUEST)).structured_content
+        refusal = await server.call("b", "generate_image", prompt="sim:402 a fox")
         await server.call("b", "generate_image", **{**LATE, "wait_seconds": 0})
         async with server.http(TOKEN) as http:
             answer = await http.get("/metrics")
         samples = values(answer.text)
     assert answer.headers["content-type"].startswith("text/plain")
-    assert refused.is_error
+    assert refusal.is_error
     assert samples["evolink_purchases_total submitted"] == 2
     assert samples["evolink_purchases_total refused"] == 1
-    assert samples["evolink_credits_total"] == bought["credits"]
+    assert samples["evolink_credits_total"] == purchase["credits"]
     assert samples["evolink_looks_total single"] >= 1
     assert samples["evolink_downloads_total saved"] == 1
     assert samples["evolink_lag_seconds_count"] == 1
@@ -184,15 +184,15 @@ async def test_the_audit_has_one_line_per_purchase_without_prompt_or_key(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as server:
-            bought = (await server.call("a", "generate_image", **REQUEST)).structured_content
+            purchase = (await server.call("a", "generate_image", **REQUEST)).structured_content
             await server.call("a", "generate_image", prompt="sim:402 a fox")
-            await server.call("a", "get_task", task_id=bought["task_id"])
+            await server.call("a", "get_task", task_id=purchase["task_id"])
             await server.call("a", "generate_image", **{**LATE, "wait_seconds": 0})
     lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
     assert [(line["tenant"], line["outcome"], line["charged"]) for line in lines] == [
         ("anna", "completed", "yes"), ("anna", "refused", "no"), ("anna", "pending", "unknown"),
     ]  # fmt: skip
-    assert (lines[0]["task"], lines[0]["credits"], lines[1]["credits"]) == (bought["task_id"], bought["credits"], 0)
+    assert (lines[0]["task"], lines[0]["credits"], lines[1]["credits"]) == (purchase["task_id"], purchase["credits"], 0)
     assert all(line["client"] for line in lines)
     assert not any(word in json.dumps(lines) for word in ("fox", "sk-test"))
 
@@ -221,20 +221,20 @@ async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses
             assert not server.studios.drain()
             while not server.studios.drain():
                 await anyio.sleep(0.01)
-        new = (await server.call("a", "generate_image", prompt="another")).structured_content
+        new_task = (await server.call("a", "generate_image", prompt="another")).structured_content
         server.guard.close(has_other_servers=False)
         async with server.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
             server.guard.close(has_other_servers=True)
-            refused = await http.post("/mcp", json=INITIALIZE)
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-            assert "Nothing was bought" in refused.text
+            refusal = await http.post("/mcp", json=INITIALIZE)
+            assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
+            assert "Nothing was bought" in refusal.text
             assert (await http.get("/readyz")).json()["why"] == "the server is about to end"
             assert (await http.get("/healthz")).status_code == 200
         assert server.posts == 1
     (facts,) = (answer.structured_content for answer in answers)
     assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
-    assert (new["error"]["code"], new["charged"]) == ("draining", "no")
+    assert (new_task["error"]["code"], new_task["charged"]) == ("draining", "no")
 
 
 async def test_a_call_that_has_begun_still_buys_if_other_servers_take_the_new_ones(tmp_path: Path) -> None:

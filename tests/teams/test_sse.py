@@ -22,7 +22,7 @@ class Stream:
         self._app = server.guard
         self._headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())]
         self.text = ""
-        self.ended = anyio.Event()
+        self.has_ended = anyio.Event()
 
     def _scope(self, method: str, path: str, query: str = "", extra: tuple[tuple[bytes, bytes], ...] = ()) -> Any:
         return {
@@ -33,7 +33,7 @@ class Stream:
 
     async def run(self) -> None:
         async def receive() -> Any:
-            await self.ended.wait()
+            await self.has_ended.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
@@ -41,13 +41,13 @@ class Stream:
 
         await self._app(self._scope("GET", "/sse"), receive, send)
 
-    async def until(self, words: str) -> str:
+    async def wait_for(self, words: str) -> str:
         while words not in self.text:
             await anyio.sleep(0.01)
         return self.text
 
     async def session_id(self) -> str:
-        return (await self.until("session_id=")).partition("session_id=")[2].split()[0]
+        return (await self.wait_for("session_id=")).partition("session_id=")[2].split()[0]
 
     async def post(self, session_id: str, message: Any) -> int:
         messages = [{"type": "http.request", "body": json.dumps(message).encode(), "more_body": False}]
@@ -80,8 +80,8 @@ async def test_a_session_answers_its_tenant_and_ignores_messages_of_another_tena
         assert await Stream(server, "unknown").post(session_id, INITIALIZE) == 401
         for call in calls:
             assert await anna.post(session_id, call) == 202
-        text = await anna.until('"id":2')
+        text = await anna.wait_for('"id":2')
         assert text.count('"id":1') == 1
         assert '"status":"completed"' in text
         assert server.posts == 1
-        anna.ended.set()
+        anna.has_ended.set()

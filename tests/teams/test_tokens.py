@@ -248,8 +248,8 @@ async def test_identical_requests_of_two_tenants_are_two_purchases(tmp_path: Pat
 @ERAS
 async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path: Path, mode: str) -> None:
     async with open_team_server(tmp_path, ANNA, BERT) as server:
-        bought = (await server.call("a", "generate_image", mode, **REQUEST)).structured_content
-        task_id, uri = bought["task_id"], bought["images"][0]["resource_uri"]
+        purchase = (await server.call("a", "generate_image", mode, **REQUEST)).structured_content
+        task_id, uri = purchase["task_id"], purchase["images"][0]["resource_uri"]
         visible = len(server.simulator.requests)
         async with server.client("b", mode) as client:
             for tool in ("get_task", "view_image"):
@@ -258,12 +258,12 @@ async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path
                 assert "there is no task" in answer.content[0].text.lower()
             edit = await client.call_tool("generate_image", {"prompt": "an edit", "image_urls": [uri]})
             assert edit.structured_content["error"]["code"] == "reference_refused"
-            listed = await client.call_tool("list_tasks", {"sync": True})
-            assert listed.structured_content["tasks"] == []
+            task_list = await client.call_tool("list_tasks", {"sync": True})
+            assert task_list.structured_content["tasks"] == []
             for address in (uri, f"evolink://tasks/{task_id}"):
                 with pytest.raises(Exception, match=r"no |not "):
                     await client.read_resource(address)
-        texts = [listed.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
+        texts = [task_list.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
         assert not any("anna" in text for text in texts)
         assert len(server.simulator.requests) == visible
         assert (await server.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
@@ -281,13 +281,13 @@ async def test_a_lost_answer_is_never_matched_with_the_task_of_another_tenant(tm
 async def test_spending_limits_count_per_tenant(tmp_path: Path) -> None:
     capped = block("anna", "a", max_credits_per_day=0.4)
     async with open_team_server(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as server:
-        wish = {**REQUEST, "quality": "low"}
-        assert not (await server.call("a", "generate_image", **wish)).is_error
-        second = await server.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hare"})
+        arguments = {**REQUEST, "quality": "low"}
+        assert not (await server.call("a", "generate_image", **arguments)).is_error
+        second = await server.call("a", "generate_image", **{**arguments, "prompt": "sim:fast a hare"})
         assert second.structured_content["error"]["code"] == "over_budget"
-        assert not (await server.call("b", "generate_image", **{**wish, "prompt": "sim:fast a hare"})).is_error
-        dear = await server.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
-        assert dear.structured_content["error"]["code"] == "over_budget"
+        assert not (await server.call("b", "generate_image", **{**arguments, "prompt": "sim:fast a hare"})).is_error
+        expensive = await server.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
+        assert expensive.structured_content["error"]["code"] == "over_budget"
 
 
 async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path) -> None:
@@ -296,8 +296,8 @@ async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path)
         answers: list[Any] = []
 
         async def order(number: int) -> None:
-            wish = {**REQUEST, "prompt": f"fox {number}"}
-            answers.append(await server.call("a", "generate_image", **wish, wait_seconds=0))
+            arguments = {**REQUEST, "prompt": f"fox {number}"}
+            answers.append(await server.call("a", "generate_image", **arguments, wait_seconds=0))
 
         async with anyio.create_task_group() as calls:
             for number in range(4):
@@ -311,9 +311,9 @@ async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path)
 async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
     async with open_team_server(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as server:
         async with server.client("a") as client:
-            listed = await client.list_tools()
-        assert [tool.name for tool in listed.tools] == ["get_task", "compute_size"]
-        assert listed.cache_scope == "private"  # another tenant has other tools
+            tool_list = await client.list_tools()
+        assert [tool.name for tool in tool_list.tools] == ["get_task", "compute_size"]
+        assert tool_list.cache_scope == "private"  # another tenant has other tools
         assert (await server.call("a", "generate_image", **REQUEST)).is_error
         assert server.posts == 0
 
@@ -338,8 +338,8 @@ async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -
     await old.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
     await old.close()
     async with open_team_server(tmp_path, ANNA) as server:
-        listed = await server.call("a", "list_tasks")
-    assert listed.structured_content["tasks"] == []
+        task_list = await server.call("a", "list_tasks")
+    assert task_list.structured_content["tasks"] == []
 
 
 # --- the command ---
@@ -352,11 +352,11 @@ def run(tmp_path: Path, *arguments: str, **environ: str) -> subprocess.Completed
 
 
 def test_the_command_creates_a_token(tmp_path: Path) -> None:
-    created = run(tmp_path, "token", "anna")
-    assert created.returncode == 0
-    assert created.stdout.count("evt_") == 1
-    refused = run(tmp_path, "token", "an na")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    creation = run(tmp_path, "token", "anna")
+    assert creation.returncode == 0
+    assert creation.stdout.count("evt_") == 1
+    refusal = run(tmp_path, "token", "an na")
+    assert (refusal.returncode, refusal.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(
@@ -365,10 +365,10 @@ def test_the_command_creates_a_token(tmp_path: Path) -> None:
 def test_an_invalid_file_ends_the_start_with_one_line(tmp_path: Path, file: Path, text: str | None, words: str) -> None:
     if text is not None:
         file.write_text(text)
-    ended = run(tmp_path, "http", EVOLINK_MCP_TOKENS_FILE=str(file))
-    assert ended.returncode == 2
-    assert words in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    process = run(tmp_path, "http", EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert process.returncode == 2
+    assert words in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["http", "sse"])
@@ -377,16 +377,16 @@ def test_the_start_reports_a_file_with_a_key_that_other_users_can_read(
 ) -> None:
     file.write_text(WITH_KEY)
     file.chmod(0o644)
-    with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", 0))
-        occupied.listen()
-        port = str(occupied.getsockname()[1])
-        ended = run(tmp_path, command, "--port", port, EVOLINK_MCP_TOKENS_FILE=str(file))
-    assert ended.returncode == 1
-    (report,) = [line for line in ended.stderr.splitlines() if "chmod" in line]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        process = run(tmp_path, command, "--port", port, EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert process.returncode == 1
+    (report,) = [line for line in process.stderr.splitlines() if "chmod" in line]
     assert report.startswith("evolink-mcp: other users of this machine can read the EvoLink keys in the tokens file ")
     assert report.endswith(f"{file} (mode 0644). Run: chmod 600 {file}")
-    assert "sk-annas-own" not in ended.stderr
+    assert "sk-annas-own" not in process.stderr
 
 
 def test_the_doctor_reports_a_file_with_a_key_that_other_users_can_read(tmp_path: Path, file: Path) -> None:
@@ -467,30 +467,32 @@ async def test_the_app_of_an_idle_tenant_is_closed_after_an_hour(tmp_path: Path)
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             pass
 
-    opened, closed, app = [], [], App()
+    opened_names, closed_names, app = [], [], App()
 
     @asynccontextmanager
-    async def opens(tenant: Tenant) -> AsyncIterator[App]:
-        opened.append(tenant.name)
+    async def open_app(tenant: Tenant) -> AsyncIterator[App]:
+        opened_names.append(tenant.name)
         yield app
-        closed.append(tenant.name)
+        closed_names.append(tenant.name)
 
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            tenants = Tenants(group, opens, lambda tenant: tenant.name == "anna", sleep=sleep, clock=lambda: now_s[0])
+            tenants = Tenants(
+                group, open_app, lambda tenant: tenant.name == "anna", sleep=sleep, clock=lambda: now_s[0]
+            )
             for name in ("anna", "bert", "bert"):
                 await tenants({"type": "http", CALLER_KEY: Tenant(name)}, None, None)  # pyright: ignore[reportArgumentType]
             now_s[0] += 3_600
             hour_later.set()
             for _ in range(20):
                 await anyio.sleep(0)
-            assert closed == []  # The app has running work
+            assert closed_names == []  # The app has running work
             app.is_idle = True
-            while len(closed) < 2:
+            while len(closed_names) < 2:
                 await anyio.sleep(0)
-            assert (opened, sorted(closed)) == (["anna", "bert"], ["anna", "bert"])
+            assert (opened_names, sorted(closed_names)) == (["anna", "bert"], ["anna", "bert"])
             await tenants({"type": "http", CALLER_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
-            assert opened == ["anna", "bert", "bert"]
+            assert opened_names == ["anna", "bert", "bert"]
             group.cancel_scope.cancel()
 
 

@@ -77,13 +77,13 @@ def test_a_host_is_identified_by_the_name_of_its_client(client_name: str | None,
 
 
 def test_no_prefix_is_hidden_by_an_earlier_one() -> None:
-    hidden = [
+    hidden_prefixes = [
         (start, earlier)
         for index, (start, _) in enumerate(HOSTS)
         for earlier, _ in HOSTS[:index]
         if start.startswith(earlier)
     ]
-    assert hidden == []
+    assert hidden_prefixes == []
     assert all(re.fullmatch(r"[a-z][a-z -]*", start) for start, _ in HOSTS)
 
 
@@ -92,7 +92,7 @@ def test_an_unknown_host_gets_45_seconds() -> None:
 
 
 @asynccontextmanager
-async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIterator[Client]:
+async def open_client(world: World, name: str, mode: Any, **server: Any) -> AsyncIterator[Client]:
     info = Implementation(name=name, version="1")
     with anyio.fail_after(300):
         async with Client(build_server(world.studio, **server), client_info=info, mode=mode) as client:
@@ -101,7 +101,7 @@ async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIte
 
 async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
     """Return the status in the answer of a call. Its task takes two simulated minutes."""
-    async with calling(world, name, mode, **server) as client:
+    async with open_client(world, name, mode, **server) as client:
         answer = await client.call_tool("generate_image", {"prompt": "A calm sunset sim:slow=120 sim:fail"})
     return answer.structured_content["status"]
 

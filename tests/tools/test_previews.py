@@ -269,10 +269,10 @@ async def test_an_unreadable_image_file_is_no_error_of_the_task(world: World, ch
             facts = (await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2})).structured_content
             change(Path(facts["images"][0]["path"]))
             world.clock.now += 25 * 3600  # the link has expired, so the file cannot be downloaded again
-            again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+            repeat = await client.call_tool("get_task", {"task_id": facts["task_id"]})
             view = await client.call_tool("view_image", {"task_id": facts["task_id"]})
-    assert again.is_error is False
-    assert len(previews_in(again)) == 1
+    assert repeat.is_error is False
+    assert len(previews_in(repeat)) == 1
     assert view.is_error is True
     assert facts["images"][0]["path"] in view.content[0].text
 

@@ -61,7 +61,7 @@ class Harness:
 
     async def hold(self, exchange: Exchange) -> None:
         """Accept a purchase, and answer it when the test sets `go`."""
-        reply = await exchange.accepted()
+        reply = await exchange.accept()
         self.arrived.set()
         await self.go.wait()
         exchange.relay(reply)
