@@ -25,7 +25,7 @@ DISCOVER: dict[str, Any] = {
     "method": "server/discover",
     "params": {"_meta": ENVELOPE},
 }
-HELLO = {"legacy": INITIALIZE, "modern": DISCOVER}
+FIRST_MESSAGES = {"legacy": INITIALIZE, "modern": DISCOVER}
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Pipes:
         self._server_out = -1
         return list(iter(self._next_line, b""))
 
-    def hang_up(self) -> None:
+    def close_stdin(self) -> None:
         if self._to_server >= 0:
             os.close(self._to_server)
             self._to_server = -1
@@ -62,7 +62,7 @@ class Pipes:
         self._from_server = -1
 
     def close(self) -> None:
-        self.hang_up()
+        self.close_stdin()
         if self._server_out >= 0:
             os.close(self._server_out)
         if self._reader is not None:

@@ -96,7 +96,7 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
             server.kill()
             await server.wait_for_exit()
             outputs.append(server.stderr_file.read_text())
-        async with servers.server(env, "-v", "tasks", "--json", greet=False) as command:
+        async with servers.server(env, "-v", "tasks", "--json", initialize=False) as command:
             await command.wait_for_exit()
             outputs.append(command.stderr_file.read_text())
     assert len(gateway.simulator.tasks) > 3

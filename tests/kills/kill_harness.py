@@ -13,7 +13,7 @@ import anyio
 import pytest
 from child_processes import minimal_environment
 from faulty_gateway import Gateway, QuickSimulator
-from killer import AT, HOW, LOG, Launcher, Server
+from killer import LOG, MODE, POSITION, Launcher, Server
 
 REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
@@ -79,25 +79,25 @@ async def good_run(harness: Harness, env: dict[str, str]) -> list[str]:
     """Run a server without a failure. Return its operations from start to end."""
     log = harness.folder / "operations"
     with anyio.fail_after(300):
-        async with harness.launcher.server({**env, AT: "0", HOW: "count", LOG: str(log)}) as server:
+        async with harness.launcher.server({**env, POSITION: "0", MODE: "count", LOG: str(log)}) as server:
             answer = await server.call("generate_image", **REQUEST)
             assert answer is not None
             assert answer["structuredContent"]["status"] == "completed"
             operations = log.read_text().splitlines()
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() == 0
     return operations
 
 
 async def run_failing_server(
-    harness: Harness, env: dict[str, str], name: str, how: str, codes: tuple[int, ...]
+    harness: Harness, env: dict[str, str], name: str, mode: str, codes: tuple[int, ...]
 ) -> tuple[list[str], dict[str, Any] | None]:
     """Run a server that fails as `env` defines. Return the IDs of the billed tasks, and the answer, if there is one."""
-    async with harness.launcher.server(env, greet=False) as server:
-        await server.hello()
+    async with harness.launcher.server(env, initialize=False) as server:
+        await server.initialize()
         answer = await server.call("generate_image", **REQUEST)
-        server.hang_up()
-        assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
+        server.close_stdin()
+        assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if mode == "kill" else codes)
     await harness.gateway.wait_until_idle()
     billed_ids = harness.billed_ids(name)
     assert len(billed_ids) <= 1
@@ -125,21 +125,21 @@ async def run_each(
     limiter = anyio.CapacityLimiter(parallel)
     failures: dict[str, BaseException] = {}
 
-    async def run_one(at: int) -> None:
-        where = operations[at - 1] if at <= len(operations) else "later"
+    async def run_one(position: int) -> None:
+        operation = operations[position - 1] if position <= len(operations) else "later"
         async with limiter:
             try:
                 with anyio.fail_after(300):
-                    await run(at)
+                    await run(position)
             except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
-                failures[f"{at} ({where})"] = error
+                failures[f"{position} ({operation})"] = error
 
     async with anyio.create_task_group() as group:
-        for at in positions:
-            group.start_soon(run_one, at)
+        for position in positions:
+            group.start_soon(run_one, position)
     if failures:
         pytest.fail(
-            "\n".join(f"{where}: {''.join(traceback.format_exception(error))}" for where, error in failures.items())
+            "\n".join(f"{name}: {''.join(traceback.format_exception(error))}" for name, error in failures.items())
         )
 
 

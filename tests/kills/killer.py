@@ -1,7 +1,7 @@
 """Server processes over stdio that end or fail at operation k.
 
-As a script this file is a launcher: it imports the product once and forks a server for each request. With KILLER_AT and
-KILLER_HOW the server counts its operations on journal, sockets, files and stdout. At operation k, "kill" sends SIGKILL,
+As a script this file is a launcher: it imports the product once and forks a server for each request. With KILLER_POSITION and
+KILLER_MODE the server counts its operations on journal, sockets, files and stdout. At operation k, "kill" sends SIGKILL,
 "freeze" sends SIGSTOP, "fail" raises an error instead of the operation, and "late" raises an error after the operation.
 """
 
@@ -28,7 +28,7 @@ from child_processes import minimal_environment, patient_times, without_coverage
 
 FROZEN = "frozen"  # the line in the log before SIGSTOP
 FOLDER = Path(__file__).resolve().parent
-AT, HOW, LOG = "KILLER_AT", "KILLER_HOW", "KILLER_LOG"
+POSITION, MODE, LOG = "KILLER_POSITION", "KILLER_MODE", "KILLER_LOG"
 STOP_AFTER_S = "KILLER_STOP_AFTER_S"  # the time from the last heartbeat until a server with a database stops its work
 
 
@@ -36,35 +36,37 @@ STOP_AFTER_S = "KILLER_STOP_AFTER_S"  # the time from the last heartbeat until a
 
 
 class Countdown:
-    """Counts operations. Kills the process or raises an error at operation `at`."""
+    """Counts operations. Kills the process or raises an error at operation `position`."""
 
-    def __init__(self, at: int, how: str, log: str) -> None:
-        self._at = at
-        self._how = how
+    def __init__(self, position: int, mode: str, log: str) -> None:
+        self._position = position
+        self._mode = mode
         self._log = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY) if log else None
         self._count = 0
         self._lock = threading.Lock()
         self._write = os.write
 
-    def around(self, name: str, act: Callable[..., Any], error: Callable[[], Exception] | None) -> Callable[..., Any]:
-        """Return `act` with a count. Without `error` the operation can be the last of the process, but never fails."""
+    def around(
+        self, name: str, function: Callable[..., Any], error: Callable[[], Exception] | None
+    ) -> Callable[..., Any]:
+        """Return `function` with a count. Without `error` the operation can be the last of the process, but never fails."""
 
         def count_and_run(*args: Any, **options: Any) -> Any:
             with self._lock:
                 self._count += 1
-                is_target = self._count == self._at
+                is_target = self._count == self._position
                 if self._log is not None:
                     self._write(self._log, f"{name}\n".encode())
-            if is_target and self._how == "kill":
+            if is_target and self._mode == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if is_target and self._how == "freeze":
+            if is_target and self._mode == "freeze":
                 assert self._log is not None
                 self._write(self._log, f"{FROZEN}\n".encode())
                 os.kill(os.getpid(), signal.SIGSTOP)
-            if is_target and error is not None and self._how == "fail":
+            if is_target and error is not None and self._mode == "fail":
                 raise error()
-            result = act(*args, **options)
-            if is_target and error is not None and self._how == "late":
+            result = function(*args, **options)
+            if is_target and error is not None and self._mode == "late":
                 raise error()
             return result
 
@@ -129,7 +131,7 @@ def _arm_postgres(countdown: Countdown) -> None:
                     return await original(*args, **options)
                 operation = f"journal: {statement[:40]}"
             count = countdown.around(operation, lambda: None, connection_lost)
-            if os.environ[HOW] == "late":
+            if os.environ[MODE] == "late":
                 result = await original(*args, **options)
                 count()
                 return result
@@ -152,8 +154,8 @@ def _serve(request: dict[str, Any], fds: list[int]) -> None:
     os.chdir(request["cwd"])
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.enable(2)  # print the stack to stderr if the interpreter crashes
-    if HOW in os.environ:
-        arm(Countdown(int(os.environ[AT]), os.environ[HOW], os.environ.get(LOG, "")))
+    if MODE in os.environ:
+        arm(Countdown(int(os.environ[POSITION]), os.environ[MODE], os.environ.get(LOG, "")))
     # Short times, so that a test does not wait for seconds until another server adopts entries.
     times = None
     if "EVOLINK_MCP_DATABASE_URL" in os.environ:
@@ -229,7 +231,7 @@ class Server:
         self._number = 0
         self.pid = array.array("i", connection.recv(4))[0]
 
-    async def hello(self) -> None:
+    async def initialize(self) -> None:
         info = {"name": "killer", "version": "1"}
         await self.ask("initialize", protocolVersion="2025-06-18", capabilities={}, clientInfo=info)
         with suppress(BrokenPipeError):
@@ -268,7 +270,7 @@ class Server:
         os.close(self._stdout)
         self._stdout = os.open(os.devnull, os.O_RDONLY)
 
-    def hang_up(self) -> None:
+    def close_stdin(self) -> None:
         """Close its stdin."""
         if self._stdin >= 0:
             os.close(self._stdin)
@@ -283,7 +285,7 @@ class Server:
         return array.array("i", self._connection.recv(4))[0]
 
     async def close(self) -> None:
-        self.hang_up()
+        self.close_stdin()
         os.close(self._stdout)
         self._connection.close()
 
@@ -297,7 +299,7 @@ class Launcher:
         self._count = 0
 
     @asynccontextmanager
-    async def server(self, env: dict[str, str], *argv: str, greet: bool = True) -> AsyncIterator[Server]:
+    async def server(self, env: dict[str, str], *argv: str, initialize: bool = True) -> AsyncIterator[Server]:
         """Start a server. The end of the block closes its stdin, so that it ends."""
         self._count += 1
         stderr_file = self._folder / f"{self._count}.err"
@@ -312,8 +314,8 @@ class Launcher:
             os.close(server_stdout)
             server = Server(connection, stdin, stdout, stderr_file)
             try:
-                if greet:
-                    await server.hello()
+                if initialize:
+                    await server.initialize()
                 yield server
             finally:
                 with suppress(ProcessLookupError):

@@ -26,7 +26,7 @@ from kill_harness import (  # noqa: F401
     tasks,
     wait_for_images,
 )  # fmt: skip
-from killer import AT, HOW, LOG, Launcher, Server, shared_launcher  # noqa: F401
+from killer import LOG, MODE, POSITION, Launcher, Server, shared_launcher  # noqa: F401
 from slow import SLOW
 
 from evolink_mcp.journal.entry import Entry, Phase
@@ -53,11 +53,11 @@ def entries_of(env: dict[str, str]) -> list[Entry]:
     return read_entries(folder, 50) if (folder / FILE_NAME).exists() else []
 
 
-async def fail_and_recover(harness: Harness, name: str, how: str, at: int) -> None:
-    """Let a server fail at operation `at`. The next server must finish all work."""
-    env = harness.env(name, **{AT: str(at), HOW: how})
-    billed_ids, answer = await run_failing_server(harness, env, name, how, codes=(0,))
-    assert answer is not None or how == "kill"
+async def fail_and_recover(harness: Harness, name: str, mode: str, position: int) -> None:
+    """Let a server fail at operation `position`. The next server must finish all work."""
+    env = harness.env(name, **{POSITION: str(position), MODE: mode})
+    billed_ids, answer = await run_failing_server(harness, env, name, mode, codes=(0,))
+    assert answer is not None or mode == "kill"
     if answer is not None:
         facts = answer["structuredContent"]
         assert f"Charged: {facts['charged']}" in answer["content"][0]["text"]
@@ -65,36 +65,41 @@ async def fail_and_recover(harness: Harness, name: str, how: str, at: int) -> No
     posts = harness.gateway.posts
     async with harness.launcher.server(harness.env(name)) as server:
         await check_recovery(harness, server, name, billed_ids)
-        server.hang_up()
+        server.close_stdin()
         assert await server.wait_for_exit() == 0
     assert harness.gateway.posts >= posts
     assert harness.billed_ids(name) == billed_ids
     assert len(harness.pictures(name)) == len(billed_ids)
 
 
-@pytest.mark.parametrize("how", ["kill", "fail", pytest.param("late", marks=SLOW)])
+@pytest.mark.parametrize("mode", ["kill", "fail", pytest.param("late", marks=SLOW)])
 async def test_a_failure_at_any_operation_leaves_at_most_one_task_and_its_image_on_disk(
-    harness: Harness, how: str
+    harness: Harness, mode: str
 ) -> None:
     """kill: SIGKILL before operation k. fail: operation k fails without effect. late: operation k fails after its effect."""
     operations = await good_run(harness, harness.env("good"))
     kinds = Counter(operation.partition(":")[0] for operation in operations)
-    assert all(kinds[kind] >= least for kind, least in (("journal", 15), ("socket", 8), ("file", 15)))
+    assert all(kinds[kind] >= minimum for kind, minimum in (("journal", 15), ("socket", 8), ("file", 15)))
     positions = range(1, len(operations) + SPARE)
-    await run_each(operations, positions, lambda at: fail_and_recover(harness, f"{how}-{at}", how, at), PARALLEL)
+    await run_each(
+        operations,
+        positions,
+        lambda position: fail_and_recover(harness, f"{mode}-{position}", mode, position),
+        PARALLEL,
+    )
 
 
-async def fail_beside_neighbour(harness: Harness, name: str, at: int) -> None:
-    """Kill a server at operation `at`. A server with another key uses the same journal."""
+async def fail_beside_neighbour(harness: Harness, name: str, position: int) -> None:
+    """Kill a server at operation `position`. A server with another key uses the same journal."""
     env = harness.env(name)
     neighbour_key = f"{name}-neighbour"
     other_env = {**env, "EVOLINK_API_KEY": harness.key(neighbour_key)}
     async with harness.launcher.server(other_env) as neighbour:
         assert await tasks(neighbour) == []
-        async with harness.launcher.server({**env, AT: str(at), HOW: "kill"}, greet=False) as server:
-            await server.hello()
+        async with harness.launcher.server({**env, POSITION: str(position), MODE: "kill"}, initialize=False) as server:
+            await server.initialize()
             await server.call("generate_image", **REQUEST)
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
         await harness.gateway.wait_until_idle()
         billed_ids = harness.billed_ids(name)
@@ -148,8 +153,10 @@ async def test_a_server_with_another_key_never_touches_the_work_of_a_killed_one(
     operations = await good_run(harness, harness.env("good"))
     # Only operations on the journal and on EvoLink can affect the other server.
     prefixes = ("journal: INSERT", "journal: UPDATE", "socket: send", "socket: recv")
-    positions = [at for at, operation in enumerate(operations, start=1) if operation.startswith(prefixes)]
-    await run_each(operations, positions, lambda at: fail_beside_neighbour(harness, f"beside-{at}", at), PARALLEL)
+    positions = [number for number, operation in enumerate(operations, start=1) if operation.startswith(prefixes)]
+    await run_each(
+        operations, positions, lambda position: fail_beside_neighbour(harness, f"beside-{position}", position), PARALLEL
+    )
 
 
 async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_send_no_other_post(
@@ -258,7 +265,7 @@ async def test_a_server_without_a_tool_call_leaves_no_trace(harness: Harness) ->
     with anyio.fail_after(300):
         async with harness.launcher.server(harness.env("probe")) as server:
             await server.ask("tools/list")
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() == 0
     assert list((harness.folder / "probe").iterdir()) == []
     assert harness.gateway.requests == []

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from kill_harness import Harness, open_harness, run_each  # noqa: F401
-from killer import AT, HOW, LOG, Server, shared_launcher  # noqa: F401
+from killer import LOG, MODE, POSITION, Server, shared_launcher  # noqa: F401
 from slow import RUNS_SLOW_TESTS
 
 pytestmark = [
@@ -49,23 +49,27 @@ async def good_series(harness: Harness) -> list[str]:
     """Buy a series without a failure. Return the operations of the server."""
     log = harness.folder / "operations"
     with anyio.fail_after(300):
-        async with harness.launcher.server({**harness.env("good"), AT: "0", HOW: "count", LOG: str(log)}) as server:
+        async with harness.launcher.server(
+            {**harness.env("good"), POSITION: "0", MODE: "count", LOG: str(log)}
+        ) as server:
             answer = await server.call("generate_images", **SERIES)
             assert answer is not None
             assert answer["structuredContent"]["status"] == "completed"
             operations = log.read_text().splitlines()
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() == 0
     assert count_tasks(harness, "good") == Counter(SERIES["prompts"])
     return operations
 
 
-async def kill_and_repeat(harness: Harness, name: str, at: int) -> None:
-    """Kill a server at operation `at`. The next server gets the same call, unless the client has the answer."""
-    async with harness.launcher.server(harness.env(name, **{AT: str(at), HOW: "kill"}), greet=False) as server:
-        await server.hello()
+async def kill_and_repeat(harness: Harness, name: str, position: int) -> None:
+    """Kill a server at operation `position`. The next server gets the same call, unless the client has the answer."""
+    async with harness.launcher.server(
+        harness.env(name, **{POSITION: str(position), MODE: "kill"}), initialize=False
+    ) as server:
+        await server.initialize()
         answer = await server.call("generate_images", **SERIES)
-        server.hang_up()
+        server.close_stdin()
         assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
     await harness.gateway.wait_until_idle()
     before = count_tasks(harness, name)
@@ -86,14 +90,16 @@ async def kill_and_repeat(harness: Harness, name: str, at: int) -> None:
         assert {task["task_id"] for task in task_list if task["task_id"]} <= set(harness.billed_ids(name))
         paths = [Path(image["path"]) for task in task_list for image in task["images"]]
         assert sorted(paths) == harness.pictures(name)
-        server.hang_up()
+        server.close_stdin()
         assert await server.wait_for_exit() == 0
 
 
 async def test_a_series_killed_at_any_operation_is_bought_at_most_once(harness: Harness) -> None:
     operations = await good_series(harness)
     kinds = Counter(operation.partition(":")[0] for operation in operations)
-    assert all(kinds[kind] >= least for kind, least in (("journal", 60), ("socket", 60), ("file", 60)))
+    assert all(kinds[kind] >= minimum for kind, minimum in (("journal", 60), ("socket", 60), ("file", 60)))
     every = 1 if RUNS_SLOW_TESTS else max(1, len(operations) // POSITIONS_MAX)
     positions = range(1, len(operations) + 1, every)
-    await run_each(operations, positions, lambda at: kill_and_repeat(harness, f"kill-{at}", at), PARALLEL)
+    await run_each(
+        operations, positions, lambda position: kill_and_repeat(harness, f"kill-{position}", position), PARALLEL
+    )

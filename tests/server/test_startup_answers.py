@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCRequest, JSONRPCResponse, jsonrpc_message_adapter
-from odd_messages import CASES, HELLO, LINES
+from odd_messages import CASES, FIRST_MESSAGES, LINES
 from pydantic import ValidationError
 
 from evolink_mcp.app.wiring import server_for
@@ -346,20 +346,20 @@ def check_early_answers(session: Session, results: Results) -> None:
             assert json.loads(answer)["id"] == message.id
 
 
-@pytest.mark.parametrize("era", HELLO)
+@pytest.mark.parametrize("era", FIRST_MESSAGES)
 async def test_no_odd_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
     for case in CASES.values():
         check_early_answers([case.line], results)
-        check_early_answers([*lines(HELLO[era]), case.line], results)
+        check_early_answers([*lines(FIRST_MESSAGES[era]), case.line], results)
 
 
-@pytest.mark.parametrize("era", HELLO)
+@pytest.mark.parametrize("era", FIRST_MESSAGES)
 async def test_no_generated_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
     @FUZZ
     @example(session=lines(handshake(capabilities={"experimental": {"a": DEEP}})))
     @given(
         some.lists(LINES, max_size=5)
-        | some.lists(LINES, max_size=5).map(lambda session: [*lines(HELLO[era]), *session])
+        | some.lists(LINES, max_size=5).map(lambda session: [*lines(FIRST_MESSAGES[era]), *session])
     )
     def check(session: Session) -> None:
         check_early_answers(session, results)

@@ -212,7 +212,7 @@ class Crowd:
                 for order in range(self.order_count):
                     group.create_task(self._get_image(client, caller, order))
 
-    def hang_up(self) -> None:
+    def end_calls(self) -> None:
         """End the calls of all waiting callers. They make them again."""
         for deadline in self._deadlines:
             deadline.reschedule(0)
@@ -330,7 +330,7 @@ async def promote_standby(crowd: Crowd, primary: Any, standby: Any) -> None:
             f"  the primary ended after {len(crowd.results)} results, the standby received no changes after {cut_at}",
             flush=True,
         )
-        crowd.hang_up()
+        crowd.end_calls()
         await asyncio.to_thread(standby.promote)
 
     async with asyncio.timeout(TIMEOUT_S):

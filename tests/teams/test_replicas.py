@@ -226,8 +226,8 @@ def _result(reply: httpx.Response) -> Any:
 async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tmp_path: Path) -> None:
     async with open_team(url, tmp_path, ANNA) as team, team.http("a") as http:
         team.simulator.duration_s = 3600
-        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
-        reply = await http.post("/mcp", json={"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello})
+        params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
+        reply = await http.post("/mcp", json={"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params})
         session = {"mcp-session-id": reply.headers["mcp-session-id"], "mcp-protocol-version": "2025-11-25"}
         answers: list[str] = []
 

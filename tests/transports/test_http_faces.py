@@ -207,10 +207,10 @@ class OldClient:
         self._http, self._url, self._session = http, url, session
         self.headers = dict(HEADERS)
 
-    async def greet(self) -> None:
+    async def initialize(self) -> None:
         params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
-        hello = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
-        reply = await self._http.post(self._url, json=hello, headers=self.headers)
+        message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
+        reply = await self._http.post(self._url, json=message, headers=self.headers)
         if self._session:
             self.headers["mcp-session-id"] = reply.headers["mcp-session-id"]
         await self._notify("notifications/initialized", {})
@@ -245,7 +245,7 @@ async def test_a_cancellation_in_another_post_reaches_its_call(harness: Harness,
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(timeout=WITHIN_S) as http, anyio.create_task_group() as group:
             old = OldClient(http, harness.url(harness.http), session=session)
-            await old.greet()
+            await old.initialize()
             group.start_soon(old.ask, {"prompt": prompt})
             await wait_until_running(harness, prompt)
             await old.cancel()
@@ -259,8 +259,8 @@ async def test_a_cancellation_never_reaches_the_call_of_another_client_with_the_
     with anyio.fail_after(WITHIN_S):
         async with httpx.AsyncClient(timeout=WITHIN_S) as http, anyio.create_task_group() as group:
             waiting_client, cancelling_client = (OldClient(http, harness.url(harness.http)) for _ in range(2))
-            await waiting_client.greet()
-            await cancelling_client.greet()
+            await waiting_client.initialize()
+            await cancelling_client.initialize()
             answers: list[str] = []
 
             async def wait() -> None:

@@ -14,7 +14,7 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from child_processes import ANSWER_TIMEOUT_S
 from hypothesis import HealthCheck, given, settings
-from odd_messages import CASES, HELLO, LINES, Case, proofs
+from odd_messages import CASES, FIRST_MESSAGES, LINES, Case, proofs
 
 from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
@@ -250,7 +250,7 @@ def test_every_odd_message_over_sse_is_accepted_or_refused(tmp_path: Path, era: 
 
         async def post_all() -> None:
             async with client.stream() as stream:
-                await stream.post(json.dumps(HELLO[era]).encode())
+                await stream.post(json.dumps(FIRST_MESSAGES[era]).encode())
                 for name, case in CASES.items():
                     reply = await stream.post(case.line)
                     if is_refused(case):
@@ -269,7 +269,7 @@ def test_no_generated_message_stops_a_session_of_sse(tmp_path: Path, era: str) -
         portal_to(tmp_path, "sse") as (portal, client),
         portal.wrap_async_context_manager(client.stream()) as stream,
     ):
-        portal.call(stream.post, json.dumps(HELLO[era]).encode())
+        portal.call(stream.post, json.dumps(FIRST_MESSAGES[era]).encode())
 
         @FUZZ
         @given(LINES)

@@ -16,7 +16,7 @@ import pytest
 from child_processes import ANSWER_TIMEOUT_S, SERVER_COMMAND, cache_folders, minimal_environment
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as some
-from odd_messages import CASES, HELLO, LINES, proofs
+from odd_messages import CASES, FIRST_MESSAGES, LINES, proofs
 
 ERAS = pytest.mark.parametrize("era", ["legacy", "modern"])
 FUZZ = settings(
@@ -152,7 +152,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     with open_launcher(folder, folder) as start:
         server = start()
-        server.send(hello("legacy"))
+        server.send(first_message("legacy"))
         while not [file for cache in cache_folders(folder) for file in cache.glob("startup-*.tsv")]:
             server.check_good_requests("legacy")
         server.check_exit()
@@ -165,15 +165,15 @@ def start(home: Path, tmp_path: Path) -> Iterator[Start]:
         yield start_server
 
 
-def hello(era: str) -> bytes:
-    return json.dumps(HELLO[era]).encode()
+def first_message(era: str) -> bytes:
+    return json.dumps(FIRST_MESSAGES[era]).encode()
 
 
 @ERAS
 @pytest.mark.parametrize("is_loaded", [False, True], ids=["before the SDK is loaded", "after"])
 def test_every_odd_request_is_answered_once_and_the_server_continues(start: Start, era: str, is_loaded: bool) -> None:
     server = start()
-    server.send(hello(era))
+    server.send(first_message(era))
     if is_loaded:
         server.answers(["hello"])
         server.check_good_requests(era)
@@ -192,7 +192,7 @@ def test_every_odd_request_is_answered_once_and_the_server_continues(start: Star
 @ERAS
 def test_no_generated_line_stops_a_server_that_is_loaded(start: Start, era: str) -> None:
     server = start()
-    server.send(hello(era))
+    server.send(first_message(era))
     server.check_good_requests(era)
 
     @FUZZ
@@ -211,7 +211,7 @@ def test_no_generated_line_stops_a_server_that_is_starting(start: Start, era: st
     @given(some.lists(LINES, min_size=20, max_size=60))
     def send_lines(lines: list[bytes]) -> None:
         server = start()
-        server.send(hello(era), *lines)
+        server.send(first_message(era), *lines)
         server.check_good_requests(era)
         server.check_exit()
         server.read_rest()
@@ -223,6 +223,6 @@ def test_odd_lines_before_the_handshake_do_not_prevent_it(start: Start) -> None:
     """None of them is a request, so none decides the protocol era."""
     server = start()
     lines = [case.line for case in CASES.values() if case.is_error or case.is_silent]
-    server.send(*lines, hello("legacy"))
+    server.send(*lines, first_message("legacy"))
     server.check_good_requests("legacy")
     server.check_exit()

@@ -77,7 +77,7 @@ async def harness(tmp_path: Path, servers: Launcher) -> AsyncIterator[Harness]:
 
 
 async def exit_code_of(server: Server, end: signal.Signals | None) -> int:
-    server.hang_up() if end is None else server.kill(end)
+    server.close_stdin() if end is None else server.kill(end)
     with anyio.fail_after(END_TIMEOUT_S):
         return await server.wait_for_exit()
 
@@ -169,7 +169,7 @@ async def web(harness: Harness, transport: str) -> AsyncIterator[tuple[Server, s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    async with harness.launcher.server(harness.env, transport, "--port", str(port), greet=False) as server:
+    async with harness.launcher.server(harness.env, transport, "--port", str(port), initialize=False) as server:
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient() as client:
             is_healthy = False

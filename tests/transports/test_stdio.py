@@ -23,7 +23,7 @@ from evolink_mcp.transports.stdio import serve_stdio
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 VERSION = "2025-11-25"
-HELLO = {
+INITIALIZE = {
     "jsonrpc": "2.0",
     "id": 1,
     "method": "initialize",
@@ -124,7 +124,7 @@ async def open_client(
 
             group.start_soon(run)
             yield client
-            pipes.hang_up()
+            pipes.close_stdin()
     finally:
         pipes.close()
     assert codes == [0]
@@ -134,7 +134,7 @@ async def open_client(
 async def open_tools() -> AsyncGenerator[tuple[Client, Tools]]:
     tools = Tools()
     async with open_client(partial(serve_streams, tools.server)) as client:
-        assert "result" in await client.ask(HELLO)
+        assert "result" in await client.ask(INITIALIZE)
         yield client, tools
 
 
@@ -190,7 +190,7 @@ async def test_a_delivery_that_cannot_be_recorded_ends_neither_the_others_nor_th
 async def test_an_id_that_was_answered_early_may_be_used_and_cancelled_at_once() -> None:
     tools = Tools()
     answers = {(method, VERSION): b'{"early":true}' for method in ("initialize", "tools/list", "ping")}
-    early = [HELLO, request(2, "tools/list"), request(3)]
+    early = [INITIALIZE, request(2, "tools/list"), request(3)]
     async with open_client(partial(serve_streams, tools.server), StartupAnswers(answers), early) as client:
         tools.may_answer.set()
         await client.send(cancellation(1), cancellation(2), cancellation(3), call(1, "hold"))

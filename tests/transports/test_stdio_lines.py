@@ -73,7 +73,7 @@ def test_early_answers_that_fail_leave_every_line_to_the_server(pipes: Pipes, ca
     transport = pipes.open(early)
     pipes.send(*lines)
     assert pipes.receive() == {"id": "early"}
-    pipes.hang_up()
+    pipes.close_stdin()
     handled_lines: list[bytes | None] = []
     transport.handle_lines(pipes.handle)
     while not handled_lines or handled_lines[-1] is not None:
@@ -89,7 +89,7 @@ def test_early_answers_that_fail_leave_every_line_to_the_server(pipes: Pipes, ca
 def test_an_end_of_input_before_any_question_ends_the_process(pipes: Pipes) -> None:
     pipes.open()
     pipes.send(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
-    pipes.hang_up()
+    pipes.close_stdin()
     assert pipes.exit_code() == 0
 
 
@@ -99,7 +99,7 @@ def test_an_end_of_input_after_a_question_waits_for_the_server(pipes: Pipes, que
     transport = pipes.open()
     (reader,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "stdin"]
     pipes.send(question)
-    pipes.hang_up()
+    pipes.close_stdin()
     reader.join(ANSWER_TIMEOUT_S)
     assert pipes.exit_codes.empty()
     transport.handle_lines(pipes.handle)
@@ -108,14 +108,14 @@ def test_an_end_of_input_after_a_question_waits_for_the_server(pipes: Pipes, que
 
 def test_an_end_of_input_ends_the_process_only_after_the_settings_are_valid(pipes: Pipes) -> None:
     transport = pipes.open(can_leave=False)
-    pipes.hang_up()
+    pipes.close_stdin()
     transport.handle_lines(pipes.handle)
     assert (pipes.next_handled(), pipes.exit_codes.empty()) == (END, True)
 
 
 def test_an_end_of_input_before_the_settings_are_valid_is_remembered(pipes: Pipes) -> None:
     transport = pipes.open(can_leave=False)
-    pipes.hang_up()
+    pipes.close_stdin()
     transport.allow_leave()
     assert pipes.exit_code() == 0
 
@@ -127,7 +127,7 @@ def test_an_end_of_input_after_the_settings_are_valid_ends_the_process(pipes: Pi
     arrived_lines.get(timeout=ANSWER_TIMEOUT_S)
     transport.allow_leave()
     assert pipes.exit_codes.empty()
-    pipes.hang_up()
+    pipes.close_stdin()
     assert pipes.exit_code() == 0
 
 
@@ -136,7 +136,7 @@ def test_an_end_that_cannot_be_handled_ends_the_process_at_once(pipes: Pipes) ->
         raise RuntimeError("can't start new thread")
 
     pipes.open().handle_lines(handle)
-    pipes.hang_up()
+    pipes.close_stdin()
     assert pipes.exit_code() == 1
 
 
@@ -187,7 +187,7 @@ def test_an_answer_that_cannot_be_recorded_does_not_stop_the_later_ones(
 def test_the_last_line_needs_no_line_feed(pipes: Pipes) -> None:
     pipes.open().handle_lines(pipes.handle)
     pipes.write(b"\r\n \n" + PING)
-    pipes.hang_up()
+    pipes.close_stdin()
     assert [pipes.next_handled(), pipes.next_handled()] == [PING, END]
 
 
@@ -198,7 +198,7 @@ def test_a_line_that_is_too_long_gets_an_answer_and_the_other_ones_too(pipes: Pi
     pipes.write(b"x" * (5 << 20))
     if not is_last:
         pipes.send(b"", PING)
-    pipes.hang_up()
+    pipes.close_stdin()
     refusal = pipes.receive()
     assert (refusal["id"], refusal["error"]["code"], "1 MiB" in refusal["error"]["message"]) == (None, -32600, True)
     assert [pipes.next_handled() for _ in range(2 if is_last else 3)] == [PING, END] if is_last else [PING, PING, END]

@@ -47,7 +47,7 @@ class ServerProcess:
         client = {"protocolVersion": version, "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
         self.send({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client})
 
-    def greet(self, version: str = "2025-06-18") -> dict[str, Any]:
+    def initialize(self, version: str = "2025-06-18") -> dict[str, Any]:
         self.send_initialize(version)
         answer = self.receive()
         self.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
@@ -79,7 +79,7 @@ def server(start: Callable[..., ServerProcess]) -> ServerProcess:
 
 @pytest.mark.parametrize("version", ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"])
 def test_older_protocol_versions_work(server: ServerProcess, version: str) -> None:
-    assert server.greet(version)["result"]["protocolVersion"] == version
+    assert server.initialize(version)["result"]["protocolVersion"] == version
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
@@ -95,7 +95,7 @@ async def test_the_official_client_works_in_every_mode(tmp_path: Path, mode: Any
 
 
 def test_stdout_has_only_messages_and_an_end_of_input_ends_the_server(server: ServerProcess) -> None:
-    server.greet()
+    server.initialize()
     server.send({"jsonrpc": "2.0", "id": 2, "method": "tools/list", "params": {}})
     assert {tool["name"] for tool in server.receive()["result"]["tools"]} >= {
         "generate_image",
@@ -106,7 +106,7 @@ def test_stdout_has_only_messages_and_an_end_of_input_ends_the_server(server: Se
 
 
 def test_lines_that_are_not_json_are_answered_and_the_server_continues(server: ServerProcess) -> None:
-    server.greet()
+    server.initialize()
     server.send(b"not json at all")
     assert server.receive()["error"]["code"] == -32700
     server.send(b"[" * 100_000)
@@ -119,7 +119,7 @@ def test_lines_that_are_not_json_are_answered_and_the_server_continues(server: S
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e400", "-0.0", "1" * 5000])
 def test_json_that_breaks_parsers_gets_an_answer_with_its_id(server: ServerProcess, value: str) -> None:
-    server.greet()
+    server.initialize()
     name, second = ("prompt", "n") if value.startswith('"') else ("n", "prompt")
     call = f'{{"name":"generate_image","arguments":{{"{name}":{value},"{second}":{"1" if second == "n" else chr(34) * 2}}}}}'
     server.send(f'{{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{call}}}'.encode())
@@ -132,7 +132,7 @@ def test_json_that_breaks_parsers_gets_an_answer_with_its_id(server: ServerProce
 @pytest.mark.parametrize("name", ["1.5", "true", "false", "-0.5"])
 def test_an_invalid_id_gets_an_answer(server: ServerProcess, name: str) -> None:
     """The message looks like a notification, and notifications get no answer."""
-    server.greet()
+    server.initialize()
     server.send(f'{{"jsonrpc":"2.0","id":{name},"method":"tools/list","params":{{}}}}'.encode())
     answer = server.receive()
     assert (answer["id"], "result" in answer or answer["error"]["code"] == -32600) == (json.loads(name), True)
@@ -146,7 +146,7 @@ def recorded_environment(tmp_path_factory: pytest.TempPathFactory, request: pyte
     home = tmp_path_factory.mktemp("recorded")
     tools = {} if request.param is None else {"EVOLINK_MCP_TOOLS": request.param}
     server = ServerProcess(home, **tools)
-    server.greet()
+    server.initialize()
     while not [file for folder in cache_folders(home) for file in folder.glob("startup-*.tsv")]:
         time.sleep(0.05)
     assert server.end() == (0, b"", b"")
@@ -157,8 +157,8 @@ def test_the_second_start_answers_before_it_imports_the_sdk(
     start: Callable[..., ServerProcess], recorded_environment: dict[str, str]
 ) -> None:
     server = start(**recorded_environment)
-    greeting = server.greet("2025-11-25")
-    assert greeting["result"]["serverInfo"]["name"] == "evolink-mcp"
+    answer = server.initialize("2025-11-25")
+    assert answer["result"]["serverInfo"]["name"] == "evolink-mcp"
     answers: dict[str, Any] = {}
     for number, method in enumerate(("tools/list", "prompts/list", "resources/templates/list", "ping"), 2):
         server.send({"jsonrpc": "2.0", "id": number, "method": method})
@@ -194,7 +194,7 @@ def test_an_end_of_input_during_the_start_ends_the_server(
     start: Callable[..., ServerProcess], recorded_environment: dict[str, str]
 ) -> None:
     server = start(**recorded_environment)
-    server.greet()
+    server.initialize()
     assert server.end() == (0, b"", b"")
     silent = start(**recorded_environment)
     assert silent.end() == (0, b"", b"")
@@ -213,7 +213,7 @@ def test_a_signal_during_the_start_ends_the_server(
     start: Callable[..., ServerProcess], recorded_environment: dict[str, str], end: str, code: int
 ) -> None:
     server = start(**recorded_environment)
-    server.greet()
+    server.initialize()
     server.process.send_signal(getattr(signal, end))
     assert server.process.wait(20) == code
 
@@ -235,7 +235,7 @@ def test_the_end_of_stdin_does_not_hide_a_bad_setting_of_the_second_start(
 
 def test_the_sdk_lists_only_the_published_tools(start: Callable[..., ServerProcess]) -> None:
     server = start(EVOLINK_MCP_TOOLS="get_task")
-    server.greet()
+    server.initialize()
     server.send({"jsonrpc": "2.0", "id": 2, "method": "tools/list"})
     assert [tool["name"] for tool in server.receive()["result"]["tools"]] == ["get_task"]
 
@@ -294,7 +294,7 @@ def test_a_client_that_disconnects_before_the_first_answer_causes_no_traceback(
 
 def test_a_minimal_environment_starts_and_a_missing_key_is_reported(start: Callable[..., ServerProcess]) -> None:
     server = start(EVOLINK_API_KEY="${user_config.api_key}", EVOLINK_MCP_OUTPUT_DIR="${HOME}/Pictures/EvoLink")
-    server.greet()
+    server.initialize()
     arguments = {"name": "generate_image", "arguments": {"prompt": "a fox"}}
     server.send({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": arguments})
     result = server.receive()["result"]
