@@ -180,7 +180,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
         team = {"EVOLINK_MCP_DATABASE_URL": database, "EVOLINK_MCP_SECRET": "s" * 32}
 
     @asynccontextmanager
-    async def opened(
+    async def open_one_world(
         environ: dict[str, str] | None = None,
         simulator: Simulator | None = None,
         clock: Clock | None = None,
@@ -227,7 +227,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
                 async with open_studio(settings, parts, decoder=world_decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)
 
-    return opened
+    return open_one_world
 
 
 @pytest.fixture
@@ -238,8 +238,8 @@ def decoder() -> Decoder:
 
 @pytest.fixture
 async def world(open_world: Open) -> AsyncIterator[World]:
-    async with open_world() as opened:
-        yield opened
+    async with open_world() as one_world:
+        yield one_world
 
 
 @pytest.fixture(scope="session")

@@ -264,23 +264,23 @@ def test_only_the_command_line_imports_the_team_package() -> None:
 @EACH_MODULE
 def test_outside_libraries_are_imported_only_by_their_packages(module: str) -> None:
     foreign = {name.split(".")[0] for name in imports(modules()[module])}
-    misplaced = {
+    misplaced_imports = {
         name
         for name in foreign
         if name in ONLY_IN and module.split(".")[0] not in ONLY_IN[name] and module not in ONLY_IN[name]
     }
-    assert misplaced == set()
+    assert misplaced_imports == set()
 
 
 def test_every_module_and_package_has_a_docstring() -> None:
-    silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
-    assert silent == []
+    without_docstring = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
+    assert without_docstring == []
 
 
 def test_a_package_exports_nothing_by_itself() -> None:
     """No re-export and no work at import: every name has one home."""
-    full = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
-    assert full == set()
+    packages_with_code = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
+    assert packages_with_code == set()
 
 
 def test_only_one_module_reads_the_environment() -> None:
@@ -308,7 +308,7 @@ def private_names(module: ast.Module) -> set[str]:
     return names | {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def strangers(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
+def foreign_private_names(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
     """Line and name of every private attribute that is used here and defined by no class of ours."""
     used = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
     used = [node for node in used if ast.unparse(node) != "os._exit"]  # public, and documented
@@ -322,7 +322,7 @@ def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_versi
     own_names = set().union(*(private_names(tree(path)) for path in modules().values()))
     for name, path in modules().items():
         lines = path.read_text(encoding="utf-8").splitlines()
-        for number, attribute in strangers(tree(path), own_names):
+        for number, attribute in foreign_private_names(tree(path), own_names):
             if name != "tools.adapter" and not name.startswith("server."):
                 elsewhere.append(f"{name}:{number} {attribute}")
             if not any("mcp 2." in line for line in lines[number - 2 : number]):

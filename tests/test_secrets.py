@@ -38,8 +38,8 @@ def traces_in(data: bytes | str) -> list[str]:
 
 @pytest.fixture
 async def gateway() -> AsyncIterator[Gateway]:
-    async with Gateway(QuickSimulator(duration_s=0)).open() as opened:
-        yield opened
+    async with Gateway(QuickSimulator(duration_s=0)).open() as one_gateway:
+        yield one_gateway
 
 
 async def quote_the_key(exchange: Exchange) -> None:

@@ -141,11 +141,11 @@ async def test_the_check_is_decided_for_each_url(
         monkeypatch.setenv(name, value)
     names["files.example.net"] = [INSIDE]
     used_proxies: list[str] = []
-    transport, behind = FakeTransport(), FakeTransport()
+    transport, proxy_transport = FakeTransport(), FakeTransport()
 
     def open_proxy(proxy: str) -> httpx.AsyncBaseTransport:
         used_proxies.append(proxy)
-        return behind
+        return proxy_transport
 
     async with httpx.AsyncClient(transport=CheckedAddress(transport, open_proxy)) as client:
         if expected_proxy is None:
@@ -153,7 +153,7 @@ async def test_the_check_is_decided_for_each_url(
                 await client.get("https://files.example.net/1.png")
         else:
             await client.get("https://files.example.net/1.png")
-    assert (used_proxies, len(behind.requests), transport.requests) == (
+    assert (used_proxies, len(proxy_transport.requests), transport.requests) == (
         [expected_proxy] * (expected_proxy is not None),
         int(expected_proxy is not None),
         [],

@@ -41,12 +41,12 @@ def _is_meant(wording: str, meaning: str) -> bool:
     shape, _, tier = meaning.removeprefix("=").partition("@")
     size = sizes.resolve(suggestion.size).size
     assert size is not None
-    wanted = _shape(shape)
-    assert _orientation(size.width, size.height) == _orientation(*wanted), (wording, suggestion)
+    expected_ratio = _shape(shape)
+    assert _orientation(size.width, size.height) == _orientation(*expected_ratio), (wording, suggestion)
     if meaning.startswith("="):
         return suggestion.size == shape
     ratio = _shape(suggestion.size)
-    is_same_shape = abs(ratio[0] / ratio[1] * wanted[1] / wanted[0] - 1) <= SHAPE_TOLERANCE
+    is_same_shape = abs(ratio[0] / ratio[1] * expected_ratio[1] / expected_ratio[0] - 1) <= SHAPE_TOLERANCE
     return is_same_shape and (not tier or suggestion.resolution == tier)
 
 

@@ -149,17 +149,17 @@ async def test_an_invalid_setting_is_broken_and_named(tmp_path: Path) -> None:
 def test_text_and_json_contain_the_same_findings_and_configurations(tmp_path: Path) -> None:
     env = minimal_environment(tmp_path, PYTHONUTF8="1", **environment(tmp_path))
     command = [*SERVER_COMMAND, "doctor"]
-    plain = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    data = subprocess.run([*command, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (plain.returncode, plain.stderr, data.returncode, data.stderr) == (1, "", 1, "")
-    assert plain.stdout.endswith("Broken: key, network. See above.\n")
-    report = json.loads(data.stdout)
+    text_run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    json_run = subprocess.run([*command, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (text_run.returncode, text_run.stderr, json_run.returncode, json_run.stderr) == (1, "", 1, "")
+    assert text_run.stdout.endswith("Broken: key, network. See above.\n")
+    report = json.loads(json_run.stdout)
     assert (report["well"], len(report["hosts"])) == (False, len(BLOCKS))
     for finding in report["findings"]:
-        assert finding["words"] in plain.stdout
+        assert finding["words"] in text_run.stdout
     for block in report["hosts"]:
-        assert block["text"] in plain.stdout
-        assert f"{block['host']} ({block['where']})" in plain.stdout
+        assert block["text"] in text_run.stdout
+        assert f"{block['host']} ({block['where']})" in text_run.stdout
 
 
 # --- each check ---

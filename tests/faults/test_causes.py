@@ -206,8 +206,8 @@ def tls(*, is_trusted: bool, **options: Any) -> Place:
 
         async with listener, anyio.create_task_group() as group:
             group.start_soon(listener.serve, serve)
-            trusted = {"SSL_CERT_FILE": str(authority)} if is_trusted else {}
-            yield {"EVOLINK_BASE_URL": f"https://127.0.0.1:{port}", **trusted}
+            variables = {"SSL_CERT_FILE": str(authority)} if is_trusted else {}
+            yield {"EVOLINK_BASE_URL": f"https://127.0.0.1:{port}", **variables}
             group.cancel_scope.cancel()
 
     return place
@@ -590,9 +590,9 @@ def test_the_address_of_a_proxy_has_no_password(url: str, address: str) -> None:
 
 def test_a_damaged_certificate_has_no_issuer(tmp_path: Path) -> None:
     _, authority = certificate(tmp_path)
-    whole = x509.load_pem_x509_certificate(authority.read_bytes()).public_bytes(serialization.Encoding.DER)
-    assert issuer_of(whole) == ISSUER
-    assert [issuer_of(whole[:end]) for end in range(0, len(whole) - 1, 7)] == [None] * len(range(0, len(whole) - 1, 7))
+    der = x509.load_pem_x509_certificate(authority.read_bytes()).public_bytes(serialization.Encoding.DER)
+    assert issuer_of(der) == ISSUER
+    assert {issuer_of(der[:end]) for end in range(0, len(der) - 1, 7)} == {None}
     assert issuer_of(b"\x30\x82") is None
 
 

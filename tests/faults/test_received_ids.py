@@ -233,8 +233,8 @@ class Suspension:
     def clock(self) -> float:
         return self.now
 
-    def call_later(self, delay_s: float, act: Callable[[], None]) -> Suspension:
-        self._timers = [(self.now + delay_s, act)]
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Suspension:
+        self._timers = [(self.now + delay_s, action)]
         return self
 
     def cancel(self) -> None:
@@ -243,10 +243,10 @@ class Suspension:
     def advance(self, seconds: float) -> None:
         """Let `seconds` pass. Call the timer once if it is due, as an event loop does."""
         self.now += seconds
-        due = [act for at, act in self._timers if at <= self.now]
-        self._timers = [(at, act) for at, act in self._timers if at > self.now]
-        for act in due:
-            act()
+        due = [action for due_at, action in self._timers if due_at <= self.now]
+        self._timers = [(due_at, action) for due_at, action in self._timers if due_at > self.now]
+        for action in due:
+            action()
 
     def deadline(self, seconds: float) -> AbstractContextManager[anyio.CancelScope]:
         return awake_deadline(seconds, clock=self.clock, call_later=self.call_later)

@@ -310,11 +310,11 @@ async def test_a_purchase_is_unsent_if_the_proxy_refuses_the_tunnel(
 async def test_each_attempt_sends_the_idempotency_key_of_the_entry(tmp_path: Path) -> None:
     keys: list[str] = []
 
-    async def busy(exchange: gw.Exchange) -> None:
+    async def refuse_with_429(exchange: gw.Exchange) -> None:
         keys.append(exchange.headers["idempotency-key"])
         exchange.answer(429, b"{}")
 
-    gateway = Gateway(QuickSimulator(), [busy], always=True)
+    gateway = Gateway(QuickSimulator(), [refuse_with_429], always=True)
     with anyio.fail_after(300):
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio:
             await buy(studio)
@@ -428,8 +428,8 @@ async def test_every_error_reaches_the_model_with_its_charge(
     )
     with anyio.fail_after(300):
         async with studio_at(tmp_path, "http://127.0.0.1:9") as studio:
-            failing: Any = FailingStudio(studio, kind("the lamp is out", advice="Light it"))
-            async with Client(build_server(failing)) as client:
+            failing_studio: Any = FailingStudio(studio, kind("the lamp is out", advice="Light it"))
+            async with Client(build_server(failing_studio)) as client:
                 answer = await client.call_tool(tool, arguments)
     text = answer.content[0].text
     assert answer.is_error

@@ -173,17 +173,19 @@ def test_a_row_of_the_journal_is_an_entry_or_damaged(row: dict[str, Any]) -> Non
 
 @FUZZ
 @given(KIND, some.lists(some.tuples(some.integers(0, 400), some.integers(0, 255)), max_size=6), some.integers(0, 400))
-def test_a_damaged_image_is_refused_or_sent_as_an_image(kind: str, changes: list[tuple[int, int]], cut: int) -> None:
+def test_a_damaged_image_is_refused_or_sent_as_an_image(
+    kind: str, changes: list[tuple[int, int]], cut_length: int
+) -> None:
     data = bytearray(drawing((40, 30), kind))
-    for at, byte in changes:
-        data[at % len(data)] = byte
-    if cut:
-        del data[-cut:]
+    for position, byte in changes:
+        data[position % len(data)] = byte
+    if cut_length:
+        del data[-cut_length:]
     with suppress(UnusableImage):
         check_reference(bytes(data), is_mask=True)
-        sent = normalize(bytes(data))
-        assert sniff(sent[:16]) == sniff(bytes(data)[:16])
-        assert normalize(sent) == sent
+        normalized = normalize(bytes(data))
+        assert sniff(normalized[:16]) == sniff(bytes(data)[:16])
+        assert normalize(normalized) == normalized
 
 
 @FUZZ

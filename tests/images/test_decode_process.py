@@ -77,9 +77,9 @@ async def process_id_in(marker: Path) -> int:
 
 
 async def reason_of(decoder: Decoder, content: bytes) -> Reason:
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(UnusableImage) as error:
         await decoder.check(io.BytesIO(content))
-    return caught.value.reason
+    return error.value.reason
 
 
 # --- the real decoder ---
@@ -378,9 +378,9 @@ async def test_an_invalid_answer_means_an_unusable_image_for_every_operation(ope
         if operation == Operation.PREVIEW and data in NO_PAYLOAD:
             assert await calls[operation]() is None, "this is the valid answer for a preview that does not fit"
             return
-        with pytest.raises(UnusableImage) as caught:
+        with pytest.raises(UnusableImage) as error:
             await calls[operation]()
-        assert caught.value.reason == Reason.DECODER_FAILED
+        assert error.value.reason == Reason.DECODER_FAILED
 
 
 @in_time
@@ -568,6 +568,6 @@ def test_the_size_of_a_too_large_image_reaches_the_server() -> None:
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_has_a_text_and_survives_the_protocol(reason: Reason) -> None:
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(UnusableImage) as error:
         unpack_answer(pack_refusal(UnusableImage(reason)), 0)
-    assert caught.value.reason == reason
+    assert error.value.reason == reason

@@ -151,12 +151,14 @@ async def test_the_project_that_an_agent_works_in_is_allowed(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("where", [pytest.param(lambda tmp: tmp, id="home"), pytest.param(lambda tmp: "/", id="root")])
+@pytest.mark.parametrize(
+    "folder_of", [pytest.param(lambda tmp: tmp, id="home"), pytest.param(lambda tmp: "/", id="root")]
+)
 async def test_a_server_started_at_home_or_at_the_root_allows_neither(
-    open_world: Open, tmp_path: Path, where: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+    open_world: Open, tmp_path: Path, folder_of: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(where(tmp_path))
+    monkeypatch.chdir(folder_of(tmp_path))
     async with open_world() as world:
         assert world.settings.folders.allowed == (tmp_path / "pictures",)
 

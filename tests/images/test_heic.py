@@ -83,7 +83,7 @@ async def test_grey_with_10_bits_keeps_its_shades() -> None:
     pillow_heif.from_bytes("I;16", (256, 64), ramp).save(out, quality=100)
     with Image.open(io.BytesIO(await convert(out.getvalue()))) as image:
         shades = [image.convert("L").getpixel((x, 32)) for x in (0, 64, 128, 192, 255)]
-    assert all(abs(shade - wanted) <= 4 for shade, wanted in zip(shades, (0, 64, 128, 192, 255), strict=True)), shades  # type: ignore[operator]
+    assert all(abs(shade - value) <= 4 for shade, value in zip(shades, (0, 64, 128, 192, 255), strict=True)), shades  # type: ignore[operator]
 
 
 async def test_a_photo_stays_until_its_conversion_is_complete() -> None:

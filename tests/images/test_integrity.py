@@ -89,9 +89,9 @@ def test_zeros_inside_are_found(kind: str) -> None:
 def test_one_wrong_bit_of_a_png_is_found() -> None:
     content = encode(photo(), "PNG")
     middle = len(content) // 2
-    flipped = bytes([content[middle] ^ 1])
+    flipped_byte = bytes([content[middle] ^ 1])
     with pytest.raises(UnusableImage):
-        check_reference(with_damage(content, flipped), is_mask=False)
+        check_reference(with_damage(content, flipped_byte), is_mask=False)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "lossless WebP"])

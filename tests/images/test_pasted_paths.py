@@ -34,7 +34,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     return Folders(home / "out", (home / "out",), WSL)
 
 
-def escaped(path: str) -> str:
+def escape(path: str) -> str:
     """Return a path as bash and zsh complete it."""
     return re.sub(r"([^\w/.\-])", r"\\\1", path)
 
@@ -55,7 +55,7 @@ PASTED: list[Any] = [
     pytest.param(lambda p: f"![x]({p})", id="Markdown without angle brackets"),
     pytest.param(lambda p: f"{p}  \r\n", id="blanks and a line end"),
     pytest.param(lambda p: f"\u202a{p}", id="invisible character of the file properties"),
-    pytest.param(escaped, id="shell escapes"),
+    pytest.param(escape, id="shell escapes"),
     pytest.param(quote, id="percent codes"),
     pytest.param(lambda p: f"file://{p}", id="file URI, not encoded"),
     pytest.param(lambda p: f"file://{quote(p)}", id="file URI, encoded"),
@@ -117,7 +117,7 @@ def decorate_randomly(path: str, dice: random.Random) -> str:
                 text + blanks,
                 blanks + text,
                 f"@{text}" if not text.startswith("@") else text,
-                escaped(text),
+                escape(text),
                 quote(text) if "%" not in text else text,
                 f"![alt](<{text}>)" if not set("<>\n\r[]") & set(text) else text,
                 f"file://{text}" if is_plain else text,
@@ -307,5 +307,5 @@ def test_cleaning_a_name_twice_changes_nothing() -> None:
     for _ in range(2_000):
         text = "".join(dice.choices("\"'`“” ab.png\\/~$%20\n@<>:C-", k=dice.randint(1, 12)))
         for system in (LINUX, WSL, WINDOWS):
-            once = clean_file_name(text, system)
-            assert clean_file_name(once, system) == once, repr(text)
+            clean_name = clean_file_name(text, system)
+            assert clean_file_name(clean_name, system) == clean_name, repr(text)

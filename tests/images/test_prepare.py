@@ -77,8 +77,8 @@ def test_an_image_with_an_orientation_is_sent_upright(kind: str, orientation: in
     with Image.open(io.BytesIO(normalize(out.getvalue()))) as normalized:
         assert (normalized.size, dict(normalized.getexif())) == ((48, 64), {})
         for spot in ((10, 10), (40, 10), (10, 50)):
-            near = zip(normalized.convert("RGB").getpixel(spot), upright_image.getpixel(spot), strict=True)
-            assert all(abs(first - second) < 30 for first, second in near)
+            channel_pairs = zip(normalized.convert("RGB").getpixel(spot), upright_image.getpixel(spot), strict=True)
+            assert all(abs(first - second) < 30 for first, second in channel_pairs)
 
 
 def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:

@@ -427,10 +427,10 @@ async def test_a_file_swapped_between_check_and_upload_is_not_sent(
     request = GenerationRequest(prompt="blue", image_urls=[str(allowed_folder / name)])
     async with client:
         with anyio.fail_after(300):
-            checked = await references.check(request)
+            checked_request = await references.check(request)
             swap(allowed_folder)
             with pytest.raises(ReferenceRefused):
-                await references.upload_all(checked)
+                await references.upload_all(checked_request)
     await journal.close()
     assert simulator.requests == []
 

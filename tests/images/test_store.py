@@ -50,10 +50,10 @@ def files_below(folder: Path) -> list[str]:
 def download_of(content: bytes):
     """Return a download of `content` in two pieces."""
 
-    async def fetch(into: BinaryIO) -> int:
-        into.write(content[: len(content) // 2])
+    async def fetch(target: BinaryIO) -> int:
+        target.write(content[: len(content) // 2])
         await anyio.sleep(0)
-        return into.write(content[len(content) // 2 :])
+        return target.write(content[len(content) // 2 :])
 
     return fetch
 
@@ -100,14 +100,14 @@ ORIGIN = Origin("a fox", "task-unified-1-abc", "gpt-image-2")
 
 @pytest.mark.parametrize("content", [*CONTENTS, pytest.param(drawing(), id="PNG")])
 async def test_an_original_is_saved_byte_for_byte(tmp_path: Path, decoder: Decoder, content: bytes) -> None:
-    saved = await save_image(download_of(content), tmp_path / "fox.png", decoder)
-    assert Path(saved.path).read_bytes() == content
+    saved_image = await save_image(download_of(content), tmp_path / "fox.png", decoder)
+    assert Path(saved_image.path).read_bytes() == content
 
 
 @pytest.mark.parametrize("content", CONTENTS)
 async def test_the_origin_changes_no_file_with_a_signature(tmp_path: Path, decoder: Decoder, content: bytes) -> None:
-    saved = await save_image(download_of(content), tmp_path / "fox.png", decoder, origin=ORIGIN)
-    assert Path(saved.path).read_bytes() == content
+    saved_image = await save_image(download_of(content), tmp_path / "fox.png", decoder, origin=ORIGIN)
+    assert Path(saved_image.path).read_bytes() == content
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -259,11 +259,11 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
 
     monkeypatch.setattr(os, "link", no_links)
     (tmp_path / "a.png").write_bytes(b"mine")
-    saved = await save_image(download_of(drawing()), tmp_path / "a", decoder)
+    saved_image = await save_image(download_of(drawing()), tmp_path / "a", decoder)
     assert files_below(tmp_path) == ["a-1.png", "a.png"]
-    assert drawing() == Path(saved.path).read_bytes()
+    assert drawing() == Path(saved_image.path).read_bytes()
     assert (tmp_path / "a.png").read_bytes() == b"mine"
-    assert stat.S_IMODE(Path(saved.path).stat().st_mode) == PRIVATE_FILE
+    assert stat.S_IMODE(Path(saved_image.path).stat().st_mode) == PRIVATE_FILE
 
 
 @pytest.mark.parametrize(
@@ -288,12 +288,12 @@ async def test_no_file_remains_of_an_invalid_picture(decoder: Decoder, tmp_path:
 
 
 async def test_a_broken_or_cancelled_download_leaves_no_file(decoder: Decoder, tmp_path: Path) -> None:
-    async def fail_download(into: BinaryIO) -> int:
-        into.write(drawing())
+    async def fail_download(target: BinaryIO) -> int:
+        target.write(drawing())
         raise DownloadFailed("broken")
 
-    async def never_finish(into: BinaryIO) -> int:
-        into.write(drawing())
+    async def never_finish(target: BinaryIO) -> int:
+        target.write(drawing())
         await anyio.sleep_forever()
         raise AssertionError
 
@@ -328,8 +328,8 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(
 
     record_calls("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
     record_calls("link", os.link, lambda path: os.stat(path).st_ino)
-    saved = await save_image(download_of(drawing()), tmp_path / "fox", decoder)
-    inode = Path(saved.path).stat().st_ino
+    saved_image = await save_image(download_of(drawing()), tmp_path / "fox", decoder)
+    inode = Path(saved_image.path).stat().st_ino
     assert steps[:2] == [("fsync", inode), ("link", inode)]
     assert [name for name, _ in steps[2:]] == ["fsync"]  # the folder
 
@@ -344,10 +344,15 @@ async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_pa
 
 async def test_the_facts_of_a_saved_picture_are_true(decoder: Decoder, tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
-    saved = await save_image(download_of(picture), tmp_path / "link" / ".." / "a", decoder)
-    assert picture == Path(saved.path).read_bytes()
-    assert (saved.mime_type, saved.width, saved.height, saved.bytes) == ("image/webp", 70, 30, len(picture))
-    assert hashlib.sha256(picture).hexdigest() == saved.sha256
+    saved_image = await save_image(download_of(picture), tmp_path / "link" / ".." / "a", decoder)
+    assert picture == Path(saved_image.path).read_bytes()
+    assert (saved_image.mime_type, saved_image.width, saved_image.height, saved_image.bytes) == (
+        "image/webp",
+        70,
+        30,
+        len(picture),
+    )
+    assert hashlib.sha256(picture).hexdigest() == saved_image.sha256
 
 
 # --- types ---
@@ -408,19 +413,19 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
 
 def scans(count: int) -> bytes:
     """Return a progressive JPEG of the largest size. Its last scan, of about twenty bytes, is repeated."""
-    plain = drawing((2880, 2880), kind="JPEG", progressive=True, quality=50)
-    start = plain.rindex(b"\xff\xda")
-    return plain[:-2] + plain[start:-2] * count + b"\xff\xd9"
+    picture = drawing((2880, 2880), kind="JPEG", progressive=True, quality=50)
+    start = picture.rindex(b"\xff\xda")
+    return picture[:-2] + picture[start:-2] * count + b"\xff\xd9"
 
 
 def segments(count: int) -> bytes:
-    plain = drawing(kind="JPEG")
-    return plain[:2] + b"\xff\xe1\x00\x02" * count + plain[2:]
+    picture = drawing(kind="JPEG")
+    return picture[:2] + b"\xff\xe1\x00\x02" * count + picture[2:]
 
 
 def empty_chunks(count: int) -> bytes:
-    plain = drawing()
-    return plain[:33] + b"\x00\x00\x00\x00teXt\x00\x00\x00\x00" * count + plain[33:]
+    picture = drawing()
+    return picture[:33] + b"\x00\x00\x00\x00teXt\x00\x00\x00\x00" * count + picture[33:]
 
 
 def segment(marker: int, data: bytes) -> bytes:
@@ -428,19 +433,19 @@ def segment(marker: int, data: bytes) -> bytes:
 
 
 def before_the_first_segment(data: bytes) -> bytes:
-    plain = drawing(kind="JPEG")
-    return plain[:2] + data + plain[2:]
+    picture = drawing(kind="JPEG")
+    return picture[:2] + data + picture[2:]
 
 
 def after_the_header(kind: bytes, data: bytes, count: int) -> bytes:
-    plain = drawing()
+    picture = drawing()
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return plain[:33] + chunk * count + plain[33:]
+    return picture[:33] + chunk * count + picture[33:]
 
 
 def webp_of(chunks: bytes) -> bytes:
-    plain = drawing(kind="WEBP")
-    return b"RIFF" + struct.pack("<I", len(plain) - 8 + len(chunks)) + plain[8:] + chunks
+    picture = drawing(kind="WEBP")
+    return b"RIFF" + struct.pack("<I", len(picture) - 8 + len(chunks)) + picture[8:] + chunks
 
 
 EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x10E, 2, 60_000, 26) + bytes(60_010)

@@ -63,4 +63,4 @@ def _blocking(journal: Any, name: str, run: Callable[..., Any]) -> Any:
     match: Callable[..., Any] = getattr(journal, name)
     if not inspect.iscoroutinefunction(match):
         return match
-    return lambda *values, **named: run(partial(match, *values, **named))
+    return lambda *values, **options: run(partial(match, *values, **options))

@@ -73,14 +73,14 @@ def test_an_entry_is_read_as_it_was_written(open_journal: OpenJournal) -> None:
 
 def test_only_the_owner_writes_an_entry_and_any_server_may_deliver_it(open_journal: OpenJournal) -> None:
     first, second = open_journal(), open_journal()
-    early = entry(first, task=task(status="completed"), phase="submitted")
-    first.intend(early)
-    assert second.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
-    assert second.update(replace(early, phase="unknown")) is False
-    second.deliver(early.key, NOW)
-    assert first.by_key(early.key) == replace(early, delivered_at=NOW)
-    assert first.update(replace(early, phase="unknown")) is True
-    row = second.by_key(early.key)
+    completed_entry = entry(first, task=task(status="completed"), phase="submitted")
+    first.intend(completed_entry)
+    assert second.update_images(replace(completed_entry, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
+    assert second.update(replace(completed_entry, phase="unknown")) is False
+    second.deliver(completed_entry.key, NOW)
+    assert first.by_key(completed_entry.key) == replace(completed_entry, delivered_at=NOW)
+    assert first.update(replace(completed_entry, phase="unknown")) is True
+    row = second.by_key(completed_entry.key)
     assert row is not None
     assert (row.phase, row.delivered_at) == ("unknown", NOW)
 
@@ -131,14 +131,16 @@ def test_the_daily_sum_counts_charges_or_else_estimates(
 
 
 def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(open_journal: OpenJournal) -> None:
-    dead, living, successor, late = (open_journal() for _ in range(4))
+    dead, living, successor, later_server = (open_journal() for _ in range(4))
     for journal, name in ((dead, "1"), (living, "2")):
         journal.intend(entry(journal, phase="submitted", task=task(name), caller=journal.owner))
     assert successor.adopt() == []
     dead.close()
-    adopted = successor.adopt()
-    assert [(row.task_id, row.owner, row.caller) for row in adopted] == [("task-unified-1", successor.owner, "")]
-    assert late.adopt() == []
+    adopted_entries = successor.adopt()
+    assert [(row.task_id, row.owner, row.caller) for row in adopted_entries] == [
+        ("task-unified-1", successor.owner, "")
+    ]
+    assert later_server.adopt() == []
 
 
 def test_a_finished_entry_whose_caller_died_can_be_delivered(open_journal: OpenJournal) -> None:
@@ -226,28 +228,28 @@ def test_a_linked_key_works_on_the_entries_of_the_earlier_key(open_journal: Open
     dead.intend(finished_entry := entry(dead, fingerprint="f", phase="submitted", task=task("1")))
     dead.save_fact("rule", "one")
     dead.close()
-    new, same = open_journal("b2"), open_journal("b2")
-    assert new.read_links() == same.read_links() == ["a1"]
-    assert new.newest_of("a1") == replace(finished_entry, owner="")
-    assert new.newest_of("b2") is None
-    assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("b2", False, None)
-    new.link("a1")
-    assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("a1", True, "one")
-    assert new.undelivered(("f",), 0).entries == [replace(finished_entry, owner="")]
-    assert new.adopt() == [replace(finished_entry, owner=new.owner)]
-    assert same.read_links() == []
-    assert same.account == "a1"
+    first_journal, second_journal = open_journal("b2"), open_journal("b2")
+    assert first_journal.read_links() == second_journal.read_links() == ["a1"]
+    assert first_journal.newest_of("a1") == replace(finished_entry, owner="")
+    assert first_journal.newest_of("b2") is None
+    assert (first_journal.account, first_journal.is_linked("a1"), first_journal.fact("rule")) == ("b2", False, None)
+    first_journal.link("a1")
+    assert (first_journal.account, first_journal.is_linked("a1"), first_journal.fact("rule")) == ("a1", True, "one")
+    assert first_journal.undelivered(("f",), 0).entries == [replace(finished_entry, owner="")]
+    assert first_journal.adopt() == [replace(finished_entry, owner=first_journal.owner)]
+    assert second_journal.read_links() == []
+    assert second_journal.account == "a1"
     assert open_journal("b2", profile="another").read_links() == []
 
 
 def test_a_key_with_entries_keeps_its_account_when_it_is_linked_to_another_one(open_journal: OpenJournal) -> None:
     first, second = open_journal("a1"), open_journal("b2")
-    second.intend(early := entry(second, created_at=NOW - 1, fingerprint="f"))
-    first.intend(late := entry(first, fingerprint="f"))
+    second.intend(second_entry := entry(second, created_at=NOW - 1, fingerprint="f"))
+    first.intend(first_entry := entry(first, fingerprint="f"))
     assert second.read_links() == ["a1"]
     second.link("a1")
     assert second.account == "b2"
-    assert second.undelivered(("f",), 0).entries == [early, late]
+    assert second.undelivered(("f",), 0).entries == [second_entry, first_entry]
     third = open_journal("b2")
     third.read_links()
     assert (third.account, third.is_linked("a1")) == ("b2", True)
@@ -315,21 +317,21 @@ def test_entries_are_found_by_time_status_and_words_page_by_page(open_journal: O
     ]
     for row in entries:
         journal.intend(row)
-    saved = replace(entries[1], phase="submitted", task=task(status="completed"),
+    saved_entry = replace(entries[1], phase="submitted", task=task(status="completed"),
                     images=(ResultImage(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
-    journal.update_images(saved)
-    newest = [entries[2], saved, entries[0]]
+    journal.update_images(saved_entry)
+    newest = [entries[2], saved_entry, entries[0]]
     assert journal.recent(9) == newest
     assert journal.recent(2) == newest[:2]
-    assert journal.recent(9, "completed") == [saved]
+    assert journal.recent(9, "completed") == [saved_entry]
     assert journal.recent(9, None, NOW + 1) == newest[:2]
     assert journal.recent(9, None, None, NOW + 1) == newest[1:]
     assert journal.recent(9, words=("füchslein",)) == [entries[0]]
     assert journal.recent(9, words=("FU\u0308CHS", "schnee")) == [entries[0]]
-    assert journal.recent(9, words=("späher",)) == journal.recent(9, words=("unified-1",)) == [saved]
+    assert journal.recent(9, words=("späher",)) == journal.recent(9, words=("unified-1",)) == [saved_entry]
     assert journal.recent(9, words=("bild-2", "100%")) == journal.recent(9, words=("d_i",)) == [entries[2]]
     assert journal.recent(9, words=("fox hen",)) == []
-    assert journal.recent(1, after=(NOW + 2, entries[2].key)) == [saved]
+    assert journal.recent(1, after=(NOW + 2, entries[2].key)) == [saved_entry]
     assert journal.recent(9, after=(NOW, entries[0].key)) == []
 
 
@@ -361,21 +363,21 @@ def test_uploads_belong_to_a_profile_and_facts_to_an_account(open_journal: OpenJ
 
 def test_unusual_characters_are_stored_unchanged(open_journal: OpenJournal) -> None:
     journal = open_journal()
-    odd = entry(journal, request={"prompt": "a\0b \ud800 '; DROP TABLE x; -- %s"}, task=Task("a\0b/../c", "pending"),
+    odd_entry = entry(journal, request={"prompt": "a\0b \ud800 '; DROP TABLE x; -- %s"}, task=Task("a\0b/../c", "pending"),
                 error=Problem("x", "nul \0", False, "\udfff"))  # fmt: skip
-    journal.intend(odd)
-    assert journal.by_key(odd.key) == odd
-    assert journal.by_task("a\0b/../c") == odd
+    journal.intend(odd_entry)
+    assert journal.by_key(odd_entry.key) == odd_entry
+    assert journal.by_task("a\0b/../c") == odd_entry
     assert journal.known_tasks(["a\0b/../c"])
-    assert journal.recent(9, words=("drop table x; -- %s",)) == [odd]
+    assert journal.recent(9, words=("drop table x; -- %s",)) == [odd_entry]
 
 
 def test_a_lost_entry_is_written_again_completely(open_journal: OpenJournal) -> None:
     """The user restored an older backup while the server ran."""
     journal = open_journal()
-    lost = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
-    assert journal.update(lost) is True
-    assert journal.by_key(lost.key) == lost
+    lost_entry = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
+    assert journal.update(lost_entry) is True
+    assert journal.by_key(lost_entry.key) == lost_entry
 
 
 @pytest.mark.parametrize(

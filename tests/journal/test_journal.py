@@ -67,7 +67,7 @@ OpenJournal = Callable[[], BlockingJournal]
 
 def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entries(open_journal: OpenJournal) -> None:
     journal = open_journal()
-    journal.intend(early := entry(journal))
+    journal.intend(first_entry := entry(journal))
     journal.close()
     migrations = (
         *MIGRATIONS,
@@ -76,19 +76,19 @@ def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entrie
     with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
         migrate(db, migrations)
         migrate(db, migrations)
-        assert db.execute("SELECT key, mood FROM entries").fetchall() == [(early.key, "calm")]
+        assert db.execute("SELECT key, mood FROM entries").fetchall() == [(first_entry.key, "calm")]
         assert db.execute("PRAGMA user_version").fetchone() == (len(migrations),)
 
 
 def test_a_migration_that_fails_changes_nothing(open_journal: OpenJournal) -> None:
     journal = open_journal()
-    journal.intend(early := entry(journal))
+    journal.intend(first_entry := entry(journal))
     journal.close()
     with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
         with pytest.raises(sqlite3.OperationalError):
             migrate(db, (*MIGRATIONS, "CREATE TABLE moods (x); CREATE TABLE moods (x)"))
         assert db.execute("SELECT name FROM sqlite_master WHERE name = 'moods'").fetchall() == []
-    assert open_journal().recent(5) == [replace(early, owner="")]
+    assert open_journal().recent(5) == [replace(first_entry, owner="")]
 
 
 @pytest.mark.parametrize("version", [1, 5])
@@ -110,8 +110,8 @@ def test_a_journal_of_an_unpublished_build_is_refused_with_the_command_that_move
     subprocess.run(move_command(journal.path), shell=True, check=True, cwd=journal.folder)
     assert Path(f"{journal.path}.old").exists()
     second = open_journal()
-    second.intend(new := entry(second))
-    assert second.recent(5) == [new]
+    second.intend(new_entry := entry(second))
+    assert second.recent(5) == [new_entry]
 
 
 def test_the_command_that_moves_a_journal_away_fits_the_platform() -> None:
@@ -271,14 +271,14 @@ async def test_a_lock_of_another_program_delays_only_calls_that_need_the_journal
 
 def test_a_deleted_journal_is_written_again_before_the_next_purchase(open_journal: OpenJournal) -> None:
     first = open_journal()
-    first.intend(early := entry(first, estimate=3.0))
+    first.intend(first_entry := entry(first, estimate=3.0))
     for name in ("", "-wal", "-shm"):
         (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
     with pytest.raises(DailyLimitReached) as refusal:
         first.intend(entry(first, estimate=3.0), cap=5.0)
     assert refusal.value.sums == Sums(reserved=3.0)
     second = open_journal()
-    assert second.recent(5) == [early]
+    assert second.recent(5) == [first_entry]
     with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), cap=5.0)
     assert refusal.value.sums == Sums(reserved=3.0)
@@ -287,16 +287,16 @@ def test_a_deleted_journal_is_written_again_before_the_next_purchase(open_journa
 def test_a_replaced_journal_is_opened_and_gets_the_running_entries(open_journal: OpenJournal, tmp_path: Path) -> None:
     """A backup replaces the file while a server runs. Its entries count, and the server adds the running one."""
     first = open_journal()
-    first.intend(saved := entry(first, estimate=3.0, created_at=NOW - 1))
+    first.intend(saved_entry := entry(first, estimate=3.0, created_at=NOW - 1))
     first.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
     shutil.copy(first.path, tmp_path / "back-up")
-    first.intend(running := entry(first, estimate=1.0))
+    first.intend(running_entry := entry(first, estimate=1.0))
     for name in ("-wal", "-shm"):
         (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
     os.replace(tmp_path / "back-up", first.path)
-    assert first.update(replace(running, phase="sending")) is True
+    assert first.update(replace(running_entry, phase="sending")) is True
     second = open_journal()
-    assert second.recent(5) == [replace(running, phase="sending"), saved]
+    assert second.recent(5) == [replace(running_entry, phase="sending"), saved_entry]
     with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), cap=5.0)
     assert refusal.value.sums == Sums(reserved=4.0)
@@ -349,14 +349,14 @@ def test_the_second_server_that_finds_the_damage_keeps_the_new_journal(open_jour
     first, second = open_journal(), open_journal()
     first.intend(entry(first))
     assert len(second.recent(5)) == 1
-    new = entry(first)
+    new_entry = entry(first)
 
     def first_server_was_faster() -> None:
         first.file.run(damage_found_once())
-        first.intend(new)
+        first.intend(new_entry)
 
     second.file.run(damage_found_once(first_server_was_faster))
-    assert second.recent(5) == [new]
+    assert second.recent(5) == [new_entry]
     assert len(list(first.folder.glob(f"{FILE_NAME}.damaged-*[0-9a-f]"))) == 1
 
 
@@ -371,15 +371,15 @@ def test_an_invalid_entry_is_logged_and_the_others_are_used(
     open_journal: OpenJournal, column: str, value: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = open_journal()
-    journal.intend(bad := entry(journal, created_at=NOW - 1))
-    journal.intend(good := entry(journal))
+    journal.intend(invalid_entry := entry(journal, created_at=NOW - 1))
+    journal.intend(valid_entry := entry(journal))
     with sqlite3.connect(journal.path) as db:
-        db.execute(f"UPDATE entries SET {column} = CAST(? AS TEXT) WHERE key = ?", (value, bad.key))
+        db.execute(f"UPDATE entries SET {column} = CAST(? AS TEXT) WHERE key = ?", (value, invalid_entry.key))
     db.close()
-    assert open_journal().recent(5) == [good]
-    assert bad.key in caplog.text
+    assert open_journal().recent(5) == [valid_entry]
+    assert invalid_entry.key in caplog.text
     journal.close()
-    assert [row.key for row in open_journal().adopt()] == [good.key]
+    assert [row.key for row in open_journal().adopt()] == [valid_entry.key]
 
 
 def test_a_journal_of_a_newer_version_stays_unchanged(open_journal: OpenJournal) -> None:

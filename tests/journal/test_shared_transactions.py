@@ -121,8 +121,8 @@ def test_no_answer_precedes_the_write_to_the_disk_that_it_depends_on(tmp_path: P
     thread = ActionThread(file)
     thread.submit(lambda db: may_continue.wait())
     link = "INSERT INTO links (profile, identity, account) VALUES ('p', 'i', 'a') ON CONFLICT DO NOTHING"
-    acts = ["SELECT 1", link, link, "SELECT 2"]
-    futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in acts]
+    queries = ["SELECT 1", link, link, "SELECT 2"]
+    futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in queries]
     statements: list[str] = []
     done_futures: list[bool] = []
 
@@ -156,9 +156,9 @@ async def test_a_task_that_another_entry_has_is_refused_and_its_neighbours_are_w
     first, second, third = (entry(journal) for _ in range(3))
     for each in (first, second, third):
         await journal.intend(each)
-    submitted = [replace(each, phase=Phase.SUBMITTED, task=task) for each in (first, second)]
+    submitted_entries = [replace(each, phase=Phase.SUBMITTED, task=task) for each in (first, second)]
     sending = replace(third, phase=Phase.SENDING)
-    calls = await run_together(backend, *map(journal.update, [*submitted, sending]))
+    calls = await run_together(backend, *map(journal.update, [*submitted_entries, sending]))
     assert calls.results == {0: True, 1: TaskKnown, 2: True}
     assert [(await journal.by_key(each.key)).phase for each in (first, second, third)] == [  # pyright: ignore
         Phase.SUBMITTED, Phase.INTENT, Phase.SENDING,

@@ -83,14 +83,14 @@ def test_the_sums_are_those_of_the_entries_after_random_writes(open_journal: Ope
         journal = journals[number]
         if dice.random() < 0.4 or not written_entries[number]:
             created_at = NOW + dice.choice([0.0, 0.001, 1.0]) + QUARTER_S * dice.randrange(-5, 5)
-            new = entry(journal, created_at=created_at, estimate=round(dice.uniform(0, 9), 4))
-            journal.intend(new)
-            written_entries[number].append(new)
+            new_entry = entry(journal, created_at=created_at, estimate=round(dice.uniform(0, 9), 4))
+            journal.intend(new_entry)
+            written_entries[number].append(new_entry)
         else:
             index = dice.randrange(len(written_entries[number]))
-            new = change_state(written_entries[number][index], dice)
-            if journal.update(new):  # no state removes a certain task
-                written_entries[number][index] = new
+            new_entry = change_state(written_entries[number][index], dice)
+            if journal.update(new_entry):  # no state removes a certain task
+                written_entries[number][index] = new_entry
     own_entries = written_entries[0] + written_entries[1]
     for since in (0.0, NOW, NOW + 0.0005, NOW + QUARTER_S, NOW - 2 * QUARTER_S + 1, NOW + 99 * QUARTER_S):
         assert journals[0].sums_since(since) == sums_of(own_entries, since)
@@ -99,16 +99,18 @@ def test_the_sums_are_those_of_the_entries_after_random_writes(open_journal: Ope
 
 def test_an_absurd_reservation_of_evolink_leaves_no_error_in_the_sums(open_journal: OpenJournal) -> None:
     journal = open_journal()
-    small = entry(journal, estimate=0.1)
-    absurd = [entry(journal, phase=Phase.SUBMITTED, task=Task(f"task-unified-{n}", "pending")) for n in range(2)]
-    for each in absurd:
+    small_entry = entry(journal, estimate=0.1)
+    absurd_entries = [
+        entry(journal, phase=Phase.SUBMITTED, task=Task(f"task-unified-{n}", "pending")) for n in range(2)
+    ]
+    for each in absurd_entries:
         journal.intend(each)
         assert journal.update(replace(each, task=replace(each.task, credits_reserved=1.5e308)))
-    journal.intend(small)
+    journal.intend(small_entry)
     assert min(journal.sums_since(NOW).reserved, journal.sums_since(0.0).reserved) >= 1e15
     with pytest.raises(DailyLimitReached):
         journal.intend(entry(journal, estimate=0.1), since=NOW, cap=100.0)
-    for each in absurd:
+    for each in absurd_entries:
         assert journal.update(replace(each, task=replace(each.task, status="completed", credits_used=3.5)))
     assert journal.sums_since(NOW) == journal.sums_since(0.0) == Sums(7.0, 0.1)
 
@@ -162,11 +164,11 @@ def test_the_pages_of_a_search_have_each_match_once_in_the_order_of_the_list(ope
 def test_a_search_knows_the_newest_words_of_an_entry(open_journal: OpenJournal) -> None:
     journal = open_journal()
     other = open_journal()
-    early = entry(journal, "a calm sea", phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed"))
-    journal.intend(early)
-    journal.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/pictures/harbour.png"),)))
-    assert [each.key for each in other.recent(9, words=("harbour", "unified-1", "calm"))] == [early.key]
-    journal.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/pictures/beach.png"),)))
+    first_entry = entry(journal, "a calm sea", phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed"))
+    journal.intend(first_entry)
+    journal.update_images(replace(first_entry, images=(ResultImage(0, "u", NOW, path="/pictures/harbour.png"),)))
+    assert [each.key for each in other.recent(9, words=("harbour", "unified-1", "calm"))] == [first_entry.key]
+    journal.update_images(replace(first_entry, images=(ResultImage(0, "u", NOW, path="/pictures/beach.png"),)))
     assert other.recent(9, words=("harbour",)) == []
     assert [each.key for each in other.recent(9, words=("beach",), status="completed", since=NOW, until=NOW)]
     assert other.recent(9, words=("beach",), status="failed") == []
@@ -182,12 +184,12 @@ def test_a_search_is_complete_after_a_server_without_full_text_search_wrote(tmp_
     with closing(sqlite3.connect(without.path)) as db:
         triggers = db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
     assert not [name for (name,) in triggers if "search" in name]
-    later = BlockingJournal(tmp_path)
+    later_journal = BlockingJournal(tmp_path)
     assert [each.key for each in with_index.recent(9, words=("fox",))] == [second.key, first.key]
-    assert [each.key for each in later.recent(9, words=("fox",))] == [second.key, first.key]
-    later.intend(third := entry(later, created_at=NOW + 2))
+    assert [each.key for each in later_journal.recent(9, words=("fox",))] == [second.key, first.key]
+    later_journal.intend(third := entry(later_journal, created_at=NOW + 2))
     assert [each.key for each in with_index.recent(9, words=("fox",))] == [third.key, second.key, first.key]
-    for journal in (with_index, without, later):
+    for journal in (with_index, without, later_journal):
         journal.close()
 
 
@@ -197,8 +199,8 @@ def test_a_replaced_file_gets_entries_sums_and_words_of_the_server_that_had_the_
     journal.intend(first := entry(journal, "a fox", phase=Phase.SENDING, estimate=2.0))
     with closing(sqlite3.connect(journal.path)) as db, closing(sqlite3.connect(backup)) as copy:
         db.backup(copy)
-    paid = replace(first, phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed", credits_used=1.25))
-    journal.update(paid)
+    paid_entry = replace(first, phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed", credits_used=1.25))
+    journal.update(paid_entry)
     journal.intend(second := entry(journal, "a fox in the snow", created_at=NOW + 1, estimate=0.5))
     backup.replace(journal.path)
     for tail in ("-wal", "-shm"):

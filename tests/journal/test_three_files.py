@@ -242,9 +242,9 @@ def test_all_paid_tasks_of_a_killed_server_are_listed_after_the_damage(
     journal = open_journal()
     assert tasks_of(journal.recent(9)) == TASKS
     assert not order(journal)
-    adopted = journal.adopt()
-    assert tasks_of(adopted) == TASKS
-    assert {entry.request["prompt"] for entry in adopted} == {"fox 1", "fox 2", "fox 3"}
+    adopted_entries = journal.adopt()
+    assert tasks_of(adopted_entries) == TASKS
+    assert {entry.request["prompt"] for entry in adopted_entries} == {"fox 1", "fox 2", "fox 3"}
 
 
 @pytest.mark.anyio

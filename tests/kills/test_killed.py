@@ -213,8 +213,8 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
         async with harness.launcher.server(env) as server:
             task_list = await wait_for_images(server, harness.billed_ids("four"))
             assert [task["status"] for task in task_list] == ["completed"] * 4
-            charged = {task["request"]["prompt"]: task["charged"] for task in task_list}
-            assert charged == {"being made": "yes", "being fetched": "yes", "here": "yes", "being bought": "unknown"}
+            charges = {task["request"]["prompt"]: task["charged"] for task in task_list}
+            assert charges == {"being made": "yes", "being fetched": "yes", "here": "yes", "being bought": "unknown"}
             assert len(harness.pictures("four")) == 4
             assert harness.gateway.posts == posts
             repeat = await server.call("generate_image", **{**REQUEST, "prompt": "being bought"})

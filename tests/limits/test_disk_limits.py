@@ -36,24 +36,24 @@ async def buy(world: World, **arguments: Any) -> dict[str, Any]:
 async def test_the_journal_forgets_old_requests_and_keeps_tasks_charges_and_images(open_world: Open) -> None:
     clock = Clock()
     async with open_world(clock=clock) as world:
-        old = await buy(world, prompt=f"sim:fast {SEA} a secret fox", save_as="hero.png")
+        old_task = await buy(world, prompt=f"sim:fast {SEA} a secret fox", save_as="hero.png")
         await world.studio.journal.remember_upload("ab", "https://x.example/1", world.studio.now() + 10)
         clock.now += 3 * DAY_S
-        new = await buy(world, prompt=f"sim:fast {SEA} a secret hen")
-        running = await buy(world, prompt=f"sim:slow=60 {SEA} a secret cow", wait_seconds=0)
+        new_task = await buy(world, prompt=f"sim:fast {SEA} a secret hen")
+        running_task = await buy(world, prompt=f"sim:slow=60 {SEA} a secret cow", wait_seconds=0)
         now = world.studio.now()
         assert await world.studio.journal.forget(now + 1, now) == 2
         clock.now += 1
         assert await world.studio.journal.forget(now - 2 * DAY_S, now) == 0
         assert await world.studio.journal.find_upload("ab", 0) is None
-        assert await tasks_with(world, "secret") == [running["task_id"]]
-        assert await tasks_with(world, "hero") == [old["task_id"]]
-        entry = await world.studio.journal.by_task(new["task_id"])
+        assert await tasks_with(world, "secret") == [running_task["task_id"]]
+        assert await tasks_with(world, "hero") == [old_task["task_id"]]
+        entry = await world.studio.journal.by_task(new_task["task_id"])
         assert entry is not None
         assert (entry.request, entry.references) == ({}, ())
         async with world.client() as client:
-            answer = (await client.call_tool("get_task", {"task_id": old["task_id"]})).structured_content
-    assert (answer["status"], answer["credits"]) == ("completed", old["credits"])
+            answer = (await client.call_tool("get_task", {"task_id": old_task["task_id"]})).structured_content
+    assert (answer["status"], answer["credits"]) == ("completed", old_task["credits"])
     assert Path(answer["images"][0]["path"]).is_file()
 
 

@@ -213,9 +213,9 @@ async def test_the_requests_at_all_servers_count_together() -> None:
 async def test_requests_that_other_servers_did_not_learn_are_sent_again() -> None:
     rates = RequestRates(default=5, clock=lambda: 120.0)
     assert rates.failure("anna", None) is None
-    lost = rates.take_unsent()
+    unsent = rates.take_unsent()
     assert rates.failure("anna", None) is None
-    rates.restore_unsent(lost)
+    rates.restore_unsent(unsent)
     assert rates.take_unsent() == [MinuteCount("anna", 2, 2)]
 
 

@@ -112,9 +112,9 @@ async def test_an_identical_upload_is_sent_to_evolink_once_in_71_hours(tmp_path:
         assert (repeat.status_code, repeat.json()) == (201, first.json())
         assert sent_uploads(server) == 1
         server.clock.shift_s = 71 * 3600
-        later = await put(server, "a")
+        third = await put(server, "a")
         assert sent_uploads(server) == 2
-        assert later.json()["expires_at"] > first.json()["expires_at"]
+        assert third.json()["expires_at"] > first.json()["expires_at"]
         await put(server, "b")  # another tenant must not learn that the image exists
         assert sent_uploads(server) == 3
 

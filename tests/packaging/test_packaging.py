@@ -189,8 +189,8 @@ def test_the_wheel_has_types_a_licence_and_a_command() -> None:
 
 def test_the_source_distribution_contains_the_files_of_its_tests() -> None:
     included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    needed = {"/tests", "/docs", "/manifest.json", "/server.json", "/icon.png", "/.mcpbignore", "/.github"}
-    assert needed <= set(included)
+    paths = {"/tests", "/docs", "/manifest.json", "/server.json", "/icon.png", "/.mcpbignore", "/.github"}
+    assert paths <= set(included)
     assert [name for name in included if not (ROOT / name[1:]).exists()] == []
 
 
@@ -210,8 +210,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def test_no_lock_file_and_no_package_index_is_committed() -> None:
     locks = ("uv.lock", "poetry.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml")
     assert [str(path) for name in locks for path in ROOT.glob(name)] == []
-    written = "".join(text(name) for name in ("pyproject.toml", "manifest.json", "server.json", "Dockerfile"))
-    assert re.findall(r"registryBaseUrl|index-url|find-links|registry=", written) == []
+    texts = "".join(text(name) for name in ("pyproject.toml", "manifest.json", "server.json", "Dockerfile"))
+    assert re.findall(r"registryBaseUrl|index-url|find-links|registry=", texts) == []
 
 
 # --- configuration ---
@@ -287,8 +287,8 @@ def test_compose_starts_two_servers_with_settings_that_exist() -> None:
     for server in servers:
         assert set(server["environment"]) <= set(TeamSettings.variables())
         assert parse_arguments([str(word) for word in server["command"]]).port == 8000
-    needed = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
-    assert needed == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))
+    variables = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
+    assert variables == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))
     assert {".env", "tokens.toml"} <= set(text(".gitignore").split())
     proxy = compose["configs"]["proxy"]["content"]
     assert [f"server {name}:8000" in proxy for name in ("one", "two")] == [True, True]

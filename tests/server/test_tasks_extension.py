@@ -84,17 +84,17 @@ async def test_a_task_is_created_and_polled_and_ends_with_the_answer_of_get_task
         async with client:
             answer = await client.call_tool("generate_image", {"prompt": "a lighthouse"})
             task_id = extension.handles[0]["taskId"]
-            plain = await client.call_tool("get_task", {"task_id": task_id})
-    created, *working, completed = extension.handles
-    assert created["resultType"] == "task"
-    assert created["status"] == "working"
-    assert isinstance(created["pollIntervalMs"], int)
-    assert "ttlMs" in created
-    assert {answer["status"] for answer in working} == {"working"}
-    assert completed["resultType"] == "complete"
-    assert completed["status"] == "completed"
-    assert completed["taskId"] == task_id
-    assert answer.structured_content == plain.structured_content
+            task_answer = await client.call_tool("get_task", {"task_id": task_id})
+    created_handle, *running_handles, last_handle = extension.handles
+    assert created_handle["resultType"] == "task"
+    assert created_handle["status"] == "working"
+    assert isinstance(created_handle["pollIntervalMs"], int)
+    assert "ttlMs" in created_handle
+    assert {answer["status"] for answer in running_handles} == {"working"}
+    assert last_handle["resultType"] == "complete"
+    assert last_handle["status"] == "completed"
+    assert last_handle["taskId"] == task_id
+    assert answer.structured_content == task_answer.structured_content
     assert [block.type for block in answer.content] == ["text", "image"]
     assert [image["path"] for image in answer.structured_content["images"]] == [str(path) for path in world.files]
     assert world.posts == 1

@@ -261,9 +261,9 @@ async def test_the_pixels_replace_the_conclusion_from_the_reservation() -> None:
     entry = Entry("k" * 32, "server", Phase.SUBMITTED, 1.0, request=body, estimate=3.7, account="a1", task=task)
     facts = learn(entry, {})
     assert Prices.from_facts(facts).factor > 2.4
-    settled = replace(task, status="completed", credits_used=charge, results=("https://cdn.evolink.ai/1.png",))
+    settled_task = replace(task, status="completed", credits_used=charge, results=("https://cdn.evolink.ai/1.png",))
     image = ResultImage(0, "https://cdn.evolink.ai/1.png", 9e9, path="/x.png", width=2736, height=1536)
-    facts |= learn(replace(entry, task=settled, images=(image,)), facts)
+    facts |= learn(replace(entry, task=settled_task, images=(image,)), facts)
     prices = Prices.from_facts(facts)
     assert prices.factor == pytest.approx(1.7, rel=0.01)
     assert (prices.rule, prices.bills.rule) == ("pixel-budget", None)
@@ -280,12 +280,12 @@ async def test_the_charge_replaces_the_conclusion_from_the_reservation_of_the_sa
     image = ResultImage(0, url, 9e9, path="/x.png", width=pixels[0], height=pixels[1])
     facts: dict[str, str] = {}
     for number, credits in enumerate((lower, charge), start=1):
-        created = float(number)
-        task = Task(f"task-unified-{number}", created=created, credits_reserved=credits)
-        entry = Entry("k" * 32, "server", Phase.SUBMITTED, created, request=body, account="a1", task=task)
+        created_at = float(number)
+        task = Task(f"task-unified-{number}", created=created_at, credits_reserved=credits)
+        entry = Entry("k" * 32, "server", Phase.SUBMITTED, created_at, request=body, account="a1", task=task)
         facts |= learn(entry, facts)
-        settled = replace(task, status="completed", credits_used=credits, results=(url,))
-        facts |= learn(replace(entry, task=settled, images=(image,)), facts)
+        settled_task = replace(task, status="completed", credits_used=credits, results=(url,))
+        facts |= learn(replace(entry, task=settled_task, images=(image,)), facts)
     bills = Prices.from_facts(facts).bills
     assert (bills.factor, bills.qualities) == (1.0, {"low": "medium"})
 
@@ -293,9 +293,9 @@ async def test_the_charge_replaces_the_conclusion_from_the_reservation_of_the_sa
 async def test_a_lost_answer_is_matched_by_the_price_factor_of_the_account(open_servers: Any) -> None:
     async with open_servers(times(3.0)) as servers:
         await servers.order()
-        lost = await servers.order(prompt="sim:lost-reply a fox")
-        assert lost["guess"]
-        assert lost["task_id"] in servers.simulator.tasks
+        lost_task = await servers.order(prompt="sim:lost-reply a fox")
+        assert lost_task["guess"]
+        assert lost_task["task_id"] in servers.simulator.tasks
 
 
 async def test_four_servers_cross_a_limit_by_one_task_for_each_change(open_servers: Any) -> None:

@@ -95,10 +95,15 @@ async def test_a_task_whose_price_number_or_pixels_contradict_the_order_is_not_a
     evolink.before_list = lambda: buy_elsewhere(evolink, **other) and None
     async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
-        saved = await world.studio.journal.by_key(entry.key)
+        stored_entry = await world.studio.journal.by_key(entry.key)
     assert (entry.phase, entry.task, entry.images, entry.charged) == (Phase.UNKNOWN, None, (), "unknown")
-    assert saved is not None
-    assert (saved.phase, saved.task, saved.images, saved.error) == (Phase.UNKNOWN, None, (), entry.error)
+    assert stored_entry is not None
+    assert (stored_entry.phase, stored_entry.task, stored_entry.images, stored_entry.error) == (
+        Phase.UNKNOWN,
+        None,
+        (),
+        entry.error,
+    )
 
 
 async def test_the_own_task_is_assigned_beside_tasks_that_contradict_the_order(
@@ -166,9 +171,9 @@ async def test_a_callback_is_proof_whatever_the_price(open_world: Open, evolink:
         await world.studio.receive_callback(entry.key, task_id)
         while not world.studio.is_idle:
             await anyio.sleep(0)
-        saved = await world.studio.journal.by_key(entry.key)
-    assert saved is not None
-    assert (saved.task_id, saved.phase, saved.is_unconfirmed) == (task_id, Phase.SUBMITTED, False)
+        stored_entry = await world.studio.journal.by_key(entry.key)
+    assert stored_entry is not None
+    assert (stored_entry.task_id, stored_entry.phase, stored_entry.is_unconfirmed) == (task_id, Phase.SUBMITTED, False)
 
 
 async def test_an_own_answer_overrules_the_match_of_another_order(open_world: Open, evolink: LossyEvoLink) -> None:
@@ -181,10 +186,10 @@ async def test_an_own_answer_overrules_the_match_of_another_order(open_world: Op
         evolink.before_list = lambda: None
         evolink.answer = lambda: f'{{"id": "{first.task_id}"}}'
         second = await order(world, prompt="a hen")
-        saved = await world.studio.journal.by_key(first.key)
+        stored_entry = await world.studio.journal.by_key(first.key)
     assert (second.task_id, second.phase, second.is_unconfirmed) == (first.task_id, Phase.SUBMITTED, False)
-    assert saved is not None
-    assert (saved.phase, saved.task, saved.images) == (Phase.UNKNOWN, None, ())
+    assert stored_entry is not None
+    assert (stored_entry.phase, stored_entry.task, stored_entry.images) == (Phase.UNKNOWN, None, ())
 
 
 @pytest.mark.parametrize(

@@ -207,9 +207,9 @@ async def test_a_delivered_image_is_not_handed_over_again_although_the_delivery_
         assert second.entry.key != first.entry.key
         journal.unwritable = set()
         await world.studio.flush()
-        stored = await world.studio.journal.by_key(first.entry.key)
-        assert stored is not None
-        assert stored.delivered_at == first.entry.delivered_at
+        stored_entry = await world.studio.journal.by_key(first.entry.key)
+        assert stored_entry is not None
+        assert stored_entry.delivered_at == first.entry.delivered_at
     assert world.posts == 2
 
 

@@ -126,29 +126,29 @@ async def test_a_key_of_another_account_sees_the_history_and_touches_nothing(ope
     simulator = PlainSimulator(clock=clock)
     async with open_world(simulator=simulator, clock=clock) as before:
         purchase = await call(before, "generate_image", **SLOW)
-        saved = await call(before, "generate_image", **REQUEST)
+        completed_purchase = await call(before, "generate_image", **REQUEST)
     clock.now += 60
     async with open_world(NEW_KEY, simulator=simulator, clock=clock, pause=no_pause) as after:
         task_list = await call(after, "list_tasks")
         text = (await _answer(after, "list_tasks")).content[0].text
         detail = await call(after, "list_tasks", detail=True)
-        running = await call(after, "get_task", task_id=purchase["task_id"], wait_seconds=0)
-        finished = await call(after, "get_task", task_id=saved["task_id"])
+        running_task = await call(after, "get_task", task_id=purchase["task_id"], wait_seconds=0)
+        completed_task = await call(after, "get_task", task_id=completed_purchase["task_id"])
         async with after.client() as client:
-            view = await client.call_tool("view_image", {"task_id": saved["task_id"]})
+            view = await client.call_tool("view_image", {"task_id": completed_purchase["task_id"]})
         repeat = await call(after, "generate_image", **SLOW)
-        assert reads_of(after, saved["task_id"]) == 1  # the test of the account
+        assert reads_of(after, completed_purchase["task_id"]) == 1  # the test of the account
         assert reads_of(after, purchase["task_id"]) == 0
         assert [job.entry.task_id for job in after.studio.jobs] == [repeat["task_id"]]
         assert after.posts == 3
     assert [task["other_key"] for task in task_list["tasks"]] == [True, True]
     assert text.count("bought with another key") == 2
     assert all("bought with another key" in task["notes"][0] for task in detail["tasks"])
-    assert running["status"] in RUNNING
-    assert (running["charged"], running["error"]["code"]) == ("unknown", "other_key")
-    assert running["next_action"] is None
-    assert (finished["status"], finished["error"]) == ("completed", None)
-    assert "bought with another key" in finished["notes"][0]
+    assert running_task["status"] in RUNNING
+    assert (running_task["charged"], running_task["error"]["code"]) == ("unknown", "other_key")
+    assert running_task["next_action"] is None
+    assert (completed_task["status"], completed_task["error"]) == ("completed", None)
+    assert "bought with another key" in completed_task["notes"][0]
     assert view.content[0].type == "image"
     assert repeat["task_id"] != purchase["task_id"]
 
@@ -224,15 +224,15 @@ async def test_servers_with_the_old_and_the_new_key_share_their_work(open_world:
     """The polls of a running task must not move the clock: after a day, the same call would buy again."""
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, accounts={NEW: KEY})
-    async with open_world(simulator=simulator, clock=clock) as old:
-        await call(old, "generate_image", **REQUEST)
+    async with open_world(simulator=simulator, clock=clock) as old_world:
+        await call(old_world, "generate_image", **REQUEST)
         clock.is_held = True
-        async with open_world(NEW_KEY, simulator=simulator, clock=clock) as new:
-            running = await call(new, "generate_image", **SLOW)
-            task = await call(old, "get_task", task_id=running["task_id"], wait_seconds=0)
+        async with open_world(NEW_KEY, simulator=simulator, clock=clock) as new_world:
+            running_task = await call(new_world, "generate_image", **SLOW)
+            task = await call(old_world, "get_task", task_id=running_task["task_id"], wait_seconds=0)
         assert (task["status"], task["error"], task["notes"]) == ("pending", None, [])
-        repeat = await call(old, "generate_image", **SLOW)
-        assert (repeat["task_id"], old.posts) == (running["task_id"], 2)
+        repeat = await call(old_world, "generate_image", **SLOW)
+        assert (repeat["task_id"], old_world.posts) == (running_task["task_id"], 2)
 
 
 async def test_another_profile_has_its_own_history_and_limit(open_world: Open) -> None:
@@ -277,16 +277,16 @@ async def test_an_earlier_purchase_tells_whose_account_it_is_while_the_newest_on
             purchase = await call(before, "generate_image", **{**SLOW, "prompt": f"sim:slow=1000000 {prompt}"})
         return simulator.tasks.pop(purchase["task_id"]).created
 
-    created = await order("a fox")
+    created_at = await order("a fox")
     async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
-        clock.now = created + 1
+        clock.now = created_at + 1
         refusal = await call(after, "generate_image", **REQUEST)
     assert (refusal["charged"], refusal["error"]["retryable"]) == ("no", True)
     assert "too young" in refusal["error"]["message"]
     assert refusal["error"]["advice"] == "Call again in 10 s."
     clock.now += 60
-    created = await order("a hen")
+    created_at = await order("a hen")
     async with open_world(NEW_KEY, simulator=simulator, clock=clock) as after:
-        clock.now = created + 1
+        clock.now = created_at + 1
         assert (await call(after, "generate_image", **REQUEST))["status"] == "completed"
     assert len(simulator.tasks) == 1

@@ -111,7 +111,7 @@ async def test_a_deleted_image_that_cannot_be_downloaded_is_missing_and_keeps_it
         transport.is_refusing = True
         missing = await call(world, "get_task", {"task_id": task_id})
         path.write_bytes(content)
-        restored = await call(world, "get_task", {"task_id": task_id})
+        restored_task = await call(world, "get_task", {"task_id": task_id})
     (image,) = missing.structured_content["images"]
     headline = missing.content[0].text.splitlines()[0]
     assert missing.is_error
@@ -121,9 +121,9 @@ async def test_a_deleted_image_that_cannot_be_downloaded_is_missing_and_keeps_it
     assert (image["resource_uri"], image["markdown"]) == (None, None)
     facts = ("path", "sha256", "width", "height", "bytes", "mime_type")
     assert [image[name] for name in facts] == [purchase.structured_content["images"][0][name] for name in facts]
-    assert not restored.is_error
-    assert restored.structured_content["images"][0]["error"] is None
-    assert "1 picture saved" in restored.content[0].text.splitlines()[0]
+    assert not restored_task.is_error
+    assert restored_task.structured_content["images"][0]["error"] is None
+    assert "1 picture saved" in restored_task.content[0].text.splitlines()[0]
 
 
 @pytest.mark.parametrize("age_s", [60, LINK_LIVES_S + 60])
@@ -141,16 +141,20 @@ async def test_an_absent_folder_is_not_created_and_its_images_keep_path_size_and
         assert not folder.exists()
     async with open_world(simulator=world.simulator, clock=world.clock) as world:
         (tmp_path / "unplugged").rename(folder)
-        restored = await call(world, "get_task", {"task_id": task_id})
+        restored_task = await call(world, "get_task", {"task_id": task_id})
     facts = ("path", "sha256", "width", "height", "bytes")
-    for answer in (missing.structured_content, task_list.structured_content["tasks"][0], restored.structured_content):
+    for answer in (
+        missing.structured_content,
+        task_list.structured_content["tasks"][0],
+        restored_task.structured_content,
+    ):
         for image, before in zip(answer["images"], purchase.structured_content["images"], strict=True):
             assert [image[name] for name in facts] == [before[name] for name in facts]
     assert missing.is_error
     assert missing.structured_content["error"]["code"] == "file_missing"
     assert "saved" not in missing.content[0].text.splitlines()[0]
-    assert not restored.is_error
-    assert "2 pictures saved" in restored.content[0].text.splitlines()[0]
+    assert not restored_task.is_error
+    assert "2 pictures saved" in restored_task.content[0].text.splitlines()[0]
     assert len(world.files) == 2
 
 

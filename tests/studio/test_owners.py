@@ -70,11 +70,11 @@ async def test_an_account_id_contains_neither_key_nor_address() -> None:
 
 async def test_an_order_whose_caller_cancels_before_it_is_sent_is_not_bought_twice(open_world: Open) -> None:
     """Server A waits after a 429 and its caller cancels. The same call at server B buys the only task."""
-    clock, free = HeldClock(), Clock()
+    clock, other_clock = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
         open_world(simulator=simulator, clock=clock) as server_a,
-        open_world(simulator=simulator, clock=free) as server_b,
+        open_world(simulator=simulator, clock=other_clock) as server_b,
     ):
         clock.is_held = True
         arguments = {**REQUEST, "prompt": "sim:429 a fox"}
@@ -117,11 +117,11 @@ async def deduplicate_while_held(
 
 async def test_an_unsent_order_of_a_living_server_is_watched_and_only_its_owner_sends_it(open_world: Open) -> None:
     """The wait of its caller has ended. The same call at another server gets the image."""
-    clock, free = HeldClock(), Clock()
+    clock, other_clock = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
         open_world(simulator=simulator, clock=clock) as server_a,
-        open_world(simulator=simulator, clock=free, pause=no_pause) as server_b,
+        open_world(simulator=simulator, clock=other_clock, pause=no_pause) as server_b,
     ):
         answers = await deduplicate_while_held(server_a, server_b, clock, lambda: bool(server_b.studio.jobs))
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
@@ -479,15 +479,15 @@ async def test_unsettled_work_is_adopted_with_a_wrong_clock(open_world: Open) ->
 async def test_a_wrong_clock_does_not_remove_an_image_that_another_server_is_writing(world: World) -> None:
     folder = world.folder / "pictures"
     folder.mkdir()
-    old = folder / f"{PART_PREFIX}left{PART_SUFFIX}"
-    running = folder / f"{PART_PREFIX}running{PART_SUFFIX}"
-    for part in (old, running):
+    abandoned_part = folder / f"{PART_PREFIX}left{PART_SUFFIX}"
+    open_part = folder / f"{PART_PREFIX}running{PART_SUFFIX}"
+    for part in (abandoned_part, open_part):
         part.write_bytes(b"x")
         os.utime(part, (time.time() - 3 * 86_400,) * 2)
-    with running.open("r+b") as file:
+    with open_part.open("r+b") as file:
         if sys.platform != "win32":  # Windows does not remove an open file
             import fcntl
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         await call(world, "generate_image", **REQUEST)
-    assert (old.exists(), running.exists()) == (False, True)
+    assert (abandoned_part.exists(), open_part.exists()) == (False, True)

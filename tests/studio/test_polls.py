@@ -370,8 +370,8 @@ async def test_a_link_to_a_forbidden_address_is_not_followed(open_world: Open, u
 async def test_the_pictures_host_never_sees_the_key(open_world: Open) -> None:
     async with open_polled_world(open_world, duration_s=0) as (world, client, _):
         await client.call_tool("generate_image", REQUEST)
-    fetched = [r for r in world.simulator.requests if r.path.startswith("/pictures/")]
-    assert [r.headers.get("authorization") for r in fetched] == [None]
+    downloads = [r for r in world.simulator.requests if r.path.startswith("/pictures/")]
+    assert [r.headers.get("authorization") for r in downloads] == [None]
 
 
 # --- over real sockets -----------------------------------------------------------------------------------------

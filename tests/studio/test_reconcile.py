@@ -23,18 +23,20 @@ OLD_KEY = "sk-former-0123456789"
 
 
 class LosesAnswers(httpx.ASGITransport):
-    """Loses the answers of purchases: of those that were taken, or (`unbilled`) instead of taking them.
+    """Loses the answers of purchases. With `refuses_purchases` EvoLink gets no purchase.
 
-    `skew_s` is how far its clock is ahead, as the `Date` header tells.
+    `skew_s` is the time by which its clock is ahead in the `Date` header.
     """
 
-    def __init__(self, simulator: PlainSimulator, *, unbilled: bool = False, skew_s: float | None = None) -> None:
+    def __init__(
+        self, simulator: PlainSimulator, *, refuses_purchases: bool = False, skew_s: float | None = None
+    ) -> None:
         super().__init__(simulator.app)
-        self._simulator, self.unbilled, self._skew_s = simulator, unbilled, skew_s
+        self._simulator, self.refuses_purchases, self._skew_s = simulator, refuses_purchases, skew_s
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/images/generations":
-            if not self.unbilled:
+            if not self.refuses_purchases:
                 await super().handle_async_request(request)
             return httpx.Response(502, stream=httpx.ByteStream(b"<html>"))
         reply = await super().handle_async_request(request)
@@ -69,8 +71,8 @@ async def test_a_purchase_from_the_web_page_is_not_matched_with_an_unbilled_post
     """The POST got a 502 and made no task. The user bought something more expensive on EvoLink's page."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
-    lost = LosesAnswers(simulator, unbilled=True)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         assert world.settings.key is not None
         other_request = {"model": "gpt-image-2", "prompt": "a duchess", "size": "2048x2048", "quality": "high"}
         simulator.create(other_request, key=world.settings.key.get_secret_value())
@@ -88,10 +90,10 @@ async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_wo
     """One of two orders was billed and the task list does not show which. The error names the task ID."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = LosesAnswers(simulator, unbilled=True)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         await buy(world)
-        lost.unbilled = False
+        transport.refuses_purchases = False
         facts, text = await buy(world, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
@@ -102,11 +104,11 @@ async def test_an_order_of_another_profile_may_own_the_task_too(open_world: Open
     """Two windows with two profiles use one account. One of two lost orders was billed."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = LosesAnswers(simulator, unbilled=True)
-    shared: Any = {"simulator": simulator, "clock": clock, "transport": lost}
-    async with open_world(**shared) as world, open_world({"EVOLINK_MCP_PROFILE": "second"}, **shared) as second:
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    options: Any = {"simulator": simulator, "clock": clock, "transport": transport}
+    async with open_world(**options) as world, open_world({"EVOLINK_MCP_PROFILE": "second"}, **options) as second:
         await buy(world)
-        lost.unbilled = False
+        transport.refuses_purchases = False
         facts, text = await buy(second, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
@@ -117,18 +119,18 @@ async def test_an_order_under_a_former_key_of_another_profile_may_own_the_task_t
     """Profile one continues the account of its former key. Profile two knows only the new key."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = LosesAnswers(simulator, unbilled=True)
-    shared: Any = {"simulator": simulator, "clock": clock}
-    async with open_world({"EVOLINK_API_KEY": OLD_KEY}, **shared) as before:
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    options: Any = {"simulator": simulator, "clock": clock}
+    async with open_world({"EVOLINK_API_KEY": OLD_KEY}, **options) as before:
         await buy(before, prompt="a harbour")
     for task in simulator.tasks.values():
         task.key = KEY
     async with (
-        open_world(transport=lost, **shared) as world,
-        open_world({"EVOLINK_MCP_PROFILE": "second"}, transport=lost, **shared) as second,
+        open_world(transport=transport, **options) as world,
+        open_world({"EVOLINK_MCP_PROFILE": "second"}, transport=transport, **options) as second,
     ):
         await buy(world)
-        lost.unbilled = False
+        transport.refuses_purchases = False
         facts, _ = await buy(second, prompt="a hen")
     assert (facts["task_id"], facts["guess"]) == (None, False)
 
@@ -137,8 +139,8 @@ async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profi
     """Its account has a task that would fit. The lost answer belongs to the account that sent the order."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = LosesAnswers(simulator, unbilled=True)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         facts, _ = await buy(world)
         assert (facts["task_id"], facts["status"]) == (None, "unknown")
     foreign_key = "sk-foreign-key-0123456789ab"
@@ -161,8 +163,8 @@ async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: fl
     clock, evolink_clock = Clock(), Clock()
     evolink_clock.now = clock.now + ahead_s
     simulator = PlainSimulator(clock=evolink_clock, duration_s=0)
-    lost = LosesAnswers(simulator, skew_s=0.0)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+    transport = LosesAnswers(simulator, skew_s=0.0)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         async with world.client() as client:
             await client.call_tool("get_balance", {})
         facts, _ = await buy(world)

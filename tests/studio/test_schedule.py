@@ -34,7 +34,7 @@ def middle() -> float:
     return 0.5
 
 
-def plain(elapsed_s: float, expectation: Expected = MEDIUM) -> float:
+def next_wait_s(elapsed_s: float, expectation: Expected = MEDIUM) -> float:
     """Return the time until the next poll without progress."""
     return expectation.rest_s(elapsed_s)
 
@@ -56,7 +56,7 @@ def test_another_quality_is_taken_for_medium() -> None:
 
 def test_an_estimate_that_is_much_shorter_is_used_at_once() -> None:
     assert expected("high", 8.0, []).median_s == 8.0
-    assert plain(0.0, expected("low", 0.0, [])) == READ_MIN_S
+    assert next_wait_s(0.0, expected("low", 0.0, [])) == READ_MIN_S
 
 
 def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
@@ -70,8 +70,8 @@ def test_the_accounts_own_recent_tasks_replace_the_median() -> None:
 def test_an_estimate_is_used_if_earlier_estimates_were_more_accurate() -> None:
     dice = random.Random(1)
     durations = [dice.lognormvariate(4.0, 0.6) for _ in range(30)]
-    good: list[Duration] = [("medium", duration_s / 1.2, duration_s) for duration_s in durations]
-    assert expected("medium", 30.0, good).median_s == pytest.approx(36.0)
+    accurate: list[Duration] = [("medium", duration_s / 1.2, duration_s) for duration_s in durations]
+    assert expected("medium", 30.0, accurate).median_s == pytest.approx(36.0)
     constant: list[Duration] = [("medium", 100.0, duration_s) for duration_s in durations]
     assert expected("medium", 30.0, constant) == expected("medium", None, constant)
 
@@ -80,7 +80,7 @@ def test_an_estimate_is_used_if_earlier_estimates_were_more_accurate() -> None:
 
 
 def test_polls_are_frequent_near_the_expected_end() -> None:
-    first, at_the_median, long_after = plain(0.0), plain(48.0), plain(480.0)
+    first, at_the_median, long_after = next_wait_s(0.0), next_wait_s(48.0), next_wait_s(480.0)
     assert first > 5 * at_the_median
     assert at_the_median < long_after <= REST_OLD_MAX_S
 
@@ -88,7 +88,7 @@ def test_polls_are_frequent_near_the_expected_end() -> None:
 @pytest.mark.parametrize("draw", [0.0, 0.25, 0.999999])
 def test_jitter_stays_within_a_tenth(draw: float) -> None:
     for elapsed_s in ELAPSED:
-        assert abs(Schedule(MEDIUM, lambda: draw).next_s(elapsed_s) / plain(elapsed_s) - 1) <= JITTER + 1e-9
+        assert abs(Schedule(MEDIUM, lambda: draw).next_s(elapsed_s) / next_wait_s(elapsed_s) - 1) <= JITTER + 1e-9
 
 
 def test_the_time_between_polls_is_positive_for_any_progress() -> None:
@@ -107,13 +107,13 @@ def test_the_time_between_polls_is_positive_for_any_progress() -> None:
 def test_correct_progress_saves_at_most_half_of_the_polls() -> None:
     schedule = Schedule(MEDIUM, middle)
     for elapsed_s in (20.0, 40.0, 60.0):
-        assert 2 * plain(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=elapsed_s / 1.2))
+        assert 2 * next_wait_s(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=elapsed_s / 1.2))
 
 
 def test_near_the_end_the_interval_is_half_of_the_remaining_time() -> None:
     expectation = Expected(100.0)
     left_s = 80.0 * (100 - 88) / 88
-    assert plain(80.0, expectation) < left_s / 2 < 2 * plain(80.0, expectation)
+    assert next_wait_s(80.0, expectation) < left_s / 2 < 2 * next_wait_s(80.0, expectation)
     assert pytest.approx(Schedule(expectation, middle).next_s(80.0, progress=88.0)) == left_s / 2
 
 
@@ -122,35 +122,37 @@ def test_the_number_of_frequent_polls_is_limited() -> None:
     schedule = Schedule(slow, middle)
     rests = [schedule.next_s(90.0 + n, progress=90.0 + n / 10) for n in range(SPRINT_READS + 3)]
     assert pytest.approx(rests[:SPRINT_READS]) == [SPRINT_S] * SPRINT_READS
-    assert rests[SPRINT_READS:] == pytest.approx([plain(90.0 + n, slow) for n in range(SPRINT_READS, SPRINT_READS + 3)])
+    assert rests[SPRINT_READS:] == pytest.approx(
+        [next_wait_s(90.0 + n, slow) for n in range(SPRINT_READS, SPRINT_READS + 3)]
+    )
 
 
 @pytest.mark.parametrize("progress", [None, 0.0, 4.9])
 def test_progress_that_says_nothing_changes_nothing(progress: float | None) -> None:
     schedule = Schedule(MEDIUM, middle)
     for elapsed_s in (20.0, 40.0, 80.0):
-        assert plain(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=progress))
+        assert next_wait_s(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=progress))
 
 
 def test_progress_that_fell_once_is_ignored_from_then_on() -> None:
     schedule = Schedule(MEDIUM, middle)
     schedule.next_s(20.0, progress=50.0)
     rests = [schedule.next_s(elapsed_s, progress) for elapsed_s, progress in ((30.0, 40.0), (40.0, 60.0), (50.0, 95.0))]
-    assert [plain(30.0), plain(40.0), plain(50.0)] == pytest.approx(rests)
+    assert [next_wait_s(30.0), next_wait_s(40.0), next_wait_s(50.0)] == pytest.approx(rests)
 
 
 def test_a_poll_without_progress_does_not_make_later_progress_untrusted() -> None:
     schedule = Schedule(MEDIUM, middle)
     schedule.next_s(20.0, progress=20.0)
-    assert plain(35.0) == pytest.approx(schedule.next_s(35.0))
-    assert 2 * plain(40.0) == pytest.approx(schedule.next_s(40.0, progress=40.0))
+    assert next_wait_s(35.0) == pytest.approx(schedule.next_s(35.0))
+    assert 2 * next_wait_s(40.0) == pytest.approx(schedule.next_s(40.0, progress=40.0))
 
 
 def test_unchanged_progress_is_used_for_one_poll_only() -> None:
     schedule = Schedule(MEDIUM, middle)
     rests = [schedule.next_s(40.0, progress=50.0) for _ in range(4)]
-    assert pytest.approx(rests) == [2 * plain(40.0)] * 2 + [plain(40.0)] * 2
-    assert pytest.approx(schedule.next_s(50.0, progress=60.0)) == 2 * plain(50.0)
+    assert pytest.approx(rests) == [2 * next_wait_s(40.0)] * 2 + [next_wait_s(40.0)] * 2
+    assert pytest.approx(schedule.next_s(50.0, progress=60.0)) == 2 * next_wait_s(50.0)
 
 
 def poll_to_end(lasts_s: float, schedule: Schedule, progress_at: object) -> tuple[float, int]:

@@ -77,8 +77,8 @@ async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_
 async def test_a_pinned_rule_stays_and_the_difference_is_reported(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule="pixel-budget")
-    pinned = {"EVOLINK_SIZE_RULE": "anchor-edge"}
-    async with open_world(pinned, simulator=simulator, clock=clock) as world:
+    environ = {"EVOLINK_SIZE_RULE": "anchor-edge"}
+    async with open_world(environ, simulator=simulator, clock=clock) as world:
         for prompt in ("sim:fast a fox", "sim:fast a hen"):
             facts = await call(world, "generate_image", **{**WIDE, "prompt": prompt})
             assert any("Computed 2048×1152" in note for note in facts["notes"])

@@ -26,12 +26,12 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 def open_limited(open_world: Open) -> Callable[..., Any]:
     """Return a function that opens a world with limits, in which a purchase takes no time."""
 
-    def opened(clock: Clock | None = None, **limits: float) -> Any:
+    def open_one(clock: Clock | None = None, **limits: float) -> Any:
         clock = clock or Clock()
         environ = {f"EVOLINK_MCP_{name.upper()}": str(value) for name, value in limits.items()}
         return open_world(environ, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock)
 
-    return opened
+    return open_one
 
 
 async def buy(world: World, **options: Any) -> Any:
@@ -95,12 +95,12 @@ async def test_simultaneous_calls_do_not_exceed_the_daily_limit(open_limited: An
     answers: list[Any] = []
     async with open_limited(max_credits_per_day=3 * LOW + 0.01) as world, world.client() as client:
 
-        async def one() -> None:
+        async def buy_one() -> None:
             answers.append(await client.call_tool("generate_image", REQUEST))
 
         async with anyio.create_task_group() as calls:
             for _ in range(8):
-                calls.start_soon(one)
+                calls.start_soon(buy_one)
     assert sum(not answer.is_error for answer in answers) == 3
     assert world.posts == 3
 

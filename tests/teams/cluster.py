@@ -20,9 +20,11 @@ ACCOUNTS = ("postgres", "nobody")  # initdb refuses root
 
 def find_programs() -> Path | None:
     """Return the folder of PostgreSQL's server programs, or None if it is not installed."""
-    found = shutil.which("initdb")
-    found = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in found if (folder / "initdb").exists()), None)
+    initdb = shutil.which("initdb")
+    folders = (
+        [Path(initdb).resolve().parent] if initdb else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    )
+    return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
 class Cluster:

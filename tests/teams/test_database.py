@@ -503,20 +503,20 @@ async def test_a_confirmed_task_of_another_server_is_not_overwritten(open_journa
 async def test_writes_of_one_entry_happen_in_the_order_of_their_calls(open_journal: Any) -> None:
     """A cancelled caller leaves a running write behind. A later write must not overtake it."""
     database = (await open_journal()).database
-    finished: list[str] = []
+    finished_writes: list[str] = []
 
     async def slow(_: Any) -> None:
         await anyio.sleep(0.1)
-        finished.append("slow")
+        finished_writes.append("slow")
 
     async def quick(_: Any) -> None:
-        finished.append("quick")
+        finished_writes.append("quick")
 
     with anyio.move_on_after(0.01) as scope:
         await database.run(slow, key="a")
     await database.run(quick, key="b")
     await database.run(quick, key="a")
-    assert (scope.cancelled_caught, finished) == (True, ["quick", "slow", "quick"])
+    assert (scope.cancelled_caught, finished_writes) == (True, ["quick", "slow", "quick"])
 
 
 async def test_an_action_that_its_deadline_ends_does_not_change_the_order_of_the_others(url: str) -> None:
@@ -646,9 +646,9 @@ async def test_tables_of_an_unpublished_build_are_refused_with_the_statements_th
 
 
 def silent_port() -> int:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        return closed.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("command", [[], ["http", "--port", "0"], ["tasks"]])

@@ -211,9 +211,9 @@ async def test_a_client_without_a_valid_token_gets_the_address_of_the_metadata(
             assert (metadata["resource"], metadata["authorization_servers"]) == (RESOURCE, [ISSUER])
             assert metadata["scopes_supported"] == ["buy"]
         # The official client reads the same out of it.
-        plain = httpx.Response(401, headers=refusal.headers, request=refusal.request)
-        assert extract_resource_metadata_from_www_auth(plain) == f"{RESOURCE[:-4]}{METADATA_PATH}/mcp"
-        assert extract_scope_from_www_auth(plain) == "buy"
+        response = httpx.Response(401, headers=refusal.headers, request=refusal.request)
+        assert extract_resource_metadata_from_www_auth(response) == f"{RESOURCE[:-4]}{METADATA_PATH}/mcp"
+        assert extract_scope_from_www_auth(response) == "buy"
         assert str(ProtectedResourceMetadata.model_validate(metadata).resource) == RESOURCE
 
 
@@ -228,12 +228,12 @@ async def test_a_caller_may_send_a_separate_evolink_key(tmp_path: Path) -> None:
         task_list = await server.call("a", "list_tasks")
         keys = [r.headers["authorization"] for r in server.simulator.requests if r.path == "/v1/images/generations"]
         async with server.http("a", x_evolink_key="no key") as http:
-            odd = await http.post("/mcp", json=INITIALIZE)
+            refusal_of_key = await http.post("/mcp", json=INITIALIZE)
     assert keys == ["Bearer sk-her-own-key"]
     # The history belongs to the tenant. The other key can read it and cannot poll it.
     assert foreign_view.structured_content["task_id"] == own_task["task_id"]
     assert [task["task_id"] for task in task_list.structured_content["tasks"]] == [own_task["task_id"]]
-    assert odd.status_code == 400
+    assert refusal_of_key.status_code == 400
     assert "sk-her-own-key" not in json.dumps(own_task)
 
 

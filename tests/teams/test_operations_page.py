@@ -137,8 +137,10 @@ async def test_a_server_continues_at_the_promoted_standby(tmp_path: Path) -> Non
     with run_cluster() as primary, primary.standby() as standby:
         url = primary.database()
         name = url.partition("@/")[2].partition("?")[0]
-        both = f"postgresql://postgres@/{name}?host={primary.folder},{standby.folder}&target_session_attrs=read-write"
-        async with open_database(both, patient_times()) as database:
+        both_url = (
+            f"postgresql://postgres@/{name}?host={primary.folder},{standby.folder}&target_session_attrs=read-write"
+        )
+        async with open_database(both_url, patient_times()) as database:
             journal = PostgresJournal(database, "a1")
             await journal.intend(Entry(key=new_key(), owner=database.owner, phase="submitted", created_at=1.0))
             with primary.admin(name) as db:
@@ -183,11 +185,11 @@ async def all_families(url: str, folder: Path) -> dict[str, set[str]]:
     async with open_team(url, folder, ANNA) as team, team.client("a") as client:
         await client.call_tool("generate_image", REQUEST)
         await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:slow=3600 a hen", "wait_seconds": 0})
-        merged: dict[str, set[str]] = {}
+        labels_of: dict[str, set[str]] = {}
         for _ in team.proxy.apps:
             for name, labels in (await families_of(team)).items():
-                merged.setdefault(name, set()).update(labels)
-        return merged
+                labels_of.setdefault(name, set()).update(labels)
+        return labels_of
 
 
 async def test_the_page_lists_every_metric_with_its_labels(url: str, tmp_path: Path) -> None:

@@ -287,16 +287,16 @@ async def test_a_link_expires_and_a_changed_link_is_invalid() -> None:
     assert links.read(path.replace("1000", "2000"), 999.0) is None
     assert links.read(path.replace("fox", "ox"), 999.0) is None
     assert Links("https://p.example.org", ["t" * 32]).read(path, 999.0) is None
-    for odd in ("", "/pictures/", "/pictures/1.2/3", "/pictures/" + "9" * 40, path + "\n"):
-        assert links.read(odd, 0.0) is None
+    for odd_path in ("", "/pictures/", "/pictures/1.2/3", "/pictures/" + "9" * 40, path + "\n"):
+        assert links.read(odd_path, 0.0) is None
 
 
 async def test_a_link_of_the_old_secret_stays_valid_while_both_are_set() -> None:
     address = "https://p.example.org"
     path = Links(address, ["old" * 11]).to("a/fox.png", 1_000.0).removeprefix(address)
-    both = Links(address, ["new" * 11, "old" * 11])
-    assert both.read(path, 999.0) == "a/fox.png"
-    new_path = both.to("a/fox.png", 1_000.0).removeprefix(address)
+    both_links = Links(address, ["new" * 11, "old" * 11])
+    assert both_links.read(path, 999.0) == "a/fox.png"
+    new_path = both_links.to("a/fox.png", 1_000.0).removeprefix(address)
     assert Links(address, ["new" * 11]).read(new_path, 999.0) == "a/fox.png"
     assert Links(address, ["new" * 11]).read(path, 999.0) is None
 
@@ -324,8 +324,8 @@ async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (

@@ -257,8 +257,8 @@ async def test_tenants_are_isolated_at_every_replica(url: str, tmp_path: Path, m
         async with team.client("a", mode) as anna, team.client("b", mode) as bert:
             purchase = (await anna.call_tool("generate_image", REQUEST)).structured_content
             for _ in range(2):
-                lost = await bert.call_tool("get_task", {"task_id": purchase["task_id"]})
-                assert lost.is_error
+                refusal = await bert.call_tool("get_task", {"task_id": purchase["task_id"]})
+                assert refusal.is_error
                 assert (await bert.call_tool("list_tasks", {})).structured_content["tasks"] == []
                 with pytest.raises(Exception, match=r"no |not "):
                     await bert.read_resource(purchase["images"][0]["resource_uri"])
@@ -278,17 +278,17 @@ async def test_the_daily_limit_of_a_tenant_counts_across_replicas(url: str, tmp_
         async with anyio.create_task_group() as group:
             for number in range(8):
                 group.start_soon(order, number)
-        paid = [answer.structured_content["credits"] for answer in answers if not answer.is_error]
+        charges = [answer.structured_content["credits"] for answer in answers if not answer.is_error]
         assert {answer.structured_content["error"]["code"] for answer in answers if answer.is_error} == {"over_budget"}
-        assert sum(paid) <= 1.0
-        assert team.posts == len(paid) > 1
+        assert sum(charges) <= 1.0
+        assert team.posts == len(charges) > 1
 
 
 async def test_uploads_and_links_of_one_replica_are_valid_at_the_other(url: str, tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     (tmp_path / "store").mkdir()
-    shared = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
-    async with open_team(url, tmp_path, ANNA, **shared) as team, team.http("a") as http:
+    environ = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
+    async with open_team(url, tmp_path, ANNA, **environ) as team, team.http("a") as http:
         uri = (await http.put("/uploads", content=drawing())).json()["uri"]
         replica = team.proxy.turns[-1]
         arguments = {**REQUEST, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}

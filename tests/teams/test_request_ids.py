@@ -98,7 +98,7 @@ async def test_the_client_in_the_audit_is_short_and_on_one_line(
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Return the list of all spans from now on, each with its name and its request ID."""
-    started: list[tuple[str, Any]] = []
+    span_list: list[tuple[str, Any]] = []
 
     class Span:
         def set_attribute(self, name: str, value: Any) -> None: ...
@@ -109,11 +109,11 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     class Tracer:
         def start_span(self, name: str, *, kind: Any, attributes: dict[str, Any]) -> Span:
-            started.append((name, attributes.get("evolink_mcp.request_id")))
+            span_list.append((name, attributes.get("evolink_mcp.request_id")))
             return Span()
 
     monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
-    return started
+    return span_list
 
 
 async def test_spans_of_a_purchase_have_its_id_until_the_image_is_saved(

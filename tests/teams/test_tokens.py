@@ -170,8 +170,8 @@ def test_a_tenant_with_a_separate_key_shares_no_account(file: Path) -> None:
         block("anna", "a") + block("bert", "b", evolink_key="sk-berts-key") + block("bert", "b2", evolink_key="sk-berts-key")
         + block("carl", "c", evolink_key="sk-one-key") + block("dora", "d", evolink_key="sk-one-key")
     )  # fmt: skip
-    shared = {tenant.name: tenant.shares_account for tenant in Tokens(file).tenants.values()}
-    assert shared == {"anna": True, "bert": False, "carl": True, "dora": True}
+    shares_account = {tenant.name: tenant.shares_account for tenant in Tokens(file).tenants.values()}
+    assert shares_account == {"anna": True, "bert": False, "carl": True, "dora": True}
 
 
 WITH_KEY = block("anna", "a", evolink_key="sk-annas-own")
@@ -272,15 +272,15 @@ async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path
 async def test_a_lost_answer_is_never_matched_with_the_task_of_another_tenant(tmp_path: Path) -> None:
     """The account's task list has the tasks of all tenants. Time and price do not prove a match."""
     async with open_team_server(tmp_path, ANNA, BERT) as server:
-        lost = await server.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
-        assert (lost.structured_content["status"], lost.structured_content["charged"]) == ("unknown", "unknown")
-        assert lost.structured_content["task_id"] is None
+        purchase = await server.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
+        assert (purchase.structured_content["status"], purchase.structured_content["charged"]) == ("unknown", "unknown")
+        assert purchase.structured_content["task_id"] is None
         assert not any(request.path == "/v1/tasks" for request in server.simulator.requests)
 
 
 async def test_spending_limits_count_per_tenant(tmp_path: Path) -> None:
-    capped = block("anna", "a", max_credits_per_day=0.4)
-    async with open_team_server(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as server:
+    limited_block = block("anna", "a", max_credits_per_day=0.4)
+    async with open_team_server(tmp_path, limited_block, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as server:
         arguments = {**REQUEST, "quality": "low"}
         assert not (await server.call("a", "generate_image", **arguments)).is_error
         second = await server.call("a", "generate_image", **{**arguments, "prompt": "sim:fast a hare"})
@@ -322,10 +322,10 @@ async def test_a_tenant_with_a_key_spends_from_its_account(tmp_path: Path) -> No
     async with open_team_server(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as server:
         await server.call("a", "generate_image", **REQUEST)
         await server.call("b", "generate_image", **REQUEST)
-        sent = {
+        used_keys = {
             request.headers.get("authorization") for request in server.simulator.requests if request.method == "POST"
         }
-    assert sent == {"Bearer sk-annas-own", "Bearer sk-test-key"}
+    assert used_keys == {"Bearer sk-annas-own", "Bearer sk-test-key"}
 
 
 async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -> None:
@@ -333,10 +333,10 @@ async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -
     from evolink_mcp.journal.entry import Entry
     from evolink_mcp.journal.sqlite import SqliteJournal
 
-    old = SqliteJournal(tmp_path / "data")
+    journal = SqliteJournal(tmp_path / "data")
     entry = Entry.external(Task("task-unified-1757156493-imcg5zqt", status="completed"), 1.0)
-    await old.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
-    await old.close()
+    await journal.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
+    await journal.close()
     async with open_team_server(tmp_path, ANNA) as server:
         task_list = await server.call("a", "list_tasks")
     assert task_list.structured_content["tasks"] == []

@@ -49,9 +49,9 @@ async def test_every_tool_has_a_title_a_short_description_and_hints(world: World
 
 async def test_only_two_tools_may_spend_and_only_derive_image_writes_files_offline(world: World) -> None:
     hints = {name: tool["annotations"] for name, tool in (await published_tools(world)).items()}
-    writing = [name for name, hint in hints.items() if not hint["readOnlyHint"]]
-    assert writing == ["generate_image", "generate_images", "derive_image"]
-    assert [name for name in writing if hints[name]["openWorldHint"]] == ["generate_image", "generate_images"]
+    writing_tools = [name for name, hint in hints.items() if not hint["readOnlyHint"]]
+    assert writing_tools == ["generate_image", "generate_images", "derive_image"]
+    assert [name for name in writing_tools if hints[name]["openWorldHint"]] == ["generate_image", "generate_images"]
 
 
 async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -> None:

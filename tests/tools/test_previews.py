@@ -50,22 +50,22 @@ async def add_task(world: World, number: int, picture: Path, *, pictures: int = 
     """Add a completed task with saved images to the journal. Return its id."""
     task_id = f"task-unified-{1_790_000_000 + number}-abcdefgh"
     now = world.clock()
-    saved: list[ResultImage] = []
+    saved_images: list[ResultImage] = []
     for index in range(pictures):
         path = world.folder / "pictures" / f"{task_id}-{index}{picture.suffix}"
         path.parent.mkdir(exist_ok=True)
         os.link(picture, path)
         url = f"https://cdn.example.org/{task_id}/{'0' * 60}-{index}.png"
-        saved.append(
+        saved_images.append(
             ResultImage(
                 index, url, now + 86_400, str(path), "image/png", *UHD, path.stat().st_size, "0123456789abcdef" * 4
             )
         )
-    task = Task(task_id, COMPLETED, 100.0, now, results=tuple(image.url for image in saved), credits_used=42.0)
+    task = Task(task_id, COMPLETED, 100.0, now, results=tuple(image.url for image in saved_images), credits_used=42.0)
     body = {"model": "gpt-image-2", "prompt": "a fox", "size": "16:9", "resolution": "4K", "n": pictures, **request}
     journal = world.studio.journal
     entry = Entry(new_key(), journal.owner, "submitted", now - number, request=body, task=task,
-                  images=tuple(saved), account=journal.account)  # fmt: skip
+                  images=tuple(saved_images), account=journal.account)  # fmt: skip
     await journal.intend(entry)
     return task_id
 
@@ -82,11 +82,11 @@ def previews_in(answer: Any) -> list[Image.Image]:
 def chunks(webp: bytes) -> set[bytes]:
     """Return the names of the chunks of a WebP file."""
     names: set[bytes] = set()
-    at = 12
-    while at < len(webp):
-        names.add(webp[at : at + 4])
-        size = int.from_bytes(webp[at + 4 : at + 8], "little")
-        at += 8 + size + size % 2
+    position = 12
+    while position < len(webp):
+        names.add(webp[position : position + 4])
+        size = int.from_bytes(webp[position + 4 : position + 8], "little")
+        position += 8 + size + size % 2
     return names
 
 

@@ -150,8 +150,8 @@ async def test_each_unfinished_picture_has_a_next_action_that_completes_it(world
             action = task["next_action"]
             assert action["arguments"] == {"task_id": task["task_id"]}
             assert task["task_id"] in answer.content[0].text
-            finished = await client.call_tool(action["tool"], action["arguments"])
-            assert finished.structured_content["status"] == "completed"
+            completed_task = await client.call_tool(action["tool"], action["arguments"])
+            assert completed_task.structured_content["status"] == "completed"
     assert world.posts == 2
 
 
@@ -164,7 +164,7 @@ async def test_the_same_series_again_gets_undelivered_pictures_and_buys_only_the
         )
         assert world.posts == 3
         notes = [task.get("notes", []) for task in repeat.structured_content["tasks"]]
-        assert ["earlier identical call" in " ".join(each) for each in notes] == [True, True, False]
+        assert ["earlier identical call" in " ".join(task_notes) for task_notes in notes] == [True, True, False]
         await client.call_tool("generate_images", {"prompts": prompts, "wait_seconds": 0, "force_new": True, **SMALL})
         assert world.posts == 5
 
@@ -189,8 +189,8 @@ def advised_credits(answer: Any) -> float:
 
 
 async def test_the_limit_per_day_counts_the_sum_before_the_first_purchase(open_world: Open) -> None:
-    each = ceiling_of("a fox")
-    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(each * 3.5)}) as world:
+    ceiling = ceiling_of("a fox")
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(ceiling * 3.5)}) as world:
         refusal = await series(world, prompts=ANIMALS[:4], **SMALL)
         assert refusal.is_error
         assert "price of 4 pictures" in refusal.content[0].text
@@ -202,9 +202,9 @@ async def test_the_limit_per_day_counts_the_sum_before_the_first_purchase(open_w
 
 
 async def test_an_undelivered_picture_does_not_count_against_the_limit_per_day_again(open_world: Open) -> None:
-    each = ceiling_of("sim:slow=1000000 a fox")
+    ceiling = ceiling_of("sim:slow=1000000 a fox")
     prompts = [f"sim:slow=1000000 {animal}" for animal in ANIMALS[:3]]
-    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(each * 3.5)}) as world:
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(ceiling * 3.5)}) as world:
         await series(world, prompts=prompts, wait_seconds=0, **SMALL)
         repeat = await series(world, prompts=prompts, wait_seconds=0, **SMALL)
     assert repeat.structured_content["error"] is None
@@ -212,8 +212,8 @@ async def test_an_undelivered_picture_does_not_count_against_the_limit_per_day_a
 
 
 async def test_the_limit_per_call_applies_to_each_picture(open_world: Open) -> None:
-    each = max(ceiling_of(prompt) for prompt in ANIMALS)
-    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": str(each)}) as world:
+    ceiling = max(ceiling_of(prompt) for prompt in ANIMALS)
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": str(ceiling)}) as world:
         assert (await series(world, prompts=ANIMALS, **SMALL)).structured_content["status"] == "completed"
         refusal = await series(world, prompts=["a yak", "a " * 4000], **SMALL)
     assert refusal.is_error
@@ -222,14 +222,14 @@ async def test_the_limit_per_call_applies_to_each_picture(open_world: Open) -> N
 
 
 async def test_an_expensive_series_is_confirmed_once(open_world: Open) -> None:
-    each = ceiling_of("a fox")
+    ceiling = ceiling_of("a fox")
     questions: list[str] = []
 
     async def ask(context: Any, params: ElicitRequestParams) -> ElicitResult:
         questions.append(params.message)
         return ElicitResult(action="accept", content={"go_ahead": len(questions) == 2})
 
-    async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": str(each * 2)}) as world:
+    async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": str(ceiling * 2)}) as world:
         refusal = await series(world, prompts=ANIMALS[:3], **SMALL)
         assert refusal.structured_content["error"]["code"] == "confirmation_needed"
         async with asking_client(world, ask) as client:

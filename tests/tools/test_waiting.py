@@ -79,11 +79,11 @@ async def test_an_unchanged_job_is_reported_at_each_heartbeat() -> None:
 async def test_the_end_of_a_wait_requests_one_last_poll() -> None:
     followed_job = job()
     followed_job.record_answer(is_running=True)
-    polled = anyio.Event()
-    followed_job.poll_now = polled.set  # pyright: ignore[reportAttributeAccessIssue]
+    is_polled = anyio.Event()
+    followed_job.poll_now = is_polled.set  # pyright: ignore[reportAttributeAccessIssue]
     with anyio.fail_after(300):
         await follow(followed_job, anyio.current_time(), ProgressLog())
-    assert polled.is_set()
+    assert is_polled.is_set()
 
 
 async def test_a_call_without_a_task_id_waits_for_it_beyond_its_wait() -> None:

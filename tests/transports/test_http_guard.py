@@ -76,15 +76,15 @@ async def test_a_body_that_does_not_arrive_in_time_is_answered_with_408() -> Non
 
 async def test_a_connection_above_the_limit_gets_503_and_the_first_ones_still_work() -> None:
     async with serve(replace(LIMITS, served_max=3)) as port:
-        early = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(3)]
-        for stream in early:  # the server has accepted each of them
+        first_streams = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(3)]
+        for stream in first_streams:  # the server has accepted each of them
             await stream.send(REQUEST)
             assert b" 200 " in await stream.receive()
-        async with await anyio.connect_tcp("127.0.0.1", port) as late:
-            assert (await read_to_end(late)).startswith(b"HTTP/1.1 503 Service Unavailable")
-        await early[0].send(REQUEST)
-        assert b" 200 " in await early[0].receive()
-        for stream in early:
+        async with await anyio.connect_tcp("127.0.0.1", port) as late_stream:
+            assert (await read_to_end(late_stream)).startswith(b"HTTP/1.1 503 Service Unavailable")
+        await first_streams[0].send(REQUEST)
+        assert b" 200 " in await first_streams[0].receive()
+        for stream in first_streams:
             await stream.aclose()
 
 

@@ -48,7 +48,7 @@ class Harness:
         self.gateway = gateway
         self.launcher = launcher
         self.folder = folder
-        self.arrived = anyio.Event()
+        self.has_arrived = anyio.Event()
         self.go = anyio.Event()
 
     @property
@@ -62,7 +62,7 @@ class Harness:
     async def hold(self, exchange: Exchange) -> None:
         """Accept a purchase, and answer it when the test sets `go`."""
         reply = await exchange.accept()
-        self.arrived.set()
+        self.has_arrived.set()
         await self.go.wait()
         exchange.relay(reply)
 
@@ -118,7 +118,7 @@ async def test_a_post_in_flight_is_completed_or_stays_in_the_journal_as_sending(
     with anyio.fail_after(300):
         async with harness.launcher.server(harness.env) as server, anyio.create_task_group() as calls:
             calls.start_soon(lambda: server.call("generate_image", **REQUEST))
-            await harness.arrived.wait()
+            await harness.has_arrived.wait()
             if has_answer:
                 harness.go.set()
             assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
@@ -140,7 +140,7 @@ async def test_a_server_ends_while_another_program_locks_the_journal(
     harness.gateway.purchases = [harness.hold]
     async with harness.launcher.server(harness.env) as server, anyio.create_task_group() as group:
         group.start_soon(lambda: server.call("generate_image", **REQUEST))
-        await harness.arrived.wait()
+        await harness.has_arrived.wait()
         with closing(sqlite3.connect(harness.folder / "data" / FILE_NAME, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             harness.go.set()
@@ -191,20 +191,20 @@ async def call_over(url: str, transport: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("end", "code"), SIGNALS)
 @pytest.mark.parametrize("transport", ["http", "sse"])
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "POST in flight"])
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "POST in flight"])
 async def test_an_http_server_ends_after_a_signal(
-    harness: Harness, transport: str, end: signal.Signals, code: int, busy: bool
+    harness: Harness, transport: str, end: signal.Signals, code: int, is_busy: bool
 ) -> None:
     harness.gateway.purchases = [harness.hold]
     with anyio.fail_after(300):
         async with web(harness, transport) as (server, url), anyio.create_task_group() as calls:
-            if busy:
+            if is_busy:
                 calls.start_soon(call_over, url, transport)
-                await harness.arrived.wait()
+                await harness.has_arrived.wait()
             assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
             calls.cancel_scope.cancel()
     assert "Traceback" not in server.stderr_file.read_text()
-    if busy:
+    if is_busy:
         assert [(entry.phase, entry.charged) for entry in harness.journal()] == [("sending", "unknown")]
 
 
@@ -214,7 +214,7 @@ async def test_a_disconnect_over_http_does_not_end_the_purchase(harness: Harness
         async with web(harness, "http") as (server, url):
             async with anyio.create_task_group() as calls:
                 calls.start_soon(call_over, url, "http")
-                await harness.arrived.wait()
+                await harness.has_arrived.wait()
                 calls.cancel_scope.cancel()
             harness.go.set()
             await until(lambda: any(path.startswith("/v1/tasks/") for _, path in harness.gateway.requests))

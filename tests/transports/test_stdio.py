@@ -91,11 +91,11 @@ class Tools:
         assert delivery is not None
         delivery.when_settled(self._record_settlement)
 
-    async def _record_settlement(self, arrived: bool) -> None:
-        self.deliveries.append(arrived)
+    async def _record_settlement(self, has_arrived: bool) -> None:
+        self.deliveries.append(has_arrived)
         self.is_settled.set()
 
-    async def _fail(self, arrived: bool) -> None:
+    async def _fail(self, has_arrived: bool) -> None:
         raise KeyError("no such entry")
 
 
@@ -103,19 +103,19 @@ class Tools:
 async def open_client(
     serve: Callable[..., Any],
     startup_answers: StartupAnswers | None = None,
-    early: list[dict[str, Any]] | None = None,
+    early_messages: list[dict[str, Any]] | None = None,
     **options: Any,
 ) -> AsyncGenerator[Client]:
-    """Serve between two pipes. The client sends `early` before the server exists. Ends by EOF, with exit code 0."""
+    """Serve between two pipes. The client sends `early_messages` before the server exists. Ends by EOF, with exit code 0."""
     startup_answers = startup_answers or StartupAnswers(None)
     pipes = Pipes()
     client = Client(pipes)
     codes: list[int] = []
     try:
-        lines = pipes.open(startup_answers.answer if early else no_answer)
-        if early:
-            await client.send(*early)
-            for _ in early:
+        lines = pipes.open(startup_answers.answer if early_messages else no_answer)
+        if early_messages:
+            await client.send(*early_messages)
+            for _ in early_messages:
                 await client.receive()
         async with anyio.create_task_group() as group:
 
@@ -190,8 +190,8 @@ async def test_a_delivery_that_cannot_be_recorded_ends_neither_the_others_nor_th
 async def test_an_id_that_was_answered_early_may_be_used_and_cancelled_at_once() -> None:
     tools = Tools()
     answers = {(method, VERSION): b'{"early":true}' for method in ("initialize", "tools/list", "ping")}
-    early = [INITIALIZE, request(2, "tools/list"), request(3)]
-    async with open_client(partial(serve_streams, tools.server), StartupAnswers(answers), early) as client:
+    early_messages = [INITIALIZE, request(2, "tools/list"), request(3)]
+    async with open_client(partial(serve_streams, tools.server), StartupAnswers(answers), early_messages) as client:
         tools.may_answer.set()
         await client.send(cancellation(1), cancellation(2), cancellation(3), call(1, "hold"))
         assert (await client.receive())["result"]["content"][0]["text"] == "done"
@@ -199,26 +199,28 @@ async def test_an_id_that_was_answered_early_may_be_used_and_cancelled_at_once()
             assert await client.ask(request(number)) == {"jsonrpc": "2.0", "id": number, "result": {}}
 
 
-async def answer_everything(read: Any, write: Any, odd: Any = None) -> None:
-    """Serve without the SDK. The request 5 gets a result with the value `odd`."""
+async def answer_everything(read: Any, write: Any, value: Any = None) -> None:
+    """Serve without the SDK. The request 5 gets a result with `value`."""
     async for session_message in read:
         request_id = session_message.message.id
-        result = {"a": odd} if request_id == 5 else {}
+        result = {"a": value} if request_id == 5 else {}
         await write.send(SessionMessage(JSONRPCResponse(jsonrpc="2.0", id=request_id, result=result)))
 
 
 @pytest.mark.parametrize(
-    ("odd", "result"),
+    ("value", "result"),
     [pytest.param("\ud800", {"a": "?"}, id="a lone surrogate"), pytest.param(float("nan"), {"a": None}, id="NaN")],
 )
-async def test_a_result_that_json_can_nearly_carry_is_written(odd: Any, result: dict[str, Any]) -> None:
-    async with open_client(partial(answer_everything, odd=odd)) as client:
+async def test_a_result_that_json_can_nearly_carry_is_written(value: Any, result: dict[str, Any]) -> None:
+    async with open_client(partial(answer_everything, value=value)) as client:
         assert await client.ask(request(5)) == {"jsonrpc": "2.0", "id": 5, "result": result}
 
 
-@pytest.mark.parametrize("odd", [object(), {"\ud800": float("inf")}], ids=["an object", "Infinity beside a surrogate"])
-async def test_a_result_that_is_not_json_becomes_an_error_and_the_later_ones_are_written(odd: Any) -> None:
-    async with open_client(partial(answer_everything, odd=odd)) as client:
+@pytest.mark.parametrize(
+    "value", [object(), {"\ud800": float("inf")}], ids=["an object", "Infinity beside a surrogate"]
+)
+async def test_a_result_that_is_not_json_becomes_an_error_and_the_later_ones_are_written(value: Any) -> None:
+    async with open_client(partial(answer_everything, value=value)) as client:
         refusal = await client.ask(request(5))
         assert (refusal["id"], refusal["error"]["code"]) == (5, -32603)
         assert await client.ask(request(6)) == {"jsonrpc": "2.0", "id": 6, "result": {}}

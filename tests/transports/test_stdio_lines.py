@@ -63,14 +63,14 @@ def test_an_early_line_that_cannot_be_handled_is_answered_and_the_next_one_is_ha
 def test_early_answers_that_fail_leave_every_line_to_the_server(pipes: Pipes, caplog: pytest.LogCaptureFixture) -> None:
     early_lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
-    def early(line: bytes) -> bytes | None:
+    def answer_early(line: bytes) -> bytes | None:
         early_lines.put(line)
         if b"odd" in line:
             raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
         return b'{"id":"early"}\n'
 
     lines = [b'{"id":1}', b'{"id":"odd"}', b'{"id":3}']
-    transport = pipes.open(early)
+    transport = pipes.open(answer_early)
     pipes.send(*lines)
     assert pipes.receive() == {"id": "early"}
     pipes.close_stdin()
@@ -155,8 +155,8 @@ def test_a_reader_that_fails_is_an_end_of_input(
 def test_a_writer_that_fails_is_an_end_of_input(pipes: Pipes, caplog: pytest.LogCaptureFixture) -> None:
     transport = pipes.open()
     transport.handle_lines(pipes.handle)
-    odd: Any = "text"
-    transport.write(odd)
+    not_bytes: Any = "text"
+    transport.write(not_bytes)
     assert pipes.next_handled() is END
     assert "writing stdout failed" in caplog.text
 

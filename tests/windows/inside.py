@@ -125,13 +125,13 @@ def wait_until_ready(port: int, path: str) -> None:
 
 
 def assert_exit(server: subprocess.Popen[bytes], code: int) -> None:
-    begin = time.monotonic()
+    started_at = time.monotonic()
     try:
         exit_code = server.wait(END_TIMEOUT_S + 10)
     except subprocess.TimeoutExpired:
         raise AssertionError("the server does not end") from None
     assert exit_code == code, f"exit code {exit_code}, not {code}: {server.stderr.read()[-500:]!r}"
-    duration_s = time.monotonic() - begin
+    duration_s = time.monotonic() - started_at
     assert duration_s <= END_TIMEOUT_S, f"the server ended after {duration_s:.1f} s"
     assert b"Traceback" not in server.stderr.read()
 
