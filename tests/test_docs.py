@@ -32,13 +32,16 @@ def between(mark: str, text: str = README) -> str:
     return text.split(f"<!-- {mark}:begin -->\n")[1].split(f"<!-- {mark}:end -->")[0]
 
 
-PERSONAL = Settings.table()
-TEAM = {name: entry for name, entry in TeamSettings.table().items() if name not in PERSONAL}
+PERSONAL_SETTINGS = Settings.table()
+TEAM_SETTINGS = {name: entry for name, entry in TeamSettings.table().items() if name not in PERSONAL_SETTINGS}
 
 
 @pytest.mark.parametrize(
     ("document", "settings"),
-    [pytest.param("README.md", PERSONAL, id="README"), pytest.param("docs/teams.md", TEAM, id="teams")],
+    [
+        pytest.param("README.md", PERSONAL_SETTINGS, id="README"),
+        pytest.param("docs/teams.md", TEAM_SETTINGS, id="teams"),
+    ],
 )
 def test_a_settings_table_matches_the_settings(document: str, settings: dict[str, Setting]) -> None:
     rows = [f"| `{entry.variable}` | {entry.default_text} | {entry.description} |" for entry in settings.values()]

@@ -19,7 +19,7 @@ from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import SimulatedTask, Simulator
 from evolink_mcp.studio.studio import Studio
 
-PAY = ("POST", "/v1/images/generations")
+PURCHASE = ("POST", "/v1/images/generations")
 REASONS = {200: "OK", 429: "Too Many Requests"}
 NEVER_S = 60.0
 # Turns of the event loop in which the client, in the same loop, reads everything that was sent.
@@ -287,7 +287,7 @@ class Gateway:
 
     def _fault(self, exchange: Exchange) -> Fault:
         self.requests.append((exchange.method, exchange.path))
-        if (exchange.method, exchange.path) != PAY:
+        if (exchange.method, exchange.path) != PURCHASE:
             return self.reads(exchange) or behave
         self.posts += 1
         if not self.purchases:

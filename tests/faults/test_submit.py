@@ -245,12 +245,12 @@ async def no_tls() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def no_such_host() -> AsyncIterator[str]:
+async def unknown_host() -> AsyncIterator[str]:
     yield "https://nowhere.invalid"
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(place, id=place.__name__) for place in (full_backlog, closed_port, no_tls, no_such_host)]
+    "place", [pytest.param(place, id=place.__name__) for place in (full_backlog, closed_port, no_tls, unknown_host)]
 )
 async def test_a_purchase_without_a_connection_is_tried_three_times_and_not_charged(place: Any, tmp_path: Path) -> None:
     options = replace(CERTIFICATES_READ_ONCE, connect_timeout_s=0.3)  # none of these places accepts a connection

@@ -28,22 +28,22 @@ KINDS = {
 
 def photo(size: tuple[int, int] = (640, 480), seed: int = 1) -> Image.Image:
     """Return an image with a blurred part and a part of noise."""
-    rand = random.Random(seed)
-    values = rand.randbytes(size[0] * size[1] * 3)
-    rough = Image.frombytes("RGB", size, values)
-    soft = rough.filter(ImageFilter.GaussianBlur(3))
-    soft.paste(rough.crop((0, 0, size[0], size[1] // 3)))
-    return soft
+    dice = random.Random(seed)
+    values = dice.randbytes(size[0] * size[1] * 3)
+    noise_image = Image.frombytes("RGB", size, values)
+    image = noise_image.filter(ImageFilter.GaussianBlur(3))
+    image.paste(noise_image.crop((0, 0, size[0], size[1] // 3)))
+    return image
 
 
 def logo(size: tuple[int, int] = (640, 480), seed: int = 1) -> Image.Image:
     """Return an image whose last rows have one colour."""
-    rand = random.Random(seed)
+    dice = random.Random(seed)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for _ in range(6):
-        x, y = rand.randrange(size[0]), rand.randrange(size[1] // 2)
-        draw.ellipse((x, y, x + 60, y + 60), fill=rand.choice(["red", "teal", "black"]))
+        x, y = dice.randrange(size[0]), dice.randrange(size[1] // 2)
+        draw.ellipse((x, y, x + 60, y + 60), fill=dice.choice(["red", "teal", "black"]))
     return image
 
 

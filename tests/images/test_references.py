@@ -480,13 +480,13 @@ async def test_a_mask_is_compared_with_the_known_size_of_an_earlier_result(world
         async with world.client() as client:
             first = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "size": "1:1"})
     uri = first.structured_content["images"][0]["resource_uri"]
-    wrong = await edit(world, uri, mask_url=data_uri(drawing((512, 512), mode="RGBA")))
-    assert "512×512 pixels and the first picture 1024×1024" in wrong.content[0].text
+    refused_edit = await edit(world, uri, mask_url=data_uri(drawing((512, 512), mode="RGBA")))
+    assert "512×512 pixels and the first picture 1024×1024" in refused_edit.content[0].text
     opaque = await edit(world, uri, mask_url=uri)
     assert "no transparent pixels" in opaque.content[0].text
     assert world.posts == 1
-    right = await edit(world, uri, mask_url=data_uri(drawing((1024, 1024), mode="RGBA")))
-    assert right.is_error is False
+    accepted_edit = await edit(world, uri, mask_url=data_uri(drawing((1024, 1024), mode="RGBA")))
+    assert accepted_edit.is_error is False
     assert world.posts == 2
 
 
@@ -494,15 +494,15 @@ async def test_a_mask_has_the_orientation_of_the_displayed_image(open_reader: Op
     """The file has 64×48 pixels and its EXIF rotates it, so an editor makes a mask of 48×64."""
     photo = _write_file(allowed_folder, "photo.jpg", with_orientation(drawing(kind="JPEG"), 6))
     async with open_reader() as world:
-        sideways = await edit(
+        refused_edit = await edit(
             world, photo, mask_url=_write_file(allowed_folder, "sideways.png", drawing((64, 48), mode="RGBA"))
         )
-        assert "mask is 64×48 pixels and the first picture 48×64" in sideways.content[0].text
-        right = await edit(
+        assert "mask is 64×48 pixels and the first picture 48×64" in refused_edit.content[0].text
+        accepted_edit = await edit(
             world, photo, mask_url=_write_file(allowed_folder, "mask.png", drawing((48, 64), mode="RGBA"))
         )
         (upload, _) = world.simulator.uploads.values()
-    assert right.is_error is False
+    assert accepted_edit.is_error is False
     with Image.open(io.BytesIO(upload.data)) as image:
         assert (image.size, dict(image.getexif())) == ((48, 64), {})
 
@@ -574,11 +574,11 @@ async def test_an_upload_that_fails_costs_nothing_and_buys_nothing(
 
 
 @pytest.mark.parametrize(
-    ("allowed", "works"),
+    ("allowed", "is_allowed"),
     [pytest.param(False, False, id="by default"), pytest.param(True, True, id="allowed explicitly")],
 )
 async def test_callers_over_http_read_no_files_of_the_server_unless_folders_are_allowed(
-    tmp_path: Path, allowed_folder: Path, allowed: bool, works: bool
+    tmp_path: Path, allowed_folder: Path, allowed: bool, is_allowed: bool
 ) -> None:
     simulator = PlainSimulator()
     environ = {
@@ -594,8 +594,8 @@ async def test_callers_over_http_read_no_files_of_the_server_unless_folders_are_
         world = World(studio, simulator, None, tmp_path, settings)  # type: ignore[arg-type]
         for source in (str(allowed_folder / "cat.png"), f"file://{allowed_folder}/cat.png"):
             answer = await edit(world, source, wait_seconds=0)
-            assert answer.is_error is not works
-        if not works:
+            assert answer.is_error is not is_allowed
+        if not is_allowed:
             assert "remote callers" in answer.content[0].text
             assert simulator.requests == []
         assert (await edit(world, data_uri(PNG), wait_seconds=0)).is_error is False

@@ -416,10 +416,10 @@ def mount_small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    with suppress(OSError), (folder / "ballast").open("wb") as ballast:
+    with suppress(OSError), (folder / "filler").open("wb") as file:
         while True:
-            ballast.write(b"x" * 4096)
-            ballast.flush()
+            file.write(b"x" * 4096)
+            file.flush()
 
 
 def turn_read_only(folder: Path) -> None:
@@ -432,7 +432,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems"
 @LINUX
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("spoil", "purchase_count"),
+    ("damage", "purchase_count"),
     [
         pytest.param(fill, 0, id="disk full"),
         pytest.param(fill, 1, id="disk full after a purchase"),
@@ -440,18 +440,18 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems"
     ],
 )
 async def test_a_purchase_that_cannot_be_recorded_is_not_sent(
-    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], purchase_count: int
+    open_world: Open, tmp_path: Path, damage: Callable[[Path], None], purchase_count: int
 ) -> None:
     with mount_small_disk(tmp_path / "small", "size=600k") as small, anyio.fail_after(300):
         if not purchase_count:
-            spoil(small)
+            damage(small)
         async with open_world({"EVOLINK_MCP_DATA_DIR": str(small / "data")}) as world, world.client() as client:
             if purchase_count:
                 first = await client.call_tool("generate_image", REQUEST)
                 assert first.structured_content["charged"] == "yes"
-                spoil(small)
+                damage(small)
             refusal = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
-            free = await client.call_tool("compute_size", {"size": "16:9"})
+            size_answer = await client.call_tool("compute_size", {"size": "16:9"})
             balance = await client.call_tool("get_balance", {})
     text = refusal.content[0].text
     assert refusal.is_error
@@ -460,7 +460,7 @@ async def test_a_purchase_that_cannot_be_recorded_is_not_sent(
     assert str(small / "data" / FILE_NAME) in text
     assert "EVOLINK_MCP_DATA_DIR" in text
     assert "Charged: no" in text
-    assert (free.is_error, balance.is_error) == (False, False)
+    assert (size_answer.is_error, balance.is_error) == (False, False)
     assert world.posts == purchase_count
 
 
@@ -474,7 +474,7 @@ async def test_an_image_without_disk_space_is_not_bought(open_world: Open, tmp_p
             facts = answer.structured_content
             assert (facts["charged"], facts["status"], world.posts) == ("no", "failed", 0)
             assert "EVOLINK_MCP_OUTPUT_DIR" in answer.content[0].text
-            (small / "ballast").unlink()
+            (small / "filler").unlink()
             subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
             repeat = await client.call_tool("generate_image", REQUEST)
     assert repeat.structured_content["images"][0]["path"] is not None

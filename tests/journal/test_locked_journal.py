@@ -131,17 +131,17 @@ async def test_list_and_task_of_a_journal_that_stops_readers_name_the_lock(
 async def test_compute_size_answers_with_known_prices_while_another_call_waits_for_the_lock(open_world: Open) -> None:
     async with open_world(wrap_journal=with_lock_wait(LONG_S)) as world:
         tool = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=SHORT_S)
-        patient = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=LONG_S)
+        patient_tool = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=LONG_S)
         with anyio.fail_after(300):
             await world.studio.journal.save_fact("a", "")
-            before = await tool_answer(patient, {"size": "16:9"})
+            before = await tool_answer(patient_tool, {"size": "16:9"})
             with hold_lock(world.settings.data_dir / FILE_NAME) as other:
                 async with anyio.create_task_group() as group:
                     group.start_soon(world.studio.journal.save_fact, "a", "b")  # waits for the lock
                     await anyio.wait_all_tasks_blocked()
                     answer = await tool_answer(tool, {"size": "16:9"})
                     other.execute("ROLLBACK")
-            after = await tool_answer(patient, {"size": "16:9"})
+            after = await tool_answer(patient_tool, {"size": "16:9"})
     assert after == before
     assert answer == {**before, "notes": answer["notes"]}
     assert answer["notes"][:-1] == before["notes"]

@@ -217,7 +217,7 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
                     await is_written.wait()
                 return await write(entry, *facts)
 
-            journal.instead["update"] = update_slowly
+            journal.replacements["update"] = update_slowly
             task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{task_id}"
             async with client.listen(resource_subscriptions=[uri]) as events:

@@ -167,7 +167,7 @@ async def test_at_most_ten_links_are_used_and_the_rest_is_counted() -> None:
     assert (task.results, task.links_left_out) == (tuple(links[:10]), 2990)
 
 
-def redirects(**hops: str) -> Callable[[httpx.Request], httpx.Response]:
+def redirects(**locations: str) -> Callable[[httpx.Request], httpx.Response]:
     """Return an image host whose paths redirect to others. The path "end" has the image."""
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -175,27 +175,27 @@ def redirects(**hops: str) -> Callable[[httpx.Request], httpx.Response]:
         name = request.url.path.strip("/")
         if name == "end":
             return httpx.Response(200, stream=httpx.ByteStream(b"picture"))
-        return httpx.Response(302, headers={"location": hops[name]}, stream=httpx.ByteStream(b""))
+        return httpx.Response(302, headers={"location": locations[name]}, stream=httpx.ByteStream(b""))
 
     return answer
 
 
-async def fetch(url: str, **hops: str) -> tuple[bytes, list[str]]:
+async def fetch(url: str, **locations: str) -> tuple[bytes, list[str]]:
     import io
 
     urls: list[str] = []
 
     def host(request: httpx.Request) -> httpx.Response:
         urls.append(str(request.url))
-        return redirects(**hops)(request)
+        return redirects(**locations)(request)
 
-    into = io.BytesIO()
+    target = io.BytesIO()
     async with EvolinkClient(None, transport=httpx.MockTransport(host)) as client:
         try:
-            await download(client, url, into)
+            await download(client, url, target)
         except DownloadFailed as error:
             return error.message.encode(), urls
-    return into.getvalue(), urls
+    return target.getvalue(), urls
 
 
 async def test_a_redirected_picture_is_followed_three_times(open_world: Open) -> None:

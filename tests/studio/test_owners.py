@@ -146,7 +146,7 @@ async def test_a_watcher_that_cannot_read_the_journal_does_not_report_an_unsent_
             refusal_count += 1
             raise JournalUnwritable("another program holds the journal")
 
-        journal.instead["acquire"] = acquire
+        journal.replacements["acquire"] = acquire
         answers = await deduplicate_while_held(server_a, server_b, clock, lambda: refusal_count == 5)
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
     assert len(simulator.tasks) == 1
@@ -168,7 +168,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
             writes.append(entry.key)
             return await real_write(entry, *facts)
 
-        journal.instead = {"update": write, "update_images": write}
+        journal.replacements = {"update": write, "update_images": write}
         finished = await call(server_b, "get_task", task_id=handle["task_id"])
     assert finished["status"] == "completed"
     assert finished["images"][0]["path"] == str(server_a.files[0])
@@ -332,11 +332,11 @@ async def test_a_task_id_is_written_later_if_the_disk_was_full(open_world: Open)
     options: Any = {"simulator": simulator, "clock": clock, "pause": no_pause, "wrap_journal": FaultyJournal}
     async with open_world(**options) as world:
         journal: Any = world.studio.journal
-        journal.instead = {"update": disk_full, "update_images": disk_full}
+        journal.replacements = {"update": disk_full, "update_images": disk_full}
         answer = await call(world, "generate_image", **HANDLE)
         assert answer["task_id"] in simulator.tasks
         assert (await journal.recent(1))[0].task_id is None
-        journal.instead = {}
+        journal.replacements = {}
         while (await journal.recent(1))[0].task_id is None:
             await anyio.sleep(0.001)
         repeat = await call(world, "generate_image", **HANDLE)
@@ -353,11 +353,11 @@ async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open
         open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
         journal: Any = server_a.studio.journal
-        journal.instead = {"update": disk_full, "update_images": disk_full}
+        journal.replacements = {"update": disk_full, "update_images": disk_full}
         answer = await call(server_a, "generate_image", **HANDLE)
         answer_of_other = await call(server_b, "get_task", task_id=answer["task_id"], wait_seconds=0)
         assert answer_of_other["task_id"] == answer["task_id"]
-        journal.instead = {}
+        journal.replacements = {}
         while server_a.studio.has_unwritten:
             await anyio.sleep(0.001)
         assert len(await list_tasks(server_a)) == 2

@@ -34,15 +34,15 @@ class FakeAccount:
 
     batch: Callable[[], list[Task]] = lambda: RUNNING
     single: Callable[[str], Task] = lambda task_id: next(task for task in RUNNING if task.id == task_id)
-    batches: list[list[str]] = field(default_factory=list)
-    singles: list[str] = field(default_factory=list)
+    batch_polls: list[list[str]] = field(default_factory=list)
+    single_polls: list[str] = field(default_factory=list)
 
     async def tasks(self, task_ids: list[str]) -> dict[str, Task]:
-        self.batches.append(list(task_ids))
+        self.batch_polls.append(list(task_ids))
         return {task.id: task for task in self.batch()}
 
     async def task(self, task_id: str) -> Task:
-        self.singles.append(task_id)
+        self.single_polls.append(task_id)
         return self.single(task_id)
 
 
@@ -86,7 +86,7 @@ EACH = dict(zip(IDS, RUNNING, strict=True))
 async def test_reads_that_are_due_together_are_one_request() -> None:
     account = FakeAccount()
     assert await read_together(account) == [EACH]
-    assert (account.batches, account.singles) == ([IDS], [])
+    assert (account.batch_polls, account.single_polls) == ([IDS], [])
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, 501])
@@ -94,14 +94,14 @@ async def test_without_batch_polls_each_task_is_polled_alone_from_then_on(status
     refusal = Unreadable("no", http_status=status) if status == 501 else Rejected("no", http_status=status)
     account = FakeAccount(batch=raises(refusal))
     assert await read_together(account, times=2) == [EACH, EACH]
-    assert account.batches == [IDS]
-    assert sorted(account.singles) == sorted(IDS * 2)
+    assert account.batch_polls == [IDS]
+    assert sorted(account.single_polls) == sorted(IDS * 2)
 
 
 async def test_an_invalid_batch_is_repeated_only_a_few_times() -> None:
     account = FakeAccount(batch=raises(Unreadable("not JSON")))
     assert await read_together(account, times=UNREADABLE_BATCHES_MAX + 2) == [EACH] * (UNREADABLE_BATCHES_MAX + 2)
-    assert account.batches == [IDS] * UNREADABLE_BATCHES_MAX
+    assert account.batch_polls == [IDS] * UNREADABLE_BATCHES_MAX
 
 
 async def test_a_valid_batch_resets_the_count_of_invalid_ones() -> None:
@@ -112,7 +112,7 @@ async def test_a_valid_batch_resets_the_count_of_invalid_ones() -> None:
 
     account = FakeAccount(batch=batch)
     assert await read_together(account, times=5) == [EACH] * 5
-    assert len(account.batches) == 5
+    assert len(account.batch_polls) == 5
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ async def test_a_valid_batch_resets_the_count_of_invalid_ones() -> None:
 async def test_an_error_of_a_batch_reaches_every_watcher_and_ends_no_batch_reads(error: EvolinkError) -> None:
     account = FakeAccount(batch=raises(error))
     assert await read_together(account, times=2) == [dict.fromkeys(IDS, error)] * 2
-    assert (account.batches, account.singles) == ([IDS, IDS], [])
+    assert (account.batch_polls, account.single_polls) == ([IDS, IDS], [])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ async def test_an_error_of_a_batch_reaches_every_watcher_and_ends_no_batch_reads
 async def test_a_task_that_is_incomplete_in_a_batch_is_polled_alone(batch_tasks: list[Task], single_task: Task) -> None:
     account = FakeAccount(batch=lambda: [*batch_tasks, *RUNNING[1:]], single=lambda _: single_task)
     assert await read_together(account) == [EACH | {IDS[0]: single_task}]
-    assert (account.batches, account.singles) == ([IDS], [IDS[0]])
+    assert (account.batch_polls, account.single_polls) == ([IDS], [IDS[0]])
 
 
 async def test_an_error_of_a_single_read_reaches_its_own_watcher_only() -> None:

@@ -42,7 +42,7 @@ class Disk:
     actions: list[str] = field(default_factory=list[str])
 
     @property
-    def shelf(self) -> Path:
+    def unplugged_output(self) -> Path:
         """The place of the output folder while its drive is unplugged."""
         return self.output.with_name("unplugged")
 
@@ -52,7 +52,10 @@ class Disk:
         self.actions.append(action)
         image = self.dice.choice(self.images)
         if action == "unplug":
-            (self.shelf if self.is_unplugged else self.output).rename(self.output if self.is_unplugged else self.shelf)
+            if self.is_unplugged:
+                self.unplugged_output.rename(self.output)
+            else:
+                self.output.rename(self.unplugged_output)
             self.is_unplugged = not self.is_unplugged
         elif self.is_unplugged:
             return

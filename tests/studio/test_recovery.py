@@ -26,7 +26,7 @@ LONG = {**REQUEST, "prompt": "sim:slow=1000000 a fox"}
 HANDLE = {**LONG, "wait_seconds": 0}
 
 
-class Flaky(httpx.ASGITransport):
+class LosesAnswers(httpx.ASGITransport):
     """Lose the answers of accepted purchases (`loses_answers`) or of the task list (`loses_lists`)."""
 
     def __init__(self, simulator: QuickSimulator) -> None:
@@ -43,10 +43,10 @@ class Flaky(httpx.ASGITransport):
 
 
 @asynccontextmanager
-async def flaky_world(open_world: Open, **options: Any) -> AsyncIterator[tuple[World, Client, Flaky]]:
+async def lossy_world(open_world: Open, **options: Any) -> AsyncIterator[tuple[World, Client, LosesAnswers]]:
     clock = options.get("clock") or Clock()
     simulator = options.get("simulator") or QuickSimulator(clock=clock)
-    transport = Flaky(simulator)
+    transport = LosesAnswers(simulator)
     async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         CURRENT.studio = world.studio
         async with Client(ONE_SERVER) as client:
@@ -167,7 +167,7 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
 
 
 async def test_an_identical_call_returns_the_purchase_of_a_call_that_timed_out(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, _):
+    async with lossy_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "quality": "low"})
         other_order = await client.call_tool("generate_image", {**HANDLE, "quality": "medium"})
@@ -178,7 +178,7 @@ async def test_an_identical_call_returns_the_purchase_of_a_call_that_timed_out(o
 
 async def test_an_identical_call_buys_again_after_the_delivery(open_world: Open) -> None:
     clock = Clock()
-    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
+    async with lossy_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
         answers = [await client.call_tool("generate_image", REQUEST) for _ in range(3)]
@@ -188,7 +188,7 @@ async def test_an_identical_call_buys_again_after_the_delivery(open_world: Open)
 
 async def test_a_handle_that_get_task_has_completed_counts_as_received(open_world: Open) -> None:
     clock = Clock()
-    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=500), clock=clock) as (
+    async with lossy_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=500), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
         handle = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
@@ -226,7 +226,7 @@ async def test_a_call_that_overtakes_the_cancellation_of_the_same_call_gets_its_
 async def test_simultaneous_identical_calls_are_separate_purchases(open_world: Open) -> None:
     clock = Clock()
     answers: list[Any] = []
-    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
+    async with lossy_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
 
@@ -242,7 +242,7 @@ async def test_simultaneous_identical_calls_are_separate_purchases(open_world: O
 
 
 async def test_force_new_buys_although_a_purchase_is_undelivered(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, _):
+    async with lossy_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "force_new": True})
     assert first.structured_content["task_id"] != second.structured_content["task_id"]
@@ -250,7 +250,7 @@ async def test_force_new_buys_although_a_purchase_is_undelivered(open_world: Ope
 
 
 async def test_a_failed_task_is_not_returned_to_the_next_call(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, _):
+    async with lossy_world(open_world) as (world, client, _):
         for _ in range(2):
             answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
             assert (answer.is_error, answer.structured_content["charged"]) == (True, "no")
@@ -261,7 +261,7 @@ async def test_a_failed_task_is_not_returned_to_the_next_call(open_world: Open) 
 
 
 async def test_the_only_candidate_is_matched_and_followed_to_its_image(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
+    async with lossy_world(open_world) as (world, client, transport):
         transport.loses_answers = True
         answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
@@ -277,7 +277,7 @@ async def test_the_only_candidate_is_matched_and_followed_to_its_image(open_worl
 
 
 async def test_several_candidates_are_named_and_none_is_matched(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
+    async with lossy_world(open_world) as (world, client, transport):
         for _ in range(2):
             world.simulator.create({"model": "gpt-image-2", **REQUEST}, key=_key(world))
         transport.loses_answers = True
@@ -298,7 +298,7 @@ async def test_several_candidates_are_named_and_none_is_matched(open_world: Open
     ],
 )
 async def test_tasks_that_contradict_the_request_are_not_matched(open_world: Open, other: dict[str, Any]) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
+    async with lossy_world(open_world) as (world, client, transport):
         if "known" in other:
             await client.call_tool("generate_image", LONG | {"wait_seconds": 0})
         else:
@@ -311,7 +311,7 @@ async def test_tasks_that_contradict_the_request_are_not_matched(open_world: Ope
 
 
 async def test_a_lost_answer_is_listed_and_matched_when_the_task_list_is_readable_again(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
+    async with lossy_world(open_world) as (world, client, transport):
         transport.loses_answers = transport.loses_lists = True
         lost = await client.call_tool("generate_image", REQUEST)
         assert (lost.structured_content["charged"], lost.structured_content["task_id"]) == ("unknown", None)
@@ -328,7 +328,7 @@ async def test_a_lost_answer_is_listed_and_matched_when_the_task_list_is_readabl
 
 async def test_two_lost_purchases_of_one_moment_are_not_matched(open_world: Open) -> None:
     """Nothing shows which task belongs to which call. Both stay unknown, and both errors name both tasks."""
-    async with flaky_world(open_world) as (world, client, transport):
+    async with lossy_world(open_world) as (world, client, transport):
         transport.loses_answers = transport.loses_lists = True
         await client.call_tool("generate_image", REQUEST)
         await client.call_tool("generate_image", {**REQUEST, "prompt": "a hen"})
@@ -354,7 +354,7 @@ async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(open_w
                 raise JournalUnwritable("the disk is full")
             return await write(entry, *facts)
 
-        journal.instead["update"] = update
+        journal.replacements["update"] = update
         answer = await client.call_tool("generate_image", HANDLE)
         assert answer.structured_content["task_id"] in simulator.tasks
     simulator.duration_s = 0

@@ -59,13 +59,13 @@ def put_file_above(folder: Path) -> None:
     folder.parent.write_text("not a folder")
 
 
-@pytest.mark.parametrize("spoil", [put_file_in_place, put_file_above])
+@pytest.mark.parametrize("damage", [put_file_in_place, put_file_above])
 @pytest.mark.parametrize("save_as", [None, "blog/hero.png"])
 async def test_nothing_is_bought_for_a_folder_that_cannot_be_written(
-    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], save_as: str | None
+    open_world: Open, tmp_path: Path, damage: Callable[[Path], None], save_as: str | None
 ) -> None:
     folder = tmp_path / "drive" / "pictures"
-    spoil(folder) if spoil is put_file_above else (folder.parent.mkdir(), spoil(folder))
+    damage(folder) if damage is put_file_above else (folder.parent.mkdir(), damage(folder))
     arguments = {**REQUEST, **({"save_as": save_as} if save_as else {})}
     async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(folder)}) as world:
         answers = [await call(world, "generate_image", arguments) for _ in range(3)]

@@ -231,7 +231,7 @@ async def test_a_delivery_that_differs_from_the_request_is_reported_and_is_no_er
 ) -> None:
     clock = Clock()
 
-    class Wilful(PlainSimulator):
+    class OtherDelivery(PlainSimulator):
         def draw(self, task: Any, index: int) -> bytes:
             from conftest import flat_image
 
@@ -240,7 +240,7 @@ async def test_a_delivery_that_differs_from_the_request_is_reported_and_is_no_er
             clear = task.body.get("background") == "transparent" and changes.get("prompt") != "opaque"
             return flat_image(index, task.size, "png" if changes.get("prompt") == "png" else task.kind, clear)
 
-    async with open_world(simulator=Wilful(clock=clock, duration_s=0), clock=clock) as world:
+    async with open_world(simulator=OtherDelivery(clock=clock, duration_s=0), clock=clock) as world:
         facts = await call(world, "generate_image", **{"prompt": "a fox", "size": "1024x640", **changes})
     assert (facts["status"], facts["error"]) == ("completed", None)
     assert [note_text in note for note in facts["notes"]] == ([True] if note_text else [])

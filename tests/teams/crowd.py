@@ -469,17 +469,18 @@ def check_results(
     duplicates = {
         prompt: count for prompt, count in purchase_counts.items() if count > 1 + answers_sent_before(prompt, rows)
     }
-    leaks = [
+    wrong_results = [
         prompt for prompt, facts in crowd.results.items()
         if facts["task_id"] and owners[facts["task_id"]] != (prompt, keys[facts["token"]])
     ]  # fmt: skip
     guess_count = sum(facts["guess"] for facts in crowd.results.values())
     unknown = {prompt for prompt, facts in crowd.results.items() if facts["status"] == "unknown"}
     durations = sorted(crowd.durations)
-    if repeated := sum(purchase_counts.values()) - len(purchase_counts) - sum(duplicates.values()) + len(duplicates):
-        print(f"  {repeated} answers were on their way when their callers hung up, so the repeated calls bought again")
+    repeated_count = sum(count - 1 for prompt, count in purchase_counts.items() if prompt not in duplicates)
+    if repeated_count:
+        print(f"  {repeated_count} answers were under way when their calls ended, so the repeated calls bought again")
     print(f"  {order_count} orders, {sum(purchase_counts.values())} tasks upstream, {len(crowd.results)} results, "
-          f"{len(duplicates)} double, {len(leaks)} wrong; {guess_count} guesses, {len(unknown)} of unknown outcome; "
+          f"{len(duplicates)} double, {len(wrong_results)} wrong; {guess_count} guesses, {len(unknown)} of unknown outcome; "
           f"{crowd.retries} calls made again ({dict(crowd.failures)})")  # fmt: skip
     median_s = durations[len(durations) // 2]
     print(f"  {wall_s:.1f} s in all; a result took {median_s:.1f} s (median), {durations[-1]:.1f} s at most")
@@ -489,11 +490,11 @@ def check_results(
     missing = set(crowd.results) - set(purchase_counts) - unknown
     # EvoLink sent a callback for each of its tasks.
     ignored_callbacks = unknown & set(purchase_counts) if crowd.callbacks else set[str]()
-    if len(crowd.results) != order_count or duplicates or leaks or missing or ignored_callbacks or error_lines:
+    if len(crowd.results) != order_count or duplicates or wrong_results or missing or ignored_callbacks or error_lines:
         for row in rows:
             if row.prompt in duplicates:
                 print("  ", row, crowd.results[row.prompt]["task_id"])
-        faults = [sorted(names)[:5] for names in (duplicates, leaks, missing, ignored_callbacks, error_lines)]
+        faults = [sorted(names)[:5] for names in (duplicates, wrong_results, missing, ignored_callbacks, error_lines)]
         raise SystemExit(f"wrong: {faults}\n{logs[-3000:]}")
     print("  each order has one task and its result, or the error that its answer was lost with a server")
 

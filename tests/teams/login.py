@@ -44,12 +44,12 @@ class Login:
         transport = httpx.ASGITransport(self._app)
         return Issuer(ISSUER, RESOURCE, scopes, RESOURCE, transport=transport, clock=lambda: self.now, **options)
 
-    def token(self, kid: str | None = "one", algorithm: str = "RS256", key: Any = None, **changes: Any) -> bytes:
+    def token(self, key_id: str | None = "one", algorithm: str = "RS256", key: Any = None, **changes: Any) -> bytes:
         now = int(time.time())
         claims = {"iss": ISSUER, "aud": RESOURCE, "sub": "anna", "iat": now, "exp": now + 600, **changes}
         claims = {name: value for name, value in claims.items() if value is not None}
-        headers = {} if kid is None else {"kid": kid}
-        return jwt.encode(claims, key or self.keys[kid or "one"], algorithm, headers).encode()
+        headers = {} if key_id is None else {"kid": key_id}
+        return jwt.encode(claims, key or self.keys[key_id or "one"], algorithm, headers).encode()
 
     async def _serve_metadata(self, request: Request) -> Response:
         self.reads.append("metadata")

@@ -126,8 +126,8 @@ async def test_a_frozen_server_loses_its_entries_after_its_deadline_and_its_late
         db.execute(move_deadline, (60,))
         assert await successor.adopt() == []
         db.execute(move_deadline, (-1,))
-        newcomer = await open_journal()
-        assert await newcomer.adopt() == []  # after an outage of the database, the others may be about to reconnect
+        new_journal = await open_journal()
+        assert await new_journal.adopt() == []  # after an outage of the database, the others may be about to reconnect
         assert await successor.adopt() == [replace(orphan, owner=successor.owner, caller="")]
         assert await frozen.update(replace(orphan, phase="sending")) is False
         assert await frozen.acquire(orphan.key) is False

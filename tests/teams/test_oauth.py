@@ -47,7 +47,7 @@ async def test_a_key_with_an_algorithm_may_use_only_this_one() -> None:
     assert isinstance(await issuer.tenant_of(login.token(algorithm="RS256")), AuthFailure)
 
 
-STRANGER = rsa.generate_private_key(65537, 2048)
+OTHER_PRIVATE_KEY = rsa.generate_private_key(65537, 2048)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ STRANGER = rsa.generate_private_key(65537, 2048)
         pytest.param({"sub": ""}, id="with an empty subject"),
         pytest.param({"sub": "x" * 300}, id="with a subject that is too long"),
         pytest.param({"nbf": 4_000_000_000}, id="not yet valid"),
-        pytest.param({"key": STRANGER}, id="signed by another key"),
+        pytest.param({"key": OTHER_PRIVATE_KEY}, id="signed by another key"),
         pytest.param({"algorithm": "HS256", "key": "x" * 64}, id="signed by a shared secret"),
         pytest.param({"algorithm": "none", "key": ""}, id="not signed"),
     ],
@@ -119,7 +119,7 @@ async def test_a_new_key_is_read_at_once_and_unknown_keys_cause_few_reads() -> N
     login.now += 60
     assert isinstance(await issuer.tenant_of(login.token("two", "ES256")), Tenant)
     for _ in range(3):
-        refusal = await issuer.tenant_of(login.token("three", key=STRANGER))
+        refusal = await issuer.tenant_of(login.token("three", key=OTHER_PRIVATE_KEY))
         assert isinstance(refusal, AuthFailure)
         assert refusal.status == 401
     assert login.reads == ["metadata", "keys"] * 2

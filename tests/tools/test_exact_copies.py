@@ -92,7 +92,7 @@ async def test_a_purchase_that_an_identical_call_without_fit_made_gets_the_copy_
     assert world.posts == 1
 
 
-class FolderTaker(PlainSimulator):
+class OccupiesFolder(PlainSimulator):
     """Puts a file in the place of the output folder while EvoLink draws. The picture goes to the data folder then."""
 
     folder: Path
@@ -107,7 +107,7 @@ async def test_a_copy_that_fails_leaves_the_paid_picture_and_names_the_next_step
     open_world: Open, tmp_path: Path
 ) -> None:
     clock = Clock()
-    simulator = FolderTaker(clock=clock)
+    simulator = OccupiesFolder(clock=clock)
     simulator.folder = tmp_path / "pictures"
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         answer = await call(client, fit="og")

@@ -107,18 +107,21 @@ async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
 
 
 # A table with a host that allows no wait.
-HASTY = (("hasty", Host("Hasty", wait_s=0)),)
+HOSTS_WITHOUT_WAIT = (("hasty", Host("Hasty", wait_s=0)),)
 
 
 @ERAS
 @pytest.mark.anyio
 async def test_the_name_of_the_client_decides_the_wait(world: World, mode: Any) -> None:
-    assert await status_for(world, "hasty-client", mode, hosts=HASTY) in ("pending", "processing")
-    assert await status_for(world, "other-client", mode, hosts=HASTY) == "failed"
+    assert await status_for(world, "hasty-client", mode, hosts=HOSTS_WITHOUT_WAIT) in ("pending", "processing")
+    assert await status_for(world, "other-client", mode, hosts=HOSTS_WITHOUT_WAIT) == "failed"
 
 
 @ERAS
 @pytest.mark.anyio
 async def test_the_setting_overrides_the_host(world: World, mode: Any) -> None:
-    assert await status_for(world, "hasty-client", mode, hosts=HASTY, wait_s=45) == "failed"
-    assert await status_for(world, "other-client", mode, hosts=HASTY, wait_s=0) in ("pending", "processing")
+    assert await status_for(world, "hasty-client", mode, hosts=HOSTS_WITHOUT_WAIT, wait_s=45) == "failed"
+    assert await status_for(world, "other-client", mode, hosts=HOSTS_WITHOUT_WAIT, wait_s=0) in (
+        "pending",
+        "processing",
+    )

@@ -112,7 +112,7 @@ async def test_the_journal_gets_the_time_of_the_call_and_the_purchase_has_no_dea
 
     def wrap(journal: Any) -> FaultyJournal:
         faulty = FaultyJournal(journal)
-        faulty.instead = {name: partial(record, name) for name in ("intend", "update", "by_task", "remove_caller")}
+        faulty.replacements = {name: partial(record, name) for name in ("intend", "update", "by_task", "remove_caller")}
         return faulty
 
     async with open_world(wrap_journal=wrap) as world, world.client() as client:
