@@ -29,7 +29,7 @@ from fake_decoders import (
     with_inherited_output,
 )
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.errors import DecoderUnavailable
@@ -328,7 +328,7 @@ NO_PAYLOAD = (DecodeAnswer().pack(), WRONG_TYPE)
 @example(VALID, 2)
 @example(VALID[:-1], 3)
 @example(VALID, 3)
-@given(some.binary(min_size=ANSWER_BYTES, max_size=ANSWER_BYTES) | some.binary(max_size=60), some.integers(0, 1 << 30))
+@given(st.binary(min_size=ANSWER_BYTES, max_size=ANSWER_BYTES) | st.binary(max_size=60), st.integers(0, 1 << 30))
 def test_any_bytes_are_a_checked_answer_or_an_unusable_image(record: bytes, payload_max: int) -> None:
     with suppress(UnusableImage):
         head = unpack_answer(record, payload_max)
@@ -337,7 +337,7 @@ def test_any_bytes_are_a_checked_answer_or_an_unusable_image(record: bytes, payl
 
 
 @settings(deadline=None)
-@given(some.integers(0, ANSWER_BYTES - 1), some.integers(0, 255))
+@given(st.integers(0, ANSWER_BYTES - 1), st.integers(0, 255))
 def test_one_changed_byte_of_an_answer_never_gives_impossible_facts(position: int, byte: int) -> None:
     record = bytearray(VALID)
     record[position] = byte

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from drawings import change_image, drawing, noise, with_orientation
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from evolink_mcp.images.decode_process import Decoder
@@ -54,13 +54,13 @@ def is_near(pixel: Any, colour: tuple[int, ...]) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    source=some.tuples(some.integers(1, 90), some.integers(1, 90)),
-    size=some.tuples(some.integers(1, 120), some.integers(1, 120)),
-    fit=some.sampled_from(["cover", "contain", "pad"]),
-    focus=some.tuples(some.floats(0, 1), some.floats(0, 1)),
-    mime_type=some.sampled_from(["image/png", "image/jpeg", "image/webp"]),
-    mode=some.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1"]),
-    trim=some.booleans(),
+    source=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    fit=st.sampled_from(["cover", "contain", "pad"]),
+    focus=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    mime_type=st.sampled_from(["image/png", "image/jpeg", "image/webp"]),
+    mode=st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1"]),
+    trim=st.booleans(),
 )
 def test_every_size_is_pixel_exact_except_that_contain_may_be_smaller_in_one_edge(
     source: Any, size: Any, fit: Any, focus: Any, mime_type: str, mode: str, trim: bool

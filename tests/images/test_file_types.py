@@ -11,7 +11,7 @@ import pytest
 from conftest import Open
 from drawings import drawing
 from hypothesis import given
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from PIL import Image
 
 from evolink_mcp.images.file_types import HEAD_BYTES, foreign_type
@@ -90,7 +90,7 @@ def test_an_accepted_type_has_no_foreign_name(kind: str) -> None:
     assert foreign_type(content[:HEAD_BYTES]) is None
 
 
-@given(some.binary(max_size=HEAD_BYTES))
+@given(st.binary(max_size=HEAD_BYTES))
 def test_any_bytes_have_at_most_one_name(head: bytes) -> None:
     known = foreign_type(head)
     assert known is None or (known.name and known.advice.endswith("."))

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from conftest import Clock, Open, PlainSimulator
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from PIL import Image
 
 from evolink_mcp.images.decode_protocol import DecodeAnswer, unpack_answer
 from evolink_mcp.images.inspect import Alpha
 from evolink_mcp.images.previews import check_and_preview
 
-ALPHAS = some.lists(some.integers(0, 255), min_size=1, max_size=40)
-CHOICES = some.lists(some.booleans(), min_size=1, max_size=40)
+ALPHAS = st.lists(st.integers(0, 255), min_size=1, max_size=40)
+CHOICES = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -56,9 +56,7 @@ def test_an_alpha_channel_is_measured(alphas: list[int]) -> None:
 
 
 @settings(deadline=None)
-@given(
-    some.lists(some.integers(0, 7), min_size=1, max_size=40), some.lists(some.integers(0, 255), min_size=8, max_size=8)
-)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=40), st.lists(st.integers(0, 255), min_size=8, max_size=8))
 def test_a_palette_with_transparent_entries_is_measured(indexes: list[int], alpha_of_index: list[int]) -> None:
     image = image_of("P", indexes)
     image.putpalette([value for index in range(8) for value in (index, 90, 200)])
@@ -96,7 +94,7 @@ def test_a_large_palette_image_is_measured_in_strips() -> None:
     assert measure(encode(image, transparency=bytes([255, 0]))) == Alpha(0.25, 0, 255)
 
 
-@given(some.floats(0, 1), some.integers(0, 255), some.integers(0, 255))
+@given(st.floats(0, 1), st.integers(0, 255), st.integers(0, 255))
 def test_the_decoder_sends_the_measured_transparency(share: float, lowest: int, highest: int) -> None:
     facts, _ = check_and_preview(encode(Image.new("RGBA", (4, 4))), 0)
     alpha = Alpha(share, min(lowest, highest), max(lowest, highest))

@@ -15,7 +15,7 @@ import anyio
 import pytest
 from conftest import World
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCRequest, JSONRPCResponse, jsonrpc_message_adapter
 from odd_messages import CASES, FIRST_MESSAGES, LINES
@@ -358,8 +358,8 @@ async def test_no_generated_line_makes_the_early_answers_fail(era: str, results:
     @FUZZ
     @example(session=lines(handshake(capabilities={"experimental": {"a": DEEP}})))
     @given(
-        some.lists(LINES, max_size=5)
-        | some.lists(LINES, max_size=5).map(lambda session: [*lines(FIRST_MESSAGES[era]), *session])
+        st.lists(LINES, max_size=5)
+        | st.lists(LINES, max_size=5).map(lambda session: [*lines(FIRST_MESSAGES[era]), *session])
     )
     def check(session: Session) -> None:
         check_early_answers(session, results)

@@ -9,7 +9,7 @@ import anyio
 import pytest
 from conftest import World
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from evolink_mcp.api import sizes
@@ -18,7 +18,7 @@ from evolink_mcp.studio.prices import Prices
 from evolink_mcp.tools.adapter import explain
 from evolink_mcp.tools.compute_size import ComputeSizeArguments, compute
 
-EDGE = some.integers(1, 5_000) | some.sampled_from([16, 17, 1279, 1280, 2160, 2161, 2880, 2881, 3840, 3841])
+EDGE = st.integers(1, 5_000) | st.sampled_from([16, 17, 1279, 1280, 2160, 2161, 2880, 2881, 3840, 3841])
 MANY = settings(max_examples=400, deadline=None, database=None, derandomize=True)
 PRICES = Prices.from_facts({}, "auto")
 

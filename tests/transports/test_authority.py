@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from evolink_mcp.cli.arguments import parse_arguments
 from evolink_mcp.transports.authority import authority_in, canonical, origin_in
@@ -187,11 +187,11 @@ async def test_a_missing_or_repeated_header_is_refused() -> None:
 @settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @example(b"127.0.0.1:8000@evil.net")
 @given(
-    some.binary(max_size=20)
-    | some.tuples(
-        some.sampled_from([b"", b"[", b"user@", b" "]),
-        some.sampled_from([b"localhost", b"127.0.0.1", b"::1", b"[::1]"]),
-        some.text("]:@/\\.?#%0123456789abx \t", max_size=12).map(str.encode),
+    st.binary(max_size=20)
+    | st.tuples(
+        st.sampled_from([b"", b"[", b"user@", b" "]),
+        st.sampled_from([b"localhost", b"127.0.0.1", b"::1", b"[::1]"]),
+        st.text("]:@/\\.?#%0123456789abx \t", max_size=12).map(str.encode),
     ).map(b"".join)
 )
 def test_the_parser_accepts_only_a_complete_header(value: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from child_processes import ANSWER_TIMEOUT_S, SERVER_COMMAND, cache_folders, minimal_environment
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from odd_messages import CASES, FIRST_MESSAGES, LINES, proofs
 
 ERAS = pytest.mark.parametrize("era", ["legacy", "modern"])
@@ -196,7 +196,7 @@ def test_no_generated_line_stops_a_server_that_is_loaded(start: Start, era: str)
     server.check_good_requests(era)
 
     @FUZZ
-    @given(some.lists(LINES, min_size=1, max_size=6))
+    @given(st.lists(LINES, min_size=1, max_size=6))
     def send_lines(lines: list[bytes]) -> None:
         server.send(*lines)
         server.check_good_requests(era)
@@ -208,7 +208,7 @@ def test_no_generated_line_stops_a_server_that_is_loaded(start: Start, era: str)
 @ERAS
 def test_no_generated_line_stops_a_server_that_is_starting(start: Start, era: str) -> None:
     @settings(FUZZ, max_examples=5)
-    @given(some.lists(LINES, min_size=20, max_size=60))
+    @given(st.lists(LINES, min_size=20, max_size=60))
     def send_lines(lines: list[bytes]) -> None:
         server = start()
         server.send(first_message(era), *lines)
