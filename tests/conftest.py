@@ -147,12 +147,12 @@ class World:
 
     @property
     def posts(self) -> int:
-        """The number of sent purchases."""
+        """Return the number of sent purchases."""
         return sum(r.method == "POST" and r.path == "/v1/images/generations" for r in self.simulator.requests)
 
     @property
     def files(self) -> list[Path]:
-        """All files of the output folder except sidecars."""
+        """Return all files of the output folder except sidecars."""
         return sorted(p for p in (self.folder / "pictures").rglob("*") if p.is_file() and p.suffix != ".json")
 
     @asynccontextmanager
@@ -232,7 +232,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
 
 @pytest.fixture
 def decoder() -> Decoder:
-    """An image decoder with real processes."""
+    """Return an image decoder with real processes."""
     return shared_decoder()
 
 
@@ -244,7 +244,7 @@ async def world(open_world: Open) -> AsyncIterator[World]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """A PostgreSQL server for the tests."""
+    """Yield a PostgreSQL server for the tests."""
     if sys.platform == "win32":
         pytest.skip("needs PostgreSQL for Windows")
     from cluster import find_programs, run_cluster

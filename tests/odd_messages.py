@@ -98,7 +98,7 @@ def _request(method: str, params: bytes) -> bytes:
 
 
 def _envelope(odd: str) -> bytes:
-    """The envelope of 2026-07-28 with an odd value in one member."""
+    """Return the envelope of 2026-07-28 with an odd value in one member."""
     members = [b'"%b":%b' % (name.encode(), b"%(value)b" if name == odd else json.dumps(value).encode())
                for name, value in ENVELOPE.items()]  # fmt: skip
     return b'"_meta":{' + b",".join(members) + b"}"
@@ -244,7 +244,7 @@ CASES = _cases()
 
 
 def proofs(era: str, number: int) -> dict[str, dict[str, Any]]:
-    """Good requests by their IDs, which nothing else uses: each must get a result."""
+    """Return good requests by their IDs, which no other message has. Each must get a result."""
     methods: dict[str, dict[str, Any]] = {
         "ping" if era == "legacy" else "server/discover": {},
         "tools/list": {},
@@ -319,7 +319,7 @@ def _encoded(message: Any, is_ascii: bool) -> bytes:
 
 @st.composite
 def _damaged(draw: st.DrawFn) -> bytes:
-    """A message with some bytes that are changed or missing."""
+    """Draw a message with some bytes that are changed or missing."""
     line = bytearray(_encoded(draw(_MESSAGES), draw(st.booleans())))
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(line)))

@@ -210,7 +210,7 @@ ONLY_IN = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name below `evolink_mcp`; the packages' own `__init__` files hold only a docstring."""
+    """Return every module by its dotted name below `evolink_mcp`; the packages' own `__init__` files hold only a docstring."""
     paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
 
@@ -220,7 +220,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names that a file imports, those inside functions too; `from package import module` names the module."""
+    """Return the dotted names that a file imports, also inside functions; `from package import module` names the module."""
     names: set[str] = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -278,7 +278,7 @@ def test_every_module_and_package_has_a_docstring() -> None:
 
 
 def test_a_package_exports_nothing_by_itself() -> None:
-    """No re-export and no work at import: every name has one home."""
+    """An `__init__` file has only a docstring, so each name is in one module."""
     packages_with_code = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
     assert packages_with_code == set()
 
@@ -301,7 +301,7 @@ def test_only_the_command_line_prints() -> None:
 
 
 def private_names(module: ast.Module) -> set[str]:
-    """The private attributes that this module's own classes define."""
+    """Return the private attributes that this module's own classes define."""
     inside = [node for item in ast.walk(module) if isinstance(item, ast.ClassDef) for node in ast.walk(item)]
     names = {node.name for node in inside if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     names |= {node.attr for node in inside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
@@ -309,14 +309,14 @@ def private_names(module: ast.Module) -> set[str]:
 
 
 def foreign_private_names(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
-    """Line and name of every private attribute that is used here and defined by no class of ours."""
+    """Return line and name of every private attribute that no class of the package defines."""
     used = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
     used = [node for node in used if ast.unparse(node) != "os._exit"]  # public, and documented
     return [(node.lineno, node.attr) for node in used if node.attr not in own_names]
 
 
 def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_version() -> None:
-    """Wherever the SDK lacks a public name, the line above says why and for which version."""
+    """If the SDK lacks a public name, the line above gives the reason and the version."""
     elsewhere: list[str] = []
     unexplained: list[str] = []
     own_names = set().union(*(private_names(tree(path)) for path in modules().values()))
@@ -348,7 +348,7 @@ def test_no_test_mocks() -> None:
 
 
 def package_names(module: ast.Module) -> set[str]:
-    """The names that this module imports from the package: modules, classes and functions."""
+    """Return the names that this module imports from the package: modules, classes and functions."""
     names: set[str] = set()
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "evolink_mcp":
@@ -366,7 +366,7 @@ def root_name(node: ast.AST) -> str:
 
 
 def private_uses(module: ast.Module) -> list[tuple[int, str]]:
-    """Line and text of each use of a private part, and of each change of a part of the package."""
+    """Return line and text of each use of a private part, and of each change of a part of the package."""
     names = package_names(module)
     outside = names_of_other_packages(module)
     uses: list[tuple[int, str]] = []
@@ -386,7 +386,7 @@ def private_uses(module: ast.Module) -> list[tuple[int, str]]:
 
 
 def names_of_other_packages(module: ast.Module) -> set[str]:
-    """The names that this module imports from other packages than ours."""
+    """Return the names that this module imports from other packages."""
     nodes = [node for node in ast.walk(module) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}
     return names - package_names(module)

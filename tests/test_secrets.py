@@ -107,7 +107,7 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
 
 
 async def record_nothing() -> None:
-    """Stand in for the write to the journal."""
+    """Replace the write to the journal."""
 
 
 async def test_no_error_and_no_traceback_contains_the_key(gateway: Gateway) -> None:

@@ -1,4 +1,4 @@
-"""Pictures are fetched from the very address that was checked: never from inside the network."""
+"""The server downloads a picture only from the address that it checked, and never from an internal address."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ V4, V6, INSIDE = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "10.0.0.
 
 
 class FakeTransport(httpx.AsyncBaseTransport):
-    """Notes where a request would connect to."""
+    """Records the requests and sends none."""
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
@@ -33,7 +33,7 @@ class FakeTransport(httpx.AsyncBaseTransport):
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The answers of the resolver, by host name."""
+    """Return the answers of the resolver by hostname."""
     values: dict[str, list[str]] = {}
 
     async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
@@ -164,7 +164,7 @@ async def test_the_check_is_decided_for_each_url(
 async def test_the_key_does_not_go_through_a_proxy_unencrypted(
     monkeypatch: pytest.MonkeyPatch, no_proxies: None
 ) -> None:
-    """An EvoLink on this machine is spoken to without TLS: HTTP_PROXY must not see that."""
+    """An EvoLink on this machine has no TLS, so the proxy of HTTP_PROXY must not get the request."""
     from pydantic import SecretStr
 
     from evolink_mcp.api.client import EvolinkClient

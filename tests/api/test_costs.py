@@ -1,4 +1,4 @@
-"""Costs to the last unit of 0.0001 credit, held against figures that EvoLink itself published or charged."""
+"""Computed costs equal the figures that EvoLink published or charged, to 0.0001 credit."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_an_unknown_rule_is_refused() -> None:
 
 
 def test_a_refusal_survives_pickling() -> None:
-    """A worker process hands errors over this way."""
+    """A worker process sends an error to its parent as a pickle."""
     refusal = IllegalSize("No.", (Size(816, 816),))
     assert str(refusal) == str(pickle.loads(pickle.dumps(refusal)))
 

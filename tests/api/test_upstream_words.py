@@ -1,4 +1,4 @@
-"""EvoLink's texts are quoted: it never holds the key, ends our quotation, or speaks as a status."""
+"""Answers quote EvoLink's texts. A quotation never contains the key, never ends early, and never looks like a status."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_status_cannot_be_a_sentence() -> None:
 
 
 async def test_the_whole_answer_is_without_the_key(open_world: Open) -> None:
-    """Through the public face: the failed task's text, its data, the list, and the journal."""
+    """Search the failed task's text, its data, the list and the journal."""
     simulator = PlainSimulator()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""Public addresses and nothing else: every odd spelling of an inside address that a resolver reads."""
+"""Only public addresses are valid. Each spelling of an internal address that a resolver reads is refused."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def settings(**environ: str) -> Settings:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder. The working directory is beside it."""
+    """Return an empty home folder. The working directory is beside it."""
     folder = tmp_path / "home"
     folder.mkdir()
     working_directory = tmp_path / "work"

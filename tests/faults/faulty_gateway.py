@@ -30,7 +30,7 @@ DEADLINES: list[anyio.CancelScope] = []
 
 @contextmanager
 def deadline_at_silence(_: float) -> Iterator[anyio.CancelScope]:
-    """A deadline that expires when a gateway falls silent. A slow machine does not change the result."""
+    """Return a deadline that expires when a gateway sends no more bytes. A slow machine does not change the result."""
     with anyio.CancelScope() as scope:
         DEADLINES.append(scope)
         try:
@@ -89,7 +89,7 @@ ONE_SERVER = build_server(CURRENT, preview_edge=0)
 
 @dataclass
 class Exchange:
-    """One request on one connection. It reaches the simulator, and is billed, only with `accepted`."""
+    """One request on one connection. It reaches the simulator, and is billed, only with `accept`."""
 
     method: str
     path: str

@@ -1,4 +1,4 @@
-"""A task ID that EvoLink sent is the task of the purchase, whatever is wrong with the rest of the answer."""
+"""The server records a task ID that EvoLink sent, even if the rest of the answer is damaged."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class Suspension:
 
 @pytest.fixture
 def slow_host() -> Iterator[tuple[str, threading.Event, threading.Event]]:
-    """A host in a thread: its URL, the event of the request, and the event of the answer."""
+    """Yield the URL of a host in a thread, the event of its request, and the event of its answer."""
     is_requested = threading.Event()
     is_answered = threading.Event()
     body = b'{"id": "task-unified-1790000000-abcd1234", "status": "pending"}'

@@ -1,4 +1,4 @@
-"""Programs that stand in for the decoder process: they greet correctly and then misbehave.
+"""Programs in place of the decoder process. They send its greeting, and then they answer wrongly or not at all.
 
 They start with `-I`, as the real one does, and import only the standard library.
 """

@@ -500,7 +500,7 @@ async def test_an_order_gets_its_turn_beside_endless_images_of_other_orders() ->
 @in_time
 @pytest.mark.anyio
 async def test_an_order_of_many_images_leaves_a_place_for_another_order() -> None:
-    """Without demotion: the lane itself is shared between orders."""
+    """No image is slow here: the orders share the places of the lane."""
     result: list[str] = []
     options = {"slow_after_s": NEVER, "deadline_s": NEVER}
     async with decoder_of(ENDLESS_OR_REFUSE, **options) as decoder, anyio.create_task_group() as group:

@@ -41,7 +41,7 @@ NAMES: list[Any] = [
 
 @pytest.fixture
 async def world(open_world: Open) -> AsyncIterator[World]:
-    """A world whose links look like EvoLink's. Links of loopback hosts are no valid references."""
+    """Yield a world whose links look like EvoLink's. Links of loopback hosts are no valid references."""
     async with open_world(BASE_URL) as opened:
         yield opened
 

@@ -25,7 +25,7 @@ WINDOWS = PathSystem(is_windows=True)
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    """An output folder in the home folder, with one picture in a folder with a blank in its name."""
+    """Return an output folder in the home folder, with one picture in a folder with a blank in its name."""
     home = tmp_path.resolve()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))

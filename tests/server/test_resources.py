@@ -204,7 +204,7 @@ async def test_a_listening_client_is_notified_of_its_task_only(open_world: Open)
 
 
 async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
-    """Also while the journal still writes the state, because no later notification follows."""
+    """The journal may still write the state. No later notification follows."""
     clock = HeldClock()
     is_written = anyio.Event()
     clock.is_held = True
@@ -230,14 +230,14 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
 
 
 class HeldSimulator(PlainSimulator):
-    """A simulated EvoLink that delivers no image before `go` is set."""
+    """A simulated EvoLink that delivers no image before `can_deliver` is set."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock=clock)
-        self.go = threading.Event()
+        self.can_deliver = threading.Event()
 
     def draw(self, task: SimulatedTask, index: int) -> bytes:
-        self.go.wait(30)
+        self.can_deliver.wait(30)
         return super().draw(task, index)
 
 
@@ -263,7 +263,7 @@ async def test_older_clients_are_notified_until_they_unsubscribe(open_world: Ope
             for uri in (second, third):
                 with pytest.warns(MCPDeprecationWarning):
                     await client.unsubscribe_resource(uri)
-            simulator.go.set()
+            simulator.can_deliver.set()
             for task_id in reversed(ids):
                 await client.call_tool("get_task", {"task_id": task_id})
     assert set(uris) == {first}

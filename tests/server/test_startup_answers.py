@@ -82,7 +82,7 @@ def lines(*messages: Any) -> Session:
 
 @pytest.fixture
 async def results(world: World) -> Results:
-    """The SDK's results, recorded in this test."""
+    """Return the SDK's results, recorded in this test."""
     return await record(partial(serve_streams, build_server(world.studio)))
 
 
@@ -97,7 +97,7 @@ def early_answers(session: Session, results: Results) -> dict[Any, bytes]:
 
 
 async def sdk_answers(world: World, session: Session) -> dict[Any, bytes]:
-    """What the SDK answers, by id, each as a line."""
+    """Return the answers of the SDK by request ID, each as a line."""
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](1000)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](1000)
     expected: set[Any] = set()
@@ -203,7 +203,7 @@ ODD: list[Any] = [
 
 
 def with_odd_value(rng: random.Random, value: Any, depth: int = 0) -> Any:
-    """The value with something odd somewhere in it."""
+    """Return the value with an odd value in one place."""
     if not isinstance(value, dict) or not value or rng.random() < 0.15 * depth:
         return rng.choice(ODD)
     key = rng.choice(list(value))
@@ -336,7 +336,7 @@ for _ in range(250):
 
 
 def check_early_answers(session: Session, results: Results) -> None:
-    """Each early answer must belong to a line that the transport reads as a request with the same ID."""
+    """Check that each early answer belongs to a line that the transport reads as a request with the same ID."""
     startup_answers = StartupAnswers(results)
     for line in session:
         answer = startup_answers.answer(line)

@@ -5,7 +5,7 @@ Other modes restart the servers in turn, promote a standby, or disturb nothing.
     python tests/teams/crowd.py [--callers 200] [--orders 5] [--tenants 20]
 
 It runs two servers behind nginx (round-robin), a PostgreSQL server, and a simulated EvoLink in another process. A caller
-repeats a call that broke off. The test prints figures, or the faults.
+repeats a call whose connection ended. The test prints figures, or the faults.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ http {
 
 
 def nginx(port: int, ports: list[int]) -> str:
-    """The configuration of compose.yaml's proxy, for servers on these ports of this machine."""
+    """Return the configuration of compose.yaml's proxy, for servers on these ports of this machine."""
     text: str = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["configs"]["proxy"]["content"]
     entry = re.compile(r" *server (\w+):8000(.*;)\n")
     options = entry.findall(text)[0][1]
@@ -312,9 +312,9 @@ async def kill_server_and_database(
 
 
 async def promote_standby(crowd: Crowd, primary: Any, standby: Any) -> None:
-    """Cut a standby off, and promote it when some later orders have their results.
+    """Stop the replication to the standby, and promote it after some later results.
 
-    All callers repeat their calls then. An entry that the standby lacks would let such a call buy again.
+    Then all callers repeat their calls. If the standby lacked an entry, such a call could buy again.
     """
 
     async def failover() -> None:
@@ -322,12 +322,12 @@ async def promote_standby(crowd: Crowd, primary: Any, standby: Any) -> None:
         while len(crowd.results) < total // 4:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(standby.stop_replication)
-        cut_at = len(crowd.results)
+        replicated_count = len(crowd.results)
         while len(crowd.results) < total // 3:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(primary.stop)
         print(
-            f"  the primary ended after {len(crowd.results)} results, the standby received no changes after {cut_at}",
+            f"  the primary ended after {len(crowd.results)} results, the standby received no changes after {replicated_count}",
             flush=True,
         )
         crowd.end_calls()
@@ -452,7 +452,7 @@ def main() -> None:
 
 
 def answers_sent_before(prompt: str, rows: list[Row]) -> int:
-    """Return the number of answers that a server sent before the next purchase. Their callers hung up while they arrived."""
+    """Return the number of answers that a server sent before the next purchase. The calls ended before the answers arrived."""
     entries = [row for row in rows if row.prompt == prompt]
     return sum(
         entry.delivered_at is not None and entry.delivered_at < next_entry.created_at

@@ -48,7 +48,7 @@ def url(cluster: Any) -> str:
 
 @pytest.fixture
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The statements of all connections, without the heartbeats of the leases."""
+    """Return the list of the statements of all connections, without the heartbeats of the leases."""
     texts: list[str] = []
     execute = psycopg.AsyncConnection.execute
 

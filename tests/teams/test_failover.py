@@ -40,7 +40,7 @@ class Pair:
         self.name = name
 
     def disconnect(self) -> None:
-        """From now on the standby loses every change."""
+        """Stop the replication, so that the standby lacks every later change."""
         self._standby.wait_for(self.primary)
         self._standby.stop_replication()
 

@@ -119,7 +119,7 @@ async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, 
 async def open_team(
     url: str, folder: Path, *blocks: str, adopt_every_s: float = 3.0, grace_s: float = 4.0, **environ: str
 ) -> AsyncIterator[Team]:
-    """Two replicas with one tokens file, one database and one simulated EvoLink."""
+    """Open two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
     simulator = PlainSimulator()
     apps: list[Any] = []

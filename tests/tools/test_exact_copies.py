@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 
 def copies_of(world: World) -> dict[str, tuple[int, int]]:
-    """The copies in the output folder with their sizes."""
+    """Return the copies in the output folder with their sizes."""
     sizes: dict[str, tuple[int, int]] = {}
     for path in world.files:
         if any(label in path.name for label in ("-1200x628", "-og", "-favicon")):

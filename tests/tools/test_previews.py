@@ -32,7 +32,7 @@ LONGEST_PROMPT = "\U0001f98a" * 32_000
 
 @pytest.fixture(scope="module")
 def uhd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 4K image of noise, more than 20 MB."""
+    """Return a 4K image of noise, more than 20 MB."""
     path = tmp_path_factory.mktemp("uhd") / "noise.png"
     path.write_bytes(noise(UHD, compress_level=1))
     return path
@@ -40,7 +40,7 @@ def uhd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uhd_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as JPEG. A preview of it takes a tenth of the time."""
+    """Return the same as JPEG. A preview of it takes a tenth of the time."""
     path = tmp_path_factory.mktemp("uhd") / "noise.jpg"
     path.write_bytes(noise(UHD, "JPEG", quality=95))
     return path

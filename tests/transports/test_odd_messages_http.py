@@ -42,7 +42,7 @@ class Reply:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The JSON-RPC messages in the body, which is JSON or a stream of events."""
+        """Return the JSON-RPC messages in the body, which is JSON or a stream of events."""
         lines = [line.removeprefix(b"data: ") for line in self.body.splitlines() if line.startswith((b"data: {", b"{"))]
         return [json.loads(line) for line in lines]
 

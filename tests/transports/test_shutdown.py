@@ -49,7 +49,7 @@ class Harness:
         self.launcher = launcher
         self.folder = folder
         self.has_arrived = anyio.Event()
-        self.go = anyio.Event()
+        self.may_answer = anyio.Event()
 
     @property
     def env(self) -> dict[str, str]:
@@ -60,10 +60,10 @@ class Harness:
         )  # fmt: skip
 
     async def hold(self, exchange: Exchange) -> None:
-        """Accept a purchase, and answer it when the test sets `go`."""
+        """Accept a purchase, and answer it when the test sets `may_answer`."""
         reply = await exchange.accept()
         self.has_arrived.set()
-        await self.go.wait()
+        await self.may_answer.wait()
         exchange.relay(reply)
 
     def journal(self) -> list[Entry]:
@@ -120,7 +120,7 @@ async def test_a_post_in_flight_is_completed_or_stays_in_the_journal_as_sending(
             calls.start_soon(lambda: server.call("generate_image", **REQUEST))
             await harness.has_arrived.wait()
             if has_answer:
-                harness.go.set()
+                harness.may_answer.set()
             assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
     (entry,) = harness.journal()
     assert (entry.phase, entry.charged) == ("submitted" if has_answer else "sending", "unknown")
@@ -143,7 +143,7 @@ async def test_a_server_ends_while_another_program_locks_the_journal(
         await harness.has_arrived.wait()
         with closing(sqlite3.connect(harness.folder / "data" / FILE_NAME, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            harness.go.set()
+            harness.may_answer.set()
             assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
             group.cancel_scope.cancel()
     assert "Traceback" not in server.stderr_file.read_text()
@@ -216,7 +216,7 @@ async def test_a_disconnect_over_http_does_not_end_the_purchase(harness: Harness
                 calls.start_soon(call_over, url, "http")
                 await harness.has_arrived.wait()
                 calls.cancel_scope.cancel()
-            harness.go.set()
+            harness.may_answer.set()
             await until(lambda: any(path.startswith("/v1/tasks/") for _, path in harness.gateway.requests))
             assert [entry.phase for entry in harness.journal()] == ["submitted"]
             assert await exit_code_of(server, signal.SIGTERM) == 143

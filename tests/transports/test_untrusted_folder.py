@@ -50,7 +50,7 @@ class Project:
 
     @property
     def executed(self) -> list[str]:
-        """The names of the traps that ran."""
+        """Return the names of the traps that ran."""
         return self._marker.read_text().split() if self._marker.exists() else []
 
 
@@ -88,7 +88,7 @@ def start_process(command: list[str], folder: Path, env: dict[str, str]) -> Iter
 
 @pytest.fixture(scope="module")
 def evolink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a simulated EvoLink in another process and folder."""
+    """Yield the port of a simulated EvoLink in another process and folder."""
     folder = tmp_path_factory.mktemp("simulator")
     port = free_port()
     command = [*SERVER_COMMAND, "simulate", "--port", str(port), "--seconds", "0"]
@@ -117,7 +117,7 @@ async def buy(server: Any) -> Any:
 
 
 def decoders_of(server: int) -> list[Path]:
-    """The folders in /proc of the child processes of `server`."""
+    """Return the folders in /proc of the child processes of `server`."""
     lists = Path(f"/proc/{server}/task").glob("*/children")
     return [Path("/proc", child) for item in lists for child in item.read_text().split()]
 
