@@ -112,13 +112,13 @@ class CallContext(Context[Any, Any]):
 
 
 class Steps:
-    """Await a coroutine and count its suspensions. Call `act` at suspension number `at`, counted from 0."""
+    """Await a coroutine and count its suspensions. Call `action` at suspension number `position`, counted from 0."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], act: Callable[[], None], at: int) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], action: Callable[[], None], position: int) -> None:
         self.count = 0
         self._coroutine = coroutine
-        self._act = act
-        self._at = at
+        self._action = action
+        self._position = position
 
     def __await__(self) -> Generator[Any, Any, Any]:
         steps = self._coroutine.__await__()
@@ -131,9 +131,9 @@ class Steps:
                 return finished.value
             number = self.count
             self.count += 1
-            if number == self._at:
+            if number == self._position:
                 # The caller suspends first, then the cancellation reaches it.
-                asyncio.get_running_loop().call_soon(self._act)
+                asyncio.get_running_loop().call_soon(self._action)
             error = None
             value = None
             try:

@@ -73,7 +73,7 @@ class Replica:
         await delivery.settle(is_answered)
         return is_answered
 
-    async def rest(self) -> None:
+    async def settle(self) -> None:
         """Wait until no job runs, and write everything that the journal could not record."""
         with anyio.fail_after(300):
             while not self.studio.is_idle:
@@ -181,7 +181,7 @@ async def points_of(servers: TwoServers, first: int, tool: str, scenario: str, e
         if not buys and tool != "compute_size":
             # The purchase is not delivered, so the cancelled call is the first one that could deliver it.
             await servers.second.call("generate_image", case.purchase, cancel_at=CANCEL_AFTER_PURCHASE)
-            await servers.second.rest()
+            await servers.second.settle()
         elif buys and scenario == "claim":  # an earlier call was cancelled, so this one gets its purchase
             assert not await servers.second.call(tool, case.purchase, cancel_at=CANCEL_AFTER_PURCHASE)
         locked_actions = LOCKED_ACTIONS if scenario == "locked journal" else 0
@@ -193,8 +193,8 @@ async def points_of(servers: TwoServers, first: int, tool: str, scenario: str, e
         servers.first.backend.locked_actions = 0
         next_server = servers.second if scenario == "second server" else servers.first
         await next_server.call(tool, case.arguments(servers))
-        await servers.first.rest()
-        await servers.second.rest()
+        await servers.first.settle()
+        await servers.second.settle()
         await check(servers, case)
     raise AssertionError("the call has more suspensions than POINTS_MAX")
 
@@ -234,9 +234,9 @@ async def test_a_server_that_loses_its_lease_while_it_records_a_purchase_sends_n
             case = Case("generate_image", 1)
             servers.first.backend.has_lease = False
             assert await servers.first.call("generate_image", case.purchase)
-            await servers.first.rest()
+            await servers.first.settle()
             assert not servers.simulator.tasks
             assert await servers.second.call("generate_image", case.purchase)
-            await servers.second.rest()
+            await servers.second.settle()
             assert len(servers.simulator.tasks) == 1
             await check_sums(servers)

@@ -113,11 +113,11 @@ def copy(url: str, templates: int, last: int, now: float) -> None:
         db.execute("VACUUM ANALYZE")
 
 
-async def measure(repeats: int, act: Callable[[], Awaitable[Any]]) -> dict[str, float]:
+async def measure(repeats: int, action: Callable[[], Awaitable[Any]]) -> dict[str, float]:
     times: list[float] = []
     for _ in range(repeats):
         started_at = time.perf_counter()
-        await act()
+        await action()
         times.append(1000 * (time.perf_counter() - started_at))
     return {"median_ms": median(times), "slowest_ms": max(times)}
 
@@ -156,7 +156,7 @@ async def run(url: str, count: int, tenants: int, repeats: int) -> dict[str, Any
         return {
             "entries": count,
             "filled_s": fill_s,
-            "lists": {name: await measure(repeats, act) for name, act in lists.items()},
+            "lists": {name: await measure(repeats, action) for name, action in lists.items()},
             "order": await measure(repeats, order),
             "search for dead servers": await measure(
                 repeats,
