@@ -237,7 +237,7 @@ def test_every_module_has_its_place_in_the_reading_order() -> None:
     assert sorted(modules()) == sorted(ORDER)
 
 
-def test_the_modules_stand_in_the_order_of_their_packages() -> None:
+def test_the_modules_are_in_the_order_of_their_packages() -> None:
     packages = [name.rpartition(".")[0] for name in ORDER[:-1]]
     assert [name for name, _ in groupby(packages)] == ["", *PACKAGES]
 
@@ -310,12 +310,12 @@ def private_names(module: ast.Module) -> set[str]:
 
 def foreign_private_names(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
     """Return line and name of every private attribute that no class of the package defines."""
-    used = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
-    used = [node for node in used if ast.unparse(node) != "os._exit"]  # public, and documented
-    return [(node.lineno, node.attr) for node in used if node.attr not in own_names]
+    attributes = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
+    attributes = [node for node in attributes if ast.unparse(node) != "os._exit"]  # public, and documented
+    return [(node.lineno, node.attr) for node in attributes if node.attr not in own_names]
 
 
-def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_version() -> None:
+def test_only_the_adapter_and_the_server_use_private_parts_of_the_sdk_and_name_its_version() -> None:
     """If the SDK lacks a public name, the line above gives the reason and the version."""
     elsewhere: list[str] = []
     unexplained: list[str] = []
@@ -330,7 +330,7 @@ def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_versi
     assert (elsewhere, unexplained) == ([], [])
 
 
-def test_only_the_outer_edges_of_coroutines_and_threads_catch_everything() -> None:
+def test_only_listed_modules_catch_every_exception() -> None:
     modules_with_broad_except = [
         name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
     ]
@@ -342,7 +342,7 @@ def test_no_module_has_a_generic_name() -> None:
     assert not {"utils", "helpers", "common", "base", "misc"} & {name.split(".")[-1] for name in modules()}
 
 
-def test_no_test_mocks() -> None:
+def test_no_test_uses_a_mock() -> None:
     users = [path.name for path in TESTS.rglob("*.py") if any("mock" in name.split(".") for name in imports(path))]
     assert users == []
 

@@ -141,7 +141,7 @@ def test_the_image_of_sizes_matches_the_computed_sizes() -> None:
     assert (docs / "sizes.svg").read_text("utf-8") == image
 
 
-def test_the_prices_and_times_for_designers_are_right() -> None:
+def test_the_prices_and_times_for_designers_are_correct() -> None:
     page = (ROOT / "docs" / "designers.md").read_text("utf-8")
     square = Size(1024, 1024)
     low, medium, high = (output_tokens(square, quality) for quality in ("low", "medium", "high"))

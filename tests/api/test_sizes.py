@@ -287,6 +287,6 @@ def test_a_target_outside_1_to_100000_is_refused(width: int, height: int) -> Non
         pytest.param(Size(3840, 2160), "16:9", 8.29, id="UHD"),
     ],
 )
-def test_a_size_knows_its_figures(size: Size, aspect: str, megapixels: float) -> None:
+def test_a_size_has_its_ratio_megapixels_and_pixels(size: Size, aspect: str, megapixels: float) -> None:
     assert (aspect, megapixels) == (size.aspect_ratio, size.megapixels)
     assert size.width * size.height == size.pixels

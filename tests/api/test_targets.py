@@ -26,7 +26,7 @@ from evolink_mcp.api.targets import ICO, PAPERS, SCREENS, UnknownTarget, parse_g
         ("a5", "a5", "1748x2480"),
     ],
 )
-def test_pixels_and_names_are_understood(text: str, name: str, size: str) -> None:
+def test_pixels_and_names_are_valid_targets(text: str, name: str, size: str) -> None:
     target = parse_target(text)
     assert (target.name, str(target.size)) == (name, size)
 

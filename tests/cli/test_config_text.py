@@ -224,7 +224,7 @@ def test_any_json_with_comments_is_extended_and_restored(text: str) -> None:
     assert remove(Json(), insertion.text, JSON_PATH, insertion) == text
 
 
-def test_the_reader_agrees_with_the_standard_library() -> None:
+def test_the_parser_returns_the_result_of_the_standard_library() -> None:
     values = {"a": [1, -2.5e3, True, None, '\u2028 \\ " ü'], "b": {"c": {}}, "": [[]]}
     for text in (json.dumps(values), json.dumps(values, indent=3), json.dumps(values, ensure_ascii=False)):
         assert Json().parse(text) == values

@@ -51,7 +51,7 @@ def test_lines_are_wrapped_at_the_width_of_a_terminal(width: int) -> None:
     assert width - 10 < max(map(len, (first, *others))) < width
 
 
-def test_a_pipe_gets_each_line_whole() -> None:
+def test_a_pipe_gets_each_line_without_wrapping() -> None:
     stream = io.StringIO()
     text = "one two three four five " * 20
     Terminal(stream, lambda: 60).print(text, "  ", "    ")

@@ -549,11 +549,11 @@ async def test_after_a_long_rate_limit_no_purchase_is_sent_before_its_end(tmp_pa
         (86_400, "in 24 hours"),
     ],
 )
-def test_a_time_has_its_distance(seconds: int, text: str) -> None:
+def test_the_next_step_contains_the_time_until_the_next_call(seconds: int, text: str) -> None:
     assert text in causes.rate_limit(NOW + seconds, NOW).next_step
 
 
-def test_a_time_on_another_day_has_its_date() -> None:
+def test_the_next_step_contains_the_date_of_another_day() -> None:
     day = datetime.fromtimestamp(NOW + 3 * 86_400)
     assert f"{day:%Y-%m-%d %H:%M} (in 72 hours)" in causes.rate_limit(NOW + 3 * 86_400, NOW).next_step
 

@@ -87,7 +87,7 @@ def test_a_wait_is_within_its_limits(text: str) -> None:
 
 @FUZZ
 @given(st.text(max_size=60), st.text(max_size=60))
-def test_external_text_is_made_harmless(before: str, after: str) -> None:
+def test_external_text_contains_neither_the_key_nor_a_line_break(before: str, after: str) -> None:
     key = "sk-canary-aXq81ZbT3kLw90vM"
     text = f"{before}{key}{after}"
     assert key not in json.dumps(without(key, {text: [text]}), ensure_ascii=False)

@@ -251,7 +251,7 @@ async def test_a_cancelled_caller_kills_the_process(tmp_path: Path) -> None:
 
 @in_time
 @pytest.mark.anyio
-async def test_a_killed_decoder_whose_output_stays_open_does_not_hold_up_the_server(
+async def test_a_killed_decoder_whose_output_stays_open_does_not_delay_the_server(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On Windows another process can inherit the pipe. The thread that reads it waits until that process ends."""
@@ -445,7 +445,7 @@ async def test_the_first_image_gets_the_process_that_was_started_before_it(tmp_p
 
 @in_time
 @pytest.mark.anyio
-async def test_an_image_that_comes_during_the_start_waits_for_this_process(tmp_path: Path) -> None:
+async def test_an_image_during_the_start_of_the_decoder_waits_for_this_process(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     async with decoder_of(counting_decoder(starts)) as decoder, anyio.create_task_group() as group:
         group.start_soon(decoder.start)
@@ -466,7 +466,7 @@ async def test_the_decoder_starts_while_evolink_works(open_world: Open, tmp_path
 
 @in_time
 @pytest.mark.anyio
-async def test_a_decoder_that_does_not_start_early_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_decoder_that_does_not_start_early_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with decoder_of(["/nonexistent/python"]) as decoder:
         await decoder.start()
     assert "does not start" in caplog.text

@@ -86,7 +86,7 @@ async def test_grey_with_10_bits_keeps_its_shades() -> None:
     assert all(abs(shade - value) <= 4 for shade, value in zip(shades, (0, 64, 128, 192, 255), strict=True)), shades  # type: ignore[operator]
 
 
-async def test_a_photo_stays_until_its_conversion_is_complete() -> None:
+async def test_a_photo_is_kept_until_its_conversion_is_complete() -> None:
     """The work may start again if other images need its place. Then it must read the photo and not a part of the answer."""
     photo = heic()
     file = io.BytesIO(photo)

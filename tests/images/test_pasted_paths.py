@@ -212,7 +212,9 @@ def test_a_file_that_is_only_in_icloud_is_named_without_another_suggestion(folde
         pytest.param({}, False, id="a file of Linux"),
     ],
 )
-def test_the_system_marks_a_file_that_is_only_in_the_cloud(facts: dict[str, int], expected: bool) -> None:
+def test_a_file_that_is_only_in_the_cloud_is_recognized_by_its_attributes(
+    facts: dict[str, int], expected: bool
+) -> None:
     assert is_in_cloud(SimpleNamespace(**facts)) is expected
 
 
@@ -291,7 +293,7 @@ def test_an_unusable_save_as_is_refused_with_its_reason(folders: Folders, save_a
 
 
 @pytest.mark.anyio
-async def test_a_quoted_name_is_the_same_name_everywhere(open_world: Open) -> None:
+async def test_quotes_around_a_file_name_are_removed_in_file_and_answer(open_world: Open) -> None:
     async with open_world() as world, world.client() as client:
         with anyio.fail_after(300):
             answer = await client.call_tool("generate_image", {"prompt": "sim:fast x", "save_as": '"q.png"', "n": 2})

@@ -55,7 +55,7 @@ def lock_reports(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "has locked" in record.getMessage()]
 
 
-def test_after_one_wait_in_vain_the_operations_wait_briefly_until_a_write_succeeds(tmp_path: Path) -> None:
+def test_after_one_failed_wait_the_operations_wait_briefly_until_a_write_succeeds(tmp_path: Path) -> None:
     journal = BlockingJournal(tmp_path, lock_wait_s=1.0)
     journal.intend(first := entry(journal))
     assert wait_ms(journal) == 1000

@@ -276,7 +276,7 @@ async def test_a_cancelled_call_that_waits_for_the_thread_writes_nothing(
     assert stored_keys(tmp_path) == {first.key, other_entry.key}
 
 
-async def test_a_transaction_without_an_end_swallows_no_later_write(
+async def test_a_transaction_without_an_end_loses_no_later_write(
     journal: Journal, backend: SqliteBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await journal.intend(first := entry(journal))

@@ -169,7 +169,7 @@ def test_an_unpaid_purchase_survives_the_damage_while_two_servers_run(
     assert not order(third)
 
 
-def test_the_log_of_an_empty_database_is_set_aside_and_not_deleted(open_journal: OpenJournal) -> None:
+def test_the_log_of_an_empty_database_is_renamed_and_not_deleted(open_journal: OpenJournal) -> None:
     journal = open_journal()
     journal.folder.mkdir()
     journal.path.touch()
@@ -290,7 +290,7 @@ def test_the_record_has_one_line_for_each_paid_task_and_only_for_the_user(open_j
         assert (journal.folder / paid_record.FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_line_that_a_crash_cut_off_costs_only_itself(open_journal: OpenJournal) -> None:
+def test_a_truncated_line_of_the_record_hides_no_other_line(open_journal: OpenJournal) -> None:
     journal = open_journal()
     buy(journal, 1)
     record = journal.folder / paid_record.FILE_NAME
@@ -337,7 +337,7 @@ def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(op
     assert tasks_of(journal.recent(9)) == {"task-unified-1-a", "task-unified-2-a"}
 
 
-def test_a_task_that_its_living_owner_is_about_to_write_is_left_to_it(open_journal: OpenJournal) -> None:
+def test_a_task_of_the_record_is_read_only_after_its_owner_has_ended(open_journal: OpenJournal) -> None:
     owner = open_journal()
     second = open_journal()
     entry = Entry(new_key(), owner.owner, Phase.INTENT, NOW, estimate=1.0)

@@ -210,7 +210,7 @@ async def test_the_requests_at_all_servers_count_together() -> None:
     assert first.failure("anna", None) is None
 
 
-async def test_requests_that_other_servers_did_not_learn_are_sent_again() -> None:
+async def test_requests_that_other_servers_did_not_receive_are_sent_again() -> None:
     rates = RequestRates(default=5, clock=lambda: 120.0)
     assert rates.failure("anna", None) is None
     unsent = rates.take_unsent()

@@ -314,7 +314,7 @@ async def test_without_a_recording_the_sdk_answers() -> None:
     assert StartupAnswers(None).answer(lines(handshake())[0]) is None
 
 
-async def test_notifications_and_other_calls_do_not_end_it(results: Results) -> None:
+async def test_notifications_and_other_calls_do_not_end_the_early_answers(results: Results) -> None:
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
     session = lines(
         INITIALIZED,

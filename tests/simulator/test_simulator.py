@@ -159,15 +159,15 @@ async def test_a_request_against_the_page_is_refused_by_name_and_costs_nothing(s
     assert service.evolink.tasks == {}
 
 
-def test_everything_that_the_page_allows_is_accepted():
-    full = {"size": "9:21", "resolution": "4k", "quality": "high", "n": 10, "background": "transparent"}
+def test_each_request_that_the_documentation_allows_is_accepted():
+    options = {"size": "9:21", "resolution": "4k", "quality": "high", "n": 10, "background": "transparent"}
     links = {"image_urls": ["https://a.example/1.png"] * 16, "mask_url": "http://a.example/m.png"}
-    back = {"callback_url": "https://a.example/" + "x" * 2030, "output_format": "webp"}
-    assert objection(SUNSET | full | links | back | {"prompt": "é" * 32_000}) == ""
+    callback = {"callback_url": "https://a.example/" + "x" * 2030, "output_format": "webp"}
+    assert objection(SUNSET | options | links | callback | {"prompt": "é" * 32_000}) == ""
     assert objection(SUNSET | {"size": "auto", "callback_url": "https://8.8.8.8:8443/done?x=1"}) == ""
 
 
-async def test_credits_are_reserved_settled_and_given_back():
+async def test_credits_are_reserved_settled_and_refunded():
     service = Service(keys={"sk-one": 10.0, "sk-poor": 0.1})
     square = SUNSET | {"size": "1:1"}
     cost = price(square, (1024, 1024), 1)

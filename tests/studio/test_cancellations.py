@@ -214,7 +214,9 @@ async def test_a_call_that_is_cancelled_at_any_point_buys_at_most_once_and_leave
 
 
 @pytest.mark.parametrize("turns", [pytest.param(turns, marks=SLOW) for turns in TURNS])
-async def test_all_tools_cancelled_at_all_points(turns: int, tmp_path: Path, decoder: Decoder) -> None:
+async def test_every_tool_call_may_be_cancelled_at_every_suspension(
+    turns: int, tmp_path: Path, decoder: Decoder
+) -> None:
     total = 0
     with anyio.fail_after(3600):
         async with open_servers(tmp_path, decoder, turns) as servers:

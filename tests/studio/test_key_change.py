@@ -265,7 +265,7 @@ async def test_a_task_that_evolink_does_not_know_yet_proves_nothing(open_world: 
         assert (repeat["task_id"], after.posts) == (purchase["task_id"], 1)
 
 
-async def test_an_earlier_purchase_tells_whose_account_it_is_while_the_newest_one_is_too_young(
+async def test_an_earlier_purchase_identifies_the_account_while_the_newest_one_is_too_young(
     open_world: Open,
 ) -> None:
     """EvoLink may answer "not found" for a task of the last seconds, to any key."""

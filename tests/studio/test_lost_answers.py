@@ -20,7 +20,7 @@ QUALITIES = ["low", "medium"]
 PAUSE_MAX_S = 240.0
 
 
-async def test_500_lost_answers_among_500_purchases_of_others(open_world: Open) -> None:
+async def test_500_lost_answers_among_500_purchases_of_other_programs(open_world: Open) -> None:
     dice = random.Random(23)
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, keys={KEY: 1e6})

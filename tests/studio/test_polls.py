@@ -150,7 +150,7 @@ LENIENT: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("answer", [pytest.param(answer, id=name) for name, answer in LENIENT.items()])
-async def test_odd_answers_are_read_as_far_as_possible(open_world: Open, answer: Answer) -> None:
+async def test_the_valid_fields_of_an_odd_answer_are_read(open_world: Open, answer: Answer) -> None:
     async with open_polled_world(open_world, rest=answer) as (world, client, _):
         result = await client.call_tool("generate_image", REQUEST)
     assert result.structured_content["status"] == "completed"
@@ -306,7 +306,7 @@ async def test_a_completed_task_without_links_is_reported_and_never_bought_again
     assert (transport.polls, world.posts) == (4, 1)
 
 
-async def test_fewer_pictures_than_asked_for_are_counted(open_world: Open) -> None:
+async def test_the_answer_counts_the_pictures_if_evolink_delivers_fewer(open_world: Open) -> None:
     async with open_polled_world(open_world, duration_s=0) as (world, client, _):
         result = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fewer a fox", "n": 3})
     assert "for 3 pictures and EvoLink delivered 1." in result.content[0].text
@@ -367,7 +367,7 @@ async def test_a_link_to_a_forbidden_address_is_not_followed(open_world: Open, u
     assert world.posts == 1
 
 
-async def test_the_pictures_host_never_sees_the_key(open_world: Open) -> None:
+async def test_the_image_host_never_gets_the_key(open_world: Open) -> None:
     async with open_polled_world(open_world, duration_s=0) as (world, client, _):
         await client.call_tool("generate_image", REQUEST)
     downloads = [r for r in world.simulator.requests if r.path.startswith("/pictures/")]

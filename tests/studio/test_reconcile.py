@@ -86,7 +86,7 @@ async def test_a_purchase_from_the_web_page_is_not_matched_with_an_unbilled_post
     assert not any("support" in note for task in task_list["tasks"] for note in task["notes"])
 
 
-async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_world: Open) -> None:
+async def test_one_task_that_two_lost_orders_may_own_is_assigned_to_neither(open_world: Open) -> None:
     """One of two orders was billed and the task list does not show which. The error names the task ID."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)

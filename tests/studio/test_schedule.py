@@ -128,7 +128,7 @@ def test_the_number_of_frequent_polls_is_limited() -> None:
 
 
 @pytest.mark.parametrize("progress", [None, 0.0, 4.9])
-def test_progress_that_says_nothing_changes_nothing(progress: float | None) -> None:
+def test_unusable_progress_changes_nothing(progress: float | None) -> None:
     schedule = Schedule(MEDIUM, middle)
     for elapsed_s in (20.0, 40.0, 80.0):
         assert next_wait_s(elapsed_s) == pytest.approx(schedule.next_s(elapsed_s, progress=progress))

@@ -153,7 +153,7 @@ async def test_a_state_without_a_task_never_replaces_a_certain_task(open_journal
     assert await journal.update(replace(own_entry, phase="unknown")) is True
 
 
-async def test_a_closed_journal_leaves_no_callback_behind(open_journal: Any) -> None:
+async def test_a_closed_journal_has_no_callback(open_journal: Any) -> None:
     """The server of a team closes the studio of an idle tenant and continues with the same database."""
     journal = await open_journal()
     journal.listen(lambda notification: None)

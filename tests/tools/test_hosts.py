@@ -34,7 +34,7 @@ def test_the_table_in_the_documentation_is_the_table_in_the_code() -> None:
 
 
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
-def test_a_call_ends_before_its_host_gives_up(host: Host) -> None:
+def test_a_call_ends_before_the_timeout_of_its_host(host: Host) -> None:
     """This includes a call that waits for its task ID. Unknown hosts have at least the timeout of the most common SDK."""
     assert host.wait_s + ID_GRACE_S <= (host.limit_s or 60)
 

@@ -51,7 +51,7 @@ async def test_a_search_ignores_case_accents_and_width(world: World, prompt: str
 
 
 @pytest.mark.parametrize(("one", "other"), [("か", "が"), ("कि", "की"), ("ก่า", "ก้า")])
-async def test_marks_that_make_another_letter_stay(one: str, other: str) -> None:
+async def test_marks_that_make_another_letter_are_kept(one: str, other: str) -> None:
     assert fold(one) != fold(other)
 
 

@@ -154,7 +154,7 @@ async def status_and_headers(*headers: tuple[bytes, bytes], path: str = "/mcp") 
 
 
 @pytest.mark.parametrize(("host", "canonical_host"), GOOD_HOSTS.items())
-async def test_a_name_of_this_server_passes_in_one_form(host: bytes, canonical_host: bytes) -> None:
+async def test_a_name_of_this_server_is_accepted_and_normalized(host: bytes, canonical_host: bytes) -> None:
     assert await status_and_headers((b"host", host)) == (200, {b"host": canonical_host})
     for scheme in (b"http", b"https", b"HTTP"):
         origin = (b"origin", scheme + b"://" + host)

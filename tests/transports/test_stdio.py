@@ -211,7 +211,7 @@ async def answer_everything(read: Any, write: Any, value: Any = None) -> None:
     ("value", "result"),
     [pytest.param("\ud800", {"a": "?"}, id="a lone surrogate"), pytest.param(float("nan"), {"a": None}, id="NaN")],
 )
-async def test_a_result_that_json_can_nearly_carry_is_written(value: Any, result: dict[str, Any]) -> None:
+async def test_a_value_that_json_does_not_allow_is_replaced(value: Any, result: dict[str, Any]) -> None:
     async with open_client(partial(answer_everything, value=value)) as client:
         assert await client.ask(request(5)) == {"jsonrpc": "2.0", "id": 5, "result": result}
 
