@@ -44,7 +44,7 @@ class People:
 
     def __init__(self, group: Any) -> None:
         self.apps: dict[str, App] = {}
-        self.closed: list[str] = []
+        self.closed_names: list[str] = []
         self.can_close = anyio.Event()
         self.can_close.set()
         self.now_s = 0.0
@@ -59,7 +59,7 @@ class People:
         yield app
         await self.can_close.wait()
         del self.apps[tenant.name]
-        self.closed.append(tenant.name)
+        self.closed_names.append(tenant.name)
 
     async def status(self, name: str) -> int:
         messages: list[Any] = []
@@ -77,9 +77,9 @@ async def test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldes
         people = People(group)
         for name in ("anna", "bert", "carl", "bert", "dora"):
             assert await people.status(name) == 200
-        while not people.closed:
+        while not people.closed_names:
             await anyio.sleep(0)
-        assert people.closed == ["carl"]
+        assert people.closed_names == ["carl"]
         assert sorted(people.apps) == ["anna", "bert", "dora"]
         people.apps["bert"].is_idle = False
         people.apps["dora"].is_idle = False
@@ -114,11 +114,11 @@ async def test_a_tenant_is_opened_again_only_after_its_former_app_has_ended() ->
 
         group.start_soon(call_again)
         await anyio.wait_all_tasks_blocked()
-        assert (statuses, people.closed) == ([], [])
+        assert (statuses, people.closed_names) == ([], [])
         people.can_close.set()
         while not statuses:
             await anyio.sleep(0)
-        assert "bert" in people.closed
+        assert "bert" in people.closed_names
         group.cancel_scope.cancel()
 
 
