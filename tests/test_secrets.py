@@ -63,7 +63,7 @@ FAULTS: dict[str, gw.Fault] = {
 
 
 async def test_no_output_and_no_file_of_a_server_contains_the_key(
-    gateway: Gateway, servers: Launcher, tmp_path: Path
+    gateway: Gateway, launcher: Launcher, tmp_path: Path
 ) -> None:
     """Search stdout, verbose stderr, the journal and all images, after every fault and after a kill."""
     env = minimal_environment(
@@ -77,11 +77,11 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
 
     gateway.reads = reads
     with anyio.fail_after(300):
-        async with servers.server(env, "-v") as server, anyio.create_task_group() as calls:
+        async with launcher.server(env, "-v") as server, anyio.create_task_group() as calls:
             outputs.append(json.dumps(await server.ask("tools/list")))
 
             async def buy_with_fault(name: str, fault: gw.Fault) -> None:
-                async with servers.server(env, "-v") as second:
+                async with launcher.server(env, "-v") as second:
                     gateway.purchases.append(fault)
                     outputs.append(json.dumps(await second.call("generate_image", **{**REQUEST, "prompt": name})))
                     outputs.append(second.stderr_file.read_text())
@@ -96,7 +96,7 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
             server.kill()
             await server.wait_for_exit()
             outputs.append(server.stderr_file.read_text())
-        async with servers.server(env, "-v", "tasks", "--json", initialize=False) as command:
+        async with launcher.server(env, "-v", "tasks", "--json", initialize=False) as command:
             await command.wait_for_exit()
             outputs.append(command.stderr_file.read_text())
     assert len(gateway.simulator.tasks) > 3

@@ -54,9 +54,9 @@ class Harness:
 
 
 @pytest.fixture(name="harness")
-async def open_harness(tmp_path: Path, servers: Launcher) -> AsyncIterator[Harness]:
+async def open_harness(tmp_path: Path, launcher: Launcher) -> AsyncIterator[Harness]:
     async with Gateway(QuickSimulator(duration_s=0)).open() as gateway:
-        yield Harness(gateway, servers, tmp_path)
+        yield Harness(gateway, launcher, tmp_path)
 
 
 async def tasks(server: Server) -> list[dict[str, Any]]:

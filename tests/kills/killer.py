@@ -338,26 +338,26 @@ def open_launcher(folder: Path) -> Iterator[Launcher]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         try:
-            servers = Launcher(path, folder)
-            anyio.run(_record_first_answers, servers, folder)
-            yield servers
+            launcher = Launcher(path, folder)
+            anyio.run(_record_first_answers, launcher, folder)
+            yield launcher
         finally:
             process.kill()
 
 
-async def _record_first_answers(servers: Launcher, folder: Path) -> None:
+async def _record_first_answers(launcher: Launcher, folder: Path) -> None:
     home = folder / "recorder"
     home.mkdir()
-    async with servers.server(minimal_environment(home)):
+    async with launcher.server(minimal_environment(home)):
         while not list((folder / "cache").rglob("startup-*.tsv")):
             await anyio.sleep(0.02)
 
 
-@pytest.fixture(scope="session", name="servers")
+@pytest.fixture(scope="session", name="launcher")
 def shared_launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     """Return one launcher for all tests, because importing the product takes longer than a test."""
-    with open_launcher(tmp_path_factory.mktemp("launcher")) as servers:
-        yield servers
+    with open_launcher(tmp_path_factory.mktemp("launcher")) as launcher:
+        yield launcher
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class Harness:
 
 
 @pytest.fixture
-async def harness(tmp_path: Path, servers: Launcher) -> AsyncIterator[Harness]:
+async def harness(tmp_path: Path, launcher: Launcher) -> AsyncIterator[Harness]:
     async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
-        yield Harness(gateway, servers, tmp_path)
+        yield Harness(gateway, launcher, tmp_path)
 
 
 async def exit_code_of(server: Server, end: signal.Signals | None) -> int:
