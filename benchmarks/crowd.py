@@ -33,15 +33,15 @@ from evolink_mcp.tools.waiting import follow
 
 TITLE = "Many at once"
 WAIT_S = 600.0
-ACCEPTED_A_SECOND = 40
+ACCEPTED_PER_S = 40
 
 
 def run(quick: bool) -> list[Figure]:
     jobs, settle, window, end = (150, 7, 4, 2) if quick else (1000, 15, 15, 20)
 
     def wait(*, batch: bool) -> dict[str, Any]:
-        with standin(batch=batch) as at:
-            return _wait(at, jobs, settle, window, end if batch else 0)
+        with standin(batch=batch) as evolink:
+            return _wait(evolink, jobs, settle, window, end if batch else 0)
 
     # Both processes may run together in the quick mode: CPU time and memory are measured per process.
     with ThreadPoolExecutor(2 if quick else 1) as pool:
@@ -65,19 +65,19 @@ def run(quick: bool) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _wait(at: Standin, *numbers: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.crowd", str(at.port), *map(str, numbers)]
-    run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if run.returncode:
-        raise RuntimeError(f"the waiting process failed:\n{run.stderr[-2000:]}")
-    return json.loads(run.stdout)
+def _wait(evolink: Standin, *numbers: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.crowd", str(evolink.port), *map(str, numbers)]
+    process = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if process.returncode:
+        raise RuntimeError(f"the waiting process failed:\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout)
 
 
-async def _work(at: Standin, jobs: int, settle: float, window: float, end: float) -> None:
+async def _work(evolink: Standin, jobs: int, settle: float, window: float, end: float) -> None:
     dice = random.Random(4)
     followed_jobs: list[Job] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        settings = TeamSettings.from_environment(environment(Path(name), at.port))
+        settings = TeamSettings.from_environment(environment(Path(name), evolink.port))
         async with open_studio(settings) as studio, anyio.create_task_group() as calls:
 
             async def order(prompt: str) -> Job:
@@ -87,48 +87,50 @@ async def _work(at: Standin, jobs: int, settle: float, window: float, end: float
             # Exclude the memory of one-time imports and connections.
             with anyio.fail_after(30):
                 for prompt in ("sim:slow=0.5 the first", "sim:slow=0.5 the second"):
-                    await follow(await order(prompt), WAIT_S, _silent)
+                    await follow(await order(prompt), WAIT_S, _ignore_progress)
             before_mb, before_cpu = memory_mb(), _cpu()
             for number in range(jobs):
-                lasts = jobs / ACCEPTED_A_SECOND + settle + window + end * dice.random()
-                followed_jobs.append(await order(f"sim:slow={lasts:.1f} picture {number}"))
-            await _all_accepted(followed_jobs)
+                task_s = jobs / ACCEPTED_PER_S + settle + window + end * dice.random()
+                followed_jobs.append(await order(f"sim:slow={task_s:.1f} picture {number}"))
+            await _wait_until_accepted(followed_jobs)
             await anyio.sleep(settle)
             alone_mb = memory_mb()
             for job in followed_jobs:
-                calls.start_soon(follow, job, WAIT_S, _silent)
-            begin = await _counts(at)
+                calls.start_soon(follow, job, WAIT_S, _ignore_progress)
+            counts_before = await _counts(evolink)
             cpu, clock = _cpu(), time.monotonic()
             await anyio.sleep(window)
             with_calls_mb = memory_mb()
             duration_s = time.monotonic() - clock
             share = (_cpu() - cpu) / duration_s
             requests, polls = (
-                (after - before) / duration_s for before, after in zip(begin, await _counts(at), strict=True)
+                (after - before) / duration_s
+                for before, after in zip(counts_before, await _counts(evolink), strict=True)
             )
             for job in followed_jobs if end else ():
                 async with aclosing(job.states()) as states:
                     async for _ in states:
                         pass
             calls.cancel_scope.cancel()
-            saved = sum(
+            saved_count = sum(
                 job.entry.stage is not Stage.OPEN and all(p.is_saved for p in job.entry.images) for job in followed_jobs
             )
             figures = {
                 "share": share, "before_mb": before_mb, "extra_mb": alone_mb - before_mb, "calls_mb": with_calls_mb - before_mb,
-                "saved": saved, "rate": requests, "polls_per_s": polls, "cpu_ms_per_job": 1000 * (_cpu() - before_cpu) / jobs,
+                "saved": saved_count, "rate": requests, "polls_per_s": polls,
+                "cpu_ms_per_job": 1000 * (_cpu() - before_cpu) / jobs,
             }  # fmt: skip
     print(json.dumps(figures))
 
 
-async def _counts(at: Standin) -> tuple[int, int]:
+async def _counts(evolink: Standin) -> tuple[int, int]:
     """Return the number of HTTP requests that polled tasks so far, and of the polls in them."""
-    counts = (await anyio.to_thread.run_sync(at.record))["counts"]
+    counts = (await anyio.to_thread.run_sync(evolink.record))["counts"]
     single, batch, batched_polls = (counts.get(word, 0) for word in ("single", "batch", "batched polls"))
     return single + batch, single + batched_polls
 
 
-async def _all_accepted(jobs: list[Job]) -> None:
+async def _wait_until_accepted(jobs: list[Job]) -> None:
     while any(job.entry.task is None for job in jobs):
         if any(job.is_finished for job in jobs):
             problem = next(job.problem for job in jobs if job.is_finished)
@@ -136,13 +138,13 @@ async def _all_accepted(jobs: list[Job]) -> None:
         await anyio.sleep(0.2)
 
 
-async def _silent(progress: float, total: float, message: str) -> None:
+async def _ignore_progress(progress: float, total: float, message: str) -> None:
     """Ignore progress."""
 
 
 def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def run(quick: bool) -> list[Figure]:
     largest = max(costs, key=lambda name: costs[name][1])
     delay_s, alone_s = anyio.run(_delay)
     silent, callers = (300, 100) if quick else (1_100, 300)
-    with standin() as at, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        figures = _under_load(Path(name), at.port, silent, callers)
+    with standin() as evolink, tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        figures = _under_load(Path(name), evolink.port, silent, callers)
     return [
         Figure("the most expensive hostile image", costs[slowest][0], "s", 3, f"{slowest}; of {len(costs)} kinds"),
         Figure("most memory for one", costs[largest][1], "MiB", 300, largest),
@@ -155,13 +155,13 @@ async def _costs() -> dict[str, tuple[float, float]]:
             with closing(Decoder(decoder_environment())) as decoder:
                 await decoder.protections()  # starts the process
                 async with _peak_memory() as samples:
-                    started = time.perf_counter()
+                    started_at = time.perf_counter()
                     with suppress(UnusableImage):
                         if role:
                             await decoder.check_reference(io.BytesIO(content))
                         else:
                             await decoder.check(io.BytesIO(content), edge=1024)
-                    costs[name + role] = (time.perf_counter() - started, max(samples))
+                    costs[name + role] = (time.perf_counter() - started_at, max(samples))
     return costs
 
 
@@ -196,16 +196,16 @@ def _child_peaks_mib() -> list[float]:
 async def _delay() -> tuple[float, float]:
     """Return the seconds that an order waits longer beside hostile images of other orders, and its seconds alone."""
     hostile = _scans(SCANS_MAX)
-    honest = _webp()
+    normal_image = _webp()
 
     async def attack(decoder: Decoder, order: str) -> None:
         with suppress(UnusableImage):
             await decoder.check(io.BytesIO(hostile), edge=1024, order=order)
 
     async def seconds(decoder: Decoder) -> float:
-        started = time.perf_counter()
-        await decoder.check(io.BytesIO(honest), edge=1024, order="honest")
-        return time.perf_counter() - started
+        started_at = time.perf_counter()
+        await decoder.check(io.BytesIO(normal_image), edge=1024, order="honest")
+        return time.perf_counter() - started_at
 
     with closing(Decoder(decoder_environment())) as decoder:
         await decoder.protections()
@@ -232,10 +232,10 @@ def _under_load(folder: Path, evolink: int, silent: int, callers: int) -> dict[s
         server = subprocess.Popen(command, cwd=ROOT, env=environment(folder, evolink), stderr=stderr)
     try:
         figures = anyio.run(_flood, server.pid, port, silent, callers)
-        started = time.perf_counter()
+        started_at = time.perf_counter()
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-        return {**figures, "end_s": time.perf_counter() - started, "stderr": stderr_file.stat().st_size}
+        return {**figures, "end_s": time.perf_counter() - started_at, "stderr": stderr_file.stat().st_size}
     finally:
         server.kill()
 
@@ -246,12 +246,12 @@ async def _flood(pid: int, port: int, silent: int, callers: int) -> dict[str, fl
         await _wait_for_answer(client, f"{url}/healthz")
     before = memory_mb(pid)
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(silent)]
-    started = time.perf_counter()
+    started_at = time.perf_counter()
     await anyio.sleep(0.5)
     during = memory_mb(pid)
     async with httpx.AsyncClient() as client:
         await _wait_for_answer(client, f"{url}/healthz")
-    beside_s = time.perf_counter() - started
+    beside_s = time.perf_counter() - started_at
     for connection in sockets:
         connection.close()
     outcomes: list[str] = []

@@ -30,10 +30,10 @@ UNREAD_CONNECTIONS = 3
 SLOW_CONNECTIONS = 4
 SLOW_BODY_BYTES = 400_000
 SLOW_BYTE_INTERVAL_S = 1.0
-GIVE_UP_S = 60.0
+TIMEOUT_S = 60.0
 IMAGES_OF_A_BUYER = 2
 
-Act = Callable[[], Awaitable[None]]
+Action = Callable[[], Awaitable[None]]
 
 
 class Clients:
@@ -61,7 +61,7 @@ class Clients:
         """Send the parts on a new connection, and return the begin of the answer. Empty: the server closed it."""
         loop = asyncio.get_running_loop()
         with await self._connect() as connection:
-            async with asyncio.timeout(GIVE_UP_S):
+            async with asyncio.timeout(TIMEOUT_S):
                 with suppress(ConnectionError):
                     for part in parts:
                         await loop.sock_sendall(connection, part)
@@ -70,16 +70,16 @@ class Clients:
     async def unread(self, token: str) -> None:
         """Send many requests on each connection, and read no answer."""
 
-        async def connection() -> None:
+        async def attack() -> None:
             loop = asyncio.get_running_loop()
-            with await self._connect(SMALL_BUFFER) as one:
-                async with asyncio.timeout(GIVE_UP_S):
-                    await loop.sock_sendall(one, call(token, "tools/list") * UNREAD_REQUESTS)
+            with await self._connect(SMALL_BUFFER) as connection:
+                async with asyncio.timeout(TIMEOUT_S):
+                    await loop.sock_sendall(connection, call(token, "tools/list") * UNREAD_REQUESTS)
                     while True:  # a closed connection refuses a further byte
                         await asyncio.sleep(RETRY_INTERVAL_S)
-                        await loop.sock_sendall(one, b"\n")
+                        await loop.sock_sendall(connection, b"\n")
 
-        await _together(connection, UNREAD_CONNECTIONS)
+        await _run_together(attack, UNREAD_CONNECTIONS)
 
     async def uploads(self, token: str) -> None:
         """Upload images of the largest size."""
@@ -103,15 +103,15 @@ class Clients:
     async def slow(self, token: str) -> None:
         """Send the bodies of calls and of one upload byte by byte."""
 
-        async def connection(method: str, path: str) -> None:
+        async def attack(method: str, path: str) -> None:
             loop = asyncio.get_running_loop()
-            with await self._connect() as one:
-                await loop.sock_sendall(one, head(method, path, token, SLOW_BODY_BYTES))
+            with await self._connect() as connection:
+                await loop.sock_sendall(connection, head(method, path, token, SLOW_BODY_BYTES))
                 while True:
                     await asyncio.sleep(SLOW_BYTE_INTERVAL_S)
-                    await loop.sock_sendall(one, b" ")
+                    await loop.sock_sendall(connection, b" ")
 
-        await _together(lambda: connection("POST", "/mcp"), SLOW_CONNECTIONS)
+        await _run_together(lambda: attack("POST", "/mcp"), SLOW_CONNECTIONS)
 
     async def free(self, token: str) -> None:
         """Call a free tool."""
@@ -119,19 +119,19 @@ class Clients:
         await asyncio.sleep(CALL_INTERVAL_S)
 
 
-async def _together(act: Act, number: int) -> None:
-    await asyncio.gather(*(_once(act) for _ in range(number)))
+async def _run_together(action: Action, number: int) -> None:
+    await asyncio.gather(*(_run_once(action) for _ in range(number)))
 
 
-async def _once(act: Act) -> None:
+async def _run_once(action: Action) -> None:
     with suppress(OSError, TimeoutError):
-        await act()
+        await action()
 
 
-async def _forever(act: Act) -> None:
+async def _run_forever(action: Action) -> None:
     while True:
         with suppress(OSError, TimeoutError):
-            await act()
+            await action()
             continue
         await asyncio.sleep(RETRY_INTERVAL_S)
 
@@ -143,15 +143,15 @@ async def run(plan: dict[str, Any]) -> None:
     async with asyncio.TaskGroup() as group:
         for kind in ("unread", "uploads", "markers", "slow"):
             for token in plan[kind]:
-                group.create_task(_forever(lambda kind=kind, token=token: getattr(clients, kind)(token)))
-                group.create_task(_forever(lambda token=token: clients.free(token)))
+                group.create_task(_run_forever(lambda kind=kind, token=token: getattr(clients, kind)(token)))
+                group.create_task(_run_forever(lambda token=token: clients.free(token)))
         for number, token in enumerate([*plan["uploads"], *plan["markers"]]):
             prompts = [f"hostile {number} {image}" for image in range(IMAGES_OF_A_BUYER)]
-            group.create_task(_once(lambda token=token, prompts=prompts: clients.buy(token, prompts)))
+            group.create_task(_run_once(lambda token=token, prompts=prompts: clients.buy(token, prompts)))
         for _ in range(plan["subjects"]):
-            group.create_task(_forever(lambda: clients.free(jwts.token(secrets.token_hex(8)))))
+            group.create_task(_run_forever(lambda: clients.free(jwts.token(secrets.token_hex(8)))))
         for _ in range(plan["kids"]):
-            group.create_task(_forever(lambda: clients.free(jwts.token("x", secrets.token_hex(8)))))
+            group.create_task(_run_forever(lambda: clients.free(jwts.token("x", secrets.token_hex(8)))))
         print("running", flush=True)
 
 

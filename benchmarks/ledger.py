@@ -23,23 +23,23 @@ SIZES = (10, 1_000, 10_000, 100_000, 1_000_000)
 QUICK_SIZES = (10, 1_000, 10_000)
 TARGET_SIZE = 100_000  # with ten times as many entries each target is twice as high
 TEMPLATES = 10
-APART_S = 8.0  # ten thousand tasks in less than a day
+INTERVAL_S = 8.0  # ten thousand tasks in less than a day
 DAY_S = 86_400.0
 MONTH_S = 30 * DAY_S
-FILL_AT_ONCE = 100_000
+ROWS_PER_TRANSACTION = 100_000
 
 
 def run(quick: bool) -> list[Figure]:
     times = 50 if quick else 200
     sizes = QUICK_SIZES if quick else SIZES
     figures: list[Figure] = []
-    with standin("dot") as at:
+    with standin("dot") as evolink:
         for count in sizes:
             with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-                env = environment(Path(name), at.port)
+                env = environment(Path(name), evolink.port)
                 fill(Path(env["EVOLINK_MCP_DATA_DIR"]), count, _account(env))
                 figures += _figures(env, count, times)
-                figures += _calls(env, at, count, times // 10)
+                figures += _calls(env, evolink, count, times // 10)
     return figures
 
 
@@ -53,32 +53,32 @@ def _account(env: dict[str, str]) -> str:
 
 def _figures(env: dict[str, str], count: int, times: int) -> list[Figure]:
     """Return the times of the journal with `count` entries."""
-    full = Path(env["EVOLINK_MCP_DATA_DIR"])
-    empty = full.with_name("empty")
+    folder = Path(env["EVOLINK_MCP_DATA_DIR"])
+    empty = folder.with_name("empty")
     account = _account(env)
     factor = _target_factor(count)
-    _opened(empty, account).close()
+    _open_journal(empty, account).close()
     now = time.time()
     starts = [
-        (timed(lambda: _opened(full, account).close()), timed(lambda: _opened(empty, account).close()))
+        (timed(lambda: _open_journal(folder, account).close()), timed(lambda: _open_journal(empty, account).close()))
         for _ in range(11)
     ]
-    journal = _opened(full, account)
+    journal = _open_journal(folder, account)
     if (
         len(journal("recent", 20)) != min(20, count)
         or len(journal("recent", 20, words=(f"picture {count - 1}.",))) != 1
     ):
         raise RuntimeError("the journal was not filled as intended")
 
-    def median_ms(act: Callable[[], object]) -> float:
-        return middle([timed(act) for _ in range(times)]) * 1000
+    def median_ms(action: Callable[[], object]) -> float:
+        return middle([timed(action) for _ in range(times)]) * 1000
 
     task_id = f"task-unified-{count // 2:010d}-benchmark"
-    extra = middle([full_s for full_s, _ in starts]) - middle([empty_s for _, empty_s in starts])
+    extra_s = middle([full_s for full_s, _ in starts]) - middle([empty_s for _, empty_s in starts])
     with_entries = f"{count:,} entries: "
     figures = [
-        Figure(f"{with_entries}extra start", extra * 1000, "ms", 20 * factor,
-               f"{(full / FILE_NAME).stat().st_size / 1e6:.0f} MB"),
+        Figure(f"{with_entries}extra start", extra_s * 1000, "ms", 20 * factor,
+               f"{(folder / FILE_NAME).stat().st_size / 1e6:.0f} MB"),
         Figure(f"{with_entries}an entry by its task ID", median_ms(lambda: journal("by_task", task_id)), "ms", 0.1 * factor),
         Figure(f"{with_entries}a list of 20", median_ms(lambda: journal("recent", 20)), "ms", factor),
         Figure(f"{with_entries}a list of 20 failed ones", median_ms(lambda: journal("recent", 20, "failed")), "ms",
@@ -94,26 +94,26 @@ def _figures(env: dict[str, str], count: int, times: int) -> list[Figure]:
         Figure(f"{with_entries}reads before a purchase",
                median_ms(lambda: (journal("adopt"), journal("undelivered", ("f" * 64,), now - DAY_S))), "ms"),
     ]  # fmt: skip
-    writes, plain = _writes(journal, full.parent, account, times)
+    write_s, plain_s = _writes(journal, folder.parent, account, times)
     figures += [
-        Figure(f"{with_entries}a durable write", middle(writes) * 1000, "ms", 0.23 * factor,
-               f"95 % within {share(writes, 0.95) * 1000:.2f} ms"),
-        Figure(f"{with_entries}a durable write ÷ 4 KiB written and synced to a plain file", middle(writes) / middle(plain), "×",
-               None, f"plain: {middle(plain) * 1000:.2f} ms"),
+        Figure(f"{with_entries}a durable write", middle(write_s) * 1000, "ms", 0.23 * factor,
+               f"95 % within {share(write_s, 0.95) * 1000:.2f} ms"),
+        Figure(f"{with_entries}a durable write ÷ 4 KiB written and synced to a plain file", middle(write_s) / middle(plain_s),
+               "×", None, f"plain: {middle(plain_s) * 1000:.2f} ms"),
         Figure(f"{with_entries}close", timed(journal.close) * 1000, "ms", 50 * factor),
     ]  # fmt: skip
     return figures
 
 
-def _calls(env: dict[str, str], at: Standin, count: int, times: int) -> list[Figure]:
+def _calls(env: dict[str, str], evolink: Standin, count: int, times: int) -> list[Figure]:
     """Return the times of calls of a real server with `count` entries, over stdio."""
     lists: list[float] = []
     searches: list[float] = []
     orders: list[float] = []
     factor = _target_factor(count)
     with Pipe(SERVERS["ours"], env) as pipe:
-        pipe.greet()
-        pipe.ready()
+        pipe.initialize()
+        pipe.wait_until_ready()
         pipe.call("list_tasks", {})
         for number in range(times):
             lists.append(timed(lambda: pipe.call("list_tasks", {"limit": 10})))
@@ -121,7 +121,7 @@ def _calls(env: dict[str, str], at: Standin, count: int, times: int) -> list[Fig
             called_at = time.time()
             prompt = f"sim:slow=0.1 owl {number} of {count}"
             answer = pipe.call("generate_image", {"prompt": prompt, "wait_seconds": 60})
-            orders.append(at.record()["bought"][answer["structuredContent"]["task_id"]] - called_at)
+            orders.append(evolink.record()["purchased_at"][answer["structuredContent"]["task_id"]] - called_at)
         assert pipe.process.stdin is not None
         pipe.process.stdin.close()
         exit_s = timed(lambda: pipe.process.wait(30))
@@ -147,15 +147,15 @@ class Blocking:
         self.journal = SqliteJournal(folder, account)
         self._loop = asyncio.new_event_loop()
 
-    def __call__(self, name: str, *values: Any, **named: Any) -> Any:
-        return self._loop.run_until_complete(getattr(self.journal, name)(*values, **named))
+    def __call__(self, name: str, *values: Any, **options: Any) -> Any:
+        return self._loop.run_until_complete(getattr(self.journal, name)(*values, **options))
 
     def close(self) -> None:
         self("close")
         self._loop.close()
 
 
-def _opened(folder: Path, account: str) -> Blocking:
+def _open_journal(folder: Path, account: str) -> Blocking:
     """Open the journal and adopt the entries of dead servers, as a server does at its start."""
     journal = Blocking(folder, account)
     journal("adopt")
@@ -180,7 +180,7 @@ def fill(folder: Path, count: int, account: str) -> None:
     now = time.time()
     journal = Blocking(folder, account)
     for number in range(min(TEMPLATES, count)):
-        journal("intend", _entry(number, now - (count - number) * APART_S, account))
+        journal("intend", _entry(number, now - (count - number) * INTERVAL_S, account))
     journal.close()
     db = sqlite3.connect(folder / FILE_NAME, isolation_level=None)
     columns = [row[1] for row in db.execute("PRAGMA table_info(entries)")]
@@ -193,9 +193,9 @@ def fill(folder: Path, count: int, account: str) -> None:
             .replace(f"picture {template}.", f"picture {number}.") if isinstance(value, str) else value
             for name, value in rows[template].items()
         }  # fmt: skip
-        row |= {"key": new_key(), "created_at": now - (count - number) * APART_S, "fingerprint": f"{number:064x}"}
+        row |= {"key": new_key(), "created_at": now - (count - number) * INTERVAL_S, "fingerprint": f"{number:064x}"}
         db.execute(f"INSERT INTO entries VALUES ({', '.join('?' * len(columns))})", [row[name] for name in columns])
-        if number % FILL_AT_ONCE == 0:
+        if number % ROWS_PER_TRANSACTION == 0:
             db.execute("COMMIT")
             db.execute("BEGIN")
     db.execute("COMMIT")
@@ -214,9 +214,9 @@ def _writes(journal: Blocking, folder: Path, account: str, times: int) -> tuple[
         os.fsync(handle)
 
     writes: list[float] = []
-    bare: list[float] = []
+    plain_writes: list[float] = []
     for _ in range(times):
         writes.append(timed(lambda: journal("update", entry)))
-        bare.append(timed(write_plain))
+        plain_writes.append(timed(write_plain))
     os.close(handle)
-    return writes, bare
+    return writes, plain_writes

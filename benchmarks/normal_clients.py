@@ -16,7 +16,7 @@ from PIL import Image
 
 CALL_INTERVAL_S = 4.0
 IMAGE_INTERVAL_S = 2.0
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 JWT_LIFETIME_S = 3_600
 KEY_ID = "benchmark"
 
@@ -56,7 +56,7 @@ def png() -> bytes:
 def exchange(port: int, request: bytes) -> tuple[int, bytes]:
     """Send a request on a new connection. Return the status and the answer; status 0: no answer."""
     answer = bytearray()
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
         connection.sendall(request)
         while part := connection.recv(1 << 16):
             answer += part
@@ -122,9 +122,9 @@ class NormalClients:
                 return
 
     def _measure(self, request: bytes, sign: bytes) -> float:
-        started = time.monotonic()
+        started_at = time.monotonic()
         status, answer = exchange(self._port, request)
         if status == 200 and sign in answer.replace(b'": "', b'":"'):
-            return time.monotonic() - started
+            return time.monotonic() - started_at
         self.failures.append(f"{status} …{answer[-200:]!r}")
         return math.inf

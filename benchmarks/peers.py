@@ -30,8 +30,8 @@ def run(quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
         install = [npm, "install", "--prefix", name, "--no-audit", "--no-fund", "--loglevel=error", *PACKAGES]
-        run = subprocess.run(install, check=False, capture_output=True, text=True, timeout=300)
-        if run.returncode:
+        process = subprocess.run(install, check=False, capture_output=True, text=True, timeout=300)
+        if process.returncode:
             return [Figure("peers measured", 0, "", None, "npm could not install them")]
         env = environment(folder) | KEYS | {"PATH": os.environ.get("PATH", "")}
         record_first_answers(env, folder)  # this run also compiles the modules
@@ -67,9 +67,9 @@ def _figures(peer: str, pairs: list[tuple[Start, Start]]) -> list[Figure]:
 
 
 def _start(arguments: list[str], program: str | None, env: dict[str, str]) -> Start:
-    started = time.perf_counter()
+    started_at = time.perf_counter()
     with Pipe(arguments, env, program=program) as pipe:
-        tools = pipe.greet()
-        duration_s = time.perf_counter() - started
-        pipe.ready()
+        tools = pipe.initialize()
+        duration_s = time.perf_counter() - started_at
+        pipe.wait_until_ready()
         return duration_s, len(json.dumps(tools)), memory_mb(pipe.process.pid)

@@ -19,48 +19,55 @@ from evolink_mcp.studio.schedule import DURATIONS_MAX, Duration, Schedule, expec
 TITLE = "Polls"
 FIXED_S = 3.5
 CONSTANT_S = 100.0  # the estimate that EvoLink's page shows
-REGIME = 40  # tasks
+PHASE_TASKS = 40
 Progress = Callable[[float, float], float]
 Next = Callable[[float, float | None], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """`spread`: spread of durations around their median. `estimate(lasts, dice)`: EvoLink's estimate in seconds. `times(n)`: the
-    factor of the duration of task n.
+    """The tasks of a trial.
+
+    `spread`: spread of durations around their median. `estimate(duration_s, dice)`: EvoLink's estimate in seconds. `factor(n)`:
+    the factor of the duration of task n.
     """
 
     spread: float = 0.35
-    estimate: Callable[[float, random.Random], float | None] = lambda lasts, dice: CONSTANT_S
-    times: Callable[[int], float] = lambda number: 1.0
+    estimate: Callable[[float, random.Random], float | None] = lambda duration_s, dice: CONSTANT_S
+    factor: Callable[[int], float] = lambda number: 1.0
     progress: Progress | None = None
 
 
 TRIALS = {
     "spread 0.35": Trial(),
     "spread 0.6": Trial(0.6),
-    "no estimate": Trial(estimate=lambda lasts, dice: None),
-    "estimates wrong by −30 to +40 %": Trial(estimate=lambda lasts, dice: lasts * dice.uniform(0.7, 1.4)),
-    f"twice as long, every other {REGIME} tasks": Trial(times=lambda number: 2.0 if number // REGIME % 2 else 1.0),
-    f"half as long, every other {REGIME} tasks": Trial(times=lambda number: 0.5 if number // REGIME % 2 else 1.0),
-    "spread 0.6, and twice as long": Trial(0.6, times=lambda number: 2.0 if number // REGIME % 2 else 1.0),
-    "correct progress": Trial(progress=lambda elapsed, lasts: float(int(100 * elapsed / lasts))),
-    "constant progress": Trial(progress=lambda elapsed, lasts: 50.0),
+    "no estimate": Trial(estimate=lambda duration_s, dice: None),
+    "estimates wrong by −30 to +40 %": Trial(estimate=lambda duration_s, dice: duration_s * dice.uniform(0.7, 1.4)),
+    f"twice as long, every other {PHASE_TASKS} tasks": Trial(
+        factor=lambda number: 2.0 if number // PHASE_TASKS % 2 else 1.0
+    ),
+    f"half as long, every other {PHASE_TASKS} tasks": Trial(
+        factor=lambda number: 0.5 if number // PHASE_TASKS % 2 else 1.0
+    ),
+    "spread 0.6, and twice as long": Trial(0.6, factor=lambda number: 2.0 if number // PHASE_TASKS % 2 else 1.0),
+    "correct progress": Trial(progress=lambda elapsed, duration_s: float(int(100 * elapsed / duration_s))),
+    "constant progress": Trial(progress=lambda elapsed, duration_s: 50.0),
 }
 
 
 def run(quick: bool) -> list[Figure]:
-    times = 1_000 if quick else 4_000
+    task_count = 1_000 if quick else 4_000
     figures: list[Figure] = []
     for name, trial in TRIALS.items():
-        scheduled = _Result(trial, times)
-        fixed = _Result(trial, times, fixed_s=FIXED_S)
+        scheduled = _Result(trial, task_count)
+        fixed = _Result(trial, task_count, fixed_s=FIXED_S)
         # The lag of a fixed interval with as many polls as the schedule. It is half the interval.
         equal_lag_s = fixed.lag * fixed.polls / scheduled.polls
         has_target = name == "spread 0.35"
         figures += [
             Figure(f"mean lag: {name}", scheduled.lag, "s", 1.3 if has_target else None,
-                   f"95 % within {scheduled.late:.1f} s; {100 * scheduled.lag / scheduled.duration:.1f} % of the mean duration"),
+                   f"95 % within {scheduled.lag_95:.1f} s; "
+                   f"{100 * scheduled.lag / scheduled.duration:.1f} % of the mean duration"),
             Figure(f"polls per task: {name}", scheduled.polls, "", 15 if has_target else None,
                    f"every {FIXED_S} s: {fixed.polls:.1f} polls, lag {fixed.lag:.2f} s"),
             Figure(f"lag ÷ lag of a fixed interval with as many polls: {name}", scheduled.lag / equal_lag_s, "×", 1,
@@ -72,28 +79,30 @@ def run(quick: bool) -> list[Figure]:
 class _Result:
     """The result of a trial with many tasks, the same for each schedule. Lags and durations are in seconds."""
 
-    def __init__(self, trial: Trial, times: int, *, fixed_s: float | None = None) -> None:
+    def __init__(self, trial: Trial, task_count: int, *, fixed_s: float | None = None) -> None:
         dice, jitter = random.Random(20), random.Random(21)
         lags: list[float] = []
         polls: list[int] = []
         durations: list[float] = []
-        earlier: list[Duration] = []
-        for number in range(times):
+        earlier_durations: list[Duration] = []
+        for number in range(task_count):
             quality = dice.choice(["low", "medium", "medium", "high"])
-            lasts = TYPICAL_S[quality] * trial.times(number) * dice.lognormvariate(0.0, trial.spread)
-            estimate = trial.estimate(lasts, dice)
+            duration_s = TYPICAL_S[quality] * trial.factor(number) * dice.lognormvariate(0.0, trial.spread)
+            estimate = trial.estimate(duration_s, dice)
             if fixed_s is None:
-                schedule: Next = Schedule(expected(quality, estimate, earlier[-DURATIONS_MAX:]), jitter.random).next_s
+                schedule: Next = Schedule(
+                    expected(quality, estimate, earlier_durations[-DURATIONS_MAX:]), jitter.random
+                ).next_s
             else:
                 schedule = _fixed(fixed_s, jitter)
-            lag, poll_count = _poll_to_end(lasts, schedule, trial.progress)
+            lag, poll_count = _poll_to_end(duration_s, schedule, trial.progress)
             lags.append(lag)
             polls.append(poll_count)
-            durations.append(lasts)
-            earlier.append((quality, estimate, lasts + lag))
+            durations.append(duration_s)
+            earlier_durations.append((quality, estimate, duration_s + lag))
         self.lag = mean(lags)
         self.polls = mean(polls)
-        self.late = share(lags, 0.95)
+        self.lag_95 = share(lags, 0.95)
         self.duration = mean(durations)
 
 
@@ -103,14 +112,14 @@ def _fixed(every_s: float, dice: random.Random) -> Next:
     return lambda elapsed, progress: first.pop() if first else every_s
 
 
-def _poll_to_end(lasts_s: float, next_s: Next, progress: Progress | None) -> tuple[float, int]:
+def _poll_to_end(duration_s: float, next_s: Next, progress: Progress | None) -> tuple[float, int]:
     """Return the seconds between the end and its detection, and the number of polls before."""
     elapsed = 0.0
     last_progress: float | None = None
     polls = 0
     while True:
         elapsed += next_s(elapsed, last_progress)
-        if elapsed >= lasts_s:
-            return elapsed - lasts_s, polls
+        if elapsed >= duration_s:
+            return elapsed - duration_s, polls
         polls += 1
-        last_progress = progress(elapsed, lasts_s) if progress else None
+        last_progress = progress(elapsed, duration_s) if progress else None

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-benchmark-0123456789"
-GIVE_UP_S = 120.0
+TIMEOUT_S = 120.0
 SERVERS = {
     "ours": ["-P", "-m", "evolink_mcp"],
     "bare": ["-m", "benchmarks.servers", "sdk"],
@@ -47,16 +47,16 @@ class Pipe:
             [program or sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             cwd=ROOT, env=env, pass_fds=fds,
         )  # fmt: skip
-        self._number = 0
-        self._patience = threading.Timer(GIVE_UP_S, self.process.kill)
-        self._patience.daemon = True
-        self._patience.start()
+        self._last_id = 0
+        self._timeout = threading.Timer(TIMEOUT_S, self.process.kill)
+        self._timeout.daemon = True
+        self._timeout.start()
 
     def __enter__(self) -> Pipe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._patience.cancel()
+        self._timeout.cancel()
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.close()
@@ -67,24 +67,24 @@ class Pipe:
             self.process.wait()
         self.process.stdout.close()
 
-    def greet(self) -> Any:
+    def initialize(self) -> Any:
         """Initialize the session as an MCP host does, and return the list of tools."""
         client = {"name": "benchmark", "version": "1"}
-        self.ask("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
+        self.request("initialize", {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client})
         self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
-        return self.ask("tools/list", {})
+        return self.request("tools/list", {})
 
-    def ready(self) -> None:
+    def wait_until_ready(self) -> None:
         """Wait until the server has imported everything: only then it answers an unknown method."""
         with suppress(RuntimeError):
-            self.ask("nothing/known", {})
+            self.request("nothing/known", {})
 
     def call(self, tool: str, arguments: dict[str, Any]) -> Any:
-        return self.ask("tools/call", {"name": tool, "arguments": arguments})
+        return self.request("tools/call", {"name": tool, "arguments": arguments})
 
-    def ask(self, method: str, params: dict[str, Any]) -> Any:
-        self._number += 1
-        self._send({"jsonrpc": "2.0", "id": self._number, "method": method, "params": params})
+    def request(self, method: str, params: dict[str, Any]) -> Any:
+        self._last_id += 1
+        self._send({"jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params})
         return self._answer()
 
     def flood(self, tool: str, arguments: dict[str, Any], at_once: int) -> None:
@@ -92,8 +92,8 @@ class Pipe:
         params = {"name": tool, "arguments": arguments}
         lines = []
         for _ in range(at_once):
-            self._number += 1
-            lines.append(json.dumps({"jsonrpc": "2.0", "id": self._number, "method": "tools/call", "params": params}))
+            self._last_id += 1
+            lines.append(json.dumps({"jsonrpc": "2.0", "id": self._last_id, "method": "tools/call", "params": params}))
         assert self.process.stdin
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
         self.process.stdin.flush()
@@ -118,9 +118,9 @@ class Pipe:
 
 def record_first_answers(env: dict[str, str], home: Path) -> None:
     """Run the server until its recording is in the cache folder."""
-    end = time.monotonic() + GIVE_UP_S
+    end = time.monotonic() + TIMEOUT_S
     with Pipe(SERVERS["ours"], env) as pipe:
-        pipe.greet()
+        pipe.initialize()
         while not list(home.rglob("startup-*.tsv")):
             if time.monotonic() > end:
                 raise RuntimeError("the server did not record its first answers")
@@ -186,7 +186,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def timed(act: Any) -> float:
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
+def timed(action: Any) -> float:
+    started_at = time.perf_counter()
+    action()
+    return time.perf_counter() - started_at

@@ -22,13 +22,13 @@ def run(quick: bool) -> list[Figure]:
     kinds = {"1K": {"size": "1:1", "resolution": "1K"}, "4K": {"size": "16:9", "resolution": "4K"}}
     for kind in ("4K",) if quick else kinds:
         with (
-            standin(kind) as at,
+            standin(kind) as evolink,
             tempfile.TemporaryDirectory(prefix="benchmark-") as name,
-            Pipe(SERVERS["ours"], environment(Path(name), at.port)) as pipe,
+            Pipe(SERVERS["ours"], environment(Path(name), evolink.port)) as pipe,
         ):
-            pipe.greet()
-            pipe.ready()
-            first, *later = [_job(pipe, at, kinds[kind], number) for number in range(repeats + 1)]
+            pipe.initialize()
+            pipe.wait_until_ready()
+            first, *later = [_job(pipe, evolink, kinds[kind], number) for number in range(repeats + 1)]
         before, after = (middle([job[part] for job in later]) for part in (0, 1))
         figures += [
             Figure(f"own share of one {kind} image", middle([sum(job) for job in later]), "s", 0.5,
@@ -39,7 +39,7 @@ def run(quick: bool) -> list[Figure]:
     return figures
 
 
-def _job(pipe: Pipe, at: Standin, size: dict[str, str], number: int) -> tuple[float, float]:
+def _job(pipe: Pipe, evolink: Standin, size: dict[str, str], number: int) -> tuple[float, float]:
     """Return the server's own seconds before the POST and after the poll that detected the end."""
     called_at = time.time()
     answer = pipe.call("generate_image", {"prompt": f"sim:slow=1.5 picture {number}", "wait_seconds": 60, **size})
@@ -48,6 +48,6 @@ def _job(pipe: Pipe, at: Standin, size: dict[str, str], number: int) -> tuple[fl
     if answer.get("isError") or not all(image["path"] for image in facts["images"]):
         raise RuntimeError(f"the tool failed: {answer['content'][0]['text'][:300]}")
     task_id = facts["task_id"]
-    record = at.record()
-    download_s = sum(end - begin for begin, end in record["fetched"][task_id])
-    return record["bought"][task_id] - called_at, answered_at - record["end_reported_at"][task_id] - download_s
+    record = evolink.record()
+    download_s = sum(ended_at - started_at for started_at, ended_at in record["downloads"][task_id])
+    return record["purchased_at"][task_id] - called_at, answered_at - record["end_reported_at"][task_id] - download_s

@@ -52,10 +52,10 @@ class Recorder:
         self._pictures = pictures
         self._batch = batch
         self.counts: Counter[str] = Counter()
-        self.bought: dict[str, float] = {}
+        self.purchased_at: dict[str, float] = {}
         self.end_reported_at: dict[str, float] = {}
         self._certain_ids: set[str] = set()
-        self.fetched: dict[str, list[tuple[float, float]]] = {}
+        self.downloads: dict[str, list[tuple[float, float]]] = {}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         path = scope["path"]
@@ -67,9 +67,9 @@ class Recorder:
             ends = {task.id: task.created + task.duration for task in self._simulator.tasks.values()}
             record = {
                 "counts": self.counts,
-                "bought": self.bought,
+                "purchased_at": self.purchased_at,
                 "end_reported_at": self.end_reported_at,
-                "fetched": self.fetched,
+                "downloads": self.downloads,
                 "ends": ends,
             }
             return await _answer(send, 200, json.dumps(record).encode())
@@ -78,7 +78,7 @@ class Recorder:
             number = int(name.partition(".")[0])
             self.counts["picture"] += 1
             await _answer(send, 200, self._pictures[number % len(self._pictures)], b"image/png")
-            self.fetched.setdefault(task_id, []).append((arrived_at, time.time()))
+            self.downloads.setdefault(task_id, []).append((arrived_at, time.time()))
             return None
         if path == "/v1/tasks/batch":
             self.counts["batch"] += 1
@@ -94,21 +94,21 @@ class Recorder:
         if path == "/v1/tasks/batch" and self._simulator.requests:
             self.counts["batched polls"] += len(json.loads(self._simulator.requests[-1].body)["task_ids"])
         if len(self._simulator.tasks) > before:
-            self.counts["bought"] += 1
-            self.bought[next(reversed(self._simulator.tasks))] = arrived_at
+            self.counts["purchases"] += 1
+            self.purchased_at[next(reversed(self._simulator.tasks))] = arrived_at
         task = self._simulator.tasks.get(path.removeprefix("/v1/tasks/"))
         if task is not None:
-            self._note_poll(task, is_certain=task.id in completed_ids)
+            self._record_poll(task, is_certain=task.id in completed_ids)
         return None
 
-    def _note_poll(self, task: SimulatedTask, *, is_certain: bool) -> None:
-        """A task that ended during its poll was perhaps reported as running. Then another poll follows."""
+    def _record_poll(self, task: SimulatedTask, *, is_certain: bool) -> None:
+        """Record the first poll that reported the end. A task that ended during its poll was perhaps reported as running."""
         if task.id not in self._certain_ids and (is_certain or self._is_completed(task)):
             self.end_reported_at[task.id] = time.time()
         if is_certain:
             self._certain_ids.add(task.id)
 
-    async def call_back(self, port: int) -> None:
+    async def send_callbacks(self, port: int) -> None:
         """Send a callback for each task that ends, forever. The public hostname leads to this port."""
         sent: set[str] = set()
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client, anyio.create_task_group() as group:
@@ -153,7 +153,7 @@ async def serve(kind: str, *, batch: bool, callback_port: int | None) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(web.serve)
         if callback_port is not None:
-            group.start_soon(app.call_back, callback_port)
+            group.start_soon(app.send_callbacks, callback_port)
         while not web.started:
             await anyio.sleep(0.01)
         print(web.servers[0].sockets[0].getsockname()[1], flush=True)

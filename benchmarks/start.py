@@ -26,7 +26,7 @@ PAUSE_S = 2.0
 ARGUMENTS = {"compute_size": {"size": "1:1"}, "nothing": {}}
 LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")
 # Run the server with a thread that reports the loaded modules and the opened HTML pages on request.
-SPY = """
+REPORTER_SCRIPT = """
 import json, os, runpy, sys, threading
 request_fd = int(sys.argv[1])
 report_fd = int(sys.argv[2])
@@ -55,31 +55,33 @@ def run(quick: bool) -> list[Figure]:
         pairs = [(_start("ours", env), _start("bare", env)) for _ in range(rounds)]
         # Another home has no recorded answers, so the SDK answers.
         homes = [env | {"HOME": f"{name}/home-{number}"} for number in range(rounds)]
-        whole = [(_start("ours", home), _start("bare", env)) for home in homes]
+        without_answers = [(_start("ours", home), _start("bare", env)) for home in homes]
         with_call = [(_start("ours", env, "compute_size"), _start("bare", env, "nothing")) for _ in range(rounds)]
-        with standin() as at:
-            with_post = [(_first_post(env, at, number), _start("bare", env, "nothing")) for number in range(rounds)]
+        with standin() as evolink:
+            with_post = [
+                (_first_post(env, evolink, number), _start("bare", env, "nothing")) for number in range(rounds)
+            ]
             later_post = [
-                (_first_post(env, at, rounds + number, PAUSE_S), _later_call("bare", env, "nothing"))
+                (_first_post(env, evolink, rounds + number, PAUSE_S), _later_call("bare", env, "nothing"))
                 for number in range(rounds)
             ]
         later = [(_later_call("ours", env, "compute_size"), _later_call("bare", env, "nothing")) for _ in range(rounds)]
         uncompiled = env | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": f"{name}/nothing"}
         cold = [(_start("ours", uncompiled), _start("bare", uncompiled)) for _ in range(3)]
-        modules, pages = _loaded(env)
+        modules, pages = _loaded_modules(env)
         memory, calls = _memory_after_calls(env)
     early = [word for word in LATE if word in modules] + pages
     figures = [
         _ratio("from process start to the list of tools ÷ bare MCPServer on the SDK's stdio", pairs, 0.06),
         _ratio("the same without bytecode", cold, None),
-        _ratio("the same without recorded answers", whole, 1.10),
+        _ratio("the same without recorded answers", without_answers, 1.10),
         _ratio("from process start to the answer of compute_size ÷ of a tool that does nothing", with_call, 0.8),
         _later(f"the first compute_size {PAUSE_S:g} s after the list of tools", later),
         _ratio("from process start to the first POST ÷ to the answer of a tool that does nothing", with_post, 1.1),
         _later(f"from the first purchase {PAUSE_S:g} s after the list of tools to its POST", later_post),
     ]
-    if whole[0][0][1] is not None:
-        cpu = middle([project[1] / bare[1] for project, bare in whole])  # pyright: ignore[reportOperatorIssue]
+    if without_answers[0][0][1] is not None:
+        cpu = middle([project[1] / bare[1] for project, bare in without_answers])  # pyright: ignore[reportOperatorIssue]
         figures.append(
             Figure(
                 "without recorded answers, by CPU time", cpu, "×", None, "other work on the machine hardly changes it"
@@ -114,46 +116,48 @@ def _later(name: str, pairs: Pairs) -> Figure:
 
 def _start(server: str, env: dict[str, str], tool: str = "") -> tuple[float, float | None]:
     """Return the wall time and the CPU time from the process start to the list of tools, or to the answer of a tool."""
-    started = time.perf_counter()
+    started_at = time.perf_counter()
     with Pipe(SERVERS[server], env) as pipe:
-        pipe.greet()
+        pipe.initialize()
         if tool:
             pipe.call(tool, ARGUMENTS[tool])
-        return time.perf_counter() - started, cpu_s(pipe.process.pid)
+        return time.perf_counter() - started_at, cpu_s(pipe.process.pid)
 
 
 def _later_call(server: str, env: dict[str, str], tool: str) -> tuple[float, None]:
     """Return the wall time of the first call, some time after the list of tools, as a person causes it."""
     with Pipe(SERVERS[server], env) as pipe:
-        pipe.greet()
+        pipe.initialize()
         time.sleep(PAUSE_S)
         return timed(lambda: pipe.call(tool, ARGUMENTS[tool])), None
 
 
-def _first_post(env: dict[str, str], at: Standin, number: int, pause_s: float = 0.0) -> tuple[float, None]:
+def _first_post(env: dict[str, str], evolink: Standin, number: int, pause_s: float = 0.0) -> tuple[float, None]:
     """Return the wall time from the process start to the arrival of the first purchase at the simulated EvoLink.
 
     With a pause after the list of tools, the time begins at the end of the pause.
     """
-    started = time.time()
-    with Pipe(SERVERS["ours"], env | {"EVOLINK_BASE_URL": f"http://127.0.0.1:{at.port}"}) as pipe:
-        pipe.greet()
+    started_at = time.time()
+    with Pipe(SERVERS["ours"], env | {"EVOLINK_BASE_URL": f"http://127.0.0.1:{evolink.port}"}) as pipe:
+        pipe.initialize()
         if pause_s:
             time.sleep(pause_s)
-            started = time.time()
+            started_at = time.time()
         # The ID is in the answer as soon as EvoLink has accepted the purchase.
         answer = pipe.call("generate_image", {"prompt": f"sim:fast start {number}", "wait_seconds": 0})
-        return at.record()["bought"][answer["structuredContent"]["task_id"]] - started, None
+        return evolink.record()["purchased_at"][answer["structuredContent"]["task_id"]] - started_at, None
 
 
-def _loaded(env: dict[str, str]) -> tuple[set[str], list[str]]:
+def _loaded_modules(env: dict[str, str]) -> tuple[set[str], list[str]]:
     request_read, request_write = os.pipe()
     report_read, report_write = os.pipe()
-    with Pipe(["-P", "-c", SPY, str(request_read), str(report_write)], env, fds=(request_read, report_write)) as pipe:
+    with Pipe(
+        ["-P", "-c", REPORTER_SCRIPT, str(request_read), str(report_write)], env, fds=(request_read, report_write)
+    ) as pipe:
         os.close(request_read)
         os.close(report_write)
-        pipe.greet()
-        pipe.ready()
+        pipe.initialize()
+        pipe.wait_until_ready()
         os.write(request_write, b".")
         with open(report_read, "rb") as file:
             modules, pages = json.load(file)
@@ -163,7 +167,7 @@ def _loaded(env: dict[str, str]) -> tuple[set[str], list[str]]:
 
 def _memory_after_calls(env: dict[str, str]) -> tuple[float, int]:
     with Pipe(SERVERS["ours"], env) as pipe:
-        pipe.greet()
+        pipe.initialize()
         for _ in range(8):
             pipe.call("compute_size", {"size": "16:9", "resolution": "2K"})
         for _ in range(2):

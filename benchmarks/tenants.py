@@ -76,35 +76,35 @@ def run(quick: bool) -> list[Figure]:
                f"{peak.descriptors:,} of {results['descriptors_max']:,}"),
         Figure("a free call of a normal tenant, 99 % within", share(call_s, 0.99), "s", 0.3,
                f"50 % within {middle(call_s):.3f} s, 90 % within {share(call_s, 0.9):.2f} s, maximum {max(call_s):.2f} s, "
-               f"{len(call_s):,} calls; {len(results['failures'])} calls and images failed{_first(results['failures'])}"),
+               f"{len(call_s):,} calls; {len(results['failures'])} calls and images failed{_first_failure(results['failures'])}"),
         Figure("the same with a server that does nothing", share(results["reference_s"], 0.99), "s", None,
                f"50 % within {middle(results['reference_s']):.3f} s: the share of the machine"),
         Figure("delay of a normal image", max(delays), "s", 2,
                f"50 % within {middle(delays):.2f} s, 90 % within {share(delays, 0.9):.2f} s, {len(delays)} images; "
                f"{middle(quiet_s):.2f} s without the attack"),
         Figure("spent share of the total limit", 100 * used_share, "%", 100,
-               f"{results['credits']:.1f} credits; {results['refused']} further purchases were refused"),
+               f"{results['credits']:.1f} credits; {results['refusals']} further purchases were refused"),
         Figure("share of one core that the server uses", 100 * results["core"], "%"),
     ]  # fmt: skip
 
 
-def _first(failures: list[str]) -> str:
+def _first_failure(failures: list[str]) -> str:
     return f": {failures[0]}" if failures else ""
 
 
 def _attack(seconds: float) -> dict[str, Any]:
     port = free_port()
     with (
-        standin("1K", callback_port=port) as at,
+        standin("1K", callback_port=port) as evolink,
         tempfile.TemporaryDirectory(prefix="benchmark-") as name,
         _issuer() as (issuer, key),
     ):
         folder = Path(name)
         tokens = {f"{kind}{number}": f"token-{kind}{number}" for kind in TOKEN_KINDS for number in range(TENANTS[kind])}
-        normal = {f"normal{number}": f"token-normal{number}" for number in range(NORMAL_TENANTS - 1)}
+        normal_names = {f"normal{number}": f"token-normal{number}" for number in range(NORMAL_TENANTS - 1)}
         audience = f"{PUBLIC_URL}/mcp"
         jwts = Jwts(key, issuer, audience)
-        normal_tokens = [*normal.values(), jwts.token("normal")]
+        normal_tokens = [*normal_names.values(), jwts.token("normal")]
         plan: dict[str, Any] = {
             kind: [tokens[f"{kind}{number}"] for number in range(TENANTS[kind])] for kind in TOKEN_KINDS
         }
@@ -112,8 +112,10 @@ def _attack(seconds: float) -> dict[str, Any]:
         plan |= {"audience": audience}
         images = IMAGES_BEFORE_THE_END + IMAGES_LEFT + int((seconds + QUIET_S) / 2)
         credits_max = round(images * IMAGE_CREDITS, 1)
-        (folder / "tokens.toml").write_text("\n".join(_block(name, token) for name, token in (tokens | normal).items()))
-        env = environment(folder, at.port) | {
+        (folder / "tokens.toml").write_text(
+            "\n".join(_token_block(name, token) for name, token in (tokens | normal_names).items())
+        )
+        env = environment(folder, evolink.port) | {
             "EVOLINK_MCP_TOKENS_FILE": str(folder / "tokens.toml"),
             "EVOLINK_MCP_OAUTH_ISSUER": issuer,
             "EVOLINK_MCP_PUBLIC_URL": PUBLIC_URL,
@@ -123,26 +125,26 @@ def _attack(seconds: float) -> dict[str, Any]:
         with _server(port, env) as server:
             _wait_until_all_answer(port, [*tokens.values(), *normal_tokens])
             idle_mb = _memory_mb(server.pid)
-            quiet = NormalClients(port, normal_tokens)
-            _measure(quiet, QUIET_S)
+            quiet_clients = NormalClients(port, normal_tokens)
+            _measure(quiet_clients, QUIET_S)
             clients = NormalClients(port, normal_tokens)
             with _hostile_clients(folder, plan | {"port": port}), _peaks(server.pid) as peaks:
                 cpu_before = cpu_s(server.pid) or 0.0
-                started = time.monotonic()
+                started_at = time.monotonic()
                 _measure(clients, seconds)
-                core = ((cpu_s(server.pid) or 0.0) - cpu_before) / (time.monotonic() - started)
-                refused = _buy_too_much(port, list(tokens.values()))
-            used = _used_credits(at.port)
+                core = ((cpu_s(server.pid) or 0.0) - cpu_before) / (time.monotonic() - started_at)
+                refusal_count = _buy_too_much(port, list(tokens.values()))
+            used_credits = _used_credits(evolink.port)
         return {
-            "quiet_image_s": quiet.image_s, "call_s": clients.call_s, "image_s": clients.image_s,
+            "quiet_image_s": quiet_clients.image_s, "call_s": clients.call_s, "image_s": clients.image_s,
             "failures": clients.failures, "idle_mb": idle_mb, "core": core,
             "peak": _Peak(*(max(getattr(peak, name) for peak in peaks) for name in _Peak.__slots__)),
-            "descriptors_max": DESCRIPTORS[1], "credits": used, "credits_max": credits_max, "refused": refused,
+            "descriptors_max": DESCRIPTORS[1], "credits": used_credits, "credits_max": credits_max, "refusals": refusal_count,
             "reference_s": _reference(folder, plan, normal_tokens),
         }  # fmt: skip
 
 
-def _block(name: str, token: str) -> str:
+def _token_block(name: str, token: str) -> str:
     return f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n'
 
 

@@ -27,7 +27,7 @@ def minimal_environment(home: Path, **settings: str) -> dict[str, str]:
 def cache_folders(home: Path) -> list[Path]:
     """Return the cache folders of a server process whose home is `home`.
 
-    Windows does not derive the folder from the home. Elsewhere the real cache of this user must not take part.
+    Windows does not derive the folder from the home. The server must not use the cache of this user.
     """
     from evolink_mcp.app.environment import cache_folder
 

@@ -39,7 +39,9 @@ from evolink_mcp.teams.settings import TeamSettings
 from evolink_mcp.teams.studios import open_team_database, team_parts
 
 # A failed assert in these modules shows its values, as in tests.
-pytest.register_assert_rewrite("town", "killer", "office", "faulty_gateway", "cluster", "drawings", "blocking")
+pytest.register_assert_rewrite(
+    "kill_harness", "killer", "team_server", "faulty_gateway", "cluster", "drawings", "blocking"
+)
 
 KEY = "sk-canary-0123456789abcdef"
 # Without a name of its own a client gets no previews.
@@ -145,12 +147,12 @@ class World:
 
     @property
     def posts(self) -> int:
-        """The number of sent purchases."""
+        """Return the number of sent purchases."""
         return sum(r.method == "POST" and r.path == "/v1/images/generations" for r in self.simulator.requests)
 
     @property
     def files(self) -> list[Path]:
-        """All files of the output folder except sidecars."""
+        """Return all files of the output folder except sidecars."""
         return sorted(p for p in (self.folder / "pictures").rglob("*") if p.is_file() and p.suffix != ".json")
 
     @asynccontextmanager
@@ -178,7 +180,7 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
         team = {"EVOLINK_MCP_DATABASE_URL": database, "EVOLINK_MCP_SECRET": "s" * 32}
 
     @asynccontextmanager
-    async def opened(
+    async def open_one_world(
         environ: dict[str, str] | None = None,
         simulator: Simulator | None = None,
         clock: Clock | None = None,
@@ -225,29 +227,29 @@ def open_world(tmp_path: Path, request: pytest.FixtureRequest, decoder: Decoder)
                 async with open_studio(settings, parts, decoder=world_decoder, **options) as studio:
                     yield World(studio, simulator, clock, tmp_path, settings)
 
-    return opened
+    return open_one_world
 
 
 @pytest.fixture
 def decoder() -> Decoder:
-    """An image decoder with real processes."""
+    """Return an image decoder with real processes."""
     return shared_decoder()
 
 
 @pytest.fixture
 async def world(open_world: Open) -> AsyncIterator[World]:
-    async with open_world() as opened:
-        yield opened
+    async with open_world() as one_world:
+        yield one_world
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """A PostgreSQL server for the tests."""
+    """Yield a PostgreSQL server for the tests."""
     if sys.platform == "win32":
         pytest.skip("needs PostgreSQL for Windows")
-    from cluster import programs, running
+    from cluster import find_programs, run_cluster
 
-    if programs() is None:
+    if find_programs() is None:
         pytest.skip("needs PostgreSQL, for example Debian's package postgresql")
-    with running() as server:
+    with run_cluster() as server:
         yield server

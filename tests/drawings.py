@@ -1,4 +1,4 @@
-"""Small pictures for tests, as bytes: plain or noisy, whole or damaged, with everything that may hide in a file."""
+"""Make small images for tests, as bytes: plain or noisy, with metadata, or with a false size."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SECRET = "the-photographer-was-here"
 def drawing(
     size: tuple[int, int] = (64, 48), kind: str = "PNG", mode: str = "RGB", shade: int = 90, **save: Any
 ) -> bytes:
-    """A plain picture; `shade` makes one differ from another."""
+    """Return an image of one colour. Another `shade` gives another image."""
     out = io.BytesIO()
     Image.new(mode, size, (shade, 40, 200, 0)[: len(mode)]).save(out, kind, **save)
     return out.getvalue()
 
 
-def changed(picture: bytes, change: Callable[[Image.Image], object], **save: Any) -> bytes:
-    """The picture after `change`, saved in its own kind."""
+def change_image(picture: bytes, change: Callable[[Image.Image], object], **save: Any) -> bytes:
+    """Return the image after `change`, in its own file type."""
     out = io.BytesIO()
     with Image.open(io.BytesIO(picture)) as image:
         change(image)
@@ -31,23 +31,23 @@ def changed(picture: bytes, change: Callable[[Image.Image], object], **save: Any
     return out.getvalue()
 
 
-def turned(picture: bytes, orientation: int) -> bytes:
-    """The same pixels, with an EXIF orientation that turns them: 1 to 8."""
+def with_orientation(picture: bytes, orientation: int) -> bytes:
+    """Return the same pixels with an EXIF orientation from 1 to 8."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return changed(picture, lambda _: None, exif=exif.tobytes())
+    return change_image(picture, lambda _: None, exif=exif.tobytes())
 
 
 def noise(size: tuple[int, int], kind: str = "PNG", **save: Any) -> bytes:
-    """A picture that no codec makes small."""
+    """Return an image that no codec compresses well."""
     out = io.BytesIO()
     bands = [Image.effect_noise(size, 120) for _ in range(3)]
     Image.merge("RGB", bands).save(out, kind, **save)
     return out.getvalue()
 
 
-def talkative(kind: str) -> bytes:
-    """A picture with text and EXIF in it."""
+def image_with_metadata(kind: str) -> bytes:
+    """Return an image with a text and with EXIF."""
     exif = Image.Exif()
     exif[0x010E] = SECRET
     options: dict[str, Any] = {"exif": exif.tobytes()}
@@ -62,8 +62,8 @@ def talkative(kind: str) -> bytes:
     return drawing((320, 200), kind, **options)
 
 
-def vast(width: int, height: int) -> bytes:
-    """A PNG that says it has so many pixels, and holds none."""
+def png_without_pixels(width: int, height: int) -> bytes:
+    """Return a PNG whose header has this size and which has no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

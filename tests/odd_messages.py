@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 INITIALIZE: dict[str, Any] = {
     "jsonrpc": "2.0",
@@ -25,7 +25,7 @@ DISCOVER: dict[str, Any] = {
     "method": "server/discover",
     "params": {"_meta": ENVELOPE},
 }
-HELLO = {"legacy": INITIALIZE, "modern": DISCOVER}
+FIRST_MESSAGES = {"legacy": INITIALIZE, "modern": DISCOVER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def _request(method: str, params: bytes) -> bytes:
 
 
 def _envelope(odd: str) -> bytes:
-    """The envelope of 2026-07-28 with an odd value in one member."""
+    """Return the envelope of 2026-07-28 with an odd value in one member."""
     members = [b'"%b":%b' % (name.encode(), b"%(value)b" if name == odd else json.dumps(value).encode())
                for name, value in ENVELOPE.items()]  # fmt: skip
     return b'"_meta":{' + b",".join(members) + b"}"
@@ -244,7 +244,7 @@ CASES = _cases()
 
 
 def proofs(era: str, number: int) -> dict[str, dict[str, Any]]:
-    """Good requests by their IDs, which nothing else uses: each must get a result."""
+    """Return good requests by their IDs, which no other message has. Each must get a result."""
     methods: dict[str, dict[str, Any]] = {
         "ping" if era == "legacy" else "server/discover": {},
         "tools/list": {},
@@ -264,52 +264,51 @@ def proofs(era: str, number: int) -> dict[str, dict[str, Any]]:
 
 # --- generated messages ---
 
-_TEXT = some.text(some.characters(exclude_categories=()), max_size=12)
-_SCALAR = some.none() | some.booleans() | some.integers() | some.floats() | _TEXT
-_JSON = some.recursive(
-    _SCALAR, lambda inner: some.lists(inner, max_size=3) | some.dictionaries(_TEXT, inner, max_size=3), max_leaves=8
+_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
+_SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | _TEXT
+_JSON = st.recursive(
+    _SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3), max_leaves=8
 )
-_METHODS = some.sampled_from(
+_METHODS = st.sampled_from(
     "initialize ping tools/list tools/call prompts/list prompts/get resources/list resources/read resources/templates/list "
     "completion/complete logging/setLevel server/discover tasks/get notifications/initialized notifications/cancelled "
     "notifications/progress notifications/roots/list_changed".split()
 )
-_META_OBJECTS = some.fixed_dictionaries(
+_META_OBJECTS = st.fixed_dictionaries(
     {},
     optional={
         "progressToken": _JSON,
         "traceparent": _JSON,
         "tracestate": _JSON,
         "baggage": _JSON,
-        **{name: some.just(value) | _JSON for name, value in ENVELOPE.items()},
+        **{name: st.just(value) | _JSON for name, value in ENVELOPE.items()},
     },
 )
-_PARAMS = some.fixed_dictionaries(
+_PARAMS = st.fixed_dictionaries(
     {},
     optional={
         "_meta": _META_OBJECTS | _JSON,
-        "name": some.sampled_from(["compute_size", "generate_image", "get_task", "list_tasks", "new_picture"]) | _JSON,
-        "arguments": some.dictionaries(some.sampled_from(["size", "prompt", "n", "task_id"]), _JSON, max_size=3)
-        | _JSON,
+        "name": st.sampled_from(["compute_size", "generate_image", "get_task", "list_tasks", "new_picture"]) | _JSON,
+        "arguments": st.dictionaries(st.sampled_from(["size", "prompt", "n", "task_id"]), _JSON, max_size=3) | _JSON,
         "requestId": _JSON,
         "progressToken": _JSON,
         "progress": _JSON,
         "cursor": _JSON,
-        "protocolVersion": some.sampled_from(["2025-11-25", "2026-07-28"]) | _JSON,
-        "capabilities": some.just({}) | _JSON,
-        "clientInfo": some.just({"name": "odd", "version": "1"}) | _JSON,
+        "protocolVersion": st.sampled_from(["2025-11-25", "2026-07-28"]) | _JSON,
+        "capabilities": st.just({}) | _JSON,
+        "clientInfo": st.just({"name": "odd", "version": "1"}) | _JSON,
         "uri": _JSON,
     },
 )
-_MESSAGES = some.fixed_dictionaries(
+_MESSAGES = st.fixed_dictionaries(
     {},
     optional={
-        "jsonrpc": some.just("2.0") | some.just("2.0") | _JSON,
-        "id": some.integers(0, 3) | _JSON,
+        "jsonrpc": st.just("2.0") | st.just("2.0") | _JSON,
+        "id": st.integers(0, 3) | _JSON,
         "method": _METHODS | _JSON,
         "params": _PARAMS | _JSON,
         "result": _JSON,
-        "error": some.fixed_dictionaries({"code": _JSON, "message": _JSON}) | _JSON,
+        "error": st.fixed_dictionaries({"code": _JSON, "message": _JSON}) | _JSON,
     },
 )
 
@@ -318,16 +317,16 @@ def _encoded(message: Any, is_ascii: bool) -> bytes:
     return json.dumps(message, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass").replace(b"\n", b" ")
 
 
-@some.composite
-def _damaged(draw: some.DrawFn) -> bytes:
-    """A message with some bytes that are changed or missing."""
-    line = bytearray(_encoded(draw(_MESSAGES), draw(some.booleans())))
-    for _ in range(draw(some.integers(1, 3))):
-        start = draw(some.integers(0, len(line)))
-        line[start : start + draw(some.integers(0, 3))] = draw(some.binary(max_size=3))
+@st.composite
+def _damaged(draw: st.DrawFn) -> bytes:
+    """Draw a message with some bytes that are changed or missing."""
+    line = bytearray(_encoded(draw(_MESSAGES), draw(st.booleans())))
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(line)))
+        line[start : start + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
     return bytes(line).replace(b"\n", b" ")
 
 
-LINES = some.builds(_encoded, _MESSAGES | _JSON, some.booleans()) | _damaged() | some.sampled_from(
+LINES = st.builds(_encoded, _MESSAGES | _JSON, st.booleans()) | _damaged() | st.sampled_from(
     [case.line for case in CASES.values() if len(case.line) < 1_000]
 )  # fmt: skip

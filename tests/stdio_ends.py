@@ -17,8 +17,8 @@ def no_answer(line: bytes) -> bytes | None:
     return None
 
 
-class Ends:
-    """The client's ends of the pipes, and everything that the server's side has received."""
+class Pipes:
+    """The two pipes of a client, and the lines that the server received."""
 
     def __init__(self) -> None:
         self._server_in, self._to_server = os.pipe()
@@ -30,10 +30,10 @@ class Ends:
 
     def open(self, early: Early = no_answer, *, reads_from: Any = None, **options: Any) -> StdioLines:
         """Begin to read from the client, or from `reads_from`."""
-        ends = (self._server_in if reads_from is None else reads_from, self._server_out)
-        return StdioLines(early, ends, leave=self.exit_codes.put, **options)
+        pipes = (self._server_in if reads_from is None else reads_from, self._server_out)
+        return StdioLines(early, pipes, leave=self.exit_codes.put, **options)
 
-    def say(self, *lines: bytes) -> None:
+    def send(self, *lines: bytes) -> None:
         self.write(b"".join(line + b"\n" for line in lines))
 
     def write(self, data: bytes) -> None:
@@ -41,28 +41,28 @@ class Ends:
         while view:
             view = view[os.write(self._to_server, view) :]
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Return the next message of the server."""
         return json.loads(self._next_line())
 
-    def rest(self) -> list[bytes]:
-        """Close the server's end, and return all lines that `hear` has not returned."""
+    def read_rest(self) -> list[bytes]:
+        """Close the server's end, and return all lines that `receive` has not returned."""
         os.close(self._server_out)
         self._server_out = -1
         return list(iter(self._next_line, b""))
 
-    def hang_up(self) -> None:
+    def close_stdin(self) -> None:
         if self._to_server >= 0:
             os.close(self._to_server)
             self._to_server = -1
 
     def stop_reading(self) -> None:
-        """Close the client's end of stdout. Call it only before `hear`."""
+        """Close the client's end of stdout. Call it only before `receive`."""
         os.close(self._from_server)
         self._from_server = -1
 
     def close(self) -> None:
-        self.hang_up()
+        self.close_stdin()
         if self._server_out >= 0:
             os.close(self._server_out)
         if self._reader is not None:

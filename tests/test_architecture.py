@@ -211,7 +211,7 @@ ONLY_IN = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name below `evolink_mcp`; the packages' own `__init__` files hold only a docstring."""
+    """Return every module by its dotted name below `evolink_mcp`; the packages' own `__init__` files hold only a docstring."""
     paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
 
@@ -221,7 +221,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names that a file imports, those inside functions too; `from package import module` names the module."""
+    """Return the dotted names that a file imports, also inside functions; `from package import module` names the module."""
     names: set[str] = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -238,13 +238,13 @@ def test_every_module_has_its_place_in_the_reading_order() -> None:
     assert sorted(modules()) == sorted(ORDER)
 
 
-def test_the_modules_stand_in_the_order_of_their_packages() -> None:
+def test_the_modules_are_in_the_order_of_their_packages() -> None:
     packages = [name.rpartition(".")[0] for name in ORDER[:-1]]
     assert [name for name, _ in groupby(packages)] == ["", *PACKAGES]
 
 
 @EACH_MODULE
-def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+def test_a_module_imports_only_modules_before_it(module: str) -> None:
     own_names = {
         name.removeprefix("evolink_mcp.") for name in imports(modules()[module]) if name.startswith("evolink_mcp.")
     }
@@ -263,25 +263,25 @@ def test_only_the_command_line_imports_the_team_package() -> None:
 
 
 @EACH_MODULE
-def test_outside_libraries_stay_where_they_belong(module: str) -> None:
+def test_outside_libraries_are_imported_only_by_their_packages(module: str) -> None:
     foreign = {name.split(".")[0] for name in imports(modules()[module])}
-    misplaced = {
+    misplaced_imports = {
         name
         for name in foreign
         if name in ONLY_IN and module.split(".")[0] not in ONLY_IN[name] and module not in ONLY_IN[name]
     }
-    assert misplaced == set()
+    assert misplaced_imports == set()
 
 
-def test_every_module_and_package_says_what_is_kept_in_it() -> None:
-    silent = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
-    assert silent == []
+def test_every_module_and_package_has_a_docstring() -> None:
+    without_docstring = [str(path) for path in PACKAGE.rglob("*.py") if not ast.get_docstring(tree(path))]
+    assert without_docstring == []
 
 
 def test_a_package_exports_nothing_by_itself() -> None:
-    """No re-export and no work at import: every name has one home."""
-    full = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
-    assert full == set()
+    """An `__init__` file has only a docstring, so each name is in one module."""
+    packages_with_code = {path.parent.name for path in PACKAGE.glob("*/__init__.py") if len(tree(path).body) != 1}
+    assert packages_with_code == set()
 
 
 def test_only_one_module_reads_the_environment() -> None:
@@ -302,28 +302,28 @@ def test_only_the_command_line_prints() -> None:
 
 
 def private_names(module: ast.Module) -> set[str]:
-    """The private attributes that this module's own classes define."""
+    """Return the private attributes that this module's own classes define."""
     inside = [node for item in ast.walk(module) if isinstance(item, ast.ClassDef) for node in ast.walk(item)]
     names = {node.name for node in inside if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     names |= {node.attr for node in inside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     return names | {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def strangers(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
-    """Line and name of every private attribute that is used here and defined by no class of ours."""
-    used = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
-    used = [node for node in used if ast.unparse(node) != "os._exit"]  # public, and documented
-    return [(node.lineno, node.attr) for node in used if node.attr not in own_names]
+def foreign_private_names(module: ast.Module, own_names: set[str]) -> list[tuple[int, str]]:
+    """Return line and name of every private attribute that no class of the package defines."""
+    attributes = [node for node in ast.walk(module) if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
+    attributes = [node for node in attributes if ast.unparse(node) != "os._exit"]  # public, and documented
+    return [(node.lineno, node.attr) for node in attributes if node.attr not in own_names]
 
 
-def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_version() -> None:
-    """Wherever the SDK lacks a public name, the line above says why and for which version."""
+def test_only_the_adapter_and_the_server_use_private_parts_of_the_sdk_and_name_its_version() -> None:
+    """If the SDK lacks a public name, the line above gives the reason and the version."""
     elsewhere: list[str] = []
     unexplained: list[str] = []
     own_names = set().union(*(private_names(tree(path)) for path in modules().values()))
     for name, path in modules().items():
         lines = path.read_text(encoding="utf-8").splitlines()
-        for number, attribute in strangers(tree(path), own_names):
+        for number, attribute in foreign_private_names(tree(path), own_names):
             if name != "tools.adapter" and not name.startswith("server."):
                 elsewhere.append(f"{name}:{number} {attribute}")
             if not any("mcp 2." in line for line in lines[number - 2 : number]):
@@ -331,25 +331,25 @@ def test_private_parts_of_the_sdk_are_used_at_its_border_only_and_with_the_versi
     assert (elsewhere, unexplained) == ([], [])
 
 
-def test_only_the_outer_edges_of_coroutines_and_threads_catch_everything() -> None:
-    match = [
+def test_only_listed_modules_catch_every_exception() -> None:
+    modules_with_broad_except = [
         name for name, path in modules().items() if re.search(r"except (Base)?Exception\b", path.read_text("utf-8"))
     ]
     edges = ["journal.actions", "studio.jobs", "transports.stdio_lines"]
-    assert sorted(set(match) - {"journal.sqlite", "journal.migrations"}) == edges
+    assert sorted(set(modules_with_broad_except) - {"journal.sqlite", "journal.migrations"}) == edges
 
 
-def test_no_module_is_a_drawer_for_everything() -> None:
+def test_no_module_has_a_generic_name() -> None:
     assert not {"utils", "helpers", "common", "base", "misc"} & {name.split(".")[-1] for name in modules()}
 
 
-def test_no_test_mocks() -> None:
+def test_no_test_uses_a_mock() -> None:
     users = [path.name for path in TESTS.rglob("*.py") if any("mock" in name.split(".") for name in imports(path))]
     assert users == []
 
 
 def package_names(module: ast.Module) -> set[str]:
-    """The names that this module imports from the package: modules, classes and functions."""
+    """Return the names that this module imports from the package: modules, classes and functions."""
     names: set[str] = set()
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "evolink_mcp":
@@ -367,9 +367,9 @@ def root_name(node: ast.AST) -> str:
 
 
 def private_uses(module: ast.Module) -> list[tuple[int, str]]:
-    """Line and text of each use of a private part, and of each change of a part of the package."""
+    """Return line and text of each use of a private part, and of each change of a part of the package."""
     names = package_names(module)
-    outside = imported_elsewhere(module)
+    outside = names_of_other_packages(module)
     uses: list[tuple[int, str]] = []
     for node in ast.walk(module):
         if isinstance(node, ast.Attribute):
@@ -386,8 +386,8 @@ def private_uses(module: ast.Module) -> list[tuple[int, str]]:
     return uses
 
 
-def imported_elsewhere(module: ast.Module) -> set[str]:
-    """The names that this module imports from other packages than ours."""
+def names_of_other_packages(module: ast.Module) -> set[str]:
+    """Return the names that this module imports from other packages."""
     nodes = [node for node in ast.walk(module) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}
     return names - package_names(module)
@@ -459,7 +459,7 @@ def test_the_first_answers_over_stdio_need_few_modules() -> None:
     assert run_script(script, "-I", "-S") == ("set()", "")
 
 
-def test_what_the_first_answer_does_not_need_is_not_imported() -> None:
+def test_modules_that_the_first_answer_does_not_need_are_not_imported() -> None:
     script = (
         "import sys, evolink_mcp.cli.commands, evolink_mcp.app.wiring, evolink_mcp.transports.stdio\n"
         "late = ('PIL', 'evolink_mcp.simulator', 'psycopg', 'platformdirs')\n"

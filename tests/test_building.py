@@ -133,7 +133,7 @@ async def is_listening(port: int) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize(("word", "expected"), [pytest.param(*row, id=row[0]) for row in FAULT_ROWS])
 async def test_a_fault_word_has_the_effect_of_the_table(world: World, word: str, expected: str) -> None:
-    begin = world.clock.now
+    started_at = world.clock.now
     async with world.client() as client:
         arguments = {"prompt": f"{word} a fox"}
         answer: dict[str, Any] = (await client.call_tool("generate_image", arguments)).structured_content
@@ -146,7 +146,7 @@ async def test_a_fault_word_has_the_effect_of_the_table(world: World, word: str,
             assert answer[field] is not None
     duration = re.search(r"after (\d+) s", expected)
     if duration:
-        assert int(duration[1]) <= world.clock.now - begin < 1.5 * int(duration[1])
+        assert int(duration[1]) <= world.clock.now - started_at < 1.5 * int(duration[1])
 
 
 def test_the_table_of_fault_words_is_read() -> None:

@@ -32,13 +32,16 @@ def between(mark: str, text: str = README) -> str:
     return text.split(f"<!-- {mark}:begin -->\n")[1].split(f"<!-- {mark}:end -->")[0]
 
 
-PERSONAL = Settings.table()
-TEAM = {name: entry for name, entry in TeamSettings.table().items() if name not in PERSONAL}
+PERSONAL_SETTINGS = Settings.table()
+TEAM_SETTINGS = {name: entry for name, entry in TeamSettings.table().items() if name not in PERSONAL_SETTINGS}
 
 
 @pytest.mark.parametrize(
     ("document", "settings"),
-    [pytest.param("README.md", PERSONAL, id="README"), pytest.param("docs/teams.md", TEAM, id="teams")],
+    [
+        pytest.param("README.md", PERSONAL_SETTINGS, id="README"),
+        pytest.param("docs/teams.md", TEAM_SETTINGS, id="teams"),
+    ],
 )
 def test_a_settings_table_matches_the_settings(document: str, settings: dict[str, Setting]) -> None:
     rows = [f"| `{entry.variable}` | {entry.default_text} | {entry.description} |" for entry in settings.values()]
@@ -46,8 +49,8 @@ def test_a_settings_table_matches_the_settings(document: str, settings: dict[str
     text = README if document == "README.md" else TEAMS
     if os.environ.get("UPDATE_DOCS"):
         begin, end = "<!-- settings:begin -->\n", "<!-- settings:end -->"
-        written = text.replace(f"{begin}{between('settings', text)}{end}", f"{begin}{table}{end}")
-        (ROOT / document).write_text(written, encoding="utf-8")
+        updated_text = text.replace(f"{begin}{between('settings', text)}{end}", f"{begin}{table}{end}")
+        (ROOT / document).write_text(updated_text, encoding="utf-8")
     assert between("settings", text) == table
 
 
@@ -73,10 +76,10 @@ async def test_the_tools_table_names_every_tool(world: World) -> None:
 
 
 def test_the_architecture_table_lists_every_package_in_order() -> None:
-    listed = re.findall(
+    table_names = re.findall(
         r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", README.split("## Architecture")[1], re.MULTILINE))
     )
-    assert listed == [*(name for name in ORDER[:-1] if "." not in name), *PACKAGES]
+    assert table_names == [*(name for name in ORDER[:-1] if "." not in name), *PACKAGES]
 
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -114,21 +117,21 @@ def test_readme_is_short_and_the_changelog_has_the_version() -> None:
 def test_the_tree_in_the_docstring_of_errors_has_every_class() -> None:
     from evolink_mcp import errors
 
-    documented = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
+    tree_names = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
     classes = [
         name
-        for name, thing in vars(errors).items()
-        if isinstance(thing, type) and issubclass(thing, errors.EvolinkError)
+        for name, member in vars(errors).items()
+        if isinstance(member, type) and issubclass(member, errors.EvolinkError)
     ]
-    assert sorted(documented) == sorted(set(classes) - {"EvolinkError"})
+    assert sorted(tree_names) == sorted(set(classes) - {"EvolinkError"})
 
 
 def test_every_promise_of_security_names_existing_tests() -> None:
     security = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     table = security.partition("## Which test shows it")[2].partition("\n## ")[0]
-    named = re.findall(r"`((?:tests|benchmarks)/[^`]+)`", table)
-    assert len(named) > 15
-    assert [name for name in named if not (ROOT / name).is_file()] == []
+    test_files = re.findall(r"`((?:tests|benchmarks)/[^`]+)`", table)
+    assert len(test_files) > 15
+    assert [name for name in test_files if not (ROOT / name).is_file()] == []
 
 
 def test_the_image_of_sizes_matches_the_computed_sizes() -> None:
@@ -138,7 +141,7 @@ def test_the_image_of_sizes_matches_the_computed_sizes() -> None:
     assert (docs / "sizes.svg").read_text("utf-8") == image
 
 
-def test_the_prices_and_times_for_designers_are_right() -> None:
+def test_the_prices_and_times_for_designers_are_correct() -> None:
     page = (ROOT / "docs" / "designers.md").read_text("utf-8")
     square = Size(1024, 1024)
     low, medium, high = (output_tokens(square, quality) for quality in ("low", "medium", "high"))

@@ -15,7 +15,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import minimal_environment
 from faulty_gateway import Exchange, Gateway, QuickSimulator
-from killer import Nursery, nursery_of_servers  # noqa: F401
+from killer import Launcher, shared_launcher  # noqa: F401
 from pydantic import SecretStr
 
 from evolink_mcp.api.client import EvolinkClient
@@ -38,8 +38,8 @@ def traces_in(data: bytes | str) -> list[str]:
 
 @pytest.fixture
 async def gateway() -> AsyncIterator[Gateway]:
-    async with Gateway(QuickSimulator(duration_s=0)).open() as opened:
-        yield opened
+    async with Gateway(QuickSimulator(duration_s=0)).open() as one_gateway:
+        yield one_gateway
 
 
 async def quote_the_key(exchange: Exchange) -> None:
@@ -63,7 +63,7 @@ FAULTS: dict[str, gw.Fault] = {
 
 
 async def test_no_output_and_no_file_of_a_server_contains_the_key(
-    gateway: Gateway, servers: Nursery, tmp_path: Path
+    gateway: Gateway, launcher: Launcher, tmp_path: Path
 ) -> None:
     """Search stdout, verbose stderr, the journal and all images, after every fault and after a kill."""
     env = minimal_environment(
@@ -77,14 +77,14 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
 
     gateway.reads = reads
     with anyio.fail_after(300):
-        async with servers.server(env, "-v") as server, anyio.create_task_group() as calls:
+        async with launcher.server(env, "-v") as server, anyio.create_task_group() as calls:
             outputs.append(json.dumps(await server.ask("tools/list")))
 
             async def buy_with_fault(name: str, fault: gw.Fault) -> None:
-                async with servers.server(env, "-v") as second:
+                async with launcher.server(env, "-v") as second:
                     gateway.purchases.append(fault)
                     outputs.append(json.dumps(await second.call("generate_image", **{**REQUEST, "prompt": name})))
-                    outputs.append(second.err.read_text())
+                    outputs.append(second.stderr_file.read_text())
 
             for name, fault in FAULTS.items():
                 calls.start_soon(buy_with_fault, name, fault)
@@ -95,10 +95,10 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
                 outputs.append(json.dumps(await server.call(tool, **arguments)))
             server.kill()
             await server.wait_for_exit()
-            outputs.append(server.err.read_text())
-        async with servers.server(env, "-v", "tasks", "--json", greet=False) as command:
+            outputs.append(server.stderr_file.read_text())
+        async with launcher.server(env, "-v", "tasks", "--json", initialize=False) as command:
             await command.wait_for_exit()
-            outputs.append(command.err.read_text())
+            outputs.append(command.stderr_file.read_text())
     assert len(gateway.simulator.tasks) > 3
     assert [traces_in(text) for text in outputs] == [[]] * len(outputs)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -107,7 +107,7 @@ async def test_no_output_and_no_file_of_a_server_contains_the_key(
 
 
 async def record_nothing() -> None:
-    """Stand in for the write to the journal."""
+    """Replace the write to the journal."""
 
 
 async def test_no_error_and_no_traceback_contains_the_key(gateway: Gateway) -> None:
@@ -122,17 +122,17 @@ async def test_no_error_and_no_traceback_contains_the_key(gateway: Gateway) -> N
     with anyio.fail_after(300):
         async with EvolinkClient(SecretStr(CANARY), base_url=gateway.url) as client:
             for _ in range(len(gateway.purchases)):
-                with pytest.raises(EvolinkError) as caught:
+                with pytest.raises(EvolinkError) as error:
                     await client.submit({"prompt": "x"}, idempotency_key="k" * 20, on_sending=record_nothing)
                 texts += [
-                    "".join(traceback.format_exception(caught.value)),
-                    repr(caught.value),
-                    str(vars(caught.value)),
+                    "".join(traceback.format_exception(error.value)),
+                    repr(error.value),
+                    str(vars(error.value)),
                 ]
             for read in (client.balance, client.recent_tasks, lambda: client.task("task-unified-1-x")):
-                with pytest.raises(EvolinkError) as caught:
+                with pytest.raises(EvolinkError) as error:
                     await read()
-                texts += ["".join(traceback.format_exception(caught.value)), repr(caught.value)]
+                texts += ["".join(traceback.format_exception(error.value)), repr(error.value)]
             texts += [repr(client), str(vars(client))]
     assert [traces_in(text) for text in texts] == [[]] * len(texts)
     assert any("(the key)" in text for text in texts)

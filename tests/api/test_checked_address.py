@@ -1,4 +1,4 @@
-"""Pictures are fetched from the very address that was checked: never from inside the network."""
+"""The server downloads a picture only from the address that it checked, and never from an internal address."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ pytestmark = pytest.mark.anyio
 V4, V6, INSIDE = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946", "10.0.0.7"
 
 
-class Wire(httpx.AsyncBaseTransport):
-    """Notes where a request would connect to."""
+class FakeTransport(httpx.AsyncBaseTransport):
+    """Records the requests and sends none."""
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
-        self.closed = False
+        self.is_closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
         return httpx.Response(200)
 
     async def aclose(self) -> None:
-        self.closed = True
+        self.is_closed = True
 
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The answers of the resolver, by host name."""
+    """Return the answers of the resolver by hostname."""
     values: dict[str, list[str]] = {}
 
     async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
@@ -47,27 +47,27 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "chosen"),
+    ("addresses", "chosen_address"),
     [
         pytest.param([V4], V4, id="IPv4"),
         pytest.param([V6], V6, id="IPv6"),
         pytest.param([V6, V4], V4, id="IPv4 before IPv6, which may have no route"),
     ],
 )
-async def test_the_checked_address_is_the_one_that_is_connected_to(
-    names: dict[str, list[str]], addresses: list[str], chosen: str
+async def test_the_client_connects_to_the_checked_address(
+    names: dict[str, list[str]], addresses: list[str], chosen_address: str
 ) -> None:
     names["files.example.net"] = addresses
-    wire = Wire()
-    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+    transport = FakeTransport()
+    async with httpx.AsyncClient(transport=CheckedAddress(transport)) as client:
         answer = await client.get("https://files.example.net/a.png?b=c")
-    (request,) = wire.requests
+    (request,) = transport.requests
     assert answer.status_code == 200
-    assert request.url.host == chosen
+    assert request.url.host == chosen_address
     assert request.url.raw_path == b"/a.png?b=c"
     # The certificate and the virtual host are those of the name, not of the address.
     assert (request.headers["host"], request.extensions["sni_hostname"]) == ("files.example.net", "files.example.net")
-    assert wire.closed
+    assert transport.is_closed
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ async def test_the_checked_address_is_the_one_that_is_connected_to(
         pytest.param([], id="no address"),
     ],
 )
-async def test_a_name_that_leads_inside_is_not_connected_to(names: dict[str, list[str]], addresses: list[str]) -> None:
+async def test_a_name_with_an_internal_address_is_refused(names: dict[str, list[str]], addresses: list[str]) -> None:
     names["files.example.net"] = addresses
-    wire = Wire()
-    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+    transport = FakeTransport()
+    async with httpx.AsyncClient(transport=CheckedAddress(transport)) as client:
         with pytest.raises(httpx.ConnectError, match="is not a public address"):
             await client.get("https://files.example.net/a.png")
-    assert wire.requests == []
+    assert transport.requests == []
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ async def test_an_address_behind_dns64_is_checked_by_its_ipv4_address(
     names: dict[str, list[str]], addresses: list[str], public: bool
 ) -> None:
     names["files.example.net"] = addresses
-    wire = Wire()
-    async with httpx.AsyncClient(transport=CheckedAddress(wire)) as client:
+    transport = FakeTransport()
+    async with httpx.AsyncClient(transport=CheckedAddress(transport)) as client:
         if public:
             await client.get("https://files.example.net/1.png")
         else:
             with pytest.raises(httpx.ConnectError):
                 await client.get("https://files.example.net/1.png")
-    assert len(wire.requests) == int(public)
+    assert len(transport.requests) == int(public)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "through"),
+    ("variables", "expected_proxy"),
     [
         pytest.param({"HTTPS_PROXY": "http://proxy:3128"}, "http://proxy:3128", id="HTTPS_PROXY"),
         pytest.param({"ALL_PROXY": "socks5://proxy:1080"}, "socks5://proxy:1080", id="ALL_PROXY"),
@@ -134,35 +134,37 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_the_check_is_decided_for_each_url(
     names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, no_proxies: None, variables: dict[str, str],
-    through: str | None,
+    expected_proxy: str | None,
 ) -> None:  # fmt: skip
     """The client never connects to an internal address. Only a proxy may."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     names["files.example.net"] = [INSIDE]
-    used: list[str] = []
-    wire, behind = Wire(), Wire()
+    used_proxies: list[str] = []
+    transport, proxy_transport = FakeTransport(), FakeTransport()
 
-    def proxied(proxy: str) -> httpx.AsyncBaseTransport:
-        used.append(proxy)
-        return behind
+    def open_proxy(proxy: str) -> httpx.AsyncBaseTransport:
+        used_proxies.append(proxy)
+        return proxy_transport
 
-    async with httpx.AsyncClient(transport=CheckedAddress(wire, proxied)) as client:
-        if through is None:
+    async with httpx.AsyncClient(transport=CheckedAddress(transport, open_proxy)) as client:
+        if expected_proxy is None:
             with pytest.raises(httpx.ConnectError):
                 await client.get("https://files.example.net/1.png")
         else:
             await client.get("https://files.example.net/1.png")
-    assert (used, len(behind.requests), wire.requests) == (
-        [through] * (through is not None),
-        int(through is not None),
+    assert (used_proxies, len(proxy_transport.requests), transport.requests) == (
+        [expected_proxy] * (expected_proxy is not None),
+        int(expected_proxy is not None),
         [],
     )
-    assert wire.closed
+    assert transport.is_closed
 
 
-async def test_the_key_does_not_go_through_a_proxy_in_clear(monkeypatch: pytest.MonkeyPatch, no_proxies: None) -> None:
-    """An EvoLink on this machine is spoken to without TLS: HTTP_PROXY must not see that."""
+async def test_the_key_does_not_go_through_a_proxy_unencrypted(
+    monkeypatch: pytest.MonkeyPatch, no_proxies: None
+) -> None:
+    """An EvoLink on this machine has no TLS, so the proxy of HTTP_PROXY must not get the request."""
     from pydantic import SecretStr
 
     from evolink_mcp.api.client import EvolinkClient

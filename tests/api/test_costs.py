@@ -1,4 +1,4 @@
-"""Costs to the last unit of 0.0001 credit, held against figures that EvoLink itself published or charged."""
+"""Computed costs equal the figures that EvoLink published or charged, to 0.0001 credit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_each_component_is_rounded_up_and_each_picture_billed(
     assert (credits, n * 1756) == (price.credits, price.tokens)
 
 
-def test_auto_is_priced_as_the_cap_and_says_so() -> None:
+def test_auto_has_the_highest_price_and_is_marked_as_an_assumption() -> None:
     assert Price(3568, 6.5509, 0.096337, assumed_auto=True) == costs.price(None, "medium")
 
 

@@ -1,4 +1,4 @@
-"""One fact in one place: a new quality, model, tool or object store needs at most two changed modules.
+"""A new quality, model, tool or object store needs at most two changed modules.
 
 Each test copies the package, makes the edits that a person would make, and runs a check in the copy.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from evolink_mcp.api import sizes
 from evolink_mcp.api.size_grammar import Contradiction, suggest
@@ -41,12 +41,12 @@ def _is_meant(wording: str, meaning: str) -> bool:
     shape, _, tier = meaning.removeprefix("=").partition("@")
     size = sizes.resolve(suggestion.size).size
     assert size is not None
-    wanted = _shape(shape)
-    assert _orientation(size.width, size.height) == _orientation(*wanted), (wording, suggestion)
+    expected_ratio = _shape(shape)
+    assert _orientation(size.width, size.height) == _orientation(*expected_ratio), (wording, suggestion)
     if meaning.startswith("="):
         return suggestion.size == shape
     ratio = _shape(suggestion.size)
-    is_same_shape = abs(ratio[0] / ratio[1] * wanted[1] / wanted[0] - 1) <= SHAPE_TOLERANCE
+    is_same_shape = abs(ratio[0] / ratio[1] * expected_ratio[1] / expected_ratio[0] - 1) <= SHAPE_TOLERANCE
     return is_same_shape and (not tier or suggestion.resolution == tier)
 
 
@@ -58,7 +58,7 @@ def test_every_wording_has_its_meaning() -> None:
     assert [row for row in ROWS if not _is_meant(*row)] == []
 
 
-WORDS = some.sampled_from(
+WORDS = st.sampled_from(
     [
         *(
             "portrait",
@@ -94,7 +94,7 @@ WORDS = some.sampled_from(
 )
 
 
-@given(some.lists(WORDS, min_size=1, max_size=5), some.sampled_from(["portrait", "landscape"]), some.integers(0, 4))
+@given(st.lists(WORDS, min_size=1, max_size=5), st.sampled_from(["portrait", "landscape"]), st.integers(0, 4))
 @settings(max_examples=1_500, deadline=None, database=None, derandomize=True)
 def test_the_size_never_has_the_opposite_of_the_named_orientation(
     words: list[str], orientation: str, position: int

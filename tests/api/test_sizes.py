@@ -190,7 +190,7 @@ def test_an_unknown_rule_is_refused() -> None:
 
 
 def test_a_refusal_survives_pickling() -> None:
-    """A worker process hands errors over this way."""
+    """A worker process sends an error to its parent as a pickle."""
     refusal = IllegalSize("No.", (Size(816, 816),))
     assert str(refusal) == str(pickle.loads(pickle.dumps(refusal)))
 
@@ -221,7 +221,7 @@ def test_a_legal_size_is_its_own_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "size", "scale", "offset", "cell"),
+    ("target", "size", "scale", "offset", "cell"),
     [
         pytest.param((1200, 628), "1200x640", 1.0, (0, 6), "2:1 1K 2048x1024 True", id="link preview"),
         pytest.param((1920, 1080), "1920x1088", 1.0, (0, 4), "16:9 2K 2048x1152 True", id="full HD"),
@@ -236,11 +236,11 @@ def test_a_legal_size_is_its_own_nearest() -> None:
     ],
 )
 def test_a_target_in_pixels_is_covered(
-    wish: tuple[int, int], size: str, scale: float, offset: tuple[int, int], cell: str
+    target: tuple[int, int], size: str, scale: float, offset: tuple[int, int], cell: str
 ) -> None:
-    cover = sizes.cover(*wish)
-    assert (wish, size, scale) == (cover.target, str(cover.size), cover.scale)
-    assert (Size(*wish), offset) == (cover.crop, (cover.left, cover.top))
+    cover = sizes.cover(*target)
+    assert (target, size, scale) == (cover.target, str(cover.size), cover.scale)
+    assert (Size(*target), offset) == (cover.crop, (cover.left, cover.top))
     assert cell == f"{cover.ratio} {cover.tier} {cover.tier_size} {cover.tier_covers}"
 
 
@@ -250,18 +250,20 @@ def test_a_cover_follows_the_rule() -> None:
 
 @pytest.mark.parametrize("rule", sizes.RULES)
 def test_every_target_gets_a_legal_size_that_contains_the_crop(rule: str) -> None:
-    lost: list[tuple[int, int]] = []
+    uncovered: list[tuple[int, int]] = []
     for width in (1, 15, 16, 17, 333, 809, 1000, 1403, 2881, 3839, 3841, 9999, 100_000):
         for height in (1, 16, 300, 481, 810, 1281, 2160, 2881, 3840, 5000, 100_000):
             cover = sizes.cover(width, height, rule)
             right, bottom = cover.left + width, cover.top + height
-            held = right <= cover.size.width * cover.scale + 1e-6 and bottom <= cover.size.height * cover.scale + 1e-6
+            is_contained = (
+                right <= cover.size.width * cover.scale + 1e-6 and bottom <= cover.size.height * cover.scale + 1e-6
+            )
             # Only a target smaller than every legal size is scaled down, and only as far as necessary.
-            small = width * height < models.DEFAULT_MODEL.limits.pixels_min
-            tight = cover.scale >= 1 or (small and width / cover.size.width <= cover.scale + 1e-9)
-            if not (_legal(cover.size) and held and cover.left >= 0 <= cover.top and tight):
-                lost.append((width, height))
-    assert lost == []
+            is_small = width * height < models.DEFAULT_MODEL.limits.pixels_min
+            is_tight = cover.scale >= 1 or (is_small and width / cover.size.width <= cover.scale + 1e-9)
+            if not (_legal(cover.size) and is_contained and cover.left >= 0 <= cover.top and is_tight):
+                uncovered.append((width, height))
+    assert uncovered == []
 
 
 @pytest.mark.parametrize(
@@ -285,6 +287,6 @@ def test_a_target_outside_1_to_100000_is_refused(width: int, height: int) -> Non
         pytest.param(Size(3840, 2160), "16:9", 8.29, id="UHD"),
     ],
 )
-def test_a_size_knows_its_figures(size: Size, aspect: str, megapixels: float) -> None:
+def test_a_size_has_its_ratio_megapixels_and_pixels(size: Size, aspect: str, megapixels: float) -> None:
     assert (aspect, megapixels) == (size.aspect_ratio, size.megapixels)
     assert size.width * size.height == size.pixels

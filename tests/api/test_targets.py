@@ -26,7 +26,7 @@ from evolink_mcp.api.targets import ICO, PAPERS, SCREENS, UnknownTarget, parse_g
         ("a5", "a5", "1748x2480"),
     ],
 )
-def test_pixels_and_names_are_understood(text: str, name: str, size: str) -> None:
+def test_pixels_and_names_are_valid_targets(text: str, name: str, size: str) -> None:
     target = parse_target(text)
     assert (target.name, str(target.size)) == (name, size)
 
@@ -88,7 +88,7 @@ def test_another_gravity_is_refused(text: str) -> None:
     ],
 )
 def test_a_refusal_is_one_line_and_names_the_nearest_valid_value(text: str, advice: str) -> None:
-    with pytest.raises(UnknownTarget) as caught:
+    with pytest.raises(UnknownTarget) as refusal:
         parse_target(text)
-    assert advice in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert advice in str(refusal.value)
+    assert "\n" not in str(refusal.value)

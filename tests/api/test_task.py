@@ -32,11 +32,11 @@ IN_THE_ID = 1_757_156_493.0
         pytest.param({"created": True}, IN_THE_ID, id="a truth"),
     ],
 )
-def test_when_a_task_was_made_is_read_in_every_shape(fields: dict[str, Any], created: float) -> None:
+def test_the_creation_time_of_a_task_is_read_in_every_form(fields: dict[str, Any], created: float) -> None:
     assert read_task({"id": ID, **fields}).created == created
 
 
-def test_an_id_without_a_time_tells_none() -> None:
+def test_an_id_without_a_time_has_no_creation_time() -> None:
     assert read_task({"id": "task-unified-abc"}).created is None
 
 
@@ -44,7 +44,7 @@ def test_an_id_without_a_time_tells_none() -> None:
     "value", ["1e999", "-1e999", "NaN", "1" + "0" * 400, "-" + "9" * 400, '"' + "9" * 31 + '"', "[]"]
 )
 @pytest.mark.parametrize("field", ["progress", "created", "created_at"])
-def test_numbers_beyond_reason_end_nothing(field: str, value: str) -> None:
+def test_absurd_numbers_raise_no_error(field: str, value: str) -> None:
     assert read_task(json.loads(f'{{"id": "{ID}", "{field}": {value}}}')).id == ID
 
 

@@ -1,4 +1,4 @@
-"""Public addresses and nothing else: every odd spelling of an inside address that a resolver reads."""
+"""Only public addresses are valid. Each spelling of an internal address that a resolver reads is refused."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ def test_a_public_url_is_returned_unchanged(url: str) -> None:
         pytest.param("https://www.example/h", id="example as a top level"),
     ],
 )
-def test_everything_else_is_refused_in_one_sentence_that_does_not_repeat_it(url: str) -> None:
+def test_every_other_url_is_refused_in_one_sentence_without_the_url(url: str) -> None:
     with pytest.raises(ValueError, match=r"^The URL[^\n]+\.$") as refusal:
         urls.check_public_url(url)
     assert len(url) < 12 or url not in str(refusal.value)
 
 
-def test_schemes_and_length_are_the_callers() -> None:
+def test_the_caller_sets_schemes_and_length() -> None:
     assert urls.check_public_url("http://example.com/", schemes=("http", "https")) == "http://example.com/"
     with pytest.raises(ValueError, match="http:// or https://"):
         urls.check_public_url("ftp://example.com/", schemes=("http", "https"))
@@ -186,6 +186,6 @@ def test_an_ip_address_is_public_by_fixed_lists(address: str, public: bool) -> N
     assert public == urls.is_public_ip(address)
 
 
-def test_parsed_addresses_are_judged_alike() -> None:
+def test_parsed_addresses_get_the_same_result() -> None:
     assert urls.is_public_ip(ipaddress.ip_address("1.1.1.1"))
     assert not urls.is_public_ip(ipaddress.ip_address("::ffff:127.0.0.1"))

@@ -18,7 +18,7 @@ def settings(**environ: str) -> Settings:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder. The working directory is beside it."""
+    """Return an empty home folder. The working directory is beside it."""
     folder = tmp_path / "home"
     folder.mkdir()
     working_directory = tmp_path / "work"
@@ -73,25 +73,27 @@ def test_a_relative_folder_is_refused(home: Path, name: str, value: str) -> None
 
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_quotes_around_a_value_are_removed(home: Path, quote: str) -> None:
-    read = settings(
+    values = settings(
         EVOLINK_MCP_OUTPUT_DIR=f"{quote}{home}/pictures{quote}",
         EVOLINK_MCP_WAIT_SECONDS=f"{quote}7{quote}",
         EVOLINK_MCP_ALLOWED_DIRS=f"{quote}{home}/a b{quote}{os.pathsep}{home}/c",
         EVOLINK_API_KEY=f"{quote}{KEY}{quote}",
     )
-    assert read.key is not None
-    assert read.key.get_secret_value() == KEY
-    assert read.folders.output == home / "pictures"
-    assert set(read.folders.allowed) >= {home / "a b", home / "c"}
-    assert read.wait_s == 7
+    assert values.key is not None
+    assert values.key.get_secret_value() == KEY
+    assert values.folders.output == home / "pictures"
+    assert set(values.folders.allowed) >= {home / "a b", home / "c"}
+    assert values.wait_s == 7
 
 
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_quotes_around_the_path_of_a_key_file_are_removed(home: Path, quote: str) -> None:
     (home / "key").write_text(f"{quote}{KEY}{quote}\n")
-    read = settings(EVOLINK_API_KEY=f"{quote}${{EVOLINK_KEY}}{quote}", EVOLINK_API_KEY_FILE=f"{quote}{home}/key{quote}")
-    assert read.key is not None
-    assert read.key.get_secret_value() == KEY
+    values = settings(
+        EVOLINK_API_KEY=f"{quote}${{EVOLINK_KEY}}{quote}", EVOLINK_API_KEY_FILE=f"{quote}{home}/key{quote}"
+    )
+    assert values.key is not None
+    assert values.key.get_secret_value() == KEY
 
 
 def test_folders_separated_by_commas_are_refused_unless_the_folder_exists(home: Path) -> None:
@@ -152,17 +154,17 @@ def test_the_message_about_an_invalid_value_names_the_variable(home: Path, name:
 )
 def test_an_unusable_key_is_explained_and_never_shown(home: Path, value: str, problem: str | None) -> None:
     """The server starts nevertheless. Paid tools report the problem."""
-    read = settings(EVOLINK_API_KEY=value)
-    assert (read.key is None) == (problem is not None)
-    assert (problem or "") in (read.key_problem or "")
-    assert value.strip() not in repr(read) or value == "sk-..."
+    values = settings(EVOLINK_API_KEY=value)
+    assert (values.key is None) == (problem is not None)
+    assert (problem or "") in (values.key_problem or "")
+    assert value.strip() not in repr(values) or value == "sk-..."
 
 
 def test_the_key_is_not_in_the_printed_settings(home: Path) -> None:
-    read = settings(EVOLINK_API_KEY=KEY)
-    assert read.key is not None
-    assert read.key.get_secret_value() == KEY
-    assert KEY not in f"{read!r} {read}"
+    values = settings(EVOLINK_API_KEY=KEY)
+    assert values.key is not None
+    assert values.key.get_secret_value() == KEY
+    assert KEY not in f"{values!r} {values}"
 
 
 def test_the_working_directory_is_allowed_unless_it_contains_the_home_folder(
@@ -177,14 +179,14 @@ def test_the_working_directory_is_allowed_unless_it_contains_the_home_folder(
 
 def test_allowed_folders_replace_the_working_directory(home: Path) -> None:
     text = os.pathsep.join([str(home / "a"), " ", "${user_config.reference_dir}", "${HOME}/b", "~/a"])
-    read = settings(EVOLINK_MCP_ALLOWED_DIRS=text, EVOLINK_MCP_OUTPUT_DIR="~/out")
-    assert read.folders.allowed == (home / "out", home / "a", home / "b")
+    values = settings(EVOLINK_MCP_ALLOWED_DIRS=text, EVOLINK_MCP_OUTPUT_DIR="~/out")
+    assert values.folders.allowed == (home / "out", home / "a", home / "b")
 
 
 def test_another_api_also_serves_files(home: Path) -> None:
     """The key must not go to EvoLink's file API if only the other base URL was changed."""
-    read = settings(EVOLINK_BASE_URL="http://127.0.0.1:8765/")
-    assert (read.base_url, read.files_base_url) == ("http://127.0.0.1:8765",) * 2
+    values = settings(EVOLINK_BASE_URL="http://127.0.0.1:8765/")
+    assert (values.base_url, values.files_base_url) == ("http://127.0.0.1:8765",) * 2
 
 
 def test_a_host_that_is_not_evolinks_is_reported(home: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Open, PlainSimulator
-from office import ANNA, BERT, office
+from team_server import ANNA, BERT, open_team_server
 
 from evolink_mcp.cli.audit import Line, lines_by, rows_of, text_of
 from evolink_mcp.cli.image_commands import find_charges
@@ -34,20 +34,22 @@ def settings_of(folder: Path, **environ: str) -> TeamSettings:
 
 
 async def test_the_sums_of_the_tenants_are_those_of_evolink(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT, simulator=PlainSimulator(duration_s=0)) as town:
+    async with open_team_server(tmp_path, ANNA, BERT, simulator=PlainSimulator(duration_s=0)) as server:
         for number in range(3):
-            await town.call("a", "generate_image", prompt=f"A fox {number}", size="1024x640", quality="low")
-        await town.call("b", "generate_image", prompt="A hen", size="16:9", n=2)
-        await town.call("b", "generate_image", prompt="sim:fail A hen")
-        billed = {key: town.simulator.credits(key)[1] for key in {task.key for task in town.simulator.tasks.values()}}
+            await server.call("a", "generate_image", prompt=f"A fox {number}", size="1024x640", quality="low")
+        await server.call("b", "generate_image", prompt="A hen", size="16:9", n=2)
+        await server.call("b", "generate_image", prompt="sim:fail A hen")
+        billed_credits = {
+            key: server.simulator.credits(key)[1] for key in {task.key for task in server.simulator.tasks.values()}
+        }
         settings = settings_of(tmp_path / "data", EVOLINK_MCP_TOKENS_FILE=str(tmp_path / "tokens.toml"))
         charges = await anyio.to_thread.run_sync(find_charges, settings, 0.0)
     lines = lines_by("tenant", charges)
     assert [(line.name, line.purchases, line.reserved) for line in lines] == [("anna", 3, 0), ("bert", 1, 0)]
-    assert sum(line.spent for line in lines) == round(sum(billed.values()), 4)
+    assert sum(line.spent for line in lines) == round(sum(billed_credits.values()), 4)
     tasks = lines_by("task", charges)
     assert {line.name for line in tasks} == {charge.task_id for charge in charges}
-    assert round(sum(line.spent for line in tasks), 4) == round(sum(billed.values()), 4)
+    assert round(sum(line.spent for line in tasks), 4) == round(sum(billed_credits.values()), 4)
 
 
 async def test_a_person_sees_only_the_charges_of_the_profile(open_world: Open) -> None:
@@ -86,8 +88,8 @@ async def test_the_table_has_a_sum_and_the_exports_have_none() -> None:
     assert table[-1].split() == ["all", "4", "0.5", "0.0074", "3.5"]
     assert len({len(line) for line in table}) == 1
     assert json.loads(text_of(lines, "tenant", "json")) == rows_of(lines, "tenant")
-    read = list(csv.DictReader(io.StringIO(text_of(lines, "tenant", "csv"))))
-    assert [(row["tenant"], float(row["spent_credits"])) for row in read] == [("anna", 0.3), ("büro", 0.2)]
+    rows = list(csv.DictReader(io.StringIO(text_of(lines, "tenant", "csv"))))
+    assert [(row["tenant"], float(row["spent_credits"])) for row in rows] == [("anna", 0.3), ("büro", 0.2)]
     formula = text_of([Line("=1+1", 1, 0.0, -3.5)], "tenant", "csv").splitlines()[1]
     assert formula == "'=1+1,1,0.0,0.0,-3.5"
     assert text_of([], "tenant", "table") == "The journal has no charges in this period.\n"

@@ -88,11 +88,11 @@ def test_one_server_is_added_and_every_other_character_stays(
 @pytest.mark.parametrize(("syntax", "path", "text"), CASES)
 def test_the_removal_restores_every_byte(syntax: ConfigFormat, path: tuple[str, ...], text: str) -> None:
     insertion = syntax.add(text, path, SERVER)
-    restored = remove(syntax, insertion.text, path, insertion)
+    restored_text = remove(syntax, insertion.text, path, insertion)
     if isinstance(syntax, Json) and not syntax.parse(text) and "{" not in text:
-        assert syntax.parse(restored) == {}  # the caller restores an empty file
+        assert syntax.parse(restored_text) == {}  # the caller restores an empty file
     else:
-        assert restored == text
+        assert restored_text == text
 
 
 @pytest.mark.parametrize("text", [text for text in JSON_TEXTS.values() if "\n" in text and "mcpServers" in text])
@@ -145,9 +145,9 @@ def test_the_removal_keeps_later_edits_of_json(edit: Any, expected: str) -> None
 
 def test_a_table_that_was_added_too_stays_if_it_has_a_later_server() -> None:
     insertion = Json().add('{\n  "theme": "dark"\n}\n', JSON_PATH, {"command": "e"})
-    edited = insertion.text.replace('"mcpServers": {\n', '"mcpServers": {\n    "b": {},\n')
-    restored = remove(Json(), edited, JSON_PATH, insertion)
-    assert restored == '{\n  "theme": "dark",\n  "mcpServers": {\n    "b": {}\n  }\n}\n'
+    edited_text = insertion.text.replace('"mcpServers": {\n', '"mcpServers": {\n    "b": {},\n')
+    restored_text = remove(Json(), edited_text, JSON_PATH, insertion)
+    assert restored_text == '{\n  "theme": "dark",\n  "mcpServers": {\n    "b": {}\n  }\n}\n'
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_the_removal_keeps_later_edits_of_toml(edit: Any, expected: str) -> None
 )  # fmt: skip
 def test_an_invalid_text_is_refused_with_its_place(syntax: ConfigFormat, text: str, message: str) -> None:
     path = JSON_PATH if isinstance(syntax, Json) else TOML_PATH
-    with pytest.raises(Unparsable) as refused:
+    with pytest.raises(Unparsable) as refusal:
         syntax.add(text, path, SERVER)
-    assert str(refused.value).startswith(message)
+    assert str(refusal.value).startswith(message)
 
 
 BLANKS = st.sampled_from(["", " ", "\n", "\n  ", "\t", " // c\n", "/* , } */", "\r\n"])
@@ -224,7 +224,7 @@ def test_any_json_with_comments_is_extended_and_restored(text: str) -> None:
     assert remove(Json(), insertion.text, JSON_PATH, insertion) == text
 
 
-def test_the_reader_agrees_with_the_standard_library() -> None:
+def test_the_parser_returns_the_result_of_the_standard_library() -> None:
     values = {"a": [1, -2.5e3, True, None, '\u2028 \\ " ü'], "b": {"c": {}}, "": [[]]}
     for text in (json.dumps(values), json.dumps(values, indent=3), json.dumps(values, ensure_ascii=False)):
         assert Json().parse(text) == values

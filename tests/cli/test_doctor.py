@@ -149,17 +149,17 @@ async def test_an_invalid_setting_is_broken_and_named(tmp_path: Path) -> None:
 def test_text_and_json_contain_the_same_findings_and_configurations(tmp_path: Path) -> None:
     env = minimal_environment(tmp_path, PYTHONUTF8="1", **environment(tmp_path))
     command = [*SERVER_COMMAND, "doctor"]
-    plain = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    data = subprocess.run([*command, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert (plain.returncode, plain.stderr, data.returncode, data.stderr) == (1, "", 1, "")
-    assert plain.stdout.endswith("Broken: key, network. See above.\n")
-    report = json.loads(data.stdout)
+    text_run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    json_run = subprocess.run([*command, "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (text_run.returncode, text_run.stderr, json_run.returncode, json_run.stderr) == (1, "", 1, "")
+    assert text_run.stdout.endswith("Broken: key, network. See above.\n")
+    report = json.loads(json_run.stdout)
     assert (report["well"], len(report["hosts"])) == (False, len(BLOCKS))
     for finding in report["findings"]:
-        assert finding["words"] in plain.stdout
+        assert finding["words"] in text_run.stdout
     for block in report["hosts"]:
-        assert block["text"] in plain.stdout
-        assert f"{block['host']} ({block['where']})" in plain.stdout
+        assert block["text"] in text_run.stdout
+        assert f"{block['host']} ({block['where']})" in text_run.stdout
 
 
 # --- each check ---
@@ -296,11 +296,12 @@ def test_reading_an_open_journal_changes_no_byte_and_includes_the_last_entry(tmp
 
 
 def test_a_renamed_damaged_journal_is_reported(tmp_path: Path) -> None:
-    damaged = tmp_path / f"{FILE_NAME}.damaged-1790000000-abc123"
-    damaged.write_bytes(b"x")
-    damaged.with_name(f"{damaged.name}-wal").write_bytes(b"x")
-    intact, renamed = doctor.check_journal(tmp_path)
-    assert (intact.verdict, renamed.verdict, str(damaged) in renamed.words) == ("ok", "warning", True)
+    damaged_file = tmp_path / f"{FILE_NAME}.damaged-1790000000-abc123"
+    damaged_file.write_bytes(b"x")
+    damaged_file.with_name(f"{damaged_file.name}-wal").write_bytes(b"x")
+    intact_finding, renamed_finding = doctor.check_journal(tmp_path)
+    assert (intact_finding.verdict, renamed_finding.verdict) == ("ok", "warning")
+    assert str(damaged_file) in renamed_finding.words
 
 
 MOUNTS = """/dev/sda1 / ext4 rw 0 0

@@ -166,9 +166,9 @@ def test_a_missing_file_is_created_for_its_user_only_and_undo_deletes_it(user: U
 def test_a_second_installation_changes_nothing(user: User, name: str) -> None:
     user.write(name)
     user.run(name)
-    once = contents(user.home)
+    first_contents = contents(user.home)
     assert user.run(name) == 0
-    assert contents(user.home) == once
+    assert contents(user.home) == first_contents
     assert "is up to date" in user.output[0]
 
 
@@ -225,7 +225,7 @@ def test_an_invalid_file_stays_and_one_line_names_file_and_place(user: User, nam
         ("linux", {"XDG_CONFIG_HOME": "config"}, "opencode", "config/opencode/opencode.json"),
     ],
 )
-def test_each_system_has_its_places(user: User, system: str, variables: dict[str, str], host: str, place: str) -> None:
+def test_each_system_has_its_paths(user: User, system: str, variables: dict[str, str], host: str, place: str) -> None:
     user.system = system
     user.variables = {name: str(user.home / folder) for name, folder in variables.items()}
     assert user.run(host) == 0
@@ -318,10 +318,10 @@ def test_a_changed_block_stays_until_undo(user: User) -> None:
     file = user.write("cursor")
     user.run("cursor")
     file.write_text(file.read_text().replace("/opt/evolink mcp/", "/mine/"), newline="\n")
-    edited = file.read_bytes()
+    edited_content = file.read_bytes()
     assert user.run("cursor", key=OTHER_KEY) == 0
     assert "that you changed" in user.output[0]
-    assert file.read_bytes() == edited
+    assert file.read_bytes() == edited_content
     user.run(undo=True)
     assert file.read_text() == SERVERS
 
@@ -335,7 +335,9 @@ def test_undo_of_named_hosts_leaves_the_others(user: User) -> None:
 
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_text(SERVERS)], ids=["file", "server"])
-def test_undo_accepts_that_the_user_was_faster(user: User, change: Callable[[Path], Any]) -> None:
+def test_undo_changes_nothing_if_the_user_has_already_removed_the_server(
+    user: User, change: Callable[[Path], Any]
+) -> None:
     file = user.write("cursor")
     user.run("cursor")
     change(file)

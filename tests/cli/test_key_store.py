@@ -93,11 +93,14 @@ def test_the_key_of_plugins_is_stored_alone_and_deleted(home: Home) -> None:
     assert (home.stored_keys(), home.config.exists()) == ([KEY], False)
     assert home.run("install", "--store-key", "--undo").returncode == 0
     assert home.stored_keys() == []
-    missing = home.run("install", "--store-key")
-    assert (missing.returncode, missing.stderr.startswith("evolink-mcp: set EVOLINK_API_KEY to the key")) == (2, True)
+    without_key = home.run("install", "--store-key")
+    assert (without_key.returncode, without_key.stderr.startswith("evolink-mcp: set EVOLINK_API_KEY to the key")) == (
+        2,
+        True,
+    )
     home.backend = "keyring.backends.fail.Keyring"
-    unusable = home.run("install", "--store-key", key=KEY)
-    assert (unusable.returncode, "this system has no key store" in unusable.stderr) == (1, True)
+    without_store = home.run("install", "--store-key", key=KEY)
+    assert (without_store.returncode, "this system has no key store" in without_store.stderr) == (1, True)
 
 
 def test_without_a_key_store_the_key_goes_into_the_file(home: Home) -> None:

@@ -69,8 +69,8 @@ async def test_each_image_has_its_price_and_an_edit_links_to_its_source(open_wor
         fox = await buy(world, "a fox", n=2)
         await buy(world, "a fox at night", image_urls=[fox["images"][1]["path"]])
         page, errors = await sheet(world, "sheet.html")
-    each = f"{round(fox['credits'] / 2, 4):g} credits"
-    assert page.count(each) == 2
+    price = f"{round(fox['credits'] / 2, 4):g} credits"
+    assert page.count(price) == 2
     (anchor,) = re.findall(r'edited from <a href="#([^"]+)">', page)
     assert anchor == f"{fox['task_id']}-1"
     assert page.count(f'id="{anchor}"') == 1
@@ -81,18 +81,19 @@ async def test_a_page_without_all_images_says_so(open_world: Open) -> None:
     async with open_world() as world:
         for prompt in ("a fox", "a hare", "an owl"):
             await buy(world, prompt)
-        page, errors = await sheet(world, "two.html", images_max=2)
-        whole, no_errors = await sheet(world, "three.html", images_max=3)
+        page, notes = await sheet(world, "two.html", images_max=2)
+        complete_page, no_notes = await sheet(world, "three.html", images_max=3)
     note = "The page has the newest 2 images. Give words or a shorter --since for others."
-    assert (page.count("<figure>"), note in page, errors) == (2, True, [note])
+    assert (page.count("<figure>"), note in page, notes) == (2, True, [note])
     assert "a fox" not in page
-    assert (whole.count("<figure>"), no_errors) == (3, [])
+    assert (complete_page.count("<figure>"), no_notes) == (3, [])
 
 
 async def test_text_of_a_prompt_is_no_html(tmp_path: Path) -> None:
     hostile = '"><script>alert(1)</script>'
-    plain = card(tmp_path, 1)
-    page = page_of([replace(plain, entry=replace(plain.entry, request={"prompt": hostile}))], hostile, hostile, hostile)
+    original = card(tmp_path, 1)
+    hostile_card = replace(original, entry=replace(original.entry, request={"prompt": hostile}))
+    page = page_of([hostile_card], hostile, hostile, hostile)
     assert page.count("<script>") == 1
     assert "alert(1)</script>" not in page
 
@@ -115,8 +116,8 @@ async def test_the_search_of_the_page_ignores_case_and_accents(tmp_path: Path, s
     file.write_text(page, "utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     env = minimal_environment(tmp_path)  # Chromium writes into its home
-    done = await anyio.run_process([chromium, *options, file.as_uri()], stderr=subprocess.DEVNULL, env=env)
-    text = done.stdout.decode()
+    process = await anyio.run_process([chromium, *options, file.as_uri()], stderr=subprocess.DEVNULL, env=env)
+    text = process.stdout.decode()
     assert f"<output>{status}</output>" in text
-    shown = len(re.findall(r"<article(?![^>]* hidden)", text))
-    assert shown == {"1 of 3 images": 1, "": 3}.get(status, 0)
+    shown_count = len(re.findall(r"<article(?![^>]* hidden)", text))
+    assert shown_count == {"1 of 3 images": 1, "": 3}.get(status, 0)

@@ -51,7 +51,7 @@ def test_lines_are_wrapped_at_the_width_of_a_terminal(width: int) -> None:
     assert width - 10 < max(map(len, (first, *others))) < width
 
 
-def test_a_pipe_gets_each_line_whole() -> None:
+def test_a_pipe_gets_each_line_without_wrapping() -> None:
     stream = io.StringIO()
     text = "one two three four five " * 20
     Terminal(stream, lambda: 60).print(text, "  ", "    ")
@@ -111,12 +111,14 @@ def test_after_the_demo_its_image_is_found_even_through_a_pipe_without_its_chara
     assert (demo.returncode, demo.stderr) == (0, b"")
     (image,) = tmp_path.rglob("*.png")
     encoding = "cp1252" if sys.platform == "win32" else "utf-8"
-    printed = [Path(os.fsdecode(line.strip())) for line in demo.stdout.splitlines() if line.rstrip().endswith(b".png")]
-    assert [path.samefile(image) for path in printed] == [True]
+    printed_paths = [
+        Path(os.fsdecode(line.strip())) for line in demo.stdout.splitlines() if line.rstrip().endswith(b".png")
+    ]
+    assert [path.samefile(image) for path in printed_paths] == [True]
 
-    found = run(tmp_path, "open", "fox", "--print", PYTHONIOENCODING="cp1252")
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert Path(found.stdout.decode(encoding).strip()).samefile(image)
+    open_run = run(tmp_path, "open", "fox", "--print", PYTHONIOENCODING="cp1252")
+    assert (open_run.returncode, open_run.stderr) == (0, b"")
+    assert Path(open_run.stdout.decode(encoding).strip()).samefile(image)
     folder = run(tmp_path, "open", "--print", PYTHONIOENCODING="cp1252")
     assert Path(folder.stdout.decode(encoding).strip()).samefile(image.parent)
     sheet = run(tmp_path, "sheet", PYTHONIOENCODING="cp1252")
@@ -124,8 +126,8 @@ def test_after_the_demo_its_image_is_found_even_through_a_pipe_without_its_chara
     assert PROMPT in Path(sheet.stdout.decode(encoding).strip().removeprefix("1 image: ")).read_text("utf-8")
     assert run(tmp_path, "tasks").stdout.startswith(b"No purchases yet")
 
-    again = run(tmp_path, "demo", "a hen", PYTHONIOENCODING="cp1252")
-    assert (again.returncode, again.stderr) == (0, b"")
+    second_demo = run(tmp_path, "demo", "a hen", PYTHONIOENCODING="cp1252")
+    assert (second_demo.returncode, second_demo.stderr) == (0, b"")
     assert run(tmp_path, "open", "hen", "--print", PYTHONIOENCODING="cp1252").returncode == 0
 
     next_step = demo.stdout.decode(encoding, "replace").partition("Next step:")[2]
@@ -184,15 +186,15 @@ async def test_tasks_takes_words_and_a_time_as_open_does(open_world: Open, tmp_p
         text = run(tmp_path, *command, **folders).stdout.decode()
         paths = [task["images"][0]["path"] for task in (fox, hare)]
         assert tuple(path in text for path in paths) == is_listed, command
-    refused = run(tmp_path, "tasks", "--since", "soon", **folders)
-    assert (refused.returncode, b"the time" in refused.stderr) == (1, True)
+    refusal = run(tmp_path, "tasks", "--since", "soon", **folders)
+    assert (refusal.returncode, b"the time" in refusal.stderr) == (1, True)
 
 
 # --- ports and numbers ---
 
 
 @contextmanager
-def started(home: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def start_server(home: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     env = minimal_environment(home)
     with subprocess.Popen(
         [*SERVER_COMMAND, *arguments], env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -205,7 +207,7 @@ def started(home: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize("command", ["http", "sse", "simulate"])
 def test_port_0_prints_the_port_of_the_server(tmp_path: Path, command: str) -> None:
-    with started(tmp_path, command, "--port", "0") as process:
+    with start_server(tmp_path, command, "--port", "0") as process:
         assert process.stdout is not None
         address = re.search(rb"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
         assert address is not None

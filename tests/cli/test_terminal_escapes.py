@@ -21,14 +21,14 @@ async def test_a_command_replaces_control_characters_of_a_path(
 ) -> None:
     environ = {"EVOLINK_MCP_OUTPUT_DIR": str(tmp_path / FOLDER)}
     async with open_world(environ) as world, world.client() as client:
-        bought = await client.call_tool("generate_image", {"prompt": "sim:fast a \x1b[2Jfox"})
-        assert FOLDER in bought.structured_content["images"][0]["path"]
+        purchase = await client.call_tool("generate_image", {"prompt": "sim:fast a \x1b[2Jfox"})
+        assert FOLDER in purchase.structured_content["images"][0]["path"]
         settings = {
             "EVOLINK_BASE_URL": world.settings.base_url,
             "EVOLINK_MCP_DATA_DIR": str(world.settings.data_dir),
             **environ,
         }
-    done = subprocess.run(
+    process = subprocess.run(
         [*SERVER_COMMAND, *command],
         env=minimal_environment(tmp_path, PYTHONUTF8="1", **settings),
         capture_output=True,
@@ -36,6 +36,6 @@ async def test_a_command_replaces_control_characters_of_a_path(
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "pictures \ufffd[31m\ufffd\ufffd2J" in done.stdout
-    assert all(char.isprintable() or char == "\n" for char in done.stdout + done.stderr)
+    assert process.returncode == 0, process.stderr
+    assert "pictures \ufffd[31m\ufffd\ufffd2J" in process.stdout
+    assert all(char.isprintable() or char == "\n" for char in process.stdout + process.stderr)

@@ -42,8 +42,8 @@ class Client:
     script: str
     modes: tuple[str, ...] = ("",)
     transports: tuple[str, ...] = TRANSPORTS
-    not_there: tuple[tuple[str, str], ...] = ()  # impossible pairs of mode and transport
-    gives_up: bool = False  # its script also cancels a call after three seconds
+    impossible: tuple[tuple[str, str], ...] = ()  # pairs of mode and transport that do not exist
+    cancels: bool = False  # its script also cancels a call after three seconds
 
 
 PYTHON_CLIENTS = (
@@ -55,7 +55,7 @@ PYTHON_CLIENTS = (
     Client("fastmcp tasks", ("fastmcp-tasks==4.1.2",), "fastmcp_tasks_client.py", transports=("stdio", "http")),
     Client("mcp-use", ("mcp-use==1.7.1", "mcp<2"), "mcp_use_session.py"),
     Client("smolagents", ("smolagents[mcp]==1.26.0", "mcp<2"), "smolagents_tools.py"),
-    Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), not_there=(("auto", "sse"),), gives_up=True),
+    Client("mcp 2.3", ("mcp==2.3.0",), "mcp2.py", ("auto", "legacy"), impossible=(("auto", "sse"),), cancels=True),
     Client("mcp 1.30", ("mcp==1.30.0",), "mcp1.py"),
     Client("mcp 1.26", ("mcp==1.26.0",), "mcp1.py", transports=("stdio",)),
     Client("mcp 1.20", ("mcp==1.20.0", "pydantic<2.12"), "mcp1.py", transports=("stdio",)),
@@ -65,8 +65,8 @@ PYTHON_CLIENTS = (
     Client("mcp 1.2", ("mcp==1.2.0", "pydantic<2.11", "starlette<0.47"), "mcp1.py", transports=("stdio",)),
 )
 NODE_CLIENTS = (
-    Client("typescript sdk 1", (), "sdk1.mjs", gives_up=True),
-    Client("typescript client 2", (), "client2.mjs", ("legacy", "auto"), not_there=(("auto", "sse"),), gives_up=True),
+    Client("typescript sdk 1", (), "sdk1.mjs", cancels=True),
+    Client("typescript client 2", (), "client2.mjs", ("legacy", "auto"), impossible=(("auto", "sse"),), cancels=True),
 )
 
 
@@ -116,85 +116,88 @@ class Drive:
         self.score = Score()
         self.prompts: list[str] = []
         self.table: list[tuple[str, str, str, str, str]] = []
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
-    def everything(self) -> int:
-        """Run each client, some at a time. Return the exit code."""
-        families = [
-            self._hosts,
-            self._bridges,
-            self._typescript,
-            self._node_frameworks,
-            *(self._python(client) for client in PYTHON_CLIENTS),
-            *(self._framework(framework) for framework in PYTHON_FRAMEWORKS),
+    def run_all(self) -> int:
+        """Run the tests of all clients, CONCURRENCY at a time. Return the exit code."""
+        client_tests = [
+            self._test_hosts,
+            self._test_bridges,
+            self._test_typescript,
+            self._test_node_frameworks,
+            *(self._python_test(client) for client in PYTHON_CLIENTS),
+            *(self._framework_test(framework) for framework in PYTHON_FRAMEWORKS),
         ]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
-            for finished in [pool.submit(self._guarded, family) for family in families]:
-                finished.result()
-        self._once_each()
+            for future in [pool.submit(self._run_test, client_test) for client_test in client_tests]:
+                future.result()
+        self._check_purchases()
         return self.score.close()
 
-    def _guarded(self, family: Any) -> None:
+    def _run_test(self, client_test: Any) -> None:
         try:
-            family()
+            client_test()
         except Exception as error:  # noqa: BLE001 - an error of one client is one failed line
             traceback.print_exc()
-            self._tell(getattr(family, "__name__", "a client").strip("_"), "", "", f"{type(error).__name__}: {error}")
+            name = getattr(client_test, "__name__", "a client").removeprefix("_test_")
+            self._record(name, "", "", f"{type(error).__name__}: {error}")
 
-    def _asked_for(self, name: str) -> bool:
+    def _is_selected(self, name: str) -> bool:
         return not self.names or any(word in name for word in self.names)
 
-    # --- one family each ---
+    # --- the tests of one client or of one group of clients ---
 
-    def _python(self, client: Client):
-        def family() -> None:
-            if not self._asked_for(client.name):
+    def _python_test(self, client: Client):
+        def client_test() -> None:
+            if not self._is_selected(client.name):
                 return
             folder = self.stage.work / client.name.replace(" ", "-")
             python = str(folder / "bin" / "python")
             self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder)])
             self._install([self.uv, "pip", "install", "-q", "--python", python, *client.packages])
-            self._legs(client, [python, str(FOLDER / "python" / client.script)])
+            self._test_client(client, [python, str(FOLDER / "python" / client.script)])
 
-        family.__name__ = client.name
-        return family
+        client_test.__name__ = client.name
+        return client_test
 
-    def _framework(self, framework: Framework):
-        def family() -> None:
-            if self._asked_for(framework.name):
+    def _framework_test(self, framework: Framework):
+        def client_test() -> None:
+            if self._is_selected(framework.name):
                 folder = self.stage.work / framework.script.removesuffix(".py")
                 python = str(folder / "bin" / "python")
                 self._install([self.uv, "venv", "-q", "--python", self.stage.command[0], str(folder)])
                 self._install([self.uv, "pip", "install", "-q", "--python", python, *framework.packages])
-                self._agents(framework, [python, str(FOLDER / "frameworks" / framework.script)])
+                self._test_agents(framework, [python, str(FOLDER / "frameworks" / framework.script)])
 
-        family.__name__ = framework.name
-        return family
+        client_test.__name__ = framework.name
+        return client_test
 
-    def _node_frameworks(self) -> None:
-        frameworks = [framework for framework in NODE_FRAMEWORKS if self._asked_for(framework.name)]
+    def _test_node_frameworks(self) -> None:
+        frameworks = [framework for framework in NODE_FRAMEWORKS if self._is_selected(framework.name)]
         if frameworks:
             folder = self.stage.work / "frameworks_node"
             npm_install(self.npm, FOLDER / "frameworks_node", folder)
             for framework in frameworks:
-                self._agents(
+                self._test_agents(
                     framework, [str(folder / "node_modules" / ".bin" / "node"), str(folder / framework.script)]
                 )
 
-    def _agents(self, framework: Framework, command: list[str]) -> None:
+    def _test_agents(self, framework: Framework, command: list[str]) -> None:
         """Let the framework's agent order one image with each API of the simulated model."""
         for mode in framework.modes:
             with fake_model(self._prompt(framework.name, mode)) as (model, url):
                 target = {**self.stage.target("stdio"), "mode": mode, "model_url": url}
-                report = self._reported(framework.name, command, target, mode)
+                report = self._run_script(framework.name, command, target, mode)
             if report is not None:
                 text = "\n".join(map(text_of_result, model.results))
                 remark = f"the model reads {len(text) // CHARS_PER_TOKEN} tokens"
-                self._tell(framework.name, report["version"], mode, "; ".join(self._agent_faults(model, text)), remark)
+                self._record(
+                    framework.name, report["version"], mode, "; ".join(self._agent_faults(model, text)), remark
+                )
 
     def _agent_faults(self, model: FakeModel, text: str) -> Iterable[str]:
         """Yield each fault of a framework's run: of its converted tools, and of the text that the model reads."""
-        missing = [name for name in TOOLS if not any(offered.endswith(name) for offered in model.tools)]
+        missing = [name for name in TOOLS if not any(tool.endswith(name) for tool in model.tools)]
         if missing:
             yield f"does not offer {missing} to the model"
         if len(model.results) != 1:
@@ -205,17 +208,17 @@ class Drive:
         if re.search(rf"[A-Za-z0-9+/=]{{{BASE64_MIN_CHARS},}}", text):
             yield f"the model reads a preview as {len(text) // CHARS_PER_TOKEN} tokens of text"
 
-    def _typescript(self) -> None:
-        clients = [client for client in NODE_CLIENTS if self._asked_for(client.name)]
+    def _test_typescript(self) -> None:
+        clients = [client for client in NODE_CLIENTS if self._is_selected(client.name)]
         if clients:
             folder = self.stage.work / "typescript"
             npm_install(self.npm, FOLDER / "typescript", folder)
             for client in clients:
-                self._legs(client, [str(folder / "node_modules" / ".bin" / "node"), str(folder / client.script)])
+                self._test_client(client, [str(folder / "node_modules" / ".bin" / "node"), str(folder / client.script)])
 
-    def _bridges(self) -> None:
-        """Bridges from stdio to HTTP or SSE. The official client calls the server through them."""
-        names = [name for name in ("mcp-remote", "supergateway", "mcp-proxy", "mcporter") if self._asked_for(name)]
+    def _test_bridges(self) -> None:
+        """Test the bridges from stdio to HTTP or SSE. The official client calls the server through them."""
+        names = [name for name in ("mcp-remote", "supergateway", "mcp-proxy", "mcporter") if self._is_selected(name)]
         if not names:
             return
         folder = self.stage.work / "bridges"
@@ -240,11 +243,11 @@ class Drive:
             }  # fmt: skip
             for name in names:
                 if name in bridges:
-                    self._through(name, bridges[name], env, transport)
+                    self._test_bridge(name, bridges[name], env, transport)
         if "mcporter" in names:
-            self._mcporter(folder, bins, env)
+            self._test_mcporter(folder, bins, env)
 
-    def _through(self, name: str, bridge: list[str], env: dict[str, str], transport: str) -> None:
+    def _test_bridge(self, name: str, bridge: list[str], env: dict[str, str], transport: str) -> None:
         target = {
             "transport": "stdio", "command": bridge[0], "args": bridge[1:], "env": env, "mode": "legacy",
             "prompt": self._prompt(name, transport),
@@ -252,33 +255,35 @@ class Drive:
         forwards_cancellation = name == "mcp-remote"
         if forwards_cancellation:
             target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
-        report = self._reported(name, [self.stage.command[0], str(FOLDER / "python" / "mcp2.py")], target, transport)
+        report = self._run_script(name, [self.stage.command[0], str(FOLDER / "python" / "mcp2.py")], target, transport)
         if report is None:
             return
         if not forwards_cancellation:  # the others do not forward the cancellation, so the result counts as delivered
             report.pop("again")
         if name == "supergateway":  # it does not forward progress
             report["image"]["progress"] = None
-        self._tell(name, "", transport, "; ".join(self._faults(report)), _remark(report))
+        self._record(name, "", transport, "; ".join(self._faults(report)), _remark(report))
 
-    def _mcporter(self, folder: Path, bins: Path, env: dict[str, str]) -> None:
-        """The command line of mcporter: list the tools and call one."""
+    def _test_mcporter(self, folder: Path, bins: Path, env: dict[str, str]) -> None:
+        """Test the command line of mcporter: list the tools and call one."""
         config = folder / "mcporter.json"
         config.write_text(json.dumps({"mcpServers": {"evolink": {"url": self.stage.url("http"), "allowHttp": True}}}))
-        words = [str(bins / "mcporter"), "--config", str(config)]
-        runs = [
+        command = [str(bins / "mcporter"), "--config", str(config)]
+        processes = [
             subprocess.run(
-                [*words, *arguments], env=env, cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                [*command, *arguments], env=env, cwd=self.stage.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 timeout=CALLS_WITHIN_S,
             )
             for arguments in (["list", "evolink"], ["call", "evolink.compute_size", "size=16:9", "resolution=2K"])
         ]  # fmt: skip
-        run = "".join(each.stdout + each.stderr for each in runs)
-        lacking = [word for word in ("generate_image", "2048") if word not in run]
-        self._tell("mcporter", "", "http", f"no {lacking} in {run[-600:]!r}" if lacking else "")
+        output = "".join(process.stdout + process.stderr for process in processes)
+        missing = [word for word in ("generate_image", "2048") if word not in output]
+        self._record("mcporter", "", "http", f"no {missing} in {output[-600:]!r}" if missing else "")
 
-    def _hosts(self) -> None:
-        names = [name for name in ("claude code", "gemini cli", "codex", "install", "plugins") if self._asked_for(name)]
+    def _test_hosts(self) -> None:
+        names = [
+            name for name in ("claude code", "gemini cli", "codex", "install", "plugins") if self._is_selected(name)
+        ]
         if not names:
             return
         folder = self.stage.work / "hosts"
@@ -290,59 +295,63 @@ class Drive:
         ):
             if name in names:
                 for transport, problem in list_servers(self.stage, modules):
-                    self._tell(name, hosts.version_of(modules, package), transport, problem, "mcp list: connected")
+                    self._record(name, hosts.version_of(modules, package), transport, problem, "mcp list: connected")
         if "install" in names:
-            for name, version, problem in installed.installed(self.stage, modules):
-                self._tell(f"install {name}", version, "stdio", problem, "mcp list after install, then undo")
+            for name, version, problem in installed.install_faults(self.stage, modules):
+                self._record(f"install {name}", version, "stdio", problem, "mcp list after install, then undo")
         if "plugins" in names:
-            for name, version, problem in plugins.plugins(self.stage, modules):
-                self._tell(f"plugins: {name}", version, "stdio", problem)
+            for name, version, problem in plugins.plugin_faults(self.stage, modules):
+                self._record(f"plugins: {name}", version, "stdio", problem)
         if "codex" in names:
             with hosts.codex(self.stage, modules) as call:
                 for transport in ("stdio", "http"):
                     prompt = self._prompt("codex", transport)
                     report = {
                         "tools": list(call(transport, "tools/list", {})["tools"]),
-                        "size": _wired(call(transport, *SIZE)),
-                        "image": _wired(call(transport, "generate_image", {"prompt": prompt, "n": 1})),
-                        "bad": _wired(call(transport, "generate_image", {"prompt": prompt, "promt": "a typing error"})),
+                        "size": _report_of(call(transport, *SIZE)),
+                        "image": _report_of(call(transport, "generate_image", {"prompt": prompt, "n": 1})),
+                        "bad": _report_of(
+                            call(transport, "generate_image", {"prompt": prompt, "promt": "a typing error"})
+                        ),
                     }
-                    self._tell(
+                    self._record(
                         "codex", hosts.version_of(modules, "@openai/codex"), transport,
                         "; ".join(self._faults(report)), _remark(report),
                     )  # fmt: skip
 
-    # --- one leg each ---
+    # --- the calls of one client ---
 
-    def _legs(self, client: Client, command: list[str]) -> None:
+    def _test_client(self, client: Client, command: list[str]) -> None:
         for mode in client.modes:
             for transport in client.transports:
-                if (mode, transport) not in client.not_there:
-                    self._leg(client, command, mode, transport)
+                if (mode, transport) not in client.impossible:
+                    self._test_transport(client, command, mode, transport)
 
-    def _leg(self, client: Client, command: list[str], mode: str, transport: str) -> None:
+    def _test_transport(self, client: Client, command: list[str], mode: str, transport: str) -> None:
         name = f"{client.name} {mode}".strip()
         target = {**self.stage.target(transport), "mode": mode, "prompt": self._prompt(name, transport)}
-        if client.gives_up:
+        if client.cancels:
             target["slow"] = self._prompt(name, transport, "sim:slow=5 ")
-        report = self._reported(name, command, target, transport)
+        report = self._run_script(name, command, target, transport)
         if report is not None:
-            self._tell(name, report["version"], transport, "; ".join(self._faults(report)), _remark(report))
+            self._record(name, report["version"], transport, "; ".join(self._faults(report)), _remark(report))
 
-    def _reported(self, name: str, command: list[str], target: dict[str, Any], transport: str) -> dict[str, Any] | None:
+    def _run_script(
+        self, name: str, command: list[str], target: dict[str, Any], transport: str
+    ) -> dict[str, Any] | None:
         """Run a client's script and return its report. None if it printed no report, which is a failed check."""
         try:
-            run = subprocess.run(
+            process = subprocess.run(
                 [*command, json.dumps(target)], env=self.stage.client_env(), cwd=self.stage.home,
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALLS_WITHIN_S,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            self._tell(name, "", transport, f"no end within {CALLS_WITHIN_S} s")
+            self._record(name, "", transport, f"no end within {CALLS_WITHIN_S} s")
             return None
-        report = next((line[7:] for line in run.stdout.splitlines() if line.startswith("REPORT ")), None)
+        report = next((line[7:] for line in process.stdout.splitlines() if line.startswith("REPORT ")), None)
         if report is None:
-            sys.stderr.write(run.stdout[-2000:] + run.stderr[-4000:])
-            self._tell(name, "", transport, f"exit code {run.returncode} and no report")
+            sys.stderr.write(process.stdout[-2000:] + process.stderr[-4000:])
+            self._record(name, "", transport, f"exit code {process.returncode} and no report")
             return None
         return json.loads(report)
 
@@ -374,32 +383,33 @@ class Drive:
     def _is_picture(self, path: Path) -> bool:
         return path.is_relative_to(self.stage.pictures) and path.read_bytes().startswith(PICTURE_MAGIC)
 
-    def _once_each(self) -> None:
+    def _check_purchases(self) -> None:
         """Check that the journal has each ordered image once. Wrong calls and probes buy nothing."""
-        bought = sorted(entry["request"]["prompt"] for entry in self.stage.bought())
-        odd = "" if bought == sorted(self.prompts) else f"asked for {sorted(self.prompts)}, bought {bought}"
-        self.score.tell("one journal for all: each picture bought once", odd, f"{len(bought)} pictures")
+        journal_prompts = sorted(entry["request"]["prompt"] for entry in self.stage.journal_entries())
+        is_exact = journal_prompts == sorted(self.prompts)
+        problem = "" if is_exact else f"asked for {sorted(self.prompts)}, bought {journal_prompts}"
+        self.score.record("one journal for all: each picture bought once", problem, f"{len(journal_prompts)} pictures")
 
     def _prompt(self, name: str, transport: str, order: str = "") -> str:
         prompt = f"{order}A lighthouse for {name} over {transport}"
-        with self._turn:
+        with self._lock:
             self.prompts.append(prompt)
         return prompt
 
-    def _tell(self, name: str, version: str, transport: str, problem: str, remark: str = "") -> None:
-        with self._turn:
+    def _record(self, name: str, version: str, transport: str, problem: str, remark: str = "") -> None:
+        with self._lock:
             self.table.append((name, version, transport, problem, remark))
-            self.score.tell(f"{name} [{version}] {transport}".replace(" []", "").strip(), problem, remark)
+            self.score.record(f"{name} [{version}] {transport}".replace(" []", "").strip(), problem, remark)
 
     def _install(self, command: list[str]) -> None:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_WITHIN_S)
-        if finished.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{finished.stdout}{finished.stderr}")
+        process = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_WITHIN_S)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{process.stdout}{process.stderr}")
 
 
 def _contains(answer: dict[str, Any], *words: str) -> bool:
-    run = f"{answer['text']}\n{json.dumps(answer['structured'], ensure_ascii=False)}"
-    return all(word in run for word in words)
+    text = f"{answer['text']}\n{json.dumps(answer['structured'], ensure_ascii=False)}"
+    return all(word in text for word in words)
 
 
 def _path(image: dict[str, Any]) -> str | None:
@@ -409,7 +419,7 @@ def _path(image: dict[str, Any]) -> str | None:
     return next((line for line in image["text"].splitlines() if line.startswith("/") and line.endswith(".png")), None)
 
 
-def _wired(result: dict[str, Any]) -> dict[str, Any]:
+def _report_of(result: dict[str, Any]) -> dict[str, Any]:
     """Return a protocol result in the form of the reports."""
     text = "\n".join(block["text"] for block in result["content"] if block["type"] == "text")
     return {"text": text, "structured": result.get("structuredContent"), "error": bool(result.get("isError"))}
@@ -424,7 +434,7 @@ def main(python: str, work: str, *names: str) -> int:
     folder = Path(work).resolve()
     with Stage(python, folder) as stage:
         drive = Drive(stage, list(names), uv=str(folder / "uv" / "bin" / "uv"), npm="npm")
-        code = drive.everything()
+        code = drive.run_all()
         (folder / "results.json").write_text(json.dumps(drive.table, indent=1))
     return code
 

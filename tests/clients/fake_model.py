@@ -118,7 +118,7 @@ class FakeModel:
 
     def _gemini(self, body: dict[str, Any]) -> dict[str, Any]:
         for tool in body.get("tools", []):
-            self.tools |= {each["name"]: each for each in tool.get("functionDeclarations", [])}
+            self.tools |= {function["name"]: function for function in tool.get("functionDeclarations", [])}
         parts = [part for content in body["contents"] for part in content.get("parts", [])]
         results = [part["functionResponse"] for part in parts if "functionResponse" in part]
         self.results += [result["response"] for result in results]
@@ -150,7 +150,7 @@ def _filler(schema: dict[str, Any]) -> Any:
     if "enum" in schema:
         return schema.get("default", schema["enum"][0])
     kind = schema.get("type")
-    kind = next((each for each in kind if each != "null"), "string") if isinstance(kind, list) else kind
+    kind = next((name for name in kind if name != "null"), "string") if isinstance(kind, list) else kind
     return {
         "string": "", "array": [], "boolean": False, "integer": schema.get("default", 1), "number": 60, "object": {},
     }.get(kind)  # fmt: skip

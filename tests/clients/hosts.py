@@ -44,33 +44,33 @@ def version_of(modules: Path, package: str) -> str:
 
 
 def run(command: list[str], env: dict[str, str]) -> str:
-    output = subprocess.run(
+    process = subprocess.run(
         command, env=env, cwd=env["HOME"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
-    return output.stdout + output.stderr
+    return process.stdout + process.stderr
 
 
-def listed(output: str, mark: str) -> Iterator[tuple[str, str]]:
+def connection_faults(output: str, mark: str) -> Iterator[tuple[str, str]]:
     """Yield each transport and its fault, empty if the host's list shows the server as connected."""
     for transport, name in NAMES.items():
         line = next((line for line in output.splitlines() if name in line), f"{name} is not listed: {output[-400:]!r}")
-        good = line.rstrip().endswith("Connected") and mark in line
-        yield transport, "" if good else line.strip()
+        is_connected = line.rstrip().endswith("Connected") and mark in line
+        yield transport, "" if is_connected else line.strip()
 
 
 def claude_code(stage: Stage, modules: Path) -> Iterator[tuple[str, str]]:
-    """`claude mcp add` three times, then `claude mcp list`."""
+    """Run `claude mcp add` three times, then `claude mcp list`. Yield each transport and its fault."""
     env = environment(stage, modules, stage.work / "claude-home")
     claude = str(modules / ".bin" / "claude")
     stdio = {"type": "stdio", "command": stage.command[0], "args": stage.command[1:], "env": stage.server_env}
     run([claude, "mcp", "add-json", "-s", "user", NAMES["stdio"], json.dumps(stdio)], env)
     for transport in ("http", "sse"):
         run([claude, "mcp", "add", "-s", "user", "--transport", transport, NAMES[transport], stage.url(transport)], env)
-    yield from listed(run([claude, "mcp", "list"], env), "✔")
+    yield from connection_faults(run([claude, "mcp", "list"], env), "✔")
 
 
 def gemini_cli(stage: Stage, modules: Path) -> Iterator[tuple[str, str]]:
-    """`gemini mcp list` over a settings.json as the README's block makes it."""
+    """Run `gemini mcp list` with a settings.json as in the README. Yield each transport and its fault."""
     env = environment(stage, modules, stage.work / "gemini-home")
     stdio = {"command": stage.command[0], "args": stage.command[1:], "env": stage.server_env}
     servers = {
@@ -81,7 +81,7 @@ def gemini_cli(stage: Stage, modules: Path) -> Iterator[tuple[str, str]]:
     folder = Path(env["HOME"], ".gemini")
     folder.mkdir(exist_ok=True)
     (folder / "settings.json").write_text(json.dumps({"mcpServers": servers}))
-    yield from listed(run([str(modules / ".bin" / "gemini"), "mcp", "list"], env), "✓")
+    yield from connection_faults(run([str(modules / ".bin" / "gemini"), "mcp", "list"], env), "✓")
 
 
 @contextmanager
@@ -102,18 +102,18 @@ def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], di
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
         try:
-            wire = _Wire(process)
-            wire.ask("initialize", {"clientInfo": {"name": "evolink-mcp-check", "version": "1.0.0"}})
-            wire.send("initialized")
-            thread = wire.ask("thread/start", {"cwd": env["HOME"], "ephemeral": True})["thread"]["id"]
-            listed_servers = wire.ask("mcpServerStatus/list", {"threadId": thread})["data"]
-            servers = {server["name"]: server for server in listed_servers}
+            peer = _JsonRpc(process)
+            peer.request("initialize", {"clientInfo": {"name": "evolink-mcp-check", "version": "1.0.0"}})
+            peer.send("initialized")
+            thread = peer.request("thread/start", {"cwd": env["HOME"], "ephemeral": True})["thread"]["id"]
+            server_list = peer.request("mcpServerStatus/list", {"threadId": thread})["data"]
+            servers = {server["name"]: server for server in server_list}
 
             def call(transport: str, tool: str, arguments: dict) -> dict:
                 if tool == "tools/list":
                     return servers[NAMES[transport]]
-                where = {"threadId": thread, "server": NAMES[transport], "tool": tool}
-                return wire.ask("mcpServer/tool/call", {**where, "arguments": arguments})
+                target = {"threadId": thread, "server": NAMES[transport], "tool": tool}
+                return peer.request("mcpServer/tool/call", {**target, "arguments": arguments})
 
             yield call
         finally:
@@ -121,12 +121,12 @@ def codex(stage: Stage, modules: Path) -> Iterator[Callable[[str, str, dict], di
             process.wait(10)
 
 
-class _Wire:
+class _JsonRpc:
     """JSON-RPC over a process's stdin and stdout, one message per line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._last = 0
+        self._last_id = 0
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -140,13 +140,13 @@ class _Wire:
         self._process.stdin.write(json.dumps({"jsonrpc": "2.0", "method": method, **fields}) + "\n")
         self._process.stdin.flush()
 
-    def ask(self, method: str, params: dict) -> dict:
-        self._last += 1
-        self.send(method, id=self._last, params=params)
+    def request(self, method: str, params: dict) -> dict:
+        self._last_id += 1
+        self.send(method, id=self._last_id, params=params)
         deadline = time.monotonic() + ANSWER_WITHIN_S
         while True:
             answer = json.loads(self._lines.get(timeout=max(0.0, deadline - time.monotonic())))
-            if answer.get("id") == self._last and "method" not in answer:
+            if answer.get("id") == self._last_id and "method" not in answer:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")
                 return answer["result"]

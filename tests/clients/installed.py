@@ -49,7 +49,7 @@ HOSTS = (
 LISTS_MAX = 5
 
 
-def installed(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
+def install_faults(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
     """Install, list and undo. Yield name, version and fault of each host; an empty fault is a success."""
     env = environment(stage, modules, stage.work / "installed-home")
     home = Path(env["HOME"])
@@ -70,13 +70,13 @@ def installed(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
         content = (home / host.file).read_bytes()
         # A host waits a few seconds for its server, which can be too short on a busy machine.
         output = ""
-        lacking = list(host.words)
+        missing = list(host.words)
         for _ in range(LISTS_MAX):
             output = run([str(modules / ".bin" / host.command[0]), *host.command[1:]], env)
-            lacking = [word for word in host.words if word not in output]
-            if not lacking:
+            missing = [word for word in host.words if word not in output]
+            if not missing:
                 break
-        faults[host.name] = f"no {lacking} in {output[-300:]!r}" if lacking else ""
+        faults[host.name] = f"no {missing} in {output[-300:]!r}" if missing else ""
         if (home / host.file).read_bytes() == content:
             unchanged.add(host.name)
     undo = subprocess.run([*install, "--undo"], env=env, cwd=home, capture_output=True, text=True, timeout=300)

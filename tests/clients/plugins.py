@@ -44,13 +44,13 @@ CHECKS = (
 )
 
 
-def plugins(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
+def plugin_faults(stage: Stage, modules: Path) -> Iterator[tuple[str, str, str]]:
     """Run each check. Yield its name, the version of the host and its fault; an empty fault is a success."""
     env = environment(stage, modules, stage.work / "plugins-home")
     for package, commands, words in CHECKS:
         output = ""
         for command in commands:
             output = run([str(modules / ".bin" / command[0]), *command[1:]], env)
-        lacking = [word for word in words if word not in output]
+        missing = [word for word in words if word not in output]
         name = " ".join(commands[-1][:3])
-        yield name, version_of(modules, package), f"no {lacking} in {output[-400:]!r}" if lacking else ""
+        yield name, version_of(modules, package), f"no {missing} in {output[-400:]!r}" if missing else ""

@@ -62,9 +62,9 @@ class Stage:
             self._serve("simulate", simulator, "--seconds", PICTURE_S)
             self._serve("http", self.http_port)
             self._serve("sse", self.sse_port)
-            await_up(f"http://127.0.0.1:{simulator}/v1/credits")
+            wait_until_up(f"http://127.0.0.1:{simulator}/v1/credits")
             for port in (self.http_port, self.sse_port):
-                await_up(f"http://127.0.0.1:{port}/healthz")
+                wait_until_up(f"http://127.0.0.1:{port}/healthz")
         except BaseException:
             self._stack.close()
             raise
@@ -88,18 +88,18 @@ class Stage:
         """Return a minimal environment without variables of the caller."""
         return {"HOME": str(self.home), "PATH": PATH, "LANG": "C.UTF-8", **options}
 
-    def bought(self) -> list[dict]:
+    def journal_entries(self) -> list[dict]:
         """Return the journal's entries, newest first."""
-        run = subprocess.run(
+        process = subprocess.run(
             [*self.command, "tasks", "--json", "--limit", "500"], env=self.server_env, cwd=self.home,
             capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
-        return json.loads(run.stdout)
+        return json.loads(process.stdout)
 
     def _serve(self, command: str, port: int, *options: str) -> None:
         log = self.work / f"{command}.log"
-        line = [*self.command, command, "--port", str(port), *options]
-        self._stack.enter_context(background(line, self.server_env, log, self.home))
+        arguments = [*self.command, command, "--port", str(port), *options]
+        self._stack.enter_context(background(arguments, self.server_env, log, self.home))
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def await_up(url: str) -> None:
+def wait_until_up(url: str) -> None:
     """Return when a server answers at `url` with any status."""
     deadline = time.monotonic() + UP_WITHIN_S
     while True:
@@ -145,12 +145,12 @@ class Score:
     def __init__(self) -> None:
         self.passed = self.failed = 0
 
-    def tell(self, name: str, problem: str = "", remark: str = "") -> None:
-        good = not problem
-        self.passed += good
-        self.failed += not good
-        tail = f"  {problem or remark}" if problem or remark else ""
-        print(f"{'ok  ' if good else 'FAIL'} {name}{tail}", flush=True)
+    def record(self, name: str, problem: str = "", remark: str = "") -> None:
+        """Count and print a check. It failed if `problem` is not empty."""
+        self.passed += not problem
+        self.failed += bool(problem)
+        note = f"  {problem or remark}" if problem or remark else ""
+        print(f"{'FAIL' if problem else 'ok  '} {name}{note}", flush=True)
 
     def close(self) -> int:
         print(f"{self.passed} passed, {self.failed} failed", flush=True)
@@ -163,10 +163,10 @@ def npm_install(npm: str, source: Path, folder: Path, env: dict[str, str] | None
     for file in source.iterdir():
         if file.suffix in (".json", ".mjs"):
             shutil.copy(file, folder)
-    run = subprocess.run(
+    process = subprocess.run(
         [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--no-update-notifier", "--loglevel=error"],
         cwd=folder, env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    if run.returncode:
-        sys.stderr.write(run.stdout + run.stderr)
+    if process.returncode:
+        sys.stderr.write(process.stdout + process.stderr)
         raise RuntimeError(f"npm install failed in {folder.name}")

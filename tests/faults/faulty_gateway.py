@@ -19,7 +19,7 @@ from evolink_mcp.server.server import build_server
 from evolink_mcp.simulator.app import SimulatedTask, Simulator
 from evolink_mcp.studio.studio import Studio
 
-PAY = ("POST", "/v1/images/generations")
+PURCHASE = ("POST", "/v1/images/generations")
 REASONS = {200: "OK", 429: "Too Many Requests"}
 NEVER_S = 60.0
 # Turns of the event loop in which the client, in the same loop, reads everything that was sent.
@@ -30,7 +30,7 @@ DEADLINES: list[anyio.CancelScope] = []
 
 @contextmanager
 def deadline_at_silence(_: float) -> Iterator[anyio.CancelScope]:
-    """A deadline that expires when a gateway falls silent. A slow machine does not change the result."""
+    """Return a deadline that expires when a gateway sends no more bytes. A slow machine does not change the result."""
     with anyio.CancelScope() as scope:
         DEADLINES.append(scope)
         try:
@@ -89,7 +89,7 @@ ONE_SERVER = build_server(CURRENT, preview_edge=0)
 
 @dataclass
 class Exchange:
-    """One request on one connection. It reaches the simulator, and is billed, only with `accepted`."""
+    """One request on one connection. It reaches the simulator, and is billed, only with `accept`."""
 
     method: str
     path: str
@@ -99,7 +99,7 @@ class Exchange:
     api: httpx.AsyncClient
     raw: bytes = b""
 
-    async def accepted(self) -> httpx.Response:
+    async def accept(self) -> httpx.Response:
         """Send the request to the simulator and return its answer."""
         return await self.api.request(self.method, self.path, headers=self.headers, content=self.body)
 
@@ -131,7 +131,7 @@ Fault = Callable[[Exchange], Awaitable[None]]
 
 async def behave(exchange: Exchange) -> None:
     """Answer correctly."""
-    exchange.relay(await exchange.accepted())
+    exchange.relay(await exchange.accept())
 
 
 def before(act: Callable[[Exchange], object]) -> Fault:
@@ -147,7 +147,7 @@ def after(act: Callable[[Exchange], object]) -> Fault:
     """Accept the request, so that it is billed. Then call `act` and do not answer."""
 
     async def fault(exchange: Exchange) -> None:
-        await exchange.accepted()
+        await exchange.accept()
         act(exchange)
 
     return fault
@@ -184,12 +184,12 @@ async def hang(_: Exchange) -> None:
 
 
 async def accept_and_hang(exchange: Exchange) -> None:
-    await exchange.accepted()
+    await exchange.accept()
     await hang(exchange)
 
 
 async def accept_and_drip(exchange: Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     exchange.send(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(reply.content))
     for byte in reply.content[:3]:
         exchange.send(bytes((byte,)))
@@ -198,23 +198,23 @@ async def accept_and_drip(exchange: Exchange) -> None:
 
 
 async def accept_and_truncate(exchange: Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     exchange.answer(200, reply.content[: len(reply.content) // 2], length=len(reply.content))
 
 
 async def accept_and_truncate_before_the_id(exchange: Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     exchange.answer(200, reply.content[:12], length=len(reply.content))
 
 
 async def accept_and_break_chunks(exchange: Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     half = reply.content[: len(reply.content) // 2]
     exchange.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\nzz\r\n" % (len(half), half))
 
 
 async def accept_and_compress(exchange: Exchange) -> None:
-    await exchange.accepted()
+    await exchange.accept()
     exchange.answer(200, b"\x1f\x8b\x08\x00 this is no gzip", content_encoding="gzip")
 
 
@@ -224,12 +224,12 @@ async def inform_then_behave(exchange: Exchange) -> None:
 
 
 async def answer_with_byte_order_mark(exchange: Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     exchange.answer(200, b"\xef\xbb\xbf" + reply.content)
 
 
 async def answer_in_envelope(exchange: Exchange) -> None:
-    reply = await exchange.accepted()
+    reply = await exchange.accept()
     exchange.answer(200, json.dumps({"code": 200, "data": reply.json()}).encode())
 
 
@@ -267,37 +267,37 @@ class Gateway:
     async def open(self) -> AsyncIterator[Gateway]:
         transport = httpx.ASGITransport(self.simulator.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://behind") as self._api:
-            self._talks: set[asyncio.Task[Any]] = set()
-            server = await asyncio.start_server(self._talk, "127.0.0.1", self.port, limit=1 << 20)
+            self._connections: set[asyncio.Task[Any]] = set()
+            server = await asyncio.start_server(self._handle_connection, "127.0.0.1", self.port, limit=1 << 20)
             self.port = server.sockets[0].getsockname()[1]
             try:
                 yield self
             finally:
                 server.close()
-                for talk in self._talks:
-                    talk.cancel()
-                await asyncio.gather(*self._talks, return_exceptions=True)
+                for connection in self._connections:
+                    connection.cancel()
+                await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def wait_until_idle(self) -> None:
         """Wait until every request is answered that was sent before, even if its client ended."""
-        async with httpx.AsyncClient() as asking:
-            await asking.get(self.url)  # the gateway accepts connections in order
-        if self._talks:
-            await asyncio.wait(set(self._talks))
+        async with httpx.AsyncClient() as client:
+            await client.get(self.url)  # the gateway accepts connections in order
+        if self._connections:
+            await asyncio.wait(set(self._connections))
 
     def _fault(self, exchange: Exchange) -> Fault:
         self.requests.append((exchange.method, exchange.path))
-        if (exchange.method, exchange.path) != PAY:
+        if (exchange.method, exchange.path) != PURCHASE:
             return self.reads(exchange) or behave
         self.posts += 1
         if not self.purchases:
             return behave
         return self.purchases[0] if self.always and len(self.purchases) == 1 else self.purchases.pop(0)
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        talk = asyncio.current_task()
-        assert talk is not None
-        self._talks.add(talk)
+    async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
         try:
             with suppress(asyncio.IncompleteReadError, ConnectionError, httpx.HTTPError):
                 exchange = await self._read(reader, writer)
@@ -306,7 +306,7 @@ class Gateway:
         except asyncio.CancelledError:
             pass  # asyncio would log the cancellation of a stream's callback
         finally:
-            self._talks.discard(talk)
+            self._connections.discard(connection)
             writer.close()
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange:

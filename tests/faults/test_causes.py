@@ -43,7 +43,7 @@ pytestmark = pytest.mark.anyio
 
 KEY = "sk-canary-0123456789abcdef"
 PASSWORD = "hunter2-canary"
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 ISSUER = "Example Corp Inspection"
 NOW = 1_795_000_020.0  # the begin of a minute
 EVOLINK = "https://api.evolink.ai"
@@ -54,16 +54,16 @@ Place = Callable[[Path], AbstractAsyncContextManager[Environ]]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault. `place` yields the variables of the server. The texts of all three places contain `says`.
+    """A fault. `place` yields the variables of the server. The texts of all three places contain `texts`.
 
-    `never`: words that would lead to a wrong step. `is_outcome_known` is false if the POST may have bought.
+    `forbidden_words` would lead to a wrong step. `is_outcome_known` is false if the POST may have bought.
     `places`: the places that show the fault. `arguments` are those of generate_image.
     """
 
     place: Place
-    says: tuple[str, ...]
+    texts: tuple[str, ...]
     code: str = "unreachable"
-    never: tuple[str, ...] = ("EVOLINK_API_KEY",)
+    forbidden_words: tuple[str, ...] = ("EVOLINK_API_KEY",)
     is_outcome_known: bool = True
     places: tuple[str, ...] = ("generate_image", "get_balance", "doctor", "log")
     arguments: Callable[[Path], dict[str, Any]] = lambda _: {}
@@ -206,8 +206,8 @@ def tls(*, is_trusted: bool, **options: Any) -> Place:
 
         async with listener, anyio.create_task_group() as group:
             group.start_soon(listener.serve, serve)
-            trusted = {"SSL_CERT_FILE": str(authority)} if is_trusted else {}
-            yield {"EVOLINK_BASE_URL": f"https://127.0.0.1:{port}", **trusted}
+            variables = {"SSL_CERT_FILE": str(authority)} if is_trusted else {}
+            yield {"EVOLINK_BASE_URL": f"https://127.0.0.1:{port}", **variables}
             group.cancel_scope.cancel()
 
     return place
@@ -233,7 +233,10 @@ BLOCK_PAGE = b"<!DOCTYPE html>\n<html><head><title>Access denied &ndash; Example
 WEB_PAGE = ("a web page answered instead of EvoLink's API", "firewall", "The API key is not the cause")
 CORRECT_PROXY = "correct or remove HTTPS_PROXY"
 MODERATION = ("the content policy does not allow this picture", "Change the prompt or the reference pictures")
-MODERATED = {"code": "content_policy_violation", "never": ("EVOLINK_API_KEY", "argument", "permission", "Use a key")}
+MODERATED = {
+    "code": "content_policy_violation",
+    "forbidden_words": ("EVOLINK_API_KEY", "argument", "permission", "Use a key"),
+}
 CREDITS = ("does not have enough credits", "Top up at https://evolink.ai/dashboard", "get_balance")
 
 FAULTS: dict[str, Fault] = {
@@ -317,21 +320,21 @@ FAULTS: dict[str, Fault] = {
     "a wrong base URL with a web page": Fault(
         answers(404, b"<html><title>404 Not Found</title></html>", content_type="text/html"),
         ("EvoLink's API has no such address", "Check EVOLINK_BASE_URL", EVOLINK), "wrong_address",
-        never=("EVOLINK_API_KEY", "this task", "Check the id"),
+        forbidden_words=("EVOLINK_API_KEY", "this task", "Check the id"),
     ),
     "a wrong base URL with JSON": Fault(
         error(404, "not_found"), ("EvoLink's API has no such address", "Check EVOLINK_BASE_URL"), "wrong_address",
-        never=("EVOLINK_API_KEY", "this task", "Check the id"),
+        forbidden_words=("EVOLINK_API_KEY", "this task", "Check the id"),
     ),
     # the account
     "a wrong key": Fault(error(401, "unauthorized"), ("did not accept the API key", "Check EVOLINK_API_KEY"),
-                         "unauthorized", never=()),
+                         "unauthorized", forbidden_words=()),
     "a wrong key with a number as code": Fault(
-        error(401, 401), ("did not accept the API key", "Check EVOLINK_API_KEY"), "unauthorized", never=()),
+        error(401, 401), ("did not accept the API key", "Check EVOLINK_API_KEY"), "unauthorized", forbidden_words=()),
     "a disabled key": Fault(error(403, "key_disabled"), ("disabled this API key", "Create a new key at https://"),
-                            "unauthorized", never=("permission",)),
+                            "unauthorized", forbidden_words=("permission",)),
     "an expired key": Fault(error(401, "key_expired"), ("the key has expired", "Create a new key at https://"),
-                            "unauthorized", never=("mistyped",)),
+                            "unauthorized", forbidden_words=("mistyped",)),
     "a blocked network address": Fault(
         error(403, "ip_restricted"), ("network address of this machine", "Allow this address"), "forbidden"),
     "a model that the key may not use": Fault(
@@ -346,14 +349,14 @@ FAULTS: dict[str, Fault] = {
         error(400, "invalid_request", "Your request was rejected by our safety system."), MODERATION, **MODERATED),
     "a wrong argument": Fault(
         error(400, "invalid_parameters", "moderation: unknown parameter"), ("Correct the argument",),
-        "invalid_request", never=("EVOLINK_API_KEY", "content policy")),
+        "invalid_request", forbidden_words=("EVOLINK_API_KEY", "content policy")),
     "a request that is too large": Fault(
         error(413, "too_large"), ("too large for EvoLink", "Send URLs or smaller pictures"), "too_large"),
     "a rate limit without a time": Fault(
         error(429, "rate_limit_exceeded"), ("limits the request rate", "Wait a minute"), "rate_limited"),
     **{f"a rate limit with {value}": Fault(
         error(429, "rate_limit_exceeded", retry_after=value),
-        ("limits the request rate", f"not before {time}"), "rate_limited", never=("EVOLINK_API_KEY", "Wait a minute"))
+        ("limits the request rate", f"not before {time}"), "rate_limited", forbidden_words=("EVOLINK_API_KEY", "Wait a minute"))
        for value, time in (("3600", f"{datetime.fromtimestamp(NOW + 3600):%H:%M} (in 60 minutes)"),
                            ("120", f"{datetime.fromtimestamp(NOW + 120):%H:%M} (in 2 minutes)"),
                            (formatdate(NOW + 7200, usegmt=True),
@@ -361,15 +364,15 @@ FAULTS: dict[str, Fault] = {
     # the host and its configuration
     "no key": Fault(
         with_settings(EVOLINK_API_KEY=""), ("EVOLINK_API_KEY", "https://evolink.ai/dashboard/keys"), "key_missing",
-        never=(), places=("generate_image", "get_balance", "doctor")),
+        forbidden_words=(), places=("generate_image", "get_balance", "doctor")),
     "the example instead of a key": Fault(
-        with_settings(EVOLINK_API_KEY="sk-..."), ("is still the example",), "key_missing", never=(),
+        with_settings(EVOLINK_API_KEY="sk-..."), ("is still the example",), "key_missing", forbidden_words=(),
         places=("generate_image", "get_balance", "doctor")),
     "a key in quotes": Fault(
-        with_settings(EVOLINK_API_KEY='"sk-0123456789"'), ("without quotes",), "key_missing", never=(),
+        with_settings(EVOLINK_API_KEY='"sk-0123456789"'), ("without quotes",), "key_missing", forbidden_words=(),
         places=("generate_image", "get_balance", "doctor")),
     "a key that the host did not fill in": Fault(
-        with_settings(EVOLINK_API_KEY="sk-${env:KEY}-x"), ("the MCP host did not replace",), "key_missing", never=(),
+        with_settings(EVOLINK_API_KEY="sk-${env:KEY}-x"), ("the MCP host did not replace",), "key_missing", forbidden_words=(),
         places=("generate_image", "get_balance", "doctor")),
     "a limit per call": Fault(
         with_settings(EVOLINK_MCP_MAX_CREDITS_PER_CALL="0.1"),
@@ -480,14 +483,14 @@ async def test_tool_doctor_and_log_name_the_cause_and_the_next_step(
                 Client(ONE_SERVER) as client,
             ):
                 CURRENT.studio = studio
-                bought = await client.call_tool("generate_image", {**WISH, **fault.arguments(tmp_path)})
+                purchase = await client.call_tool("generate_image", {**REQUEST, **fault.arguments(tmp_path)})
                 balance = await client.call_tool("get_balance", {})
             findings = [doctor.check_key(settings), *await doctor.check_account(settings, lambda: NOW)]
-    out = bought.structured_content
+    out = purchase.structured_content
     charged = "no" if fault.is_outcome_known else "unknown"
-    assert (out["charged"], out["error"]["code"], bought.is_error) == (charged, fault.code, True)
+    assert (out["charged"], out["error"]["code"], purchase.is_error) == (charged, fault.code, True)
     texts = {
-        "generate_image": bought.content[0].text,
+        "generate_image": purchase.content[0].text,
         "get_balance": balance.content[0].text,
         "doctor": _text_of(findings),
         "folders": _text_of(doctor.check_folders(settings)),
@@ -496,11 +499,11 @@ async def test_tool_doctor_and_log_name_the_cause_and_the_next_step(
     }
     texts = {place: texts[place] for place in fault.places}
     missing = {
-        place: [part for part in fault.says if part.lower() not in text.lower()] for place, text in texts.items()
+        place: [part for part in fault.texts if part.lower() not in text.lower()] for place, text in texts.items()
     }
     assert {place: parts for place, parts in missing.items() if parts} == {}, texts
     for text in texts.values():
-        assert [word for word in (*fault.never, KEY, PASSWORD, "hunter2") if word in text] == []
+        assert [word for word in (*fault.forbidden_words, KEY, PASSWORD, "hunter2") if word in text] == []
 
 
 # --- rate limits ---
@@ -519,13 +522,13 @@ async def test_after_a_long_rate_limit_no_purchase_is_sent_before_its_end(tmp_pa
             options: dict[str, Any] = {"sleep": no_sleep, "deadline": gw.deadline_at_silence}
             async with open_studio(settings, decoder=shared_decoder(), clock=lambda: now, **options) as studio:
                 CURRENT.studio = studio
-                first = await client.call_tool("generate_image", WISH)
+                first = await client.call_tool("generate_image", REQUEST)
                 now += 600
                 requests = list(gateway.requests)
-                second = await client.call_tool("generate_image", {**WISH, "prompt": "another fox"})
+                second = await client.call_tool("generate_image", {**REQUEST, "prompt": "another fox"})
                 assert gateway.requests == requests
                 now += 3000
-                third = await client.call_tool("generate_image", WISH)
+                third = await client.call_tool("generate_image", REQUEST)
     at = datetime.fromtimestamp(NOW + 3600)
     for answer, distance in ((first, "60 minutes"), (second, "50 minutes")):
         error = answer.structured_content["error"]
@@ -546,11 +549,11 @@ async def test_after_a_long_rate_limit_no_purchase_is_sent_before_its_end(tmp_pa
         (86_400, "in 24 hours"),
     ],
 )
-def test_a_time_has_its_distance(seconds: int, text: str) -> None:
+def test_the_next_step_contains_the_time_until_the_next_call(seconds: int, text: str) -> None:
     assert text in causes.rate_limit(NOW + seconds, NOW).next_step
 
 
-def test_a_time_on_another_day_has_its_date() -> None:
+def test_the_next_step_contains_the_date_of_another_day() -> None:
     day = datetime.fromtimestamp(NOW + 3 * 86_400)
     assert f"{day:%Y-%m-%d %H:%M} (in 72 hours)" in causes.rate_limit(NOW + 3 * 86_400, NOW).next_step
 
@@ -587,9 +590,9 @@ def test_the_address_of_a_proxy_has_no_password(url: str, address: str) -> None:
 
 def test_a_damaged_certificate_has_no_issuer(tmp_path: Path) -> None:
     _, authority = certificate(tmp_path)
-    whole = x509.load_pem_x509_certificate(authority.read_bytes()).public_bytes(serialization.Encoding.DER)
-    assert issuer_of(whole) == ISSUER
-    assert [issuer_of(whole[:end]) for end in range(0, len(whole) - 1, 7)] == [None] * len(range(0, len(whole) - 1, 7))
+    der = x509.load_pem_x509_certificate(authority.read_bytes()).public_bytes(serialization.Encoding.DER)
+    assert issuer_of(der) == ISSUER
+    assert {issuer_of(der[:end]) for end in range(0, len(der) - 1, 7)} == {None}
     assert issuer_of(b"\x30\x82") is None
 
 
@@ -603,7 +606,7 @@ def test_an_unknown_code_of_a_failed_task_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "used"),
+    ("setting", "base_url"),
     [
         ("https://api.evolink.ai/v1", EVOLINK),
         ("https://api.evolink.ai/v1/", EVOLINK),
@@ -612,11 +615,11 @@ def test_an_unknown_code_of_a_failed_task_stays() -> None:
     ],
 )
 def test_a_base_url_ends_before_the_version_and_one_line_says_so(
-    given: str, used: str, caplog: pytest.LogCaptureFixture
+    setting: str, base_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert TeamSettings.from_environment({"EVOLINK_BASE_URL": given}).base_url == used
+    assert TeamSettings.from_environment({"EVOLINK_BASE_URL": setting}).base_url == base_url
     (record,) = caplog.records
-    assert record.getMessage() == f"EVOLINK_BASE_URL must end before /v1: the server uses {used}"
+    assert record.getMessage() == f"EVOLINK_BASE_URL must end before /v1: the server uses {base_url}"
 
 
 @pytest.mark.parametrize("url", [EVOLINK, "https://x.example.com/v1beta", "https://x.example.com/v1/evolink"])

@@ -1,4 +1,4 @@
-"""A task ID that EvoLink sent is the task of the purchase, whatever is wrong with the rest of the answer."""
+"""The server records a task ID that EvoLink sent, even if the rest of the answer is damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from evolink_mcp.studio.jobs import ImageRequest
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 KEY = "sk-canary-0123456789abcdef"
-BODY = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
 
@@ -57,7 +57,7 @@ async def buy(folder: Path, fault: Fault) -> tuple[Entry, QuickSimulator, Gatewa
         )
         options: Any = {"decoder": shared_decoder(), "http_options": CERTIFICATES_READ_ONCE}
         async with open_studio(settings, sleep=no_sleep, deadline=gw.deadline_at_silence, **options) as studio:
-            job = await studio.order(ImageRequest(GenerationRequest.model_validate(BODY), 9.0))
+            job = await studio.order(ImageRequest(GenerationRequest.model_validate(REQUEST), 9.0))
             async for _ in job.states():
                 pass
             (entry,) = await studio.journal.recent(9)
@@ -68,20 +68,20 @@ def answers(write: Any) -> Fault:
     """Bill the task, then call `write(exchange, body)` with EvoLink's JSON."""
 
     async def fault(exchange: Exchange) -> None:
-        write(exchange, (await exchange.accepted()).content)
+        write(exchange, (await exchange.accept()).content)
 
     return fault
 
 
 async def answer_and_fall_silent(exchange: Exchange) -> None:
-    body = (await exchange.accepted()).content
+    body = (await exchange.accept()).content
     exchange.send(OK + b"content-length: 9999\r\n\r\n" + body)
     await exchange.writer.drain()
     await gw.silence()
 
 
 async def answer_in_pieces_and_fall_silent(exchange: Exchange) -> None:
-    body = (await exchange.accepted()).content
+    body = (await exchange.accept()).content
     exchange.send(OK + b"transfer-encoding: chunked\r\n\r\n")
     for start in range(0, len(body), 7):
         piece = body[start : start + 7]
@@ -91,18 +91,18 @@ async def answer_in_pieces_and_fall_silent(exchange: Exchange) -> None:
 
 
 async def answer_and_reset(exchange: Exchange) -> None:
-    body = (await exchange.accepted()).content
+    body = (await exchange.accept()).content
     exchange.send(OK + b"content-length: 9999\r\n\r\n" + body)
     await exchange.writer.drain()
     await anyio.sleep(0.05)  # a reset discards data that the client has not read
     exchange.reset()
 
 
-def chunked(body: bytes) -> bytes:
+def chunk_body(body: bytes) -> bytes:
     return OK + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body)
 
 
-def broken_gzip(body: bytes) -> bytes:
+def truncated_gzip(body: bytes) -> bytes:
     """Return gzip data whose end is missing, so that its checksum cannot be compared."""
     return gzip.compress(body)[:-8]
 
@@ -112,7 +112,7 @@ def raw_deflate(body: bytes) -> bytes:
     return compressor.compress(body) + compressor.flush()
 
 
-def wrapped(body: bytes) -> bytes:
+def wrap_in_error(body: bytes) -> bytes:
     """Return an error whose message quotes EvoLink's answer."""
     return json.dumps({"error": {"code": "upstream_error", "message": f"got {body.decode()}"}}).encode()
 
@@ -124,8 +124,8 @@ FAULTS: dict[str, Fault] = {
     "a content-length that is too small": answers(
         lambda exchange, body: exchange.answer(200, body, length=len(body) - 9)
     ),
-    "chunks without an end": answers(lambda exchange, body: exchange.send(chunked(body))),
-    "chunks that end in garbage": answers(lambda exchange, body: exchange.send(chunked(body) + b"zz\r\n")),
+    "chunks without an end": answers(lambda exchange, body: exchange.send(chunk_body(body))),
+    "chunks that end in garbage": answers(lambda exchange, body: exchange.send(chunk_body(body) + b"zz\r\n")),
     "a reset after the body": answer_and_reset,
     "silence after the body": answer_and_fall_silent,
     "small chunks and silence": answer_in_pieces_and_fall_silent,
@@ -136,7 +136,7 @@ FAULTS: dict[str, Fault] = {
     "a very long answer": answers(lambda exchange, body: exchange.answer(200, body[:-1] + b" " * (2 << 20) + b"}")),
     "gzip": answers(lambda exchange, body: exchange.answer(200, gzip.compress(body), content_encoding="gzip")),
     "gzip without its end": answers(
-        lambda exchange, body: exchange.answer(200, broken_gzip(body), content_encoding="gzip")
+        lambda exchange, body: exchange.answer(200, truncated_gzip(body), content_encoding="gzip")
     ),
     "gzip without a header that says so": answers(lambda exchange, body: exchange.answer(200, gzip.compress(body))),
     "zlib": answers(lambda exchange, body: exchange.answer(200, zlib.compress(body), content_encoding="deflate")),
@@ -164,7 +164,7 @@ FAULTS: dict[str, Fault] = {
             200, json.dumps({"id": "req-7", "task_id": json.loads(body)["id"]}).encode()
         )
     ),
-    "an error that quotes the JSON": answers(lambda exchange, body: exchange.answer(502, wrapped(body))),
+    "an error that quotes the JSON": answers(lambda exchange, body: exchange.answer(502, wrap_in_error(body))),
 }
 
 
@@ -179,7 +179,7 @@ async def test_an_id_that_arrived_is_the_task_of_the_purchase(fault: Fault, tmp_
 
 async def test_complete_json_with_an_id_ends_the_read_although_the_connection_stays_open(tmp_path: Path) -> None:
     async def answer_and_stay_open(exchange: Exchange) -> None:
-        body = (await exchange.accepted()).content
+        body = (await exchange.accept()).content
         exchange.send(OK + b"content-length: 9999\r\n\r\n" + body)
         await anyio.sleep_forever()
 
@@ -233,8 +233,8 @@ class Suspension:
     def clock(self) -> float:
         return self.now
 
-    def call_later(self, delay_s: float, act: Callable[[], None]) -> Suspension:
-        self._timers = [(self.now + delay_s, act)]
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Suspension:
+        self._timers = [(self.now + delay_s, action)]
         return self
 
     def cancel(self) -> None:
@@ -243,10 +243,10 @@ class Suspension:
     def advance(self, seconds: float) -> None:
         """Let `seconds` pass. Call the timer once if it is due, as an event loop does."""
         self.now += seconds
-        due = [act for at, act in self._timers if at <= self.now]
-        self._timers = [(at, act) for at, act in self._timers if at > self.now]
-        for act in due:
-            act()
+        due = [action for due_at, action in self._timers if due_at <= self.now]
+        self._timers = [(due_at, action) for due_at, action in self._timers if due_at > self.now]
+        for action in due:
+            action()
 
     def deadline(self, seconds: float) -> AbstractContextManager[anyio.CancelScope]:
         return awake_deadline(seconds, clock=self.clock, call_later=self.call_later)
@@ -254,9 +254,9 @@ class Suspension:
 
 @pytest.fixture
 def slow_host() -> Iterator[tuple[str, threading.Event, threading.Event]]:
-    """A host in a thread: its URL, the event of the request, and the event of the answer."""
-    requested = threading.Event()
-    answered = threading.Event()
+    """Yield the URL of a host in a thread, the event of its request, and the event of its answer."""
+    is_requested = threading.Event()
+    is_answered = threading.Event()
     body = b'{"id": "task-unified-1790000000-abcd1234", "status": "pending"}'
 
     def serve(listener: socket.socket) -> None:
@@ -265,14 +265,14 @@ def slow_host() -> Iterator[tuple[str, threading.Event, threading.Event]]:
             data = b""
             while b"fox" not in data:
                 data += connection.recv(65_536)
-            requested.set()
+            is_requested.set()
             connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
-            answered.set()
+            is_answered.set()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requested, answered
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", is_requested, is_answered
         thread.join()
 
 
@@ -280,14 +280,14 @@ def slow_host() -> Iterator[tuple[str, threading.Event, threading.Event]]:
 async def test_an_answer_that_arrived_during_a_suspension_is_read_before_the_deadline_counts(
     running_s: float, slow_host: tuple[str, threading.Event, threading.Event]
 ) -> None:
-    url, requested, answered = slow_host
+    url, is_requested, is_answered = slow_host
     suspension = Suspension()
 
     async def suspend() -> None:
-        while not requested.is_set():
+        while not is_requested.is_set():
             await anyio.sleep(0)
         # Nothing is awaited from here on, like in a stopped process: the answer arrives, then the timer is due.
-        answered.wait()
+        is_answered.wait()
         suspension.advance(82.0)
 
     async def on_sending() -> None:

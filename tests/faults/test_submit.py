@@ -31,7 +31,7 @@ from evolink_mcp.teams.settings import TeamSettings
 pytestmark = pytest.mark.anyio
 
 KEY = "sk-canary-0123456789abcdef"
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 async def no_sleep(_: float) -> None:
@@ -63,7 +63,7 @@ async def buy(studio: Studio, **arguments: Any) -> tuple[dict[str, Any], str]:
 
 async def generate(client: Client, studio: Studio, **arguments: Any) -> tuple[dict[str, Any], str]:
     CURRENT.studio = studio
-    answer = await client.call_tool("generate_image", {**WISH, **arguments})
+    answer = await client.call_tool("generate_image", {**REQUEST, **arguments})
     assert answer.is_error == (answer.structured_content["error"] is not None)
     return answer.structured_content, answer.content[0].text
 
@@ -73,7 +73,7 @@ class Row:
     """The results of a fault: whether a task was billed, the outcome, and the POSTs if the fault always happens."""
 
     fault: Fault
-    billed: bool
+    is_billed: bool
     outcome: str = "unknown"
     posts_always: int = 1
 
@@ -131,19 +131,19 @@ async def test_a_fault_leads_to_at_most_one_task_and_a_correct_charge(row: Row, 
 
 
 async def _one_case(
-    client: Client, row: Row, folder: Path, always: bool, honours: bool, listed: bool, list_times: str
+    client: Client, row: Row, folder: Path, always: bool, honours_idempotency: bool, has_list: bool, list_times: str
 ) -> None:
-    simulator = QuickSimulator(duration_s=0, honours_idempotency=honours, list_times=list_times)
-    gateway = Gateway(simulator, [row.fault], always, *(() if listed else (gw.broken_list,)))
+    simulator = QuickSimulator(duration_s=0, honours_idempotency=honours_idempotency, list_times=list_times)
+    gateway = Gateway(simulator, [row.fault], always, *(() if has_list else (gw.broken_list,)))
     with anyio.fail_after(300):
         async with gateway.open(), studio_at(folder, gateway.url) as studio:
             out, text = await generate(client, studio)
-    repeated = row.posts_always > 1 and not always
-    billed = row.billed or repeated
-    assert len(simulator.tasks) == int(billed)
+    is_repeated = row.posts_always > 1 and not always
+    is_billed = row.is_billed or is_repeated
+    assert len(simulator.tasks) == int(is_billed)
     assert gateway.posts == (row.posts_always if always else min(2, row.posts_always))
-    is_guess = row.outcome == LOST and billed and listed
-    if row.outcome == BOUGHT or repeated or is_guess:
+    is_guess = row.outcome == LOST and is_billed and has_list
+    if row.outcome == BOUGHT or is_repeated or is_guess:
         charged = "unknown" if is_guess else "yes"
         assert (out["charged"], out["status"], out["task_id"]) == (charged, "completed", *simulator.tasks)
         assert (out["guess"], text.startswith("Unconfirmed match")) == (is_guess, is_guess)
@@ -245,12 +245,12 @@ async def no_tls() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def no_such_host() -> AsyncIterator[str]:
+async def unknown_host() -> AsyncIterator[str]:
     yield "https://nowhere.invalid"
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(place, id=place.__name__) for place in (full_backlog, closed_port, no_tls, no_such_host)]
+    "place", [pytest.param(place, id=place.__name__) for place in (full_backlog, closed_port, no_tls, unknown_host)]
 )
 async def test_a_purchase_without_a_connection_is_tried_three_times_and_not_charged(place: Any, tmp_path: Path) -> None:
     options = replace(CERTIFICATES_READ_ONCE, connect_timeout_s=0.3)  # none of these places accepts a connection
@@ -310,11 +310,11 @@ async def test_a_purchase_is_unsent_if_the_proxy_refuses_the_tunnel(
 async def test_each_attempt_sends_the_idempotency_key_of_the_entry(tmp_path: Path) -> None:
     keys: list[str] = []
 
-    async def busy(exchange: gw.Exchange) -> None:
+    async def refuse_with_429(exchange: gw.Exchange) -> None:
         keys.append(exchange.headers["idempotency-key"])
         exchange.answer(429, b"{}")
 
-    gateway = Gateway(QuickSimulator(), [busy], always=True)
+    gateway = Gateway(QuickSimulator(), [refuse_with_429], always=True)
     with anyio.fail_after(300):
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio:
             await buy(studio)
@@ -358,21 +358,21 @@ async def test_a_purchase_obeys_retry_after_up_to_half_a_minute(
 
 async def test_a_cancelled_call_does_not_cancel_its_purchase(tmp_path: Path) -> None:
     """The server records the answer of the POST. The next identical call gets the image."""
-    arrived = asyncio.Event()
-    go = asyncio.Event()
+    has_arrived = asyncio.Event()
+    may_answer = asyncio.Event()
 
     async def answer_later(exchange: gw.Exchange) -> None:
-        arrived.set()
-        await go.wait()
+        has_arrived.set()
+        await may_answer.wait()
         await gw.behave(exchange)
 
     gateway = Gateway(QuickSimulator(duration_s=0), [answer_later])
     with anyio.fail_after(300):
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio, anyio.create_task_group() as calls:
             calls.start_soon(buy, studio)
-            await arrived.wait()
+            await has_arrived.wait()
             calls.cancel_scope.cancel()
-            go.set()
+            may_answer.set()
         # a second studio reads the journal of the first
         async with gateway.open(), studio_at(tmp_path, gateway.url) as studio:
             out, _ = await buy(studio)
@@ -423,13 +423,13 @@ async def test_every_error_reaches_the_model_with_its_charge(
     kind: type[errors.EvolinkError], tool: str, tmp_path: Path
 ) -> None:
     series = {"prompts": ["a fox", "a hen"]}
-    arguments = {"generate_image": WISH, "generate_images": series, "get_task": {"task_id": "task-unified-1-x"}}.get(
+    arguments = {"generate_image": REQUEST, "generate_images": series, "get_task": {"task_id": "task-unified-1-x"}}.get(
         tool, {}
     )
     with anyio.fail_after(300):
         async with studio_at(tmp_path, "http://127.0.0.1:9") as studio:
-            failing: Any = FailingStudio(studio, kind("the lamp is out", advice="Light it"))
-            async with Client(build_server(failing)) as client:
+            failing_studio: Any = FailingStudio(studio, kind("the lamp is out", advice="Light it"))
+            async with Client(build_server(failing_studio)) as client:
                 answer = await client.call_tool(tool, arguments)
     text = answer.content[0].text
     assert answer.is_error

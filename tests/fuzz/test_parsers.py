@@ -14,7 +14,7 @@ import pytest
 from conftest import Clock
 from drawings import drawing
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from mcp.client import Client
 from pydantic import ValidationError
@@ -46,18 +46,18 @@ FUZZ = settings(
     max_examples=150, deadline=None, database=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-SCALAR = some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=40)
-JSON = some.recursive(
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
+JSON = st.recursive(
     SCALAR,
-    lambda inner: some.lists(inner, max_size=4) | some.dictionaries(some.text(max_size=12), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
 )
-NAMES = some.sampled_from(
+NAMES = st.sampled_from(
     "id status progress created created_at results result_data error task_info usage billing data model code message".split()
 )
-ODD = SCALAR | some.lists(SCALAR, max_size=3) | some.dictionaries(NAMES, SCALAR, max_size=4)
-TASKLIKE = some.dictionaries(NAMES, ODD | JSON, max_size=10)
+ODD = SCALAR | st.lists(SCALAR, max_size=3) | st.dictionaries(NAMES, SCALAR, max_size=4)
+TASKLIKE = st.dictionaries(NAMES, ODD | JSON, max_size=10)
 TASK_ID = "task-unified-1757156493-imcg5zqt"
-KIND = some.sampled_from(["PNG", "JPEG", "WEBP"])
+KIND = st.sampled_from(["PNG", "JPEG", "WEBP"])
 
 
 # --- answers of EvoLink ---
@@ -77,7 +77,7 @@ def test_a_task_is_read_or_unreadable(data: Any) -> None:
 
 
 @FUZZ
-@given(some.text(max_size=80) | some.sampled_from(["-1", "inf", "1e9", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"]))
+@given(st.text(max_size=80) | st.sampled_from(["-1", "inf", "1e9", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"]))
 def test_a_wait_is_within_its_limits(text: str) -> None:
     with suppress(ValueError, UnicodeError):
         wait = retry_after_s(httpx.Headers({"retry-after": text}))
@@ -86,8 +86,8 @@ def test_a_wait_is_within_its_limits(text: str) -> None:
 
 
 @FUZZ
-@given(some.text(max_size=60), some.text(max_size=60))
-def test_external_text_is_made_harmless(before: str, after: str) -> None:
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_external_text_contains_neither_the_key_nor_a_line_break(before: str, after: str) -> None:
     key = "sk-canary-aXq81ZbT3kLw90vM"
     text = f"{before}{key}{after}"
     assert key not in json.dumps(without(key, {text: [text]}), ensure_ascii=False)
@@ -101,14 +101,14 @@ def test_external_text_is_made_harmless(before: str, after: str) -> None:
 
 
 @FUZZ
-@given(some.dictionaries(some.sampled_from(list(GenerationRequest.model_fields)), JSON, max_size=8))
+@given(st.dictionaries(st.sampled_from(list(GenerationRequest.model_fields)), JSON, max_size=8))
 def test_arguments_are_accepted_or_refused(arguments: dict[str, Any]) -> None:
     with suppress(ValidationError):
         json.dumps(GenerationRequest.model_validate(arguments).body(), allow_nan=False)
 
 
 @FUZZ
-@given(some.text(max_size=30) | some.from_regex(r"[0-9]{1,5}[x×:.,][0-9]{1,5}", fullmatch=True))
+@given(st.text(max_size=30) | st.from_regex(r"[0-9]{1,5}[x×:.,][0-9]{1,5}", fullmatch=True))
 def test_a_size_is_legal_or_illegal(size: str) -> None:
     with suppress(IllegalSize):
         resolve(size, "1K", "anchor-edge")
@@ -117,14 +117,14 @@ def test_a_size_is_legal_or_illegal(size: str) -> None:
 
 
 @FUZZ
-@given(some.text(max_size=60) | some.from_regex(r"https?://[a-z0-9.\[\]:@%-]{1,40}(/.*)?"))
+@given(st.text(max_size=60) | st.from_regex(r"https?://[a-z0-9.\[\]:@%-]{1,40}(/.*)?"))
 def test_a_url_is_public_or_refused(url: str) -> None:
     with suppress(ValueError):
         assert host_of(check_public_url(url))
 
 
 @FUZZ
-@given(some.binary(max_size=300))
+@given(st.binary(max_size=300))
 def test_bytes_of_a_client_are_parsed_or_refused(data: bytes) -> None:
     with suppress(InvalidMessage):
         read_message(data)
@@ -138,8 +138,8 @@ def test_bytes_of_a_client_are_parsed_or_refused(data: bytes) -> None:
 
 @FUZZ
 @given(
-    some.binary(max_size=200)
-    | some.text(max_size=200).map(lambda text: f"[[token]]\nname = {text!r}".encode("utf-8", "replace"))
+    st.binary(max_size=200)
+    | st.text(max_size=200).map(lambda text: f"[[token]]\nname = {text!r}".encode("utf-8", "replace"))
 )
 def test_a_tokens_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tokens.toml").write_bytes(data)
@@ -148,10 +148,10 @@ def test_a_tokens_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @FUZZ
-@given(some.dictionaries(some.sampled_from([
+@given(st.dictionaries(st.sampled_from([
     "EVOLINK_BASE_URL", "EVOLINK_SIZE_RULE", "EVOLINK_MCP_WAIT_SECONDS", "EVOLINK_MCP_PREVIEW", "EVOLINK_MCP_TOOLS",
     "EVOLINK_MCP_MAX_CREDITS_PER_DAY", "EVOLINK_MCP_CALLBACK_HOSTS", "EVOLINK_MCP_ALLOWED_DIRS", "EVOLINK_API_KEY",
-]), some.text(max_size=40), max_size=5))  # fmt: skip
+]), st.text(max_size=40), max_size=5))  # fmt: skip
 def test_settings_are_read_or_refused(environ: dict[str, str]) -> None:
     with suppress(BadSetting):
         TeamSettings.from_environment(environ)
@@ -162,9 +162,7 @@ def test_settings_are_read_or_refused(environ: dict[str, str]) -> None:
 
 @FUZZ
 @given(
-    some.dictionaries(
-        some.sampled_from("key phase task request pictures error owner created_at".split()), JSON, max_size=8
-    )
+    st.dictionaries(st.sampled_from("key phase task request pictures error owner created_at".split()), JSON, max_size=8)
 )
 def test_a_row_of_the_journal_is_an_entry_or_damaged(row: dict[str, Any]) -> None:
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -172,22 +170,24 @@ def test_a_row_of_the_journal_is_an_entry_or_damaged(row: dict[str, Any]) -> Non
 
 
 @FUZZ
-@given(KIND, some.lists(some.tuples(some.integers(0, 400), some.integers(0, 255)), max_size=6), some.integers(0, 400))
-def test_a_damaged_image_is_refused_or_sent_as_an_image(kind: str, changes: list[tuple[int, int]], cut: int) -> None:
+@given(KIND, st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.integers(0, 400))
+def test_a_damaged_image_is_refused_or_sent_as_an_image(
+    kind: str, changes: list[tuple[int, int]], cut_length: int
+) -> None:
     data = bytearray(drawing((40, 30), kind))
-    for at, byte in changes:
-        data[at % len(data)] = byte
-    if cut:
-        del data[-cut:]
+    for position, byte in changes:
+        data[position % len(data)] = byte
+    if cut_length:
+        del data[-cut_length:]
     with suppress(UnusableImage):
         check_reference(bytes(data), is_mask=True)
-        sent = normalize(bytes(data))
-        assert sniff(sent[:16]) == sniff(bytes(data)[:16])
-        assert normalize(sent) == sent
+        normalized = normalize(bytes(data))
+        assert sniff(normalized[:16]) == sniff(bytes(data)[:16])
+        assert normalize(normalized) == normalized
 
 
 @FUZZ
-@given(some.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"]), some.binary(max_size=300))
+@given(st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"]), st.binary(max_size=300))
 def test_random_bytes_after_a_signature_are_refused(magic: bytes, rest: bytes) -> None:
     with suppress(UnusableImage):
         check_reference(magic + rest, is_mask=False)
@@ -201,9 +201,9 @@ def test_random_bytes_after_a_signature_are_refused(magic: bytes, rest: bytes) -
 @settings(FUZZ, max_examples=40)
 @example(status=200, first={"id": 0}, later=[{"id": None}])
 @given(
-    some.sampled_from([200, 201, 400, 401, 404, 429, 500, 503]),
+    st.sampled_from([200, 201, 400, 401, 404, 429, 500, 503]),
     TASKLIKE | JSON,
-    some.lists(TASKLIKE.map(lambda task: {"id": TASK_ID, **task}) | JSON, min_size=1, max_size=4),
+    st.lists(TASKLIKE.map(lambda task: {"id": TASK_ID, **task}) | JSON, min_size=1, max_size=4),
 )
 @pytest.mark.parametrize("tool", ["generate_image", "get_task", "get_balance", "list_tasks"])
 def test_no_answer_of_evolink_breaks_a_tool(

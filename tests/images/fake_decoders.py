@@ -1,4 +1,4 @@
-"""Programs that stand in for the decoder process: they greet correctly and then misbehave.
+"""Programs in place of the decoder process. They send its greeting, and then they answer wrongly or not at all.
 
 They start with `-I`, as the real one does, and import only the standard library.
 """
@@ -29,7 +29,7 @@ def program(body: str) -> list[str]:
     return [sys.executable, "-I", "-c", GREET + body]
 
 
-def stuck(marker: Path) -> list[str]:
+def silent_decoder(marker: Path) -> list[str]:
     """Return a decoder that writes its process ID to `marker` and never answers."""
     return program(f"request()\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\nwhile True: sys.stdin.read()")
 

@@ -24,12 +24,12 @@ from fake_decoders import (
     REFUSE,
     answering,
     program,
+    silent_decoder,
     silent_with_inherited_output,
-    stuck,
     with_inherited_output,
 )
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from evolink_mcp.app.environment import decoder_environment
 from evolink_mcp.errors import DecoderUnavailable
@@ -77,9 +77,9 @@ async def process_id_in(marker: Path) -> int:
 
 
 async def reason_of(decoder: Decoder, content: bytes) -> Reason:
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(UnusableImage) as error:
         await decoder.check(io.BytesIO(content))
-    return caught.value.reason
+    return error.value.reason
 
 
 # --- the real decoder ---
@@ -231,7 +231,7 @@ async def test_an_image_that_needs_more_cpu_time_than_the_limit_is_rejected() ->
 @in_time
 @pytest.mark.anyio
 async def test_a_decoder_that_does_not_answer_is_killed_after_the_deadline(tmp_path: Path) -> None:
-    async with decoder_of(stuck(tmp_path / "marker"), deadline_s=0.2) as decoder:
+    async with decoder_of(silent_decoder(tmp_path / "marker"), deadline_s=0.2) as decoder:
         reason = await reason_of(decoder, drawing())
     assert reason == Reason.DECODER_LATE
     assert not UnusableImage(reason).is_hostile, "a suspended machine must not cost the image"
@@ -240,7 +240,7 @@ async def test_a_decoder_that_does_not_answer_is_killed_after_the_deadline(tmp_p
 @in_time
 @pytest.mark.anyio
 async def test_a_cancelled_caller_kills_the_process(tmp_path: Path) -> None:
-    async with decoder_of(stuck(tmp_path / "marker"), slow_after_s=NEVER) as decoder:
+    async with decoder_of(silent_decoder(tmp_path / "marker"), slow_after_s=NEVER) as decoder:
         async with anyio.create_task_group() as group:
             group.start_soon(decoder.check, io.BytesIO(drawing()))
             process = await process_id_in(tmp_path / "marker")
@@ -251,7 +251,7 @@ async def test_a_cancelled_caller_kills_the_process(tmp_path: Path) -> None:
 
 @in_time
 @pytest.mark.anyio
-async def test_a_killed_decoder_whose_output_stays_open_does_not_hold_up_the_server(
+async def test_a_killed_decoder_whose_output_stays_open_does_not_delay_the_server(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On Windows another process can inherit the pipe. The thread that reads it waits until that process ends."""
@@ -328,7 +328,7 @@ NO_PAYLOAD = (DecodeAnswer().pack(), WRONG_TYPE)
 @example(VALID, 2)
 @example(VALID[:-1], 3)
 @example(VALID, 3)
-@given(some.binary(min_size=ANSWER_BYTES, max_size=ANSWER_BYTES) | some.binary(max_size=60), some.integers(0, 1 << 30))
+@given(st.binary(min_size=ANSWER_BYTES, max_size=ANSWER_BYTES) | st.binary(max_size=60), st.integers(0, 1 << 30))
 def test_any_bytes_are_a_checked_answer_or_an_unusable_image(record: bytes, payload_max: int) -> None:
     with suppress(UnusableImage):
         head = unpack_answer(record, payload_max)
@@ -337,7 +337,7 @@ def test_any_bytes_are_a_checked_answer_or_an_unusable_image(record: bytes, payl
 
 
 @settings(deadline=None)
-@given(some.integers(0, ANSWER_BYTES - 1), some.integers(0, 255))
+@given(st.integers(0, ANSWER_BYTES - 1), st.integers(0, 255))
 def test_one_changed_byte_of_an_answer_never_gives_impossible_facts(position: int, byte: int) -> None:
     record = bytearray(VALID)
     record[position] = byte
@@ -378,9 +378,9 @@ async def test_an_invalid_answer_means_an_unusable_image_for_every_operation(ope
         if operation == Operation.PREVIEW and data in NO_PAYLOAD:
             assert await calls[operation]() is None, "this is the valid answer for a preview that does not fit"
             return
-        with pytest.raises(UnusableImage) as caught:
+        with pytest.raises(UnusableImage) as error:
             await calls[operation]()
-        assert caught.value.reason == Reason.DECODER_FAILED
+        assert error.value.reason == Reason.DECODER_FAILED
 
 
 @in_time
@@ -426,7 +426,7 @@ async def test_an_order_without_a_decoder_keeps_its_link_and_says_why(open_world
 # --- a start before the first image ---
 
 
-def counted(starts: Path) -> list[str]:
+def counting_decoder(starts: Path) -> list[str]:
     """Return a decoder that adds a line to `starts` and refuses each image."""
     record = f"open({str(starts)!r}, 'a').write('started\\n')"
     return program(f"{record}\nwhile requests.peek(1):\n    request()\n    {REFUSE}")
@@ -436,7 +436,7 @@ def counted(starts: Path) -> list[str]:
 @pytest.mark.anyio
 async def test_the_first_image_gets_the_process_that_was_started_before_it(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    async with decoder_of(counted(starts)) as decoder:
+    async with decoder_of(counting_decoder(starts)) as decoder:
         await decoder.start()
         await decoder.start()
         await reason_of(decoder, drawing())
@@ -445,9 +445,9 @@ async def test_the_first_image_gets_the_process_that_was_started_before_it(tmp_p
 
 @in_time
 @pytest.mark.anyio
-async def test_an_image_that_comes_during_the_start_waits_for_this_process(tmp_path: Path) -> None:
+async def test_an_image_during_the_start_of_the_decoder_waits_for_this_process(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    async with decoder_of(counted(starts)) as decoder, anyio.create_task_group() as group:
+    async with decoder_of(counting_decoder(starts)) as decoder, anyio.create_task_group() as group:
         group.start_soon(decoder.start)
         await anyio.sleep(0)
         await reason_of(decoder, drawing())
@@ -458,7 +458,7 @@ async def test_an_image_that_comes_during_the_start_waits_for_this_process(tmp_p
 @pytest.mark.anyio
 async def test_the_decoder_starts_while_evolink_works(open_world: Open, tmp_path: Path) -> None:
     starts = tmp_path / "starts"
-    async with open_world(decoder_command=counted(starts)) as world, world.client() as client:
+    async with open_world(decoder_command=counting_decoder(starts)) as world, world.client() as client:
         await client.call_tool("generate_image", {"prompt": "sim:slow=1000000 a fox", "wait_seconds": 0})
         while not starts.exists():
             await anyio.sleep(0.01)
@@ -466,7 +466,7 @@ async def test_the_decoder_starts_while_evolink_works(open_world: Open, tmp_path
 
 @in_time
 @pytest.mark.anyio
-async def test_a_decoder_that_does_not_start_early_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_decoder_that_does_not_start_early_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with decoder_of(["/nonexistent/python"]) as decoder:
         await decoder.start()
     assert "does not start" in caplog.text
@@ -500,7 +500,7 @@ async def test_an_order_gets_its_turn_beside_endless_images_of_other_orders() ->
 @in_time
 @pytest.mark.anyio
 async def test_an_order_of_many_images_leaves_a_place_for_another_order() -> None:
-    """Without demotion: the lane itself is shared between orders."""
+    """No image is slow here: the orders share the places of the lane."""
     result: list[str] = []
     options = {"slow_after_s": NEVER, "deadline_s": NEVER}
     async with decoder_of(ENDLESS_OR_REFUSE, **options) as decoder, anyio.create_task_group() as group:
@@ -568,6 +568,6 @@ def test_the_size_of_a_too_large_image_reaches_the_server() -> None:
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_has_a_text_and_survives_the_protocol(reason: Reason) -> None:
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(UnusableImage) as error:
         unpack_answer(pack_refusal(UnusableImage(reason)), 0)
-    assert caught.value.reason == reason
+    assert error.value.reason == reason

@@ -6,9 +6,9 @@ import io
 from typing import Any
 
 import pytest
-from drawings import changed, drawing, noise, turned
+from drawings import change_image, drawing, noise, with_orientation
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from evolink_mcp.images.decode_process import Decoder
@@ -25,7 +25,7 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 ORIGIN = Origin("a fox & a <hen> 狐", "task-unified-1-abc", "gpt-image-2")
 
 
-def one(content: bytes, size: tuple[int, int], mime_type: str = "image/png", **plan: Any) -> Image.Image:
+def derive_one(content: bytes, size: tuple[int, int], mime_type: str = "image/png", **plan: Any) -> Image.Image:
     """Return the only derived image, decoded."""
     _, file = files(content, DerivePlan((Output((size,), mime_type),), **plan))[0]
     with Image.open(io.BytesIO(file)) as image:
@@ -39,7 +39,7 @@ def files(content: bytes, plan: DerivePlan) -> list[tuple[DerivedImage, bytes]]:
 
 
 def thirds(kind: str = "PNG") -> bytes:
-    """A picture of 300×100 pixels: a red, a green and a blue square."""
+    """Return an image of 300×100 pixels: a red, a green and a blue square."""
     image = Image.new("RGB", (300, 100))
     for index, colour in enumerate((RED, GREEN, BLUE)):
         image.paste(colour, (100 * index, 0, 100 * index + 100, 100))
@@ -54,20 +54,20 @@ def is_near(pixel: Any, colour: tuple[int, ...]) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    source=some.tuples(some.integers(1, 90), some.integers(1, 90)),
-    size=some.tuples(some.integers(1, 120), some.integers(1, 120)),
-    fit=some.sampled_from(["cover", "contain", "pad"]),
-    focus=some.tuples(some.floats(0, 1), some.floats(0, 1)),
-    mime_type=some.sampled_from(["image/png", "image/jpeg", "image/webp"]),
-    mode=some.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1"]),
-    trim=some.booleans(),
+    source=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    fit=st.sampled_from(["cover", "contain", "pad"]),
+    focus=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    mime_type=st.sampled_from(["image/png", "image/jpeg", "image/webp"]),
+    mode=st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1"]),
+    trim=st.booleans(),
 )
 def test_every_size_is_pixel_exact_except_that_contain_may_be_smaller_in_one_edge(
     source: Any, size: Any, fit: Any, focus: Any, mime_type: str, mode: str, trim: bool
 ) -> None:
     content = io.BytesIO()
     Image.new("RGBA", source, (10, 200, 90, 100)).convert(mode).save(content, "PNG")
-    image = one(content.getvalue(), size, mime_type, fit=fit, focus=focus, trim=trim)
+    image = derive_one(content.getvalue(), size, mime_type, fit=fit, focus=focus, trim=trim)
     if fit == "contain":
         assert image.width <= size[0]
         assert image.height <= size[1]
@@ -80,19 +80,19 @@ def test_every_size_is_pixel_exact_except_that_contain_may_be_smaller_in_one_edg
     ("focus", "colour"), [((0, 0.5), RED), ((0.5, 0.5), GREEN), ((1, 0.5), BLUE), ((0.7, 0.1), BLUE), ((0.2, 1), RED)]
 )
 def test_cover_keeps_the_part_at_the_focus(focus: Any, colour: tuple[int, ...]) -> None:
-    image = one(thirds(), (50, 50), focus=focus)
+    image = derive_one(thirds(), (50, 50), focus=focus)
     assert is_near(image.getpixel((25, 25)), colour)
 
 
 def test_cover_of_the_same_shape_keeps_the_whole_picture() -> None:
-    image = one(thirds(), (150, 50))
+    image = derive_one(thirds(), (150, 50))
     assert [is_near(image.getpixel((x, 25)), colour) for x, colour in ((10, RED), (75, GREEN), (140, BLUE))] == [
         True
     ] * 3
 
 
 def test_pad_keeps_the_whole_picture_and_fills_the_rest_with_the_background() -> None:
-    image = one(thirds(), (300, 300), fit="pad", background=(1, 2, 3, 255))
+    image = derive_one(thirds(), (300, 300), fit="pad", background=(1, 2, 3, 255))
     assert image.mode == "RGB"
     assert image.getpixel((150, 50)) == (1, 2, 3)
     assert image.getpixel((50, 150)) == RED
@@ -101,15 +101,15 @@ def test_pad_keeps_the_whole_picture_and_fills_the_rest_with_the_background() ->
 
 @pytest.mark.parametrize(("focus", "rows"), [((0.5, 0), (0, 99)), ((0.5, 1), (200, 299))])
 def test_pad_puts_the_picture_at_the_focus(focus: Any, rows: tuple[int, int]) -> None:
-    image = one(thirds(), (300, 300), fit="pad", focus=focus, background=(9, 9, 9, 255))
+    image = derive_one(thirds(), (300, 300), fit="pad", focus=focus, background=(9, 9, 9, 255))
     assert [image.getpixel((10, row)) for row in rows] == [RED, RED]
     assert image.getpixel((10, 150)) == (9, 9, 9)
 
 
 def test_pad_without_a_background_is_transparent_where_the_type_allows_it_and_else_white() -> None:
-    assert one(thirds(), (300, 300), fit="pad").getpixel((150, 10)) == (0, 0, 0, 0)
-    assert one(thirds(), (300, 300), "image/webp", fit="pad").getpixel((150, 10))[3] == 0  # type: ignore[index]
-    assert is_near(one(thirds(), (300, 300), "image/jpeg", fit="pad").getpixel((150, 10)), (255, 255, 255))
+    assert derive_one(thirds(), (300, 300), fit="pad").getpixel((150, 10)) == (0, 0, 0, 0)
+    assert derive_one(thirds(), (300, 300), "image/webp", fit="pad").getpixel((150, 10))[3] == 0  # type: ignore[index]
+    assert is_near(derive_one(thirds(), (300, 300), "image/jpeg", fit="pad").getpixel((150, 10)), (255, 255, 255))
 
 
 def test_transparent_pixels_stay_transparent_and_do_not_darken_their_neighbours() -> None:
@@ -117,7 +117,7 @@ def test_transparent_pixels_stay_transparent_and_do_not_darken_their_neighbours(
     image = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
     image.paste((255, 255, 255, 255), (100, 0, 200, 100))
     image.save(content, "PNG")
-    small = one(content.getvalue(), (20, 10))
+    small = derive_one(content.getvalue(), (20, 10))
     assert small.getpixel((2, 5))[3] == 0  # type: ignore[index]
     visible = [small.getpixel((x, 5)) for x in range(20)]
     assert all(min(pixel[:3]) >= 250 for pixel in visible if pixel[3] > 8)  # type: ignore[index]
@@ -132,7 +132,7 @@ def test_jpeg_fills_transparent_pixels_and_reports_it() -> None:
 
 
 def test_an_opaque_alpha_channel_is_no_transparency() -> None:
-    content = changed(drawing(mode="RGBA"), lambda image: image.putalpha(255))
+    content = change_image(drawing(mode="RGBA"), lambda image: image.putalpha(255))
     (facts, _), *_ = files(content, DerivePlan((Output(((32, 24),), "image/jpeg"),)))
     assert not facts.has_lost_alpha
 
@@ -140,14 +140,14 @@ def test_an_opaque_alpha_channel_is_no_transparency() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_the_result_is_upright(kind: str, orientation: int) -> None:
-    with Image.open(io.BytesIO(turned(thirds(kind), orientation))) as turned_image:
+    with Image.open(io.BytesIO(with_orientation(thirds(kind), orientation))) as rotated_image:
         from PIL import ImageOps
 
-        expected = ImageOps.exif_transpose(turned_image).convert("RGB").resize((30, 30))
-    image = one(turned(thirds(kind), orientation), (30, 30), fit="cover")
-    whole = one(turned(thirds(kind), orientation), (300, 300), fit="contain")
-    assert whole.size == ((300, 100) if orientation < 5 else (100, 300))
-    assert is_near(whole.resize((30, 30)).convert("RGB").getpixel((2, 2)), expected.getpixel((2, 2)))  # type: ignore[arg-type]
+        expected = ImageOps.exif_transpose(rotated_image).convert("RGB").resize((30, 30))
+    image = derive_one(with_orientation(thirds(kind), orientation), (30, 30), fit="cover")
+    full_size = derive_one(with_orientation(thirds(kind), orientation), (300, 300), fit="contain")
+    assert full_size.size == ((300, 100) if orientation < 5 else (100, 300))
+    assert is_near(full_size.resize((30, 30)).convert("RGB").getpixel((2, 2)), expected.getpixel((2, 2)))  # type: ignore[arg-type]
     assert is_near(image.convert("RGB").getpixel((15, 15)), GREEN)
 
 
@@ -155,7 +155,7 @@ def test_the_result_is_upright(kind: str, orientation: int) -> None:
 @pytest.mark.parametrize("mime_type", ["image/png", "image/jpeg", "image/webp"])
 def test_the_colour_profile_is_kept_byte_for_byte(source: str, mime_type: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    image = one(drawing(kind=source, icc_profile=profile), (20, 20), mime_type)
+    image = derive_one(drawing(kind=source, icc_profile=profile), (20, 20), mime_type)
     assert image.info["icc_profile"] == profile
 
 
@@ -174,7 +174,7 @@ def test_the_profile_of_a_cmyk_file_is_left_out_and_reported() -> None:
 def test_a_16_bit_picture_keeps_its_shades() -> None:
     out = io.BytesIO()
     Image.new("I;16", (40, 40), 0x8000).save(out, "PNG")
-    assert one(out.getvalue(), (20, 20)).getpixel((5, 5)) in (127, 128)
+    assert derive_one(out.getvalue(), (20, 20)).getpixel((5, 5)) in (127, 128)
 
 
 def test_trim_removes_borders_of_one_colour() -> None:
@@ -185,7 +185,7 @@ def test_trim_removes_borders_of_one_colour() -> None:
     facts, *_ = derive(out.getvalue(), DerivePlan((Output(((20, 40),), "image/png"),), trim=True))
     assert isinstance(facts, ImageFacts)
     assert (facts.width, facts.height) == (20, 40)
-    assert one(out.getvalue(), (20, 40), trim=True).getcolors() == [(800, RED)]
+    assert derive_one(out.getvalue(), (20, 40), trim=True).getcolors() == [(800, RED)]
 
 
 def test_trim_removes_transparent_borders_of_any_colour() -> None:
@@ -200,7 +200,7 @@ def test_trim_removes_transparent_borders_of_any_colour() -> None:
 
 
 def test_trim_leaves_a_picture_of_one_colour_whole() -> None:
-    assert one(drawing(), (64, 48), trim=True).size == (64, 48)
+    assert derive_one(drawing(), (64, 48), trim=True).size == (64, 48)
 
 
 def test_an_icon_holds_each_size() -> None:
@@ -217,13 +217,13 @@ def test_an_icon_holds_each_size() -> None:
 @pytest.mark.parametrize("mime_type", ["image/jpeg", "image/webp"])
 def test_max_bytes_lowers_the_quality_until_the_file_fits(mime_type: str) -> None:
     content = noise((300, 200))
-    (free, whole), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),)))
-    limit = len(whole) // 2
+    (unlimited_facts, unlimited_file), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),)))
+    limit = len(unlimited_file) // 2
     (facts, file), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),), max_bytes=limit))
     assert len(file) <= limit
-    assert 10 <= facts.quality < free.quality
-    (_, better), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),), quality=facts.quality + 1))
-    assert len(better) > limit, "the highest quality that fits"
+    assert 10 <= facts.quality < unlimited_facts.quality
+    (_, better_file), *_ = files(content, DerivePlan((Output(((300, 200),), mime_type),), quality=facts.quality + 1))
+    assert len(better_file) > limit, "the highest quality that fits"
 
 
 @pytest.mark.parametrize("mime_type", ["image/jpeg", "image/webp", "image/png", "image/x-icon"])
@@ -258,7 +258,7 @@ def test_a_large_jpeg_is_decoded_smaller_without_a_visible_difference() -> None:
     with Image.open(io.BytesIO(content)) as image:
         out = io.BytesIO()
         image.resize((3000, 1000)).save(out, "JPEG", quality=95)
-    small = one(out.getvalue(), (90, 30), "image/png")
+    small = derive_one(out.getvalue(), (90, 30), "image/png")
     assert [is_near(small.getpixel((x, 15)), colour) for x, colour in ((5, RED), (45, GREEN), (85, BLUE))] == [True] * 3
 
 
@@ -278,12 +278,12 @@ def test_a_damaged_picture_is_refused() -> None:
 def test_the_origin_is_added_without_a_change_of_any_pixel(kind: str, mode: str, lossless: bool) -> None:
     options = {"lossless": lossless, "quality": 90} if kind == "WEBP" else {}
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for more in ({}, {"icc_profile": profile}):
-        content = drawing(kind=kind, mode="RGB" if kind == "JPEG" else mode, **options, **more)
+    for profile_option in ({}, {"icc_profile": profile}):
+        content = drawing(kind=kind, mode="RGB" if kind == "JPEG" else mode, **options, **profile_option)
         mime_type = f"image/{kind.lower()}"
-        described = with_origin(content, mime_type, parts_of(content, mime_type), ORIGIN)
-        assert described is not None
-        with Image.open(io.BytesIO(content)) as before, Image.open(io.BytesIO(described)) as after:
+        file = with_origin(content, mime_type, parts_of(content, mime_type), ORIGIN)
+        assert file is not None
+        with Image.open(io.BytesIO(content)) as before, Image.open(io.BytesIO(file)) as after:
             assert before.convert("RGBA").tobytes() == after.convert("RGBA").tobytes()
             assert before.info.get("icc_profile") == after.info.get("icc_profile")
             text = str(after.text) if kind == "PNG" else after.info["xmp"].decode()  # type: ignore[attr-defined]
@@ -297,9 +297,9 @@ def test_the_xmp_of_a_long_prompt_fits_a_segment_and_stays_valid() -> None:
 
     content = drawing(kind="JPEG")
     origin = Origin("<&\N{FOX FACE}\x00\ud800" * 9_000, "task-unified-1-abc", "gpt-image-2")
-    described = with_origin(content, "image/jpeg", parts_of(content, "image/jpeg"), origin)
-    assert described is not None
-    with Image.open(io.BytesIO(described)) as image:
+    file = with_origin(content, "image/jpeg", parts_of(content, "image/jpeg"), origin)
+    assert file is not None
+    with Image.open(io.BytesIO(file)) as image:
         image.load()
         ElementTree.fromstring(image.info["xmp"].decode().removeprefix("\ufeff"))
 
@@ -308,14 +308,14 @@ def test_a_file_with_content_credentials_or_xmp_stays_as_it_is() -> None:
     png = drawing()
     ihdr_end = 8 + 25
     credential = b"\0\0\0\4caBX" + b"jumb" + b"\0\0\0\0"
-    signed = {
+    signed_images = {
         "image/png": png[:ihdr_end] + credential + png[ihdr_end:],
         "image/jpeg": drawing(kind="JPEG")[:2] + b"\xff\xeb\0\x0aJP\0\1data" + drawing(kind="JPEG")[2:],
     }
     webp = drawing(kind="WEBP")
     body = webp[12:] + b"C2PA\4\0\0\0jumb"
-    signed["image/webp"] = b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
-    for mime_type, content in signed.items():
+    signed_images["image/webp"] = b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
+    for mime_type, content in signed_images.items():
         assert with_origin(content, mime_type, parts_of(content, mime_type), ORIGIN) is None
     for kind in ("JPEG", "WEBP"):
         content = drawing(kind=kind, xmp=b"<x/>")
@@ -324,7 +324,7 @@ def test_a_file_with_content_credentials_or_xmp_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("mime_type", ["image/png", "image/jpeg", "image/webp"])
 def test_a_derived_file_has_its_origin(mime_type: str) -> None:
-    image = one(drawing(), (20, 20), mime_type, origin=ORIGIN)
+    image = derive_one(drawing(), (20, 20), mime_type, origin=ORIGIN)
     text = str(image.text) if mime_type == "image/png" else image.info["xmp"].decode()  # type: ignore[attr-defined]
     assert "task-unified-1-abc" in text
 
@@ -351,11 +351,11 @@ GOOD = DerivedImage("image/png", 40, 30)
     ],
 )
 def test_a_record_that_does_not_fit_its_output_is_refused(image: DerivedImage, length: int, plan: Any) -> None:
-    whole = DerivePlan((OUTPUT,), **plan)
-    assert unpack_derived(pack_derived(GOOD, 9), OUTPUT, whole) == (GOOD, 9)
-    with pytest.raises(UnusableImage) as caught:
-        unpack_derived(pack_derived(image, length), OUTPUT, whole)
-    assert caught.value.reason is Reason.DECODER_FAILED
+    derive_plan = DerivePlan((OUTPUT,), **plan)
+    assert unpack_derived(pack_derived(GOOD, 9), OUTPUT, derive_plan) == (GOOD, 9)
+    with pytest.raises(UnusableImage) as error:
+        unpack_derived(pack_derived(image, length), OUTPUT, derive_plan)
+    assert error.value.reason is Reason.DECODER_FAILED
 
 
 @pytest.mark.parametrize("record", [b"", b"EVD1", b"XXXX" + bytes(28), b"EVD1" + b"\xff" * 28])
@@ -368,14 +368,14 @@ def test_a_broken_record_is_refused(record: bytes) -> None:
 @pytest.mark.anyio
 async def test_the_process_makes_all_types_from_one_source(decoder: Decoder) -> None:
     outputs = tuple(Output(((40, 30),), mime_type) for mime_type in KINDS)
-    into = io.BytesIO()
-    facts, images, lengths = await decoder.derive(io.BytesIO(thirds("JPEG")), DerivePlan(outputs), into)
+    target = io.BytesIO()
+    facts, images, lengths = await decoder.derive(io.BytesIO(thirds("JPEG")), DerivePlan(outputs), target)
     assert (facts.width, facts.height, facts.mime_type) == (300, 100, "image/jpeg")
     assert [image.mime_type for image in images] == list(KINDS)
-    assert sum(lengths) == len(into.getvalue())
+    assert sum(lengths) == len(target.getvalue())
     position = 0
     for mime_type, length in zip(KINDS, lengths, strict=True):
-        with Image.open(io.BytesIO(into.getvalue()[position : position + length])) as image:
+        with Image.open(io.BytesIO(target.getvalue()[position : position + length])) as image:
             assert (image.format, image.size) == (KINDS[mime_type], (40, 30))
         position += length
 
@@ -384,10 +384,12 @@ async def test_the_process_makes_all_types_from_one_source(decoder: Decoder) -> 
 @pytest.mark.anyio
 async def test_a_file_that_cannot_be_short_enough_does_not_stop_the_others(decoder: Decoder) -> None:
     outputs = (Output(((200, 200),), "image/png"), Output(((10, 10),), "image/png"))
-    into = io.BytesIO()
-    _, images, lengths = await decoder.derive(io.BytesIO(noise((200, 200))), DerivePlan(outputs, max_bytes=2_000), into)
+    target = io.BytesIO()
+    _, images, lengths = await decoder.derive(
+        io.BytesIO(noise((200, 200))), DerivePlan(outputs, max_bytes=2_000), target
+    )
     assert [image.reason for image in images] == [Reason.ABOVE_MAX_BYTES, None]
-    assert lengths == [0, len(into.getvalue())]
+    assert lengths == [0, len(target.getvalue())]
 
 
 @in_time

@@ -11,14 +11,14 @@ import pytest
 from conftest import Open
 from drawings import drawing
 from hypothesis import given
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from PIL import Image
 
 from evolink_mcp.images.file_types import HEAD_BYTES, foreign_type
 from evolink_mcp.images.inspect import sniff
 
 
-def saved(kind: str, **options: Any) -> bytes:
+def encode(kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (32, 32), "teal").save(out, kind, **options)
     return out.getvalue()
@@ -34,14 +34,14 @@ DNG = b"II*\0\x08\0\0\0\x02\0\xfe\0\x04\0\x01\0\0\0\0\0\0\0\x12\xc6\x01\0\x04\0\
 FILES = [
     pytest.param(box(b"heic", b"mif1", b"heic"), "a HEIC image", "Export it as JPEG", id="HEIC"),
     pytest.param(box(b"mif1", b"heic"), "a HEIC image", "Export it as JPEG", id="HEIC of another brand"),
-    pytest.param(saved("AVIF"), "an AVIF image", "as PNG", id="AVIF"),
+    pytest.param(encode("AVIF"), "an AVIF image", "as PNG", id="AVIF"),
     pytest.param(box(b"mif1", b"avif"), "an AVIF image", "as PNG", id="AVIF of another brand"),
-    pytest.param(saved("GIF"), "a GIF image", "as PNG", id="GIF"),
-    pytest.param(saved("TIFF"), "a TIFF image", "as PNG", id="TIFF"),
+    pytest.param(encode("GIF"), "a GIF image", "as PNG", id="GIF"),
+    pytest.param(encode("TIFF"), "a TIFF image", "as PNG", id="TIFF"),
     pytest.param(b"MM\0*\0\0\0\x08" + bytes(99), "a TIFF image", "as PNG", id="TIFF, big endian"),
-    pytest.param(saved("BMP"), "a BMP image", "as PNG", id="BMP"),
-    pytest.param(saved("ICO", sizes=[(16, 16)]), "an ICO icon", "as PNG", id="ICO"),
-    pytest.param(saved("PDF"), "a PDF document", "Export the page as PNG", id="PDF"),
+    pytest.param(encode("BMP"), "a BMP image", "as PNG", id="BMP"),
+    pytest.param(encode("ICO", sizes=[(16, 16)]), "an ICO icon", "as PNG", id="ICO"),
+    pytest.param(encode("PDF"), "a PDF document", "Export the page as PNG", id="PDF"),
     pytest.param(b"8BPS\0\1" + bytes(99), "a Photoshop document", "export it as PNG", id="PSD"),
     pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing", "as PNG", id="SVG"),
     pytest.param(
@@ -90,7 +90,7 @@ def test_an_accepted_type_has_no_foreign_name(kind: str) -> None:
     assert foreign_type(content[:HEAD_BYTES]) is None
 
 
-@given(some.binary(max_size=HEAD_BYTES))
+@given(st.binary(max_size=HEAD_BYTES))
 def test_any_bytes_have_at_most_one_name(head: bytes) -> None:
     known = foreign_type(head)
     assert known is None or (known.name and known.advice.endswith("."))

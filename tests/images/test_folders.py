@@ -1,4 +1,4 @@
-"""Where pictures may be saved and files may be read: after following every link, and never by a name that tricks."""
+"""The folders for saved images and for reference files: after all links, and for every spelling of a name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from drawings import drawing
 from evolink_mcp.errors import FolderRefused, ReferenceRefused
 from evolink_mcp.images.folders import Folders, move_patiently, open_plain, write_new_file
 
-WISH = {"prompt": "sim:fast a fox"}
+REQUEST = {"prompt": "sim:fast a fox"}
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
-    """An output folder and a project, each with neighbours that are not allowed."""
+    """Return an output folder and a project folder. The folders beside them are not allowed."""
     for name in ("pictures", "project", "project-evil", "elsewhere"):
         (tmp_path / name).mkdir()
     return Folders(tmp_path / "pictures", (tmp_path / "pictures", tmp_path / "project"))
@@ -89,7 +89,9 @@ BAD_TARGETS: list[Any] = [
 
 
 @pytest.mark.parametrize(("save_as", "words"), BAD_TARGETS)
-def test_save_as_elsewhere_is_refused(folders: Folders, tmp_path: Path, save_as: str, words: str) -> None:
+def test_save_as_outside_the_allowed_folders_is_refused(
+    folders: Folders, tmp_path: Path, save_as: str, words: str
+) -> None:
     _link(tmp_path / "pictures" / "out", tmp_path / "elsewhere")
     _link(tmp_path / "pictures" / "gone", tmp_path / "elsewhere" / "nothing")
     _link(tmp_path / "pictures" / "link.png", tmp_path / "elsewhere" / "secret.png")
@@ -108,8 +110,8 @@ def test_a_link_that_stays_inside_is_followed(folders: Folders, tmp_path: Path) 
 def test_an_allowed_folder_may_itself_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     _link(tmp_path / "pictures", tmp_path / "disk")
-    linked = Folders(tmp_path / "pictures", (tmp_path / "pictures",))
-    assert tmp_path / "disk" / "hero.png" == linked.target("hero.png")
+    folders_of_link = Folders(tmp_path / "pictures", (tmp_path / "pictures",))
+    assert tmp_path / "disk" / "hero.png" == folders_of_link.target("hero.png")
 
 
 def test_a_refusal_quotes_no_more_than_a_line_of_the_name(folders: Folders) -> None:
@@ -121,10 +123,10 @@ def test_a_refusal_quotes_no_more_than_a_line_of_the_name(folders: Folders) -> N
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("save_as", ["../hero.png", "/etc/hero.png", "new/", "~nobody-lives-here/hero.png"])
-async def test_a_bad_place_is_refused_before_anything_is_sent(world: World, save_as: str) -> None:
+async def test_an_invalid_save_as_is_refused_before_anything_is_sent(world: World, save_as: str) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            answer = await client.call_tool("generate_image", {**WISH, "save_as": save_as})
+            answer = await client.call_tool("generate_image", {**REQUEST, "save_as": save_as})
     assert answer.is_error is True
     assert answer.structured_content["error"]["code"] == "folder_refused"
     assert answer.structured_content["charged"] == "no"
@@ -141,20 +143,22 @@ async def test_the_project_that_an_agent_works_in_is_allowed(
     monkeypatch.chdir(project)
     place = project / "src" / "assets" / "hero.png"
     async with open_world() as world, world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, "save_as": str(place)})
+        answer = await client.call_tool("generate_image", {**REQUEST, "save_as": str(place)})
         assert [str(place)] == [image["path"] for image in answer.structured_content["images"]]
         (project / "logo.png").write_bytes(drawing())
-        edited = await client.call_tool("generate_image", {**WISH, "image_urls": [str(project / "logo.png")]})
-        assert edited.is_error is False
+        edit = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(project / "logo.png")]})
+        assert edit.is_error is False
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("where", [pytest.param(lambda tmp: tmp, id="home"), pytest.param(lambda tmp: "/", id="root")])
+@pytest.mark.parametrize(
+    "folder_of", [pytest.param(lambda tmp: tmp, id="home"), pytest.param(lambda tmp: "/", id="root")]
+)
 async def test_a_server_started_at_home_or_at_the_root_allows_neither(
-    open_world: Open, tmp_path: Path, where: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+    open_world: Open, tmp_path: Path, folder_of: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(where(tmp_path))
+    monkeypatch.chdir(folder_of(tmp_path))
     async with open_world() as world:
         assert world.settings.folders.allowed == (tmp_path / "pictures",)
 
@@ -164,7 +168,7 @@ async def test_a_server_started_at_home_or_at_the_root_allows_neither(
 
 @pytest.fixture
 def cat(folders: Folders, tmp_path: Path) -> Path:
-    """A picture in a folder of the project."""
+    """Return an image in a folder of the project."""
     path = tmp_path / "project" / "in" / "cat.png"
     path.parent.mkdir()
     path.write_bytes(b"a cat")
@@ -223,7 +227,7 @@ def test_a_replacement_of_a_checked_file_is_not_opened(
         folders.opened(path)
 
 
-def test_a_link_between_allowed_folders_is_not_opened_either_once_the_path_was_checked(
+def test_a_link_that_replaces_a_checked_file_is_not_opened_even_between_allowed_folders(
     folders: Folders, cat: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pictures" / "cat.png").write_bytes(b"another cat")
@@ -258,7 +262,7 @@ def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders
 
 
 @pytest.mark.parametrize(
-    ("on_disk", "said"),
+    ("on_disk", "text"),
     [
         pytest.param(
             "Screenshot 2026-11-26 at 9.41.03\u202fAM.png", "Screenshot 2026-11-26 at 9.41.03 AM.png", id="U+202F"
@@ -268,12 +272,12 @@ def test_names_in_the_folder_above_an_allowed_one_are_not_shown(folders: Folders
         pytest.param("F\u00fcchse.png", "Fu\u0308chse.png", id="whole letters"),
     ],
 )
-def test_a_file_whose_name_reads_the_same_is_found(tmp_path: Path, on_disk: str, said: str) -> None:
+def test_a_file_is_found_by_another_spelling_of_its_name(tmp_path: Path, on_disk: str, text: str) -> None:
     folder = tmp_path.resolve()
     (folder / on_disk).write_bytes(b"x")
-    assert Folders(folder, (folder,)).readable(str(folder / said)) == folder / on_disk
-    (folder / said).write_bytes(b"y")
-    assert Folders(folder, (folder,)).readable(str(folder / said)).read_bytes() == b"y"
+    assert Folders(folder, (folder,)).readable(str(folder / text)) == folder / on_disk
+    (folder / text).write_bytes(b"y")
+    assert Folders(folder, (folder,)).readable(str(folder / text)).read_bytes() == b"y"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ def test_names_that_only_look_reserved_are_accepted(tmp_path: Path, name: str) -
     assert Folders(tmp_path, (tmp_path,)).target(name).name == name
 
 
-def test_a_file_that_a_scanner_has_open_is_moved_a_moment_later(tmp_path: Path) -> None:
+def test_a_file_that_another_program_has_open_is_moved_after_a_pause(tmp_path: Path) -> None:
     tries: list[int] = []
     pauses: list[float] = []
 

@@ -39,7 +39,7 @@ def heic(size: tuple[int, int] = (64, 48), mode: str = "RGB", **options: Any) ->
     return out.getvalue()
 
 
-def unfinished() -> bytes:
+def unfinished_photo() -> bytes:
     """Return a photo of which a download tool has the first half and zeros for the rest."""
     image = Image.effect_noise((256, 256), 60).convert("RGB")
     out = io.BytesIO()
@@ -48,7 +48,7 @@ def unfinished() -> bytes:
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 
 
-async def converted(content: bytes) -> bytes:
+async def convert(content: bytes) -> bytes:
     file = io.BytesIO(content)
     with closing(Decoder(decoder_environment())) as decoder:
         await decoder.convert_heic(file)
@@ -57,7 +57,7 @@ async def converted(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("RGBA", "PNG")])
 async def test_a_photo_becomes_a_jpeg_and_keeps_alpha_as_a_png(mode: str, kind: str) -> None:
-    with Image.open(io.BytesIO(await converted(heic(mode=mode)))) as image:
+    with Image.open(io.BytesIO(await convert(heic(mode=mode)))) as image:
         assert (image.format, image.size, image.mode) == (kind, (64, 48), mode)
         assert max(image.convert("L").getpixel((60, 40)) or 0, 0) > 240  # pyright: ignore
         if mode == "RGBA":
@@ -71,7 +71,7 @@ async def test_the_copy_is_upright_has_the_colour_profile_and_no_metadata() -> N
     content = heic(exif=exif.tobytes(), icc_profile=SRGB)
     with pillow_heif.open_heif(io.BytesIO(content)).to_pillow() as expected:
         size = expected.size
-    with Image.open(io.BytesIO(await converted(content))) as image:
+    with Image.open(io.BytesIO(await convert(content))) as image:
         assert image.size == size
         assert image.info["icc_profile"] == SRGB
         assert not image.getexif()
@@ -81,12 +81,12 @@ async def test_grey_with_10_bits_keeps_its_shades() -> None:
     ramp = b"".join((value << 8).to_bytes(2, "little") for value in range(256)) * 64
     out = io.BytesIO()
     pillow_heif.from_bytes("I;16", (256, 64), ramp).save(out, quality=100)
-    with Image.open(io.BytesIO(await converted(out.getvalue()))) as image:
+    with Image.open(io.BytesIO(await convert(out.getvalue()))) as image:
         shades = [image.convert("L").getpixel((x, 32)) for x in (0, 64, 128, 192, 255)]
-    assert all(abs(shade - wanted) <= 4 for shade, wanted in zip(shades, (0, 64, 128, 192, 255), strict=True)), shades  # type: ignore[operator]
+    assert all(abs(shade - value) <= 4 for shade, value in zip(shades, (0, 64, 128, 192, 255), strict=True)), shades  # type: ignore[operator]
 
 
-async def test_a_photo_stays_until_its_conversion_is_complete() -> None:
+async def test_a_photo_is_kept_until_its_conversion_is_complete() -> None:
     """The work may start again if other images need its place. Then it must read the photo and not a part of the answer."""
     photo = heic()
     file = io.BytesIO(photo)
@@ -101,7 +101,7 @@ async def test_a_photo_stays_until_its_conversion_is_complete() -> None:
 
 async def test_every_other_file_stays() -> None:
     for content in (b"", b"text", b"\x89PNG\r\n\x1a\n and more", heic()[:11]):
-        assert await converted(content) == content
+        assert await convert(content) == content
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ async def test_every_other_file_stays() -> None:
     [
         pytest.param(lambda: heic()[:200], Reason.DAMAGED, id="the first bytes"),
         pytest.param(lambda: heic()[:-40], Reason.DAMAGED, id="the end is missing"),
-        pytest.param(unfinished, Reason.INCOMPLETE, id="an unfinished download"),
+        pytest.param(unfinished_photo, Reason.INCOMPLETE, id="an unfinished download"),
         pytest.param(
             lambda: heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.HEIC_TOO_LARGE, id="too many pixels"
         ),
@@ -118,11 +118,11 @@ async def test_every_other_file_stays() -> None:
 async def test_a_damaged_or_too_large_photo_is_refused(make: Callable[[], bytes], reason: Reason) -> None:
     content = make()  # not at import: encoding takes seconds, and every worker imports this file
     with pytest.raises(UnusableImage) as error:
-        await converted(content)
+        await convert(content)
     assert error.value.reason is reason
 
 
-def written(world: World, content: bytes) -> Path:
+def write_photo(world: World, content: bytes) -> Path:
     path = world.folder / "pictures" / "IMG_0001.HEIC"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -132,7 +132,7 @@ def written(world: World, content: bytes) -> Path:
 @pytest.mark.parametrize("form", ["path", "data URI"])
 async def test_a_photo_is_a_reference_and_is_uploaded_once(world: World, form: str) -> None:
     content = heic()
-    source = str(written(world, content))
+    source = str(write_photo(world, content))
     if form == "data URI":
         source = "data:image/heic;base64," + base64.b64encode(content).decode()
     async with world.client() as client:
@@ -146,7 +146,7 @@ async def test_a_photo_is_a_reference_and_is_uploaded_once(world: World, form: s
 
 
 async def test_exact_files_are_derived_from_a_photo(world: World) -> None:
-    path = written(world, heic())
+    path = write_photo(world, heic())
     async with world.client() as client:
         answer = await client.call_tool("derive_image", {"source": str(path), "targets": ["32x32"]})
     assert not answer.is_error, answer.content[0].text
@@ -166,14 +166,14 @@ async def test_exact_files_are_derived_from_a_photo(world: World) -> None:
 async def test_without_the_extra_the_refusal_names_it(
     world: World, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any]
 ) -> None:
-    path = str(written(world, heic()))
+    path = str(write_photo(world, heic()))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    named = {
+    arguments_with_path = {
         name: [path] if value == ["{path}"] else path if value == "{path}" else value
         for name, value in arguments.items()
     }
     async with world.client() as client:
-        answer = await client.call_tool(tool, named)
+        answer = await client.call_tool(tool, arguments_with_path)
     assert answer.is_error
     text = answer.content[0].text
     assert "a HEIC image" in text

@@ -27,27 +27,27 @@ KINDS = {
 
 
 def photo(size: tuple[int, int] = (640, 480), seed: int = 1) -> Image.Image:
-    """Return a picture with soft and rough parts."""
-    rand = random.Random(seed)
-    values = rand.randbytes(size[0] * size[1] * 3)
-    rough = Image.frombytes("RGB", size, values)
-    soft = rough.filter(ImageFilter.GaussianBlur(3))
-    soft.paste(rough.crop((0, 0, size[0], size[1] // 3)))
-    return soft
-
-
-def logo(size: tuple[int, int] = (640, 480), seed: int = 1) -> Image.Image:
-    """Return a picture that is plain at its end."""
-    rand = random.Random(seed)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for _ in range(6):
-        x, y = rand.randrange(size[0]), rand.randrange(size[1] // 2)
-        draw.ellipse((x, y, x + 60, y + 60), fill=rand.choice(["red", "teal", "black"]))
+    """Return an image with a blurred part and a part of noise."""
+    dice = random.Random(seed)
+    values = dice.randbytes(size[0] * size[1] * 3)
+    noise_image = Image.frombytes("RGB", size, values)
+    image = noise_image.filter(ImageFilter.GaussianBlur(3))
+    image.paste(noise_image.crop((0, 0, size[0], size[1] // 3)))
     return image
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
+def logo(size: tuple[int, int] = (640, 480), seed: int = 1) -> Image.Image:
+    """Return an image whose last rows have one colour."""
+    dice = random.Random(seed)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = dice.randrange(size[0]), dice.randrange(size[1] // 2)
+        draw.ellipse((x, y, x + 60, y + 60), fill=dice.choice(["red", "teal", "black"]))
+    return image
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
     name, options = KINDS[kind]
     out = io.BytesIO()
     image.save(out, name, **options)
@@ -67,14 +67,14 @@ def with_damage(content: bytes, damage: bytes, position: float = 0.5) -> bytes:
 )
 @pytest.mark.parametrize("size", [(640, 480), (333, 77), (17, 9)], ids=str)
 def test_a_valid_image_is_accepted(kind: str, draw: Any, size: tuple[int, int]) -> None:
-    facts = check_reference(encoded(draw(size), kind), is_mask=False)
+    facts = check_reference(encode(draw(size), kind), is_mask=False)
     assert (facts.width, facts.height) == size
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lossless WebP"])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_bytes_inside_are_found(kind: str, seed: int) -> None:
-    content = encoded(photo(seed=seed), kind)
+    content = encode(photo(seed=seed), kind)
     with pytest.raises(UnusableImage) as refusal:
         check_reference(with_damage(content, random.Random(seed).randbytes(6000)), is_mask=False)
     assert refusal.value.reason in (Reason.DAMAGED, Reason.INCOMPLETE)
@@ -83,20 +83,20 @@ def test_random_bytes_inside_are_found(kind: str, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP"])
 def test_zeros_inside_are_found(kind: str) -> None:
     with pytest.raises(UnusableImage):
-        check_reference(with_damage(encoded(photo(), kind), bytes(9000)), is_mask=False)
+        check_reference(with_damage(encode(photo(), kind), bytes(9000)), is_mask=False)
 
 
 def test_one_wrong_bit_of_a_png_is_found() -> None:
-    content = encoded(photo(), "PNG")
+    content = encode(photo(), "PNG")
     middle = len(content) // 2
-    flipped = bytes([content[middle] ^ 1])
+    flipped_byte = bytes([content[middle] ^ 1])
     with pytest.raises(UnusableImage):
-        check_reference(with_damage(content, flipped), is_mask=False)
+        check_reference(with_damage(content, flipped_byte), is_mask=False)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "lossless WebP"])
 def test_missing_bytes_inside_are_found(kind: str) -> None:
-    content = encoded(photo(), kind)
+    content = encode(photo(), kind)
     middle = len(content) // 3
     with pytest.raises(UnusableImage):
         check_reference(content[:middle] + content[middle + 9001 :], is_mask=False)
@@ -111,7 +111,7 @@ async def test_a_damaged_reference_is_refused_before_anything_is_sent(open_world
         pictures = world.folder / "pictures"
         pictures.mkdir(exist_ok=True)
         file = pictures / "photo.png"
-        file.write_bytes(with_damage(encoded(photo(), kind), random.Random(5).randbytes(6000)))
+        file.write_bytes(with_damage(encode(photo(), kind), random.Random(5).randbytes(6000)))
         prompt = {"prompt": "a fox"} if tool == "generate_image" else {"prompts": ["a fox", "a hen"]}
         answer = await client.call_tool(tool, {**prompt, "image_urls": [str(file)]})
         assert answer.is_error

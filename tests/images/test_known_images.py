@@ -41,7 +41,7 @@ NAMES: list[Any] = [
 
 @pytest.fixture
 async def world(open_world: Open) -> AsyncIterator[World]:
-    """A world whose links look like EvoLink's. Links of loopback hosts are no valid references."""
+    """Yield a world whose links look like EvoLink's. Links of loopback hosts are no valid references."""
     async with open_world(BASE_URL) as opened:
         yield opened
 
@@ -58,8 +58,8 @@ async def call(world: World, tool: str, **arguments: Any) -> Any:
             return await client.call_tool(tool, arguments)
 
 
-def sent(world: World) -> list[dict[str, Any]]:
-    """The bodies of all purchases."""
+def purchase_bodies(world: World) -> list[dict[str, Any]]:
+    """Return the bodies of all purchases."""
     return [json.loads(r.body) for r in world.simulator.requests if r.path == "/v1/images/generations"]
 
 
@@ -71,34 +71,34 @@ async def test_get_task_view_image_and_an_edit_find_the_image_by_any_name(
     world: World, name: Callable[[str, dict[str, Any]], str]
 ) -> None:
     await buy(world, "sim:fast an older picture")
-    bought = await buy(world)
-    (image,) = bought["images"]
-    text = name(bought["task_id"], image)
+    purchase = await buy(world)
+    (image,) = purchase["images"]
+    text = name(purchase["task_id"], image)
     world.clock.now += 2 * DAY_S  # EvoLink's link has expired
 
     task = await call(world, "get_task", task_id=text)
-    assert task.structured_content["task_id"] == bought["task_id"]
+    assert task.structured_content["task_id"] == purchase["task_id"]
     assert task.structured_content["images"][0]["path"] == image["path"]
     view = await call(world, "view_image", task_id=text)
     assert view.content[0].type == "image"
     assert image["path"] in view.content[1].text
     edit = await buy(world, "sim:fast at night", image_urls=[text])
     (reference,) = edit["references"]
-    assert (reference["task_id"], reference["index"]) == (bought["task_id"], 0)
+    assert (reference["task_id"], reference["index"]) == (purchase["task_id"], 0)
     assert reference["sha256"] == image["sha256"]
-    assert sent(world)[-1]["image_urls"] == [reference["url"]]
+    assert purchase_bodies(world)[-1]["image_urls"] == [reference["url"]]
     assert reference["url"] != image["url"]
     assert len(world.simulator.uploads) == 1
 
 
 async def test_a_live_link_of_a_known_image_is_sent_unchanged_and_its_origin_is_recorded(world: World) -> None:
-    bought = await buy(world)
-    (image,) = bought["images"]
+    purchase = await buy(world)
+    (image,) = purchase["images"]
     edit = await buy(world, "sim:fast at night", image_urls=[image["url"]])
-    assert sent(world)[-1]["image_urls"] == [image["url"]]
+    assert purchase_bodies(world)[-1]["image_urls"] == [image["url"]]
     assert world.simulator.uploads == {}
     (reference,) = edit["references"]
-    assert (reference["task_id"], reference["index"], reference["sha256"]) == (bought["task_id"], 0, image["sha256"])
+    assert (reference["task_id"], reference["index"], reference["sha256"]) == (purchase["task_id"], 0, image["sha256"])
 
 
 async def test_an_expired_link_of_a_mask_is_replaced_by_its_file(world: World, tmp_path: Path) -> None:
@@ -107,13 +107,13 @@ async def test_an_expired_link_of_a_mask_is_replaced_by_its_file(world: World, t
     world.clock.now += 2 * DAY_S
     edit = await buy(world, "sim:fast red", image_urls=[picture["images"][0]["url"]], mask_url=mask["images"][0]["url"])
     assert [reference["task_id"] for reference in edit["references"]] == [picture["task_id"], mask["task_id"]]
-    assert sent(world)[-1]["mask_url"] not in (mask["images"][0]["url"], None)
+    assert purchase_bodies(world)[-1]["mask_url"] not in (mask["images"][0]["url"], None)
 
 
 async def test_the_url_of_an_unknown_image_is_sent_unchanged(world: World) -> None:
     url = "https://files.evolink.ai/somebody/else.png"
     edit = await buy(world, "sim:fast at night", image_urls=[f"![x]({url})"])
-    assert sent(world)[-1]["image_urls"] == [url]
+    assert purchase_bodies(world)[-1]["image_urls"] == [url]
     assert edit["references"][0]["task_id"] is None
 
 
@@ -124,25 +124,25 @@ async def test_an_expired_link_without_its_file_is_refused_before_the_purchase(w
     answer = await call(world, "generate_image", prompt="sim:fast at night", image_urls=[image["url"]])
     assert answer.is_error is True
     assert "its link has expired and its file is not there any more" in answer.content[0].text
-    assert len(sent(world)) == 1
+    assert len(purchase_bodies(world)) == 1
 
 
 async def test_a_task_with_several_images_needs_an_index_as_a_reference(world: World) -> None:
-    bought = await buy(world, n=3)
-    answer = await call(world, "generate_image", prompt="sim:fast blue", image_urls=[bought["task_id"]])
+    purchase = await buy(world, n=3)
+    answer = await call(world, "generate_image", prompt="sim:fast blue", image_urls=[purchase["task_id"]])
     assert answer.is_error is True
-    assert f"evolink://images/{bought['task_id']}/0 … /2" in answer.content[0].text
-    assert len(sent(world)) == 1
-    edit = await buy(world, "sim:fast blue", image_urls=[f"![x](<{bought['images'][2]['path']}>)"])
+    assert f"evolink://images/{purchase['task_id']}/0 … /2" in answer.content[0].text
+    assert len(purchase_bodies(world)) == 1
+    edit = await buy(world, "sim:fast blue", image_urls=[f"![x](<{purchase['images'][2]['path']}>)"])
     assert edit["references"][0]["index"] == 2
 
 
 async def test_an_index_in_the_name_wins_over_the_argument(world: World) -> None:
-    bought = await buy(world, n=3)
-    view = await call(world, "view_image", task_id=bought["images"][2]["resource_uri"], index=1)
-    assert f"Picture 2 of {bought['task_id']}" in view.content[1].text
-    view = await call(world, "view_image", task_id=bought["task_id"], index=1)
-    assert f"Picture 1 of {bought['task_id']}" in view.content[1].text
+    purchase = await buy(world, n=3)
+    view = await call(world, "view_image", task_id=purchase["images"][2]["resource_uri"], index=1)
+    assert f"Picture 2 of {purchase['task_id']}" in view.content[1].text
+    view = await call(world, "view_image", task_id=purchase["task_id"], index=1)
+    assert f"Picture 1 of {purchase['task_id']}" in view.content[1].text
 
 
 @pytest.mark.parametrize(
@@ -177,45 +177,45 @@ async def test_view_image_shows_another_image_of_an_allowed_folder_by_its_path(w
     "place", [pytest.param("2026/november/{name}", id="subfolder"), pytest.param("logo final.png", id="new name")]
 )
 async def test_a_moved_file_is_found_by_its_earlier_path_and_not_downloaded_again(world: World, place: str) -> None:
-    bought = await buy(world)
-    (image,) = bought["images"]
+    purchase = await buy(world)
+    (image,) = purchase["images"]
     old = Path(image["path"])
     new = old.parent / place.format(name=old.name)
     new.parent.mkdir(parents=True, exist_ok=True)
     old.rename(new)
     requests = len(world.simulator.requests)
-    for text in (str(old), str(new), bought["task_id"], image["url"]):
+    for text in (str(old), str(new), purchase["task_id"], image["url"]):
         task = await call(world, "get_task", task_id=text)
         (saved_image,) = task.structured_content["images"]
         assert (saved_image["path"], saved_image["error"]) == (str(new), None)
         assert saved_image["markdown"].endswith(f"({new})" if " " not in str(new) else f"(<{new}>)")
     assert len(world.simulator.requests) == requests
-    listed = await call(world, "list_tasks")
-    assert listed.structured_content["tasks"][0]["paths"] == [str(new)]
+    task_list = await call(world, "list_tasks")
+    assert task_list.structured_content["tasks"][0]["paths"] == [str(new)]
     world.clock.now += 2 * DAY_S
     edit = await buy(world, "sim:fast at night", image_urls=[str(old)])
-    assert edit["references"][0]["task_id"] == bought["task_id"]
+    assert edit["references"][0]["task_id"] == purchase["task_id"]
 
 
 async def test_a_moved_file_is_not_saved_twice_while_another_image_of_its_task_is_downloaded(world: World) -> None:
-    bought = await buy(world, n=2)
-    first, second = (Path(image["path"]) for image in bought["images"])
+    purchase = await buy(world, n=2)
+    first, second = (Path(image["path"]) for image in purchase["images"])
     (first.parent / "kept").mkdir()
     first.rename(first.parent / "kept" / "first.png")
     second.unlink()
-    task = await call(world, "get_task", task_id=bought["task_id"])
+    task = await call(world, "get_task", task_id=purchase["task_id"])
     assert [image["path"] for image in task.structured_content["images"]] == [
         str(first.parent / "kept" / "first.png"),
         str(second),
     ]
     assert len(world.files) == 2
     by_path = await call(world, "get_task", task_id=str(first))
-    assert by_path.structured_content["task_id"] == bought["task_id"]
+    assert by_path.structured_content["task_id"] == purchase["task_id"]
 
 
 async def test_a_file_that_took_the_place_of_an_image_is_not_shown_as_this_image(world: World) -> None:
     first, second = await buy(world, "sim:fast one"), await buy(world, "sim:fast two")
-    one, two = (Path(bought["images"][0]["path"]) for bought in (first, second))
+    one, two = (Path(purchase["images"][0]["path"]) for purchase in (first, second))
     one.rename(one.with_name("kept.png"))
     two.rename(one)
     task = await call(world, "get_task", task_id=first["task_id"])
@@ -248,29 +248,29 @@ async def test_a_disconnected_drive_is_named_as_the_reason(world: World, tmp_pat
 
 
 async def test_a_task_of_another_profile_of_the_journal_is_named(open_world: Open, world: World) -> None:
-    bought = await buy(world, "sim:fast a secret prompt")
+    purchase = await buy(world, "sim:fast a secret prompt")
     environ = {"EVOLINK_MCP_PROFILE": "second", "EVOLINK_API_KEY": OTHER_KEY, **BASE_URL}
     async with open_world(environ, simulator=world.simulator, clock=world.clock) as other:
-        answer = await call(other, "get_task", task_id=bought["task_id"])
+        answer = await call(other, "get_task", task_id=purchase["task_id"])
         assert "The profile “default” of this journal bought this task." in answer.structured_content["notes"]
         assert "secret" not in answer.content[0].text
-        by_path = await call(other, "get_task", task_id=bought["images"][0]["url"])
+        by_path = await call(other, "get_task", task_id=purchase["images"][0]["url"])
         assert by_path.structured_content["error"]["code"] == "image_unknown"
 
 
 async def test_a_task_of_another_key_is_shown_with_its_file(open_world: Open, world: World) -> None:
-    bought = await buy(world)
+    purchase = await buy(world)
     async with open_world(
         {"EVOLINK_API_KEY": OTHER_KEY, **BASE_URL}, simulator=world.simulator, clock=world.clock
     ) as other:
-        answer = await call(other, "get_task", task_id=bought["images"][0]["path"])
-    assert answer.structured_content["images"][0]["path"] == bought["images"][0]["path"]
+        answer = await call(other, "get_task", task_id=purchase["images"][0]["path"])
+    assert answer.structured_content["images"][0]["path"] == purchase["images"][0]["path"]
     assert any("bought with another key" in note for note in answer.structured_content["notes"])
 
 
 async def test_a_server_without_a_key_finds_an_image_too(open_world: Open, world: World) -> None:
-    bought = await buy(world)
-    assert KEY not in json.dumps(bought)
+    purchase = await buy(world)
+    assert KEY not in json.dumps(purchase)
     async with open_world({"EVOLINK_API_KEY": "", **BASE_URL}, simulator=world.simulator, clock=world.clock) as other:
         answer = await call(other, "get_task", task_id="last")
-    assert answer.structured_content["task_id"] == bought["task_id"]
+    assert answer.structured_content["task_id"] == purchase["task_id"]

@@ -25,7 +25,7 @@ WINDOWS = PathSystem(is_windows=True)
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    """An output folder in the home folder, with one picture in a folder with a blank in its name."""
+    """Return an output folder in the home folder, with one picture in a folder with a blank in its name."""
     home = tmp_path.resolve()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
@@ -34,7 +34,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     return Folders(home / "out", (home / "out",), WSL)
 
 
-def escaped(path: str) -> str:
+def escape(path: str) -> str:
     """Return a path as bash and zsh complete it."""
     return re.sub(r"([^\w/.\-])", r"\\\1", path)
 
@@ -55,7 +55,7 @@ PASTED: list[Any] = [
     pytest.param(lambda p: f"![x]({p})", id="Markdown without angle brackets"),
     pytest.param(lambda p: f"{p}  \r\n", id="blanks and a line end"),
     pytest.param(lambda p: f"\u202a{p}", id="invisible character of the file properties"),
-    pytest.param(escaped, id="shell escapes"),
+    pytest.param(escape, id="shell escapes"),
     pytest.param(quote, id="percent codes"),
     pytest.param(lambda p: f"file://{p}", id="file URI, not encoded"),
     pytest.param(lambda p: f"file://{quote(p)}", id="file URI, encoded"),
@@ -104,7 +104,7 @@ NAMES = (
 QUOTES = [("'", "'"), ('"', '"'), ("“", "”"), ("‘", "’"), ("«", "»"), ("`", "`"), ("<", ">")]
 
 
-def decorated(path: str, dice: random.Random) -> str:
+def decorate_randomly(path: str, dice: random.Random) -> str:
     """Return a path after one to four decorations."""
     text = path
     for _ in range(dice.randint(1, 4)):
@@ -117,7 +117,7 @@ def decorated(path: str, dice: random.Random) -> str:
                 text + blanks,
                 blanks + text,
                 f"@{text}" if not text.startswith("@") else text,
-                escaped(text),
+                escape(text),
                 quote(text) if "%" not in text else text,
                 f"![alt](<{text}>)" if not set("<>\n\r[]") & set(text) else text,
                 f"file://{text}" if is_plain else text,
@@ -137,7 +137,7 @@ def test_a_path_in_random_decorations_names_its_file(folders: Folders, seed: int
         file.write_bytes(b"x")
     for _ in range(200):
         file = dice.choice(files)
-        text = decorated(str(file), dice)
+        text = decorate_randomly(str(file), dice)
         assert folders.readable(text) == file, repr(text)
 
 
@@ -212,7 +212,9 @@ def test_a_file_that_is_only_in_icloud_is_named_without_another_suggestion(folde
         pytest.param({}, False, id="a file of Linux"),
     ],
 )
-def test_the_system_marks_a_file_that_is_only_in_the_cloud(facts: dict[str, int], expected: bool) -> None:
+def test_a_file_that_is_only_in_the_cloud_is_recognized_by_its_attributes(
+    facts: dict[str, int], expected: bool
+) -> None:
     assert is_in_cloud(SimpleNamespace(**facts)) is expected
 
 
@@ -291,14 +293,14 @@ def test_an_unusable_save_as_is_refused_with_its_reason(folders: Folders, save_a
 
 
 @pytest.mark.anyio
-async def test_a_quoted_name_is_the_same_name_everywhere(open_world: Open) -> None:
+async def test_quotes_around_a_file_name_are_removed_in_file_and_answer(open_world: Open) -> None:
     async with open_world() as world, world.client() as client:
         with anyio.fail_after(300):
             answer = await client.call_tool("generate_image", {"prompt": "sim:fast x", "save_as": '"q.png"', "n": 2})
-            again = await client.call_tool("generate_image", {"prompt": "sim:fast y", "save_as": "$HOME/x.png"})
+            refusal = await client.call_tool("generate_image", {"prompt": "sim:fast y", "save_as": "$HOME/x.png"})
         assert sorted(path.name for path in world.files) == ["q-1.png", "q.png"]
         assert answer.structured_content["request"]["save_as"] == "q.png"
-        assert again.structured_content["error"]["code"] == "folder_refused"
+        assert refusal.structured_content["error"]["code"] == "folder_refused"
         assert world.posts == 1
 
 
@@ -307,5 +309,5 @@ def test_cleaning_a_name_twice_changes_nothing() -> None:
     for _ in range(2_000):
         text = "".join(dice.choices("\"'`“” ab.png\\/~$%20\n@<>:C-", k=dice.randint(1, 12)))
         for system in (LINUX, WSL, WINDOWS):
-            once = clean_file_name(text, system)
-            assert clean_file_name(once, system) == once, repr(text)
+            clean_name = clean_file_name(text, system)
+            assert clean_file_name(clean_name, system) == clean_name, repr(text)

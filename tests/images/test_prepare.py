@@ -1,11 +1,11 @@
-"""An uploaded image is upright and has no metadata; a picture that is both already stays as it is."""
+"""An uploaded image is upright and has no metadata. An image that already is both stays unchanged."""
 
 from __future__ import annotations
 
 import io
 
 import pytest
-from drawings import SECRET, changed, drawing, noise, talkative, turned
+from drawings import SECRET, change_image, drawing, image_with_metadata, noise, with_orientation
 from PIL import Image, ImageCms
 
 from evolink_mcp.images.prepare import check_reference, normalize
@@ -22,11 +22,11 @@ def pixels(picture: bytes) -> tuple[tuple[int, int], bytes]:
 
 @KINDS
 def test_texts_and_exif_are_left_out_and_every_pixel_stays(kind: str) -> None:
-    picture = talkative(kind)
-    sent = normalize(picture)
+    picture = image_with_metadata(kind)
+    normalized = normalize(picture)
     assert SECRET.encode() in picture
-    assert SECRET.encode() not in sent
-    assert pixels(sent) == pixels(picture)
+    assert SECRET.encode() not in normalized
+    assert pixels(normalized) == pixels(picture)
 
 
 @KINDS
@@ -36,26 +36,29 @@ def test_bytes_after_the_image_are_removed(kind: str) -> None:
 
 
 @KINDS
-def test_a_picture_that_says_nothing_is_sent_byte_for_byte(kind: str) -> None:
+def test_an_image_without_metadata_is_sent_byte_for_byte(kind: str) -> None:
     picture = noise((64, 48), kind)
     assert normalize(picture) == picture
 
 
 @KINDS
 def test_colours_keep_their_profile(kind: str) -> None:
-    sent = [normalize(drawing(kind=kind, icc_profile=PROFILE)), normalize(turned(drawing(kind=kind), 6))]
-    with Image.open(io.BytesIO(sent[0])) as image:
+    normalized = [
+        normalize(drawing(kind=kind, icc_profile=PROFILE)),
+        normalize(with_orientation(drawing(kind=kind), 6)),
+    ]
+    with Image.open(io.BytesIO(normalized[0])) as image:
         assert image.info["icc_profile"] == PROFILE
 
 
 @KINDS
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> None:
-    """A picture that is red above and blue below, and lighter at the left, in all eight ways in which a camera stores it."""
-    observations = Image.new("RGB", (48, 64), (200, 0, 0))
-    observations.paste((0, 0, 200), (0, 32, 48, 64))
-    observations.paste((250, 120, 120), (0, 0, 24, 32))
-    stored = {
+def test_an_image_with_an_orientation_is_sent_upright(kind: str, orientation: int) -> None:
+    """The image is red above, blue below and lighter at the left. A camera can store it in eight orientations."""
+    upright_image = Image.new("RGB", (48, 64), (200, 0, 0))
+    upright_image.paste((0, 0, 200), (0, 32, 48, 64))
+    upright_image.paste((250, 120, 120), (0, 0, 24, 32))
+    orientations = {
         1: lambda image: image,
         2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
@@ -64,26 +67,28 @@ def test_a_turned_picture_is_sent_as_it_is_seen(kind: str, orientation: int) -> 
         6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
         7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
         8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
-    }[orientation](observations)
+    }[orientation](upright_image)
     exif = Image.Exif()
     exif[0x0112] = orientation
     out = io.BytesIO()
-    stored.save(out, kind, exif=exif.tobytes())
+    orientations.save(out, kind, exif=exif.tobytes())
     facts = check_reference(out.getvalue(), is_mask=False)
     assert (facts.width, facts.height, facts.is_upright) == (48, 64, orientation == 1)
-    with Image.open(io.BytesIO(normalize(out.getvalue()))) as sent:
-        assert (sent.size, dict(sent.getexif())) == ((48, 64), {})
+    with Image.open(io.BytesIO(normalize(out.getvalue()))) as normalized:
+        assert (normalized.size, dict(normalized.getexif())) == ((48, 64), {})
         for spot in ((10, 10), (40, 10), (10, 50)):
-            near = zip(sent.convert("RGB").getpixel(spot), observations.getpixel(spot), strict=True)
-            assert all(abs(first - second) < 30 for first, second in near)
+            channel_pairs = zip(normalized.convert("RGB").getpixel(spot), upright_image.getpixel(spot), strict=True)
+            assert all(abs(first - second) < 30 for first, second in channel_pairs)
 
 
 def test_a_rotated_photo_above_the_memory_limit_is_halved() -> None:
     limit = 64 * 48 // 2
-    with Image.open(io.BytesIO(normalize(turned(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))) as sent:
-        assert sent.size == (24, 32)
+    with Image.open(
+        io.BytesIO(normalize(with_orientation(drawing(kind="JPEG"), 6), rotated_max_pixels=limit))
+    ) as normalized:
+        assert normalized.size == (24, 32)
     with pytest.raises(UnusableImage, match="save it upright"):
-        check_reference(turned(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
+        check_reference(with_orientation(drawing(), 6), is_mask=False, rotated_max_pixels=limit)
 
 
 def test_a_mask_above_the_memory_limit_is_refused() -> None:
@@ -95,8 +100,10 @@ def test_a_mask_above_the_memory_limit_is_refused() -> None:
     ("mask", "share"),
     [
         pytest.param(drawing(mode="RGBA"), 1.0, id="all of it"),
-        pytest.param(changed(drawing(mode="RGBA"), lambda i: i.paste((0, 0, 0, 255), (0, 0, 32, 48))), 0.5, id="half"),
-        pytest.param(changed(drawing(mode="RGBA"), lambda i: i.putalpha(255)), 0.0, id="none"),
+        pytest.param(
+            change_image(drawing(mode="RGBA"), lambda i: i.paste((0, 0, 0, 255), (0, 0, 32, 48))), 0.5, id="half"
+        ),
+        pytest.param(change_image(drawing(mode="RGBA"), lambda i: i.putalpha(255)), 0.0, id="none"),
         pytest.param(drawing(mode="LA"), 1.0, id="grey, of which all is nearly invisible"),
         pytest.param(drawing(), None, id="no alpha"),
     ],
@@ -107,11 +114,11 @@ def test_the_transparent_share_of_a_mask_is_measured(mask: bytes, share: float |
 
 
 @pytest.mark.parametrize("data", [b"", b"II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 40])
-def test_broken_exif_turns_nothing(data: bytes) -> None:
+def test_broken_exif_rotates_nothing(data: bytes) -> None:
     picture = drawing(exif=data)
     assert check_reference(picture, is_mask=False).is_upright
     assert data not in normalize(picture) or len(data) == 0
 
 
-def test_an_orientation_that_is_none_turns_nothing() -> None:
-    assert check_reference(turned(drawing(kind="JPEG"), 9), is_mask=False).is_upright
+def test_an_invalid_orientation_rotates_nothing() -> None:
+    assert check_reference(with_orientation(drawing(kind="JPEG"), 9), is_mask=False).is_upright

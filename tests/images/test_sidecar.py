@@ -1,4 +1,4 @@
-"""The JSON beside a picture: the same facts as every answer, written completely, never over another file, and optional."""
+"""The sidecar: the same facts as every answer, written completely, never over another file, and optional."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ async def buy(world: World, prompt: str = "sim:fast a fox", **fields: Any) -> An
             return await client.call_tool("generate_image", {"prompt": prompt, **fields})
 
 
-def beside(image: dict[str, Any]) -> Path:
+def sidecar_of(image: dict[str, Any]) -> Path:
     return Path(image["path"] + ".json")
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
-@pytest.mark.parametrize("wish", [{}, {"save_as": "a b/hero (1).png", "size": "16:9", "output_format": "webp"}])
+@pytest.mark.parametrize("options", [{}, {"save_as": "a b/hero (1).png", "size": "16:9", "output_format": "webp"}])
 async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_disk(
-    world: World, mode: str, wish: dict[str, Any]
+    world: World, mode: str, options: dict[str, Any]
 ) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            answer = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2, **wish})
+            answer = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2, **options})
             facts, text = answer.structured_content, answer.content[0].text
             (page,) = (await client.read_resource(f"evolink://tasks/{facts['task_id']}")).contents
             assert len(facts["images"]) == 2
@@ -48,7 +48,7 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
                     assert image["mime_type"] == picture.get_format_mimetype() == blob.mime_type
                 assert hashlib.sha256(content).hexdigest() == image["sha256"]
                 assert len(content) == image["bytes"]
-                record = json.loads(beside(image).read_text("utf-8"))
+                record = json.loads(sidecar_of(image).read_text("utf-8"))
                 assert {name: image[name] for name in SHARED} == {name: record[name] for name in SHARED}
                 for name in ("path", "url", "sha256", "resource_uri", "url_expires_at", "markdown"):
                     assert image[name] in text
@@ -59,10 +59,10 @@ async def test_a_picture_is_the_same_in_text_structure_resource_sidecar_and_on_d
     assert json.loads(page.text)["images"] == facts["images"]
 
 
-async def test_it_says_how_the_picture_was_made(world: World) -> None:
+async def test_the_sidecar_has_the_request_of_the_image(world: World) -> None:
     answer = await buy(world, size="16:9", quality="low", callback_url="https://hooks.evolink-team.dev/x?token=hush")
     facts = answer.structured_content
-    record = json.loads(beside(facts["images"][0]).read_text("utf-8"))
+    record = json.loads(sidecar_of(facts["images"][0]).read_text("utf-8"))
     assert record["made_by"].startswith("evolink-mcp ")
     assert record["prompt"] == "sim:fast a fox"
     assert record["request"] == {"model": "gpt-image-2", "size": "16:9", "quality": "low"}
@@ -70,31 +70,31 @@ async def test_it_says_how_the_picture_was_made(world: World) -> None:
     assert set(record) == {"made_by", "prompt", "request", "references", "task_id", "created_at", *SHARED}
 
 
-async def test_neither_the_key_nor_a_callback_address_is_in_it(world: World) -> None:
+async def test_neither_the_key_nor_a_callback_address_is_in_the_sidecar(world: World) -> None:
     answer = await buy(world, callback_url="https://hooks.evolink-team.dev/x?token=hush")
-    written = beside(answer.structured_content["images"][0]).read_text("utf-8")
-    assert KEY not in written
-    assert "hush" not in written
+    sidecar = sidecar_of(answer.structured_content["images"][0]).read_text("utf-8")
+    assert KEY not in sidecar
+    assert "hush" not in sidecar
 
 
-async def test_it_is_for_its_owner_only_and_nothing_else_is_left(world: World) -> None:
+async def test_only_the_owner_can_read_the_sidecar_and_no_other_file_stays(world: World) -> None:
     answer = await buy(world)
     (image,) = answer.structured_content["images"]
-    assert stat.S_IMODE(beside(image).stat().st_mode) == 0o600
-    assert {Path(image["path"]), beside(image)} == set((world.folder / "pictures").iterdir())
+    assert stat.S_IMODE(sidecar_of(image).stat().st_mode) == 0o600
+    assert {Path(image["path"]), sidecar_of(image)} == set((world.folder / "pictures").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("value", "written"),
+    ("value", "has_sidecar"),
     [("", True), ("1", True), ("on", True), ("0", False), ("off", False), ("${SIDECAR}", True)],
 )
-async def test_it_can_be_switched_off(open_world: Open, value: str, written: bool) -> None:
+async def test_the_setting_disables_the_sidecar(open_world: Open, value: str, has_sidecar: bool) -> None:
     async with open_world({"EVOLINK_MCP_SIDECAR": value}) as world:
         answer = await buy(world)
-        assert beside(answer.structured_content["images"][0]).exists() is written
+        assert sidecar_of(answer.structured_content["images"][0]).exists() is has_sidecar
 
 
-def _file(path: Path, content: str) -> None:
+def write_file(path: Path, content: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
 
@@ -112,16 +112,16 @@ def _file(path: Path, content: str) -> None:
 )
 async def test_a_file_of_another_program_stays(world: World, foreign: str) -> None:
     path = world.folder / "pictures" / "hero.png.json"
-    _file(path, foreign)
+    write_file(path, foreign)
     answer = await buy(world, save_as="hero.png")
     (image,) = answer.structured_content["images"]
     assert (answer.is_error, Path(image["path"]).name) == (False, "hero.png")
     assert path.read_text() == foreign
 
 
-async def test_a_link_in_its_place_is_not_written_through(world: World) -> None:
+async def test_a_link_at_the_path_of_the_sidecar_is_not_followed(world: World) -> None:
     path, secret = world.folder / "pictures" / "hero.png.json", world.folder / "settings.json"
-    _file(secret, '{"made_by": "evolink-mcp", "sha256": "1"}')
+    write_file(secret, '{"made_by": "evolink-mcp", "sha256": "1"}')
     path.parent.mkdir()
     path.symlink_to(secret)
     answer = await buy(world, save_as="hero.png")
@@ -130,7 +130,7 @@ async def test_a_link_in_its_place_is_not_written_through(world: World) -> None:
     assert path.is_symlink()
 
 
-async def test_a_pipe_in_its_place_does_not_hold_up_the_picture(world: World) -> None:
+async def test_a_pipe_at_the_path_of_the_sidecar_does_not_block_the_image(world: World) -> None:
     path = world.folder / "pictures" / "hero.png.json"
     path.parent.mkdir()
     os.mkfifo(path)
@@ -143,34 +143,34 @@ async def test_the_sidecar_of_a_deleted_picture_is_replaced_by_the_next_one_of_i
     Path(first["images"][0]["path"]).unlink()
     second = (await buy(world, "sim:fast a cat", save_as="hero.png")).structured_content
     (image,) = second["images"]
-    record = json.loads(beside(image).read_text("utf-8"))
+    record = json.loads(sidecar_of(image).read_text("utf-8"))
     assert Path(image["path"]).name == "hero.png"
     assert (record["task_id"], record["sha256"]) == (second["task_id"], image["sha256"])
 
 
-async def test_it_comes_back_with_a_picture_that_was_deleted(world: World) -> None:
+async def test_the_sidecar_is_restored_with_a_deleted_image(world: World) -> None:
     facts = (await buy(world)).structured_content
     (image,) = facts["images"]
-    before = json.loads(beside(image).read_text("utf-8"))
+    before = json.loads(sidecar_of(image).read_text("utf-8"))
     Path(image["path"]).unlink()
-    beside(image).unlink()
+    sidecar_of(image).unlink()
     with anyio.fail_after(300):
         async with world.client() as client:
             await client.call_tool("get_task", {"task_id": facts["task_id"]})
-    assert json.loads(beside(image).read_text("utf-8")) == before
+    assert json.loads(sidecar_of(image).read_text("utf-8")) == before
 
 
-async def test_a_picture_whose_sidecar_cannot_be_written_is_kept_all_the_same(
+async def test_an_image_is_saved_although_its_sidecar_cannot_be_written(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = os.fsync
+    real_fsync = os.fsync
 
-    def full(handle: int) -> None:
+    def fail_for_sidecars(handle: int) -> None:
         if os.fstat(handle).st_size < 2_000:
             raise OSError(28, "No space left on device")
-        whole(handle)
+        real_fsync(handle)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_for_sidecars)
     answer = await buy(world)
     (image,) = answer.structured_content["images"]
     assert answer.is_error is False
@@ -179,7 +179,7 @@ async def test_a_picture_whose_sidecar_cannot_be_written_is_kept_all_the_same(
 
 
 async def test_a_task_of_another_client_gets_a_sidecar_with_the_known_facts(open_world: Open, world: World) -> None:
-    """Another client of the same key bought it: the words of the request are not known here."""
+    """Another client with the same key bought the image, so this server does not know the request."""
     await buy(world, wait_seconds=0)
     (task_id,) = world.simulator.tasks
     world.clock.now += 60
@@ -191,15 +191,15 @@ async def test_a_task_of_another_client_gets_a_sidecar_with_the_known_facts(open
         with anyio.fail_after(300):
             async with second.client() as client:
                 facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
-    record = json.loads(beside(facts["images"][0]).read_text("utf-8"))
+    record = json.loads(sidecar_of(facts["images"][0]).read_text("utf-8"))
     assert (record["prompt"], record["request"], record["task_id"]) == (None, {}, task_id)
 
 
-async def test_a_sidecar_is_no_reference_and_no_picture(open_world: Open, tmp_path: Path) -> None:
-    desk = tmp_path / "pictures"
-    _file(desk / "cat.png.json", "{}")
-    (desk / "cat.png").write_bytes(drawing())
+async def test_a_sidecar_is_refused_as_a_reference(open_world: Open, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    write_file(folder / "cat.png.json", "{}")
+    (folder / "cat.png").write_bytes(drawing())
     async with open_world() as world:
-        answer = await buy(world, image_urls=[str(desk / "cat.png.json")])
+        answer = await buy(world, image_urls=[str(folder / "cat.png.json")])
     assert answer.is_error is True
     assert world.simulator.requests == []

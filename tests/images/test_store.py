@@ -1,4 +1,4 @@
-"""A picture is saved completely or not at all, gets the suffix of its type, and replaces no other file."""
+"""An image is saved completely or not at all, gets the suffix of its type, and replaces no other file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import anyio
 import pytest
 from conftest import Open, World
-from drawings import drawing, noise, vast
+from drawings import drawing, noise, png_without_pixels
 from PIL import Image
 
 from evolink_mcp.errors import DownloadFailed, FolderRefused
@@ -42,27 +42,27 @@ def examine(content: bytes) -> ImageFacts:
     return check_and_preview(content, edge=0)[0]
 
 
-def everything(folder: Path) -> list[str]:
-    """Every file below `folder`, hidden ones too."""
+def files_below(folder: Path) -> list[str]:
+    """Return every file below `folder`, also the hidden ones."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def served(content: bytes):
-    """A download of `content`, in two pieces."""
+def download_of(content: bytes):
+    """Return a download of `content` in two pieces."""
 
-    async def fetch(into: BinaryIO) -> int:
-        into.write(content[: len(content) // 2])
+    async def fetch(target: BinaryIO) -> int:
+        target.write(content[: len(content) // 2])
         await anyio.sleep(0)
-        return into.write(content[len(content) // 2 :])
+        return target.write(content[len(content) // 2 :])
 
     return fetch
 
 
-# --- the whole way ---
+# --- from the purchase to the file ---
 
 
 @pytest.mark.parametrize(
-    ("wish", "suffix", "mime_type"),
+    ("options", "suffix", "mime_type"),
     [
         pytest.param({}, ".png", "image/png", id="EvoLink's default"),
         pytest.param({"output_format": "jpeg"}, ".jpg", "image/jpeg", id="jpeg"),
@@ -71,9 +71,9 @@ def served(content: bytes):
     ],
 )
 async def test_the_suffix_of_a_picture_follows_its_content(
-    world: World, wish: dict, suffix: str, mime_type: str
+    world: World, options: dict, suffix: str, mime_type: str
 ) -> None:
-    answer = await buy(world, "sim:fast a fox", **wish)
+    answer = await buy(world, "sim:fast a fox", **options)
     (image,) = answer.structured_content["images"]
     (file,) = world.files
     assert (str(file), file.suffix, mime_type) == (image["path"], suffix, image["mime_type"])
@@ -81,7 +81,7 @@ async def test_the_suffix_of_a_picture_follows_its_content(
 
 
 def with_credentials() -> bytes:
-    """A PNG with content credentials (C2PA), a text of another program, and bytes behind its end."""
+    """Return a PNG with content credentials (C2PA), a text of another program, and bytes after its end."""
     png = drawing()
     ihdr_end = 8 + 25
     chunks = b""
@@ -100,14 +100,14 @@ ORIGIN = Origin("a fox", "task-unified-1-abc", "gpt-image-2")
 
 @pytest.mark.parametrize("content", [*CONTENTS, pytest.param(drawing(), id="PNG")])
 async def test_an_original_is_saved_byte_for_byte(tmp_path: Path, decoder: Decoder, content: bytes) -> None:
-    saved = await save_image(served(content), tmp_path / "fox.png", decoder)
-    assert Path(saved.path).read_bytes() == content
+    saved_image = await save_image(download_of(content), tmp_path / "fox.png", decoder)
+    assert Path(saved_image.path).read_bytes() == content
 
 
 @pytest.mark.parametrize("content", CONTENTS)
 async def test_the_origin_changes_no_file_with_a_signature(tmp_path: Path, decoder: Decoder, content: bytes) -> None:
-    saved = await save_image(served(content), tmp_path / "fox.png", decoder, origin=ORIGIN)
-    assert Path(saved.path).read_bytes() == content
+    saved_image = await save_image(download_of(content), tmp_path / "fox.png", decoder, origin=ORIGIN)
+    assert Path(saved_image.path).read_bytes() == content
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -123,8 +123,8 @@ async def test_metadata_are_added_to_the_original_by_the_setting(open_world: Ope
         # A deleted original is downloaded again and is the same file.
         Path(image["path"]).unlink()
         async with world.client() as client:
-            again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
-        assert again.structured_content["images"][0]["sha256"] == image["sha256"]
+            repeat = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+        assert repeat.structured_content["images"][0]["sha256"] == image["sha256"]
         assert Path(image["path"]).read_bytes() == content
 
 
@@ -138,7 +138,7 @@ async def test_an_incomplete_picture_is_not_saved_but_its_link_is_shown(world: W
     assert image["url"].startswith("http")
     assert image["url"] in answer.content[0].text
     assert "not usable" in image["error"]
-    assert everything(world.folder / "pictures") == []
+    assert files_below(world.folder / "pictures") == []
     assert world.posts == 1
 
 
@@ -173,14 +173,14 @@ async def test_an_optional_field_is_sent_only_if_the_caller_gives_it(world: Worl
     assert name.encode() not in post.body
 
 
-async def test_files_and_folders_are_for_their_owner_only(world: World) -> None:
-    before = os.umask(0o022)
+async def test_only_the_owner_can_read_files_and_folders(world: World) -> None:
+    old_umask = os.umask(0o022)
     try:
         await buy(world, "sim:fast a fox", save_as="blog/2026/hero.png")
     finally:
-        os.umask(before)
-    created = world.folder / "pictures"
-    modes = {str(p.relative_to(world.folder)): stat.S_IMODE(p.stat().st_mode) for p in (created, *created.rglob("*"))}
+        os.umask(old_umask)
+    folder = world.folder / "pictures"
+    modes = {str(p.relative_to(world.folder)): stat.S_IMODE(p.stat().st_mode) for p in (folder, *folder.rglob("*"))}
     assert modes == {
         "pictures": PRIVATE_FOLDER,
         "pictures/blog": PRIVATE_FOLDER,
@@ -204,18 +204,18 @@ async def test_a_name_that_is_taken_is_never_overwritten(world: World) -> None:
     assert not (world.folder / "nothing").exists()
 
 
-async def test_a_place_that_becomes_a_link_outside_is_not_followed_when_the_picture_comes(world: World) -> None:
+async def test_a_folder_that_becomes_a_link_to_the_outside_is_not_followed(world: World) -> None:
     """Minutes may pass before the download. The server checks the path again and uses the output folder."""
     with anyio.fail_after(300):
         async with world.client() as client:
-            wish = {"prompt": "a fox", "save_as": "blog/hero.png", "wait_seconds": 0}
-            handle = (await client.call_tool("generate_image", wish)).structured_content
+            arguments = {"prompt": "a fox", "save_as": "blog/hero.png", "wait_seconds": 0}
+            handle = (await client.call_tool("generate_image", arguments)).structured_content
             (world.folder / "elsewhere").mkdir()
             (world.folder / "pictures").mkdir(exist_ok=True)
             (world.folder / "pictures" / "blog").symlink_to(world.folder / "elsewhere")
             answer = await client.call_tool("get_task", {"task_id": handle["task_id"]})
     (image,) = answer.structured_content["images"]
-    assert everything(world.folder / "elsewhere") == []
+    assert files_below(world.folder / "elsewhere") == []
     assert Path(image["path"]).parent == world.folder / "pictures"
 
 
@@ -227,8 +227,8 @@ async def test_a_folder_that_cannot_be_made_costs_nothing(open_world: Open, tmp_
         assert (answer.structured_content["charged"], world.posts) == ("no", 0)
         assert str(tmp_path / "pictures") in answer.content[0].text
         (tmp_path / "pictures").unlink()
-        again = await buy(world, "sim:fast a fox")
-        assert again.is_error is False
+        repeat = await buy(world, "sim:fast a fox")
+        assert repeat.is_error is False
         assert len(world.files) == 1
         assert world.posts == 1
 
@@ -236,20 +236,20 @@ async def test_a_folder_that_cannot_be_made_costs_nothing(open_world: Open, tmp_
 # --- save_image ---
 
 
-async def test_a_picture_that_lies_there_already_is_not_doubled(decoder: Decoder, tmp_path: Path) -> None:
-    """The journal may be lost, or the server killed between saving and writing it down."""
-    first = await save_image(served(drawing()), tmp_path / "a", decoder)
-    second = await save_image(served(drawing()), tmp_path / "a", decoder)
-    third = await save_image(served(drawing(shade=9)), tmp_path / "a", decoder)
+async def test_an_image_that_is_already_saved_is_not_saved_twice(decoder: Decoder, tmp_path: Path) -> None:
+    """The journal may be lost, or a server may die after it saved the image and before it recorded it."""
+    first = await save_image(download_of(drawing()), tmp_path / "a", decoder)
+    second = await save_image(download_of(drawing()), tmp_path / "a", decoder)
+    third = await save_image(download_of(drawing(shade=9)), tmp_path / "a", decoder)
     assert (Path(first.path).name, Path(second.path).name, Path(third.path).name) == ("a.png", "a.png", "a-1.png")
 
 
-async def test_ten_downloads_into_one_name_lose_nothing(tmp_path: Path, decoder: Decoder) -> None:
+async def test_ten_downloads_with_one_name_are_all_saved(tmp_path: Path, decoder: Decoder) -> None:
     pictures = [drawing(shade=shade) for shade in range(10)]
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
             for picture in pictures:
-                group.start_soon(save_image, served(picture), tmp_path / "a.png", decoder)
+                group.start_soon(save_image, download_of(picture), tmp_path / "a.png", decoder)
     assert sorted(pictures) == sorted(path.read_bytes() for path in tmp_path.iterdir())
 
 
@@ -261,11 +261,11 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
 
     monkeypatch.setattr(os, "link", no_links)
     (tmp_path / "a.png").write_bytes(b"mine")
-    saved = await save_image(served(drawing()), tmp_path / "a", decoder)
-    assert everything(tmp_path) == ["a-1.png", "a.png"]
-    assert drawing() == Path(saved.path).read_bytes()
+    saved_image = await save_image(download_of(drawing()), tmp_path / "a", decoder)
+    assert files_below(tmp_path) == ["a-1.png", "a.png"]
+    assert drawing() == Path(saved_image.path).read_bytes()
     assert (tmp_path / "a.png").read_bytes() == b"mine"
-    assert stat.S_IMODE(Path(saved.path).stat().st_mode) == PRIVATE_FILE
+    assert stat.S_IMODE(Path(saved_image.path).stat().st_mode) == PRIVATE_FILE
 
 
 @pytest.mark.parametrize(
@@ -279,31 +279,31 @@ async def test_file_systems_without_hard_links_get_the_picture_too(
         pytest.param(drawing(kind="GIF"), id="GIF"),
         pytest.param(drawing(kind="BMP"), id="BMP"),
         pytest.param(drawing(kind="TIFF"), id="TIFF"),
-        pytest.param(vast(3841, 2160), id="more pixels than any size has"),
-        pytest.param(vast(60_000, 60_000), id="decompression bomb"),
+        pytest.param(png_without_pixels(3841, 2160), id="more pixels than any size has"),
+        pytest.param(png_without_pixels(60_000, 60_000), id="decompression bomb"),
     ],
 )
 async def test_no_file_remains_of_an_invalid_picture(decoder: Decoder, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DownloadFailed):
-        await save_image(served(content), tmp_path / "new" / "a", decoder)
-    assert everything(tmp_path) == []
+        await save_image(download_of(content), tmp_path / "new" / "a", decoder)
+    assert files_below(tmp_path) == []
 
 
-async def test_nothing_is_left_of_a_download_that_breaks_or_is_cancelled(decoder: Decoder, tmp_path: Path) -> None:
-    async def breaks(into: BinaryIO) -> int:
-        into.write(drawing())
+async def test_a_broken_or_cancelled_download_leaves_no_file(decoder: Decoder, tmp_path: Path) -> None:
+    async def fail_download(target: BinaryIO) -> int:
+        target.write(drawing())
         raise DownloadFailed("broken")
 
-    async def stays(into: BinaryIO) -> int:
-        into.write(drawing())
+    async def never_finish(target: BinaryIO) -> int:
+        target.write(drawing())
         await anyio.sleep_forever()
         raise AssertionError
 
     with pytest.raises(DownloadFailed):
-        await save_image(breaks, tmp_path / "a", decoder)
+        await save_image(fail_download, tmp_path / "a", decoder)
     with anyio.move_on_after(0.05):
-        await save_image(stays, tmp_path / "a", decoder)
-    assert everything(tmp_path) == []
+        await save_image(never_finish, tmp_path / "a", decoder)
+    assert files_below(tmp_path) == []
 
 
 async def test_unfinished_files_of_a_killed_server_are_removed_and_those_of_a_running_one_stay(
@@ -312,8 +312,8 @@ async def test_unfinished_files_of_a_killed_server_are_removed_and_those_of_a_ru
     for name, age_s in ((".evolink-old.part", 7_200), (".evolink-new.part", 60), ("my.part", 7_200)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    await save_image(served(drawing()), tmp_path / "a", decoder, sweeper=UnfinishedFiles())
-    assert everything(tmp_path) == [".evolink-new.part", "a.png", "my.part"]
+    await save_image(download_of(drawing()), tmp_path / "a", decoder, sweeper=UnfinishedFiles())
+    assert files_below(tmp_path) == [".evolink-new.part", "a.png", "my.part"]
 
 
 async def test_a_picture_is_on_disk_before_it_gets_its_name(
@@ -321,17 +321,17 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(
 ) -> None:
     steps: list[tuple[str, int]] = []
 
-    def noting(name: str, act: Any, inode: Any) -> None:
-        def recorded(*args: Any, **options: Any) -> Any:
+    def record_calls(name: str, act: Any, inode: Any) -> None:
+        def record_call(*args: Any, **options: Any) -> Any:
             steps.append((name, inode(args[0])))
             return act(*args, **options)
 
-        monkeypatch.setattr(os, name, recorded)
+        monkeypatch.setattr(os, name, record_call)
 
-    noting("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
-    noting("link", os.link, lambda path: os.stat(path).st_ino)
-    saved = await save_image(served(drawing()), tmp_path / "fox", decoder)
-    inode = Path(saved.path).stat().st_ino
+    record_calls("fsync", os.fsync, lambda handle: os.fstat(handle).st_ino)
+    record_calls("link", os.link, lambda path: os.stat(path).st_ino)
+    saved_image = await save_image(download_of(drawing()), tmp_path / "fox", decoder)
+    inode = Path(saved_image.path).stat().st_ino
     assert steps[:2] == [("fsync", inode), ("link", inode)]
     assert [name for name, _ in steps[2:]] == ["fsync"]  # the folder
 
@@ -339,17 +339,22 @@ async def test_a_picture_is_on_disk_before_it_gets_its_name(
 async def test_a_folder_that_cannot_be_written_is_named(decoder: Decoder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FolderRefused) as refusal:
-        await save_image(served(drawing()), tmp_path / "file" / "a", decoder)
+        await save_image(download_of(drawing()), tmp_path / "file" / "a", decoder)
     assert str(tmp_path / "file") in refusal.value.message
     assert refusal.value.charged == "yes"
 
 
 async def test_the_facts_of_a_saved_picture_are_true(decoder: Decoder, tmp_path: Path) -> None:
     picture = drawing((70, 30), "WEBP")
-    saved = await save_image(served(picture), tmp_path / "link" / ".." / "a", decoder)
-    assert picture == Path(saved.path).read_bytes()
-    assert (saved.mime_type, saved.width, saved.height, saved.bytes) == ("image/webp", 70, 30, len(picture))
-    assert hashlib.sha256(picture).hexdigest() == saved.sha256
+    saved_image = await save_image(download_of(picture), tmp_path / "link" / ".." / "a", decoder)
+    assert picture == Path(saved_image.path).read_bytes()
+    assert (saved_image.mime_type, saved_image.width, saved_image.height, saved_image.bytes) == (
+        "image/webp",
+        70,
+        30,
+        len(picture),
+    )
+    assert hashlib.sha256(picture).hexdigest() == saved_image.sha256
 
 
 # --- types ---
@@ -367,24 +372,26 @@ async def test_the_facts_of_a_saved_picture_are_true(decoder: Decoder, tmp_path:
         pytest.param(drawing(kind="JPEG"), False, id="JPEG"),
     ],
 )
-def test_transparency_is_seen(picture: bytes, alpha: bool) -> None:
+def test_transparency_is_detected(picture: bytes, alpha: bool) -> None:
     assert examine(picture).has_alpha is alpha
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_damaged_picture_is_refused_or_read_and_nothing_else_happens(kind: str) -> None:
-    """Pillow knows many exceptions; none of them passes."""
-    whole, dice = noise((48, 40), kind), random.Random(20260728)
+    """Pillow raises many exceptions. The package converts each of them."""
+    content, dice = noise((48, 40), kind), random.Random(20260728)
     outcomes = {"read": 0, "refused": 0}
     for _ in range(400):
-        damaged = bytearray(whole)
+        damaged_content = bytearray(content)
         for _ in range(dice.randint(1, 12)):
-            damaged[dice.randrange(min(len(damaged), 12 if dice.random() < 0.1 else 10**6))] = dice.randrange(256)
+            damaged_content[dice.randrange(min(len(damaged_content), 12 if dice.random() < 0.1 else 10**6))] = (
+                dice.randrange(256)
+            )
         if dice.random() < 0.3:
-            del damaged[dice.randrange(len(damaged)) :]
+            del damaged_content[dice.randrange(len(damaged_content)) :]
         try:
-            examine(bytes(damaged))
+            examine(bytes(damaged_content))
         except UnusableImage:
             outcomes["refused"] += 1
         else:
@@ -392,35 +399,35 @@ def test_a_damaged_picture_is_refused_or_read_and_nothing_else_happens(kind: str
     assert outcomes["refused"] > 50
 
 
-def test_no_bomb_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size is judged by the header; a huge picture is never loaded."""
+def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check reads the size in the header and does not load the pixels."""
 
-    def loaded(_: Image.Image) -> None:
+    def refuse_load(_: Image.Image) -> None:
         raise AssertionError("it was decoded")
 
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", loaded)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", refuse_load)
     with pytest.raises(UnusableImage, match="60000×60000"):
-        examine(vast(60_000, 60_000))
+        examine(png_without_pixels(60_000, 60_000))
 
 
-# --- files that order work -----------------------------------------------------------------------------------
+# --- files that cause much work ------------------------------------------------------------------------------
 
 
 def scans(count: int) -> bytes:
     """Return a progressive JPEG of the largest size. Its last scan, of about twenty bytes, is repeated."""
-    plain = drawing((2880, 2880), kind="JPEG", progressive=True, quality=50)
-    start = plain.rindex(b"\xff\xda")
-    return plain[:-2] + plain[start:-2] * count + b"\xff\xd9"
+    picture = drawing((2880, 2880), kind="JPEG", progressive=True, quality=50)
+    start = picture.rindex(b"\xff\xda")
+    return picture[:-2] + picture[start:-2] * count + b"\xff\xd9"
 
 
 def segments(count: int) -> bytes:
-    plain = drawing(kind="JPEG")
-    return plain[:2] + b"\xff\xe1\x00\x02" * count + plain[2:]
+    picture = drawing(kind="JPEG")
+    return picture[:2] + b"\xff\xe1\x00\x02" * count + picture[2:]
 
 
 def empty_chunks(count: int) -> bytes:
-    plain = drawing()
-    return plain[:33] + b"\x00\x00\x00\x00teXt\x00\x00\x00\x00" * count + plain[33:]
+    picture = drawing()
+    return picture[:33] + b"\x00\x00\x00\x00teXt\x00\x00\x00\x00" * count + picture[33:]
 
 
 def segment(marker: int, data: bytes) -> bytes:
@@ -428,19 +435,19 @@ def segment(marker: int, data: bytes) -> bytes:
 
 
 def before_the_first_segment(data: bytes) -> bytes:
-    plain = drawing(kind="JPEG")
-    return plain[:2] + data + plain[2:]
+    picture = drawing(kind="JPEG")
+    return picture[:2] + data + picture[2:]
 
 
 def after_the_header(kind: bytes, data: bytes, count: int) -> bytes:
-    plain = drawing()
+    picture = drawing()
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return plain[:33] + chunk * count + plain[33:]
+    return picture[:33] + chunk * count + picture[33:]
 
 
 def webp_of(chunks: bytes) -> bytes:
-    plain = drawing(kind="WEBP")
-    return b"RIFF" + struct.pack("<I", len(plain) - 8 + len(chunks)) + plain[8:] + chunks
+    picture = drawing(kind="WEBP")
+    return b"RIFF" + struct.pack("<I", len(picture) - 8 + len(chunks)) + picture[8:] + chunks
 
 
 EXIF = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x10E, 2, 60_000, 26) + bytes(60_010)
@@ -450,7 +457,7 @@ PROFILE = b"x\0\0" + zlib.compress(bytes(1 << 20), 9)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         pytest.param(lambda: scans(3_600), "scans", id="a scan repeated"),
         pytest.param(lambda: segments(300_000), "segments", id="empty segments"),
@@ -469,15 +476,15 @@ PROFILE = b"x\0\0" + zlib.compress(bytes(1 << 20), 9)
         pytest.param(lambda: b"\xff\xd8\xff" + b"\xff" * 100, "end is missing", id="nothing but filling"),
     ],
 )
-async def test_a_file_that_orders_work_is_refused_before_a_decoder_sees_it(
-    content: Any, said: str, monkeypatch: pytest.MonkeyPatch
+async def test_a_file_that_causes_much_work_is_refused_before_the_decoder_reads_it(
+    content: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(*_: Any, **__: Any) -> Any:
         raise AssertionError("a decoder was called")
 
     data = content()
     monkeypatch.setattr(Image, "open", decode)
-    with pytest.raises(UnusableImage, match=said):
+    with pytest.raises(UnusableImage, match=message):
         examine(data)
 
 
@@ -498,17 +505,17 @@ def test_metadata_below_the_limits_never_reach_the_decoder(content: Any, monkeyp
     sizes: list[int] = []
     open_with_pillow = Image.open
 
-    def measured(file: io.BytesIO, **options: Any) -> Image.Image:
+    def open_measured(file: io.BytesIO, **options: Any) -> Image.Image:
         sizes.append(len(file.getvalue()))
         return open_with_pillow(file, **options)
 
-    monkeypatch.setattr(Image, "open", measured)
+    monkeypatch.setattr(Image, "open", open_measured)
     assert (examine(data).width, examine(data).height) == (64, 48)
     assert max(sizes) < 10_000
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-async def test_honest_pictures_pass(kind: str) -> None:
+async def test_normal_images_are_accepted(kind: str) -> None:
     for options in ({}, {"progressive": True} if kind == "JPEG" else {}):
         assert examine(drawing((640, 480), kind=kind, **options)).width == 640
     if kind == "JPEG":
@@ -531,9 +538,9 @@ async def test_a_hostile_file_is_never_downloaded_again(open_world: Open) -> Non
     assert facts["next_action"] is None
     assert facts["images"][0]["url"].startswith("http")
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+        repeat = await client.call_tool("get_task", {"task_id": facts["task_id"]})
         assert downloads_of(world) == 1
-    assert again.structured_content["error"]["code"] == "picture_rejected"
+    assert repeat.structured_content["error"]["code"] == "picture_rejected"
 
 
 async def test_a_deleted_image_is_downloaded_again_but_not_the_hostile_one_beside_it(world: World) -> None:
@@ -542,22 +549,22 @@ async def test_a_deleted_image_is_downloaded_again_but_not_the_hostile_one_besid
     assert (hostile["path"], downloads_of(world)) == (None, 2)
     Path(good["path"]).unlink()
     async with world.client() as client:
-        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+        repeat = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
     assert downloads_of(world) == 3
     assert Path(good["path"]).is_file()
-    assert again.structured_content["images"][0]["error"] == hostile["error"]
+    assert repeat.structured_content["images"][0]["error"] == hostile["error"]
     assert "fill bytes" in hostile["error"]
 
 
 async def test_a_refused_picture_is_downloaded_again_only_on_request(open_world: Open) -> None:
-    """Not by the next server; but get_task with its ID tries once more."""
+    """The next server does not try again. get_task with the ID tries once more."""
     async with open_world() as world:
         answer = await buy(world, "sim:fast sim:not-a-picture a fox")
         simulator, clock = world.simulator, world.clock
-    fetched = sum(request.path.startswith("/pictures/") for request in simulator.requests)
+    download_count = sum(request.path.startswith("/pictures/") for request in simulator.requests)
     assert answer.structured_content["error"]["code"] == "picture_unusable"
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         await client.call_tool("list_tasks", {})
         assert world.studio.jobs == []
         await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
-    assert sum(request.path.startswith("/pictures/") for request in simulator.requests) > fetched == 2
+    assert sum(request.path.startswith("/pictures/") for request in simulator.requests) > download_count == 2

@@ -1,4 +1,4 @@
-"""The journal for tests that have no event loop: each call is awaited to its end."""
+"""The journal for tests without an event loop: each call blocks until its end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BlockingJournal:
 
 
 class BlockingPostgres:
-    """A `PostgresJournal` of a server of its own, whose methods block. `close` ends the server."""
+    """A `PostgresJournal` of a separate server, whose methods block. `close` ends the server."""
 
     def __init__(self, url: str, portal: Any, identity: str = "", *, profile: str = "default") -> None:
         from evolink_mcp.teams.database import Database
@@ -48,13 +48,13 @@ class BlockingPostgres:
         self.die()
 
     def die(self) -> None:
-        """End as a killed server does: what it owned stays its own until others take it over."""
+        """End as a killed server does. It stays the owner of its entries until other servers adopt them."""
         self._portal.call(self.database.close)
 
 
 @contextmanager
-def a_loop() -> Iterator[Any]:
-    """An event loop in a thread of its own, in which `BlockingPostgres` lives."""
+def open_portal() -> Iterator[Any]:
+    """Run an event loop in a separate thread, for `BlockingPostgres`."""
     with start_blocking_portal() as portal:
         yield portal
 
@@ -63,4 +63,4 @@ def _blocking(journal: Any, name: str, run: Callable[..., Any]) -> Any:
     match: Callable[..., Any] = getattr(journal, name)
     if not inspect.iscoroutinefunction(match):
         return match
-    return lambda *values, **named: run(partial(match, *values, **named))
+    return lambda *values, **options: run(partial(match, *values, **options))

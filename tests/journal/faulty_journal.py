@@ -1,4 +1,4 @@
-"""A journal in front of a real one. Tests make its methods fail or run something in the middle of a call."""
+"""A wrapper around a real journal. Tests make its methods fail or run something in the middle of a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class FaultyJournal:
     """Pass each call on to `journal`.
 
     The methods in `unwritable` raise JournalUnwritable. `before` and `after` run something once before the call of a
-    method, or after the real method returned. `instead` calls a function with the real method and its arguments.
+    method, or after the real method returned. `replacements` are called with the real method and its arguments.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -22,12 +22,12 @@ class FaultyJournal:
         self.unwritable: set[str] = set()
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
         self.after: dict[str, Callable[[], Awaitable[None]]] = {}
-        self.instead: dict[str, Callable[..., Awaitable[Any]]] = {}
+        self.replacements: dict[str, Callable[..., Awaitable[Any]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._journal, name)
-        if name in self.instead:
-            return partial(self.instead[name], attribute)
+        if name in self.replacements:
+            return partial(self.replacements[name], attribute)
         if not callable(attribute) or not {name} & (self.unwritable | self.before.keys() | self.after.keys()):
             return attribute
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocking import BlockingJournal, BlockingPostgres, a_loop
+from blocking import BlockingJournal, BlockingPostgres, open_portal
 
 from evolink_mcp.journal.entry import Entry, Phase, new_key
 from evolink_mcp.journal.migrations import MIGRATIONS, migrate
@@ -26,14 +26,14 @@ def test_an_earlier_journal_is_searched_without_accents_too(tmp_path: Path) -> N
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
         migrate(db)
         assert db.execute("SELECT words FROM entries").fetchall() == [("fuchse im cafe",)]
-    again = BlockingJournal(tmp_path, "a" * 32)
-    assert [match.key for match in again.recent(5, words=("FÜCHSE", "cafe"))] == [entry.key]
-    again.close()
+    second = BlockingJournal(tmp_path, "a" * 32)
+    assert [match.key for match in second.recent(5, words=("FÜCHSE", "cafe"))] == [entry.key]
+    second.close()
 
 
 def test_a_database_of_an_earlier_version_is_searched_without_accents_too(cluster: Any) -> None:
     url = cluster.database()
-    with a_loop() as portal:
+    with open_portal() as portal:
         BlockingPostgres(url, portal, "a" * 32).close()
         with cluster.admin(url.partition("?")[0].rpartition("/")[2]) as db:
             db.execute(

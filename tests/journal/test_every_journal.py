@@ -1,4 +1,4 @@
-"""What every journal promises, asked of each that there is: on a file, and in PostgreSQL."""
+"""The promises of every journal, tested with SQLite and with PostgreSQL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocking import BlockingJournal, BlockingPostgres, a_loop
+from blocking import BlockingJournal, BlockingPostgres, open_portal
 
 from evolink_mcp.api.task import Task, TaskError
 from evolink_mcp.errors import Problem, TaskKnown, TooManyRunning
@@ -17,7 +17,7 @@ from evolink_mcp.journal.entry import Entry, ResultImage, new_key
 from evolink_mcp.journal.journal import DailyLimitReached, Sums
 
 NOW = 1_790_000_000.0
-Open = Callable[..., Any]
+OpenJournal = Callable[..., Any]
 
 
 def entry(journal: Any, **fields: Any) -> Entry:
@@ -30,85 +30,85 @@ def task(name: str = "1", status: str = "pending", **fields: Any) -> Task:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
-    """Journals that share their entries, as several servers have them; each is a server of its own."""
-    all_of_them: list[Any] = []
+def open_journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenJournal]:
+    """Return a function that opens the journal of one more server. All of them share their entries."""
+    journals: list[Any] = []
     if request.param == "sqlite":
 
-        def journal(*identity: str, profile: str = "default") -> Any:
-            all_of_them.append(BlockingJournal(tmp_path / "data", *identity, profile=profile, clock=lambda: NOW))
-            return all_of_them[-1]
+        def open_one(*identity: str, profile: str = "default") -> Any:
+            journals.append(BlockingJournal(tmp_path / "data", *identity, profile=profile, clock=lambda: NOW))
+            return journals[-1]
 
-        yield journal
-        for item in all_of_them:
-            item.close()
+        yield open_one
+        for one in journals:
+            one.close()
         return
     url = request.getfixturevalue("cluster").database()
-    with a_loop() as portal:
+    with open_portal() as portal:
 
-        def journal(*identity: str, profile: str = "default") -> Any:
-            all_of_them.append(BlockingPostgres(url, portal, *identity, profile=profile))
-            return all_of_them[-1]
+        def open_one(*identity: str, profile: str = "default") -> Any:
+            journals.append(BlockingPostgres(url, portal, *identity, profile=profile))
+            return journals[-1]
 
-        yield journal
-        for item in all_of_them:
-            item.close()
+        yield open_one
+        for one in journals:
+            one.close()
 
 
-def test_what_is_written_is_read_again_word_for_word(opened: Open) -> None:
-    journal = opened()
-    picture = ResultImage(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
-    whole = entry(
+def test_an_entry_is_read_as_it_was_written(open_journal: OpenJournal) -> None:
+    journal = open_journal()
+    image = ResultImage(0, "https://x.example/1", NOW, "/tmp/ü \ud83e.png", "image/png", 16, 16, 9, "ab", None, False)
+    complete = entry(
         journal, phase="submitted", fingerprint="f", request={"prompt": "a “fox” \ud800 🦊", "n": 2}, estimate=1.5,
         save_as="hero.png", task=task(status="completed", results=("https://x.example/1",), credits_used=0.25,
                                       error=TaskError("a", "b")),
         error=Problem("a", "b", True, "c"),
     )  # fmt: skip
-    journal.intend(whole)
-    journal.update_images(replace(whole, images=(picture,)))
-    journal.deliver(whole.key, NOW)
-    assert opened().by_key(whole.key) == replace(whole, images=(picture,), delivered_at=NOW)
-    assert opened().by_task("task-unified-1") == opened().recent(5)[0]
+    journal.intend(complete)
+    journal.update_images(replace(complete, images=(image,)))
+    journal.deliver(complete.key, NOW)
+    assert open_journal().by_key(complete.key) == replace(complete, images=(image,), delivered_at=NOW)
+    assert open_journal().by_task("task-unified-1") == open_journal().recent(5)[0]
 
 
-def test_only_the_owner_writes_an_entry_and_anybody_may_deliver_it(opened: Open) -> None:
-    first, second = opened(), opened()
-    early = entry(first, task=task(status="completed"), phase="submitted")
-    first.intend(early)
-    assert second.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
-    assert second.update(replace(early, phase="unknown")) is False
-    second.deliver(early.key, NOW)
-    assert first.by_key(early.key) == replace(early, delivered_at=NOW)
-    assert first.update(replace(early, phase="unknown")) is True
-    row = second.by_key(early.key)
+def test_only_the_owner_writes_an_entry_and_any_server_may_deliver_it(open_journal: OpenJournal) -> None:
+    first, second = open_journal(), open_journal()
+    completed_entry = entry(first, task=task(status="completed"), phase="submitted")
+    first.intend(completed_entry)
+    assert second.update_images(replace(completed_entry, images=(ResultImage(0, "u", NOW, path="/x"),))) is False
+    assert second.update(replace(completed_entry, phase="unknown")) is False
+    second.deliver(completed_entry.key, NOW)
+    assert first.by_key(completed_entry.key) == replace(completed_entry, delivered_at=NOW)
+    assert first.update(replace(completed_entry, phase="unknown")) is True
+    row = second.by_key(completed_entry.key)
     assert row is not None
     assert (row.phase, row.delivered_at) == ("unknown", NOW)
 
 
-def test_only_one_of_many_callers_claims_an_undelivered_entry(opened: Open) -> None:
-    journals = [opened() for _ in range(4)]
+def test_only_one_of_many_callers_claims_an_undelivered_entry(open_journal: OpenJournal) -> None:
+    journals = [open_journal() for _ in range(4)]
     journals[0].intend(orphan := entry(journals[0], fingerprint="f"))
-    claims: list[bool] = []
-    racers = [threading.Thread(target=lambda j=j: claims.append(j.claim(orphan.key))) for j in journals]
-    for racer in racers:
-        racer.start()
-    for racer in racers:
-        racer.join()
-    assert sorted(claims) == [False, False, False, True]
+    results: list[bool] = []
+    threads = [threading.Thread(target=lambda j=j: results.append(j.claim(orphan.key))) for j in journals]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False, False, False, True]
 
 
-def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) -> None:
-    first, second = opened(), opened()
+def test_the_daily_limit_includes_the_newest_entries_of_other_servers(open_journal: OpenJournal) -> None:
+    first, second = open_journal(), open_journal()
     first.intend(entry(first, estimate=3.0), day_limit=5.0)
-    with pytest.raises(DailyLimitReached) as reached:
+    with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), day_limit=5.0)
-    assert reached.value.sums == Sums(reserved=3.0)
+    assert refusal.value.sums == Sums(reserved=3.0)
     second.intend(entry(second, estimate=2.0), day_limit=5.0)
     assert len(first.recent(9)) == 2
 
 
 @pytest.mark.parametrize(
-    ("fields", "counts"),
+    ("fields", "credits"),
     [
         pytest.param({"phase": "intent"}, 2.0, id="about to be sent: its estimate"),
         pytest.param({"phase": "unknown"}, 2.0, id="unknown outcome: its estimate"),
@@ -122,83 +122,85 @@ def test_the_day_cap_is_judged_with_what_others_have_just_written(opened: Open) 
         pytest.param({"phase": "submitted", "task": task(), "created_at": NOW - 86_400}, 0.0, id="yesterday"),
     ],
 )
-def test_a_day_counts_charges_and_where_they_are_not_known_estimates(
-    opened: Open, fields: dict[str, Any], counts: float
+def test_the_daily_sum_counts_charges_or_else_estimates(
+    open_journal: OpenJournal, fields: dict[str, Any], credits: float
 ) -> None:
-    journal = opened()
+    journal = open_journal()
     journal.intend(entry(journal, estimate=2.0, **fields))
-    assert journal.sums_since(NOW - 3600).total == counts
+    assert journal.sums_since(NOW - 3600).total == credits
 
 
-def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(opened: Open) -> None:
-    dead, living, heir, late = (opened() for _ in range(4))
+def test_a_dead_servers_entries_are_adopted_once_and_a_living_ones_never(open_journal: OpenJournal) -> None:
+    dead, living, successor, later_server = (open_journal() for _ in range(4))
     for journal, name in ((dead, "1"), (living, "2")):
         journal.intend(entry(journal, phase="submitted", task=task(name), caller=journal.owner))
-    assert heir.adopt() == []
+    assert successor.adopt() == []
     dead.close()
-    adopted = heir.adopt()
-    assert [(item.task_id, item.owner, item.caller) for item in adopted] == [("task-unified-1", heir.owner, "")]
-    assert late.adopt() == []
+    adopted_entries = successor.adopt()
+    assert [(row.task_id, row.owner, row.caller) for row in adopted_entries] == [
+        ("task-unified-1", successor.owner, "")
+    ]
+    assert later_server.adopt() == []
 
 
-def test_a_finished_entry_whose_caller_died_can_be_handed_over(opened: Open) -> None:
-    dead, heir = opened(), opened()
+def test_a_finished_entry_whose_caller_died_can_be_delivered(open_journal: OpenJournal) -> None:
+    dead, successor = open_journal(), open_journal()
     finished_entry = replace(
         entry(dead, phase="submitted", fingerprint="f", caller=dead.owner),
         task=task(status="completed"),
         images=(ResultImage(0, "u", NOW, path="/x"),),
     )
     dead.intend(finished_entry)
-    assert heir.undelivered(("f",), 0).entries == []
+    assert successor.undelivered(("f",), 0).entries == []
     dead.close()
-    assert heir.adopt() == []
-    assert [item.key for item in heir.undelivered(("f",), 0).entries] == [finished_entry.key]
+    assert successor.adopt() == []
+    assert [row.key for row in successor.undelivered(("f",), 0).entries] == [finished_entry.key]
 
 
 @pytest.mark.parametrize(
-    ("picture", "adopted"),
+    ("image", "is_adopted"),
     [
         pytest.param(ResultImage(0, "u", NOW, path="/x"), False, id="saved"),
         pytest.param(ResultImage(0, "u", NOW, error="no room"), True, id="failed and to be tried again"),
         pytest.param(ResultImage(0, "u", NOW, error="expired", is_lost=True), False, id="lost for good"),
     ],
 )
-def test_a_picture_that_can_still_be_had_is_left_to_the_next_server(
-    opened: Open, picture: ResultImage, adopted: bool
+def test_an_entry_is_adopted_if_its_image_can_still_be_downloaded(
+    open_journal: OpenJournal, image: ResultImage, is_adopted: bool
 ) -> None:
-    dead, heir = opened(), opened()
-    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), images=(picture,)))
+    dead, successor = open_journal(), open_journal()
+    dead.intend(entry(dead, phase="submitted", task=task(status="completed"), images=(image,)))
     dead.close()
-    assert bool(heir.adopt()) == adopted
+    assert bool(successor.adopt()) == is_adopted
 
 
-def test_a_profile_sees_only_its_own_entries_although_another_one_uses_the_same_key(opened: Open) -> None:
-    anna = opened("a1", profile="anna")
-    ben = opened("a1", profile="ben's “50%” ?{}")
-    anna.intend(hers := entry(anna, fingerprint="f", task=task("1"), phase="submitted", estimate=2.0))
+def test_a_profile_sees_only_its_own_entries_although_another_one_uses_the_same_key(open_journal: OpenJournal) -> None:
+    anna = open_journal("a1", profile="anna")
+    ben = open_journal("a1", profile="ben's “50%” ?{}")
+    anna.intend(entry_of_anna := entry(anna, fingerprint="f", task=task("1"), phase="submitted", estimate=2.0))
     anna.remember_upload("ab", "https://x.example/1", NOW)
-    assert anna.recent(9) == [hers]
+    assert anna.recent(9) == [entry_of_anna]
     assert ben.recent(9) == []
-    assert ben.by_key(hers.key) is None
+    assert ben.by_key(entry_of_anna.key) is None
     assert ben.by_task("task-unified-1") is None
     assert ben.undelivered(("f", "g"), 0).entries == []
-    assert anna.undelivered(("f", "g"), 0).entries == [hers]
+    assert anna.undelivered(("f", "g"), 0).entries == [entry_of_anna]
     assert (ben.sums_since(0).total, anna.sums_since(0).total) == (0.0, 2.0)
-    assert ben.acquire(hers.key) is False
+    assert ben.acquire(entry_of_anna.key) is False
     assert ben.find_upload("ab", 0) is None
-    ben.intend(his := entry(ben, task=task("1")))
-    assert ben.recent(9) == [his]
+    ben.intend(entry_of_ben := entry(ben, task=task("1")))
+    assert ben.recent(9) == [entry_of_ben]
 
 
-def test_a_lost_answer_is_not_matched_with_a_task_of_another_profile(opened: Open) -> None:
+def test_a_lost_answer_is_not_matched_with_a_task_of_another_profile(open_journal: OpenJournal) -> None:
     """Both profiles may use one key, so both see the task in EvoLink's list."""
-    anna, ben = opened("a1", profile="anna"), opened("a1", profile="ben")
+    anna, ben = open_journal("a1", profile="anna"), open_journal("a1", profile="ben")
     anna.intend(entry(anna, task=task("1"), phase="submitted"))
     assert ben.known_tasks(["task-unified-1", "x"]) == {"task-unified-1"}
 
 
-def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(opened: Open) -> None:
-    dead, first, second = opened("a1"), opened("a1"), opened("b2")
+def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(open_journal: OpenJournal) -> None:
+    dead, first, second = open_journal("a1"), open_journal("a1"), open_journal("b2")
     finished_entry = entry(dead, fingerprint="f", phase="submitted", task=task("1"), estimate=2.0)
     dead.intend(finished_entry)
     assert second.recent(9) == [finished_entry]
@@ -211,60 +213,60 @@ def test_another_key_of_the_profile_reads_an_entry_and_cannot_work_on_it(opened:
     assert first.adopt() == [replace(finished_entry, owner=first.owner)]
 
 
-def test_a_key_adopts_its_own_orphan_and_leaves_that_of_another_key(opened: Open) -> None:
-    dead, other_dead = opened("a1"), opened("b2")
+def test_a_key_adopts_its_own_orphan_and_leaves_that_of_another_key(open_journal: OpenJournal) -> None:
+    dead, other_dead = open_journal("a1"), open_journal("b2")
     dead.intend(entry(dead, phase="submitted", task=task("1")))
-    other_dead.intend(own_entry := entry(other_dead, phase="submitted", task=task("2")))
+    other_dead.intend(orphan := entry(other_dead, phase="submitted", task=task("2")))
     dead.close()
     other_dead.close()
-    second = opened("b2")
-    assert second.adopt() == [replace(own_entry, owner=second.owner)]
+    second = open_journal("b2")
+    assert second.adopt() == [replace(orphan, owner=second.owner)]
 
 
-def test_a_linked_key_works_on_the_entries_of_the_earlier_key(opened: Open) -> None:
-    dead = opened("a1")
+def test_a_linked_key_works_on_the_entries_of_the_earlier_key(open_journal: OpenJournal) -> None:
+    dead = open_journal("a1")
     dead.intend(finished_entry := entry(dead, fingerprint="f", phase="submitted", task=task("1")))
     dead.save_fact("rule", "one")
     dead.close()
-    new, same = opened("b2"), opened("b2")
-    assert new.read_links() == same.read_links() == ["a1"]
-    assert new.newest_of("a1") == replace(finished_entry, owner="")
-    assert new.newest_of("b2") is None
-    assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("b2", False, None)
-    new.link("a1")
-    assert (new.account, new.is_linked("a1"), new.fact("rule")) == ("a1", True, "one")
-    assert new.undelivered(("f",), 0).entries == [replace(finished_entry, owner="")]
-    assert new.adopt() == [replace(finished_entry, owner=new.owner)]
-    assert same.read_links() == []
-    assert same.account == "a1"
-    assert opened("b2", profile="another").read_links() == []
+    first_journal, second_journal = open_journal("b2"), open_journal("b2")
+    assert first_journal.read_links() == second_journal.read_links() == ["a1"]
+    assert first_journal.newest_of("a1") == replace(finished_entry, owner="")
+    assert first_journal.newest_of("b2") is None
+    assert (first_journal.account, first_journal.is_linked("a1"), first_journal.fact("rule")) == ("b2", False, None)
+    first_journal.link("a1")
+    assert (first_journal.account, first_journal.is_linked("a1"), first_journal.fact("rule")) == ("a1", True, "one")
+    assert first_journal.undelivered(("f",), 0).entries == [replace(finished_entry, owner="")]
+    assert first_journal.adopt() == [replace(finished_entry, owner=first_journal.owner)]
+    assert second_journal.read_links() == []
+    assert second_journal.account == "a1"
+    assert open_journal("b2", profile="another").read_links() == []
 
 
-def test_a_key_with_entries_keeps_its_account_when_it_is_linked_to_another_one(opened: Open) -> None:
-    first, second = opened("a1"), opened("b2")
-    second.intend(early := entry(second, created_at=NOW - 1, fingerprint="f"))
-    first.intend(late := entry(first, fingerprint="f"))
+def test_a_key_with_entries_keeps_its_account_when_it_is_linked_to_another_one(open_journal: OpenJournal) -> None:
+    first, second = open_journal("a1"), open_journal("b2")
+    second.intend(second_entry := entry(second, created_at=NOW - 1, fingerprint="f"))
+    first.intend(first_entry := entry(first, fingerprint="f"))
     assert second.read_links() == ["a1"]
     second.link("a1")
     assert second.account == "b2"
-    assert second.undelivered(("f",), 0).entries == [early, late]
-    again = opened("b2")
-    again.read_links()
-    assert (again.account, again.is_linked("a1")) == ("b2", True)
+    assert second.undelivered(("f",), 0).entries == [second_entry, first_entry]
+    third = open_journal("b2")
+    third.read_links()
+    assert (third.account, third.is_linked("a1")) == ("b2", True)
 
 
-def test_without_a_key_all_entries_of_the_profile_are_read(opened: Open) -> None:
-    anna = opened("a1")
-    ben = opened("b2")
-    anna.intend(hers := entry(anna))
-    ben.intend(his := entry(ben, created_at=NOW - 1))
-    assert opened().recent(9) == [hers, his]
-    assert opened(profile="another").recent(9) == []
-    assert opened(profile="another").by_key(hers.key) is None
+def test_without_a_key_all_entries_of_the_profile_are_read(open_journal: OpenJournal) -> None:
+    anna = open_journal("a1")
+    ben = open_journal("b2")
+    anna.intend(entry_of_anna := entry(anna))
+    ben.intend(entry_of_ben := entry(ben, created_at=NOW - 1))
+    assert open_journal().recent(9) == [entry_of_anna, entry_of_ben]
+    assert open_journal(profile="another").recent(9) == []
+    assert open_journal(profile="another").by_key(entry_of_anna.key) is None
 
 
-def test_a_task_has_one_entry_a_profile(opened: Open) -> None:
-    anna, ben = opened("a1"), opened("b2", profile="ben")
+def test_a_task_has_one_entry_a_profile(open_journal: OpenJournal) -> None:
+    anna, ben = open_journal("a1"), open_journal("b2", profile="ben")
     anna.intend(entry(anna, task=task()))
     anna.intend(second := entry(anna))
     with pytest.raises(TaskKnown, match="task-unified-1"):
@@ -276,8 +278,8 @@ def test_a_task_has_one_entry_a_profile(opened: Open) -> None:
     assert len(ben.recent(9)) == 1
 
 
-def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
-    first, second = opened(), opened()
+def test_an_owned_entry_can_be_acquired_after_its_release(open_journal: OpenJournal) -> None:
+    first, second = open_journal(), open_journal()
     first.intend(own_entry := entry(first))
     assert (first.acquire(own_entry.key), second.acquire(own_entry.key), second.acquire("no such key")) == (
         True,
@@ -291,8 +293,8 @@ def test_what_is_owned_is_acquired_when_it_is_released(opened: Open) -> None:
     assert first.update(replace(own_entry, phase="unknown")) is False
 
 
-def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
-    first, second = opened(), opened()
+def test_an_entry_can_be_claimed_after_its_caller_left(open_journal: OpenJournal) -> None:
+    first, second = open_journal(), open_journal()
     first.intend(own_entry := entry(first, fingerprint="f", caller=first.owner))
     assert (second.undelivered(("f",), 0).entries, second.claim(own_entry.key)) == ([], False)
     second.remove_caller(own_entry.key)
@@ -306,80 +308,80 @@ def test_a_caller_that_leaves_lets_another_one_claim(opened: Open) -> None:
     assert (first.claim(own_entry.key), first.by_key(own_entry.key).delivered_at) == (False, NOW + 1)
 
 
-def test_entries_are_found_by_time_status_and_words_page_by_page(opened: Open) -> None:
-    journal = opened()
+def test_entries_are_found_by_time_status_and_words_page_by_page(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     prompts = ["Ein FÜCHSLEIN im Schnee", "a red fox", "a hen, 100% red_ish"]
     entries = [
         entry(journal, created_at=NOW + number, request={"prompt": prompt}, save_as=f"bild-{number}.png")
         for number, prompt in enumerate(prompts)
     ]
-    for item in entries:
-        journal.intend(item)
-    saved = replace(entries[1], phase="submitted", task=task(status="completed"),
+    for row in entries:
+        journal.intend(row)
+    saved_entry = replace(entries[1], phase="submitted", task=task(status="completed"),
                     images=(ResultImage(0, "u", NOW, path="/x/Späher-1.png"),))  # fmt: skip
-    journal.update_images(saved)
-    newest = [entries[2], saved, entries[0]]
+    journal.update_images(saved_entry)
+    newest = [entries[2], saved_entry, entries[0]]
     assert journal.recent(9) == newest
     assert journal.recent(2) == newest[:2]
-    assert journal.recent(9, "completed") == [saved]
+    assert journal.recent(9, "completed") == [saved_entry]
     assert journal.recent(9, None, NOW + 1) == newest[:2]
     assert journal.recent(9, None, None, NOW + 1) == newest[1:]
     assert journal.recent(9, words=("füchslein",)) == [entries[0]]
     assert journal.recent(9, words=("FU\u0308CHS", "schnee")) == [entries[0]]
-    assert journal.recent(9, words=("späher",)) == journal.recent(9, words=("unified-1",)) == [saved]
+    assert journal.recent(9, words=("späher",)) == journal.recent(9, words=("unified-1",)) == [saved_entry]
     assert journal.recent(9, words=("bild-2", "100%")) == journal.recent(9, words=("d_i",)) == [entries[2]]
     assert journal.recent(9, words=("fox hen",)) == []
-    assert journal.recent(1, after=(NOW + 2, entries[2].key)) == [saved]
+    assert journal.recent(1, after=(NOW + 2, entries[2].key)) == [saved_entry]
     assert journal.recent(9, after=(NOW, entries[0].key)) == []
 
 
-def test_entries_of_one_moment_come_in_the_order_of_their_keys(opened: Open) -> None:
-    journal = opened()
+def test_entries_of_one_moment_come_in_the_order_of_their_keys(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     keys = ["evomcp-B", "evomcp-a", "evomcp-_", "evomcp-9"]
     for key in keys:
         journal.intend(entry(journal, key=key))
-    assert [item.key for item in journal.recent(9)] == sorted(keys)
-    assert [item.key for item in journal.recent(9, after=(NOW, "evomcp-B"))] == ["evomcp-_", "evomcp-a"]
+    assert [row.key for row in journal.recent(9)] == sorted(keys)
+    assert [row.key for row in journal.recent(9, after=(NOW, "evomcp-B"))] == ["evomcp-_", "evomcp-a"]
 
 
-def test_uploads_belong_to_a_profile_and_facts_to_an_account(opened: Open) -> None:
-    anna, ben, nobody = opened("a1"), opened("b2"), opened()
-    stranger = opened("a1", profile="another")
+def test_uploads_belong_to_a_profile_and_facts_to_an_account(open_journal: OpenJournal) -> None:
+    anna, ben, keyless = open_journal("a1"), open_journal("b2"), open_journal()
+    other_profile = open_journal("a1", profile="another")
     anna.remember_upload("ab", "https://x.example/1", NOW + 5)
     anna.remember_upload("ab", "https://x.example/2", NOW + 9)
     assert (anna.find_upload("ab", NOW + 8), anna.find_upload("ab", NOW + 9)) == ("https://x.example/2", None)
     assert ben.find_upload("ab", NOW) == "https://x.example/2"
-    assert (stranger.find_upload("ab", NOW), anna.find_upload("cd", NOW)) == (None, None)
+    assert (other_profile.find_upload("ab", NOW), anna.find_upload("cd", NOW)) == (None, None)
     assert anna.fact("rule") is None
     anna.save_fact("rule", "one")
     anna.save_fact("rule", "two")
-    assert (anna.fact("rule"), ben.fact("rule"), nobody.fact("rule")) == ("two", None, "two")
-    assert (stranger.fact("rule"), opened(profile="another").fact("rule")) == ("two", None)
+    assert (anna.fact("rule"), ben.fact("rule"), keyless.fact("rule")) == ("two", None, "two")
+    assert (other_profile.fact("rule"), open_journal(profile="another").fact("rule")) == ("two", None)
     ben.save_fact("rule", "three")
-    assert nobody.fact("rule") is None
+    assert keyless.fact("rule") is None
 
 
-def test_letters_that_no_database_likes_are_kept(opened: Open) -> None:
-    journal = opened()
-    odd = entry(journal, request={"prompt": "a\0b \ud800 '; DROP TABLE x; -- %s"}, task=Task("a\0b/../c", "pending"),
+def test_unusual_characters_are_stored_unchanged(open_journal: OpenJournal) -> None:
+    journal = open_journal()
+    odd_entry = entry(journal, request={"prompt": "a\0b \ud800 '; DROP TABLE x; -- %s"}, task=Task("a\0b/../c", "pending"),
                 error=Problem("x", "nul \0", False, "\udfff"))  # fmt: skip
-    journal.intend(odd)
-    assert journal.by_key(odd.key) == odd
-    assert journal.by_task("a\0b/../c") == odd
+    journal.intend(odd_entry)
+    assert journal.by_key(odd_entry.key) == odd_entry
+    assert journal.by_task("a\0b/../c") == odd_entry
     assert journal.known_tasks(["a\0b/../c"])
-    assert journal.recent(9, words=("drop table x; -- %s",)) == [odd]
+    assert journal.recent(9, words=("drop table x; -- %s",)) == [odd_entry]
 
 
-def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
-    """A back-up from before was restored while the server ran."""
-    journal = opened()
-    lost = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
-    assert journal.update(lost) is True
-    assert journal.by_key(lost.key) == lost
+def test_a_lost_entry_is_written_again_completely(open_journal: OpenJournal) -> None:
+    """The user restored an older backup while the server ran."""
+    journal = open_journal()
+    lost_entry = entry(journal, phase="submitted", task=task(), fingerprint="f", save_as="x.png")
+    assert journal.update(lost_entry) is True
+    assert journal.by_key(lost_entry.key) == lost_entry
 
 
 @pytest.mark.parametrize(
-    ("fields", "counts"),
+    ("fields", "is_running"),
     [
         ({}, True),
         ({"phase": "sending"}, True),
@@ -391,11 +393,13 @@ def test_what_the_journal_has_lost_is_written_again_whole(opened: Open) -> None:
         ({"phase": "unsent"}, False),
     ],
 )
-def test_only_so_many_tasks_of_a_profile_are_under_way(opened: Open, fields: dict[str, Any], counts: bool) -> None:
-    first, second, ben = opened("a1"), opened("b2"), opened("a1", profile="ben")
+def test_the_running_tasks_of_a_profile_are_limited(
+    open_journal: OpenJournal, fields: dict[str, Any], is_running: bool
+) -> None:
+    first, second, ben = open_journal("a1"), open_journal("b2"), open_journal("a1", profile="ben")
     first.intend(entry(first, **fields))
     ben.intend(entry(ben), running_max=1)
-    if not counts:
+    if not is_running:
         second.intend(entry(second), running_max=1)
         return
     with pytest.raises(TooManyRunning, match="the limit of 1 running tasks is reached"):

@@ -1,4 +1,4 @@
-"""The journal keeps what it was told: through other servers, damage, full disks and folders that cannot be written."""
+"""The journal keeps its entries despite other servers, damage, full disks and read-only folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from evolink_mcp.journal.migrations import MIGRATIONS, migrate, move_command
 from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
 
 NOW = 1_790_000_000.0
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 def entry(journal: BlockingJournal, **fields: Any) -> Entry:
@@ -46,28 +46,28 @@ LOST = ResultImage(1, "u", NOW, error="expired", is_lost=True)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
-    """Journals in one folder, as several servers have them."""
-    all_of_them: list[BlockingJournal] = []
+def open_journal(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
+    """Return a function that opens one more journal of the folder, as another server does."""
+    journals: list[BlockingJournal] = []
 
-    def journal() -> BlockingJournal:
-        all_of_them.append(BlockingJournal(tmp_path / "data", clock=lambda: NOW))
-        return all_of_them[-1]
+    def open_one() -> BlockingJournal:
+        journals.append(BlockingJournal(tmp_path / "data", clock=lambda: NOW))
+        return journals[-1]
 
-    yield journal
-    for item in all_of_them:
-        item.close()
+    yield open_one
+    for one in journals:
+        one.close()
 
 
-Opened = Callable[[], BlockingJournal]
+OpenJournal = Callable[[], BlockingJournal]
 
 
 # --- versions ------------------------------------------------------------------------------------------------
 
 
-def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entries(opened: Opened) -> None:
-    journal = opened()
-    journal.intend(early := entry(journal))
+def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entries(open_journal: OpenJournal) -> None:
+    journal = open_journal()
+    journal.intend(first_entry := entry(journal))
     journal.close()
     migrations = (
         *MIGRATIONS,
@@ -76,42 +76,42 @@ def test_a_new_version_changes_the_tables_of_a_journal_once_and_keeps_its_entrie
     with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
         migrate(db, migrations)
         migrate(db, migrations)
-        assert db.execute("SELECT key, mood FROM entries").fetchall() == [(early.key, "calm")]
+        assert db.execute("SELECT key, mood FROM entries").fetchall() == [(first_entry.key, "calm")]
         assert db.execute("PRAGMA user_version").fetchone() == (len(migrations),)
 
 
-def test_a_migration_that_fails_changes_nothing(opened: Opened) -> None:
-    journal = opened()
-    journal.intend(early := entry(journal))
+def test_a_migration_that_fails_changes_nothing(open_journal: OpenJournal) -> None:
+    journal = open_journal()
+    journal.intend(first_entry := entry(journal))
     journal.close()
     with closing(sqlite3.connect(journal.path, isolation_level=None)) as db:
         with pytest.raises(sqlite3.OperationalError):
             migrate(db, (*MIGRATIONS, "CREATE TABLE moods (x); CREATE TABLE moods (x)"))
         assert db.execute("SELECT name FROM sqlite_master WHERE name = 'moods'").fetchall() == []
-    assert opened().recent(5) == [replace(early, owner="")]
+    assert open_journal().recent(5) == [replace(first_entry, owner="")]
 
 
 @pytest.mark.parametrize("version", [1, 5])
 def test_a_journal_of_an_unpublished_build_is_refused_with_the_command_that_moves_it_away(
-    opened: Opened, tmp_path: Path, version: int
+    open_journal: OpenJournal, tmp_path: Path, version: int
 ) -> None:
-    journal = opened()
+    journal = open_journal()
     journal.folder.mkdir()
     with closing(sqlite3.connect(journal.path)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("CREATE TABLE entries (key TEXT PRIMARY KEY)")
         db.execute(f"PRAGMA user_version = {version}")
     for read in (lambda: journal.recent(5), lambda: read_entries(journal.folder, 5)):
-        with pytest.raises(JournalUnwritable, match=r"an unpublished build wrote it; move it away: ") as refused:
+        with pytest.raises(JournalUnwritable, match=r"an unpublished build wrote it; move it away: ") as refusal:
             read()
-        assert str(journal.path) in refused.value.message
-        assert move_command(journal.path) in refused.value.message
+        assert str(journal.path) in refusal.value.message
+        assert move_command(journal.path) in refusal.value.message
     journal.close()
     subprocess.run(move_command(journal.path), shell=True, check=True, cwd=journal.folder)
     assert Path(f"{journal.path}.old").exists()
-    fresh = opened()
-    fresh.intend(new := entry(fresh))
-    assert fresh.recent(5) == [new]
+    second = open_journal()
+    second.intend(new_entry := entry(second))
+    assert second.recent(5) == [new_entry]
 
 
 def test_the_command_that_moves_a_journal_away_fits_the_platform() -> None:
@@ -160,8 +160,8 @@ def test_status_charge_and_stage_follow_from_phase_task_and_images(
 # --- the file ------------------------------------------------------------------------------------------------
 
 
-def test_every_write_is_synced_and_the_files_are_the_users_own(opened: Opened) -> None:
-    journal = opened()
+def test_every_write_is_synced_and_only_the_user_can_read_the_files(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(entry(journal))
     assert journal.file.run(lambda db: tuple(db.execute("PRAGMA synchronous").fetchone())) == (2,)
     assert journal.file.run(lambda db: tuple(db.execute("PRAGMA journal_mode").fetchone())) == ("wal",)
@@ -176,13 +176,13 @@ def test_nothing_is_created_before_the_first_use(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_identical_request_has_the_same_mark_whatever_its_order() -> None:
+def test_an_identical_request_has_the_same_fingerprint_in_any_order() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
-    """Real processes: a write that another one makes wait is not a write that fails."""
+def test_four_servers_write_at_the_same_time(tmp_path: Path) -> None:
+    """With real processes: a write that waits for another process does not fail."""
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
         "from evolink_mcp.journal.sqlite import SqliteJournal\n"
@@ -203,8 +203,8 @@ def test_four_servers_write_side_by_side(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None:
-    """The cap is judged and the entry written in one transaction: nobody else writes in between."""
+def test_four_processes_together_stay_below_the_daily_limit(tmp_path: Path) -> None:
+    """One transaction checks the limit and writes the entry, so no other process writes in between."""
     write = (
         "import sys; from pathlib import Path; from evolink_mcp.journal.entry import Entry, new_key\n"
         "from evolink_mcp.journal.sqlite import SqliteJournal\n"
@@ -236,8 +236,8 @@ def test_four_processes_together_stay_below_the_days_cap(tmp_path: Path) -> None
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Another program holds the file's write lock."""
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold the write lock of the file, as another program does."""
     with closing(sqlite3.connect(path, isolation_level=None)) as second:
         second.execute("BEGIN IMMEDIATE")
         yield
@@ -245,16 +245,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.anyio
-async def test_a_lock_held_elsewhere_delays_only_what_needs_the_journal(open_world: Open) -> None:
+async def test_a_lock_of_another_program_delays_only_calls_that_need_the_journal(open_world: Open) -> None:
     async with open_world() as world, world.client() as client, anyio.create_task_group() as group:
         with anyio.fail_after(300):
             await client.call_tool("list_tasks", {})
             answers: list[Any] = []
 
             async def buy() -> None:
-                answers.append(await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a fox"}))
+                answers.append(await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a fox"}))
 
-            with locked(world.settings.data_dir / FILE_NAME):
+            with hold_lock(world.settings.data_dir / FILE_NAME):
                 group.start_soon(buy)
                 for _ in range(3):
                     assert (await client.call_tool("compute_size", {"size": "16:9"})).is_error is False
@@ -266,40 +266,40 @@ async def test_a_lock_held_elsewhere_delays_only_what_needs_the_journal(open_wor
     assert world.posts == 1
 
 
-# --- a file that goes away -----------------------------------------------------------------------------------
+# --- a deleted or replaced file ------------------------------------------------------------------------------
 
 
-def test_a_deleted_journal_is_written_again_before_the_next_purchase(opened: Opened) -> None:
-    first = opened()
-    first.intend(early := entry(first, estimate=3.0))
+def test_a_deleted_journal_is_written_again_before_the_next_purchase(open_journal: OpenJournal) -> None:
+    first = open_journal()
+    first.intend(first_entry := entry(first, estimate=3.0))
     for name in ("", "-wal", "-shm"):
         (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
-    with pytest.raises(DailyLimitReached) as reached:
+    with pytest.raises(DailyLimitReached) as refusal:
         first.intend(entry(first, estimate=3.0), day_limit=5.0)
-    assert reached.value.sums == Sums(reserved=3.0)
-    second = opened()
-    assert second.recent(5) == [early]
-    with pytest.raises(DailyLimitReached) as reached:
+    assert refusal.value.sums == Sums(reserved=3.0)
+    second = open_journal()
+    assert second.recent(5) == [first_entry]
+    with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), day_limit=5.0)
-    assert reached.value.sums == Sums(reserved=3.0)
+    assert refusal.value.sums == Sums(reserved=3.0)
 
 
-def test_a_replaced_journal_is_opened_and_gets_what_is_under_way(opened: Opened, tmp_path: Path) -> None:
-    """A back-up is restored over the file while a server runs: its entries count, and the running one is added."""
-    first = opened()
-    first.intend(saved := entry(first, estimate=3.0, created_at=NOW - 1))
+def test_a_replaced_journal_is_opened_and_gets_the_running_entries(open_journal: OpenJournal, tmp_path: Path) -> None:
+    """A backup replaces the file while a server runs. Its entries count, and the server adds the running one."""
+    first = open_journal()
+    first.intend(saved_entry := entry(first, estimate=3.0, created_at=NOW - 1))
     first.file.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone())
     shutil.copy(first.path, tmp_path / "back-up")
-    first.intend(running := entry(first, estimate=1.0))
+    first.intend(running_entry := entry(first, estimate=1.0))
     for name in ("-wal", "-shm"):
         (first.folder / f"{FILE_NAME}{name}").unlink(missing_ok=True)
     os.replace(tmp_path / "back-up", first.path)
-    assert first.update(replace(running, phase="sending")) is True
-    second = opened()
-    assert second.recent(5) == [replace(running, phase="sending"), saved]
-    with pytest.raises(DailyLimitReached) as reached:
+    assert first.update(replace(running_entry, phase="sending")) is True
+    second = open_journal()
+    assert second.recent(5) == [replace(running_entry, phase="sending"), saved_entry]
+    with pytest.raises(DailyLimitReached) as refusal:
         second.intend(entry(second, estimate=3.0), day_limit=5.0)
-    assert reached.value.sums == Sums(reserved=4.0)
+    assert refusal.value.sums == Sums(reserved=4.0)
 
 
 # --- damage --------------------------------------------------------------------------------------------------
@@ -315,14 +315,14 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["no database", "every page overwritten"])
-def test_a_damaged_journal_is_set_aside_loudly_and_a_new_one_works(
-    opened: Opened, kind: str, caplog: pytest.LogCaptureFixture
+def test_a_damaged_journal_is_renamed_with_an_error_in_the_log_and_a_new_one_works(
+    open_journal: OpenJournal, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = opened()
+    first = open_journal()
     first.intend(entry(first))
     first.close()
     damage(first.path, kind)
-    journal = opened()
+    journal = open_journal()
     journal.intend(new_entry := entry(journal))
     assert journal.recent(5) == [new_entry]
     aside = list(journal.folder.glob(f"{FILE_NAME}.damaged-*"))
@@ -343,19 +343,19 @@ def damage_found_once(before: Callable[[], object] = lambda: None) -> Callable[[
     return act
 
 
-def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Opened) -> None:
-    """It still holds the damaged file: it must not set aside what the first one has begun."""
-    first, second = opened(), opened()
+def test_the_second_server_that_finds_the_damage_keeps_the_new_journal(open_journal: OpenJournal) -> None:
+    """The second server still has the damaged file open. It must not rename the new journal of the first one."""
+    first, second = open_journal(), open_journal()
     first.intend(entry(first))
     assert len(second.recent(5)) == 1
-    new = entry(first)
+    new_entry = entry(first)
 
     def first_server_was_faster() -> None:
         first.file.run(damage_found_once())
-        first.intend(new)
+        first.intend(new_entry)
 
     second.file.run(damage_found_once(first_server_was_faster))
-    assert second.recent(5) == [new]
+    assert second.recent(5) == [new_entry]
     assert len(list(first.folder.glob(f"{FILE_NAME}.damaged-*[0-9a-f]"))) == 1
 
 
@@ -366,39 +366,39 @@ def test_a_server_that_meets_the_damage_second_keeps_the_new_journal(opened: Ope
         ("error", b"\xff\xfe"), ("images", b"null"),
     ],
 )  # fmt: skip
-def test_an_entry_that_makes_no_sense_is_named_and_the_others_are_served(
-    opened: Opened, column: str, value: bytes, caplog: pytest.LogCaptureFixture
+def test_an_invalid_entry_is_logged_and_the_others_are_used(
+    open_journal: OpenJournal, column: str, value: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = opened()
-    journal.intend(bad := entry(journal, created_at=NOW - 1))
-    journal.intend(good := entry(journal))
+    journal = open_journal()
+    journal.intend(invalid_entry := entry(journal, created_at=NOW - 1))
+    journal.intend(valid_entry := entry(journal))
     with sqlite3.connect(journal.path) as db:
-        db.execute(f"UPDATE entries SET {column} = CAST(? AS TEXT) WHERE key = ?", (value, bad.key))
+        db.execute(f"UPDATE entries SET {column} = CAST(? AS TEXT) WHERE key = ?", (value, invalid_entry.key))
     db.close()
-    assert opened().recent(5) == [good]
-    assert bad.key in caplog.text
+    assert open_journal().recent(5) == [valid_entry]
+    assert invalid_entry.key in caplog.text
     journal.close()
-    assert [item.key for item in opened().adopt()] == [good.key]
+    assert [row.key for row in open_journal().adopt()] == [valid_entry.key]
 
 
-def test_a_journal_of_a_newer_version_is_left_alone(opened: Opened) -> None:
-    journal = opened()
+def test_a_journal_of_a_newer_version_stays_unchanged(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(entry(journal))
     journal.close()
     with sqlite3.connect(journal.path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     with pytest.raises(JournalUnwritable, match="newer version"):
-        opened().recent(5)
+        open_journal().recent(5)
     assert [path.name for path in journal.folder.glob("*damaged*")] == []
 
 
-# --- a disk that is full, a folder that is read-only, really made -------------------------------------------
+# --- a full disk and a read-only folder, with real mounts ---------------------------------------------------
 
 
 @contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system of its own; skipped, saying why, where mounting is not allowed."""
+def mount_small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a small file system. Skip the test with the reason where mounting is not allowed."""
     folder.mkdir(exist_ok=True)
     mount = shutil.which("mount")
     mount_run = mount and subprocess.run(
@@ -415,10 +415,10 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    with suppress(OSError), (folder / "ballast").open("wb") as ballast:
+    with suppress(OSError), (folder / "filler").open("wb") as file:
         while True:
-            ballast.write(b"x" * 4096)
-            ballast.flush()
+            file.write(b"x" * 4096)
+            file.flush()
 
 
 def turn_read_only(folder: Path) -> None:
@@ -431,71 +431,71 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems"
 @LINUX
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("spoil", "bought"),
+    ("damage", "purchase_count"),
     [
         pytest.param(fill, 0, id="disk full"),
         pytest.param(fill, 1, id="disk full after a purchase"),
         pytest.param(turn_read_only, 0, id="read-only"),
     ],
 )
-async def test_what_cannot_be_written_down_is_not_bought(
-    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], bought: int
+async def test_a_purchase_that_cannot_be_recorded_is_not_sent(
+    open_world: Open, tmp_path: Path, damage: Callable[[Path], None], purchase_count: int
 ) -> None:
-    with mounted(tmp_path / "small", "size=600k") as small, anyio.fail_after(300):
-        if not bought:
-            spoil(small)
+    with mount_small_disk(tmp_path / "small", "size=600k") as small, anyio.fail_after(300):
+        if not purchase_count:
+            damage(small)
         async with open_world({"EVOLINK_MCP_DATA_DIR": str(small / "data")}) as world, world.client() as client:
-            if bought:
-                first = await client.call_tool("generate_image", WISH)
+            if purchase_count:
+                first = await client.call_tool("generate_image", REQUEST)
                 assert first.structured_content["charged"] == "yes"
-                spoil(small)
-            refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
-            free = await client.call_tool("compute_size", {"size": "16:9"})
+                damage(small)
+            refusal = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
+            size_answer = await client.call_tool("compute_size", {"size": "16:9"})
             balance = await client.call_tool("get_balance", {})
-    text = refused.content[0].text
-    assert refused.is_error
-    assert refused.structured_content["charged"] == "no"
-    assert refused.structured_content["error"]["code"] == "journal_unwritable"
+    text = refusal.content[0].text
+    assert refusal.is_error
+    assert refusal.structured_content["charged"] == "no"
+    assert refusal.structured_content["error"]["code"] == "journal_unwritable"
     assert str(small / "data" / FILE_NAME) in text
     assert "EVOLINK_MCP_DATA_DIR" in text
     assert "Charged: no" in text
-    assert (free.is_error, balance.is_error) == (False, False)
-    assert world.posts == bought
+    assert (size_answer.is_error, balance.is_error) == (False, False)
+    assert world.posts == purchase_count
 
 
 @LINUX
 @pytest.mark.anyio
-async def test_a_picture_for_which_there_is_no_space_is_not_bought(open_world: Open, tmp_path: Path) -> None:
-    with mounted(tmp_path / "small", "size=64k") as small, anyio.fail_after(300):
+async def test_an_image_without_disk_space_is_not_bought(open_world: Open, tmp_path: Path) -> None:
+    with mount_small_disk(tmp_path / "small", "size=64k") as small, anyio.fail_after(300):
         fill(small)
         async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(small / "pictures")}) as world, world.client() as client:
-            answer = await client.call_tool("generate_image", WISH)
+            answer = await client.call_tool("generate_image", REQUEST)
             facts = answer.structured_content
             assert (facts["charged"], facts["status"], world.posts) == ("no", "failed", 0)
             assert "EVOLINK_MCP_OUTPUT_DIR" in answer.content[0].text
-            (small / "ballast").unlink()
+            (small / "filler").unlink()
             subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
-            again = await client.call_tool("generate_image", WISH)
-    assert again.structured_content["images"][0]["path"] is not None
+            repeat = await client.call_tool("generate_image", REQUEST)
+    assert repeat.structured_content["images"][0]["path"] is not None
     assert world.posts == 1
 
 
 @pytest.mark.anyio
-async def test_a_data_folder_that_is_a_file_stops_purchases_with_words(open_world: Open, tmp_path: Path) -> None:
+async def test_a_data_folder_that_is_a_file_stops_purchases_with_an_error(open_world: Open, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("not a folder")
     with anyio.fail_after(300):
         async with open_world() as world, world.client() as client:
-            refused = await client.call_tool("generate_image", WISH)
-            listed = await client.call_tool("list_tasks", {})
+            refusal = await client.call_tool("generate_image", REQUEST)
+            task_list = await client.call_tool("list_tasks", {})
             answer = await client.call_tool("get_task", {"task_id": "task-unified-1-abc"})
-    assert (refused.structured_content["charged"], world.posts) == ("no", 0)
-    assert [answer.is_error for answer in (refused, listed, answer)] == [True] * 3
-    assert "EVOLINK_MCP_DATA_DIR" in listed.content[0].text
+    assert (refusal.structured_content["charged"], world.posts) == ("no", 0)
+    assert [answer.is_error for answer in (refusal, task_list, answer)] == [True] * 3
+    assert "EVOLINK_MCP_DATA_DIR" in task_list.content[0].text
     assert answer.structured_content["error"]["code"] != "journal_unwritable"
 
 
-def test_the_journal_holds_no_key(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_holds_no_key(open_journal: OpenJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "EVOLINK_API_KEY", KEY)
-    journal = opened()
+    journal = open_journal()
     journal.intend(entry(journal, request={"prompt": "x"}))
     assert not any(KEY.encode() in path.read_bytes() for path in journal.folder.rglob("*") if path.is_file())

@@ -31,7 +31,7 @@ REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 @contextmanager
-def locked(path: Path, *, for_readers: bool = False) -> Iterator[sqlite3.Connection]:
+def hold_lock(path: Path, *, for_readers: bool = False) -> Iterator[sqlite3.Connection]:
     """Hold the write lock of the file, and with `for_readers` the lock that also stops every reader."""
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
         if for_readers:
@@ -55,11 +55,11 @@ def lock_reports(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "has locked" in record.getMessage()]
 
 
-def test_after_one_wait_in_vain_the_operations_wait_briefly_until_a_write_succeeds(tmp_path: Path) -> None:
+def test_after_one_failed_wait_the_operations_wait_briefly_until_a_write_succeeds(tmp_path: Path) -> None:
     journal = BlockingJournal(tmp_path, lock_wait_s=1.0)
     journal.intend(first := entry(journal))
     assert wait_ms(journal) == 1000
-    with locked(journal.path):
+    with hold_lock(journal.path):
         with pytest.raises(JournalUnwritable, match="locked"):
             journal.intend(entry(journal))
         assert wait_ms(journal) == 200
@@ -75,7 +75,7 @@ def test_a_journal_that_cannot_be_opened_because_of_a_lock_is_opened_later(tmp_p
     first.intend(entry(first))
     first.close()
     journal = BlockingJournal(tmp_path, lock_wait_s=SHORT_S)
-    with locked(tmp_path / FILE_NAME, for_readers=True), pytest.raises(JournalUnwritable, match="locked"):
+    with hold_lock(tmp_path / FILE_NAME, for_readers=True), pytest.raises(JournalUnwritable, match="locked"):
         journal.recent(5)
     journal.intend(entry(journal))
     assert len(journal.recent(5)) == 2
@@ -97,7 +97,7 @@ async def test_calls_on_a_locked_journal_wait_once_and_charge_nothing(
     async with open_world(wrap_journal=with_lock_wait(SHORT_S)) as world, world.client() as client:
         await client.call_tool("generate_image", REQUEST)
         caplog.clear()
-        with caplog.at_level(logging.WARNING), locked(world.settings.data_dir / FILE_NAME):
+        with caplog.at_level(logging.WARNING), hold_lock(world.settings.data_dir / FILE_NAME):
             order = await client.call_tool("generate_image", {**REQUEST, "force_new": True})
             assert order.is_error is True
             assert order.structured_content["error"]["code"] == "journal_unwritable"
@@ -106,8 +106,8 @@ async def test_calls_on_a_locked_journal_wait_once_and_charge_nothing(
             assert (await client.call_tool("generate_image", REQUEST)).is_error is True
         assert len(lock_reports(caplog)) == 1
         assert world.posts == 1
-        again = await client.call_tool("generate_image", {**REQUEST, "force_new": True})
-        assert again.structured_content["status"] == "completed"
+        repeat = await client.call_tool("generate_image", {**REQUEST, "force_new": True})
+        assert repeat.structured_content["status"] == "completed"
 
 
 @pytest.mark.anyio
@@ -119,7 +119,7 @@ async def test_list_and_task_of_a_journal_that_stops_readers_name_the_lock(
         await anyio.to_thread.run_sync(other.intend, entry(other))
         await anyio.to_thread.run_sync(other.close)
         async with world.client() as client:
-            with caplog.at_level(logging.WARNING), locked(world.settings.data_dir / FILE_NAME, for_readers=True):
+            with caplog.at_level(logging.WARNING), hold_lock(world.settings.data_dir / FILE_NAME, for_readers=True):
                 tasks = await client.call_tool("list_tasks", {})
                 task = await client.call_tool("get_task", {"task_id": "task-unified-1"})
             assert "locked" in tasks.structured_content["error"]["message"]
@@ -131,17 +131,17 @@ async def test_list_and_task_of_a_journal_that_stops_readers_name_the_lock(
 async def test_compute_size_answers_with_known_prices_while_another_call_waits_for_the_lock(open_world: Open) -> None:
     async with open_world(wrap_journal=with_lock_wait(LONG_S)) as world:
         tool = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=SHORT_S)
-        patient = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=LONG_S)
+        patient_tool = compute_size_tool(world.studio, rule_fresh_for_s=0.0, journal_wait_s=LONG_S)
         with anyio.fail_after(300):
             await world.studio.journal.save_fact("a", "")
-            before = await tool_answer(patient, {"size": "16:9"})
-            with locked(world.settings.data_dir / FILE_NAME) as other:
+            before = await tool_answer(patient_tool, {"size": "16:9"})
+            with hold_lock(world.settings.data_dir / FILE_NAME) as other:
                 async with anyio.create_task_group() as group:
                     group.start_soon(world.studio.journal.save_fact, "a", "b")  # waits for the lock
                     await anyio.wait_all_tasks_blocked()
                     answer = await tool_answer(tool, {"size": "16:9"})
                     other.execute("ROLLBACK")
-            after = await tool_answer(patient, {"size": "16:9"})
+            after = await tool_answer(patient_tool, {"size": "16:9"})
     assert after == before
     assert answer == {**before, "notes": answer["notes"]}
     assert answer["notes"][:-1] == before["notes"]

@@ -19,7 +19,7 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
     async with open_world() as world:
         journal = world.studio.journal
         now = world.clock()
-        matched, own_entry, third = (
+        first_entry, own_entry, third = (
             Entry(
                 new_key(),
                 journal.owner,
@@ -30,19 +30,19 @@ async def test_a_certain_task_is_taken_from_an_unconfirmed_match_and_from_no_oth
             )
             for _ in range(3)
         )
-        for entry in (matched, own_entry, third):
+        for entry in (first_entry, own_entry, third):
             await journal.intend(entry)
         images = (ResultImage(0, "https://files.example/1.png", now, sha256="aa"),)
-        match = replace(matched, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED, images=images)
+        match = replace(first_entry, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED, images=images)
         assert await journal.update_images(match)
         assert not await journal.belongs_to_other(TASK.id, own_entry.key)
         with pytest.raises(TaskKnown):
             await journal.update(replace(own_entry, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
         assert await journal.update(replace(own_entry, phase=Phase.SUBMITTED, task=TASK))
-        assert await journal.belongs_to_other(TASK.id, matched.key)
+        assert await journal.belongs_to_other(TASK.id, first_entry.key)
         with pytest.raises(TaskKnown):
             await journal.update(replace(third, phase=Phase.SUBMITTED, task=TASK))
-        before = await journal.by_key(matched.key)
+        before = await journal.by_key(first_entry.key)
         after = await journal.by_key(own_entry.key)
         sums = await journal.sums_since(0)
     assert before is not None
@@ -59,10 +59,10 @@ async def test_a_certain_task_ends_an_unconfirmed_match_in_another_profile(open_
         for journal in (other.studio.journal, world.studio.journal):
             entry = Entry(new_key(), journal.owner, Phase.SENDING, world.clock(), account=journal.account)
             entries.append(await journal.intend(entry))
-        matched, own_entry = entries
-        await other.studio.journal.update(replace(matched, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
+        first_entry, own_entry = entries
+        await other.studio.journal.update(replace(first_entry, phase=Phase.SUBMITTED, task=TASK, error=UNCONFIRMED))
         assert await world.studio.journal.update(replace(own_entry, phase=Phase.SUBMITTED, task=TASK))
-        before = await other.studio.journal.by_key(matched.key)
+        before = await other.studio.journal.by_key(first_entry.key)
     assert before is not None
     assert (before.phase, before.task) == (Phase.UNKNOWN, None)
 

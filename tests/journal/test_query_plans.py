@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from blocking import BlockingJournal, BlockingPostgres, a_loop
+from blocking import BlockingJournal, BlockingPostgres, open_portal
 
 from evolink_mcp.journal import all_profiles, journal, search
 from evolink_mcp.journal.entry import Entry, Phase, new_key
@@ -71,10 +71,10 @@ SCANS = {
 
 def queries() -> dict[str, tuple[str, str]]:
     """Return the query of each name, and of each of its variants."""
-    named = {**vars(journal), **vars(all_profiles), **vars(search)}
+    constants = {**vars(journal), **vars(all_profiles), **vars(search)}
     texts = {
         name: text
-        for name, text in named.items()
+        for name, text in constants.items()
         if name.isupper()
         and name[0] != "_"
         and isinstance(text, str)
@@ -123,7 +123,7 @@ def test_sqlite_needs_no_scan_and_no_sort(query: str, file: sqlite3.Connection) 
 def database(cluster: Any) -> Iterator[Any]:
     """A database with 20,000 entries of 20 profiles, and with the statistics that PostgreSQL collects."""
     url = cluster.database()
-    with a_loop() as portal:
+    with open_portal() as portal:
         BlockingPostgres(url, portal, ACCOUNT).close()
     with cluster.admin(url.partition("?")[0].rpartition("/")[2]) as db:
         db.execute(
@@ -145,7 +145,7 @@ def test_postgresql_needs_no_scan_and_no_sort(query: str, database: Any) -> None
     from evolink_mcp.teams.schema import translate
 
     name, sql = queries()[query]
-    database.execute(b"PREPARE query AS " + numbered(translate(sql)))
+    database.execute(b"PREPARE query AS " + with_numbered_parameters(translate(sql)))
     values = ", ".join(["NULL"] * sql.count("?"))
     rows = database.execute(f"EXPLAIN EXECUTE query{f'({values})' if values else ''}".encode()).fetchall()
     database.execute("DEALLOCATE query")
@@ -166,7 +166,7 @@ def test_postgresql_finds_a_rare_word_in_an_index(database: Any) -> None:
     assert "evolink_entries_words" in "\n".join(row[0] for row in rows)
 
 
-def numbered(statement: bytes) -> bytes:
+def with_numbered_parameters(statement: bytes) -> bytes:
     """Return a statement of psycopg with PostgreSQL's own parameters, as text of unknown type."""
     numbers = iter(range(1, 100))
     text = re.sub(r"%s", lambda _: f"${next(numbers)}", statement.decode())

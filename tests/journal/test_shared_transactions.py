@@ -42,7 +42,7 @@ async def journal(backend: SqliteBackend) -> AsyncIterator[Journal]:
     await journal.close()
 
 
-def keys_in(folder: Path) -> set[str]:
+def stored_keys(folder: Path) -> set[str]:
     """Return the keys that another program can read, which are those on the disk."""
     with closing(sqlite3.connect(folder / FILE_NAME)) as db:
         return {key for (key,) in db.execute("SELECT key FROM entries")}
@@ -74,7 +74,7 @@ class Calls:
 
 
 @asynccontextmanager
-async def thread_held(backend: SqliteBackend) -> AsyncIterator[None]:
+async def hold_thread(backend: SqliteBackend) -> AsyncIterator[None]:
     """Keep the thread busy during the block, so that all calls of the block wait for it together."""
     is_busy = threading.Event()
     may_continue = threading.Event()
@@ -92,10 +92,10 @@ async def thread_held(backend: SqliteBackend) -> AsyncIterator[None]:
             may_continue.set()
 
 
-async def together(backend: SqliteBackend, *actions: Awaitable[Any]) -> Calls:
+async def run_together(backend: SqliteBackend, *actions: Awaitable[Any]) -> Calls:
     """Run actions that wait for the thread at the same time."""
     calls = Calls()
-    async with anyio.create_task_group() as group, thread_held(backend):
+    async with anyio.create_task_group() as group, hold_thread(backend):
         for number, action in enumerate(actions):
             group.start_soon(calls.call, number, action)
         await anyio.wait_all_tasks_blocked()
@@ -108,8 +108,8 @@ async def test_waiting_writes_share_one_write_to_the_disk(
     entries = [entry(journal) for _ in range(40)]
     await journal.intend(entries[0])
     commits = await count_commits(backend)
-    await together(backend, *[journal.intend(each) for each in entries[1:]])
-    assert keys_in(tmp_path) == {each.key for each in entries}
+    await run_together(backend, *[journal.intend(each) for each in entries[1:]])
+    assert stored_keys(tmp_path) == {each.key for each in entries}
     assert commits == ["COMMIT"]
 
 
@@ -121,8 +121,8 @@ def test_no_answer_precedes_the_write_to_the_disk_that_it_depends_on(tmp_path: P
     thread = ActionThread(file)
     thread.submit(lambda db: may_continue.wait())
     link = "INSERT INTO links (profile, identity, account) VALUES ('p', 'i', 'a') ON CONFLICT DO NOTHING"
-    acts = ["SELECT 1", link, link, "SELECT 2"]
-    futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in acts]
+    queries = ["SELECT 1", link, link, "SELECT 2"]
+    futures = [thread.submit(lambda db, sql=sql: db.execute(sql).rowcount) for sql in queries]
     statements: list[str] = []
     done_futures: list[bool] = []
 
@@ -144,9 +144,9 @@ async def test_the_refusal_of_one_purchase_leaves_the_others_written(
     journal: Journal, backend: SqliteBackend, tmp_path: Path
 ) -> None:
     first, second, third = (entry(journal, estimate=4.0) for _ in range(3))
-    calls = await together(backend, *[journal.intend(each, day_limit=9.0) for each in (first, second, third)])
+    calls = await run_together(backend, *[journal.intend(each, day_limit=9.0) for each in (first, second, third)])
     assert [calls.results[number] for number in range(3)] == [first, second, DailyLimitReached]
-    assert keys_in(tmp_path) == {first.key, second.key}
+    assert stored_keys(tmp_path) == {first.key, second.key}
 
 
 async def test_a_task_that_another_entry_has_is_refused_and_its_neighbours_are_written(
@@ -156,9 +156,9 @@ async def test_a_task_that_another_entry_has_is_refused_and_its_neighbours_are_w
     first, second, third = (entry(journal) for _ in range(3))
     for each in (first, second, third):
         await journal.intend(each)
-    submitted = [replace(each, phase=Phase.SUBMITTED, task=task) for each in (first, second)]
+    submitted_entries = [replace(each, phase=Phase.SUBMITTED, task=task) for each in (first, second)]
     sending = replace(third, phase=Phase.SENDING)
-    calls = await together(backend, *map(journal.update, [*submitted, sending]))
+    calls = await run_together(backend, *map(journal.update, [*submitted_entries, sending]))
     assert calls.results == {0: True, 1: TaskKnown, 2: True}
     assert [(await journal.by_key(each.key)).phase for each in (first, second, third)] == [  # pyright: ignore
         Phase.SUBMITTED, Phase.INTENT, Phase.SENDING,
@@ -180,9 +180,9 @@ async def test_an_action_that_fails_within_its_transaction_leaves_nothing(
                     await db.execute("RELEASE part")
             raise TaskKnown("another entry has it")
 
-    calls = await together(backend, backend.run(fail), journal.intend(second), backend.run(fail))
+    calls = await run_together(backend, backend.run(fail), journal.intend(second), backend.run(fail))
     assert calls.results == {0: TaskKnown, 1: second, 2: TaskKnown}
-    assert keys_in(tmp_path) == {first.key, second.key}
+    assert stored_keys(tmp_path) == {first.key, second.key}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), TaskKnown("another entry has it")])
@@ -199,11 +199,11 @@ async def test_an_error_that_takes_the_transaction_back_runs_no_neighbour_twice(
             await db.execute("ROLLBACK")
         raise error
 
-    calls = await together(
+    calls = await run_together(
         backend, journal.intend(second), backend.run(fail), journal.claim(first.key), journal.intend(third)
     )
     assert calls.results == {0: second, 1: type(error), 2: True, 3: third}
-    assert keys_in(tmp_path) == {first.key, second.key, third.key}
+    assert stored_keys(tmp_path) == {first.key, second.key, third.key}
 
 
 async def test_a_call_during_the_end_of_the_journal_uses_its_thread(journal: Journal, backend: SqliteBackend) -> None:
@@ -213,7 +213,7 @@ async def test_a_call_during_the_end_of_the_journal_uses_its_thread(journal: Jou
         threads.append(threading.get_ident())
 
     await backend.run(record)
-    async with anyio.create_task_group() as group, thread_held(backend):
+    async with anyio.create_task_group() as group, hold_thread(backend):
         group.start_soon(partial(backend.close, is_released=True))
         await anyio.wait_all_tasks_blocked()
         group.start_soon(backend.run, record)
@@ -227,11 +227,11 @@ async def test_a_lock_of_another_program_refuses_each_write_and_no_read(
     await journal.intend(first := entry(journal))
     with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        calls = await together(
+        calls = await run_together(
             backend, journal.intend(entry(journal)), journal.by_key(first.key), journal.deliver(first.key, 2.0)
         )
     assert calls.results == {0: JournalUnwritable, 1: first, 2: JournalUnwritable}
-    assert keys_in(tmp_path) == {first.key}
+    assert stored_keys(tmp_path) == {first.key}
 
 
 async def test_a_write_of_another_program_in_between_loses_and_doubles_nothing(
@@ -249,10 +249,10 @@ async def test_a_write_of_another_program_in_between_loses_and_doubles_nothing(
             with closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as other:
                 other.execute("UPDATE entries SET delivered_at = 7.0")
 
-    calls = await together(backend, backend.run(other_writes), journal.intend(second), journal.claim(first.key))
+    calls = await run_together(backend, backend.run(other_writes), journal.intend(second), journal.claim(first.key))
     assert calls.results == {0: None, 1: second, 2: False}  # the other program delivered it, so a claim fails
     assert reads == 1
-    assert keys_in(tmp_path) == {first.key, second.key}
+    assert stored_keys(tmp_path) == {first.key, second.key}
 
 
 async def test_a_cancelled_call_that_waits_for_the_thread_writes_nothing(
@@ -261,7 +261,7 @@ async def test_a_cancelled_call_that_waits_for_the_thread_writes_nothing(
     await journal.intend(first := entry(journal))
     cancelled_entry = entry(journal)
     other_entry = entry(journal)
-    async with anyio.create_task_group() as group, thread_held(backend):
+    async with anyio.create_task_group() as group, hold_thread(backend):
         scope = anyio.CancelScope()
 
         async def intend() -> None:
@@ -273,10 +273,10 @@ async def test_a_cancelled_call_that_waits_for_the_thread_writes_nothing(
         await anyio.wait_all_tasks_blocked()
         scope.cancel()
         await anyio.wait_all_tasks_blocked()
-    assert keys_in(tmp_path) == {first.key, other_entry.key}
+    assert stored_keys(tmp_path) == {first.key, other_entry.key}
 
 
-async def test_a_transaction_without_an_end_swallows_no_later_write(
+async def test_a_transaction_without_an_end_loses_no_later_write(
     journal: Journal, backend: SqliteBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await journal.intend(first := entry(journal))
@@ -288,5 +288,5 @@ async def test_a_transaction_without_an_end_swallows_no_later_write(
     await backend.run(begin)
     second = entry(journal)
     await journal.intend(second)
-    assert keys_in(tmp_path) == {first.key, second.key}
+    assert stored_keys(tmp_path) == {first.key, second.key}
     assert "did not end" in caplog.text

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocking import BlockingJournal, BlockingPostgres, a_loop
+from blocking import BlockingJournal, BlockingPostgres, open_portal
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.errors import Problem
@@ -24,32 +24,32 @@ NOW = 1_790_000_000.0
 QUARTER_S = 900.0
 ALL = 10_000
 WORDS = ["fox", "Füchse", "狐狸在雪中", '"quoted"', "100%", "a_b", "back\\slash", "x", "\n", "🦊🦊🦊"]
-Open = Callable[..., Any]
+OpenJournal = Callable[..., Any]
 
 
 @pytest.fixture(params=["sqlite", "sqlite without full-text search", "postgres"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+def open_journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenJournal]:
     """Return a function that opens one more journal of the same database, as another server does."""
     journals: list[Any] = []
     if request.param != "postgres":
         has_full_text = request.param == "sqlite"
 
-        def journal(profile: str = "default") -> Any:
+        def open_one(profile: str = "default") -> Any:
             journals.append(BlockingJournal(tmp_path, "k1", profile=profile, has_full_text=has_full_text))
             return journals[-1]
 
-        yield journal
+        yield open_one
         for one in journals:
             one.close()
         return
     url = request.getfixturevalue("cluster").database()
-    with a_loop() as portal:
+    with open_portal() as portal:
 
-        def journal(profile: str = "default") -> Any:
+        def open_one(profile: str = "default") -> Any:
             journals.append(BlockingPostgres(url, portal, "k1", profile=profile))
             return journals[-1]
 
-        yield journal
+        yield open_one
         for one in journals:
             one.close()
 
@@ -60,61 +60,63 @@ def entry(journal: Any, prompt: str = "a fox", **fields: Any) -> Entry:
 
 
 def sums_of(entries: list[Entry], since: float) -> Sums:
-    counted = [each for each in entries if each.created_at >= since]
-    spent = math.fsum(each.spent for each in counted)
-    return Sums(round(spent, 4), round(math.fsum(each.reserved for each in counted), 4))
+    counted_entries = [each for each in entries if each.created_at >= since]
+    spent = math.fsum(each.spent for each in counted_entries)
+    return Sums(round(spent, 4), round(math.fsum(each.reserved for each in counted_entries), 4))
 
 
-def changed(entry: Entry, chance: random.Random) -> Entry:
+def change_state(entry: Entry, dice: random.Random) -> Entry:
     """Return the entry in another state of a purchase."""
-    task = Task(f"task-unified-{entry.key[7:]}", chance.choice(["pending", "completed", "failed"]),
-                credits_reserved=chance.choice([None, 7.5]), credits_used=chance.choice([None, 0.0, 3.2301]))  # fmt: skip
-    phase = chance.choice(list(Phase))
+    task = Task(f"task-unified-{entry.key[7:]}", dice.choice(["pending", "completed", "failed"]),
+                credits_reserved=dice.choice([None, 7.5]), credits_used=dice.choice([None, 0.0, 3.2301]))  # fmt: skip
+    phase = dice.choice(list(Phase))
     has_task = phase in (Phase.SUBMITTED, Phase.EXTERNAL)
     return replace(entry, phase=phase, task=task if has_task else None)
 
 
-def test_the_sums_are_those_of_the_entries_after_random_writes(opened: Open) -> None:
-    chance = random.Random(29)
-    journals = [opened(), opened(), opened("other")]
-    written: list[list[Entry]] = [[], [], []]
+def test_the_sums_are_those_of_the_entries_after_random_writes(open_journal: OpenJournal) -> None:
+    dice = random.Random(29)
+    journals = [open_journal(), open_journal(), open_journal("other")]
+    written_entries: list[list[Entry]] = [[], [], []]
     for _ in range(300):
-        number = chance.randrange(3)
+        number = dice.randrange(3)
         journal = journals[number]
-        if chance.random() < 0.4 or not written[number]:
-            created_at = NOW + chance.choice([0.0, 0.001, 1.0]) + QUARTER_S * chance.randrange(-5, 5)
-            new = entry(journal, created_at=created_at, estimate=round(chance.uniform(0, 9), 4))
-            journal.intend(new)
-            written[number].append(new)
+        if dice.random() < 0.4 or not written_entries[number]:
+            created_at = NOW + dice.choice([0.0, 0.001, 1.0]) + QUARTER_S * dice.randrange(-5, 5)
+            new_entry = entry(journal, created_at=created_at, estimate=round(dice.uniform(0, 9), 4))
+            journal.intend(new_entry)
+            written_entries[number].append(new_entry)
         else:
-            index = chance.randrange(len(written[number]))
-            new = changed(written[number][index], chance)
-            if journal.update(new):  # no state removes a certain task
-                written[number][index] = new
-    own = written[0] + written[1]
+            index = dice.randrange(len(written_entries[number]))
+            new_entry = change_state(written_entries[number][index], dice)
+            if journal.update(new_entry):  # no state removes a certain task
+                written_entries[number][index] = new_entry
+    own_entries = written_entries[0] + written_entries[1]
     for since in (0.0, NOW, NOW + 0.0005, NOW + QUARTER_S, NOW - 2 * QUARTER_S + 1, NOW + 99 * QUARTER_S):
-        assert journals[0].sums_since(since) == sums_of(own, since)
-        assert journals[1].total_since(since) == sums_of(own + written[2], since)
+        assert journals[0].sums_since(since) == sums_of(own_entries, since)
+        assert journals[1].total_since(since) == sums_of(own_entries + written_entries[2], since)
 
 
-def test_an_absurd_reservation_of_evolink_leaves_no_error_in_the_sums(opened: Open) -> None:
-    journal = opened()
-    small = entry(journal, estimate=0.1)
-    absurd = [entry(journal, phase=Phase.SUBMITTED, task=Task(f"task-unified-{n}", "pending")) for n in range(2)]
-    for each in absurd:
+def test_an_absurd_reservation_of_evolink_leaves_no_error_in_the_sums(open_journal: OpenJournal) -> None:
+    journal = open_journal()
+    small_entry = entry(journal, estimate=0.1)
+    absurd_entries = [
+        entry(journal, phase=Phase.SUBMITTED, task=Task(f"task-unified-{n}", "pending")) for n in range(2)
+    ]
+    for each in absurd_entries:
         journal.intend(each)
         assert journal.update(replace(each, task=replace(each.task, credits_reserved=1.5e308)))
-    journal.intend(small)
+    journal.intend(small_entry)
     assert min(journal.sums_since(NOW).reserved, journal.sums_since(0.0).reserved) >= 1e15
     with pytest.raises(DailyLimitReached):
         journal.intend(entry(journal, estimate=0.1), since=NOW, day_limit=100.0)
-    for each in absurd:
+    for each in absurd_entries:
         assert journal.update(replace(each, task=replace(each.task, status="completed", credits_used=3.5)))
     assert journal.sums_since(NOW) == journal.sums_since(0.0) == Sums(7.0, 0.1)
 
 
-def test_a_limit_counts_entries_since_a_time_within_a_quarter_of_an_hour(opened: Open) -> None:
-    journal = opened()
+def test_a_limit_counts_entries_since_a_time_within_a_quarter_of_an_hour(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.intend(entry(journal, created_at=NOW + 10.0, estimate=2.0))
     journal.intend(entry(journal, created_at=NOW + 20.0, estimate=3.0))
     journal.intend(entry(journal, created_at=NOW + 21.0, estimate=2.0), since=NOW + 11.0, day_limit=5.0)
@@ -122,7 +124,7 @@ def test_a_limit_counts_entries_since_a_time_within_a_quarter_of_an_hour(opened:
         journal.intend(entry(journal, created_at=NOW + 22.0, estimate=0.1), since=NOW + 11.0, day_limit=5.0)
 
 
-def expected(entries: list[Entry], words: tuple[str, ...]) -> list[str]:
+def expected_keys(entries: list[Entry], words: tuple[str, ...]) -> list[str]:
     def has(text: str) -> bool:
         return all(word.casefold() in text.casefold() for word in words)
 
@@ -130,22 +132,22 @@ def expected(entries: list[Entry], words: tuple[str, ...]) -> list[str]:
     return [each.key for each in sorted(matches, key=lambda each: (-each.created_at, each.key))]
 
 
-def test_a_search_finds_the_entries_that_contain_all_words_newest_first(opened: Open) -> None:
-    chance = random.Random(7)
-    journal = opened()
+def test_a_search_finds_the_entries_that_contain_all_words_newest_first(open_journal: OpenJournal) -> None:
+    dice = random.Random(7)
+    journal = open_journal()
     entries = [
-        entry(journal, " ".join(chance.sample(WORDS, 3)), created_at=NOW - chance.choice([0, 0, 0.0004, 5, 5, 800]))
+        entry(journal, " ".join(dice.sample(WORDS, 3)), created_at=NOW - dice.choice([0, 0, 0.0004, 5, 5, 800]))
         for _ in range(60)
     ]
     for each in entries:
         journal.intend(each)
     for words in [("fox",), ("FÜCHSE",), ("狐狸在",), ("狐狸",), ('"quoted"',), ("100%",), ("a_b",), ("k\\s",), ("x",),
                   ("fox", "a_b"), ("fox", "x"), ("unicorn",), ("AND",), ("🦊🦊🦊", "100"), ("_b",), ("%",)]:  # fmt: skip
-        assert [each.key for each in journal.recent(ALL, words=words)] == expected(entries, words), words
+        assert [each.key for each in journal.recent(ALL, words=words)] == expected_keys(entries, words), words
 
 
-def test_the_pages_of_a_search_have_each_match_once_in_the_order_of_the_list(opened: Open) -> None:
-    journal = opened()
+def test_the_pages_of_a_search_have_each_match_once_in_the_order_of_the_list(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     times = [NOW, NOW, NOW, NOW - 0.0001, NOW - 0.0002, NOW - 0.0002, NOW - 1, NOW - 2, NOW - 2, NOW - 3]
     entries = [entry(journal, "a fox", created_at=created_at) for created_at in times]
     for each in reversed(entries):
@@ -156,22 +158,22 @@ def test_the_pages_of_a_search_have_each_match_once_in_the_order_of_the_list(ope
         while page := journal.recent(size, words=("fox",), after=after):
             keys += [each.key for each in page]
             after = (page[-1].created_at, page[-1].key)
-        assert keys == expected(entries, ("fox",))
+        assert keys == expected_keys(entries, ("fox",))
 
 
-def test_a_search_knows_the_newest_words_of_an_entry(opened: Open) -> None:
-    journal = opened()
-    other = opened()
-    early = entry(journal, "a calm sea", phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed"))
-    journal.intend(early)
-    journal.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/pictures/harbour.png"),)))
-    assert [each.key for each in other.recent(9, words=("harbour", "unified-1", "calm"))] == [early.key]
-    journal.update_images(replace(early, images=(ResultImage(0, "u", NOW, path="/pictures/beach.png"),)))
+def test_a_search_knows_the_newest_words_of_an_entry(open_journal: OpenJournal) -> None:
+    journal = open_journal()
+    other = open_journal()
+    first_entry = entry(journal, "a calm sea", phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed"))
+    journal.intend(first_entry)
+    journal.update_images(replace(first_entry, images=(ResultImage(0, "u", NOW, path="/pictures/harbour.png"),)))
+    assert [each.key for each in other.recent(9, words=("harbour", "unified-1", "calm"))] == [first_entry.key]
+    journal.update_images(replace(first_entry, images=(ResultImage(0, "u", NOW, path="/pictures/beach.png"),)))
     assert other.recent(9, words=("harbour",)) == []
     assert [each.key for each in other.recent(9, words=("beach",), status="completed", since=NOW, until=NOW)]
     assert other.recent(9, words=("beach",), status="failed") == []
     assert other.recent(9, words=("beach",), since=NOW + 1) == []
-    assert opened("other").recent(9, words=("beach",)) == []
+    assert open_journal("other").recent(9, words=("beach",)) == []
 
 
 def test_a_search_is_complete_after_a_server_without_full_text_search_wrote(tmp_path: Path) -> None:
@@ -182,12 +184,12 @@ def test_a_search_is_complete_after_a_server_without_full_text_search_wrote(tmp_
     with closing(sqlite3.connect(without.path)) as db:
         triggers = db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
     assert not [name for (name,) in triggers if "search" in name]
-    later = BlockingJournal(tmp_path)
+    later_journal = BlockingJournal(tmp_path)
     assert [each.key for each in with_index.recent(9, words=("fox",))] == [second.key, first.key]
-    assert [each.key for each in later.recent(9, words=("fox",))] == [second.key, first.key]
-    later.intend(third := entry(later, created_at=NOW + 2))
+    assert [each.key for each in later_journal.recent(9, words=("fox",))] == [second.key, first.key]
+    later_journal.intend(third := entry(later_journal, created_at=NOW + 2))
     assert [each.key for each in with_index.recent(9, words=("fox",))] == [third.key, second.key, first.key]
-    for journal in (with_index, without, later):
+    for journal in (with_index, without, later_journal):
         journal.close()
 
 
@@ -197,8 +199,8 @@ def test_a_replaced_file_gets_entries_sums_and_words_of_the_server_that_had_the_
     journal.intend(first := entry(journal, "a fox", phase=Phase.SENDING, estimate=2.0))
     with closing(sqlite3.connect(journal.path)) as db, closing(sqlite3.connect(backup)) as copy:
         db.backup(copy)
-    paid = replace(first, phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed", credits_used=1.25))
-    journal.update(paid)
+    paid_entry = replace(first, phase=Phase.SUBMITTED, task=Task("task-unified-1", "completed", credits_used=1.25))
+    journal.update(paid_entry)
     journal.intend(second := entry(journal, "a fox in the snow", created_at=NOW + 1, estimate=0.5))
     backup.replace(journal.path)
     for tail in ("-wal", "-shm"):

@@ -58,25 +58,25 @@ DAMAGE = {
     "log empty": truncate("-wal"),
     "log cut": truncate("-wal", 0.6),
 }
-damaged = pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+each_damage = pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
+def open_journal(tmp_path: Path) -> Iterator[Callable[[], BlockingJournal]]:
     """Return a function that opens one more journal of the folder, as another server does."""
     journals: list[BlockingJournal] = []
 
-    def journal() -> BlockingJournal:
+    def open_one() -> BlockingJournal:
         journals.append(BlockingJournal(tmp_path / "data", clock=lambda: NOW))
         return journals[-1]
 
-    yield journal
-    for item in journals:
+    yield open_one
+    for journal in journals:
         with suppress(JournalUnwritable):
-            item.close()
+            journal.close()
 
 
-Opened = Callable[[], BlockingJournal]
+OpenJournal = Callable[[], BlockingJournal]
 
 
 def buy(journal: BlockingJournal, number: int) -> Entry:
@@ -92,7 +92,7 @@ def buy(journal: BlockingJournal, number: int) -> Entry:
     return entry
 
 
-def completed(entry: Entry) -> Entry:
+def complete(entry: Entry) -> Entry:
     assert entry.task is not None
     return replace(entry, task=replace(entry.task, status="completed", credits_used=1.0))
 
@@ -117,12 +117,12 @@ TASKS = {f"task-unified-{number}-a" for number in (1, 2, 3)}
 
 
 @NOT_ON_WINDOWS
-@damaged
+@each_damage
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["in the log", "in the database"])
 def test_a_running_server_notices_the_damage_before_its_next_purchase(
-    opened: Opened, damage: Callable[[Path], None], is_checkpointed: bool
+    open_journal: OpenJournal, damage: Callable[[Path], None], is_checkpointed: bool
 ) -> None:
-    first = opened()
+    first = open_journal()
     for number in (1, 2, 3):
         buy(first, number)
         if is_checkpointed and number == 2:
@@ -130,47 +130,47 @@ def test_a_running_server_notices_the_damage_before_its_next_purchase(
     damage(first.path)
     assert not order(first)
     assert tasks_of(first.recent(9)) == TASKS
-    second = opened()
+    second = open_journal()
     assert tasks_of(second.recent(9)) == TASKS
     assert not order(second)
 
 
 @NOT_ON_WINDOWS
-@damaged
+@each_damage
 def test_a_purchase_after_the_damage_counts_for_the_limit_of_other_servers(
-    opened: Opened, damage: Callable[[Path], None]
+    open_journal: OpenJournal, damage: Callable[[Path], None]
 ) -> None:
     """The record does not have this purchase, because EvoLink has not answered yet."""
-    first = opened()
+    first = open_journal()
     for number in (1, 2):
         buy(first, number)
     damage(first.path)
     assert order(first)
-    second = opened()
+    second = open_journal()
     assert not order(second)
     assert len(second.recent(9)) == 3
 
 
 @NOT_ON_WINDOWS
-@damaged
+@each_damage
 def test_an_unpaid_purchase_survives_the_damage_while_two_servers_run(
-    opened: Opened, damage: Callable[[Path], None]
+    open_journal: OpenJournal, damage: Callable[[Path], None]
 ) -> None:
     """The second server keeps the files open, so SQLite does not write the log of the first one into the database."""
-    first, second = opened(), opened()
+    first, second = open_journal(), open_journal()
     for number in (1, 2):
         buy(first, number)
     assert order(first)
     assert len(second.recent(9)) == 3
     damage(first.path)
     assert not order(first)
-    second_world = opened()
-    assert len(second_world.recent(9)) == 3
-    assert not order(second_world)
+    third = open_journal()
+    assert len(third.recent(9)) == 3
+    assert not order(third)
 
 
-def test_the_log_of_an_empty_database_is_set_aside_and_not_deleted(opened: Opened) -> None:
-    journal = opened()
+def test_the_log_of_an_empty_database_is_renamed_and_not_deleted(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     journal.folder.mkdir()
     journal.path.touch()
     Path(f"{journal.path}-wal").write_bytes(b"log")
@@ -180,15 +180,15 @@ def test_the_log_of_an_empty_database_is_set_aside_and_not_deleted(opened: Opene
 
 
 @NOT_ON_WINDOWS
-@damaged
+@each_damage
 def test_a_new_server_buys_nothing_above_the_limit_before_the_running_one_notices(
-    opened: Opened, damage: Callable[[Path], None]
+    open_journal: OpenJournal, damage: Callable[[Path], None]
 ) -> None:
-    first = opened()
+    first = open_journal()
     for number in (1, 2, 3):
         buy(first, number)
     damage(first.path)
-    second = opened()
+    second = open_journal()
     with suppress(JournalUnwritable):
         assert not order(second)
     assert not order(first)
@@ -198,16 +198,18 @@ def test_a_new_server_buys_nothing_above_the_limit_before_the_running_one_notice
 
 
 @NOT_ON_WINDOWS
-@damaged
-def test_three_servers_continue_on_one_journal_after_the_damage(opened: Opened, damage: Callable[[Path], None]) -> None:
-    servers = [opened(), opened(), opened()]
+@each_damage
+def test_three_servers_continue_on_one_journal_after_the_damage(
+    open_journal: OpenJournal, damage: Callable[[Path], None]
+) -> None:
+    servers = [open_journal(), open_journal(), open_journal()]
     entries = [buy(server, number) for number, server in enumerate(servers, start=1)]
     damage(servers[0].path)
     for server, entry in zip(servers, entries, strict=True):
-        finished_entry = completed(entry)
+        finished_entry = complete(entry)
         with suppress(JournalUnwritable):
             server.update(finished_entry)
-    for server in (*servers, *servers, opened()):
+    for server in (*servers, *servers, open_journal()):
         assert tasks_of(server.recent(9)) == TASKS
         assert not order(server)
 
@@ -227,22 +229,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @NOT_ON_WINDOWS
-@damaged
+@each_damage
 def test_all_paid_tasks_of_a_killed_server_are_listed_after_the_damage(
-    opened: Opened, tmp_path: Path, damage: Callable[[Path], None]
+    open_journal: OpenJournal, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     folder = Path(__file__).parent
     code = KILLED.format(path=[str(folder), str(folder.parent)], folder=str(tmp_path / "data"))
-    ended = subprocess.run([sys.executable, "-P", "-c", code], check=False)
-    assert ended.returncode == -9
+    process = subprocess.run([sys.executable, "-P", "-c", code], check=False)
+    assert process.returncode == -9
     damage(tmp_path / "data" / FILE_NAME)
     assert tasks_of(read_entries(tmp_path / "data", 9)) >= TASKS or not (tmp_path / "data" / FILE_NAME).exists()
-    journal = opened()
+    journal = open_journal()
     assert tasks_of(journal.recent(9)) == TASKS
     assert not order(journal)
-    adopted = journal.adopt()
-    assert tasks_of(adopted) == TASKS
-    assert {entry.request["prompt"] for entry in adopted} == {"fox 1", "fox 2", "fox 3"}
+    adopted_entries = journal.adopt()
+    assert tasks_of(adopted_entries) == TASKS
+    assert {entry.request["prompt"] for entry in adopted_entries} == {"fox 1", "fox 2", "fox 3"}
 
 
 @pytest.mark.anyio
@@ -252,30 +254,30 @@ async def test_the_next_server_completes_a_task_that_only_the_record_has(open_wo
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=50)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        bought = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
+        purchase = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
     for file in (tmp_path / "data").glob(f"{FILE_NAME}*"):
         file.unlink()
-    task_id = bought.structured_content["task_id"]
+    task_id = purchase.structured_content["task_id"]
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        listed = await client.call_tool("list_tasks", {})
-        again = await client.call_tool("generate_image", REQUEST)
-    assert [task["task_id"] for task in listed.structured_content["tasks"]] == [task_id]
-    assert again.structured_content["task_id"] == task_id
-    assert Path(again.structured_content["images"][0]["path"]).is_file()
+        task_list = await client.call_tool("list_tasks", {})
+        repeat = await client.call_tool("generate_image", REQUEST)
+    assert [task["task_id"] for task in task_list.structured_content["tasks"]] == [task_id]
+    assert repeat.structured_content["task_id"] == task_id
+    assert Path(repeat.structured_content["images"][0]["path"]).is_file()
     assert len(simulator.tasks) == 1
 
 
 @pytest.mark.parametrize("has_record", [True, False])
 def test_a_search_for_dead_servers_restores_a_deleted_journal_and_creates_none(
-    opened: Opened, has_record: bool
+    open_journal: OpenJournal, has_record: bool
 ) -> None:
-    first = opened()
+    first = open_journal()
     buy(first, 1)
     first.close()
     names = [FILE_NAME] if has_record else [FILE_NAME, paid_record.FILE_NAME]
     for name in names:
         (first.folder / name).unlink()
-    journal = opened()
+    journal = open_journal()
     assert tasks_of(journal.adopt()) == ({"task-unified-1-a"} if has_record else set())
     assert journal.path.exists() is has_record
 
@@ -288,11 +290,11 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_the_record_has_one_line_for_each_paid_task_and_only_for_the_user(opened: Opened) -> None:
-    journal = opened()
+def test_the_record_has_one_line_for_each_paid_task_and_only_for_the_user(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     for number in (1, 2, 3):
         entry = buy(journal, number)
-        finished_entry = completed(entry)
+        finished_entry = complete(entry)
         assert journal.update(finished_entry)
         assert journal.update_images(finished_entry)
     journal.intend(Entry(new_key(), journal.owner, Phase.INTENT, NOW))
@@ -303,8 +305,8 @@ def test_the_record_has_one_line_for_each_paid_task_and_only_for_the_user(opened
         assert (journal.folder / paid_record.FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_line_that_a_crash_cut_off_costs_only_itself(opened: Opened) -> None:
-    journal = opened()
+def test_a_truncated_line_of_the_record_hides_no_other_line(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     buy(journal, 1)
     record = journal.folder / paid_record.FILE_NAME
     with record.open("ab") as file:
@@ -315,11 +317,11 @@ def test_a_line_that_a_crash_cut_off_costs_only_itself(opened: Opened) -> None:
     buy(journal, 3)
     journal.close()
     remove("", "-wal", "-shm")(journal.path)
-    assert tasks_of(opened().recent(9)) == TASKS
+    assert tasks_of(open_journal().recent(9)) == TASKS
 
 
-def test_a_deleted_record_is_written_again_from_the_journal(opened: Opened) -> None:
-    journal = opened()
+def test_a_deleted_record_is_written_again_from_the_journal(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     for number in (1, 2):
         buy(journal, number)
     (journal.folder / paid_record.FILE_NAME).unlink()
@@ -327,8 +329,8 @@ def test_a_deleted_record_is_written_again_from_the_journal(opened: Opened) -> N
     assert {line["task_id"] for line in lines_of(journal.folder)} == TASKS
 
 
-def test_a_record_that_cannot_be_read_stops_purchases(opened: Opened) -> None:
-    journal = opened()
+def test_a_record_that_cannot_be_read_stops_purchases(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     buy(journal, 1)
     (journal.folder / paid_record.FILE_NAME).unlink()
     (journal.folder / paid_record.FILE_NAME).mkdir()
@@ -337,8 +339,8 @@ def test_a_record_that_cannot_be_read_stops_purchases(opened: Opened) -> None:
 
 
 @NOT_ON_WINDOWS
-def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(opened: Opened) -> None:
-    journal = opened()
+def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     entry = buy(journal, 1)
     second = replace(entry, key=new_key(), task=Task("task-unified-2-a"))
     shutil.rmtree(journal.folder / "owners")
@@ -350,9 +352,9 @@ def test_a_task_id_is_in_the_record_although_the_journal_could_not_be_written(op
     assert tasks_of(journal.recent(9)) == {"task-unified-1-a", "task-unified-2-a"}
 
 
-def test_a_task_that_its_living_owner_is_about_to_write_is_left_to_it(opened: Opened) -> None:
-    owner = opened()
-    second = opened()
+def test_a_task_of_the_record_is_read_only_after_its_owner_has_ended(open_journal: OpenJournal) -> None:
+    owner = open_journal()
+    second = open_journal()
     entry = Entry(new_key(), owner.owner, Phase.INTENT, NOW, estimate=1.0)
     owner.intend(entry)
     submitted = replace(entry, phase=Phase.SUBMITTED, task=Task("task-unified-1-a"))
@@ -363,8 +365,8 @@ def test_a_task_that_its_living_owner_is_about_to_write_is_left_to_it(opened: Op
 
 
 @NOT_ON_WINDOWS
-def test_only_the_end_of_a_long_record_is_read_if_the_journal_has_it(opened: Opened) -> None:
-    journal = opened()
+def test_only_the_end_of_a_long_record_is_read_if_the_journal_has_it(open_journal: OpenJournal) -> None:
+    journal = open_journal()
     buy(journal, 1)
     record = journal.folder / paid_record.FILE_NAME
     old = replace(
@@ -376,9 +378,9 @@ def test_only_the_end_of_a_long_record_is_read_if_the_journal_has_it(opened: Ope
     with record.open("ab") as file:
         file.write(content)
     journal.close()
-    assert "task-unified-0-old" not in tasks_of(opened().recent(9))
+    assert "task-unified-0-old" not in tasks_of(open_journal().recent(9))
     remove("", "-wal", "-shm")(journal.path)
-    assert "task-unified-0-old" in tasks_of(opened().recent(9))
+    assert "task-unified-0-old" in tasks_of(open_journal().recent(9))
 
 
 MANY = 400  # with this many entries the log has several frames of most pages
@@ -396,22 +398,24 @@ journal.close()
 
 
 @NOT_ON_WINDOWS
-def test_another_program_reads_the_restored_journal_while_an_idle_server_has_the_old_log(opened: Opened) -> None:
+def test_another_program_reads_the_restored_journal_while_an_idle_server_has_the_old_log(
+    open_journal: OpenJournal,
+) -> None:
     """The idle server still uses the deleted log and its index."""
-    first = opened()
-    bought = {buy(first, number).task_id for number in range(MANY)}
+    first = open_journal()
+    task_ids = {buy(first, number).task_id for number in range(MANY)}
     program = IDLE.format(path=sys.path, folder=str(first.path.parent))
     command = [sys.executable, "-P", "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idle:
         assert idle.stdin is not None
         assert idle.stdout is not None
-        assert idle.stdout.readline() == f"{len(bought)}\n"
+        assert idle.stdout.readline() == f"{len(task_ids)}\n"
         remove("-wal")(first.path)
-        bought.add(buy(first, MANY).task_id)
+        task_ids.add(buy(first, MANY).task_id)
         with closing(sqlite3.connect(first.path)) as plain:
-            assert {task_id for (task_id,) in plain.execute("SELECT task_id FROM entries")} == bought
-        bought.add(buy(opened(), MANY + 1).task_id)
+            assert {task_id for (task_id,) in plain.execute("SELECT task_id FROM entries")} == task_ids
+        task_ids.add(buy(open_journal(), MANY + 1).task_id)
         idle.stdin.write("\n")
         idle.stdin.flush()
-        assert idle.stdout.readline() == f"{len(bought)}\n"
-    assert tasks_of(opened().recent(9999)) == bought
+        assert idle.stdout.readline() == f"{len(task_ids)}\n"
+    assert tasks_of(open_journal().recent(9999)) == task_ids

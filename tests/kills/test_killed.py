@@ -14,20 +14,20 @@ from typing import Any
 import anyio
 import pytest
 from faulty_gateway import Exchange, behave
-from killer import AT, HOW, LOG, Nursery, Server, nursery_of_servers  # noqa: F401
-from slow import SLOW
-from town import (  # noqa: F401
-    WISH,
-    Town,
+from kill_harness import (  # noqa: F401
+    REQUEST,
+    Harness,
     check_recovery,
+    check_suspended_server,
     good_run,
+    open_harness,
     run_each,
     run_failing_server,
-    stopped_and_continued,
     tasks,
-    town_with_a_nursery,
     wait_for_images,
 )  # fmt: skip
+from killer import LOG, MODE, POSITION, Launcher, Server, shared_launcher  # noqa: F401
+from slow import SLOW
 
 from evolink_mcp.journal.entry import Entry, Phase
 from evolink_mcp.journal.sqlite import FILE_NAME, read_entries
@@ -53,86 +53,95 @@ def entries_of(env: dict[str, str]) -> list[Entry]:
     return read_entries(folder, 50) if (folder / FILE_NAME).exists() else []
 
 
-async def fail_and_recover(town: Town, name: str, how: str, at: int) -> None:
-    """Let a server fail at operation `at`. The next server must finish all work."""
-    env = town.env(name, **{AT: str(at), HOW: how})
-    billed, answer = await run_failing_server(town, env, name, how, codes=(0,))
-    assert answer is not None or how == "kill"
+async def fail_and_recover(harness: Harness, name: str, mode: str, position: int) -> None:
+    """Let a server fail at operation `position`. The next server must finish all work."""
+    env = harness.env(name, **{POSITION: str(position), MODE: mode})
+    billed_ids, answer = await run_failing_server(harness, env, name, mode, codes=(0,))
+    assert answer is not None or mode == "kill"
     if answer is not None:
         facts = answer["structuredContent"]
         assert f"Charged: {facts['charged']}" in answer["content"][0]["text"]
         assert facts["error"] is not None or not answer["isError"]
-    posts = town.gateway.posts
-    async with town.nursery.server(town.env(name)) as server:
-        await check_recovery(town, server, name, billed)
-        server.hang_up()
+    posts = harness.gateway.posts
+    async with harness.launcher.server(harness.env(name)) as server:
+        await check_recovery(harness, server, name, billed_ids)
+        server.close_stdin()
         assert await server.wait_for_exit() == 0
-    assert town.gateway.posts >= posts
-    assert town.billed(name) == billed
-    assert len(town.pictures(name)) == len(billed)
+    assert harness.gateway.posts >= posts
+    assert harness.billed_ids(name) == billed_ids
+    assert len(harness.pictures(name)) == len(billed_ids)
 
 
-@pytest.mark.parametrize("how", ["kill", "fail", pytest.param("late", marks=SLOW)])
-async def test_a_failure_at_any_operation_leaves_at_most_one_task_and_its_image_on_disk(town: Town, how: str) -> None:
+@pytest.mark.parametrize("mode", ["kill", "fail", pytest.param("late", marks=SLOW)])
+async def test_a_failure_at_any_operation_leaves_at_most_one_task_and_its_image_on_disk(
+    harness: Harness, mode: str
+) -> None:
     """kill: SIGKILL before operation k. fail: operation k fails without effect. late: operation k fails after its effect."""
-    operations = await good_run(town, town.env("good"))
+    operations = await good_run(harness, harness.env("good"))
     kinds = Counter(operation.partition(":")[0] for operation in operations)
-    assert all(kinds[kind] >= least for kind, least in (("journal", 15), ("socket", 8), ("file", 15)))
+    assert all(kinds[kind] >= minimum for kind, minimum in (("journal", 15), ("socket", 8), ("file", 15)))
     positions = range(1, len(operations) + SPARE)
-    await run_each(operations, positions, lambda at: fail_and_recover(town, f"{how}-{at}", how, at), PARALLEL)
+    await run_each(
+        operations,
+        positions,
+        lambda position: fail_and_recover(harness, f"{mode}-{position}", mode, position),
+        PARALLEL,
+    )
 
 
-async def fail_beside_neighbour(town: Town, name: str, at: int) -> None:
-    """Kill a server at operation `at`. A server with another key uses the same journal."""
-    env = town.env(name)
+async def fail_beside_neighbour(harness: Harness, name: str, position: int) -> None:
+    """Kill a server at operation `position`. A server with another key uses the same journal."""
+    env = harness.env(name)
     neighbour_key = f"{name}-neighbour"
-    other_env = {**env, "EVOLINK_API_KEY": town.key(neighbour_key)}
-    async with town.nursery.server(other_env) as neighbour:
+    other_env = {**env, "EVOLINK_API_KEY": harness.key(neighbour_key)}
+    async with harness.launcher.server(other_env) as neighbour:
         assert await tasks(neighbour) == []
-        async with town.nursery.server({**env, AT: str(at), HOW: "kill"}, greet=False) as server:
-            await server.hello()
-            await server.call("generate_image", **WISH)
-            server.hang_up()
+        async with harness.launcher.server({**env, POSITION: str(position), MODE: "kill"}, initialize=False) as server:
+            await server.initialize()
+            await server.call("generate_image", **REQUEST)
+            server.close_stdin()
             assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
-        await town.gateway.wait_until_idle()
-        billed = town.billed(name)
-        assert len(billed) <= 1
+        await harness.gateway.wait_until_idle()
+        billed_ids = harness.billed_ids(name)
+        assert len(billed_ids) <= 1
         entries_before = entries_of(env)
-        listed = await tasks(neighbour)
-        assert len(listed) == len(entries_before) <= 1
-        assert all(is_of_another_key(task) for task in listed)
-        answer = await neighbour.call("generate_image", **WISH)
+        task_list = await tasks(neighbour)
+        assert len(task_list) == len(entries_before) <= 1
+        assert all(is_of_another_key(task) for task in task_list)
+        answer = await neighbour.call("generate_image", **REQUEST)
         assert answer is not None
         assert answer["structuredContent"]["charged"] == "yes", answer
-        (own_entry,) = town.billed(neighbour_key)
-        assert answer["structuredContent"]["task_id"] == own_entry
+        (own_id,) = harness.billed_ids(neighbour_key)
+        assert answer["structuredContent"]["task_id"] == own_id
         entries_after = {entry.key: entry for entry in entries_of(env)}
         assert len(entries_after) == len(entries_before) + 1
         for entry in entries_before:
             after = entries_after[entry.key]
-            expected = entry if after.task == entry.task else with_paid_task(entry, after, billed)
+            expected = entry if after.task == entry.task else with_paid_task(entry, after, billed_ids)
             # A restored entry has no owner and no caller: both were the dead server.
             assert after in (expected, replace(expected, owner="", caller=""))
-        async with town.nursery.server(env) as heir:
-            listed = await wait_for_images(heir, billed)
-            assert [task["task_id"] for task in listed if task["task_id"] and not is_of_another_key(task)] == billed
-            assert [task["task_id"] for task in listed if is_of_another_key(task)] == [own_entry]
-        listed = await tasks(neighbour)
-        assert [task["task_id"] for task in listed if not is_of_another_key(task)] == [own_entry]
-        assert [task["task_id"] for task in listed if task["task_id"] and is_of_another_key(task)] == billed
-    assert town.billed(name) == billed
-    assert town.billed(neighbour_key) == [own_entry]
-    assert not any(town.reads(neighbour_key, task_id) for task_id in billed)
-    assert town.reads(name, own_entry) <= 1  # the test of the account
+        async with harness.launcher.server(env) as successor:
+            task_list = await wait_for_images(successor, billed_ids)
+            assert [
+                task["task_id"] for task in task_list if task["task_id"] and not is_of_another_key(task)
+            ] == billed_ids
+            assert [task["task_id"] for task in task_list if is_of_another_key(task)] == [own_id]
+        task_list = await tasks(neighbour)
+        assert [task["task_id"] for task in task_list if not is_of_another_key(task)] == [own_id]
+        assert [task["task_id"] for task in task_list if task["task_id"] and is_of_another_key(task)] == billed_ids
+    assert harness.billed_ids(name) == billed_ids
+    assert harness.billed_ids(neighbour_key) == [own_id]
+    assert not any(harness.reads(neighbour_key, task_id) for task_id in billed_ids)
+    assert harness.reads(name, own_id) <= 1  # the test of the account
 
 
-def with_paid_task(entry: Entry, restored: Entry, billed: list[str]) -> Entry:
+def with_paid_task(entry: Entry, restored: Entry, billed_ids: list[str]) -> Entry:
     """Return the entry with the task that its dead owner wrote only to the record of paid tasks.
 
     Every server that opens the journal restores it.
     """
     assert entry.task is None
-    assert [restored.task_id] == billed
+    assert [restored.task_id] == billed_ids
     return replace(entry, phase=Phase.SUBMITTED, task=restored.task)
 
 
@@ -140,24 +149,28 @@ def is_of_another_key(task: dict[str, Any]) -> bool:
     return any("bought with another key" in note for note in task["notes"])
 
 
-async def test_a_server_with_another_key_never_touches_the_work_of_a_killed_one(town: Town) -> None:
-    operations = await good_run(town, town.env("good"))
+async def test_a_server_with_another_key_never_touches_the_work_of_a_killed_one(harness: Harness) -> None:
+    operations = await good_run(harness, harness.env("good"))
     # Only operations on the journal and on EvoLink can affect the other server.
     prefixes = ("journal: INSERT", "journal: UPDATE", "socket: send", "socket: recv")
-    positions = [at for at, operation in enumerate(operations, start=1) if operation.startswith(prefixes)]
-    await run_each(operations, positions, lambda at: fail_beside_neighbour(town, f"beside-{at}", at), PARALLEL)
+    positions = [number for number, operation in enumerate(operations, start=1) if operation.startswith(prefixes)]
+    await run_each(
+        operations, positions, lambda position: fail_beside_neighbour(harness, f"beside-{position}", position), PARALLEL
+    )
 
 
-async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_send_no_other_post(town: Town) -> None:
+async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_send_no_other_post(
+    harness: Harness,
+) -> None:
     """Killed during the POST, while the task runs, during the download, and after the download."""
-    env = town.env("four")
-    simulator = town.gateway.simulator
-    reached = anyio.Event()
+    env = harness.env("four")
+    simulator = harness.gateway.simulator
+    is_reached = anyio.Event()
     never = anyio.Event()
 
     async def accept_and_wait(exchange: Exchange) -> None:
-        await exchange.accepted()
-        reached.set()
+        await exchange.accept()
+        is_reached.set()
         await never.wait()
 
     async def until(condition: Any) -> None:
@@ -166,14 +179,14 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
 
     def hold_pictures(exchange: Exchange) -> Any:
         async def hold(_: Exchange) -> None:
-            reached.set()
+            is_reached.set()
             await never.wait()
 
         return hold if exchange.path.startswith("/pictures/") else None
 
     async def kill_at(prompt: str, moment: Any) -> None:
-        async with town.nursery.server(env) as server, anyio.create_task_group() as group:
-            group.start_soon(lambda: server.call("generate_image", **{**WISH, "prompt": prompt}))
+        async with harness.launcher.server(env) as server, anyio.create_task_group() as group:
+            group.start_soon(lambda: server.call("generate_image", **{**REQUEST, "prompt": prompt}))
             await moment()
             server.kill()
             assert await server.wait_for_exit() == -signal.SIGKILL
@@ -183,73 +196,76 @@ async def test_four_servers_killed_at_different_moments_leave_four_tasks_and_sen
         # Two lost answers of one moment would be indistinguishable, so wait for the ID of the first task.
         await kill_at("being made", lambda: until(lambda: ids_written(env) == 1))
         simulator.duration_s = 0
-        town.gateway.reads = hold_pictures
+        harness.gateway.reads = hold_pictures
         # This server may also fetch the first image, so wait for the ID of the second task too.
-        await kill_at("being fetched", lambda: until(lambda: reached.is_set() and ids_written(env) == 2))
-        town.gateway.reads = lambda exchange: None
-        async with town.nursery.server(env) as server:
-            await server.call("generate_image", **{**WISH, "prompt": "here"})
+        await kill_at("being fetched", lambda: until(lambda: is_reached.is_set() and ids_written(env) == 2))
+        harness.gateway.reads = lambda exchange: None
+        async with harness.launcher.server(env) as server:
+            await server.call("generate_image", **{**REQUEST, "prompt": "here"})
             server.kill()
             assert await server.wait_for_exit() == -signal.SIGKILL
-        reached = anyio.Event()
-        town.gateway.purchases = [accept_and_wait]
-        await kill_at("being bought", reached.wait)
-        posts = town.gateway.posts
-        assert (posts, len(town.billed("four"))) == (4, 4)
+        is_reached = anyio.Event()
+        harness.gateway.purchases = [accept_and_wait]
+        await kill_at("being bought", is_reached.wait)
+        posts = harness.gateway.posts
+        assert (posts, len(harness.billed_ids("four"))) == (4, 4)
 
-        async with town.nursery.server(env) as server:
-            listed = await wait_for_images(server, town.billed("four"))
-            assert [task["status"] for task in listed] == ["completed"] * 4
-            charged = {task["request"]["prompt"]: task["charged"] for task in listed}
-            assert charged == {"being made": "yes", "being fetched": "yes", "here": "yes", "being bought": "unknown"}
-            assert len(town.pictures("four")) == 4
-            assert town.gateway.posts == posts
-            again = await server.call("generate_image", **{**WISH, "prompt": "being bought"})
-            assert again is not None
-            assert "earlier identical call" in again["content"][0]["text"]
-            assert town.gateway.posts == posts
-            town.gateway.purchases = [behave]
-            second = await server.call("generate_image", **{**WISH, "prompt": "being bought"})
+        async with harness.launcher.server(env) as server:
+            task_list = await wait_for_images(server, harness.billed_ids("four"))
+            assert [task["status"] for task in task_list] == ["completed"] * 4
+            charges = {task["request"]["prompt"]: task["charged"] for task in task_list}
+            assert charges == {"being made": "yes", "being fetched": "yes", "here": "yes", "being bought": "unknown"}
+            assert len(harness.pictures("four")) == 4
+            assert harness.gateway.posts == posts
+            repeat = await server.call("generate_image", **{**REQUEST, "prompt": "being bought"})
+            assert repeat is not None
+            assert "earlier identical call" in repeat["content"][0]["text"]
+            assert harness.gateway.posts == posts
+            harness.gateway.purchases = [behave]
+            second = await server.call("generate_image", **{**REQUEST, "prompt": "being bought"})
             assert second is not None
-            assert second["structuredContent"]["task_id"] not in {task["task_id"] for task in listed}
-            assert town.gateway.posts == posts + 1
+            assert second["structuredContent"]["task_id"] not in {task["task_id"] for task in task_list}
+            assert harness.gateway.posts == posts + 1
 
 
 @asynccontextmanager
-async def two_servers(town: Town) -> AsyncIterator[tuple[Server, Server]]:
-    async with town.nursery.server(town.env("pair")) as first, town.nursery.server(town.env("pair")) as second:
+async def two_servers(harness: Harness) -> AsyncIterator[tuple[Server, Server]]:
+    async with (
+        harness.launcher.server(harness.env("pair")) as first,
+        harness.launcher.server(harness.env("pair")) as second,
+    ):
         yield first, second
 
 
-async def test_two_live_servers_do_not_touch_each_others_tasks_and_the_survivor_adopts_them(town: Town) -> None:
-    town.gateway.simulator.duration_s = 3600
+async def test_two_live_servers_do_not_touch_each_others_tasks_and_the_survivor_adopts_them(harness: Harness) -> None:
+    harness.gateway.simulator.duration_s = 3600
     with anyio.fail_after(300):
-        async with two_servers(town) as (victim, survivor):
-            first = await victim.call("generate_image", **WISH, wait_seconds=0)
-            second = await survivor.call("generate_image", **{**WISH, "prompt": "a hen"}, wait_seconds=0)
+        async with two_servers(harness) as (victim, survivor):
+            first = await victim.call("generate_image", **REQUEST, wait_seconds=0)
+            second = await survivor.call("generate_image", **{**REQUEST, "prompt": "a hen"}, wait_seconds=0)
             assert first is not None
             assert second is not None
             assert len(await tasks(victim)) == len(await tasks(survivor)) == 2
-            town.gateway.simulator.duration_s = 0
-            for task in town.gateway.simulator.tasks.values():
+            harness.gateway.simulator.duration_s = 0
+            for task in harness.gateway.simulator.tasks.values():
                 task.duration = 0
             victim.kill()
             assert await victim.wait_for_exit() == -signal.SIGKILL
-            listed = await wait_for_images(survivor, town.billed("pair"))
-    assert [task["status"] for task in listed] == ["completed"] * 2
-    assert (town.gateway.posts, len(town.pictures("pair"))) == (2, 2)
+            task_list = await wait_for_images(survivor, harness.billed_ids("pair"))
+    assert [task["status"] for task in task_list] == ["completed"] * 2
+    assert (harness.gateway.posts, len(harness.pictures("pair"))) == (2, 2)
 
 
-async def test_a_suspended_server_keeps_its_work(town: Town) -> None:
-    await stopped_and_continued(town, town.env("pair"))
+async def test_a_suspended_server_keeps_its_work(harness: Harness) -> None:
+    await check_suspended_server(harness, harness.env("pair"))
 
 
-async def test_a_server_without_a_tool_call_leaves_no_trace(town: Town) -> None:
+async def test_a_server_without_a_tool_call_leaves_no_trace(harness: Harness) -> None:
     """Some clients start a server only to test its start."""
     with anyio.fail_after(300):
-        async with town.nursery.server(town.env("probe")) as server:
+        async with harness.launcher.server(harness.env("probe")) as server:
             await server.ask("tools/list")
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() == 0
-    assert list((town.folder / "probe").iterdir()) == []
-    assert town.gateway.requests == []
+    assert list((harness.folder / "probe").iterdir()) == []
+    assert harness.gateway.requests == []

@@ -10,9 +10,9 @@ from typing import Any
 
 import anyio
 import pytest
-from killer import AT, HOW, LOG, Server, nursery_of_servers  # noqa: F401
+from kill_harness import Harness, open_harness, run_each  # noqa: F401
+from killer import LOG, MODE, POSITION, Server, shared_launcher  # noqa: F401
 from slow import RUNS_SLOW_TESTS
-from town import Town, run_each, town_with_a_nursery  # noqa: F401
 
 pytestmark = [
     pytest.mark.anyio,
@@ -26,10 +26,10 @@ PARALLEL = 4
 POSITIONS_MAX = 24
 
 
-def bought(town: Town, name: str) -> Counter[str]:
+def count_tasks(harness: Harness, name: str) -> Counter[str]:
     """Return the number of tasks for each prompt."""
-    simulated = town.gateway.simulator.tasks.values()
-    return Counter(task.body["prompt"] for task in simulated if task.key == town.key(name))
+    simulated = harness.gateway.simulator.tasks.values()
+    return Counter(task.body["prompt"] for task in simulated if task.key == harness.key(name))
 
 
 async def wait_for_known_images(server: Server) -> list[dict[str, Any]]:
@@ -37,61 +37,69 @@ async def wait_for_known_images(server: Server) -> list[dict[str, Any]]:
     while True:
         answer = await server.call("list_tasks", detail=True, limit=50)
         assert answer is not None
-        listed = answer["structuredContent"]["tasks"]
-        if all(task["images"] and all(image["path"] for image in task["images"]) for task in listed if task["task_id"]):
-            return listed
+        task_list = answer["structuredContent"]["tasks"]
+        if all(
+            task["images"] and all(image["path"] for image in task["images"]) for task in task_list if task["task_id"]
+        ):
+            return task_list
         await anyio.sleep(0.02)
 
 
-async def good_series(town: Town) -> list[str]:
+async def good_series(harness: Harness) -> list[str]:
     """Buy a series without a failure. Return the operations of the server."""
-    log = town.folder / "operations"
+    log = harness.folder / "operations"
     with anyio.fail_after(300):
-        async with town.nursery.server({**town.env("good"), AT: "0", HOW: "count", LOG: str(log)}) as server:
+        async with harness.launcher.server(
+            {**harness.env("good"), POSITION: "0", MODE: "count", LOG: str(log)}
+        ) as server:
             answer = await server.call("generate_images", **SERIES)
             assert answer is not None
             assert answer["structuredContent"]["status"] == "completed"
             operations = log.read_text().splitlines()
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() == 0
-    assert bought(town, "good") == Counter(SERIES["prompts"])
+    assert count_tasks(harness, "good") == Counter(SERIES["prompts"])
     return operations
 
 
-async def kill_and_repeat(town: Town, name: str, at: int) -> None:
-    """Kill a server at operation `at`. The next server gets the same call, unless the client has the answer."""
-    async with town.nursery.server(town.env(name, **{AT: str(at), HOW: "kill"}), greet=False) as server:
-        await server.hello()
+async def kill_and_repeat(harness: Harness, name: str, position: int) -> None:
+    """Kill a server at operation `position`. The next server gets the same call, unless the client has the answer."""
+    async with harness.launcher.server(
+        harness.env(name, **{POSITION: str(position), MODE: "kill"}), initialize=False
+    ) as server:
+        await server.initialize()
         answer = await server.call("generate_images", **SERIES)
-        server.hang_up()
+        server.close_stdin()
         assert await server.wait_for_exit() in (-signal.SIGKILL, 0)
-    await town.gateway.wait_until_idle()
-    before = bought(town, name)
+    await harness.gateway.wait_until_idle()
+    before = count_tasks(harness, name)
     assert not before or max(before.values()) == 1
-    async with town.nursery.server(town.env(name)) as server:
+    async with harness.launcher.server(harness.env(name)) as server:
         if answer is None:
-            repeated = await server.call("generate_images", **SERIES)
-            assert repeated is not None
-            records = repeated["structuredContent"]["tasks"]
-            after = bought(town, name)
+            second_answer = await server.call("generate_images", **SERIES)
+            assert second_answer is not None
+            records = second_answer["structuredContent"]["tasks"]
+            after = count_tasks(harness, name)
             assert max(after.values()) == 1, (before, after)
             unknown = {record["prompt"] for record in records if record["charged"] == "unknown"}
             # A picture whose answer was lost is not bought again. Every other picture is saved.
             assert set(SERIES["prompts"]) == set(after) | unknown
             saved = {record["prompt"] for record in records if record.get("images")}
             assert saved | unknown == set(SERIES["prompts"]), records
-        listed = await wait_for_known_images(server)
-        assert {task["task_id"] for task in listed if task["task_id"]} <= set(town.billed(name))
-        paths = [Path(image["path"]) for task in listed for image in task["images"]]
-        assert sorted(paths) == town.pictures(name)
-        server.hang_up()
+        task_list = await wait_for_known_images(server)
+        assert {task["task_id"] for task in task_list if task["task_id"]} <= set(harness.billed_ids(name))
+        paths = [Path(image["path"]) for task in task_list for image in task["images"]]
+        assert sorted(paths) == harness.pictures(name)
+        server.close_stdin()
         assert await server.wait_for_exit() == 0
 
 
-async def test_a_series_killed_at_any_operation_is_bought_at_most_once(town: Town) -> None:
-    operations = await good_series(town)
+async def test_a_series_killed_at_any_operation_is_bought_at_most_once(harness: Harness) -> None:
+    operations = await good_series(harness)
     kinds = Counter(operation.partition(":")[0] for operation in operations)
-    assert all(kinds[kind] >= least for kind, least in (("journal", 60), ("socket", 60), ("file", 60)))
+    assert all(kinds[kind] >= minimum for kind, minimum in (("journal", 60), ("socket", 60), ("file", 60)))
     every = 1 if RUNS_SLOW_TESTS else max(1, len(operations) // POSITIONS_MAX)
     positions = range(1, len(operations) + 1, every)
-    await run_each(operations, positions, lambda at: kill_and_repeat(town, f"kill-{at}", at), PARALLEL)
+    await run_each(
+        operations, positions, lambda position: kill_and_repeat(harness, f"kill-{position}", position), PARALLEL
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import Clock, Open, World
-from office import ANNA, BERT, WISH, office
+from team_server import ANNA, BERT, REQUEST, open_team_server
 
 from evolink_mcp.images.previews import PreviewCache
 from evolink_mcp.journal.entry import Entry
@@ -36,24 +36,24 @@ async def buy(world: World, **arguments: Any) -> dict[str, Any]:
 async def test_the_journal_forgets_old_requests_and_keeps_tasks_charges_and_images(open_world: Open) -> None:
     clock = Clock()
     async with open_world(clock=clock) as world:
-        old = await buy(world, prompt=f"sim:fast {SEA} a secret fox", save_as="hero.png")
+        old_task = await buy(world, prompt=f"sim:fast {SEA} a secret fox", save_as="hero.png")
         await world.studio.journal.remember_upload("ab", "https://x.example/1", world.studio.now() + 10)
         clock.now += 3 * DAY_S
-        new = await buy(world, prompt=f"sim:fast {SEA} a secret hen")
-        running = await buy(world, prompt=f"sim:slow=60 {SEA} a secret cow", wait_seconds=0)
+        new_task = await buy(world, prompt=f"sim:fast {SEA} a secret hen")
+        running_task = await buy(world, prompt=f"sim:slow=60 {SEA} a secret cow", wait_seconds=0)
         now = world.studio.now()
         assert await world.studio.journal.forget(now + 1, now) == 2
         clock.now += 1
         assert await world.studio.journal.forget(now - 2 * DAY_S, now) == 0
         assert await world.studio.journal.find_upload("ab", 0) is None
-        assert await tasks_with(world, "secret") == [running["task_id"]]
-        assert await tasks_with(world, "hero") == [old["task_id"]]
-        entry = await world.studio.journal.by_task(new["task_id"])
+        assert await tasks_with(world, "secret") == [running_task["task_id"]]
+        assert await tasks_with(world, "hero") == [old_task["task_id"]]
+        entry = await world.studio.journal.by_task(new_task["task_id"])
         assert entry is not None
         assert (entry.request, entry.references) == ({}, ())
         async with world.client() as client:
-            answer = (await client.call_tool("get_task", {"task_id": old["task_id"]})).structured_content
-    assert (answer["status"], answer["credits"]) == ("completed", old["credits"])
+            answer = (await client.call_tool("get_task", {"task_id": old_task["task_id"]})).structured_content
+    assert (answer["status"], answer["credits"]) == ("completed", old_task["credits"])
     assert Path(answer["images"][0]["path"]).is_file()
 
 
@@ -80,13 +80,16 @@ async def test_a_server_forgets_the_requests_of_tenants_that_never_call_again(tm
             day_is_over.set()
         await anyio.sleep_forever()
 
-    async with office(tmp_path, ANNA, BERT) as team:
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
         for token in ("a", "b"):
-            await team.call(token, "generate_image", **{**WISH, "prompt": f"sim:fast {SEA} a secret fox"})
+            await server.call(token, "generate_image", **{**REQUEST, "prompt": f"sim:fast {SEA} a secret fox"})
     days = {"EVOLINK_MCP_RETENTION_DAYS": "1"}
-    async with office(tmp_path, ANNA, BERT, pause=pause, **days) as team, anyio.create_task_group() as group:
-        team.clock.shift_s = 2 * DAY_S
-        group.start_soon(team.studios.forget_loop)
+    async with (
+        open_team_server(tmp_path, ANNA, BERT, pause=pause, **days) as server,
+        anyio.create_task_group() as group,
+    ):
+        server.clock.shift_s = 2 * DAY_S
+        group.start_soon(server.studios.forget_loop)
         await day_is_over.wait()
         group.cancel_scope.cancel()
     assert [entry.request for entry in read_entries(tmp_path / "data", 10)] == [{}, {}]
@@ -95,12 +98,12 @@ async def test_a_server_forgets_the_requests_of_tenants_that_never_call_again(tm
 async def test_the_oldest_copies_beyond_2_gib_and_an_hour_are_removed(tmp_path: Path) -> None:
     copies = tmp_path / "data" / "copies"
     copies.mkdir(parents=True)
-    async with office(tmp_path, ANNA) as team:
+    async with open_team_server(tmp_path, ANNA) as server:
         for name, age_s in (("expired", 3_700), ("older", 120), ("newer", 60)):
             with (copies / name).open("wb") as file:
                 file.truncate(100 if name == "expired" else 3 << 29)  # sparse
-            os.utime(copies / name, (team.clock() - age_s, team.clock() - age_s))
-        await team.call("a", "generate_image", **WISH)
+            os.utime(copies / name, (server.clock() - age_s, server.clock() - age_s))
+        await server.call("a", "generate_image", **REQUEST)
     names = {path.name for path in copies.iterdir()}
     assert {"expired", "older", "newer"} & names == {"newer"}
 
@@ -119,14 +122,14 @@ async def test_a_server_remembers_a_limited_number_of_its_writes_for_a_failover(
     from evolink_mcp.teams.failover import WrittenEntries
 
     now = 0.0
-    written = WrittenEntries(lambda: now)
+    entries = WrittenEntries(lambda: now)
     fields = {"phase": "intent", "created_at": 1.0, "fingerprint": "f", "owner": "server-1"}
     for number in range(5_001):
-        written.add("anna", Entry(key=f"evomcp-{number}", **fields))
-    assert len(written) == 5_000
+        entries.add("anna", Entry(key=f"evomcp-{number}", **fields))
+    assert len(entries) == 5_000
     now = 601.0
-    written.add("anna", Entry(key="evomcp-later", **fields))
-    assert len(written) == 1
+    entries.add("anna", Entry(key="evomcp-later", **fields))
+    assert len(entries) == 1
 
 
 TRIALS = {

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 from drawings import noise
-from office import ANNA, office
+from team_server import ANNA, open_team_server
 
 from evolink_mcp.transports.authentication import AuthFailure
 from evolink_mcp.transports.http import LARGE_BODIES, REQUEST_MAX_BYTES
@@ -128,9 +128,9 @@ async def test_an_image_of_8_mb_as_a_data_uri_is_edited(tmp_path: Path) -> None:
     assert REQUEST_MAX_BYTES < len(uri) < LARGE_BODIES.body_max_bytes
     arguments = {"prompt": "sim:fast a fox", "size": "1024x640", "image_urls": [uri]}
     with anyio.fail_after(300):
-        async with office(tmp_path, ANNA) as town, town.client("a") as client:
+        async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
             answer = await client.call_tool("generate_image", arguments)
-            assert town.posts == 1
+            assert server.posts == 1
     assert answer.structured_content["status"] == "completed"
     assert answer.structured_content["references"][0]["url"].startswith("http")
 

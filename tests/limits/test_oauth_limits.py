@@ -12,7 +12,7 @@ from evolink_mcp.teams.tokens import Tenant
 from evolink_mcp.transports.authentication import AuthFailure
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
-STRANGER = rsa.generate_private_key(65537, 2048)
+OTHER_PRIVATE_KEY = rsa.generate_private_key(65537, 2048)
 
 
 async def _status(issuer: Issuer, token: bytes, statuses: list[int]) -> None:
@@ -31,14 +31,14 @@ async def test_a_caller_with_a_known_key_never_waits_for_the_issuer() -> None:
     assert isinstance(await issuer.tenant_of(login.token()), Tenant)
     login.can_answer = anyio.Event()
     login.now += 2 * 3600  # the keys are old, and the issuer does not answer
-    refused: list[int] = []
+    statuses: list[int] = []
     async with anyio.create_task_group() as group:
-        group.start_soon(_status, issuer, login.token("random", key=STRANGER), refused)
+        group.start_soon(_status, issuer, login.token("random", key=OTHER_PRIVATE_KEY), statuses)
         await _until_read(login, 2)
         assert isinstance(await issuer.tenant_of(login.token()), Tenant)
-        assert refused == []
+        assert statuses == []
         login.can_answer.set()
-    assert refused == [401]
+    assert statuses == [401]
 
 
 async def test_callers_with_unknown_keys_share_one_read_of_the_issuer_and_their_number_is_limited() -> None:
@@ -50,7 +50,7 @@ async def test_callers_with_unknown_keys_share_one_read_of_the_issuer_and_their_
     statuses: list[int] = []
     async with anyio.create_task_group() as group:
         for number in range(5):
-            group.start_soon(_status, issuer, login.token(f"random-{number}", key=STRANGER), statuses)
+            group.start_soon(_status, issuer, login.token(f"random-{number}", key=OTHER_PRIVATE_KEY), statuses)
         await _until_read(login, 2)
         assert statuses == [503, 503]
         login.can_answer.set()

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from login import ISSUER, Login
-from office import ANNA, BERT, INITIALIZE, office
+from team_server import ANNA, BERT, INITIALIZE, open_team_server
 
 from evolink_mcp.teams.authenticator import TeamAuthenticator
 from evolink_mcp.teams.request_rates import REQUESTS_PER_MINUTE, TENANTS_MAX, MinuteCount, RequestRates
@@ -44,7 +44,7 @@ class People:
 
     def __init__(self, group: Any) -> None:
         self.apps: dict[str, App] = {}
-        self.closed: list[str] = []
+        self.closed_names: list[str] = []
         self.can_close = anyio.Event()
         self.can_close.set()
         self.now_s = 0.0
@@ -59,7 +59,7 @@ class People:
         yield app
         await self.can_close.wait()
         del self.apps[tenant.name]
-        self.closed.append(tenant.name)
+        self.closed_names.append(tenant.name)
 
     async def status(self, name: str) -> int:
         messages: list[Any] = []
@@ -77,9 +77,9 @@ async def test_a_further_person_gets_the_place_of_the_idle_person_with_the_oldes
         people = People(group)
         for name in ("anna", "bert", "carl", "bert", "dora"):
             assert await people.status(name) == 200
-        while not people.closed:
+        while not people.closed_names:
             await anyio.sleep(0)
-        assert people.closed == ["carl"]
+        assert people.closed_names == ["carl"]
         assert sorted(people.apps) == ["anna", "bert", "dora"]
         people.apps["bert"].is_idle = False
         people.apps["dora"].is_idle = False
@@ -114,11 +114,11 @@ async def test_a_tenant_is_opened_again_only_after_its_former_app_has_ended() ->
 
         group.start_soon(call_again)
         await anyio.wait_all_tasks_blocked()
-        assert (statuses, people.closed) == ([], [])
+        assert (statuses, people.closed_names) == ([], [])
         people.can_close.set()
         while not statuses:
             await anyio.sleep(0)
-        assert "bert" in people.closed
+        assert "bert" in people.closed_names
         group.cancel_scope.cancel()
 
 
@@ -210,27 +210,27 @@ async def test_the_requests_at_all_servers_count_together() -> None:
     assert first.failure("anna", None) is None
 
 
-async def test_requests_that_other_servers_did_not_learn_are_sent_again() -> None:
+async def test_requests_that_other_servers_did_not_receive_are_sent_again() -> None:
     rates = RequestRates(default=5, clock=lambda: 120.0)
     assert rates.failure("anna", None) is None
-    lost = rates.take_unsent()
+    unsent = rates.take_unsent()
     assert rates.failure("anna", None) is None
-    rates.restore_unsent(lost)
+    rates.restore_unsent(unsent)
     assert rates.take_unsent() == [MinuteCount("anna", 2, 2)]
 
 
 async def test_the_calls_of_all_tenants_wait_for_the_same_turns(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as team, AsyncExitStack() as stack:
+    async with open_team_server(tmp_path, ANNA, BERT) as server, AsyncExitStack() as stack:
 
         async def ask(token: str) -> None:
-            async with team.http(token) as http:
+            async with server.http(token) as http:
                 statuses.append((await http.post("/mcp", json=INITIALIZE)).status_code)
 
         statuses: list[int] = []
         for token in ("a", "b"):  # opens the app of the tenant, which needs a turn too
             await ask(token)
         statuses.clear()
-        give_back = [await stack.enter_async_context(team.studios.turns.turn()) for _ in range(CALLS_AT_ONCE)]
+        give_back = [await stack.enter_async_context(server.studios.turns.turn()) for _ in range(CALLS_AT_ONCE)]
         async with anyio.create_task_group() as group:
             for token in ("a", "b"):
                 group.start_soon(ask, token)
@@ -355,10 +355,10 @@ async def test_a_person_gets_only_the_tools_of_the_role(tmp_path: Path, file: Pa
     login = Login()
     issuer = login.issuer(roles=Roles(file))
     token = login.token(realm_access={"roles": ["reader"]}).decode()
-    async with office(tmp_path, ANNA, issuer=issuer, EVOLINK_MCP_OAUTH_ISSUER=ISSUER, **PUBLIC) as team:
-        async with team.client(token) as client:
+    async with open_team_server(tmp_path, ANNA, issuer=issuer, EVOLINK_MCP_OAUTH_ISSUER=ISSUER, **PUBLIC) as server:
+        async with server.client(token) as client:
             assert [tool.name for tool in (await client.list_tools()).tools] == ["compute_size"]
-        async with team.http(login.token(sub="mallory").decode()) as http:
+        async with server.http(login.token(sub="mallory").decode()) as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 403
 
 

@@ -1,4 +1,4 @@
-"""Clients that do not read, only send, or come in crowds meet a limit, and other clients still get their answers."""
+"""Limits for clients that do not read, that only send, or that are many. Other clients still get their answers."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ CHUNK = b"x" * 1024  # asyncio reports an unread answer above 64 KiB
 
 
 class EndlessAnswers:
-    """An app whose answer never ends. `gone` has the paths of clients whose connections ended."""
+    """An app whose answer never ends. `ended_paths` has the paths of clients whose connections ended."""
 
     def __init__(self) -> None:
-        self.gone: list[str] = []
-        self.changed = anyio.Event()
+        self.ended_paths: list[str] = []
+        self.has_changed = anyio.Event()
         self.chunks = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -59,13 +59,13 @@ class EndlessAnswers:
             while (await receive())["type"] != "http.disconnect":
                 pass
             group.cancel_scope.cancel()
-        self.gone.append(scope["path"])
-        self.changed.set()
-        self.changed = anyio.Event()
+        self.ended_paths.append(scope["path"])
+        self.has_changed.set()
+        self.has_changed = anyio.Event()
 
 
 @asynccontextmanager
-async def served(app: Any, limits: ConnectionLimits) -> AsyncIterator[int]:
+async def serve(app: Any, limits: ConnectionLimits) -> AsyncIterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,7 +77,7 @@ async def served(app: Any, limits: ConnectionLimits) -> AsyncIterator[int]:
         signal.raise_signal(signal.SIGTERM)
 
 
-async def connected(port: int, path: str) -> SocketStream:
+async def connect(port: int, path: str) -> SocketStream:
     stream = await anyio.connect_tcp("127.0.0.1", port)
     await stream.send(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
     return stream
@@ -86,30 +86,30 @@ async def connected(port: int, path: str) -> SocketStream:
 async def test_an_answer_that_is_not_read_ends_after_its_time() -> None:
     app = EndlessAnswers()
     async with (
-        served(app, replace(LIMITS, unread_timeout_s=0.05)) as port,
-        await connected(port, "/unread"),
+        serve(app, replace(LIMITS, unread_timeout_s=0.05)) as port,
+        await connect(port, "/unread"),
     ):
-        while not app.gone:
-            await app.changed.wait()
-    assert app.gone == ["/unread"]
+        while not app.ended_paths:
+            await app.has_changed.wait()
+    assert app.ended_paths == ["/unread"]
 
 
 async def test_the_unread_answers_of_all_connections_have_a_limit_and_the_oldest_one_ends() -> None:
     app = EndlessAnswers()
     limits = replace(LIMITS, unread_max_bytes=100 << 10, unread_timeout_s=1_000)
-    async with served(app, limits) as port, await connected(port, "/first"):
+    async with serve(app, limits) as port, await connect(port, "/first"):
         # The answer to the second client must not wait first. An answer that waits sends no chunk.
         chunks = -1
         while chunks != app.chunks or not chunks:
             chunks = app.chunks
             for _ in range(50):
                 await anyio.sleep(0)
-        async with await connected(port, "/second"):
-            while not app.gone:
-                await app.changed.wait()
-            assert app.gone == ["/first"]
-        while len(app.gone) < 2:
-            await app.changed.wait()
+        async with await connect(port, "/second"):
+            while not app.ended_paths:
+                await app.has_changed.wait()
+            assert app.ended_paths == ["/first"]
+        while len(app.ended_paths) < 2:
+            await app.has_changed.wait()
 
 
 class FakeTransport:
@@ -117,13 +117,13 @@ class FakeTransport:
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = list(sizes)
-        self.aborted = anyio.Event()
+        self.is_aborted = anyio.Event()
 
     def get_write_buffer_size(self) -> int:
         return self.sizes.pop(0) if len(self.sizes) > 1 else self.sizes[0]
 
     def abort(self) -> None:
-        self.aborted.set()
+        self.is_aborted.set()
 
 
 async def test_a_slow_client_that_reads_keeps_its_answer() -> None:
@@ -131,7 +131,7 @@ async def test_a_slow_client_that_reads_keeps_its_answer() -> None:
     slow: Any = FakeTransport(400, 400, 300, 300, 200, 200, 200)
     unread = UnreadAnswers(replace(LIMITS, unread_timeout_s=0))
     unread.add(slow)
-    await slow.aborted.wait()
+    await slow.is_aborted.wait()
     assert slow.sizes == [200]
 
 
@@ -140,7 +140,7 @@ class BlockedStreams:
 
     def __init__(self) -> None:
         self.posts: list[str] = []
-        self.ended: list[str] = []
+        self.ended_sessions: list[str] = []
         self.is_open: dict[str, anyio.Event] = {"1": anyio.Event(), "2": anyio.Event()}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -155,7 +155,7 @@ class BlockedStreams:
             self.is_open[session_id].set()
             await send({"type": "http.response.body", "body": b"an answer that is never read"})
         finally:
-            self.ended.append(session_id)
+            self.ended_sessions.append(session_id)
 
 
 async def test_a_stream_that_is_not_read_accepts_few_messages_and_the_process_ends_the_slowest_stream() -> None:
@@ -194,11 +194,11 @@ async def test_a_stream_that_is_not_read_accepts_few_messages_and_the_process_en
             group.start_soon(open_stream, session_id)
             await is_blocked[session_id].wait()
         assert [await post("1") for _ in range(4)] == [202, 202, 503, 503]
-        assert (await post("2"), app.ended) == (202, [])
+        assert (await post("2"), app.ended_sessions) == (202, [])
         assert await post("2") == 202
-        while not app.ended:
+        while not app.ended_sessions:
             await anyio.sleep(0)
-        assert app.ended == ["1"]
+        assert app.ended_sessions == ["1"]
         group.cancel_scope.cancel()
     assert app.posts == ["1", "1", "2", "2"]
 
@@ -211,7 +211,7 @@ async def no_message() -> dict[str, Any]:
 async def test_callers_that_the_server_has_not_accepted_yet_wait_in_the_queue_of_the_system() -> None:
     """The server's loop does not run while they connect. Above the queue's length, the system would drop them."""
     app = HttpGuard(EndlessAnswers(), (), 1_000)
-    async with served(app, replace(LIMITS, accepted_at_once=8)) as port:
+    async with serve(app, replace(LIMITS, accepted_at_once=8)) as port:
         with ExitStack() as stack:
             callers = [stack.enter_context(socket.socket()) for _ in range(200)]
             for caller in callers:
@@ -226,11 +226,11 @@ async def test_callers_that_the_server_has_not_accepted_yet_wait_in_the_queue_of
             assert len(waiting) == 0
 
 
-class Lines:
-    """Calls that wait for a turn. `begun` lists the lines of the calls that have begun, and `end` ends the oldest one."""
+class QueuedCalls:
+    """Calls that wait for a turn. `started_lines` has the lines of the calls that began. `end` ends the oldest one."""
 
     def __init__(self, group: Any, turns: Turns) -> None:
-        self.begun: list[str] = []
+        self.started_lines: list[str] = []
         self._group = group
         self._turns = turns
         self._ends: list[anyio.Event] = []
@@ -246,7 +246,7 @@ class Lines:
 
     async def _run(self, line: str) -> None:
         async with self._turns.turn(line):
-            self.begun.append(line)
+            self.started_lines.append(line)
             end = anyio.Event()
             self._ends.append(end)
             await end.wait()
@@ -254,62 +254,62 @@ class Lines:
 
 async def test_the_tenant_whose_last_turn_is_the_longest_ago_is_next() -> None:
     async with anyio.create_task_group() as group:
-        lines = Lines(group, Turns(1, longest_s=1_000))
-        await lines.call("other")
-        await lines.end()
-        await lines.call("hostile", "hostile", "hostile", "hostile", "other", "new")
+        calls = QueuedCalls(group, Turns(1, longest_s=1_000))
+        await calls.call("other")
+        await calls.end()
+        await calls.call("hostile", "hostile", "hostile", "hostile", "other", "new")
         for _ in range(6):
-            await lines.end()
-    assert lines.begun == ["other", "hostile", "other", "hostile", "new", "hostile", "hostile"]
+            await calls.end()
+    assert calls.started_lines == ["other", "hostile", "other", "hostile", "new", "hostile", "hostile"]
 
 
 async def test_a_cancelled_call_leaves_its_line_and_takes_no_turn() -> None:
     turns = Turns(1, longest_s=1_000)
     async with anyio.create_task_group() as group:
-        lines = Lines(group, turns)
-        await lines.call("first")
+        calls = QueuedCalls(group, turns)
+        await calls.call("first")
         with anyio.move_on_after(0):
             async with turns.turn("cancelled"):
                 raise AssertionError("the turn is not free")
-        await lines.call("second")
-        await lines.end()
-        assert lines.begun == ["first", "second"]
-        await lines.end()
-        await lines.call("third")
-        await lines.end()
-    assert lines.begun == ["first", "second", "third"]
+        await calls.call("second")
+        await calls.end()
+        assert calls.started_lines == ["first", "second"]
+        await calls.end()
+        await calls.call("third")
+        await calls.end()
+    assert calls.started_lines == ["first", "second", "third"]
 
 
 async def test_a_call_that_is_cancelled_when_its_turn_comes_passes_the_turn_on() -> None:
     async with anyio.create_task_group() as group:
         turns = Turns(1, longest_s=1_000)
-        lines = Lines(group, turns)
+        calls = QueuedCalls(group, turns)
         scope = anyio.CancelScope()
 
-        async def cancelled() -> None:
+        async def take_turn() -> None:
             with scope:
                 async with turns.turn("cancelled"):
                     await anyio.sleep_forever()
 
         async with turns.turn("first"):
-            group.start_soon(cancelled)
+            group.start_soon(take_turn)
             await anyio.wait_all_tasks_blocked()
             scope.cancel()
-        await lines.call("second")
-        await lines.end()
-    assert lines.begun == ["second"]
+        await calls.call("second")
+        await calls.end()
+    assert calls.started_lines == ["second"]
 
 
 async def test_a_server_that_ends_refuses_the_calls_without_a_turn_and_those_with_one_continue() -> None:
     turns = Turns(1, longest_s=1_000)
-    refused: list[str] = []
+    refused_calls: list[str] = []
 
     async def call(name: str) -> None:
         try:
             async with turns.turn(name):
                 raise AssertionError("the turn is not free")
         except TurnsClosed:
-            refused.append(name)
+            refused_calls.append(name)
 
     async with anyio.create_task_group() as group, turns.turn("first"):
         group.start_soon(call, "second")
@@ -318,7 +318,7 @@ async def test_a_server_that_ends_refuses_the_calls_without_a_turn_and_those_wit
         turns.close()
         await call("fourth")
         await anyio.wait_all_tasks_blocked()
-        assert sorted(refused) == ["fourth", "second", "third"]
+        assert sorted(refused_calls) == ["fourth", "second", "third"]
 
 
 async def test_an_answer_that_begins_gives_the_turn_back() -> None:
@@ -371,25 +371,25 @@ async def test_the_number_of_known_lines_is_limited() -> None:
 
 async def test_calls_begin_in_the_order_of_their_arrival_and_few_at_once() -> None:
     turns = Turns(2, longest_s=1_000)
-    start_count: list[int] = []
+    started_numbers: list[int] = []
     release = [anyio.Event() for _ in range(4)]
 
     async def call(number: int) -> None:
         async with turns.turn():
-            start_count.append(number)
+            started_numbers.append(number)
             await release[number].wait()
 
     async with anyio.create_task_group() as group:
         for number in range(4):
             group.start_soon(call, number)
         await anyio.wait_all_tasks_blocked()
-        assert start_count == [0, 1]
+        assert started_numbers == [0, 1]
         release[1].set()
         await anyio.wait_all_tasks_blocked()
-        assert start_count == [0, 1, 2]
+        assert started_numbers == [0, 1, 2]
         for event in release:
             event.set()
-    assert start_count == [0, 1, 2, 3]
+    assert started_numbers == [0, 1, 2, 3]
 
 
 async def test_a_call_that_waits_gives_its_turn_back() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from drawings import drawing
-from office import ANNA, BERT, Office, block, office
+from team_server import ANNA, BERT, TeamServer, block, open_team_server
 
 from evolink_mcp.teams.uploads import BURST_BYTES, BYTES_PER_S, ByteLimit, Pace, UploadApp
 
@@ -20,29 +20,29 @@ PNG = drawing()
 OTHER_PNG = drawing((65, 48))
 
 
-def sent_uploads(team: Office) -> int:
-    return sum("upload" in request.path for request in team.simulator.requests)
+def sent_uploads(server: TeamServer) -> int:
+    return sum("upload" in request.path for request in server.simulator.requests)
 
 
-async def put(team: Office, token: str, content: Any = PNG) -> Any:
-    async with team.http(token) as http:
+async def put(server: TeamServer, token: str, content: Any = PNG) -> Any:
+    async with server.http(token) as http:
         return await http.put("/uploads", content=content)
 
 
 class SlowUploads:
     """Uploads of unknown size that wait for `end` before their last part."""
 
-    def __init__(self, team: Office) -> None:
-        self._team = team
+    def __init__(self, server: TeamServer) -> None:
+        self._server = server
         self._end = anyio.Event()
-        self.begun = 0
+        self.started_count = 0
         self.statuses: list[int] = []
 
     async def run(self, token: str) -> None:
-        self.statuses.append((await put(self._team, token, self._parts())).status_code)
+        self.statuses.append((await put(self._server, token, self._parts())).status_code)
 
     async def _parts(self) -> AsyncIterator[bytes]:
-        self.begun += 1
+        self.started_count += 1
         yield PNG[:10]
         await self._end.wait()
         yield PNG[10:]
@@ -50,7 +50,7 @@ class SlowUploads:
     async def begin(self, group: Any, *tokens: str) -> None:
         for token in tokens:
             group.start_soon(self.run, token)
-        while self.begun < len(tokens):
+        while self.started_count < len(tokens):
             await anyio.sleep(0.01)
 
     def end(self) -> None:
@@ -58,30 +58,30 @@ class SlowUploads:
 
 
 async def test_a_tenant_may_upload_two_of_the_largest_images_at_once(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as team, anyio.create_task_group() as group:
-        uploads = SlowUploads(team)
+    async with open_team_server(tmp_path, ANNA, BERT) as server, anyio.create_task_group() as group:
+        uploads = SlowUploads(server)
         await uploads.begin(group, "a", "a")
-        refused = await put(team, "a")
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-        assert (await put(team, "b")).status_code == 201
+        refusal = await put(server, "a")
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
+        assert (await put(server, "b")).status_code == 201
         uploads.end()
         while len(uploads.statuses) < 2:
             await anyio.sleep(0.01)
         assert uploads.statuses == [201, 201]
-        assert (await put(team, "a")).status_code == 201
+        assert (await put(server, "a")).status_code == 201
 
 
 async def test_all_tenants_together_may_upload_eight_of_the_largest_images_at_once(tmp_path: Path) -> None:
     blocks = [block(f"tenant{number}", f"t{number}") for number in range(5)]
-    async with office(tmp_path, *blocks) as team, anyio.create_task_group() as group:
-        uploads = SlowUploads(team)
+    async with open_team_server(tmp_path, *blocks) as server, anyio.create_task_group() as group:
+        uploads = SlowUploads(server)
         await uploads.begin(group, *(f"t{number}" for number in range(4) for _ in range(2)))
-        refused = await put(team, "t4")
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        refusal = await put(server, "t4")
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
         uploads.end()
         while len(uploads.statuses) < 8:
             await anyio.sleep(0.01)
-        assert (await put(team, "t4")).status_code == 201
+        assert (await put(server, "t4")).status_code == 201
 
 
 async def test_a_byte_limit_is_exact() -> None:
@@ -93,30 +93,30 @@ async def test_a_byte_limit_is_exact() -> None:
 
 async def test_a_tenant_has_a_quota_of_uploads_per_day(tmp_path: Path) -> None:
     megabytes = f"{1.5 * len(PNG) / 1e6:.6f}"
-    async with office(tmp_path, ANNA, BERT, EVOLINK_MCP_UPLOAD_MB_PER_DAY=megabytes) as team:
-        assert (await put(team, "a")).status_code == 201
-        refused = await put(team, "a", OTHER_PNG)
-        assert refused.status_code == 429
-        assert 0 < int(refused.headers["retry-after"]) <= 90_000
-        assert sent_uploads(team) == 1
-        assert (await put(team, "b")).status_code == 201
-        team.clock.shift_s = 86_400
-        assert (await put(team, "a", OTHER_PNG)).status_code == 201
+    async with open_team_server(tmp_path, ANNA, BERT, EVOLINK_MCP_UPLOAD_MB_PER_DAY=megabytes) as server:
+        assert (await put(server, "a")).status_code == 201
+        refusal = await put(server, "a", OTHER_PNG)
+        assert refusal.status_code == 429
+        assert 0 < int(refusal.headers["retry-after"]) <= 90_000
+        assert sent_uploads(server) == 1
+        assert (await put(server, "b")).status_code == 201
+        server.clock.shift_s = 86_400
+        assert (await put(server, "a", OTHER_PNG)).status_code == 201
 
 
 async def test_an_identical_upload_is_sent_to_evolink_once_in_71_hours(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as team:
-        first = await put(team, "a")
-        team.clock.shift_s = 70 * 3600
-        again = await put(team, "a")
-        assert (again.status_code, again.json()) == (201, first.json())
-        assert sent_uploads(team) == 1
-        team.clock.shift_s = 71 * 3600
-        later = await put(team, "a")
-        assert sent_uploads(team) == 2
-        assert later.json()["expires_at"] > first.json()["expires_at"]
-        await put(team, "b")  # another tenant must not learn that the image exists
-        assert sent_uploads(team) == 3
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        first = await put(server, "a")
+        server.clock.shift_s = 70 * 3600
+        repeat = await put(server, "a")
+        assert (repeat.status_code, repeat.json()) == (201, first.json())
+        assert sent_uploads(server) == 1
+        server.clock.shift_s = 71 * 3600
+        third = await put(server, "a")
+        assert sent_uploads(server) == 2
+        assert third.json()["expires_at"] > first.json()["expires_at"]
+        await put(server, "b")  # another tenant must not learn that the image exists
+        assert sent_uploads(server) == 3
 
 
 async def test_an_upload_of_40_mb_needs_no_copy_in_memory(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ async def test_an_upload_of_40_mb_needs_no_copy_in_memory(tmp_path: Path) -> Non
         for _ in range(40):
             yield bytes(1 << 20)  # bytes after the end of a PNG are removed
 
-    async with office(tmp_path, ANNA) as team:
-        await put(team, "a", OTHER_PNG)  # opens the tenant's app and the decoder
+    async with open_team_server(tmp_path, ANNA) as server:
+        await put(server, "a", OTHER_PNG)  # opens the tenant's app and the decoder
         tracemalloc.start()
         try:
-            answer = await put(team, "a", parts())
+            answer = await put(server, "a", parts())
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -42,7 +42,7 @@ async def test_the_downloads_of_a_task_share_one_budget() -> None:
         await download(client, f"{BASE}/a.png", io.BytesIO(), budget)
 
 
-async def test_the_images_of_a_job_end_with_its_budget(world: World) -> None:
+async def test_the_images_of_a_job_have_at_most_its_byte_budget(world: World) -> None:
     job = await world.studio.order(ImageRequest(GenerationRequest(prompt="sim:fast a fox", size="1024x640"), 20.0))
     job.download_budget = ByteBudget(100)
     while not job.is_finished:
@@ -112,7 +112,7 @@ async def test_a_json_answer_has_at_most_1_mib() -> None:
 
 TRIALS = {
     "Links of a task": test_a_task_has_at_most_ten_links_and_the_further_ones_are_only_counted,
-    "Downloaded bytes of a task": test_the_images_of_a_job_end_with_its_budget,
+    "Downloaded bytes of a task": test_the_images_of_a_job_have_at_most_its_byte_budget,
     "Bytes of an image": test_an_image_has_at_most_100_mib,
     "Redirects of an image": test_an_image_is_followed_over_three_redirects_at_most,
     "Addresses of an image host": test_a_host_with_too_many_addresses_is_refused,

@@ -20,7 +20,15 @@ from mcp.client.stdio import StdioServerParameters
 
 BUNDLE_MAX_BYTES = 800_000
 # uv may need these variables to reach its package index. The server does not use them.
-INDEX = ("UV_CACHE_DIR", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "UV_PYTHON", "SSL_CERT_FILE", "HTTPS_PROXY")
+INDEX_VARIABLES = (
+    "UV_CACHE_DIR",
+    "UV_DEFAULT_INDEX",
+    "UV_INDEX",
+    "UV_FIND_LINKS",
+    "UV_PYTHON",
+    "SSL_CERT_FILE",
+    "HTTPS_PROXY",
+)
 MANIFEST = json.loads((Path(__file__).parents[2] / "manifest.json").read_text(encoding="utf-8"))
 
 
@@ -42,7 +50,7 @@ def main() -> None:
             config = json.loads((options.into / "manifest.json").read_text(encoding="utf-8"))["server"]["mcp_config"]
             args = [arg.replace("${__dirname}", str(options.into)) for arg in config["args"]]
             # Placeholders stay unchanged: a host passes them for fields that the user left empty.
-            env |= config["env"] | {name: os.environ[name] for name in INDEX if name in os.environ}
+            env |= config["env"] | {name: os.environ[name] for name in INDEX_VARIABLES if name in os.environ}
             server = StdioServerParameters(command=options.uv, args=args, env=env, cwd="/")
         else:
             server = StdioServerParameters(command=options.command, env=env, cwd="/")
@@ -55,13 +63,13 @@ async def drive(server: StdioServerParameters) -> None:
         async with Client(server) as client:
             names = [tool.name for tool in (await client.list_tools()).tools]
             size = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})
-            refused = await client.call_tool("generate_image", {"prompt": "A calm sunset over the ocean"})
-    message = refused.content[0].text
+            refusal = await client.call_tool("generate_image", {"prompt": "A calm sunset over the ocean"})
+    message = refusal.content[0].text
     print(f"{len(names)} tools; without a key: {message.splitlines()[-1]}")
     if names != [tool["name"] for tool in MANIFEST["tools"]]:
         sys.exit(f"the manifest lists other tools than {names}")
-    if size.is_error or not refused.is_error or "EVOLINK_API_KEY" not in message or "dashboard/keys" not in message:
-        sys.exit(f"wrong answers: {size.content} {refused.content}")
+    if size.is_error or not refusal.is_error or "EVOLINK_API_KEY" not in message or "dashboard/keys" not in message:
+        sys.exit(f"wrong answers: {size.content} {refusal.content}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ CURSOR_FIELDS = {
 }  # fmt: skip
 
 
-def generated() -> dict[str, str]:
+def generated_files() -> dict[str, str]:
     spec = importlib.util.spec_from_file_location("make_catalogues", ROOT / "docs" / "make_catalogues.py")
     assert spec is not None
     assert spec.loader is not None
@@ -41,16 +41,16 @@ def load(path: str) -> dict[str, Any]:
     return json.loads((PLUGIN / path).read_text("utf-8"))
 
 
-@pytest.mark.parametrize("path", list(generated()))
+@pytest.mark.parametrize("path", list(generated_files()))
 def test_a_generated_file_is_current(path: str) -> None:
     """`python docs/make_catalogues.py` writes the files."""
-    assert (ROOT / path).read_text("utf-8") == generated()[path]
+    assert (ROOT / path).read_text("utf-8") == generated_files()[path]
 
 
 def test_the_folders_of_plugins_contain_only_generated_files() -> None:
     folders = (ROOT / "plugins", ROOT / ".claude-plugin", ROOT / ".agents")
     files = {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
-    assert files == set(generated()) - {"manifest.json", "server.json"}
+    assert files == set(generated_files()) - {"manifest.json", "server.json"}
 
 
 def test_the_portable_plugin_has_only_fields_of_agent_plugins() -> None:
@@ -93,7 +93,7 @@ def test_no_manifest_contains_a_key_and_every_secret_is_marked() -> None:
     (setting,) = load("gemini-extension.json")["settings"]
     assert (setting["envVar"], setting["sensitive"]) == ("EVOLINK_API_KEY", True)
     assert load("mcp.json")["mcpServers"]["evolink"]["env"] == {"EVOLINK_API_KEY": "keyring"}
-    assert not any(re.search(r"sk-\w", text) for text in generated().values())
+    assert not any(re.search(r"sk-\w", text) for text in generated_files().values())
 
 
 def test_the_skill_of_the_plugins_is_the_skill_of_the_server() -> None:

@@ -102,7 +102,7 @@ def test_a_pod_has_time_to_drain_after_the_ingress_knows_that_it_ends() -> None:
     assert POD["terminationGracePeriodSeconds"] > int(seconds) + DRAIN_S
 
 
-def test_one_server_always_runs() -> None:
+def test_at_least_one_server_runs_during_an_update() -> None:
     assert DEPLOYMENT["replicas"] >= 2
     assert DEPLOYMENT["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
     assert OBJECTS["disruption"]["spec"]["minAvailable"] >= 1

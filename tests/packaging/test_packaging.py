@@ -76,12 +76,14 @@ def test_the_key_is_secret_and_the_only_required_field() -> None:
     assert all(field["description"] and field["title"] for field in fields.values())
 
 
-def substituted(filled: dict[str, Any]) -> dict[str, str]:
+def environment_of_bundle(filled_fields: dict[str, Any]) -> dict[str, str]:
     """Return the environment that the bundle's library creates.
 
     An empty field stays a placeholder, defaults are inserted last, booleans become `true` or `false`.
     """
-    values = {name: field["default"] for name, field in MANIFEST["user_config"].items() if "default" in field} | filled
+    values = {
+        name: field["default"] for name, field in MANIFEST["user_config"].items() if "default" in field
+    } | filled_fields
     env = dict(CONFIG["env"])
     for name, value in values.items():
         word = str(value).lower() if isinstance(value, bool) else str(value)
@@ -92,10 +94,10 @@ def substituted(filled: dict[str, Any]) -> dict[str, str]:
 def test_empty_fields_are_unset_and_home_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    empty = Settings.from_environment(substituted({}))
+    empty = Settings.from_environment(environment_of_bundle({}))
     assert (empty, empty.key, empty.key_problem) == (Settings.from_environment({}), None, None)
-    filled = {"api_key": "sk-0123456789", "output_dir": "${HOME}/Pictures/EvoLink", "max_credits_per_day": 12.5}
-    values = Settings.from_environment(substituted(filled))
+    filled_fields = {"api_key": "sk-0123456789", "output_dir": "${HOME}/Pictures/EvoLink", "max_credits_per_day": 12.5}
+    values = Settings.from_environment(environment_of_bundle(filled_fields))
     assert (values.folders.output, values.spending_limits.per_day) == (tmp_path / "Pictures" / "EvoLink", 12.5)
 
 
@@ -187,15 +189,15 @@ def test_the_wheel_has_types_a_licence_and_a_command() -> None:
 
 def test_the_source_distribution_contains_the_files_of_its_tests() -> None:
     included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    needed = {"/tests", "/docs", "/manifest.json", "/server.json", "/icon.png", "/.mcpbignore", "/.github"}
-    assert needed <= set(included)
+    paths = {"/tests", "/docs", "/manifest.json", "/server.json", "/icon.png", "/.mcpbignore", "/.github"}
+    assert paths <= set(included)
     assert [name for name in included if not (ROOT / name[1:]).exists()] == []
 
 
 def test_ci_runs_every_supported_python() -> None:
-    promised = [line.rsplit(" ", 1)[1] for line in PYPROJECT["project"]["classifiers"] if ":: 3." in line]
+    versions = [line.rsplit(" ", 1)[1] for line in PYPROJECT["project"]["classifiers"] if ":: 3." in line]
     matrix = json.loads(re.search(r"python: (\[.*\])", text(".github/workflows/ci.yml"))[1])
-    assert matrix == promised
+    assert matrix == versions
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -208,8 +210,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def test_no_lock_file_and_no_package_index_is_committed() -> None:
     locks = ("uv.lock", "poetry.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml")
     assert [str(path) for name in locks for path in ROOT.glob(name)] == []
-    written = "".join(text(name) for name in ("pyproject.toml", "manifest.json", "server.json", "Dockerfile"))
-    assert re.findall(r"registryBaseUrl|index-url|find-links|registry=", written) == []
+    texts = "".join(text(name) for name in ("pyproject.toml", "manifest.json", "server.json", "Dockerfile"))
+    assert re.findall(r"registryBaseUrl|index-url|find-links|registry=", texts) == []
 
 
 # --- configuration ---
@@ -285,8 +287,8 @@ def test_compose_starts_two_servers_with_settings_that_exist() -> None:
     for server in servers:
         assert set(server["environment"]) <= set(TeamSettings.variables())
         assert parse_arguments([str(word) for word in server["command"]]).port == 8000
-    needed = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
-    assert needed == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))
+    variables = set(re.findall(r"\$\{(\w+)", text("compose.yaml")))
+    assert variables == set(re.findall(r"^(\w+)=", text(".env.example"), re.MULTILINE))
     assert {".env", "tokens.toml"} <= set(text(".gitignore").split())
     proxy = compose["configs"]["proxy"]["content"]
     assert [f"server {name}:8000" in proxy for name in ("one", "two")] == [True, True]

@@ -27,10 +27,10 @@ PAGE = Path(evolink_mcp.__file__).parent / "server" / "gallery.html"
 async def test_the_gallery_is_listed_and_read_with_the_type_that_hosts_render(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            listed = {str(resource.uri): resource for resource in (await client.list_resources()).resources}
+            resources = {str(resource.uri): resource for resource in (await client.list_resources()).resources}
             (page,) = (await client.read_resource(URI)).contents
-    assert listed[URI].mime_type == page.mime_type == MIME
-    assert listed[URI].meta == page.meta == {"ui": {"prefersBorder": True}}
+    assert resources[URI].mime_type == page.mime_type == MIME
+    assert resources[URI].meta == page.meta == {"ui": {"prefersBorder": True}}
     assert page.text == page_text()
 
 

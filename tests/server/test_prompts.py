@@ -79,10 +79,10 @@ async def test_omitted_arguments_leave_no_empty_lines(world: World) -> None:
 async def test_task_ids_and_images_of_earlier_purchases_are_completed(world: World, mode: str) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            completed = await client.call_tool("generate_image", {"prompt": "sim:fast a pond", "n": 2})
-            failed = await client.call_tool("generate_image", {"prompt": "sim:fast sim:fail"})
-            completed_id = completed.structured_content["task_id"]
-            failed_id = failed.structured_content["task_id"]
+            completed_task = await client.call_tool("generate_image", {"prompt": "sim:fast a pond", "n": 2})
+            failed_task = await client.call_tool("generate_image", {"prompt": "sim:fast sim:fail"})
+            completed_id = completed_task.structured_content["task_id"]
+            failed_id = failed_task.structured_content["task_id"]
             assert set(await completions(client, TASKS, "task_id")) == {completed_id, failed_id}
             assert await completions(client, TASKS, "task_id", completed_id[:-1]) == [completed_id]
             assert await completions(client, IMAGES, "task_id") == [completed_id]
@@ -94,7 +94,7 @@ async def test_task_ids_and_images_of_earlier_purchases_are_completed(world: Wor
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "typed", "values"),
+    ("name", "argument", "text", "values"),
     [
         pytest.param("new_picture", "size", "16", ["16:9", "9:16"], id="values with this beginning first"),
         pytest.param("new_picture", "quality", "", ["low", "medium", "high"], id="all values for an empty text"),
@@ -103,11 +103,11 @@ async def test_task_ids_and_images_of_earlier_purchases_are_completed(world: Wor
     ],
 )
 async def test_values_are_completed_from_the_typed_text(
-    world: World, name: str, argument: str, typed: str, values: list[str]
+    world: World, name: str, argument: str, text: str, values: list[str]
 ) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
-            assert await completions(client, prompt(name), argument, typed) == values
+            assert await completions(client, prompt(name), argument, text) == values
 
 
 async def test_without_a_readable_journal_completions_are_empty(open_world: Open, tmp_path: Any) -> None:

@@ -30,10 +30,10 @@ async def test_a_wrong_prompt_request_is_answered_with_the_reason(
 ) -> None:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
-            with pytest.raises(MCPError) as raised:
+            with pytest.raises(MCPError) as error:
                 await client.get_prompt(name, arguments)
-    assert raised.value.code == -32602
-    assert message in str(raised.value)
+    assert error.value.code == -32602
+    assert message in str(error.value)
     assert caplog.records == []
 
 

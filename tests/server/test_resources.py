@@ -204,9 +204,9 @@ async def test_a_listening_client_is_notified_of_its_task_only(open_world: Open)
 
 
 async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
-    """Also while the journal still writes the state, because no later notification follows."""
+    """The journal may still write the state. No later notification follows."""
     clock = HeldClock()
-    written = anyio.Event()
+    is_written = anyio.Event()
     clock.is_held = True
     with anyio.fail_after(300):
         async with open_world(clock=clock, wrap_journal=FaultyJournal) as world, world.client() as client:
@@ -214,10 +214,10 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
 
             async def update_slowly(write: Any, entry: Entry, *facts: Any) -> bool:
                 if entry.status == "completed":
-                    await written.wait()
+                    await is_written.wait()
                 return await write(entry, *facts)
 
-            journal.instead["update"] = update_slowly
+            journal.replacements["update"] = update_slowly
             task_id = (await buy(client, prompt="a fox", wait_seconds=0))["task_id"]
             uri = f"evolink://tasks/{task_id}"
             async with client.listen(resource_subscriptions=[uri]) as events:
@@ -226,18 +226,18 @@ async def test_a_notified_client_reads_the_new_state(open_world: Open) -> None:
                     (page,) = (await client.read_resource(uri)).contents
                     if json.loads(page.text)["status"] == "completed":
                         break
-            written.set()
+            is_written.set()
 
 
 class HeldSimulator(PlainSimulator):
-    """A simulated EvoLink that delivers no image before `go` is set."""
+    """A simulated EvoLink that delivers no image before `can_deliver` is set."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock=clock)
-        self.go = threading.Event()
+        self.can_deliver = threading.Event()
 
     def draw(self, task: SimulatedTask, index: int) -> bytes:
-        self.go.wait(30)
+        self.can_deliver.wait(30)
         return super().draw(task, index)
 
 
@@ -263,7 +263,7 @@ async def test_older_clients_are_notified_until_they_unsubscribe(open_world: Ope
             for uri in (second, third):
                 with pytest.warns(MCPDeprecationWarning):
                     await client.unsubscribe_resource(uri)
-            simulator.go.set()
+            simulator.can_deliver.set()
             for task_id in reversed(ids):
                 await client.call_tool("get_task", {"task_id": task_id})
     assert set(uris) == {first}

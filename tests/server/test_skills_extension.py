@@ -59,9 +59,9 @@ async def test_one_skill_is_returned_by_its_address(world: World) -> None:
     async with world.client() as client:
         (skill,) = (await ask(client, "skills/list"))["skills"]
         assert (await ask(client, "skills/get", uri=URI))["skill"] == skill
-        with pytest.raises(MCPError, match="There is no skill skill://other/") as refused:
+        with pytest.raises(MCPError, match="There is no skill skill://other/") as refusal:
             await ask(client, "skills/get", uri="skill://other/SKILL.md")
-    assert refused.value.error.code == -32602
+    assert refusal.value.error.code == -32602
 
 
 async def test_the_front_matter_is_that_of_the_file(world: World) -> None:

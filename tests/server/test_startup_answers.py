@@ -15,10 +15,10 @@ import anyio
 import pytest
 from conftest import World
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCRequest, JSONRPCResponse, jsonrpc_message_adapter
-from odd_messages import CASES, HELLO, LINES
+from odd_messages import CASES, FIRST_MESSAGES, LINES
 from pydantic import ValidationError
 
 from evolink_mcp.app.wiring import server_for
@@ -56,22 +56,24 @@ ENVELOPE = {VERSION: MODERN, CAPABILITIES_FIELD: CAPABILITIES, CLIENT_FIELD: CLI
 INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
 
 
-def say(name: Any, method: str, params: Any = None, **options: Any) -> dict[str, Any]:
+def request(name: Any, method: str, params: Any = None, **options: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": name, "method": method, **({} if params is None else {"params": params}), **options}
 
 
-def hello(version: Any = "2025-11-25", capabilities: Any = CAPABILITIES, client: Any = CLIENT, **options: Any) -> Any:
-    return say(
+def handshake(
+    version: Any = "2025-11-25", capabilities: Any = CAPABILITIES, client: Any = CLIENT, **options: Any
+) -> Any:
+    return request(
         0, "initialize", {"protocolVersion": version, "capabilities": capabilities, "clientInfo": client, **options}
     )
 
 
-def modern(name: Any, method: str, **options: Any) -> dict[str, Any]:
-    return say(name, method, {"_meta": {**ENVELOPE, **options}})
+def modern_request(name: Any, method: str, **options: Any) -> dict[str, Any]:
+    return request(name, method, {"_meta": {**ENVELOPE, **options}})
 
 
 def lists(first: int) -> list[dict[str, Any]]:
-    return [say(first + number, method) for number, method in enumerate(("ping", *LISTS))]
+    return [request(first + number, method) for number, method in enumerate(("ping", *LISTS))]
 
 
 def lines(*messages: Any) -> Session:
@@ -80,11 +82,11 @@ def lines(*messages: Any) -> Session:
 
 @pytest.fixture
 async def results(world: World) -> Results:
-    """The SDK's results, recorded in this test."""
+    """Return the SDK's results, recorded in this test."""
     return await record(partial(serve_streams, build_server(world.studio)))
 
 
-def early(session: Session, results: Results) -> dict[Any, bytes]:
+def early_answers(session: Session, results: Results) -> dict[Any, bytes]:
     """Return the answers from the recording by request ID."""
     startup_answers = StartupAnswers(results)
     answers = [answer for line in session if (answer := startup_answers.answer(line)) is not None]
@@ -95,7 +97,7 @@ def early(session: Session, results: Results) -> dict[Any, bytes]:
 
 
 async def sdk_answers(world: World, session: Session) -> dict[Any, bytes]:
-    """What the SDK answers, by id, each as a line."""
+    """Return the answers of the SDK by request ID, each as a line."""
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](1000)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](1000)
     expected: set[Any] = set()
@@ -117,45 +119,47 @@ async def sdk_answers(world: World, session: Session) -> dict[Any, bytes]:
 
 
 USUAL = {
-    **{f"handshake {version}": (lines(hello(version), INITIALIZED, *lists(1)), 5) for version in HANDSHAKES},
-    "a version that nobody knows": (lines(hello("2099-01-01"), *lists(1)), 5),
-    "the modern version in a handshake": (lines(hello(MODERN), INITIALIZED, *lists(1)), 5),
-    "no capabilities": (lines(hello(capabilities={}, client={"name": "x", "version": "1"}), *lists(1)), 5),
-    "ids are words": (lines(hello(), say("é", "tools/list"), say("", "ping"), say("a\tb\"\\/\x7f", "ping")), 4),
-    "a call in the same write": (lines(hello(), INITIALIZED, say(1, "tools/call", {"name": "x"}), say(2, "ping")), 2),
-    "a progress token": (lines(hello(), say(1, "tools/list", {"_meta": {"progressToken": 7}})), 2),
-    "modern": (lines(*(modern(n, method) for n, method in enumerate(("server/discover", *LISTS)))), 4),
-    "modern without a name": (lines(say(1, "tools/list", {"_meta": {VERSION: MODERN, CAPABILITIES_FIELD: {}}})), 1),
-    "probe, then initialize": (lines(modern(1, "server/discover"), say(2, "initialize", hello()["params"])), 1),
-    "modern, then without envelope": (lines(modern(1, "tools/list"), say(2, "tools/list"), modern(3, "ping")), 1),
-    "handshake, then envelope": (lines(hello(), modern(1, "tools/list"), say(2, "ping")), 2),
+    **{f"handshake {version}": (lines(handshake(version), INITIALIZED, *lists(1)), 5) for version in HANDSHAKES},
+    "a version that nobody knows": (lines(handshake("2099-01-01"), *lists(1)), 5),
+    "the modern version in a handshake": (lines(handshake(MODERN), INITIALIZED, *lists(1)), 5),
+    "no capabilities": (lines(handshake(capabilities={}, client={"name": "x", "version": "1"}), *lists(1)), 5),
+    "ids are words": (lines(handshake(), request("é", "tools/list"), request("", "ping"), request("a\tb\"\\/\x7f", "ping")), 4),
+    "a call in the same write": (lines(handshake(), INITIALIZED, request(1, "tools/call", {"name": "x"}), request(2, "ping")), 2),
+    "a progress token": (lines(handshake(), request(1, "tools/list", {"_meta": {"progressToken": 7}})), 2),
+    "modern": (lines(*(modern_request(n, method) for n, method in enumerate(("server/discover", *LISTS)))), 4),
+    "modern without a name": (lines(request(1, "tools/list", {"_meta": {VERSION: MODERN, CAPABILITIES_FIELD: {}}})), 1),
+    "probe, then initialize": (lines(modern_request(1, "server/discover"), request(2, "initialize", handshake()["params"])), 1),
+    "modern, then without envelope": (
+        lines(modern_request(1, "tools/list"), request(2, "tools/list"), modern_request(3, "ping")), 1
+    ),
+    "handshake, then envelope": (lines(handshake(), modern_request(1, "tools/list"), request(2, "ping")), 2),
 }  # fmt: skip
 UNUSUAL = {
-    "list first": lines(say(1, "tools/list"), hello(), say(2, "tools/list")),
-    "half an envelope": lines(say(1, "tools/list", {"_meta": {VERSION: MODERN}})),
-    "another envelope": lines(say(1, "tools/list", {"_meta": {**ENVELOPE, VERSION: "2027-01-01"}})),
-    "a cursor": lines(hello(), say(1, "tools/list", {"cursor": "x"})),
-    "a cursor of null": lines(hello(), say(1, "tools/list", {"cursor": None})),
-    "a number for a version": lines(hello(20251125), say(1, "tools/list")),
-    "no client": lines(hello(client=None), say(1, "tools/list")),
-    "a client without version": lines(hello(client={"name": "x"}), say(1, "tools/list")),
-    "capabilities are a list": lines(hello(capabilities=[]), say(1, "tools/list")),
-    "roots are true": lines(hello(capabilities={"roots": True}), say(1, "tools/list")),
-    "params are a list": lines(hello(), say(1, "tools/list", [])),
-    "ids repeat": lines(hello(), say(0, "tools/list"), say(2, "ping")),
-    "twice initialize": lines(hello(), say(1, "initialize", hello()["params"])),
-    "an id of 1.5": lines(hello(), say(1.5, "tools/list"), say(2, "ping")),
-    "an id of true": lines(hello(), say(True, "tools/list")),
-    "an id of null": lines(hello(), say(None, "tools/list")),
-    "a long id": lines(hello(), say(10**30, "tools/list")),
-    "another protocol": lines({**hello(), "jsonrpc": "1.0"}),
-    "a batch": lines([hello()], hello()),
-    "no JSON": lines(b"{", hello()),
-    "not a number": lines(hello(), b'{"jsonrpc":"2.0","id":1,"method":"tools/list","params":{"_meta":{"x":NaN}}}'),
-    "a name twice": lines(hello(), b'{"jsonrpc":"2.0","id":1,"id":2,"method":"ping"}'),
-    "a lone surrogate": lines(hello(), b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}'),
-    "more members": lines({**hello(), "more": 1}),
-    "discover after a handshake": lines(hello(), say(1, "server/discover")),
+    "list first": lines(request(1, "tools/list"), handshake(), request(2, "tools/list")),
+    "half an envelope": lines(request(1, "tools/list", {"_meta": {VERSION: MODERN}})),
+    "another envelope": lines(request(1, "tools/list", {"_meta": {**ENVELOPE, VERSION: "2027-01-01"}})),
+    "a cursor": lines(handshake(), request(1, "tools/list", {"cursor": "x"})),
+    "a cursor of null": lines(handshake(), request(1, "tools/list", {"cursor": None})),
+    "a number for a version": lines(handshake(20251125), request(1, "tools/list")),
+    "no client": lines(handshake(client=None), request(1, "tools/list")),
+    "a client without version": lines(handshake(client={"name": "x"}), request(1, "tools/list")),
+    "capabilities are a list": lines(handshake(capabilities=[]), request(1, "tools/list")),
+    "roots are true": lines(handshake(capabilities={"roots": True}), request(1, "tools/list")),
+    "params are a list": lines(handshake(), request(1, "tools/list", [])),
+    "ids repeat": lines(handshake(), request(0, "tools/list"), request(2, "ping")),
+    "twice initialize": lines(handshake(), request(1, "initialize", handshake()["params"])),
+    "an id of 1.5": lines(handshake(), request(1.5, "tools/list"), request(2, "ping")),
+    "an id of true": lines(handshake(), request(True, "tools/list")),
+    "an id of null": lines(handshake(), request(None, "tools/list")),
+    "a long id": lines(handshake(), request(10**30, "tools/list")),
+    "another protocol": lines({**handshake(), "jsonrpc": "1.0"}),
+    "a batch": lines([handshake()], handshake()),
+    "no JSON": lines(b"{", handshake()),
+    "not a number": lines(handshake(), b'{"jsonrpc":"2.0","id":1,"method":"tools/list","params":{"_meta":{"x":NaN}}}'),
+    "a name twice": lines(handshake(), b'{"jsonrpc":"2.0","id":1,"id":2,"method":"ping"}'),
+    "a lone surrogate": lines(handshake(), b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}'),
+    "more members": lines({**handshake(), "more": 1}),
+    "discover after a handshake": lines(handshake(), request(1, "server/discover")),
 }  # fmt: skip
 
 
@@ -163,17 +167,17 @@ UNUSUAL = {
 async def test_a_usual_session_is_answered_as_the_sdk_answers_it(
     session: Session, count: int, world: World, results: Results
 ) -> None:
-    answers = early(session, results)
+    answers = early_answers(session, results)
     assert len(answers) == count
     expected = await sdk_answers(world, session)
     assert {name: expected[name] for name in answers} == answers
 
 
 @pytest.mark.parametrize("session", UNUSUAL.values(), ids=UNUSUAL)
-async def test_what_is_unusual_is_left_to_the_sdk_or_answered_as_it_does(
+async def test_an_unusual_session_is_left_to_the_sdk_or_answered_like_the_sdk(
     session: Session, world: World, results: Results
 ) -> None:
-    answers = early(session, results)
+    answers = early_answers(session, results)
     assert len(answers) < len(session)
     if answers:
         expected = await sdk_answers(world, session)
@@ -198,8 +202,8 @@ ODD: list[Any] = [
 ]
 
 
-def bent(rng: random.Random, value: Any, depth: int = 0) -> Any:
-    """The value with something odd somewhere in it."""
+def with_odd_value(rng: random.Random, value: Any, depth: int = 0) -> Any:
+    """Return the value with an odd value in one place."""
     if not isinstance(value, dict) or not value or rng.random() < 0.15 * depth:
         return rng.choice(ODD)
     key = rng.choice(list(value))
@@ -208,7 +212,7 @@ def bent(rng: random.Random, value: Any, depth: int = 0) -> Any:
         return {name: item for name, item in value.items() if name != key}
     if kind < 0.3:
         return {**value, rng.choice(["more", "tasks", "roots", "_meta", "cursor", "title", "icons"]): rng.choice(ODD)}
-    return {**value, key: bent(rng, value[key], depth + 1)}
+    return {**value, key: with_odd_value(rng, value[key], depth + 1)}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -218,15 +222,21 @@ async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
     rng = random.Random(seed)
     answer_count = 0
     for _ in range(60):
-        first, second = hello(rng.choice(HANDSHAKES)), say(1, rng.choice(LISTS), {"_meta": {"progressToken": "t"}})
+        first, second = (
+            handshake(rng.choice(HANDSHAKES)),
+            request(1, rng.choice(LISTS), {"_meta": {"progressToken": "t"}}),
+        )
         if rng.random() < 0.5:
-            first, second = modern(0, rng.choice(["server/discover", *LISTS])), modern(1, rng.choice(LISTS))
+            first, second = (
+                modern_request(0, rng.choice(["server/discover", *LISTS])),
+                modern_request(1, rng.choice(LISTS)),
+            )
         if rng.random() < 0.7:
-            first = {**first, "params": bent(rng, first["params"])}
+            first = {**first, "params": with_odd_value(rng, first["params"])}
         else:
-            second = {**second, "params": bent(rng, second["params"])}
+            second = {**second, "params": with_odd_value(rng, second["params"])}
         session = lines(first, second)
-        answers = early(session, results)
+        answers = early_answers(session, results)
         answer_count += len(answers)
         if answers:
             expected = await sdk_answers(world, session)
@@ -236,8 +246,8 @@ async def test_no_form_of_a_session_is_answered_otherwise_than_by_the_sdk(
 
 async def test_a_recording_covers_every_request_of_every_era(results: Results) -> None:
     handshakes = {(method, version) for method in ("initialize", "ping", *LISTS) for version in HANDSHAKES}
-    modern = {(method, MODERN) for method in ("server/discover", *LISTS)}
-    assert set(results) == {*handshakes, ("initialize", "*"), *modern}
+    modern_keys = {(method, MODERN) for method in ("server/discover", *LISTS)}
+    assert set(results) == {*handshakes, ("initialize", "*"), *modern_keys}
 
 
 async def test_answers_of_another_form_are_not_recorded(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
@@ -300,16 +310,21 @@ def test_old_recordings_are_deleted(tmp_path: Path) -> None:
 
 
 async def test_without_a_recording_the_sdk_answers() -> None:
-    assert early(lines(hello(), *lists(1)), {}) == {}
-    assert StartupAnswers(None).answer(lines(hello())[0]) is None
+    assert early_answers(lines(handshake(), *lists(1)), {}) == {}
+    assert StartupAnswers(None).answer(lines(handshake())[0]) is None
 
 
-async def test_notifications_and_other_calls_do_not_end_it(results: Results) -> None:
+async def test_notifications_and_other_calls_do_not_end_the_early_answers(results: Results) -> None:
     cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
     session = lines(
-        INITIALIZED, hello(), cancel, say(1, "resources/list"), say(2, "tools/call", {"name": 1}), say(3, "ping")
+        INITIALIZED,
+        handshake(),
+        cancel,
+        request(1, "resources/list"),
+        request(2, "tools/call", {"name": 1}),
+        request(3, "ping"),
     )
-    assert set(early(session, results)) == {0, 3}
+    assert set(early_answers(session, results)) == {0, 3}
 
 
 FUZZ = settings(
@@ -321,7 +336,7 @@ for _ in range(250):
 
 
 def check_early_answers(session: Session, results: Results) -> None:
-    """Each early answer must belong to a line that the transport reads as a request with the same ID."""
+    """Check that each early answer belongs to a line that the transport reads as a request with the same ID."""
     startup_answers = StartupAnswers(results)
     for line in session:
         answer = startup_answers.answer(line)
@@ -331,20 +346,20 @@ def check_early_answers(session: Session, results: Results) -> None:
             assert json.loads(answer)["id"] == message.id
 
 
-@pytest.mark.parametrize("era", HELLO)
+@pytest.mark.parametrize("era", FIRST_MESSAGES)
 async def test_no_odd_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
     for case in CASES.values():
         check_early_answers([case.line], results)
-        check_early_answers([*lines(HELLO[era]), case.line], results)
+        check_early_answers([*lines(FIRST_MESSAGES[era]), case.line], results)
 
 
-@pytest.mark.parametrize("era", HELLO)
+@pytest.mark.parametrize("era", FIRST_MESSAGES)
 async def test_no_generated_line_makes_the_early_answers_fail(era: str, results: Results) -> None:
     @FUZZ
-    @example(session=lines(hello(capabilities={"experimental": {"a": DEEP}})))
+    @example(session=lines(handshake(capabilities={"experimental": {"a": DEEP}})))
     @given(
-        some.lists(LINES, max_size=5)
-        | some.lists(LINES, max_size=5).map(lambda session: [*lines(HELLO[era]), *session])
+        st.lists(LINES, max_size=5)
+        | st.lists(LINES, max_size=5).map(lambda session: [*lines(FIRST_MESSAGES[era]), *session])
     )
     def check(session: Session) -> None:
         check_early_answers(session, results)

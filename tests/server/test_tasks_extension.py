@@ -84,17 +84,17 @@ async def test_a_task_is_created_and_polled_and_ends_with_the_answer_of_get_task
         async with client:
             answer = await client.call_tool("generate_image", {"prompt": "a lighthouse"})
             task_id = extension.handles[0]["taskId"]
-            plain = await client.call_tool("get_task", {"task_id": task_id})
-    created, *working, completed = extension.handles
-    assert created["resultType"] == "task"
-    assert created["status"] == "working"
-    assert isinstance(created["pollIntervalMs"], int)
-    assert "ttlMs" in created
-    assert {answer["status"] for answer in working} == {"working"}
-    assert completed["resultType"] == "complete"
-    assert completed["status"] == "completed"
-    assert completed["taskId"] == task_id
-    assert answer.structured_content == plain.structured_content
+            task_answer = await client.call_tool("get_task", {"task_id": task_id})
+    created_handle, *running_handles, last_handle = extension.handles
+    assert created_handle["resultType"] == "task"
+    assert created_handle["status"] == "working"
+    assert isinstance(created_handle["pollIntervalMs"], int)
+    assert "ttlMs" in created_handle
+    assert {answer["status"] for answer in running_handles} == {"working"}
+    assert last_handle["resultType"] == "complete"
+    assert last_handle["status"] == "completed"
+    assert last_handle["taskId"] == task_id
+    assert answer.structured_content == task_answer.structured_content
     assert [block.type for block in answer.content] == ["text", "image"]
     assert [image["path"] for image in answer.structured_content["images"]] == [str(path) for path in world.files]
     assert world.posts == 1
@@ -146,12 +146,12 @@ async def test_the_next_identical_call_gets_a_cancelled_task(world: World) -> No
         client, _ = client_of(world)
         async with client:
             first = await handle_of(client, SLOW)
-            acknowledged = await ask(client, "tasks/cancel", first["taskId"])
-            after = await ask(client, "tasks/get", first["taskId"])
+            cancel_answer = await ask(client, "tasks/cancel", first["taskId"])
+            task = await ask(client, "tasks/get", first["taskId"])
             second = await handle_of(client, SLOW)
-    assert {"taskId", "status"} & acknowledged.keys() == set()
-    assert acknowledged["resultType"] == "complete"
-    assert after["status"] == "working"
+    assert {"taskId", "status"} & cancel_answer.keys() == set()
+    assert cancel_answer["resultType"] == "complete"
+    assert task["status"] == "working"
     assert second["taskId"] == first["taskId"]
     assert world.posts == 1
 
@@ -199,9 +199,9 @@ async def test_an_unknown_task_is_a_protocol_error(world: World, method: str, ta
     with anyio.fail_after(300):
         client, _ = client_of(world)
         async with client:
-            with pytest.raises(MCPError) as raised:
+            with pytest.raises(MCPError) as error:
                 await ask(client, method, task_id)
-    assert raised.value.code == -32602
+    assert error.value.code == -32602
     assert world.simulator.requests == []
 
 
@@ -210,9 +210,9 @@ async def test_methods_of_the_older_design_are_unknown(world: World, method: str
     with anyio.fail_after(300):
         client, _ = client_of(world)
         async with client:
-            with pytest.raises(MCPError) as raised:
+            with pytest.raises(MCPError) as error:
                 await ask(client, method, "task-unified-1790000000-nobodys1")
-    assert raised.value.code == -32601
+    assert error.value.code == -32601
 
 
 async def test_a_client_without_the_extension_waits_and_cannot_poll(world: World) -> None:
@@ -220,10 +220,10 @@ async def test_a_client_without_the_extension_waits_and_cannot_poll(world: World
         async with world.client() as client:
             assert TASKS in (client.server_capabilities.extensions or {})
             answer = await client.call_tool("generate_image", {"prompt": "a fox"})
-            with pytest.raises(MCPError) as raised:
+            with pytest.raises(MCPError) as error:
                 await ask(client, "tasks/get", answer.structured_content["task_id"])
     assert answer.structured_content["status"] == "completed"
-    assert raised.value.code == -32021
+    assert error.value.code == -32021
 
 
 async def test_older_protocol_versions_have_no_tasks_extension(world: World) -> None:
@@ -232,8 +232,8 @@ async def test_older_protocol_versions_have_no_tasks_extension(world: World) -> 
         async with client:
             assert not client.server_capabilities.extensions
             answer = await client.call_tool("generate_image", {"prompt": "a fox"})
-            with pytest.raises(MCPError) as raised:
+            with pytest.raises(MCPError) as error:
                 await ask(client, "tasks/get", answer.structured_content["task_id"])
     assert answer.structured_content["status"] == "completed"
     assert extension.handles == []
-    assert raised.value.code == -32601
+    assert error.value.code == -32601

@@ -32,7 +32,7 @@ class Clock:
         return self.now
 
 
-class Desk:
+class Service:
     """A simulator, its clock and a client with a key."""
 
     def __init__(self, **options) -> None:
@@ -52,39 +52,39 @@ class Desk:
         async with self.client(key) as client:
             return await client.get(path, params=params)
 
-    async def ordered(self, *words: str, **fields) -> tuple[str, httpx.Response]:
-        """A task whose prompt holds these magic words, and the first look at it one duration later."""
+    async def order(self, *words: str, **fields) -> tuple[str, httpx.Response]:
+        """Buy a task whose prompt contains these words. Return its ID and the answer of a poll one duration later."""
         reply = await self.post(SUNSET | fields | {"prompt": " ".join(words) + " a fox"})
         self.clock.now += 8
         return reply.json()["id"], await self.get(f"/v1/tasks/{reply.json()['id']}")
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def service() -> Service:
+    return Service()
 
 
-async def test_a_task_grows_with_the_clock_and_ends_with_pictures_of_exactly_the_promised_size(desk):
-    created = (await desk.post(WIDE)).json()
+async def test_a_task_progresses_with_the_clock_and_ends_with_images_of_the_exact_size(service):
+    created = (await service.post(WIDE)).json()
     assert (created["status"], created["progress"], created["task_info"]["estimated_time"]) == ("pending", 0, 8)
     tasks_read = []
     for _ in range(9):
-        desk.clock.now += 1
-        tasks_read.append((await desk.get(f"/v1/tasks/{created['id']}")).json())
+        service.clock.now += 1
+        tasks_read.append((await service.get(f"/v1/tasks/{created['id']}")).json())
     progress = [task["progress"] for task in tasks_read]
     assert sorted(progress) == progress
     assert 100 == progress[-1] == progress[-2]
     assert max(progress[:7]) <= 95
     assert [tasks_read[0]["status"], tasks_read[-1]["status"]] == ["processing", "completed"]
     assert tasks_read[-1]["results"] == [entry["url"] for entry in tasks_read[-1]["result_data"]]
-    shots = [await desk.get(url, key=None) for url in tasks_read[-1]["results"]]
-    assert [shot.headers["content-type"] for shot in shots] == ["image/png"] * 2
-    assert [Image.open(io.BytesIO(shot.content)).size for shot in shots] == [(2048, 1152)] * 2
-    assert shots[0].content != shots[1].content
+    images = [await service.get(url, key=None) for url in tasks_read[-1]["results"]]
+    assert [image.headers["content-type"] for image in images] == ["image/png"] * 2
+    assert [Image.open(io.BytesIO(image.content)).size for image in images] == [(2048, 1152)] * 2
+    assert images[0].content != images[1].content
 
 
 async def test_task_ids_follow_from_the_clock_and_the_order():
-    ids = [Desk().evolink.create(SUNSET)[2]["id"] for _ in range(2)]
+    ids = [Service().evolink.create(SUNSET)[2]["id"] for _ in range(2)]
     assert ids[0] == ids[1]
     assert ids[0].startswith("task-unified-1790000000-")
     assert len(ids[0].rpartition("-")[2]) == 8
@@ -105,11 +105,11 @@ async def test_task_ids_follow_from_the_clock_and_the_order():
         pytest.param("auto", "4K", "anchor-edge", (1024, 1024), id="auto"),
     ],
 )
-def test_sizes_come_from_the_simulators_own_reading_of_the_page(ratio, tier, rule, size):
+def test_the_simulator_computes_sizes_by_the_page(ratio, tier, rule, size):
     assert size == pixels(ratio, tier, rule)
 
 
-def test_the_price_of_a_real_task_is_met_to_the_last_digit():
+def test_the_price_of_a_real_task_is_reproduced_to_the_last_digit():
     """27 text tokens and one low 1024 x 1024 picture were charged 0.3682 credits."""
     body = SUNSET | {"prompt": "x" * 108, "quality": "low"}
     assert price(body, (1024, 1024), 1) == 0.3682
@@ -146,8 +146,8 @@ def test_the_price_of_a_real_task_is_met_to_the_last_digit():
         pytest.param({"background": "transparent", "output_format": "jpeg"}, "background", id="clear JPEG"),
     ],
 )
-async def test_a_request_against_the_page_is_refused_by_name_and_costs_nothing(desk, change, word):
-    async with desk.client() as client:
+async def test_a_request_against_the_page_is_refused_by_name_and_costs_nothing(service, change, word):
+    async with service.client() as client:
         content = json.dumps(SUNSET | change)
         reply = await client.post("/v1/images/generations", content=content)
     assert reply.status_code == 400
@@ -156,124 +156,124 @@ async def test_a_request_against_the_page_is_refused_by_name_and_costs_nothing(d
         reply.json()["error"]["type"],
     ) == ("invalid_request", "invalid_request_error")
     assert word in reply.json()["error"]["message"]
-    assert desk.evolink.tasks == {}
+    assert service.evolink.tasks == {}
 
 
-def test_everything_the_page_allows_is_taken():
-    full = {"size": "9:21", "resolution": "4k", "quality": "high", "n": 10, "background": "transparent"}
+def test_each_request_that_the_documentation_allows_is_accepted():
+    options = {"size": "9:21", "resolution": "4k", "quality": "high", "n": 10, "background": "transparent"}
     links = {"image_urls": ["https://a.example/1.png"] * 16, "mask_url": "http://a.example/m.png"}
-    back = {"callback_url": "https://a.example/" + "x" * 2030, "output_format": "webp"}
-    assert objection(SUNSET | full | links | back | {"prompt": "é" * 32_000}) == ""
+    callback = {"callback_url": "https://a.example/" + "x" * 2030, "output_format": "webp"}
+    assert objection(SUNSET | options | links | callback | {"prompt": "é" * 32_000}) == ""
     assert objection(SUNSET | {"size": "auto", "callback_url": "https://8.8.8.8:8443/done?x=1"}) == ""
 
 
-async def test_credits_are_reserved_settled_and_given_back():
-    desk = Desk(keys={"sk-one": 10.0, "sk-poor": 0.1})
+async def test_credits_are_reserved_settled_and_refunded():
+    service = Service(keys={"sk-one": 10.0, "sk-poor": 0.1})
     square = SUNSET | {"size": "1:1"}
     cost = price(square, (1024, 1024), 1)
 
     async def remaining() -> float:
-        return (await desk.get("/v1/credits")).json()["data"]["user"]["remaining_credits"]
+        return (await service.get("/v1/credits")).json()["data"]["user"]["remaining_credits"]
 
-    await desk.post(square)
-    await desk.post(square | {"prompt": "sim:fail"})
+    await service.post(square)
+    await service.post(square | {"prompt": "sim:fail"})
     assert 10 - 2 * 3.2 > await remaining() > 10 - 2 * cost - 0.01
-    desk.clock.now += 8
+    service.clock.now += 8
     assert round(10 - cost, 4) == await remaining()
-    broke = await desk.post(square, key="sk-poor")
-    assert (broke.status_code, broke.json()["error"]["code"]) == (402, "insufficient_quota")
-    assert (await desk.post(square, key="sk-stranger")).status_code == 401
-    assert len(desk.evolink.tasks) == 2
+    refusal = await service.post(square, key="sk-poor")
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (402, "insufficient_quota")
+    assert (await service.post(square, key="sk-stranger")).status_code == 401
+    assert len(service.evolink.tasks) == 2
 
 
-async def test_without_a_key_nothing_but_pictures_is_shown(desk):
+async def test_without_a_key_only_images_are_served(service):
     for path in ("/v1/tasks", "/v1/credits", "/v1/models"):
-        reply = await desk.get(path, key=None)
+        reply = await service.get(path, key=None)
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "unauthorized")
-    reply = await desk.get("/api/v1/files/quota", key=None)
+    reply = await service.get("/api/v1/files/quota", key=None)
     assert (reply.status_code, reply.json()["success"]) == (401, False)
 
 
-async def test_a_task_is_shown_to_its_owner_only(desk):
-    task_id = (await desk.post(SUNSET)).json()["id"]
-    looks = {
-        (403, "permission_denied"): await desk.get(f"/v1/tasks/{task_id}", key="sk-two"),
-        (404, "task_not_found"): await desk.get("/v1/tasks/task-unified-1-abcdefgh"),
-        (400, "invalid_task_id"): await desk.get("/v1/tasks/nonsense"),
+async def test_a_task_is_shown_to_its_owner_only(service):
+    task_id = (await service.post(SUNSET)).json()["id"]
+    polls = {
+        (403, "permission_denied"): await service.get(f"/v1/tasks/{task_id}", key="sk-two"),
+        (404, "task_not_found"): await service.get("/v1/tasks/task-unified-1-abcdefgh"),
+        (400, "invalid_task_id"): await service.get("/v1/tasks/nonsense"),
     }
-    for expected, reply in looks.items():
+    for expected, reply in polls.items():
         assert expected == (reply.status_code, reply.json()["error"]["code"])
 
 
-async def test_the_list_is_newest_first_without_links_and_the_batch_leaves_strangers_out(desk):
-    ids = [(await desk.post(SUNSET | {"prompt": f"{word} {k}"})).json()["id"] for k, word in enumerate("abc")]
-    strange = (await desk.post(SUNSET, key="sk-two")).json()["id"]
-    desk.clock.now += 4
-    last = (await desk.post(SUNSET)).json()["id"]
-    desk.clock.now += 4
-    page = (await desk.get("/v1/tasks", page_size=2)).json()
+async def test_the_list_is_newest_first_without_links_and_the_batch_excludes_tasks_of_other_keys(service):
+    ids = [(await service.post(SUNSET | {"prompt": f"{word} {k}"})).json()["id"] for k, word in enumerate("abc")]
+    other = (await service.post(SUNSET, key="sk-two")).json()["id"]
+    service.clock.now += 4
+    last = (await service.post(SUNSET)).json()["id"]
+    service.clock.now += 4
+    page = (await service.get("/v1/tasks", page_size=2)).json()
     assert ([last, ids[2]], 4, 1, 2) == (
         [t["id"] for t in page["data"]],
         *(page[k] for k in ("total", "page", "page_size")),
     )
-    finished = (await desk.get("/v1/tasks", status="completed", model="gpt-image-2", type="image")).json()
+    finished = (await service.get("/v1/tasks", status="completed", model="gpt-image-2", type="image")).json()
     assert ids[::-1] == [task["id"] for task in finished["data"]]
     assert not any("results" in task or "result_data" in task for task in finished["data"])
-    assert [last] == [t["id"] for t in (await desk.get("/v1/tasks", status="processing")).json()["data"]]
-    async with desk.client() as client:
-        request_body = [ids[0], strange, "task-unified-1-abcdefgh", last]
-        batch = (await client.post("/v1/tasks/batch", json={"task_ids": request_body})).json()["data"]
+    assert [last] == [t["id"] for t in (await service.get("/v1/tasks", status="processing")).json()["data"]]
+    async with service.client() as client:
+        polled_ids = [ids[0], other, "task-unified-1-abcdefgh", last]
+        batch = (await client.post("/v1/tasks/batch", json={"task_ids": polled_ids})).json()["data"]
         assert [(ids[0], "completed"), (last, "processing")] == [(t["id"], t["status"]) for t in batch]
         assert (await client.post("/v1/tasks/batch", json={"task_ids": ids * 20})).status_code == 400
 
 
-async def test_the_same_idempotency_key_pays_once(desk):
-    first = await desk.post(SUNSET, **{"idempotency-key": "run_1"})
-    again = await desk.post(SUNSET, **{"idempotency-key": "run_1"})
-    second = await desk.post(WIDE, **{"idempotency-key": "run_1"})
-    assert first.json()["id"] == again.json()["id"]
-    assert again.headers["idempotency-replayed"] == "true"
+async def test_the_same_idempotency_key_pays_once(service):
+    first = await service.post(SUNSET, **{"idempotency-key": "run_1"})
+    repeat = await service.post(SUNSET, **{"idempotency-key": "run_1"})
+    second = await service.post(WIDE, **{"idempotency-key": "run_1"})
+    assert first.json()["id"] == repeat.json()["id"]
+    assert repeat.headers["idempotency-replayed"] == "true"
     assert (second.status_code, second.json()["error"]["code"]) == (409, "idempotency_conflict")
-    assert len(desk.evolink.tasks) == 1
-    deaf = Desk(honours_idempotency=False)
+    assert len(service.evolink.tasks) == 1
+    service_without_keys = Service(honours_idempotency=False)
     for _ in range(2):
-        await deaf.post(SUNSET, **{"idempotency-key": "run_1"})
-    assert len(deaf.evolink.tasks) == 2
+        await service_without_keys.post(SUNSET, **{"idempotency-key": "run_1"})
+    assert len(service_without_keys.evolink.tasks) == 2
 
 
-async def test_links_live_24_hours_and_uploads_72():
-    desk = Desk(public_url="https://files.evolink.ai")
-    _, look = await desk.ordered("sim:fast", size="1024x640")
-    link = look.json()["results"][0]
-    async with desk.client() as client:
-        shot = (await client.get(link)).content
-        stored = await client.post("/api/v1/files/upload/stream", files={"file": ("fox 1.png", shot)})
+async def test_links_expire_after_24_hours_and_uploads_after_72():
+    service = Service(public_url="https://files.evolink.ai")
+    _, poll = await service.order("sim:fast", size="1024x640")
+    link = poll.json()["results"][0]
+    async with service.client() as client:
+        image = (await client.get(link)).content
+        stored = await client.post("/api/v1/files/upload/stream", files={"file": ("fox 1.png", image)})
         assert stored.json()["success"]
         url = stored.json()["data"]["file_url"]
-        assert (url, len(desk.evolink.uploads)) == ("https://files.evolink.ai/files/images/fox_1.png", 1)
-        desk.clock.now += 24 * 3600 - 9
+        assert (url, len(service.evolink.uploads)) == ("https://files.evolink.ai/files/images/fox_1.png", 1)
+        service.clock.now += 24 * 3600 - 9
         assert (await client.get(link)).status_code == 200
-        desk.clock.now += 9
+        service.clock.now += 9
         assert (await client.get(link)).status_code == 403
-        assert shot == (await client.get(url)).content
-        desk.clock.now += 48 * 3600
+        assert image == (await client.get(url)).content
+        service.clock.now += 48 * 3600
         assert (await client.get(url)).status_code == 404
         assert (await client.get("/api/v1/files/quota")).json()["data"]["used_files"] == 0
 
 
-async def test_files_come_as_base64_or_by_url_and_only_pictures_are_kept(desk):
+async def test_files_are_uploaded_as_base64_or_by_url_and_only_images_are_stored(service):
     png = b"\x89PNG\r\n\x1a\n" + bytes(9)
-    async with desk.client() as client:
+    async with service.client() as client:
         for text in (base64.b64encode(png).decode(), "data:image/png;base64," + base64.b64encode(png).decode()):
             body = {"base64_data": text, "file_name": "a.png", "upload_path": "refs"}
             data = (await client.post("/api/v1/files/upload/base64", json=body)).json()["data"]
             assert (data["file_size"], data["mime_type"], data["upload_path"]) == (17, "image/png", "refs")
         reply = await client.post("/api/v1/files/upload/url", json={"file_url": "https://a.example/x.png"})
         assert reply.json()["success"]
-        assert len(desk.evolink.uploads) == 2, "the same name overwrites"
+        assert len(service.evolink.uploads) == 2, "the same name overwrites"
         text = base64.b64encode(b"hello").decode()
-        refused = await client.post("/api/v1/files/upload/base64", json={"base64_data": text})
-        assert (refused.json()["success"], refused.json()["code"]) == (False, 40002)
+        refusal = await client.post("/api/v1/files/upload/base64", json={"base64_data": text})
+        assert (refusal.json()["success"], refusal.json()["code"]) == (False, 40002)
 
 
 @pytest.mark.parametrize(
@@ -292,94 +292,94 @@ async def test_files_come_as_base64_or_by_url_and_only_pictures_are_kept(desk):
         pytest.param("sim:500", 500, 0, id="500"),
     ],
 )
-async def test_faults_of_the_post_say_whether_a_task_was_paid(desk, word, status, paid):
-    reply = await desk.post(SUNSET | {"prompt": f"a fox, {word}, please"})
-    assert (status, paid) == (reply.status_code, len(desk.evolink.tasks))
-    assert len(desk.evolink.requests) == 1
+async def test_faults_of_the_post_say_whether_a_task_was_paid(service, word, status, paid):
+    reply = await service.post(SUNSET | {"prompt": f"a fox, {word}, please"})
+    assert (status, paid) == (reply.status_code, len(service.evolink.tasks))
+    assert len(service.evolink.requests) == 1
     assert ("1" if status == 429 else None) == reply.headers.get("retry-after")
     assert (word in ("sim:lost-reply", "sim:html")) == reply.headers["content-type"].startswith("text/html")
-    again = await desk.post(SUNSET | {"prompt": f"a fox, {word}, please"})
-    assert (200 if word == "sim:429" else status) == again.status_code
+    repeat = await service.post(SUNSET | {"prompt": f"a fox, {word}, please"})
+    assert (200 if word == "sim:429" else status) == repeat.status_code
 
 
-async def test_a_task_fails_if_its_prompt_orders_it(desk):
+async def test_a_task_fails_if_its_prompt_orders_it(service):
     ends = {"sim:fail": "content_policy_violation", "sim:fail=generation_timeout": "generation_timeout"}
     for word, code in ends.items():
-        task = (await desk.ordered(word))[1].json()
+        task = (await service.order(word))[1].json()
         assert ("failed", code, "task_error") == (task["status"], task["error"]["code"], task["error"]["type"])
-    assert (await desk.ordered("sim:cancelled"))[1].json()["status"] == "cancelled"
-    raw = (await desk.ordered("sim:surrogate"))[1].content
+    assert (await service.order("sim:cancelled"))[1].json()["status"] == "cancelled"
+    raw = (await service.order("sim:surrogate"))[1].content
     assert rb"\ud800" in raw
 
 
-async def test_time_can_be_ordered(desk):
-    assert (await desk.ordered("sim:slow"))[1].json()["status"] == "processing"
-    assert (await desk.ordered("sim:slow=7.5"))[1].json()["status"] == "completed"
-    assert (await desk.post(SUNSET | {"prompt": "sim:done"})).json()["status"] == "completed"
-    fast = (await desk.post(SUNSET | {"prompt": "sim:fast"})).json()
+async def test_words_of_the_prompt_set_the_duration(service):
+    assert (await service.order("sim:slow"))[1].json()["status"] == "processing"
+    assert (await service.order("sim:slow=7.5"))[1].json()["status"] == "completed"
+    assert (await service.post(SUNSET | {"prompt": "sim:done"})).json()["status"] == "completed"
+    fast = (await service.post(SUNSET | {"prompt": "sim:fast"})).json()
     assert fast["status"] == "pending"
-    assert (await desk.get(f"/v1/tasks/{fast['id']}")).json()["status"] == "completed"
+    assert (await service.get(f"/v1/tasks/{fast['id']}")).json()["status"] == "completed"
 
 
-async def test_looks_can_be_spoilt(desk):
+async def test_words_of_the_prompt_damage_polls(service):
     for word, status in (("sim:poll-500", 500), ("sim:poll-429", 429)):
-        task_id, look = await desk.ordered(word)
-        assert [status, 200] == [look.status_code, (await desk.get(f"/v1/tasks/{task_id}")).status_code]
-    assert (await desk.ordered("sim:envelope"))[1].json()["data"]["status"] == "completed"
-    strange = (await desk.ordered("sim:unknown-status", "sim:slow=16"))[1].json()
-    assert (strange["status"], strange["progress"]) == ("queued_for_gpu", 45)
-    task_id, look = await desk.ordered("sim:backwards", "sim:slow=80")
-    before = (await desk.get(f"/v1/tasks/{task_id}")).json()["progress"]
-    desk.clock.now += 16
+        task_id, poll = await service.order(word)
+        assert [status, 200] == [poll.status_code, (await service.get(f"/v1/tasks/{task_id}")).status_code]
+    assert (await service.order("sim:envelope"))[1].json()["data"]["status"] == "completed"
+    unknown_task = (await service.order("sim:unknown-status", "sim:slow=16"))[1].json()
+    assert (unknown_task["status"], unknown_task["progress"]) == ("queued_for_gpu", 45)
+    task_id, poll = await service.order("sim:backwards", "sim:slow=80")
+    before = (await service.get(f"/v1/tasks/{task_id}")).json()["progress"]
+    service.clock.now += 16
     steps = [before]
     for _ in range(5):
-        desk.clock.now += 8
-        steps.append((await desk.get(f"/v1/tasks/{task_id}")).json()["progress"])
+        service.clock.now += 8
+        steps.append((await service.get(f"/v1/tasks/{task_id}")).json()["progress"])
     assert steps != sorted(steps)
 
 
-async def test_results_can_be_spoilt(desk):
+async def test_words_of_the_prompt_damage_results(service):
     counts = {"sim:fewer": [1, 1], "sim:duplicate": [4, 3], "sim:no-results": [0, 0]}
     for word, expected in counts.items():
-        links = (await desk.ordered(word, n=3))[1].json()["results"]
+        links = (await service.order(word, n=3))[1].json()["results"]
         assert expected == [len(links), len(set(links))]
 
 
-async def test_pictures_can_be_spoilt(desk):
-    async def shot(word: str, **fields) -> httpx.Response:
-        return await desk.get((await desk.ordered(word, size="1024x640", **fields))[1].json()["results"][0])
+async def test_words_of_the_prompt_damage_images(service):
+    async def image(word: str, **fields) -> httpx.Response:
+        return await service.get((await service.order(word, size="1024x640", **fields))[1].json()["results"][0])
 
-    assert (await shot("sim:expired")).status_code == 403
-    assert (await shot("sim:not-a-picture")).headers["content-type"] == "text/html; charset=utf-8"
-    second = (await shot("sim:other-size")).content
+    assert (await image("sim:expired")).status_code == 403
+    assert (await image("sim:not-a-picture")).headers["content-type"] == "text/html; charset=utf-8"
+    second = (await image("sim:other-size")).content
     assert struct.unpack(">II", second[16:24]) == (512, 320)
     with pytest.raises(OSError, match="truncated"):
-        Image.open(io.BytesIO((await shot("sim:truncated-picture")).content)).load()
+        Image.open(io.BytesIO((await image("sim:truncated-picture")).content)).load()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-async def test_pictures_come_in_the_ordered_format(desk, kind):
+async def test_images_have_the_requested_format(service, kind):
     clear = {"background": "transparent"} if kind != "jpeg" else {}
-    _, look = await desk.ordered(size="640x1024", output_format=kind, **clear)
-    shot = await desk.get(look.json()["results"][0])
-    picture = Image.open(io.BytesIO(shot.content))
-    assert (kind.upper(), (640, 1024), f"image/{kind}") == (picture.format, picture.size, shot.headers["content-type"])
+    _, poll = await service.order(size="640x1024", output_format=kind, **clear)
+    image = await service.get(poll.json()["results"][0])
+    picture = Image.open(io.BytesIO(image.content))
+    assert (kind.upper(), (640, 1024), f"image/{kind}") == (picture.format, picture.size, image.headers["content-type"])
     assert ("RGBA" if clear else "RGB") == picture.mode
 
 
-async def test_every_request_is_recorded_as_it_came_refused_or_not(desk):
-    await desk.post({"prompt": 1}, key=None, **{"X-Mark": "a"})
-    async with desk.client() as client:
+async def test_every_request_is_recorded_unchanged_even_if_it_is_refused(service):
+    await service.post({"prompt": 1}, key=None, **{"X-Mark": "a"})
+    async with service.client() as client:
         assert (await client.delete("/v2/nothing")).status_code == 404
-    first, second = desk.evolink.requests
+    first, second = service.evolink.requests
     assert (first.method, first.path, first.body) == ("POST", "/v1/images/generations", b'{"prompt":1}')
-    assert ("a", desk.clock.now) == (first.headers["x-mark"], first.at)
+    assert ("a", service.clock.now) == (first.headers["x-mark"], first.at)
     assert (second.method, second.path) == ("DELETE", "/v2/nothing")
 
 
 def test_every_fault_has_a_word_and_a_meaning():
     words = {word.partition("=")[0] for word in FAULTS}
-    rooms = (simulation.__file__, app.__file__)
-    request_body = "".join(Path(room).read_text(encoding="utf-8") for room in rooms)
-    assert all(f'"{word.removeprefix("sim:")}"' in request_body or word[4:] in REFUSED_AT_ONCE for word in words)
+    modules = (simulation.__file__, app.__file__)
+    source = "".join(Path(module).read_text(encoding="utf-8") for module in modules)
+    assert all(f'"{word.removeprefix("sim:")}"' in source or word[4:] in REFUSED_AT_ONCE for word in words)
     assert all(FAULTS.values())

@@ -1,4 +1,4 @@
-"""A deterministic world for cancellations: each suspension of a call is counted, and a call can be cancelled at any one."""
+"""Count each suspension of a call, and cancel a call at any of them, without a thread."""
 
 from __future__ import annotations
 
@@ -112,13 +112,13 @@ class CallContext(Context[Any, Any]):
 
 
 class Steps:
-    """Await a coroutine and count its suspensions. Call `act` at suspension number `at`, counted from 0."""
+    """Await a coroutine and count its suspensions. Call `action` at suspension number `position`, counted from 0."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], act: Callable[[], None], at: int) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], action: Callable[[], None], position: int) -> None:
         self.count = 0
         self._coroutine = coroutine
-        self._act = act
-        self._at = at
+        self._action = action
+        self._position = position
 
     def __await__(self) -> Generator[Any, Any, Any]:
         steps = self._coroutine.__await__()
@@ -126,17 +126,17 @@ class Steps:
         error: BaseException | None = None
         while True:
             try:
-                awaited = steps.send(value) if error is None else steps.throw(error)
+                awaitable = steps.send(value) if error is None else steps.throw(error)
             except StopIteration as finished:
                 return finished.value
             number = self.count
             self.count += 1
-            if number == self._at:
+            if number == self._position:
                 # The caller suspends first, then the cancellation reaches it.
-                asyncio.get_running_loop().call_soon(self._act)
+                asyncio.get_running_loop().call_soon(self._action)
             error = None
             value = None
             try:
-                value = yield awaited
-            except BaseException as caught:  # noqa: BLE001 - a cancellation goes into the coroutine
-                error = caught
+                value = yield awaitable
+            except BaseException as cancellation:  # noqa: BLE001 - a cancellation goes into the coroutine
+                error = cancellation

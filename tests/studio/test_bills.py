@@ -30,12 +30,12 @@ CEILING = 3.54
 Bill = Callable[[SimulatedTask], float]
 
 
-def published(task: SimulatedTask) -> float:
+def published_price(task: SimulatedTask) -> float:
     return rules.price(task.body, task.size, task.pictures)
 
 
 def times(factor: float) -> Bill:
-    return lambda task: round(published(task) * factor, 4)
+    return lambda task: round(published_price(task) * factor, 4)
 
 
 def by_table(rule: str) -> Bill:
@@ -54,7 +54,7 @@ class BillingSimulator(PlainSimulator):
     """A simulated EvoLink that charges by `bill`. A task keeps the price of its start."""
 
     def __init__(
-        self, clock: Clock, bill: Bill = published, *, rule: str = "anchor-edge", reserve: Bill | None = None
+        self, clock: Clock, bill: Bill = published_price, *, rule: str = "anchor-edge", reserve: Bill | None = None
     ) -> None:
         super().__init__(clock=clock, duration_s=0, rule=rule)
         self.bill = bill
@@ -102,7 +102,7 @@ class Servers:
 def open_servers(open_world: Open) -> Any:
     @asynccontextmanager
     async def opened(
-        bill: Bill = published,
+        bill: Bill = published_price,
         count: int = 1,
         *,
         reserve: Bill | None = None,
@@ -146,7 +146,7 @@ async def test_a_series_at_published_prices_has_no_difference(open_servers: Any)
 
 
 async def test_the_first_line_of_a_list_names_a_bill_that_no_call_waited_for(open_servers: Any) -> None:
-    async with open_servers(times(1.7), reserve=published) as servers:
+    async with open_servers(times(1.7), reserve=published_price) as servers:
         await servers.order(prompt="sim:slow=30 a fox", wait_seconds=0)
         (world,) = servers.worlds
         world.clock.now += 60
@@ -209,9 +209,9 @@ async def test_max_credits_holds_after_the_first_higher_bill(open_servers: Any) 
     async with open_servers(lambda task: 40.0) as servers:
         assert (await servers.order(max_credits=4))["credits"] == 40
         for _ in range(2):
-            refused = await servers.order(max_credits=4)
-            assert refused["error"]["code"] == "over_budget"
-            assert refused["charged"] == "no"
+            refusal = await servers.order(max_credits=4)
+            assert refusal["error"]["code"] == "over_budget"
+            assert refusal["charged"] == "no"
         assert len(servers.simulator.tasks) == 1
 
 
@@ -221,12 +221,12 @@ async def test_the_reservation_of_a_running_task_warns_before_its_end(open_serve
         assert running["status"] in ("pending", "processing")
         assert running["headline"].startswith("EvoLink reserved 5.4")
         assert await servers.ceiling() > CEILING * 1.69
-        listed = await servers.call("list_tasks")
-        assert listed.structured_content["reserved"]["today"]["credits"] > PUBLISHED * 1.7
+        task_list = await servers.call("list_tasks")
+        assert task_list.structured_content["reserved"]["today"]["credits"] > PUBLISHED * 1.7
 
 
 async def test_a_reservation_above_the_final_charge_changes_no_price(open_servers: Any) -> None:
-    async with open_servers(published, reserve=times(1.5)) as servers:
+    async with open_servers(published_price, reserve=times(1.5)) as servers:
         answers = [await servers.order() for _ in range(3)]
         assert not any(is_change(answer) for answer in answers)
         assert await servers.ceiling() == CEILING
@@ -242,9 +242,9 @@ async def test_a_bill_of_a_lower_quality_is_a_possible_downgrade_and_changes_no_
             assert "may be lower than requested" in answer["headline"]
         assert [is_change(answer) for answer in answers] == [True, False]
         assert await servers.ceiling(quality="high") == before
-        servers.simulator.bill = published
-        back = await servers.order(quality="high")
-        assert "charges high at its own price again" in back["headline"]
+        servers.simulator.bill = published_price
+        last = await servers.order(quality="high")
+        assert "charges high at its own price again" in last["headline"]
 
 
 async def test_a_bill_of_a_higher_quality_raises_the_ceiling_of_the_lower_one(open_servers: Any) -> None:
@@ -263,21 +263,21 @@ async def test_a_bill_by_the_other_size_table_raises_the_ceilings_of_that_table(
     (second,) = set(RULES) - {rule}
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(rule=rule) as servers:
-        learned = await servers.order(**wide)
-        assert any("from now on" in note for note in learned["notes"])
-        assert learned["bill_difference"] is None
+        first = await servers.order(**wide)
+        assert any("from now on" in note for note in first["notes"])
+        assert first["bill_difference"] is None
         servers.simulator.bill = by_table(second)
         answers = [await servers.order(**wide) for _ in range(3)]
         assert [is_change(answer) for answer in answers] == [True, False, False]
         assert f"charges by its {second} table" in answers[0]["headline"]
         ceiling = await servers.ceiling(**wide)
         assert all(answer["credits"] <= ceiling for answer in answers)
-        servers.simulator.bill = published
+        servers.simulator.bill = published_price
         assert is_change(await servers.order(**wide))
 
 
 async def test_the_pixels_correct_the_factor_that_the_reservation_showed(open_servers: Any) -> None:
-    """While the table is unknown, a reservation of the dear table looks like a higher factor."""
+    """While the table is unknown, a reservation of the more expensive table looks like a higher factor."""
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(times(1.7), rule="pixel-budget") as servers:
         first = await servers.order(**wide)
@@ -296,9 +296,9 @@ async def test_the_pixels_replace_the_conclusion_from_the_reservation() -> None:
     entry = Entry("k" * 32, "server", Phase.SUBMITTED, 1.0, request=body, estimate=3.7, account="a1", task=task)
     facts = learn(entry, {})
     assert Prices.from_facts(facts).factor > 2.4
-    settled = replace(task, status="completed", credits_used=charge, results=("https://cdn.evolink.ai/1.png",))
+    settled_task = replace(task, status="completed", credits_used=charge, results=("https://cdn.evolink.ai/1.png",))
     image = ResultImage(0, "https://cdn.evolink.ai/1.png", 9e9, path="/x.png", width=2736, height=1536)
-    facts |= learn(replace(entry, task=settled, images=(image,)), facts)
+    facts |= learn(replace(entry, task=settled_task, images=(image,)), facts)
     prices = Prices.from_facts(facts)
     assert prices.factor == pytest.approx(1.7, rel=0.01)
     assert (prices.rule, prices.bills.rule) == ("pixel-budget", None)
@@ -315,12 +315,12 @@ async def test_the_charge_replaces_the_conclusion_from_the_reservation_of_the_sa
     image = ResultImage(0, url, 9e9, path="/x.png", width=pixels[0], height=pixels[1])
     facts: dict[str, str] = {}
     for number, credits in enumerate((lower, charge), start=1):
-        created = float(number)
-        task = Task(f"task-unified-{number}", created=created, credits_reserved=credits)
-        entry = Entry("k" * 32, "server", Phase.SUBMITTED, created, request=body, account="a1", task=task)
+        created_at = float(number)
+        task = Task(f"task-unified-{number}", created=created_at, credits_reserved=credits)
+        entry = Entry("k" * 32, "server", Phase.SUBMITTED, created_at, request=body, account="a1", task=task)
         facts |= learn(entry, facts)
-        settled = replace(task, status="completed", credits_used=credits, results=(url,))
-        facts |= learn(replace(entry, task=settled, images=(image,)), facts)
+        settled_task = replace(task, status="completed", credits_used=credits, results=(url,))
+        facts |= learn(replace(entry, task=settled_task, images=(image,)), facts)
     bills = Prices.from_facts(facts).bills
     assert (bills.factor, bills.qualities) == (1.0, {"low": "medium"})
 
@@ -328,9 +328,9 @@ async def test_the_charge_replaces_the_conclusion_from_the_reservation_of_the_sa
 async def test_a_lost_answer_is_matched_by_the_price_factor_of_the_account(open_servers: Any) -> None:
     async with open_servers(times(3.0)) as servers:
         await servers.order()
-        lost = await servers.order(prompt="sim:lost-reply a fox")
-        assert lost["guess"]
-        assert lost["task_id"] in servers.simulator.tasks
+        lost_task = await servers.order(prompt="sim:lost-reply a fox")
+        assert lost_task["guess"]
+        assert lost_task["task_id"] in servers.simulator.tasks
 
 
 async def test_four_servers_cross_a_limit_by_one_task_for_each_change(open_servers: Any) -> None:
@@ -343,21 +343,21 @@ async def test_four_servers_cross_a_limit_by_one_task_for_each_change(open_serve
         async def order(server: int) -> None:
             answers.append(await servers.order(server))
 
-        for number, bill in enumerate([published, *changes]):
+        for number, bill in enumerate([published_price, *changes]):
             servers.simulator.bill = bill
             for _ in range(1 if number < len(changes) else 3):
                 async with anyio.create_task_group() as group:
                     for server in range(4):
                         group.start_soon(order, server)
             assert sum(map(is_change, answers)) == number
-        refused = [answer for answer in answers if answer["error"]]
-        assert {answer["error"]["code"] for answer in refused} == {"over_budget"}
+        refusals = [answer for answer in answers if answer["error"]]
+        assert {answer["error"]["code"] for answer in refusals} == {"over_budget"}
         bills = list(servers.simulator.bills.values())
         sums = list(itertools.accumulate(bills))
         assert sum(each > limit for each in sums) <= len(changes)
-        listed = (await servers.call("list_tasks", 3)).structured_content
-        assert listed["spent"]["today"]["credits"] == pytest.approx(sums[-1], abs=0.001)
-        assert listed["reserved"]["today"]["credits"] == 0
+        task_list = (await servers.call("list_tasks", 3)).structured_content
+        assert task_list["spent"]["today"]["credits"] == pytest.approx(sums[-1], abs=0.001)
+        assert task_list["reserved"]["today"]["credits"] == 0
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.7])
@@ -376,7 +376,7 @@ async def test_four_servers_at_once_report_a_change_once(open_servers: Any, fact
 
 
 async def test_a_server_that_knows_a_table_reads_a_new_one_with_the_limit_check(open_servers: Any) -> None:
-    """The first server learns the dear table. The second one knew the cheap one, and its limit is between both."""
+    """The first server learns the more expensive table. The second one knew the other table, and its limit is between both."""
     wide = {"size": "16:9", "resolution": "2K"}
     async with open_servers(count=2, max_credits_per_call=11) as servers:
         for server in (0, 1):
@@ -384,8 +384,8 @@ async def test_a_server_that_knows_a_table_reads_a_new_one_with_the_limit_check(
         assert await servers.ceiling(1, quality="high", **wide) < 11
         servers.simulator.rule = "pixel-budget"
         await servers.order(0, quality="low", **wide)
-        refused = await servers.order(1, quality="high", **wide)
-        assert refused["error"]["code"] == "over_budget"
+        refusal = await servers.order(1, quality="high", **wide)
+        assert refusal["error"]["code"] == "over_budget"
         assert all(task.body["quality"] == "low" for task in servers.simulator.tasks.values())
 
 

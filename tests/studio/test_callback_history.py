@@ -16,7 +16,7 @@ LONG_REST_S = 60.0  # while a callback is expected
 
 
 class Rests(Clock):
-    """A clock that records the rests of the servers, in seconds. If `has_callbacks`, EvoLink calls back during each rest."""
+    """Record the pauses of the servers in seconds. If `has_callbacks`, EvoLink sends a callback during each pause."""
 
     def __init__(self) -> None:
         super().__init__()

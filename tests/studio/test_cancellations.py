@@ -73,7 +73,7 @@ class Replica:
         await delivery.settle(is_answered)
         return is_answered
 
-    async def rest(self) -> None:
+    async def settle(self) -> None:
         """Wait until no job runs, and write everything that the journal could not record."""
         with anyio.fail_after(300):
             while not self.studio.is_idle:
@@ -83,7 +83,7 @@ class Replica:
 
 
 @dataclass
-class Town:
+class TwoServers:
     """Two servers with one journal, and a simulated EvoLink."""
 
     simulator: PlainSimulator
@@ -92,7 +92,7 @@ class Town:
 
 
 @asynccontextmanager
-async def open_town(folder: Path, decoder: Decoder, turns: int = 1) -> AsyncIterator[Town]:
+async def open_servers(folder: Path, decoder: Decoder, turns: int = 1) -> AsyncIterator[TwoServers]:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     settings = Settings.from_environment(
@@ -119,7 +119,7 @@ async def open_town(folder: Path, decoder: Decoder, turns: int = 1) -> AsyncIter
             }
             studio = await stack.enter_async_context(open_studio(settings, parts, decoder=decoder, **options))
             replicas.append(Replica(studio, build_server(studio, preview_edge=0), backend))
-        yield Town(simulator, *replicas)
+        yield TwoServers(simulator, *replicas)
 
 
 @dataclass
@@ -140,10 +140,10 @@ class Case:
         words = {"prompts": self.prompts} if self.tool == "generate_images" else {"prompt": self.prompts[0]}
         return {**words, "size": "1024x640", "quality": "low"}
 
-    def arguments(self, town: Town) -> dict[str, Any]:
+    def arguments(self, servers: TwoServers) -> dict[str, Any]:
         """The arguments of the call. Only the tools that buy need no earlier task."""
         task_id = next(
-            (task.id for task in town.simulator.tasks.values() if task.body["prompt"] == self.prompts[0]), ""
+            (task.id for task in servers.simulator.tasks.values() if task.body["prompt"] == self.prompts[0]), ""
         )
         return {
             "get_task": {"task_id": task_id},
@@ -154,12 +154,12 @@ class Case:
         }.get(self.tool, self.purchase)
 
 
-async def check(town: Town, case: Case) -> None:
+async def check(servers: TwoServers, case: Case) -> None:
     """Check the invariants of one request when both servers are idle."""
-    found = await town.first.studio.journal.recent(9, words=(f"number{case.number}",))
+    entries_of_case = await servers.first.studio.journal.recent(9, words=(f"number{case.number}",))
     for prompt in case.prompts:
-        entries = [entry for entry in found if entry.request["prompt"] == prompt]
-        tasks = {task.id for task in town.simulator.tasks.values() if task.body["prompt"] == prompt}
+        entries = [entry for entry in entries_of_case if entry.request["prompt"] == prompt]
+        tasks = {task.id for task in servers.simulator.tasks.values() if task.body["prompt"] == prompt}
         assert len(tasks) <= 1, [(e.phase, e.task_id, e.delivered_at, e.caller, e.error) for e in entries]
         assert {entry.task_id for entry in entries if entry.task_id} == tasks
         assert [entry.phase for entry in entries if entry.phase in (Phase.INTENT, Phase.SENDING, Phase.UNKNOWN)] == []
@@ -167,33 +167,35 @@ async def check(town: Town, case: Case) -> None:
         assert [entry.reserved for entry in entries if entry.reserved] == []
 
 
-async def check_sums(town: Town) -> None:
+async def check_sums(servers: TwoServers) -> None:
     """Check that the journal and EvoLink have the same sum, and that nothing is reserved."""
-    sums = await town.first.studio.journal.sums_since(0)
-    assert (round(sums.spent, 4), sums.reserved) == (round(town.simulator.credits(KEY)[1], 4), 0)
+    sums = await servers.first.studio.journal.sums_since(0)
+    assert (round(sums.spent, 4), sums.reserved) == (round(servers.simulator.credits(KEY)[1], 4), 0)
 
 
-async def points_of(town: Town, first: int, tool: str, scenario: str, every: int = 1) -> int:
+async def points_of(servers: TwoServers, first: int, tool: str, scenario: str, every: int = 1) -> int:
     """Cancel a tool call at suspensions with the distance `every`. Return their number."""
     for points, point in enumerate(range(0, POINTS_MAX, every)):
         case = Case(tool, first + points)
         buys = tool in ("generate_image", "generate_images")
         if not buys and tool != "compute_size":
             # The purchase is not delivered, so the cancelled call is the first one that could deliver it.
-            await town.second.call("generate_image", case.purchase, cancel_at=CANCEL_AFTER_PURCHASE)
-            await town.second.rest()
+            await servers.second.call("generate_image", case.purchase, cancel_at=CANCEL_AFTER_PURCHASE)
+            await servers.second.settle()
         elif buys and scenario == "claim":  # an earlier call was cancelled, so this one gets its purchase
-            assert not await town.second.call(tool, case.purchase, cancel_at=CANCEL_AFTER_PURCHASE)
+            assert not await servers.second.call(tool, case.purchase, cancel_at=CANCEL_AFTER_PURCHASE)
         locked_actions = LOCKED_ACTIONS if scenario == "locked journal" else 0
-        is_answered = await town.first.call(tool, case.arguments(town), cancel_at=point, locked_actions=locked_actions)
+        is_answered = await servers.first.call(
+            tool, case.arguments(servers), cancel_at=point, locked_actions=locked_actions
+        )
         if is_answered:  # the call has fewer suspensions
             return points
-        town.first.backend.locked_actions = 0
-        again = town.second if scenario == "second server" else town.first
-        await again.call(tool, case.arguments(town))
-        await town.first.rest()
-        await town.second.rest()
-        await check(town, case)
+        servers.first.backend.locked_actions = 0
+        next_server = servers.second if scenario == "second server" else servers.first
+        await next_server.call(tool, case.arguments(servers))
+        await servers.first.settle()
+        await servers.second.settle()
+        await check(servers, case)
     raise AssertionError("the call has more suspensions than POINTS_MAX")
 
 
@@ -203,22 +205,24 @@ async def test_a_call_that_is_cancelled_at_any_point_buys_at_most_once_and_leave
     tool: str, scenario: str, tmp_path: Path, decoder: Decoder
 ) -> None:
     with anyio.fail_after(900):
-        async with open_town(tmp_path, decoder) as town:
-            points = await points_of(town, 1000, tool, scenario, 1 if tool == "generate_image" else EVERY)
-            await check_sums(town)
+        async with open_servers(tmp_path, decoder) as servers:
+            points = await points_of(servers, 1000, tool, scenario, 1 if tool == "generate_image" else EVERY)
+            await check_sums(servers)
     assert points >= 1
     # No tool of this test works without a purchase, except compute_size. A test without one would prove nothing.
-    assert bool(town.simulator.tasks) == (tool != "compute_size")
+    assert bool(servers.simulator.tasks) == (tool != "compute_size")
 
 
 @pytest.mark.parametrize("turns", [pytest.param(turns, marks=SLOW) for turns in TURNS])
-async def test_all_tools_cancelled_at_all_points(turns: int, tmp_path: Path, decoder: Decoder) -> None:
+async def test_every_tool_call_may_be_cancelled_at_every_suspension(
+    turns: int, tmp_path: Path, decoder: Decoder
+) -> None:
     total = 0
     with anyio.fail_after(3600):
-        async with open_town(tmp_path, decoder, turns) as town:
+        async with open_servers(tmp_path, decoder, turns) as servers:
             for number, (tool, scenario) in enumerate(product(TOOLS, SCENARIOS), start=1):
-                total += await points_of(town, number * POINTS_MAX, tool, scenario)
-            await check_sums(town)
+                total += await points_of(servers, number * POINTS_MAX, tool, scenario)
+            await check_sums(servers)
     print(f"{total} points")
     assert total >= POINTS_TOTAL_MIN // len(TURNS)
 
@@ -228,13 +232,13 @@ async def test_a_server_that_loses_its_lease_while_it_records_a_purchase_sends_n
 ) -> None:
     """The process was frozen between the write and its answer, and another server may own the entry now."""
     with anyio.fail_after(900):
-        async with open_town(tmp_path, decoder) as town:
+        async with open_servers(tmp_path, decoder) as servers:
             case = Case("generate_image", 1)
-            town.first.backend.has_lease = False
-            assert await town.first.call("generate_image", case.purchase)
-            await town.first.rest()
-            assert not town.simulator.tasks
-            assert await town.second.call("generate_image", case.purchase)
-            await town.second.rest()
-            assert len(town.simulator.tasks) == 1
-            await check_sums(town)
+            servers.first.backend.has_lease = False
+            assert await servers.first.call("generate_image", case.purchase)
+            await servers.first.settle()
+            assert not servers.simulator.tasks
+            assert await servers.second.call("generate_image", case.purchase)
+            await servers.second.settle()
+            assert len(servers.simulator.tasks) == 1
+            await check_sums(servers)

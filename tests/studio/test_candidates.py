@@ -21,7 +21,7 @@ from evolink_mcp.studio.reconcile import contradicts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-ORDER = {"model": "gpt-image-2", "prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"model": "gpt-image-2", "prompt": "a fox", "size": "1024x640", "quality": "low"}
 NOW = 1_790_000_000.0
 
 
@@ -61,14 +61,14 @@ def evolink() -> LossyEvoLink:
 
 def buy_elsewhere(evolink: LossyEvoLink, **options: Any) -> str:
     """Buy with the same key, without this server. Return the task ID."""
-    status, _, data = evolink.simulator.create({**ORDER, **options}, key=KEY)
+    status, _, data = evolink.simulator.create({**REQUEST, **options}, key=KEY)
     assert status == 200, data
     return data["id"]
 
 
 async def order(world: World, **options: Any) -> Entry:
     """Order an image and return the entry when the job is finished."""
-    request = GenerationRequest.model_validate({**ORDER, **options})
+    request = GenerationRequest.model_validate({**REQUEST, **options})
     job = await world.studio.order(ImageRequest(request, world.studio.prices.current.ceiling(request)))
     async for _ in job.states():
         pass
@@ -76,7 +76,7 @@ async def order(world: World, **options: Any) -> Entry:
     return job.entry
 
 
-def opened(open_world: Open, evolink: LossyEvoLink) -> Any:
+def open_evolink_world(open_world: Open, evolink: LossyEvoLink) -> Any:
     clock = evolink.simulator.clock
     assert isinstance(clock, Clock)
     return open_world(simulator=evolink.simulator, clock=clock, transport=evolink)
@@ -93,19 +93,24 @@ async def test_a_task_whose_price_number_or_pixels_contradict_the_order_is_not_a
     """The row of the list shows none of them."""
     evolink.bills = False
     evolink.before_list = lambda: buy_elsewhere(evolink, **other) and None
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
-        saved = await world.studio.journal.by_key(entry.key)
+        stored_entry = await world.studio.journal.by_key(entry.key)
     assert (entry.phase, entry.task, entry.images, entry.charged) == (Phase.UNKNOWN, None, (), "unknown")
-    assert saved is not None
-    assert (saved.phase, saved.task, saved.images, saved.error) == (Phase.UNKNOWN, None, (), entry.error)
+    assert stored_entry is not None
+    assert (stored_entry.phase, stored_entry.task, stored_entry.images, stored_entry.error) == (
+        Phase.UNKNOWN,
+        None,
+        (),
+        entry.error,
+    )
 
 
 async def test_the_own_task_is_assigned_beside_tasks_that_contradict_the_order(
     open_world: Open, evolink: LossyEvoLink
 ) -> None:
     evolink.before_list = lambda: [buy_elsewhere(evolink, n=n, quality="high") for n in (1, 2, 3)] and None
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
     assert entry.task_id == next(iter(evolink.simulator.tasks))
     assert entry.is_unconfirmed
@@ -115,7 +120,7 @@ async def test_a_candidate_that_cannot_be_read_is_named_and_not_assigned(
     open_world: Open, evolink: LossyEvoLink
 ) -> None:
     evolink.unreadable = lambda path: path.startswith("/v1/tasks/task-")
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
     assert (entry.phase, entry.task) == (Phase.UNKNOWN, None)
     assert entry.error is not None
@@ -125,21 +130,21 @@ async def test_a_candidate_that_cannot_be_read_is_named_and_not_assigned(
 async def test_the_whole_list_of_the_time_is_searched(open_world: Open, evolink: LossyEvoLink) -> None:
     """The own task is on the second page, and the first page has another one that fits."""
     evolink.before_list = lambda: [buy_elsewhere(evolink, quality="high") for _ in range(60)] and None
-    async with opened(open_world, evolink) as world:
-        alone = await order(world)
+    async with open_evolink_world(open_world, evolink) as world:
+        first = await order(world)
         world.clock.now += 600  # beyond the time of the tasks above
         evolink.before_list = lambda: (
             [buy_elsewhere(evolink, quality="low" if number == 59 else "high") for number in range(60)] and None
         )
-        beside = await order(world, prompt="a hen")
-    assert alone.task is not None
-    assert (beside.phase, beside.task) == (Phase.UNKNOWN, None)
+        second = await order(world, prompt="a hen")
+    assert first.task is not None
+    assert (second.phase, second.task) == (Phase.UNKNOWN, None)
 
 
 async def test_an_id_in_the_text_of_an_error_is_a_candidate(open_world: Open, evolink: LossyEvoLink) -> None:
     evolink.answer = lambda: f"<p>The task {next(iter(evolink.simulator.tasks))} is queued.</p>"
     evolink.unreadable = lambda path: path == "/v1/tasks"
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
     assert [entry.task_id] == list(evolink.simulator.tasks)
     assert (entry.is_unconfirmed, entry.status) == (True, "completed")
@@ -151,7 +156,7 @@ async def test_an_id_in_the_text_of_an_error_that_contradicts_the_order_is_only_
     evolink.bills = False
     evolink.before_list = lambda: buy_elsewhere(evolink, quality="high") and None
     evolink.answer = lambda: f"<p>The task {next(iter(evolink.simulator.tasks))} is queued.</p>"
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
     assert (entry.phase, entry.task) == (Phase.UNKNOWN, None)
     assert entry.error is not None
@@ -160,31 +165,31 @@ async def test_an_id_in_the_text_of_an_error_that_contradicts_the_order_is_only_
 
 async def test_a_callback_is_proof_whatever_the_price(open_world: Open, evolink: LossyEvoLink) -> None:
     evolink.bills = False
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         entry = await order(world)
         task_id = buy_elsewhere(evolink, quality="high", n=2)
         await world.studio.receive_callback(entry.key, task_id)
         while not world.studio.is_idle:
             await anyio.sleep(0)
-        saved = await world.studio.journal.by_key(entry.key)
-    assert saved is not None
-    assert (saved.task_id, saved.phase, saved.is_unconfirmed) == (task_id, Phase.SUBMITTED, False)
+        stored_entry = await world.studio.journal.by_key(entry.key)
+    assert stored_entry is not None
+    assert (stored_entry.task_id, stored_entry.phase, stored_entry.is_unconfirmed) == (task_id, Phase.SUBMITTED, False)
 
 
 async def test_an_own_answer_overrules_the_match_of_another_order(open_world: Open, evolink: LossyEvoLink) -> None:
     """The first order got the task of the second one by mistake, and the answer of the second one names it."""
     evolink.bills = False
     evolink.before_list = lambda: buy_elsewhere(evolink) and None
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         first = await order(world)
         assert first.is_unconfirmed
         evolink.before_list = lambda: None
         evolink.answer = lambda: f'{{"id": "{first.task_id}"}}'
         second = await order(world, prompt="a hen")
-        saved = await world.studio.journal.by_key(first.key)
+        stored_entry = await world.studio.journal.by_key(first.key)
     assert (second.task_id, second.phase, second.is_unconfirmed) == (first.task_id, Phase.SUBMITTED, False)
-    assert saved is not None
-    assert (saved.phase, saved.task, saved.images) == (Phase.UNKNOWN, None, ())
+    assert stored_entry is not None
+    assert (stored_entry.phase, stored_entry.task, stored_entry.images) == (Phase.UNKNOWN, None, ())
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ async def test_an_own_answer_overrules_the_match_of_another_order(open_world: Op
 async def test_the_number_of_images_and_their_price_must_fit_the_order(
     images: int, credits: float | None, expected: bool
 ) -> None:
-    entry = Entry("key", "owner", Phase.UNKNOWN, NOW, request={**ORDER, "n": 2}, estimate=0.4)
+    entry = Entry("key", "owner", Phase.UNKNOWN, NOW, request={**REQUEST, "n": 2}, estimate=0.4)
     links = tuple(f"https://files.example/{number}.png" for number in range(images))
     task = Task("task-unified-1-a", "completed", created=NOW, results=links, credits_used=credits)
     assert contradicts(entry, task, 0.0) is expected
@@ -211,19 +216,19 @@ async def test_five_hundred_lost_answers_among_purchases_by_other_programs(
     sizes = ["1024x640", "640x1024", "1024x1024", "1:1", "16:9", "3:2", "auto"]
     clock = evolink.simulator.clock
     assert isinstance(clock, Clock)
-    owned: dict[str, str] = {}
-    named: set[str] = set()
-    foreign: set[str] = set()
+    own_ids: dict[str, str] = {}
+    named_keys: set[str] = set()
+    foreign_ids: set[str] = set()
 
     def options() -> dict[str, Any]:
         return {"size": dice.choice(sizes), "quality": dice.choice(["low", "medium", "high"]), "n": dice.randint(1, 2)}
 
     def buy_others() -> None:
         for _ in range(dice.choice([0, 1, 1, 2])):
-            foreign.add(buy_elsewhere(evolink, prompt=f"another {len(foreign)}", **options()))
+            foreign_ids.add(buy_elsewhere(evolink, prompt=f"another {len(foreign_ids)}", **options()))
 
     outcomes: list[Entry] = []
-    async with opened(open_world, evolink) as world:
+    async with open_evolink_world(open_world, evolink) as world:
         for number in range(500):
             # The other programs buy at any time: mostly between two orders, sometimes beside one.
             clock.now += dice.uniform(1, 20)
@@ -242,16 +247,16 @@ async def test_five_hundred_lost_answers_among_purchases_by_other_programs(
                     f'{{"id": "{name}", "st' for name in evolink.simulator.tasks if name not in before
                 )
             entry = await order(world, prompt=f"sim:cancelled a fox {number}", **options())
-            created = [name for name in evolink.simulator.tasks if name not in before and name not in foreign]
-            if created:
-                owned[entry.key] = created[0]
+            new_ids = [name for name in evolink.simulator.tasks if name not in before and name not in foreign_ids]
+            if new_ids:
+                own_ids[entry.key] = new_ids[0]
                 if number % 3 == 1:
-                    named.add(entry.key)
+                    named_keys.add(entry.key)
             outcomes.append(entry)
-    wrong = [entry for entry in outcomes if entry.task_id is not None and entry.task_id != owned.get(entry.key)]
-    lost_ids = [entry for entry in outcomes if entry.key in named and entry.task_id != owned[entry.key]]
-    assert 400 <= len(foreign) <= 600
-    assert len(named) >= 160
+    wrong = [entry for entry in outcomes if entry.task_id is not None and entry.task_id != own_ids.get(entry.key)]
+    lost_ids = [entry for entry in outcomes if entry.key in named_keys and entry.task_id != own_ids[entry.key]]
+    assert 400 <= len(foreign_ids) <= 600
+    assert len(named_keys) >= 160
     assert lost_ids == []
     assert len(wrong) <= 5
-    print("matched", sum(e.is_unconfirmed for e in outcomes), "wrong", len(wrong), "foreign", len(foreign))
+    print("matched", sum(e.is_unconfirmed for e in outcomes), "wrong", len(wrong), "foreign", len(foreign_ids))

@@ -1,4 +1,4 @@
-"""An identical order gets the purchase of a call that ended, whatever the journal could record of that end."""
+"""An identical order gets the purchase of a call that ended, even if the journal could not record that end."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ async def faulty_world(open_world: Open, **options: Any) -> AsyncIterator[tuple[
         yield world, journals[0]
 
 
-async def submitted(world: World, request: ImageRequest = SLOW) -> Job:
+async def submit(world: World, request: ImageRequest = SLOW) -> Job:
     job = await world.studio.order(request)
     while job.entry.task is None:
         await anyio.sleep(0)
     return job
 
 
-async def finished(job: Job) -> Job:
+async def finish(job: Job) -> Job:
     while not job.is_finished:
         await anyio.sleep(0)
     return job
@@ -51,7 +51,7 @@ async def finished(job: Job) -> Job:
 async def test_a_call_gets_the_purchase_of_a_call_that_ends_while_earlier_purchases_are_read(open_world: Open) -> None:
     """The rows still name the first call when the second one reads them."""
     async with faulty_world(open_world) as (world, journal), anyio.create_task_group() as group:
-        first = await submitted(world)
+        first = await submit(world)
         is_claimed = anyio.Event()
 
         async def end_first_call() -> None:
@@ -68,7 +68,7 @@ async def test_a_call_gets_the_purchase_of_a_call_that_ends_while_earlier_purcha
 
 async def test_a_call_gets_the_purchase_of_a_call_whose_end_could_not_be_recorded(open_world: Open) -> None:
     async with faulty_world(open_world) as (world, journal):
-        first = await submitted(world)
+        first = await submit(world)
         journal.unwritable = {"remove_caller"}
         await world.studio.depart(first)
         second = await world.studio.order(SLOW)
@@ -81,7 +81,7 @@ async def test_the_end_of_a_call_is_recorded_later_so_another_server_can_hand_th
 ) -> None:
     clock = Clock()
     async with faulty_world(open_world, clock=clock) as (world, journal):
-        first = await submitted(world)
+        first = await submit(world)
         journal.unwritable = {"remove_caller"}
         await world.studio.depart(first)
         assert world.studio.has_unwritten
@@ -96,19 +96,19 @@ async def test_the_end_of_a_call_is_recorded_later_so_another_server_can_hand_th
 
 async def test_a_repeated_record_of_the_end_does_not_undo_a_later_claim(open_world: Open) -> None:
     async with faulty_world(open_world) as (world, journal):
-        first = await submitted(world)
+        first = await submit(world)
         journal.unwritable = {"remove_caller"}
         await world.studio.depart(first)
         await world.studio.order(SLOW)
         journal.unwritable = set()
         await world.studio.flush()
-        assert await submitted(world) is not first
+        assert await submit(world) is not first
     assert world.posts == 2
 
 
 async def test_a_claim_that_cannot_be_recorded_buys_nothing_and_keeps_the_purchase(open_world: Open) -> None:
     async with faulty_world(open_world) as (world, journal):
-        first = await submitted(world)
+        first = await submit(world)
         journal.unwritable = {"remove_caller", "claim"}
         await world.studio.depart(first)
         with pytest.raises(JournalUnwritable):
@@ -124,8 +124,8 @@ async def test_a_task_is_not_called_unknown_because_the_journal_cannot_be_read(
 ) -> None:
     """Without the journal, the server polls a task only if the account belongs to one person."""
     async with faulty_world(open_world, is_shared=is_shared) as (world, journal), world.client() as client:
-        bought = await client.call_tool("generate_image", {"prompt": "sim:fast a fox"})
-        task_id = bought.structured_content["task_id"]
+        purchase = await client.call_tool("generate_image", {"prompt": "sim:fast a fox"})
+        task_id = purchase.structured_content["task_id"]
         journal.unwritable = {"by_task"}
         facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
     if is_shared:
@@ -144,7 +144,7 @@ async def answer_is_lost() -> None:
 
 async def test_a_recorded_claim_whose_answer_was_lost_does_not_hide_the_purchase(open_world: Open) -> None:
     async with faulty_world(open_world) as (world, journal):
-        first = await submitted(world)
+        first = await submit(world)
         await world.studio.depart(first)
         journal.after["claim"] = answer_is_lost
         with pytest.raises(JournalUnwritable):
@@ -173,7 +173,7 @@ async def test_a_recorded_order_whose_answer_was_lost_buys_nothing_and_reserves_
 async def test_an_order_gets_a_purchase_that_the_journal_could_not_record(open_world: Open) -> None:
     async with faulty_world(open_world) as (world, journal):
         journal.after["update"] = make_unwritable(journal)
-        first = await submitted(world)
+        first = await submit(world)
         assert world.studio.has_unwritten
         await world.studio.depart(first)
         second = await world.studio.order(SLOW)
@@ -184,13 +184,13 @@ async def test_an_order_gets_a_purchase_that_the_journal_could_not_record(open_w
 async def test_an_order_buys_if_the_unrecorded_state_of_the_earlier_one_is_a_failure(open_world: Open) -> None:
     """The journal still says that the task runs."""
     async with faulty_world(open_world) as (world, journal):
-        first = await submitted(world, FAILS)
+        first = await submit(world, FAILS)
         journal.unwritable = {"update", "update_images"}
-        await finished(first)
+        await finish(first)
         assert (first.entry.status, world.studio.has_unwritten) == ("failed", True)
         await world.studio.depart(first)
         journal.unwritable = {"update_images"}
-        second = await submitted(world, FAILS)
+        second = await submit(world, FAILS)
         assert second.entry.key != first.entry.key
     assert world.posts == 2
 
@@ -199,17 +199,17 @@ async def test_a_delivered_image_is_not_handed_over_again_although_the_delivery_
     open_world: Open,
 ) -> None:
     async with faulty_world(open_world) as (world, journal):
-        first = await finished(await submitted(world, QUICK))
+        first = await finish(await submit(world, QUICK))
         journal.unwritable = {"deliver"}
         await world.studio.depart(first)
         await world.studio.deliver(first)
-        second = await submitted(world, QUICK)
+        second = await submit(world, QUICK)
         assert second.entry.key != first.entry.key
         journal.unwritable = set()
         await world.studio.flush()
-        stored = await world.studio.journal.by_key(first.entry.key)
-        assert stored is not None
-        assert stored.delivered_at == first.entry.delivered_at
+        stored_entry = await world.studio.journal.by_key(first.entry.key)
+        assert stored_entry is not None
+        assert stored_entry.delivered_at == first.entry.delivered_at
     assert world.posts == 2
 
 
@@ -226,15 +226,15 @@ async def test_an_order_buys_if_a_call_of_another_server_claims_the_purchase_fir
         faulty_world(open_world, clock=clock) as (world, journal),
         open_world(simulator=world.simulator, clock=clock) as second_world,
     ):
-        first = await submitted(world)
+        first = await submit(world)
         await world.studio.depart(first)
-        claimed: list[Job] = []
+        claimed_jobs: list[Job] = []
 
-        async def claim_elsewhere() -> None:
-            claimed.append(await second_world.studio.order(SLOW))
+        async def claim_at_second() -> None:
+            claimed_jobs.append(await second_world.studio.order(SLOW))
 
-        journal.before["claim"] = claim_elsewhere
-        second = await submitted(world)
-        assert claimed[0].entry.task_id == first.entry.task_id
+        journal.before["claim"] = claim_at_second
+        second = await submit(world)
+        assert claimed_jobs[0].entry.task_id == first.entry.task_id
         assert second.entry.task_id != first.entry.task_id
     assert world.posts == 2

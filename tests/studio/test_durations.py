@@ -1,4 +1,4 @@
-"""What tasks took is learned from those that were watched from start to end, and known to the account's next server."""
+"""The server learns durations from tasks that it followed from start to end. The next server of the account knows them."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ ENTRY = Entry(
 )
 
 
-async def learned(world: World, took_s: float, times: int) -> DurationHistory:
-    own_names = DurationHistory(world.studio.journal)
+async def learn_durations(world: World, duration_s: float, times: int) -> DurationHistory:
+    history = DurationHistory(world.studio.journal)
     for _ in range(times):
-        await own_names.add(ENTRY, took_s)
-    return own_names
+        await history.add(ENTRY, duration_s)
+    return history
 
 
-async def test_what_was_learned_is_known_to_the_next_server(world: World) -> None:
+async def test_the_next_server_knows_the_learned_durations(world: World) -> None:
     assert WRITE_EVERY >= ENOUGH_TASKS
-    own_names = await learned(world, 60.0, WRITE_EVERY)
-    foreign = DurationHistory(world.studio.journal)
-    assert (await own_names.expected(ENTRY)).median_s == (await foreign.expected(ENTRY)).median_s == 60.0
+    history = await learn_durations(world, 60.0, WRITE_EVERY)
+    second = DurationHistory(world.studio.journal)
+    assert (await history.expected(ENTRY)).median_s == (await second.expected(ENTRY)).median_s == 60.0
     low = replace(ENTRY, request={"quality": "low"})
-    assert (await foreign.expected(low)).median_s == TYPICAL_S["low"]
+    assert (await second.expected(low)).median_s == TYPICAL_S["low"]
 
 
-async def test_less_is_written_when_the_server_ends(world: World) -> None:
-    own_names = await learned(world, 60.0, WRITE_EVERY - 1)
+async def test_remaining_durations_are_written_when_the_server_ends(world: World) -> None:
+    history = await learn_durations(world, 60.0, WRITE_EVERY - 1)
     assert await world.studio.journal.fact(DURATIONS_FACT) is None
-    await own_names.write()
+    await history.write()
     assert json.loads(await world.studio.journal.fact(DURATIONS_FACT) or "") == [["high", 100.0, 60.0]] * (
         WRITE_EVERY - 1
     )
 
 
-async def test_what_ended_at_once_teaches_nothing(world: World) -> None:
-    own_names = await learned(world, 0.2, 3 * WRITE_EVERY)
-    assert (await own_names.expected(ENTRY)).median_s == TYPICAL_S["high"]
+async def test_a_task_that_ended_at_once_is_not_counted(world: World) -> None:
+    history = await learn_durations(world, 0.2, 3 * WRITE_EVERY)
+    assert (await history.expected(ENTRY)).median_s == TYPICAL_S["high"]
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{", "7", "{}", '[["high"]]', '[["high", null, "x"]]', '[["high", 1e999, 5]]', '[["high", 1, 1e999]]', "[[]]"],
 )
-async def test_an_odd_note_is_left_out(world: World, text: str) -> None:
+async def test_an_invalid_record_is_ignored(world: World, text: str) -> None:
     await world.studio.journal.save_fact(DURATIONS_FACT, text)
     assert (await DurationHistory(world.studio.journal).expected(ENTRY)).median_s == TYPICAL_S["high"]
 
@@ -76,7 +76,7 @@ async def test_only_a_task_that_was_followed_from_its_start_counts(world: World)
     entry = replace(ENTRY, owner=journal.owner, account=journal.account, task=Task(task_id))
     await journal.intend(entry)
     durations = DurationHistory(journal, counted_min_s=0.0)
-    stored: list[int] = []
+    stored_counts: list[int] = []
     async with anyio.create_task_group() as group:
         timing = Timing(world.clock, world.clock.sleep)
         writer = JournalWriter(journal, Events())
@@ -88,5 +88,5 @@ async def test_only_a_task_that_was_followed_from_its_start_counts(world: World)
             await follower.follow(job)
             assert job.entry.status == "completed"
             await durations.write()
-            stored.append(len(json.loads(await journal.fact(DURATIONS_FACT) or "[]")))
-    assert stored == [0, 1]
+            stored_counts.append(len(json.loads(await journal.fact(DURATIONS_FACT) or "[]")))
+    assert stored_counts == [0, 1]

@@ -1,4 +1,4 @@
-"""Following survives every answer: a settled status never goes back, and a completed task without links is read again."""
+"""No answer stops the polls wrongly: a settled status stays, and a completed task without links is polled again."""
 
 from __future__ import annotations
 

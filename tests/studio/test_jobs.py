@@ -83,11 +83,11 @@ async def world(open_world: Open) -> AsyncIterator[World]:
 async def cancel_during(world: World, method: str) -> None:
     """Cancel an order after the journal did its work and before this method returns."""
     journal: Any = world.studio.journal
-    entered = anyio.Event()
+    has_entered = anyio.Event()
     release = anyio.Event()
 
     async def hold() -> None:
-        entered.set()
+        has_entered.set()
         await release.wait()
 
     async def order() -> None:
@@ -97,7 +97,7 @@ async def cancel_during(world: World, method: str) -> None:
     journal.after[method] = hold
     async with anyio.create_task_group() as group:
         group.start_soon(order)
-        await entered.wait()
+        await has_entered.wait()
         group.cancel_scope.cancel()
         release.set()
 

@@ -11,7 +11,7 @@ from conftest import Clock, Open, PlainSimulator, World
 
 pytestmark = pytest.mark.anyio
 
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 class FirstPollRaises(httpx.ASGITransport):
@@ -37,15 +37,15 @@ async def test_an_unexpected_error_of_a_poll_ends_the_job_and_the_next_call_work
             open_world(simulator=simulator, clock=clock, transport=FirstPollRaises(simulator.app)) as world,
             world.client() as client,
         ):
-            answer = await client.call_tool("generate_image", WISH)
+            answer = await client.call_tool("generate_image", REQUEST)
             facts = answer.structured_content
-            again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+            repeat = await client.call_tool("get_task", {"task_id": facts["task_id"]})
     assert answer.is_error
     assert (facts["error"]["code"], facts["charged"]) == ("internal_error", "unknown")
     assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
     assert "an unexpected error" not in str(answer)
     assert "ZeroDivisionError" in caplog.text
-    assert again.structured_content["status"] == "completed"
+    assert repeat.structured_content["status"] == "completed"
     assert world.posts == 1
 
 
@@ -64,7 +64,7 @@ async def test_a_subscriber_that_fails_does_not_disturb_other_subscribers(
     world.studio.subscribe(receive)
     with anyio.fail_after(300), caplog.at_level(logging.ERROR):
         async with world.client() as client:
-            answer = await client.call_tool("generate_image", WISH)
+            answer = await client.call_tool("generate_image", REQUEST)
     assert answer.structured_content["status"] == "completed"
     assert set(task_ids) == {answer.structured_content["task_id"]}
     assert "ZeroDivisionError" in caplog.text

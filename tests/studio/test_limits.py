@@ -25,7 +25,7 @@ async def order(world: World, **arguments: Any) -> Any:
         return answer.structured_content
 
 
-def suggested(advice: str) -> dict[str, Any]:
+def suggested_arguments(advice: str) -> dict[str, Any]:
     """Return the arguments that a refusal names as the largest that fit."""
     sentence = advice.partition("The largest that fits is ")[2].partition(": at most")[0]
     match = dict(re.findall(r'(\w+)="?([\w:]+)"?', sentence))
@@ -49,29 +49,29 @@ async def test_a_refusal_names_the_largest_variant_and_that_variant_is_accepted(
     open_world: Open, arguments: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "5"}) as world:
-        refused = await order(world, **arguments)
-        advice = refused["error"]["advice"]
-        assert refused["error"]["code"] == "over_budget"
-        assert suggested(advice) == expected
+        refusal = await order(world, **arguments)
+        advice = refusal["error"]["advice"]
+        assert refusal["error"]["code"] == "over_budget"
+        assert suggested_arguments(advice) == expected
         assert "midnight" not in advice
         assert "EVOLINK_MCP_MAX_CREDITS_PER_DAY" in advice
-        accepted = await order(world, **{**arguments, **suggested(advice)})
-        assert accepted["error"] is None
+        second = await order(world, **{**arguments, **suggested_arguments(advice)})
+        assert second["error"] is None
 
 
-async def test_a_call_that_fits_tomorrow_is_told_so_with_the_credits_of_today(open_world: Open) -> None:
+async def test_a_refusal_says_that_the_call_fits_tomorrow_and_names_the_credits_of_today(open_world: Open) -> None:
     async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "5"}) as world:
         await order(world, size="1:1")
-        refused = await order(world, prompt="sim:fast a hen", size="1:1")
-    assert "The limit starts again at midnight." in refused["error"]["advice"]
-    assert suggested(refused["error"]["advice"])["quality"] == "low"
-    assert "are spent" in refused["error"]["message"]
+        refusal = await order(world, prompt="sim:fast a hen", size="1:1")
+    assert "The limit starts again at midnight." in refusal["error"]["advice"]
+    assert suggested_arguments(refusal["error"]["advice"])["quality"] == "low"
+    assert "are spent" in refusal["error"]["message"]
 
 
 async def test_the_refusal_says_that_nothing_fits(open_world: Open) -> None:
     async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "0.01"}) as world:
-        refused = await order(world)
-    assert "No size and quality fits." in refused["error"]["advice"]
+        refusal = await order(world)
+    assert "No size and quality fits." in refusal["error"]["advice"]
 
 
 async def test_a_quality_above_the_requested_one_is_never_suggested() -> None:
@@ -92,17 +92,17 @@ async def test_the_total_limit_counts_all_profiles(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     limits = {"EVOLINK_MCP_MAX_CREDITS_PER_DAY": "5", "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY": "8"}
-    accepted = 0
+    accepted_count = 0
     for name in ("anna", "bert", "cleo"):
         environ = {**limits, "EVOLINK_MCP_PROFILE": name}
         async with open_world(environ, simulator=simulator, clock=clock) as world:
             answer = await order(world, size="1:1")
-            accepted += answer["error"] is None
+            accepted_count += answer["error"] is None
             journal = world.studio.journal
-            own_entry = await journal.sums_since(0)
+            own_sums = await journal.sums_since(0)
             total = await journal.total_since(0)
-    assert accepted == 2
-    assert own_entry == Sums()
+    assert accepted_count == 2
+    assert own_sums == Sums()
     assert 6 < total.total < 8
     assert "all users" in answer["error"]["message"]
     assert "EVOLINK_MCP_TOTAL_CREDITS_PER_DAY" in answer["error"]["advice"]
@@ -111,7 +111,7 @@ async def test_the_total_limit_counts_all_profiles(open_world: Open) -> None:
 
 @pytest.mark.parametrize("limit", ["CALL", "DAY"])
 async def test_a_price_that_rose_after_it_was_computed_is_refused_before_the_post(open_world: Open, limit: str) -> None:
-    """Another server learns the dear table between the price and the record of the entry."""
+    """Another server learns the more expensive table between the price and the record of the entry."""
     request = GenerationRequest(prompt="a fox", size="16:9", resolution="2K", quality="high")
     async with open_world({f"EVOLINK_MCP_MAX_CREDITS_PER_{limit}": "11"}) as world:
         await world.studio.journal.save_fact("size_rule", "anchor-edge")
@@ -139,7 +139,7 @@ async def test_the_transaction_of_an_entry_checks_the_sum_of_all_profiles(open_w
             )
 
         await anna.studio.journal.intend(entry(anna), day_limit=5.0, total_limit=5.0)
-        with pytest.raises(DailyLimitReached) as reached:
+        with pytest.raises(DailyLimitReached) as refusal:
             await bert.studio.journal.intend(entry(bert), day_limit=5.0, total_limit=5.0)
-        assert (reached.value.is_total, reached.value.sums) == (True, Sums(reserved=3.0))
+        assert (refusal.value.is_total, refusal.value.sums) == (True, Sums(reserved=3.0))
         await bert.studio.journal.intend(entry(bert), day_limit=5.0, total_limit=6.0)

@@ -88,9 +88,9 @@ async def test_a_deleted_image_is_downloaded_again_from_a_fresh_link(open_world:
         transport.is_refusing = True
         simulator.clock = lambda: clock.now - age_s
         clock.now += age_s
-        again = await call(world, "get_task", {"task_id": task_id})
-    assert not again.is_error
-    assert Path(again.structured_content["images"][0]["path"]).is_file()
+        repeat = await call(world, "get_task", {"task_id": task_id})
+    assert not repeat.is_error
+    assert Path(repeat.structured_content["images"][0]["path"]).is_file()
 
 
 @pytest.mark.parametrize("age_s", [60, LINK_LIVES_S + 60])
@@ -102,8 +102,8 @@ async def test_a_deleted_image_that_cannot_be_downloaded_is_missing_and_keeps_it
     transport = RenewsLinks(simulator, 403, has_new_links=False)
     transport.is_refusing = False
     async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
-        bought = await call(world, "generate_image", REQUEST)
-        task_id = bought.structured_content["task_id"]
+        purchase = await call(world, "generate_image", REQUEST)
+        task_id = purchase.structured_content["task_id"]
         (path,) = world.files
         content = path.read_bytes()
         path.unlink()
@@ -111,7 +111,7 @@ async def test_a_deleted_image_that_cannot_be_downloaded_is_missing_and_keeps_it
         transport.is_refusing = True
         missing = await call(world, "get_task", {"task_id": task_id})
         path.write_bytes(content)
-        restored = await call(world, "get_task", {"task_id": task_id})
+        restored_task = await call(world, "get_task", {"task_id": task_id})
     (image,) = missing.structured_content["images"]
     headline = missing.content[0].text.splitlines()[0]
     assert missing.is_error
@@ -120,10 +120,10 @@ async def test_a_deleted_image_that_cannot_be_downloaded_is_missing_and_keeps_it
     assert "moved or deleted" in missing.content[0].text
     assert (image["resource_uri"], image["markdown"]) == (None, None)
     facts = ("path", "sha256", "width", "height", "bytes", "mime_type")
-    assert [image[name] for name in facts] == [bought.structured_content["images"][0][name] for name in facts]
-    assert not restored.is_error
-    assert restored.structured_content["images"][0]["error"] is None
-    assert "1 picture saved" in restored.content[0].text.splitlines()[0]
+    assert [image[name] for name in facts] == [purchase.structured_content["images"][0][name] for name in facts]
+    assert not restored_task.is_error
+    assert restored_task.structured_content["images"][0]["error"] is None
+    assert "1 picture saved" in restored_task.content[0].text.splitlines()[0]
 
 
 @pytest.mark.parametrize("age_s", [60, LINK_LIVES_S + 60])
@@ -132,34 +132,38 @@ async def test_an_absent_folder_is_not_created_and_its_images_keep_path_size_and
 ) -> None:
     folder = tmp_path / "pictures"
     async with open_world() as world:
-        bought = await call(world, "generate_image", {**REQUEST, "n": 2})
-        task_id = bought.structured_content["task_id"]
+        purchase = await call(world, "generate_image", {**REQUEST, "n": 2})
+        task_id = purchase.structured_content["task_id"]
         folder.rename(tmp_path / "unplugged")
         world.clock.now += age_s
         missing = await call(world, "get_task", {"task_id": task_id})
-        listed = await call(world, "list_tasks", {"detail": True})
+        task_list = await call(world, "list_tasks", {"detail": True})
         assert not folder.exists()
     async with open_world(simulator=world.simulator, clock=world.clock) as world:
         (tmp_path / "unplugged").rename(folder)
-        back = await call(world, "get_task", {"task_id": task_id})
+        restored_task = await call(world, "get_task", {"task_id": task_id})
     facts = ("path", "sha256", "width", "height", "bytes")
-    for answer in (missing.structured_content, listed.structured_content["tasks"][0], back.structured_content):
-        for image, before in zip(answer["images"], bought.structured_content["images"], strict=True):
+    for answer in (
+        missing.structured_content,
+        task_list.structured_content["tasks"][0],
+        restored_task.structured_content,
+    ):
+        for image, before in zip(answer["images"], purchase.structured_content["images"], strict=True):
             assert [image[name] for name in facts] == [before[name] for name in facts]
     assert missing.is_error
     assert missing.structured_content["error"]["code"] == "file_missing"
     assert "saved" not in missing.content[0].text.splitlines()[0]
-    assert not back.is_error
-    assert "2 pictures saved" in back.content[0].text.splitlines()[0]
+    assert not restored_task.is_error
+    assert "2 pictures saved" in restored_task.content[0].text.splitlines()[0]
     assert len(world.files) == 2
 
 
 async def test_one_missing_image_of_two_is_counted_in_the_headline(open_world: Open) -> None:
     async with open_world() as world:
-        bought = await call(world, "generate_image", {**REQUEST, "n": 2})
+        purchase = await call(world, "generate_image", {**REQUEST, "n": 2})
         world.clock.now += LINK_LIVES_S + 60
         world.files[0].unlink()
-        answer = await call(world, "get_task", {"task_id": bought.structured_content["task_id"]})
+        answer = await call(world, "get_task", {"task_id": purchase.structured_content["task_id"]})
     assert "1 picture saved, 1 missing" in answer.content[0].text.splitlines()[0]
     assert not answer.is_error
 
@@ -171,8 +175,8 @@ async def test_without_a_key_get_task_reports_the_state_of_a_paid_task(open_worl
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=10**9)
     async with open_world(simulator=simulator, clock=clock) as world:
-        bought = await call(world, "generate_image", {**REQUEST, "wait_seconds": 0})
-    task_id = bought.structured_content["task_id"]
+        purchase = await call(world, "generate_image", {**REQUEST, "wait_seconds": 0})
+    task_id = purchase.structured_content["task_id"]
     async with open_world(NO_KEY, simulator=simulator, clock=clock) as world:
         answer = await call(world, "get_task", {"task_id": task_id})
     facts = answer.structured_content
@@ -185,14 +189,14 @@ async def test_without_a_key_get_task_reports_the_state_of_a_paid_task(open_worl
 
 async def test_without_a_key_get_task_shows_a_saved_image(open_world: Open) -> None:
     async with open_world() as world:
-        bought = await call(world, "generate_image", REQUEST)
+        purchase = await call(world, "generate_image", REQUEST)
     async with open_world(NO_KEY, simulator=world.simulator, clock=world.clock) as world:
-        answer = await call(world, "get_task", {"task_id": bought.structured_content["task_id"]})
-        viewed = await call(world, "view_image", {"task_id": bought.structured_content["task_id"]})
+        answer = await call(world, "get_task", {"task_id": purchase.structured_content["task_id"]})
+        view = await call(world, "view_image", {"task_id": purchase.structured_content["task_id"]})
     facts = answer.structured_content
     assert (answer.is_error, facts["status"], facts["charged"]) == (False, "completed", "yes")
-    assert facts["images"] == bought.structured_content["images"]
-    assert viewed.content[0].type == "image"
+    assert facts["images"] == purchase.structured_content["images"]
+    assert view.content[0].type == "image"
 
 
 async def test_without_a_key_an_unknown_task_is_not_called_failed(open_world: Open) -> None:

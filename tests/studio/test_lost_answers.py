@@ -9,7 +9,7 @@ import anyio
 import pytest
 from conftest import KEY, Clock, Open, PlainSimulator
 from slow import SLOW
-from test_reconcile import Loses
+from test_reconcile import LosesAnswers
 
 pytestmark = [pytest.mark.anyio, *SLOW]
 
@@ -20,7 +20,7 @@ QUALITIES = ["low", "medium"]
 PAUSE_MAX_S = 240.0
 
 
-async def test_500_lost_answers_among_500_purchases_of_others(open_world: Open) -> None:
+async def test_500_lost_answers_among_500_purchases_of_other_programs(open_world: Open) -> None:
     dice = random.Random(23)
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, keys={KEY: 1e6})
@@ -29,7 +29,7 @@ async def test_500_lost_answers_among_500_purchases_of_others(open_world: Open) 
         return {"prompt": prompt, "size": dice.choice(SIZES), "quality": dice.choice(QUALITIES)}
 
     async with (
-        open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world,
+        open_world(simulator=simulator, clock=clock, transport=LosesAnswers(simulator)) as world,
         world.client() as client,
     ):
         with anyio.fail_after(1800):

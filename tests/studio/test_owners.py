@@ -1,4 +1,4 @@
-"""Two servers on one journal, with one key or two: one purchase each, and nobody touches what is not theirs."""
+"""Two servers with one journal, with one key or two: no double purchase, and no server works on entries of the other."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from evolink_mcp.studio.jobs import ImageRequest
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 OTHER_KEY = {"EVOLINK_API_KEY": "sk-another-0123456789abcdef"}
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
-LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LONG = {**REQUEST, "prompt": "sim:slow=1000000 a fox"}
 HANDLE = {**LONG, "wait_seconds": 0}
 
 
@@ -39,7 +39,7 @@ async def call(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
         return (await client.call_tool(tool, arguments)).structured_content
 
 
-async def listed(world: World) -> list[dict[str, Any]]:
+async def list_tasks(world: World) -> list[dict[str, Any]]:
     return (await call(world, "list_tasks", detail=True))["tasks"]
 
 
@@ -50,62 +50,62 @@ async def disk_full(write: Any, entry: Entry, *facts: Any) -> bool:
     return await write(entry, *facts)
 
 
-def bought(simulator: PlainSimulator) -> int:
+def count_posts(simulator: PlainSimulator) -> int:
     return sum(r.method == "POST" and r.path == "/v1/images/generations" for r in simulator.requests)
 
 
 # --- accounts ------------------------------------------------------------------------------------------------
 
 
-async def test_an_accounts_mark_shows_neither_key_nor_address() -> None:
-    mark = account_id_of("sk-0123456789", "https://api.example")
-    assert mark == account_id_of("sk-0123456789", "https://API.example")
-    assert mark != account_id_of("sk-0123456789", "https://other.example")
-    assert mark != account_id_of("sk-0123456780", "https://api.example")
-    assert mark.isalnum()
+async def test_an_account_id_contains_neither_key_nor_address() -> None:
+    account_id = account_id_of("sk-0123456789", "https://api.example")
+    assert account_id == account_id_of("sk-0123456789", "https://API.example")
+    assert account_id != account_id_of("sk-0123456789", "https://other.example")
+    assert account_id != account_id_of("sk-0123456780", "https://api.example")
+    assert account_id.isalnum()
 
 
 # --- owners --------------------------------------------------------------------------------------------------
 
 
 async def test_an_order_whose_caller_cancels_before_it_is_sent_is_not_bought_twice(open_world: Open) -> None:
-    """A waits out a 429, its caller cancels, and the same call comes to B: one task."""
-    clock, free = HeldClock(), Clock()
+    """Server A waits after a 429 and its caller cancels. The same call at server B buys the only task."""
+    clock, other_clock = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
         open_world(simulator=simulator, clock=clock) as server_a,
-        open_world(simulator=simulator, clock=free) as server_b,
+        open_world(simulator=simulator, clock=other_clock) as server_b,
     ):
         clock.is_held = True
-        wish = {**WISH, "prompt": "sim:429 a fox"}
+        arguments = {**REQUEST, "prompt": "sim:429 a fox"}
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: call(server_a, "generate_image", **wish))
+            group.start_soon(lambda: call(server_a, "generate_image", **arguments))
             await clock.has_sleeper.wait()
             group.cancel_scope.cancel()
         clock.is_held = False
-        bought_by_other = await call(server_b, "generate_image", **wish)
+        other_purchase = await call(server_b, "generate_image", **arguments)
         clock.release.set()
-        tasks = await listed(server_a)
-    assert bought_by_other["status"] == "completed"
+        tasks = await list_tasks(server_a)
+    assert other_purchase["status"] == "completed"
     assert len(simulator.tasks) == 1
     assert sorted((task["status"], task["charged"]) for task in tasks) == [("completed", "yes"), ("failed", "no")]
 
 
-async def joined_while_held(
+async def deduplicate_while_held(
     server_a: World, server_b: World, clock: HeldClock, is_ready: Callable[[], bool]
 ) -> list[dict[str, Any]]:
-    """What `other` answers to the order that `one` has not sent yet, because its clock is held until `seen()`."""
-    wish = {**WISH, "prompt": "sim:429 a fox"}
+    """Call server B with an order that server A has not sent yet. Hold the clock of A until `is_ready`. Return the answers."""
+    arguments = {**REQUEST, "prompt": "sim:429 a fox"}
     answers: list[dict[str, Any]] = []
     clock.is_held = True
     async with server_a.client() as client, anyio.create_task_group() as group:
-        group.start_soon(lambda: client.call_tool("generate_image", wish))
+        group.start_soon(lambda: client.call_tool("generate_image", arguments))
         await clock.has_sleeper.wait()
         (entry,) = await server_a.studio.journal.recent(1)
         await server_a.studio.remove_caller(entry)
 
         async def join() -> None:
-            answers.append(await call(server_b, "generate_image", **wish))
+            answers.append(await call(server_b, "generate_image", **arguments))
 
         group.start_soon(join)
         while not is_ready():
@@ -115,15 +115,15 @@ async def joined_while_held(
     return answers
 
 
-async def test_an_unsent_order_of_a_living_server_is_watched_and_sent_by_it_alone(open_world: Open) -> None:
-    """Its caller's wait has ended; the same call at another server joins, and gets the picture."""
-    clock, free = HeldClock(), Clock()
+async def test_an_unsent_order_of_a_living_server_is_watched_and_only_its_owner_sends_it(open_world: Open) -> None:
+    """The wait of its caller has ended. The same call at another server gets the image."""
+    clock, other_clock = HeldClock(), Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
         open_world(simulator=simulator, clock=clock) as server_a,
-        open_world(simulator=simulator, clock=free, pause=no_pause) as server_b,
+        open_world(simulator=simulator, clock=other_clock, pause=no_pause) as server_b,
     ):
-        answers = await joined_while_held(server_a, server_b, clock, lambda: bool(server_b.studio.jobs))
+        answers = await deduplicate_while_held(server_a, server_b, clock, lambda: bool(server_b.studio.jobs))
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
     assert (len(simulator.tasks), len(server_a.files)) == (1, 1)
 
@@ -137,17 +137,17 @@ async def test_a_watcher_that_cannot_read_the_journal_does_not_report_an_unsent_
         open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as server_b,
     ):
         journal: Any = server_b.studio.journal
-        refused = 0
+        refusal_count = 0
 
         async def acquire(real_acquire: Any, key: str) -> bool:
-            nonlocal refused
-            if refused == 5:
+            nonlocal refusal_count
+            if refusal_count == 5:
                 return await real_acquire(key)
-            refused += 1
+            refusal_count += 1
             raise JournalUnwritable("another program holds the journal")
 
-        journal.instead["acquire"] = acquire
-        answers = await joined_while_held(server_a, server_b, clock, lambda: refused == 5)
+        journal.replacements["acquire"] = acquire
+        answers = await deduplicate_while_held(server_a, server_b, clock, lambda: refusal_count == 5)
     assert [(answer["status"], answer["charged"]) for answer in answers] == [("completed", "yes")]
     assert len(simulator.tasks) == 1
 
@@ -160,7 +160,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
         open_world(simulator=simulator, clock=Clock(), pause=no_pause, wrap_journal=FaultyJournal) as server_b,
         server_a.client() as client,
     ):
-        handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+        handle = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
         writes: list[str] = []
         journal: Any = server_b.studio.journal
 
@@ -168,7 +168,7 @@ async def test_get_task_at_another_server_watches_and_saves_nothing_twice(open_w
             writes.append(entry.key)
             return await real_write(entry, *facts)
 
-        journal.instead = {"update": write, "update_images": write}
+        journal.replacements = {"update": write, "update_images": write}
         finished = await call(server_b, "get_task", task_id=handle["task_id"])
     assert finished["status"] == "completed"
     assert finished["images"][0]["path"] == str(server_a.files[0])
@@ -186,28 +186,28 @@ async def test_an_owner_whose_lock_file_was_deleted_is_not_dead(open_world: Open
         await call(server_a, "generate_image", **HANDLE)
         for lock in (tmp_path / "data" / "owners").iterdir():
             lock.unlink()
-        await listed(server_b)
+        await list_tasks(server_b)
         assert server_b.studio.jobs == []
         (entry,) = await server_b.studio.journal.recent(1)
         assert entry.owner == server_a.studio.journal.owner
-        await listed(server_a)
+        await list_tasks(server_a)
         locks = {path.stem for path in (tmp_path / "data" / "owners").iterdir()}
         assert server_a.studio.journal.owner in locks
 
 
-async def test_the_first_call_of_an_idle_server_takes_up_what_a_dead_one_left(open_world: Open) -> None:
+async def test_the_first_call_of_an_idle_server_adopts_the_work_of_a_dead_server(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as idle, idle.client() as client:
         await idle.studio.wake()  # as it does a second after its start
         async with open_world(simulator=simulator, clock=clock) as dead:
-            await call(dead, "generate_image", **{**WISH, "wait_seconds": 0})
+            await call(dead, "generate_image", **{**REQUEST, "wait_seconds": 0})
         clock.now += 1000
         await client.call_tool("list_tasks", {})
         assert len(idle.studio.jobs) == 1
 
 
-async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: Open) -> None:
+async def test_two_servers_save_an_external_task_once(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with (
@@ -215,7 +215,7 @@ async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: 
         open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
         assert server_a.settings.key is not None
-        simulator.create({"model": "gpt-image-2", **WISH}, key=server_a.settings.key.get_secret_value())
+        simulator.create({"model": "gpt-image-2", **REQUEST}, key=server_a.settings.key.get_secret_value())
         (task_id,) = simulator.tasks
         answers: list[dict[str, Any]] = []
 
@@ -225,28 +225,28 @@ async def test_a_task_bought_elsewhere_is_saved_once_by_two_servers(open_world: 
         async with anyio.create_task_group() as group:
             group.start_soon(get, server_a)
             group.start_soon(get, server_b)
-        assert len(await listed(server_a)) == 1
+        assert len(await list_tasks(server_a)) == 1
     assert [answer["images"][0]["path"] for answer in answers] == [str(server_a.files[0])] * 2
     assert len(server_a.files) == 1
 
 
-# --- over means over -----------------------------------------------------------------------------------------
+# --- final entries -------------------------------------------------------------------------------------------
 
 
 async def test_an_order_that_cannot_be_written_before_its_post_is_final(open_world: Open) -> None:
     async with open_world(pause=no_pause, wrap_journal=FaultyJournal) as world:
         journal: Any = world.studio.journal
         journal.unwritable = {"update"}
-        refused = await call(world, "generate_image", **WISH)
-        assert (refused["error"]["code"], refused["charged"], world.posts) == ("journal_unwritable", "no", 0)
-        again = await call(world, "generate_image", **{**WISH, "max_credits": 0.01})
-        assert (again["error"]["code"], world.posts) == ("over_budget", 0)
+        refusal = await call(world, "generate_image", **REQUEST)
+        assert (refusal["error"]["code"], refusal["charged"], world.posts) == ("journal_unwritable", "no", 0)
+        repeat = await call(world, "generate_image", **{**REQUEST, "max_credits": 0.01})
+        assert (repeat["error"]["code"], world.posts) == ("over_budget", 0)
         journal.unwritable = set()
         while (await world.studio.journal.recent(1))[0].phase != "unsent":
             await anyio.sleep(0.001)
         assert (await journal.sums_since(0)).total == 0
-        bought_now = await call(world, "generate_image", **WISH)
-    assert (bought_now["status"], world.posts) == ("completed", 1)
+        last_purchase = await call(world, "generate_image", **REQUEST)
+    assert (last_purchase["status"], world.posts) == ("completed", 1)
 
 
 @pytest.mark.parametrize(
@@ -274,22 +274,22 @@ async def test_a_client_that_cannot_be_built_buys_nothing_and_blocks_nothing(
     async with open_studio(settings) as studio:
         world = World(studio, PlainSimulator(), Clock(), tmp_path, settings)
         for _ in range(3):  # it neither uses up the day's cap nor is it joined
-            refused = await call(world, "generate_image", **WISH)
-            assert (refused["error"]["code"], refused["charged"]) == ("unusable_environment", "no")
-            assert variable in refused["error"]["message"]
-            assert value not in refused["error"]["message"]
+            refusal = await call(world, "generate_image", **REQUEST)
+            assert (refusal["error"]["code"], refusal["charged"]) == ("unusable_environment", "no")
+            assert variable in refusal["error"]["message"]
+            assert value not in refusal["error"]["message"]
         balance = await call(world, "get_balance")
         assert variable in balance["error"]["message"]
 
 
 async def test_an_order_that_waits_after_a_429_is_provably_unsent(open_world: Open) -> None:
-    """If its server dies now, the next one knows that nothing was bought."""
+    """If its server dies now, the next server knows that nothing was bought."""
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world:
         clock.is_held = True
         async with world.client() as client, anyio.create_task_group() as group:
-            group.start_soon(lambda: client.call_tool("generate_image", {**WISH, "prompt": "sim:429 a fox"}))
+            group.start_soon(lambda: client.call_tool("generate_image", {**REQUEST, "prompt": "sim:429 a fox"}))
             await clock.has_sleeper.wait()
             (entry,) = await world.studio.journal.recent(1)
             assert (entry.phase, entry.charged) == ("intent", "no")
@@ -297,11 +297,11 @@ async def test_an_order_that_waits_after_a_429_is_provably_unsent(open_world: Op
             clock.release.set()
 
 
-# --- what EvoLink says twice, and what the disk refuses -------------------------------------------------------
+# --- repeated task IDs and full disks -------------------------------------------------------------------------
 
 
 class SameTaskAgain(httpx.ASGITransport):
-    """A gateway that answers every purchase with the first one's answer."""
+    """Answer every purchase with the answer of the first one."""
 
     first: bytes | None = None
 
@@ -314,34 +314,34 @@ class SameTaskAgain(httpx.ASGITransport):
         return httpx.Response(200, stream=httpx.ByteStream(self.first))
 
 
-async def test_a_second_purchase_with_the_first_ones_id_is_told_and_settled(open_world: Open) -> None:
+async def test_a_second_purchase_with_the_id_of_the_first_is_reported_and_settled(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock, transport=SameTaskAgain(simulator.app)) as world:
-        first = await call(world, "generate_image", **WISH)
-        second = await call(world, "generate_image", **{**WISH, "prompt": "a hen"})
+        first = await call(world, "generate_image", **REQUEST)
+        second = await call(world, "generate_image", **{**REQUEST, "prompt": "a hen"})
         assert (first["status"], second["error"]["code"]) == ("completed", "task_known")
         assert (second["charged"], second["task_id"]) == ("unknown", None)
         assert world.studio.jobs == []
-        assert [task["status"] for task in await listed(world)] == ["unknown", "completed"]
+        assert [task["status"] for task in await list_tasks(world)] == ["unknown", "completed"]
 
 
-async def test_a_task_id_that_found_a_full_disk_is_written_later(open_world: Open) -> None:
+async def test_a_task_id_is_written_later_if_the_disk_was_full(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock)
     options: Any = {"simulator": simulator, "clock": clock, "pause": no_pause, "wrap_journal": FaultyJournal}
     async with open_world(**options) as world:
         journal: Any = world.studio.journal
-        journal.instead = {"update": disk_full, "update_images": disk_full}
+        journal.replacements = {"update": disk_full, "update_images": disk_full}
         answer = await call(world, "generate_image", **HANDLE)
         assert answer["task_id"] in simulator.tasks
         assert (await journal.recent(1))[0].task_id is None
-        journal.instead = {}
+        journal.replacements = {}
         while (await journal.recent(1))[0].task_id is None:
             await anyio.sleep(0.001)
-        again = await call(world, "generate_image", **HANDLE)
-    assert again["task_id"] == answer["task_id"]
-    assert bought(simulator) == 1
+        repeat = await call(world, "generate_image", **HANDLE)
+    assert repeat["task_id"] == answer["task_id"]
+    assert count_posts(simulator) == 1
 
 
 async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open_world: Open) -> None:
@@ -353,33 +353,33 @@ async def test_a_task_id_that_another_server_recorded_first_stops_no_server(open
         open_world(simulator=simulator, clock=clock, pause=no_pause) as server_b,
     ):
         journal: Any = server_a.studio.journal
-        journal.instead = {"update": disk_full, "update_images": disk_full}
+        journal.replacements = {"update": disk_full, "update_images": disk_full}
         answer = await call(server_a, "generate_image", **HANDLE)
         answer_of_other = await call(server_b, "get_task", task_id=answer["task_id"], wait_seconds=0)
         assert answer_of_other["task_id"] == answer["task_id"]
-        journal.instead = {}
+        journal.replacements = {}
         while server_a.studio.has_unwritten:
             await anyio.sleep(0.001)
-        assert len(await listed(server_a)) == 2
-    assert bought(simulator) == 1
+        assert len(await list_tasks(server_a)) == 2
+    assert count_posts(simulator) == 1
 
 
-async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> None:
-    """While one entry is written at last, the job of another one goes on and writes for itself."""
+async def test_an_older_state_that_could_not_be_written_does_not_overwrite_a_newer_one() -> None:
+    """While the server writes one deferred entry, the job of another entry writes a newer state."""
     from evolink_mcp.api.task import Task
     from evolink_mcp.studio.events import Events
     from evolink_mcp.studio.jobs import Job
     from evolink_mcp.studio.journal_writer import JournalWriter
 
-    written: list[tuple[str, str]] = []
+    written_states: list[tuple[str, str]] = []
 
-    class Book:
+    class FakeJournal:
         owner, account, full, held = "o", "a", True, anyio.Event()
 
         async def update(self, entry: Entry, *_: Any) -> bool:
             if self.full:
                 raise JournalUnwritable("the disk is full")
-            written.append((entry.key, entry.status))
+            written_states.append((entry.key, entry.status))
             return True
 
         async def update_images(self, entry: Entry, *_: Any) -> bool:
@@ -388,41 +388,41 @@ async def test_a_newer_state_is_not_overwritten_by_one_that_found_no_room() -> N
             return await self.update(entry)
 
         async def release(self, key: str) -> None:
-            written.append((key, "released"))
+            written_states.append((key, "released"))
 
         def publish_progress(self, key: str, task: Task) -> None:
             pass
 
-    book = Book()
-    writer = JournalWriter(book, Events())  # pyright: ignore[reportArgumentType]
+    journal = FakeJournal()
+    writer = JournalWriter(journal, Events())  # pyright: ignore[reportArgumentType]
     jobs = [Job(Entry(key, "o", "submitted", 1.0, account="a")) for key in ("first", "second")]
     for number, job in enumerate(jobs):
         await writer.record_poll(job, Task(f"task-unified-{number}", "processing"))
     jobs[0].finish()
-    book.full = False
+    journal.full = False
     async with anyio.create_task_group() as group:
         group.start_soon(writer.flush)
         await anyio.lowlevel.checkpoint()
         await writer.record_poll(jobs[1], Task("task-unified-1", "completed"))
-        book.held.set()
-    assert written == [("second", "completed"), ("first", "processing"), ("first", "released")]
+        journal.held.set()
+    assert written_states == [("second", "completed"), ("first", "processing"), ("first", "released")]
 
 
-# --- joining -------------------------------------------------------------------------------------------------
+# --- deduplication -------------------------------------------------------------------------------------------
 
 
-async def test_the_same_order_said_in_other_words_is_joined(open_world: Open) -> None:
+async def test_the_same_request_with_explicit_defaults_is_deduplicated(open_world: Open) -> None:
     async with open_world() as world:
         first = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0)
-        spelled = {"size": "16:9", "resolution": "1k", "quality": "medium", "n": 1, "model": "gpt-image-2"}
-        same = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", wait_seconds=0, **spelled)
-        server_b = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0,
+        defaults = {"size": "16:9", "resolution": "1k", "quality": "medium", "n": 1, "model": "gpt-image-2"}
+        same = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", wait_seconds=0, **defaults)
+        other = await call(world, "generate_image", prompt="sim:slow=1000000 a fox", size="16:9", wait_seconds=0,
                             resolution="2K")  # fmt: skip
     assert same["task_id"] == first["task_id"]
-    assert server_b["task_id"] != first["task_id"]
+    assert other["task_id"] != first["task_id"]
 
 
-async def test_what_is_older_than_a_day_is_not_joined(open_world: Open) -> None:
+async def test_a_purchase_older_than_a_day_is_not_deduplicated(open_world: Open) -> None:
     async with open_world() as world:
         first = await call(world, "generate_image", **HANDLE)
         world.clock.now += 24 * 3600 + 1
@@ -430,49 +430,49 @@ async def test_what_is_older_than_a_day_is_not_joined(open_world: Open) -> None:
     assert second["task_id"] != first["task_id"]
 
 
-async def test_another_name_is_honoured_by_a_copy(open_world: Open) -> None:
+async def test_another_save_as_gets_a_copy(open_world: Open) -> None:
     clock = HeldClock()
     simulator = PlainSimulator(clock=clock, duration_s=30)
     async with open_world(simulator=simulator, clock=clock) as world:
-        handle = await call(world, "generate_image", **{**WISH, "wait_seconds": 0})
-        joined = await call(world, "generate_image", **{**WISH, "save_as": "hero.png"})
-        assert joined["task_id"] == handle["task_id"]
-        assert joined["images"][0]["path"] == str(world.folder / "pictures" / "hero.png")
+        handle = await call(world, "generate_image", **{**REQUEST, "wait_seconds": 0})
+        repeat = await call(world, "generate_image", **{**REQUEST, "save_as": "hero.png"})
+        assert repeat["task_id"] == handle["task_id"]
+        assert repeat["images"][0]["path"] == str(world.folder / "pictures" / "hero.png")
         assert len({path.read_bytes() for path in world.files}) == 1
-    assert (len(world.files), bought(simulator)) == (2, 1)
+    assert (len(world.files), count_posts(simulator)) == (2, 1)
 
 
-async def test_a_finished_picture_that_nobody_received_is_copied_under_the_new_name(open_world: Open) -> None:
+async def test_an_undelivered_image_is_copied_to_the_new_name(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world:
-        job = await world.studio.order(ImageRequest(GenerationRequest.model_validate(WISH), 9.0))
+        job = await world.studio.order(ImageRequest(GenerationRequest.model_validate(REQUEST), 9.0))
         while not job.is_finished:
             await anyio.sleep(0)
         await world.studio.depart(job)
         (entry,) = await world.studio.journal.recent(1)
-        joined = await call(world, "generate_image", **{**WISH, "save_as": "hero.png"})
-    assert (joined["task_id"], joined["images"][0]["path"]) == (
+        repeat = await call(world, "generate_image", **{**REQUEST, "save_as": "hero.png"})
+    assert (repeat["task_id"], repeat["images"][0]["path"]) == (
         entry.task_id,
         str(world.folder / "pictures/hero.png"),
     )
-    assert replace(entry.images[0], path=None).sha256 == joined["images"][0]["sha256"]
-    assert (len(world.files), bought(simulator)) == (2, 1)
+    assert replace(entry.images[0], path=None).sha256 == repeat["images"][0]["sha256"]
+    assert (len(world.files), count_posts(simulator)) == (2, 1)
 
 
 # --- the clock -----------------------------------------------------------------------------------------------
 
 
-async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Open) -> None:
+async def test_unsettled_work_is_adopted_with_a_wrong_clock(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world:
-        handle = await call(world, "generate_image", **{**WISH, "wait_seconds": 0})
+        handle = await call(world, "generate_image", **{**REQUEST, "wait_seconds": 0})
     clock.now += 600
-    wrong = Clock()
-    wrong.now = clock.now + 3 * 86_400
-    async with open_world(simulator=simulator, clock=wrong) as world:
-        while not (tasks := await listed(world))[0]["images"] or tasks[0]["images"][0]["path"] is None:
+    wrong_clock = Clock()
+    wrong_clock.now = clock.now + 3 * 86_400
+    async with open_world(simulator=simulator, clock=wrong_clock) as world:
+        while not (tasks := await list_tasks(world))[0]["images"] or tasks[0]["images"][0]["path"] is None:
             await anyio.sleep(0.001)
     assert tasks[0]["task_id"] == handle["task_id"]
 
@@ -480,15 +480,15 @@ async def test_unsettled_work_is_taken_up_whatever_the_clock_says(open_world: Op
 async def test_a_wrong_clock_does_not_remove_an_image_that_another_server_is_writing(world: World) -> None:
     folder = world.folder / "pictures"
     folder.mkdir()
-    old = folder / f"{PART_PREFIX}left{PART_SUFFIX}"
-    running = folder / f"{PART_PREFIX}running{PART_SUFFIX}"
-    for part in (old, running):
+    abandoned_part = folder / f"{PART_PREFIX}left{PART_SUFFIX}"
+    open_part = folder / f"{PART_PREFIX}running{PART_SUFFIX}"
+    for part in (abandoned_part, open_part):
         part.write_bytes(b"x")
         os.utime(part, (time.time() - 3 * 86_400,) * 2)
-    with running.open("r+b") as file:
+    with open_part.open("r+b") as file:
         if sys.platform != "win32":  # Windows does not remove an open file
             import fcntl
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        await call(world, "generate_image", **WISH)
-    assert (old.exists(), running.exists()) == (False, True)
+        await call(world, "generate_image", **REQUEST)
+    assert (abandoned_part.exists(), open_part.exists()) == (False, True)

@@ -1,4 +1,4 @@
-"""Reads that are due together go out as one request; whatever becomes of it, every watcher gets its own answer."""
+"""Polls that are due together are one request, and each watcher gets its own answer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ IDS = [task.id for task in RUNNING]
 DONE = Task(IDS[0], "completed", results=("https://x.example/1.png",), credits_used=1.5)
 
 
-def broken() -> Unreadable:
-    """What the client raises when the connection breaks."""
+def connection_error() -> Unreadable:
+    """Return the error of the client for a broken connection."""
     error = Unreadable("EvoLink could not be read (ReadError)")
     error.__cause__ = httpx.ReadError("reset")
     return error
 
 
 @dataclass
-class Account:
-    """EvoLink's two ways to read tasks. `batch` answers a batch read, `single` a single one."""
+class FakeAccount:
+    """A simulated account. `batch` answers a batch poll, `single` a single one."""
 
     batch: Callable[[], list[Task]] = lambda: RUNNING
     single: Callable[[str], Task] = lambda task_id: next(task for task in RUNNING if task.id == task_id)
-    batches: list[list[str]] = field(default_factory=list)
-    singles: list[str] = field(default_factory=list)
+    batch_polls: list[list[str]] = field(default_factory=list)
+    single_polls: list[str] = field(default_factory=list)
 
     async def tasks(self, task_ids: list[str]) -> dict[str, Task]:
-        self.batches.append(list(task_ids))
+        self.batch_polls.append(list(task_ids))
         return {task.id: task for task in self.batch()}
 
     async def task(self, task_id: str) -> Task:
-        self.singles.append(task_id)
+        self.single_polls.append(task_id)
         return self.single(task_id)
 
 
@@ -53,8 +53,8 @@ def raises(error: EvolinkError) -> Callable[..., list[Task]]:
     return answer
 
 
-async def read_together(account: Account, times: int = 1) -> list[dict[str, Task | EvolinkError]]:
-    """All of IDS are read at the same moment, `times` times in a row."""
+async def read_together(account: FakeAccount, times: int = 1) -> list[dict[str, Task | EvolinkError]]:
+    """Poll all of IDS at the same moment, `times` times. Return the results of each time."""
     rounds: list[dict[str, Task | EvolinkError]] = []
 
     async def no_wait(_: float) -> None:
@@ -65,18 +65,18 @@ async def read_together(account: Account, times: int = 1) -> list[dict[str, Task
             poller = Poller(account, group, sleep=no_wait)  # pyright: ignore[reportArgumentType]
             poller.job_count = len(IDS)
             for _ in range(times):
-                messages: dict[str, Task | EvolinkError] = {}
+                results: dict[str, Task | EvolinkError] = {}
 
-                async def read(task_id: str, messages: dict[str, Task | EvolinkError] = messages) -> None:
+                async def read(task_id: str, results: dict[str, Task | EvolinkError] = results) -> None:
                     try:
-                        messages[task_id] = await poller.read(task_id)
+                        results[task_id] = await poller.read(task_id)
                     except EvolinkError as error:
-                        messages[task_id] = error
+                        results[task_id] = error
 
                 async with anyio.create_task_group() as watchers:
                     for task_id in IDS:
                         watchers.start_soon(read, task_id)
-                rounds.append(messages)
+                rounds.append(results)
     return rounds
 
 
@@ -84,35 +84,35 @@ EACH = dict(zip(IDS, RUNNING, strict=True))
 
 
 async def test_reads_that_are_due_together_are_one_request() -> None:
-    account = Account()
+    account = FakeAccount()
     assert await read_together(account) == [EACH]
-    assert (account.batches, account.singles) == ([IDS], [])
+    assert (account.batch_polls, account.single_polls) == ([IDS], [])
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, 501])
-async def test_where_there_are_no_batch_reads_each_task_is_read_alone_from_then_on(status: int) -> None:
-    refused = Unreadable("no", http_status=status) if status == 501 else Rejected("no", http_status=status)
-    account = Account(batch=raises(refused))
+async def test_without_batch_polls_each_task_is_polled_alone_from_then_on(status: int) -> None:
+    refusal = Unreadable("no", http_status=status) if status == 501 else Rejected("no", http_status=status)
+    account = FakeAccount(batch=raises(refusal))
     assert await read_together(account, times=2) == [EACH, EACH]
-    assert account.batches == [IDS]
-    assert sorted(account.singles) == sorted(IDS * 2)
+    assert account.batch_polls == [IDS]
+    assert sorted(account.single_polls) == sorted(IDS * 2)
 
 
-async def test_a_batch_that_makes_no_sense_is_tried_again_a_few_times_only() -> None:
-    account = Account(batch=raises(Unreadable("not JSON")))
+async def test_an_invalid_batch_is_repeated_only_a_few_times() -> None:
+    account = FakeAccount(batch=raises(Unreadable("not JSON")))
     assert await read_together(account, times=UNREADABLE_BATCHES_MAX + 2) == [EACH] * (UNREADABLE_BATCHES_MAX + 2)
-    assert account.batches == [IDS] * UNREADABLE_BATCHES_MAX
+    assert account.batch_polls == [IDS] * UNREADABLE_BATCHES_MAX
 
 
-async def test_a_batch_that_makes_sense_again_is_trusted_again() -> None:
+async def test_a_valid_batch_resets_the_count_of_invalid_ones() -> None:
     answers = iter([raises(Unreadable("not JSON"))] * 2 + [lambda: RUNNING] + [raises(Unreadable("not JSON"))] * 2)
 
     def batch() -> list[Task]:
         return next(answers)()
 
-    account = Account(batch=batch)
+    account = FakeAccount(batch=batch)
     assert await read_together(account, times=5) == [EACH] * 5
-    assert len(account.batches) == 5
+    assert len(account.batch_polls) == 5
 
 
 @pytest.mark.parametrize(
@@ -121,17 +121,17 @@ async def test_a_batch_that_makes_sense_again_is_trusted_again() -> None:
         pytest.param(RateLimited("slow down", http_status=429, retry_after_s=3.0), id="429"),
         pytest.param(Rejected("key", code="unauthorized", http_status=401), id="401"),
         pytest.param(Unreadable("fault", http_status=500), id="500"),
-        pytest.param(broken(), id="a broken connection"),
+        pytest.param(connection_error(), id="a broken connection"),
     ],
 )
 async def test_an_error_of_a_batch_reaches_every_watcher_and_ends_no_batch_reads(error: EvolinkError) -> None:
-    account = Account(batch=raises(error))
+    account = FakeAccount(batch=raises(error))
     assert await read_together(account, times=2) == [dict.fromkeys(IDS, error)] * 2
-    assert (account.batches, account.singles) == ([IDS, IDS], [])
+    assert (account.batch_polls, account.single_polls) == ([IDS, IDS], [])
 
 
 @pytest.mark.parametrize(
-    ("told", "whole"),
+    ("batch_tasks", "single_task"),
     [
         pytest.param([], RUNNING[0], id="absent"),
         pytest.param([Task(IDS[0], "completed", results=DONE.results)], DONE, id="completed without its price"),
@@ -141,29 +141,29 @@ async def test_an_error_of_a_batch_reaches_every_watcher_and_ends_no_batch_reads
         ),
     ],
 )
-async def test_what_a_batch_does_not_tell_in_full_is_read_alone(told: list[Task], whole: Task) -> None:
-    account = Account(batch=lambda: [*told, *RUNNING[1:]], single=lambda _: whole)
-    assert await read_together(account) == [EACH | {IDS[0]: whole}]
-    assert (account.batches, account.singles) == ([IDS], [IDS[0]])
+async def test_a_task_that_is_incomplete_in_a_batch_is_polled_alone(batch_tasks: list[Task], single_task: Task) -> None:
+    account = FakeAccount(batch=lambda: [*batch_tasks, *RUNNING[1:]], single=lambda _: single_task)
+    assert await read_together(account) == [EACH | {IDS[0]: single_task}]
+    assert (account.batch_polls, account.single_polls) == ([IDS], [IDS[0]])
 
 
 async def test_an_error_of_a_single_read_reaches_its_own_watcher_only() -> None:
     unknown = Rejected("not here", http_status=404)
-    account = Account(batch=lambda: RUNNING[1:], single=raises(unknown))  # pyright: ignore[reportArgumentType]
+    account = FakeAccount(batch=lambda: RUNNING[1:], single=raises(unknown))  # pyright: ignore[reportArgumentType]
     assert await read_together(account) == [EACH | {IDS[0]: unknown}]
 
 
-async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_without_answer() -> None:
-    """A fault of ours in one read neither ends the server nor leaves its watcher waiting for ever."""
+async def test_an_interrupted_poll_is_an_error_for_each_watcher() -> None:
+    """An error of this package in one poll ends neither the server nor the wait of another watcher without an answer."""
 
     def fault(_: str) -> Task:
         raise ZeroDivisionError
 
-    messages: list[Exception] = []
+    errors: list[Exception] = []
 
     async def both_watch() -> None:
         async with anyio.create_task_group() as group:
-            poller = Poller(Account(batch=list, single=fault), group)  # pyright: ignore[reportArgumentType]
+            poller = Poller(FakeAccount(batch=list, single=fault), group)  # pyright: ignore[reportArgumentType]
             poller.job_count = 2
 
             async def watch(task_id: str) -> None:
@@ -171,21 +171,21 @@ async def test_a_read_that_is_interrupted_is_an_error_and_never_a_watcher_withou
                     try:
                         await poller.read(task_id)
                     except EvolinkError as error:
-                        messages.append(error)
+                        errors.append(error)
 
             group.start_soon(watch, IDS[0])
             group.start_soon(watch, IDS[1])
 
     with anyio.fail_after(300):
         await both_watch()
-    assert [type(error) for error in messages] == [Unreadable, Unreadable]
+    assert [type(error) for error in errors] == [Unreadable, Unreadable]
 
 
 # --- several tenants of one account ---
 
 
-async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
-    account = Account(
+async def test_each_tenant_has_a_turn_when_many_polls_are_due() -> None:
+    account = FakeAccount(
         batch=raises(Rejected("no batch reads", http_status=404)), single=lambda task_id: Task(task_id, "processing")
     )
     turns: list[str] = []
@@ -210,12 +210,12 @@ async def test_everybody_has_a_turn_where_many_reads_are_due() -> None:
     assert {place < 10 for place, tenant in enumerate(turns) if tenant == "bert"} == {True}
 
 
-async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
-    counts = [RateLimited("slow down", retry_after_s=17.0)]
+async def test_a_429_delays_the_polls_of_its_account_and_of_no_other() -> None:
+    limits = [RateLimited("slow down", retry_after_s=17.0)]
 
     def single(task_id: str) -> Task:
-        if counts and task_id == IDS[0]:
-            raise counts.pop()
+        if limits and task_id == IDS[0]:
+            raise limits.pop()
         return Task(task_id, "processing")
 
     waits: list[float] = []
@@ -225,7 +225,7 @@ async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
 
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            first, second = (Poller(Account(single=single), group, sleep=note) for _ in range(2))  # pyright: ignore[reportArgumentType]
+            first, second = (Poller(FakeAccount(single=single), group, sleep=note) for _ in range(2))  # pyright: ignore[reportArgumentType]
             with pytest.raises(RateLimited):
                 await first.read(IDS[0], "anna")
             await second.read(IDS[1], "carl")
@@ -236,8 +236,8 @@ async def test_a_429_holds_back_the_whole_account_and_no_other() -> None:
 
 async def test_an_order_waits_while_evolink_asks_its_account_to_wait(open_world: Open) -> None:
     async with open_world() as world, world.client() as client:
-        began = world.clock.now
+        started_at = world.clock.now
         world.studio.rate_limit.extend(12.0)
         await client.call_tool("generate_image", {"prompt": "sim:done a fox", "size": "1024x640"})
-        (bought,) = (r for r in world.simulator.requests if r.path == "/v1/images/generations")
-    assert 11 < bought.at - began < 14
+        (post,) = (r for r in world.simulator.requests if r.path == "/v1/images/generations")
+    assert 11 < post.at - started_at < 14

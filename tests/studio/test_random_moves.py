@@ -21,7 +21,7 @@ SUBFOLDERS = ("", "2026", "2026/11", "logos & icons", "Größe")
 
 
 @dataclass
-class Paid:
+class PaidImage:
     """One paid image: its record, its content, and the place of its file now. A deleted file has no place."""
 
     task_id: str
@@ -36,23 +36,26 @@ class Disk:
 
     output: Path
     project: Path
-    images: list[Paid]
+    images: list[PaidImage]
     dice: random.Random
     is_unplugged: bool = False
     actions: list[str] = field(default_factory=list[str])
 
     @property
-    def shelf(self) -> Path:
+    def unplugged_output(self) -> Path:
         """The place of the output folder while its drive is unplugged."""
         return self.output.with_name("unplugged")
 
-    def act(self) -> None:
+    def act_once(self) -> None:
         """Do one random thing that a user can do."""
         action = self.dice.choice(["move", "move", "rename", "swap", "delete", "restore", "unplug"])
         self.actions.append(action)
         image = self.dice.choice(self.images)
         if action == "unplug":
-            (self.shelf if self.is_unplugged else self.output).rename(self.output if self.is_unplugged else self.shelf)
+            if self.is_unplugged:
+                self.unplugged_output.rename(self.output)
+            else:
+                self.output.rename(self.unplugged_output)
             self.is_unplugged = not self.is_unplugged
         elif self.is_unplugged:
             return
@@ -79,40 +82,40 @@ class Disk:
         names = (folder / f"{stem[:40]} {self.dice.randrange(10**6)}.png" for _ in range(100))
         return next(path for path in names if not path.exists())
 
-    def swap(self, image: Paid, other: Paid) -> None:
+    def swap(self, image: PaidImage, other: PaidImage) -> None:
         """Move an image to the recorded path of another one, if this path is free."""
         path = Path(other.record.path or "")
         assert image.place is not None
         if path.parent.is_dir() and not path.exists():
             image.place = image.place.rename(path)
 
-    def is_readable(self, image: Paid) -> bool:
+    def is_readable(self, image: PaidImage) -> bool:
         """Return whether the file of an image is there and its drive is connected."""
         return image.place is not None and not (self.is_unplugged and image.place.is_relative_to(self.output))
 
-    def at(self, path: str) -> Paid | None:
+    def image_at(self, path: str) -> PaidImage | None:
         """Return the image in the file at a path."""
         return next((image for image in self.images if self.is_readable(image) and str(image.place) == path), None)
 
 
-async def buy(world: World, prompt: str, count: int) -> list[Paid]:
+async def buy(world: World, prompt: str, count: int) -> list[PaidImage]:
     async with world.client() as client:
         answer = await client.call_tool("generate_image", {"prompt": f"sim:fast {prompt}", "n": count})
     entry = await world.studio.journal.by_task(answer.structured_content["task_id"])
     assert entry is not None
     return [
-        Paid(entry.task_id or "", image, Path(image.path or "").read_bytes(), Path(image.path or ""))
+        PaidImage(entry.task_id or "", image, Path(image.path or "").read_bytes(), Path(image.path or ""))
         for image in entry.images
     ]
 
 
-async def names_of(disk: Disk, image: Paid) -> list[tuple[str, Paid]]:
+async def names_of(disk: Disk, image: PaidImage) -> list[tuple[str, PaidImage]]:
     """Return names of an image, each with the image that it must find."""
-    recorded = image.record.path or ""
+    recorded_path = image.record.path or ""
     names = [
         (f"evolink://images/{image.task_id}/{image.record.index}", image),
         (image.record.url, image),
-        (recorded, disk.at(recorded) or image),
+        (recorded_path, disk.image_at(recorded_path) or image),
     ]
     if disk.is_readable(image):
         names.append((f"'{image.place}'", image))
@@ -127,9 +130,9 @@ async def check(world: World, disk: Disk) -> None:
         assert entry is not None
         images = [image for image in disk.images if image.task_id == task_id]
         assert [record.path for record in entry.images] == [image.record.path for image in images]
-        (listed,) = await store.entries_for_caller([entry])
-        shown = await store.entry_for_caller(entry)
-        for image, record, row in zip(images, shown.images, listed.images, strict=True):
+        (listed_entry,) = await store.entries_for_caller([entry])
+        shown_entry = await store.entry_for_caller(entry)
+        for image, record, row in zip(images, shown_entry.images, listed_entry.images, strict=True):
             if disk.is_readable(image):
                 assert record.path == str(image.place)
                 assert record.is_present
@@ -160,18 +163,18 @@ async def test_random_sequences_lose_no_paid_image_and_report_none_wrongly(
     async with AsyncExitStack() as stack:
         world = await stack.enter_async_context(open_world(environ))
         images = [*await buy(world, "a harbour", 1), *await buy(world, "a fox", 2), *await buy(world, "a map", 1)]
-        shared: Any = {"simulator": world.simulator, "clock": world.clock}
+        options: Any = {"simulator": world.simulator, "clock": world.clock}
         servers = [world]
         for key in (OTHER_KEY, ""):
-            opened = open_world({**environ, "EVOLINK_API_KEY": key}, **shared)
-            servers.append(await stack.enter_async_context(opened))
+            open_server = open_world({**environ, "EVOLINK_API_KEY": key}, **options)
+            servers.append(await stack.enter_async_context(open_server))
         sums = await world.studio.journal.sums_since(0)
-        saved = downloads(world)
+        download_count = downloads(world)
         disk = Disk(tmp_path / "pictures", project, images, random.Random(seed))
         for _ in range(SEQUENCES):
             disk.actions.clear()
             for _ in range(disk.dice.randint(1, 6)):
-                disk.act()
+                disk.act_once()
             server = disk.dice.choice(servers)
             try:
                 await check(server, disk)
@@ -181,7 +184,7 @@ async def test_random_sequences_lose_no_paid_image_and_report_none_wrongly(
                     assert job.is_finished
             except AssertionError as error:
                 raise AssertionError(f"after {disk.actions}") from error
-        assert downloads(world) == saved
+        assert downloads(world) == download_count
         assert world.posts == 3
         assert await world.studio.journal.sums_since(0) == sums
         assert len(await world.studio.journal.recent(10)) == 3

@@ -1,4 +1,4 @@
-"""A lost answer's task is guessed only if nothing speaks against it, whatever the shape of the account's list."""
+"""A lost answer is matched only with a task that contradicts nothing, in any form of the account's task list."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from evolink_mcp.studio.reconcile import contradicts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 NOW = 1_790_000_000.0
 PRICE = 0.1983
 OLD_KEY = "sk-former-0123456789"
 
 
-class Loses(httpx.ASGITransport):
-    """Loses the answers of purchases: of those that were taken, or (`unbilled`) instead of taking them.
+class LosesAnswers(httpx.ASGITransport):
+    """Loses the answers of purchases. With `refuses_purchases` EvoLink gets no purchase.
 
-    `skew_s` is how far its clock is ahead, as the `Date` header tells.
+    `skew_s` is the time by which its clock is ahead in the `Date` header.
     """
 
-    def __init__(self, simulator: PlainSimulator, *, unbilled: bool = False, skew_s: float | None = None) -> None:
+    def __init__(
+        self, simulator: PlainSimulator, *, refuses_purchases: bool = False, skew_s: float | None = None
+    ) -> None:
         super().__init__(simulator.app)
-        self._simulator, self.unbilled, self._skew_s = simulator, unbilled, skew_s
+        self._simulator, self.refuses_purchases, self._skew_s = simulator, refuses_purchases, skew_s
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/images/generations":
-            if not self.unbilled:
+            if not self.refuses_purchases:
                 await super().handle_async_request(request)
             return httpx.Response(502, stream=httpx.ByteStream(b"<html>"))
         reply = await super().handle_async_request(request)
@@ -44,18 +46,18 @@ class Loses(httpx.ASGITransport):
         return reply
 
 
-async def bought(world: World, **options: Any) -> tuple[dict[str, Any], str]:
+async def buy(world: World, **options: Any) -> tuple[dict[str, Any], str]:
     async with world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, **options})
+        answer = await client.call_tool("generate_image", {**REQUEST, **options})
     return answer.structured_content, answer.content[0].text
 
 
 @pytest.mark.parametrize("list_times", ["number", "iso", "none"])
-async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_times: str) -> None:
+async def test_the_task_is_found_in_every_form_of_the_list(open_world: Open, list_times: str) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
-    async with open_world(simulator=simulator, clock=clock, transport=Loses(simulator)) as world:
-        facts, text = await bought(world)
+    async with open_world(simulator=simulator, clock=clock, transport=LosesAnswers(simulator)) as world:
+        facts, text = await buy(world)
     assert (facts["guess"], facts["charged"], facts["status"], facts["credits"]) == (True, "unknown", "completed", None)
     assert text.splitlines()[0].startswith("Unconfirmed match, a guess: ")
     assert [facts["task_id"]] == list(simulator.tasks)
@@ -63,34 +65,36 @@ async def test_it_is_found_in_every_shape_of_the_list(open_world: Open, list_tim
 
 
 @pytest.mark.parametrize("list_times", ["number", "iso", "none"])
-async def test_a_purchase_from_the_web_page_is_not_taken_for_an_unbilled_one(open_world: Open, list_times: str) -> None:
-    """A 502 that made no task, and beside it something dearer that the user bought on EvoLink's page."""
+async def test_a_purchase_from_the_web_page_is_not_matched_with_an_unbilled_post(
+    open_world: Open, list_times: str
+) -> None:
+    """The POST got a 502 and made no task. The user bought something more expensive on EvoLink's page."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0, list_times=list_times)
-    lost = Loses(simulator, unbilled=True)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         assert world.settings.key is not None
-        strangers = {"model": "gpt-image-2", "prompt": "a duchess", "size": "2048x2048", "quality": "high"}
-        simulator.create(strangers, key=world.settings.key.get_secret_value())
-        facts, text = await bought(world)
+        other_request = {"model": "gpt-image-2", "prompt": "a duchess", "size": "2048x2048", "quality": "high"}
+        simulator.create(other_request, key=world.settings.key.get_secret_value())
+        facts, text = await buy(world)
         async with world.client() as client:
-            listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
+            task_list = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
     assert (facts["task_id"], facts["charged"], facts["status"]) == (None, "unknown", "unknown")
     assert not text.startswith("Unconfirmed match")
-    (stranger,) = (task for task in listed["tasks"] if task["task_id"])
-    assert stranger["created_at"].startswith("2026-")
-    assert not any("support" in note for task in listed["tasks"] for note in task["notes"])
+    (other_task,) = (task for task in task_list["tasks"] if task["task_id"])
+    assert other_task["created_at"].startswith("2026-")
+    assert not any("support" in note for task in task_list["tasks"] for note in task["notes"])
 
 
-async def test_one_task_that_two_lost_orders_may_own_is_given_to_neither(open_world: Open) -> None:
-    """One of two was billed, nobody knows which: the task is named, and looked at by its id."""
+async def test_one_task_that_two_lost_orders_may_own_is_assigned_to_neither(open_world: Open) -> None:
+    """One of two orders was billed and the task list does not show which. The error names the task ID."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
-        await bought(world)
-        lost.unbilled = False
-        facts, text = await bought(world, prompt="a hen")
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
+        await buy(world)
+        transport.refuses_purchases = False
+        facts, text = await buy(world, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
     assert task_id in text
@@ -100,12 +104,12 @@ async def test_an_order_of_another_profile_may_own_the_task_too(open_world: Open
     """Two windows with two profiles use one account. One of two lost orders was billed."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
-    shared: Any = {"simulator": simulator, "clock": clock, "transport": lost}
-    async with open_world(**shared) as world, open_world({"EVOLINK_MCP_PROFILE": "second"}, **shared) as second:
-        await bought(world)
-        lost.unbilled = False
-        facts, text = await bought(second, prompt="a hen")
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    options: Any = {"simulator": simulator, "clock": clock, "transport": transport}
+    async with open_world(**options) as world, open_world({"EVOLINK_MCP_PROFILE": "second"}, **options) as second:
+        await buy(world)
+        transport.refuses_purchases = False
+        facts, text = await buy(second, prompt="a hen")
     (task_id,) = simulator.tasks
     assert (facts["task_id"], facts["charged"]) == (None, "unknown")
     assert task_id in text
@@ -115,19 +119,19 @@ async def test_an_order_under_a_former_key_of_another_profile_may_own_the_task_t
     """Profile one continues the account of its former key. Profile two knows only the new key."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
-    shared: Any = {"simulator": simulator, "clock": clock}
-    async with open_world({"EVOLINK_API_KEY": OLD_KEY}, **shared) as before:
-        await bought(before, prompt="a harbour")
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    options: Any = {"simulator": simulator, "clock": clock}
+    async with open_world({"EVOLINK_API_KEY": OLD_KEY}, **options) as before:
+        await buy(before, prompt="a harbour")
     for task in simulator.tasks.values():
         task.key = KEY
     async with (
-        open_world(transport=lost, **shared) as world,
-        open_world({"EVOLINK_MCP_PROFILE": "second"}, transport=lost, **shared) as second,
+        open_world(transport=transport, **options) as world,
+        open_world({"EVOLINK_MCP_PROFILE": "second"}, transport=transport, **options) as second,
     ):
-        await bought(world)
-        lost.unbilled = False
-        facts, _ = await bought(second, prompt="a hen")
+        await buy(world)
+        transport.refuses_purchases = False
+        facts, _ = await buy(second, prompt="a hen")
     assert (facts["task_id"], facts["guess"]) == (None, False)
 
 
@@ -135,40 +139,40 @@ async def test_a_key_of_another_account_searches_for_no_lost_answer_of_the_profi
     """Its account has a task that would fit. The lost answer belongs to the account that sent the order."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
-    lost = Loses(simulator, unbilled=True)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
-        facts, _ = await bought(world)
+    transport = LosesAnswers(simulator, refuses_purchases=True)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
+        facts, _ = await buy(world)
         assert (facts["task_id"], facts["status"]) == (None, "unknown")
     foreign_key = "sk-foreign-key-0123456789ab"
-    simulator.create({**WISH, "model": "gpt-image-2"}, key=foreign_key)
+    simulator.create({**REQUEST, "model": "gpt-image-2"}, key=foreign_key)
     async with (
         open_world({"EVOLINK_API_KEY": foreign_key}, simulator=simulator, clock=clock) as world,
         world.client() as client,
     ):
-        listed = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
+        task_list = (await client.call_tool("list_tasks", {"sync": True, "detail": True})).structured_content
         (entry,) = [entry for entry in await world.studio.journal.recent(9) if entry.request]
         assert world.studio.jobs == []
-    (task,) = (task for task in listed["tasks"] if task["status"] == "unknown")
+    (task,) = (task for task in task_list["tasks"] if task["status"] == "unknown")
     assert (task["task_id"], task["charged"]) == (None, "unknown")
     assert entry.task is None
 
 
 @pytest.mark.parametrize("ahead_s", [-3 * 86_400.0, 3600.0])
 async def test_a_clock_that_is_wrong_hides_no_task(open_world: Open, ahead_s: float) -> None:
-    """EvoLink's `Date` tells how far the two clocks are apart."""
-    clock, foreign = Clock(), Clock()
-    foreign.now = clock.now + ahead_s
-    simulator = PlainSimulator(clock=foreign, duration_s=0)
-    lost = Loses(simulator, skew_s=0.0)
-    async with open_world(simulator=simulator, clock=clock, transport=lost) as world:
+    """EvoLink's `Date` header shows the difference of the two clocks."""
+    clock, evolink_clock = Clock(), Clock()
+    evolink_clock.now = clock.now + ahead_s
+    simulator = PlainSimulator(clock=evolink_clock, duration_s=0)
+    transport = LosesAnswers(simulator, skew_s=0.0)
+    async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         async with world.client() as client:
             await client.call_tool("get_balance", {})
-        facts, _ = await bought(world)
+        facts, _ = await buy(world)
     assert [facts["task_id"]] == list(simulator.tasks)
 
 
 def entry(**request: Any) -> Entry:
-    return Entry("k", "o", "unknown", NOW, request={"model": "gpt-image-2", **WISH, **request}, estimate=PRICE)
+    return Entry("k", "o", "unknown", NOW, request={"model": "gpt-image-2", **REQUEST, **request}, estimate=PRICE)
 
 
 @pytest.mark.parametrize(
@@ -190,15 +194,17 @@ def entry(**request: Any) -> Entry:
         pytest.param({"credits_used": 0.05, "status": "completed"}, None, True, id="a cheaper picture"),
     ],
 )
-async def test_what_speaks_against_a_task(task: dict[str, Any], skew_s: float | None, expected: bool) -> None:
+async def test_a_task_that_contradicts_the_entry_is_no_candidate(
+    task: dict[str, Any], skew_s: float | None, expected: bool
+) -> None:
     assert contradicts(entry(), Task("task-unified-1-a", **{"created": NOW, **task}), skew_s) is expected
 
 
 async def test_a_request_that_leaves_the_size_to_evolink_fits_any_of_its_sizes() -> None:
-    wish = entry(size="auto", quality="high", n=2)
+    lost_entry = entry(size="auto", quality="high", n=2)
     fits = [
-        c
-        for c in (2.0, 5.0, 20.0, 50.0, 87.0, 90.0, 150.0)
-        if not contradicts(wish, Task("t", created=NOW, credits_used=c), None)
+        credits
+        for credits in (2.0, 5.0, 20.0, 50.0, 87.0, 90.0, 150.0)
+        if not contradicts(lost_entry, Task("t", created=NOW, credits_used=credits), None)
     ]
     assert fits == [20.0, 50.0, 87.0]

@@ -1,4 +1,4 @@
-"""What one life leaves is taken up by the next, and what was bought and not received is handed over."""
+"""The next server continues the work of the last one, and an undelivered purchase is returned to the next identical call."""
 
 from __future__ import annotations
 
@@ -21,73 +21,73 @@ from evolink_mcp.studio.jobs import ImageRequest
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
-LONG = {**WISH, "prompt": "sim:slow=1000000 a fox"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+LONG = {**REQUEST, "prompt": "sim:slow=1000000 a fox"}
 HANDLE = {**LONG, "wait_seconds": 0}
 
 
-class Flaky(httpx.ASGITransport):
-    """Loses answers: of purchases that were taken (`lose`), or of the account's list (`no_list`)."""
+class LosesAnswers(httpx.ASGITransport):
+    """Lose the answers of accepted purchases (`loses_answers`) or of the task list (`loses_lists`)."""
 
     def __init__(self, simulator: QuickSimulator) -> None:
         super().__init__(simulator.app)
-        self.lose = self.no_list = False
+        self.loses_answers = self.loses_lists = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if self.no_list and request.url.path == "/v1/tasks":
+        if self.loses_lists and request.url.path == "/v1/tasks":
             raise httpx.ReadError("gone")
         reply = await super().handle_async_request(request)
-        if self.lose and request.url.path == "/v1/images/generations":
+        if self.loses_answers and request.url.path == "/v1/images/generations":
             raise httpx.ReadError("gone")
         return reply
 
 
 @asynccontextmanager
-async def flaky_world(open_world: Open, **lives: Any) -> AsyncIterator[tuple[World, Client, Flaky]]:
-    clock = lives.get("clock") or Clock()
-    simulator = lives.get("simulator") or QuickSimulator(clock=clock)
-    transport = Flaky(simulator)
+async def lossy_world(open_world: Open, **options: Any) -> AsyncIterator[tuple[World, Client, LosesAnswers]]:
+    clock = options.get("clock") or Clock()
+    simulator = options.get("simulator") or QuickSimulator(clock=clock)
+    transport = LosesAnswers(simulator)
     async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         CURRENT.studio = world.studio
         async with Client(ONE_SERVER) as client:
             yield world, client, transport
 
 
-async def listed(client: Client, **arguments: Any) -> list[dict[str, Any]]:
+async def list_tasks(client: Client, **arguments: Any) -> list[dict[str, Any]]:
     answer = await client.call_tool("list_tasks", {"detail": True, **arguments})
     assert answer.is_error is False
     return answer.structured_content["tasks"]
 
 
-async def completed(client: Client, count: int) -> list[dict[str, Any]]:
+async def wait_for_completed(client: Client, count: int) -> list[dict[str, Any]]:
     while True:
-        tasks = await listed(client)
+        tasks = await list_tasks(client)
         if sum(any(image["path"] for image in task["images"]) for task in tasks) == count:
             return tasks
         await anyio.sleep(0)
 
 
-# --- the next life -------------------------------------------------------------------------------------------
+# --- the next server -----------------------------------------------------------------------------------------
 
 
-async def test_the_next_server_completes_what_the_last_one_left(open_world: Open) -> None:
+async def test_the_next_server_completes_the_tasks_of_the_last_one(open_world: Open) -> None:
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         for number in range(3):
-            await client.call_tool("generate_image", {**WISH, "prompt": f"fox {number}", "wait_seconds": 0})
+            await client.call_tool("generate_image", {**REQUEST, "prompt": f"fox {number}", "wait_seconds": 0})
     clock.now += 1000
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        tasks = await completed(client, 3)
+        tasks = await wait_for_completed(client, 3)
     assert [task["status"] for task in tasks] == ["completed"] * 3
     assert (world.posts, len(world.files)) == (3, 3)
 
 
-async def test_pictures_whose_links_have_died_are_told_of(open_world: Open) -> None:
+async def test_images_with_expired_links_are_reported(open_world: Open) -> None:
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=500)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        handle = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        handle = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
     clock.now += 26 * 3600
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         answer = await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
@@ -109,40 +109,40 @@ async def test_a_failed_download_is_tried_again_by_the_next_server(open_world: O
 
     bad = NoPictures(simulator.app)
     async with open_world(simulator=simulator, clock=clock, transport=bad) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
         assert answer.is_error
         assert (facts["charged"], facts["images"][0]["url"] is not None) == ("yes", True)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        await completed(client, 1)
+        await wait_for_completed(client, 1)
     assert (world.posts, len(world.files)) == (1, 1)
 
 
-async def test_a_picture_that_was_moved_away_is_fetched_again_while_its_link_lives(open_world: Open) -> None:
+async def test_an_image_that_was_moved_away_is_downloaded_again_until_its_link_expires(open_world: Open) -> None:
     clock = Clock()
     simulator = QuickSimulator(clock=clock, duration_s=0)
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", WISH)
+        answer = await client.call_tool("generate_image", REQUEST)
         world.files[0].unlink()
-        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
-    assert again.structured_content["images"][0]["path"] == str(world.files[0])
+        repeat = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+    assert repeat.structured_content["images"][0]["path"] == str(world.files[0])
     assert world.posts == 1
 
 
 @pytest.mark.journal_file
 @pytest.mark.parametrize(("phase", "charged"), [("intent", "no"), ("sending", "unknown")])
-async def test_a_request_that_a_dead_server_began_is_called_what_it_is(
+async def test_the_charge_of_an_entry_of_a_dead_server_follows_from_its_phase(
     open_world: Open, tmp_path: Any, phase: Any, charged: str
 ) -> None:
-    """Before `sending` is on disk, provably nothing left; after it, nobody knows until EvoLink is asked."""
+    """Without the phase `sending` on the disk nothing was sent. With it, only EvoLink knows the outcome."""
     clock = Clock()
     async with open_world(simulator=QuickSimulator(clock=clock), clock=clock) as world, world.client() as client:
         dead = SqliteJournal(tmp_path / "data", world.studio.journal.account, clock=clock)
-        entry = Entry(new_key(), dead.owner, phase, clock.now, request=WISH, account=dead.account, caller=dead.owner)
+        entry = Entry(new_key(), dead.owner, phase, clock.now, request=REQUEST, account=dead.account, caller=dead.owner)
         await dead.intend(entry)
         await dead.close()
-        await listed(client)
-        while (tasks := await listed(client))[0]["error"] is None:
+        await list_tasks(client)
+        while (tasks := await list_tasks(client))[0]["error"] is None:
             await anyio.sleep(0)
     assert (tasks[0]["charged"], world.posts) == (charged, 0)
     assert tasks[0]["error"]["advice"] != ""
@@ -158,16 +158,16 @@ async def test_two_living_servers_do_not_touch_each_others_work(open_world: Open
         second_world.client() as second,
     ):
         await first.call_tool("generate_image", HANDLE)
-        assert len(await listed(second)) == 1
+        assert len(await list_tasks(second)) == 1
         assert second_world.studio.jobs == []
         assert len(first_world.studio.jobs) == 1
 
 
-# --- joined, or bought anew ----------------------------------------------------------------------------------
+# --- deduplicated or bought again ----------------------------------------------------------------------------
 
 
-async def test_an_identical_order_joins_what_timed_out(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, _):
+async def test_an_identical_call_returns_the_purchase_of_a_call_that_timed_out(open_world: Open) -> None:
+    async with lossy_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "quality": "low"})
         other_order = await client.call_tool("generate_image", {**HANDLE, "quality": "medium"})
@@ -176,24 +176,24 @@ async def test_an_identical_order_joins_what_timed_out(open_world: Open) -> None
     assert world.posts == 2
 
 
-async def test_what_was_received_is_bought_again_when_it_is_asked_for_again(open_world: Open) -> None:
+async def test_an_identical_call_buys_again_after_the_delivery(open_world: Open) -> None:
     clock = Clock()
-    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
+    async with lossy_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
-        answers = [await client.call_tool("generate_image", WISH) for _ in range(3)]
+        answers = [await client.call_tool("generate_image", REQUEST) for _ in range(3)]
     assert len({answer.structured_content["task_id"] for answer in answers}) == 3
     assert (world.posts, len(world.files)) == (3, 3)
 
 
 async def test_a_handle_that_get_task_has_completed_counts_as_received(open_world: Open) -> None:
     clock = Clock()
-    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=500), clock=clock) as (
+    async with lossy_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=500), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
-        handle = await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})
+        handle = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})
         await client.call_tool("get_task", {"task_id": handle.structured_content["task_id"]})
-        await client.call_tool("generate_image", WISH)
+        await client.call_tool("generate_image", REQUEST)
     assert world.posts == 2
 
 
@@ -210,7 +210,7 @@ class CancellingClock(Clock):
 
 
 async def test_a_call_that_overtakes_the_cancellation_of_the_same_call_gets_its_purchase(open_world: Open) -> None:
-    """Over HTTP the cancellation is a request of its own and may arrive after the second call."""
+    """Over HTTP the cancellation is a separate request and may arrive after the second call."""
     clock = CancellingClock()
     async with open_world(clock=clock) as world:
         request = ImageRequest(GenerationRequest(prompt="sim:slow=60 a fox"), price_ceiling=9.0)
@@ -223,15 +223,15 @@ async def test_a_call_that_overtakes_the_cancellation_of_the_same_call_gets_its_
     assert world.posts == 1
 
 
-async def test_identical_calls_side_by_side_are_separate_purchases(open_world: Open) -> None:
+async def test_simultaneous_identical_calls_are_separate_purchases(open_world: Open) -> None:
     clock = Clock()
     answers: list[Any] = []
-    async with flaky_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
+    async with lossy_world(open_world, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock) as (
         world, client, _,
     ):  # fmt: skip
 
         async def order() -> None:
-            answers.append(await client.call_tool("generate_image", WISH))
+            answers.append(await client.call_tool("generate_image", REQUEST))
 
         async with anyio.create_task_group() as calls:
             for _ in range(4):
@@ -241,18 +241,18 @@ async def test_identical_calls_side_by_side_are_separate_purchases(open_world: O
     assert not any(note.startswith("This was bought") for a in answers for note in a.structured_content["notes"])
 
 
-async def test_force_new_buys_although_something_waits_to_be_handed_over(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, _):
+async def test_force_new_buys_although_a_purchase_is_undelivered(open_world: Open) -> None:
+    async with lossy_world(open_world) as (world, client, _):
         first = await client.call_tool("generate_image", HANDLE)
         second = await client.call_tool("generate_image", {**HANDLE, "force_new": True})
     assert first.structured_content["task_id"] != second.structured_content["task_id"]
     assert world.posts == 2
 
 
-async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, _):
+async def test_a_failed_task_is_not_returned_to_the_next_call(open_world: Open) -> None:
+    async with lossy_world(open_world) as (world, client, _):
         for _ in range(2):
-            answer = await client.call_tool("generate_image", {**WISH, "prompt": "sim:fail a fox"})
+            answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
             assert (answer.is_error, answer.structured_content["charged"]) == (True, "no")
     assert world.posts == 2
 
@@ -260,10 +260,10 @@ async def test_a_failed_task_is_not_handed_over_to_the_next_call(open_world: Ope
 # --- unknown outcomes ----------------------------------------------------------------------------------------
 
 
-async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
-        transport.lose = True
-        answer = await client.call_tool("generate_image", WISH)
+async def test_the_only_candidate_is_matched_and_followed_to_its_image(open_world: Open) -> None:
+    async with lossy_world(open_world) as (world, client, transport):
+        transport.loses_answers = True
+        answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
         assert (facts["charged"], facts["status"], facts["credits"]) == ("unknown", "completed", None)
         assert answer.content[0].text.startswith("Unconfirmed match, a guess: ")
@@ -276,12 +276,12 @@ async def test_one_unaccounted_task_is_adopted_and_followed_to_its_picture(open_
     assert (world.posts, len(world.files)) == (1, 1)
 
 
-async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
+async def test_several_candidates_are_named_and_none_is_matched(open_world: Open) -> None:
+    async with lossy_world(open_world) as (world, client, transport):
         for _ in range(2):
-            world.simulator.create({"model": "gpt-image-2", **WISH}, key=_key(world))
-        transport.lose = True
-        answer = await client.call_tool("generate_image", WISH)
+            world.simulator.create({"model": "gpt-image-2", **REQUEST}, key=_key(world))
+        transport.loses_answers = True
+        answer = await client.call_tool("generate_image", REQUEST)
         facts = answer.structured_content
     assert (answer.is_error, facts["charged"], facts["status"], facts["task_id"]) == (True, "unknown", "unknown", None)
     assert all(task_id in answer.content[0].text for task_id in world.simulator.tasks)
@@ -290,51 +290,51 @@ async def test_several_unaccounted_tasks_are_named_and_none_is_taken(open_world:
 
 
 @pytest.mark.parametrize(
-    "stranger",
+    "other",
     [
         pytest.param({"created": -3600.0}, id="long before"),
         pytest.param({"created": 3600.0}, id="long after"),
         pytest.param({"known": True}, id="in the journal"),
     ],
 )
-async def test_tasks_that_cannot_be_this_one_are_not_adopted(open_world: Open, stranger: dict[str, Any]) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
-        if "known" in stranger:
+async def test_tasks_that_contradict_the_request_are_not_matched(open_world: Open, other: dict[str, Any]) -> None:
+    async with lossy_world(open_world) as (world, client, transport):
+        if "known" in other:
             await client.call_tool("generate_image", LONG | {"wait_seconds": 0})
         else:
             world.simulator.create({"model": "gpt-image-2", "prompt": "x"}, key=_key(world))
             (task,) = world.simulator.tasks.values()
-            task.created += stranger["created"]
-        transport.lose = True
-        answer = await client.call_tool("generate_image", {**WISH, "prompt": "sim:500 nothing is created"})
+            task.created += other["created"]
+        transport.loses_answers = True
+        answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:500 nothing is created"})
     assert (answer.structured_content["charged"], answer.structured_content["task_id"]) == ("unknown", None)
 
 
-async def test_an_unknown_call_is_listed_and_found_when_the_list_can_be_had_again(open_world: Open) -> None:
-    async with flaky_world(open_world) as (world, client, transport):
-        transport.lose = transport.no_list = True
-        lost = await client.call_tool("generate_image", WISH)
+async def test_a_lost_answer_is_listed_and_matched_when_the_task_list_is_readable_again(open_world: Open) -> None:
+    async with lossy_world(open_world) as (world, client, transport):
+        transport.loses_answers = transport.loses_lists = True
+        lost = await client.call_tool("generate_image", REQUEST)
         assert (lost.structured_content["charged"], lost.structured_content["task_id"]) == ("unknown", None)
-        (before,) = await listed(client, status="unknown")
+        (before,) = await list_tasks(client, status="unknown")
         assert (before["charged"], before["status"]) == ("unknown", "unknown")
-        softly = await client.call_tool("list_tasks", {"sync": True})
-        assert (softly.is_error, softly.structured_content["synced"]) == (False, False)
-        transport.no_list = False
+        second_list = await client.call_tool("list_tasks", {"sync": True})
+        assert (second_list.is_error, second_list.structured_content["synced"]) == (False, False)
+        transport.loses_lists = False
         await client.call_tool("list_tasks", {"sync": True})
-        tasks = await completed(client, 1)
+        tasks = await wait_for_completed(client, 1)
     assert [(task["charged"], task["status"]) for task in tasks] == [("unknown", "completed")]
     assert world.posts == 1
 
 
-async def test_two_lost_purchases_of_one_moment_are_not_guessed_at(open_world: Open) -> None:
-    """Whose is whose nobody can say: both stay unknown, and both tasks are named."""
-    async with flaky_world(open_world) as (world, client, transport):
-        transport.lose = transport.no_list = True
-        await client.call_tool("generate_image", WISH)
-        await client.call_tool("generate_image", {**WISH, "prompt": "a hen"})
-        transport.no_list = False
+async def test_two_lost_purchases_of_one_moment_are_not_matched(open_world: Open) -> None:
+    """Nothing shows which task belongs to which call. Both stay unknown, and both errors name both tasks."""
+    async with lossy_world(open_world) as (world, client, transport):
+        transport.loses_answers = transport.loses_lists = True
+        await client.call_tool("generate_image", REQUEST)
+        await client.call_tool("generate_image", {**REQUEST, "prompt": "a hen"})
+        transport.loses_lists = False
         await client.call_tool("list_tasks", {"sync": True})
-        tasks = [task for task in await listed(client) if task["task_id"] is None]
+        tasks = [task for task in await list_tasks(client) if task["task_id"] is None]
     assert [task["charged"] for task in tasks] == ["unknown", "unknown"]
     assert all(task_id in task["error"]["advice"] for task in tasks for task_id in world.simulator.tasks)
 
@@ -354,14 +354,14 @@ async def test_a_journal_that_fails_after_the_post_does_not_hide_the_task(open_w
                 raise JournalUnwritable("the disk is full")
             return await write(entry, *facts)
 
-        journal.instead["update"] = update
+        journal.replacements["update"] = update
         answer = await client.call_tool("generate_image", HANDLE)
         assert answer.structured_content["task_id"] in simulator.tasks
     simulator.duration_s = 0
     for task in simulator.tasks.values():
         task.duration = 0
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        tasks = await completed(client, 1)
+        tasks = await wait_for_completed(client, 1)
     assert [task["task_id"] for task in tasks] == list(simulator.tasks)
     assert world.posts == 1
 

@@ -59,13 +59,13 @@ def put_file_above(folder: Path) -> None:
     folder.parent.write_text("not a folder")
 
 
-@pytest.mark.parametrize("spoil", [put_file_in_place, put_file_above])
+@pytest.mark.parametrize("damage", [put_file_in_place, put_file_above])
 @pytest.mark.parametrize("save_as", [None, "blog/hero.png"])
 async def test_nothing_is_bought_for_a_folder_that_cannot_be_written(
-    open_world: Open, tmp_path: Path, spoil: Callable[[Path], None], save_as: str | None
+    open_world: Open, tmp_path: Path, damage: Callable[[Path], None], save_as: str | None
 ) -> None:
     folder = tmp_path / "drive" / "pictures"
-    spoil(folder) if spoil is put_file_above else (folder.parent.mkdir(), spoil(folder))
+    damage(folder) if damage is put_file_above else (folder.parent.mkdir(), damage(folder))
     arguments = {**REQUEST, **({"save_as": save_as} if save_as else {})}
     async with open_world({"EVOLINK_MCP_OUTPUT_DIR": str(folder)}) as world:
         answers = [await call(world, "generate_image", arguments) for _ in range(3)]
@@ -85,19 +85,19 @@ async def test_a_folder_that_held_images_and_is_away_is_not_created_again_and_bu
         await call(world, "generate_image", REQUEST)
     folder.rename(tmp_path / "unplugged")
     async with open_world(simulator=world.simulator, clock=world.clock) as world:
-        refused = await call(world, "generate_image", {**REQUEST, "prompt": "a cat"})
-        assert (refused.structured_content["charged"], world.posts) == ("no", 1)
-        assert "connect its drive" in refused.content[0].text
+        refusal = await call(world, "generate_image", {**REQUEST, "prompt": "a cat"})
+        assert (refusal.structured_content["charged"], world.posts) == ("no", 1)
+        assert "connect its drive" in refusal.content[0].text
         assert not folder.exists()
         (tmp_path / "unplugged").rename(folder)
-        bought = await call(world, "generate_image", {**REQUEST, "prompt": "a cat"})
-    assert (bought.is_error, world.posts, len(world.files)) == (False, 2, 2)
+        purchase = await call(world, "generate_image", {**REQUEST, "prompt": "a cat"})
+    assert (purchase.is_error, world.posts, len(world.files)) == (False, 2, 2)
 
 
 async def test_a_check_before_the_purchase_leaves_no_file_and_no_folder(open_world: Open, tmp_path: Path) -> None:
     async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": "0.01"}) as world:
-        refused = await call(world, "generate_image", {**REQUEST, "save_as": "blog/hero.png"})
-    assert refused.structured_content["error"]["code"] == "over_budget"
+        refusal = await call(world, "generate_image", {**REQUEST, "save_as": "blog/hero.png"})
+    assert refusal.structured_content["error"]["code"] == "over_budget"
     assert not (tmp_path / "pictures").exists()
 
 
@@ -113,8 +113,8 @@ async def test_a_disk_needs_space_for_all_images_without_compression(
         fallback=tmp_path / "fallback",
         free_bytes=lambda folder: free,
     )
-    expectation = pytest.raises(FolderRefused, match="free space") if is_refused else nullcontext()
-    with expectation:
+    expected_outcome = pytest.raises(FolderRefused, match="free space") if is_refused else nullcontext()
+    with expected_outcome:
         await store.check_space(None, 1024 * 640 * 4 * 2)
     await journal.close()
 
@@ -129,9 +129,9 @@ async def test_an_undelivered_purchase_is_returned_although_nothing_can_be_bough
         while not world.files:
             await anyio.sleep(0.01)
         shutil.move(tmp_path / "pictures", tmp_path / "unplugged")
-        again = await call(world, "generate_image", REQUEST)
+        repeat = await call(world, "generate_image", REQUEST)
     assert world.posts == 1
-    assert again.structured_content["charged"] == "yes"
+    assert repeat.structured_content["charged"] == "yes"
 
 
 # --- names ---
@@ -173,8 +173,8 @@ async def test_a_longest_save_as_keeps_the_index_and_gets_the_number_of_a_taken_
 
 
 async def test_a_save_as_of_more_than_143_bytes_is_refused_before_the_purchase(world: World) -> None:
-    refused = await call(world, "generate_image", {**REQUEST, "save_as": "ก" * 47 + ".png"})
-    assert (refused.structured_content["charged"], world.posts) == ("no", 0)
+    refusal = await call(world, "generate_image", {**REQUEST, "save_as": "ก" * 47 + ".png"})
+    assert (refusal.structured_content["charged"], world.posts) == ("no", 0)
 
 
 # --- after the POST ---
@@ -188,7 +188,7 @@ async def test_a_paid_image_is_saved_into_the_data_folder_if_its_folder_cannot_b
     transport = PutsFileInPlace(simulator, tmp_path / "pictures")
     async with open_world(simulator=simulator, clock=clock, transport=transport) as world:
         answer = await call(world, "generate_image", {**REQUEST, "save_as": "hero.png"})
-        viewed = await call(world, "view_image", {"task_id": answer.structured_content["task_id"]})
+        view = await call(world, "view_image", {"task_id": answer.structured_content["task_id"]})
     (image,) = answer.structured_content["images"]
     path = tmp_path / "data" / "pictures" / "hero.png"
     assert not answer.is_error
@@ -199,7 +199,7 @@ async def test_a_paid_image_is_saved_into_the_data_folder_if_its_folder_cannot_b
     assert "data folder" in notes
     assert str(tmp_path / "pictures") in notes
     assert [block.type for block in answer.content] == ["text", "image"]
-    assert viewed.content[0].type == "image"
+    assert view.content[0].type == "image"
     assert world.posts == 1
 
 
@@ -219,8 +219,8 @@ async def test_if_no_folder_can_be_written_the_answer_has_the_link_and_get_task_
         assert answer.structured_content["images"][0]["url"] is not None
         (tmp_path / "pictures").unlink()
         (tmp_path / "pictures").mkdir()
-        again = await call(world, "get_task", {"task_id": answer.structured_content["task_id"]})
-    assert again.structured_content["images"][0]["path"] == str(world.files[0])
+        repeat = await call(world, "get_task", {"task_id": answer.structured_content["task_id"]})
+    assert repeat.structured_content["images"][0]["path"] == str(world.files[0])
     assert world.posts == 1
 
 
@@ -230,7 +230,7 @@ async def test_if_no_folder_can_be_written_the_answer_has_the_link_and_get_task_
 async def test_an_identical_order_that_joins_a_job_after_its_images_were_saved_gets_its_own_name(
     open_world: Open, tmp_path: Path
 ) -> None:
-    """The journal is slow to record the end of the first job's work, and the second call joins it meanwhile."""
+    """The journal is slow to record the end of the first job's work, and the second call gets the same job meanwhile."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, duration_s=0)
     is_releasing = anyio.Event()

@@ -1,4 +1,4 @@
-"""True pixels, true price: the rule is learned from a picture, and no charge is ever above what was judged."""
+"""Real pixels and prices: the server learns the size rule from an image, and no charge is above the price ceiling."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ async def in_time() -> AsyncIterator[None]:
         yield
 
 
-async def asked(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
+async def call(world: World, tool: str, **arguments: Any) -> dict[str, Any]:
     async with world.client(rule_fresh_for_s=0.0) as client:
         return (await client.call_tool(tool, arguments)).structured_content
 
 
-async def sized(world: World) -> tuple[int, int, str, bool]:
-    out = await asked(world, "compute_size", size="16:9", resolution="2K")
+async def compute_size(world: World) -> tuple[int, int, str, bool]:
+    out = await call(world, "compute_size", size="16:9", resolution="2K")
     return out["width"], out["height"], out["rule"], out["rule_known"]
 
 
-def learned(facts: dict[str, Any]) -> bool:
+def has_learned(facts: dict[str, Any]) -> bool:
     return any("from now on" in note for note in facts["notes"])
 
 
@@ -54,39 +54,39 @@ async def test_the_rule_is_learned_once_from_a_picture_and_used_by_every_server_
     simulator = PlainSimulator(clock=clock, rule=rule)
     async with (
         open_world(simulator=simulator, clock=clock) as first_world,
-        open_world(simulator=simulator, clock=clock) as beside,
+        open_world(simulator=simulator, clock=clock) as third_world,
         open_world(OTHER_KEY, simulator=simulator, clock=clock) as second_world,
     ):
-        assert await sized(first_world) == await sized(beside) == (2048, 1152, "anchor-edge", False)
-        first = await asked(first_world, "generate_image", **WIDE)
+        assert await compute_size(first_world) == await compute_size(third_world) == (2048, 1152, "anchor-edge", False)
+        first = await call(first_world, "generate_image", **WIDE)
         assert first["expected_size"] == {"width": 2048, "height": 1152}
         assert (first["images"][0]["width"], first["images"][0]["height"]) == PIXELS[rule]
-        assert learned(first)
+        assert has_learned(first)
         assert any("Computed 2048×1152" in note for note in first["notes"]) == (rule == "pixel-budget")
-        second = await asked(first_world, "generate_image", **{**WIDE, "prompt": "sim:fast a hen"})
+        second = await call(first_world, "generate_image", **{**WIDE, "prompt": "sim:fast a hen"})
         assert second["expected_size"] == dict(zip(("width", "height"), PIXELS[rule], strict=True))
         assert second["notes"] == []
-        assert await sized(beside) == (*PIXELS[rule], rule, True)
-        assert await sized(second_world) == (2048, 1152, "anchor-edge", False)
-        again = await asked(first_world, "get_task", task_id=first["task_id"])
-        assert again["expected_size"] == {"width": 2048, "height": 1152}  # an entry keeps its rule
+        assert await compute_size(third_world) == (*PIXELS[rule], rule, True)
+        assert await compute_size(second_world) == (2048, 1152, "anchor-edge", False)
+        repeat = await call(first_world, "get_task", task_id=first["task_id"])
+        assert repeat["expected_size"] == {"width": 2048, "height": 1152}  # an entry keeps its rule
     async with open_world(simulator=simulator, clock=clock) as later:
-        assert await sized(later) == (*PIXELS[rule], rule, True)
+        assert await compute_size(later) == (*PIXELS[rule], rule, True)
 
 
-async def test_a_pinned_rule_stays_and_tells_the_difference(open_world: Open) -> None:
+async def test_a_pinned_rule_stays_and_the_difference_is_reported(open_world: Open) -> None:
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule="pixel-budget")
-    pinned = {"EVOLINK_SIZE_RULE": "anchor-edge"}
-    async with open_world(pinned, simulator=simulator, clock=clock) as world:
+    environ = {"EVOLINK_SIZE_RULE": "anchor-edge"}
+    async with open_world(environ, simulator=simulator, clock=clock) as world:
         for prompt in ("sim:fast a fox", "sim:fast a hen"):
-            facts = await asked(world, "generate_image", **{**WIDE, "prompt": prompt})
+            facts = await call(world, "generate_image", **{**WIDE, "prompt": prompt})
             assert any("Computed 2048×1152" in note for note in facts["notes"])
-        assert (await sized(world))[:3] == (2048, 1152, "anchor-edge")
+        assert (await compute_size(world))[:3] == (2048, 1152, "anchor-edge")
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "changes",
     [
         pytest.param({"size": "1:1"}, id="both tables agree"),
         pytest.param({"size": "2048x1152"}, id="explicit pixels"),
@@ -94,45 +94,45 @@ async def test_a_pinned_rule_stays_and_tells_the_difference(open_world: Open) ->
         pytest.param({"size": "16:9", "prompt": "sim:fast sim:other-size a fox"}, id="in neither table"),
     ],
 )
-async def test_what_teaches_nothing(open_world: Open, wish: dict[str, Any]) -> None:
+async def test_an_image_that_proves_no_rule_changes_none(open_world: Open, changes: dict[str, Any]) -> None:
     clock = Clock()
     async with open_world(simulator=PlainSimulator(clock=clock, rule="pixel-budget"), clock=clock) as world:
-        facts = await asked(world, "generate_image", **{**WIDE, **wish, "resolution": "1K"})
-        assert not learned(facts)
-        assert (await sized(world))[3] is False
-    assert any("Neither of EvoLink's tables" in note for note in facts["notes"]) == ("prompt" in wish)
+        facts = await call(world, "generate_image", **{**WIDE, **changes, "resolution": "1K"})
+        assert not has_learned(facts)
+        assert (await compute_size(world))[3] is False
+    assert any("Neither of EvoLink's tables" in note for note in facts["notes"]) == ("prompt" in changes)
 
 
-async def test_while_the_rule_is_not_known_caps_judge_by_the_dearer_one(open_world: Open) -> None:
+async def test_while_the_rule_is_unknown_the_limits_use_the_higher_price(open_world: Open) -> None:
     """At 16:9 in 2K, high, the page's table costs 10.37 credits and the other one 14.76."""
     clock = Clock()
     simulator = PlainSimulator(clock=clock, rule="anchor-edge")
     high = {**WIDE, "quality": "high"}
     for name in ("CALL", "DAY"):
         async with open_world({f"EVOLINK_MCP_MAX_CREDITS_PER_{name}": "11"}, simulator=simulator, clock=clock) as world:
-            refused = await asked(world, "generate_image", **high)
-            assert refused["error"]["code"] == "over_budget"
-            assert "14.77 credits ($0.2172)" in refused["error"]["message"]
+            refusal = await call(world, "generate_image", **high)
+            assert refusal["error"]["code"] == "over_budget"
+            assert "14.77 credits ($0.2172)" in refusal["error"]["message"]
     assert not simulator.tasks
     async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": "11"}, simulator=simulator, clock=clock) as world:
-        await asked(world, "generate_image", **WIDE)  # it teaches that the page's table holds
-        assert (await asked(world, "generate_image", **high))["status"] == "completed"
+        await call(world, "generate_image", **WIDE)  # it teaches that the page's table holds
+        assert (await call(world, "generate_image", **high))["status"] == "completed"
 
 
 @pytest.mark.parametrize("size", ["16:9", "auto", "1024x640"])
-async def test_what_is_told_as_the_bound_is_accepted_as_max_credits(size: str, open_world: Open) -> None:
+async def test_the_price_ceiling_is_accepted_as_max_credits(size: str, open_world: Open) -> None:
     async with open_world() as world:
         for quality, n in itertools.product(("low", "high"), (1, 3)):
-            answer = await asked(world, "compute_size", size=size, quality=quality, n=n)
-            facts = await asked(world, "generate_image", prompt="sim:fast " + "x" * 900, size=size, quality=quality,
+            answer = await call(world, "compute_size", size=size, quality=quality, n=n)
+            facts = await call(world, "generate_image", prompt="sim:fast " + "x" * 900, size=size, quality=quality,
                                 n=n, max_credits=answer["credits_at_most"])  # fmt: skip
             assert facts["status"] == "completed", (size, quality, n)
             assert facts["credits"] <= answer["credits_at_most"]
 
 
 @pytest.mark.parametrize("prompt", ["x", "a fox " * 300, "ein Füchslein " * 40, "狐" * 500, "🦊" * 200])
-async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
-    """By the simulator's own reading of the formula, whichever table EvoLink follows."""
+async def test_the_charge_is_never_above_the_price_ceiling(prompt: str) -> None:
+    """The simulator computes the charge with its own formula, for both tables."""
     links = [f"https://cdn.evolink.ai/{number}.png" for number in range(16)]
     for size, tier, quality, n, references in itertools.product(
         (*RATIOS, "auto", "1024x640", "2880x2880"),
@@ -144,15 +144,15 @@ async def test_the_charge_is_never_above_the_bound(prompt: str) -> None:
         body: dict[str, Any] = {"prompt": prompt, "size": size, "resolution": tier, "quality": quality, "n": n}
         if references:
             body["image_urls"] = links[:references]
-        bound = price_of(GenerationRequest.model_validate(body), sizes.RULES)
+        price_ceiling = price_of(GenerationRequest.model_validate(body), sizes.RULES)
         for rule in sizes.RULES:
-            drawn = (2880, 2880) if size == "auto" else rules.pixels(size, tier, rule)
-            charge = rules.price(body, drawn, n)
-            assert charge <= bound, (body, rule)
-        assert bound == round(bound, 2)
+            pixels = (2880, 2880) if size == "auto" else rules.pixels(size, tier, rule)
+            charge = rules.price(body, pixels, n)
+            assert charge <= price_ceiling, (body, rule)
+        assert price_ceiling == round(price_ceiling, 2)
 
 
-async def test_a_finding_is_kept_for_the_account(tmp_path: Any) -> None:
+async def test_a_learned_rule_is_saved_for_the_account(tmp_path: Any) -> None:
     first, second, keyless = (
         SqliteJournal(tmp_path, identity) for identity in (account_id_of("a", "u"), account_id_of("b", "u"), "")
     )
@@ -182,9 +182,9 @@ WORDS = {
 async def test_a_word_for_a_size_is_refused_with_its_value_and_answered_in_compute_size(
     world: World, word: str, value: str
 ) -> None:
-    refused = await asked(world, "generate_image", prompt="a fox", size=word)
-    assert (refused["charged"], f'size="{value}"' in refused["error"]["message"]) == ("no", True)
-    answer = await asked(world, "compute_size", size=word)
+    refusal = await call(world, "generate_image", prompt="a fox", size=word)
+    assert (refusal["charged"], f'size="{value}"' in refusal["error"]["message"]) == ("no", True)
+    answer = await call(world, "compute_size", size=word)
     assert answer["error"] is None
     assert str(sizes.resolve(value).size) == answer["explicit_size"]
     assert any(f'size="{value}"' in note for note in answer["notes"])
@@ -193,27 +193,27 @@ async def test_a_word_for_a_size_is_refused_with_its_value_and_answered_in_compu
 @pytest.mark.parametrize(
     "text", ["auto", "16:9", "-1024x1024", "1024x640", "1024X640", "fox", "", "16:10", "3000x2000", "0x0", "x" * 99]
 )
-async def test_what_is_legal_or_not_understood_is_left_alone(text: str) -> None:
+async def test_a_legal_or_unknown_size_has_no_suggestion(text: str) -> None:
     assert legal_value(text) is None
 
 
-async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> None:
-    answer = await asked(world, "compute_size", size="16:9", resolution="2K", quality="medium", n=2)
+async def test_one_call_lists_the_other_qualities_and_tiers(world: World) -> None:
+    answer = await call(world, "compute_size", size="16:9", resolution="2K", quality="medium", n=2)
     assert len(answer["prices"]) == 8
     match = next(p for p in answer["prices"] if (p["quality"], p["resolution"]) == ("high", "4K"))
     assert match["size"] == "3840x2160"
     assert match["credits"] == costs.price(sizes.Size(3840, 2160), "high", 2).credits
     assert match["usd"] == round(match["credits"] / 68, 4)
     assert match["credits_at_most"] >= match["credits"]
-    plain = await asked(world, "compute_size", size="1024x640")
+    plain = await call(world, "compute_size", size="1024x640")
     assert [(p["quality"], p["resolution"]) for p in plain["prices"]] == [("low", None), ("high", None)]
 
 
-# --- what was delivered --------------------------------------------------------------------------------------
+# --- differences of the delivered image ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("wish", "told"),
+    ("changes", "note_text"),
     [
         pytest.param({"output_format": "webp"}, None, id="as asked"),
         pytest.param(
@@ -226,21 +226,21 @@ async def test_one_call_tells_the_other_qualities_and_tiers(world: World) -> Non
         pytest.param({"output_format": "webp", "prompt": "png"}, "instead of webp", id="another file type"),
     ],
 )
-async def test_what_was_delivered_otherwise_is_said_and_is_no_error(
-    open_world: Open, wish: dict[str, Any], told: str | None
+async def test_a_delivery_that_differs_from_the_request_is_reported_and_is_no_error(
+    open_world: Open, changes: dict[str, Any], note_text: str | None
 ) -> None:
     clock = Clock()
 
-    class Wilful(PlainSimulator):
+    class OtherDelivery(PlainSimulator):
         def draw(self, task: Any, index: int) -> bytes:
             from conftest import flat_image
 
-            if wish.get("prompt") == "flat":
+            if changes.get("prompt") == "flat":
                 return flat_image(7, task.size, task.kind, False, is_plain=True)
-            clear = task.body.get("background") == "transparent" and wish.get("prompt") != "opaque"
-            return flat_image(index, task.size, "png" if wish.get("prompt") == "png" else task.kind, clear)
+            clear = task.body.get("background") == "transparent" and changes.get("prompt") != "opaque"
+            return flat_image(index, task.size, "png" if changes.get("prompt") == "png" else task.kind, clear)
 
-    async with open_world(simulator=Wilful(clock=clock, duration_s=0), clock=clock) as world:
-        facts = await asked(world, "generate_image", **{"prompt": "a fox", "size": "1024x640", **wish})
+    async with open_world(simulator=OtherDelivery(clock=clock, duration_s=0), clock=clock) as world:
+        facts = await call(world, "generate_image", **{"prompt": "a fox", "size": "1024x640", **changes})
     assert (facts["status"], facts["error"]) == ("completed", None)
-    assert [told in note for note in facts["notes"]] == ([True] if told else [])
+    assert [note_text in note for note in facts["notes"]] == ([True] if note_text else [])

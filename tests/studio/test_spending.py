@@ -1,4 +1,4 @@
-"""Nothing is spent that the caller, the owner or the user has not allowed: judged before anything is sent."""
+"""The server spends only what the caller, the owner and the user allow. It checks this before it sends anything."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 # 1024x1024 low is 196 tokens (0.3599 credits), medium 1756 (3.2241), high 7024 (12.8961); the prompt adds at most 14
 # tokens (0.0043). What caps judge is rounded up to a hundredth.
-WISH = {"prompt": "sim:fast a fox", "size": "1:1", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1:1", "quality": "low"}
 LOW, HIGH = 0.37, 12.91
 CHARGED = 0.3612
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 
 
 @pytest.fixture
-def shop(open_world: Open) -> Callable[..., Any]:
-    """A world with limits, where a purchase takes no time."""
+def open_limited(open_world: Open) -> Callable[..., Any]:
+    """Return a function that opens a world with limits, in which a purchase takes no time."""
 
-    def opened(clock: Clock | None = None, **limits: float) -> Any:
+    def open_one(clock: Clock | None = None, **limits: float) -> Any:
         clock = clock or Clock()
         environ = {f"EVOLINK_MCP_{name.upper()}": str(value) for name, value in limits.items()}
         return open_world(environ, simulator=QuickSimulator(clock=clock, duration_s=0), clock=clock)
 
-    return opened
+    return open_one
 
 
 async def buy(world: World, **options: Any) -> Any:
     CURRENT.studio = world.studio
     async with Client(ONE_SERVER) as client:
-        return await client.call_tool("generate_image", {**WISH, **options})
+        return await client.call_tool("generate_image", {**REQUEST, **options})
 
 
-def refused(answer: Any, code: str) -> str:
-    """The words of a refusal that cost nothing."""
+def refusal_text(answer: Any, code: str) -> str:
+    """Check that the refusal cost nothing. Return its text."""
     facts = answer.structured_content
     assert (answer.is_error, facts["charged"], facts["task_id"], facts["error"]["code"]) == (True, "no", None, code)
     assert "Charged: no" in answer.content[0].text
@@ -52,91 +52,91 @@ def refused(answer: Any, code: str) -> str:
     ("max_credits", "posts"),
     [(0, 0), (0.369, 0), pytest.param(LOW, 1, id="exactly the price"), (5, 1)],
 )
-async def test_a_call_costs_no_more_than_its_caller_allows(shop: Any, max_credits: float, posts: int) -> None:
-    async with shop() as world:
+async def test_a_call_costs_no_more_than_its_caller_allows(open_limited: Any, max_credits: float, posts: int) -> None:
+    async with open_limited() as world:
         answer = await buy(world, max_credits=max_credits)
     assert world.posts == posts
     if not posts:
-        text = refused(answer, "over_budget")
+        text = refusal_text(answer, "over_budget")
         assert f"{LOW:g} credits" in text
         assert f"max_credits={LOW:g}" in text
 
 
-async def test_the_price_a_refusal_names_is_the_one_that_is_accepted(shop: Any) -> None:
-    async with shop() as world:
+async def test_the_price_a_refusal_names_is_the_one_that_is_accepted(open_limited: Any) -> None:
+    async with open_limited() as world:
         for quality in ("low", "medium", "high"):
             for n in (1, 3):
-                text = refused(await buy(world, quality=quality, n=n, max_credits=0), "over_budget")
+                text = refusal_text(await buy(world, quality=quality, n=n, max_credits=0), "over_budget")
                 price = float(text.partition("with max_credits=")[2].split(",")[0])
                 assert not (await buy(world, quality=quality, n=n, max_credits=price)).is_error
 
 
-async def test_a_cap_per_call_stands_above_what_a_caller_allows(shop: Any) -> None:
-    async with shop(max_credits_per_call=1) as world:
-        text = refused(await buy(world, quality="high", max_credits=100), "over_budget")
+async def test_the_limit_per_call_applies_although_the_caller_allows_more(open_limited: Any) -> None:
+    async with open_limited(max_credits_per_call=1) as world:
+        text = refusal_text(await buy(world, quality="high", max_credits=100), "over_budget")
         assert not (await buy(world)).is_error
     assert "EVOLINK_MCP_MAX_CREDITS_PER_CALL" in text
     assert world.posts == 1
 
 
-async def test_a_day_has_an_end_and_a_morning(shop: Any) -> None:
+async def test_the_daily_limit_ends_after_a_day(open_limited: Any) -> None:
     clock = Clock()
-    async with shop(clock, max_credits_per_day=2 * CHARGED + 0.01) as world:
+    async with open_limited(clock, max_credits_per_day=2 * CHARGED + 0.01) as world:
         assert not (await buy(world)).is_error
         assert not (await buy(world)).is_error
-        text = refused(await buy(world), "over_budget")
+        text = refusal_text(await buy(world), "over_budget")
         clock.now += 86_400
         assert not (await buy(world)).is_error
     assert "EVOLINK_MCP_MAX_CREDITS_PER_DAY" in text
     assert world.posts == 3
 
 
-async def test_calls_side_by_side_do_not_slip_under_the_days_cap_together(shop: Any) -> None:
+async def test_simultaneous_calls_do_not_exceed_the_daily_limit(open_limited: Any) -> None:
     answers: list[Any] = []
-    async with shop(max_credits_per_day=3 * LOW + 0.01) as world, world.client() as client:
+    async with open_limited(max_credits_per_day=3 * LOW + 0.01) as world, world.client() as client:
 
-        async def one() -> None:
-            answers.append(await client.call_tool("generate_image", WISH))
+        async def buy_one() -> None:
+            answers.append(await client.call_tool("generate_image", REQUEST))
 
         async with anyio.create_task_group() as calls:
             for _ in range(8):
-                calls.start_soon(one)
+                calls.start_soon(buy_one)
     assert sum(not answer.is_error for answer in answers) == 3
     assert world.posts == 3
 
 
-async def test_what_failed_or_was_refused_does_not_use_up_the_day(shop: Any) -> None:
-    async with shop(max_credits_per_day=LOW + 0.05) as world:
+async def test_failed_and_refused_requests_do_not_count_for_the_daily_limit(open_limited: Any) -> None:
+    async with open_limited(max_credits_per_day=LOW + 0.05) as world:
         for prompt in ("sim:fail a fox", "sim:402 a fox", "sim:cancelled a fox"):
             assert (await buy(world, prompt=prompt)).is_error
         # A cancelled task's refund is not known for certain: its estimate stays reserved.
-        refused(await buy(world), "over_budget")
+        refusal_text(await buy(world), "over_budget")
 
 
-async def test_the_day_is_summed_from_what_evolink_charged(shop: Any) -> None:
-    async with shop() as world, world.client() as client:
-        first = await client.call_tool("generate_image", WISH)
-        await client.call_tool("generate_image", {**WISH, "prompt": "sim:fail a fox"})
-        listed = await client.call_tool("list_tasks", {})
-    assert listed.structured_content["spent"]["today"]["credits"] == first.structured_content["credits"]
-    assert f"today {first.structured_content['credits']:g}" in listed.content[0].text
+async def test_the_daily_sum_has_the_charges_of_evolink(open_limited: Any) -> None:
+    async with open_limited() as world, world.client() as client:
+        first = await client.call_tool("generate_image", REQUEST)
+        await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fail a fox"})
+        task_list = await client.call_tool("list_tasks", {})
+    assert task_list.structured_content["spent"]["today"]["credits"] == first.structured_content["credits"]
+    assert f"today {first.structured_content['credits']:g}" in task_list.content[0].text
 
 
-async def test_handing_over_what_is_paid_costs_nothing_of_the_day(shop: Any) -> None:
+async def test_a_second_delivery_does_not_count_for_the_daily_limit(open_limited: Any) -> None:
     clock = Clock()
-    async with shop(clock, max_credits_per_day=LOW + 0.01) as world:
+    async with open_limited(clock, max_credits_per_day=LOW + 0.01) as world:
         world.simulator.duration_s = 500
         await buy(world, wait_seconds=0)
-        joined = await buy(world)
-    assert not joined.is_error
+        repeat = await buy(world)
+    assert not repeat.is_error
     assert world.posts == 1
 
 
-# --- the user is asked ---------------------------------------------------------------------------------------
+# --- confirmation by the user --------------------------------------------------------------------------------
 
 
 class User:
-    """Somebody at a host that can ask; notes every question."""
+    """A user whose host can ask. Records every question."""
 
     def __init__(self, action: Any, go_ahead: bool = True) -> None:
         self.questions: list[str] = []
@@ -150,7 +150,7 @@ class User:
 async def ask(world: World, mode: str, user: User | None, **options: Any) -> Any:
     CURRENT.studio = world.studio
     async with Client(ONE_SERVER, mode=mode, elicitation_callback=user) as client:
-        return await client.call_tool("generate_image", {**WISH, **options})
+        return await client.call_tool("generate_image", {**REQUEST, **options})
 
 
 @ERAS
@@ -163,49 +163,49 @@ async def ask(world: World, mode: str, user: User | None, **options: Any) -> Any
         pytest.param(("cancel",), 0, id="dismissed"),
     ],
 )
-async def test_the_user_is_asked_once_before_much_is_spent(shop: Any, mode: str, user: Any, posts: int) -> None:
-    somebody = User(*user)
-    async with shop(confirm_above=1) as world:
-        answer = await ask(world, mode, somebody, quality="high")
-    assert len(somebody.questions) == 1
-    assert f"{HIGH:g} credits" in somebody.questions[0]
+async def test_the_user_is_asked_once_before_much_is_spent(open_limited: Any, mode: str, user: Any, posts: int) -> None:
+    user_at_host = User(*user)
+    async with open_limited(confirm_above=1) as world:
+        answer = await ask(world, mode, user_at_host, quality="high")
+    assert len(user_at_host.questions) == 1
+    assert f"{HIGH:g} credits" in user_at_host.questions[0]
     assert world.posts == posts
     if posts:
         assert answer.structured_content["charged"] == "yes"
     else:
-        assert "did not approve" in refused(answer, "not_confirmed")
+        assert "did not approve" in refusal_text(answer, "not_confirmed")
 
 
 @ERAS
-async def test_max_credits_does_not_answer_for_a_user_who_can_be_asked(shop: Any, mode: str) -> None:
-    """A model may not wave a price through where the person can say no."""
-    somebody = User("decline")
-    async with shop(confirm_above=1) as world:
-        refused(await ask(world, mode, somebody, quality="high", max_credits=100), "not_confirmed")
-    assert (len(somebody.questions), world.posts) == (1, 0)
+async def test_max_credits_does_not_replace_the_confirmation_of_a_user(open_limited: Any, mode: str) -> None:
+    """A model must not accept a price instead of a user who can refuse it."""
+    user_at_host = User("decline")
+    async with open_limited(confirm_above=1) as world:
+        refusal_text(await ask(world, mode, user_at_host, quality="high", max_credits=100), "not_confirmed")
+    assert (len(user_at_host.questions), world.posts) == (1, 0)
 
 
 @ERAS
-async def test_nobody_is_asked_about_little(shop: Any, mode: str) -> None:
-    somebody = User("decline")
-    async with shop(confirm_above=LOW) as world:
-        answer = await ask(world, mode, somebody)
-    assert (answer.is_error, somebody.questions, world.posts) == (False, [], 1)
+async def test_a_low_price_needs_no_confirmation(open_limited: Any, mode: str) -> None:
+    user_at_host = User("decline")
+    async with open_limited(confirm_above=LOW) as world:
+        answer = await ask(world, mode, user_at_host)
+    assert (answer.is_error, user_at_host.questions, world.posts) == (False, [], 1)
 
 
 @ERAS
-async def test_a_host_that_cannot_ask_is_told_how_to_go_on(shop: Any, mode: str) -> None:
-    async with shop(confirm_above=1) as world:
-        text = refused(await ask(world, mode, None, quality="high"), "confirmation_needed")
+async def test_a_host_that_cannot_ask_gets_the_next_step(open_limited: Any, mode: str) -> None:
+    async with open_limited(confirm_above=1) as world:
+        text = refusal_text(await ask(world, mode, None, quality="high"), "confirmation_needed")
         assert f"call again with max_credits={HIGH:g}" in text
         assert world.posts == 0
-        refused(await ask(world, mode, None, quality="high", max_credits=HIGH - 1), "confirmation_needed")
+        refusal_text(await ask(world, mode, None, quality="high", max_credits=HIGH - 1), "confirmation_needed")
         answer = await ask(world, mode, None, quality="high", max_credits=HIGH)
     assert (answer.is_error, world.posts) == (False, 1)
 
 
 @ERAS
-async def test_the_caps_stand_although_the_user_agrees(shop: Any, mode: str) -> None:
-    async with shop(confirm_above=1, max_credits_per_call=5) as world:
-        refused(await ask(world, mode, User("accept"), quality="high"), "over_budget")
+async def test_the_limits_apply_although_the_user_confirms(open_limited: Any, mode: str) -> None:
+    async with open_limited(confirm_above=1, max_credits_per_call=5) as world:
+        refusal_text(await ask(world, mode, User("accept"), quality="high"), "over_budget")
     assert world.posts == 0

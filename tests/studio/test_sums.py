@@ -32,7 +32,7 @@ async def order(world: World, prompt: str, **options: Any) -> dict[str, Any]:
         return answer.structured_content
 
 
-async def listed(world: World) -> tuple[dict[str, Any], str]:
+async def list_tasks(world: World) -> tuple[dict[str, Any], str]:
     async with world.client() as client:
         answer = await client.call_tool("list_tasks", {})
         return answer.structured_content, answer.content[0].text
@@ -78,7 +78,7 @@ async def test_list_command_line_and_sheet_show_the_same_sums(open_world: Open) 
         await order(world, "sim:fail sim:fast a hen", wait_seconds=60)
         await order(world, "sim:lost-reply a cat", wait_seconds=60)
         await order(world, "sim:slow=900 a dog")
-        facts, text = await listed(world)
+        facts, text = await list_tasks(world)
         starts = periods(clock.now)
         sums = find_sums(world.settings, list(starts.values()))
         assert facts["spent"]["today"]["credits"] == CHARGE

@@ -18,11 +18,11 @@ import psycopg
 ACCOUNTS = ("postgres", "nobody")  # initdb refuses root
 
 
-def programs() -> Path | None:
+def find_programs() -> Path | None:
     """Return the folder of PostgreSQL's server programs, or None if it is not installed."""
-    folders = shutil.which("initdb")
+    initdb = shutil.which("initdb")
     folders = (
-        [Path(folders).resolve().parent] if folders else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+        [Path(initdb).resolve().parent] if initdb else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     )
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
@@ -34,10 +34,10 @@ class Cluster:
         self.folder = folder
         self._programs = programs
         self._numbers = itertools.count(1)
-        self._as: dict[str, Any] = {}
+        self._user_options: dict[str, Any] = {}
         if os.geteuid() == 0:
             user = next(pwd.getpwnam(name) for name in ACCOUNTS if name in {entry.pw_name for entry in pwd.getpwall()})
-            self._as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            self._user_options = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(folder, user.pw_uid, user.pw_gid)
 
     def make(self) -> None:
@@ -125,18 +125,18 @@ class Cluster:
         run = subprocess.run(
             [self._programs / program, *arguments], cwd=self.folder, env={"PATH": os.environ["PATH"]},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if program == "initdb" else subprocess.DEVNULL,
-            stderr=subprocess.STDOUT if program == "initdb" else subprocess.DEVNULL, **self._as,
+            stderr=subprocess.STDOUT if program == "initdb" else subprocess.DEVNULL, **self._user_options,
         )  # fmt: skip
         log = self.folder / "log"
         assert run.returncode == 0, (program, run.stdout, log.read_text()[-2000:] if log.exists() else "")
 
 
 @contextmanager
-def running() -> Iterator[Cluster]:
-    folders = programs()
-    assert folders is not None
+def run_cluster() -> Iterator[Cluster]:
+    programs = find_programs()
+    assert programs is not None
     with _folder() as folder:
-        cluster = Cluster(folder, folders)
+        cluster = Cluster(folder, programs)
         cluster.make()
         cluster.start()
         try:

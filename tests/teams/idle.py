@@ -18,8 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from cluster import Cluster, running
-from crowd import HEADERS, Used, free_port, listens, process
+from cluster import Cluster, run_cluster
+from crowd import HEADERS, Usage, free_port, process, wait_for_port
 
 START_WITHIN_S = 600.0
 SETTLE_S = 10.0
@@ -45,7 +45,7 @@ def call(port: int, token: str) -> None:
 
 
 def measure(tenants: int, calls: int, seconds: float, settle_s: float) -> dict[str, Any]:
-    with running() as cluster, tempfile.TemporaryDirectory(prefix="idle-", ignore_cleanup_errors=True) as name:
+    with run_cluster() as cluster, tempfile.TemporaryDirectory(prefix="idle-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / "tokens.toml").write_text("".join(
             f'[[token]]\nname = "tenant{number}"\nsha256 = "{hashlib.sha256(f"token{number}".encode()).hexdigest()}"\n'
@@ -60,21 +60,21 @@ def measure(tenants: int, calls: int, seconds: float, settle_s: float) -> dict[s
         }  # fmt: skip
         command = (sys.executable, "-P", "-m", "evolink_mcp", "http", "--port", str(port))
         with process(*command, cwd=folder, log="server.log", **env) as server:
-            listens(port, START_WITHIN_S)
+            wait_for_port(port, START_WITHIN_S)
             for number in range(calls):
                 call(port, f"token{number}")
             time.sleep(settle_s)
             database = url.partition("@/")[2].partition("?")[0]
-            before = Used.of(server)
-            first = transactions(cluster, database)
-            started = time.monotonic()
+            before = Usage.of(server)
+            first_count = transactions(cluster, database)
+            started_at = time.monotonic()
             time.sleep(seconds)
-            count = transactions(cluster, database) - first
-            passed_s = time.monotonic() - started
-            used = Used.of(server)
+            count = transactions(cluster, database) - first_count
+            elapsed_s = time.monotonic() - started_at
+            usage = Usage.of(server)
             return {
-                "transactions_per_s": count / passed_s, "memory_mb": used.now_mb,
-                "core": (used.cpu_s - before.cpu_s) / passed_s,
+                "transactions_per_s": count / elapsed_s, "memory_mb": usage.now_mb,
+                "core": (usage.cpu_s - before.cpu_s) / elapsed_s,
             }  # fmt: skip
 
 

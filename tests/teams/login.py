@@ -33,7 +33,7 @@ class Login:
         self.metadata = {"issuer": ISSUER, "jwks_uri": f"{ISSUER}/keys", **metadata}
         self.algorithms: dict[str, str] = {}  # those that keys name
         self.reads: list[str] = []
-        self.down = False
+        self.is_down = False
         self.can_answer = anyio.Event()
         self.can_answer.set()
         self.now = 1_000_000.0
@@ -44,17 +44,17 @@ class Login:
         transport = httpx.ASGITransport(self._app)
         return Issuer(ISSUER, RESOURCE, scopes, RESOURCE, transport=transport, clock=lambda: self.now, **options)
 
-    def token(self, kid: str | None = "one", algorithm: str = "RS256", key: Any = None, **changes: Any) -> bytes:
+    def token(self, key_id: str | None = "one", algorithm: str = "RS256", key: Any = None, **changes: Any) -> bytes:
         now = int(time.time())
         claims = {"iss": ISSUER, "aud": RESOURCE, "sub": "anna", "iat": now, "exp": now + 600, **changes}
         claims = {name: value for name, value in claims.items() if value is not None}
-        headers = {} if kid is None else {"kid": kid}
-        return jwt.encode(claims, key or self.keys[kid or "one"], algorithm, headers).encode()
+        headers = {} if key_id is None else {"kid": key_id}
+        return jwt.encode(claims, key or self.keys[key_id or "one"], algorithm, headers).encode()
 
     async def _serve_metadata(self, request: Request) -> Response:
         self.reads.append("metadata")
         await self.can_answer.wait()
-        return Response(status_code=503) if self.down else JSONResponse(self.metadata)
+        return Response(status_code=503) if self.is_down else JSONResponse(self.metadata)
 
     async def _serve_keys(self, request: Request) -> Response:
         self.reads.append("keys")
@@ -66,4 +66,4 @@ class Login:
             keys.append({**json.loads(algorithm.to_jwk(key.public_key())), "kid": name, "use": "sig"})
             if name in self.algorithms:
                 keys[-1]["alg"] = self.algorithms[name]
-        return Response(status_code=503) if self.down else JSONResponse({"keys": keys})
+        return Response(status_code=503) if self.is_down else JSONResponse({"keys": keys})

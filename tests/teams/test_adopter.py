@@ -16,10 +16,10 @@ pytest.importorskip("psycopg")
 
 import psycopg
 from child_processes import patient_times
-from office import ANNA, HEADERS, block, guard_of, office, tenants_of
+from team_server import ANNA, HEADERS, block, guard_of, open_team_server, tenants_of
 from test_called_back import PUBLIC, addresses, body_of, call_back
 from test_database import name_of
-from test_replicas import WISH, Team, team
+from test_replicas import REQUEST, Team, open_team
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.app.environment import decoder_environment
@@ -48,7 +48,7 @@ def url(cluster: Any) -> str:
 
 @pytest.fixture
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The statements of all connections, without the heartbeats of the leases."""
+    """Return the list of the statements of all connections, without the heartbeats of the leases."""
     texts: list[str] = []
     execute = psycopg.AsyncConnection.execute
 
@@ -133,10 +133,10 @@ async def order(studio: Studio) -> Job:
 async def dying_server(url: str, folder: Path, tenant: Tenant, simulator: PlainSimulator) -> AsyncIterator[Job]:
     """Buy an image at a server whose session ends with the context. It releases no entry."""
     async with AsyncExitStack() as stack:
-        doomed = await stack.enter_async_context(replica(url, folder, ANNA, simulator=simulator))
-        studio, _ = await stack.enter_async_context(doomed.studios.open(tenant))
+        victim = await stack.enter_async_context(replica(url, folder, ANNA, simulator=simulator))
+        studio, _ = await stack.enter_async_context(victim.studios.open(tenant))
         yield await order(studio)
-        await doomed.database.close()
+        await victim.database.close()
 
 
 def tenant_of(folder: Path, text: str) -> Tenant:
@@ -212,24 +212,26 @@ async def test_an_idle_open_tenant_executes_no_statement(url: str, tmp_path: Pat
 async def test_the_entry_of_a_tenant_with_a_key_in_the_tokens_file_is_adopted(url: str, tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
     anna = tenant_of(tmp_path, ANNA_WITH_KEY)
-    async with replica(url, tmp_path, ANNA_WITH_KEY, simulator=simulator) as heir:
+    async with replica(url, tmp_path, ANNA_WITH_KEY, simulator=simulator) as successor:
         async with dying_server(url, tmp_path / "doomed", anna, simulator):
-            await heir.adopter.adopt()
-            assert heir.open_names == []
+            await successor.adopter.adopt()
+            assert successor.open_names == []
         finish_tasks(simulator)
         before = len(key_polls(simulator))
-        await heir.adopt_until_saved(tmp_path / "data")
+        await successor.adopt_until_saved(tmp_path / "data")
         assert set(key_polls(simulator)[before:]) == {"Bearer sk-annas-own"}
     assert len(simulator.tasks) == 1
 
 
-async def check_adoption(url: str, folder: Path, heir_block: str, tenant: Tenant, simulator: PlainSimulator) -> None:
+async def check_adoption(
+    url: str, folder: Path, successor_block: str, tenant: Tenant, simulator: PlainSimulator
+) -> None:
     """Let a server with this tokens file finish the task of the tenant after the death of its owner. It buys nothing."""
-    async with replica(url, folder, heir_block, simulator=simulator) as heir:
+    async with replica(url, folder, successor_block, simulator=simulator) as successor:
         async with dying_server(url, folder / "doomed", tenant, simulator):
             pass
         finish_tasks(simulator)
-        await heir.adopt_until_saved(folder / "data")
+        await successor.adopt_until_saved(folder / "data")
     assert len(simulator.tasks) == 1
 
 
@@ -239,13 +241,13 @@ async def test_the_entry_of_a_tenant_with_a_jwt_is_adopted_with_the_servers_key(
 
 async def test_an_open_tenant_adopts_its_entry_without_a_call(url: str, tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
-        await heir.call("a")
+    async with replica(url, tmp_path, ANNA, simulator=simulator) as successor:
+        await successor.call("a")
         async with dying_server(url, tmp_path / "doomed", Tenant("anna"), simulator):
             pass
         finish_tasks(simulator)
-        await heir.adopt_until_saved(tmp_path / "data")
-        assert heir.open_names == ["anna"]
+        await successor.adopt_until_saved(tmp_path / "data")
+        assert successor.open_names == ["anna"]
     assert len(simulator.tasks) == 1
 
 
@@ -255,20 +257,20 @@ async def test_the_entry_of_a_frozen_server_is_adopted_after_its_deadline(
     """Its session stays open, and no heartbeat comes."""
     simulator = PlainSimulator(duration_s=3600)
     async with (
-        replica(url, tmp_path, ANNA, simulator=simulator) as heir,
+        replica(url, tmp_path, ANNA, simulator=simulator) as successor,
         replica(url, tmp_path / "frozen", ANNA, simulator=simulator) as frozen,
         frozen.studios.open(Tenant("anna")) as (studio, _),
     ):
         await order(studio)
-        await heir.adopter.adopt()
-        assert heir.open_names == []
+        await successor.adopter.adopt()
+        assert successor.open_names == []
         with cluster.admin(name_of(url)) as db:
             number = int(frozen.database.owner.removeprefix("server-"))
             db.execute("UPDATE evolink_servers SET lease_until = clock_timestamp() WHERE number = %s", (number,))
-        await heir.adopter.adopt()
-        assert heir.open_names == ["anna"]
+        await successor.adopter.adopt()
+        assert successor.open_names == ["anna"]
         (entry,) = await studio.journal.recent(1)
-        assert entry.owner == heir.database.owner
+        assert entry.owner == successor.database.owner
         assert await studio.journal.update(entry) is False
     assert len(simulator.tasks) == 1
 
@@ -282,17 +284,17 @@ async def test_a_tenant_is_opened_once_for_an_entry_of_an_unknown_account(
     """The caller sent an EvoLink key with the request. Only the test of the server's key needs the studio."""
     simulator = PlainSimulator(duration_s=3600)
     caller = tenant_of(tmp_path / "caller", ANNA_WITH_KEY)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
+    async with replica(url, tmp_path, ANNA, simulator=simulator) as successor:
         async with dying_server(url, tmp_path / "doomed", caller, simulator) as job:
             pass
         before = len(key_polls(simulator))
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         assert key_polls(simulator)[before:] == ["Bearer sk-test-key"]
         statements.clear()
-        await heir.adopter.adopt()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
+        await successor.adopter.adopt()
         assert len(statements) <= 2 * 3, statements
-        journal = PostgresJournal(heir.database, profile="anna")
+        journal = PostgresJournal(successor.database, profile="anna")
         entry = await journal.by_key(job.entry.key)
         assert entry is not None
         assert (entry.owner, entry.status) == ("", "pending")
@@ -309,11 +311,11 @@ async def test_a_replaced_key_of_the_same_account_continues_the_entry(url: str, 
 async def test_without_a_key_for_the_tenant_no_studio_is_opened(url: str, tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
     bert = block("bert", "b", evolink_key="sk-berts-key")
-    async with replica(url, tmp_path, bert, simulator=simulator, EVOLINK_API_KEY="") as heir:
+    async with replica(url, tmp_path, bert, simulator=simulator, EVOLINK_API_KEY="") as successor:
         async with dying_server(url, tmp_path / "doomed", Tenant("anna"), simulator):
             pass
-        await heir.adopter.adopt()
-        assert heir.open_names == []
+        await successor.adopter.adopt()
+        assert successor.open_names == []
 
 
 async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_hour(
@@ -321,26 +323,26 @@ async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_h
 ) -> None:
     """EvoLink does not accept the key, so each try would fail."""
     simulator = PlainSimulator(duration_s=3600)
-    async with replica(url, tmp_path, ANNA, simulator=simulator) as heir:
+    async with replica(url, tmp_path, ANNA, simulator=simulator) as successor:
         async with dying_server(url, tmp_path / "doomed", Tenant("anna"), simulator):
             pass
         simulator.keys = {}
-        await heir.adopter.adopt()
-        while any(studio.jobs for studio in heir.studios):
+        await successor.adopter.adopt()
+        while any(studio.jobs for studio in successor.studios):
             await anyio.sleep(0.01)
-        await heir.adopter.adopt()  # the release of the entry looks like that of another server
+        await successor.adopter.adopt()  # the release of the entry looks like that of another server
         statements.clear()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         idle = list(statements)
         assert len(idle) <= 3
         with cluster.admin(name_of(url)) as db:  # another server adopted it and died
             db.execute("UPDATE evolink_entries SET owner = 'server-7'")
         statements.clear()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         assert len(statements) > len(idle) + 4, statements
-        heir.now_s += TRY_AGAIN_AFTER_S
+        successor.now_s += TRY_AGAIN_AFTER_S
         statements.clear()
-        await heir.adopter.adopt()
+        await successor.adopter.adopt()
         assert len(statements) > len(idle)
 
 
@@ -349,18 +351,18 @@ async def test_an_entry_that_a_studio_could_not_finish_is_tried_again_after_an_h
 
 async def test_a_callback_for_the_lost_answer_of_a_closed_tenant_saves_the_image(url: str, tmp_path: Path) -> None:
     """The outcome is unknown, so the entry has no job. All servers were replaced, and the tenant has not called since."""
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
-        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
-        lost = (await client.call_tool("generate_image", wish)).structured_content
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
+        arguments = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
+        lost = (await client.call_tool("generate_image", arguments)).structured_content
         assert (lost["status"], lost["task_id"]) == ("unknown", None)
-        (address,) = addresses(office)
-        simulator = office.simulator
+        (address,) = addresses(team)
+        simulator = team.simulator
     (task_id,) = simulator.tasks
     async with replica(url, tmp_path / "new", ANNA, simulator=simulator, **PUBLIC) as new:
         await new.adopter.adopt()
         assert new.open_names == []
-        new_office = Team([new.guard], simulator, office.settings)
-        assert await call_back(new_office, address, body_of(task_id)) == 200
+        new_team = Team([new.guard], simulator, team.settings)
+        assert await call_back(new_team, address, body_of(task_id)) == 200
         while not list((tmp_path / "new").rglob("copies/*.png")):
             await anyio.sleep(0.01)
         assert new.open_names == ["anna"]
@@ -376,7 +378,7 @@ async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_
     """The owner died during the POST, so only the callback knows the task."""
     simulator = PlainSimulator(duration_s=0)
     async with (
-        replica(url, tmp_path, ANNA, simulator=simulator, **PUBLIC) as heir,
+        replica(url, tmp_path, ANNA, simulator=simulator, **PUBLIC) as successor,
         replica(url, tmp_path / "other", ANNA, simulator=simulator, **PUBLIC) as other,
     ):
         async with (
@@ -389,27 +391,27 @@ async def test_a_callback_before_the_end_of_the_dead_owners_lease_is_used_after_
                 db.execute(
                     "UPDATE evolink_entries SET phase = 'sending', status = 'unknown', task = NULL, task_id = NULL"
                 )
-            await heir.adopter.receive_callback(studio.journal.channel, key, task_id)
-            assert heir.open_names == ["anna"]
+            await successor.adopter.receive_callback(studio.journal.channel, key, task_id)
+            assert successor.open_names == ["anna"]
             await dead.database.close()
         while not list((tmp_path / "data").rglob("copies/*.png")):
-            await (heir, other)[adopts].adopter.adopt()
+            await (successor, other)[adopts].adopter.adopt()
             await anyio.sleep(0.01)
-        (entry,) = await PostgresJournal(heir.database, profile="anna").recent(1)
+        (entry,) = await PostgresJournal(successor.database, profile="anna").recent(1)
         assert (entry.task_id, entry.is_unconfirmed) == (task_id, False)
 
 
 async def test_a_callback_for_a_finished_entry_opens_no_tenant(url: str, tmp_path: Path) -> None:
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
-        handle = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
-        (address,) = addresses(office)
-        assert await call_back(office, address, body_of(handle["task_id"])) == 200
-        done = (await client.call_tool("generate_image", WISH)).structured_content
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
+        handle = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
+        (address,) = addresses(team)
+        assert await call_back(team, address, body_of(handle["task_id"])) == 200
+        done = (await client.call_tool("generate_image", REQUEST)).structured_content
         assert done["status"] == "completed"
-        simulator = office.simulator
+        simulator = team.simulator
     async with replica(url, tmp_path / "new", ANNA, simulator=simulator, **PUBLIC) as new:
-        new_office = Team([new.guard], simulator, office.settings)
-        assert await call_back(new_office, address, body_of(done["task_id"])) == 200
+        new_team = Team([new.guard], simulator, team.settings)
+        assert await call_back(new_team, address, body_of(done["task_id"])) == 200
         assert new.open_names == []
 
 
@@ -418,17 +420,17 @@ async def test_a_callback_for_a_finished_entry_opens_no_tenant(url: str, tmp_pat
 
 async def test_a_server_with_sqlite_resumes_the_work_of_its_tenants_at_the_start(tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
-    async with office(tmp_path, ANNA, simulator=simulator) as town:
-        await town.call("a", "generate_image", **{**WISH, "prompt": "a fox", "wait_seconds": 0})
+    async with open_team_server(tmp_path, ANNA, simulator=simulator) as server:
+        await server.call("a", "generate_image", **{**REQUEST, "prompt": "a fox", "wait_seconds": 0})
     finish_tasks(simulator)
-    async with office(tmp_path, ANNA, simulator=simulator) as town:
-        await town.adopter.run()
+    async with open_team_server(tmp_path, ANNA, simulator=simulator) as server:
+        await server.adopter.run()
         while not list((tmp_path / "data").rglob("copies/*.png")):
             await anyio.sleep(0.01)
     assert len(simulator.tasks) == 1
 
 
 async def test_a_search_in_sqlite_creates_no_file(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
-        await town.adopter.run()
+    async with open_team_server(tmp_path, ANNA) as server:
+        await server.adopter.run()
     assert not (tmp_path / "data").exists()

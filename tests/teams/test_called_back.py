@@ -12,15 +12,15 @@ from conftest import Open, PlainSimulator
 
 pytest.importorskip("psycopg")
 
-from office import office
-from test_replicas import ANNA, BERT, WISH, Team, team
+from team_server import open_team_server
+from test_replicas import ANNA, BERT, REQUEST, Team, open_team
 
 from evolink_mcp.studio.callback_history import MISSED_FACT, MISSING
 from evolink_mcp.teams.callbacks import Callbacks
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org"}
-SLOW = {**WISH, "prompt": "a fox", "wait_seconds": 0}
+SLOW = {**REQUEST, "prompt": "a fox", "wait_seconds": 0}
 
 
 @pytest.fixture
@@ -28,18 +28,18 @@ def url(cluster: Any) -> str:
     return cluster.database()
 
 
-def addresses(office: Team) -> list[str]:
+def addresses(team: Team) -> list[str]:
     """Return the callback addresses in the order of the purchases."""
-    bought = [r for r in office.simulator.requests if r.path == "/v1/images/generations"]
-    return [json.loads(request.body)["callback_url"] for request in bought]
+    posts = [r for r in team.simulator.requests if r.path == "/v1/images/generations"]
+    return [json.loads(request.body)["callback_url"] for request in posts]
 
 
-def polls(office: Team) -> int:
-    return sum(r.path.startswith("/v1/tasks/task-") for r in office.simulator.requests)
+def polls(team: Team) -> int:
+    return sum(r.path.startswith("/v1/tasks/task-") for r in team.simulator.requests)
 
 
-async def call_back(office: Team, address: str, body: Any) -> int:
-    async with office.http("no token") as http:
+async def call_back(team: Team, address: str, body: Any) -> int:
+    async with team.http("no token") as http:
         del http.headers["authorization"]
         http.headers["host"] = "pictures.example.org"
         return (await http.post(address.removeprefix("https://pictures.example.org"), content=body)).status_code
@@ -50,100 +50,100 @@ def body_of(task_id: str) -> str:
 
 
 async def test_each_purchase_has_a_separate_callback_address_that_callers_never_see(url: str, tmp_path: Path) -> None:
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
-        office.simulator.duration_s = 3600
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
+        team.simulator.duration_s = 3600
         first = await client.call_tool("generate_image", SLOW)
-        again = await client.call_tool("generate_image", {**SLOW, "prompt": "a hen"})
+        second = await client.call_tool("generate_image", {**SLOW, "prompt": "a hen"})
         with_caller_url = await client.call_tool(
             "generate_image", {**SLOW, "prompt": "x", "callback_url": "https://hooks.evolink-team.dev/x"}
         )
-        listed = await client.call_tool("list_tasks", {"detail": True})
-        first_address, second_address, caller_address = addresses(office)
+        task_list = await client.call_tool("list_tasks", {"detail": True})
+        first_address, second_address, caller_address = addresses(team)
     assert (first_address.startswith("https://pictures.example.org/callbacks/"), first_address == second_address) == (
         True,
         False,
     )
     assert caller_address == "https://hooks.evolink-team.dev/x"
     assert not with_caller_url.is_error
-    text = "".join(answer.model_dump_json() for answer in (first, again, listed))
+    text = "".join(answer.model_dump_json() for answer in (first, second, task_list))
     assert "/callbacks/" not in text
 
 
 @pytest.mark.parametrize("turns", [0, 1])
 async def test_a_callback_at_any_replica_saves_the_image_with_one_poll(url: str, tmp_path: Path, turns: int) -> None:
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
-        office.simulator.duration_s = 3600
-        bought = (await client.call_tool("generate_image", SLOW)).structured_content
-        before = polls(office)
-        for task in office.simulator.tasks.values():
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
+        team.simulator.duration_s = 3600
+        purchase = (await client.call_tool("generate_image", SLOW)).structured_content
+        before = polls(team)
+        for task in team.simulator.tasks.values():
             task.duration = 0
         for _ in range(turns):
-            office.proxy.skip_turn()
-        assert await call_back(office, addresses(office)[0], body_of(bought["task_id"])) == 200
+            team.proxy.skip_turn()
+        assert await call_back(team, addresses(team)[0], body_of(purchase["task_id"])) == 200
         while not list(tmp_path.rglob("copies/*.png")):
             await anyio.sleep(0.01)
-        assert polls(office) == before + 1
-        task = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
+        assert polls(team) == before + 1
+        task = (await client.call_tool("get_task", {"task_id": purchase["task_id"]})).structured_content
     assert (task["status"], task["charged"]) == ("completed", "yes")
     assert "evil.dev" not in json.dumps(task)
 
 
 async def test_a_callback_without_a_valid_signature_has_no_effect(url: str, tmp_path: Path) -> None:
-    async with team(url, tmp_path, ANNA, **PUBLIC) as office, office.client("a") as client:
-        office.simulator.duration_s = 3600
-        bought = (await client.call_tool("generate_image", SLOW)).structured_content
-        (address,) = addresses(office)
+    async with open_team(url, tmp_path, ANNA, **PUBLIC) as team, team.client("a") as client:
+        team.simulator.duration_s = 3600
+        purchase = (await client.call_tool("generate_image", SLOW)).structured_content
+        (address,) = addresses(team)
         forged = address[:-1] + ("0" if address[-1] != "0" else "1")
-        before = polls(office)
-        assert await call_back(office, forged, body_of(bought["task_id"])) == 404
-        assert await call_back(office, "/callbacks/", body_of(bought["task_id"])) == 404
+        before = polls(team)
+        assert await call_back(team, forged, body_of(purchase["task_id"])) == 404
+        assert await call_back(team, "/callbacks/", body_of(purchase["task_id"])) == 404
         for body in ("", "[]", "{", '{"id": 7}', "[" * 100_000):
-            assert await call_back(office, address, body) == 400
-        assert await call_back(office, "/mcp", body_of(bought["task_id"])) == 401
-        assert polls(office) == before
-    async with team(url, tmp_path, ANNA) as office, office.http("no") as http:
+            assert await call_back(team, address, body) == 400
+        assert await call_back(team, "/mcp", body_of(purchase["task_id"])) == 401
+        assert polls(team) == before
+    async with open_team(url, tmp_path, ANNA) as team, team.http("no") as http:
         answer = await http.post(address.removeprefix("https://pictures.example.org"), content=body_of("x"))
         assert answer.status_code == 401
 
 
 async def test_a_callback_identifies_the_task_of_a_lost_answer(url: str, tmp_path: Path) -> None:
     """Two tenants share the account, so its task list proves nothing. The address belongs to one purchase."""
-    async with team(url, tmp_path, ANNA, BERT, **PUBLIC) as office, office.client("a") as client:
-        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
-        lost = (await client.call_tool("generate_image", wish)).structured_content
+    async with open_team(url, tmp_path, ANNA, BERT, **PUBLIC) as team, team.client("a") as client:
+        arguments = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
+        lost = (await client.call_tool("generate_image", arguments)).structured_content
         assert (lost["status"], lost["task_id"]) == ("unknown", None)
-        (task_id,) = office.simulator.tasks
-        assert await call_back(office, addresses(office)[0], body_of(task_id)) == 200
+        (task_id,) = team.simulator.tasks
+        assert await call_back(team, addresses(team)[0], body_of(task_id)) == 200
         while not list(tmp_path.rglob("copies/*.png")):
             await anyio.sleep(0.01)
-        again = (await client.call_tool("generate_image", wish)).structured_content
-        assert (again["task_id"], again["status"], again["charged"], again["guess"]) == (
+        repeat = (await client.call_tool("generate_image", arguments)).structured_content
+        assert (repeat["task_id"], repeat["status"], repeat["charged"], repeat["guess"]) == (
             task_id,
             "completed",
             "yes",
             False,
         )
-        assert office.posts == 1
+        assert team.posts == 1
 
 
 async def test_a_callback_with_an_impossible_task_is_ignored(url: str, tmp_path: Path) -> None:
     async with (
-        team(url, tmp_path, ANNA, BERT, **PUBLIC) as office,
-        office.client("a") as anna,
-        office.client("b") as bert,
+        open_team(url, tmp_path, ANNA, BERT, **PUBLIC) as team,
+        team.client("a") as anna,
+        team.client("b") as bert,
     ):
-        his = (
+        other_task = (
             await bert.call_tool("generate_image", {**SLOW, "size": "2880x2880", "quality": "high"})
         ).structured_content
-        wish = {**WISH, "prompt": "sim:fast sim:lost-reply a fox"}
-        await anna.call_tool("generate_image", wish)
-        address = addresses(office)[1]
-        for task_id in (his["task_id"], "task-unified-1757156493-imcg5zqt", "../../v1/credits"):
-            assert await call_back(office, address, body_of(task_id)) == 200
+        arguments = {**REQUEST, "prompt": "sim:fast sim:lost-reply a fox"}
+        await anna.call_tool("generate_image", arguments)
+        address = addresses(team)[1]
+        for task_id in (other_task["task_id"], "task-unified-1757156493-imcg5zqt", "../../v1/credits"):
+            assert await call_back(team, address, body_of(task_id)) == 200
             await anyio.sleep(0.2)
-        listed = (await anna.call_tool("list_tasks", {"detail": True})).structured_content["tasks"]
-        assert [(task["status"], task["task_id"]) for task in listed] == [("unknown", None)]
-        assert not [r for r in office.simulator.requests if r.path.endswith("/credits")]
+        task_list = (await anna.call_tool("list_tasks", {"detail": True})).structured_content["tasks"]
+        assert [(task["status"], task["task_id"]) for task in task_list] == [("unknown", None)]
+        assert not [r for r in team.simulator.requests if r.path.endswith("/credits")]
 
 
 async def test_polls_continue_normally_if_callbacks_do_not_arrive(
@@ -155,9 +155,9 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
     async with open_world(callbacks=callbacks) as world, world.client() as client:
         world.simulator.duration_s = 20
         for number in range(5):
-            began = world.clock.now
-            await client.call_tool("generate_image", {**WISH, "prompt": f"picture {number}", "wait_seconds": 900})
-            waits.append(world.clock.now - began)
+            started_at = world.clock.now
+            await client.call_tool("generate_image", {**REQUEST, "prompt": f"picture {number}", "wait_seconds": 900})
+            waits.append(world.clock.now - started_at)
     assert [wait >= 60 for wait in waits] == [True, True, True, False, False]
     assert caplog.text.count("EvoLink must reach EVOLINK_MCP_PUBLIC_URL") == 1
 
@@ -165,7 +165,7 @@ async def test_polls_continue_normally_if_callbacks_do_not_arrive(
 async def test_readiness_reports_missing_callbacks(tmp_path: Path) -> None:
     simulator = PlainSimulator(duration_s=3600)
     public = {**PUBLIC, "EVOLINK_MCP_SECRET": "s" * 32}
-    async with office(tmp_path, ANNA, simulator=simulator, **public) as server, server.http() as http:
+    async with open_team_server(tmp_path, ANNA, simulator=simulator, **public) as server, server.http() as http:
 
         async def notes() -> list[str]:
             answer = await http.get("/readyz")

@@ -43,8 +43,8 @@ from evolink_mcp.teams.schema import COMPATIBLE_WITH, MOVE_OLD_TABLES, OLD_TABLE
 from evolink_mcp.teams.studios import team_parts  # noqa: E402
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
-SLOW = {**WISH, "prompt": "a fox"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+SLOW = {**REQUEST, "prompt": "a fox"}
 SECRET = "s" * 32
 PATIENT = patient_times()
 
@@ -65,22 +65,22 @@ def url(cluster: Any) -> str:
 
 
 @pytest.fixture
-async def opened(url: str) -> AsyncIterator[Callable[..., Any]]:
+async def open_journal(url: str) -> AsyncIterator[Callable[..., Any]]:
     """Return a function that opens the journal of another server, with its own session. `times` are in DatabaseTimes."""
     async with AsyncExitStack() as stack:
 
-        async def server(**times: float) -> PostgresJournal:
+        async def open_server(**times: float) -> PostgresJournal:
             database = await stack.enter_async_context(open_database(url, patient_times(**times)))
             return PostgresJournal(database, "a1")
 
-        yield server
+        yield open_server
 
 
 def name_of(url: str) -> str:
     return url.partition("@/")[2].partition("?")[0]
 
 
-def cut(cluster: Any, url: str) -> None:
+def end_sessions(cluster: Any, url: str) -> None:
     """End every session of this database, as a restart or a broken network does."""
     with cluster.admin() as db:
         db.execute(
@@ -89,7 +89,7 @@ def cut(cluster: Any, url: str) -> None:
         )
 
 
-def ended(db: Any, journal: PostgresJournal) -> None:
+def wait_for_session_end(db: Any, journal: PostgresJournal) -> None:
     """Wait until PostgreSQL has ended the session of this server."""
     db.execute("SELECT pg_advisory_xact_lock_shared(%s, %s)", (LOCKS, int(journal.owner.removeprefix("server-"))))
 
@@ -98,51 +98,51 @@ def ended(db: Any, journal: PostgresJournal) -> None:
 
 
 async def test_the_entries_of_a_dead_server_are_adopted_after_the_grace_time_and_not_before(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
-    dead, heir = await opened(), await opened()
+    dead, successor = await open_journal(), await open_journal()
     await dead.intend(orphan := entry(dead, caller=dead.owner))
-    assert await heir.adopt() == []
+    assert await successor.adopt() == []
     await dead.database.close()  # the session ends and releases no entry
     with cluster.admin(name_of(url)) as db:
-        ended(db, dead)
-        assert await heir.adopt() == []
-        assert await heir.acquire(orphan.key) is False
+        wait_for_session_end(db, dead)
+        assert await successor.adopt() == []
+        assert await successor.acquire(orphan.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '3 seconds'")
-        assert await heir.acquire(orphan.key) is False
+        assert await successor.acquire(orphan.key) is False
         db.execute("UPDATE evolink_servers SET gone_since = gone_since - interval '1 second'")
-    assert await heir.adopt() == [replace(orphan, owner=heir.owner, caller="")]
+    assert await successor.adopt() == [replace(orphan, owner=successor.owner, caller="")]
 
 
 async def test_a_frozen_server_loses_its_entries_after_its_deadline_and_its_late_writes_change_nothing(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """Its session stays open, and no heartbeat comes."""
-    frozen, heir = await opened(), await opened(grace_s=0.0)
+    frozen, successor = await open_journal(), await open_journal(grace_s=0.0)
     await frozen.intend(orphan := entry(frozen, caller=frozen.owner))
     former_owner = frozen.owner
     with cluster.admin(name_of(url)) as db:
         move_deadline = "UPDATE evolink_servers SET lease_until = clock_timestamp() + %s * interval '1 second'"
         db.execute(move_deadline, (60,))
-        assert await heir.adopt() == []
+        assert await successor.adopt() == []
         db.execute(move_deadline, (-1,))
-        newcomer = await opened()
-        assert await newcomer.adopt() == []  # after an outage of the database, the others may be about to reconnect
-        assert await heir.adopt() == [replace(orphan, owner=heir.owner, caller="")]
+        new_journal = await open_journal()
+        assert await new_journal.adopt() == []  # after an outage of the database, the others may be about to reconnect
+        assert await successor.adopt() == [replace(orphan, owner=successor.owner, caller="")]
         assert await frozen.update(replace(orphan, phase="sending")) is False
         assert await frozen.acquire(orphan.key) is False
-        assert await heir.by_key(orphan.key) == replace(orphan, owner=heir.owner, caller="")
+        assert await successor.by_key(orphan.key) == replace(orphan, owner=successor.owner, caller="")
         # A late heartbeat does not bring the lease back.
-        cut(cluster, url)
+        end_sessions(cluster, url)
     await until(lambda: frozen.owner != former_owner and frozen.has_lease)
     await frozen.intend(new_entry := entry(frozen))
     assert (await frozen.by_key(new_entry.key)).owner == frozen.owner
-    assert await heir.adopt() == []
+    assert await successor.adopt() == []
 
 
-async def test_a_state_without_a_task_never_replaces_a_certain_task(opened: Any) -> None:
+async def test_a_state_without_a_task_never_replaces_a_certain_task(open_journal: Any) -> None:
     """Another server may have recorded the task while this one searched for it."""
-    journal = await opened()
+    journal = await open_journal()
     await journal.intend(own_entry := entry(journal))
     certain = replace(own_entry, phase="submitted", task=Task("task-unified-1", "pending"))
     assert await journal.update(certain) is True
@@ -153,9 +153,9 @@ async def test_a_state_without_a_task_never_replaces_a_certain_task(opened: Any)
     assert await journal.update(replace(own_entry, phase="unknown")) is True
 
 
-async def test_a_closed_journal_leaves_no_callback_behind(opened: Any) -> None:
+async def test_a_closed_journal_has_no_callback(open_journal: Any) -> None:
     """The server of a team closes the studio of an idle tenant and continues with the same database."""
-    journal = await opened()
+    journal = await open_journal()
     journal.listen(lambda notification: None)
     stop_listening = journal.listen(lambda notification: None)
     journal.when_lost(lambda: None)
@@ -171,43 +171,46 @@ async def orphans_at(journal: PostgresJournal) -> list[Orphan]:
 
 
 async def test_other_servers_find_the_entries_of_a_dead_server_in_all_profiles(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """Their images are paid, and the tenants may never call again."""
-    server, heir = await opened(), await opened()
+    server, successor = await open_journal(), await open_journal()
     dead = PostgresJournal(server.database, "a1", profile="anna at https://login.example.org")
     await dead.intend(orphan := entry(dead))
-    assert await orphans_at(heir) == []  # a live server owns it
+    assert await orphans_at(successor) == []  # a live server owns it
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
-        ended(db, dead)
-        assert await orphans_at(heir) == []
+        wait_for_session_end(db, dead)
+        assert await orphans_at(successor) == []
         db.execute("UPDATE evolink_servers SET gone_since = clock_timestamp() - interval '1 minute' WHERE true")
-    assert await orphans_at(heir) == [Orphan(dead.profile, "a1", orphan.key, dead.owner)]
-    assert await orphans_at(heir) == [Orphan(dead.profile, "a1", orphan.key, "")]
+    assert await orphans_at(successor) == [Orphan(dead.profile, "a1", orphan.key, dead.owner)]
+    assert await orphans_at(successor) == [Orphan(dead.profile, "a1", orphan.key, "")]
 
 
 async def test_the_wait_of_a_dead_servers_call_ends_in_all_profiles_and_accounts(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
-    dead, heir = await opened(), await opened(grace_s=0.0)
-    living = PostgresJournal(heir.database, "b2", profile="bert")
-    await living.intend(awaited := entry(living, account="b2", caller=dead.owner, fingerprint="f"))
-    await living.intend(own := entry(living, account="b2", caller=living.owner))
+    dead, successor = await open_journal(), await open_journal(grace_s=0.0)
+    living = PostgresJournal(successor.database, "b2", profile="bert")
+    await living.intend(awaited_entry := entry(living, account="b2", caller=dead.owner, fingerprint="f"))
+    await living.intend(own_entry := entry(living, account="b2", caller=living.owner))
     await dead.database.close()
     with cluster.admin(name_of(url)) as db:
-        ended(db, dead)
-    assert await orphans_at(heir) == []
-    assert await living.by_key(awaited.key) == replace(awaited, caller="")
-    assert await living.by_key(own.key) == own
-    assert await living.claim(awaited.key) is True
+        wait_for_session_end(db, dead)
+    assert await orphans_at(successor) == []
+    assert await living.by_key(awaited_entry.key) == replace(awaited_entry, caller="")
+    assert await living.by_key(own_entry.key) == own_entry
+    assert await living.claim(awaited_entry.key) is True
 
 
 async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """The client calls again at another server, long before that server may adopt the entry."""
-    first, second = await opened(stop_after_s=600.0), await opened(stop_after_s=600.0)  # no heartbeat during the test
+    first, second = (
+        await open_journal(stop_after_s=600.0),
+        await open_journal(stop_after_s=600.0),
+    )  # no heartbeat during the test
     await first.intend(own_entry := entry(first, caller=first.owner, fingerprint="f"))
     assert ((await second.undelivered(("f",), 0)).entries, await second.claim(own_entry.key)) == ([], False)
     assert [(await server.undelivered(("f",), 0)).is_awaited for server in (second, first)] == [True, False]
@@ -218,19 +221,19 @@ async def test_a_caller_of_a_silent_server_gets_the_result_from_another_server(
         assert (await second.undelivered(("f",), 0)).entries == []
         await first.database.close()
         with db.transaction():  # a third server tests the lease at the same moment
-            ended(db, first)
+            wait_for_session_end(db, first)
             assert (await second.undelivered(("f",), 0)).entries == [own_entry]
             assert await second.claim(own_entry.key, first.owner) is True
         assert await second.acquire(own_entry.key) is False
-    third = await opened()
+    third = await open_journal()
     assert (await third.undelivered(("f",), 0)).entries == []
 
 
 async def test_a_server_that_reconnects_hides_no_entry_behind_a_call_that_ended_meanwhile(
-    opened: Any, cluster: Any, url: str
+    open_journal: Any, cluster: Any, url: str
 ) -> None:
     """The end of the call was not recorded without the database, and the client calls again at another server."""
-    first, second = await opened(), await opened()
+    first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first, caller=first.owner, fingerprint="f"))
     await second.intend(other_entry := entry(second, caller=second.owner))
     with cluster.admin(name_of(url)) as db:
@@ -238,21 +241,21 @@ async def test_a_server_that_reconnects_hides_no_entry_behind_a_call_that_ended_
         db.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE classid = %s AND objid = %s", (LOCKS, number))
     await until(lambda: not first.database.has_session)
     await until(lambda: first.database.has_session)
-    found = await second.undelivered(("f",), 0)
-    assert (found.entries, found.is_awaited) == ([replace(own_entry, caller="")], False)
+    undelivered = await second.undelivered(("f",), 0)
+    assert (undelivered.entries, undelivered.is_awaited) == ([replace(own_entry, caller="")], False)
     assert await first.by_key(other_entry.key) == other_entry
 
 
-async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(opened: Any, cluster: Any, url: str) -> None:
-    first, second = await opened(), await opened()
-    stopped: list[str] = []
-    first.when_lost(lambda: stopped.append("one"))
+async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(open_journal: Any, cluster: Any, url: str) -> None:
+    first, second = await open_journal(), await open_journal()
+    stops: list[str] = []
+    first.when_lost(lambda: stops.append("one"))
     await first.intend(own_entry := entry(first))
     before = first.owner
-    cut(cluster, url)
+    end_sessions(cluster, url)
     await until(lambda: not first.database.has_session)
     await until(lambda: first.database.has_session and second.database.has_session)
-    assert (first.database.is_alive, first.owner, stopped) == (True, before, [])
+    assert (first.database.is_alive, first.owner, stops) == (True, before, [])
     assert await second.adopt() == []
     assert await first.update(replace(own_entry, phase="sending")) is True
     with cluster.admin(name_of(url)) as db:
@@ -260,16 +263,16 @@ async def test_a_server_reopens_a_lost_session_and_keeps_its_entries(opened: Any
 
 
 async def test_a_server_stops_its_work_without_the_database_and_continues_with_it(
-    opened: Any, cluster: Any, caplog: pytest.LogCaptureFixture
+    open_journal: Any, cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = await opened(stop_after_s=0.6)
-    stopped: list[str] = []
-    first.when_lost(lambda: stopped.append("one"))
+    first = await open_journal(stop_after_s=0.6)
+    stops: list[str] = []
+    first.when_lost(lambda: stops.append("one"))
     await first.intend(own_entry := entry(first))
     cluster.stop()
-    stopped.clear()
+    stops.clear()
     try:
-        await until(lambda: stopped)
+        await until(lambda: stops)
         assert first.database.is_alive is False
         with pytest.raises(JournalUnwritable, match=r"the session with it was lost.*EVOLINK_MCP_DATABASE_URL"):
             await first.intend(entry(first))
@@ -380,9 +383,9 @@ async def test_the_heartbeats_exchange_the_requests_of_tenants(url: str) -> None
         assert [second.rates.failure("anna", None) is None for _ in range(2)] == [True, False]
 
 
-async def test_a_search_is_planned_for_its_word(opened: Any) -> None:
+async def test_a_search_is_planned_for_its_word(open_journal: Any) -> None:
     """A prepared statement soon has one plan for all words, which reads every match of a frequent word."""
-    journal = await opened()
+    journal = await open_journal()
     await journal.intend(entry(journal, request={"prompt": "a red fox"}))
     for words in [("fox",), ()] * 20:
         assert len(await journal.recent(5, words=words)) == 1
@@ -403,8 +406,8 @@ async def test_all_servers_have_the_time_of_the_database(url: str) -> None:
         assert abs(database.now() - row["now"]) < 60
 
 
-async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url: str) -> None:
-    first, second = await opened(), await opened()
+async def test_the_other_servers_of_the_profile_receive_changes(open_journal: Any, url: str) -> None:
+    first, second = await open_journal(), await open_journal()
     async with open_database(url, PATIENT) as third:
         deliveries: list[tuple[str, Notification]] = []
         for name, journal in (
@@ -441,13 +444,13 @@ async def test_the_other_servers_of_the_profile_receive_changes(opened: Any, url
     ]
 
 
-async def test_a_closed_studio_receives_no_notification(opened: Any, url: str, tmp_path: Path) -> None:
+async def test_a_closed_studio_receives_no_notification(open_journal: Any, url: str, tmp_path: Path) -> None:
     """Its server continues, and so do the studios of other tenants."""
     settings = TeamSettings.from_environment({
         "EVOLINK_API_KEY": KEY, "EVOLINK_MCP_DATABASE_URL": url, "EVOLINK_MCP_SECRET": SECRET,
         "EVOLINK_MCP_DATA_DIR": str(tmp_path), "EVOLINK_MCP_OUTPUT_DIR": str(tmp_path),
     })  # fmt: skip
-    second = await opened()
+    second = await open_journal()
     async with open_database(url, PATIENT) as database:
         async with open_studio(settings, team_parts(settings, database)) as studio:
             neighbour = PostgresJournal(second.database, studio.journal.account)
@@ -466,25 +469,25 @@ async def test_a_closed_studio_receives_no_notification(opened: Any, url: str, t
 
 @pytest.mark.parametrize("guess", [None, "task-unified-guess"])
 async def test_a_received_task_id_is_written_even_if_another_server_adopted_the_entry(
-    opened: Any, guess: str | None
+    open_journal: Any, guess: str | None
 ) -> None:
-    first, second = await opened(), await opened()
+    first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first))
-    await first.update(sent := replace(own_entry, phase="sending"))
+    await first.update(sent_entry := replace(own_entry, phase="sending"))
     await first.release(own_entry.key)
     assert await second.acquire(own_entry.key)
-    adopted = replace(sent, owner=second.owner)
+    adopted_entry = replace(sent_entry, owner=second.owner)
     if guess is not None:
-        adopted = replace(adopted, phase="submitted", task=Task(guess, "pending"), error=UNCONFIRMED)
-    assert await second.update(adopted)
-    with_task = replace(sent, phase="submitted", task=Task("task-unified-received", "pending"))
+        adopted_entry = replace(adopted_entry, phase="submitted", task=Task(guess, "pending"), error=UNCONFIRMED)
+    assert await second.update(adopted_entry)
+    with_task = replace(sent_entry, phase="submitted", task=Task("task-unified-received", "pending"))
     assert await first.update(with_task) is True
     assert await first.by_key(own_entry.key) == with_task
-    assert await second.update(replace(adopted, phase="unknown")) is False
+    assert await second.update(replace(adopted_entry, phase="unknown")) is False
 
 
-async def test_a_confirmed_task_of_another_server_is_not_overwritten(opened: Any) -> None:
-    first, second = await opened(), await opened()
+async def test_a_confirmed_task_of_another_server_is_not_overwritten(open_journal: Any) -> None:
+    first, second = await open_journal(), await open_journal()
     await first.intend(own_entry := entry(first))
     await first.release(own_entry.key)
     assert await second.acquire(own_entry.key)
@@ -497,23 +500,23 @@ async def test_a_confirmed_task_of_another_server_is_not_overwritten(opened: Any
     assert await first.by_key(own_entry.key) == confirmed
 
 
-async def test_writes_of_one_entry_happen_in_the_order_of_their_calls(opened: Any) -> None:
+async def test_writes_of_one_entry_happen_in_the_order_of_their_calls(open_journal: Any) -> None:
     """A cancelled caller leaves a running write behind. A later write must not overtake it."""
-    database = (await opened()).database
-    finished: list[str] = []
+    database = (await open_journal()).database
+    finished_writes: list[str] = []
 
     async def slow(_: Any) -> None:
         await anyio.sleep(0.1)
-        finished.append("slow")
+        finished_writes.append("slow")
 
     async def quick(_: Any) -> None:
-        finished.append("quick")
+        finished_writes.append("quick")
 
     with anyio.move_on_after(0.01) as scope:
         await database.run(slow, key="a")
     await database.run(quick, key="b")
     await database.run(quick, key="a")
-    assert (scope.cancelled_caught, finished) == (True, ["quick", "slow", "quick"])
+    assert (scope.cancelled_caught, finished_writes) == (True, ["quick", "slow", "quick"])
 
 
 async def test_an_action_that_its_deadline_ends_does_not_change_the_order_of_the_others(url: str) -> None:
@@ -545,20 +548,20 @@ async def test_a_call_that_used_its_time_for_an_upload_still_reaches_the_databas
             await database.try_entries()
 
 
-async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
-    bought: list[Entry] = []
+async def test_many_servers_together_stay_below_the_daily_limit(url: str) -> None:
+    entries: list[Entry] = []
 
-    async def buys() -> None:
+    async def buy() -> None:
         async with open_database(url, PATIENT) as database:
             journal = PostgresJournal(database, "a1")
             for _ in range(20):
                 with suppress(DailyLimitReached):
-                    bought.append(await journal.intend(entry(journal, estimate=1.0), day_limit=50.0))
+                    entries.append(await journal.intend(entry(journal, estimate=1.0), day_limit=50.0))
 
     async with anyio.create_task_group() as group:
         for _ in range(4):
-            group.start_soon(buys)
-    assert len(bought) == 50
+            group.start_soon(buy)
+    assert len(entries) == 50
 
 
 # --- tables ---
@@ -567,19 +570,19 @@ async def test_many_servers_together_stay_below_the_days_cap(url: str) -> None:
 async def test_servers_that_start_together_make_the_tables_once(url: str, cluster: Any) -> None:
     numbers: set[str] = set()
 
-    async def starts() -> None:
+    async def start() -> None:
         async with open_database(url, PATIENT) as database:
             numbers.add(database.owner)
 
     async with anyio.create_task_group() as group:
         for _ in range(6):
-            group.start_soon(starts)
+            group.start_soon(start)
     assert len(numbers) == 6
     with cluster.admin(name_of(url)) as db:
         assert db.execute("SELECT version FROM evolink_version").fetchall() == [(len(VERSIONS),)]
 
 
-async def test_tables_of_a_newer_version_are_left_alone(url: str, cluster: Any) -> None:
+async def test_tables_of_a_newer_version_stay_unchanged(url: str, cluster: Any) -> None:
     async with open_database(url, PATIENT):
         pass
     with cluster.admin(name_of(url)) as db:
@@ -626,12 +629,12 @@ async def test_tables_of_an_unpublished_build_are_refused_with_the_statements_th
     with cluster.admin(name_of(url)) as db:
         for name in OLD_TABLES:
             db.execute(f"CREATE TABLE {name} (version INTEGER NOT NULL)")
-        with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away") as refused:
+        with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away") as refusal:
             await Database(url, PATIENT).open()
         with pytest.raises(JournalUnwritable, match="an unpublished build made its tables; move them away"):
             read_entries(url, 5)
         for statement in MOVE_OLD_TABLES.split("; "):
-            assert statement in refused.value.message
+            assert statement in refusal.value.message
             db.execute(statement)
     async with open_database(url, PATIENT) as database:
         journal = PostgresJournal(database, "a1")
@@ -643,9 +646,9 @@ async def test_tables_of_an_unpublished_build_are_refused_with_the_statements_th
 
 
 def silent_port() -> int:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        return closed.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("command", [[], ["http", "--port", "0"], ["tasks"]])
@@ -770,11 +773,11 @@ async def test_a_task_id_that_arrives_without_the_database_is_delivered_and_writ
     simulator = DatabaseStopper(clock=clock, duration_s=0)
     options = {"simulator": simulator, "clock": clock, "database_times": DEFAULT_TIMES}
     async with in_postgres(**options) as world, world.client() as client:
-        answer = await client.call_tool("generate_image", {**WISH, "wait_seconds": 8})
+        answer = await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 8})
         facts = answer.structured_content
         assert (facts["status"], facts["charged"]) == ("completed", "yes")
-        refused = await client.call_tool("generate_image", {**WISH, "prompt": "another"})
-        assert refused.structured_content["error"]["code"] == "journal_unwritable"
+        refusal = await client.call_tool("generate_image", {**REQUEST, "prompt": "another"})
+        assert refusal.structured_content["error"]["code"] == "journal_unwritable"
         assert (await client.call_tool("compute_size", {"size": "16:9"})).is_error is False
         await anyio.to_thread.run_sync(cluster.start)
         while not (row := await _entry_of(world.studio, facts["task_id"])):
@@ -852,15 +855,17 @@ async def test_a_watching_server_receives_the_result_at_once(in_postgres: Any) -
 
     async with in_postgres(simulator=simulator, clock=clock) as first:
         async with first.client() as client:
-            bought = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
+            purchase = (await client.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         async with in_postgres(simulator=simulator, clock=clock, pause=never) as second, second.client() as client:
             answers: list[Any] = []
 
-            async def asks() -> None:
-                answers.append(await client.call_tool("get_task", {"task_id": bought["task_id"], "wait_seconds": 600}))
+            async def ask() -> None:
+                answers.append(
+                    await client.call_tool("get_task", {"task_id": purchase["task_id"], "wait_seconds": 600})
+                )
 
             async with anyio.create_task_group() as group:
-                group.start_soon(asks)
+                group.start_soon(ask)
                 await until(lambda: second.studio.jobs)
                 for task in simulator.tasks.values():
                     task.duration = 0
@@ -930,12 +935,14 @@ async def test_progress_and_changes_reach_a_watcher_at_another_server(in_postgre
     async def never(_: float) -> None:
         await anyio.sleep_forever()
 
-    async def at_once(_: float) -> None:
+    async def return_at_once(_: float) -> None:
         await anyio.sleep(0)
 
     times = patient_times(stop_after_s=3.0)  # one heartbeat per second
     async with (
-        in_postgres(simulator=simulator, clock=clock, pause=at_once, transport=polls, database_times=times) as first,
+        in_postgres(
+            simulator=simulator, clock=clock, pause=return_at_once, transport=polls, database_times=times
+        ) as first,
         in_postgres(simulator=simulator, clock=clock, pause=never, transport=counter) as second,
         first.client() as buyer,
         second.client() as watcher,
@@ -945,14 +952,14 @@ async def test_progress_and_changes_reach_a_watcher_at_another_server(in_postgre
             percentages.update(job.entry.task.progress for job in second.studio.jobs if job.entry.task)
 
         second.studio.subscribe(receive)
-        bought = (await buyer.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
+        purchase = (await buyer.call_tool("generate_image", {**SLOW, "wait_seconds": 0})).structured_content
         answers: list[Any] = []
 
-        async def asks() -> None:
-            answers.append(await watcher.call_tool("get_task", {"task_id": bought["task_id"], "wait_seconds": 600}))
+        async def ask() -> None:
+            answers.append(await watcher.call_tool("get_task", {"task_id": purchase["task_id"], "wait_seconds": 600}))
 
         async with anyio.create_task_group() as group:
-            group.start_soon(asks)
+            group.start_soon(ask)
             await until(lambda: counter.count)
             polls.may_poll.set()
     (answer,) = answers

@@ -16,7 +16,7 @@ from conftest import HeldClock, Open, PlainSimulator
 
 pytest.importorskip("psycopg")
 
-from cluster import Cluster, programs, running
+from cluster import Cluster, find_programs, run_cluster
 
 from evolink_mcp.api.task import Task
 from evolink_mcp.journal.entry import Entry, ResultImage, new_key
@@ -24,7 +24,7 @@ from evolink_mcp.teams.database import open_database
 from evolink_mcp.teams.postgres import PostgresJournal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low", "wait_seconds": 0}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low", "wait_seconds": 0}
 
 
 class Pair:
@@ -40,7 +40,7 @@ class Pair:
         self.name = name
 
     def disconnect(self) -> None:
-        """From now on the standby loses every change."""
+        """Stop the replication, so that the standby lacks every later change."""
         self._standby.wait_for(self.primary)
         self._standby.stop_replication()
 
@@ -54,22 +54,22 @@ class Pair:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    folders = programs()
-    if folders is None:
+    programs = find_programs()
+    if programs is None:
         pytest.skip("needs PostgreSQL, for example Debian's package postgresql")
-    with running() as primary, primary.standby() as standby:
+    with run_cluster() as primary, primary.standby() as standby:
         yield Pair(primary, standby)
 
 
 @pytest.fixture
-async def opened(pair: Pair) -> AsyncIterator[Callable[..., Any]]:
+async def open_journal(pair: Pair) -> AsyncIterator[Callable[..., Any]]:
     async with AsyncExitStack() as stack:
 
-        async def server(**times: float) -> PostgresJournal:
+        async def open_server(**times: float) -> PostgresJournal:
             database = await stack.enter_async_context(open_database(pair.url, patient_times(**times)))
             return PostgresJournal(database, "a1")
 
-        yield server
+        yield open_server
 
 
 def entry(journal: PostgresJournal, **fields: Any) -> Entry:
@@ -77,7 +77,7 @@ def entry(journal: PostgresJournal, **fields: Any) -> Entry:
                     "fingerprint": "f", **fields})  # fmt: skip
 
 
-async def returned(pair: Pair, *journals: PostgresJournal) -> None:
+async def wait_for_return(pair: Pair, *journals: PostgresJournal) -> None:
     """Wait until the servers work with the promoted standby."""
     with pair.admin() as db:
         (timeline,) = db.execute("SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)").fetchone()
@@ -90,37 +90,37 @@ async def returned(pair: Pair, *journals: PostgresJournal) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_entries_and_states_that_the_standby_lacks_are_written_back(pair: Pair, opened: Any) -> None:
-    first, second = await opened(), await opened()
-    await first.intend(replicated := entry(first))
+async def test_entries_and_states_that_the_standby_lacks_are_written_back(pair: Pair, open_journal: Any) -> None:
+    first, second = await open_journal(), await open_journal()
+    await first.intend(replicated_entry := entry(first))
     pair.disconnect()
     task = Task("task-unified-1", "completed", results=("https://images.example/1.png",))
     image = ResultImage(0, "https://images.example/1.png", 2.0, path="/pictures/fox.png")
-    completed = replace(replicated, phase="submitted", task=task, images=(image,))
+    completed = replace(replicated_entry, phase="submitted", task=task, images=(image,))
     assert await first.update_images(completed)
-    await first.deliver(replicated.key, 5.0)
-    await first.release(replicated.key)
-    await first.intend(lost := entry(first, fingerprint="g"))
-    assert await first.update(sent := replace(lost, phase="sending"))
+    await first.deliver(replicated_entry.key, 5.0)
+    await first.release(replicated_entry.key)
+    await first.intend(lost_entry := entry(first, fingerprint="g"))
+    assert await first.update(sent_entry := replace(lost_entry, phase="sending"))
     pair.promote()
-    await returned(pair, first, second)
+    await wait_for_return(pair, first, second)
     expected = replace(completed, owner="", delivered_at=5.0)
-    assert await second.by_key(replicated.key) == expected
-    assert await second.by_key(lost.key) == replace(sent, owner=first.owner)
+    assert await second.by_key(replicated_entry.key) == expected
+    assert await second.by_key(lost_entry.key) == replace(sent_entry, owner=first.owner)
     assert (await second.undelivered(("f",), 0)).entries == []
     # A later connection to the same timeline changes nothing.
-    assert await first.update(replace(sent, phase="unknown"))
+    assert await first.update(replace(sent_entry, phase="unknown"))
     with pair.admin() as db:
         db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> "
                    "pg_backend_pid()", (pair.name,))  # fmt: skip
     while first.database.has_session:
         await anyio.sleep(0.01)
-    await returned(pair, first, second)
-    assert (await first.by_key(lost.key)).phase == "unknown"
+    await wait_for_return(pair, first, second)
+    assert (await first.by_key(lost_entry.key)).phase == "unknown"
 
 
-async def test_no_server_continues_before_all_live_servers_have_written_back(pair: Pair, opened: Any) -> None:
-    server = await opened()
+async def test_no_server_continues_before_all_live_servers_have_written_back(pair: Pair, open_journal: Any) -> None:
+    server = await open_journal()
     with pair.primary.admin(pair.name) as db:
         # A server that was alive at the failover and never returns.
         db.execute("INSERT INTO evolink_servers (number, lease_until, timeline) OVERRIDING SYSTEM VALUE "
@@ -131,8 +131,8 @@ async def test_no_server_continues_before_all_live_servers_have_written_back(pai
     pair.disconnect()
     pair.promote()
     with pair.admin() as db:
-        awaited = "SELECT 1 FROM evolink_servers WHERE number = 5 AND awaited_on IS NOT NULL"
-        while db.execute(awaited).fetchone() is None:
+        awaited_server = "SELECT 1 FROM evolink_servers WHERE number = 5 AND awaited_on IS NOT NULL"
+        while db.execute(awaited_server).fetchone() is None:
             await anyio.sleep(0.01)
         assert db.execute("SELECT awaited_on FROM evolink_servers WHERE number = 6").fetchone() == (None,)
         rows: list[Any] = []
@@ -163,11 +163,11 @@ async def test_an_identical_call_after_a_failover_does_not_buy_again(pair: Pair,
     ):
         await other.call_tool("list_tasks", {})
         pair.disconnect()
-        bought = (await buyer.call_tool("generate_image", WISH)).structured_content
+        purchase = (await buyer.call_tool("generate_image", REQUEST)).structured_content
         await anyio.to_thread.run_sync(pair.promote)
-        await returned(pair, first.studio.journal, second.studio.journal)
-        again = (await other.call_tool("generate_image", WISH)).structured_content
-        assert again["task_id"] == bought["task_id"]
+        await wait_for_return(pair, first.studio.journal, second.studio.journal)
+        repeat = (await other.call_tool("generate_image", REQUEST)).structured_content
+        assert repeat["task_id"] == purchase["task_id"]
     assert first.posts == 1
     assert len(simulator.tasks) == 1
 
@@ -191,9 +191,9 @@ async def test_a_role_without_the_right_to_see_the_timeline_works_without_write_
 
 
 async def test_an_asynchronous_standby_is_a_warning_at_the_start(
-    pair: Pair, opened: Any, caplog: pytest.LogCaptureFixture
+    pair: Pair, open_journal: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await opened()
+    await open_journal()
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
         "a standby of the database replicates asynchronously, so a failover can lose the last purchases if their server "
         "ends too; set synchronous_standby_names"

@@ -19,7 +19,7 @@ import anyio
 import pytest
 from child_processes import patient_times
 from conftest import KEY
-from test_replicas import ANNA, WISH, Team, team
+from test_replicas import ANNA, REQUEST, Team, open_team
 
 pytest.importorskip("yaml")
 pytest.importorskip("prometheus_client")
@@ -66,11 +66,11 @@ def commands(name: str) -> str:
 
 async def run(name: str, folder: Path, **environ: str) -> str:
     """Run a block of commands. Return its output."""
-    programs = [sysconfig.get_path("scripts"), os.environ["PATH"]]
+    search_path = [sysconfig.get_path("scripts"), os.environ["PATH"]]
     result = await anyio.run_process(
         ["bash", "-e", "-o", "pipefail", "-c", commands(name)],
         cwd=folder,
-        env={"PATH": os.pathsep.join(programs), "HOME": str(folder), **environ},
+        env={"PATH": os.pathsep.join(search_path), "HOME": str(folder), **environ},
         stderr=subprocess.STDOUT,
         check=False,
     )
@@ -87,22 +87,24 @@ def url(cluster: Any) -> str:
 async def test_a_restored_backup_has_all_purchases_and_a_server_continues_with_it(
     url: str, cluster: Any, tmp_path: Path
 ) -> None:
-    async with team(url, tmp_path, ANNA) as office, office.client("a") as client:
-        bought = (await client.call_tool("generate_image", WISH)).structured_content
+    async with open_team(url, tmp_path, ANNA) as team, team.client("a") as client:
+        purchase = (await client.call_tool("generate_image", REQUEST)).structured_content
         backup = await run("backup", tmp_path, EVOLINK_MCP_DATABASE_URL=url)  # while the servers run
-    restored = cluster.url("evolink_restored")
+    restored_url = cluster.url("evolink_restored")
     settings = {"EVOLINK_API_KEY": KEY, "EVOLINK_MCP_SECRET": "s" * 32}
-    listed = await run("restore", tmp_path, ADMIN_URL=cluster.url("postgres"), RESTORED_URL=restored, **settings)
+    output = await run("restore", tmp_path, ADMIN_URL=cluster.url("postgres"), RESTORED_URL=restored_url, **settings)
     assert "evolink_entries" in backup
-    assert bought["task_id"] in listed
-    assert read_charges(restored, 0.0) == read_charges(url, 0.0)
-    async with team(restored, tmp_path, ANNA) as office, office.client("a") as client:
-        task = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
+    assert purchase["task_id"] in output
+    assert read_charges(restored_url, 0.0) == read_charges(url, 0.0)
+    async with open_team(restored_url, tmp_path, ANNA) as team, team.client("a") as client:
+        task = (await client.call_tool("get_task", {"task_id": purchase["task_id"]})).structured_content
         spent = [(await client.call_tool("list_tasks", {})).structured_content["spent"]["today"]]
-        again = (await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a hen"})).structured_content
-    assert (task["status"], task["credits"]) == ("completed", bought["credits"])
-    assert spent[0]["credits"] == bought["credits"]
-    assert again["status"] == "completed"
+        new_purchase = (
+            await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a hen"})
+        ).structured_content
+    assert (task["status"], task["credits"]) == ("completed", purchase["credits"])
+    assert spent[0]["credits"] == purchase["credits"]
+    assert new_purchase["status"] == "completed"
 
 
 async def test_the_deletion_of_a_tenant_leaves_the_other_tenants(url: str, tmp_path: Path) -> None:
@@ -128,15 +130,17 @@ def cluster_of(url: str) -> Iterator[Any]:
 
 
 async def test_a_server_continues_at_the_promoted_standby(tmp_path: Path) -> None:
-    from cluster import programs, running
+    from cluster import find_programs, run_cluster
 
-    if programs() is None:
+    if find_programs() is None:
         pytest.skip("needs PostgreSQL, for example Debian's package postgresql")
-    with running() as primary, primary.standby() as standby:
+    with run_cluster() as primary, primary.standby() as standby:
         url = primary.database()
         name = url.partition("@/")[2].partition("?")[0]
-        both = f"postgresql://postgres@/{name}?host={primary.folder},{standby.folder}&target_session_attrs=read-write"
-        async with open_database(both, patient_times()) as database:
+        both_url = (
+            f"postgresql://postgres@/{name}?host={primary.folder},{standby.folder}&target_session_attrs=read-write"
+        )
+        async with open_database(both_url, patient_times()) as database:
             journal = PostgresJournal(database, "a1")
             await journal.intend(Entry(key=new_key(), owner=database.owner, phase="submitted", created_at=1.0))
             with primary.admin(name) as db:
@@ -163,9 +167,9 @@ async def test_a_server_continues_at_the_promoted_standby(tmp_path: Path) -> Non
 # --- metrics, alerts and dashboard ---
 
 
-async def families_of(office: Team) -> dict[str, set[str]]:
+async def families_of(team: Team) -> dict[str, set[str]]:
     """Return the names of all samples at /metrics with their labels. A counter without a value has no label yet."""
-    async with office.http("a") as http:
+    async with team.http("a") as http:
         text = (await http.get("/metrics")).text
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "info": ["_info"]}
     families: dict[str, set[str]] = {}
@@ -178,23 +182,25 @@ async def families_of(office: Team) -> dict[str, set[str]]:
 
 
 async def all_families(url: str, folder: Path) -> dict[str, set[str]]:
-    async with team(url, folder, ANNA) as office, office.client("a") as client:
-        await client.call_tool("generate_image", WISH)
-        await client.call_tool("generate_image", {**WISH, "prompt": "sim:slow=3600 a hen", "wait_seconds": 0})
-        merged: dict[str, set[str]] = {}
-        for _ in office.proxy.apps:
-            for name, labels in (await families_of(office)).items():
-                merged.setdefault(name, set()).update(labels)
-        return merged
+    async with open_team(url, folder, ANNA) as team, team.client("a") as client:
+        await client.call_tool("generate_image", REQUEST)
+        await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:slow=3600 a hen", "wait_seconds": 0})
+        labels_of: dict[str, set[str]] = {}
+        for _ in team.proxy.apps:
+            for name, labels in (await families_of(team)).items():
+                labels_of.setdefault(name, set()).update(labels)
+        return labels_of
 
 
 async def test_the_page_lists_every_metric_with_its_labels(url: str, tmp_path: Path) -> None:
     families = await all_families(url, tmp_path)
-    listed = {name.strip("`"): set(re.findall(r"`(\w+)`", labels)) for name, labels, _ in rows("metrics")}
+    listed_metrics = {name.strip("`"): set(re.findall(r"`(\w+)`", labels)) for name, labels, _ in rows("metrics")}
     lag = "evolink_lag_seconds"
     parts = {f"{lag}_bucket", f"{lag}_count", f"{lag}_sum"}
-    served = {name: labels for name, labels in families.items() if name not in parts and not name.endswith("_created")}
-    assert listed == {**served, lag: families[f"{lag}_bucket"]}
+    served_metrics = {
+        name: labels for name, labels in families.items() if name not in parts and not name.endswith("_created")
+    }
+    assert listed_metrics == {**served_metrics, lag: families[f"{lag}_bucket"]}
 
 
 async def test_alerts_and_dashboard_use_existing_metrics_and_labels(url: str, tmp_path: Path) -> None:
@@ -204,17 +210,17 @@ async def test_alerts_and_dashboard_use_existing_metrics_and_labels(url: str, tm
         names = re.findall(r"\bevolink_\w+", expression)
         assert names, expression
         assert set(names) <= set(families), expression
-        known = set().union(*(families[name] for name in names)) | {"instance"}
-        used = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", expression)
-        used += re.findall(r"\w+", " ".join(re.findall(r"\bby \(([^)]*)\)", expression)))
-        assert set(used) <= known, expression
+        known_labels = set().union(*(families[name] for name in names)) | {"instance"}
+        used_labels = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", expression)
+        used_labels += re.findall(r"\w+", " ".join(re.findall(r"\bby \(([^)]*)\)", expression)))
+        assert set(used_labels) <= known_labels, expression
 
 
 async def test_every_metric_is_on_the_dashboard() -> None:
-    shown = set(re.findall(r"\bevolink_\w+", " ".join(EXPRESSIONS)))
-    missing = {name.strip("`") for name, *_ in rows("metrics")} - shown
+    shown_metrics = set(re.findall(r"\bevolink_\w+", " ".join(EXPRESSIONS)))
+    missing = {name.strip("`") for name, *_ in rows("metrics")} - shown_metrics
     assert missing == {"evolink_lag_seconds"}  # the dashboard shows its buckets
-    assert "evolink_lag_seconds_bucket" in shown
+    assert "evolink_lag_seconds_bucket" in shown_metrics
 
 
 async def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:

@@ -34,21 +34,21 @@ class Cost(NamedTuple):
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the list of all later messages to PostgreSQL. The statements of a pipeline are one message."""
-    sent: list[str] = []
+    message_list: list[str] = []
     execute, transaction = psycopg.AsyncConnection.execute, psycopg.AsyncConnection.transaction
 
     async def counted_execute(self: Any, query: Any, *args: Any, **options: Any) -> Any:
         if self.info.transaction_status != TransactionStatus.ACTIVE:
-            sent.append(str(query))
+            message_list.append(str(query))
         return await execute(self, query, *args, **options)
 
     def counted_transaction(self: Any, *args: Any, **options: Any) -> Any:
-        sent.extend(("BEGIN", "COMMIT"))
+        message_list.extend(("BEGIN", "COMMIT"))
         return transaction(self, *args, **options)
 
     monkeypatch.setattr(psycopg.AsyncConnection, "execute", counted_execute)
     monkeypatch.setattr(psycopg.AsyncConnection, "transaction", counted_transaction)
-    return sent
+    return message_list
 
 
 @pytest.mark.parametrize("limits", [{}, LIMITS], ids=["without limits", "with all limits"])

@@ -17,7 +17,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import without_coverage
 from conftest import PlainSimulator
-from office import ANNA, BERT, Office, office
+from team_server import ANNA, BERT, TeamServer, open_team_server
 
 pytest.importorskip("obstore")
 
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 PNG = drawing()
 # With a separate callback URL the server does not wait for a callback at its public URL.
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.evolink-team.dev/x"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "callback_url": "https://hooks.evolink-team.dev/x"}
 PUBLIC = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_SECRET": "s" * 32}
 
 
@@ -49,8 +49,8 @@ def forget_copies(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data" / "copies")
 
 
-async def fetched(town: Office, url: str, **headers: str) -> httpx.Response:
-    async with town.http(host="pictures.example.org", **headers) as http:
+async def fetch(server: TeamServer, url: str, **headers: str) -> httpx.Response:
+    async with server.http(host="pictures.example.org", **headers) as http:
         return await http.get(url.removeprefix("https://pictures.example.org"))
 
 
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stored(folder: Path) -> dict[str, str]:
+def store_settings(folder: Path) -> dict[str, str]:
     return {**PUBLIC, "EVOLINK_MCP_STORE": str(folder)}
 
 
@@ -70,19 +70,19 @@ def stored(folder: Path) -> dict[str, str]:
 
 @ERAS
 async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a", mode) as client:
-        bought = await client.call_tool("generate_image", {**WISH, "save_as": "hero.png"})
-        (image,) = facts(bought)["images"]
-        task = {"task_id": facts(bought)["task_id"]}
-        answers = [bought] + [
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a", mode) as client:
+        purchase = await client.call_tool("generate_image", {**REQUEST, "save_as": "hero.png"})
+        (image,) = facts(purchase)["images"]
+        task = {"task_id": facts(purchase)["task_id"]}
+        answers = [purchase] + [
             await client.call_tool(tool, arguments)
             for tool, arguments in (("get_task", task), ("view_image", task), ("list_tasks", {"detail": True}))
         ]
         resources = [
             await client.read_resource(uri) for uri in (image["resource_uri"], f"evolink://tasks/{task['task_id']}")
         ]
-        refused = await client.call_tool("generate_image", {**WISH, "save_as": "../hero.png"})
-        local = await client.call_tool("generate_image", {**WISH, "image_urls": [str(tmp_path / "x.png")]})
+        refusal = await client.call_tool("generate_image", {**REQUEST, "save_as": "../hero.png"})
+        local = await client.call_tool("generate_image", {**REQUEST, "image_urls": [str(tmp_path / "x.png")]})
     assert image["path"] is None
     assert image["url"].startswith("http://127.0.0.1:9/")
     assert image["markdown"].endswith(f"({image['url']})")
@@ -91,9 +91,9 @@ async def test_no_answer_shows_a_path_of_the_server(tmp_path: Path, mode: str) -
     assert "completed: 1 picture ready" in answers[0].content[0].text
     assert "save_as has no effect" in answers[0].content[0].text
     assert resources[0].contents[0].mime_type == "image/png"
-    assert facts(refused)["error"]["code"] == "folder_refused"
+    assert facts(refusal)["error"]["code"] == "folder_refused"
     assert "PUT the file to /uploads" in facts(local)["error"]["advice"]
-    text = "".join(answer.model_dump_json() for answer in (*answers, *resources, refused))
+    text = "".join(answer.model_dump_json() for answer in (*answers, *resources, refusal))
     assert str(tmp_path) not in text.replace(json.dumps(str(tmp_path / "x.png")), "")
     assert not (tmp_path / "pictures").exists()
 
@@ -109,25 +109,25 @@ async def test_an_image_in_a_local_folder_is_shown_without_its_path(tmp_path: Pa
 
 
 async def test_a_server_without_a_local_copy_downloads_the_image_from_evolink(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
         forget_copies(tmp_path)
-        again = await client.call_tool("get_task", {"task_id": bought["task_id"]})
-    assert [block.type for block in viewed.content] == ["image", "text"]
-    assert [block.type for block in again.content] == ["text", "image"]
+        repeat = await client.call_tool("get_task", {"task_id": purchase["task_id"]})
+    assert [block.type for block in view.content] == ["image", "text"]
+    assert [block.type for block in repeat.content] == ["text", "image"]
 
 
 async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+    async with open_team_server(tmp_path, ANNA) as server, server.client("a") as client:
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
-        town.clock.shift_s = 25 * 3600
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        server.clock.shift_s = 25 * 3600
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
         with pytest.raises(Exception, match="link to it has ended"):
-            await client.read_resource(bought["images"][0]["resource_uri"])
-    assert viewed.is_error
+            await client.read_resource(purchase["images"][0]["resource_uri"])
+    assert view.is_error
 
 
 # --- a folder as the object store ---
@@ -135,18 +135,18 @@ async def test_an_image_with_an_expired_link_is_reported_as_expired(tmp_path: Pa
 
 @ERAS
 async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
-    tmp_path: Path, folder: Path, stored: dict[str, str], mode: str
+    tmp_path: Path, folder: Path, store_settings: dict[str, str], mode: str
 ) -> None:
-    async with office(tmp_path, ANNA, **stored) as town:
-        bought = facts(await town.call("a", "generate_image", mode, **WISH, save_as="heró.png"))
-        (image,) = bought["images"]
-        picture = await fetched(town, image["url"])
-        async with town.http(host="pictures.example.org") as http:
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server:
+        purchase = facts(await server.call("a", "generate_image", mode, **REQUEST, save_as="heró.png"))
+        (image,) = purchase["images"]
+        picture = await fetch(server, image["url"])
+        async with server.http(host="pictures.example.org") as http:
             head = await http.head(image["url"].removeprefix("https://pictures.example.org"))
-        changed = [
-            await fetched(town, image["url"].replace("/pictures/", "/pictures/9")),
-            await fetched(town, image["url"].replace("her", "../her")),
-            await fetched(town, "/pictures/"),
+        answers = [
+            await fetch(server, image["url"].replace("/pictures/", "/pictures/9")),
+            await fetch(server, image["url"].replace("her", "../her")),
+            await fetch(server, "/pictures/"),
         ]
     (file,) = (path for path in folder.rglob("*.png") if path.is_file())
     assert file.name == "heró.png"
@@ -154,19 +154,21 @@ async def test_a_stored_image_has_a_signed_link_that_needs_no_token(
     assert picture.headers["content-type"] == "image/png"
     assert "her%C3%B3.png" in picture.headers["content-disposition"]
     assert (head.status_code, head.headers["content-length"], head.content) == (200, str(image["bytes"]), b"")
-    assert [answer.status_code for answer in changed] == [404, 404, 404]
+    assert [answer.status_code for answer in answers] == [404, 404, 404]
     assert image["path"] is None
     assert "anna" not in image["url"]
 
 
-async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path: Path, stored: dict[str, str]) -> None:
-    async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+async def test_a_stored_image_is_available_after_evolinks_link_expired(
+    tmp_path: Path, store_settings: dict[str, str]
+) -> None:
+    async with open_team_server(tmp_path, ANNA, BERT, **store_settings) as server, server.client("a") as client:
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         forget_copies(tmp_path)
-        town.clock.shift_s = 48 * 3600
-        read = await client.read_resource(bought["images"][0]["resource_uri"])
-        edit = {**WISH, "image_urls": [bought["images"][0]["resource_uri"]]}
-        other_task = facts(await town.call("b", "generate_image", **edit))
+        server.clock.shift_s = 48 * 3600
+        read = await client.read_resource(purchase["images"][0]["resource_uri"])
+        edit = {**REQUEST, "image_urls": [purchase["images"][0]["resource_uri"]]}
+        other_task = facts(await server.call("b", "generate_image", **edit))
         own_task = facts(await client.call_tool("generate_image", edit))
     assert read.contents[0].mime_type == "image/png"
     assert other_task["error"]["code"] == "reference_refused"
@@ -174,81 +176,81 @@ async def test_a_stored_image_is_available_after_evolinks_link_expired(tmp_path:
 
 
 async def test_a_store_that_fails_during_a_task_costs_no_image(
-    tmp_path: Path, folder: Path, stored: dict[str, str]
+    tmp_path: Path, folder: Path, store_settings: dict[str, str]
 ) -> None:
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
-        town.simulator.duration_s = 3600
-        bought = facts(await client.call_tool("generate_image", {**WISH, "wait_seconds": 0}))
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server, server.client("a") as client:
+        server.simulator.duration_s = 3600
+        purchase = facts(await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0}))
         folder.rename(tmp_path / "away")
         folder.write_text("no folder any more")
-        for task in town.simulator.tasks.values():
+        for task in server.simulator.tasks.values():
             task.duration = 0
-        failed = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
+        failed = facts(await client.call_tool("get_task", {"task_id": purchase["task_id"]}))
         (image,) = failed["images"]
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        again = facts(await client.call_tool("get_task", {"task_id": bought["task_id"]}))
-        assert town.posts == 1
+        repeat = facts(await client.call_tool("get_task", {"task_id": purchase["task_id"]}))
+        assert server.posts == 1
     assert image["error"] == "the folder for pictures has no marker file"
     assert failed["charged"] == "yes"
     assert image["url"].startswith("http://127.0.0.1:9/")
     assert str(folder) not in json.dumps(failed)
-    assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+    assert repeat["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
 
 
 @pytest.mark.parametrize("state", ["unmounted", "gone", "another store"])
 async def test_nothing_is_bought_and_nothing_is_stored_below_an_empty_mount_point(
-    tmp_path: Path, folder: Path, stored: dict[str, str], state: str
+    tmp_path: Path, folder: Path, store_settings: dict[str, str], state: str
 ) -> None:
-    async with office(tmp_path, ANNA, BERT, **stored) as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
+    async with open_team_server(tmp_path, ANNA, BERT, **store_settings) as server, server.client("a") as client:
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
         folder.rename(tmp_path / "away")
         if state != "gone":
             folder.mkdir()
         if state == "another store":
             (folder / MARKER).write_text("0" * 32)
-        answer = await client.call_tool("generate_image", {**WISH, "prompt": "A hen"})
-        other = facts(await town.call("b", "generate_image", **{**WISH, "prompt": "A hen"}))
-        derived = await client.call_tool("derive_image", {"source": bought["task_id"], "targets": ["32x32"]})
-        assert town.posts == 1
+        answer = await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"})
+        other = facts(await server.call("b", "generate_image", **{**REQUEST, "prompt": "A hen"}))
+        derived = await client.call_tool("derive_image", {"source": purchase["task_id"], "targets": ["32x32"]})
+        assert server.posts == 1
         assert [path.name for path in folder.glob("*")] == ([MARKER] if state == "another store" else [])
         shutil.rmtree(folder, ignore_errors=True)
         (tmp_path / "away").rename(folder)
-        again = facts(await client.call_tool("generate_image", {**WISH, "prompt": "A hen"}))
-        assert town.posts == 2
+        repeat = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": "A hen"}))
+        assert server.posts == 2
     assert answer.is_error
     assert derived.is_error
-    for refused in (facts(answer), other):
-        assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
-        assert "must mount the folder of EVOLINK_MCP_STORE" in refused["error"]["advice"]
-        assert str(tmp_path) not in json.dumps(refused)
-    assert again["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+    for refusal in (facts(answer), other):
+        assert (refusal["charged"], refusal["error"]["code"]) == ("no", "store_unusable")
+        assert "must mount the folder of EVOLINK_MCP_STORE" in refusal["error"]["advice"]
+        assert str(tmp_path) not in json.dumps(refusal)
+    assert repeat["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
 
 
 @pytest.mark.parametrize("fault", ["no folder", "a folder as marker", "NUL bytes", "empty"])
 async def test_a_first_order_that_cannot_write_the_marker_costs_nothing_and_the_next_one_works(
-    tmp_path: Path, folder: Path, stored: dict[str, str], fault: str
+    tmp_path: Path, folder: Path, store_settings: dict[str, str], fault: str
 ) -> None:
     marker = folder / MARKER
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server, server.client("a") as client:
         if fault == "no folder":
             folder.rmdir()
         elif fault == "a folder as marker":
             marker.mkdir()
         else:
             marker.write_bytes(bytes(32) if fault == "NUL bytes" else b"")
-        refused = facts(await client.call_tool("generate_image", WISH))
-        assert (refused["charged"], refused["error"]["code"]) == ("no", "store_unusable")
-        assert "The picture is paid" not in refused["error"]["advice"]
-        assert town.posts == 0
+        refusal = facts(await client.call_tool("generate_image", REQUEST))
+        assert (refusal["charged"], refusal["error"]["code"]) == ("no", "store_unusable")
+        assert "The picture is paid" not in refusal["error"]["advice"]
+        assert server.posts == 0
         if fault == "no folder":
             folder.mkdir()
         elif fault == "a folder as marker":
             marker.rmdir()
         else:
             marker.unlink()
-        bought = facts(await client.call_tool("generate_image", WISH))
-        assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
+        assert purchase["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
     assert len(marker.read_text().strip()) == 32
     assert [path.name for path in folder.glob(f"{MARKER}*")] == [MARKER]
 
@@ -267,13 +269,13 @@ async def test_servers_with_different_journals_agree_on_the_marker_of_a_new_fold
 
 
 async def test_a_server_with_another_journal_uses_the_marker_of_the_store(
-    tmp_path: Path, folder: Path, stored: dict[str, str]
+    tmp_path: Path, folder: Path, store_settings: dict[str, str]
 ) -> None:
     (folder / MARKER).write_text("f" * 32 + "\n")
-    async with office(tmp_path, ANNA, **stored) as town, town.client("a") as client:
+    async with open_team_server(tmp_path, ANNA, **store_settings) as server, server.client("a") as client:
         for prompt in ("A fox", "A hen"):
-            bought = facts(await client.call_tool("generate_image", {**WISH, "prompt": prompt}))
-            assert bought["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
+            purchase = facts(await client.call_tool("generate_image", {**REQUEST, "prompt": prompt}))
+            assert purchase["images"][0]["url"].startswith("https://pictures.example.org/pictures/")
     assert (folder / MARKER).read_text() == "f" * 32 + "\n"
 
 
@@ -285,16 +287,16 @@ async def test_a_link_expires_and_a_changed_link_is_invalid() -> None:
     assert links.read(path.replace("1000", "2000"), 999.0) is None
     assert links.read(path.replace("fox", "ox"), 999.0) is None
     assert Links("https://p.example.org", ["t" * 32]).read(path, 999.0) is None
-    for odd in ("", "/pictures/", "/pictures/1.2/3", "/pictures/" + "9" * 40, path + "\n"):
-        assert links.read(odd, 0.0) is None
+    for odd_path in ("", "/pictures/", "/pictures/1.2/3", "/pictures/" + "9" * 40, path + "\n"):
+        assert links.read(odd_path, 0.0) is None
 
 
 async def test_a_link_of_the_old_secret_stays_valid_while_both_are_set() -> None:
     address = "https://p.example.org"
     path = Links(address, ["old" * 11]).to("a/fox.png", 1_000.0).removeprefix(address)
-    both = Links(address, ["new" * 11, "old" * 11])
-    assert both.read(path, 999.0) == "a/fox.png"
-    new_path = both.to("a/fox.png", 1_000.0).removeprefix(address)
+    both_links = Links(address, ["new" * 11, "old" * 11])
+    assert both_links.read(path, 999.0) == "a/fox.png"
+    new_path = both_links.to("a/fox.png", 1_000.0).removeprefix(address)
     assert Links(address, ["new" * 11]).read(new_path, 999.0) == "a/fox.png"
     assert Links(address, ["new" * 11]).read(path, 999.0) is None
 
@@ -305,16 +307,16 @@ async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "copies").write_text("no folder")
-    async with office(tmp_path, ANNA, pause=pause) as town, town.client("a") as client:
-        refused = await client.call_tool("generate_image", WISH)
-        assert (facts(refused)["charged"], town.posts) == ("no", 0)
+    async with open_team_server(tmp_path, ANNA, pause=pause) as server, server.client("a") as client:
+        refusal = await client.call_tool("generate_image", REQUEST)
+        assert (facts(refusal)["charged"], server.posts) == ("no", 0)
         (tmp_path / "data" / "copies").unlink()
-        again = facts(await client.call_tool("generate_image", WISH))
-        assert town.posts == 1
-    text = refused.model_dump_json()
+        repeat = facts(await client.call_tool("generate_image", REQUEST))
+        assert server.posts == 1
+    text = refusal.model_dump_json()
     assert "this server's disk cannot take the picture now" in text
     assert str(tmp_path) not in text
-    assert again["images"][0]["sha256"]
+    assert repeat["images"][0]["sha256"]
 
 
 # --- S3 of a third-party server ---
@@ -322,8 +324,8 @@ async def test_the_error_of_a_full_disk_shows_no_path(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (
@@ -357,20 +359,23 @@ async def _create_bucket(bucket: str) -> None:
 
 
 async def test_s3_stores_the_image_and_presigns_its_link(tmp_path: Path, bucket: str) -> None:
-    async with office(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as town, town.client("a") as client:
-        bought = facts(await client.call_tool("generate_image", WISH))
-        (image,) = bought["images"]
+    async with (
+        open_team_server(tmp_path, ANNA, EVOLINK_MCP_STORE="s3://bucket/team") as server,
+        server.client("a") as client,
+    ):
+        purchase = facts(await client.call_tool("generate_image", REQUEST))
+        (image,) = purchase["images"]
         async with httpx.AsyncClient() as http:
             picture = await http.get(image["url"])
             unsigned = await http.get(image["url"].partition("X-Amz-Expires")[0])
         forget_copies(tmp_path)
-        town.clock.shift_s = 48 * 3600
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
+        server.clock.shift_s = 48 * 3600
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
     assert image["url"].startswith(f"{bucket}/bucket/team/")
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
     assert len(picture.content) == image["bytes"]
     assert unsigned.status_code != 200 or b"<Error>" in unsigned.content or not unsigned.content.startswith(b"\x89PNG")
-    assert viewed.content[0].type == "image"
+    assert view.content[0].type == "image"
 
 
 async def test_a_missing_bucket_is_one_clear_error(tmp_path: Path, bucket: str) -> None:
@@ -390,14 +395,14 @@ async def test_a_missing_bucket_is_one_clear_error(tmp_path: Path, bucket: str) 
 
 @ERAS
 async def test_an_upload_is_a_reference_image_only_for_its_tenant(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        async with town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        async with server.http("a") as http:
             answer = await http.put("/uploads", content=PNG)
             upload = answer.json()
         edit = {"prompt": "sim:fast bluer", "image_urls": [upload["uri"]]}
-        own_task = facts(await town.call("a", "generate_image", mode, **edit))
-        other_task = facts(await town.call("b", "generate_image", mode, **edit))
-        (order,) = (json.loads(r.body) for r in town.simulator.requests if r.path == "/v1/images/generations")
+        own_task = facts(await server.call("a", "generate_image", mode, **edit))
+        other_task = facts(await server.call("b", "generate_image", mode, **edit))
+        (order,) = (json.loads(r.body) for r in server.simulator.requests if r.path == "/v1/images/generations")
     assert (answer.status_code, upload["mime_type"], upload["bytes"]) == (201, "image/png", len(PNG))
     assert upload["uri"].startswith("evolink://uploads/")
     assert own_task["status"] == "completed"
@@ -409,14 +414,14 @@ async def test_an_upload_is_a_reference_image_only_for_its_tenant(tmp_path: Path
 async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests(tmp_path: Path) -> None:
     import base64
 
-    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         uri = (await http.put("/uploads", content=PNG)).json()["uri"]
         data = "data:image/png;base64," + base64.b64encode(PNG).decode()
-        wish = {"prompt": "sim:slow=60 bluer", "wait_seconds": 0}
-        first = facts(await town.call("a", "generate_image", **wish, image_urls=[uri]))
-        second = facts(await town.call("a", "generate_image", **wish, image_urls=[data]))
+        arguments = {"prompt": "sim:slow=60 bluer", "wait_seconds": 0}
+        first = facts(await server.call("a", "generate_image", **arguments, image_urls=[uri]))
+        second = facts(await server.call("a", "generate_image", **arguments, image_urls=[data]))
         assert first["task_id"] is not None
-        assert (second["task_id"], town.posts) == (first["task_id"], 1)
+        assert (second["task_id"], server.posts) == (first["task_id"], 1)
 
 
 @pytest.mark.parametrize(
@@ -435,51 +440,51 @@ async def test_an_upload_and_a_data_uri_of_the_same_image_are_identical_requests
 async def test_an_upload_that_cannot_be_a_reference_image_is_refused(
     tmp_path: Path, content: bytes, headers: dict[str, str], status: int, words: str
 ) -> None:
-    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=content, headers=headers)
         assert answer.status_code == status
         assert words in answer.json()["error"]
-        assert town.simulator.requests == []
+        assert server.simulator.requests == []
 
 
 async def test_an_upload_that_is_too_large_is_refused_before_its_end(tmp_path: Path) -> None:
-    sent = 0
+    sent_bytes = 0
 
     async def parts() -> Any:
-        nonlocal sent
-        while sent < 2 * REFERENCE_MAX_BYTES:
-            sent += 1 << 20
+        nonlocal sent_bytes
+        while sent_bytes < 2 * REFERENCE_MAX_BYTES:
+            sent_bytes += 1 << 20
             yield b"x" * (1 << 20)
 
-    async with office(tmp_path, ANNA) as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=parts())
         assert answer.status_code == 413
 
 
 async def test_uploads_need_a_token_a_key_and_the_method_put(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
-        async with town.http() as http:
+    async with open_team_server(tmp_path, ANNA) as server:
+        async with server.http() as http:
             assert (await http.put("/uploads", content=PNG)).status_code == 401
-        async with town.http("a") as http:
+        async with server.http("a") as http:
             assert (await http.get("/uploads")).status_code == 405
-    async with office(tmp_path, ANNA, EVOLINK_API_KEY="") as town, town.http("a") as http:
+    async with open_team_server(tmp_path, ANNA, EVOLINK_API_KEY="") as server, server.http("a") as http:
         answer = await http.put("/uploads", content=PNG)
         assert (answer.status_code, "EVOLINK_API_KEY" in answer.json()["error"]) == (503, True)
 
 
 async def test_a_refusal_of_evolinks_file_api_is_reported(tmp_path: Path) -> None:
     simulator = PlainSimulator()
-    served = simulator.app
+    forward = simulator.app
 
-    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+    async def refuse_uploads(scope: Any, receive: Any, send: Any) -> None:
         if "upload" not in scope.get("path", ""):
-            await served(scope, receive, send)
+            await forward(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 503, "headers": []})
         await send({"type": "http.response.body", "body": b"busy"})
 
-    simulator.app = refusing
-    async with office(tmp_path, ANNA, simulator=simulator) as town, town.http("a") as http:
+    simulator.app = refuse_uploads
+    async with open_team_server(tmp_path, ANNA, simulator=simulator) as server, server.http("a") as http:
         answer = await http.put("/uploads", content=PNG)
     assert answer.status_code == 502
     assert "Nothing was charged" in answer.json()["error"]

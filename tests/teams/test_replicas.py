@@ -22,7 +22,7 @@ pytest.importorskip("psycopg")
 
 from child_processes import patient_times
 from drawings import drawing
-from office import HEADERS, block, guard_of, tenants_of
+from team_server import HEADERS, block, guard_of, tenants_of
 
 from evolink_mcp.api.request import GenerationRequest
 from evolink_mcp.studio.jobs import ImageRequest
@@ -37,7 +37,7 @@ from evolink_mcp.transports.http_guard import HttpGuard
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 TOOLS = {tool["name"] for tool in json.loads((Path(__file__).parents[2] / "manifest.json").read_text("utf-8"))["tools"]}
 ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640", "quality": "low"}
 
 
 class RoundRobin(httpx.AsyncBaseTransport):
@@ -92,34 +92,34 @@ def _replica(studios: Studios, tokens: Tokens, group: Any) -> HttpGuard:
 async def test_the_task_of_a_tenant_that_never_calls_again_is_adopted(url: str, tmp_path: Path) -> None:
     """A caller with a JWT has no studio at a replica before the first call there."""
     person = Tenant("anna at https://login.example.org")
-    async with team(url, tmp_path, ANNA, adopt_every_s=0.1, grace_s=0.0) as office, AsyncExitStack() as stack:
+    async with open_team(url, tmp_path, ANNA, adopt_every_s=0.1, grace_s=0.0) as team, AsyncExitStack() as stack:
         group = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(group.cancel_scope.cancel)
-        settings = office.settings
-        transport = httpx.ASGITransport(office.simulator.app)
-        async with open_team_database(settings.database_url, patient_times()) as doomed:
-            assert doomed is not None
-            office.simulator.duration_s = 3600
-            studios = Studios(settings, doomed, shared_decoder(), group, transport=transport)
+        settings = team.settings
+        transport = httpx.ASGITransport(team.simulator.app)
+        async with open_team_database(settings.database_url, patient_times()) as victim:
+            assert victim is not None
+            team.simulator.duration_s = 3600
+            studios = Studios(settings, victim, shared_decoder(), group, transport=transport)
             studio, _ = await stack.enter_async_context(studios.open(person))
-            wish = GenerationRequest(prompt="a fox", size="1024x640")
-            await studio.order(ImageRequest(wish, 9.0))
-            while not office.simulator.tasks:
+            arguments = GenerationRequest(prompt="a fox", size="1024x640")
+            await studio.order(ImageRequest(arguments, 9.0))
+            while not team.simulator.tasks:
                 await anyio.sleep(0.01)
             while (await studio.journal.recent(1))[0].task is None:
                 await anyio.sleep(0.01)
-        for task in office.simulator.tasks.values():
+        for task in team.simulator.tasks.values():
             task.duration = 0
         while not list(tmp_path.rglob("copies/*.png")):
             await anyio.sleep(0.05)
-    assert office.posts == 1
+    assert team.posts == 1
 
 
 @asynccontextmanager
-async def team(
+async def open_team(
     url: str, folder: Path, *blocks: str, adopt_every_s: float = 3.0, grace_s: float = 4.0, **environ: str
 ) -> AsyncIterator[Team]:
-    """Two replicas with one tokens file, one database and one simulated EvoLink."""
+    """Open two replicas with one tokens file, one database and one simulated EvoLink."""
     (folder / "tokens.toml").write_text("".join(blocks))
     simulator = PlainSimulator()
     apps: list[Any] = []
@@ -151,25 +151,25 @@ ANNA, BERT = block("anna", "a"), block("bert", "b")
 
 @ERAS
 async def test_every_tool_works_at_each_replica(url: str, tmp_path: Path, mode: str) -> None:
-    async with team(url, tmp_path, ANNA) as office, office.client("a", mode) as client:
-        bought = (await client.call_tool("generate_image", {**WISH, "wait_seconds": 0})).structured_content
+    async with open_team(url, tmp_path, ANNA) as team, team.client("a", mode) as client:
+        purchase = (await client.call_tool("generate_image", {**REQUEST, "wait_seconds": 0})).structured_content
         for _ in range(2):
-            again = (await client.call_tool("get_task", {"task_id": bought["task_id"]})).structured_content
-            assert (again["status"], again["charged"]) == ("completed", "yes")
-            viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
-            assert not viewed.is_error
-            read = await client.read_resource(again["images"][0]["resource_uri"])
+            repeat = (await client.call_tool("get_task", {"task_id": purchase["task_id"]})).structured_content
+            assert (repeat["status"], repeat["charged"]) == ("completed", "yes")
+            view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
+            assert not view.is_error
+            read = await client.read_resource(repeat["images"][0]["resource_uri"])
             assert read.contents
-            listed = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
-            assert [task["task_id"] for task in listed] == [bought["task_id"]]
+            task_list = (await client.call_tool("list_tasks", {})).structured_content["tasks"]
+            assert [task["task_id"] for task in task_list] == [purchase["task_id"]]
             assert not (await client.call_tool("get_balance", {})).is_error
             assert {tool.name for tool in (await client.list_tools()).tools} == TOOLS
-        assert office.posts == 1
-        assert set(office.proxy.turns) == {0, 1}
+        assert team.posts == 1
+        assert set(team.proxy.turns) == {0, 1}
         (charge,) = await anyio.to_thread.run_sync(read_charges, url, 0.0)
-        (task,) = office.simulator.tasks.values()
-        assert (charge.profile, charge.task_id) == ("anna", bought["task_id"])
-        assert (charge.spent, charge.reserved) == (office.simulator.credits(task.key)[1], 0)
+        (task,) = team.simulator.tasks.values()
+        assert (charge.profile, charge.task_id) == ("anna", purchase["task_id"])
+        assert (charge.spent, charge.reserved) == (team.simulator.credits(task.key)[1], 0)
 
 
 @pytest.mark.parametrize("secret", ["s" * 32, f"{'n' * 32} {'s' * 32}"], ids=["one secret", "a new and an old secret"])
@@ -181,28 +181,28 @@ async def test_the_answer_to_a_question_may_reach_another_replica(url: str, tmp_
         questions.append(params.message)
         return ElicitResult(action="accept", content=dict.fromkeys(params.requested_schema["properties"], True))
 
-    async with team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01", EVOLINK_MCP_SECRET=secret) as office:
-        async with office.client("a", elicitation_callback=user) as client:
-            before = len(office.proxy.turns)
-            bought = await client.call_tool("generate_image", WISH)
-        assert not bought.is_error, bought.content
+    async with open_team(url, tmp_path, ANNA, EVOLINK_MCP_CONFIRM_ABOVE="0.01", EVOLINK_MCP_SECRET=secret) as team:
+        async with team.client("a", elicitation_callback=user) as client:
+            before = len(team.proxy.turns)
+            purchase = await client.call_tool("generate_image", REQUEST)
+        assert not purchase.is_error, purchase.content
         assert len(questions) == 1
-        assert len(set(office.proxy.turns[before:])) == 2
-        assert office.posts == 1
+        assert len(set(team.proxy.turns[before:])) == 2
+        assert team.posts == 1
 
 
 async def test_the_request_state_of_one_tenant_is_invalid_for_another(url: str, tmp_path: Path) -> None:
     ask = {
         "jsonrpc": "2.0", "id": 1, "method": "tools/call",
-        "params": {"name": "generate_image", "arguments": WISH, "_meta": {
+        "params": {"name": "generate_image", "arguments": REQUEST, "_meta": {
             "io.modelcontextprotocol/protocolVersion": "2026-07-28",
             "io.modelcontextprotocol/clientInfo": {"name": "x", "version": "1"},
             "io.modelcontextprotocol/clientCapabilities": {"elicitation": {"form": {}}},
         }},
     }  # fmt: skip
     headers = {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call", "mcp-name": "generate_image"}
-    async with team(url, tmp_path, ANNA, BERT, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as office:  # noqa: SIM117
-        async with office.http("a") as anna, office.http("b") as bert:
+    async with open_team(url, tmp_path, ANNA, BERT, EVOLINK_MCP_CONFIRM_ABOVE="0.01") as team:  # noqa: SIM117
+        async with team.http("a") as anna, team.http("b") as bert:
             reply = _result(await anna.post("/mcp", json=ask, headers=headers))
             assert reply["result"]["resultType"] == "input_required", reply
             (name,) = reply["result"]["inputRequests"]
@@ -210,12 +210,12 @@ async def test_the_request_state_of_one_tenant_is_invalid_for_another(url: str, 
             schema = reply["result"]["inputRequests"][name]["params"]["requestedSchema"]
             answer["content"] = dict.fromkeys(schema["properties"], True)
             ask["params"] |= {"requestState": reply["result"]["requestState"], "inputResponses": {name: answer}}
-            refused = _result(await bert.post("/mcp", json=ask, headers=headers))
-            assert "error" in refused, refused
-            assert office.posts == 0
-            bought = _result(await anna.post("/mcp", json=ask, headers=headers))
-            assert bought["result"]["structuredContent"]["charged"] == "yes", bought
-            assert office.posts == 1
+            refusal = _result(await bert.post("/mcp", json=ask, headers=headers))
+            assert "error" in refusal, refusal
+            assert team.posts == 0
+            purchase = _result(await anna.post("/mcp", json=ask, headers=headers))
+            assert purchase["result"]["structuredContent"]["charged"] == "yes", purchase
+            assert team.posts == 1
 
 
 def _result(reply: httpx.Response) -> Any:
@@ -224,82 +224,82 @@ def _result(reply: httpx.Response) -> Any:
 
 
 async def test_a_cancellation_reaches_the_call_at_the_other_replica(url: str, tmp_path: Path) -> None:
-    async with team(url, tmp_path, ANNA) as office, office.http("a") as wire:
-        office.simulator.duration_s = 3600
-        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
-        reply = await wire.post("/mcp", json={"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": hello})
+    async with open_team(url, tmp_path, ANNA) as team, team.http("a") as http:
+        team.simulator.duration_s = 3600
+        params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
+        reply = await http.post("/mcp", json={"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params})
         session = {"mcp-session-id": reply.headers["mcp-session-id"], "mcp-protocol-version": "2025-11-25"}
-        ended: list[str] = []
+        answers: list[str] = []
 
-        async def asks() -> None:
-            params = {"name": "generate_image", "arguments": {**WISH, "prompt": "a fox", "wait_seconds": 600}}
+        async def ask() -> None:
+            params = {"name": "generate_image", "arguments": {**REQUEST, "prompt": "a fox", "wait_seconds": 600}}
             call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
-            ended.append((await wire.post("/mcp", json=call, headers=session)).text)
+            answers.append((await http.post("/mcp", json=call, headers=session)).text)
 
         async with anyio.create_task_group() as group:
-            group.start_soon(asks)
-            while not office.posts:
+            group.start_soon(ask)
+            while not team.posts:
                 await anyio.sleep(0.01)
             cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}
-            at = office.proxy.turns[-1]
-            assert (await wire.post("/mcp", json=cancel, headers=session)).status_code == 202
-            assert office.proxy.turns[-1] != at
-        assert "structuredContent" not in ended[0]
-        async with office.client("a", "legacy") as client:
-            again = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
-            assert "earlier identical call" in again.content[0].text
-        assert office.posts == 1
+            replica = team.proxy.turns[-1]
+            assert (await http.post("/mcp", json=cancel, headers=session)).status_code == 202
+            assert team.proxy.turns[-1] != replica
+        assert "structuredContent" not in answers[0]
+        async with team.client("a", "legacy") as client:
+            repeat = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
+            assert "earlier identical call" in repeat.content[0].text
+        assert team.posts == 1
 
 
 @ERAS
 async def test_tenants_are_isolated_at_every_replica(url: str, tmp_path: Path, mode: str) -> None:
-    async with team(url, tmp_path, ANNA, BERT) as office:
-        async with office.client("a", mode) as anna, office.client("b", mode) as bert:
-            bought = (await anna.call_tool("generate_image", WISH)).structured_content
+    async with open_team(url, tmp_path, ANNA, BERT) as team:
+        async with team.client("a", mode) as anna, team.client("b", mode) as bert:
+            purchase = (await anna.call_tool("generate_image", REQUEST)).structured_content
             for _ in range(2):
-                lost = await bert.call_tool("get_task", {"task_id": bought["task_id"]})
-                assert lost.is_error
+                refusal = await bert.call_tool("get_task", {"task_id": purchase["task_id"]})
+                assert refusal.is_error
                 assert (await bert.call_tool("list_tasks", {})).structured_content["tasks"] == []
                 with pytest.raises(Exception, match=r"no |not "):
-                    await bert.read_resource(bought["images"][0]["resource_uri"])
-            duplicate = (await bert.call_tool("generate_image", WISH)).structured_content
-        assert duplicate["task_id"] != bought["task_id"]
-        assert office.posts == 2
+                    await bert.read_resource(purchase["images"][0]["resource_uri"])
+            duplicate = (await bert.call_tool("generate_image", REQUEST)).structured_content
+        assert duplicate["task_id"] != purchase["task_id"]
+        assert team.posts == 2
 
 
 async def test_the_daily_limit_of_a_tenant_counts_across_replicas(url: str, tmp_path: Path) -> None:
-    async with team(url, tmp_path, block("anna", "a", max_credits_per_day=1.0)) as office:
+    async with open_team(url, tmp_path, block("anna", "a", max_credits_per_day=1.0)) as team:
         answers: list[Any] = []
 
         async def order(number: int) -> None:
-            async with office.client("a") as client:
-                answers.append(await client.call_tool("generate_image", {**WISH, "prompt": f"sim:fast {number}"}))
+            async with team.client("a") as client:
+                answers.append(await client.call_tool("generate_image", {**REQUEST, "prompt": f"sim:fast {number}"}))
 
         async with anyio.create_task_group() as group:
             for number in range(8):
                 group.start_soon(order, number)
-        paid = [answer.structured_content["credits"] for answer in answers if not answer.is_error]
+        charges = [answer.structured_content["credits"] for answer in answers if not answer.is_error]
         assert {answer.structured_content["error"]["code"] for answer in answers if answer.is_error} == {"over_budget"}
-        assert sum(paid) <= 1.0
-        assert office.posts == len(paid) > 1
+        assert sum(charges) <= 1.0
+        assert team.posts == len(charges) > 1
 
 
 async def test_uploads_and_links_of_one_replica_are_valid_at_the_other(url: str, tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     (tmp_path / "store").mkdir()
-    shared = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
-    async with team(url, tmp_path, ANNA, **shared) as office, office.http("a") as wire:
-        uri = (await wire.put("/uploads", content=drawing())).json()["uri"]
-        at = office.proxy.turns[-1]
-        wish = {**WISH, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
-        async with office.client("a") as client:
+    environ = {"EVOLINK_MCP_PUBLIC_URL": "https://pictures.example.org", "EVOLINK_MCP_STORE": str(tmp_path / "store")}
+    async with open_team(url, tmp_path, ANNA, **environ) as team, team.http("a") as http:
+        uri = (await http.put("/uploads", content=drawing())).json()["uri"]
+        replica = team.proxy.turns[-1]
+        arguments = {**REQUEST, "image_urls": [uri], "callback_url": "https://hooks.evolink-team.dev/x"}
+        async with team.client("a") as client:
             for prompt in ("sim:fast a fox", "sim:fast a hen"):
-                task = (await client.call_tool("generate_image", {**wish, "prompt": prompt})).structured_content
+                task = (await client.call_tool("generate_image", {**arguments, "prompt": prompt})).structured_content
                 assert task["status"] == "completed"
                 (image,) = task["images"]
                 for _ in range(2):
-                    picture = await wire.get(image["url"].removeprefix("https://pictures.example.org"))
+                    picture = await http.get(image["url"].removeprefix("https://pictures.example.org"))
                     assert (picture.status_code, len(picture.content)) == (200, image["bytes"])
-        orders = [number for number in office.proxy.turns if number != at]
+        orders = [number for number in team.proxy.turns if number != replica]
     assert orders  # the other replica has served some of them
-    assert office.posts == 2
+    assert team.posts == 2

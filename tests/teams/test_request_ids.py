@@ -20,7 +20,7 @@ from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import TEST_CLIENT, Clock, Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
-from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, Office, office
+from team_server import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, TeamServer, open_team_server
 from test_database import silent_port
 
 from evolink_mcp.call_context import REQUEST_ID, outside_request
@@ -33,8 +33,8 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 META = "evolink-mcp/request_id"
 
 
-async def ids_of(town: Office, path: str, method: str = "GET", **headers: str) -> str:
-    async with town.http(None, **headers) as http:
+async def ids_of(server: TeamServer, path: str, method: str = "GET", **headers: str) -> str:
+    async with server.http(None, **headers) as http:
         (request_id,) = (await http.request(method, path)).headers.get_list("x-request-id")
     return request_id
 
@@ -44,20 +44,20 @@ async def ids_of(town: Office, path: str, method: str = "GET", **headers: str) -
     [("/healthz", "GET"), ("/readyz", "GET"), ("/mcp", "POST"), ("/mcp", "GET"), ("/nowhere", "GET")],
 )
 async def test_every_http_answer_has_a_separate_id(tmp_path: Path, path: str, method: str) -> None:
-    async with office(tmp_path, ANNA) as town:
-        ids = {await ids_of(town, path, method) for _ in range(3)}
-        ids.add(await ids_of(town, path, method, host="evil.example.org"))
+    async with open_team_server(tmp_path, ANNA) as server:
+        ids = {await ids_of(server, path, method) for _ in range(3)}
+        ids.add(await ids_of(server, path, method, host="evil.example.org"))
     assert len(ids) == 4
     assert all(re.fullmatch("[0-9a-f]{32}", request_id) for request_id in ids)
 
 
 async def test_the_id_of_a_proxy_is_kept_only_if_it_is_well_formed(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
+    async with open_team_server(tmp_path, ANNA) as server:
         for proposal in ("8f14e45f-ceea", "A", "a" * 64):
-            assert await ids_of(town, "/healthz", x_request_id=proposal) == proposal
+            assert await ids_of(server, "/healthz", x_request_id=proposal) == proposal
         for proposal in ("", "a" * 65, "a b", "a_b", "{}", 'x","y":"', "a\tb"):
-            assert re.fullmatch("[0-9a-f]{32}", await ids_of(town, "/healthz", x_request_id=proposal))
-        async with town.http() as http:
+            assert re.fullmatch("[0-9a-f]{32}", await ids_of(server, "/healthz", x_request_id=proposal))
+        async with server.http() as http:
             twice = [("x-request-id", "a"), ("x-request-id", "b")]
             assert (await http.get("/healthz", headers=twice)).headers["x-request-id"] not in ("a", "b")
 
@@ -68,15 +68,15 @@ async def test_a_tool_answer_and_its_audit_line_have_the_id_and_the_client(
 ) -> None:
     """The User-Agent replaces the name of an older client in the audit. The session ID has the name for the answer."""
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
-        async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
-            async with town.client("a", mode, user_agent="drawing-bot/2.0", x_request_id="order-1") as client:
-                bought = await client.call_tool("generate_image", WISH)
-            async with town.client("a", mode, user_agent="other/1.0", x_request_id="order-2") as client:
-                second = await client.call_tool("generate_image", {**WISH, "prompt": "sim:fast a hen"})
-                refused = await client.call_tool("generate_image", {**WISH, "quality": "best"})
+        async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as server:
+            async with server.client("a", mode, user_agent="drawing-bot/2.0", x_request_id="order-1") as client:
+                purchase = await client.call_tool("generate_image", REQUEST)
+            async with server.client("a", mode, user_agent="other/1.0", x_request_id="order-2") as client:
+                second = await client.call_tool("generate_image", {**REQUEST, "prompt": "sim:fast a hen"})
+                refusal = await client.call_tool("generate_image", {**REQUEST, "quality": "best"})
     lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
-    assert [block.type for block in bought.content] == ["text", "image"]  # clients without a name get no preview
-    assert [(answer.meta or {})[META] for answer in (bought, second, refused)] == ["order-1", "order-2", "order-2"]
+    assert [block.type for block in purchase.content] == ["text", "image"]  # clients without a name get no preview
+    assert [(answer.meta or {})[META] for answer in (purchase, second, refusal)] == ["order-1", "order-2", "order-2"]
     assert [line["request"] for line in lines] == ["order-1", "order-2"]
     assert lines[0]["client"] == ("drawing-bot/2.0" if mode == "legacy" else TEST_CLIENT.name)
 
@@ -86,10 +86,10 @@ async def test_the_client_in_the_audit_is_short_and_on_one_line(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
         async with (
-            office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town,
-            town.client("a", "legacy", user_agent="x\t" * 4000) as client,
+            open_team_server(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as server,
+            server.client("a", "legacy", user_agent="x\t" * 4000) as client,
         ):
-            await client.call_tool("generate_image", WISH)
+            await client.call_tool("generate_image", REQUEST)
     (line,) = (json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit")
     assert 0 < len(line["client"]) <= 120
     assert line["client"].isprintable()
@@ -98,7 +98,7 @@ async def test_the_client_in_the_audit_is_short_and_on_one_line(
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Return the list of all spans from now on, each with its name and its request ID."""
-    started: list[tuple[str, Any]] = []
+    span_list: list[tuple[str, Any]] = []
 
     class Span:
         def set_attribute(self, name: str, value: Any) -> None: ...
@@ -109,20 +109,20 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     class Tracer:
         def start_span(self, name: str, *, kind: Any, attributes: dict[str, Any]) -> Span:
-            started.append((name, attributes.get("evolink_mcp.request_id")))
+            span_list.append((name, attributes.get("evolink_mcp.request_id")))
             return Span()
 
     monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
-    return started
+    return span_list
 
 
 async def test_spans_of_a_purchase_have_its_id_until_the_image_is_saved(
     tmp_path: Path, spans: list[tuple[str, Any]]
 ) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
         for token in ("a", "b"):
-            async with town.client(token, x_request_id=f"order-{token}") as client:
-                await client.call_tool("generate_image", {**WISH, "prompt": f"sim:fast {token}"})
+            async with server.client(token, x_request_id=f"order-{token}") as client:
+                await client.call_tool("generate_image", {**REQUEST, "prompt": f"sim:fast {token}"})
     for name in ("POST /v1/images/generations", "GET /picture"):
         assert [request_id for span, request_id in spans if span == name] == ["order-a", "order-b"]
 
@@ -131,11 +131,11 @@ async def test_the_span_of_a_batch_has_no_id_because_it_polls_the_tasks_of_sever
     tmp_path: Path, spans: list[tuple[str, Any]]
 ) -> None:
     async def order(client: Client, number: int) -> None:
-        await client.call_tool("generate_image", {**WISH, "prompt": f"sim:slow=5 fox {number}"})
+        await client.call_tool("generate_image", {**REQUEST, "prompt": f"sim:slow=5 fox {number}"})
 
     async with (
-        office(tmp_path, ANNA) as town,
-        town.client("a", x_request_id="order-a") as client,
+        open_team_server(tmp_path, ANNA) as server,
+        server.client("a", x_request_id="order-a") as client,
         anyio.create_task_group() as group,
     ):
         for number in range(12):
@@ -161,7 +161,7 @@ async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_wo
             ids.append(REQUEST_ID.get())
 
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
-        bought = await client.call_tool("generate_image", {**WISH, "prompt": "a fox", "wait_seconds": 0})
+        purchase = await client.call_tool("generate_image", {**REQUEST, "prompt": "a fox", "wait_seconds": 0})
     clock.now += 1000
     async with open_world(simulator=simulator, clock=clock, subscribers=(receive,)) as world:
         token = REQUEST_ID.set("order-2")
@@ -169,7 +169,7 @@ async def test_an_adopted_purchase_has_no_id_of_the_call_that_adopted_it(open_wo
         REQUEST_ID.reset(token)
         while not ids:
             await anyio.sleep(0.01)
-    assert bought.structured_content["status"] in ("pending", "processing")  # the polls move the clock
+    assert purchase.structured_content["status"] in ("pending", "processing")  # the polls move the clock
     assert ids == [None]
 
 
@@ -191,10 +191,10 @@ async def test_the_app_of_a_tenant_does_not_keep_the_id_of_the_request_that_open
 
 
 async def test_work_of_another_request_has_no_id_of_this_one() -> None:
-    seen: list[str | None] = []
+    ids: list[str | None] = []
 
     async def work() -> None:
-        seen.append(REQUEST_ID.get())
+        ids.append(REQUEST_ID.get())
 
     token = REQUEST_ID.set("order-1")
     try:
@@ -205,7 +205,7 @@ async def test_work_of_another_request_has_no_id_of_this_one() -> None:
             group.start_soon(work)
     finally:
         REQUEST_ID.reset(token)
-    assert seen == ["order-1", None, "order-1"]
+    assert ids == ["order-1", None, "order-1"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

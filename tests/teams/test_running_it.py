@@ -18,7 +18,7 @@ from conftest import Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
-from office import ANNA, BERT, INITIALIZE, WISH, office
+from team_server import ANNA, BERT, INITIALIZE, REQUEST, open_team_server
 from test_database import silent_port
 
 pytest.importorskip("prometheus_client")
@@ -52,18 +52,18 @@ def values(text: str) -> dict[str, float]:
 
 
 async def test_metrics_count_purchases_polls_and_downloads(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town:
-        bought = (await town.call("a", "generate_image", **WISH)).structured_content
-        refused = await town.call("b", "generate_image", prompt="sim:402 a fox")
-        await town.call("b", "generate_image", **{**LATE, "wait_seconds": 0})
-        async with town.http(TOKEN) as http:
+    async with open_team_server(tmp_path, ANNA, BERT, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as server:
+        purchase = (await server.call("a", "generate_image", **REQUEST)).structured_content
+        refusal = await server.call("b", "generate_image", prompt="sim:402 a fox")
+        await server.call("b", "generate_image", **{**LATE, "wait_seconds": 0})
+        async with server.http(TOKEN) as http:
             answer = await http.get("/metrics")
         samples = values(answer.text)
     assert answer.headers["content-type"].startswith("text/plain")
-    assert refused.is_error
+    assert refusal.is_error
     assert samples["evolink_purchases_total submitted"] == 2
     assert samples["evolink_purchases_total refused"] == 1
-    assert samples["evolink_credits_total"] == bought["credits"]
+    assert samples["evolink_credits_total"] == purchase["credits"]
     assert samples["evolink_looks_total single"] >= 1
     assert samples["evolink_downloads_total saved"] == 1
     assert samples["evolink_lag_seconds_count"] == 1
@@ -74,10 +74,10 @@ async def test_metrics_count_purchases_polls_and_downloads(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("token", [None, "a", TOKEN + "x", ""])
 async def test_metrics_with_a_token_refuse_every_other_token(tmp_path: Path, token: str | None) -> None:
-    async with office(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as town, town.http(token) as http:
+    async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_METRICS_TOKEN=TOKEN) as server, server.http(token) as http:
         assert (await http.get("/metrics")).status_code == 401
         assert (await http.get("/metrics/x")).status_code in (401, 404)
-    async with office(tmp_path, ANNA) as town, town.http(token) as http:
+    async with open_team_server(tmp_path, ANNA) as server, server.http(token) as http:
         assert (await http.get("/metrics")).status_code == (200 if token == "a" else 401)
 
 
@@ -142,7 +142,7 @@ async def test_spans_show_the_requests_to_evolink_and_no_secret(
 
     monkeypatch.setattr("opentelemetry.trace.get_tracer", lambda *_: Tracer())
     async with open_world() as world, world.client() as client:
-        await client.call_tool("generate_image", WISH)
+        await client.call_tool("generate_image", REQUEST)
     names = [name for name, _ in spans]
     assert names[0] == "POST /v1/images/generations"
     assert {"GET /v1/tasks/{id}", "GET /picture"} <= set(names)
@@ -183,24 +183,24 @@ async def test_the_audit_has_one_line_per_purchase_without_prompt_or_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
-        async with office(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as town:
-            bought = (await town.call("a", "generate_image", **WISH)).structured_content
-            await town.call("a", "generate_image", prompt="sim:402 a fox")
-            await town.call("a", "get_task", task_id=bought["task_id"])
-            await town.call("a", "generate_image", **{**LATE, "wait_seconds": 0})
+        async with open_team_server(tmp_path, ANNA, EVOLINK_MCP_AUDIT="1") as server:
+            purchase = (await server.call("a", "generate_image", **REQUEST)).structured_content
+            await server.call("a", "generate_image", prompt="sim:402 a fox")
+            await server.call("a", "get_task", task_id=purchase["task_id"])
+            await server.call("a", "generate_image", **{**LATE, "wait_seconds": 0})
     lines = [json.loads(record.message) for record in caplog.records if record.name == "evolink_mcp.audit"]
     assert [(line["tenant"], line["outcome"], line["charged"]) for line in lines] == [
         ("anna", "completed", "yes"), ("anna", "refused", "no"), ("anna", "pending", "unknown"),
     ]  # fmt: skip
-    assert (lines[0]["task"], lines[0]["credits"], lines[1]["credits"]) == (bought["task_id"], bought["credits"], 0)
+    assert (lines[0]["task"], lines[0]["credits"], lines[1]["credits"]) == (purchase["task_id"], purchase["credits"], 0)
     assert all(line["client"] for line in lines)
     assert not any(word in json.dumps(lines) for word in ("fox", "sk-test"))
 
 
 async def test_without_the_setting_there_is_no_audit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="evolink_mcp.audit"):
-        async with office(tmp_path, ANNA) as town:
-            await town.call("a", "generate_image", **WISH)
+        async with open_team_server(tmp_path, ANNA) as server:
+            await server.call("a", "generate_image", **REQUEST)
     assert [record for record in caplog.records if record.name == "evolink_mcp.audit"] == []
 
 
@@ -209,45 +209,45 @@ async def test_without_the_setting_there_is_no_audit(tmp_path: Path, caplog: pyt
 
 async def test_a_draining_server_answers_waiting_calls_with_task_ids_and_refuses_new_requests(tmp_path: Path) -> None:
     answers: list[Any] = []
-    async with office(tmp_path, ANNA) as town:
+    async with open_team_server(tmp_path, ANNA) as server:
 
         async def order() -> None:
-            answers.append(await town.call("a", "generate_image", **LATE))
+            answers.append(await server.call("a", "generate_image", **LATE))
 
         async with anyio.create_task_group() as calls:
             calls.start_soon(order)
-            while not any(job.is_acknowledged for studio in town.studios for job in studio.jobs):
+            while not any(job.is_acknowledged for studio in server.studios for job in studio.jobs):
                 await anyio.sleep(0.01)
-            assert not town.studios.drain()
-            while not town.studios.drain():
+            assert not server.studios.drain()
+            while not server.studios.drain():
                 await anyio.sleep(0.01)
-        new = (await town.call("a", "generate_image", prompt="another")).structured_content
-        town.guard.close(has_other_servers=False)
-        async with town.http("a") as http:
+        new_task = (await server.call("a", "generate_image", prompt="another")).structured_content
+        server.guard.close(has_other_servers=False)
+        async with server.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
-            town.guard.close(has_other_servers=True)
-            refused = await http.post("/mcp", json=INITIALIZE)
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-            assert "Nothing was bought" in refused.text
+            server.guard.close(has_other_servers=True)
+            refusal = await http.post("/mcp", json=INITIALIZE)
+            assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
+            assert "Nothing was bought" in refusal.text
             assert (await http.get("/readyz")).json()["why"] == "the server is about to end"
             assert (await http.get("/healthz")).status_code == 200
-        assert town.posts == 1
+        assert server.posts == 1
     (facts,) = (answer.structured_content for answer in answers)
     assert facts["next_action"] == {"tool": "get_task", "arguments": {"task_id": facts["task_id"]}}
-    assert (new["error"]["code"], new["charged"]) == ("draining", "no")
+    assert (new_task["error"]["code"], new_task["charged"]) == ("draining", "no")
 
 
 async def test_a_call_that_has_begun_still_buys_if_other_servers_take_the_new_ones(tmp_path: Path) -> None:
     """A refusal would reach its client as an error: a proxy cannot repeat a call after the first byte of the answer."""
-    async with office(tmp_path, ANNA) as town:
-        await town.call("a", "generate_image", **WISH)
-        (studio,) = town.studios
+    async with open_team_server(tmp_path, ANNA) as server:
+        await server.call("a", "generate_image", **REQUEST)
+        (studio,) = server.studios
         request = ImageRequest(GenerationRequest(prompt="another", size="1024x640"), 9.0)
-        town.studios.drain(has_other_servers=True)
+        server.studios.drain(has_other_servers=True)
         async with studio.ordered(request) as job:
-            assert not town.studios.drain(has_other_servers=True)
+            assert not server.studios.drain(has_other_servers=True)
             assert job.is_draining
-        town.studios.drain()
+        server.studios.drain()
         with pytest.raises(Refused, match="about to end"):
             await studio.order(request)
 

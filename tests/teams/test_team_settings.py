@@ -243,11 +243,11 @@ async def test_doctor_reads_the_tokens_file_and_the_issuer(tmp_path: Path) -> No
 def test_a_database_whose_password_could_be_taken_for_a_host_is_refused_and_not_shown(
     scheme: str, address: str
 ) -> None:
-    with pytest.raises(BadSetting) as refused:
+    with pytest.raises(BadSetting) as refusal:
         TeamSettings.from_environment(
             {"EVOLINK_MCP_DATABASE_URL": f"{scheme}://{address}", "EVOLINK_MCP_SECRET": SECRET}
         )
-    text = str(refused.value)
+    text = str(refusal.value)
     assert text.startswith("EVOLINK_MCP_DATABASE_URL is ambiguous: percent-encode the user name and the password")
     assert len(text.splitlines()) == 1
     assert [part for part in ("canary", "team", "example", "5432") if part in text] == []

@@ -18,7 +18,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import SERVER_COMMAND, minimal_environment
 from conftest import Clock
-from office import ANNA, BERT, HEADERS, INITIALIZE, WISH, block, office
+from team_server import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, block, open_team_server
 
 from evolink_mcp.teams.app import Readiness
 from evolink_mcp.teams.authenticator import TeamAuthenticator
@@ -170,8 +170,8 @@ def test_a_tenant_with_a_separate_key_shares_no_account(file: Path) -> None:
         block("anna", "a") + block("bert", "b", evolink_key="sk-berts-key") + block("bert", "b2", evolink_key="sk-berts-key")
         + block("carl", "c", evolink_key="sk-one-key") + block("dora", "d", evolink_key="sk-one-key")
     )  # fmt: skip
-    shared = {tenant.name: tenant.shares_account for tenant in Tokens(file).tenants.values()}
-    assert shared == {"anna": True, "bert": False, "carl": True, "dora": True}
+    shares_account = {tenant.name: tenant.shares_account for tenant in Tokens(file).tenants.values()}
+    assert shares_account == {"anna": True, "bert": False, "carl": True, "dora": True}
 
 
 WITH_KEY = block("anna", "a", evolink_key="sk-annas-own")
@@ -213,8 +213,8 @@ def test_a_key_that_is_added_to_a_readable_file_later_is_reported_too(
 
 
 async def test_every_path_needs_a_token_except_the_health_checks(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA) as town:
-        async with town.http() as http:
+    async with open_team_server(tmp_path, ANNA) as server:
+        async with server.http() as http:
             for method, path in (
                 ("POST", "/mcp"),
                 ("GET", "/mcp"),
@@ -228,102 +228,104 @@ async def test_every_path_needs_a_token_except_the_health_checks(tmp_path: Path)
                 assert (await http.get(path)).json()["status"] == "ok"
                 assert (await http.post(path, json=INITIALIZE)).status_code == 401
             assert (await http.get("/healthz", headers={"host": "evil.dev"})).status_code == 421
-        async with town.http("wrong") as http:
+        async with server.http("wrong") as http:
             answer = await http.post("/mcp", json=INITIALIZE)
             assert answer.headers["www-authenticate"].endswith('error="invalid_token"')
-        async with town.http("a") as http:
+        async with server.http("a") as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 200
-    assert town.simulator.requests == []
+    assert server.simulator.requests == []
 
 
 @ERAS
 async def test_identical_requests_of_two_tenants_are_two_purchases(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        first = await town.call("a", "generate_image", mode, **WISH, wait_seconds=0)
-        second = await town.call("b", "generate_image", mode, **WISH, wait_seconds=0)
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        first = await server.call("a", "generate_image", mode, **REQUEST, wait_seconds=0)
+        second = await server.call("b", "generate_image", mode, **REQUEST, wait_seconds=0)
     assert first.structured_content["task_id"] != second.structured_content["task_id"]
-    assert town.posts == 2
+    assert server.posts == 2
 
 
 @ERAS
 async def test_no_tool_and_no_resource_shows_the_task_of_another_tenant(tmp_path: Path, mode: str) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        bought = (await town.call("a", "generate_image", mode, **WISH)).structured_content
-        task_id, uri = bought["task_id"], bought["images"][0]["resource_uri"]
-        visible = len(town.simulator.requests)
-        async with town.client("b", mode) as client:
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        purchase = (await server.call("a", "generate_image", mode, **REQUEST)).structured_content
+        task_id, uri = purchase["task_id"], purchase["images"][0]["resource_uri"]
+        visible = len(server.simulator.requests)
+        async with server.client("b", mode) as client:
             for tool in ("get_task", "view_image"):
                 answer = await client.call_tool(tool, {"task_id": task_id})
                 assert answer.is_error
                 assert "there is no task" in answer.content[0].text.lower()
             edit = await client.call_tool("generate_image", {"prompt": "an edit", "image_urls": [uri]})
             assert edit.structured_content["error"]["code"] == "reference_refused"
-            listed = await client.call_tool("list_tasks", {"sync": True})
-            assert listed.structured_content["tasks"] == []
+            task_list = await client.call_tool("list_tasks", {"sync": True})
+            assert task_list.structured_content["tasks"] == []
             for address in (uri, f"evolink://tasks/{task_id}"):
                 with pytest.raises(Exception, match=r"no |not "):
                     await client.read_resource(address)
-        texts = [listed.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
+        texts = [task_list.model_dump_json(), edit.model_dump_json(), answer.model_dump_json()]
         assert not any("anna" in text for text in texts)
-        assert len(town.simulator.requests) == visible
-        assert (await town.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
+        assert len(server.simulator.requests) == visible
+        assert (await server.call("a", "get_task", mode, task_id=task_id)).structured_content["status"] == "completed"
 
 
 async def test_a_lost_answer_is_never_matched_with_the_task_of_another_tenant(tmp_path: Path) -> None:
     """The account's task list has the tasks of all tenants. Time and price do not prove a match."""
-    async with office(tmp_path, ANNA, BERT) as town:
-        lost = await town.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
-        assert (lost.structured_content["status"], lost.structured_content["charged"]) == ("unknown", "unknown")
-        assert lost.structured_content["task_id"] is None
-        assert not any(request.path == "/v1/tasks" for request in town.simulator.requests)
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        purchase = await server.call("a", "generate_image", prompt="sim:fast sim:lost-reply a fox", size="1024x640")
+        assert (purchase.structured_content["status"], purchase.structured_content["charged"]) == ("unknown", "unknown")
+        assert purchase.structured_content["task_id"] is None
+        assert not any(request.path == "/v1/tasks" for request in server.simulator.requests)
 
 
 async def test_spending_limits_count_per_tenant(tmp_path: Path) -> None:
-    capped = block("anna", "a", max_credits_per_day=0.4)
-    async with office(tmp_path, capped, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as town:
-        wish = {**WISH, "quality": "low"}
-        assert not (await town.call("a", "generate_image", **wish)).is_error
-        second = await town.call("a", "generate_image", **{**wish, "prompt": "sim:fast a hare"})
+    limited_block = block("anna", "a", max_credits_per_day=0.4)
+    async with open_team_server(tmp_path, limited_block, BERT, EVOLINK_MCP_MAX_CREDITS_PER_CALL="50") as server:
+        arguments = {**REQUEST, "quality": "low"}
+        assert not (await server.call("a", "generate_image", **arguments)).is_error
+        second = await server.call("a", "generate_image", **{**arguments, "prompt": "sim:fast a hare"})
         assert second.structured_content["error"]["code"] == "over_budget"
-        assert not (await town.call("b", "generate_image", **{**wish, "prompt": "sim:fast a hare"})).is_error
-        dear = await town.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
-        assert dear.structured_content["error"]["code"] == "over_budget"
+        assert not (await server.call("b", "generate_image", **{**arguments, "prompt": "sim:fast a hare"})).is_error
+        expensive = await server.call("b", "generate_image", prompt="dear", size="3840x2160", quality="high", n=10)
+        assert expensive.structured_content["error"]["code"] == "over_budget"
 
 
 async def test_a_tenant_cannot_exceed_its_limit_of_running_tasks(tmp_path: Path) -> None:
-    async with office(tmp_path, block("anna", "a", max_running=2), BERT) as town:
-        town.simulator.duration_s = 500
+    async with open_team_server(tmp_path, block("anna", "a", max_running=2), BERT) as server:
+        server.simulator.duration_s = 500
         answers: list[Any] = []
 
         async def order(number: int) -> None:
-            wish = {**WISH, "prompt": f"fox {number}"}
-            answers.append(await town.call("a", "generate_image", **wish, wait_seconds=0))
+            arguments = {**REQUEST, "prompt": f"fox {number}"}
+            answers.append(await server.call("a", "generate_image", **arguments, wait_seconds=0))
 
         async with anyio.create_task_group() as calls:
             for number in range(4):
                 calls.start_soon(order, number)
         codes = sorted(answer.structured_content["error"]["code"] for answer in answers if answer.is_error)
         assert codes == ["too_many_running"] * 2
-        assert town.posts == 2
-        assert not (await town.call("b", "generate_image", **WISH, wait_seconds=0)).is_error
+        assert server.posts == 2
+        assert not (await server.call("b", "generate_image", **REQUEST, wait_seconds=0)).is_error
 
 
 async def test_a_tenant_has_only_the_tools_of_its_token(tmp_path: Path) -> None:
-    async with office(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as town:
-        async with town.client("a") as client:
-            listed = await client.list_tools()
-        assert [tool.name for tool in listed.tools] == ["get_task", "compute_size"]
-        assert listed.cache_scope == "private"  # another tenant has other tools
-        assert (await town.call("a", "generate_image", **WISH)).is_error
-        assert town.posts == 0
+    async with open_team_server(tmp_path, block("anna", "a", tools=["get_task", "compute_size"]), BERT) as server:
+        async with server.client("a") as client:
+            tool_list = await client.list_tools()
+        assert [tool.name for tool in tool_list.tools] == ["get_task", "compute_size"]
+        assert tool_list.cache_scope == "private"  # another tenant has other tools
+        assert (await server.call("a", "generate_image", **REQUEST)).is_error
+        assert server.posts == 0
 
 
 async def test_a_tenant_with_a_key_spends_from_its_account(tmp_path: Path) -> None:
-    async with office(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as town:
-        await town.call("a", "generate_image", **WISH)
-        await town.call("b", "generate_image", **WISH)
-        sent = {request.headers.get("authorization") for request in town.simulator.requests if request.method == "POST"}
-    assert sent == {"Bearer sk-annas-own", "Bearer sk-test-key"}
+    async with open_team_server(tmp_path, block("anna", "a", evolink_key="sk-annas-own"), BERT) as server:
+        await server.call("a", "generate_image", **REQUEST)
+        await server.call("b", "generate_image", **REQUEST)
+        used_keys = {
+            request.headers.get("authorization") for request in server.simulator.requests if request.method == "POST"
+        }
+    assert used_keys == {"Bearer sk-annas-own", "Bearer sk-test-key"}
 
 
 async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -> None:
@@ -331,13 +333,13 @@ async def test_an_entry_without_a_tenant_is_shown_to_no_tenant(tmp_path: Path) -
     from evolink_mcp.journal.entry import Entry
     from evolink_mcp.journal.sqlite import SqliteJournal
 
-    old = SqliteJournal(tmp_path / "data")
+    journal = SqliteJournal(tmp_path / "data")
     entry = Entry.external(Task("task-unified-1757156493-imcg5zqt", status="completed"), 1.0)
-    await old.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
-    await old.close()
-    async with office(tmp_path, ANNA) as town:
-        listed = await town.call("a", "list_tasks")
-    assert listed.structured_content["tasks"] == []
+    await journal.intend(Entry(**{**{name: getattr(entry, name) for name in entry.__slots__}, "key": "k" * 32}))
+    await journal.close()
+    async with open_team_server(tmp_path, ANNA) as server:
+        task_list = await server.call("a", "list_tasks")
+    assert task_list.structured_content["tasks"] == []
 
 
 # --- the command ---
@@ -350,11 +352,11 @@ def run(tmp_path: Path, *arguments: str, **environ: str) -> subprocess.Completed
 
 
 def test_the_command_creates_a_token(tmp_path: Path) -> None:
-    created = run(tmp_path, "token", "anna")
-    assert created.returncode == 0
-    assert created.stdout.count("evt_") == 1
-    refused = run(tmp_path, "token", "an na")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    creation = run(tmp_path, "token", "anna")
+    assert creation.returncode == 0
+    assert creation.stdout.count("evt_") == 1
+    refusal = run(tmp_path, "token", "an na")
+    assert (refusal.returncode, refusal.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(
@@ -363,10 +365,10 @@ def test_the_command_creates_a_token(tmp_path: Path) -> None:
 def test_an_invalid_file_ends_the_start_with_one_line(tmp_path: Path, file: Path, text: str | None, words: str) -> None:
     if text is not None:
         file.write_text(text)
-    ended = run(tmp_path, "http", EVOLINK_MCP_TOKENS_FILE=str(file))
-    assert ended.returncode == 2
-    assert words in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    process = run(tmp_path, "http", EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert process.returncode == 2
+    assert words in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["http", "sse"])
@@ -375,16 +377,16 @@ def test_the_start_reports_a_file_with_a_key_that_other_users_can_read(
 ) -> None:
     file.write_text(WITH_KEY)
     file.chmod(0o644)
-    with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", 0))
-        occupied.listen()
-        port = str(occupied.getsockname()[1])
-        ended = run(tmp_path, command, "--port", port, EVOLINK_MCP_TOKENS_FILE=str(file))
-    assert ended.returncode == 1
-    (report,) = [line for line in ended.stderr.splitlines() if "chmod" in line]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        process = run(tmp_path, command, "--port", port, EVOLINK_MCP_TOKENS_FILE=str(file))
+    assert process.returncode == 1
+    (report,) = [line for line in process.stderr.splitlines() if "chmod" in line]
     assert report.startswith("evolink-mcp: other users of this machine can read the EvoLink keys in the tokens file ")
     assert report.endswith(f"{file} (mode 0644). Run: chmod 600 {file}")
-    assert "sk-annas-own" not in ended.stderr
+    assert "sk-annas-own" not in process.stderr
 
 
 def test_the_doctor_reports_a_file_with_a_key_that_other_users_can_read(tmp_path: Path, file: Path) -> None:
@@ -437,17 +439,17 @@ def test_a_server_without_any_evolink_key_is_not_ready(file: Path, key: str | No
 
 
 async def test_tasks_of_tenants_with_one_account_are_polled_in_one_batch(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as town:
-        town.simulator.duration_s = 3600
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        server.simulator.duration_s = 3600
         for token, prompt in (("a", "a fox"), ("a", "a hen"), ("b", "a cow")):
-            await town.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
-        jobs = [job for studio in town.studios for job in studio.jobs]
+            await server.call(token, "generate_image", prompt=prompt, size="1024x640", wait_seconds=0)
+        jobs = [job for studio in server.studios for job in studio.jobs]
         assert len(jobs) == 3
-        while not any(r.path == "/v1/tasks/batch" for r in town.simulator.requests):
+        while not any(r.path == "/v1/tasks/batch" for r in server.simulator.requests):
             for job in jobs:  # Without this call the polls rarely happen at the same moment
                 job.poll_now()
             await anyio.sleep(0.01)
-        keys = {r.headers["authorization"] for r in town.simulator.requests}
+        keys = {r.headers["authorization"] for r in server.simulator.requests}
     assert keys == {"Bearer sk-test-key"}
 
 
@@ -465,37 +467,39 @@ async def test_the_app_of_an_idle_tenant_is_closed_after_an_hour(tmp_path: Path)
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             pass
 
-    opened, closed, app = [], [], App()
+    opened_names, closed_names, app = [], [], App()
 
     @asynccontextmanager
-    async def opens(tenant: Tenant) -> AsyncIterator[App]:
-        opened.append(tenant.name)
+    async def open_app(tenant: Tenant) -> AsyncIterator[App]:
+        opened_names.append(tenant.name)
         yield app
-        closed.append(tenant.name)
+        closed_names.append(tenant.name)
 
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            tenants = Tenants(group, opens, lambda tenant: tenant.name == "anna", sleep=sleep, clock=lambda: now_s[0])
+            tenants = Tenants(
+                group, open_app, lambda tenant: tenant.name == "anna", sleep=sleep, clock=lambda: now_s[0]
+            )
             for name in ("anna", "bert", "bert"):
                 await tenants({"type": "http", CALLER_KEY: Tenant(name)}, None, None)  # pyright: ignore[reportArgumentType]
             now_s[0] += 3_600
             hour_later.set()
             for _ in range(20):
                 await anyio.sleep(0)
-            assert closed == []  # The app has running work
+            assert closed_names == []  # The app has running work
             app.is_idle = True
-            while len(closed) < 2:
+            while len(closed_names) < 2:
                 await anyio.sleep(0)
-            assert (opened, sorted(closed)) == (["anna", "bert"], ["anna", "bert"])
+            assert (opened_names, sorted(closed_names)) == (["anna", "bert"], ["anna", "bert"])
             await tenants({"type": "http", CALLER_KEY: Tenant("bert")}, None, None)  # pyright: ignore[reportArgumentType]
-            assert opened == ["anna", "bert", "bert"]
+            assert opened_names == ["anna", "bert", "bert"]
             group.cancel_scope.cancel()
 
 
 async def test_the_poller_of_an_evolink_key_is_shared_until_its_last_studio_closes(tmp_path: Path) -> None:
-    async with office(tmp_path, ANNA, BERT) as team:
-        async with team.studios.open(Tenant("anna")) as (anna, _), team.studios.open(Tenant("bert")) as (bert, _):
+    async with open_team_server(tmp_path, ANNA, BERT) as server:
+        async with server.studios.open(Tenant("anna")) as (anna, _), server.studios.open(Tenant("bert")) as (bert, _):
             first = anna.rate_limit
             assert bert.rate_limit is first
-        async with team.studios.open(Tenant("anna")) as (anna, _):
+        async with server.studios.open(Tenant("anna")) as (anna, _):
             assert anna.rate_limit is not first

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from child_processes import patient_times  # noqa: E402
-from cluster import running  # noqa: E402
+from cluster import run_cluster  # noqa: E402
 
 from evolink_mcp.api.task import Task  # noqa: E402
 from evolink_mcp.journal.all_profiles import release_dead_servers  # noqa: E402
@@ -34,7 +34,7 @@ from evolink_mcp.teams.database import Database, open_database  # noqa: E402
 from evolink_mcp.teams.postgres import PostgresConnection, PostgresJournal  # noqa: E402
 
 ACCOUNT = "a1"
-APART_S = 30.0  # one order of the team each half minute is a million in a year
+INTERVAL_S = 30.0  # one order of the team each half minute is a million in a year
 DAY_S = 86_400.0
 STATUSES = ("completed",) * 49 + ("failed",)
 # Copy the first entries of a tenant. Each word of the prompt that names a number gets the number of the copy.
@@ -42,7 +42,7 @@ COPY = """INSERT INTO evolink_entries ({columns}) SELECT {values}
     FROM generate_series({first}, {last}) AS number
     JOIN (SELECT *, row_number() OVER (ORDER BY created_at) - 1 AS place FROM evolink_entries) AS template
     ON template.place = number % {templates}"""
-CHANGED = {
+CHANGES = {
     "key": "'evomcp-' || md5(number::text)",
     "task_id": "'task-unified-' || lpad(number::text, 10, '0') || '-yearsago'",
     "created_at": "{now} - ({last} - number) * {apart}",
@@ -79,7 +79,7 @@ async def fill(database: Database, url: str, count: int, tenants: int) -> None:
     now = time.time()
     for number in range(templates):
         journal = PostgresJournal(database, ACCOUNT, profile=f"tenant{number % tenants}")
-        await journal.intend(entry(number, now - (count - number) * APART_S, STATUSES[number // tenants]))
+        await journal.intend(entry(number, now - (count - number) * INTERVAL_S, STATUSES[number // tenants]))
     await asyncio.to_thread(copy, url, templates, count - 1, now)
 
 
@@ -92,7 +92,9 @@ def copy(url: str, templates: int, last: int, now: float) -> None:
                 "SELECT column_name FROM information_schema.columns WHERE table_name = 'evolink_entries'"
             )
         ]  # fmt: skip
-        values = [CHANGED.get(name, f'template."{name}"').format(now=now, last=last, apart=APART_S) for name in columns]
+        values = [
+            CHANGES.get(name, f'template."{name}"').format(now=now, last=last, apart=INTERVAL_S) for name in columns
+        ]
         values = [
             f"replace({value}, lpad(place::text, 10, '0'), lpad(number::text, 10, '0'))" if name in NUMBERED else value
             for name, value in zip(columns, values, strict=True)
@@ -111,20 +113,20 @@ def copy(url: str, templates: int, last: int, now: float) -> None:
         db.execute("VACUUM ANALYZE")
 
 
-async def measure(repeats: int, act: Callable[[], Awaitable[Any]]) -> dict[str, float]:
+async def measure(repeats: int, action: Callable[[], Awaitable[Any]]) -> dict[str, float]:
     times: list[float] = []
     for _ in range(repeats):
-        began = time.perf_counter()
-        await act()
-        times.append(1000 * (time.perf_counter() - began))
+        started_at = time.perf_counter()
+        await action()
+        times.append(1000 * (time.perf_counter() - started_at))
     return {"median_ms": median(times), "slowest_ms": max(times)}
 
 
 async def run(url: str, count: int, tenants: int, repeats: int) -> dict[str, Any]:
     async with open_database(url, patient_times()) as database:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         await fill(database, url, count, tenants)
-        filled_s = time.perf_counter() - began
+        fill_s = time.perf_counter() - started_at
         journal = PostgresJournal(database, ACCOUNT, profile="tenant7")
         now = time.time()
         number = next(number for number in range(count - 1, 0, -1) if number % tenants == 7)  # the newest of tenant7
@@ -132,11 +134,13 @@ async def run(url: str, count: int, tenants: int, repeats: int) -> dict[str, Any
         assert len(await journal.recent(10, words=(f"{number:010d}",))) == 1
 
         async def order() -> None:
-            made = replace(entry(0, time.time(), "completed"), task=None, images=(), delivered_at=None, phase="intent")
-            made = await journal.intend(
-                replace(made, key=new_key(), owner=journal.owner), day_limit=1e9, since=now, running_max=1000
+            new_entry = replace(
+                entry(0, time.time(), "completed"), task=None, images=(), delivered_at=None, phase="intent"
             )
-            await journal.update(sending := replace(made, phase="sending"))
+            new_entry = await journal.intend(
+                replace(new_entry, key=new_key(), owner=journal.owner), day_limit=1e9, since=now, running_max=1000
+            )
+            await journal.update(sending := replace(new_entry, phase="sending"))
             task = Task(f"task-unified-{time.time_ns()}-neworder", "pending")
             await journal.update(replace(sending, phase="submitted", task=task))
 
@@ -151,8 +155,8 @@ async def run(url: str, count: int, tenants: int, repeats: int) -> dict[str, Any
         }
         return {
             "entries": count,
-            "filled_s": filled_s,
-            "lists": {name: await measure(repeats, act) for name, act in lists.items()},
+            "filled_s": fill_s,
+            "lists": {name: await measure(repeats, action) for name, action in lists.items()},
             "order": await measure(repeats, order),
             "search for dead servers": await measure(
                 repeats,
@@ -167,7 +171,7 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args()
-    with running() as cluster:
+    with run_cluster() as cluster:
         print(json.dumps(asyncio.run(run(cluster.database(), options.entries, options.tenants, options.repeats))))
 
 

@@ -37,14 +37,14 @@ GENERATE = list(GenerateImageArguments.model_fields)
 @pytest.mark.parametrize(
     ("name", "meaning"), [(name, own) for own, names in MEANINGS.items() for name in names.split()]
 )
-def test_an_argument_of_another_service_gets_ours_with_the_same_meaning(name: str, meaning: str) -> None:
+def test_the_refusal_of_an_argument_of_another_service_names_ours(name: str, meaning: str) -> None:
     assert correction(name, GENERATE) == f"did you mean {meaning}?"
 
 
 @pytest.mark.parametrize(
     "name", "negativePrompt negative_prompt negative style stylePreset style_name systemPrompt".split()
 )
-def test_a_part_of_the_prompt_belongs_into_the_prompt(name: str) -> None:
+def test_an_argument_that_describes_the_picture_is_refused_with_a_hint_to_the_prompt(name: str) -> None:
     assert correction(name, GENERATE) == "write it into the prompt"
 
 

@@ -135,16 +135,16 @@ ACCEPTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "sent"), ACCEPTED)
+@pytest.mark.parametrize(("arguments", "body_fields"), ACCEPTED)
 async def test_the_body_contains_exactly_the_given_arguments(
-    world: World, arguments: dict[str, Any], sent: dict[str, Any]
+    world: World, arguments: dict[str, Any], body_fields: dict[str, Any]
 ) -> None:
     with anyio.fail_after(300):
         async with world.client() as client:
             answer = await client.call_tool("generate_image", {"prompt": PROMPT, "wait_seconds": 0, **arguments})
     assert answer.is_error is False
     body = next(r.body for r in world.simulator.requests if r.path == "/v1/images/generations")
-    assert json.loads(body) == {"model": "gpt-image-2", "prompt": PROMPT, **sent}
+    assert json.loads(body) == {"model": "gpt-image-2", "prompt": PROMPT, **body_fields}
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ async def test_compute_size_needs_no_key_no_network_and_no_folder(open_world: An
     }
     async with open_world(environ) as world, world.client() as client:
         answer = await client.call_tool("compute_size", {"size": "16:9", "resolution": "2K"})
-        paid = await client.call_tool("generate_image", {"prompt": PROMPT})
+        refusal = await client.call_tool("generate_image", {"prompt": PROMPT})
     assert (answer.structured_content["width"], answer.structured_content["height"]) == (2048, 1152)
-    assert "EVOLINK_API_KEY" in paid.content[0].text
+    assert "EVOLINK_API_KEY" in refusal.content[0].text
     assert world.simulator.requests == []
 
 

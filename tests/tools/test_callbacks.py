@@ -32,7 +32,7 @@ class User:
 
 
 @pytest.fixture
-def passport(tmp_path: Path) -> str:
+def passport_file(tmp_path: Path) -> str:
     (tmp_path / "pictures").mkdir()
     path = tmp_path / "pictures" / "passport-scan.png"
     path.write_bytes(drawing())
@@ -61,13 +61,15 @@ def requests_to_evolink(world: World) -> list[str]:
     ],
 )
 async def test_a_callback_to_another_host_is_refused_without_a_request(
-    open_world: Open, passport: str, allowed: str, url: str
+    open_world: Open, passport_file: str, allowed: str, url: str
 ) -> None:
     async with (
         open_world({"EVOLINK_MCP_CALLBACK_HOSTS": allowed}) as world,
         client_of(world, "auto", None) as client,
     ):
-        answer = await client.call_tool("generate_image", {**ARGUMENTS, "callback_url": url, "image_urls": [passport]})
+        answer = await client.call_tool(
+            "generate_image", {**ARGUMENTS, "callback_url": url, "image_urls": [passport_file]}
+        )
     assert answer.structured_content["error"]["code"] == "callback_refused"
     assert answer.structured_content["charged"] == "no"
     assert requests_to_evolink(world) == []
@@ -87,26 +89,26 @@ async def test_a_callback_to_an_allowed_host_is_sent_unchanged(open_world: Open,
 
 
 @ERAS
-async def test_a_local_file_with_a_callback_needs_approval(open_world: Open, passport: str, mode: str) -> None:
+async def test_a_local_file_with_a_callback_needs_approval(open_world: Open, passport_file: str, mode: str) -> None:
     user = User(answer=False)
     async with open_world() as world, client_of(world, mode, user) as client:
-        answer = await client.call_tool("generate_image", {**ARGUMENTS, "image_urls": [passport]})
+        answer = await client.call_tool("generate_image", {**ARGUMENTS, "image_urls": [passport_file]})
     assert answer.structured_content["error"]["code"] == "not_confirmed"
     (question,) = user.questions
-    assert passport in question
+    assert passport_file in question
     assert "hooks.evolink-hooks.dev" in question
     assert requests_to_evolink(world) == []
 
 
 @ERAS
-async def test_the_approval_holds_for_the_session_and_one_host(open_world: Open, passport: str, mode: str) -> None:
+async def test_the_approval_holds_for_the_session_and_one_host(open_world: Open, passport_file: str, mode: str) -> None:
     user = User(answer=True)
     async with open_world() as world, client_of(world, mode, user) as client:
         for prompt in ("sim:fast a fox", "sim:fast a hare"):
-            arguments = {**ARGUMENTS, "prompt": prompt, "image_urls": [passport]}
+            arguments = {**ARGUMENTS, "prompt": prompt, "image_urls": [passport_file]}
             assert not (await client.call_tool("generate_image", arguments)).is_error
         assert len(user.questions) == 1
-        other_host = {**ARGUMENTS, "callback_url": "https://other.evolink-hooks.dev/", "image_urls": [passport]}
+        other_host = {**ARGUMENTS, "callback_url": "https://other.evolink-hooks.dev/", "image_urls": [passport_file]}
         await client.call_tool("generate_image", other_host)
     assert len(user.questions) == 2
 
@@ -121,7 +123,7 @@ async def test_the_approval_holds_for_the_session_and_one_host(open_world: Open,
     ],
 )
 async def test_other_calls_need_no_approval(
-    open_world: Open, passport: str, mode: str, arguments: dict[str, Any]
+    open_world: Open, passport_file: str, mode: str, arguments: dict[str, Any]
 ) -> None:
     user = User(answer=False)
     async with open_world() as world, client_of(world, mode, user) as client:
@@ -129,18 +131,18 @@ async def test_other_calls_need_no_approval(
     assert (answer.is_error, user.questions) == (False, [])
 
 
-async def test_price_and_file_are_in_one_question(open_world: Open, passport: str) -> None:
+async def test_price_and_file_are_in_one_question(open_world: Open, passport_file: str) -> None:
     user = User(answer=True)
     async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": "1"}) as world, client_of(world, "auto", user) as client:
-        await client.call_tool("generate_image", {**ARGUMENTS, "image_urls": [passport]})
+        await client.call_tool("generate_image", {**ARGUMENTS, "image_urls": [passport_file]})
     (question,) = user.questions
     assert "credits" in question
-    assert passport in question
+    assert passport_file in question
 
 
-async def test_a_refused_call_asks_again(open_world: Open, passport: str) -> None:
+async def test_a_refused_call_asks_again(open_world: Open, passport_file: str) -> None:
     user = User(answer=False)
     async with open_world() as world, client_of(world, "auto", user) as client:
         for _ in range(2):
-            await client.call_tool("generate_image", {**ARGUMENTS, "image_urls": [passport]})
+            await client.call_tool("generate_image", {**ARGUMENTS, "image_urls": [passport_file]})
     assert len(user.questions) == 2

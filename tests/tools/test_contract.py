@@ -18,7 +18,7 @@ TOOLS_LIST_MAX_BYTES = 16_000
 DESCRIPTION_MAX = 2_000
 
 
-async def published(world: World, mode: str = "auto") -> dict[str, object]:
+async def published_tools(world: World, mode: str = "auto") -> dict[str, object]:
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             tools = (await client.list_tools()).tools
@@ -27,7 +27,7 @@ async def published(world: World, mode: str = "auto") -> dict[str, object]:
 
 @ERAS
 async def test_the_published_tools_equal_the_reviewed_file(world: World, mode: str) -> None:
-    actual = json.dumps(await published(world, mode), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    actual = json.dumps(await published_tools(world, mode), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     file = CONTRACT / "tools.json"
     if os.environ.get("UPDATE_CONTRACT"):
         file.write_text(actual, encoding="utf-8")
@@ -35,12 +35,12 @@ async def test_the_published_tools_equal_the_reviewed_file(world: World, mode: s
 
 
 async def test_the_list_of_tools_is_small(world: World) -> None:
-    tools = await published(world)
+    tools = await published_tools(world)
     assert len(json.dumps({"tools": list(tools.values())}, ensure_ascii=False).encode()) < TOOLS_LIST_MAX_BYTES
 
 
 async def test_every_tool_has_a_title_a_short_description_and_hints(world: World) -> None:
-    for name, tool in (await published(world)).items():
+    for name, tool in (await published_tools(world)).items():
         assert tool["title"], name
         assert 0 < len(tool["description"]) <= DESCRIPTION_MAX, name
         assert set(tool["annotations"]) == {"readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"}, name
@@ -48,14 +48,14 @@ async def test_every_tool_has_a_title_a_short_description_and_hints(world: World
 
 
 async def test_only_two_tools_may_spend_and_only_derive_image_writes_files_offline(world: World) -> None:
-    hints = {name: tool["annotations"] for name, tool in (await published(world)).items()}
-    writing = [name for name, hint in hints.items() if not hint["readOnlyHint"]]
-    assert writing == ["generate_image", "generate_images", "derive_image"]
-    assert [name for name in writing if hints[name]["openWorldHint"]] == ["generate_image", "generate_images"]
+    hints = {name: tool["annotations"] for name, tool in (await published_tools(world)).items()}
+    writing_tools = [name for name, hint in hints.items() if not hint["readOnlyHint"]]
+    assert writing_tools == ["generate_image", "generate_images", "derive_image"]
+    assert [name for name in writing_tools if hints[name]["openWorldHint"]] == ["generate_image", "generate_images"]
 
 
 async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -> None:
-    for name, tool in (await published(world)).items():
+    for name, tool in (await published_tools(world)).items():
         schema = tool["inputSchema"]
         # An argument may have the name of a keyword: derive_image has `format`.
         text = json.dumps({**schema, "properties": list(schema["properties"].values())})
@@ -69,7 +69,7 @@ async def test_schemas_are_flat_and_every_parameter_is_described(world: World) -
 
 
 async def test_every_limit_of_the_api_is_in_the_schema(world: World) -> None:
-    fields = (await published(world))["generate_image"]["inputSchema"]["properties"]
+    fields = (await published_tools(world))["generate_image"]["inputSchema"]["properties"]
     limits = {name: {k: v for k, v in field.items() if k not in ("description", "examples", "pattern")}
              for name, field in fields.items()}  # fmt: skip
     assert limits["prompt"] == {"type": "string", "minLength": 1, "maxLength": 32_000}
@@ -120,7 +120,7 @@ def is_in_text(fact: object, text: str) -> bool:
 async def test_every_answer_fits_its_schema_and_repeats_its_facts_as_text(
     world: World, mode: str, tool: str, arguments: dict[str, object]
 ) -> None:
-    schema = (await published(world, mode))[tool]["outputSchema"]
+    schema = (await published_tools(world, mode))[tool]["outputSchema"]
     with anyio.fail_after(300):
         async with world.client(mode) as client:
             answer = await client.call_tool(tool, arguments)

@@ -26,20 +26,20 @@ TARGETS = [
 ]  # fmt: skip
 
 
-async def bought(client: Any, **arguments: Any) -> Any:
+async def buy(client: Any, **arguments: Any) -> Any:
     answer = await client.call_tool(
         "generate_image", {"prompt": "sim:fast a fox", "size": "1024x1024", "output_format": "png", **arguments}
     )
     return answer.structured_content
 
 
-async def derived(client: Any, **arguments: Any) -> Any:
+async def derive(client: Any, **arguments: Any) -> Any:
     answer = await client.call_tool("derive_image", arguments)
     assert not answer.is_error, answer.content[0].text
     return answer.structured_content
 
 
-async def refused(client: Any, **arguments: Any) -> str:
+async def refusal_text(client: Any, **arguments: Any) -> str:
     answer = await client.call_tool("derive_image", arguments)
     assert answer.is_error
     assert answer.structured_content["error"] is not None or answer.structured_content["files"]
@@ -61,10 +61,10 @@ def local_picture(world: World, name: str = "photo.png", content: bytes | None =
 
 async def test_25_targets_from_one_paid_picture_are_pixel_exact_and_cost_nothing(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client)
-        paid = task["credits"]
+        task = await buy(client)
+        credits = task["credits"]
         assert len(TARGETS) == 25
-        out = await derived(client, source=task["task_id"], targets=TARGETS)
+        out = await derive(client, source=task["task_id"], targets=TARGETS)
         spent = (await client.call_tool("list_tasks", {})).structured_content["spent"]["today"]["credits"]
     assert [file["target"] for file in out["files"]] == TARGETS
     from evolink_mcp.api.targets import parse_target
@@ -74,13 +74,13 @@ async def test_25_targets_from_one_paid_picture_are_pixel_exact_and_cost_nothing
         assert (file["width"], file["height"]) == (size.width, size.height) == size_of(file["path"])
         content = Path(file["path"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
-    assert spent == paid
+    assert spent == credits
     assert world.posts == 1
 
 
 async def test_text_and_structured_content_have_the_same_facts(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client)
+        task = await buy(client)
         answer = await client.call_tool("derive_image", {"source": task["task_id"], "targets": ["og", "favicon"]})
     text = answer.content[0].text
     for file in answer.structured_content["files"]:
@@ -92,7 +92,7 @@ async def test_text_and_structured_content_have_the_same_facts(world: World) -> 
 @pytest.mark.parametrize("form", ["id", "uri", "path", "last", "url", "markdown"])
 async def test_the_source_may_be_anything_that_names_the_picture(world: World, form: str) -> None:
     async with world.client() as client:
-        task = await bought(client)
+        task = await buy(client)
         image = task["images"][0]
         source = {
             "id": task["task_id"],
@@ -102,7 +102,7 @@ async def test_the_source_may_be_anything_that_names_the_picture(world: World, f
             "url": image["url"],
             "markdown": image["markdown"],
         }[form]
-        out = await derived(client, source=source, targets=["64x64"])
+        out = await derive(client, source=source, targets=["64x64"])
     assert out["source"] == image["path"]
     assert Path(out["files"][0]["path"]).parent == Path(image["path"]).parent
     assert Path(out["files"][0]["path"]).name == f"{Path(image['path']).stem}-64x64.png"
@@ -110,21 +110,21 @@ async def test_the_source_may_be_anything_that_names_the_picture(world: World, f
 
 async def test_one_of_several_pictures_needs_its_index(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client, n=2)
-        assert "2 pictures" in await refused(client, source=task["task_id"], targets=["64x64"])
-        out = await derived(client, source=task["task_id"], index=1, targets=["64x64"])
+        task = await buy(client, n=2)
+        assert "2 pictures" in await refusal_text(client, source=task["task_id"], targets=["64x64"])
+        out = await derive(client, source=task["task_id"], index=1, targets=["64x64"])
     assert Path(out["files"][0]["path"]).name.endswith("-1-64x64.png")
 
 
 async def test_no_file_is_overwritten_and_the_same_call_makes_no_second_file(world: World) -> None:
     photo = local_picture(world)
-    taken = photo.with_name("photo-64x64.png")
-    taken.write_bytes(b"mine")
+    occupied_path = photo.with_name("photo-64x64.png")
+    occupied_path.write_bytes(b"mine")
     async with world.client() as client:
-        first = await derived(client, source=str(photo), targets=["64x64"])
-        second = await derived(client, source=str(photo), targets=["64x64"])
-        other = await derived(client, source=str(photo), targets=["64x64"], fit="pad")
-    assert taken.read_bytes() == b"mine"
+        first = await derive(client, source=str(photo), targets=["64x64"])
+        second = await derive(client, source=str(photo), targets=["64x64"])
+        other = await derive(client, source=str(photo), targets=["64x64"], fit="pad")
+    assert occupied_path.read_bytes() == b"mine"
     assert Path(first["files"][0]["path"]).name == "photo-64x64-1.png"
     assert second["files"] == first["files"]
     assert Path(other["files"][0]["path"]).name == "photo-64x64-2.png"
@@ -136,7 +136,7 @@ async def test_no_file_is_overwritten_and_the_same_call_makes_no_second_file(wor
 async def test_a_derived_file_and_its_sidecar_are_readable_only_for_this_user(world: World) -> None:
     photo = local_picture(world)
     async with world.client() as client:
-        out = await derived(client, source=str(photo), targets=["64x64"])
+        out = await derive(client, source=str(photo), targets=["64x64"])
     path = Path(out["files"][0]["path"])
     assert [oct(os.stat(file).st_mode & 0o777) for file in (path, Path(f"{path}.json"))] == ["0o600", "0o600"]
 
@@ -149,16 +149,16 @@ async def test_a_source_outside_the_output_folder_gets_its_files_in_the_output_f
     (photos / "photo.png").write_bytes(drawing())
     folders = os.pathsep.join([str(photos), str(tmp_path / "pictures")])
     async with open_world({"EVOLINK_MCP_ALLOWED_DIRS": folders}) as world, world.client() as client:
-        out = await derived(client, source=str(photos / "photo.png"), targets=["64x64"])
+        out = await derive(client, source=str(photos / "photo.png"), targets=["64x64"])
     assert Path(out["files"][0]["path"]) == (tmp_path / "pictures" / "photo-64x64.png").resolve()
     assert [path.name for path in photos.iterdir()] == ["photo.png"]
 
 
 async def test_sidecar_and_journal_record_the_source(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client)
+        task = await buy(client)
         image = task["images"][0]
-        out = await derived(client, source=task["task_id"], targets=["og", "64x64"])
+        out = await derive(client, source=task["task_id"], targets=["og", "64x64"])
         files = out["files"]
         facts = json.loads(Path(f"{files[0]['path']}.json").read_text("utf-8"))
         assert facts["derived_from"]["path"] == image["path"]
@@ -170,7 +170,7 @@ async def test_sidecar_and_journal_record_the_source(world: World) -> None:
         assert [(file.target, file.path) for file in entry.images[0].derived] == [
             (file["target"], file["path"]) for file in files
         ]
-        await derived(client, source=task["task_id"], targets=["og"])
+        await derive(client, source=task["task_id"], targets=["og"])
         entry = await world.studio.journal.by_task(task["task_id"])
         assert entry is not None
         assert len(entry.images[0].derived) == 2, "the same file is recorded once"
@@ -178,7 +178,7 @@ async def test_sidecar_and_journal_record_the_source(world: World) -> None:
 
 async def test_a_record_of_derived_files_changes_nothing_else_of_the_entry(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client)
+        task = await buy(client)
     before = await world.studio.journal.by_task(task["task_id"])
     file = DerivedFile("og", "image/png", 1200, 630, 9, "0" * 64, "/x.png")
     assert await world.studio.journal.add_derived(task["task_id"], 0, [file])
@@ -193,9 +193,9 @@ async def test_a_record_of_derived_files_changes_nothing_else_of_the_entry(world
 
 async def test_a_derived_file_can_itself_be_a_source(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client)
-        banner = (await derived(client, source=task["task_id"], targets=["1200x300"]))["files"][0]["path"]
-        small = await derived(client, source=banner, targets=["40x40"], fit="contain")
+        task = await buy(client)
+        banner = (await derive(client, source=task["task_id"], targets=["1200x300"]))["files"][0]["path"]
+        small = await derive(client, source=banner, targets=["40x40"], fit="contain")
     assert (small["files"][0]["width"], small["files"][0]["height"]) == (40, 10)
     assert json.loads(Path(f"{small['files'][0]['path']}.json").read_text("utf-8"))["task_id"] == task["task_id"]
 
@@ -204,11 +204,11 @@ async def test_notes_name_an_enlargement_a_lost_transparency_and_a_lowered_quali
     photo = local_picture(world, content=noise((200, 100)))
     clear = local_picture(world, "clear.png", drawing(mode="RGBA"))
     async with world.client() as client:
-        out = await derived(client, source=str(photo), targets=["400x200"])
+        out = await derive(client, source=str(photo), targets=["400x200"])
         assert any("400x200 is larger than the source (200x100)" in note for note in out["notes"])
-        out = await derived(client, source=str(clear), targets=["20x20"], format="jpg")
+        out = await derive(client, source=str(clear), targets=["20x20"], format="jpg")
         assert any("transparent parts are filled" in note for note in out["notes"])
-        out = await derived(client, source=str(photo), targets=["200x100"], format="jpeg", max_bytes=12_000)
+        out = await derive(client, source=str(photo), targets=["200x100"], format="jpeg", max_bytes=12_000)
         assert out["files"][0]["bytes"] <= 12_000
         assert any("fits max_bytes" in note for note in out["notes"])
 
@@ -216,15 +216,15 @@ async def test_notes_name_an_enlargement_a_lost_transparency_and_a_lowered_quali
 async def test_a_target_that_fails_does_not_stop_the_others(world: World) -> None:
     photo = local_picture(world)
     async with world.client() as client:
-        out = await derived(client, source=str(photo), targets=["300x300", "8x8"], format="png", max_bytes=2_000)
+        out = await derive(client, source=str(photo), targets=["300x300", "8x8"], format="png", max_bytes=2_000)
         large, small = out["files"]
         assert "at least" in large["error"]
         assert large["path"] is None
         assert small["error"] is None
-        text = await refused(client, source=str(photo), targets=["300x300"], format="png", max_bytes=2_000)
+        text = await refusal_text(client, source=str(photo), targets=["300x300"], format="png", max_bytes=2_000)
     smallest = int(text.rpartition("Give max_bytes=")[2].partition(",")[0])
     async with world.client() as client:
-        out = await derived(client, source=str(photo), targets=["300x300"], format="png", max_bytes=smallest)
+        out = await derive(client, source=str(photo), targets=["300x300"], format="png", max_bytes=smallest)
     assert out["files"][0]["bytes"] <= smallest
 
 
@@ -250,7 +250,7 @@ async def test_bad_input_is_refused_with_the_nearest_valid_value_and_makes_no_fi
 ) -> None:
     photo = local_picture(world)
     async with world.client() as client:
-        assert words in await refused(client, source=str(photo), **arguments)
+        assert words in await refusal_text(client, source=str(photo), **arguments)
     assert world.files == [photo]
 
 
@@ -262,7 +262,7 @@ async def test_a_file_outside_the_allowed_folders_is_refused(world: World, tmp_p
         link.symlink_to(tmp_path / "secret.png")
     async with world.client() as client:
         for source in (tmp_path / "secret.png", link, tmp_path / "pictures" / ".." / "secret.png"):
-            text = await refused(client, source=str(source), targets=["8x8"])
+            text = await refusal_text(client, source=str(source), targets=["8x8"])
             assert "outside the allowed folders" in text or "no file" in text
     assert not list(tmp_path.rglob("*8x8*"))
 
@@ -270,27 +270,27 @@ async def test_a_file_outside_the_allowed_folders_is_refused(world: World, tmp_p
 async def test_a_file_that_is_no_picture_is_refused(world: World) -> None:
     letter = local_picture(world, "letter.png", b"a letter")
     async with world.client() as client:
-        assert "not a PNG, JPEG or WebP" in await refused(client, source=str(letter), targets=["8x8"])
+        assert "not a PNG, JPEG or WebP" in await refusal_text(client, source=str(letter), targets=["8x8"])
 
 
 async def test_a_file_above_the_limit_is_refused(world: World) -> None:
     photo = local_picture(world)
     os.truncate(photo, SOURCE_MAX_BYTES + 1)
     async with world.client() as client:
-        assert "too large" in await refused(client, source=str(photo), targets=["8x8"])
+        assert "too large" in await refusal_text(client, source=str(photo), targets=["8x8"])
 
 
 async def test_a_deleted_picture_is_refused_with_the_next_step(world: World) -> None:
     async with world.client() as client:
-        task = await bought(client)
+        task = await buy(client)
         Path(task["images"][0]["path"]).unlink()
-        assert "Call get_task" in await refused(client, source=task["task_id"], targets=["8x8"])
+        assert "Call get_task" in await refusal_text(client, source=task["task_id"], targets=["8x8"])
 
 
 async def test_without_a_key_the_tool_works(open_world: Open) -> None:
     async with open_world({"EVOLINK_API_KEY": ""}) as world, world.client() as client:
         photo = local_picture(world)
-        out = await derived(client, source=str(photo), targets=["8x8"])
+        out = await derive(client, source=str(photo), targets=["8x8"])
     assert size_of(out["files"][0]["path"]) == (8, 8)
     assert world.simulator.requests == []
 
@@ -298,8 +298,8 @@ async def test_without_a_key_the_tool_works(open_world: Open) -> None:
 @pytest.mark.parametrize(("setting", "has_metadata"), [("0", False), ("1", True)])
 async def test_metadata_are_added_only_by_the_setting(open_world: Open, setting: str, has_metadata: bool) -> None:
     async with open_world({"EVOLINK_MCP_METADATA": setting}) as world, world.client() as client:
-        task = await bought(client)
-        out = await derived(client, source=task["task_id"], targets=["64x64"], format="png")
+        task = await buy(client)
+        out = await derive(client, source=task["task_id"], targets=["64x64"], format="png")
         content = Path(out["files"][0]["path"]).read_bytes()
         assert (task["task_id"].encode() in content) is has_metadata
         assert (b"a fox" in content) is has_metadata

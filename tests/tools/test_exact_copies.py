@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 
 def copies_of(world: World) -> dict[str, tuple[int, int]]:
-    """The copies in the output folder with their sizes."""
+    """Return the copies in the output folder with their sizes."""
     sizes: dict[str, tuple[int, int]] = {}
     for path in world.files:
         if any(label in path.name for label in ("-1200x628", "-og", "-favicon")):
@@ -38,10 +38,10 @@ async def call(client: Any, **arguments: Any) -> Any:
 async def test_the_exact_copy_is_saved_beside_the_picture_and_named_in_the_answer(world: World) -> None:
     async with world.client() as client:
         answer = await call(client, fit="1200 x 628", n=2)
-        again = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
+        repeat = await client.call_tool("get_task", {"task_id": answer.structured_content["task_id"]})
     images = answer.structured_content["images"]
     assert copies_of(world) == {Path(image["path"]).stem + "-1200x628.png": (1200, 628) for image in images}
-    for result in (answer, again):
+    for result in (answer, repeat):
         for name in copies_of(world):
             assert any(name in note for note in result.structured_content["notes"])
             assert name in result.content[0].text
@@ -85,14 +85,14 @@ async def test_a_picture_that_is_finished_after_the_wait_gets_its_copy(open_worl
 
 async def test_a_purchase_that_an_identical_call_without_fit_made_gets_the_copy_too(world: World) -> None:
     async with world.client() as client:
-        lost = await client.call_tool("generate_image", {"prompt": "a fox", "size": "1200x640", "wait_seconds": 0})
+        first = await client.call_tool("generate_image", {"prompt": "a fox", "size": "1200x640", "wait_seconds": 0})
         answer = await call(client, prompt="a fox", fit="1200x628", wait_seconds=900)
-    assert answer.structured_content["task_id"] == lost.structured_content["task_id"]
+    assert answer.structured_content["task_id"] == first.structured_content["task_id"]
     assert list(copies_of(world).values()) == [(1200, 628)]
     assert world.posts == 1
 
 
-class FolderTaker(PlainSimulator):
+class OccupiesFolder(PlainSimulator):
     """Puts a file in the place of the output folder while EvoLink draws. The picture goes to the data folder then."""
 
     folder: Path
@@ -107,7 +107,7 @@ async def test_a_copy_that_fails_leaves_the_paid_picture_and_names_the_next_step
     open_world: Open, tmp_path: Path
 ) -> None:
     clock = Clock()
-    simulator = FolderTaker(clock=clock)
+    simulator = OccupiesFolder(clock=clock)
     simulator.folder = tmp_path / "pictures"
     async with open_world(simulator=simulator, clock=clock) as world, world.client() as client:
         answer = await call(client, fit="og")

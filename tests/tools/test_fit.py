@@ -35,8 +35,8 @@ def sent_by(world: World) -> dict[str, Any]:
     ],
 )
 async def test_fit_buys_the_size_that_compute_size_computes(world: World, fit: str, width: int, height: int) -> None:
-    computed = await call(world, "compute_size", width=width, height=height)
-    size = computed.structured_content["explicit_size"]
+    size_answer = await call(world, "compute_size", width=width, height=height)
+    size = size_answer.structured_content["explicit_size"]
     answer = await call(world, "generate_image", prompt=PROMPT, fit=fit)
     assert answer.is_error is False
     assert sent_by(world) == {"model": "gpt-image-2", "prompt": PROMPT, "size": size}
@@ -45,8 +45,8 @@ async def test_fit_buys_the_size_that_compute_size_computes(world: World, fit: s
 
 async def test_the_price_ceiling_is_that_of_the_bought_size(world: World) -> None:
     """4K costs more than auto with the same limit allows, so the size of `fit` must be checked."""
-    computed = await call(world, "compute_size", width=816, height=816)
-    ceiling = computed.structured_content["credits_at_most"]
+    size_answer = await call(world, "compute_size", width=816, height=816)
+    ceiling = size_answer.structured_content["credits_at_most"]
     small = await call(world, "generate_image", prompt=PROMPT, fit="800x800", max_credits=ceiling)
     large = await call(world, "generate_image", prompt=PROMPT, fit="2880x2880", max_credits=ceiling)
     assert small.is_error is False

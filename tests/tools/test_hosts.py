@@ -34,8 +34,8 @@ def test_the_table_in_the_documentation_is_the_table_in_the_code() -> None:
 
 
 @pytest.mark.parametrize("host", [pytest.param(host, id=host.name) for _, host in EVERY])
-def test_a_call_ends_before_its_host_gives_up(host: Host) -> None:
-    """Also a call that waits for its task id. Unknown hosts have at least the timeout of the most common SDK."""
+def test_a_call_ends_before_the_timeout_of_its_host(host: Host) -> None:
+    """This includes a call that waits for its task ID. Unknown hosts have at least the timeout of the most common SDK."""
     assert host.wait_s + ID_GRACE_S <= (host.limit_s or 60)
 
 
@@ -77,13 +77,13 @@ def test_a_host_is_identified_by_the_name_of_its_client(client_name: str | None,
 
 
 def test_no_prefix_is_hidden_by_an_earlier_one() -> None:
-    hidden = [
+    hidden_prefixes = [
         (start, earlier)
         for index, (start, _) in enumerate(HOSTS)
         for earlier, _ in HOSTS[:index]
         if start.startswith(earlier)
     ]
-    assert hidden == []
+    assert hidden_prefixes == []
     assert all(re.fullmatch(r"[a-z][a-z -]*", start) for start, _ in HOSTS)
 
 
@@ -92,7 +92,7 @@ def test_an_unknown_host_gets_45_seconds() -> None:
 
 
 @asynccontextmanager
-async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIterator[Client]:
+async def open_client(world: World, name: str, mode: Any, **server: Any) -> AsyncIterator[Client]:
     info = Implementation(name=name, version="1")
     with anyio.fail_after(300):
         async with Client(build_server(world.studio, **server), client_info=info, mode=mode) as client:
@@ -101,24 +101,27 @@ async def calling(world: World, name: str, mode: Any, **server: Any) -> AsyncIte
 
 async def status_for(world: World, name: str, mode: Any, **server: Any) -> str:
     """Return the status in the answer of a call. Its task takes two simulated minutes."""
-    async with calling(world, name, mode, **server) as client:
+    async with open_client(world, name, mode, **server) as client:
         answer = await client.call_tool("generate_image", {"prompt": "A calm sunset sim:slow=120 sim:fail"})
     return answer.structured_content["status"]
 
 
 # A table with a host that allows no wait.
-HASTY = (("hasty", Host("Hasty", wait_s=0)),)
+HOSTS_WITHOUT_WAIT = (("hasty", Host("Hasty", wait_s=0)),)
 
 
 @ERAS
 @pytest.mark.anyio
 async def test_the_name_of_the_client_decides_the_wait(world: World, mode: Any) -> None:
-    assert await status_for(world, "hasty-client", mode, hosts=HASTY) in ("pending", "processing")
-    assert await status_for(world, "other-client", mode, hosts=HASTY) == "failed"
+    assert await status_for(world, "hasty-client", mode, hosts=HOSTS_WITHOUT_WAIT) in ("pending", "processing")
+    assert await status_for(world, "other-client", mode, hosts=HOSTS_WITHOUT_WAIT) == "failed"
 
 
 @ERAS
 @pytest.mark.anyio
 async def test_the_setting_overrides_the_host(world: World, mode: Any) -> None:
-    assert await status_for(world, "hasty-client", mode, hosts=HASTY, wait_s=45) == "failed"
-    assert await status_for(world, "other-client", mode, hosts=HASTY, wait_s=0) in ("pending", "processing")
+    assert await status_for(world, "hasty-client", mode, hosts=HOSTS_WITHOUT_WAIT, wait_s=45) == "failed"
+    assert await status_for(world, "other-client", mode, hosts=HOSTS_WITHOUT_WAIT, wait_s=0) in (
+        "pending",
+        "processing",
+    )

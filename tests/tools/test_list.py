@@ -80,16 +80,16 @@ async def test_a_query_searches_task_ids(world: World) -> None:
 async def test_pages_contain_each_task_of_one_second(world: World) -> None:
     names = [f"fox {number}" for number in range(7)]
     await buy(world, *names)
-    listed: list[str] = []
+    listed_prompts: list[str] = []
     cursor: dict[str, Any] = {}
     for _ in range(10):
         answer = await list_tasks(world, limit=2, **cursor)
-        listed += prompts(answer)
+        listed_prompts += prompts(answer)
         if answer.structured_content["next_cursor"] is None:
             break
         assert f'cursor="{answer.structured_content["next_cursor"]}"' in answer.content[0].text
         cursor = {"cursor": answer.structured_content["next_cursor"]}
-    assert sorted(listed) == names
+    assert sorted(listed_prompts) == names
 
 
 @pytest.mark.parametrize("cursor", ["x", "bm8", "W10", "WzFd", "W251bGwsIG51bGxd"])
@@ -154,20 +154,20 @@ async def test_an_edit_names_its_original_after_all_links_have_expired(open_worl
         rows = (await list_tasks(world)).structured_content["tasks"]
         text = (await list_tasks(world)).content[0].text
     sha256 = first["images"][0]["sha256"]
-    for edited, argument in ((by_path, path), (by_uri, first["images"][0]["resource_uri"])):
-        (reference,) = edited["references"]
+    for edit, argument in ((by_path, path), (by_uri, first["images"][0]["resource_uri"])):
+        (reference,) = edit["references"]
         assert (reference["given"], reference["sha256"]) == (argument, sha256)
         assert (reference["task_id"], reference["index"]) == (first["task_id"], 0)
-        assert reference["url"] == edited["request"]["image_urls"][0]
+        assert reference["url"] == edit["request"]["image_urls"][0]
     assert [row.get("edited_from") for row in rows] == [[f"{first['task_id']}/0"], [f"{first['task_id']}/0"], None]
     assert f"Edited from {first['task_id']}/0" in text
 
 
 async def test_urls_of_references_are_listed_unchanged(world: World) -> None:
     urls = ["https://cdn.pixabay.com/cat.png", "https://cdn.pixabay.com/dog.png"]
-    (edited,) = await buy(world, "cat and dog", image_urls=urls)
-    assert [reference["given"] for reference in edited["references"]] == urls
-    assert [reference["url"] for reference in edited["references"]] == urls
+    (edit,) = await buy(world, "cat and dog", image_urls=urls)
+    assert [reference["given"] for reference in edit["references"]] == urls
+    assert [reference["url"] for reference in edit["references"]] == urls
 
 
 async def test_the_text_of_an_edit_has_the_facts_of_its_reference(world: World) -> None:

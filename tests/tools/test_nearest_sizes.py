@@ -9,7 +9,7 @@ import anyio
 import pytest
 from conftest import World
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from evolink_mcp.api import sizes
@@ -18,7 +18,7 @@ from evolink_mcp.studio.prices import Prices
 from evolink_mcp.tools.adapter import explain
 from evolink_mcp.tools.compute_size import ComputeSizeArguments, compute
 
-EDGE = some.integers(1, 5_000) | some.sampled_from([16, 17, 1279, 1280, 2160, 2161, 2880, 2881, 3840, 3841])
+EDGE = st.integers(1, 5_000) | st.sampled_from([16, 17, 1279, 1280, 2160, 2161, 2880, 2881, 3840, 3841])
 MANY = settings(max_examples=400, deadline=None, database=None, derandomize=True)
 PRICES = Prices.from_facts({}, "auto")
 
@@ -55,24 +55,24 @@ def test_the_nearest_size_covers_the_target_wherever_a_legal_size_can(width: int
 @given(EDGE, EDGE)
 @MANY
 def test_compute_size_and_a_refusal_of_generate_image_name_the_same_nearest_size(width: int, height: int) -> None:
-    covering = compute(ComputeSizeArguments(width=width, height=height), PRICES)
+    cover_answer = compute(ComputeSizeArguments(width=width, height=height), PRICES)
     target = f"{width}x{height}"
-    advised = compute(ComputeSizeArguments(size=target), PRICES)
+    size_answer = compute(ComputeSizeArguments(size=target), PRICES)
     try:
         GenerationRequest(prompt="a fox", size=target)
     except ValidationError as error:
         _, nearest = explain(error, GenerationRequest)
         message = str(error)
-        if advised.error is None:  # a small pair such as 3x2 is a ratio
+        if size_answer.error is None:  # a small pair such as 3x2 is a ratio
             (advice,) = re.findall(r"use size=\S+", message)
-            assert advice in advised.notes[0]
+            assert advice in size_answer.notes[0]
         else:
-            assert covering.explicit_size == nearest[0] == advised.alternatives[0]
-            assert f"Nearest legal sizes: {covering.explicit_size}" in message
-            is_covered = f"No legal size covers it. {covering.explicit_size} is the nearest" not in message
+            assert cover_answer.explicit_size == nearest[0] == size_answer.alternatives[0]
+            assert f"Nearest legal sizes: {cover_answer.explicit_size}" in message
+            is_covered = f"No legal size covers it. {cover_answer.explicit_size} is the nearest" not in message
             assert is_covered == _can_be_covered(width, height)
     else:
-        assert covering.explicit_size == target == advised.explicit_size
+        assert cover_answer.explicit_size == target == size_answer.explicit_size
 
 
 @given(EDGE, EDGE)
@@ -106,10 +106,10 @@ async def test_both_tools_answer_with_the_same_size(world: World, target: str, n
     ]
     with anyio.fail_after(300):
         async with world.client() as client:
-            refusal, illegal, covering = [await client.call_tool(*call) for call in calls]
+            refusal, size_answer, cover_answer = [await client.call_tool(*call) for call in calls]
     assert f"Nearest legal sizes: {nearest}" in refusal.content[0].text
-    assert illegal.structured_content["alternatives"][0] == nearest
-    assert covering.structured_content["explicit_size"] == nearest
+    assert size_answer.structured_content["alternatives"][0] == nearest
+    assert cover_answer.structured_content["explicit_size"] == nearest
     assert world.posts == 0
 
 

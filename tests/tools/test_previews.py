@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import TEST_CLIENT, Open, World
-from drawings import SECRET, drawing, noise, talkative
+from drawings import SECRET, drawing, image_with_metadata, noise
 from mcp.client import Client
 from PIL import Image
 
@@ -32,7 +32,7 @@ LONGEST_PROMPT = "\U0001f98a" * 32_000
 
 @pytest.fixture(scope="module")
 def uhd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 4K image of noise, more than 20 MB."""
+    """Return a 4K image of noise, more than 20 MB."""
     path = tmp_path_factory.mktemp("uhd") / "noise.png"
     path.write_bytes(noise(UHD, compress_level=1))
     return path
@@ -40,7 +40,7 @@ def uhd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uhd_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as JPEG. A preview of it takes a tenth of the time."""
+    """Return the same as JPEG. A preview of it takes a tenth of the time."""
     path = tmp_path_factory.mktemp("uhd") / "noise.jpg"
     path.write_bytes(noise(UHD, "JPEG", quality=95))
     return path
@@ -50,22 +50,22 @@ async def add_task(world: World, number: int, picture: Path, *, pictures: int = 
     """Add a completed task with saved images to the journal. Return its id."""
     task_id = f"task-unified-{1_790_000_000 + number}-abcdefgh"
     now = world.clock()
-    saved: list[ResultImage] = []
+    saved_images: list[ResultImage] = []
     for index in range(pictures):
         path = world.folder / "pictures" / f"{task_id}-{index}{picture.suffix}"
         path.parent.mkdir(exist_ok=True)
         os.link(picture, path)
         url = f"https://cdn.example.org/{task_id}/{'0' * 60}-{index}.png"
-        saved.append(
+        saved_images.append(
             ResultImage(
                 index, url, now + 86_400, str(path), "image/png", *UHD, path.stat().st_size, "0123456789abcdef" * 4
             )
         )
-    task = Task(task_id, COMPLETED, 100.0, now, results=tuple(image.url for image in saved), credits_used=42.0)
+    task = Task(task_id, COMPLETED, 100.0, now, results=tuple(image.url for image in saved_images), credits_used=42.0)
     body = {"model": "gpt-image-2", "prompt": "a fox", "size": "16:9", "resolution": "4K", "n": pictures, **request}
     journal = world.studio.journal
     entry = Entry(new_key(), journal.owner, "submitted", now - number, request=body, task=task,
-                  images=tuple(saved), account=journal.account)  # fmt: skip
+                  images=tuple(saved_images), account=journal.account)  # fmt: skip
     await journal.intend(entry)
     return task_id
 
@@ -82,11 +82,11 @@ def previews_in(answer: Any) -> list[Image.Image]:
 def chunks(webp: bytes) -> set[bytes]:
     """Return the names of the chunks of a WebP file."""
     names: set[bytes] = set()
-    at = 12
-    while at < len(webp):
-        names.add(webp[at : at + 4])
-        size = int.from_bytes(webp[at + 4 : at + 8], "little")
-        at += 8 + size + size % 2
+    position = 12
+    while position < len(webp):
+        names.add(webp[position : position + 4])
+        size = int.from_bytes(webp[position + 4 : position + 8], "little")
+        position += 8 + size + size % 2
     return names
 
 
@@ -203,7 +203,7 @@ async def test_the_text_comes_first_and_has_the_markdown_line(world: World, mode
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_preview_has_no_metadata(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "picture"
-    path.write_bytes(talkative(kind))
+    path.write_bytes(image_with_metadata(kind))
     assert SECRET.encode() in path.read_bytes()
     small = preview(path.read_bytes(), 128, 100_000)
     assert small is not None
@@ -269,10 +269,10 @@ async def test_an_unreadable_image_file_is_no_error_of_the_task(world: World, ch
             facts = (await client.call_tool("generate_image", {"prompt": "sim:fast a fox", "n": 2})).structured_content
             change(Path(facts["images"][0]["path"]))
             world.clock.now += 25 * 3600  # the link has expired, so the file cannot be downloaded again
-            again = await client.call_tool("get_task", {"task_id": facts["task_id"]})
+            repeat = await client.call_tool("get_task", {"task_id": facts["task_id"]})
             view = await client.call_tool("view_image", {"task_id": facts["task_id"]})
-    assert again.is_error is False
-    assert len(previews_in(again)) == 1
+    assert repeat.is_error is False
+    assert len(previews_in(repeat)) == 1
     assert view.is_error is True
     assert facts["images"][0]["path"] in view.content[0].text
 

@@ -68,8 +68,8 @@ async def test_view_image_returns_the_image_to_every_client(open_world: Open, se
 
 
 async def test_get_task_sends_no_preview_to_a_client_with_the_default_name(world: World) -> None:
-    bought = await call(world, "mcp")
+    purchase = await call(world, "mcp")
     with anyio.fail_after(300):
         async with Client(server_for(world.studio, world.settings)) as client:
-            answer = await client.call_tool("get_task", {"task_id": bought.structured_content["task_id"]})
+            answer = await client.call_tool("get_task", {"task_id": purchase.structured_content["task_id"]})
     assert kinds(answer) == ["text"]

@@ -45,13 +45,13 @@ def ids(answer: Any) -> list[str]:
     ],
 )
 async def test_a_search_ignores_case_accents_and_width(world: World, prompt: str, query: str) -> None:
-    bought = await buy(world, prompt)
+    purchase = await buy(world, prompt)
     await buy(world, "a badger")
-    assert ids(await search(world, query)) == [bought["task_id"]]
+    assert ids(await search(world, query)) == [purchase["task_id"]]
 
 
 @pytest.mark.parametrize(("one", "other"), [("か", "が"), ("कि", "की"), ("ก่า", "ก้า")])
-async def test_marks_that_make_another_letter_stay(one: str, other: str) -> None:
+async def test_marks_that_make_another_letter_are_kept(one: str, other: str) -> None:
     assert fold(one) != fold(other)
 
 
@@ -60,10 +60,10 @@ async def test_an_edit_is_found_by_the_words_of_its_source(open_world: Open, sou
     async with open_world({"EVOLINK_BASE_URL": "https://api.evolink.ai"}) as world:
         harbour = await buy(world, "the Hárbour of Kiel")
         edit = await buy(world, "make it night", image_urls=[harbour["images"][0][source]])
-        again = await buy(world, "add a moon", image_urls=[edit["images"][0][source]])
+        second_edit = await buy(world, "add a moon", image_urls=[edit["images"][0][source]])
         await buy(world, "a badger")
-        assert ids(await search(world, "harbour")) == [again["task_id"], edit["task_id"], harbour["task_id"]]
-        assert ids(await search(world, "harbour moon")) == [again["task_id"]]
+        assert ids(await search(world, "harbour")) == [second_edit["task_id"], edit["task_id"], harbour["task_id"]]
+        assert ids(await search(world, "harbour moon")) == [second_edit["task_id"]]
         assert "source_prompt" not in edit["references"][0]
 
 
@@ -71,8 +71,8 @@ async def test_an_edit_of_a_moved_file_without_a_sidecar_names_its_source(open_w
     async with open_world({"EVOLINK_MCP_SIDECAR": "0"}) as world:
         harbour = await buy(world, "the harbour of Kiel")
         file = Path(harbour["images"][0]["path"])
-        moved = file.rename(file.with_name("renamed.png"))
-        edit = await buy(world, "make it night", image_urls=[str(moved)])
+        new_path = file.rename(file.with_name("renamed.png"))
+        edit = await buy(world, "make it night", image_urls=[str(new_path)])
         assert edit["references"][0]["task_id"] == harbour["task_id"]
         assert edit["task_id"] in ids(await search(world, "kiel"))
 
@@ -84,8 +84,11 @@ async def test_a_search_without_a_match_suggests_the_nearest_words(world: World)
     assert ids(answer) == []
     assert "No task has the word “habour”. Did you mean “harbour”?" in answer.content[0].text
     assert "No task has the word “zzzzzz”." in (await search(world, "fox zzzzzz")).structured_content["notes"]
-    apart = await search(world, "fox harbour")
-    assert "Each word occurs in a task, but no task has all of them. Search for fewer words." in apart.content[0].text
+    two_prompts = await search(world, "fox harbour")
+    assert (
+        "Each word occurs in a task, but no task has all of them. Search for fewer words."
+        in two_prompts.content[0].text
+    )
     assert (await search(world, "fox")).structured_content["notes"] == []
 
 

@@ -157,8 +157,8 @@ async def test_each_unfinished_picture_has_a_next_action_that_completes_it(world
             assert action["arguments"] == {"task_id": task["task_id"]}
             assert task["progress"] == 0
             assert f"{task['status']}, 0 %, {task['task_id']}." in answer.content[0].text
-            finished = await client.call_tool(action["tool"], action["arguments"])
-            assert finished.structured_content["status"] == "completed"
+            completed_task = await client.call_tool(action["tool"], action["arguments"])
+            assert completed_task.structured_content["status"] == "completed"
     assert world.posts == 2
 
 
@@ -166,12 +166,12 @@ async def test_the_same_series_again_gets_undelivered_pictures_and_buys_only_the
     prompts = ["sim:slow=1000000 a fox", "sim:slow=1000000 a hen"]
     async with world.client() as client:
         await client.call_tool("generate_images", {"prompts": prompts, "wait_seconds": 0, **SMALL})
-        again = await client.call_tool(
+        repeat = await client.call_tool(
             "generate_images", {"prompts": [*prompts, "sim:slow=1000000 an owl"], "wait_seconds": 0, **SMALL}
         )
         assert world.posts == 3
-        notes = [task.get("notes", []) for task in again.structured_content["tasks"]]
-        assert ["earlier identical call" in " ".join(each) for each in notes] == [True, True, False]
+        notes = [task.get("notes", []) for task in repeat.structured_content["tasks"]]
+        assert ["earlier identical call" in " ".join(task_notes) for task_notes in notes] == [True, True, False]
         await client.call_tool("generate_images", {"prompts": prompts, "wait_seconds": 0, "force_new": True, **SMALL})
         assert world.posts == 5
 
@@ -181,80 +181,80 @@ async def test_the_same_series_again_gets_undelivered_pictures_and_buys_only_the
 
 async def test_max_credits_is_the_limit_of_the_whole_series(world: World) -> None:
     total = sum(ceiling_of(prompt) for prompt in ANIMALS)
-    refused = await series(world, prompts=ANIMALS, max_credits=total - 0.01, **SMALL)
-    assert refused.is_error
-    assert "price of 10 pictures" in refused.content[0].text
+    refusal = await series(world, prompts=ANIMALS, max_credits=total - 0.01, **SMALL)
+    assert refusal.is_error
+    assert "price of 10 pictures" in refusal.content[0].text
     assert world.posts == 0
     high = await series(world, prompts=ANIMALS, max_credits=total * 1.5, size="1024x640", quality="high")
     assert 'The largest that fits for each picture is size="1024x640", quality="low"' in high.content[0].text
-    bought = await series(world, prompts=ANIMALS, max_credits=refused_advice(refused), **SMALL)
-    assert bought.structured_content["status"] == "completed"
+    purchase = await series(world, prompts=ANIMALS, max_credits=advised_credits(refusal), **SMALL)
+    assert purchase.structured_content["status"] == "completed"
     assert world.posts == 10
 
 
-def refused_advice(answer: Any) -> float:
+def advised_credits(answer: Any) -> float:
     """Return the max_credits that a refusal advises."""
     return float(answer.structured_content["error"]["advice"].partition("max_credits=")[2].split(",")[0])
 
 
 async def test_the_limit_per_day_counts_the_sum_before_the_first_purchase(open_world: Open) -> None:
-    each = ceiling_of("a fox")
-    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(each * 3.5)}) as world:
-        refused = await series(world, prompts=ANIMALS[:4], **SMALL)
-        assert refused.is_error
-        assert "price of 4 pictures" in refused.content[0].text
-        assert refused.structured_content["error"]["code"] == "over_budget"
+    ceiling = ceiling_of("a fox")
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(ceiling * 3.5)}) as world:
+        refusal = await series(world, prompts=ANIMALS[:4], **SMALL)
+        assert refusal.is_error
+        assert "price of 4 pictures" in refusal.content[0].text
+        assert refusal.structured_content["error"]["code"] == "over_budget"
         assert world.posts == 0
         assert await world.studio.journal.recent(5) == []
-        bought = await series(world, prompts=ANIMALS[:3], **SMALL)
-        assert bought.structured_content["status"] == "completed"
+        purchase = await series(world, prompts=ANIMALS[:3], **SMALL)
+        assert purchase.structured_content["status"] == "completed"
 
 
 async def test_an_undelivered_picture_does_not_count_against_the_limit_per_day_again(open_world: Open) -> None:
-    each = ceiling_of("sim:slow=1000000 a fox")
+    ceiling = ceiling_of("sim:slow=1000000 a fox")
     prompts = [f"sim:slow=1000000 {animal}" for animal in ANIMALS[:3]]
-    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(each * 3.5)}) as world:
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_DAY": str(ceiling * 3.5)}) as world:
         await series(world, prompts=prompts, wait_seconds=0, **SMALL)
-        again = await series(world, prompts=prompts, wait_seconds=0, **SMALL)
-    assert again.structured_content["error"] is None
+        repeat = await series(world, prompts=prompts, wait_seconds=0, **SMALL)
+    assert repeat.structured_content["error"] is None
     assert world.posts == 3
 
 
 async def test_the_limit_per_call_applies_to_each_picture(open_world: Open) -> None:
-    each = max(ceiling_of(prompt) for prompt in ANIMALS)
-    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": str(each)}) as world:
+    ceiling = max(ceiling_of(prompt) for prompt in ANIMALS)
+    async with open_world({"EVOLINK_MCP_MAX_CREDITS_PER_CALL": str(ceiling)}) as world:
         assert (await series(world, prompts=ANIMALS, **SMALL)).structured_content["status"] == "completed"
-        refused = await series(world, prompts=["a yak", "a " * 4000], **SMALL)
-    assert refused.is_error
-    assert "limit of" in refused.content[0].text
+        refusal = await series(world, prompts=["a yak", "a " * 4000], **SMALL)
+    assert refusal.is_error
+    assert "limit of" in refusal.content[0].text
     assert world.posts == 10
 
 
 async def test_an_expensive_series_is_confirmed_once(open_world: Open) -> None:
-    each = ceiling_of("a fox")
+    ceiling = ceiling_of("a fox")
     questions: list[str] = []
 
     async def ask(context: Any, params: ElicitRequestParams) -> ElicitResult:
         questions.append(params.message)
         return ElicitResult(action="accept", content={"go_ahead": len(questions) == 2})
 
-    async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": str(each * 2)}) as world:
-        unasked = await series(world, prompts=ANIMALS[:3], **SMALL)
-        assert unasked.structured_content["error"]["code"] == "confirmation_needed"
-        async with client_that_asks(world, ask) as client:
-            declined = await client.call_tool("generate_images", {"prompts": ANIMALS[:3], **SMALL})
-            assert declined.structured_content["error"]["code"] == "not_confirmed"
+    async with open_world({"EVOLINK_MCP_CONFIRM_ABOVE": str(ceiling * 2)}) as world:
+        refusal = await series(world, prompts=ANIMALS[:3], **SMALL)
+        assert refusal.structured_content["error"]["code"] == "confirmation_needed"
+        async with asking_client(world, ask) as client:
+            declined_answer = await client.call_tool("generate_images", {"prompts": ANIMALS[:3], **SMALL})
+            assert declined_answer.structured_content["error"]["code"] == "not_confirmed"
             assert world.posts == 0
-            approved = await client.call_tool("generate_images", {"prompts": ANIMALS[:3], **SMALL})
-            assert approved.structured_content["status"] == "completed"
-            cheap = await client.call_tool("generate_images", {"prompts": ["a yak"], **SMALL})
-            assert cheap.structured_content["status"] == "completed"
+            approved_answer = await client.call_tool("generate_images", {"prompts": ANIMALS[:3], **SMALL})
+            assert approved_answer.structured_content["status"] == "completed"
+            cheap_answer = await client.call_tool("generate_images", {"prompts": ["a yak"], **SMALL})
+            assert cheap_answer.structured_content["status"] == "completed"
     assert len(questions) == 2
     assert all("for 3 pictures" in question for question in questions)
     assert world.posts == 4
 
 
-def client_that_asks(world: World, ask: Any) -> Any:
+def asking_client(world: World, ask: Any) -> Any:
     from conftest import TEST_CLIENT
     from mcp.client import Client
 

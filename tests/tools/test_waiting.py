@@ -64,38 +64,38 @@ async def test_progress_rises_with_odd_answers_of_evolink(world: World, order: s
 
 
 async def test_an_unchanged_job_is_reported_at_each_heartbeat() -> None:
-    log, waiting = ProgressLog(), job(progress=40)
-    waiting.record_answer(is_running=True)
+    log, followed_job = ProgressLog(), job(progress=40)
+    followed_job.record_answer(is_running=True)
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(partial(follow, waiting, anyio.current_time() + 60.0, log, heartbeat_s=0.001))
+            group.start_soon(partial(follow, followed_job, anyio.current_time() + 60.0, log, heartbeat_s=0.001))
             while len(log.reports) < 5:
                 await anyio.sleep(0)
-            waiting.finish()
+            followed_job.finish()
     assert log.is_rising
     assert all(40 <= value < 100 for value, _ in log.reports)
 
 
 async def test_the_end_of_a_wait_requests_one_last_poll() -> None:
-    waiting = job()
-    waiting.record_answer(is_running=True)
-    polled = anyio.Event()
-    waiting.poll_now = polled.set  # pyright: ignore[reportAttributeAccessIssue]
+    followed_job = job()
+    followed_job.record_answer(is_running=True)
+    is_polled = anyio.Event()
+    followed_job.poll_now = is_polled.set  # pyright: ignore[reportAttributeAccessIssue]
     with anyio.fail_after(300):
-        await follow(waiting, anyio.current_time(), ProgressLog())
-    assert polled.is_set()
+        await follow(followed_job, anyio.current_time(), ProgressLog())
+    assert is_polled.is_set()
 
 
 async def test_a_call_without_a_task_id_waits_for_it_beyond_its_wait() -> None:
-    waiting = Job(Entry("k" * 16, "owner", "sending", 0.0))
+    followed_job = Job(Entry("k" * 16, "owner", "sending", 0.0))
     with anyio.fail_after(300):
         async with anyio.create_task_group() as group:
-            group.start_soon(follow, waiting, anyio.current_time(), ProgressLog())
+            group.start_soon(follow, followed_job, anyio.current_time(), ProgressLog())
             for _ in range(5):
                 await anyio.sleep(0)
-            waiting.record_answer(is_running=True)
-            waiting.change_to(replace(waiting.entry, phase="submitted", task=Task(TASK)))
-    assert waiting.entry.task_id == TASK
+            followed_job.record_answer(is_running=True)
+            followed_job.change_to(replace(followed_job.entry, phase="submitted", task=Task(TASK)))
+    assert followed_job.entry.task_id == TASK
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ async def test_the_journal_gets_the_time_of_the_call_and_the_purchase_has_no_dea
 
     def wrap(journal: Any) -> FaultyJournal:
         faulty = FaultyJournal(journal)
-        faulty.instead = {name: partial(record, name) for name in ("intend", "update", "by_task", "remove_caller")}
+        faulty.replacements = {name: partial(record, name) for name in ("intend", "update", "by_task", "remove_caller")}
         return faulty
 
     async with open_world(wrap_journal=wrap) as world, world.client() as client:
-        bought = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", **arguments})
-        await client.call_tool("get_task", {"task_id": bought.structured_content["task_id"], **arguments})
+        purchase = await client.call_tool("generate_image", {"prompt": "sim:fast a fox", **arguments})
+        await client.call_tool("get_task", {"task_id": purchase.structured_content["task_id"], **arguments})
         await client.call_tool("generate_image", {"prompt": "sim:slow=3600 an owl", "wait_seconds": 0})
     # Without the record of its end, an identical call at another server would buy.
     assert (times["update"], times["remove_caller"]) == (None, None)

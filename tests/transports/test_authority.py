@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 
 from evolink_mcp.cli.arguments import parse_arguments
 from evolink_mcp.transports.authority import authority_in, canonical, origin_in
@@ -126,76 +126,76 @@ BAD_ORIGINS = [
 ]
 
 
-async def ok(scope: dict[str, Any], receive: Any, send: Any) -> None:
+async def echo_headers(scope: dict[str, Any], receive: Any, send: Any) -> None:
     """Answer with the headers that have passed the guard."""
     headers = [pair for pair in scope["headers"] if pair[0] in (b"host", b"origin")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body"})
 
 
-GUARD = HttpGuard(ok, ["Images.Example.COM", "2001:db8:0::5"], 1000)
+GUARD = HttpGuard(echo_headers, ["Images.Example.COM", "2001:db8:0::5"], 1000)
 
 
-async def passed(*headers: tuple[bytes, bytes], path: str = "/mcp") -> tuple[int, dict[bytes, bytes]]:
-    """The status of a request with these headers, and the headers that its app has received."""
-    started: list[Any] = []
+async def status_and_headers(*headers: tuple[bytes, bytes], path: str = "/mcp") -> tuple[int, dict[bytes, bytes]]:
+    """Return the status of a request with these headers, and the headers that the app received."""
+    start_messages: list[Any] = []
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
-            started.append(message)
+            start_messages.append(message)
 
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": list(headers)}
     await GUARD(scope, receive, send)
-    (start,) = started
+    (start,) = start_messages
     return start["status"], {name: value for name, value in start["headers"] if name in (b"host", b"origin")}
 
 
 @pytest.mark.parametrize(("host", "canonical_host"), GOOD_HOSTS.items())
-async def test_a_name_of_this_server_passes_in_one_form(host: bytes, canonical_host: bytes) -> None:
-    assert await passed((b"host", host)) == (200, {b"host": canonical_host})
+async def test_a_name_of_this_server_is_accepted_and_normalized(host: bytes, canonical_host: bytes) -> None:
+    assert await status_and_headers((b"host", host)) == (200, {b"host": canonical_host})
     for scheme in (b"http", b"https", b"HTTP"):
         origin = (b"origin", scheme + b"://" + host)
         expected = {b"host": b"localhost", b"origin": scheme.lower() + b"://" + canonical_host}
-        assert await passed((b"host", b"localhost"), origin) == (200, expected)
+        assert await status_and_headers((b"host", b"localhost"), origin) == (200, expected)
 
 
 @pytest.mark.parametrize("host", BAD_HOSTS)
 @pytest.mark.parametrize("path", ["/mcp", "/healthz"])
 async def test_every_other_host_is_refused(host: bytes, path: str) -> None:
-    assert (await passed((b"host", host), path=path))[0] == 421
+    assert (await status_and_headers((b"host", host), path=path))[0] == 421
 
 
 @pytest.mark.parametrize("origin", [*BAD_ORIGINS, *(b"http://" + host for host in BAD_HOSTS)])
 @pytest.mark.parametrize("path", ["/mcp", "/healthz"])
 async def test_every_other_origin_is_refused(origin: bytes, path: str) -> None:
-    assert (await passed((b"host", b"localhost"), (b"origin", origin), path=path))[0] == 403
+    assert (await status_and_headers((b"host", b"localhost"), (b"origin", origin), path=path))[0] == 403
 
 
 async def test_a_missing_or_repeated_header_is_refused() -> None:
     good = (b"host", b"localhost")
     page = (b"origin", b"http://localhost")
-    assert (await passed())[0] == 421
-    assert (await passed(good, good))[0] == 421
-    assert (await passed(good, page, page))[0] == 403
-    assert (await passed(good, (b"origin", b"http://evil.example"), page))[0] == 403
-    assert (await passed(good, page, (b"origin", b"http://evil.example")))[0] == 403
+    assert (await status_and_headers())[0] == 421
+    assert (await status_and_headers(good, good))[0] == 421
+    assert (await status_and_headers(good, page, page))[0] == 403
+    assert (await status_and_headers(good, (b"origin", b"http://evil.example"), page))[0] == 403
+    assert (await status_and_headers(good, page, (b"origin", b"http://evil.example")))[0] == 403
 
 
 @settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @example(b"127.0.0.1:8000@evil.net")
 @given(
-    some.binary(max_size=20)
-    | some.tuples(
-        some.sampled_from([b"", b"[", b"user@", b" "]),
-        some.sampled_from([b"localhost", b"127.0.0.1", b"::1", b"[::1]"]),
-        some.text("]:@/\\.?#%0123456789abx \t", max_size=12).map(str.encode),
+    st.binary(max_size=20)
+    | st.tuples(
+        st.sampled_from([b"", b"[", b"user@", b" "]),
+        st.sampled_from([b"localhost", b"127.0.0.1", b"::1", b"[::1]"]),
+        st.text("]:@/\\.?#%0123456789abx \t", max_size=12).map(str.encode),
     ).map(b"".join)
 )
-def test_what_is_parsed_is_all_of_the_header(value: bytes) -> None:
-    """Nothing stands before, between or behind the hostname and the port."""
+def test_the_parser_accepts_only_a_complete_header(value: bytes) -> None:
+    """The header has only the hostname and the port."""
     authority = authority_in(value)
     if authority is not None:
         hostname, _, port = value.decode("ascii").rpartition(":") if authority.port else (value.decode("ascii"), "", "")
@@ -222,9 +222,9 @@ def test_what_is_parsed_is_all_of_the_header(value: bytes) -> None:
     ],
 )
 def test_a_name_that_is_no_hostname_is_refused_at_the_start(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_error:
         parse_arguments(["http", "--allowed-host", name])
-    assert ended.value.code == 2
+    assert exit_error.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -33,7 +33,7 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def served(limits: ConnectionLimits = LIMITS, body_timeout_s: float = BODY_TIMEOUT_S) -> AsyncIterator[int]:
+async def serve(limits: ConnectionLimits = LIMITS, body_timeout_s: float = BODY_TIMEOUT_S) -> AsyncIterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -47,44 +47,44 @@ async def served(limits: ConnectionLimits = LIMITS, body_timeout_s: float = BODY
             signal.raise_signal(signal.SIGTERM)
 
 
-async def everything_from(stream: SocketStream) -> bytes:
-    """Read until the other side closes the connection."""
-    received = b""
+async def read_to_end(stream: SocketStream) -> bytes:
+    """Read until the other side closes the connection. Return the data."""
+    data = b""
     try:
         while True:
-            received += await stream.receive()
+            data += await stream.receive()
     except (anyio.EndOfStream, anyio.BrokenResourceError):
-        return received
+        return data
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nhost: local"])
-async def test_a_connection_without_a_complete_request_head_is_closed(sent: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"POST / HTTP/1.1\r\nhost: local"])
+async def test_a_connection_without_a_complete_request_head_is_closed(data: bytes) -> None:
     async with (
-        served(replace(LIMITS, request_head_timeout_s=0.05)) as port,
+        serve(replace(LIMITS, request_head_timeout_s=0.05)) as port,
         await anyio.connect_tcp("127.0.0.1", port) as stream,
     ):
-        if sent:
-            await stream.send(sent)
-        assert await everything_from(stream) == b""
+        if data:
+            await stream.send(data)
+        assert await read_to_end(stream) == b""
 
 
 async def test_a_body_that_does_not_arrive_in_time_is_answered_with_408() -> None:
-    async with served(body_timeout_s=0.05) as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
+    async with serve(body_timeout_s=0.05) as port, await anyio.connect_tcp("127.0.0.1", port) as stream:
         await stream.send(REQUEST[:-1])
         assert b" 408 " in await stream.receive()
 
 
 async def test_a_connection_above_the_limit_gets_503_and_the_first_ones_still_work() -> None:
-    async with served(replace(LIMITS, served_max=3)) as port:
-        early = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(3)]
-        for stream in early:  # the server has accepted each of them
+    async with serve(replace(LIMITS, served_max=3)) as port:
+        first_streams = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(3)]
+        for stream in first_streams:  # the server has accepted each of them
             await stream.send(REQUEST)
             assert b" 200 " in await stream.receive()
-        async with await anyio.connect_tcp("127.0.0.1", port) as late:
-            assert (await everything_from(late)).startswith(b"HTTP/1.1 503 Service Unavailable")
-        await early[0].send(REQUEST)
-        assert b" 200 " in await early[0].receive()
-        for stream in early:
+        async with await anyio.connect_tcp("127.0.0.1", port) as late_stream:
+            assert (await read_to_end(late_stream)).startswith(b"HTTP/1.1 503 Service Unavailable")
+        await first_streams[0].send(REQUEST)
+        assert b" 200 " in await first_streams[0].receive()
+        for stream in first_streams:
             await stream.aclose()
 
 
@@ -94,7 +94,7 @@ async def test_a_port_that_closes_serves_the_connections_that_wait_to_be_accepte
             transport.write(b"hello")
             transport.close()
 
-    def greeting(client: socket.socket) -> bytes:
+    def read_greeting(client: socket.socket) -> bytes:
         with client:
             return client.recv(100)
 
@@ -102,7 +102,7 @@ async def test_a_port_that_closes_serves_the_connections_that_wait_to_be_accepte
     address = server.sockets[0].getsockname()
     clients = [socket.create_connection(address, 60) for _ in range(3)]  # the event loop accepts none meanwhile
     await close_port(server, Greeter)
-    assert [await anyio.to_thread.run_sync(greeting, client) for client in clients] == [b"hello"] * 3
+    assert [await anyio.to_thread.run_sync(read_greeting, client) for client in clients] == [b"hello"] * 3
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, 60)
 
@@ -111,7 +111,7 @@ async def test_a_call_that_has_not_begun_gets_503_when_the_server_ends() -> None
     """The proxy repeats it at another server. One call waits for its turn, the body of the other one arrives late."""
     turns = Turns(1, longest_s=1_000)
     guard = HttpGuard(AppWithTurns(turns), (), 1000)
-    answers: list[int] = []
+    statuses: list[int] = []
 
     async def call(body_arrives: anyio.Event, method: str = "POST") -> None:
         async def receive() -> dict[str, Any]:
@@ -120,24 +120,24 @@ async def test_a_call_that_has_not_begun_gets_503_when_the_server_ends() -> None
 
         async def send(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                answers.append(message["status"])
+                statuses.append(message["status"])
 
         headers = [(b"host", b"localhost")]
         await guard({"type": "http", "method": method, "path": "/mcp", "headers": headers}, receive, send)
 
-    at_once = anyio.Event()
-    at_once.set()
-    late = anyio.Event()
+    early_body = anyio.Event()
+    early_body.set()
+    late_body = anyio.Event()
     async with anyio.create_task_group() as group, turns.turn():
-        group.start_soon(call, at_once)
-        group.start_soon(call, at_once, "GET")
-        group.start_soon(call, late)
+        group.start_soon(call, early_body)
+        group.start_soon(call, early_body, "GET")
+        group.start_soon(call, late_body)
         await anyio.wait_all_tasks_blocked()
         guard.close(has_other_servers=True)
         turns.close()
-        late.set()
+        late_body.set()
         await anyio.wait_all_tasks_blocked()
-        assert (answers, guard.open_calls) == ([503, 503, 503], 0)
+        assert (statuses, guard.open_calls) == ([503, 503, 503], 0)
 
 
 class AppWithTurns:

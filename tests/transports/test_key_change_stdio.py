@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time"), pytest.mark
 OLD = "sk-old-key-0123456789abcdef"
 NEW = "sk-new-key-0123456789abcdef"
 FOREIGN = "sk-foreign-key-0123456789ab"
-ORDER = {"size": "1024x640", "quality": "low"}
-SLOW = {**ORDER, "prompt": "sim:slow=3600 a hare", "wait_seconds": 0}
+REQUEST = {"size": "1024x640", "quality": "low"}
+SLOW = {**REQUEST, "prompt": "sim:slow=3600 a hare", "wait_seconds": 0}
 
 
 @asynccontextmanager
-async def served(simulator: PlainSimulator) -> AsyncIterator[str]:
+async def serve_simulator(simulator: PlainSimulator) -> AsyncIterator[str]:
     """Serve the simulator. Yield its base URL."""
     web = uvicorn.Server(uvicorn.Config(simulator.app, port=0, log_level="error", lifespan="off"))
     async with anyio.create_task_group() as group:
@@ -46,38 +46,42 @@ async def test_the_history_of_a_process_is_complete_with_a_new_key(tmp_path: Pat
     async def client(key: str, base_url: str, **settings: str) -> AsyncIterator[Client]:
         env = environment(tmp_path, key, base_url, **settings)
         server = StdioServerParameters(command=SERVER_COMMAND[0], args=SERVER_COMMAND[1:], env=env, cwd=tmp_path)
-        async with Client(server) as connected:
-            yield connected
+        async with Client(server) as session:
+            yield session
 
-    async with served(simulator) as base_url:
+    async with serve_simulator(simulator) as base_url:
         async with client(OLD, base_url) as old:
-            fox = await facts(old, "generate_image", **ORDER, prompt="a fox")
+            fox = await facts(old, "generate_image", **REQUEST, prompt="a fox")
             hare = await facts(old, "generate_image", **SLOW)
         for task in simulator.tasks.values():
             task.duration = 0
         async with client(FOREIGN, base_url) as foreign:
-            listed = await facts(foreign, "list_tasks")
+            task_list = await facts(foreign, "list_tasks")
             running = await facts(foreign, "get_task", task_id=hare["task_id"])
-        assert [task["other_key"] for task in listed["tasks"]] == [True, True]
+        assert [task["other_key"] for task in task_list["tasks"]] == [True, True]
         assert (running["status"], running["error"]["code"]) == ("pending", "other_key")
 
         async with client(NEW, base_url, EVOLINK_MCP_MAX_CREDITS_PER_DAY="0.5") as new:
-            again = await facts(new, "generate_image", **{**SLOW, "wait_seconds": 60})
-            assert (again["task_id"], again["status"]) == (hare["task_id"], "completed")
-            listed = await facts(new, "list_tasks")
-            assert [task["task_id"] for task in listed["tasks"]] == [hare["task_id"], fox["task_id"]]
-            assert not any("other_key" in task for task in listed["tasks"])
+            repeat = await facts(new, "generate_image", **{**SLOW, "wait_seconds": 60})
+            assert (repeat["task_id"], repeat["status"]) == (hare["task_id"], "completed")
+            task_list = await facts(new, "list_tasks")
+            assert [task["task_id"] for task in task_list["tasks"]] == [hare["task_id"], fox["task_id"]]
+            assert not any("other_key" in task for task in task_list["tasks"])
             view = await new.call_tool("view_image", {"task_id": fox["task_id"]})
             assert view.content[0].type == "image"
             resource = await new.read_resource(f"evolink://images/{fox['task_id']}/0")
             assert base64.b64decode(resource.contents[0].blob) == Path(fox["images"][0]["path"]).read_bytes()
-            refused = await facts(new, "generate_image", **ORDER, prompt="a hen")
-            assert refused["error"]["code"] == "over_budget"
+            refusal = await facts(new, "generate_image", **REQUEST, prompt="a hen")
+            assert refusal["error"]["code"] == "over_budget"
         async with client(NEW, base_url) as new:
-            edited = await facts(
-                new, "generate_image", **ORDER, prompt="it sleeps", image_urls=[f"evolink://images/{fox['task_id']}/0"]
+            edit = await facts(
+                new,
+                "generate_image",
+                **REQUEST,
+                prompt="it sleeps",
+                image_urls=[f"evolink://images/{fox['task_id']}/0"],
             )
-            assert edited["status"] == "completed"
+            assert edit["status"] == "completed"
         page = await command(
             tmp_path, FOREIGN, base_url, "sheet", "--since", "all", "--out", str(tmp_path / "all.html")
         )

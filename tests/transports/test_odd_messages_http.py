@@ -14,7 +14,7 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from child_processes import ANSWER_TIMEOUT_S
 from hypothesis import HealthCheck, given, settings
-from odd_messages import CASES, HELLO, LINES, Case, proofs
+from odd_messages import CASES, FIRST_MESSAGES, LINES, Case, proofs
 
 from evolink_mcp.app.settings import Settings
 from evolink_mcp.app.wiring import open_studio
@@ -42,12 +42,12 @@ class Reply:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The JSON-RPC messages in the body, which is JSON or a stream of events."""
+        """Return the JSON-RPC messages in the body, which is JSON or a stream of events."""
         lines = [line.removeprefix(b"data: ") for line in self.body.splitlines() if line.startswith((b"data: {", b"{"))]
         return [json.loads(line) for line in lines]
 
 
-class Face:
+class AsgiClient:
     """An ASGI app, called without a network. It has no API key, so it can buy nothing."""
 
     def __init__(self, app: Any) -> None:
@@ -96,8 +96,8 @@ class Face:
             headers |= _routing(body)
         return await self.request("POST", "/mcp", body, headers)
 
-    async def works(self, era: str) -> None:
-        """Good requests get their results."""
+    async def check_good_requests(self, era: str) -> None:
+        """Check that good requests get their results."""
         self._number += 1
         for name, request in proofs(era, self._number).items():
             reply = await self.post(era, json.dumps(request).encode())
@@ -106,7 +106,7 @@ class Face:
 
     @asynccontextmanager
     async def stream(self) -> AsyncGenerator[Stream]:
-        """A session of SSE."""
+        """Open an SSE session."""
         chunk_sink, chunks = anyio.create_memory_object_stream[bytes](10_000)
         closing = anyio.Event()
 
@@ -129,34 +129,34 @@ class Face:
 class Stream:
     """A session of SSE: messages go by POST, answers come in the stream."""
 
-    def __init__(self, face: Face, target: str, chunks: Any) -> None:
-        self._face = face
+    def __init__(self, client: AsgiClient, target: str, chunks: Any) -> None:
+        self._client = client
         self._target = target
         self._chunks = chunks
         self._number = 0
 
     async def post(self, body: bytes) -> Reply:
-        return await self._face.request("POST", self._target, body, {})
+        return await self._client.request("POST", self._target, body, {})
 
-    async def hear(self) -> dict[str, Any]:
+    async def receive(self) -> dict[str, Any]:
         with anyio.fail_after(ANSWER_TIMEOUT_S):
             return json.loads(await _event(self._chunks))
 
-    async def works(self, era: str) -> None:
+    async def check_good_requests(self, era: str) -> None:
         self._number += 1
         requests = proofs(era, self._number)
         for request in requests.values():
             assert (await self.post(json.dumps(request).encode())).status == 202
         waiting = set(requests)
         while waiting:
-            answer = await self.hear()
+            answer = await self.receive()
             if answer.get("id") in waiting:
                 waiting.remove(answer["id"])
                 assert "result" in answer, answer
 
 
 async def _event(chunks: Any) -> bytes:
-    """The data of the next event."""
+    """Return the data of the next event."""
     while True:
         chunk = await chunks.receive()
         for line in chunk.splitlines():
@@ -165,7 +165,7 @@ async def _event(chunks: Any) -> bytes:
 
 
 def _routing(body: bytes) -> dict[bytes, bytes]:
-    """The headers with which a client of 2026-07-28 repeats the method and the name of its request."""
+    """Return the headers with which a client of 2026-07-28 repeats the method and the name of its request."""
     try:
         message = json.loads(body)
         names = {b"mcp-method": message["method"].encode("ascii")}
@@ -177,7 +177,7 @@ def _routing(body: bytes) -> dict[bytes, bytes]:
 
 
 @asynccontextmanager
-async def served(folder: Path, transport: str) -> AsyncGenerator[Face]:
+async def served(folder: Path, transport: str) -> AsyncGenerator[AsgiClient]:
     environ = {
         "EVOLINK_BASE_URL": "http://127.0.0.1:9",
         "EVOLINK_MCP_DATA_DIR": str(folder / "data"),
@@ -186,19 +186,19 @@ async def served(folder: Path, transport: str) -> AsyncGenerator[Face]:
     async with open_studio(Settings.from_environment(environ)) as studio:
         app = mcp_app(build_server(studio), studio.journal, transport=transport, host="127.0.0.1")
         async with lifespan(app):
-            yield Face(HttpGuard(app, (), REQUEST_MAX_BYTES))
+            yield AsgiClient(HttpGuard(app, (), REQUEST_MAX_BYTES))
 
 
 @contextmanager
-def portal_to(folder: Path, transport: str) -> Iterator[tuple[BlockingPortal, Face]]:
-    """A face that hypothesis can call: its loop runs in a thread."""
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(served(folder, transport)) as face:
-        yield portal, face
+def portal_to(folder: Path, transport: str) -> Iterator[tuple[BlockingPortal, AsgiClient]]:
+    """Yield a client that hypothesis can call. Its event loop runs in a thread."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(served(folder, transport)) as client:
+        yield portal, client
 
 
 @pytest.fixture(autouse=True)
 def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No message is an internal error in the log."""
+    """Check that the log has no internal error."""
     caplog.set_level(logging.WARNING)
     yield
     records = caplog.get_records("call")
@@ -206,7 +206,7 @@ def _no_traceback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def is_refused(case: Case) -> bool:
-    """Over HTTP lone surrogates and a byte order mark are refused too, and an empty body."""
+    """Return whether HTTP refuses the message. It also refuses lone surrogates, a byte order mark and an empty body."""
     return case.is_error or not case.line.strip() or case.line.startswith((*SURROGATES, b"\xef\xbb\xbf")) or any(
         mark in case.line for mark in SURROGATES
     )  # fmt: skip
@@ -214,11 +214,11 @@ def is_refused(case: Case) -> bool:
 
 @ERAS
 def test_every_odd_message_over_http_is_accepted_or_refused(tmp_path: Path, era: str) -> None:
-    with portal_to(tmp_path, "http") as (portal, face):
+    with portal_to(tmp_path, "http") as (portal, client):
 
         async def post_all() -> None:
             for name, case in CASES.items():
-                reply = await face.post(era, case.line)
+                reply = await client.post(era, case.line)
                 assert reply.status < 500, (name, reply.body)
                 if is_refused(case):
                     (error,) = reply.messages
@@ -226,31 +226,31 @@ def test_every_odd_message_over_http_is_accepted_or_refused(tmp_path: Path, era:
                     assert error["id"] in (case.request_id, None), name
                 elif era == "legacy":
                     assert reply.status == (202 if case.is_silent else 200), (name, reply.body)
-            await face.works(era)
+            await client.check_good_requests(era)
 
         portal.call(post_all)
 
 
 @ERAS
 def test_no_generated_message_is_an_internal_error_of_http(tmp_path: Path, era: str) -> None:
-    with portal_to(tmp_path, "http") as (portal, face):
+    with portal_to(tmp_path, "http") as (portal, client):
 
         @FUZZ
         @given(LINES)
         def post(line: bytes) -> None:
-            assert portal.call(face.post, era, line).status < 500
-            portal.call(face.works, era)
+            assert portal.call(client.post, era, line).status < 500
+            portal.call(client.check_good_requests, era)
 
         post()
 
 
 @ERAS
 def test_every_odd_message_over_sse_is_accepted_or_refused(tmp_path: Path, era: str) -> None:
-    with portal_to(tmp_path, "sse") as (portal, face):
+    with portal_to(tmp_path, "sse") as (portal, client):
 
         async def post_all() -> None:
-            async with face.stream() as stream:
-                await stream.post(json.dumps(HELLO[era]).encode())
+            async with client.stream() as stream:
+                await stream.post(json.dumps(FIRST_MESSAGES[era]).encode())
                 for name, case in CASES.items():
                     reply = await stream.post(case.line)
                     if is_refused(case):
@@ -258,7 +258,7 @@ def test_every_odd_message_over_sse_is_accepted_or_refused(tmp_path: Path, era: 
                         assert (reply.status, error["error"]["code"] in (-32600, -32700)) == (400, True), (name, error)
                     else:
                         assert reply.status == 202, name
-                await stream.works(era)
+                await stream.check_good_requests(era)
 
         portal.call(post_all)
 
@@ -266,16 +266,16 @@ def test_every_odd_message_over_sse_is_accepted_or_refused(tmp_path: Path, era: 
 @ERAS
 def test_no_generated_message_stops_a_session_of_sse(tmp_path: Path, era: str) -> None:
     with (
-        portal_to(tmp_path, "sse") as (portal, face),
-        portal.wrap_async_context_manager(face.stream()) as stream,
+        portal_to(tmp_path, "sse") as (portal, client),
+        portal.wrap_async_context_manager(client.stream()) as stream,
     ):
-        portal.call(stream.post, json.dumps(HELLO[era]).encode())
+        portal.call(stream.post, json.dumps(FIRST_MESSAGES[era]).encode())
 
         @FUZZ
         @given(LINES)
         def post(line: bytes) -> None:
             assert portal.call(stream.post, line).status < 500
-            portal.call(stream.works, era)
+            portal.call(stream.check_good_requests, era)
 
         post()
 
@@ -283,9 +283,9 @@ def test_no_generated_message_stops_a_session_of_sse(tmp_path: Path, era: str) -
 @pytest.mark.parametrize("path", ["/mcp", "/messages/", "/nowhere"])
 @pytest.mark.parametrize("transport", ["http", "sse"])
 def test_a_message_without_a_session_is_refused(tmp_path: Path, transport: str, path: str) -> None:
-    with portal_to(tmp_path, transport) as (portal, face):
+    with portal_to(tmp_path, transport) as (portal, client):
         for query in ("", "?session_id=", "?session_id=odd", "?session_id=" + "0" * 32, "?session_id=%ED%A0%80"):
-            reply = portal.call(face.request, "POST", path + query, b'{"jsonrpc":"2.0","id":1,"method":"ping"}', {})
+            reply = portal.call(client.request, "POST", path + query, b'{"jsonrpc":"2.0","id":1,"method":"ping"}', {})
             is_found = (transport, path) == ("http", "/mcp")
             assert (reply.status == 200, reply.status < 500) == (is_found, True)
 
@@ -293,15 +293,15 @@ def test_a_message_without_a_session_is_refused(tmp_path: Path, transport: str, 
 @pytest.mark.parametrize("session", [b"", b"\xff\xfe", b"x" * 8_000, b"a b", b"\xed\xa0\x80"])
 def test_an_odd_session_header_is_no_error(tmp_path: Path, session: bytes) -> None:
     cancel = b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":"%b"}}' % (b"x" * 8_000)
-    with portal_to(tmp_path, "http") as (portal, face):
+    with portal_to(tmp_path, "http") as (portal, client):
         for body, status in ((cancel, 202), (b'{"jsonrpc":"2.0","id":1,"method":"ping"}', 200)):
             headers = {b"mcp-session-id": session, b"mcp-protocol-version": b"2025-11-25"}
-            assert portal.call(face.request, "POST", "/mcp", body, headers).status == status
+            assert portal.call(client.request, "POST", "/mcp", body, headers).status == status
 
 
 @pytest.mark.parametrize(("transport", "target"), [("http", "/mcp"), ("sse", "/messages/?session_id=" + "0" * 32)])
 def test_a_client_that_disconnects_before_its_body_is_complete_is_no_error(
     tmp_path: Path, transport: str, target: str
 ) -> None:
-    with portal_to(tmp_path, transport) as (portal, face):
-        assert portal.call(face.request, "POST", target, None, {}).status < 500
+    with portal_to(tmp_path, transport) as (portal, client):
+        assert portal.call(client.request, "POST", target, None, {}).status < 500

@@ -16,7 +16,7 @@ import httpx2 as httpx
 import pytest
 from child_processes import minimal_environment
 from faulty_gateway import Exchange, Gateway, QuickSimulator, behave
-from killer import Nursery, Server, nursery_of_servers  # noqa: F401
+from killer import Launcher, Server, shared_launcher  # noqa: F401
 from mcp.client import Client
 from mcp.client.sse import sse_client
 from mcp.client.streamable_http import streamable_http_client
@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 KEY = "sk-canary-0123456789abcdef"
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 # The promise is two seconds, and the benchmarks measure it. A busy machine can stop a test for longer.
 END_TIMEOUT_S = 60.0
 ENDS = [
@@ -41,15 +41,15 @@ ENDS = [
 SIGNALS = ENDS[1:]
 
 
-class House:
+class Harness:
     """A gateway, a launcher for servers, and the folders of one server."""
 
-    def __init__(self, gateway: Gateway, nursery: Nursery, folder: Path) -> None:
+    def __init__(self, gateway: Gateway, launcher: Launcher, folder: Path) -> None:
         self.gateway = gateway
-        self.nursery = nursery
+        self.launcher = launcher
         self.folder = folder
-        self.arrived = anyio.Event()
-        self.go = anyio.Event()
+        self.has_arrived = anyio.Event()
+        self.may_answer = anyio.Event()
 
     @property
     def env(self) -> dict[str, str]:
@@ -60,10 +60,10 @@ class House:
         )  # fmt: skip
 
     async def hold(self, exchange: Exchange) -> None:
-        """Accept a purchase, and answer it when the test sets `go`."""
-        reply = await exchange.accepted()
-        self.arrived.set()
-        await self.go.wait()
+        """Accept a purchase, and answer it when the test sets `may_answer`."""
+        reply = await exchange.accept()
+        self.has_arrived.set()
+        await self.may_answer.wait()
         exchange.relay(reply)
 
     def journal(self) -> list[Entry]:
@@ -71,13 +71,13 @@ class House:
 
 
 @pytest.fixture
-async def house(tmp_path: Path, servers: Nursery) -> AsyncIterator[House]:
+async def harness(tmp_path: Path, launcher: Launcher) -> AsyncIterator[Harness]:
     async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
-        yield House(gateway, servers, tmp_path)
+        yield Harness(gateway, launcher, tmp_path)
 
 
 async def exit_code_of(server: Server, end: signal.Signals | None) -> int:
-    server.hang_up() if end is None else server.kill(end)
+    server.close_stdin() if end is None else server.kill(end)
     with anyio.fail_after(END_TIMEOUT_S):
         return await server.wait_for_exit()
 
@@ -88,86 +88,88 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(("end", "code"), ENDS)
-async def test_an_idle_server_ends_at_once_without_output(house: House, end: signal.Signals | None, code: int) -> None:
-    async with house.nursery.server(house.env, "-v") as server:
-        assert await exit_code_of(server, end) == code, server.err.read_text()
-    assert server.err.read_text() == ""
+async def test_an_idle_server_ends_at_once_without_output(
+    harness: Harness, end: signal.Signals | None, code: int
+) -> None:
+    async with harness.launcher.server(harness.env, "-v") as server:
+        assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
+    assert server.stderr_file.read_text() == ""
 
 
 @pytest.mark.parametrize(("end", "code"), ENDS)
 async def test_a_server_ends_during_a_waiting_call_and_its_task_is_in_the_journal(
-    house: House, end: signal.Signals | None, code: int
+    harness: Harness, end: signal.Signals | None, code: int
 ) -> None:
     with anyio.fail_after(300):
-        async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
-            calls.start_soon(lambda: server.call("generate_image", **WISH))
-            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.requests))
-            assert await exit_code_of(server, end) == code, server.err.read_text()
-    assert [entry.task_id for entry in house.journal()] == list(house.gateway.simulator.tasks)
-    assert "Traceback" not in server.err.read_text()
+        async with harness.launcher.server(harness.env) as server, anyio.create_task_group() as calls:
+            calls.start_soon(lambda: server.call("generate_image", **REQUEST))
+            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in harness.gateway.requests))
+            assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
+    assert [entry.task_id for entry in harness.journal()] == list(harness.gateway.simulator.tasks)
+    assert "Traceback" not in server.stderr_file.read_text()
 
 
 @pytest.mark.parametrize(("end", "code"), ENDS)
 @pytest.mark.parametrize("has_answer", [True, False], ids=["answered in time", "never answered"])
 async def test_a_post_in_flight_is_completed_or_stays_in_the_journal_as_sending(
-    house: House, end: signal.Signals | None, code: int, has_answer: bool
+    harness: Harness, end: signal.Signals | None, code: int, has_answer: bool
 ) -> None:
-    house.gateway.purchases = [house.hold]
+    harness.gateway.purchases = [harness.hold]
     with anyio.fail_after(300):
-        async with house.nursery.server(house.env) as server, anyio.create_task_group() as calls:
-            calls.start_soon(lambda: server.call("generate_image", **WISH))
-            await house.arrived.wait()
+        async with harness.launcher.server(harness.env) as server, anyio.create_task_group() as calls:
+            calls.start_soon(lambda: server.call("generate_image", **REQUEST))
+            await harness.has_arrived.wait()
             if has_answer:
-                house.go.set()
-            assert await exit_code_of(server, end) == code, server.err.read_text()
-    (entry,) = house.journal()
+                harness.may_answer.set()
+            assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
+    (entry,) = harness.journal()
     assert (entry.phase, entry.charged) == ("submitted" if has_answer else "sending", "unknown")
-    assert entry.task_id == (next(iter(house.gateway.simulator.tasks)) if has_answer else None)
-    assert "Traceback" not in server.err.read_text()
-    assert house.gateway.posts == 1
+    assert entry.task_id == (next(iter(harness.gateway.simulator.tasks)) if has_answer else None)
+    assert "Traceback" not in server.stderr_file.read_text()
+    assert harness.gateway.posts == 1
 
 
 @pytest.mark.parametrize(("end", "code"), ENDS)
 async def test_a_server_ends_while_another_program_locks_the_journal(
-    house: House, end: signal.Signals | None, code: int
+    harness: Harness, end: signal.Signals | None, code: int
 ) -> None:
     """The database cannot record the answer of the purchase, and the second record may have it.
 
     Without the second record the entry stays as sending, and the next start reconciles it.
     """
-    house.gateway.purchases = [house.hold]
-    async with house.nursery.server(house.env) as server, anyio.create_task_group() as group:
-        group.start_soon(lambda: server.call("generate_image", **WISH))
-        await house.arrived.wait()
-        with closing(sqlite3.connect(house.folder / "data" / FILE_NAME, isolation_level=None)) as connection:
+    harness.gateway.purchases = [harness.hold]
+    async with harness.launcher.server(harness.env) as server, anyio.create_task_group() as group:
+        group.start_soon(lambda: server.call("generate_image", **REQUEST))
+        await harness.has_arrived.wait()
+        with closing(sqlite3.connect(harness.folder / "data" / FILE_NAME, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            house.go.set()
-            assert await exit_code_of(server, end) == code, server.err.read_text()
+            harness.may_answer.set()
+            assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
             group.cancel_scope.cancel()
-    assert "Traceback" not in server.err.read_text()
-    (entry,) = house.journal()
+    assert "Traceback" not in server.stderr_file.read_text()
+    (entry,) = harness.journal()
     assert entry.phase in ("sending", "submitted")
     assert (entry.task is not None) == (entry.phase == "submitted")
 
 
-async def test_a_client_that_stops_reading_and_disconnects_causes_no_traceback(house: House) -> None:
+async def test_a_client_that_stops_reading_and_disconnects_causes_no_traceback(harness: Harness) -> None:
     with anyio.fail_after(300):
-        async with house.nursery.server(house.env) as server:
+        async with harness.launcher.server(harness.env) as server:
             server.stop_reading()
             server.send({"id": 7, "method": "tools/list", "params": {}})
-            assert await exit_code_of(server, None) == 0, server.err.read_text()
-    assert "Traceback" not in server.err.read_text()
+            assert await exit_code_of(server, None) == 0, server.stderr_file.read_text()
+    assert "Traceback" not in server.stderr_file.read_text()
 
 
 # --- over the network ----------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def web(house: House, transport: str) -> AsyncIterator[tuple[Server, str]]:
+async def web(harness: Harness, transport: str) -> AsyncIterator[tuple[Server, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    async with house.nursery.server(house.env, transport, "--port", str(port), greet=False) as server:
+    async with harness.launcher.server(harness.env, transport, "--port", str(port), initialize=False) as server:
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient() as client:
             is_healthy = False
@@ -183,39 +185,39 @@ async def call_over(url: str, transport: str) -> None:
     transport_client: Any = streamable_http_client(f"{url}/mcp") if transport == "http" else sse_client(f"{url}/sse")
     with suppress(Exception):
         async with Client(transport_client, mode="legacy") as client:
-            await client.call_tool("generate_image", WISH)
+            await client.call_tool("generate_image", REQUEST)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("end", "code"), SIGNALS)
 @pytest.mark.parametrize("transport", ["http", "sse"])
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "POST in flight"])
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "POST in flight"])
 async def test_an_http_server_ends_after_a_signal(
-    house: House, transport: str, end: signal.Signals, code: int, busy: bool
+    harness: Harness, transport: str, end: signal.Signals, code: int, is_busy: bool
 ) -> None:
-    house.gateway.purchases = [house.hold]
+    harness.gateway.purchases = [harness.hold]
     with anyio.fail_after(300):
-        async with web(house, transport) as (server, url), anyio.create_task_group() as calls:
-            if busy:
+        async with web(harness, transport) as (server, url), anyio.create_task_group() as calls:
+            if is_busy:
                 calls.start_soon(call_over, url, transport)
-                await house.arrived.wait()
-            assert await exit_code_of(server, end) == code, server.err.read_text()
+                await harness.has_arrived.wait()
+            assert await exit_code_of(server, end) == code, server.stderr_file.read_text()
             calls.cancel_scope.cancel()
-    assert "Traceback" not in server.err.read_text()
-    if busy:
-        assert [(entry.phase, entry.charged) for entry in house.journal()] == [("sending", "unknown")]
+    assert "Traceback" not in server.stderr_file.read_text()
+    if is_busy:
+        assert [(entry.phase, entry.charged) for entry in harness.journal()] == [("sending", "unknown")]
 
 
-async def test_a_disconnect_over_http_does_not_end_the_purchase(house: House) -> None:
-    house.gateway.purchases = [house.hold, behave]
+async def test_a_disconnect_over_http_does_not_end_the_purchase(harness: Harness) -> None:
+    harness.gateway.purchases = [harness.hold, behave]
     with anyio.fail_after(300):
-        async with web(house, "http") as (server, url):
+        async with web(harness, "http") as (server, url):
             async with anyio.create_task_group() as calls:
                 calls.start_soon(call_over, url, "http")
-                await house.arrived.wait()
+                await harness.has_arrived.wait()
                 calls.cancel_scope.cancel()
-            house.go.set()
-            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in house.gateway.requests))
-            assert [entry.phase for entry in house.journal()] == ["submitted"]
+            harness.may_answer.set()
+            await until(lambda: any(path.startswith("/v1/tasks/") for _, path in harness.gateway.requests))
+            assert [entry.phase for entry in harness.journal()] == ["submitted"]
             assert await exit_code_of(server, signal.SIGTERM) == 143
-    assert house.gateway.posts == 1
+    assert harness.gateway.posts == 1

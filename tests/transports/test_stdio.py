@@ -13,7 +13,7 @@ import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCResponse
-from stdio_ends import Ends, no_answer
+from stdio_ends import Pipes, no_answer
 
 from evolink_mcp.server.server import serve_streams
 from evolink_mcp.server.startup_answers import StartupAnswers
@@ -23,7 +23,7 @@ from evolink_mcp.transports.stdio import serve_stdio
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("in_time")]
 
 VERSION = "2025-11-25"
-HELLO = {
+INITIALIZE = {
     "jsonrpc": "2.0",
     "id": 1,
     "method": "initialize",
@@ -39,26 +39,26 @@ def call(request_id: Any, tool: str) -> dict[str, Any]:
     return request(request_id, "tools/call", name=tool, arguments={})
 
 
-def cancelled(request_id: Any) -> dict[str, Any]:
+def cancellation(request_id: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": request_id}}
 
 
 class Client:
     """The client's side of the pipes, in a coroutine."""
 
-    def __init__(self, ends: Ends) -> None:
-        self._ends = ends
+    def __init__(self, pipes: Pipes) -> None:
+        self._pipes = pipes
 
-    async def say(self, *messages: dict[str, Any]) -> None:
+    async def send(self, *messages: dict[str, Any]) -> None:
         lines = [json.dumps(message).encode() for message in messages]
-        await anyio.to_thread.run_sync(lambda: self._ends.say(*lines))
+        await anyio.to_thread.run_sync(lambda: self._pipes.send(*lines))
 
-    async def hear(self) -> dict[str, Any]:
-        return await anyio.to_thread.run_sync(self._ends.hear, abandon_on_cancel=True)
+    async def receive(self) -> dict[str, Any]:
+        return await anyio.to_thread.run_sync(self._pipes.receive, abandon_on_cancel=True)
 
     async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        await self.say(message)
-        return await self.hear()
+        await self.send(message)
+        return await self.receive()
 
 
 class Tools:
@@ -89,34 +89,34 @@ class Tools:
     def _record(self, ctx: Context) -> None:
         delivery = delivery_of(ctx)
         assert delivery is not None
-        delivery.when_settled(self._settled)
+        delivery.when_settled(self._record_settlement)
 
-    async def _settled(self, arrived: bool) -> None:
-        self.deliveries.append(arrived)
+    async def _record_settlement(self, has_arrived: bool) -> None:
+        self.deliveries.append(has_arrived)
         self.is_settled.set()
 
-    async def _fail(self, arrived: bool) -> None:
+    async def _fail(self, has_arrived: bool) -> None:
         raise KeyError("no such entry")
 
 
 @asynccontextmanager
-async def opened(
+async def open_client(
     serve: Callable[..., Any],
     startup_answers: StartupAnswers | None = None,
-    early: list[dict[str, Any]] | None = None,
+    early_messages: list[dict[str, Any]] | None = None,
     **options: Any,
 ) -> AsyncGenerator[Client]:
-    """Serve between two pipes. The client sends `early` before the server exists. Ends by EOF, with exit code 0."""
+    """Serve between two pipes. The client sends `early_messages` before the server exists. Ends by EOF, with exit code 0."""
     startup_answers = startup_answers or StartupAnswers(None)
-    ends = Ends()
-    client = Client(ends)
+    pipes = Pipes()
+    client = Client(pipes)
     codes: list[int] = []
     try:
-        lines = ends.open(startup_answers.answer if early else no_answer)
-        if early:
-            await client.say(*early)
-            for _ in early:
-                await client.hear()
+        lines = pipes.open(startup_answers.answer if early_messages else no_answer)
+        if early_messages:
+            await client.send(*early_messages)
+            for _ in early_messages:
+                await client.receive()
         async with anyio.create_task_group() as group:
 
             async def run() -> None:
@@ -124,43 +124,43 @@ async def opened(
 
             group.start_soon(run)
             yield client
-            ends.hang_up()
+            pipes.close_stdin()
     finally:
-        ends.close()
+        pipes.close()
     assert codes == [0]
 
 
 @asynccontextmanager
-async def opened_tools() -> AsyncGenerator[tuple[Client, Tools]]:
+async def open_tools() -> AsyncGenerator[tuple[Client, Tools]]:
     tools = Tools()
-    async with opened(partial(serve_streams, tools.server)) as client:
-        assert "result" in await client.ask(HELLO)
+    async with open_client(partial(serve_streams, tools.server)) as client:
+        assert "result" in await client.ask(INITIALIZE)
         yield client, tools
 
 
-@pytest.mark.parametrize("again", [5, "5"])
-async def test_an_id_in_use_is_refused_without_an_id_and_the_first_request_keeps_it(again: Any) -> None:
+@pytest.mark.parametrize("second_id", [5, "5"])
+async def test_an_id_in_use_is_refused_without_an_id_and_the_first_request_keeps_it(second_id: Any) -> None:
     """An error with the ID would look like the answer of the first request."""
-    async with opened_tools() as (client, tools):
-        await client.say(call(5, "hold"))
+    async with open_tools() as (client, tools):
+        await client.send(call(5, "hold"))
         await tools.has_started.wait()
-        refusal = await client.ask(request(again))
+        refusal = await client.ask(request(second_id))
         assert (refusal["id"], refusal["error"]["code"]) == (None, -32600)
         assert "the request 5 has no answer yet" in refusal["error"]["message"]
         tools.may_answer.set()
-        answer = await client.hear()
+        answer = await client.receive()
         assert (answer["id"], answer["result"]["content"][0]["text"]) == (5, "done")
-        assert (await client.ask(request(again)))["result"] == {}
+        assert (await client.ask(request(second_id)))["result"] == {}
         await tools.is_settled.wait()
     assert tools.deliveries == [True]
 
 
 @pytest.mark.parametrize("name", [5, "5"])
 async def test_a_cancelled_call_is_not_delivered_and_its_id_is_free(name: Any) -> None:
-    async with opened_tools() as (client, tools):
-        await client.say(call(5, "hold"))
+    async with open_tools() as (client, tools):
+        await client.send(call(5, "hold"))
         await tools.has_started.wait()
-        await client.say(cancelled(name))
+        await client.send(cancellation(name))
         await tools.is_settled.wait()
         assert (await client.ask(request(5)))["result"] == {}
     assert tools.deliveries == [False]
@@ -168,19 +168,19 @@ async def test_a_cancelled_call_is_not_delivered_and_its_id_is_free(name: Any) -
 
 @pytest.mark.parametrize("name", [[5], {"id": 5}, None, 5.0, True, "", "\ud800", [[]]])
 async def test_a_cancellation_without_a_good_id_cancels_nothing(name: Any) -> None:
-    async with opened_tools() as (client, tools):
-        await client.say(call(5, "hold"))
+    async with open_tools() as (client, tools):
+        await client.send(call(5, "hold"))
         await tools.has_started.wait()
-        await client.say(cancelled(name))
+        await client.send(cancellation(name))
         assert (await client.ask(request(6)))["id"] == 6
         tools.may_answer.set()
-        assert (await client.hear())["result"]["content"][0]["text"] == "done"
+        assert (await client.receive())["result"]["content"][0]["text"] == "done"
         await tools.is_settled.wait()
     assert tools.deliveries == [True]
 
 
 async def test_a_delivery_that_cannot_be_recorded_ends_neither_the_others_nor_the_server() -> None:
-    async with opened_tools() as (client, tools):
+    async with open_tools() as (client, tools):
         assert "result" in await client.ask(call(5, "fail_to_record"))
         await tools.is_settled.wait()
         assert (await client.ask(request(6)))["result"] == {}
@@ -190,35 +190,37 @@ async def test_a_delivery_that_cannot_be_recorded_ends_neither_the_others_nor_th
 async def test_an_id_that_was_answered_early_may_be_used_and_cancelled_at_once() -> None:
     tools = Tools()
     answers = {(method, VERSION): b'{"early":true}' for method in ("initialize", "tools/list", "ping")}
-    early = [HELLO, request(2, "tools/list"), request(3)]
-    async with opened(partial(serve_streams, tools.server), StartupAnswers(answers), early) as client:
+    early_messages = [INITIALIZE, request(2, "tools/list"), request(3)]
+    async with open_client(partial(serve_streams, tools.server), StartupAnswers(answers), early_messages) as client:
         tools.may_answer.set()
-        await client.say(cancelled(1), cancelled(2), cancelled(3), call(1, "hold"))
-        assert (await client.hear())["result"]["content"][0]["text"] == "done"
+        await client.send(cancellation(1), cancellation(2), cancellation(3), call(1, "hold"))
+        assert (await client.receive())["result"]["content"][0]["text"] == "done"
         for number in (1, 2, 3):
             assert await client.ask(request(number)) == {"jsonrpc": "2.0", "id": number, "result": {}}
 
 
-async def answer_everything(read: Any, write: Any, odd: Any = None) -> None:
-    """Serve without the SDK. The request 5 gets a result with the value `odd`."""
-    async for received in read:
-        request_id = received.message.id
-        result = {"a": odd} if request_id == 5 else {}
+async def answer_everything(read: Any, write: Any, value: Any = None) -> None:
+    """Serve without the SDK. The request 5 gets a result with `value`."""
+    async for session_message in read:
+        request_id = session_message.message.id
+        result = {"a": value} if request_id == 5 else {}
         await write.send(SessionMessage(JSONRPCResponse(jsonrpc="2.0", id=request_id, result=result)))
 
 
 @pytest.mark.parametrize(
-    ("odd", "result"),
+    ("value", "result"),
     [pytest.param("\ud800", {"a": "?"}, id="a lone surrogate"), pytest.param(float("nan"), {"a": None}, id="NaN")],
 )
-async def test_a_result_that_json_can_nearly_carry_is_written(odd: Any, result: dict[str, Any]) -> None:
-    async with opened(partial(answer_everything, odd=odd)) as client:
+async def test_a_value_that_json_does_not_allow_is_replaced(value: Any, result: dict[str, Any]) -> None:
+    async with open_client(partial(answer_everything, value=value)) as client:
         assert await client.ask(request(5)) == {"jsonrpc": "2.0", "id": 5, "result": result}
 
 
-@pytest.mark.parametrize("odd", [object(), {"\ud800": float("inf")}], ids=["an object", "Infinity beside a surrogate"])
-async def test_a_result_that_is_not_json_becomes_an_error_and_the_later_ones_are_written(odd: Any) -> None:
-    async with opened(partial(answer_everything, odd=odd)) as client:
+@pytest.mark.parametrize(
+    "value", [object(), {"\ud800": float("inf")}], ids=["an object", "Infinity beside a surrogate"]
+)
+async def test_a_result_that_is_not_json_becomes_an_error_and_the_later_ones_are_written(value: Any) -> None:
+    async with open_client(partial(answer_everything, value=value)) as client:
         refusal = await client.ask(request(5))
         assert (refusal["id"], refusal["error"]["code"]) == (5, -32603)
         assert await client.ask(request(6)) == {"jsonrpc": "2.0", "id": 6, "result": {}}
@@ -231,10 +233,10 @@ async def test_a_request_that_the_server_has_no_room_for_is_refused_and_its_id_i
         await can_read.wait()
         await answer_everything(read, write)
 
-    async with opened(serve, messages_max=1) as client:
-        await client.say(request(7))
+    async with open_client(serve, messages_max=1) as client:
+        await client.send(request(7))
         refusal = await client.ask(request(6))
         assert (refusal["id"], refusal["error"]["code"]) == (6, -32600)
         can_read.set()
-        assert (await client.hear())["id"] == 7
+        assert (await client.receive())["id"] == 7
         assert await client.ask(request(6)) == {"jsonrpc": "2.0", "id": 6, "result": {}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from child_processes import ANSWER_TIMEOUT_S
-from stdio_ends import Ends
+from stdio_ends import Pipes
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 PING = b'{"jsonrpc":"2.0","id":9,"method":"ping"}'
@@ -19,181 +19,186 @@ END = None
 
 
 @pytest.fixture
-def ends() -> Iterator[Ends]:
-    pipes = Ends()
-    yield pipes
-    pipes.close()
+def pipes() -> Iterator[Pipes]:
+    client_pipes = Pipes()
+    yield client_pipes
+    client_pipes.close()
 
 
 def test_a_line_that_cannot_be_handled_is_answered_with_its_id_and_the_next_one_is_handled(
-    ends: Ends, caplog: pytest.LogCaptureFixture
+    pipes: Pipes, caplog: pytest.LogCaptureFixture
 ) -> None:
     def handle(line: bytes | None) -> None:
         if line is not None and b"odd" in line:
             raise TypeError("unhashable type: 'list'")
-        ends.handle(line)
+        pipes.handle(line)
 
-    ends.open().handle_lines(handle)
-    ends.say(b'{"jsonrpc":"2.0","id":"a","method":"odd"}', b'{"method":"odd"}', PING)
-    errors = [ends.hear(), ends.hear()]
-    assert ends.next_handled() == PING
+    pipes.open().handle_lines(handle)
+    pipes.send(b'{"jsonrpc":"2.0","id":"a","method":"odd"}', b'{"method":"odd"}', PING)
+    errors = [pipes.receive(), pipes.receive()]
+    assert pipes.next_handled() == PING
     assert [(error["id"], error["error"]["code"]) for error in errors] == [("a", -32600), (None, -32600)]
     assert [record.exc_info for record in caplog.records] == [None, None]
     assert "TypeError" in caplog.text
 
 
-def test_an_early_line_that_cannot_be_handled_is_answered_and_the_next_one_is_handled(ends: Ends) -> None:
-    arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+def test_an_early_line_that_cannot_be_handled_is_answered_and_the_next_one_is_handled(pipes: Pipes) -> None:
+    arrived_lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def handle(line: bytes | None) -> None:
         if line == PING:
             raise RuntimeError("odd")
-        ends.handle(line)
+        pipes.handle(line)
 
-    transport = ends.open(arrived.put)
-    ends.say(PING, b"second")
-    assert [arrived.get(timeout=ANSWER_TIMEOUT_S), arrived.get(timeout=ANSWER_TIMEOUT_S)] == [PING, b"second"]
+    transport = pipes.open(arrived_lines.put)
+    pipes.send(PING, b"second")
+    assert [arrived_lines.get(timeout=ANSWER_TIMEOUT_S), arrived_lines.get(timeout=ANSWER_TIMEOUT_S)] == [
+        PING,
+        b"second",
+    ]
     transport.handle_lines(handle)
-    assert (ends.hear()["id"], ends.next_handled()) == (9, b"second")
+    assert (pipes.receive()["id"], pipes.next_handled()) == (9, b"second")
 
 
-def test_early_answers_that_fail_leave_every_line_to_the_server(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
+def test_early_answers_that_fail_leave_every_line_to_the_server(pipes: Pipes, caplog: pytest.LogCaptureFixture) -> None:
     early_lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
-    def early(line: bytes) -> bytes | None:
+    def answer_early(line: bytes) -> bytes | None:
         early_lines.put(line)
         if b"odd" in line:
             raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
         return b'{"id":"early"}\n'
 
     lines = [b'{"id":1}', b'{"id":"odd"}', b'{"id":3}']
-    transport = ends.open(early)
-    ends.say(*lines)
-    assert ends.hear() == {"id": "early"}
-    ends.hang_up()
-    handled: list[bytes | None] = []
-    transport.handle_lines(ends.handle)
-    while not handled or handled[-1] is not None:
-        handled.append(ends.next_handled())
+    transport = pipes.open(answer_early)
+    pipes.send(*lines)
+    assert pipes.receive() == {"id": "early"}
+    pipes.close_stdin()
+    handled_lines: list[bytes | None] = []
+    transport.handle_lines(pipes.handle)
+    while not handled_lines or handled_lines[-1] is not None:
+        handled_lines.append(pipes.next_handled())
     transport.flush()
-    assert handled == [*lines, END]
-    assert ends.rest() == []
+    assert handled_lines == [*lines, END]
+    assert pipes.read_rest() == []
     assert early_lines.qsize() == 2
     assert [record.exc_info for record in caplog.records] == [None]
-    assert ends.exit_codes.empty()
+    assert pipes.exit_codes.empty()
 
 
-def test_an_end_of_input_before_any_question_ends_the_process(ends: Ends) -> None:
-    ends.open()
-    ends.say(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
-    ends.hang_up()
-    assert ends.exit_code() == 0
+def test_an_end_of_input_before_any_question_ends_the_process(pipes: Pipes) -> None:
+    pipes.open()
+    pipes.send(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
+    pipes.close_stdin()
+    assert pipes.exit_code() == 0
 
 
 @pytest.mark.parametrize("question", [PING, b'{"\\u0069d":1,"method":"ping"}', b"garbage", b"[]"])
-def test_an_end_of_input_after_a_question_waits_for_the_server(ends: Ends, question: bytes) -> None:
+def test_an_end_of_input_after_a_question_waits_for_the_server(pipes: Pipes, question: bytes) -> None:
     before = set(threading.enumerate())
-    transport = ends.open()
+    transport = pipes.open()
     (reader,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "stdin"]
-    ends.say(question)
-    ends.hang_up()
+    pipes.send(question)
+    pipes.close_stdin()
     reader.join(ANSWER_TIMEOUT_S)
-    assert ends.exit_codes.empty()
-    transport.handle_lines(ends.handle)
-    assert [ends.next_handled(), ends.next_handled()] == [question, END]
+    assert pipes.exit_codes.empty()
+    transport.handle_lines(pipes.handle)
+    assert [pipes.next_handled(), pipes.next_handled()] == [question, END]
 
 
-def test_an_end_of_input_ends_the_process_only_after_the_settings_are_valid(ends: Ends) -> None:
-    transport = ends.open(can_leave=False)
-    ends.hang_up()
-    transport.handle_lines(ends.handle)
-    assert (ends.next_handled(), ends.exit_codes.empty()) == (END, True)
+def test_an_end_of_input_ends_the_process_only_after_the_settings_are_valid(pipes: Pipes) -> None:
+    transport = pipes.open(can_leave=False)
+    pipes.close_stdin()
+    transport.handle_lines(pipes.handle)
+    assert (pipes.next_handled(), pipes.exit_codes.empty()) == (END, True)
 
 
-def test_an_end_of_input_before_the_settings_are_valid_is_remembered(ends: Ends) -> None:
-    transport = ends.open(can_leave=False)
-    ends.hang_up()
+def test_an_end_of_input_before_the_settings_are_valid_is_remembered(pipes: Pipes) -> None:
+    transport = pipes.open(can_leave=False)
+    pipes.close_stdin()
     transport.allow_leave()
-    assert ends.exit_code() == 0
+    assert pipes.exit_code() == 0
 
 
-def test_an_end_of_input_after_the_settings_are_valid_ends_the_process(ends: Ends) -> None:
-    arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    transport = ends.open(arrived.put, can_leave=False)
-    ends.say(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
-    arrived.get(timeout=ANSWER_TIMEOUT_S)
+def test_an_end_of_input_after_the_settings_are_valid_ends_the_process(pipes: Pipes) -> None:
+    arrived_lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    transport = pipes.open(arrived_lines.put, can_leave=False)
+    pipes.send(b'{"jsonrpc":"2.0","method":"notifications/initialized"}')
+    arrived_lines.get(timeout=ANSWER_TIMEOUT_S)
     transport.allow_leave()
-    assert ends.exit_codes.empty()
-    ends.hang_up()
-    assert ends.exit_code() == 0
+    assert pipes.exit_codes.empty()
+    pipes.close_stdin()
+    assert pipes.exit_code() == 0
 
 
-def test_an_end_that_cannot_be_handled_ends_the_process_at_once(ends: Ends) -> None:
+def test_an_end_that_cannot_be_handled_ends_the_process_at_once(pipes: Pipes) -> None:
     def handle(line: bytes | None) -> None:
         raise RuntimeError("can't start new thread")
 
-    ends.open().handle_lines(handle)
-    ends.hang_up()
-    assert ends.exit_code() == 1
+    pipes.open().handle_lines(handle)
+    pipes.close_stdin()
+    assert pipes.exit_code() == 1
 
 
-@pytest.mark.parametrize("broken", ["no descriptor", -1])
-def test_a_reader_that_fails_is_an_end_of_input(ends: Ends, caplog: pytest.LogCaptureFixture, broken: Any) -> None:
+@pytest.mark.parametrize("descriptor", ["no descriptor", -1])
+def test_a_reader_that_fails_is_an_end_of_input(
+    pipes: Pipes, caplog: pytest.LogCaptureFixture, descriptor: Any
+) -> None:
     caplog.set_level(logging.DEBUG)
-    transport = ends.open(reads_from=broken)
-    assert ends.exit_code() == 0
-    transport.handle_lines(ends.handle)
-    assert ends.next_handled() is END
+    transport = pipes.open(reads_from=descriptor)
+    assert pipes.exit_code() == 0
+    transport.handle_lines(pipes.handle)
+    assert pipes.next_handled() is END
     assert "reading stdin failed" in caplog.text
 
 
-def test_a_writer_that_fails_is_an_end_of_input(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
-    transport = ends.open()
-    transport.handle_lines(ends.handle)
-    odd: Any = "text"
-    transport.write(odd)
-    assert ends.next_handled() is END
+def test_a_writer_that_fails_is_an_end_of_input(pipes: Pipes, caplog: pytest.LogCaptureFixture) -> None:
+    transport = pipes.open()
+    transport.handle_lines(pipes.handle)
+    not_bytes: Any = "text"
+    transport.write(not_bytes)
+    assert pipes.next_handled() is END
     assert "writing stdout failed" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
-def test_a_client_that_stops_reading_is_an_end_of_input(ends: Ends, caplog: pytest.LogCaptureFixture) -> None:
-    transport = ends.open()
-    transport.handle_lines(ends.handle)
-    ends.stop_reading()
+def test_a_client_that_stops_reading_is_an_end_of_input(pipes: Pipes, caplog: pytest.LogCaptureFixture) -> None:
+    transport = pipes.open()
+    transport.handle_lines(pipes.handle)
+    pipes.stop_reading()
     transport.write(b"{}\n")
-    assert ends.next_handled() is END
+    assert pipes.next_handled() is END
     assert caplog.records == []
 
 
 def test_an_answer_that_cannot_be_recorded_does_not_stop_the_later_ones(
-    ends: Ends, caplog: pytest.LogCaptureFixture
+    pipes: Pipes, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise KeyError("an odd delivery")
 
-    transport = ends.open()
+    transport = pipes.open()
     transport.write(b'{"id":1}\n', fail)
     transport.write(b'{"id":2}\n')
-    assert [ends.hear(), ends.hear()] == [{"id": 1}, {"id": 2}]
+    assert [pipes.receive(), pipes.receive()] == [{"id": 1}, {"id": 2}]
     assert "KeyError" in caplog.text
 
 
-def test_the_last_line_needs_no_line_feed(ends: Ends) -> None:
-    ends.open().handle_lines(ends.handle)
-    ends.write(b"\r\n \n" + PING)
-    ends.hang_up()
-    assert [ends.next_handled(), ends.next_handled()] == [PING, END]
+def test_the_last_line_needs_no_line_feed(pipes: Pipes) -> None:
+    pipes.open().handle_lines(pipes.handle)
+    pipes.write(b"\r\n \n" + PING)
+    pipes.close_stdin()
+    assert [pipes.next_handled(), pipes.next_handled()] == [PING, END]
 
 
 @pytest.mark.parametrize("is_last", [True, False])
-def test_a_line_that_is_too_long_gets_an_answer_and_the_other_ones_too(ends: Ends, is_last: bool) -> None:
-    ends.open(line_max_bytes=1 << 20).handle_lines(ends.handle)
-    ends.say(PING)
-    ends.write(b"x" * (5 << 20))
+def test_a_line_that_is_too_long_gets_an_answer_and_the_other_ones_too(pipes: Pipes, is_last: bool) -> None:
+    pipes.open(line_max_bytes=1 << 20).handle_lines(pipes.handle)
+    pipes.send(PING)
+    pipes.write(b"x" * (5 << 20))
     if not is_last:
-        ends.say(b"", PING)
-    ends.hang_up()
-    refusal = ends.hear()
+        pipes.send(b"", PING)
+    pipes.close_stdin()
+    refusal = pipes.receive()
     assert (refusal["id"], refusal["error"]["code"], "1 MiB" in refusal["error"]["message"]) == (None, -32600, True)
-    assert [ends.next_handled() for _ in range(2 if is_last else 3)] == [PING, END] if is_last else [PING, PING, END]
+    assert [pipes.next_handled() for _ in range(2 if is_last else 3)] == [PING, END] if is_last else [PING, PING, END]

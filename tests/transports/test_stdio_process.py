@@ -1,4 +1,4 @@
-"""The real process: protocol eras, bytes on stdout, what a poor environment and bad lines do."""
+"""The real process: protocol eras, bytes on stdout, minimal environments and invalid lines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.anyio
 HERE = Path(__file__).parent
 
 
-class Talk:
-    """A server process and its wire, line by line."""
+class ServerProcess:
+    """A server process with a minimal client: it writes and reads one line at a time."""
 
     def __init__(self, home: Path, stdout: int = subprocess.PIPE, **environ: str) -> None:
         env = minimal_environment(home, **environ)
@@ -33,24 +33,24 @@ class Talk:
             stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def say(self, line: bytes | dict[str, Any]) -> None:
+    def send(self, line: bytes | dict[str, Any]) -> None:
         data = line if isinstance(line, bytes) else json.dumps(line).encode()
         assert self.process.stdin
         self.process.stdin.write(data + b"\n")
         self.process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
-    def ask_to_begin(self, version: str = "2025-06-18") -> None:
+    def send_initialize(self, version: str = "2025-06-18") -> None:
         client = {"protocolVersion": version, "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-        self.say({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client})
+        self.send({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client})
 
-    def greet(self, version: str = "2025-06-18") -> dict[str, Any]:
-        self.ask_to_begin(version)
-        answer = self.hear()
-        self.say({"jsonrpc": "2.0", "method": "notifications/initialized"})
+    def initialize(self, version: str = "2025-06-18") -> dict[str, Any]:
+        self.send_initialize(version)
+        answer = self.receive()
+        self.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
         return answer
 
     def end(self) -> tuple[int, bytes, bytes]:
@@ -59,27 +59,27 @@ class Talk:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Talk]]:
-    opened: list[Talk] = []
+def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    processes: list[ServerProcess] = []
 
-    def starting(stdout: int = subprocess.PIPE, **environ: str) -> Talk:
-        opened.append(Talk(tmp_path, stdout, **environ))
-        return opened[-1]
+    def start_server(stdout: int = subprocess.PIPE, **environ: str) -> ServerProcess:
+        processes.append(ServerProcess(tmp_path, stdout, **environ))
+        return processes[-1]
 
-    yield starting
-    for item in opened:
-        item.process.kill()
-        item.process.communicate()
+    yield start_server
+    for server in processes:
+        server.process.kill()
+        server.process.communicate()
 
 
 @pytest.fixture
-def talk(start: Callable[..., Talk]) -> Talk:
+def server(start: Callable[..., ServerProcess]) -> ServerProcess:
     return start()
 
 
 @pytest.mark.parametrize("version", ["2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25"])
-def test_older_protocol_versions_are_spoken(talk: Talk, version: str) -> None:
-    assert talk.greet(version)["result"]["protocolVersion"] == version
+def test_older_protocol_versions_work(server: ServerProcess, version: str) -> None:
+    assert server.initialize(version)["result"]["protocolVersion"] == version
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
@@ -94,78 +94,82 @@ async def test_the_official_client_works_in_every_mode(tmp_path: Path, mode: Any
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stdout_is_protocol_only_and_an_end_of_input_ends_it_cleanly(talk: Talk) -> None:
-    talk.greet()
-    talk.say({"jsonrpc": "2.0", "id": 2, "method": "tools/list", "params": {}})
-    assert {tool["name"] for tool in talk.hear()["result"]["tools"]} >= {"generate_image", "get_task", "compute_size"}
-    assert talk.end() == (0, b"", b"")
+def test_stdout_has_only_messages_and_an_end_of_input_ends_the_server(server: ServerProcess) -> None:
+    server.initialize()
+    server.send({"jsonrpc": "2.0", "id": 2, "method": "tools/list", "params": {}})
+    assert {tool["name"] for tool in server.receive()["result"]["tools"]} >= {
+        "generate_image",
+        "get_task",
+        "compute_size",
+    }
+    assert server.end() == (0, b"", b"")
 
 
-def test_lines_that_are_not_json_are_answered_and_the_server_goes_on(talk: Talk) -> None:
-    talk.greet()
-    talk.say(b"not json at all")
-    assert talk.hear()["error"]["code"] == -32700
-    talk.say(b"[" * 100_000)
-    assert talk.hear()["error"]["code"] == -32700
-    talk.say(b'{"jsonrpc":"2.0","id":7,"metho":"x"}')
-    assert (talk.hear()["error"]["code"], "id") == (-32600, "id")
-    talk.say({"jsonrpc": "2.0", "id": 8, "method": "ping"})
-    assert talk.hear()["id"] == 8
+def test_lines_that_are_not_json_are_answered_and_the_server_continues(server: ServerProcess) -> None:
+    server.initialize()
+    server.send(b"not json at all")
+    assert server.receive()["error"]["code"] == -32700
+    server.send(b"[" * 100_000)
+    assert server.receive()["error"]["code"] == -32700
+    server.send(b'{"jsonrpc":"2.0","id":7,"metho":"x"}')
+    assert (server.receive()["error"]["code"], "id") == (-32600, "id")
+    server.send({"jsonrpc": "2.0", "id": 8, "method": "ping"})
+    assert server.receive()["id"] == 8
 
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e400", "-0.0", "1" * 5000])
-def test_json_that_breaks_parsers_gets_an_answer_with_its_id(talk: Talk, value: str) -> None:
-    talk.greet()
+def test_json_that_breaks_parsers_gets_an_answer_with_its_id(server: ServerProcess, value: str) -> None:
+    server.initialize()
     name, second = ("prompt", "n") if value.startswith('"') else ("n", "prompt")
     call = f'{{"name":"generate_image","arguments":{{"{name}":{value},"{second}":{"1" if second == "n" else chr(34) * 2}}}}}'
-    talk.say(f'{{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{call}}}'.encode())
-    answer = talk.hear()
+    server.send(f'{{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{call}}}'.encode())
+    answer = server.receive()
     assert answer.get("error", {}).get("code") == -32700 or answer["result"]["isError"] is True
-    talk.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
-    assert talk.hear()["id"] == 6
+    server.send({"jsonrpc": "2.0", "id": 6, "method": "ping"})
+    assert server.receive()["id"] == 6
 
 
 @pytest.mark.parametrize("name", ["1.5", "true", "false", "-0.5"])
-def test_an_id_that_is_no_id_gets_an_answer(talk: Talk, name: str) -> None:
-    """It looks like a notification then, which nobody would answer."""
-    talk.greet()
-    talk.say(f'{{"jsonrpc":"2.0","id":{name},"method":"tools/list","params":{{}}}}'.encode())
-    answer = talk.hear()
+def test_an_invalid_id_gets_an_answer(server: ServerProcess, name: str) -> None:
+    """The message looks like a notification, and notifications get no answer."""
+    server.initialize()
+    server.send(f'{{"jsonrpc":"2.0","id":{name},"method":"tools/list","params":{{}}}}'.encode())
+    answer = server.receive()
     assert (answer["id"], "result" in answer or answer["error"]["code"] == -32600) == (json.loads(name), True)
-    talk.say({"jsonrpc": "2.0", "id": 6, "method": "ping"})
-    assert talk.hear()["id"] == 6
+    server.send({"jsonrpc": "2.0", "id": 6, "method": "ping"})
+    assert server.receive()["id"] == 6
 
 
 @pytest.fixture(scope="module", params=[None, "get_task,compute_size"], ids=["all tools", "two tools"])
-def recorded(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
-    """The environment of a second start: the first one has recorded its answers."""
+def recorded_environment(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
+    """Return the environment of a second start. The first server recorded its answers."""
     home = tmp_path_factory.mktemp("recorded")
     tools = {} if request.param is None else {"EVOLINK_MCP_TOOLS": request.param}
-    talk = Talk(home, **tools)
-    talk.greet()
+    server = ServerProcess(home, **tools)
+    server.initialize()
     while not [file for folder in cache_folders(home) for file in folder.glob("startup-*.tsv")]:
         time.sleep(0.05)
-    assert talk.end() == (0, b"", b"")
+    assert server.end() == (0, b"", b"")
     return {**tools, "HOME": str(home), "PYTHONPATH": str(HERE / "without_sdk"), "WITHOUT_SDK": "1"}
 
 
 def test_the_second_start_answers_before_it_imports_the_sdk(
-    start: Callable[..., Talk], recorded: dict[str, str]
+    start: Callable[..., ServerProcess], recorded_environment: dict[str, str]
 ) -> None:
-    talk = start(**recorded)
-    greeting = talk.greet("2025-11-25")
-    assert greeting["result"]["serverInfo"]["name"] == "evolink-mcp"
+    server = start(**recorded_environment)
+    answer = server.initialize("2025-11-25")
+    assert answer["result"]["serverInfo"]["name"] == "evolink-mcp"
     answers: dict[str, Any] = {}
     for number, method in enumerate(("tools/list", "prompts/list", "resources/templates/list", "ping"), 2):
-        talk.say({"jsonrpc": "2.0", "id": number, "method": method})
-        answers[method] = talk.hear()
+        server.send({"jsonrpc": "2.0", "id": number, "method": method})
+        answers[method] = server.receive()
         assert answers[method]["id"] == number
-    assert talk.process.poll() is None
+    assert server.process.poll() is None
     names = [tool["name"] for tool in answers["tools/list"]["result"]["tools"]]
-    assert names == (["get_task", "compute_size"] if "EVOLINK_MCP_TOOLS" in recorded else list(TOOL_NAMES))
+    assert names == (["get_task", "compute_size"] if "EVOLINK_MCP_TOOLS" in recorded_environment else list(TOOL_NAMES))
 
 
-def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Talk) -> None:
+def test_calls_in_one_write_with_initialize_are_all_answered(server: ServerProcess) -> None:
     client = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
     call = {"name": "compute_size", "arguments": {"size": "3:2"}}
     lines = [
@@ -176,69 +180,69 @@ def test_a_call_in_the_same_write_is_answered_once_everything_is_there(talk: Tal
         {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 3}},
         {"jsonrpc": "2.0", "id": 4, "method": "ping"},
     ]
-    talk.say(b"\n".join(json.dumps(item).encode() for item in lines))
-    messages = [talk.hear() for _ in range(4)]
-    assert [item["id"] for item in messages[:1]] == [1]
-    assert sorted(item["id"] for item in messages) == [1, 2, 3, 4]
-    assert all("result" in item for item in messages)
-    talk.say({"jsonrpc": "2.0", "id": 5, "method": "tools/list"})
-    assert talk.hear()["id"] == 5
-    assert talk.end() == (0, b"", b"")
+    server.send(b"\n".join(json.dumps(message).encode() for message in lines))
+    messages = [server.receive() for _ in range(4)]
+    assert [message["id"] for message in messages[:1]] == [1]
+    assert sorted(message["id"] for message in messages) == [1, 2, 3, 4]
+    assert all("result" in message for message in messages)
+    server.send({"jsonrpc": "2.0", "id": 5, "method": "tools/list"})
+    assert server.receive()["id"] == 5
+    assert server.end() == (0, b"", b"")
 
 
-def test_an_end_of_input_in_the_middle_of_the_start_ends_it(
-    start: Callable[..., Talk], recorded: dict[str, str]
+def test_an_end_of_input_during_the_start_ends_the_server(
+    start: Callable[..., ServerProcess], recorded_environment: dict[str, str]
 ) -> None:
-    talk = start(**recorded)
-    talk.greet()
-    assert talk.end() == (0, b"", b"")
-    silent = start(**recorded)
+    server = start(**recorded_environment)
+    server.initialize()
+    assert server.end() == (0, b"", b"")
+    silent = start(**recorded_environment)
     assert silent.end() == (0, b"", b"")
 
 
-def test_a_question_before_the_end_of_input_is_answered(start: Callable[..., Talk]) -> None:
-    talk = start()
-    talk.say(b"garbage")
-    out = talk.end()[1]
+def test_a_question_before_the_end_of_input_is_answered(start: Callable[..., ServerProcess]) -> None:
+    server = start()
+    server.send(b"garbage")
+    out = server.end()[1]
     assert json.loads(out)["error"]["code"] == -32700
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("end", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_in_the_middle_of_the_start_ends_it(
-    start: Callable[..., Talk], recorded: dict[str, str], end: str, code: int
+def test_a_signal_during_the_start_ends_the_server(
+    start: Callable[..., ServerProcess], recorded_environment: dict[str, str], end: str, code: int
 ) -> None:
-    talk = start(**recorded)
-    talk.greet()
-    talk.process.send_signal(getattr(signal, end))
-    assert talk.process.wait(20) == code
+    server = start(**recorded_environment)
+    server.initialize()
+    server.process.send_signal(getattr(signal, end))
+    assert server.process.wait(20) == code
 
 
-def test_a_bad_setting_ends_the_start_as_ever(start: Callable[..., Talk]) -> None:
-    talk = start(EVOLINK_MCP_WAIT_SECONDS="long")
-    code, out, err = talk.end()
+def test_a_bad_setting_ends_the_start(start: Callable[..., ServerProcess]) -> None:
+    server = start(EVOLINK_MCP_WAIT_SECONDS="long")
+    code, out, err = server.end()
     assert (code, out, b"EVOLINK_MCP_WAIT_SECONDS" in err) == (2, b"", True)
 
 
 def test_the_end_of_stdin_does_not_hide_a_bad_setting_of_the_second_start(
-    start: Callable[..., Talk], recorded: dict[str, str]
+    start: Callable[..., ServerProcess], recorded_environment: dict[str, str]
 ) -> None:
-    """Stdin is read before the settings are. An answer to a request would not be certain: the server ends meanwhile."""
-    talk = start(**recorded, EVOLINK_MCP_WAIT_SECONDS="long")
-    code, out, err = talk.end()
+    """The server reads stdin before the settings. It may end before it answers a request, so this test sends none."""
+    server = start(**recorded_environment, EVOLINK_MCP_WAIT_SECONDS="long")
+    code, out, err = server.end()
     assert (code, out, b"EVOLINK_MCP_WAIT_SECONDS" in err) == (2, b"", True)
 
 
-def test_fewer_tools_are_asked_of_the_sdk(start: Callable[..., Talk]) -> None:
-    talk = start(EVOLINK_MCP_TOOLS="get_task")
-    talk.greet()
-    talk.say({"jsonrpc": "2.0", "id": 2, "method": "tools/list"})
-    assert [tool["name"] for tool in talk.hear()["result"]["tools"]] == ["get_task"]
+def test_the_sdk_lists_only_the_published_tools(start: Callable[..., ServerProcess]) -> None:
+    server = start(EVOLINK_MCP_TOOLS="get_task")
+    server.initialize()
+    server.send({"jsonrpc": "2.0", "id": 2, "method": "tools/list"})
+    assert [tool["name"] for tool in server.receive()["result"]["tools"]] == ["get_task"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a descriptor by a POSIX shell")
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
-def test_a_missing_stdin_or_stdout_is_told(tmp_path: Path, closed: str) -> None:
+def test_a_missing_stdin_or_stdout_is_reported(tmp_path: Path, closed: str) -> None:
     process = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -P -m evolink_mcp {closed}"],
         env=minimal_environment(tmp_path), capture_output=True, timeout=300,
@@ -248,8 +252,8 @@ def test_a_missing_stdin_or_stdout_is_told(tmp_path: Path, closed: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="reads the server's own pipe as POSIX does")
-def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
-    """Its pipe ends with the host, however that one died."""
+def test_a_server_whose_host_was_killed_ends(tmp_path: Path) -> None:
+    """The system closes the pipe of the server when the host dies."""
     import os
 
     host = (
@@ -269,37 +273,37 @@ def test_a_server_whose_host_was_killed_leaves(tmp_path: Path) -> None:
         parent.stdin.flush()
         assert json.loads(parent.stdout.readline())["id"] == 1
         parent.kill()
-        # The server holds the other end of this pipe: it ends when the server has left.
+        # The server holds the other end of this pipe: it ends with the server.
         assert os.read(parent.stdout.fileno(), 1) == b""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
-def test_a_client_that_went_before_the_first_answer_leaves_no_traceback(
-    start: Callable[..., Talk], recorded: dict[str, str]
+def test_a_client_that_disconnects_before_the_first_answer_causes_no_traceback(
+    start: Callable[..., ServerProcess], recorded_environment: dict[str, str]
 ) -> None:
-    """The answer finds nobody while the server is still being imported."""
+    """The write of the answer fails while the server still imports its modules."""
     import os
 
     messages, out = os.pipe()
     os.close(messages)
-    talk = start(out, **recorded)
+    server = start(out, **recorded_environment)
     os.close(out)
-    talk.ask_to_begin()
-    assert (talk.process.wait(20), talk.end()[2]) == (0, b"")
+    server.send_initialize()
+    assert (server.process.wait(20), server.end()[2]) == (0, b"")
 
 
-def test_a_minimal_environment_starts_and_a_missing_key_is_reported(start: Callable[..., Talk]) -> None:
-    talk = start(EVOLINK_API_KEY="${user_config.api_key}", EVOLINK_MCP_OUTPUT_DIR="${HOME}/Pictures/EvoLink")
-    talk.greet()
+def test_a_minimal_environment_starts_and_a_missing_key_is_reported(start: Callable[..., ServerProcess]) -> None:
+    server = start(EVOLINK_API_KEY="${user_config.api_key}", EVOLINK_MCP_OUTPUT_DIR="${HOME}/Pictures/EvoLink")
+    server.initialize()
     arguments = {"name": "generate_image", "arguments": {"prompt": "a fox"}}
-    talk.say({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": arguments})
-    result = talk.hear()["result"]
+    server.send({"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": arguments})
+    result = server.receive()["result"]
     assert result["isError"] is True
     assert "EVOLINK_API_KEY" in result["content"][0]["text"]
-    assert talk.end()[0] == 0
+    assert server.end()[0] == 0
 
 
-def test_a_setting_that_cannot_be_used_is_named_on_stderr(start: Callable[..., Talk]) -> None:
+def test_a_setting_that_cannot_be_used_is_named_on_stderr(start: Callable[..., ServerProcess]) -> None:
     code, out, err = start(EVOLINK_BASE_URL="http://api.evolink.ai").end()
     assert (code, out) == (2, b"")
     assert b"EVOLINK_BASE_URL must be an https URL" in err

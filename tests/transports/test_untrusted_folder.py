@@ -50,7 +50,7 @@ class Project:
 
     @property
     def executed(self) -> list[str]:
-        """The names of the traps that ran."""
+        """Return the names of the traps that ran."""
         return self._marker.read_text().split() if self._marker.exists() else []
 
 
@@ -77,7 +77,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def start_process(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         yield process
@@ -88,12 +88,12 @@ def running(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[s
 
 @pytest.fixture(scope="module")
 def evolink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a simulated EvoLink in another process and folder."""
+    """Yield the port of a simulated EvoLink in another process and folder."""
     folder = tmp_path_factory.mktemp("simulator")
     port = free_port()
     command = [*SERVER_COMMAND, "simulate", "--port", str(port), "--seconds", "0"]
     with ExitStack() as stack:
-        stack.enter_context(running(command, folder, minimal_environment(folder)))
+        stack.enter_context(start_process(command, folder, minimal_environment(folder)))
         yield port
 
 
@@ -117,7 +117,7 @@ async def buy(server: Any) -> Any:
 
 
 def decoders_of(server: int) -> list[Path]:
-    """The folders in /proc of the child processes of `server`."""
+    """Return the folders in /proc of the child processes of `server`."""
     lists = Path(f"/proc/{server}/task").glob("*/children")
     return [Path("/proc", child) for item in lists for child in item.read_text().split()]
 
@@ -143,7 +143,7 @@ async def test_over_http_no_file_of_the_project_runs_and_the_decoder_has_no_key(
     await answers(f"http://127.0.0.1:{evolink}/v1/credits")
     port = free_port()
     command = [*program, "http", "--port", str(port)]
-    with running(command, project.folder, environment(tmp_path, evolink)) as server:
+    with start_process(command, project.folder, environment(tmp_path, evolink)) as server:
         await answers(f"http://127.0.0.1:{port}/healthz")
         answer = await buy(f"http://127.0.0.1:{port}/mcp")
         assert answer.structured_content["status"] == "completed"

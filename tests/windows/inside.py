@@ -45,14 +45,14 @@ class Stage:
         self.folder = folder
         self.data = folder / "data"
         self.images = folder / "pictures"
-        self.desk = folder / "Büro desk"
-        self.desk.mkdir(parents=True)
+        self.allowed_folder = folder / "Büro desk"
+        self.allowed_folder.mkdir(parents=True)
         self._processes: list[subprocess.Popen[bytes]] = []
         self.evolink = self.serve("simulate", "--seconds", "1")
         self.env = {
             **os.environ, "EVOLINK_API_KEY": "sk-simulated", "EVOLINK_BASE_URL": f"http://127.0.0.1:{self.evolink}",
             "EVOLINK_MCP_DATA_DIR": str(self.data), "EVOLINK_MCP_OUTPUT_DIR": str(self.images),
-            "EVOLINK_MCP_ALLOWED_DIRS": str(self.desk),
+            "EVOLINK_MCP_ALLOWED_DIRS": str(self.allowed_folder),
         }  # fmt: skip
         wait_until_ready(self.evolink, "/v1/models")
 
@@ -125,13 +125,13 @@ def wait_until_ready(port: int, path: str) -> None:
 
 
 def assert_exit(server: subprocess.Popen[bytes], code: int) -> None:
-    begin = time.monotonic()
+    started_at = time.monotonic()
     try:
         exit_code = server.wait(END_TIMEOUT_S + 10)
     except subprocess.TimeoutExpired:
         raise AssertionError("the server does not end") from None
     assert exit_code == code, f"exit code {exit_code}, not {code}: {server.stderr.read()[-500:]!r}"
-    duration_s = time.monotonic() - begin
+    duration_s = time.monotonic() - started_at
     assert duration_s <= END_TIMEOUT_S, f"the server ended after {duration_s:.1f} s"
     assert b"Traceback" not in server.stderr.read()
 
@@ -158,17 +158,17 @@ def assert_image(path: str, size: tuple[int, int] = (1024, 640)) -> None:
 async def every_tool_answers_over_stdio(stage: Stage) -> None:
     async with stage.stdio() as client:
         assert {tool.name for tool in (await client.list_tools()).tools} == TOOLS
-        sized = await call_tool_ok(client, "compute_size", size="16:9", resolution="2K")
-        assert sized["width"] == 2048
-        bought = await call_tool_ok(client, "generate_image", **REQUEST)
-        (image,) = bought["images"]
+        size_answer = await call_tool_ok(client, "compute_size", size="16:9", resolution="2K")
+        assert size_answer["width"] == 2048
+        purchase = await call_tool_ok(client, "generate_image", **REQUEST)
+        (image,) = purchase["images"]
         assert Path(image["path"]).parent == stage.images.resolve(), image["path"]
         assert_image(image["path"])
-        again = await call_tool_ok(client, "get_task", task_id=bought["task_id"])
-        assert again["images"][0]["path"] == image["path"]
-        viewed = await client.call_tool("view_image", {"task_id": bought["task_id"]})
-        assert any(block.type == "image" for block in viewed.content)
-        assert (await call_tool_ok(client, "list_tasks"))["tasks"][0]["task_id"] == bought["task_id"]
+        task = await call_tool_ok(client, "get_task", task_id=purchase["task_id"])
+        assert task["images"][0]["path"] == image["path"]
+        view = await client.call_tool("view_image", {"task_id": purchase["task_id"]})
+        assert any(block.type == "image" for block in view.content)
+        assert (await call_tool_ok(client, "list_tasks"))["tasks"][0]["task_id"] == purchase["task_id"]
         assert "account_remaining" in json.dumps(await call_tool_ok(client, "get_balance"))
         assert not list(stage.images.glob("*.part"))
 
@@ -178,25 +178,25 @@ async def http_saves_an_image(stage: Stage) -> None:
     port = stage.serve("http")
     wait_until_ready(port, "/healthz")
     async with Client(f"http://127.0.0.1:{port}/mcp") as client:
-        bought = await call_tool_ok(client, "generate_image", **{**REQUEST, "prompt": "A fox over HTTP"})
-    assert_image(bought["images"][0]["path"])
+        purchase = await call_tool_ok(client, "generate_image", **{**REQUEST, "prompt": "A fox over HTTP"})
+    assert_image(purchase["images"][0]["path"])
 
 
 @check
 async def references_accept_the_path_forms_of_windows(stage: Stage) -> str:
-    picture = stage.desk / "Füchse & co (1).png"
+    picture = stage.allowed_folder / "Füchse & co (1).png"
     Image.new("RGB", (64, 64), "red").save(picture)
-    deep = stage.desk / "x".join(["long folder"] * 9) / "y".join(["deeper folder"] * 9)
+    deep_folder = stage.allowed_folder / "x".join(["long folder"] * 9) / "y".join(["deeper folder"] * 9)
     sources = {
         "backslashes": str(picture), "forward slashes": picture.as_posix(), "a file URI": picture.as_uri(),
         "only the name": picture.name, "another case": str(picture).upper(),
     }  # fmt: skip
     lacking = []
     try:
-        deep.mkdir(parents=True)
-        Image.new("RGB", (64, 64), "blue").save(deep / "long.png")
-        (deep / "long.png").resolve()
-        sources[f"{len(str(deep / 'long.png'))} characters"] = str(deep / "long.png")
+        deep_folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), "blue").save(deep_folder / "long.png")
+        (deep_folder / "long.png").resolve()
+        sources[f"{len(str(deep_folder / 'long.png'))} characters"] = str(deep_folder / "long.png")
     except OSError:
         lacking.append("paths above 260 characters")
     async with stage.stdio() as client:
@@ -234,14 +234,14 @@ async def save_as_refuses_names_that_windows_reserves(stage: Stage) -> None:
             answer = await client.call_tool("generate_image", {**REQUEST, "prompt": f"save {name}", "save_as": name})
             assert answer.is_error, name
             assert answer.structured_content["charged"] == "no", name
-        saved = await call_tool_ok(
+        first = await call_tool_ok(
             client, "generate_image", **{**REQUEST, "prompt": "save", "save_as": "sub folder/Größe.png"}
         )
-        assert saved["images"][0]["path"].endswith(r"sub folder\Größe.png"), saved["images"][0]["path"]
-        again = await call_tool_ok(
+        assert first["images"][0]["path"].endswith(r"sub folder\Größe.png"), first["images"][0]["path"]
+        second = await call_tool_ok(
             client, "generate_image", **{**REQUEST, "prompt": "save 2", "save_as": "SUB FOLDER/größe.png"}
         )
-        assert again["images"][0]["path"].lower().endswith("größe-1.png"), again["images"][0]["path"]
+        assert second["images"][0]["path"].lower().endswith("größe-1.png"), second["images"][0]["path"]
 
 
 @check
@@ -273,19 +273,19 @@ async def ctrl_break_ends_the_server(stage: Stage) -> None:
 
 @check
 async def a_server_adopts_the_task_of_a_killed_server(stage: Stage) -> None:
-    async with stage.stdio() as living:
-        dying = stage.process()
+    async with stage.stdio() as survivor:
+        victim = stage.process()
         arguments = {**REQUEST, "prompt": "sim:slow=6 of a killed server", "wait_seconds": 1}
-        send(dying, 1, "tools/call", name="generate_image", arguments=arguments)
-        task_id = receive(dying, 1)["result"]["structuredContent"]["task_id"]
-        watched = await call_tool_ok(living, "get_task", task_id=task_id, wait_seconds=1)
-        assert watched["status"] != "completed"
-        dying.kill()
-        dying.wait()
-        answer = await call_tool_ok(living, "get_task", task_id=task_id)
+        send(victim, 1, "tools/call", name="generate_image", arguments=arguments)
+        task_id = receive(victim, 1)["result"]["structuredContent"]["task_id"]
+        running_task = await call_tool_ok(survivor, "get_task", task_id=task_id, wait_seconds=1)
+        assert running_task["status"] != "completed"
+        victim.kill()
+        victim.wait()
+        answer = await call_tool_ok(survivor, "get_task", task_id=task_id)
         assert answer["status"] == "completed", answer
         assert_image(answer["images"][0]["path"])
-        entries = (await call_tool_ok(living, "list_tasks", limit=50, detail=True))["tasks"]
+        entries = (await call_tool_ok(survivor, "list_tasks", limit=50, detail=True))["tasks"]
         assert [entry["task_id"] for entry in entries].count(task_id) == 1
 
 

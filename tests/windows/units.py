@@ -66,16 +66,21 @@ def run(python: str, project: Path, file: str) -> tuple[int, str]:
 def check(python: str, project: Path, file: str) -> bool:
     """Run one file, and once more if it fails. Print the result. Return whether it passed."""
     for attempt in ("first", "second"):
-        started = time.monotonic()
+        started_at = time.monotonic()
         code, output = run(python, project, file)
-        took_s = time.monotonic() - started
+        duration_s = time.monotonic() - started_at
         lines = output.rstrip().splitlines()
         if code in (0, NO_TESTS_COLLECTED):
-            print(f"ok       {file}  {lines[-1] if lines else ''} [{took_s:.0f} s]", flush=True)
+            print(f"ok       {file}  {lines[-1] if lines else ''} [{duration_s:.0f} s]", flush=True)
             reasons = [line for line in lines if line.startswith("SKIPPED")]
             print(*reasons, sep="\n", end="\n" if reasons else "", flush=True)
             return True
-        print(f"FAILED   {file}  {attempt} run, exit code {code} [{took_s:.0f} s]", *lines[-120:], sep="\n", flush=True)
+        print(
+            f"FAILED   {file}  {attempt} run, exit code {code} [{duration_s:.0f} s]",
+            *lines[-120:],
+            sep="\n",
+            flush=True,
+        )
     return False
 
 

@@ -27,8 +27,10 @@ async def main() -> None:
         bad = result_of(await client.call_tool(*BAD, raise_on_error=False))
         names = {package.metadata["Name"] for package in distributions()}
         session = client.session
-        spoken = getattr(session, "protocol_version", None) or getattr(client.initialize_result, "protocolVersion", "")
-        report("fastmcp" if "fastmcp" in names else "fastmcp-slim", str(spoken), tools, size, image, bad)
+        protocol = getattr(session, "protocol_version", None) or getattr(
+            client.initialize_result, "protocolVersion", ""
+        )
+        report("fastmcp" if "fastmcp" in names else "fastmcp-slim", str(protocol), tools, size, image, bad)
 
 
 anyio.run(main)

@@ -9,8 +9,8 @@ KIND = {"stdio": "stdio", "http": "streamable_http", "sse": "sse"}[TRANSPORT]
 
 
 async def main() -> None:
-    where = {name: TARGET[name] for name in ("command", "args", "env", "url") if name in TARGET}
-    client = MultiServerMCPClient({"evolink": {"transport": KIND, **where}})
+    connection = {name: TARGET[name] for name in ("command", "args", "env", "url") if name in TARGET}
+    client = MultiServerMCPClient({"evolink": {"transport": KIND, **connection}})
     tools = {tool.name: tool for tool in await client.get_tools()}
 
     async def call(name: str, arguments: dict) -> dict:

@@ -33,14 +33,14 @@ async def main() -> None:
         reports.append(value)
 
     async with streams() as (read, write), ClientSession(read, write) as session:
-        started = await session.initialize()
+        handshake = await session.initialize()
         tools = [tool.name for tool in (await session.list_tools()).tools]
         size = result_of(await session.call_tool(*SIZE))
-        able = "progress_callback" in inspect.signature(session.call_tool).parameters
-        fields = {"progress_callback": progress} if able else {}
-        image = result_of(await session.call_tool(*IMAGE, **fields), progress=reports if able else None)
+        has_progress = "progress_callback" in inspect.signature(session.call_tool).parameters
+        fields = {"progress_callback": progress} if has_progress else {}
+        image = result_of(await session.call_tool(*IMAGE, **fields), progress=reports if has_progress else None)
         bad = result_of(await session.call_tool(*BAD))
-        report("mcp", str(started.protocolVersion), tools, size, image, bad)
+        report("mcp", str(handshake.protocolVersion), tools, size, image, bad)
 
 
 anyio.run(main)

@@ -10,10 +10,10 @@ from mcp_use import MCPClient
 
 
 async def main() -> None:
-    where = {name: TARGET[name] for name in ("command", "args", "env", "url") if name in TARGET}
+    connection = {name: TARGET[name] for name in ("command", "args", "env", "url") if name in TARGET}
     if TRANSPORT == "sse":
-        where["transport"] = "sse"
-    client = MCPClient.from_dict({"mcpServers": {"evolink": where}})
+        connection["transport"] = "sse"
+    client = MCPClient.from_dict({"mcpServers": {"evolink": connection}})
     session = await client.create_session("evolink")
     tools = [tool.name for tool in await session.list_tools()]
     size = result_of(await session.call_tool(*SIZE))

@@ -11,8 +11,8 @@ def server():
     return {"url": TARGET["url"], "transport": "streamable-http" if TRANSPORT == "http" else "sse"}
 
 
-with MCPClient(server(), structured_output=False) as tools:
-    named = {tool.name: tool for tool in tools}
+with MCPClient(server(), structured_output=False) as tool_list:
+    tools = {tool.name: tool for tool in tool_list}
     # It does not distinguish an error from an answer.
-    size, image, bad = (answer_of(named[name](**arguments), error=None) for name, arguments in (SIZE, IMAGE, BAD))
-report("smolagents", "", list(named), size, image, bad)
+    size, image, bad = (answer_of(tools[name](**arguments), error=None) for name, arguments in (SIZE, IMAGE, BAD))
+report("smolagents", "", list(tools), size, image, bad)

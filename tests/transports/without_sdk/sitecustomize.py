@@ -11,7 +11,7 @@ class Never:
     """A finder that waits."""
 
     def find_spec(self, name: str, *_: object) -> None:
-        """Wait for ever, so that only what happens before can answer; a signal still arrives."""
+        """Wait without end, so that only code before this import can answer. A signal still arrives."""
         if name.partition(".")[0] in NEEDED:
             # Not one wait without end: a signal that comes just before it would not be looked at.
             while True:

@@ -78,7 +78,7 @@ def tenants_of(
     return tenants_app(studios, authenticator, group, make_mcp_app)
 
 
-class Office:
+class TeamServer:
     """A server with tenants in this process. Each call comes from a real client over HTTP."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Office:
 
 
 @asynccontextmanager
-async def office(
+async def open_team_server(
     tmp_path: Path,
     *blocks: str,
     simulator: PlainSimulator | None = None,
@@ -125,7 +125,7 @@ async def office(
     transport: str = "http",
     pause: Sleep = anyio.sleep,
     **environ: str,
-) -> AsyncIterator[Office]:
+) -> AsyncIterator[TeamServer]:
     """Open a server. `blocks` are the tokens file. All tenants spend from one simulated account."""
     (tmp_path / "tokens.toml").write_text("".join(blocks))
     simulator = simulator or PlainSimulator()
@@ -155,9 +155,9 @@ async def office(
             tenants = tenants_of(studios, authenticator, group, transport)
             adopter = Adopter(studios, tenants, authenticator)
             guard = guard_of(studios, authenticator, group, tenants, adopter)
-            yield Office(guard, simulator, studios, adopter, clock)
+            yield TeamServer(guard, simulator, studios, adopter, clock)
             group.cancel_scope.cancel()
 
 
-WISH = {"prompt": "sim:fast a fox", "size": "1024x640"}
+REQUEST = {"prompt": "sim:fast a fox", "size": "1024x640"}
 ANNA, BERT = block("anna", "a"), block("bert", "b")

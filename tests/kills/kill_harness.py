@@ -13,17 +13,17 @@ import anyio
 import pytest
 from child_processes import minimal_environment
 from faulty_gateway import Gateway, QuickSimulator
-from killer import AT, HOW, LOG, Nursery, Server
+from killer import LOG, MODE, POSITION, Launcher, Server
 
-WISH = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
+REQUEST = {"prompt": "a fox", "size": "1024x640", "quality": "low"}
 
 
 @dataclass
-class Town:
+class Harness:
     """One simulated EvoLink behind a gateway. Each name has its own key and folders."""
 
     gateway: Gateway
-    nursery: Nursery
+    launcher: Launcher
     folder: Path
 
     def env(self, name: str, **settings: str) -> dict[str, str]:
@@ -39,7 +39,7 @@ class Town:
     def key(name: str) -> str:
         return f"sk-canary-{name}-0123456789"
 
-    def billed(self, name: str) -> list[str]:
+    def billed_ids(self, name: str) -> list[str]:
         return [task.id for task in self.gateway.simulator.tasks.values() if task.key == self.key(name)]
 
     def reads(self, name: str, task_id: str) -> int:
@@ -53,10 +53,10 @@ class Town:
         return sorted([*(home / "pictures").glob("*.png"), *(home / "data" / "pictures").glob("*.png")])
 
 
-@pytest.fixture(name="town")
-async def town_with_a_nursery(tmp_path: Path, servers: Nursery) -> AsyncIterator[Town]:
+@pytest.fixture(name="harness")
+async def open_harness(tmp_path: Path, launcher: Launcher) -> AsyncIterator[Harness]:
     async with Gateway(QuickSimulator(duration_s=0)).open() as gateway:
-        yield Town(gateway, servers, tmp_path)
+        yield Harness(gateway, launcher, tmp_path)
 
 
 async def tasks(server: Server) -> list[dict[str, Any]]:
@@ -68,54 +68,54 @@ async def tasks(server: Server) -> list[dict[str, Any]]:
 async def wait_for_images(server: Server, task_ids: list[str]) -> list[dict[str, Any]]:
     """Wait until the images of these tasks are on disk. Return all tasks of the journal."""
     while True:
-        listed = await tasks(server)
-        saved = {t["task_id"] for t in listed if t["images"] and all(i["path"] for i in t["images"])}
+        task_list = await tasks(server)
+        saved = {t["task_id"] for t in task_list if t["images"] and all(i["path"] for i in t["images"])}
         if set(task_ids) <= saved:
-            return listed
+            return task_list
         await anyio.sleep(0.02)
 
 
-async def good_run(town: Town, env: dict[str, str]) -> list[str]:
+async def good_run(harness: Harness, env: dict[str, str]) -> list[str]:
     """Run a server without a failure. Return its operations from start to end."""
-    log = town.folder / "operations"
+    log = harness.folder / "operations"
     with anyio.fail_after(300):
-        async with town.nursery.server({**env, AT: "0", HOW: "count", LOG: str(log)}) as server:
-            answer = await server.call("generate_image", **WISH)
+        async with harness.launcher.server({**env, POSITION: "0", MODE: "count", LOG: str(log)}) as server:
+            answer = await server.call("generate_image", **REQUEST)
             assert answer is not None
             assert answer["structuredContent"]["status"] == "completed"
             operations = log.read_text().splitlines()
-            server.hang_up()
+            server.close_stdin()
             assert await server.wait_for_exit() == 0
     return operations
 
 
 async def run_failing_server(
-    town: Town, env: dict[str, str], name: str, how: str, codes: tuple[int, ...]
+    harness: Harness, env: dict[str, str], name: str, mode: str, codes: tuple[int, ...]
 ) -> tuple[list[str], dict[str, Any] | None]:
     """Run a server that fails as `env` defines. Return the IDs of the billed tasks, and the answer, if there is one."""
-    async with town.nursery.server(env, greet=False) as server:
-        await server.hello()
-        answer = await server.call("generate_image", **WISH)
-        server.hang_up()
-        assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if how == "kill" else codes)
-    await town.gateway.wait_until_idle()
-    billed = town.billed(name)
-    assert len(billed) <= 1
+    async with harness.launcher.server(env, initialize=False) as server:
+        await server.initialize()
+        answer = await server.call("generate_image", **REQUEST)
+        server.close_stdin()
+        assert await server.wait_for_exit() in ((-signal.SIGKILL, 0) if mode == "kill" else codes)
+    await harness.gateway.wait_until_idle()
+    billed_ids = harness.billed_ids(name)
+    assert len(billed_ids) <= 1
     if answer is not None:
         facts = answer["structuredContent"]
-        assert facts["charged"] in (("yes", "unknown") if billed else ("no", "unknown")), facts
-    assert "Traceback" not in server.err.read_text()
-    return billed, answer
+        assert facts["charged"] in (("yes", "unknown") if billed_ids else ("no", "unknown")), facts
+    assert "Traceback" not in server.stderr_file.read_text()
+    return billed_ids, answer
 
 
-async def check_recovery(town: Town, server: Server, name: str, billed: list[str]) -> None:
+async def check_recovery(harness: Harness, server: Server, name: str, billed_ids: list[str]) -> None:
     """Check that this server has the tasks and images of the failed one. A task without a recorded ID is a guess."""
-    listed = await wait_for_images(server, billed)
-    assert [task["task_id"] for task in listed if task["task_id"]] == billed
-    assert all(task["charged"] == ("unknown" if task["guess"] else "yes") for task in listed if task["task_id"])
-    paths = [Path(image["path"]) for task in listed for image in task["images"]]
-    assert sorted(paths) == town.pictures(name)
-    assert len(paths) == len(billed)
+    task_list = await wait_for_images(server, billed_ids)
+    assert [task["task_id"] for task in task_list if task["task_id"]] == billed_ids
+    assert all(task["charged"] == ("unknown" if task["guess"] else "yes") for task in task_list if task["task_id"])
+    paths = [Path(image["path"]) for task in task_list for image in task["images"]]
+    assert sorted(paths) == harness.pictures(name)
+    assert len(paths) == len(billed_ids)
 
 
 async def run_each(
@@ -125,39 +125,39 @@ async def run_each(
     limiter = anyio.CapacityLimiter(parallel)
     failures: dict[str, BaseException] = {}
 
-    async def run_one(at: int) -> None:
-        where = operations[at - 1] if at <= len(operations) else "later"
+    async def run_one(position: int) -> None:
+        operation = operations[position - 1] if position <= len(operations) else "later"
         async with limiter:
             try:
                 with anyio.fail_after(300):
-                    await run(at)
+                    await run(position)
             except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001
-                failures[f"{at} ({where})"] = error
+                failures[f"{position} ({operation})"] = error
 
     async with anyio.create_task_group() as group:
-        for at in positions:
-            group.start_soon(run_one, at)
+        for position in positions:
+            group.start_soon(run_one, position)
     if failures:
         pytest.fail(
-            "\n".join(f"{where}: {''.join(traceback.format_exception(error))}" for where, error in failures.items())
+            "\n".join(f"{name}: {''.join(traceback.format_exception(error))}" for name, error in failures.items())
         )
 
 
-async def stopped_and_continued(town: Town, env: dict[str, str]) -> None:
-    """A server after SIGSTOP is not dead, so another server only watches its task."""
-    town.gateway.simulator.duration_s = 3600
+async def check_suspended_server(harness: Harness, env: dict[str, str]) -> None:
+    """Check that another server only watches the task of a server after SIGSTOP, because that server is not dead."""
+    harness.gateway.simulator.duration_s = 3600
     with anyio.fail_after(300):
-        async with town.nursery.server(env) as stopped_server, town.nursery.server(env) as watcher:
-            first = await stopped_server.call("generate_image", **WISH, wait_seconds=0)
+        async with harness.launcher.server(env) as stopped_server, harness.launcher.server(env) as watcher:
+            first = await stopped_server.call("generate_image", **REQUEST, wait_seconds=0)
             assert first is not None
             task_id = first["structuredContent"]["task_id"]
             stopped_server.kill(signal.SIGSTOP)
-            for task in town.gateway.simulator.tasks.values():
+            for task in harness.gateway.simulator.tasks.values():
                 task.duration = 0
-            watched = await watcher.call("get_task", task_id=task_id, wait_seconds=1)
-            assert watched is not None
-            assert watched["structuredContent"]["status"] == "completed"
-            assert town.pictures("pair") == []
+            answer = await watcher.call("get_task", task_id=task_id, wait_seconds=1)
+            assert answer is not None
+            assert answer["structuredContent"]["status"] == "completed"
+            assert harness.pictures("pair") == []
             stopped_server.kill(signal.SIGCONT)
-            await wait_for_images(watcher, town.billed("pair"))
-    assert (town.gateway.posts, len(town.pictures("pair"))) == (1, 1)
+            await wait_for_images(watcher, harness.billed_ids("pair"))
+    assert (harness.gateway.posts, len(harness.pictures("pair"))) == (1, 1)
