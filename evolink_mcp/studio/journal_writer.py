@@ -54,7 +54,7 @@ class JournalWriter:
         return await self.journal.by_task(task_id)
 
     async def entry_by_key(self, key: str) -> Entry | None:
-        """Return the newest state of an entry. None: there is none, or the journal cannot be read."""
+        """Return the newest state of an entry. None: it does not exist, or the journal cannot be read."""
         if key in self._unwritten:
             return self._unwritten[key].entry
         with suppress(JournalUnwritable):
