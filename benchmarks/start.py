@@ -22,7 +22,7 @@ from benchmarks.processes import (
 )
 
 TITLE = "Start"
-PAUSE_S = 2.0
+PAUSE_S = 4.0  # two seconds after its start the server searches for work of dead servers, which takes a moment
 ARGUMENTS = {"compute_size": {"size": "1:1"}, "nothing": {}}
 LATE = ("PIL", "sqlite3", "psycopg", "evolink_mcp.simulator")
 # Run the server with a thread that reports the loaded modules and the opened HTML pages on request.

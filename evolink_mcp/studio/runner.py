@@ -111,7 +111,7 @@ class JobRunner:
         """
         now = self._timing.clock()
         earlier = await self._writer.undelivered(prepared.fingerprint, now - DEDUPLICATE_WITHIN_S)
-        return not prepared.request.force_new and any(entry.is_reusable(now) for entry in earlier.entries)
+        return not prepared.request.force_new and any(self._is_reusable(entry, now) for entry in earlier.entries)
 
     def attend(self, job: Job) -> None:
         """Register one more waiting call with a job, until `depart`."""

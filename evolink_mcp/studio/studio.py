@@ -36,8 +36,8 @@ from evolink_mcp.studio.times import DAY_S
 
 log = logging.getLogger(__name__)
 
-# The first answers of a server come first. The first order comes later and then finds the journal open.
-ADOPT_AFTER_S = 0.2
+# Some MCP hosts start a second server and end it at once. Until then a start without a call writes nothing.
+ADOPT_AFTER_S = 1.0
 # Both together below 2 s: then the client of the MCP SDK kills a server that has not ended.
 SUBMIT_GRACE_S = 1.0
 CLOSE_GRACE_S = 0.3
