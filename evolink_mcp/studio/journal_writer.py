@@ -18,7 +18,10 @@ from evolink_mcp.studio.jobs import Job, JobState, Sleep
 
 log = logging.getLogger(__name__)
 
-WRITE_AGAIN_AFTER_S = 2.0  # after a write that the journal refused
+# The waits before a refused write is repeated, each twice the last. Two repeats are within the second in which another
+# server waits for the end of a call.
+WRITE_AGAIN_AFTER_S = 0.25
+WRITE_AGAIN_MAX_S = 2.0
 OWNED_BY_OTHER = "another server works on this order"
 
 
@@ -218,8 +221,12 @@ class JournalWriter:
         """Repeat failed writes until the coroutine is cancelled."""
         while True:
             await self._has_unwritten.wait()
-            await sleep(WRITE_AGAIN_AFTER_S)
-            await self.flush()
+            wait_s = WRITE_AGAIN_AFTER_S
+            # `flush` replaces the event when everything is written.
+            while self._has_unwritten.is_set():
+                await sleep(wait_s)
+                await self.flush()
+                wait_s = min(2 * wait_s, WRITE_AGAIN_MAX_S)
 
     async def flush(self) -> None:
         """Try once to write the newest state of each unwritten entry."""

@@ -238,3 +238,29 @@ async def test_an_order_buys_if_a_call_of_another_server_claims_the_purchase_fir
         assert claimed_jobs[0].entry.task_id == first.entry.task_id
         assert second.entry.task_id != first.entry.task_id
     assert world.posts == 2
+
+
+async def test_the_end_of_a_call_is_recorded_within_a_second_although_two_writes_of_it_fail(open_world: Open) -> None:
+    """Another server waits one second for the end of a call, and then buys."""
+    pauses: list[float] = []
+    attempts: list[str] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await anyio.sleep(0)
+
+    async def fail_twice(remove_caller: Callable[[str], Awaitable[None]], key: str) -> None:
+        attempts.append(key)
+        if len(attempts) <= 2:
+            raise JournalUnwritable("the journal cannot be used (simulated)")
+        await remove_caller(key)
+
+    async with faulty_world(open_world, pause=pause) as (world, journal):
+        job = await submit(world)
+        journal.replacements["remove_caller"] = fail_twice
+        await world.studio.depart(job)
+        assert world.studio.has_unwritten
+        while world.studio.has_unwritten:
+            await anyio.sleep(0)
+    assert attempts == [job.entry.key] * 3
+    assert 0 < sum(pauses) < 1
