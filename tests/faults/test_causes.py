@@ -368,8 +368,8 @@ FAULTS: dict[str, Fault] = {
     "the example instead of a key": Fault(
         with_settings(EVOLINK_API_KEY="sk-..."), ("is still the example",), "key_missing", forbidden_words=(),
         places=("generate_image", "get_balance", "doctor")),
-    "a key in quotes": Fault(
-        with_settings(EVOLINK_API_KEY='"sk-0123456789"'), ("without quotes",), "key_missing", forbidden_words=(),
+    "a key with a single quote": Fault(
+        with_settings(EVOLINK_API_KEY='"sk-0123456789'), ("without quotes",), "key_missing", forbidden_words=(),
         places=("generate_image", "get_balance", "doctor")),
     "a key that the host did not fill in": Fault(
         with_settings(EVOLINK_API_KEY="sk-${env:KEY}-x"), ("the MCP host did not replace",), "key_missing", forbidden_words=(),
