@@ -6,7 +6,7 @@ import re
 
 # A message may contain a name of 1,000 characters.
 NAME_MAX_CHARS = 64
-# A shorter name can be another word: mode is not model.
+# With one character more, a shorter name can be another word: mode is not model.
 TYPO_MIN_CHARS = 5
 # The first rule with a word of the name gives the argument, if the tool has one of its arguments. A star stands for the
 # rest of a word.
@@ -73,10 +73,12 @@ def _has_word(words: list[str], terms: str) -> bool:
 def _is_typo(name: str, argument: str) -> bool:
     """Return whether a name is the argument with one character more, fewer or swapped. The first character is right."""
     # A replaced character often makes another word: revolution is not resolution.
-    if len(name) < TYPO_MIN_CHARS or name[0] != argument[0]:
+    if name[0] != argument[0]:
         return False
     if len(name) == len(argument):
         swaps = (name[:place] + name[place + 1] + name[place] + name[place + 2 :] for place in range(1, len(name) - 1))
         return argument in swaps
+    if len(name) < TYPO_MIN_CHARS:
+        return False
     longer, shorter = (name, argument) if len(name) > len(argument) else (argument, name)
     return any(longer[:place] + longer[place + 1 :] == shorter for place in range(1, len(longer)))

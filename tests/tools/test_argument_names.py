@@ -20,7 +20,7 @@ MEANINGS = {
     "mask_url": "mask maskImage mask_image image_mask inpaint_mask inpaintMaskUrl maskUrl mask-url",
     "save_as": "outputPath savePath output_dir outputDirectory out_file save_to saveLocation path folder target_folder "
     "fileName filename file destination output output_image outputFile",
-    "size": "aspect_ratio aspectRatio ratio width height imageSize image_size dimensions sizes imageWidth",
+    "size": "aspect_ratio aspectRatio ratio width height imageSize image_size dimensions sizes siez imageWidth",
     "background": "transparent isTransparent transparency alpha transparentBackground",
     "callback_url": "webhook webhookUrl callback callbackUrl",
     "wait_seconds": "timeout timeoutSeconds wait waitSeconds",
