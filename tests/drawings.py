@@ -63,7 +63,7 @@ def image_with_metadata(kind: str) -> bytes:
 
 
 def png_without_pixels(width: int, height: int) -> bytes:
-    """Return a PNG whose header has this size and which has no pixels."""
+    """Return a PNG with this size in its header and without pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -29,7 +29,7 @@ class BlockingJournal:
 
 
 class BlockingPostgres:
-    """A `PostgresJournal` of a separate server, whose methods block. `close` ends the server."""
+    """A `PostgresJournal` of a separate server. Its methods block. `close` ends the server."""
 
     def __init__(self, url: str, portal: Any, identity: str = "", *, profile: str = "default") -> None:
         from evolink_mcp.teams.database import Database

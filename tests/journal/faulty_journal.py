@@ -14,7 +14,7 @@ class FaultyJournal:
     """Pass each call on to `journal`.
 
     The methods in `unwritable` raise JournalUnwritable. `before` and `after` run something once before the call of a
-    method, or after the real method returned. `replacements` are called with the real method and its arguments.
+    method, or after the real method returned. Each of `replacements` gets the real method and its arguments.
     """
 
     def __init__(self, journal: Journal) -> None:

@@ -131,7 +131,7 @@ async def test_the_first_line_of_a_series_names_its_bills(open_servers: Any) -> 
         answer = await servers.call("generate_images", prompts=["a fox", "a hen"], size="1:1", quality="medium")
     facts = answer.structured_content
     headline = answer.content[0].text.splitlines()[0]
-    # The second picture has the new ceiling if the first bill is known by then.
+    # The second picture has the new ceiling if the server already knows the first bill.
     assert re.match(r"Bills that differ from the computed price: [12] of 2\. EvoLink charged 5\.4", headline)
     assert headline == f"{facts['bill_difference']} 2 of 2 pictures are saved (status completed)."
     assert "times the published ones" in facts["bill_difference"]

@@ -168,7 +168,7 @@ async def test_at_most_ten_links_are_used_and_the_rest_is_counted() -> None:
 
 
 def redirects(**locations: str) -> Callable[[httpx.Request], httpx.Response]:
-    """Return an image host whose paths redirect to others. The path "end" has the image."""
+    """Return an image host that redirects each path to another one. The path "end" has the image."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         assert "authorization" not in request.headers

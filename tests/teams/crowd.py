@@ -5,7 +5,7 @@ Other modes restart the servers in turn, promote a standby, or disturb nothing.
     python tests/teams/crowd.py [--callers 200] [--orders 5] [--tenants 20]
 
 It runs two servers behind nginx (round-robin), a PostgreSQL server, and a simulated EvoLink in another process. A caller
-repeats a call whose connection ended. The test prints figures, or the faults.
+repeats its call after a lost connection. The test prints figures, or the faults.
 """
 
 from __future__ import annotations
@@ -478,7 +478,7 @@ def check_results(
     durations = sorted(crowd.durations)
     repeated_count = sum(count - 1 for prompt, count in purchase_counts.items() if prompt not in duplicates)
     if repeated_count:
-        print(f"  {repeated_count} answers were under way when their calls ended, so the repeated calls bought again")
+        print(f"  {repeated_count} calls ended while their answers were being sent, so the repeated calls bought again")
     print(f"  {order_count} orders, {sum(purchase_counts.values())} tasks upstream, {len(crowd.results)} results, "
           f"{len(duplicates)} double, {len(wrong_results)} wrong; {guess_count} guesses, {len(unknown)} of unknown outcome; "
           f"{crowd.retries} calls made again ({dict(crowd.failures)})")  # fmt: skip
