@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.abc import Process
 
 if TYPE_CHECKING:
     from evolink_mcp.teams.database_url import DatabaseTimes
@@ -22,6 +28,39 @@ def minimal_environment(home: Path, **settings: str) -> dict[str, str]:
     """Return the environment that an MCP host gives to a server: home, path, `settings`. Keep variables of coverage."""
     inherited = {name: value for name, value in os.environ.items() if name == "PATH" or name.startswith("COVERAGE_")}
     return {"HOME": str(home), **inherited, **settings}
+
+
+class HttpServer:
+    """A server process on a free port, and the start of its log."""
+
+    def __init__(self, process: Process, log: str) -> None:
+        self.process = process
+        self.log = log
+        (port,) = re.findall(r"serves http://[^ ]*?:([0-9]+)/", log)
+        self.url = f"http://127.0.0.1:{port}"
+
+    async def read_log(self) -> str:
+        """Return the complete log after the end of the process."""
+        assert self.process.stderr is not None
+        return self.log + b"".join([part async for part in self.process.stderr]).decode()
+
+
+@asynccontextmanager
+async def open_http_server(*options: str, env: Mapping[str, str]) -> AsyncIterator[HttpServer]:
+    """Start `evolink-mcp http` and wait until it serves. Kill it at the end, also if a check of the test fails."""
+    command = [*SERVER_COMMAND, "http", "--port", "0", *options]
+    async with await anyio.open_process(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        try:
+            assert process.stderr is not None
+            log = b""
+            while not re.search(rb"serves .*\n", log):
+                log += await process.stderr.receive()
+            yield HttpServer(process, log.decode())
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
 
 
 def cache_folders(home: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import anyio
 import anyio.to_thread
 import httpx2 as httpx
 import pytest
-from child_processes import SERVER_COMMAND, minimal_environment, patient_times
+from child_processes import SERVER_COMMAND, minimal_environment, open_http_server, patient_times
 from conftest import KEY, Clock, HeldClock, Open, PlainSimulator
 
 from evolink_mcp.api.request import GenerationRequest
@@ -701,26 +701,26 @@ async def test_a_password_that_is_also_the_name_of_the_user_leaves_a_reason_read
 
 
 async def test_a_server_reports_whether_it_can_do_paid_work(cluster: Any, url: str, tmp_path: Path) -> None:
-    port = silent_port()
     env = minimal_environment(tmp_path, EVOLINK_MCP_DATABASE_URL=url, EVOLINK_MCP_SECRET=SECRET,
                            EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL="http://127.0.0.1:9")  # fmt: skip
-    command = [*SERVER_COMMAND, "http", "--port", str(port)]
     async with (
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http,
-        await anyio.open_process(command, env=env, stdin=-3, stdout=-3, stderr=-3) as server,
+        open_http_server(env=env) as server,
+        httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=60) as http,
     ):
 
         async def wait_for_answer(path: str, *expected: Any) -> dict[str, Any]:
             while True:
-                try:
-                    response = await http.get(path)
-                except httpx.TransportError:
-                    await anyio.sleep(0.05)
-                    continue
+                response = await http.get(path)
                 if (response.status_code, response.json()["status"]) == expected:
                     return response.json()
                 await anyio.sleep(0.05)
 
+        await wait_for_answer("/readyz", 200, "ok")
+        # Before the outage: without its session, this server must write to the table before it takes its lease again.
+        with cluster.admin(name_of(url)) as db, db.transaction():
+            db.execute("LOCK TABLE evolink_entries IN ACCESS EXCLUSIVE MODE")
+            why = (await wait_for_answer("/readyz", 503, "not ready"))["why"]
+            assert why == "the database did not return an entry within 2 s"
         await wait_for_answer("/readyz", 200, "ok")
         cluster.stop()
         try:
@@ -729,12 +729,6 @@ async def test_a_server_reports_whether_it_can_do_paid_work(cluster: Any, url: s
         finally:
             await anyio.to_thread.run_sync(cluster.start)
         await wait_for_answer("/readyz", 200, "ok")
-        with cluster.admin(name_of(url)) as db, db.transaction():
-            db.execute("LOCK TABLE evolink_entries IN ACCESS EXCLUSIVE MODE")
-            why = (await wait_for_answer("/readyz", 503, "not ready"))["why"]
-            assert why == "the database did not return an entry within 2 s"
-        await wait_for_answer("/readyz", 200, "ok")
-        server.terminate()
 
 
 @pytest.mark.parametrize(

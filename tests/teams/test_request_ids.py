@@ -16,12 +16,11 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from child_processes import SERVER_COMMAND, minimal_environment
+from child_processes import minimal_environment, open_http_server
 from conftest import TEST_CLIENT, Clock, Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
 from team_server import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, TeamServer, open_team_server
-from test_database import silent_port
 
 from evolink_mcp.call_context import REQUEST_ID, outside_request
 from evolink_mcp.studio.events import Event, Finished
@@ -211,26 +210,20 @@ async def test_work_of_another_request_has_no_id_of_this_one() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 async def test_log_lines_of_a_request_begin_with_its_id(tmp_path: Path) -> None:
     async with Gateway(QuickSimulator(keys={"sk-other-key": 1.0})).open() as gateway:
-        port, file = silent_port(), tmp_path / "tokens.toml"
+        file = tmp_path / "tokens.toml"
         file.write_text(ANNA)
         env = minimal_environment(
             tmp_path, EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL=gateway.url,
             EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"),
             EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
         )  # fmt: skip
-        async with await anyio.open_process(
-            [*SERVER_COMMAND, "http", "--port", str(port)], env=env, stdin=-3
-        ) as server:
-            assert server.stderr is not None
-            output = b""
-            while b"serves" not in output:
-                output += await server.stderr.receive()
+        async with open_http_server(env=env) as server:
             headers = {**HEADERS, "authorization": "Bearer a", "x-request-id": "order-7"}
             async with httpx.AsyncClient(headers=headers, timeout=60) as http:
                 call = {"name": "get_balance", "arguments": {}}
                 message = {**INITIALIZE, "method": "tools/call", "params": call}
-                answer = await http.post(f"http://127.0.0.1:{port}/mcp", json=message)
-            server.send_signal(signal.SIGTERM)
-            output += b"".join([part async for part in server.stderr])
+                answer = await http.post(f"{server.url}/mcp", json=message)
+            server.process.send_signal(signal.SIGTERM)
+            log = await server.read_log()
     assert answer.headers["x-request-id"] == "order-7"
-    assert re.search(r"^evolink-mcp: WARNING: \[order-7\] .*key", output.decode(), re.MULTILINE), output
+    assert re.search(r"^evolink-mcp: WARNING: \[order-7\] .*key", log, re.MULTILINE), log

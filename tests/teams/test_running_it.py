@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from child_processes import SERVER_COMMAND, minimal_environment
+from child_processes import minimal_environment, open_http_server
 from conftest import Open, PlainSimulator
 from faulty_gateway import Gateway, QuickSimulator
 from mcp.client import Client
@@ -255,23 +255,18 @@ async def test_a_call_that_has_begun_still_buys_if_other_servers_take_the_new_on
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 async def test_a_team_server_answers_waiting_calls_after_sigterm_and_then_ends(tmp_path: Path) -> None:
     async with Gateway(QuickSimulator(duration_s=3600)).open() as gateway:
-        port, file = silent_port(), tmp_path / "tokens.toml"
+        file = tmp_path / "tokens.toml"
         file.write_text(ANNA)
         env = minimal_environment(
             tmp_path, EVOLINK_API_KEY="sk-canary-0123456789", EVOLINK_BASE_URL=gateway.url, EVOLINK_MCP_AUDIT="1",
             EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_MCP_DATA_DIR=str(tmp_path / "data"),
             EVOLINK_MCP_OUTPUT_DIR=str(tmp_path / "pictures"),
         )  # fmt: skip
-        command = [*SERVER_COMMAND, "http", "--port", str(port)]
-        async with await anyio.open_process(command, env=env, stdin=-3, stdout=-3) as server:
-            assert server.stderr is not None
-            output = b""
-            while b"serves" not in output:
-                output += await server.stderr.receive()
+        async with open_http_server(env=env) as server:
             answers: list[Any] = []
             async with (
                 httpx.AsyncClient(headers={"authorization": "Bearer a"}) as http,
-                Client(streamable_http_client(f"http://127.0.0.1:{port}/mcp", http_client=http), mode="auto") as client,
+                Client(streamable_http_client(f"{server.url}/mcp", http_client=http), mode="auto") as client,
             ):
 
                 async def order() -> None:
@@ -281,11 +276,11 @@ async def test_a_team_server_answers_waiting_calls_after_sigterm_and_then_ends(t
                     calls.start_soon(order)
                     while not gateway.simulator.tasks:
                         await anyio.sleep(0.01)
-                    server.send_signal(signal.SIGTERM)
-            assert await server.wait() == 143
-            rest = b"".join([part async for part in server.stderr])
+                    server.process.send_signal(signal.SIGTERM)
+            assert await server.process.wait() == 143
+            log = await server.read_log()
     (facts,) = (answer.structured_content for answer in answers)
     assert facts["task_id"] in gateway.simulator.tasks
     assert facts["next_action"]["tool"] == "get_task"
-    (line,) = (json.loads(line) for line in rest.decode().splitlines() if line.startswith("{"))
+    (line,) = (json.loads(line) for line in log.splitlines() if line.startswith("{"))
     assert (line["task"], line["outcome"]) == (facts["task_id"], facts["status"])

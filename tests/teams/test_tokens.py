@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
-from child_processes import SERVER_COMMAND, minimal_environment
+from child_processes import SERVER_COMMAND, minimal_environment, open_http_server
 from conftest import Clock
 from team_server import ANNA, BERT, HEADERS, INITIALIZE, REQUEST, block, open_team_server
 
@@ -403,24 +403,15 @@ async def test_a_server_with_tokens_may_listen_on_every_address(tmp_path: Path, 
     """With tokens, a bind beyond loopback needs no --insecure."""
     token, text = new_token("anna")
     file.write_text(text)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     env = minimal_environment(tmp_path, EVOLINK_MCP_TOKENS_FILE=str(file), EVOLINK_API_KEY="sk-simulated")
-    command = [*SERVER_COMMAND, "http", "--host", "0.0.0.0", "--port", str(port)]
-    with anyio.fail_after(300):
-        process = await anyio.open_process(command, env={**os.environ, **env})
-        assert process.stderr is not None
-        output = b""
-        while b"serves" not in output:
-            output += await process.stderr.receive()
-        assert b"one tenant of" in output
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=HEADERS) as http:
+    async with open_http_server("--host", "0.0.0.0", env={**os.environ, **env}) as server:
+        assert "one tenant of" in server.log
+        async with httpx.AsyncClient(base_url=server.url, headers=HEADERS) as http:
             assert (await http.post("/mcp", json=INITIALIZE)).status_code == 401
             headers = {"authorization": f"Bearer {token}"}
             assert (await http.post("/mcp", json=INITIALIZE, headers=headers)).status_code == 200
-        process.terminate()
-        assert await process.wait() == (1 if sys.platform == "win32" else 143)
+        server.process.terminate()
+        assert await server.process.wait() == (1 if sys.platform == "win32" else 143)
 
 
 @pytest.mark.parametrize(
