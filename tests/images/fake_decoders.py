@@ -59,6 +59,11 @@ def answering(data: bytes) -> list[str]:
     return program(f"while requests.peek(1):\n    request()\n    answer({data!r})")
 
 
+def answering_once(data: bytes) -> list[str]:
+    """Return a decoder that answers its first request with `data` and ends."""
+    return program(f"request()\nanswer({data!r})")
+
+
 # Refuses an image, unless its content is "endless": then it never answers.
 ENDLESS_OR_REFUSE = program(
     f"""

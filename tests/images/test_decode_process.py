@@ -386,10 +386,11 @@ async def test_an_invalid_answer_means_an_unusable_image_for_every_operation(ope
 @in_time
 @pytest.mark.anyio
 async def test_a_payload_longer_than_its_limit_is_not_read() -> None:
-    huge = struct.pack("<4sBBBIIdQ", b"EVA1", 0, 0, 32, 0, 0, 0.0, 1 << 60)
+    huge = DecodeAnswer(payload=b"").pack()[:-8] + struct.pack("<Q", 1 << 60)
     async with decoder_of(answering(huge)) as decoder:
-        with pytest.raises(UnusableImage):
+        with pytest.raises(UnusableImage) as error:
             await decoder.normalize(io.BytesIO(drawing()), io.BytesIO())
+    assert error.value.reason is Reason.DECODER_FAILED
 
 
 @in_time

@@ -13,13 +13,12 @@ from typing import Any
 import pillow_heif
 import pytest
 from conftest import World
-from fake_decoders import answering
+from fake_decoders import answering_once
 from PIL import Image, ImageCms
 
 from evolink_mcp.app.wiring import decoder_environment
 from evolink_mcp.images.decode_process import Decoder
 from evolink_mcp.images.decode_protocol import DecodeAnswer
-from evolink_mcp.images.heic import CONVERTED_MAX_PIXELS
 from evolink_mcp.images.metadata import ORIENTATION
 from evolink_mcp.images.unusable import Reason, UnusableImage
 
@@ -46,6 +45,13 @@ def unfinished_photo() -> bytes:
     pillow_heif.from_pillow(image).save(out, quality=90)
     content = out.getvalue()
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
+
+
+def too_many_pixels() -> bytes:
+    """Return a small photo whose head names more pixels than a decoder has memory for."""
+    content = heic((64, 64))
+    size = content.index(b"ispe") + 8  # after the box type, its version and its flags
+    return content[:size] + (5000).to_bytes(4, "big") + (5008).to_bytes(4, "big") + content[size + 8 :]
 
 
 async def convert(content: bytes) -> bytes:
@@ -92,10 +98,11 @@ async def test_a_photo_is_kept_until_its_conversion_is_complete() -> None:
     file = io.BytesIO(photo)
     part = DecodeAnswer(payload=bytes(100)).pack() + bytes(10)
     with (
-        closing(Decoder(decoder_environment(), command=answering(part))) as decoder,
-        pytest.raises(UnusableImage),
+        closing(Decoder(decoder_environment(), command=answering_once(part))) as decoder,
+        pytest.raises(UnusableImage) as error,
     ):
         await decoder.convert_heic(file)
+    assert error.value.reason is Reason.DECODER_FAILED
     assert file.getvalue() == photo
 
 
@@ -110,13 +117,11 @@ async def test_every_other_file_stays() -> None:
         pytest.param(lambda: heic()[:200], Reason.DAMAGED, id="the first bytes"),
         pytest.param(lambda: heic()[:-40], Reason.DAMAGED, id="the end is missing"),
         pytest.param(unfinished_photo, Reason.INCOMPLETE, id="an unfinished download"),
-        pytest.param(
-            lambda: heic((CONVERTED_MAX_PIXELS // 4000 + 8, 4000)), Reason.HEIC_TOO_LARGE, id="too many pixels"
-        ),
+        pytest.param(too_many_pixels, Reason.HEIC_TOO_LARGE, id="too many pixels"),
     ],
 )
 async def test_a_damaged_or_too_large_photo_is_refused(make: Callable[[], bytes], reason: Reason) -> None:
-    content = make()  # not at import: encoding takes seconds, and every worker imports this file
+    content = make()  # not at import: every worker imports this file
     with pytest.raises(UnusableImage) as error:
         await convert(content)
     assert error.value.reason is reason

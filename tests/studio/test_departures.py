@@ -129,7 +129,7 @@ async def test_a_task_is_not_called_unknown_because_the_journal_cannot_be_read(
         purchase = await client.call_tool("generate_image", {"prompt": "sim:fast a fox"})
         task_id = purchase.structured_content["task_id"]
         journal.unwritable = {"by_task"}
-        facts = (await client.call_tool("get_task", {"task_id": task_id})).structured_content
+        facts = (await client.call_tool("get_task", {"task_id": task_id, "wait_seconds": 1})).structured_content
     if is_shared:
         assert (facts["status"], facts["charged"], facts["error"]["code"]) == (
             "unknown",
