@@ -45,8 +45,10 @@ with open({str(marker)!r}, "w") as file:
 
 
 def with_inherited_output(marker: Path) -> list[str]:
-    """Return a decoder that never answers. Its child writes its process ID to `marker` and keeps the output open."""
-    return program(f"{_child_with_the_output(marker)}request()\ntime.sleep(600)")
+    """Return a decoder that never answers. Its child keeps the output open. Its process ID is in `marker`."""
+    # The child starts before the greeting, because the deadline of the first request begins with the greeting.
+    body = f"{_child_with_the_output(marker)}{GREET}request()\ntime.sleep(600)"
+    return [sys.executable, "-I", "-c", body]
 
 
 def silent_with_inherited_output(marker: Path) -> list[str]:

@@ -111,19 +111,21 @@ def simulate(port: int, seconds: float, proxy: int) -> None:
     async def call_back() -> None:
         """Send a callback for each finished task. The public hostname leads to the proxy."""
         notified_ids: set[str] = set()
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False) as client, asyncio.TaskGroup() as callbacks:
             while True:
                 await asyncio.sleep(0.05)
                 tasks = simulator.tasks.values()
                 for task in [task for task in tasks if task.id not in notified_ids and needs_callback(task)]:
                     notified_ids.add(task.id)
-                    address = urlsplit(task.body["callback_url"])
-                    body = {"id": task.id, "status": "completed"}
-                    for wait in (0.0, 1.0, 2.0, 4.0):
-                        await asyncio.sleep(wait)
-                        with suppress(httpx.HTTPError):
-                            if (await client.post(f"http://127.0.0.1:{proxy}{address.path}", json=body)).is_success:
-                                break
+                    callbacks.create_task(send_callback(client, task))
+
+    async def send_callback(client: httpx.AsyncClient, task: Any) -> None:
+        url = f"http://127.0.0.1:{proxy}{urlsplit(task.body['callback_url']).path}"
+        for wait_s in (0.0, 1.0, 2.0, 4.0):
+            await asyncio.sleep(wait_s)
+            with suppress(httpx.HTTPError):
+                if (await client.post(url, json={"id": task.id, "status": "completed"})).is_success:
+                    return
 
     def needs_callback(task: Any) -> bool:
         return "callback_url" in task.body and simulator.clock() - task.created > task.duration
@@ -225,7 +227,8 @@ class Crowd:
         self.start_times[prompt] = started_at = time.monotonic()
         self.waiting_max = max(self.waiting_max, len(self.start_times) - len(self.results))
         tool, arguments = "generate_image", request
-        unknown_retries = 30 if self.callbacks else 0  # EvoLink repeats a callback for seven seconds
+        # EvoLink repeats a callback for seven seconds, and each of these calls waits for seconds too.
+        unknown_retries = 10 if self.callbacks else 0
         while True:
             facts = await self._call(client, token, tool, arguments)
             if facts is None or (facts["error"] and facts["error"]["retryable"]):
