@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from math import sqrt
 
-from evolink_mcp.api.size_grammar import Contradiction, paper_size_mm, suggest
+from evolink_mcp.api.size_grammar import MM_PER_INCH, Contradiction, paper_size_mm, suggest
 from evolink_mcp.api.sizes import Size
 from evolink_mcp.sanitize import harmless
 
@@ -19,7 +19,6 @@ TARGET_MAX_EDGE = 16_000  # WebP has at most 16,383 pixels per edge
 ICO_MAX_EDGE = 256
 DPI_DEFAULT = 300
 DPI_MIN, DPI_MAX = 36, 1200
-MM_PER_INCH = 25.4
 TEXT_MAX_CHARS = 60
 
 PNG, JPEG, WEBP, ICO = "image/png", "image/jpeg", "image/webp", "image/x-icon"

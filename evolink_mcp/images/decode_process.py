@@ -62,7 +62,7 @@ START_DEADLINE_S = 60.0
 END_DEADLINE_S = 2.0
 # An image of the largest size takes 0.2 to 0.4 s. After this time another image gets the place.
 SLOW_AFTER_S = 0.5
-SLOW_MAX = 2
+SLOW_MAX = 2  # each may need MEMORY_MAX_BYTES, beside the images of all lanes
 # The event loop must answer other callers while images are decoded.
 NICENESS = 5
 NICENESS_OF_SLOW = 10

@@ -20,6 +20,7 @@ from evolink_mcp.images.unusable import Reason, UnusableImage
 
 # The longest file of an image. `download` and derive_image accept no longer one.
 CONTENT_MAX_BYTES = 100 << 20
+# A process ends after this many images, so that memory which a library does not release stays limited.
 IMAGES_PER_PROCESS = 100
 CPU_PER_IMAGE_S = 15.0
 # A rotated reference image is encoded again, which can make it larger.

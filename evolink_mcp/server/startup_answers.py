@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeGuard
 
 PACKAGES = ("mcp", "mcp_types", "pydantic")  # the outside packages that determine the results
-LINE_MAX_BYTES = 1 << 16
+LINE_MAX_BYTES = 1 << 16  # no request that is answered here is longer; the SDK answers the others
 FILE_MAX_BYTES = 1 << 20
 FILES_MAX = 8  # recordings of other versions and settings in the cache folder
 BRACKETS_MAX = 100  # the transport reads 200 levels

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 NOT_FOUND = 404
 # EvoLink may not know a younger task yet.
 TASK_AGE_MIN_S = 10.0
+# Every adoption tries to link. An EvoLink that fails gets no test for each of them.
 TRY_AGAIN_AFTER_S = 15.0
 # EvoLink refused to show the task. Other refusals, such as 401, show nothing about the account.
 REFUSALS = (400, 403, NOT_FOUND, 410)

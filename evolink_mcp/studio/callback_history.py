@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 
 # The fact with the number of callbacks that did not arrive, since the last one that did. At most MISSED_MAX.
 MISSED_FACT = "missed_callbacks"
+# A restart of the servers can lose one callback, but hardly those of three tasks in a row.
 MISSED_MAX = 3
 MISSING = (
     f"EvoLink did not call back for the last {MISSED_MAX} tasks, so the servers poll without waiting for callbacks: "

@@ -38,8 +38,9 @@ GATHER_MANY_S = 0.2
 READS_PER_S = 100  # of one account; EvoLink publishes no limit of polls
 # EvoLink's answers that mean "no batch reads".
 NO_BATCH_STATUS = (400, 404, 405, 501)
-UNREADABLE_BATCHES_MAX = 3  # in a row; then tasks are polled one by one
-RATE_LIMIT_WAIT_S = 5.0  # after a 429 that names no time
+# After this many unreadable batches in a row, tasks are polled one by one. A proxy can break a single answer.
+UNREADABLE_BATCHES_MAX = 3
+RATE_LIMIT_WAIT_S = 5.0  # after a 429 that names no time; a guess, because EvoLink publishes no period
 # The interval of polls while a callback is expected. They replace a callback that does not arrive.
 BACKSTOP_S = 60.0
 NOT_FOUND_READS = 4  # about 10 s in all

@@ -24,7 +24,8 @@ from evolink_mcp.studio.size_rule import size_of
 
 log = logging.getLogger(__name__)
 
-REPEAT_WITHIN_S = 30.0  # the time for all attempts of one POST, see `purchase`
+# The longest time from the first to the last attempt of one POST. `purchase` keeps it, and SPAN_S depends on it.
+REPEAT_WITHIN_S = 30.0
 # The assumed error of a clock while no answer of EvoLink has shown its own time.
 CLOCK_SKEW_S = 60.0
 # EvoLink's clock is known to a second, and its task IDs contain whole seconds.

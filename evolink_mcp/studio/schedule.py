@@ -31,6 +31,7 @@ OUTLIER_SHARE = 0.1
 OUTLIER_SPREAD = 1.0
 # One poll costs as much as this detection lag.
 POLL_COST_S = 0.075
+# Two polls of a task are at least this far apart. EvoLink's fastest known image takes 10 s.
 REST_MIN_S = 0.7
 REST_MAX_SHARE = 0.4  # of the usual duration
 REST_MIN_SHARE = 0.025  # of the age of the task

@@ -42,8 +42,10 @@ ADOPT_AFTER_S = 1.0
 SUBMIT_GRACE_S = 1.0
 CLOSE_GRACE_S = 0.3
 OTHER_KEY = OtherKey("another API key bought it, so this server does not poll it").problem
-SYNC_WAITS_S = 15.0  # for the reconciliation of one lost answer
-LINK_WITHIN_S = 5.0  # the wait of an adoption for the test of a new key
+# list_tasks waits this long for the reconciliation of each lost answer. An MCP host ends a call after 60 s.
+SYNC_WAITS_S = 15.0
+# An adoption waits this long for the test of a new key. The next adoption repeats an unfinished test.
+LINK_WITHIN_S = 5.0
 TASK_CONTINUES = "The task continues. Call get_task again in a minute."
 
 

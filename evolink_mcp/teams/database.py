@@ -57,6 +57,7 @@ ADD_REQUESTS = """WITH forgotten AS (DELETE FROM evolink_requests WHERE (tenant,
     RETURNING tenant, minute, requests"""
 CURRENT_SESSION = "SELECT pg_backend_pid()"
 NOTIFY = "SELECT pg_notify(%s, message) FROM unnest(%s::text[]) AS message WHERE evolink_has_other_server(%s)"
+# A pooler can give the same session twice by chance, so one test is not enough.
 POOLER_TESTS = 2
 SHARED_SESSIONS = (
     "a pooler such as PgBouncer gives each transaction another session, and a server needs one session for its lease: "

@@ -24,6 +24,7 @@ from evolink_mcp.teams.lease import DatabaseConnection, Lease
 
 log = logging.getLogger(__name__)
 
+# A promoted standby can lack the newest states. How many depends on the network, so both values are guesses.
 KEEP_MAX = 5_000
 KEEP_S = 600.0
 CHECK_EVERY_S = 0.5
