@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import runpy
 import tomllib
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from conftest import World
@@ -107,6 +110,25 @@ def test_every_link_to_a_file_of_the_repository_works() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
         assert [link for link in links if not (document.parent / link).exists()] == [], document.name
+
+
+def test_the_one_click_links_install_the_configuration_of_their_section() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+    def config_with_uv(section: str) -> Any:
+        with_uv = text.split(f"\n## {section}\n")[1].split("With uv:")[1]
+        return json.loads(with_uv.split("```json\n")[1].split("```")[0])
+
+    def query_of(link_text: str) -> dict[str, str]:
+        (url,) = re.findall(rf"\[{link_text}\]\(([^)]+)\)", text)
+        return dict(parse_qsl(urlsplit(url).query, strict_parsing=True))
+
+    cursor = query_of("Add to Cursor")
+    assert {cursor["name"]: json.loads(base64.b64decode(cursor["config"]))} == config_with_uv("Cursor")["mcpServers"]
+    vs_code = query_of("Add to VS Code")
+    written = config_with_uv("VS Code")
+    assert json.loads(vs_code["inputs"]) == written["inputs"]
+    assert {vs_code["name"]: {"type": "stdio", **json.loads(vs_code["config"])}} == written["servers"]
 
 
 def test_readme_is_short_and_the_changelog_has_the_version() -> None:
