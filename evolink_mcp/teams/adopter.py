@@ -22,12 +22,12 @@ from evolink_mcp.teams.uploads import UploadApp
 
 log = logging.getLogger(__name__)
 
-# A job that failed releases its entry, and its studio repeats the job. Another studio tries it after this time.
+# A job that failed releases its entry, and its studio repeats the job. Another studio tries the entry after this time.
 TRY_AGAIN_AFTER_S = 3600.0
 
 
 class Adopter:
-    """Let the tenants of this server adopt entries. A tenant without work is not opened and needs no statement.
+    """Let the tenants of this server adopt entries. A tenant without work stays closed and costs the database nothing.
 
     A closed tenant is opened with its key in the tokens file, or with the server's key. `clock` (seconds) is for tests.
     """
@@ -124,7 +124,10 @@ class Adopter:
             orphans = [orphan for orphan in orphans if not journal.is_linked(orphan.account)]
 
     async def _tenant_of_lost_answer(self, key: str) -> Tenant | None:
-        """Return the tenant of an entry that may wait for its callback without a job. A job of an owner needs no help."""
+        """Return the tenant of an entry with a lost answer. It may have no job, so a studio must receive its callback.
+
+        None: there is no such entry, its task is certain, or this server has no key for the tenant.
+        """
 
         async def read(db: Connection) -> Tenant | None:
             match = await find_entry(db, key)

@@ -1,4 +1,4 @@
-"""Authenticate HTTP requests: by a token of the tokens file or a JWT of the issuer, with the caller's own EvoLink key.
+"""Authenticate HTTP requests by a token of the tokens file or a JWT of the issuer, and accept a caller's own EvoLink key.
 
 The SDK's BearerAuthBackend (mcp 2.3) does not fit: its token verifier answers only "valid" or "invalid". This server must
 also answer 503 while the issuer cannot be read, 429 for too many requests, and 400 or 403 for X-EvoLink-Key.

@@ -114,7 +114,7 @@ class Database:
         return time.monotonic() < self._alive_until
 
     def now(self) -> float:
-        """Return the time of the database's clock in epoch seconds, to some milliseconds. All servers have this time."""
+        """Return the time of the database's clock in epoch seconds. All servers have the same time, to a few milliseconds."""
         return time.time() + self._ahead_s
 
     @property
@@ -158,8 +158,8 @@ class Database:
     async def run(self, act: Callable[[DatabaseConnection], Awaitable[T]], *, key: str | None = None) -> T:
         """Call `act` with a connection in autocommit mode. It continues after the cancellation of its caller.
 
-        Actions with the same `key` run one after the other. Without a session they fail at once. The deadline of the
-        current call ends an action, after `action_min_s` at the earliest.
+        Actions with the same `key` run one after the other. They fail at once while `is_alive` is false. The deadline of
+        the current call ends an action, after `action_min_s` at the earliest.
 
         Raises:
             JournalUnwritable: psycopg or the network raised an error, or the call must answer now.
@@ -282,8 +282,8 @@ class Database:
 
     async def _take_lease(self, session: DatabaseConnection) -> None:
         timeline = await self._timelines.find(session)
-        # The end of a call during an outage is not recorded yet, and the same call at another server must not buy again.
-        # Before the lease: with it this server counts as alive, and its entries as awaited.
+        # The database could not record the end of a call during an outage. An identical call at another server would then
+        # buy again, because a call here still seems to wait. So the waits end before this server counts as alive.
         await session.execute(translate(RELEASE_CALLERS.format(marks="?", linked=ALL_PROFILES)), (self.owner,))
         await self._lease.take(session)
         await session.execute(f"LISTEN {CHANNEL}".encode())
@@ -411,7 +411,7 @@ class Database:
             raise self.unwritable(error) from error
 
     async def _connection(self, stack: AsyncExitStack) -> DatabaseConnection:
-        """Return a free connection. Stop waiting for one when the session is lost."""
+        """Return a free connection. Wait for one only while `is_alive` is true."""
         for remaining in reversed(range(POOL_TRIES)):
             try:
                 connection = await stack.enter_async_context(self._pool.connection(1.0))

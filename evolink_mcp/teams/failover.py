@@ -2,7 +2,7 @@
 
 A standby with asynchronous replication can lose the last moments. Each PostgreSQL cluster has a timeline, and a promotion
 begins a new one. A server that meets a new timeline marks all servers that were alive, and waits until each of them has
-written its entries back or has not returned within the time of a lease.
+written its entries back or has not returned within the time of a lease. It waits for WAIT_MAX_S at most.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONFIRM = "UPDATE evolink_servers SET timeline = %s WHERE number = %s"
 # Check whether a server has still to write its entries back.
 IS_INCOMPLETE = """SELECT 1 FROM evolink_servers WHERE awaited_on = %s AND timeline <> awaited_on AND fenced_at IS NULL
     AND lease_until > clock_timestamp() AND number <> %s LIMIT 1"""
-# Write an entry that the database does not have, or has in an earlier state.
+# The state of an entry: the columns that RESTORE changes in an existing row.
 STATE = (
     "owner",
     "phase",
@@ -62,6 +62,7 @@ STATE = (
 )
 # A later state of an entry has a higher rank, so an older copy never replaces a newer one.
 RANK = "({0}.task_id IS NOT NULL, {0}.closed, {0}.delivered_at IS NOT NULL, length({0}.images))"
+# Write an entry that the database does not have, or has in an earlier state.
 RESTORE = f"""INSERT INTO evolink_entries AS old (profile, {", ".join(f'"{name}"' for name in COLUMNS)})
     VALUES (%s{", %s" * len(COLUMNS)}) ON CONFLICT (key) DO UPDATE SET
     {", ".join(f"{name} = excluded.{name}" for name in STATE)} WHERE {RANK.format("excluded")} > {RANK.format("old")}"""
@@ -123,7 +124,9 @@ class Timelines:
         self._current: str | None = None
 
     async def find(self, db: DatabaseConnection) -> str:
-        """Return the timeline of the database. Let all servers of the former timeline return before the lease of this one.
+        """Return the timeline of the database. If it is new, give all servers of the former timeline time to return.
+
+        Call this before this server takes its lease: the new deadline would hide when the others were last alive.
 
         A database without these functions, or a role without the right to them, has "" as its only timeline.
         """

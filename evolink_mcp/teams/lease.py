@@ -115,7 +115,7 @@ class Lease:
         await db.execute(FORGET.encode())
 
     async def is_dead(self, db: DatabaseConnection, owner: str) -> bool:
-        """Return whether a server ended, or did not move its deadline. Then it can never move it again."""
+        """Return whether a server ended, or did not move its deadline. Then end its lease, so that it can never move it again."""
         number = number_of(owner)
         lease = await self._find(db, number)
         if lease is None or lease["is_fenced"]:

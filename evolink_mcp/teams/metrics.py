@@ -16,7 +16,7 @@ AUDIT = logging.getLogger("evolink_mcp.audit")
 # The upper bounds of the histogram of detection lags, in seconds.
 LAG_BOUNDS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 CALLBACK_OUTCOMES = ("received", "missed", "refused", "postponed")
-# The reasons of refused tokens, by the status of the answer.
+# The reasons of refused callers, by the status of the answer. 0: the HTTP request had no token.
 REFUSAL_REASONS = {
     0: "missing",
     400: "bad_key",
@@ -33,9 +33,10 @@ class Metrics:
 
     `purchases` by outcome, `credits` charged by EvoLink, `polls` (HTTP requests that read tasks) by kind, `downloads`
     by outcome. `lags` counts detection lags by the first of LAG_BOUNDS_S that is not exceeded, `lag_s` is their sum.
-    `answers` counts HTTP answers by route and status, `upstream` EvoLink's answers by request and outcome, `callbacks`
-    by outcome, `store_failures` by operation, and `refusals` the refused callers by reason. A counter with known labels
-    starts at 0, because Prometheus cannot see the first increase of a counter that appears with it.
+    `takeovers` counts adopted entries. `answers` counts HTTP answers by route and status, `upstream` EvoLink's answers by
+    request and outcome, `callbacks` by outcome, `store_failures` by operation, and `refusals` the refused callers by reason.
+    A counter with known labels starts at 0, because Prometheus cannot see the first increase of a counter that appears
+    with it.
     """
 
     purchases: Counter[str] = field(default_factory=Counter[str])
@@ -77,7 +78,7 @@ class Metrics:
         self.answers[route, status] += 1
 
     def count_refusal(self, status: int, *, has_token: bool) -> None:
-        """Count a caller who was not authenticated. `has_token`: the HTTP request had a token."""
+        """Count a refused HTTP request, also one that a server about to end refuses. `has_token`: the request had a token."""
         self.refusals[REFUSAL_REASONS.get(status, "invalid") if has_token else "missing"] += 1
 
     def count_upstream(self, request: str, outcome: str) -> None:

@@ -78,7 +78,7 @@ class PostgresBackend:
     can_publish = True
     is_open = True
     has_data = True
-    # PostgreSQL publishes each change. A server rereads entries only for a change that its lost session missed.
+    # PostgreSQL publishes the changes. A server rereads an entry only because its session may have missed one.
     reread_s = 10.0
 
     def __init__(self, database: Database) -> None:

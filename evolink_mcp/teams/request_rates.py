@@ -26,7 +26,9 @@ class MinuteCount(NamedTuple):
 
 @dataclass(slots=True)
 class _Count:
-    """The requests of one minute: those of this server, those that other servers do not know yet, and theirs."""
+    """The requests of one minute: those at this server, the part of them that it has not sent to the other servers yet, and
+    those at the other servers.
+    """
 
     minute: int
     own: int = 0

@@ -35,8 +35,8 @@ from evolink_mcp.teams.database_url import Address
 TABLES = re.compile(r"\b(FROM|INTO|UPDATE) (entries|links|uploads|facts|sums)\b")
 # The condition for an entry with a word. An index with trigrams supports LIKE. The value is a `like_pattern`.
 LIKE_WORD = "words LIKE ?"
-# The channel of all profiles. A trigger publishes each visible change of an entry as "{Journal.channel of the profile} {JSON}".
-# In the JSON, `by` is the server that made the change.
+# The channel of all profiles. A trigger publishes changes of an entry as "{Journal.channel of the profile} {JSON}". In the
+# JSON, `by` is the server that made the change. The newest script below that replaces the trigger selects the changes.
 CHANNEL = "evolink_mcp"
 # The tables of unpublished builds, and the statements that move them away.
 OLD_TABLES = ("evolink_schema", "evolink_servers", "evolink_entries", "evolink_uploads", "evolink_facts")
@@ -87,8 +87,8 @@ VERSIONS = (
     CREATE TRIGGER evolink_changed AFTER INSERT OR UPDATE OF phase, task, error, images, owner ON evolink_entries
         FOR EACH ROW EXECUTE FUNCTION evolink_publish();
     """,
-    # Each query finds its rows in an index. `evolink_sums` has the credits per profile and slot. A float8 has no infinite
-    # sum, so absurd credits of EvoLink count as CREDITS_MAX.
+    # Each query finds its rows in an index. `evolink_sums` has the credits per profile and slot. A sum of
+    # float8 that overflows is an error, so absurd credits of EvoLink count as CREDITS_MAX.
     f"""
     DROP INDEX evolink_entries_spending;
     DROP INDEX evolink_entries_open;
@@ -200,8 +200,8 @@ VERSIONS = (
 )
 
 
-# The lowest number of versions that a program must know to use the tables of a version, for rollbacks. A version that only
-# adds to the tables has an entry. Without one, every older program refuses the tables. docs/operations.md lists them.
+# For rollbacks: by the version of the tables, the version of the oldest program that can still use them. A version that only adds
+# to the tables is listed. Every older program refuses the tables of an unlisted version. docs/operations.md has the list.
 COMPATIBLE_WITH: Mapping[int, int] = {}
 LONG_STATEMENTS = "SET statement_timeout = '5min'"
 FIND_OLD_TABLES = "SELECT to_regclass('evolink_schema') AS name"

@@ -1,4 +1,4 @@
-"""The studios of one server process: one per tenant, with the parts that they share."""
+"""The studios of one server process: one per tenant and EvoLink key, with the parts that they share."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ class Studios:
     """The open studios of this server process.
 
     They share the database, the decoder, the object store, the certificates, the turns and the metrics. Studios with the
-    same EvoLink key also share a poller, which runs in `group`. The time is that of the
-    database, if there is one. `transport`, `clock` (epoch seconds) and `pause` are for tests.
+    same EvoLink key also share a poller, which runs in `group`. The time is that of the database, if there is one.
+    `transport`, `clock` (epoch seconds) and `pause` are for tests.
     """
 
     def __init__(

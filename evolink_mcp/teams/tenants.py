@@ -91,9 +91,9 @@ class Tenants(Generic[AppT]):
 
     `open_app` opens the app of a tenant at its first request; it runs in `group`. If the tokens file changes a tenant, the
     tenant gets a new app, and the old app finishes its work. After IDLE_TIMEOUT_S without a request an idle app is closed.
-    A tenant of the tokens file `is_listed`. At most `unlisted_max` apps of other tenants are open: for a further one, the
-    idle app with the oldest request is closed. If there is no idle app, the answer is 503. `sleep` and `clock`
-    (seconds) are for tests.
+    `is_listed` returns whether the tokens file has the tenant. At most `unlisted_max` apps of other tenants are open: for a
+    further one, the idle app with the oldest last request is closed. If there is no idle app, the answer is 503. `sleep`
+    and `clock` (seconds) are for tests.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The tokens file: the allowed callers, their limits, and the rate limit of each tenant."""
+"""The tokens file: the allowed callers, with their limits and tools."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class Tokens:
     def _tenant_of(self, token: bytes) -> Tenant | None:
         # Compare all digests, each in constant time, so that the duration shows nothing about the tokens.
         digest = hashlib.sha256(token).hexdigest()
-        tenants = self._file.content.by_digest
-        matches = [tenant for token_hash, tenant in tenants.items() if hmac.compare_digest(token_hash, digest)]
+        by_digest = self._file.content.by_digest
+        matches = [tenant for known_digest, tenant in by_digest.items() if hmac.compare_digest(known_digest, digest)]
         return matches[0] if matches else None
 
 
@@ -148,20 +148,20 @@ def _read(path: Path) -> _Content:
     blocks = table.pop("token", [])
     if table or not isinstance(blocks, list) or not blocks:
         raise BadTokens(f"{path} needs one or more [[token]] blocks, and nothing else")
-    tenants: dict[str, Tenant] = {}
+    by_digest: dict[str, Tenant] = {}
     by_name: dict[str, Tenant] = {}
     for number, block in enumerate(cast("list[Any]", blocks), 1):
         location = f"token {number} in {path}"
         digest, tenant = _parse_block(block, location)
-        if digest in tenants:
+        if digest in by_digest:
             raise BadTokens(f"{location}: another token has the same sha256")
         # A tenant has two tokens while it replaces one.
         if by_name.setdefault(tenant.name, tenant) != tenant:
             raise BadTokens(f"{location}: the tokens of {tenant.name} have different settings")
-        tenants[digest] = tenant
-    tenants = _with_shared_accounts(tenants)
-    by_name = {tenant.name: tenant for tenant in tenants.values()}
-    return _Content(tenants, by_name, _exposure_of(path, mode, by_name.values()))
+        by_digest[digest] = tenant
+    by_digest = _with_shared_accounts(by_digest)
+    by_name = {tenant.name: tenant for tenant in by_digest.values()}
+    return _Content(by_digest, by_name, _exposure_of(path, mode, by_name.values()))
 
 
 def _exposure_of(path: Path, mode: int, tenants: Iterable[Tenant]) -> str | None:
@@ -233,15 +233,15 @@ def _check_name(name: str) -> None:
         )
 
 
-def _with_shared_accounts(tenants: dict[str, Tenant]) -> dict[str, Tenant]:
+def _with_shared_accounts(by_digest: dict[str, Tenant]) -> dict[str, Tenant]:
     """Set `shares_account` of each tenant."""
     names: dict[str | None, set[str]] = {}
-    for tenant in tenants.values():
+    for tenant in by_digest.values():
         names.setdefault(_secret_of(tenant), set()).add(tenant.name)
     return {
         # The task list of a shared account would show the tasks of other tenants.
         digest: replace(tenant, shares_account=tenant.evolink_key is None or len(names[_secret_of(tenant)]) > 1)
-        for digest, tenant in tenants.items()
+        for digest, tenant in by_digest.items()
     }
 
 
