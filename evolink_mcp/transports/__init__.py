@@ -1,1 +1,1 @@
-"""How messages come in and go out: stdin and stdout, or HTTP."""
+"""The transports of MCP messages: stdin and stdout, or HTTP."""

@@ -11,7 +11,7 @@ CALLER_KEY = "evolink.caller"  # The key in an ASGI scope for the authenticated 
 
 @dataclass(frozen=True, slots=True)
 class AuthFailure:
-    """The HTTP answer to a request that was not authenticated."""
+    """The HTTP answer that refuses a request: a wrong header, no valid token, a limit, or a server that is about to end."""
 
     status: int
     text: str

@@ -14,8 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Free descriptors for the journal, EvoLink, images and the interpreter.
 RESERVED_DESCRIPTORS = 64
-# asyncio needs some turns of its loop from accepting a connection to the protocol, and as many to close it.
-ACCEPT_TURNS = 5
+# asyncio needs some rounds of its loop from accepting a connection to the protocol, and as many to close it.
+ACCEPT_ROUNDS = 5
 WINDOWS_DESCRIPTORS = 8_192
 UNLIMITED_DESCRIPTORS = 1_000_000
 BUSY_RESPONSE = (
@@ -39,7 +39,7 @@ class ConnectionLimits:
     """Limits for the connections of one server.
 
     It serves at most `served_max` connections. `refused_max` further ones wait for their request and get a 503.
-    `accepted_at_once` connections are accepted in one turn of the event loop. The system keeps up to `waiting_max`
+    `accepted_at_once` connections are accepted in one round of the event loop. The system keeps up to `waiting_max`
     further ones until then. An answer that its client does not read ends after `unread_timeout_s`. All such answers
     together have at most `unread_max_bytes`; above that, the one that waits longest ends.
     """
@@ -58,7 +58,7 @@ class ConnectionLimits:
         """Return the limits for a process with this number of descriptors."""
         accepted_at_once = min(max(descriptors // 64, 8), 512)
         refused_max = 4 * accepted_at_once
-        served_max = descriptors - RESERVED_DESCRIPTORS - ACCEPT_TURNS * accepted_at_once - refused_max
+        served_max = descriptors - RESERVED_DESCRIPTORS - ACCEPT_ROUNDS * accepted_at_once - refused_max
         return cls(max(served_max, 1), refused_max, accepted_at_once)
 
 
@@ -77,7 +77,7 @@ async def close_port(server: asyncio.Server, make_protocol: Callable[[], asyncio
 
 
 class UnreadAnswers:
-    """The connections of one server whose clients do not read, slowest first.
+    """The connections of one server whose clients do not read. The one that waits longest is first.
 
     A connection is here while asyncio's buffer is above its high-water mark of 64 KiB.
     """

@@ -194,7 +194,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            # asyncio uses its `backlog` for the system's queue and for the connections of one turn. A short queue
+            # asyncio uses its `backlog` for the system's queue and for the connections of one round. A short queue
             # leaves callers without any answer: the system drops their SYN, and they repeat it after 1, 3, 7 … s.
             for listener in (one for server in self.servers for one in server.sockets):
                 with listener.dup() as copy:

@@ -56,7 +56,7 @@ class Calls:
         self._journal = journal
         self._running: dict[CallKey, list[Call]] = {}
         self._turns = turns
-        journal.listen(self._receive_news)
+        journal.listen(self._receive_notification)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request."""
@@ -116,10 +116,10 @@ class Calls:
             with suppress(JournalUnwritable):
                 await self._journal.publish(Notification(call=key))
 
-    def _receive_news(self, news: Notification) -> None:
-        if news.call is None or as_request_id(news.call[1]) is None:
+    def _receive_notification(self, notification: Notification) -> None:
+        if notification.call is None or as_request_id(notification.call[1]) is None:
             return
-        calls = self._running.get(_key(*news.call), [])
+        calls = self._running.get(_key(*notification.call), [])
         if len(calls) == 1:
             calls[0].cancelled.set()
 

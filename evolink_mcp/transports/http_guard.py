@@ -95,7 +95,10 @@ class Observer(Protocol):
         ...
 
     def count_refusal(self, status: int, *, has_token: bool) -> None:
-        """Count an HTTP request that was not authenticated. `has_token`: it had an Authorization header."""
+        """Count a refused HTTP request: not authenticated, or sent to a server that is about to end.
+
+        `has_token`: it had an Authorization header.
+        """
         ...
 
 

@@ -44,7 +44,7 @@ def read_message(data: bytes, *, keep_surrogates: bool = False) -> JSONRPCMessag
     if not isinstance(value, dict):
         raise InvalidMessage(INVALID_REQUEST, "Invalid request: a message is one JSON object")
     members = cast("dict[str, Any]", value)
-    # An ID without a method is an ID of the server's own requests, so an error must not carry it.
+    # The ID beside a result or an error is that of a request of the server, so an error must not carry it.
     request_id = members.get("id") if "method" in members or not members.keys() & {"result", "error"} else None
     if (excess := _excess(members)) is not None:
         raise InvalidMessage(INVALID_REQUEST, f"Invalid request: {excess}", request_id)

@@ -62,7 +62,7 @@ class StdioLines:
         self._leave = leave
         self._handle: HandleLine | None = None
         self._waiting: list[bytes | None] = []
-        self._unanswered = False
+        self._has_unanswered = False
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], object] | None] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, daemon=True, name="stdout")
@@ -151,16 +151,16 @@ class StdioLines:
             self.write(error_line(request_id_in(line), INVALID_REQUEST, text))
 
     def _keep(self, line: bytes | None) -> None:
-        """Answer or keep a line before the server exists. If the client never asked anything, the end of stdin is the end."""
+        """Keep a line until the server exists, and let `early` answer it. If stdin ends and no request waits, end the process."""
         self._waiting.append(line)
         self._leave_if_unused()
         if line is not None and not _succeeds(lambda: self._answer(line), "the early answers failed, the SDK answers"):
             self._early = lambda _: None
-            self._unanswered = True
+            self._has_unanswered = True
 
     def _leave_if_unused(self) -> None:
         """End the process if stdin has ended and no request waits for the server."""
-        if self._can_leave and not self._unanswered and None in self._waiting:
+        if self._can_leave and not self._has_unanswered and None in self._waiting:
             self.flush()
             self._leave(0)
 
@@ -170,7 +170,7 @@ class StdioLines:
             self.write(answer)
         # An escape could spell the name id.
         elif b'"id"' in line or b'"method"' not in line or b"\\" in line:  # a notification needs no answer
-            self._unanswered = True
+            self._has_unanswered = True
 
     def _write(self) -> None:
         is_flushed = _succeeds(self._write_lines, "writing stdout failed, the server ends")
@@ -215,15 +215,15 @@ def _reserve_standard_streams() -> tuple[int, int]:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     wire_in, wire_out = _above_standard(0), _above_standard(1)
     with suppress(OSError):  # only the prints of other code need this
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        null_in = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null_in, 0)
+        os.close(null_in)
         try:
             os.dup2(STDERR, 1)
         except OSError:  # there is no stderr
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.close(nowhere)
+            null_out = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_out, 1)
+            os.close(null_out)
     return wire_in, wire_out
 
 
