@@ -93,8 +93,8 @@ class Decoder:
     """A pool of decoder processes for the whole server. `close()` ends them. `previews` caches previews of saved images.
 
     An order never waits long for the images of other orders. Each lane serves the order with the fewest running images
-    first. A slow image leaves its lane and continues at low priority. If SLOW_MAX images are slow already, it starts
-    again when one of them ends.
+    first. A slow image leaves its lane and continues at low priority. If SLOW_MAX images are slow already, the next slow
+    one is stopped, and starts again when one of them ends.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Decoder:
         return (await self._run("preview", request, file, order)).payload
 
     async def check_reference(self, file: BinaryIO, *, is_mask: bool = False, order: str = "") -> ImageFacts:
-        """Return the facts of a reference image; for a mask also the share of its transparent pixels.
+        """Decode a reference image completely and return its facts; for a mask also the share of its transparent pixels.
 
         Raises:
             UnusableImage, DecoderUnavailable: as `check`.
@@ -579,7 +579,7 @@ class _Process:
                 os.setpriority(os.PRIO_PROCESS, self._popen.pid, niceness)
 
     def end(self) -> None:
-        """Kill the process and release its pipes. A waiting start starts nothing. Returns within END_DEADLINE_S."""
+        """Kill the process and release its pipes, within END_DEADLINE_S. A later `start` of this object starts no program."""
         self._is_ended = True
         self._greetings.put(b"")
         if self._popen is not None:

@@ -58,7 +58,7 @@ class Operation(IntEnum):
 
     CHECK = 1  #: Decode a delivered image; answer its facts and, if `edge` is set, a preview
     PREVIEW = 2  #: Make a small copy of a saved image
-    CHECK_REFERENCE = 3  #: Read the head of a reference image; decode it if it is a mask
+    CHECK_REFERENCE = 3  #: Decode a reference image completely; for a mask, also measure its transparency
     NORMALIZE = 4  #: Make the copy of a reference image that is uploaded
     DERIVE = 5  #: Make files of exact size; the options are a DerivePlan
     CONVERT_HEIC = 6  #: Make a JPEG or PNG of a HEIC photo

@@ -36,7 +36,7 @@ PART_SUFFIX = ".part"
 
 # Folders inside the containers of chat hosts, where they keep uploaded files.
 SANDBOXES = ("/mnt/data/", "/mnt/user-data/", "/home/claude/", "/home/oai/")
-# The search for an equivalent name reads the folders of so many readings of a path.
+# A path has several readings. The search for an equivalent name reads the folders of this many of them.
 FOLDERS_READ_MAX = 20
 # Marks of a file with its content only in the cloud: Windows (offline, recall on open, recall on data access) and macOS.
 CLOUD_ATTRIBUTES = 0x1000 | 0x40000 | 0x400000
@@ -100,10 +100,10 @@ class Folders:
                 advice="Give a name such as hero.png, or a path of this system.",
             )
         try:
-            given = Path(save_as).expanduser()
-            parts = given.parts[1:] if given.anchor else given.parts
-            usable = given.name not in ("", ".", "..") and len(given.name.encode()) <= NAME_MAX_BYTES
-            if not usable:
+            target = Path(save_as).expanduser()
+            parts = target.parts[1:] if target.anchor else target.parts
+            is_usable = target.name not in ("", ".", "..") and len(target.name.encode()) <= NAME_MAX_BYTES
+            if not is_usable:
                 raise ValueError("not a name")
             if fault := next(filter(None, map(name_fault, parts)), None):
                 raise FolderRefused(
@@ -115,28 +115,28 @@ class Folders:
                     f"save_as “{shown}” has a name in it that Windows cannot have: “{harmless(reserved, 40)}”",
                     advice="Give a name such as hero.png, without a dot or blank at the end.",
                 )
-            if given.drive and not given.root:
+            if target.drive and not target.root:
                 raise FolderRefused(
-                    f"save_as “{shown}” depends on the current folder of drive {given.drive}",
+                    f"save_as “{shown}” depends on the current folder of drive {target.drive}",
                     advice="Give a name, or the whole path from the drive's root.",
                 )
-            path = given if given.is_absolute() else self.output / given
+            path = target if target.is_absolute() else self.output / target
             if not self.confines(path):
                 raise FolderRefused(f"save_as “{shown}” is outside the allowed folders", advice=self._how_to_allow())
             # The last part is not followed: a link there counts as a taken name.
             path = _resolved(path.parent) / path.name
-            folder = save_as.endswith(("/", os.sep)) or path.is_dir()
-            ground = _existing_parent(path.parent)
-            writable = ground.is_dir() and os.access(ground, os.W_OK | os.X_OK)
+            is_folder = save_as.endswith(("/", os.sep)) or path.is_dir()
+            parent = _existing_parent(path.parent)
+            is_writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
         except (ValueError, RuntimeError, OSError) as error:
             raise FolderRefused(
                 f"save_as “{shown}” is not a usable file name", advice="Give a short name such as hero.png."
             ) from error
-        if folder:
+        if is_folder:
             raise FolderRefused(f"save_as “{shown}” is a folder", advice="Give a file name too, such as hero.png.")
-        if not writable:
+        if not is_writable:
             raise FolderRefused(
-                f"save_as “{shown}” cannot be written: {ground} is not a folder that this server may write to",
+                f"save_as “{shown}” cannot be written: {parent} is not a folder that this server may write to",
                 advice="Choose another place, or make that one writable.",
             )
         return path
@@ -144,12 +144,12 @@ class Folders:
     def places(self, reading: str) -> list[Path]:
         """Return the absolute paths that a path may mean. A relative one may be in each allowed folder."""
         try:
-            given = Path(reading).expanduser()
+            path = Path(reading).expanduser()
         except (RuntimeError, ValueError):
             return []
-        if len(reading) > PATH_MAX_CHARS or (given.drive and not given.root):
+        if len(reading) > PATH_MAX_CHARS or (path.drive and not path.root):
             return []
-        return [given] if given.is_absolute() else [folder / given for folder in self.allowed]
+        return [path] if path.is_absolute() else [folder / path for folder in self.allowed]
 
     def find(self, source: str) -> Path | None:
         """Return the existing plain file of a pasted path, inside an allowed folder, or None. Open it with `opened`.
@@ -252,15 +252,15 @@ class Folders:
                 raise PermissionError(errno.EACCES, "a link took its place")
             return open_plain(path)
         *folders, name = path.relative_to(root).parts
-        here = os.open(root, _STEP)
+        parent = os.open(root, _STEP)
         try:
             for folder in folders:
-                there = os.open(folder, _STEP | _FOLLOW_NOTHING, dir_fd=here)
-                os.close(here)
-                here = there
-            return _plain(os.open(name, _READ, dir_fd=here))
+                child = os.open(folder, _STEP | _FOLLOW_NOTHING, dir_fd=parent)
+                os.close(parent)
+                parent = child
+            return _plain(os.open(name, _READ, dir_fd=parent))
         finally:
-            os.close(here)
+            os.close(parent)
 
     def _wsl_path(self, text: str) -> str | None:
         return None if self.system.distribution is None else as_wsl_path(text, self.system.distribution)
@@ -281,11 +281,11 @@ class Folders:
         for path in paths:
             if not path.parent.is_dir() or not self.confines(path.parent):
                 continue
-            beside = islice(path.parent.iterdir(), NAMES_READ_MAX)
-            names = [child.name for child in beside if child.suffix.lower() in PICTURE_SUFFIXES]
+            siblings = islice(path.parent.iterdir(), NAMES_READ_MAX)
+            names = [child.name for child in siblings if child.suffix.lower() in PICTURE_SUFFIXES]
             if close := difflib.get_close_matches(path.name, names, n=3, cutoff=0.6):
-                meant = " or ".join(harmless(path.parent / name, 200) for name in close)
-                return f"Did you mean {meant}?"
+                suggestions = " or ".join(harmless(path.parent / name, 200) for name in close)
+                return f"Did you mean {suggestions}?"
         return "Give the absolute path of an existing picture."
 
 
@@ -315,8 +315,8 @@ def _same_letters(path: Path) -> Path | None:
         # `find` refused the file with the exact name, so another one must not replace it.
         if path.exists() or not path.parent.is_dir():
             return None
-        beside = islice(path.parent.iterdir(), NAMES_READ_MAX)
-        return next((child for child in beside if _folded(child.name) == wanted), None)
+        siblings = islice(path.parent.iterdir(), NAMES_READ_MAX)
+        return next((child for child in siblings if _folded(child.name) == wanted), None)
     except (OSError, ValueError):
         return None
 
@@ -348,7 +348,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Create and remove a file in `folder`. If the folder is missing: in the nearest parent, where it can be created.
+    """Create and remove a file in `folder`. If the folder is missing, do that in its nearest existing parent.
 
     Raises:
         OSError: this server cannot create files there.

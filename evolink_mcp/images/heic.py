@@ -23,7 +23,7 @@ def is_available() -> bool:
 
 
 def load() -> None:
-    """Import everything that `convert` needs. Afterwards no file need be opened."""
+    """Import everything that `convert` needs, so that it opens no file."""
     import pillow_heif
 
     # One thread, so that one image cannot use several processors.

@@ -33,7 +33,9 @@ SCAN = b"\xda"
 
 
 def check_pixels(opened: OpenImage) -> bytes:
-    """Decode the image and return a hash of its pixels. An image above the memory limit is decoded smaller, if possible.
+    """Decode the image and return a hash of its pixels.
+
+    A JPEG above the memory limit is decoded smaller. Another image above it is not decoded, and the hash is empty.
 
     Raises:
         UnusableImage: DAMAGED, or Pillow's error as a reason inside the `with` block of `open_image`.

@@ -87,15 +87,15 @@ def _image_files(root: Path) -> Iterable[tuple[Path, int]]:
     remaining = NAMES_MAX
     while folders and remaining > 0:
         try:
-            with os.scandir(folders.pop()) as names:
-                for name in names:
+            with os.scandir(folders.pop()) as items:
+                for item in items:
                     remaining -= 1
                     if remaining < 0:
                         return
-                    if name.is_dir(follow_symlinks=False):
-                        if not name.name.startswith("."):
-                            folders.append(Path(name.path))
-                    elif name.name.lower().endswith(PICTURE_SUFFIXES) and name.is_file(follow_symlinks=False):
-                        yield Path(name.path), name.stat(follow_symlinks=False).st_size
+                    if item.is_dir(follow_symlinks=False):
+                        if not item.name.startswith("."):
+                            folders.append(Path(item.path))
+                    elif item.name.lower().endswith(PICTURE_SUFFIXES) and item.is_file(follow_symlinks=False):
+                        yield Path(item.path), item.stat(follow_symlinks=False).st_size
         except OSError:
             continue

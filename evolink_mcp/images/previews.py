@@ -85,12 +85,12 @@ def _cache_key(path: Path, edge: int) -> tuple[str, int, int, int]:
 def _reduce(opened: OpenImage, edge: int, budget: int) -> bytes | None:
     image = opened.image
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    step = image.convert(mode) if image.mode != mode else image
+    reduced = image.convert(mode) if image.mode != mode else image
     for share, quality in LADDER:
         longest = max(1, int(edge * share))
         # In place, from the previous step: a copy of a 4K image takes as long as its encoding.
-        step.thumbnail((longest, longest), reducing_gap=REDUCING_GAP)
-        rotated = upright(step, opened.orientation)
+        reduced.thumbnail((longest, longest), reducing_gap=REDUCING_GAP)
+        rotated = upright(reduced, opened.orientation)
         rotated.info.clear()
         out = io.BytesIO()
         rotated.save(out, "WEBP", quality=quality, method=2)

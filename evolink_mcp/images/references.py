@@ -87,7 +87,7 @@ class CheckedImage:
 class CheckedRequest:
     """The body of a request with its checked reference images. `sources` are the references as the caller wrote them.
 
-    If all references are URLs, `images` is empty. `notes` are remarks for the answer.
+    If every reference is a URL that the journal does not know, `images` is empty. `notes` are remarks for the answer.
     """
 
     body: dict[str, Any]
@@ -118,7 +118,7 @@ class CheckedRequest:
 
 
 class References:
-    """Check and upload the reference images of one account.
+    """Check and upload the reference images of one profile.
 
     With `local` False (callers on other machines) no local file is read.
     """
@@ -157,9 +157,9 @@ class References:
             mask = await self._check_source(request.mask_url, is_mask=True)
             _check_mask(mask, images[0])
             images.append(mask)
-        is_unknown = all(image.content_id == source for image, source in zip(images, sources, strict=True))
+        has_only_unknown_urls = all(image.content_id == source for image, source in zip(images, sources, strict=True))
         notes = tuple(TRANSPARENT_MASK_NOTE for image in images if image.transparent_share == 1)
-        return CheckedRequest(body, () if is_unknown else tuple(images), sources, notes)
+        return CheckedRequest(body, () if has_only_unknown_urls else tuple(images), sources, notes)
 
     async def upload_all(self, checked: CheckedRequest) -> dict[str, Any]:
         """Upload each local image once per content. Return the body with the URLs.

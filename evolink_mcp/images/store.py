@@ -82,7 +82,7 @@ Fetch = Callable[[BinaryIO], Awaitable[int]]
 
 
 class ImageStore(Protocol):
-    """The storage for the result images of one account.
+    """The storage for the result images of one profile.
 
     `is_permanent`: the images stay longer than EvoLink's links. `decoder` decodes the images of the whole server.
     """
@@ -175,7 +175,7 @@ class SavedImage:
 class Derivative:
     """A finished derived file that is not saved yet.
 
-    Its content are `length` bytes of `content` from `position`. `source` is the file of the image that it was made from.
+    Its content is the `length` bytes of `content` from `position` on. `source` is the file of the image that it was made from.
     `task_id` names the task that made that image, if there is one. `sidecar` has the facts of the source.
     """
 
@@ -390,7 +390,7 @@ class LocalImageStore:
             raise FileNotFoundError(errno.ENOENT, reason)
 
     async def _was_used(self, root: Path) -> bool:
-        """Return whether a recent image is in this folder. Without the journal: assume that."""
+        """Return whether a recent image was saved in this folder. If the journal cannot be read, return True."""
         try:
             entries = await self._journal.recent(ENTRIES_SEARCHED)
         except JournalUnwritable:
