@@ -45,7 +45,7 @@ with open({str(marker)!r}, "w") as file:
 
 
 def with_inherited_output(marker: Path) -> list[str]:
-    """Return a decoder that never answers. Its child keeps the output open. Its process ID is in `marker`."""
+    """Return a decoder that never answers. Its child keeps the output open. `marker` has the process ID of the child."""
     # The child starts before the greeting, because the deadline of the first request begins with the greeting.
     body = f"{_child_with_the_output(marker)}{GREET}request()\ntime.sleep(600)"
     return [sys.executable, "-I", "-c", body]

@@ -48,7 +48,7 @@ def unfinished_photo() -> bytes:
 
 
 def too_many_pixels() -> bytes:
-    """Return a small photo whose head names more pixels than a decoder has memory for."""
+    """Return a small photo. Its head names too many pixels for the memory of a decoder."""
     content = heic((64, 64))
     size = content.index(b"ispe") + 8  # after the box type, its version and its flags
     return content[:size] + (5000).to_bytes(4, "big") + (5008).to_bytes(4, "big") + content[size + 8 :]
